@@ -1,0 +1,1 @@
+"""The OpenAI HTTP API: wire schemas, routes, server-sent events, errors."""

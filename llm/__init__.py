@@ -1,0 +1,1 @@
+"""The engine: models, attention, paged KV cache and continuous batching. Runs without Ray."""

@@ -1,0 +1,27 @@
+"""The one question a layer asks: given these queries, keys and values, what does each token attend to?
+
+Layers do not know where keys and values live. Whoever runs the model passes an `AttentionContext` that does:
+`DenseContext` for whole batches with or without `KVCache`s, `PagedContext` for the engine's packed steps.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class AttentionContext(Protocol):
+    """Causal attention for one forward pass. Stores what later passes need of the keys and values."""
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention output of one layer's new tokens.
+
+        Args:
+            layer: index of the layer, from 0; it decides the cache and the sliding window.
+            query: (…, num_heads, head_dim), RoPE applied.
+            key: (…, num_kv_heads, head_dim), RoPE applied. Each serves `num_heads / num_kv_heads` query heads.
+            value: (…, num_kv_heads, head_dim).
+
+        Returns:
+            Same shape as `query`. The softmax scale is `head_dim ** -0.5`.
+        """
+        ...

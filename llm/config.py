@@ -1,0 +1,165 @@
+"""Configuration as data: frozen, bounded, validated once. Unknown keys are refused with the nearest known name."""
+
+from difflib import get_close_matches
+from enum import StrEnum
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class StrictModel(BaseModel):
+    """Frozen pydantic model that refuses unknown keys and says which known one is nearest."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {str(key)[:80]!r}; {hint}")
+        return data
+
+
+class RopeScalingType(StrEnum):
+    """How rotary frequencies are stretched past the trained context."""
+
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+class RopeScaling(StrictModel):
+    """Rotary-embedding scaling, with Hugging Face's field names.
+
+    linear: Chen et al. 2023 (arXiv:2306.15595). yarn: Peng et al. 2023 (arXiv:2309.00071). llama3: Meta's
+    Llama 3.1 release.
+    """
+
+    rope_type: RopeScalingType
+    factor: float = Field(gt=0)
+    """Context length over `original_max_position_embeddings`."""
+    original_max_position_embeddings: int | None = Field(default=None, gt=0)
+    """Context length, in tokens, that the checkpoint was trained with."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """llama3: wavelengths above `original / low_freq_factor` are divided by `factor`."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """llama3: wavelengths below `original / high_freq_factor` are left alone."""
+    attention_factor: float | None = Field(default=None, gt=0)
+    """yarn: multiplies cos and sin; None for the paper's `0.1 ln(factor) + 1`."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """yarn: rotations over the trained context above which a dimension is left alone."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """yarn: rotations over the trained context below which a dimension is fully interpolated."""
+    mscale: float | None = Field(default=None, gt=0)
+    """yarn: together with `mscale_all_dim`, another way to give the attention factor."""
+    mscale_all_dim: float | None = Field(default=None, gt=0)
+    truncate: bool = True
+    """yarn: round the correction range to whole dimensions."""
+
+
+class ModelConfig(StrictModel):
+    """Shape of a decoder of the Llama family. Everything `DecoderModel` needs, nothing about serving."""
+
+    vocab_size: int = Field(default=32000, gt=0)
+    hidden_size: int = Field(default=512, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    """Width of the SwiGLU MLP; None for 8/3 of `hidden_size` rounded up to a multiple of 64."""
+    num_layers: int = Field(default=6, gt=0)
+    num_heads: int = Field(default=8, gt=0)
+    """Query heads."""
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Key/value heads: None for `num_heads` (MHA), 1 for MQA, a divisor of `num_heads` between (GQA)."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """None for `hidden_size / num_heads`."""
+    max_seq_len: int = Field(default=2048, gt=0)
+    """Longest sequence, prompt and output together, in tokens."""
+    window_size: int | None = Field(default=None, gt=0)
+    """Sliding window: a token attends to itself and the `window_size - 1` tokens before it. None for all."""
+    window_layers: tuple[int, ...] | None = None
+    """Layers that the window applies to; None for every layer."""
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key before RoPE (Qwen3)."""
+    attention_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    attention_output_bias: bool = False
+    """Bias on the attention output projection (Llama with `attention_bias`)."""
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    """The output head shares the token embedding's weight."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim {self.head_size} is odd; rotary embedding needs pairs")
+        if self.window_layers and not all(0 <= layer < self.num_layers for layer in self.window_layers):
+            raise ValueError(f"window_layers {self.window_layers} names a layer past num_layers {self.num_layers}")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLP."""
+        return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 64) * 64
+
+    def layer_window(self, layer: int) -> int | None:
+        """Sliding window of one layer in tokens, or None where it attends to everything."""
+        return self.window_size if self.window_layers is None or layer in self.window_layers else None
+
+    @property
+    def pool_window(self) -> int | None:
+        """Tokens behind which no layer looks: the window if every layer has it, else None."""
+        return self.window_size if all(self.layer_window(i) for i in range(self.num_layers)) else None
+
+
+class EngineConfig(StrictModel):
+    """How one engine runs a model: memory, batching, numerics."""
+
+    max_batch_size: int = Field(default=32, ge=1, le=4096)
+    """Most sequences that run at once (rows)."""
+    max_seq_len: int | None = Field(default=None, ge=1)
+    """Longest sequence in tokens; None for the model's own context length."""
+    max_tokens_per_step: int = Field(default=2048, ge=1)
+    """Token budget of one step, decodes and prefill chunks together."""
+    page_size: int = Field(default=16, ge=1, le=256)
+    """Slots a page. A slot holds one token's keys and values in every layer."""
+    num_pages: int | None = Field(default=None, ge=1)
+    """Pages in the pool; None to size it: on a GPU by `gpu_memory_utilization`, on a CPU by `cpu_pool_bytes`."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of the GPU's memory for weights, activations and the pool together."""
+    cpu_pool_bytes: int = Field(default=1 << 30, gt=0)
+    """Most memory of the pool on a CPU, in bytes; never more than `max_batch_size` full sequences need."""
+    enable_prefix_caching: bool = True
+    """Keep full pages of finished sequences and share them with prompts that begin alike."""
+    attention_backend: str | None = None
+    """Name of an attention backend; None for the best one on this device."""
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.max_tokens_per_step < self.max_batch_size:
+            raise ValueError(
+                f"max_tokens_per_step {self.max_tokens_per_step} is below max_batch_size {self.max_batch_size}: "
+                "every running sequence needs one token a step"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Memory of a sequence (caches, pages) and the choice of its next token."""

@@ -1,0 +1,35 @@
+"""Errors that cross a boundary. Each message says what is wrong and, where there is one, the fix."""
+
+
+class LLMError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(LLMError):
+    """A configuration file or value that cannot be used. Names the file or field and the fix."""
+
+
+class CheckpointError(LLMError):
+    """A checkpoint that cannot be loaded: a missing shard, a wrong shape, an unknown architecture."""
+
+
+class CapacityError(LLMError):
+    """More tokens than the memory set aside for them: a full `KVCache`, a pool too small for a prompt."""
+
+
+class InvalidRequestError(LLMError):
+    """A request that can never be served as asked.
+
+    Attributes:
+        param: name of the request field at fault, or None.
+        code: short machine-readable reason (`context_length_exceeded`, …), or None.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class EngineError(LLMError):
+    """The engine failed while it ran a request; the request itself was not at fault."""
