@@ -1,0 +1,207 @@
+"""`DecoderModel`: one decoder for the whole Llama family, shaped by `ModelConfig`."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+
+from llm.attention.dense import DenseContext
+from llm.attention.interface import AttentionContext
+from llm.config import ModelConfig
+from llm.core.kv_cache import KVCache
+from llm.errors import CapacityError, ConfigError
+from llm.models.attention import Attention
+from llm.models.layers import MLP, RMSNorm, RotaryEmbedding
+
+_INIT_STD = 0.02
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind its own norm and around a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], context: AttentionContext
+    ) -> torch.Tensor:
+        """(…, hidden_size) → (…, hidden_size)."""
+        x = x + self.attention(self.attention_norm(x), rotary, context)
+        output: torch.Tensor = x + self.mlp(self.mlp_norm(x))
+        return output
+
+
+class DecoderModel(nn.Module):
+    """Decoder-only transformer with random weights; `llm.models.loading` fills it from a checkpoint.
+
+    Args:
+        device: where the parameters live; "meta" for shapes without memory.
+        dtype: of the parameters and activations.
+        shape: fields of `ModelConfig`: vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, window_size, …
+
+    Raises:
+        ConfigError: a field is unknown or out of bounds.
+    """
+
+    def __init__(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any) -> None:
+        super().__init__()
+        try:
+            self.config = config = ModelConfig(**shape)
+        except ValidationError as error:
+            raise ConfigError("; ".join(f"{e['loc'] or ''} {e['msg']}".strip() for e in error.errors())) from error
+        with torch.device("meta"):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+        self.rotary = RotaryEmbedding(config)
+        self.to(dtype)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self._init_weights()
+
+    @classmethod
+    def from_config(
+        cls, config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Make a model of this shape with random weights."""
+        return cls(device=device, dtype=dtype, **config.model_dump())
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(std=_INIT_STD)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.config.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.config.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.config.kv_heads
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence in tokens."""
+        return self.config.max_seq_len
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of parameters and activations."""
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.embed_tokens.weight.device
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | Sequence[int],
+        kv_caches: Sequence[KVCache] | None = None,
+        use_cache: bool = False,
+    ) -> torch.Tensor:
+        """Logits of every new token.
+
+        Args:
+            input_ids: (batch, seq) token ids, all sequences of one length; a list or 1-D tensor is a batch of one.
+            kv_caches: one cache a layer. Updated in place; later calls pass only the tokens that follow.
+            use_cache: read and write `kv_caches`. Without it the caches are left alone and `input_ids` stands by itself.
+
+        Returns:
+            (batch, seq, vocab_size).
+
+        Raises:
+            CapacityError: more tokens than the model's or the caches' `max_seq_len`.
+            ValueError: `use_cache` without one cache a layer, no tokens, or a token id outside the vocabulary.
+        """
+        token_ids = self._as_batch(input_ids)
+        caches = None
+        if use_cache:
+            if kv_caches is None or len(kv_caches) != self.num_layers:
+                raise ValueError(f"use_cache=True needs one KVCache for each of the {self.num_layers} layers")
+            caches = kv_caches
+        start = caches[0].length if caches else 0
+        end = start + token_ids.shape[1]
+        if end > self.max_seq_len:
+            raise CapacityError(f"{end} tokens exceed the model's max_seq_len={self.max_seq_len}")
+        context = DenseContext([self.config.layer_window(i) for i in range(self.num_layers)], caches)
+        positions = torch.arange(start, end, device=self.device)
+        return self.logits(self.hidden_states(token_ids, positions, context))
+
+    def hidden_states(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """Final hidden states, (…, hidden_size), of `token_ids` (…) at `positions`, which broadcasts to them."""
+        rotary = self.rotary(positions)
+        x: torch.Tensor = self.embed_tokens(token_ids)
+        for layer in self.layers:
+            x = layer(x, rotary, context)
+        normed: torch.Tensor = self.norm(x)
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (…, hidden_size) → logits (…, vocab_size)."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def make_kv_caches(self, max_batch_size: int, max_seq_len: int | None = None) -> list[KVCache]:
+        """Caches that fit this model, each layer with its own sliding window, so that windowed ones stay O(window)."""
+        return [
+            KVCache(
+                max_batch_size,
+                max_seq_len or self.max_seq_len,
+                self.num_kv_heads,
+                self.config.head_size,
+                self.device,
+                self.dtype,
+                self.config.layer_window(layer),
+            )
+            for layer in range(self.num_layers)
+        ]
+
+    def merge_lora(self) -> Self:
+        """Fold loaded LoRA adapters into the weights, so that they cost nothing. Does nothing the second time."""
+        from llm.models.lora import merge_lora  # noqa: PLC0415 - lora is needed by those who use adapters only
+
+        merge_lora(self)
+        return self
+
+    def _as_batch(self, input_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        token_ids = torch.as_tensor(input_ids, device=self.device)
+        if token_ids.dim() == 1:
+            token_ids = token_ids.unsqueeze(0)
+        if token_ids.dim() != 2 or token_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids has shape {tuple(token_ids.shape)}; expected (batch, seq) with at least one token"
+            )
+        if (
+            token_ids.device.type == "cpu"
+            and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.vocab_size
+        ):
+            raise ValueError(f"input_ids holds an id outside the vocabulary of {self.config.vocab_size} tokens")
+        return token_ids.long()
