@@ -1,0 +1,120 @@
+"""Who holds which page of the KV memory. Counting only: the tensors are `PagedKVCache`'s."""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+
+from llm.errors import CapacityError
+
+
+class SlotPool:
+    """Pages of slots, handed out, shared and kept for their content.
+
+    A page is free (no content worth keeping), used (by one sequence or, shared, by several), or cached (by none, but
+    its content may serve a later prompt). Cached pages are given up, least recently used first, when free ones run
+    out. The scheduler is the only writer.
+
+    Args:
+        num_pages: pages in all; ids are 0 to `num_pages - 1`.
+        page_size: slots a page; a slot holds one token's keys and values in every layer.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._free = deque(range(num_pages))
+        self._num_users = [0] * num_pages
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._content: dict[int, int] = {}
+        self._page_of: dict[int, int] = {}
+
+    @property
+    def scratch_page(self) -> int:
+        """Id of a page behind the last that belongs to nobody: what is written there is never read."""
+        return self.num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Pages without content."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that hold content no sequence uses."""
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Pages that at least one sequence uses."""
+        return self.num_pages - self.num_free - self.num_cached
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can hand out now."""
+        return self.num_free + self.num_cached
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` slots."""
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """Take pages for one user, giving up cached content if need be.
+
+        Raises:
+            CapacityError: fewer than `num_pages` are available. Nothing is taken.
+        """
+        if num_pages > self.num_available:
+            raise CapacityError(f"{num_pages} pages asked for, {self.num_available} of {self.num_pages} available")
+        return [self._take_one() for _ in range(num_pages)]
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Give pages back. One with registered content and no user left becomes cached, any other free.
+
+        Pass pages in the order of the sequence: its last ones are then given up first, its head stays longest.
+        """
+        for page in reversed(list(pages)):
+            assert self._num_users[page] > 0, f"page {page} released more often than taken"
+            self._num_users[page] -= 1
+            if self._num_users[page] == 0:
+                if page in self._content:
+                    self._cached[page] = None
+                else:
+                    self._free.append(page)
+
+    def register(self, page: int, content: int) -> None:
+        """Say what a used page holds, so that `share` finds it. A second page with the same content stays private."""
+        assert self._num_users[page] > 0, f"page {page} is registered by nobody who uses it"
+        if content not in self._page_of:
+            self._page_of[content] = page
+            self._content[page] = content
+
+    def find(self, content: int) -> int | None:
+        """The page that holds `content`, used or cached, or None. Changes nothing."""
+        return self._page_of.get(content)
+
+    def is_cached(self, page: int) -> bool:
+        """Whether a page has content and no user."""
+        return page in self._cached
+
+    def share(self, page: int) -> None:
+        """Become one more user of a page that `find` returned."""
+        self._cached.pop(page, None)
+        self._num_users[page] += 1
+
+    def check(self) -> None:
+        """Assert the invariant: every page is free, used or cached, and only one of these."""
+        used = sum(1 for users in self._num_users if users)
+        assert len(self._free) + used + len(self._cached) == self.num_pages, (
+            f"{len(self._free)} free + {used} used + {len(self._cached)} cached != {self.num_pages} pages"
+        )
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert not any(self._num_users[page] for page in (*self._free, *self._cached)), "a page given back has a user"
+        assert {page: content for content, page in self._page_of.items()} == self._content, "content index is torn"
+
+    def _take_one(self) -> int:
+        if self._free:
+            page = self._free.popleft()
+        else:
+            page, _ = self._cached.popitem(last=False)
+            del self._page_of[self._content.pop(page)]
+        self._num_users[page] = 1
+        return page

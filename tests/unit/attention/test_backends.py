@@ -1,0 +1,86 @@
+"""Paged attention backends agree with the reference, which agrees with attention over the whole sequence."""
+
+import pytest
+import torch
+
+from llm.attention.backends import select_backend
+from llm.attention.dense import DenseContext
+from llm.attention.paged import PackedBatch, PagedContext
+from llm.core.paged_kv_cache import PagedKVCache
+from llm.errors import ConfigError
+
+PAGE_SIZE, HEAD_DIM = 4, 16
+
+
+def create_batch(lens: list[tuple[int, int]], num_pages: int, generator: torch.Generator) -> PackedBatch:
+    """A step of sequences (new tokens, context), on pages scattered over the pool."""
+    lens = sorted(lens, key=lambda pair: pair[0] > 1)
+    pages = torch.randperm(num_pages, generator=generator).tolist()
+    num_columns = max(-(-context // PAGE_SIZE) for _, context in lens)
+    tables, slots, positions = [], [], []
+    for num_new, context in lens:
+        table = [pages.pop() for _ in range(-(-context // PAGE_SIZE))]
+        span = range(context - num_new, context)
+        positions += span
+        slots += [table[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in span]
+        tables.append(table + [num_pages] * (num_columns - len(table)))
+    return PackedBatch(
+        query_lens=tuple(num_new for num_new, _ in lens),
+        context_lens=tuple(context for _, context in lens),
+        page_tables=torch.tensor(tables),
+        slots=torch.tensor(slots),
+        positions=torch.tensor(positions),
+        page_size=PAGE_SIZE,
+    )
+
+
+def create_kv_cache(num_pages: int, num_kv_heads: int) -> PagedKVCache:
+    """A pool full of noise, so that reading a slot that was never written shows."""
+    cache = PagedKVCache(
+        num_layers=1,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        num_kv_heads=num_kv_heads,
+        head_dim=HEAD_DIM,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    cache.layers[0].normal_()
+    return cache
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (6, 1)])
+@pytest.mark.parametrize("window", [None, 1, 5, 30])
+@pytest.mark.parametrize(
+    "lens",
+    [[(1, 1)], [(1, 9), (1, 200), (1, 3), (1, 64)], [(7, 7), (1, 13), (30, 90), (1, 128), (40, 40)]],
+    ids=["one token", "decodes", "mixed"],
+)
+def test_backend_equals_dense_attention(name, num_heads, num_kv_heads, window, lens):
+    """A packed, paged step gives each sequence what dense attention over its whole context gives."""
+    generator = torch.Generator().manual_seed(0)
+    batch = create_batch(lens, num_pages=150, generator=generator)
+    kv_cache = create_kv_cache(150, num_kv_heads)
+    context = PagedContext(select_backend(name, torch.device("cpu")), kv_cache, batch, [window])
+    num_tokens = sum(batch.query_lens)
+    query = torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator)
+    key, value = torch.randn(2, num_tokens, num_kv_heads, HEAD_DIM, generator=generator)
+
+    output = context.attend(0, query, key, value)
+
+    start = 0
+    for i, (num_new, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        pages = batch.page_tables[i, : -(-context_len // PAGE_SIZE)]
+        keys, values = kv_cache.layers[0][:, pages].flatten(1, 2)[:, :context_len]
+        assert torch.equal(keys[-num_new:], key[start : start + num_new]), "the new keys are stored"
+        padded = torch.zeros(context_len, num_heads, HEAD_DIM)
+        padded[-num_new:] = query[start : start + num_new]
+        expected = DenseContext([window]).attend(0, padded[None], keys[None], values[None])[0, -num_new:]
+        torch.testing.assert_close(output[start : start + num_new], expected, rtol=1e-5, atol=1e-5)
+        start += num_new
+
+
+def test_unknown_backend_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"unknown attention_backend 'flash'; known: reference, sdpa"):
+        select_backend("flash", torch.device("cpu"))
