@@ -42,9 +42,9 @@ class DenseContext:
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Boolean (num_queries, num_keys): the queries are the last tokens, and see at most `window` tokens up to themselves.
+    """Boolean (num_queries, num_keys), True where attended to; None where nothing is hidden.
 
-    None where that hides nothing.
+    The queries are the last tokens; each sees itself and what came before, at most `window` tokens in all.
     """
     if num_queries == 1 and (window is None or num_keys <= window):
         return None

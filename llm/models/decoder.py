@@ -130,7 +130,7 @@ class DecoderModel(nn.Module):
         Args:
             input_ids: (batch, seq) token ids, all sequences of one length; a list or 1-D tensor is a batch of one.
             kv_caches: one cache a layer. Updated in place; later calls pass only the tokens that follow.
-            use_cache: read and write `kv_caches`. Without it the caches are left alone and `input_ids` stands by itself.
+            use_cache: read and write `kv_caches`. Without it they are left alone and `input_ids` stands by itself.
 
         Returns:
             (batch, seq, vocab_size).
@@ -186,7 +186,7 @@ class DecoderModel(nn.Module):
 
     def merge_lora(self) -> Self:
         """Fold loaded LoRA adapters into the weights, so that they cost nothing. Does nothing the second time."""
-        from llm.models.lora import merge_lora  # noqa: PLC0415 - lora is needed by those who use adapters only
+        from llm.models.lora import merge_lora
 
         merge_lora(self)
         return self

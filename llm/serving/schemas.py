@@ -124,6 +124,8 @@ class StepOutput:
     """Set in a request's last output and in no other."""
     stop_reason: int | str | None = None
     """The stop id or stop string that ended it, if one did; None for the model's own end of sequence."""
+    num_prompt_tokens: int = 0
+    """Tokens of the prompt, the same in every output of a request."""
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
     error: str | None = None
@@ -135,12 +137,14 @@ class GenerationResult:
     """A whole answer: the sum of a request's step outputs."""
 
     request_id: str
-    prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    """Everything generated, what an earlier engine had generated included."""
     text: str
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One entry for each token that this engine generated, where the request asked for them."""
+    num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     error: str | None = None
 

@@ -1,0 +1,67 @@
+# The same commands by hand and in CI. `make` alone lists them.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev serve test test-unit lint format typecheck demo-model bench-cpu bench-techniques bench-relay clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rayline needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+# torch comes first, so that nothing that needs it picks another build.
+$(VENV)/.runtime: $(VENV)/.venv pyproject.toml
+	@echo "Installing Rayline into $(VENV) (a few minutes the first time)"
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime pyproject.toml
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.runtime  ## Make .venv with what serving needs
+install-dev: $(VENV)/.dev  ## Add what tests, benchmarks and training need
+
+serve: $(VENV)/.runtime  ## Serve serve_config.yaml on http://127.0.0.1:8000
+	$(BIN)/serve run serve_config.yaml
+
+test: $(VENV)/.dev  ## Run every test that needs no GPU
+	$(BIN)/pytest
+
+test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster
+	$(BIN)/pytest tests/unit
+
+lint: $(VENV)/.dev  ## Check style and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.dev  ## Check types (mypy, strict)
+	$(BIN)/mypy
+
+demo-model: $(VENV)/.dev  ## Train the demo model into configs/demo (wants a GPU; under 15 minutes)
+	$(BIN)/python -m demo.train --out configs/demo
+
+bench-cpu: $(VENV)/.dev  ## Engine against transformers on this CPU
+	$(BIN)/python -m benchmarks.cpu
+
+bench-techniques: $(VENV)/.dev  ## What KV cache, GQA and window save on this machine
+	$(BIN)/python -m benchmarks.techniques
+
+bench-relay: $(VENV)/.dev  ## Tokens a second that one router relays, with an emulated engine behind it
+	$(BIN)/python -m benchmarks.relay
+
+clean:  ## Remove what make made
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,353 @@
+"""`ContinuousBatchingEngine`: many requests through one model, a step at a time."""
+
+import logging
+from collections.abc import Iterable, Sequence as SequenceOf
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from llm.attention.backends import select_backend
+from llm.config import EngineConfig
+from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.sampling import Draw
+from llm.core.slot_pool import SlotPool
+from llm.errors import ConfigError, InvalidRequestError
+from llm.models.decoder import DecoderModel
+from llm.serving.memory import num_pool_pages
+from llm.serving.model_runner import ModelRunner
+from llm.serving.scheduler import Scheduler, StepPlan, TokenEvent
+from llm.serving.schemas import (
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    StepOutput,
+    TokenLogprobs,
+)
+from llm.serving.sequence import Sequence
+from llm.tokenization.text_stream import TextStream
+from llm.tokenization.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class ContinuousBatchingEngine:
+    """Iteration-level scheduling (Orca, Yu et al. 2022) over a paged slot pool (PagedAttention, Kwon et al. 2023).
+
+    Requests join and leave between steps; prefill chunks and decodes share a step under one token budget. Not
+    thread-safe: one thread calls it.
+
+    Args:
+        model: moved to `device` and put in evaluation mode.
+        tokenizer: None for an engine that takes and gives token ids only.
+        device: where to run; None for where the model is.
+        max_batch_size, max_seq_len: shorthands that override the same fields of `config`.
+        config: memory and batching.
+        eos_token_ids: ids that end an answer; None for the tokenizer's own.
+
+    Raises:
+        ConfigError: the configuration does not fit the model or the device.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        tokenizer: Tokenizer | None = None,
+        device: torch.device | str | None = None,
+        max_batch_size: int | None = None,
+        max_seq_len: int | None = None,
+        *,
+        config: EngineConfig | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+    ) -> None:
+        self.config = config = _with_overrides(config or EngineConfig(), max_batch_size, max_seq_len)
+        self.model = model.to(device or model.device).eval()
+        self.tokenizer = tokenizer
+        if eos_token_ids is None:
+            eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
+        self.eos_token_ids = frozenset(eos_token_ids)
+        backend = select_backend(config.attention_backend, model.device)
+        context_len = _context_len(model, config)
+        pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
+        self.runner = ModelRunner(model, _make_kv_cache(model, pool), backend)
+        self.scheduler = Scheduler(
+            pool,
+            max_batch_size=config.max_batch_size,
+            max_tokens_per_step=config.max_tokens_per_step,
+            max_seq_len=context_len,
+            window_size=model.config.pool_window,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._fit_context_to_pool()
+        self._sequences: dict[str, Sequence] = {}
+        self._text_streams: dict[str, TextStream] = {}
+        self._num_generated_tokens = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_prompt_tokens = 0
+        logger.info(
+            "engine ready: %s %s, attention backend %s, %d slots in pages of %d, context %d tokens",
+            model.device, model.dtype, backend.name, self.num_slots, config.page_size, self.max_seq_len,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        config: EngineConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        with_tokenizer: bool = True,
+        load_format: str = "auto",
+        lora: str | Path | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """Make an engine for a Hugging Face checkpoint: a directory, or a Hub id where the network allows.
+
+        Args:
+            device: None for the GPU where there is one, else the CPU.
+            dtype: None for bfloat16 on a GPU and float32 on a CPU.
+            with_tokenizer: False for an engine of token ids only.
+            load_format: "auto" for the checkpoint's weights, "random" for random ones of its shape.
+            lora: directory of a PEFT adapter to merge into the weights.
+            progress: show a progress bar while weights load.
+
+        Raises:
+            CheckpointError, ConfigError: what is wrong with the checkpoint, with the fix.
+        """
+        from llm.models.loading import load_decoder
+        from llm.models.lora import load_lora
+        from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
+        from llm.tokenization.hf_tokenizer import HFTokenizer
+
+        directory = resolve_model_path(str(path))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if load_format == "random":
+            model = DecoderModel.from_config(load_model_config(directory), device=device, dtype=dtype)
+        elif load_format == "auto":
+            model = load_decoder(directory, device=device, dtype=dtype, progress=progress)
+        else:
+            raise ConfigError(f"unknown load_format {load_format!r}; known: auto, random")
+        if lora is not None:
+            load_lora(model, lora)
+            model.merge_lora()
+        tokenizer = HFTokenizer.from_pretrained(directory) if with_tokenizer else None
+        eos_token_ids = tokenizer.eos_token_ids if tokenizer else load_generation_defaults(directory).eos_token_ids
+        return cls(model, tokenizer, config=config, eos_token_ids=eos_token_ids)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence, prompt and output together, in tokens."""
+        return self.scheduler.max_seq_len
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens whose keys and values the pool holds."""
+        return self.scheduler.pool.num_pages * self.scheduler.pool.page_size
+
+    def add_request(self, request: GenerationRequest) -> str:
+        """Accept a request; its tokens come out of `step`. Returns its id.
+
+        Raises:
+            InvalidRequestError: the request can never be served as asked. Nothing is accepted.
+        """
+        prompt_ids = self._prompt_ids(request)
+        self._check(request, prompt_ids)
+        sequence = Sequence(request, prompt_ids, self.eos_token_ids, self.scheduler.pool.page_size)
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, request.stop, request.min_new_tokens)
+            stream.push(request.output_token_ids)
+            self._text_streams[request.request_id] = stream
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+        return request.request_id
+
+    def step(self) -> list[StepOutput]:
+        """Run one step and return what it added, one output for each request that got on.
+
+        If the model fails, the requests of that step end with `FinishReason.ERROR` and the others go on.
+        """
+        plan = self.scheduler.schedule()
+        if not plan.scheduled:
+            return []
+        try:
+            draws = self.runner.run(plan)
+        except Exception as error:  # noqa: BLE001 - the edge of a step: whatever it is concerns these requests only
+            logger.exception("step of %d sequences failed", len(plan.scheduled))
+            return self._fail(plan, error)
+        return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws)
+
+    def abort(self, request_id: str) -> bool:
+        """Give a request up at once; False if it has ended or was never there. It yields no further output."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._end(sequence)
+        return True
+
+    def generate(self, requests: SequenceOf[GenerationRequest], *, progress: bool = True) -> list[GenerationResult]:
+        """Run requests to their end and return a result for each, in order.
+
+        Args:
+            progress: show a progress bar on a terminal.
+
+        Raises:
+            InvalidRequestError: one of the requests can never be served; none is run.
+        """
+        from llm.serving.offline import run_to_end
+
+        return run_to_end(self, requests, progress=progress)
+
+    def stats(self) -> EngineStats:
+        """State between two steps."""
+        pool = self.scheduler.pool
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_waiting_tokens=self.scheduler.num_waiting_tokens,
+            num_free_pages=pool.num_free,
+            num_used_pages=pool.num_used,
+            num_cached_pages=pool.num_cached,
+            num_pages=pool.num_pages,
+            page_size=pool.page_size,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_generated_tokens=self._num_generated_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_prompt_tokens=self._num_cached_prompt_tokens,
+        )
+
+    def _prompt_ids(self, request: GenerationRequest) -> tuple[int, ...]:
+        if request.prompt_token_ids is not None:
+            return request.prompt_token_ids
+        if self.tokenizer is None:
+            raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids", param="prompt")
+        assert request.prompt is not None, "the schema wants one of the two"
+        return tuple(self.tokenizer.encode(request.prompt))
+
+    def _check(self, request: GenerationRequest, prompt_ids: tuple[int, ...]) -> None:
+        """Refuse what can never be served."""
+        vocab_size = self.model.config.vocab_size
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        if not prompt_ids:
+            raise InvalidRequestError("the prompt is empty; generation needs at least one token", param="prompt")
+        for ids, param in ((prompt_ids, "prompt"), (request.output_token_ids, "output_token_ids")):
+            if ids and max(ids) >= vocab_size:
+                raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size}", param=param)
+        if request.logit_bias and max(request.logit_bias) >= vocab_size:
+            raise InvalidRequestError(f"logit_bias names an id past the vocabulary of {vocab_size}", param="logit_bias")
+        if request.stop and self.tokenizer is None:
+            raise InvalidRequestError("stop strings need an engine with a tokenizer; use stop_token_ids", param="stop")
+        num_tokens = len(prompt_ids) + len(request.output_token_ids)
+        if num_tokens >= self.max_seq_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_tokens} tokens; this engine's context is {self.max_seq_len} tokens, "
+                "and at least one is generated",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def _outputs(self, events: SequenceOf[TokenEvent], draws: SequenceOf[Draw]) -> list[StepOutput]:
+        """Turn the tokens of a step into outputs, with text where there is a tokenizer."""
+        self._num_generated_tokens += len(events)
+        return [self._output(event, draw) for event, draw in zip(events, draws, strict=True)]
+
+    def _output(self, event: TokenEvent, draw: Draw) -> StepOutput:
+        sequence, reason = event.sequence, event.finish_reason
+        request = sequence.request
+        num_cached = sequence.num_cached_tokens or 0
+        if sequence.num_output_tokens == len(request.output_token_ids) + 1:
+            self._num_prompt_tokens += sequence.num_prompt_tokens
+            self._num_cached_prompt_tokens += num_cached
+        stop_reason: int | str | None = None
+        if reason is FinishReason.STOP and event.token_id in request.stop_token_ids:
+            stop_reason = event.token_id
+        text = ""
+        stream = self._text_streams.get(request.request_id)
+        if stream is not None:
+            # The token that ends a sequence is no part of its text.
+            text = stream.push([event.token_id]) if reason is not FinishReason.STOP else ""
+            if stream.stop_reason is not None:
+                reason, stop_reason = FinishReason.STOP, stream.stop_reason
+            elif reason is not None:
+                text += stream.finish()
+        if reason is not None:
+            self._end(sequence)
+        logprobs = None
+        if request.logprobs is not None:
+            assert draw.logprob is not None, "the sampler gives log probabilities where they are asked for"
+            logprobs = (TokenLogprobs(draw.token_id, draw.logprob, draw.top),)
+        return StepOutput(
+            request_id=request.request_id,
+            token_ids=(event.token_id,),
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=num_cached,
+        )
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
+        """End every request of a step that failed."""
+        outputs = []
+        for part in plan.scheduled:
+            self._end(part.sequence)
+            message = f"{type(error).__name__}: {error}"
+            outputs.append(
+                StepOutput(part.sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message)
+            )
+        return outputs
+
+    def _end(self, sequence: Sequence) -> None:
+        """Forget a request; its pages are free at once."""
+        self.scheduler.finish(sequence)
+        self._text_streams.pop(sequence.request_id, None)
+        del self._sequences[sequence.request_id]
+
+    def _fit_context_to_pool(self) -> None:
+        """A sequence never outgrows the pool: where the pool is the tighter limit, it is the context."""
+        scheduler = self.scheduler
+        if scheduler.pages_needed(scheduler.max_seq_len) <= scheduler.pool.num_pages:
+            return
+        if scheduler.window_size is not None and scheduler.max_seq_len > scheduler.window_size:
+            raise ConfigError(
+                f"a pool of {self.num_slots} slots is too small for a window of {scheduler.window_size} tokens and "
+                f"steps of {scheduler.max_tokens_per_step}; raise num_pages or lower max_tokens_per_step"
+            )
+        logger.warning(
+            "the pool's %d slots hold less than one sequence of max_seq_len=%d; context reduced to %d tokens",
+            self.num_slots, scheduler.max_seq_len, self.num_slots,
+        )  # fmt: skip
+        scheduler.max_seq_len = self.num_slots
+
+
+def _with_overrides(config: EngineConfig, max_batch_size: int | None, max_seq_len: int | None) -> EngineConfig:
+    """The configuration with the constructor's shorthands put in, validated again."""
+    overrides = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+    changed = {name: value for name, value in overrides.items() if value is not None}
+    return EngineConfig(**{**config.model_dump(), **changed}) if changed else config
+
+
+def _context_len(model: DecoderModel, config: EngineConfig) -> int:
+    """Longest sequence in tokens; never longer than the model's own context."""
+    if config.max_seq_len is not None and config.max_seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"max_seq_len {config.max_seq_len} is past the model's context of {model.max_seq_len} tokens; lower it"
+        )
+    return config.max_seq_len or model.max_seq_len
+
+
+def _make_kv_cache(model: DecoderModel, pool: SlotPool) -> PagedKVCache:
+    """Memory for every page of the pool, on the model's device."""
+    return PagedKVCache(
+        num_layers=model.num_layers,
+        num_pages=pool.num_pages,
+        page_size=pool.page_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.config.head_size,
+        device=model.device,
+        dtype=model.dtype,
+    )

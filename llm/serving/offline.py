@@ -1,0 +1,86 @@
+"""Whole batches for scripts: requests in, results out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llm.errors import InvalidRequestError
+from llm.serving.schemas import GenerationRequest, GenerationResult, StepOutput, TokenLogprobs
+
+if TYPE_CHECKING:
+    from llm.serving.engine import ContinuousBatchingEngine
+
+
+class ResultBuilder:
+    """Adds one request's step outputs up to its result."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._request = request
+        self._token_ids = list(request.output_token_ids)
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    def add(self, output: StepOutput) -> GenerationResult | None:
+        """Take the next output; the result once it was the last."""
+        self._token_ids += output.token_ids
+        self._texts.append(output.text)
+        self._logprobs += output.logprobs or ()
+        if output.finish_reason is None:
+            return None
+        return GenerationResult(
+            request_id=self._request.request_id,
+            token_ids=tuple(self._token_ids),
+            text="".join(self._texts),
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            logprobs=None if self._request.logprobs is None else tuple(self._logprobs),
+            num_prompt_tokens=output.num_prompt_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+            error=output.error,
+        )
+
+
+def run_to_end(
+    engine: ContinuousBatchingEngine, requests: Sequence[GenerationRequest], *, progress: bool
+) -> list[GenerationResult]:
+    """See `ContinuousBatchingEngine.generate`. Requests of others that the engine holds run along, unanswered."""
+    builders: dict[str, ResultBuilder] = {}
+    try:
+        for request in requests:
+            builders[engine.add_request(request)] = ResultBuilder(request)
+    except InvalidRequestError:
+        for request_id in builders:
+            engine.abort(request_id)
+        raise
+    results: dict[str, GenerationResult] = {}
+    with _progress_bar(enabled=progress) as bar:
+        task = bar.add_task("generating", total=len(requests), tokens_per_s=0.0)
+        num_tokens = 0
+        while len(results) < len(builders):
+            for output in engine.step():
+                builder = builders.get(output.request_id)
+                if builder is None:
+                    continue
+                num_tokens += len(output.token_ids)
+                result = builder.add(output)
+                if result is not None:
+                    results[output.request_id] = result
+                    bar.advance(task)
+            elapsed = bar.tasks[task].elapsed
+            bar.update(task, tokens_per_s=num_tokens / elapsed if elapsed else 0.0)
+    return [results[request_id] for request_id in builders]
+
+
+def _progress_bar(*, enabled: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tokens_per_s]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        transient=True,
+        disable=not enabled,
+    )
