@@ -1,0 +1,271 @@
+"""`HFTokenizer`: the tokenizer and chat template of a Hugging Face checkpoint, through the `tokenizers` library."""
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from llm.errors import CheckpointError, InvalidRequestError
+from llm.models.registry import load_generation_defaults, read_json
+from llm.tokenization.chat_template import ChatTemplate
+from llm.tokenization.control_tokens import ControlToken, ControlTokens, Disguise, is_markup, without_surrogates
+from llm.tokenization.detokenizer import ByteDecoder, TokenBytes, WindowDecoder, decode_all
+
+_ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class HFTokenizer:
+    """Text to ids and back as the checkpoint's `tokenizer.json` says. Thread-safe; encoding releases the GIL.
+
+    Control tokens in text stay text: `encode` never makes one of them from its input, and `apply_chat_template`
+    makes them only from what the template itself writes. Control tokens are the special tokens and those added
+    tokens that look like markup (`<think>`).
+
+    Args:
+        definition: the content of `tokenizer.json`.
+        named_tokens: `bos_token`, `eos_token`, … with their text.
+        add_bos_token: whether encoding begins with `bos_token`; None for what `tokenizer.json` does.
+        eos_token_ids: ids with which the model ends an answer, beside `eos_token`'s.
+        templates: chat templates by name: `default`, and `tool_use` where tools need another.
+    """
+
+    def __init__(
+        self,
+        definition: str,
+        *,
+        named_tokens: dict[str, str] | None = None,
+        add_bos_token: bool | None = None,
+        eos_token_ids: Sequence[int] = (),
+        templates: dict[str, ChatTemplate] | None = None,
+    ) -> None:
+        named_tokens = named_tokens or {}
+        self._full = _without_limits(RustTokenizer.from_str(definition))
+        self._control = _control_tokens(self._full, set(named_tokens.values()))
+        plain = _without_control_tokens(definition, self._control, self._full.get_vocab(with_added_tokens=False))
+        self._plain = RustTokenizer.from_str(plain)
+        # A piece that does not begin the text must not get the space that SentencePiece puts in front of one.
+        inner = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        self._plain_inner = self._plain if inner == plain else RustTokenizer.from_str(inner)
+        self._templates = templates or {}
+        self._vocab_size = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        special_ids = frozenset(token.token_id for token in self._control.by_text.values() if token.is_special)
+        try:
+            self._token_bytes: TokenBytes | None = TokenBytes(self._full, special_ids)
+        except ValueError:
+            self._token_bytes = None
+        self._longest_token = max(map(len, self._full.get_vocab(with_added_tokens=True)), default=1)
+        self._prefix_ids = self._find_prefix(named_tokens.get("bos_token"), add_bos_token)
+        eos_id = self._full.token_to_id(named_tokens["eos_token"]) if "eos_token" in named_tokens else None
+        self._eos_token_ids = frozenset(eos_token_ids) | ({eos_id} if eos_id is not None else set())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Read a checkpoint directory's tokenizer, its chat templates and its end-of-sequence ids.
+
+        Raises:
+            CheckpointError, ConfigError: a file is missing or cannot be used; one line with its name and the fix.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        config_path = directory / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.exists() else {}
+        named_tokens = {
+            key: token if isinstance(token, str) else token["content"]
+            for key, token in config.items()
+            if key.endswith("_token") and (isinstance(token, str) or (isinstance(token, dict) and "content" in token))
+        }
+        try:
+            definition = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); save one with transformers' "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            ) from error
+        defaults = load_generation_defaults(directory)
+        templates = {
+            name: ChatTemplate(source, origin=origin, special_tokens=named_tokens)
+            for name, (source, origin) in _template_sources(directory, config).items()
+        }
+        try:
+            return cls(
+                definition,
+                named_tokens=named_tokens,
+                add_bos_token=config.get("add_bos_token"),
+                eos_token_ids=tuple(defaults.eos_token_ids),
+                templates=templates,
+            )
+        except Exception as error:
+            if type(error) not in (Exception, ValueError, KeyError, TypeError):  # the library raises bare Exceptions
+                raise
+            raise CheckpointError(f"{path} is not a tokenizer definition: {error}; download it again") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id plus one, special tokens included."""
+        return self._vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokenizer's `eos_token` and the ids in `generation_config.json` (else `config.json`)."""
+        return self._eos_token_ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` can work."""
+        return "default" in self._templates
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the checkpoint's beginning-of-sequence token in front unless told otherwise."""
+        return [*(self._prefix_ids if add_special_tokens else ()), *self._encode_plain(without_surrogates(text))]
+
+    def min_num_tokens(self, text: str) -> int:
+        """A bound from below on `len(encode(text))`, found without encoding, to refuse huge texts early."""
+        # A normalizer may compose characters; none of the usual forms shortens a text to less than a quarter.
+        shrinkage = 4 if self._full.normalizer is not None else 1
+        return len(text) // (self._longest_token * shrinkage)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a whole sequence, special tokens left out; an incomplete character becomes U+FFFD."""
+        return decode_all(self.new_decoder(), token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token; a special token's name, U+FFFD for bytes that are no character by themselves."""
+        if self._token_bytes is not None:
+            return self._token_bytes.raw(token_id).decode("utf-8", errors="replace")
+        text: str = self._full.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def new_decoder(self) -> ByteDecoder | WindowDecoder:
+        """A decoder for a fresh sequence."""
+        return ByteDecoder(self._token_bytes) if self._token_bytes is not None else WindowDecoder(self._full)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a chat, as transformers' `apply_chat_template` gives them, but for control tokens in its text.
+
+        Args:
+            messages: dictionaries with `role` and what else the template reads; not changed.
+            add_generation_prompt: end with what opens the assistant's answer.
+            tools: JSON descriptions of functions the model may call.
+            variables: further template variables, such as `enable_thinking`.
+
+        Raises:
+            InvalidRequestError: there is no template, it refuses these messages, or it works too long on them.
+        """
+        template = self._templates.get("tool_use") if tools else None
+        template = template or self._templates.get("default")
+        if template is None:
+            raise InvalidRequestError("this model has no chat template; send a prompt instead", param="messages")
+        if not messages:
+            raise InvalidRequestError("messages is empty; send at least one", param="messages")
+        for message in messages:
+            role = message.get("role")
+            if not isinstance(role, str) or not _ROLE.fullmatch(role):
+                raise InvalidRequestError("each message needs a role, a short plain word", param="messages")
+        disguise = Disguise(self._control)
+        text = template.render(
+            disguise.messages(messages),
+            add_generation_prompt=add_generation_prompt,
+            tools=disguise.apply(tools) if tools else None,
+            variables=disguise.apply(variables),
+        )
+        if not disguise.is_used:
+            return _encode(self._full, text)
+        ids: list[int] = []
+        for offset, piece, token in self._control.split(text):
+            ids += self._encode_plain(disguise.reveal(piece), begins_text=offset == 0)
+            if token is not None:
+                ids.append(token.token_id)
+        return ids
+
+    def _encode_plain(self, text: str, *, begins_text: bool = True) -> list[int]:
+        """Ids of text in which nothing is a control token."""
+        if not text:
+            return []
+        ids = _encode(self._plain if begins_text else self._plain_inner, text)
+        if self._control.ids.isdisjoint(ids):
+            return ids
+        # The model's own vocabulary holds a control token's text: cut each one in two.
+        ids = []
+        start = 0
+        for match in self._control.pattern.finditer(text):
+            cut = match.start() + 1
+            ids += _encode(self._plain if begins_text and start == 0 else self._plain_inner, text[start:cut])
+            start = cut
+        return ids + _encode(self._plain_inner if start else self._plain, text[start:])
+
+    def _find_prefix(self, bos_token: str | None, add_bos_token: bool | None) -> tuple[int, ...]:
+        """Ids that go in front of every text."""
+        if add_bos_token is not None or self._full.post_processor is None:
+            bos_id = self._full.token_to_id(bos_token) if bos_token and add_bos_token else None
+            return () if bos_id is None else (bos_id,)
+        text = "a"
+        bare, whole = (self._full.encode(text, add_special_tokens=special).ids for special in (False, True))
+        length = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return tuple(whole[:length])
+
+
+def _encode(tokenizer: RustTokenizer, text: str) -> list[int]:
+    # Of the library's ways to encode, only those for batches release the GIL; the fast one leaves out offsets.
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
+
+
+def _without_limits(tokenizer: RustTokenizer) -> RustTokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _control_tokens(tokenizer: RustTokenizer, named: set[str]) -> ControlTokens:
+    """Special tokens and markup of a tokenizer."""
+    added = tokenizer.get_added_tokens_decoder()
+    return ControlTokens(
+        ControlToken(token_id, token.content, token.special or token.content in named, token.lstrip, token.rstrip)
+        for token_id, token in added.items()
+        if token.special or token.content in named or is_markup(token.content)
+    )
+
+
+def _without_control_tokens(definition: str, control: ControlTokens, model_vocab: dict[str, int]) -> str:
+    """The tokenizer's definition with control tokens that no text matches.
+
+    The library numbers added tokens in order, so those past the model's own vocabulary are renamed, not removed.
+    """
+    changed = json.loads(definition)
+    secret = secrets.token_hex(16)
+    changed["added_tokens"] = [
+        {**token, "content": f"{secret}-{token['id']}"} if token["id"] in control.ids else token
+        for token in changed["added_tokens"]
+        if token["id"] not in control.ids or token["content"] not in model_vocab
+    ]
+    changed |= {"post_processor": None, "truncation": None, "padding": None}
+    return json.dumps(changed)
+
+
+def _template_sources(directory: Path, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Chat templates by name, each with the file it came from. Files of their own win over `tokenizer_config.json`."""
+    origin = str(directory / "tokenizer_config.json")
+    found = config.get("chat_template")
+    sources: dict[str, tuple[str, str]] = {}
+    if isinstance(found, str):
+        sources["default"] = found, origin
+    elif isinstance(found, list):
+        sources |= {item["name"]: (item["template"], origin) for item in found}
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    for name, path in files.items():
+        if path.is_file():
+            sources[name] = path.read_text(encoding="utf-8"), str(path)
+    return sources

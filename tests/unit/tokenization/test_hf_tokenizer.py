@@ -1,0 +1,162 @@
+"""`HFTokenizer` against the `tokenizers` library and transformers."""
+
+import json
+import random
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from llm.errors import CheckpointError, ConfigError
+from llm.tokenization.hf_tokenizer import HFTokenizer
+
+TEXTS = [
+    "The quick brown fox",
+    " leading and trailing ",
+    "naïve café 東京 😀🎉\n\n\tx",
+    "12345 6789",
+    "a",
+    "",
+    "line\r\nbreak   many    spaces",
+    "x < y and y > z [0]",
+]
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen", "llama2", "mistral", "metaspace", "words"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_ordinary_text_encodes_as_in_transformers(tokenizers, checkpoints, kind, text):
+    theirs = PreTrainedTokenizerFast.from_pretrained(checkpoints[kind])
+    assert tokenizers[kind].encode(text) == theirs.encode(text)
+    assert tokenizers[kind].encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen", "llama2", "mistral", "metaspace"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_decoding_gives_the_text_back_and_equals_the_library(tokenizers, checkpoints, kind, text):
+    tokenizer = tokenizers[kind]
+    library = Tokenizer.from_file(str(checkpoints[kind] / "tokenizer.json"))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == library.decode(ids)
+    if not text.startswith(" ") or kind in ("llama3", "qwen", "llama2"):  # the others take it for their own
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen"])
+def test_byte_level_decoding_of_any_ids_equals_the_library(tokenizers, checkpoints, kind):
+    library = Tokenizer.from_file(str(checkpoints[kind] / "tokenizer.json"))
+    tokenizer, rng = tokenizers[kind], random.Random(1)
+    for _ in range(500):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(40))]
+        assert tokenizer.decode(ids) == library.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "mistral", "metaspace"])
+def test_byte_fallback_decoding_of_valid_bytes_equals_the_library(tokenizers, checkpoints, kind):
+    """Random tokens, rare characters as bytes among them. (Invalid bytes: the library shows U+FFFD for each byte.)"""
+    library = Tokenizer.from_file(str(checkpoints[kind] / "tokenizer.json"))
+    tokenizer, rng = tokenizers[kind], random.Random(2)
+    pieces = [[token_id] for token_id in range(tokenizer.vocab_size) if not 3 <= token_id < 259]
+    pieces += [[3 + byte for byte in character.encode()] for character in "é東😀 \n"]
+    for _ in range(500):
+        ids = [token_id for _ in range(rng.randrange(20)) for token_id in rng.choice(pieces)]
+        assert tokenizer.decode(ids) == library.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen", "llama2", "mistral", "metaspace", "words"])
+def test_ids_outside_the_vocabulary_and_special_tokens_show_nothing(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    decoder = tokenizer.new_decoder()
+    assert [decoder.step(10**6), decoder.step(min(tokenizer.eos_token_ids))] == ["", ""]
+    assert tokenizer.decode([10**6]) == ""
+    assert tokenizer.token_text(10**6) == ""
+    assert tokenizer.token_text(min(tokenizer.eos_token_ids)).startswith("<")
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen", "llama2", "mistral", "metaspace", "words"])
+def test_control_tokens_in_text_stay_text(tokenizers, checkpoints, kind):
+    """Also those that the model's own vocabulary holds, and added ones that are not marked special."""
+    tokenizer = tokenizers[kind]
+    added = Tokenizer.from_file(str(checkpoints[kind] / "tokenizer.json")).get_added_tokens_decoder()
+    forbidden = {token_id for token_id, token in added.items() if token.content != "<unk>"}
+    for token in added.values():
+        for text in (token.content, f"hi {token.content}system", token.content * 3):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert forbidden.isdisjoint(ids), text
+            if kind != "words":
+                assert tokenizer.decode(ids) == text
+
+
+def test_a_lone_surrogate_becomes_a_replacement_character(tokenizers):
+    tokenizer = tokenizers["qwen"]
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_eos_ids_come_from_both_files(checkpoints, tmp_path):
+    directory = shutil.copytree(checkpoints["qwen"], tmp_path / "q")
+    vocab = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+    im_end, endoftext = vocab["<|im_end|>"], vocab["<|endoftext|>"]
+    assert HFTokenizer.from_pretrained(directory).eos_token_ids == {im_end}
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": endoftext}))
+    assert HFTokenizer.from_pretrained(directory).eos_token_ids == {im_end, endoftext}
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [im_end, 7]}))
+    assert HFTokenizer.from_pretrained(directory).eos_token_ids == {im_end, 7}
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(checkpoints, tmp_path):
+    directory = shutil.copytree(checkpoints["llama3"], tmp_path / "l")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert len(HFTokenizer.from_pretrained(directory).encode("one two three four five six seven")) > 4
+    assert len(HFTokenizer.from_pretrained(directory).encode("a")) == 2
+
+
+def test_a_missing_or_broken_file_is_one_line_that_names_it(tmp_path):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        HFTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer definition") as info:
+        HFTokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(info.value)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json cannot be read as JSON"):
+        HFTokenizer.from_pretrained(tmp_path)
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=200)
+def test_any_text_round_trips(tokenizers, text):
+    tokenizer = tokenizers["llama3"]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.min_num_tokens(text) <= len(tokenizer.encode(text))
+
+
+def test_threads_share_a_tokenizer(tokenizers):
+    tokenizer = tokenizers["qwen"]
+    texts = [f"{text} {number} <|im_end|>" for number in range(50) for text in TEXTS]
+    expected = [tokenizer.encode(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokenizer.encode, texts)) == expected
+
+
+def test_a_huge_word_is_encoded_without_stopping_other_threads(tokenizers):
+    """A word of 2 MB: others run on while it is encoded, and its least number of tokens is known before."""
+    tokenizer = tokenizers["qwen"]
+    word = "ab" * 1_000_000
+    assert tokenizer.min_num_tokens(word) > 10_000
+    worker = threading.Thread(target=tokenizer.encode, args=(word,))
+    worker.start()
+    gaps, last = [0.0], time.perf_counter()
+    while worker.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        gaps.append(now - last)
+        last = now
+    assert max(gaps) < 0.5
