@@ -27,6 +27,14 @@ from llm.config import EngineConfig
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 
+# (input, output) tokens of the first 32 requests of the Azure LLM inference trace 2023, conversation (CC-BY 4.0; Patel
+# et al., Splitwise, ISCA 2024).
+AZURE_LENS = (
+    (374, 44), (396, 109), (879, 55), (91, 16), (91, 16), (381, 84), (1313, 142), (388, 84),
+    (242, 14), (209, 152), (394, 124), (394, 59), (1315, 174), (2221, 15), (389, 90), (415, 106),
+    (120, 12), (369, 74), (206, 162), (1353, 142), (197, 152), (181, 154), (388, 54), (4085, 62),
+    (2584, 170), (203, 147), (126, 194), (389, 87), (2548, 116), (91, 16), (4081, 74), (181, 123),
+)  # fmt: skip
 DEMO = Path(__file__).parent.parent / "configs" / "demo"
 
 
@@ -45,7 +53,7 @@ class Workload:
 
 
 def make_workloads(vocab_size: int) -> list[Workload]:
-    """32 requests of mixed lengths, and one alone."""
+    """32 requests of evenly mixed lengths, 32 of a real service's with prompts cut to a quarter, and one alone."""
     rng = random.Random(0)
 
     def prompt(length: int) -> list[int]:
@@ -56,7 +64,12 @@ def make_workloads(vocab_size: int) -> list[Workload]:
         [prompt(rng.randint(16, 256)) for _ in range(32)],
         [rng.randint(16, 256) for _ in range(32)],
     )
-    return [mixed, Workload("1 request, 64 in, 128 out", [prompt(64)], [128])]
+    azure = Workload(
+        "32 requests of the Azure trace, inputs / 4",
+        [prompt(num_in // 4) for num_in, _ in AZURE_LENS],
+        [num_out for _, num_out in AZURE_LENS],
+    )
+    return [mixed, azure, Workload("1 request, 64 in, 128 out", [prompt(64)], [128])]
 
 
 def run_rayline(engine: ContinuousBatchingEngine, workload: Workload) -> int:
