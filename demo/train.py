@@ -139,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m demo.train", description="Train the demo model from scratch.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--minutes", type=float, default=7.5, help="time to train, without compiling (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=7.2, help="time to train, without compiling (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, help="tokens a step (65536 on a GPU, 4096 on a CPU)")
