@@ -29,8 +29,6 @@ class PagedKVCache:
         self.scratch_page = num_pages
 
     @staticmethod
-    def bytes_per_page(
-        *, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
+    def bytes_per_page(*, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Memory of one page in all layers, in bytes."""
         return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize

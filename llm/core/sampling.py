@@ -133,9 +133,7 @@ def cut_unlikely(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
     return scaled
 
 
-def exponential_noise(
-    draws: Sequence[tuple[int, int]], vocab_size: int, device: torch.device | str
-) -> torch.Tensor:
+def exponential_noise(draws: Sequence[tuple[int, int]], vocab_size: int, device: torch.device | str) -> torch.Tensor:
     """Exponential(1) noise, (draws, vocab_size) float32, a pure function of each draw's (seed, position).
 
     Argmax of `logits - noise.log()` draws from softmax(logits) (the Gumbel-max trick). The noise of a token is a

@@ -31,10 +31,11 @@ class Attention(nn.Module):
         """(…, hidden_size) → (…, hidden_size), with `rotary` the cos and sin of the tokens' positions."""
         num_qk = self.num_heads + self.num_kv_heads
         qkv = self.qkv_proj(x).unflatten(-1, (num_qk + self.num_kv_heads, self.head_dim))
-        qk, value = qkv.split([num_qk, self.num_kv_heads], dim=-2)
+        qk, value = qkv[..., :num_qk, :], qkv[..., num_qk:, :]
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = qk.split([self.num_heads, self.num_kv_heads], dim=-2)
+            query, key = qk[..., : self.num_heads, :], qk[..., self.num_heads :, :]
             qk = torch.cat([self.q_norm(query), self.k_norm(key)], dim=-2)
-        query, key = apply_rotary(qk, *rotary).split([self.num_heads, self.num_kv_heads], dim=-2)
+        qk = apply_rotary(qk, *rotary)
+        query, key = qk[..., : self.num_heads, :], qk[..., self.num_heads :, :]
         output: torch.Tensor = self.o_proj(context.attend(self.layer, query, key, value).flatten(-2))
         return output

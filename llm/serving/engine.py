@@ -296,9 +296,7 @@ class ContinuousBatchingEngine:
         for part in plan.scheduled:
             self._end(part.sequence)
             message = f"{type(error).__name__}: {error}"
-            outputs.append(
-                StepOutput(part.sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message)
-            )
+            outputs.append(StepOutput(part.sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message))
         return outputs
 
     def _end(self, sequence: Sequence) -> None:

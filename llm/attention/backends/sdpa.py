@@ -66,10 +66,12 @@ class SdpaBackend:
 
     def _decode(self, query: torch.Tensor, kv_pages: torch.Tensor, bucket: "_DecodeBucket") -> torch.Tensor:
         """One new token a row: query (rows, num_heads, head_dim). A group of heads stands in the sequence's place."""
+        num_rows, num_kv_heads, head_dim = query.shape[0], *kv_pages.shape[3:]
         gathered = self._gather(kv_pages, bucket.page_tables.flatten())
-        keys, values = gathered.unflatten(1, bucket.page_tables.shape).flatten(2, 3)[:, :, : bucket.num_slots]
+        keys, values = gathered.view(2, num_rows, -1, num_kv_heads, head_dim)[:, :, : bucket.num_slots]
+        grouped_query = query.view(num_rows, num_kv_heads, -1, head_dim)
         output = F.scaled_dot_product_attention(
-            query.unflatten(1, (kv_pages.shape[3], -1)), keys.transpose(1, 2), values.transpose(1, 2), bucket.mask
+            grouped_query, keys.transpose(1, 2), values.transpose(1, 2), bucket.mask
         )
         return output.flatten(1, 2)
 
