@@ -174,7 +174,7 @@ class ContinuousBatchingEngine:
             return []
         try:
             draws = self.runner.run(plan)
-        except Exception as error:  # noqa: BLE001 - the edge of a step: whatever it is concerns these requests only
+        except Exception as error:  # the edge of a step: whatever it is concerns these requests only
             logger.exception("step of %d sequences failed", len(plan.scheduled))
             return self._fail(plan, error)
         return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws)
