@@ -1,8 +1,7 @@
 """The slot pool: free + used + cached = total, whatever happens."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llm.core.prefix_cache import PageHashes

@@ -3,12 +3,11 @@
 from itertools import count
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from llm.core.slot_pool import SlotPool
-from llm.serving.schemas import FinishReason, GenerationRequest
 from llm.serving.scheduler import Scheduler
+from llm.serving.schemas import FinishReason, GenerationRequest
 from llm.serving.sequence import Sequence
 
 PAGE_SIZE = 4
@@ -20,7 +19,9 @@ def create_scheduler(num_pages: int = 64, **options) -> Scheduler:
     return Scheduler(SlotPool(num_pages, PAGE_SIZE), **{**defaults, **options})
 
 
-def create_sequence(num_prompt: int = 5, max_new_tokens: int = 3, tokens: list[int] | None = None, **params) -> Sequence:
+def create_sequence(
+    num_prompt: int = 5, max_new_tokens: int = 3, tokens: list[int] | None = None, **params
+) -> Sequence:
     """A sequence whose prompt is its own, unless `tokens` says otherwise."""
     prompt = tuple(tokens) if tokens else tuple(1000 * next(_ids) + 1 + i for i in range(num_prompt))
     request = GenerationRequest(prompt_token_ids=prompt, max_new_tokens=max_new_tokens, **params)
