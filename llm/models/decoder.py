@@ -15,6 +15,7 @@ from llm.core.kv_cache import KVCache
 from llm.errors import CapacityError, ConfigError
 from llm.models.attention import Attention
 from llm.models.layers import MLP, RMSNorm, RotaryEmbedding
+from llm.models.lora import merge_lora
 
 _INIT_STD = 0.02
 
@@ -186,8 +187,6 @@ class DecoderModel(nn.Module):
 
     def merge_lora(self) -> Self:
         """Fold loaded LoRA adapters into the weights, so that they cost nothing. Does nothing the second time."""
-        from llm.models.lora import merge_lora
-
         merge_lora(self)
         return self
 

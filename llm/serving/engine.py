@@ -14,8 +14,12 @@ from llm.core.sampling import Draw
 from llm.core.slot_pool import SlotPool
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
+from llm.models.loading import load_decoder
+from llm.models.lora import load_lora
+from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import ModelRunner
+from llm.serving.offline import run_to_end
 from llm.serving.scheduler import Scheduler, StepPlan, TokenEvent
 from llm.serving.schemas import (
     EngineStats,
@@ -26,6 +30,7 @@ from llm.serving.schemas import (
     TokenLogprobs,
 )
 from llm.serving.sequence import Sequence
+from llm.tokenization.hf_tokenizer import HFTokenizer
 from llm.tokenization.text_stream import TextStream
 from llm.tokenization.tokenizer import Tokenizer
 
@@ -116,11 +121,6 @@ class ContinuousBatchingEngine:
         Raises:
             CheckpointError, ConfigError: what is wrong with the checkpoint, with the fix.
         """
-        from llm.models.loading import load_decoder
-        from llm.models.lora import load_lora
-        from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
-        from llm.tokenization.hf_tokenizer import HFTokenizer
-
         directory = resolve_model_path(str(path))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -196,8 +196,6 @@ class ContinuousBatchingEngine:
         Raises:
             InvalidRequestError: one of the requests can never be served; none is run.
         """
-        from llm.serving.offline import run_to_end
-
         return run_to_end(self, requests, progress=progress)
 
     def stats(self) -> EngineStats:
