@@ -71,12 +71,13 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer with the adapters in its weight, which it takes over; computed in float32."""
+        """A plain layer with the adapters in its weight, which it takes over; computed in float32 at least."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
         for factor_a, factor_b, rows, scaling in zip(
             self.factors_a, self.factors_b, self._rows, self._scalings, strict=True
         ):
-            update = factor_b.float() @ factor_a.float() * scaling
-            self.weight[rows] = (self.weight[rows].float() + update).to(self.weight.dtype)
+            update = factor_b.to(wide) @ factor_a.to(wide) * scaling
+            self.weight[rows] = (self.weight[rows].to(wide) + update).to(self.weight.dtype)
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight, plain.bias = self.weight, self.bias
         return plain

@@ -1,0 +1,127 @@
+"""Small random checkpoints of each architecture, saved by transformers."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # wide enough that the likeliest token depends on all of the context
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(**{**SHAPE, **changes})
+
+
+def rope(kind: str, **changes: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **changes}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": llama,
+    "llama_mha": lambda: llama(num_key_value_heads=8, tie_word_embeddings=True),
+    "llama_mqa_biases": lambda: llama(num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+    "llama_llama3": lambda: llama(**rope("llama3", **LLAMA3)),
+    "llama_linear": lambda: llama(**rope("linear", factor=4.0)),
+    "llama_yarn": lambda: llama(**rope("yarn", **YARN)),
+    "llama_yarn_mscale": lambda: llama(
+        **rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.4, beta_fast=16.0, beta_slow=2.0, truncate=False)
+    ),
+    "mistral": lambda: MistralConfig(**{**SHAPE, "sliding_window": None, "head_dim": 16}),
+    "mistral_window": lambda: MistralConfig(**{**SHAPE, "sliding_window": 17}),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen2_tied": lambda: Qwen2Config(**{**SHAPE, "tie_word_embeddings": True}),
+    "qwen2_window": lambda: Qwen2Config(
+        **{**SHAPE, "use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1}
+    ),
+    "qwen2_yarn": lambda: Qwen2Config(**{**SHAPE, **rope("yarn", **YARN)}),
+    "qwen3": lambda: Qwen3Config(**{**SHAPE, "head_dim": 24}),
+    "qwen3_tied": lambda: Qwen3Config(**{**SHAPE, "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+}
+
+
+def make_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A random model whose biases and norms are random too, so that a wrong one shows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+class Checkpoints:
+    """Saves each model once, on first use."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._models: dict[str, PreTrainedModel] = {}
+
+    def __call__(self, kind: str, **changes: Any) -> tuple[Path, PreTrainedModel]:
+        name = "-".join([kind, *map(str, changes.values())])
+        directory = self._root / name
+        if name not in self._models:
+            config = CONFIGS[kind]()
+            for key, value in changes.items():
+                setattr(config, key, value)
+            self._models[name] = make_model(config)
+            self._models[name].save_pretrained(directory)
+        return directory, self._models[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Such small products are faster on one thread, far faster where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """`checkpoints(kind, **changes)` gives a directory and transformers' model of it."""
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None takes a key out."""
+    content = json.loads(path.read_text())
+    content |= changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    """`edit(path, key=value)`: see `edit_json`."""
+    return edit_json

@@ -1,0 +1,142 @@
+"""Ours = transformers: logits and greedy tokens of every architecture, on small random checkpoints."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from llm.core.kv_cache import KVCache
+from llm.models.decoder import DecoderModel
+from llm.models.loading import load_decoder
+from llm.models.registry import ARCHITECTURES
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.schemas import GenerationRequest
+
+NUM_GREEDY = 64
+# Longer than every window and every original_max_position_embeddings of the checkpoints.
+PROMPT_LENS = [1, 7, 70, 150]
+
+KINDS = [
+    "llama",
+    "llama_mha",
+    "llama_mqa_biases",
+    "llama_llama3",
+    "llama_linear",
+    "llama_yarn",
+    "llama_yarn_mscale",
+    "mistral",
+    "mistral_window",
+    "qwen2",
+    "qwen2_tied",
+    "qwen2_window",
+    "qwen2_yarn",
+    "qwen3",
+    "qwen3_tied",
+]
+
+
+def prompt(length: int, batch_size: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(3, 199, (batch_size, length), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def greedy_of_transformers(checkpoints):
+    """`(kind, prompt length)` to transformers' greedy tokens, end-of-sequence ids ignored."""
+
+    @cache
+    def tokens_of(kind: str, length: int) -> list[int]:
+        model: PreTrainedModel = checkpoints(kind)[1]
+        ids, past, tokens = prompt(length), None, []
+        for _ in range(NUM_GREEDY):
+            output = model(ids, past_key_values=past, use_cache=True)
+            ids, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+            tokens.append(int(ids))
+        return tokens
+
+    return tokens_of
+
+
+def greedy_of_ours(model: DecoderModel, prompt_ids: torch.Tensor, caches: list[KVCache]) -> list[int]:
+    tokens: list[int] = []
+    ids = prompt_ids
+    for _ in range(NUM_GREEDY):
+        ids = model(ids, kv_caches=caches, use_cache=True)[:, -1:].argmax(-1)
+        tokens.append(int(ids))
+    return tokens
+
+
+def load(directory: Path) -> DecoderModel:
+    return load_decoder(directory, progress=False)
+
+
+def test_every_architecture_is_tested(checkpoints):
+    assert {checkpoints(kind)[1].config.architectures[0] for kind in KINDS} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", PROMPT_LENS)
+@torch.inference_mode()
+def test_logits_equal(checkpoints, kind, length):
+    """Within 1e-4 in float32, for a batch of two."""
+    directory, theirs = checkpoints(kind)
+    ids = prompt(length, batch_size=2)
+    expected = theirs(ids, use_cache=False).logits
+    torch.testing.assert_close(load(directory)(ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [5, 90])
+@torch.inference_mode()
+def test_greedy_tokens_with_caches_equal(checkpoints, greedy_of_transformers, kind, length):
+    """64 tokens, with the guide's plain caches and with the model's own windowed ones."""
+    ours, ids = load(checkpoints(kind)[0]), prompt(length)
+    expected = greedy_of_transformers(kind, length)
+    assert len(set(expected)) > 8, "a random model that repeats itself proves little"
+    assert greedy_of_ours(ours, ids, ours.make_kv_caches(1)) == expected
+    plain = KVCache.from_model_config(1, 256, ours.num_layers, ours.num_kv_heads, ours.config.head_size)
+    assert greedy_of_ours(ours, ids, plain) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoints, greedy_of_transformers, kind):
+    """64 tokens each, prompts of different lengths together and one by one."""
+    directory = checkpoints(kind)[0]
+    lengths = (5, 90, 17, 1)
+    expected = [greedy_of_transformers(kind, length) for length in lengths]
+    requests = [
+        GenerationRequest(
+            prompt_token_ids=tuple(prompt(length)[0].tolist()),
+            max_new_tokens=NUM_GREEDY,
+            temperature=0,
+            ignore_eos=True,
+        )
+        for length in lengths
+    ]
+    engine = ContinuousBatchingEngine(load(directory), max_batch_size=3, max_seq_len=256)
+    together = engine.generate(requests, progress=False)
+    assert [list(result.token_ids) for result in together] == expected
+    fresh = ContinuousBatchingEngine(load(directory), max_batch_size=4, max_seq_len=256)
+    for request, tokens in zip(requests[:2], expected, strict=False):
+        alone = fresh.generate([request.model_copy(update={"request_id": "alone"})], progress=False)
+        assert list(alone[0].token_ids) == tokens
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_tied"])
+@torch.inference_mode()
+def test_half_precision_checkpoints_and_targets(checkpoints, tmp_path, kind):
+    """A bfloat16 checkpoint loads to float32 exactly, a float32 one to bfloat16 as torch rounds."""
+    directory, theirs = checkpoints(kind)
+    rounded = load_decoder(directory, dtype=torch.bfloat16, progress=False)
+    assert rounded.dtype == torch.bfloat16
+    expected = theirs.model.embed_tokens.weight.to(torch.bfloat16)
+    assert torch.equal(rounded.embed_tokens.weight, expected)
+    half = type(theirs)(theirs.config)
+    half.load_state_dict(theirs.state_dict())
+    half.to(torch.bfloat16).save_pretrained(tmp_path)
+    wide = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)
+    ids = prompt(30)
+    torch.testing.assert_close(load(tmp_path)(ids), wide(ids).logits, atol=1e-4, rtol=0)
