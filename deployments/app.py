@@ -1,0 +1,77 @@
+"""The application: the only place that binds deployments."""
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from deployments.config import AppConfig, key_digests, resolve_paths, without_secrets
+from deployments.engine_replica import EngineReplica
+from deployments.front_end import check_open, find_front_end
+from deployments.ingress import RouterIngress
+
+_HEALTH_CHECK_PERIOD_S = 1
+_HEALTH_CHECK_TIMEOUT_S = 30
+
+
+def build_app(args: AppConfig) -> Application:
+    """Bind a router in front of engine replicas, as `args` says.
+
+    Raises:
+        ConfigError: the configuration cannot be used; one line with the fix.
+    """
+    digests = key_digests(args)
+    front_end = find_front_end()
+    check_open(args, bool(digests), front_end)
+    config = without_secrets(resolve_paths(args))
+    if config.public_url is None and front_end is not None:
+        config = config.model_copy(update={"public_url": front_end.url})
+    engines = _engine_deployment(config).bind(config)
+    return _router_deployment(config).bind(config, digests, engines)
+
+
+def _engine_deployment(config: AppConfig) -> Any:
+    replicas = config.replicas
+    scale: dict[str, Any] = (
+        {"autoscaling_config": replicas.autoscaling}
+        if replicas.autoscaling is not None
+        else {"num_replicas": replicas.num_replicas}
+    )
+    return serve.deployment(EngineReplica).options(
+        name="EngineReplica",
+        ray_actor_options={"num_gpus": _gpus_a_replica(config), "num_cpus": replicas.num_cpus},
+        max_ongoing_requests=replicas.max_ongoing_requests,
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
+        **scale,
+    )
+
+
+def _router_deployment(config: AppConfig) -> Any:
+    router = config.router
+    # Without an argument, `ingress` asks the instance itself for its HTTP application.
+    return serve.deployment(serve.ingress()(RouterIngress)).options(
+        name="Router",
+        num_replicas=router.num_replicas,
+        ray_actor_options={"num_gpus": 0, "num_cpus": router.num_cpus},
+        max_ongoing_requests=router.max_ongoing_requests,
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=router.graceful_shutdown_timeout_s,
+    )
+
+
+def _gpus_a_replica(config: AppConfig) -> float:
+    if config.replicas.num_gpus is not None:
+        return config.replicas.num_gpus
+    has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+    return 1 if has_gpus and config.device in (None, "cuda") and config.engine_kind == "torch" else 0
+
+
+def __getattr__(name: str) -> Application:
+    """`app`, for `serve build`, with every setting at its default; made when it is asked for."""
+    if name == "app":
+        return build_app(AppConfig())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

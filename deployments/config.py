@@ -1,0 +1,194 @@
+"""Arguments of the application, as `serve_config.yaml` gives them: typed, bounded, checked before anything starts."""
+
+import hashlib
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, SecretStr, model_validator
+
+from llm.config import EngineConfig, StrictModel
+from llm.errors import ConfigError
+
+
+class EngineKind(StrEnum):
+    """What stands behind an `EngineReplica`."""
+
+    TORCH = "torch"
+    """The model, on this replica's device."""
+    EMULATED = "emulated"
+    """No model: tokens at a set pace, to measure or test everything around an engine."""
+
+
+class DType(StrEnum):
+    """Number format of weights, activations and KV cache."""
+
+    AUTO = "auto"
+    """bfloat16 on a GPU, float32 on a CPU."""
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class EmulationConfig(StrictModel):
+    """Pace of the emulated engine."""
+
+    tokens_per_s: float = Field(default=100.0, gt=0)
+    """Output tokens a second of each running stream."""
+    prefill_tokens_per_s: float = Field(default=100_000.0, gt=0)
+    """Prompt tokens a second, of all streams together."""
+    max_seq_len: int = Field(default=8192, ge=2)
+    """Context length in tokens."""
+
+
+class ReplicasConfig(StrictModel):
+    """How many engine replicas there are and what each one gets."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    """Fixed number of replicas; without effect where `autoscaling` is set."""
+    autoscaling: dict[str, Any] | None = None
+    """Ray Serve's `autoscaling_config`, passed through."""
+    num_gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each replica; None for one where the cluster has any, else none."""
+    num_cpus: float = Field(default=0.5, ge=0)
+    """CPUs that Ray sets aside for each replica. It only decides what fits on a node; see `torch_threads`."""
+    torch_threads: int | None = Field(default=None, ge=1)
+    """Threads of each replica's CPU kernels; None for an even share of the node's cores among the replicas."""
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+    """Requests that one replica runs or queues at once."""
+    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
+    """How long a replica that is taken away may finish its streams."""
+    stall_timeout_s: float = Field(default=60.0, gt=0)
+    """A step that takes longer fails the replica's health check."""
+
+    @property
+    def most_replicas(self) -> int:
+        """Largest number of replicas that there may be."""
+        return int((self.autoscaling or {}).get("max_replicas", 1)) if self.autoscaling else self.num_replicas
+
+
+class RouterConfig(StrictModel):
+    """The HTTP side."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.25, ge=0)
+    """CPUs that Ray sets aside for each router. A busy router uses one core in full."""
+    max_ongoing_requests: int = Field(default=4096, ge=1)
+    """Open HTTP requests of one router; streams count until their end."""
+    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
+    max_resumes: int = Field(default=3, ge=0)
+    """How often a request goes on elsewhere after its engine replica died; 0 turns failover off."""
+    tokenizer_threads: int = Field(default=2, ge=1, le=64)
+
+
+class LimitsConfig(StrictModel):
+    """Bounds on what a client may send."""
+
+    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    max_header_bytes: int = Field(default=64 << 10, ge=1024)
+    """Names and values of all headers together, and the path."""
+    max_choices: int = Field(default=128, ge=1, le=4096)
+    """Answers of one request: prompts times `n`."""
+    max_stop_chars: int = Field(default=1024, ge=1)
+    """Length of one stop string."""
+
+
+class ChannelConfig(StrictModel):
+    """Where routers listen for tokens from the engine replicas."""
+
+    host: str = Field(default="auto", min_length=1)
+    """`auto`: 127.0.0.1 while the cluster has one node, else the node's address; or an address of the router's node."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """0 for any free port; a fixed one allows a single router per node."""
+
+
+class AppConfig(StrictModel):
+    """Everything `build_app` takes."""
+
+    model: str = Field(default="configs/demo", min_length=1)
+    """Directory of a Hugging Face checkpoint, or a Hub id. A relative path counts from the working directory."""
+    served_model_name: str | None = Field(default=None, min_length=1, max_length=256)
+    """The name clients use; None for the directory's name or the Hub id."""
+    lora: str | None = None
+    """Directory of a PEFT adapter that is merged into the weights."""
+    dtype: DType = DType.AUTO
+    device: str | None = None
+    """Torch device of the replicas; None for the GPU where a replica has one, else the CPU."""
+    engine_kind: EngineKind = EngineKind.TORCH
+    engine: EngineConfig = EngineConfig()
+    emulation: EmulationConfig = EmulationConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+    router: RouterConfig = RouterConfig()
+    limits: LimitsConfig = LimitsConfig()
+    token_channel: ChannelConfig = ChannelConfig()
+    api_keys: tuple[SecretStr, ...] = ()
+    """Keys that clients may use. With none here, in the file or in the variable, no key is asked for.
+
+    Ray Serve writes a config file's arguments to its log: in `serve_config.yaml`, use one of the other two."""
+    api_keys_file: str | None = None
+    """File with one key a line."""
+    api_keys_env: str | None = None
+    """Environment variable with keys separated by commas."""
+    allow_open_without_keys: bool = False
+    """Start without keys even where Serve's HTTP port is open to other machines."""
+    public_url: str | None = None
+    """Address for the ready banner; None for this machine and Serve's HTTP port."""
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if any(not key.get_secret_value().strip() for key in self.api_keys):
+            raise ValueError("api_keys holds an empty key; remove it or give a real one")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        path = Path(self.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.model
+
+
+def resolve_paths(config: AppConfig) -> AppConfig:
+    """The same configuration with relative directories made absolute, so that every worker reads the same ones.
+
+    What is no directory here is left alone: it may be a Hub id, or a path of the replicas' nodes.
+    """
+    changes: dict[str, Any] = {"served_model_name": config.model_name}
+    for name in ("model", "lora"):
+        value = getattr(config, name)
+        if value is not None and Path(value).expanduser().is_dir():
+            changes[name] = str(Path(value).expanduser().resolve())
+    return config.model_copy(update=changes)
+
+
+def key_digests(config: AppConfig) -> tuple[bytes, ...]:
+    """SHA-256 of every key; routers hold only these.
+
+    Raises:
+        ConfigError: the file or the variable is not there or holds no key.
+    """
+    keys = [key.get_secret_value().strip() for key in config.api_keys]
+    if config.api_keys_file is not None:
+        try:
+            lines = Path(config.api_keys_file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"api_keys_file {config.api_keys_file} cannot be read: {error}") from error
+        keys += _nonempty(lines, f"api_keys_file {config.api_keys_file}")
+    if config.api_keys_env is not None:
+        value = os.environ.get(config.api_keys_env, "")
+        keys += _nonempty(value.split(","), f"the environment variable {config.api_keys_env}")
+    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+
+def without_secrets(config: AppConfig) -> AppConfig:
+    """The same configuration for processes that need no keys."""
+    return config.model_copy(update={"api_keys": ()})
+
+
+def _nonempty(items: list[str], source: str) -> list[str]:
+    keys = [item.strip() for item in items if item.strip()]
+    if not keys:
+        raise ConfigError(f"{source} holds no key; put one in, or remove the setting to serve without keys")
+    return keys

@@ -1,0 +1,173 @@
+"""An engine without a model: tokens at a set pace, to measure and test everything around an engine."""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from deployments.config import EmulationConfig
+from llm.config import EngineConfig
+from llm.errors import InvalidRequestError
+from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
+
+_FIRST_TOKEN = 97
+_NUM_TOKENS = 26
+
+
+@dataclass(slots=True)
+class _Row:
+    """One request in the emulated batch."""
+
+    request: GenerationRequest
+    prompt: tuple[int, ...]
+    num_output: int
+    num_pages: int = 0
+    fingerprint: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fingerprint = sum((i + 1) * token for i, token in enumerate(self.prompt[-64:]))
+
+
+class EmulatedEngine:
+    """Stands in for `ContinuousBatchingEngine`: same methods, no computing.
+
+    A step lasts `1 / tokens_per_s` plus the time that its prompts take at `prefill_tokens_per_s`, and gives one token
+    to each running request. Token ids are lower-case ASCII letters that depend on the prompt and the position alone,
+    so a request that goes on in another engine goes on with the same tokens.
+
+    Args:
+        config: rows, page size and number of pages; pages default to what all rows need at once.
+        emulation: pace and context length.
+        vocab_size: ids at or past it are refused in prompts.
+    """
+
+    def __init__(self, config: EngineConfig, emulation: EmulationConfig, *, vocab_size: int = 32_000) -> None:
+        self.config = config
+        self.emulation = emulation
+        self.max_seq_len = min(config.max_seq_len or emulation.max_seq_len, emulation.max_seq_len)
+        pages_a_row = -(-self.max_seq_len // config.page_size)
+        self.num_pages = config.num_pages or config.max_batch_size * pages_a_row
+        self.vocab_size = vocab_size
+        self._waiting: deque[_Row] = deque()
+        self._running: dict[str, _Row] = {}
+        self._num_used_pages = 0
+        self._num_generated = 0
+        self._num_prompt = 0
+        self._next_step_at = 0.0
+
+    @property
+    def scheduler(self) -> "EmulatedEngine":
+        """Itself: nothing else schedules."""
+        return self
+
+    @property
+    def has_pending_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the pretended pool holds."""
+        return self.num_pages * self.config.page_size
+
+    def add_request(self, request: GenerationRequest) -> str:
+        """Accept a request; its tokens come out of `step`.
+
+        Raises:
+            InvalidRequestError: it has no token ids, ids past the vocabulary, or too many of them.
+        """
+        prompt = request.prompt_token_ids
+        if prompt is None:
+            raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids", param="prompt")
+        if max(prompt) >= self.vocab_size:
+            raise InvalidRequestError(f"token id {max(prompt)} is past the vocabulary", param="prompt")
+        if len(prompt) + len(request.output_token_ids) >= min(self.max_seq_len, self.num_slots):
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt)} tokens; the context is {self.max_seq_len} tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        self._waiting.append(_Row(request, prompt, len(request.output_token_ids)))
+        return request.request_id
+
+    def abort(self, request_id: str) -> bool:
+        """Give a request up; False if it has ended or was never there."""
+        row = self._running.pop(request_id, None)
+        if row is not None:
+            self._num_used_pages -= row.num_pages
+            return True
+        for waiting in self._waiting:
+            if waiting.request.request_id == request_id:
+                self._waiting.remove(waiting)
+                return True
+        return False
+
+    def step(self) -> list[StepOutput]:
+        """Wait for the step's end and return its tokens."""
+        num_prefill = self._admit()
+        now = time.monotonic()
+        duration = 1 / self.emulation.tokens_per_s + num_prefill / self.emulation.prefill_tokens_per_s
+        # Paced by the clock, not by sleeping a fixed time, so that work between two steps does not slow the stream.
+        self._next_step_at = max(self._next_step_at, now - duration) + duration
+        time.sleep(max(0.0, self._next_step_at - now))
+        outputs = [self._advance(row) for row in list(self._running.values())]
+        self._num_generated += len(outputs)
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """State between two steps."""
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_waiting_tokens=sum(len(row.prompt) for row in self._waiting),
+            num_free_pages=self.num_pages - self._num_used_pages,
+            num_used_pages=self._num_used_pages,
+            num_cached_pages=0,
+            num_pages=self.num_pages,
+            page_size=self.config.page_size,
+            num_preemptions=0,
+            num_generated_tokens=self._num_generated,
+            num_prompt_tokens=self._num_prompt,
+            num_cached_prompt_tokens=0,
+        )
+
+    def _admit(self) -> int:
+        """Move waiting requests to free rows; return their tokens."""
+        num_tokens = 0
+        while self._waiting and len(self._running) < self.config.max_batch_size:
+            row = self._waiting[0]
+            longest = min(len(row.prompt) + row.request.max_new_tokens, self.max_seq_len)
+            row.num_pages = min(-(-longest // self.config.page_size), self.num_pages)
+            if self._num_used_pages + row.num_pages > self.num_pages:
+                break
+            self._waiting.popleft()
+            self._num_used_pages += row.num_pages
+            self._running[row.request.request_id] = row
+            self._num_prompt += len(row.prompt)
+            num_tokens += len(row.prompt) + row.num_output
+        return num_tokens
+
+    def _advance(self, row: _Row) -> StepOutput:
+        request = row.request
+        token_id = _FIRST_TOKEN + (row.fingerprint + row.num_output * 7 + row.num_output // 5) % _NUM_TOKENS
+        row.num_output += 1
+        reason = None
+        stop_reason = None
+        if token_id in request.stop_token_ids and row.num_output > request.min_new_tokens:
+            reason, stop_reason = FinishReason.STOP, token_id
+        elif row.num_output >= request.max_new_tokens or len(row.prompt) + row.num_output >= self.max_seq_len:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            del self._running[request.request_id]
+            self._num_used_pages -= row.num_pages
+        logprobs = None
+        if request.logprobs is not None:
+            top = tuple((_FIRST_TOKEN + i, -1.0 - i) for i in range(request.logprobs))
+            logprobs = (TokenLogprobs(token_id, -0.5, top),)
+        return StepOutput(
+            request.request_id,
+            (token_id,),
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=len(row.prompt),
+        )

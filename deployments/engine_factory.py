@@ -1,0 +1,123 @@
+"""What a replica needs of an engine, and how it gets one."""
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from deployments.config import AppConfig, DType, EngineKind
+from deployments.emulated_engine import EmulatedEngine
+from llm.serving.schemas import EngineStats, GenerationRequest, StepOutput
+
+
+class PendingWork(Protocol):
+    """The part of a scheduler that the engine loop looks at."""
+
+    @property
+    def has_pending_work(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+
+class Engine(Protocol):
+    """`ContinuousBatchingEngine` as the engine loop uses it. One thread calls it."""
+
+    @property
+    def scheduler(self) -> PendingWork:
+        """Tells whether there is work."""
+        ...
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence in tokens."""
+        ...
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the pool holds."""
+        ...
+
+    def add_request(self, request: GenerationRequest) -> str:
+        """Accept a request or raise InvalidRequestError."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """Give a request up."""
+        ...
+
+    def step(self) -> Sequence[StepOutput]:
+        """Run one step."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """State between two steps."""
+        ...
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a router needs to know of the engines behind it, the same for every replica."""
+
+    model: str
+    max_seq_len: int
+    num_slots: int
+    vocab_size: int
+    device: str
+    dtype: str
+    backend: str
+
+
+def make_engine(config: AppConfig) -> tuple[Engine, EngineInfo]:
+    """Load the model, or make the emulated engine.
+
+    Raises:
+        CheckpointError, ConfigError: what is wrong with the checkpoint or the configuration, with the fix.
+    """
+    if config.engine_kind is EngineKind.EMULATED:
+        return _make_emulated(config)
+    return _make_torch(config)
+
+
+def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
+    from llm.models.registry import load_model_config, resolve_model_path
+
+    vocab_size = load_model_config(resolve_model_path(config.model)).vocab_size
+    engine = EmulatedEngine(config.engine, config.emulation, vocab_size=vocab_size)
+    return engine, EngineInfo(
+        model=config.model_name,
+        max_seq_len=engine.max_seq_len,
+        num_slots=engine.num_slots,
+        vocab_size=vocab_size,
+        device="none",
+        dtype="none",
+        backend="emulated",
+    )
+
+
+def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
+    import torch
+
+    from llm.serving.engine import ContinuousBatchingEngine
+
+    threads = config.replicas.torch_threads or max(1, (os.cpu_count() or 1) // config.replicas.most_replicas)
+    torch.set_num_threads(threads)
+    dtype = None if config.dtype is DType.AUTO else getattr(torch, config.dtype)
+    engine = ContinuousBatchingEngine.from_pretrained(
+        config.model,
+        config=config.engine,
+        device=config.device,
+        dtype=dtype,
+        with_tokenizer=False,
+        lora=config.lora,
+        progress=False,
+    )
+    model = engine.model
+    return engine, EngineInfo(
+        model=config.model_name,
+        max_seq_len=engine.max_seq_len,
+        num_slots=engine.num_slots,
+        vocab_size=model.config.vocab_size,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        backend=engine.runner.backend.name,
+    )

@@ -1,0 +1,107 @@
+"""`EngineReplica`: the deployment around one engine. A plain class: it runs without Ray underneath."""
+
+import logging
+import time
+
+from deployments.config import AppConfig
+from deployments.engine_factory import Engine, EngineInfo, make_engine
+from deployments.engine_loop import EngineLoop
+from deployments.wire import decode_call, encode
+from llm.errors import ConfigError, EngineError
+from llm.serving.schemas import GenerationRequest
+
+logger = logging.getLogger("ray.serve")
+
+_WARM_UP_PROMPT_TOKENS = 24
+_WARM_UP_NEW_TOKENS = 4
+
+
+class EngineReplica:
+    """Owns one engine: loads it, warms it up, runs requests on it, and says whether it is well.
+
+    Args:
+        config: the application's configuration.
+        replica_id: name in replies and reports; None for the one that Ray Serve gives.
+    """
+
+    def __init__(self, config: AppConfig, replica_id: str | None = None) -> None:
+        started = time.monotonic()
+        self._stall_timeout_s = config.replicas.stall_timeout_s
+        engine, self._info = make_engine(config)
+        _warm_up(engine)
+        self.replica_id = replica_id or _serve_replica_id()
+        self._loop = EngineLoop(engine, self.replica_id)
+        self._loop.start()
+        logger.info(
+            "engine replica ready in %.1f s: model %s on %s, %s, attention backend %s, %d slots, context %d tokens",
+            time.monotonic() - started, self._info.model, self._info.device, self._info.dtype, self._info.backend,
+            self._info.num_slots, self._info.max_seq_len,
+        )  # fmt: skip
+
+    @property
+    def info(self) -> EngineInfo:
+        """What routers need to know of the engine."""
+        return self._info
+
+    async def describe(self) -> bytes:
+        """`info`, encoded."""
+        return encode(self._info)
+
+    async def generate(self, call: bytes) -> bytes:
+        """Run a `GenerateCall` to its end and return the `GenerateReply`. Cancelling aborts it within a step."""
+        decoded = decode_call(call)
+        reply = await self._loop.generate(decoded.to_request(), decoded.stream_id, decoded.channel)
+        return encode(reply)
+
+    def check_health(self) -> None:
+        """Ray Serve calls this every second or so.
+
+        Raises:
+            EngineError: the engine broke down, or hangs in a step.
+        """
+        health = self._loop.health
+        if health.failure is not None:
+            raise EngineError(f"the engine broke down: {health.failure}")
+        busy_since = health.busy_since
+        if busy_since is not None and time.monotonic() - busy_since > self._stall_timeout_s:
+            raise EngineError(f"a step has been running for more than {self._stall_timeout_s:g} s")
+
+    def stop(self) -> None:
+        """End the engine's thread."""
+        self._loop.stop()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_loop"):
+            self._loop.stop()
+
+
+def _warm_up(engine: Engine) -> None:
+    """Run a short request, so that the first client does not pay for first-time work.
+
+    Raises:
+        ConfigError: the engine has no room for even that.
+    """
+    num_prompt = min(_WARM_UP_PROMPT_TOKENS, engine.max_seq_len - 1)
+    if num_prompt < 1:
+        raise ConfigError(f"max_seq_len {engine.max_seq_len} leaves no room for a token to generate; raise it")
+    for temperature in (0.0, 1.0):
+        engine.add_request(
+            GenerationRequest(
+                prompt_token_ids=(0,) * num_prompt,
+                max_new_tokens=_WARM_UP_NEW_TOKENS,
+                temperature=temperature,
+                ignore_eos=True,
+                seed=0,
+            )
+        )
+        while engine.scheduler.has_pending_work:
+            for output in engine.step():
+                if output.error is not None:
+                    raise EngineError(f"the engine failed while warming up: {output.error}")
+
+
+def _serve_replica_id() -> str:
+    from ray import serve
+
+    unique_id: str = serve.get_replica_context().replica_id.unique_id
+    return unique_id

@@ -1,0 +1,61 @@
+"""Ray Serve's HTTP front end: where it listens, and whether it may do so without keys."""
+
+import ipaddress
+import logging
+from dataclasses import dataclass
+
+from deployments.config import AppConfig
+from llm.errors import ConfigError
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEnd:
+    """What Serve's `http_options` came to."""
+
+    host: str
+    port: int
+    root_path: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def url(self) -> str:
+        """Base address as seen from the same machine."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}{self.root_path}"
+
+
+def find_front_end() -> FrontEnd | None:
+    """Where Serve listens; None where Serve does not run yet."""
+    try:
+        from ray.serve.context import _get_global_client
+
+        options = _get_global_client().http_config
+    except Exception:  # noqa: BLE001 - no public way to ask: whatever goes wrong, the answer is "not known"
+        return None
+    return FrontEnd(options.host, options.port, options.root_path) if options.host else None
+
+
+def check_open(config: AppConfig, has_keys: bool, front_end: FrontEnd | None) -> None:
+    """See that a port that other machines reach asks for keys.
+
+    Raises:
+        ConfigError: it does not, and the configuration does not say that this is meant.
+    """
+    if has_keys or front_end is None or front_end.is_local:
+        return
+    where = f"the HTTP port listens on {front_end.host}:{front_end.port}, where other machines reach it"
+    if not config.allow_open_without_keys:
+        raise ConfigError(
+            f"{where}, and no API keys are set. Set api_keys_env or api_keys_file; or listen on 127.0.0.1 "
+            "(http_options.host); or set allow_open_without_keys: true"
+        )
+    logger.warning("%s, and everyone may use it: no API keys are set", where)

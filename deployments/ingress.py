@@ -1,0 +1,69 @@
+"""`RouterIngress`: the router as Ray Serve starts it."""
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+
+from deployments.config import AppConfig
+from deployments.engine_client import ServeEngineClient
+from deployments.openai.routes import create_api
+from deployments.router import Router
+
+logger = logging.getLogger("ray.serve")
+
+_LOOPBACK = "127.0.0.1"
+
+
+class RouterIngress:
+    """A `Router` with its HTTP application, behind Ray Serve's HTTP front end.
+
+    Args:
+        config: the application's configuration, without keys.
+        key_digests: SHA-256 of the keys that clients may use.
+        engines: handle of the `EngineReplica` deployment.
+    """
+
+    async def __init__(self, config: AppConfig, key_digests: Sequence[bytes], engines: Any) -> None:  # type: ignore[misc]
+        # Asynchronous, so that it runs on the event loop of the requests: Ray Serve awaits it.
+        # Actors without GPUs still see those of their node.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self._key_digests = tuple(key_digests)
+        self._router = Router(config, ServeEngineClient(engines), channel_host(config.token_channel.host))
+        self._banner = asyncio.get_running_loop().create_task(self._announce())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray Serve serves what this returns."""
+        return create_api(self._router, self._key_digests)
+
+    async def _announce(self) -> None:
+        info = await self._router.wait_until_ready()
+        url = self._router.config.public_url or "http://127.0.0.1:8000"
+        banner = ready_banner(url, info.model, info.max_seq_len, info.num_slots, bool(self._key_digests))
+        # Past Serve's own redirection of sys.stdout, so that it reaches the terminal of `serve run` in every mode.
+        print(banner, file=sys.__stdout__, flush=True)
+
+
+def channel_host(setting: str) -> str:
+    """Address for the token channel: with `auto`, loopback while the cluster has one node."""
+    if setting != "auto":
+        return setting
+    import ray
+
+    num_nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    return _LOOPBACK if num_nodes == 1 else str(ray.util.get_node_ip_address())
+
+
+def ready_banner(url: str, model: str, max_seq_len: int, num_slots: int, needs_key: bool) -> str:
+    """What to print when requests can be answered."""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
+    return (
+        f"Rayline is ready: {url} (API description at {url}/docs)\n"
+        f"  model {model}, context {max_seq_len} tokens, {num_slots} slots\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+    )

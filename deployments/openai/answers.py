@@ -1,0 +1,186 @@
+"""Answers in OpenAI's form, whole or streamed, from a group of generations."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.generation import GenerationGroup
+from deployments.openai.choices import Choice, chat_logprobs, completion_logprobs
+from deployments.openai.sse import DONE, ChunkWriter, event
+from llm.serving.schemas import TokenLogprobs
+from llm.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class _ChoiceState:
+    """A choice with what is needed to write it."""
+
+    choice: Choice
+    writer: ChunkWriter | None = None
+    is_open: bool = False
+    num_chars: int = 0
+    """Characters of tokens with log probabilities so far, for completions' `text_offset`."""
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Answer:
+    """One API request's answer.
+
+    Args:
+        group: its generations, started. Ended with the answer, in whatever way that ends.
+        tokenizer: turns tokens into text.
+        stop: stop strings.
+        model: name to give.
+        is_chat: chat or plain completion.
+        wants_logprobs: whether log probabilities were asked for.
+        num_prompts: prompts in the request; their tokens count once, however many answers each has.
+    """
+
+    def __init__(
+        self,
+        group: GenerationGroup,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        *,
+        model: str,
+        is_chat: bool,
+        wants_logprobs: bool,
+        num_prompts: int = 1,
+    ) -> None:
+        self._group = group
+        self._tokenizer = tokenizer
+        self._states = [_ChoiceState(Choice(generation, tokenizer, stop)) for generation in group.generations]
+        self._model = model
+        self._is_chat = is_chat
+        self._wants_logprobs = wants_logprobs
+        self._answers_a_prompt = max(1, len(self._states) // num_prompts)
+        self._id = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
+        self._created = int(time.time())
+
+    async def whole(self) -> dict[str, Any]:
+        """Wait for everything and return the response object.
+
+        Raises:
+            APIError: one of the choices failed.
+        """
+        try:
+            num_left = len(self._states)
+            while num_left:
+                for state in await self._news():
+                    text, logprobs = state.choice.advance()
+                    state.texts.append(text)
+                    state.logprobs.extend(logprobs)
+                    if state.choice.error is not None:
+                        raise state.choice.error
+                    num_left -= state.choice.is_complete
+        finally:
+            self._group.cancel()
+        choices = [self._choice_object(state) for state in self._states]
+        return {**self._head("chat.completion" if self._is_chat else "text_completion"),
+                "choices": choices, "usage": self._usage()}  # fmt: skip
+
+    async def first_news(self) -> "list[_ChoiceState]":
+        """Wait until a stream has something to say; errors up to here can still be HTTP errors.
+
+        Raises:
+            APIError: the first thing that came is a failure.
+        """
+        try:
+            news = await self._news()
+            for state in news:
+                error = state.choice.failure()
+                if error is not None:
+                    raise error
+        except BaseException:
+            self._group.cancel()
+            raise
+        return news
+
+    async def chunks(self, news: "list[_ChoiceState]", *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+        """Events of a streamed answer, the ones that are ready together in one piece.
+
+        Args:
+            news: what `first_news` returned.
+            include_usage: end with a chunk of token counts.
+        """
+        head = self._head("chat.completion.chunk" if self._is_chat else "text_completion")
+        for state in self._states:
+            state.writer = ChunkWriter(head, state.choice.index, is_chat=self._is_chat, with_usage=include_usage)
+        num_left = len(self._states)
+        try:
+            while True:
+                events: list[bytes] = []
+                for state in news:
+                    was_complete = state.choice.is_complete
+                    self._advance(state, events)
+                    if state.choice.error is not None:
+                        yield b"".join(events) + b"data: " + state.choice.error.body() + b"\n\n" + DONE
+                        return
+                    num_left -= state.choice.is_complete and not was_complete
+                if not num_left:
+                    break
+                if events:
+                    yield b"".join(events)
+                news = await self._news()
+            if include_usage:
+                events.append(event({**head, "choices": [], "usage": self._usage()}))
+            events.append(DONE)
+            yield b"".join(events)
+        finally:
+            self._group.cancel()
+
+    async def _news(self) -> list[_ChoiceState]:
+        """States of the choices that have got on."""
+        states = self._states
+        return [states[generation.index] for generation in await self._group.news()]
+
+    def _advance(self, state: _ChoiceState, events: list[bytes]) -> None:
+        """Write what is new in a choice."""
+        choice, writer = state.choice, state.writer
+        assert writer is not None, "made before the first chunk"
+        if choice.is_complete:
+            return
+        text, logprobs = choice.advance()
+        if choice.error is not None:
+            return
+        if not state.is_open:
+            state.is_open = True
+            if self._is_chat:
+                events.append(writer.role())
+        if text or logprobs:
+            events.append(writer.text(text, self._logprobs(state, logprobs) if self._wants_logprobs else None))
+        if choice.finish_reason is not None:
+            events.append(writer.finish(choice.finish_reason))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _choice_object(self, state: _ChoiceState) -> dict[str, Any]:
+        logprobs = self._logprobs(state, state.logprobs) if self._wants_logprobs else None
+        text = "".join(state.texts)
+        content: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
+        )
+        return {"index": state.choice.index, **content, "logprobs": logprobs,
+                "finish_reason": state.choice.finish_reason}  # fmt: skip
+
+    def _logprobs(self, state: _ChoiceState, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        if self._is_chat:
+            return chat_logprobs(entries, self._tokenizer)
+        logprobs, state.num_chars = completion_logprobs(entries, self._tokenizer, state.num_chars)
+        return logprobs
+
+    def _usage(self) -> dict[str, Any]:
+        """Token counts; a prompt counts once, whatever its number of answers."""
+        firsts = [state.choice for state in self._states[:: self._answers_a_prompt]]
+        num_prompt = sum(choice.num_prompt_tokens for choice in firsts)
+        num_output = sum(state.choice.num_tokens for state in self._states)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in firsts)},
+        }

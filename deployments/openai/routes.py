@@ -1,0 +1,242 @@
+"""The HTTP API over a router: which path does what, and how it is described in `/docs`."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from deployments.openai import errors
+from deployments.openai.answers import Answer
+from deployments.openai.auth import KeyGuard
+from deployments.openai.edge import Edge, parse_body
+from deployments.openai.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from deployments.openai.sse import EventStream, until_disconnect
+from deployments.router import Router
+from deployments.version import __version__
+from llm.errors import LLMError
+
+TITLE = "Rayline"
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One line of the route table."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    body: type[BaseModel] | None = None
+    is_open: bool = False
+    """Answered without a key even where keys are asked for."""
+
+
+def create_api(router: Router, key_digests: Sequence[bytes] = ()) -> FastAPI:
+    """The HTTP application.
+
+    Args:
+        router: what answers.
+        key_digests: SHA-256 of the keys that clients may use; none to ask for none.
+    """
+    table = Endpoints(router).table()
+    api = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, redoc_url=None)
+    for route in table:
+        api.add_api_route(
+            route.path, route.handler, methods=[route.method], summary=route.summary, response_model=None,
+            description=route.handler.__doc__, openapi_extra=_body_schema(route.body),
+        )  # fmt: skip
+    api.openapi = lambda: _openapi(api, table)  # type: ignore[method-assign]
+    api.add_exception_handler(errors.APIError, _on_api_error)
+    api.add_exception_handler(LLMError, _on_llm_error)
+    api.add_exception_handler(HTTPException, _on_http_error)
+    # The last one added is the outermost.
+    api.add_middleware(KeyGuard, digests=key_digests, open_paths=[route.path for route in table if route.is_open])
+    api.add_middleware(Edge, max_header_bytes=router.config.limits.max_header_bytes)
+    return api
+
+
+class Endpoints:
+    """What each route does.
+
+    Args:
+        router: what answers.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._model = router.config.model_name
+        self._max_body_bytes = router.config.limits.max_body_bytes
+
+    def table(self) -> list[Route]:
+        """Every route there is."""
+        return [
+            Route("POST", "/v1/chat/completions", self.chat, "Chat completion", ChatRequest),
+            Route("POST", "/v1/completions", self.completion, "Completion", CompletionRequest),
+            Route("GET", "/v1/models", self.models, "Models"),
+            Route("GET", "/v1/models/{model:path}", self.model, "One model"),
+            Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", TokenizeRequest),
+            Route("POST", "/detokenize", self.detokenize, "Tokens to text", DetokenizeRequest),
+            Route("GET", "/health", self.health, "Whether this router runs", is_open=True),
+            Route("GET", "/ready", self.ready, "Whether requests can be answered", is_open=True),
+            Route("GET", "/version", self.version, "Version of the server"),
+            Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas"),
+        ]
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a chat, whole or as server-sent events."""
+        body = await parse_body(request, ChatRequest, self._max_body_bytes)
+        self._check_model(body.model)
+        requests = await self._router.encoder.chat(body)
+        answer = Answer(
+            self._router.start(requests), self._router.tokenizer, body.stop_strings(),
+            model=self._model, is_chat=True, wants_logprobs=bool(body.logprobs),
+        )  # fmt: skip
+        return await _respond(request, answer, body)
+
+    async def completion(self, request: Request) -> Response:
+        """Continue a prompt, or several, whole or as server-sent events."""
+        body = await parse_body(request, CompletionRequest, self._max_body_bytes)
+        self._check_model(body.model)
+        requests = await self._router.encoder.completion(body)
+        answer = Answer(
+            self._router.start(requests), self._router.tokenizer, body.stop_strings(),
+            model=self._model, is_chat=False, wants_logprobs=body.logprobs is not None,
+            num_prompts=len(requests) // (body.n or 1),
+        )  # fmt: skip
+        return await _respond(request, answer, body)
+
+    async def models(self, _: Request) -> Response:
+        """List the served model."""
+        return _json({"object": "list", "data": [self._model_object()]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe the served model."""
+        self._check_model(request.path_params["model"])
+        return _json(self._model_object())
+
+    async def tokenize(self, request: Request) -> Response:
+        """Turn a text or a chat into token ids."""
+        body = await parse_body(request, TokenizeRequest, self._max_body_bytes)
+        self._check_model(body.model or self._model)
+        encoder = self._router.encoder
+        if body.messages is not None:
+            generation_prompt = body.add_generation_prompt is not False
+            ids = await encoder.chat_ids(body.messages, add_generation_prompt=generation_prompt, variables={})
+        else:
+            ids = await encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        texts = [self._router.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        return _json({"count": len(ids), "max_model_len": encoder.info.max_seq_len, "tokens": ids, "token_strs": texts})
+
+    async def detokenize(self, request: Request) -> Response:
+        """Turn token ids into text."""
+        body = await parse_body(request, DetokenizeRequest, self._max_body_bytes)
+        self._check_model(body.model or self._model)
+        encoder = self._router.encoder
+        encoder.check_ids(body.tokens, "tokens")
+        text = await encoder.run(len(body.tokens), lambda: self._router.tokenizer.decode(body.tokens))
+        return _json({"prompt": text})
+
+    async def health(self, _: Request) -> Response:
+        """Answer as long as this process runs."""
+        return _json({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """Answer 200 once an engine is loaded, 503 before."""
+        if not self._router.is_ready:
+            raise errors.not_ready()
+        return _json({"status": "ready"})
+
+    async def version(self, _: Request) -> Response:
+        """Tell the server's version."""
+        return _json({"version": __version__})
+
+    async def stats(self, _: Request) -> Response:
+        """Tell what runs and how full the engines are, as this router last heard."""
+        return _json(self._router.snapshot())
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            raise errors.model_not_found(name)
+
+    def _model_object(self) -> dict[str, Any]:
+        info = self._router.info
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._router.started_at,
+            "owned_by": "rayline",
+            "max_model_len": info.max_seq_len if info is not None else None,
+        }
+
+
+async def _respond(request: Request, answer: Answer, body: ChatRequest | CompletionRequest) -> Response:
+    """The answer in the form that was asked for."""
+    if not body.stream:
+        return _json(await until_disconnect(request.receive, answer.whole()))
+    news = await until_disconnect(request.receive, answer.first_news())
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return EventStream(answer.chunks(news, include_usage=include_usage))
+
+
+def _json(value: Any) -> Response:
+    return Response(errors.json_bytes(value), media_type="application/json")
+
+
+async def _on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.APIError), "registered for it"
+    return error.response()
+
+
+async def _on_llm_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, LLMError), "registered for it"
+    return errors.of_engine(error).response()
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    """What Starlette itself refuses."""
+    assert isinstance(error, HTTPException), "registered for it"
+    if error.status_code == 404:
+        return errors.unknown_route().response()
+    if error.status_code == 405:
+        return errors.wrong_method(error.headers).response()
+    return errors.APIError(error.status_code, str(error.detail), headers=error.headers).response()
+
+
+def _body_schema(body: type[BaseModel] | None) -> dict[str, Any] | None:
+    """The OpenAPI entry for a body that the handler reads itself."""
+    error = {"description": "Error", "content": {"application/json": {"schema": _ref("ErrorResponse")}}}
+    extra: dict[str, Any] = {"responses": {"4XX": error, "5XX": error}}
+    if body is not None:
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body.__name__)}}}
+    return extra
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _openapi(api: FastAPI, table: Sequence[Route]) -> dict[str, Any]:
+    """The API's description, made once, with the bodies that handlers read themselves."""
+    if api.openapi_schema is None:
+        schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
+        bodies: list[type[BaseModel]] = [errors.ErrorResponse, *(route.body for route in table if route.body)]
+        _, definitions = models_json_schema(
+            [(body, "validation") for body in bodies],
+            ref_template="#/components/schemas/{model}",
+        )
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        api.openapi_schema = schema
+    return api.openapi_schema

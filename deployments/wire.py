@@ -1,0 +1,131 @@
+"""What routers and engine replicas send each other: the call, its reply, and the frames of the token channel.
+
+All of it is msgpack, written and checked by msgspec, so that it costs microseconds and carries no code.
+"""
+
+from typing import Any
+
+import msgspec
+
+from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
+
+SECRET_BYTES = 32
+
+
+class ChannelAddress(msgspec.Struct, frozen=True):
+    """Where a router listens, and what its frames must begin with."""
+
+    endpoint: str
+    secret: bytes
+
+    def __repr__(self) -> str:
+        return f"ChannelAddress({self.endpoint})"
+
+
+class End(msgspec.Struct, array_like=True, gc=False):
+    """How a request ended."""
+
+    reason: FinishReason
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class TokenItem(msgspec.Struct, array_like=True):
+    """New tokens of one stream."""
+
+    stream_id: int
+    """The router's number for this stream and attempt."""
+    offset: int
+    """Output tokens before these, counting what an earlier engine generated. A gap means a lost message."""
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    end: End | None = None
+
+
+class StepFrame(msgspec.Struct, array_like=True, tag="tokens"):
+    """What one engine step gave to one router's requests."""
+
+    items: list[TokenItem]
+
+
+class StatsFrame(msgspec.Struct, array_like=True, tag="stats"):
+    """State of one replica."""
+
+    replica_id: str
+    stats: EngineStats
+
+
+Frame = StepFrame | StatsFrame
+
+
+class GenerateCall(msgspec.Struct):
+    """Argument of `EngineReplica.generate`."""
+
+    request: dict[str, Any]
+    """Fields of a `GenerationRequest` that differ from their defaults."""
+    stream_id: int
+    channel: ChannelAddress | None = None
+    """Where to push tokens; None to get them with the reply alone."""
+
+    @classmethod
+    def of(cls, request: GenerationRequest, stream_id: int, channel: ChannelAddress | None) -> "GenerateCall":
+        """The call for a request."""
+        fields = request.model_dump(exclude_defaults=True)
+        # A default that is drawn, not fixed: always sent, so that the request keeps its identity and its noise.
+        fields["request_id"], fields["seed"] = request.request_id, request.seed
+        return cls(fields, stream_id, channel)
+
+    def to_request(self) -> GenerationRequest:
+        """The request, validated again."""
+        return GenerationRequest.model_validate(self.request)
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a request can never be served, as `InvalidRequestError` has it."""
+
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class GenerateReply(msgspec.Struct):
+    """Result of `EngineReplica.generate`: the authority on what was generated."""
+
+    replica_id: str
+    token_ids: list[int] = []
+    """Everything generated, what an earlier engine had generated included."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry for each token that this engine generated."""
+    end: End | None = None
+    """None where the request was refused or the engine broke down."""
+    refusal: Refusal | None = None
+    failure: str | None = None
+    """The engine broke down; another one may go on."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_call_decoder = msgspec.msgpack.Decoder(GenerateCall)
+_reply_decoder = msgspec.msgpack.Decoder(GenerateReply)
+
+
+def encode(message: Any) -> bytes:
+    """Bytes of any of the messages here."""
+    return _encoder.encode(message)
+
+
+def decode_call(data: bytes) -> GenerateCall:
+    """Read a call."""
+    return _call_decoder.decode(data)
+
+
+def decode_reply(data: bytes) -> GenerateReply:
+    """Read a reply."""
+    return _reply_decoder.decode(data)
+
+
+def end_of(output: StepOutput) -> End | None:
+    """How `output` ends its request, if it does."""
+    if output.finish_reason is None:
+        return None
+    return End(output.finish_reason, output.stop_reason, output.num_cached_tokens, output.error)
