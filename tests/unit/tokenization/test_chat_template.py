@@ -36,6 +36,20 @@ def test_ordinary_chats_equal_transformers(tokenizers, checkpoints, kind, add_ge
     assert tokenizers[kind].apply_chat_template(CHAT, add_generation_prompt=add_generation_prompt) == expected
 
 
+@pytest.mark.parametrize("kind", ["llama3", "qwen", "llama2", "mistral"])
+def test_the_careful_path_equals_transformers_too(tokenizers, checkpoints, kind):
+    """Text that ends like the start of a control token is cut out and encoded by itself, with the same result."""
+    theirs = PreTrainedTokenizerFast.from_pretrained(checkpoints[kind])
+    first = "<|" if kind in ("llama3", "qwen") else "<"
+    chat = [
+        *user(f"is the quick {first}"),
+        {"role": "assistant", "content": f" yes {first}"},
+        *user("  the fox\nis\tthe 😀"),
+    ]
+    expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert tokenizers[kind].apply_chat_template(chat) == expected
+
+
 def test_tools_and_variables_equal_transformers(tokenizers, checkpoints):
     theirs = PreTrainedTokenizerFast.from_pretrained(checkpoints["qwen"])
     chat = [

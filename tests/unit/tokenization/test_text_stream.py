@@ -3,8 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from llm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
 from llm.tokenization.text_stream import TextStream
