@@ -140,8 +140,9 @@ class EngineConfig(StrictModel):
     """Most sequences that run at once (rows)."""
     max_seq_len: int | None = Field(default=None, ge=1)
     """Longest sequence in tokens; None for the model's own context length."""
-    max_tokens_per_step: int = Field(default=2048, ge=1)
-    """Token budget of one step, decodes and prefill chunks together."""
+    max_tokens_per_step: int | None = Field(default=None, ge=1)
+    """Token budget of one step, decodes and prefill chunks together; None for 256 on a CPU, where what fits its caches
+    is fastest, and 2048 on a GPU, but at least `max_batch_size`."""
     page_size: int = Field(default=16, ge=1, le=256)
     """Slots a page. A slot holds one token's keys and values in every layer."""
     num_pages: int | None = Field(default=None, ge=1)
@@ -157,9 +158,13 @@ class EngineConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        if self.max_tokens_per_step < self.max_batch_size:
+        if self.max_tokens_per_step is not None and self.max_tokens_per_step < self.max_batch_size:
             raise ValueError(
                 f"max_tokens_per_step {self.max_tokens_per_step} is below max_batch_size {self.max_batch_size}: "
                 "every running sequence needs one token a step"
             )
         return self
+
+    def token_budget(self, device_type: str) -> int:
+        """Tokens of one step on a device of this type ("cpu", "cuda")."""
+        return self.max_tokens_per_step or max(256 if device_type == "cpu" else 2048, self.max_batch_size)

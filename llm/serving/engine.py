@@ -79,7 +79,7 @@ class ContinuousBatchingEngine:
         self.scheduler = Scheduler(
             pool,
             max_batch_size=config.max_batch_size,
-            max_tokens_per_step=config.max_tokens_per_step,
+            max_tokens_per_step=config.token_budget(model.device.type),
             max_seq_len=context_len,
             window_size=model.config.pool_window,
             enable_prefix_caching=config.enable_prefix_caching,

@@ -44,7 +44,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
 @torch.inference_mode()
 def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
     """Bytes of GPU memory for the pool, after a trial of the largest step."""
-    num_tokens = min(config.max_tokens_per_step, context_len)
+    num_tokens = min(config.token_budget(model.device.type), context_len)
     torch.cuda.reset_peak_memory_stats(model.device)
     context = DenseContext([model.config.layer_window(layer) for layer in range(model.num_layers)])
     positions = torch.arange(num_tokens, device=model.device)
