@@ -74,7 +74,7 @@ def rope_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int
 ) -> tuple[torch.Tensor, float]:
     """Angle a token turns per dimension pair, (head_dim / 2,) float32, and the factor on cos and sin."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling is None:
         return frequencies, 1.0
     original_len = scaling.original_max_position_embeddings or max_seq_len

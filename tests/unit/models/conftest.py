@@ -1,7 +1,7 @@
 """Small random checkpoints of each architecture, saved by transformers."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,6 @@ class Checkpoints:
             self._models[name] = make_model(config)
             self._models[name].save_pretrained(directory)
         return directory, self._models[name]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Such small products are faster on one thread, far faster where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
