@@ -1,0 +1,26 @@
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+from in_process import LocalClient, Service, ServiceFactory, emulated_config, end_service
+
+from deployments.config import AppConfig
+from deployments.engine_replica import EngineReplica
+
+
+@pytest.fixture
+async def make_service() -> AsyncIterator[ServiceFactory]:
+    """Makes services that are ready; ends them, having checked that no page leaked."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(
+            config: AppConfig | None = None, num_replicas: int = 1, key_digests: tuple[bytes, ...] = ()
+        ) -> Service:
+            config = config or emulated_config()
+            replicas = [EngineReplica(config, f"replica-{i}") for i in range(num_replicas)]
+            service = Service(config, LocalClient(replicas), key_digests)
+            stack.push_async_callback(end_service, service)
+            await service.router.wait_until_ready()
+            return service
+
+        yield make

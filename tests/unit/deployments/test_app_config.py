@@ -1,0 +1,75 @@
+import pytest
+from pydantic import ValidationError
+
+from deployments.config import AppConfig, key_digests, resolve_paths, without_secrets
+from deployments.front_end import FrontEnd, check_open
+from deployments.ingress import ready_banner
+from llm.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        ({"modle": "x"}, "did you mean 'model'?"),
+        ({"replicas": {"num_replica": 2}}, "did you mean 'num_replicas'?"),
+        ({"engine": {"max_batchsize": 2}}, "did you mean 'max_batch_size'?"),
+        ({"dtype": "int8"}, "float32"),
+        ({"replicas": {"num_replicas": 0}}, "greater than or equal to 1"),
+        ({"api_keys": [" "]}, "empty key"),
+    ],
+)
+def test_mistakes_are_named(args: dict, hint: str):
+    with pytest.raises(ValidationError, match=hint.replace("?", r"\?")):
+        AppConfig.model_validate(args)
+
+
+def test_relative_directories_become_absolute(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = resolve_paths(AppConfig(model="models/mine"))
+    assert config.model == str(tmp_path / "models" / "mine")
+    assert config.model_name == "mine"
+    assert resolve_paths(AppConfig(model="org/name")).model == "org/name"
+    assert resolve_paths(AppConfig(model="org/name")).model_name == "org/name"
+
+
+def test_keys_come_from_all_three_places_and_are_never_shown(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    monkeypatch.setenv("RAYLINE_TEST_KEYS", "three, four")
+    config = AppConfig.model_validate(
+        {"api_keys": ["sk-zero"], "api_keys_file": str(tmp_path / "keys"), "api_keys_env": "RAYLINE_TEST_KEYS"}
+    )
+    assert len(set(key_digests(config))) == 5
+    assert "sk-zero" not in repr(config) + str(config.model_dump())
+    assert without_secrets(config).api_keys == ()
+    assert key_digests(AppConfig()) == ()
+
+
+@pytest.mark.parametrize("args", [{"api_keys_file": "/nowhere/keys"}, {"api_keys_env": "RAYLINE_NOT_SET"}])
+def test_keys_that_cannot_be_found_stop_the_start(args: dict):
+    """Else the server would be open to everyone by mistake."""
+    with pytest.raises(ConfigError):
+        key_digests(AppConfig(**args))
+
+
+def test_an_open_port_needs_keys_or_a_word():
+    everywhere, here = FrontEnd("0.0.0.0", 8000), FrontEnd("127.0.0.1", 8000)
+    with pytest.raises(ConfigError, match="allow_open_without_keys"):
+        check_open(AppConfig(), False, everywhere)
+    check_open(AppConfig(), True, everywhere)
+    check_open(AppConfig(), False, here)
+    check_open(AppConfig(), False, None)
+    check_open(AppConfig(allow_open_without_keys=True), False, everywhere)
+
+
+def test_urls():
+    assert FrontEnd("0.0.0.0", 80, "/api").url == "http://127.0.0.1:80/api"
+    assert FrontEnd("::1", 80).url == "http://[::1]:80"
+
+
+def test_the_banner_has_a_line_to_paste():
+    banner = ready_banner("http://127.0.0.1:8000", "demo", 2048, 65536, needs_key=True)
+    assert "curl http://127.0.0.1:8000/v1/chat/completions" in banner
+    assert "Authorization: Bearer" in banner
+    assert "2048" in banner
+    assert "65536" in banner
