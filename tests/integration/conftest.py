@@ -1,0 +1,35 @@
+"""One Ray cluster for the session, with the demo model on two CPU replicas behind one router, reached over HTTP."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+from live_server import APP_NAME, ROOT, Server, free_port, wait_until_ready
+from ray import serve
+
+from deployments.app import build_app
+from deployments.config import AppConfig
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    port = free_port()
+    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local")
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        config = AppConfig.model_validate(
+            {
+                "model": str(ROOT / "configs" / "demo"),
+                "device": "cpu",
+                "engine": {"max_batch_size": 16},
+                "replicas": {"num_replicas": 2, "torch_threads": 1, "graceful_shutdown_timeout_s": 5},
+                "router": {"graceful_shutdown_timeout_s": 5},
+            }
+        )
+        serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+        server = Server(f"http://127.0.0.1:{port}")
+        wait_until_ready(server, num_replicas=2)
+        yield server
+    finally:
+        serve.shutdown()
+        ray.shutdown()

@@ -1,0 +1,93 @@
+"""What the integration tests know of a server that runs: how to ask it, and how to see that it is well."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+
+ROOT = Path(__file__).parents[2]
+APP_NAME = f"rayline-test-{os.getpid()}"
+REPLICA_ACTOR = f"ray::ServeReplica:{APP_NAME}:EngineReplica"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Server:
+    """An application that answers over HTTP."""
+
+    url: str
+    num_replicas: int = 2
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+
+    def stats(self) -> dict:
+        return self.http.get("/rayline/stats").json()
+
+    def num_used_pages(self) -> int:
+        return sum(replica["num_used_pages"] for replica in self.stats()["replicas"].values())
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10, what: str = "") -> float:
+        """Seconds that it took."""
+        started = time.monotonic()
+        while not condition():
+            assert time.monotonic() - started < timeout_s, what or "timed out"
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def ask(self, question: str = "What is 17 + 25?") -> str:
+        """A question with a known answer, answered in full."""
+        answer = self.openai.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": question}], max_tokens=30
+        )
+        return answer.choices[0].message.content or ""
+
+    def check_healthy(self) -> None:
+        """It answers, nothing runs on, and every page is back."""
+        for _ in range(self.num_replicas):
+            assert self.ask() == "42"
+        self.wait_for(lambda: self.num_used_pages() == 0, what="pages are still in use")
+        self.wait_for(lambda: self.stats()["router"]["num_live"] == 0, what="requests are still live")
+
+
+def wait_until_ready(server: Server, num_replicas: int) -> None:
+    """Until the router knows the engines and every replica has answered once."""
+
+    def is_ready() -> bool:
+        try:
+            return server.http.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    server.wait_for(is_ready, 120, "the application did not become ready")
+
+    def have_all_answered() -> bool:
+        server.ask()
+        return len(server.stats()["replicas"]) >= num_replicas
+
+    server.wait_for(have_all_answered, 30, "not every replica answers")
+
+
+def replica_pids() -> list[int]:
+    """Processes of this session's engine replicas, and of no other application on the machine."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if command.startswith(REPLICA_ACTOR):
+            pids.append(int(path.parent.name))
+    return pids
