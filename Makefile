@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev serve test test-unit lint format typecheck demo-model bench-cpu bench-techniques bench-relay clean
+.PHONY: help install install-dev serve test test-unit lint format typecheck demo-model bench-cpu bench-techniques bench-relay bench-overhead clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ bench-techniques: $(VENV)/.dev  ## What KV cache, GQA and window save on this ma
 
 bench-relay: $(VENV)/.dev  ## Tokens a second that one router relays, with an emulated engine behind it
 	$(BIN)/python -m benchmarks.relay
+
+bench-overhead: $(VENV)/.dev  ## What the serving path adds to the time to first token
+	$(BIN)/python -m benchmarks.overhead
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -153,17 +153,18 @@ def measure(model_name: str, directory: Path, repeats: int) -> list[dict[str, ob
         "transformers generate_batch": lambda workload: run_generate_batch(reference, workload),
     }
     rows = []
-    for workload in make_workloads(reference.config.vocab_size):
+    *batches, alone = make_workloads(reference.config.vocab_size)
+    for run in contenders.values():
+        run(alone)
+    for workload in (*batches, alone):
         speeds: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(repeats + 1):
+        for _ in range(repeats):
             for name, run in contenders.items():
                 gc.collect()
                 start = time.perf_counter()
                 num_tokens = run(workload)
-                elapsed = time.perf_counter() - start
+                speeds[name].append(num_tokens / (time.perf_counter() - start))
                 assert num_tokens == workload.num_output_tokens, f"{name} made {num_tokens} tokens"
-                if turn > 0:
-                    speeds[name].append(num_tokens / elapsed)
         rows.append(_row(model_name, workload, speeds))
         print(json.dumps(rows[-1]), flush=True)
     return rows
