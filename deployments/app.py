@@ -1,5 +1,6 @@
 """The application: the only place that binds deployments."""
 
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from deployments.config import AppConfig, key_digests, resolve_paths, without_se
 from deployments.engine_replica import EngineReplica
 from deployments.front_end import check_open, find_front_end
 from deployments.ingress import RouterIngress
+from llm.models.registry import load_model_config
 
 _HEALTH_CHECK_PERIOD_S = 1
 _HEALTH_CHECK_TIMEOUT_S = 30
@@ -19,16 +21,27 @@ def build_app(args: AppConfig) -> Application:
     """Bind a router in front of engine replicas, as `args` says.
 
     Raises:
-        ConfigError: the configuration cannot be used; one line with the fix.
+        CheckpointError, ConfigError: the checkpoint or the configuration cannot be used; one line with the fix.
     """
     digests = key_digests(args)
     front_end = find_front_end()
     check_open(args, bool(digests), front_end)
     config = without_secrets(resolve_paths(args))
+    _check_checkpoint(config)
     if config.public_url is None and front_end is not None:
         config = config.model_copy(update={"public_url": front_end.url})
     engines = _engine_deployment(config).bind(config)
     return _router_deployment(config).bind(config, digests, engines)
+
+
+def _check_checkpoint(config: AppConfig) -> None:
+    """Find mistakes here, in one line, that would else stop every replica after a while.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint is here, and cannot be used.
+    """
+    if Path(config.model).is_dir():
+        load_model_config(config.model)
 
 
 def _engine_deployment(config: AppConfig) -> Any:

@@ -107,7 +107,8 @@ class AppConfig(StrictModel):
     """Everything `build_app` takes."""
 
     model: str = Field(default="configs/demo", min_length=1)
-    """Directory of a Hugging Face checkpoint, or a Hub id. A relative path counts from the working directory."""
+    """Directory of a Hugging Face checkpoint, or a Hub id. A relative path counts from the working
+    directory, else from this repository."""
     served_model_name: str | None = Field(default=None, min_length=1, max_length=256)
     """The name clients use; None for the directory's name or the Hub id."""
     lora: str | None = None
@@ -155,12 +156,22 @@ def resolve_paths(config: AppConfig) -> AppConfig:
 
     What is no directory here is left alone: it may be a Hub id, or a path of the replicas' nodes.
     """
-    changes: dict[str, Any] = {"served_model_name": config.model_name}
+    changes: dict[str, Any] = {}
     for name in ("model", "lora"):
-        value = getattr(config, name)
-        if value is not None and Path(value).expanduser().is_dir():
-            changes[name] = str(Path(value).expanduser().resolve())
-    return config.model_copy(update=changes)
+        directory = _find_directory(getattr(config, name))
+        if directory is not None:
+            changes[name] = str(directory)
+    resolved = config.model_copy(update=changes)
+    return resolved.model_copy(update={"served_model_name": resolved.model_name})
+
+
+def _find_directory(value: str | None) -> Path | None:
+    """An existing directory by this name, looked for where we are and beside the code."""
+    if value is None:
+        return None
+    path = Path(value).expanduser()
+    candidates = (path, Path(__file__).parent.parent / path)
+    return next((candidate.resolve() for candidate in candidates if candidate.is_dir()), None)
 
 
 def key_digests(config: AppConfig) -> tuple[bytes, ...]:

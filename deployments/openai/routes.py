@@ -15,6 +15,18 @@ from deployments.openai import errors
 from deployments.openai.answers import Answer
 from deployments.openai.auth import KeyGuard
 from deployments.openai.edge import Edge, parse_body
+from deployments.openai.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    ModelList,
+    ModelObject,
+    Stats,
+    Status,
+    Text,
+    Tokens,
+    Version,
+)
 from deployments.openai.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -39,6 +51,7 @@ class Route:
     path: str
     handler: Handler
     summary: str
+    answer: type[BaseModel]
     body: type[BaseModel] | None = None
     is_open: bool = False
     """Answered without a key even where keys are asked for."""
@@ -56,7 +69,7 @@ def create_api(router: Router, key_digests: Sequence[bytes] = ()) -> FastAPI:
     for route in table:
         api.add_api_route(
             route.path, route.handler, methods=[route.method], summary=route.summary, response_model=None,
-            description=route.handler.__doc__, openapi_extra=_body_schema(route.body),
+            description=route.handler.__doc__, openapi_extra=_operation(route),
         )  # fmt: skip
     api.openapi = lambda: _openapi(api, table)  # type: ignore[method-assign]
     api.add_exception_handler(errors.APIError, _on_api_error)
@@ -83,16 +96,16 @@ class Endpoints:
     def table(self) -> list[Route]:
         """Every route there is."""
         return [
-            Route("POST", "/v1/chat/completions", self.chat, "Chat completion", ChatRequest),
-            Route("POST", "/v1/completions", self.completion, "Completion", CompletionRequest),
-            Route("GET", "/v1/models", self.models, "Models"),
-            Route("GET", "/v1/models/{model:path}", self.model, "One model"),
-            Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", TokenizeRequest),
-            Route("POST", "/detokenize", self.detokenize, "Tokens to text", DetokenizeRequest),
-            Route("GET", "/health", self.health, "Whether this router runs", is_open=True),
-            Route("GET", "/ready", self.ready, "Whether requests can be answered", is_open=True),
-            Route("GET", "/version", self.version, "Version of the server"),
-            Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas"),
+            Route("POST", "/v1/chat/completions", self.chat, "Chat completion", ChatCompletion, ChatRequest),
+            Route("POST", "/v1/completions", self.completion, "Completion", Completion, CompletionRequest),
+            Route("GET", "/v1/models", self.models, "Models", ModelList),
+            Route("GET", "/v1/models/{model:path}", self.model, "One model", ModelObject),
+            Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", Tokens, TokenizeRequest),
+            Route("POST", "/detokenize", self.detokenize, "Tokens to text", Text, DetokenizeRequest),
+            Route("GET", "/health", self.health, "Whether this router runs", Status, is_open=True),
+            Route("GET", "/ready", self.ready, "Whether requests can be answered", Status, is_open=True),
+            Route("GET", "/version", self.version, "Version of the server", Version),
+            Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas", Stats),
         ]
 
     async def chat(self, request: Request) -> Response:
@@ -215,26 +228,35 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     return errors.APIError(error.status_code, str(error.detail), headers=error.headers).response()
 
 
-def _body_schema(body: type[BaseModel] | None) -> dict[str, Any] | None:
-    """The OpenAPI entry for a body that the handler reads itself."""
-    error = {"description": "Error", "content": {"application/json": {"schema": _ref("ErrorResponse")}}}
-    extra: dict[str, Any] = {"responses": {"4XX": error, "5XX": error}}
-    if body is not None:
-        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body.__name__)}}}
-    return extra
+def _operation(route: Route) -> dict[str, Any]:
+    """The OpenAPI entry of a route: handlers read and write their bodies themselves."""
+    contents: dict[str, Any] = {"application/json": {"schema": _ref(route.answer)}}
+    if route.answer in _STREAMED:
+        contents["text/event-stream"] = {"schema": _ref(_STREAMED[route.answer])}
+    error = {"description": "Error", "content": {"application/json": {"schema": _ref(errors.ErrorResponse)}}}
+    operation: dict[str, Any] = {
+        "responses": {"200": {"description": "Success", "content": contents}, "4XX": error, "5XX": error}
+    }
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(route.body)}}}
+    return operation
 
 
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
+_STREAMED: dict[type[BaseModel], type[BaseModel]] = {ChatCompletion: ChatCompletionChunk, Completion: Completion}
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
 def _openapi(api: FastAPI, table: Sequence[Route]) -> dict[str, Any]:
-    """The API's description, made once, with the bodies that handlers read themselves."""
+    """The API's description, made once, with the bodies that handlers read and write themselves."""
     if api.openapi_schema is None:
         schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
-        bodies: list[type[BaseModel]] = [errors.ErrorResponse, *(route.body for route in table if route.body)]
+        models: list[type[BaseModel]] = [errors.ErrorResponse, ChatCompletionChunk]
+        models += [route.body for route in table if route.body is not None] + [route.answer for route in table]
         _, definitions = models_json_schema(
-            [(body, "validation") for body in bodies],
+            [(model, "validation") for model in dict.fromkeys(models)],
             ref_template="#/components/schemas/{model}",
         )
         schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])

@@ -12,7 +12,6 @@ import openai
 
 ROOT = Path(__file__).parents[2]
 APP_NAME = f"rayline-test-{os.getpid()}"
-REPLICA_ACTOR = f"ray::ServeReplica:{APP_NAME}:EngineReplica"
 
 
 def free_port() -> int:
@@ -80,14 +79,14 @@ def wait_until_ready(server: Server, num_replicas: int) -> None:
     server.wait_for(have_all_answered, 30, "not every replica answers")
 
 
-def replica_pids() -> list[int]:
-    """Processes of this session's engine replicas, and of no other application on the machine."""
+def replica_pids(app_name: str = APP_NAME) -> list[int]:
+    """Processes of one application's engine replicas, and of no other application on the machine."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if command.startswith(REPLICA_ACTOR):
+        if command.startswith(f"ray::ServeReplica:{app_name}:EngineReplica"):
             pids.append(int(path.parent.name))
     return pids

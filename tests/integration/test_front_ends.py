@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 import yaml
-from live_server import ROOT, Server, free_port, wait_until_ready
+from live_server import ROOT, Server, free_port, replica_pids, wait_until_ready
 
 SERVE = Path(sys.executable).with_name("serve")
 HAPROXY = {
@@ -28,11 +28,12 @@ class ServeRun:
 
     def __init__(self, directory: Path, args: dict, host: str = "127.0.0.1", **environment: str) -> None:
         port = free_port()
+        self.app_name = f"rayline-front-{port}"
         self.url = f"http://127.0.0.1:{port}"
         config = {
             "http_options": {"host": host, "port": port},
             "applications": [
-                {"name": "app", "route_prefix": "/", "import_path": "deployments.app:build_app", "args": args}
+                {"name": self.app_name, "route_prefix": "/", "import_path": "deployments.app:build_app", "args": args}
             ],
         }
         (directory / "serve.yaml").write_text(yaml.safe_dump(config))
@@ -99,6 +100,22 @@ def test_leaving_frees_the_pages_behind_haproxy(haproxy: tuple[ServeRun, Server]
     server.wait_for(lambda: server.num_used_pages() > 0)
     stream.close()
     assert server.wait_for(lambda: server.num_used_pages() == 0, 5) < 1.0
+
+
+def test_a_stream_survives_its_only_replica_behind_haproxy(haproxy: tuple[ServeRun, Server]):
+    """Ray Serve starts another replica; the stream goes on in it, after a pause."""
+    run, server = haproxy
+    request = {"model": "demo", "prompt": "Once", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
+    expected = server.openai.completions.create(**request).choices[0].text
+    stream = server.openai.completions.create(**request, stream=True)
+    pieces = []
+    for chunk in stream:
+        pieces.append(chunk.choices[0].text)
+        if len(pieces) == 20:
+            os.kill(replica_pids(run.app_name)[0], signal.SIGKILL)
+    assert "".join(pieces) == expected
+    assert server.stats()["router"]["num_resumes"] == 1
+    server.check_healthy()
 
 
 def test_keys_are_asked_for(haproxy: tuple[ServeRun, Server]):

@@ -1,10 +1,18 @@
-import pytest
-from pydantic import ValidationError
+from pathlib import Path
 
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import build_app
 from deployments.config import AppConfig, key_digests, resolve_paths, without_secrets
 from deployments.front_end import FrontEnd, check_open
 from deployments.ingress import ready_banner
-from llm.errors import ConfigError
+from llm.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -73,3 +81,24 @@ def test_the_banner_has_a_line_to_paste():
     assert "Authorization: Bearer" in banner
     assert "2048" in banner
     assert "65536" in banner
+
+
+@pytest.mark.parametrize("path", [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))], ids=str)
+def test_the_configurations_that_we_ship_are_valid(path: Path):
+    config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    for application in config.applications:
+        args = AppConfig.model_validate(application.args)
+        is_open = config.http_options.host == "0.0.0.0"
+        assert not is_open or args.api_keys_env or args.api_keys_file, "open to everyone"
+
+
+def test_build_app_finds_mistakes_in_the_checkpoint_at_once(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(CheckpointError, match="BertModel is not supported"):
+        build_app(AppConfig(model=str(tmp_path)))
+
+
+def test_there_is_an_app_for_serve_build():
+    import deployments.app
+
+    assert isinstance(deployments.app.app, Application)

@@ -6,6 +6,9 @@ import json
 import pytest
 from in_process import ServiceFactory, emulated_config
 
+from deployments.openai import responses
+from deployments.openai.errors import ErrorResponse
+
 KEY = "sk-test-key"
 DIGESTS = (hashlib.sha256(KEY.encode()).digest(),)
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -269,3 +272,33 @@ async def test_what_fails_inside_is_not_told(make_service: ServiceFactory, monke
     response = await service.post("/v1/completions", prompt="a")
     assert check_error(response, 500)["type"] == "server_error"
     assert "secret" not in response.text
+
+
+async def test_answers_are_what_the_docs_say(make_service: ServiceFactory):
+    service = await make_service()
+    tokens = {"tokens": [97, 98]}
+    cases = [
+        (responses.ChatCompletion, await service.post("/v1/chat/completions", **CHAT, max_tokens=3)),
+        (
+            responses.ChatCompletion,
+            await service.post("/v1/chat/completions", **CHAT, max_tokens=3, logprobs=True, top_logprobs=1),
+        ),
+        (responses.Completion, await service.post("/v1/completions", prompt="a", max_tokens=3, logprobs=1)),
+        (responses.ModelList, await service.http.get("/v1/models")),
+        (responses.ModelObject, await service.http.get("/v1/models/demo")),
+        (responses.Tokens, await service.post("/tokenize", prompt="a")),
+        (responses.Text, await service.post("/detokenize", **tokens)),
+        (responses.Status, await service.http.get("/health")),
+        (responses.Status, await service.http.get("/ready")),
+        (responses.Version, await service.http.get("/version")),
+        (responses.Stats, await service.http.get("/rayline/stats")),
+        (ErrorResponse, await service.http.get("/nothing")),
+    ]
+    for model, response in cases:
+        model.model_validate_json(response.content, strict=True)
+    options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 3}
+    chat = await service.post("/v1/chat/completions", **CHAT, **options, logprobs=True)
+    plain = await service.post("/v1/completions", prompt="a", **options, logprobs=0)
+    for model, response in ((responses.ChatCompletionChunk, chat), (responses.Completion, plain)):
+        for line in response.text.split("\n\n")[:-2]:
+            model.model_validate_json(line.removeprefix("data: "), strict=True)

@@ -1,0 +1,192 @@
+"""Answers of the OpenAI API, as `/docs` describes them. The server writes plain JSON; tests hold it to these models."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ResponseModel(BaseModel):
+    """Exactly these fields."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+FinishReasonName = Literal["stop", "length"]
+
+
+class PromptTokensDetails(ResponseModel):
+    """Where the prompt's tokens came from."""
+
+    cached_tokens: int
+    """From the prefix cache."""
+
+
+class Usage(ResponseModel):
+    """Token counts of a whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(ResponseModel):
+    """A token that might have been."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    """None for a token that is part of a character."""
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(ResponseModel):
+    """Log probabilities of a chat choice."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class AssistantMessage(ResponseModel):
+    """The model's turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(ResponseModel):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonName
+
+
+class ChatCompletion(ResponseModel):
+    """Answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    """Seconds since 1970."""
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(ResponseModel):
+    """What is new: the role first, then pieces of content, nothing at the end."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: None = None
+
+
+class ChatChunkChoice(ResponseModel):
+    """News of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonName | None
+
+
+class ChatCompletionChunk(ResponseModel):
+    """One event of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    """With `stream_options.include_usage`: None in every chunk but the last, which has no choices."""
+
+
+class CompletionLogprobs(ResponseModel):
+    """Log probabilities of a completion choice."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(ResponseModel):
+    """One answer, or news of one in a stream."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReasonName | None
+
+
+class Completion(ResponseModel):
+    """Answer of `POST /v1/completions`, and one event of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ModelObject(ResponseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+    """Context length in tokens; None while the model loads."""
+
+
+class ModelList(ResponseModel):
+    """Answer of `GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelObject]
+
+
+class Tokens(ResponseModel):
+    """Answer of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(ResponseModel):
+    """Answer of `POST /detokenize`."""
+
+    prompt: str
+
+
+class Status(ResponseModel):
+    """Answer of `GET /health` and `GET /ready`."""
+
+    status: str
+
+
+class Version(ResponseModel):
+    """Answer of `GET /version`."""
+
+    version: str
+
+
+class Stats(ResponseModel):
+    """Answer of `GET /rayline/stats`."""
+
+    router: dict[str, Any]
+    replicas: dict[str, dict[str, Any]]
+    """By replica id, as each one last reported."""
