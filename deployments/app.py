@@ -30,7 +30,11 @@ def build_app(args: AppConfig) -> Application:
     _check_checkpoint(config)
     if config.public_url is None and front_end is not None:
         config = config.model_copy(update={"public_url": front_end.url})
-    engines = _engine_deployment(config).bind(config)
+    num_gpus = _gpus_a_replica(config)
+    if not num_gpus and config.device is None:
+        # A replica without a GPU of its own still sees those of its node.
+        config = config.model_copy(update={"device": "cpu"})
+    engines = _engine_deployment(config, num_gpus).bind(config)
     return _router_deployment(config).bind(config, digests, engines)
 
 
@@ -44,7 +48,7 @@ def _check_checkpoint(config: AppConfig) -> None:
         load_model_config(config.model)
 
 
-def _engine_deployment(config: AppConfig) -> Any:
+def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:
     replicas = config.replicas
     scale: dict[str, Any] = (
         {"autoscaling_config": replicas.autoscaling}
@@ -53,7 +57,7 @@ def _engine_deployment(config: AppConfig) -> Any:
     )
     return serve.deployment(EngineReplica).options(
         name="EngineReplica",
-        ray_actor_options={"num_gpus": _gpus_a_replica(config), "num_cpus": replicas.num_cpus},
+        ray_actor_options={"num_gpus": num_gpus, "num_cpus": replicas.num_cpus},
         max_ongoing_requests=replicas.max_ongoing_requests,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,

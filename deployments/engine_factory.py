@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -67,6 +68,16 @@ class EngineInfo(msgspec.Struct, frozen=True):
     backend: str
 
 
+def num_cores() -> int:
+    """Cores that this process may use: those of its affinity, less where a container's quota says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
+
+
 def make_engine(config: AppConfig) -> tuple[Engine, EngineInfo]:
     """Load the model, or make the emulated engine.
 
@@ -99,8 +110,8 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
 
     from llm.serving.engine import ContinuousBatchingEngine
 
-    threads = config.replicas.torch_threads or max(1, (os.cpu_count() or 1) // config.replicas.most_replicas)
-    torch.set_num_threads(threads)
+    # Ray sets OMP_NUM_THREADS=1 for replicas with less than a CPU.
+    torch.set_num_threads(config.replicas.torch_threads or max(1, num_cores() // config.replicas.most_replicas))
     dtype = None if config.dtype is DType.AUTO else getattr(torch, config.dtype)
     engine = ContinuousBatchingEngine.from_pretrained(
         config.model,

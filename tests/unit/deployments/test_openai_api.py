@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import httpx
 import pytest
 from in_process import ServiceFactory, emulated_config
 
@@ -302,3 +303,12 @@ async def test_answers_are_what_the_docs_say(make_service: ServiceFactory):
     for model, response in ((responses.ChatCompletionChunk, chat), (responses.Completion, plain)):
         for line in response.text.split("\n\n")[:-2]:
             model.model_validate_json(line.removeprefix("data: "), strict=True)
+
+
+async def test_keys_guard_the_same_routes_under_a_prefix(make_service: ServiceFactory):
+    service = await make_service(key_digests=DIGESTS)
+    transport = httpx.ASGITransport(service.api, root_path="/llm")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test/llm") as http:
+        assert (await http.get("/health")).status_code == 200
+        check_error(await http.get("/v1/models"), 401)
+        assert (await http.get("/v1/models", headers={"authorization": f"Bearer {KEY}"})).status_code == 200

@@ -1,0 +1,121 @@
+"""The emulated engine and the thread that owns an engine."""
+
+import asyncio
+import time
+
+import pytest
+from in_process import emulated_config
+
+from deployments.config import EmulationConfig
+from deployments.emulated_engine import EmulatedEngine
+from deployments.engine_loop import EngineLoop
+from deployments.engine_replica import EngineReplica
+from deployments.ingress import channel_host
+from llm.config import EngineConfig
+from llm.errors import EngineError, InvalidRequestError
+from llm.serving.schemas import FinishReason, GenerationRequest
+
+
+def make_engine(**changes: float) -> EmulatedEngine:
+    emulation = EmulationConfig.model_validate({"tokens_per_s": 500.0, "max_seq_len": 256, **changes})
+    return EmulatedEngine(EngineConfig(max_batch_size=4, num_pages=64), emulation, vocab_size=264)
+
+
+def request(**fields: object) -> GenerationRequest:
+    return GenerationRequest.model_validate({"prompt_token_ids": (1, 2, 3), "max_new_tokens": 10, **fields})
+
+
+def run(engine: EmulatedEngine) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    while engine.scheduler.has_pending_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    return tokens
+
+
+@pytest.fixture
+def loop():
+    loop = EngineLoop(make_engine(), "replica")
+    loop.start()
+    yield loop
+    loop.stop()
+
+
+def test_an_emulated_stream_has_its_pace_and_goes_on_elsewhere():
+    engine = make_engine(tokens_per_s=100.0)
+    engine.add_request(request(request_id="a", max_new_tokens=20))
+    started = time.monotonic()
+    whole = run(engine)["a"]
+    assert 0.19 <= time.monotonic() - started < 0.4
+    engine.add_request(request(request_id="b", max_new_tokens=20, output_token_ids=tuple(whole[:8])))
+    assert run(engine)["b"] == whole[8:]
+
+
+def test_emulated_rows_and_pages_are_limited_and_come_back():
+    engine = make_engine()
+    ids = [engine.add_request(request()) for _ in range(10)]
+    engine.step()
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (4, 6)
+    assert engine.abort(ids[0])
+    assert engine.abort(ids[9])
+    assert not engine.abort("unknown")
+    assert {len(tokens) for tokens in run(engine).values()} == {9, 10}
+    stats = engine.stats()
+    assert stats.num_used_pages == 0
+    assert stats.num_free_pages == stats.num_pages
+    with pytest.raises(InvalidRequestError):
+        engine.add_request(request(prompt_token_ids=(1,) * 256))
+
+
+async def test_every_request_gets_its_reply(loop: EngineLoop):
+    replies = await asyncio.gather(*(loop.generate(request()) for _ in range(9)))
+    assert all(len(reply.token_ids) == 10 and reply.end.reason is FinishReason.LENGTH for reply in replies)
+
+
+async def test_a_refusal_is_a_reply(loop: EngineLoop):
+    reply = await loop.generate(request(prompt_token_ids=(999,)))
+    assert reply.refusal.param == "prompt"
+    assert reply.end is None
+
+
+async def test_cancelling_aborts(loop: EngineLoop):
+    task = asyncio.ensure_future(loop.generate(request(max_new_tokens=200)))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.15)
+    assert loop.latest_stats.num_running == 0
+    assert loop.latest_stats.num_used_pages == 0
+
+
+async def test_stopping_answers_what_is_open(loop: EngineLoop):
+    task = asyncio.ensure_future(loop.generate(request(max_new_tokens=200)))
+    await asyncio.sleep(0.05)
+    await asyncio.to_thread(loop.stop)
+    assert "shutting down" in (await task).failure
+    with pytest.raises(EngineError):
+        await loop.generate(request())
+
+
+async def test_a_step_that_hangs_fails_the_health_check():
+    config = emulated_config(replicas={"stall_timeout_s": 0.2})
+    replica = EngineReplica(config, "replica")
+    replica._loop._engine.step = lambda: time.sleep(0.6) or []
+    task = asyncio.ensure_future(replica._loop.generate(request()))
+    await asyncio.sleep(0.1)
+    replica.check_health()
+    await asyncio.sleep(0.25)
+    with pytest.raises(EngineError, match="running for more than"):
+        replica.check_health()
+    task.cancel()
+    await asyncio.to_thread(replica.stop)
+
+
+def test_the_channel_listens_on_loopback_while_the_cluster_has_one_node(monkeypatch):
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": False}])
+    assert channel_host("auto") == "127.0.0.1"
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}])
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
+    assert channel_host("auto") == "10.0.0.7"
+    assert channel_host("10.0.0.9") == "10.0.0.9"
