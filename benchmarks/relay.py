@@ -82,7 +82,7 @@ def start_server(config: dict[str, object], front_end: str, scratch: Path) -> su
         if server.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"{URL}/v1/models", timeout=2):
+            with urllib.request.urlopen(f"{URL}/ready", timeout=2):
                 return server
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
