@@ -1,6 +1,7 @@
 """A router's journal of live requests: what each one asked for, what it has got, and how it goes on elsewhere."""
 
 import asyncio
+import contextvars
 import itertools
 import logging
 from collections.abc import Sequence
@@ -48,7 +49,10 @@ class Generation:
 
     def start(self, journal: "Journal") -> None:
         """Send it to a replica."""
-        self._task = asyncio.get_running_loop().create_task(self._drive(journal))
+        # Outside the HTTP request's context: Ray Serve would tie the calls to it and cancel them itself when the client
+        # leaves, which looks like a lost replica.
+        context = contextvars.Context()
+        self._task = asyncio.get_running_loop().create_task(self._drive(journal), context=context)
 
     def cancel(self) -> None:
         """Give it up; the engine drops it within a step. No effect on one that is over."""

@@ -105,6 +105,7 @@ def test_errors_become_the_clients_exceptions(server: Server):
 
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_a_client_that_leaves_frees_its_pages_within_a_second(server: Server, is_stream: bool):
+    resumed_before = server.stats()["router"]["num_resumes"]
     if is_stream:
         stream = long_stream(server, max_tokens=2000)
         next(iter(stream))
@@ -117,6 +118,7 @@ def test_a_client_that_leaves_frees_its_pages_within_a_second(server: Server, is
             )
     took = server.wait_for(lambda: server.num_used_pages() == 0, 5)
     assert took < 1.0
+    assert server.stats()["router"]["num_resumes"] == resumed_before, "a client that leaves is no lost replica"
 
 
 def test_two_replicas_share_load(server: Server):
