@@ -1,6 +1,7 @@
 # The same commands by hand and in CI. `make` alone lists them.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CONFIG ?= serve_config.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -30,8 +31,9 @@ $(VENV)/.dev: $(VENV)/.runtime pyproject.toml
 install: $(VENV)/.runtime  ## Make .venv with what serving needs
 install-dev: $(VENV)/.dev  ## Add what tests, benchmarks and training need
 
-serve: $(VENV)/.runtime  ## Serve serve_config.yaml on http://127.0.0.1:8000
-	$(BIN)/serve run serve_config.yaml
+serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1:8000
+	$(BIN)/python -m deployments.check $(CONFIG)
+	$(BIN)/serve run $(CONFIG)
 
 test: $(VENV)/.dev  ## Run every test that needs no GPU
 	$(BIN)/pytest

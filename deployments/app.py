@@ -7,10 +7,11 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from deployments.config import AppConfig, key_digests, resolve_paths, without_secrets
+from deployments.config import AppConfig, EngineKind, key_digests, resolve_paths, without_secrets
 from deployments.engine_replica import EngineReplica
 from deployments.front_end import check_open, find_front_end
 from deployments.ingress import RouterIngress
+from llm.models.loading import check_checkpoint
 from llm.models.registry import load_model_config
 
 _HEALTH_CHECK_PERIOD_S = 1
@@ -27,7 +28,7 @@ def build_app(args: AppConfig) -> Application:
     front_end = find_front_end()
     check_open(args, bool(digests), front_end)
     config = without_secrets(resolve_paths(args))
-    _check_checkpoint(config)
+    check_model(config)
     if config.public_url is None and front_end is not None:
         config = config.model_copy(update={"public_url": front_end.url})
     num_gpus = _gpus_a_replica(config)
@@ -38,13 +39,17 @@ def build_app(args: AppConfig) -> Application:
     return _router_deployment(config).bind(config, digests, engines)
 
 
-def _check_checkpoint(config: AppConfig) -> None:
+def check_model(config: AppConfig) -> None:
     """Find mistakes here, in one line, that would else stop every replica after a while.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint is here, and cannot be used.
     """
-    if Path(config.model).is_dir():
+    if not Path(config.model).is_dir():
+        return
+    if config.engine_kind is EngineKind.TORCH:
+        check_checkpoint(config.model)
+    else:
         load_model_config(config.model)
 
 

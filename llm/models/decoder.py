@@ -16,6 +16,7 @@ from llm.errors import CapacityError, ConfigError
 from llm.models.attention import Attention
 from llm.models.layers import MLP, RMSNorm, RotaryEmbedding
 from llm.models.lora import merge_lora
+from llm.models.registry import describe
 
 _INIT_STD = 0.02
 
@@ -56,7 +57,7 @@ class DecoderModel(nn.Module):
         try:
             self.config = config = ModelConfig(**shape)
         except ValidationError as error:
-            raise ConfigError("; ".join(f"{e['loc'] or ''} {e['msg']}".strip() for e in error.errors())) from error
+            raise ConfigError(describe(error)) from error
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 
+from llm.config import ModelConfig
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
 from llm.models.registry import load_model_config, read_json
@@ -75,6 +76,21 @@ def load_decoder(
     model = DecoderModel.from_config(config, device="meta", dtype=dtype).to_empty(device=device)
     load_checkpoint(model, directory, progress=progress)
     return model.eval().requires_grad_(False)
+
+
+def check_checkpoint(directory: str | Path) -> ModelConfig:
+    """See that a directory can be loaded, by its configuration and the headers of its files; no weight is read.
+
+    Raises:
+        CheckpointError, ConfigError: what is wrong with which file, in one line.
+    """
+    directory = Path(directory)
+    config = load_model_config(directory)
+    names_by_file = _weight_files(directory)
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(_open(path)) for path in names_by_file}
+        _plan(DecoderModel.from_config(config, device="meta"), directory, names_by_file, files)
+    return config
 
 
 @torch.no_grad()
