@@ -1,7 +1,7 @@
 """Which tokens of which sequences run in the next step, and on which pages."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from llm.core.slot_pool import SlotPool
@@ -176,18 +176,22 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a row and its cached prefix if the pool can hold all of its tokens."""
-        shared = self._cached_prefix(sequence)
+        cached = self._cached_prefix(sequence)
+        num_computed = len(cached) * self.pool.page_size
+        num_behind = self._num_pages_behind_window(num_computed)
+        shared = cached[num_behind:]
         num_revived = sum(self.pool.is_cached(page) for page in shared)
-        num_needed = self.pages_needed(len(sequence.tokens)) - len(shared) + num_revived
+        num_needed = max(self.pages_needed(len(sequence.tokens)) - len(shared), 0) + num_revived
         # One page a running sequence is left for what they generate, or admission would lead to preemption at once.
         num_spoken_for = sum(self._num_pages_owed(s) for s in self._running) + len(self._running)
-        if max(num_needed, 0) + num_spoken_for > self.pool.num_available:
+        if num_needed + num_spoken_for > self.pool.num_available:
             return False
         for page in shared:
             self.pool.share(page)
-        sequence.pages = shared
-        sequence.num_registered_pages = len(shared)
-        sequence.num_computed = len(shared) * self.pool.page_size
+        sequence.pages = [self.pool.scratch_page] * num_behind + shared
+        sequence.num_dropped_pages = num_behind
+        sequence.num_registered_pages = len(cached)
+        sequence.num_computed = num_computed
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
         sequence.status = SequenceStatus.RUNNING
@@ -250,17 +254,15 @@ class Scheduler:
 
     def _drop_pages_behind_window(self, sequence: Sequence) -> None:
         """Give back pages that no later token attends to."""
-        if self.window_size is None:
-            return
-        first_visible = max(sequence.num_computed - self.window_size + 1, 0)
-        num_behind = first_visible // self.pool.page_size
+        num_behind = self._num_pages_behind_window(sequence.num_computed)
         if num_behind > sequence.num_dropped_pages:
             behind = slice(sequence.num_dropped_pages, num_behind)
             self.pool.release(sequence.pages[behind])
             sequence.pages[behind] = [self.pool.scratch_page] * (num_behind - sequence.num_dropped_pages)
             sequence.num_dropped_pages = num_behind
 
-    def sequences(self) -> Iterable[Sequence]:
-        """Every sequence that has not ended, running ones first."""
-        yield from self._running
-        yield from self._waiting
+    def _num_pages_behind_window(self, num_computed: int) -> int:
+        """Leading pages that no token from position `num_computed` on attends to."""
+        if self.window_size is None:
+            return 0
+        return max(num_computed - self.window_size + 1, 0) // self.pool.page_size

@@ -145,6 +145,18 @@ def test_pages_behind_the_window_go_back_while_it_runs():
     assert most_used <= scheduler.pages_needed(90) == 7
 
 
+def test_cached_pages_behind_the_window_are_not_taken():
+    """A prefix longer than the pool could hold beside the next chunk is used all the same: only its window is held."""
+    scheduler = create_scheduler(num_pages=12, window_size=8)
+    tokens = list(range(1, 41))
+    scheduler.add(create_sequence(tokens=tokens))
+    run_to_end(scheduler)
+    longer = create_sequence(tokens=[*tokens, *range(100, 130)])
+    scheduler.add(longer)
+    assert run_step(scheduler) == [(longer, 40, 16)]
+    run_to_end(scheduler)
+
+
 def test_abort_at_any_time_frees_everything():
     scheduler = create_scheduler(max_tokens_per_step=8)
     waiting, prefilling, decoding = create_sequence(30), create_sequence(30), create_sequence(2, max_new_tokens=50)
