@@ -124,10 +124,8 @@ def completion_logprobs(
 
 
 def _chat_entry(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    text = tokenizer.token_text(token_id)
-    # Part of a character has no text of its own, and its bytes are not known here.
-    known_bytes = None if "\ufffd" in text else list(text.encode())
-    return {"token": text, "logprob": _finite(logprob), "bytes": known_bytes}
+    token_bytes = list(tokenizer.token_bytes(token_id))
+    return {"token": tokenizer.token_text(token_id), "logprob": _finite(logprob), "bytes": token_bytes}
 
 
 def _finite(logprob: float) -> float:

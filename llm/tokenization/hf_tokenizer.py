@@ -134,10 +134,14 @@ class HFTokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Text of one token; a special token's name, U+FFFD for bytes that are no character by themselves."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token, which may be part of a character; a special token's name."""
         if self._token_bytes is not None:
-            return self._token_bytes.raw(token_id).decode("utf-8", errors="replace")
+            return self._token_bytes.raw(token_id)
         text: str = self._full.decode([token_id], skip_special_tokens=False)
-        return text
+        return text.encode()
 
     def new_decoder(self) -> ByteDecoder | WindowDecoder:
         """A decoder for a fresh sequence."""

@@ -53,6 +53,10 @@ class SimpleCharacterTokenizer:
         """The character of an id; U+FFFD for an id that has none."""
         return self._characters[token_id] if 0 <= token_id < len(self._characters) else _REPLACEMENT
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of `token_text`."""
+        return self.token_text(token_id).encode()
+
     def new_decoder(self) -> "SimpleDecoder":
         """A decoder for a fresh sequence."""
         return SimpleDecoder(self)

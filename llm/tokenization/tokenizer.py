@@ -41,6 +41,10 @@ class Tokenizer(Protocol):
         """Text of one token on its own, special tokens shown; for log probabilities."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token on its own, which may be part of a character; a special token's name."""
+        ...
+
     def new_decoder(self) -> TokenDecoder:
         """A decoder for a fresh sequence."""
         ...

@@ -55,7 +55,7 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
         ("missing", "holds no .safetensors file"),
         ("missing shard", "model-00002-of-00002.safetensors is missing"),
         ("missing tensor", "lacks model.norm.weight"),
-        ("shape", r"has shape \(704, 256\), config.json asks for \(700, 256\)"),
+        ("shape", r"down_proj.weight has shape \(256, 704\), config.json asks for \(256, 700\)"),
         ("architecture", "GPT2LMHeadModel"),
     ],
 )

@@ -74,6 +74,7 @@ def test_ids_outside_the_vocabulary_and_special_tokens_show_nothing(tokenizers, 
     assert [decoder.step(10**6), decoder.step(min(tokenizer.eos_token_ids))] == ["", ""]
     assert tokenizer.decode([10**6]) == ""
     assert tokenizer.token_text(10**6) == ""
+    assert tokenizer.token_bytes(10**6) == b""
     assert tokenizer.token_text(min(tokenizer.eos_token_ids)).startswith("<")
 
 
@@ -159,3 +160,13 @@ def test_a_huge_word_is_encoded_without_stopping_other_threads(tokenizers):
         gaps.append(now - last)
         last = now
     assert max(gaps) < 0.5
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen"])
+def test_bytes_of_tokens_add_up_to_the_text(tokenizers, kind):
+    """Also where a character is spread over tokens, each of which shows as U+FFFD alone."""
+    tokenizer = tokenizers[kind]
+    text = "naïve 東京 😀"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert any("\ufffd" in tokenizer.token_text(token_id) for token_id in ids)
