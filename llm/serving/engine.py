@@ -133,9 +133,13 @@ class ContinuousBatchingEngine:
         if lora is not None:
             load_lora(model, lora)
             model.merge_lora()
-        tokenizer = HFTokenizer.from_pretrained(directory) if with_tokenizer else None
-        eos_token_ids = tokenizer.eos_token_ids if tokenizer else load_generation_defaults(directory).eos_token_ids
-        return cls(model, tokenizer, config=config, eos_token_ids=eos_token_ids)
+        if with_tokenizer or (directory / "tokenizer.json").is_file():
+            # Read for its end-of-sequence ids even where it is not kept: an answer ends alike with and without text.
+            tokenizer = HFTokenizer.from_pretrained(directory)
+            eos_token_ids = tokenizer.eos_token_ids
+        else:
+            tokenizer, eos_token_ids = None, load_generation_defaults(directory).eos_token_ids
+        return cls(model, tokenizer if with_tokenizer else None, config=config, eos_token_ids=eos_token_ids)
 
     @property
     def max_seq_len(self) -> int:

@@ -1,5 +1,7 @@
 """The demo model through the engine: right answers, the same text as transformers gives, alone and together."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from demo.tasks import TASKS, held_out_cases, is_correct
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.schemas import GenerationRequest, GenerationResult
+from llm.serving.schemas import FinishReason, GenerationRequest, GenerationResult
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo"
@@ -47,3 +49,22 @@ def test_same_text_as_transformers(engine):
         prompt = torch.tensor([request.prompt_token_ids])
         expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=200, do_sample=False)
         assert result.token_ids == tuple(expected[0, prompt.shape[1] :].tolist())
+
+
+def test_an_engine_of_ids_ends_where_one_with_text_does(tmp_path):
+    """A checkpoint that names its end-of-turn token with the tokenizer only ends there, tokenizer kept or not."""
+    shutil.copytree(DEMO, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "model" / name
+        content = json.loads(path.read_text())
+        del content["eos_token_id"]
+        path.write_text(json.dumps(content))
+    with_text, ids_only = (
+        ContinuousBatchingEngine.from_pretrained(tmp_path / "model", device="cpu", progress=False, with_tokenizer=kept)
+        for kept in (True, False)
+    )
+    request = create_request(with_text, "What is 17 + 25?")
+    (expected,), (result,) = (engine.generate([request], progress=False) for engine in (with_text, ids_only))
+    assert result.finish_reason is FinishReason.STOP
+    assert result.token_ids == expected.token_ids
+    assert ids_only.tokenizer is None
