@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from deployments.app import check_model
 from deployments.config import AppConfig, key_digests
+from llm.config import describe
 from llm.errors import ConfigError, LLMError
-from llm.models.registry import describe
 
 _BUILDER = "deployments.app:build_app"
 

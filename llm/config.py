@@ -4,7 +4,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class StrictModel(BaseModel):
@@ -24,6 +24,13 @@ class StrictModel(BaseModel):
                     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
                     raise ValueError(f"unknown key {str(key)[:80]!r}; {hint}")
         return data
+
+
+def describe(error: ValidationError) -> str:
+    """One line on what pydantic found wrong."""
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc']))}: {item['msg']}" if item["loc"] else item["msg"] for item in error.errors()
+    )
 
 
 class RopeScalingType(StrEnum):

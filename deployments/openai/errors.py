@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
 
 import msgspec
 from pydantic import BaseModel, Field, ValidationError
@@ -153,8 +152,3 @@ def wrong_method(headers: Mapping[str, str] | None) -> APIError:
 def internal() -> APIError:
     """Something that should not happen."""
     return APIError(500, "The server failed to answer this request", type=SERVER_ERROR, code="internal_error")
-
-
-def json_bytes(value: Any) -> bytes:
-    """JSON of plain values; what is not finite becomes null."""
-    return msgspec.json.encode(value)

@@ -33,7 +33,7 @@ from deployments.openai.schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from deployments.openai.sse import EventStream, until_disconnect
+from deployments.openai.sse import EventStream, encode_json, until_disconnect
 from deployments.router import Router
 from deployments.version import __version__
 from llm.errors import LLMError
@@ -205,7 +205,7 @@ async def _respond(request: Request, answer: Answer, body: ChatRequest | Complet
 
 
 def _json(value: Any) -> Response:
-    return Response(errors.json_bytes(value), media_type="application/json")
+    return Response(encode_json(value), media_type="application/json")
 
 
 async def _on_api_error(_: Request, error: Exception) -> Response:

@@ -10,13 +10,12 @@ from torch import nn
 
 from llm.attention.dense import DenseContext
 from llm.attention.interface import AttentionContext
-from llm.config import ModelConfig
+from llm.config import ModelConfig, describe
 from llm.core.kv_cache import KVCache
 from llm.errors import CapacityError, ConfigError
 from llm.models.attention import Attention
 from llm.models.layers import MLP, RMSNorm, RotaryEmbedding
 from llm.models.lora import merge_lora
-from llm.models.registry import describe
 
 _INIT_STD = 0.02
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from llm.config import ModelConfig, RopeScaling, RopeScalingType, StrictModel
+from llm.config import ModelConfig, RopeScaling, RopeScalingType, StrictModel, describe
 from llm.errors import CheckpointError, ConfigError
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
@@ -168,13 +168,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold a JSON object; download it again")
     return content
-
-
-def describe(error: ValidationError) -> str:
-    """One line on what pydantic found wrong."""
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc']))}: {item['msg']}" if item["loc"] else item["msg"] for item in error.errors()
-    )
 
 
 def _find_architecture(config: dict[str, Any], path: Path) -> Architecture:
