@@ -45,7 +45,7 @@ class EmulatedEngine:
         self.emulation = emulation
         self.max_seq_len = min(config.max_seq_len or emulation.max_seq_len, emulation.max_seq_len)
         pages_a_row = -(-self.max_seq_len // config.page_size)
-        self.num_pages = config.num_pages or config.max_batch_size * pages_a_row
+        self.num_pages = config.num_pages or config.batch_size("cpu") * pages_a_row
         self.vocab_size = vocab_size
         self._waiting: deque[_Row] = deque()
         self._running: dict[str, _Row] = {}
@@ -133,7 +133,7 @@ class EmulatedEngine:
     def _admit(self) -> int:
         """Move waiting requests to free rows; return their tokens."""
         num_tokens = 0
-        while self._waiting and len(self._running) < self.config.max_batch_size:
+        while self._waiting and len(self._running) < self.config.batch_size("cpu"):
             row = self._waiting[0]
             longest = min(len(row.prompt) + row.request.max_new_tokens, self.max_seq_len)
             row.num_pages = min(-(-longest // self.config.page_size), self.num_pages)

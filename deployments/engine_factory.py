@@ -130,5 +130,5 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         vocab_size=model.config.vocab_size,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        backend=engine.runner.backend.name,
+        backend=engine.attention_backend,
     )

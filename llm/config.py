@@ -143,13 +143,16 @@ class ModelConfig(StrictModel):
 class EngineConfig(StrictModel):
     """How one engine runs a model: memory, batching, numerics."""
 
-    max_batch_size: int = Field(default=32, ge=1, le=4096)
-    """Most sequences that run at once (rows)."""
+    max_batch_size: int | None = Field(default=None, ge=1, le=4096)
+    """Most sequences that run at once (rows); None for 32 on a CPU and 256 on a GPU."""
     max_seq_len: int | None = Field(default=None, ge=1)
     """Longest sequence in tokens; None for the model's own context length."""
     max_tokens_per_step: int | None = Field(default=None, ge=1)
     """Token budget of one step, decodes and prefill chunks together; None for 256 on a CPU, where what fits its caches
-    is fastest, and 2048 on a GPU, but at least `max_batch_size`."""
+    is fastest, and 8192 on a GPU, but at least `max_batch_size`."""
+    max_prefill_tokens_beside_decodes: int | None = Field(default=None, ge=1)
+    """Most prefill tokens in a step in which sequences decode too: what bounds the gap between their tokens while a
+    long prompt arrives. None for 512 on a GPU and no bound of its own on a CPU."""
     page_size: int = Field(default=16, ge=1, le=256)
     """Slots a page. A slot holds one token's keys and values in every layer."""
     num_pages: int | None = Field(default=None, ge=1)
@@ -165,13 +168,23 @@ class EngineConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        if self.max_tokens_per_step is not None and self.max_tokens_per_step < self.max_batch_size:
+        if self.max_tokens_per_step is not None and self.max_tokens_per_step < (self.max_batch_size or 1):
             raise ValueError(
                 f"max_tokens_per_step {self.max_tokens_per_step} is below max_batch_size {self.max_batch_size}: "
                 "every running sequence needs one token a step"
             )
         return self
 
+    def batch_size(self, device_type: str) -> int:
+        """Rows on a device of this type ("cpu", "cuda")."""
+        default = 32 if device_type == "cpu" else 256
+        return self.max_batch_size or min(default, self.max_tokens_per_step or default)
+
     def token_budget(self, device_type: str) -> int:
         """Tokens of one step on a device of this type ("cpu", "cuda")."""
-        return self.max_tokens_per_step or max(256 if device_type == "cpu" else 2048, self.max_batch_size)
+        return self.max_tokens_per_step or max(256 if device_type == "cpu" else 8192, self.batch_size(device_type))
+
+    def prefill_beside_decodes(self, device_type: str) -> int:
+        """Most prefill tokens in a step with decodes on a device of this type."""
+        default = self.token_budget(device_type) if device_type == "cpu" else 512
+        return self.max_prefill_tokens_beside_decodes or default

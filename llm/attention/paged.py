@@ -36,7 +36,7 @@ class PackedBatch:
 
 
 class PagedAttentionBackend(Protocol):
-    """Computes attention from pages. Chosen once, at start, by `llm.attention.backends.select_backend`."""
+    """Computes attention from pages. Chosen once, at start, by `llm.attention.backends.choose_backend`."""
 
     name: str
 

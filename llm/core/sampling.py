@@ -48,9 +48,50 @@ class Draw:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Next tokens of some rows, still on the device and perhaps still being computed.
+
+    Attributes:
+        token_ids: (rows,) int64.
+        logprobs: (rows,) float32, of the drawn tokens; None where no row asked for log probabilities.
+        top_logprobs: (rows, most that any row asked for) float32, highest first; None likewise.
+        top_ids: same shape, int64; None likewise.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+
+    def to_host(self, rows: Sequence[SamplingRow]) -> list[Draw]:
+        """Wait for the device; return each row's token, with the log probabilities that the row asked for.
+
+        Args:
+            rows: those that were drawn.
+        """
+        token_ids = self.token_ids.tolist()
+        if self.logprobs is None or self.top_logprobs is None or self.top_ids is None:
+            return [Draw(token_id) for token_id in token_ids]
+        per_row = zip(
+            rows, token_ids, self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True
+        )
+        return [
+            Draw(token_id)
+            if (num := row.num_logprobs) is None
+            else Draw(token_id, logprob, tuple(zip(ids[:num], values[:num], strict=True)))
+            for row, token_id, logprob, ids, values in per_row
+        ]
+
+
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Draw]:
-    """Draw the next token of each row.
+    """Draw the next token of each row and wait for it: `draw`, then `Draws.to_host`."""
+    return draw(logits, rows).to_host(rows)
+
+
+@torch.inference_mode()
+def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draws:
+    """Draw the next token of each row; does not wait for a GPU.
 
     Order of operations: repetition, presence and frequency penalties; bias; banned ids; then for rows that are not
     greedy temperature, top-k, top-p, min-p, and a draw by the Gumbel-max trick. A row's draw depends on nothing in
@@ -60,18 +101,36 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Draw]:
         logits: (rows, vocab_size), any float type. Not changed.
     """
     logits = logits.float()
-    logprobs = logits.log_softmax(-1) if any(row.num_logprobs is not None for row in rows) else None
     adjusted = _adjust(logits, rows)
     token_ids = adjusted.argmax(-1)
     random = [i for i, row in enumerate(rows) if not row.is_greedy]
     if random:
         random_rows = [rows[i] for i in random]
-        cut = cut_unlikely(adjusted[random] if len(random) < len(rows) else adjusted, random_rows)
+        index = _send_ints(random, logits.device)
+        cut = cut_unlikely(adjusted[index] if len(random) < len(rows) else adjusted, random_rows)
         noise = exponential_noise([(row.seed, row.position) for row in random_rows], logits.shape[1], logits.device)
-        token_ids[random] = (cut - noise.log()).argmax(-1)
-    if logprobs is None:
-        return [Draw(token_id) for token_id in token_ids.tolist()]
-    return _with_logprobs(token_ids, logprobs, rows)
+        token_ids[index] = (cut - noise.log()).argmax(-1)
+    if all(row.num_logprobs is None for row in rows):
+        return Draws(token_ids)
+    logprobs = logits.log_softmax(-1)
+    num_top = max(row.num_logprobs or 0 for row in rows)
+    top_logprobs, top_ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
+    return Draws(token_ids, logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1), top_logprobs, top_ids)
+
+
+def _send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a tensor of the host's to `device`; the host does not wait for the copy."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # from the caching allocator, which keeps it until the copy is done
+    return tensor.to(device, non_blocking=True)
+
+
+def _send_ints(values: Sequence[int], device: torch.device | str) -> torch.Tensor:
+    return _send(torch.tensor(values, dtype=torch.int64), device)
+
+
+def _send_floats(values: Sequence[float], device: torch.device | str) -> torch.Tensor:
+    return _send(torch.tensor(values, dtype=torch.float32), device)
 
 
 def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -86,20 +145,21 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         if penalised:
             _penalise(adjusted[i], row)
         if row.logit_bias:
-            ids = torch.tensor(list(row.logit_bias), device=logits.device)
-            adjusted[i, ids] += torch.tensor(list(row.logit_bias.values()), device=logits.device)
+            ids = _send_ints(list(row.logit_bias), logits.device)
+            adjusted[i, ids] += _send_floats(list(row.logit_bias.values()), logits.device)
         if row.banned_ids:
-            adjusted[i, torch.tensor(row.banned_ids, device=logits.device)] = -torch.inf
+            adjusted[i, _send_ints(row.banned_ids, logits.device)] = -torch.inf
     return adjusted
 
 
 def _penalise(logits: torch.Tensor, row: SamplingRow) -> None:
     """Apply the row's penalties to its logits (vocab_size,) in place."""
     vocab_size = logits.shape[0]
-    counts = torch.bincount(torch.tensor(row.output_ids, dtype=torch.long), minlength=vocab_size).to(logits.device)
+    counts = torch.bincount(torch.tensor(row.output_ids, dtype=torch.int64), minlength=vocab_size)
+    counts = _send(counts, logits.device)
     if row.repetition_penalty != 1:
         seen = counts > 0
-        seen[torch.tensor(row.prompt_ids, dtype=torch.long, device=logits.device)] = True
+        seen[_send_ints(row.prompt_ids, logits.device)] = True
         divided = torch.where(logits > 0, logits / row.repetition_penalty, logits * row.repetition_penalty)
         logits.copy_(torch.where(seen, divided, logits))
     logits -= row.frequency_penalty * counts + row.presence_penalty * (counts > 0)
@@ -111,24 +171,25 @@ def cut_unlikely(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
     A tie at a cut keeps every token of equal logit, so that the outcome does not depend on the order of a sort.
     """
     device = logits.device
-    scaled = logits / torch.tensor([row.temperature for row in rows], device=device).unsqueeze(1)
+    scaled = logits / _send_floats([row.temperature for row in rows], device).unsqueeze(1)
     for i, row in enumerate(rows):
         if row.top_k is not None and row.top_k < scaled.shape[1]:
             threshold = scaled[i].topk(row.top_k).values[-1]
             scaled[i].masked_fill_(scaled[i] < threshold, -torch.inf)
-    needs_top_p = [i for i, row in enumerate(rows) if row.top_p < 1]
-    if needs_top_p:
+    rows_with_top_p = [i for i, row in enumerate(rows) if row.top_p < 1]
+    if rows_with_top_p:
+        needs_top_p = _send_ints(rows_with_top_p, device)
         part = scaled[needs_top_p]
         ordered = part.sort(dim=-1, descending=True).values
         probabilities = ordered.softmax(-1)
-        top_p = torch.tensor([rows[i].top_p for i in needs_top_p], device=device).unsqueeze(1)
+        top_p = _send_floats([rows[i].top_p for i in rows_with_top_p], device).unsqueeze(1)
         # A token stays while the probability before it has not reached top_p; so the first always stays.
         num_kept = (probabilities.cumsum(-1) - probabilities < top_p).sum(-1, keepdim=True)
         threshold = ordered.gather(1, num_kept - 1)
         scaled[needs_top_p] = part.masked_fill(part < threshold, -torch.inf)
     min_p = [row.min_p for row in rows]
     if any(min_p):
-        threshold = scaled.amax(-1, keepdim=True) + torch.tensor(min_p, device=device).log().unsqueeze(1)
+        threshold = scaled.amax(-1, keepdim=True) + _send_floats(min_p, device).log().unsqueeze(1)
         scaled.masked_fill_(scaled < threshold, -torch.inf)
     return scaled
 
@@ -142,8 +203,8 @@ def exponential_noise(draws: Sequence[tuple[int, int]], vocab_size: int, device:
     resumed request.
     """
     keys = [_draw_key(seed, position) for seed, position in draws]
-    low = torch.tensor([key & _MASK32 for key in keys], device=device).unsqueeze(1)
-    high = torch.tensor([key >> 32 for key in keys], device=device).unsqueeze(1)
+    low = _send_ints([key & _MASK32 for key in keys], device).unsqueeze(1)
+    high = _send_ints([key >> 32 for key in keys], device).unsqueeze(1)
     bits = _mix32(_mix32(torch.arange(vocab_size, device=device) ^ low) ^ high)
     uniform = (bits.double() + 0.5) * 2.0**-32
     # Small exponentials decide the draw; -log1p(-u) keeps their precision, which -log(u) would lose.
@@ -167,18 +228,3 @@ def _splitmix64(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)
-
-
-def _with_logprobs(token_ids: torch.Tensor, logprobs: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Draw]:
-    """Pair each drawn token with its log probability and the likeliest tokens', as the rows ask."""
-    own = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1).tolist()
-    num_top = max(row.num_logprobs or 0 for row in rows)
-    top_values, top_ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
-    draws = []
-    for i, (row, token_id) in enumerate(zip(rows, token_ids.tolist(), strict=True)):
-        if row.num_logprobs is None:
-            draws.append(Draw(token_id))
-            continue
-        ids, values = top_ids[i, : row.num_logprobs].tolist(), top_values[i, : row.num_logprobs].tolist()
-        draws.append(Draw(token_id, own[i], tuple(zip(ids, values, strict=True))))
-    return draws

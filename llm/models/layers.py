@@ -57,11 +57,15 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of `positions` (…) int64: two tensors (…, 1, head_dim / 2), to broadcast over heads."""
-        if self._table is None or self._table.device != positions.device:
-            angles = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float32), self._inverse_frequencies)
-            self._table = (torch.stack([angles.cos(), angles.sin()]) * self._scale).to(positions.device)
-        cos, sin = self._table[:, positions].unsqueeze(-2)
+        cos, sin = self.table(positions.device)[:, positions].unsqueeze(-2)
         return cos, sin
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        """Cosines, then sines, of every position: (2, max_seq_len, head_dim / 2) float32."""
+        if self._table is None or self._table.device != device:
+            angles = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float32), self._inverse_frequencies)
+            self._table = (torch.stack([angles.cos(), angles.sin()]) * self._scale).to(device)
+        return self._table
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,14 @@
 """`ContinuousBatchingEngine`: many requests through one model, a step at a time."""
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Sequence as SequenceOf
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from llm.attention.backends import select_backend
 from llm.config import EngineConfig
-from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.sampling import Draw
 from llm.core.slot_pool import SlotPool
 from llm.errors import ConfigError, InvalidRequestError
@@ -18,8 +17,9 @@ from llm.models.loading import load_decoder
 from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
 from llm.serving.memory import num_pool_pages
-from llm.serving.model_runner import ModelRunner
+from llm.serving.model_runner import LaunchedStep
 from llm.serving.offline import run_to_end
+from llm.serving.runners import make_runner
 from llm.serving.scheduler import Scheduler, StepPlan, TokenEvent
 from llm.serving.schemas import (
     EngineStats,
@@ -29,7 +29,7 @@ from llm.serving.schemas import (
     StepOutput,
     TokenLogprobs,
 )
-from llm.serving.sequence import Sequence
+from llm.serving.sequence import Sequence, SequenceStatus
 from llm.tokenization.hf_tokenizer import HFTokenizer
 from llm.tokenization.text_stream import TextStream
 from llm.tokenization.tokenizer import Tokenizer
@@ -72,19 +72,20 @@ class ContinuousBatchingEngine:
         if eos_token_ids is None:
             eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
         self.eos_token_ids = frozenset(eos_token_ids)
-        backend = select_backend(config.attention_backend, model.device)
         context_len = _context_len(model, config)
         pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
-        self.runner = ModelRunner(model, _make_kv_cache(model, pool), backend)
+        self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
         self.scheduler = Scheduler(
             pool,
-            max_batch_size=config.max_batch_size,
+            max_batch_size=config.batch_size(model.device.type),
             max_tokens_per_step=config.token_budget(model.device.type),
+            max_prefill_beside_decodes=config.prefill_beside_decodes(model.device.type),
             max_seq_len=context_len,
             window_size=model.config.pool_window,
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self._fit_context_to_pool()
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self._sequences: dict[str, Sequence] = {}
         self._text_streams: dict[str, TextStream] = {}
         self._num_generated_tokens = 0
@@ -92,7 +93,7 @@ class ContinuousBatchingEngine:
         self._num_cached_prompt_tokens = 0
         logger.info(
             "engine ready: %s %s, attention backend %s, %d slots in pages of %d, context %d tokens",
-            model.device, model.dtype, backend.name, self.num_slots, config.page_size, self.max_seq_len,
+            model.device, model.dtype, self.attention_backend, self.num_slots, config.page_size, self.max_seq_len,
         )  # fmt: skip
 
     @classmethod
@@ -151,6 +152,11 @@ class ContinuousBatchingEngine:
         """Tokens whose keys and values the pool holds."""
         return self.scheduler.pool.num_pages * self.scheduler.pool.page_size
 
+    @property
+    def attention_backend(self) -> str:
+        """Name of the attention in use."""
+        return self.runner.attention_backend
+
     def add_request(self, request: GenerationRequest) -> str:
         """Accept a request; its tokens come out of `step`. Returns its id.
 
@@ -169,19 +175,23 @@ class ContinuousBatchingEngine:
         return request.request_id
 
     def step(self) -> list[StepOutput]:
-        """Run one step and return what it added, one output for each request that got on.
+        """Launch one step and return what a step added, one output for each request that got on.
+
+        With a runner that runs ahead the outputs are those of an earlier step: they come `max_steps_ahead` calls after
+        the one that launched it, and the first calls return none. So call it while the scheduler has pending work.
 
         If the model fails, the requests of that step end with `FinishReason.ERROR` and the others go on.
         """
         plan = self.scheduler.schedule()
-        if not plan.scheduled:
-            return []
-        try:
-            draws = self.runner.run(plan)
-        except Exception as error:  # the edge of a step: whatever it is concerns these requests only
-            logger.exception("step of %d sequences failed", len(plan.scheduled))
-            return self._fail(plan, error)
-        return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws)
+        if plan.scheduled:
+            try:
+                self._in_flight.append((plan, self.runner.launch(plan)))
+            except Exception as error:  # the edge of a step: whatever it is concerns these requests only
+                logger.exception("a step of %d sequences could not be launched", len(plan.scheduled))
+                return self._fail(plan, error)
+            if len(self._in_flight) <= self.runner.max_steps_ahead:
+                return []
+        return self._finish_oldest_step() if self._in_flight else []
 
     def abort(self, request_id: str) -> bool:
         """Give a request up at once; False if it has ended or was never there. It yields no further output."""
@@ -251,10 +261,20 @@ class ContinuousBatchingEngine:
                 code="context_length_exceeded",
             )
 
+    def _finish_oldest_step(self) -> list[StepOutput]:
+        """Wait for the oldest step in flight and take in what it computed."""
+        plan, launched = self._in_flight.popleft()
+        try:
+            draws = launched.draws()
+        except Exception as error:  # as in `step`
+            logger.exception("a step of %d sequences failed", len(plan.scheduled))
+            return self._fail(plan, error)
+        return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws)
+
     def _outputs(self, events: SequenceOf[TokenEvent], draws: SequenceOf[Draw]) -> list[StepOutput]:
         """Turn the tokens of a step into outputs, with text where there is a tokenizer."""
         self._num_generated_tokens += len(events)
-        return [self._output(event, draw) for event, draw in zip(events, draws, strict=True)]
+        return [self._output(event, draws[event.draw_index]) for event in events]
 
     def _output(self, event: TokenEvent, draw: Draw) -> StepOutput:
         sequence, reason = event.sequence, event.finish_reason
@@ -294,12 +314,11 @@ class ContinuousBatchingEngine:
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """End every request of a step that failed."""
-        outputs = []
-        for part in plan.scheduled:
-            self._end(part.sequence)
-            message = f"{type(error).__name__}: {error}"
-            outputs.append(StepOutput(part.sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message))
-        return outputs
+        sequences = [part.sequence for part in plan.scheduled if part.sequence.status is not SequenceStatus.FINISHED]
+        message = f"{type(error).__name__}: {error}"
+        for sequence in sequences:
+            self._end(sequence)
+        return [StepOutput(s.request_id, (), finish_reason=FinishReason.ERROR, error=message) for s in sequences]
 
     def _end(self, sequence: Sequence) -> None:
         """Forget a request; its pages are free at once."""
@@ -338,16 +357,3 @@ def _context_len(model: DecoderModel, config: EngineConfig) -> int:
             f"max_seq_len {config.max_seq_len} is past the model's context of {model.max_seq_len} tokens; lower it"
         )
     return config.max_seq_len or model.max_seq_len
-
-
-def _make_kv_cache(model: DecoderModel, pool: SlotPool) -> PagedKVCache:
-    """Memory for every page of the pool, on the model's device."""
-    return PagedKVCache(
-        num_layers=model.num_layers,
-        num_pages=pool.num_pages,
-        page_size=pool.page_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.config.head_size,
-        device=model.device,
-        dtype=model.dtype,
-    )

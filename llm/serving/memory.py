@@ -2,19 +2,19 @@
 
 import torch
 
-from llm.attention.dense import DenseContext
 from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
+from llm.serving.runners import make_runner
 
 
 def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
     """Pages for this model on its device.
 
-    `config.num_pages` where it is set. Else on a GPU what `gpu_memory_utilization` leaves beside the weights and the
-    activations of the largest step, measured by running one; on a CPU what `max_batch_size` full sequences need, at
-    most `cpu_pool_bytes`.
+    `config.num_pages` where it is set. Else on a GPU what `gpu_memory_utilization` leaves beside the weights and what
+    the largest step takes, measured by running one; on a CPU what `max_batch_size` full sequences need, at most
+    `cpu_pool_bytes`.
 
     Raises:
         ConfigError: the memory holds no page.
@@ -31,7 +31,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
     if model.device.type == "cuda":
         num_pages = (_gpu_budget(model, config, context_len) // bytes_per_page) - 1
     else:
-        most_useful = config.max_batch_size * -(-context_len // config.page_size)
+        most_useful = config.batch_size("cpu") * -(-context_len // config.page_size)
         num_pages = min(config.cpu_pool_bytes // bytes_per_page, most_useful)
     if num_pages < 1:
         raise ConfigError(
@@ -41,18 +41,17 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
     return num_pages
 
 
-@torch.inference_mode()
 def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
-    """Bytes of GPU memory for the pool, after a trial of the largest step."""
-    num_tokens = min(config.token_budget(model.device.type), context_len)
+    """Bytes of GPU memory for the pool, after a trial of the largest step on a pool of one page."""
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
-    context = DenseContext([model.config.layer_window(layer) for layer in range(model.num_layers)])
-    positions = torch.arange(num_tokens, device=model.device)
-    hidden = model.hidden_states(torch.zeros_like(positions).unsqueeze(0), positions, context)
-    model.logits(hidden[0, : config.max_batch_size]).float().sort(dim=-1)
+    before = torch.cuda.memory_allocated(model.device)
+    runner = make_runner(model, config, num_pages=1, context_len=context_len)
+    runner.run_largest(min(config.token_budget(model.device.type), context_len))
+    del runner
     torch.cuda.synchronize(model.device)
-    activations = torch.cuda.max_memory_allocated(model.device) - torch.cuda.memory_allocated(model.device)
+    needed = torch.cuda.max_memory_allocated(model.device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     in_use = total - free
-    return int(total * config.gpu_memory_utilization) - in_use - activations
+    return int(total * config.gpu_memory_utilization) - in_use - needed

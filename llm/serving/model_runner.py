@@ -1,9 +1,12 @@
 """Runs a planned step: packs it into tensors, calls the model, draws the tokens."""
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedAttentionBackend, PagedContext
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.sampling import Draw, SamplingRow, sample
@@ -11,44 +14,129 @@ from llm.models.decoder import DecoderModel
 from llm.serving.scheduler import ScheduledSequence, StepPlan
 
 
-class ModelRunner:
-    """Owns the model, the pool's memory and everything else on the device.
+class LaunchedStep(Protocol):
+    """A step that the device runs, or has run."""
+
+    def draws(self) -> list[Draw]:
+        """Wait for the step; return a draw for each part of the plan that `draws`, in order.
+
+        Called once at most. Raises whatever went wrong in the step.
+        """
+        ...
+
+
+class ModelRunner(Protocol):
+    """Owns the model, the pool's memory and everything else on the device, and runs steps in order of launching."""
+
+    @property
+    def attention_backend(self) -> str:
+        """Name of the attention in use, for people to read."""
+        ...
+
+    @property
+    def max_steps_ahead(self) -> int:
+        """Steps that may be launched before the oldest one's draws are read; 0 for none."""
+        ...
+
+    def run_largest(self, num_tokens: int) -> None:
+        """Run the largest step there can be, with `num_tokens` tokens: the memory it takes is what any may take."""
+        ...
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start a step, which has at least one part.
+
+        Everything that the host says of it (tokens, pages, requests) is read before this returns. A token that the
+        host does not know yet (see `ScheduledSequence`) is the one drawn last at the part's row. If this raises, there
+        are no draws of this step; those launched before it are not concerned.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _FinishedStep:
+    """A step that ran while it was launched."""
+
+    results: list[Draw]
+
+    def draws(self) -> list[Draw]:
+        """See `LaunchedStep.draws`."""
+        return self.results
+
+
+class EagerRunner:
+    """The `ModelRunner` that calls PyTorch op by op; a step has run when its launch returns.
 
     Args:
         model: in evaluation mode, on its device.
         kv_cache: memory of the slot pool, on the same device.
         backend: paged attention.
+        max_rows: rows that the scheduler gives out.
+        max_steps_ahead: nothing is won by any here; tests see by it that an engine may run ahead.
     """
 
-    def __init__(self, model: DecoderModel, kv_cache: PagedKVCache, backend: PagedAttentionBackend) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_cache: PagedKVCache,
+        backend: PagedAttentionBackend,
+        *,
+        max_rows: int,
+        max_steps_ahead: int = 0,
+    ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.backend = backend
+        self.max_steps_ahead = max_steps_ahead
         self._windows = [model.config.layer_window(layer) for layer in range(model.num_layers)]
+        self._max_rows = max_rows
+        self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
+
+    @property
+    def attention_backend(self) -> str:
+        """See `ModelRunner.attention_backend`."""
+        return self.backend.name
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[Draw]:
-        """Run one step; return a draw for each part of the plan that `draws`, in order."""
+    def run_largest(self, num_tokens: int) -> None:
+        """See `ModelRunner.run_largest`."""
+        positions = torch.arange(num_tokens, device=self.model.device)
+        context = DenseContext(self._windows)
+        hidden = self.model.hidden_states(torch.zeros_like(positions).unsqueeze(0), positions, context)
+        self.model.logits(hidden[0, : self._max_rows]).float().sort(dim=-1)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """See `ModelRunner.launch`."""
         token_ids, batch = self._pack(plan.scheduled)
         context = PagedContext(self.backend, self.kv_cache, batch, self._windows)
         hidden = self.model.hidden_states(token_ids, batch.positions, context)
         ends = torch.tensor(batch.query_lens).cumsum(0) - 1
         drawing = [i for i, part in enumerate(plan.scheduled) if part.draws]
         if not drawing:
-            return []
+            return _FinishedStep([])
         logits = self.model.logits(hidden[ends[drawing].to(hidden.device)])
-        return sample(logits, [_sampling_row(plan.scheduled[i]) for i in drawing])
+        draws = sample(logits, [sampling_row(plan.scheduled[i]) for i in drawing])
+        if self.max_steps_ahead:  # otherwise the host knows every token it launches
+            rows = torch.tensor([plan.scheduled[i].row for i in drawing], device=hidden.device)
+            self._last_token_ids[rows] = torch.tensor([draw.token_id for draw in draws], device=hidden.device)
+        return _FinishedStep(draws)
 
     def _pack(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[torch.Tensor, PackedBatch]:
         """Token ids (tokens,) of the step and where they belong."""
         page_size = self.kv_cache.page_size
         token_ids: list[int] = []
+        unseen: list[tuple[int, int]] = []
+        """(index in the step, row) of the tokens that the host does not know yet."""
         positions: list[int] = []
         slots: list[int] = []
         for part in scheduled:
             span = range(part.start, part.end)
             pages = part.sequence.pages
-            token_ids += part.sequence.tokens[part.start : part.end]
+            known_ids = part.sequence.tokens[part.start : part.end]
+            if not known_ids:
+                unseen.append((len(token_ids), part.row))
+                known_ids = [0]
+            token_ids += known_ids
             positions += span
             slots += [pages[i // page_size] * page_size + i % page_size for i in span]
         num_columns = max(-(-part.end // page_size) for part in scheduled)
@@ -63,10 +151,14 @@ class ModelRunner:
             positions=torch.tensor(positions, device=device),
             page_size=page_size,
         )
-        return torch.tensor(token_ids, device=device), batch
+        ids = torch.tensor(token_ids, device=device)
+        if unseen:
+            indices, rows = torch.tensor(unseen, device=device).unbind(1)
+            ids[indices] = self._last_token_ids[rows]
+        return ids, batch
 
 
-def _sampling_row(part: ScheduledSequence) -> SamplingRow:
+def sampling_row(part: ScheduledSequence) -> SamplingRow:
     """What the sampler needs to know of one drawing sequence."""
     sequence, request = part.sequence, part.sequence.request
     return SamplingRow(
@@ -81,7 +173,7 @@ def _sampling_row(part: ScheduledSequence) -> SamplingRow:
         repetition_penalty=request.repetition_penalty,
         logit_bias=request.logit_bias,
         prompt_ids=sequence.prompt_ids if request.repetition_penalty != 1 else (),
-        output_ids=sequence.output_ids if request.uses_penalties else (),
-        banned_ids=() if sequence.may_end else tuple(sequence.end_ids),
+        output_ids=sequence.output_ids if sequence.uses_penalties else (),
+        banned_ids=() if sequence.may_end_at(part.end) else tuple(sequence.end_ids),
         num_logprobs=request.logprobs,
     )

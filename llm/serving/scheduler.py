@@ -1,31 +1,37 @@
 """Which tokens of which sequences run in the next step, and on which pages."""
 
 from collections import deque
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence as SequenceOf
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import NamedTuple
 
 from llm.core.slot_pool import SlotPool
 from llm.serving.schemas import FinishReason
 from llm.serving.sequence import Sequence, SequenceStatus
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """A sequence's part in a step: tokens `start` to `start + num_tokens - 1` run through the model."""
+class ScheduledSequence(NamedTuple):
+    """A sequence's part in a step: tokens `start` to `start + num_tokens - 1` run through the model.
+
+    A part with `start >= len(sequence.tokens)` when it is launched runs the one token that was drawn last at its row
+    and that the host has not seen. (Not a dataclass: a step makes hundreds, and a frozen one takes thrice as long.)
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    draws: bool
+    """Whether the step reaches the sequence's last token, and so draws the next."""
+    row: int
+    """Of the sequence while it runs: below the batch size, and nobody else's."""
+    num_preemptions: int
+    """Of the sequence when this was planned."""
 
     @property
     def end(self) -> int:
-        """Tokens in the sequence's context once the step has run."""
+        """Tokens in the sequence's context once the step has run; the position of the token it draws."""
         return self.start + self.num_tokens
-
-    @property
-    def draws(self) -> bool:
-        """Whether the step reaches the sequence's last token, and so draws the next."""
-        return self.end == len(self.sequence.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,14 @@ class StepPlan:
         return sum(part.num_tokens for part in self.scheduled)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """A token that a step drew, and whether it ended its sequence."""
+class TokenEvent(NamedTuple):
+    """A token that a step drew for a sequence that still wanted it, and whether it ended the sequence."""
 
     sequence: Sequence
     token_id: int
     finish_reason: FinishReason | None
+    draw_index: int
+    """Which of the step's draws it was."""
 
 
 class Scheduler:
@@ -55,12 +62,19 @@ class Scheduler:
     Running sequences are served oldest first; when pages run out the youngest is preempted: its pages go back and it
     waits, first in line, to be recomputed. So the oldest always gets on, and no sequence waits for ever.
 
+    A plan counts as run once it is made, so the next can be made before its tokens are known: plans may be in flight,
+    and `apply` takes in their tokens, plan by plan in the order they were made. The device must run the steps in that
+    order too. Then a page may go to another sequence while steps in flight still write to it or read it: whatever the
+    new owner writes comes later. Only its name in the prefix cache must wait for `apply`, when the content is there.
+    A plan that fails is not applied: whoever ran it finishes its sequences instead.
+
     Writes sequences, the queues and the slot pool; nobody else does.
 
     Args:
         pool: pages to hand out.
-        max_batch_size: most sequences that run at once.
+        max_batch_size: most sequences that run at once; rows are 0 to `max_batch_size - 1`.
         max_tokens_per_step: token budget of a step.
+        max_prefill_beside_decodes: most prefill tokens in a step with decodes; None for what the budget leaves.
         max_seq_len: tokens at which a sequence ends.
         window_size: tokens behind which no layer looks; pages wholly behind go back to the pool. None for no window.
         enable_prefix_caching: share full pages between sequences that begin alike.
@@ -73,18 +87,23 @@ class Scheduler:
         max_batch_size: int,
         max_tokens_per_step: int,
         max_seq_len: int,
+        max_prefill_beside_decodes: int | None = None,
         window_size: int | None = None,
         enable_prefix_caching: bool = True,
     ) -> None:
         self.pool = pool
         self.max_batch_size = max_batch_size
         self.max_tokens_per_step = max_tokens_per_step
+        self.max_prefill_beside_decodes = max_prefill_beside_decodes or max_tokens_per_step
         self.max_seq_len = max_seq_len
         self.window_size = window_size
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._running: dict[Sequence, None] = {}
+        """Oldest admission first; a dictionary, so that leaving takes no search."""
+        self._free_rows = list(range(max_batch_size))
+        """A heap: the lowest goes first, so that rows in use lie close together."""
 
     @property
     def has_pending_work(self) -> bool:
@@ -108,51 +127,67 @@ class Scheduler:
         return sum(prefilling) + sum(sequence.num_uncomputed for sequence in self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
+        """Queue a new sequence, which must leave room for a token."""
+        sequence.max_tokens = min(sequence.max_tokens, self.max_seq_len)
+        assert len(sequence.tokens) < sequence.max_tokens, "a sequence that cannot grow would never end"
         self._waiting.append(sequence)
 
     def schedule(self) -> StepPlan:
-        """Choose the next step and take the pages it writes to. Empty only where nothing is pending."""
-        budget = self.max_tokens_per_step
-        decodes, prefills = [], []
-        for sequence in [s for s in self._running if s.num_uncomputed == 1]:
-            if sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, 1):
-                decodes.append(ScheduledSequence(sequence, sequence.num_computed, 1))
-        budget -= len(decodes)
-        for sequence in [s for s in self._running if s.num_uncomputed > 1]:
+        """Choose the next step and take the pages it writes to.
+
+        Empty only where nothing is pending, or everything that is waits for a plan in flight.
+        """
+        num_preemptions = self.num_preemptions
+        singles, prefilling = self._decodes()
+        budget = self.max_tokens_per_step - len(singles)
+        if singles:
+            budget = min(budget, self.max_prefill_beside_decodes)
+        chunks = []
+        for sequence in prefilling:
             num_tokens = min(sequence.num_uncomputed, budget)
             if num_tokens and sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, num_tokens):
-                prefills.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens))
+                chunks.append(_part(sequence, num_tokens))
                 budget -= num_tokens
-        # An old sequence that still prefills may have preempted a younger one that was to decode.
-        decodes = [part for part in decodes if part.sequence.status is SequenceStatus.RUNNING]
-        while budget and self._waiting and len(self._running) < self.max_batch_size and self._admit(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            num_tokens = min(sequence.num_uncomputed, budget)
-            reserved = self._reserve(sequence, num_tokens)
-            assert reserved, "an admitted sequence has its pages"
-            prefills.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens))
-            budget -= num_tokens
-        return StepPlan(tuple(sorted(decodes + prefills, key=lambda part: part.num_tokens > 1)))
+        if self.num_preemptions == num_preemptions:
+            chunks += self._admissions(budget)
+        else:
+            # An old sequence may have preempted a younger one that was to run. Nobody is admitted to the pages that
+            # this made free: those who run already need them next.
+            singles = [part for part in singles if part.sequence.status is SequenceStatus.RUNNING]
+        if chunks:
+            singles += [part for part in chunks if part.num_tokens == 1]
+            singles += [part for part in chunks if part.num_tokens > 1]
+        for part in singles:
+            sequence = part.sequence
+            sequence.num_computed += part.num_tokens
+            if part.draws:
+                sequence.num_in_flight += 1
+        return StepPlan(tuple(singles))
 
     def apply(self, plan: StepPlan, token_ids: SequenceOf[int]) -> list[TokenEvent]:
-        """Take in what a step computed.
+        """Take in what a step computed. Called once for each plan that ran, in the order they were made.
+
+        What concerns a sequence that ended while the step ran is dropped: the price of planning ahead.
 
         Args:
             token_ids: the token drawn by each part of the plan that `draws`, in order.
         """
-        drawn = iter(token_ids)
+        draw_index = -1
         events = []
         for part in plan.scheduled:
-            draws = part.draws
             sequence = part.sequence
-            sequence.num_computed = part.end
-            self._register_full_pages(sequence)
-            self._drop_pages_behind_window(sequence)
+            draws = part.draws
+            draw_index += draws
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            if part.num_preemptions == sequence.num_preemptions:
+                self._keep_pages(sequence, part.start + part.num_tokens)
             if draws:
-                sequence.tokens.append(next(drawn))
-                reason = sequence.finish_reason(self.max_seq_len)
-                events.append(TokenEvent(sequence, sequence.tokens[-1], reason))
+                token_id = token_ids[draw_index]
+                sequence.num_in_flight -= 1
+                sequence.tokens.append(token_id)
+                reason = sequence.finish_reason()
+                events.append(TokenEvent(sequence, token_id, reason, draw_index))
                 if reason is not None:
                     self.finish(sequence)
         return events
@@ -162,20 +197,64 @@ class Scheduler:
         if sequence.status is SequenceStatus.FINISHED:
             return
         if sequence.status is SequenceStatus.RUNNING:
-            self._running.remove(sequence)
-            self._release_pages(sequence)
+            self._release(sequence)
         else:
             self._waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def pages_needed(self, num_tokens: int) -> int:
-        """Most pages a sequence of `num_tokens` holds at once: with a window, the window and one step's tokens."""
+        """Most pages a sequence of `num_tokens` must hold: with a window, the window and one step's tokens.
+
+        With plans in flight it may hold the tokens of these too, where the pool has room.
+        """
         if self.window_size is not None:
             num_tokens = min(num_tokens, self.window_size + self.max_tokens_per_step + self.pool.page_size)
         return self.pool.pages_for(num_tokens)
 
+    def check(self) -> None:
+        """Assert the invariants of the pool and the rows."""
+        self.pool.check()
+        rows = [sequence.row for sequence in self._running] + self._free_rows
+        assert sorted(row for row in rows if row is not None) == list(range(self.max_batch_size)), "rows are torn"
+        assert all(sequence.row is None and not sequence.pages for sequence in self._waiting), "a waiting one holds"
+
+    def _decodes(self) -> tuple[list[ScheduledSequence], list[Sequence]]:
+        """Parts of the running sequences that have one token to run, and those that have more. The hottest loop."""
+        decodes, prefilling = [], []
+        page_size = self.pool.page_size
+        for sequence in list(self._running):
+            start = sequence.num_computed
+            num_in_flight = sequence.num_in_flight
+            num_tokens = len(sequence.tokens) + num_in_flight
+            if num_tokens - start > 1:
+                prefilling.append(sequence)
+                continue
+            # With penalties the draw depends on the tokens before it, all of which the host must know. And a sequence
+            # that the tokens in flight bring to its greatest length has nothing left to draw.
+            if num_in_flight and (sequence.uses_penalties or num_tokens >= sequence.max_tokens):
+                continue
+            if start < len(sequence.pages) * page_size:
+                is_running = sequence.status is SequenceStatus.RUNNING
+            else:
+                is_running = sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, 1)
+            if is_running:
+                decodes.append(_part(sequence, 1))
+        return decodes, prefilling
+
+    def _admissions(self, budget: int) -> Iterable[ScheduledSequence]:
+        """Parts of waiting sequences for which there is room, first come first served."""
+        while budget and self._waiting and self._admit(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            num_tokens = min(sequence.num_uncomputed, budget)
+            reserved = self._reserve(sequence, num_tokens)
+            assert reserved, "an admitted sequence has its pages"
+            yield _part(sequence, num_tokens)
+            budget -= num_tokens
+
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a row and its cached prefix if the pool can hold all of its tokens."""
+        if not self._free_rows or sequence.num_in_flight:  # a preempted one is not recomputed before it is all known
+            return False
         cached = self._cached_prefix(sequence)
         num_computed = len(cached) * self.pool.page_size
         num_behind = self._num_pages_behind_window(num_computed)
@@ -195,7 +274,8 @@ class Scheduler:
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
         sequence.status = SequenceStatus.RUNNING
-        self._running.append(sequence)
+        sequence.row = heappop(self._free_rows)
+        self._running[sequence] = None
         return True
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
@@ -212,13 +292,17 @@ class Scheduler:
     def _num_pages_owed(self, sequence: Sequence) -> int:
         """Pages that a running sequence will take for tokens it has already."""
         num_held = len(sequence.pages) - sequence.num_dropped_pages
-        return max(self.pages_needed(len(sequence.tokens)) - num_held, 0)
+        return max(self.pages_needed(sequence.num_tokens) - num_held, 0)
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Take pages for the next tokens, preempting younger sequences; False if it had to preempt itself."""
+        """Take pages for the next tokens, preempting younger sequences; False if there are none for it in this step."""
         num_pages = self.pool.pages_for(sequence.num_computed + num_tokens) - len(sequence.pages)
         while num_pages > self.pool.num_available:
-            victim = self._running[-1]
+            if self._num_pages_behind_window(sequence.num_computed) > sequence.num_dropped_pages:
+                # Plans in flight will give back pages of its own. To preempt now, itself perhaps, would bring it here
+                # again once it is recomputed, and so on for ever.
+                return False
+            victim = next(reversed(self._running))
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -228,33 +312,38 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the head of the queue, to be recomputed."""
-        self._running.remove(sequence)
-        self._release_pages(sequence)
+        self._release(sequence)
         sequence.num_computed = 0
+        sequence.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _release_pages(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
+        """Give back a running sequence's row and pages."""
+        assert sequence.row is not None, "a running sequence has a row"
+        del self._running[sequence]
+        heappush(self._free_rows, sequence.row)
+        sequence.row = None
         self.pool.release(sequence.pages[sequence.num_dropped_pages :])
         sequence.pages = []
         sequence.num_dropped_pages = 0
         sequence.num_registered_pages = 0
 
-    def _register_full_pages(self, sequence: Sequence) -> None:
-        """Make pages that the step filled findable by content."""
-        if not self.enable_prefix_caching:
-            return
-        num_full = sequence.num_computed // self.pool.page_size
-        if num_full > sequence.num_registered_pages:
-            hashes = sequence.hashes.extend(sequence.tokens, sequence.num_computed)
+    def _keep_pages(self, sequence: Sequence, num_tokens: int) -> None:
+        """Now that the first `num_tokens` are stored: make full pages findable, and give back those behind the window.
+
+        Later plans in flight attend from position `num_tokens` on, so they do not look at pages given back here.
+        """
+        num_full = num_tokens // self.pool.page_size
+        if num_full > sequence.num_registered_pages and self.enable_prefix_caching:
+            hashes = sequence.hashes.extend(sequence.tokens, num_tokens)
             for index in range(sequence.num_registered_pages, num_full):
                 self.pool.register(sequence.pages[index], hashes[index])
             sequence.num_registered_pages = num_full
-
-    def _drop_pages_behind_window(self, sequence: Sequence) -> None:
-        """Give back pages that no later token attends to."""
-        num_behind = self._num_pages_behind_window(sequence.num_computed)
+        if self.window_size is None:
+            return
+        num_behind = self._num_pages_behind_window(num_tokens)
         if num_behind > sequence.num_dropped_pages:
             behind = slice(sequence.num_dropped_pages, num_behind)
             self.pool.release(sequence.pages[behind])
@@ -266,3 +355,11 @@ class Scheduler:
         if self.window_size is None:
             return 0
         return max(num_computed - self.window_size + 1, 0) // self.pool.page_size
+
+
+def _part(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    """A running sequence's next tokens as a part of a step."""
+    assert sequence.row is not None, "a running sequence has a row"
+    start = sequence.num_computed
+    draws = start + num_tokens == len(sequence.tokens) + sequence.num_in_flight
+    return ScheduledSequence(sequence, start, num_tokens, draws, sequence.row, sequence.num_preemptions)

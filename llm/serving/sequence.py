@@ -21,11 +21,18 @@ class Sequence:
     while it decodes, many while its prompt (or, after preemption, all of it) is computed. A token is drawn in the step
     that computes the last of them.
 
+    A step is scheduled before the tokens of the steps ahead of it are known, so a sequence may be longer than the host
+    can tell: the tokens in flight stand behind `tokens`.
+
     The scheduler is the only writer; others read.
 
     Attributes:
-        tokens: prompt and output so far.
-        num_computed: leading tokens whose keys and values are in `pages`.
+        tokens: prompt and output so far, as far as the host has seen them.
+        max_tokens: tokens at which the sequence ends, prompt and output together.
+        num_in_flight: draws scheduled whose token the host has not seen.
+        num_computed: leading tokens whose keys and values are in `pages`, or will be by a step already scheduled.
+        num_preemptions: times it lost its pages; a step planned before the last one says nothing about `pages`.
+        row: its place among the sequences that run, None while it does not.
         pages: page ids in order of position; a page that fell behind the window is replaced by the scratch page.
         num_dropped_pages: leading pages that fell behind the window.
         num_registered_pages: leading pages whose content is registered in the pool.
@@ -38,8 +45,12 @@ class Sequence:
         self.request = request
         self.num_prompt_tokens = len(prompt_ids)
         self.tokens = [*prompt_ids, *request.output_token_ids]
+        self.max_tokens = len(prompt_ids) + request.max_new_tokens
         self.status = SequenceStatus.WAITING
+        self.num_in_flight = 0
         self.num_computed = 0
+        self.num_preemptions = 0
+        self.row: int | None = None
         self.pages: list[int] = []
         self.num_dropped_pages = 0
         self.num_registered_pages = 0
@@ -47,6 +58,8 @@ class Sequence:
         self.hashes = PageHashes(page_size)
         self.end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_ids)
         """Ids that end this sequence."""
+        self.uses_penalties = request.uses_penalties
+        """Whether its draws depend on which tokens came before."""
 
     @property
     def request_id(self) -> str:
@@ -54,13 +67,18 @@ class Sequence:
         return self.request.request_id
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far, tokens in flight included."""
+        return len(self.tokens) + self.num_in_flight
+
+    @property
     def num_uncomputed(self) -> int:
-        """Tokens still to run through the model before the next one can be drawn."""
-        return len(self.tokens) - self.num_computed
+        """Tokens still to be scheduled before the next one can be drawn."""
+        return len(self.tokens) + self.num_in_flight - self.num_computed
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far, those of an earlier engine included."""
+        """Tokens generated so far as the host has seen them, those of an earlier engine included."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
@@ -73,15 +91,13 @@ class Sequence:
         """Token ids generated so far."""
         return self.tokens[self.num_prompt_tokens :]
 
-    @property
-    def may_end(self) -> bool:
-        """Whether the next token may end the sequence by a stop id or end of sequence."""
-        return self.num_output_tokens >= self.request.min_new_tokens
+    def may_end_at(self, position: int) -> bool:
+        """Whether the token at `position`, counted from the prompt's first, may end the sequence by a stop id."""
+        return position - self.num_prompt_tokens >= self.request.min_new_tokens
 
-    def finish_reason(self, max_seq_len: int) -> FinishReason | None:
-        """Whether the token drawn last ends the sequence, and why."""
-        if self.tokens[-1] in self.end_ids and self.num_output_tokens > self.request.min_new_tokens:
+    def finish_reason(self) -> FinishReason | None:
+        """Whether the last token of `tokens` ends the sequence, and why."""
+        num_tokens = len(self.tokens)
+        if self.tokens[-1] in self.end_ids and self.may_end_at(num_tokens - 1):
             return FinishReason.STOP
-        if self.num_output_tokens >= self.request.max_new_tokens or len(self.tokens) >= max_seq_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if num_tokens >= self.max_tokens else None

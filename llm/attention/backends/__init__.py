@@ -1,5 +1,8 @@
 """Backends of paged attention, and the choice among them."""
 
+import os
+from importlib.util import find_spec
+
 import torch
 
 from llm.attention.backends.reference import ReferenceBackend
@@ -7,17 +10,30 @@ from llm.attention.backends.sdpa import SdpaBackend
 from llm.attention.paged import PagedAttentionBackend
 from llm.errors import ConfigError
 
-_BACKENDS: dict[str, type[PagedAttentionBackend]] = {"reference": ReferenceBackend, "sdpa": SdpaBackend}
+TRITON = "triton"
+"""Our own kernels, which come with a forward pass of their own (`llm.models.fused`) instead of a class here."""
+
+_EAGER_BACKENDS: dict[str, type[PagedAttentionBackend]] = {"reference": ReferenceBackend, "sdpa": SdpaBackend}
 
 
-def select_backend(name: str | None, device: torch.device) -> PagedAttentionBackend:
-    """The backend called `name`, or the fastest one for `device` where `name` is None.
+def choose_backend(name: str | None, device: torch.device) -> str:
+    """`name` if it runs on `device`, or the fastest backend there where it is None.
 
     Raises:
-        ConfigError: no backend of that name.
+        ConfigError: no backend of that name, or not on this device.
     """
-    del device  # sdpa runs everywhere; kernels for one device take their place here
-    chosen = name or "sdpa"
-    if chosen not in _BACKENDS:
-        raise ConfigError(f"unknown attention_backend {chosen!r}; known: {', '.join(sorted(_BACKENDS))}")
-    return _BACKENDS[chosen]()
+    has_triton = find_spec("triton") is not None and (
+        device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    )
+    if name is None:
+        return TRITON if has_triton and device.type == "cuda" else "sdpa"
+    if name == TRITON and not has_triton:
+        raise ConfigError(f"attention_backend 'triton' needs a GPU and the triton package; {device} runs 'sdpa'")
+    if name != TRITON and name not in _EAGER_BACKENDS:
+        raise ConfigError(f"unknown attention_backend {name!r}; known: {', '.join(sorted([*_EAGER_BACKENDS, TRITON]))}")
+    return name
+
+
+def make_backend(name: str) -> PagedAttentionBackend:
+    """The eager backend called `name`, one that `choose_backend` returned and that is not "triton"."""
+    return _EAGER_BACKENDS[name]()

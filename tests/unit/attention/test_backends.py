@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm.attention.backends import select_backend
+from llm.attention.backends import choose_backend, make_backend
 from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedContext
 from llm.core.paged_kv_cache import PagedKVCache
@@ -62,7 +62,7 @@ def test_backend_equals_dense_attention(name, num_heads, num_kv_heads, window, l
     generator = torch.Generator().manual_seed(0)
     batch = create_batch(lens, num_pages=150, generator=generator)
     kv_cache = create_kv_cache(150, num_kv_heads)
-    context = PagedContext(select_backend(name, torch.device("cpu")), kv_cache, batch, [window])
+    context = PagedContext(make_backend(name), kv_cache, batch, [window])
     num_tokens = sum(batch.query_lens)
     query = torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator)
     key, value = torch.randn(2, num_tokens, num_kv_heads, HEAD_DIM, generator=generator)
@@ -83,4 +83,4 @@ def test_backend_equals_dense_attention(name, num_heads, num_kv_heads, window, l
 
 def test_unknown_backend_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"unknown attention_backend 'flash'; known: reference, sdpa"):
-        select_backend("flash", torch.device("cpu"))
+        choose_backend("flash", torch.device("cpu"))

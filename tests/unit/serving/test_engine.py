@@ -2,80 +2,29 @@
 
 import pytest
 import torch
+from small_engines import (
+    CONFIGS,
+    MODELS,
+    SAMPLING,
+    VOCAB_SIZE,
+    check_idle,
+    create_engine,
+    create_model,
+    create_requests,
+    each_depth,
+    run_alone,
+    run_steps,
+    tokens_of,
+)
 
-from llm.config import EngineConfig
 from llm.core.kv_cache import KVCache
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.schemas import FinishReason, GenerationRequest, GenerationResult
+from llm.serving.schemas import FinishReason, GenerationRequest
 from llm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
 
 ALPHABET = [chr(ord("a") + i) for i in range(26)]
-VOCAB_SIZE = 48
-
-
-def create_model(**shape) -> DecoderModel:
-    torch.manual_seed(0)
-    defaults = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    model = DecoderModel(max_seq_len=128, **{**defaults, **shape})
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def create_engine(model: DecoderModel | None = None, *, tokenizer=None, **config) -> ContinuousBatchingEngine:
-    defaults = {"max_batch_size": 8, "max_tokens_per_step": 64, "page_size": 4}
-    return ContinuousBatchingEngine(model or create_model(), tokenizer, config=EngineConfig(**{**defaults, **config}))
-
-
-def create_requests(num: int = 6, **params) -> list[GenerationRequest]:
-    """Prompts of different lengths; some begin alike, so that the prefix cache has something to find."""
-    generator = torch.Generator().manual_seed(0)
-    shared = torch.randint(0, VOCAB_SIZE, (20,), generator=generator).tolist()
-    defaults = {"max_new_tokens": 20, "seed": 11}
-    requests = []
-    for i in range(num):
-        own = torch.randint(0, VOCAB_SIZE, (3 + 7 * i,), generator=generator).tolist()
-        prompt = [*shared, *own] if i % 2 else own
-        requests.append(GenerationRequest(prompt_token_ids=tuple(prompt), **{**defaults, **params}))
-    return requests
-
-
-def run_alone(request: GenerationRequest, model: DecoderModel | None = None) -> GenerationResult:
-    """The oracle: a fresh engine with nothing else in it, whole prompt in one step, no prefix cache."""
-    engine = create_engine(model, enable_prefix_caching=False, max_tokens_per_step=256)
-    return engine.generate([request], progress=False)[0]
-
-
-def finish(engine: ContinuousBatchingEngine) -> None:
-    """Run whatever is pending, then check that no page leaked."""
-    while engine.scheduler.has_pending_work:
-        engine.step()
-    check_idle(engine)
-
-
-def check_idle(engine: ContinuousBatchingEngine) -> None:
-    engine.scheduler.pool.check()
-    stats = engine.stats()
-    assert (stats.num_running, stats.num_waiting, stats.num_used_pages) == (0, 0, 0)
-    assert stats.num_free_pages + stats.num_cached_pages == stats.num_pages
-
-
-SAMPLING = {
-    "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 1.0},
-    "cut": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
-    "penalised": {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
-}
-MODELS = {
-    "gqa": {},
-    "mha": {"num_kv_heads": 4},
-    "mqa": {"num_kv_heads": 1},
-    "window": {"window_size": 10},
-    "qk-norm, one windowed layer": {"qk_norm": True, "window_size": 10, "window_layers": (1,)},
-}
 
 
 @pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS.keys())
@@ -95,16 +44,14 @@ def test_greedy_equals_the_model_itself(shape):
 @pytest.mark.parametrize(
     "config",
     [
-        {},
-        {"max_tokens_per_step": 8},
-        {"num_pages": 34, "max_seq_len": 100},
-        {"num_pages": 34, "max_seq_len": 100, "enable_prefix_caching": False, "max_tokens_per_step": 16},
+        *CONFIGS.values(),
         {"attention_backend": "reference"},
+        *({**config, "max_steps_ahead": 1} for config in CONFIGS.values()),
     ],
-    ids=["batched", "chunked", "preempted", "preempted without cache", "reference backend"],
+    ids=[*CONFIGS, "reference backend", *(f"ahead, {name}" for name in CONFIGS)],
 )
 def test_batched_equals_alone(sampling, shape, config):
-    """Batched, chunked, preempted or from cached pages: every request gets the tokens it gets alone."""
+    """Batched, chunked, preempted, from cached pages or ahead of the host: everyone gets the tokens it gets alone."""
     model = create_model(**shape)
     requests = create_requests(**sampling)
     expected = [run_alone(request, model).token_ids for request in requests]
@@ -115,26 +62,26 @@ def test_batched_equals_alone(sampling, shape, config):
         check_idle(engine)
 
 
-def test_small_pool_preempts():
+@each_depth
+def test_small_pool_preempts(max_steps_ahead):
     """The pool of the test above is small enough for preemption to happen."""
-    engine = create_engine(num_pages=34, max_seq_len=100, enable_prefix_caching=False)
+    engine = create_engine(**CONFIGS["preempted without cache"], max_steps_ahead=max_steps_ahead)
     engine.generate(create_requests(), progress=False)
     assert engine.stats().num_preemptions > 0
 
 
+@each_depth
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING.keys())
 @pytest.mark.parametrize("num_done", [1, 7, 19])
-def test_resumed_equals_uninterrupted(sampling, num_done):
+def test_resumed_equals_uninterrupted(sampling, num_done, max_steps_ahead):
     """A request taken over with the tokens so far goes on as if nothing had happened, and sends only new ones."""
     (request,) = create_requests(1, **sampling)
     whole = run_alone(request)
-    engine = create_engine()
+    engine = create_engine(max_steps_ahead=max_steps_ahead)
     resumed = request.model_copy(update={"output_token_ids": whole.token_ids[:num_done]})
     engine.add_request(resumed)
-    outputs = []
-    while engine.scheduler.has_pending_work:
-        outputs += engine.step()
-    assert tuple(token for output in outputs for token in output.token_ids) == whole.token_ids[num_done:]
+    outputs = run_steps(engine)
+    assert tokens_of(outputs, request) == whole.token_ids[num_done:]
     assert outputs[-1].finish_reason is whole.finish_reason
 
 
@@ -146,8 +93,9 @@ def test_request_without_seed_gets_one():
     assert run_alone(first).token_ids == run_alone(first).token_ids
 
 
-def test_prefix_cache_saves_tokens_and_says_so():
-    engine = create_engine()
+@each_depth
+def test_prefix_cache_saves_tokens_and_says_so(max_steps_ahead):
+    engine = create_engine(max_steps_ahead=max_steps_ahead)
     prompt = tuple(range(30))
     first, second = (
         engine.generate([GenerationRequest(prompt_token_ids=prompt, max_new_tokens=2)], progress=False)[0]
@@ -175,27 +123,24 @@ def test_logprobs_are_the_models_own():
         tokens.append(token_id)
 
 
-def test_abort_frees_pages_at_once():
+@each_depth
+def test_abort_frees_pages_at_once(max_steps_ahead):
     """Aborted while waiting, prefilling and decoding; the rest goes on undisturbed."""
-    engine = create_engine(max_tokens_per_step=16, max_batch_size=2)
+    engine = create_engine(max_tokens_per_step=16, max_batch_size=2, max_steps_ahead=max_steps_ahead)
     kept, *others = create_requests(4, temperature=0.0, max_new_tokens=30)
     for request in (kept, *others):
         engine.add_request(request)
-    tokens: list[int] = []
-    for step in range(200):
-        tokens += [t for output in engine.step() if output.request_id == kept.request_id for t in output.token_ids]
-        if step == 2:
-            assert all(engine.abort(request.request_id) for request in others)
-            assert not engine.abort(others[0].request_id)
-        if not engine.scheduler.has_pending_work:
-            break
-    assert tuple(tokens) == run_alone(kept).token_ids
-    check_idle(engine)
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert all(engine.abort(request.request_id) for request in others)
+    assert not engine.abort(others[0].request_id)
+    outputs += run_steps(engine)
+    assert tokens_of(outputs, kept) == run_alone(kept).token_ids
 
 
-def test_failed_step_ends_its_requests_only(monkeypatch):
+@each_depth
+def test_failed_step_ends_its_requests_only(monkeypatch, max_steps_ahead):
     """If the model raises, the requests of that step end with an error each; a later one is served."""
-    engine = create_engine()
+    engine = create_engine(max_steps_ahead=max_steps_ahead)
     good, bad = create_requests(2, temperature=0.0)
     engine.add_request(bad)
     with monkeypatch.context() as patch:
@@ -207,12 +152,13 @@ def test_failed_step_ends_its_requests_only(monkeypatch):
     assert engine.generate([good], progress=False)[0].token_ids == run_alone(good).token_ids
 
 
-def test_text_and_stop_string_across_tokens():
+@each_depth
+def test_text_and_stop_string_across_tokens(max_steps_ahead):
     """Text ends before the stop string, tokens end with the one that completed it."""
     tokenizer = SimpleCharacterTokenizer(ALPHABET)
     model = create_model()
     plain = GenerationRequest(prompt="hello", max_new_tokens=20, temperature=0.0)
-    engine = create_engine(model, tokenizer=tokenizer)
+    engine = create_engine(model, tokenizer=tokenizer, max_steps_ahead=max_steps_ahead)
     whole = engine.generate([plain], progress=False)[0]
     assert whole.text == tokenizer.decode(whole.token_ids)
     assert whole.finish_reason is FinishReason.LENGTH
@@ -277,10 +223,11 @@ def test_pool_smaller_than_the_context_becomes_the_context():
     assert len(result.token_ids) == 5
 
 
-def test_windowed_sequence_may_outgrow_the_pool():
+@each_depth
+def test_windowed_sequence_may_outgrow_the_pool(max_steps_ahead):
     """With a window in every layer a sequence holds the window, so it may be longer than the pool."""
     model = create_model(window_size=8)
-    engine = create_engine(model, num_pages=10, max_tokens_per_step=16)
+    engine = create_engine(model, num_pages=10, max_tokens_per_step=16, max_steps_ahead=max_steps_ahead)
     assert engine.num_slots < engine.max_seq_len
     (request,) = create_requests(1, temperature=0.0, max_new_tokens=100)
     assert engine.generate([request], progress=False)[0].token_ids == run_alone(request, model).token_ids

@@ -1,0 +1,1 @@
+"""Triton kernels of paged attention. Each has a plain torch reference in `tests/unit/attention`."""

@@ -1,0 +1,154 @@
+"""Paged prefill: chunks of many sequences against their contexts, packed without padding.
+
+FlashAttention-2 (Dao 2023, arXiv:2307.08691) over pages. The query heads that share a key/value head are rows of one
+tile, so that each key is read once for all of them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items
+from llm.kernels.launch import launch_options, wait_for_inputs
+
+_LOG2_E = 1.4426950408889634
+_TILE_ROWS = 64
+_BLOCK_TOKENS = 64
+_NUM_WARPS, _NUM_STAGES = 4, 2
+
+
+def prefill_block_tokens(num_heads: int, num_kv_heads: int) -> int:
+    """New tokens a work item: as many as fill a tile with the heads of one group."""
+    group_block: int = triton.next_power_of_2(num_heads // num_kv_heads)
+    return max(_TILE_ROWS // group_block, 1)
+
+
+def paged_prefill(
+    query: torch.Tensor,
+    kv_pages: torch.Tensor,
+    page_tables: torch.Tensor,
+    parts: StepParts,
+    items: WorkItems,
+    window: int | None,
+    output: torch.Tensor,
+) -> None:
+    """Write attention output of the step's parts with more than one new token; other tokens' output is left alone.
+
+    Args:
+        query: (tokens, num_heads, head_dim), RoPE applied, the last two dimensions contiguous.
+        kv_pages: (2, pages, page_size, num_kv_heads, head_dim), the new tokens' stored already.
+        page_tables: (rows, pages a row) int32.
+        items: planned by `plan_prefills` with `prefill_block_tokens`.
+        window: a token attends to itself and the `window - 1` before it; None for all.
+        output: (tokens, num_heads, head_dim), contiguous.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = kv_pages.shape[3]
+    group_size = num_heads // num_kv_heads
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+    num_items = num_prefill_items(num_tokens, len(parts), block_tokens)
+    _paged_prefill[(num_kv_heads, num_items)](
+        query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.query_lens,
+        parts.context_lens, items.parts, items.chunks, items.summary, output,
+        query.stride(0), page_tables.stride(0), window or 0, head_dim**-0.5 * _LOG2_E,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group_size, GROUP_BLOCK=triton.next_power_of_2(group_size),
+        BLOCK_TOKENS=block_tokens, HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
+        PAGE_SIZE=kv_pages.shape[2], BLOCK=_BLOCK_TOKENS, HAS_WINDOW=window is not None,
+        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **launch_options(query.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _paged_prefill(
+    query, keys, values, page_tables, part_rows, query_starts, query_lens, context_lens, item_parts, item_chunks,
+    summary, output, query_stride, table_stride, window, scale_log2,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (kv head, item): a block of one part's new tokens, all heads of a group, against what they see."""
+    wait_for_inputs(PDL)
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    if item >= tl.load(summary):
+        return
+    part = tl.load(item_parts + item)
+    query_len = tl.load(query_lens + part)
+    context_len = tl.load(context_lens + part)
+    first_position = context_len - query_len
+    # The last blocks see most: they start first.
+    block = tl.cdiv(query_len, BLOCK_TOKENS) - 1 - tl.load(item_chunks + item)
+    table = page_tables + tl.load(part_rows + part).to(tl.int64) * table_stride
+
+    tile_row = tl.arange(0, BLOCK_TOKENS * GROUP_BLOCK)
+    token_in_part = block * BLOCK_TOKENS + tile_row // GROUP_BLOCK
+    head = tile_row % GROUP_BLOCK
+    position = first_position + token_in_part
+    dim = tl.arange(0, HEAD_BLOCK)
+    row_exists = (token_in_part < query_len) & (head < GROUP)
+    row_mask = row_exists[:, None] & (dim[None, :] < HEAD_DIM)
+    token = (tl.load(query_starts + part) + token_in_part).to(tl.int64)
+    head_offsets = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    q = tl.load(query + token[:, None] * query_stride + head_offsets, mask=row_mask, other=0.0)
+
+    block_first = first_position + block * BLOCK_TOKENS
+    end = tl.minimum(block_first + BLOCK_TOKENS, context_len)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(block_first - window + 1, 0) // BLOCK * BLOCK
+        all_visible = begin
+    else:
+        all_visible = (block_first + 1) // BLOCK * BLOCK
+    state = (
+        tl.zeros([BLOCK_TOKENS * GROUP_BLOCK, HEAD_BLOCK], tl.float32),
+        tl.full([BLOCK_TOKENS * GROUP_BLOCK], -1.0e30, tl.float32),
+        tl.zeros([BLOCK_TOKENS * GROUP_BLOCK], tl.float32),
+    )
+    state = _attend_blocks(
+        state, q, keys, values, table, kv_head, begin, all_visible, position, context_len, window, scale_log2,
+        NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, False, False,
+    )  # fmt: skip
+    acc, _, weight = _attend_blocks(
+        state, q, keys, values, table, kv_head, all_visible, end, position, context_len, window, scale_log2,
+        NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, True, HAS_WINDOW,
+    )  # fmt: skip
+    out = output + token[:, None] * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head_offsets
+    tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit
+def _attend_blocks(
+    state, q, keys, values, table, kv_head, begin, end, position, context_len, window, scale_log2,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the context from `begin` to `end`; MASKED where some of it is hidden from some rows."""
+    acc, highest, weight = state
+    dim = tl.arange(0, HEAD_BLOCK)
+    for start in range(begin, end, BLOCK):
+        key_position = start + tl.arange(0, BLOCK)
+        mask = dim[None, :] < HEAD_DIM
+        if MASKED:
+            mask &= key_position[:, None] < context_len
+            page = tl.load(table + key_position // PAGE_SIZE, mask=key_position < context_len, other=0)
+        else:
+            page = tl.load(table + key_position // PAGE_SIZE)
+        slot = page.to(tl.int64) * PAGE_SIZE + key_position % PAGE_SIZE
+        offsets = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
+        k = tl.load(keys + offsets, mask=mask, other=0.0)
+        v = tl.load(values + offsets, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
+        if MASKED:
+            visible = key_position[None, :] <= position[:, None]
+            if HAS_WINDOW:
+                visible &= key_position[None, :] > position[:, None] - window
+            scores = tl.where(visible, scores, -float("inf"))
+        # Scaled after the maximum, so that scaling and subtraction are one instruction.
+        new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
+        rescale = tl.exp2(highest - new_highest)
+        probability = tl.exp2(scores * scale_log2 - new_highest[:, None])
+        weight = weight * rescale + tl.sum(probability, 1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(probability.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        highest = new_highest
+    return acc, highest, weight

@@ -1,0 +1,95 @@
+"""QK-norm, rotary embedding and the write into the pages, in one pass over a step's projections."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from llm.kernels.launch import launch_options, wait_for_inputs
+
+
+def rope_and_store(
+    qkv: torch.Tensor,
+    kv_pages: torch.Tensor,
+    page_tables: torch.Tensor,
+    token_rows: torch.Tensor,
+    positions: torch.Tensor,
+    rope_table: torch.Tensor,
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
+    norm_eps: float,
+) -> None:
+    """Normalise and rotate queries in place; normalise, rotate and store keys; store values.
+
+    Args:
+        qkv: (tokens, num_heads + 2 num_kv_heads, head_dim), contiguous; queries are changed in place.
+        kv_pages: (2, pages, page_size, num_kv_heads, head_dim).
+        page_tables: (rows, pages a row) int32.
+        token_rows, positions: (tokens,) int32, row and position of each token's sequence.
+        rope_table: (2, max_seq_len, head_dim / 2) float32, cosines then sines.
+        norm_weights: of QK-norm over each head, (head_dim,) for queries and for keys; None for none.
+    """
+    num_tokens, num_qkv_heads, head_dim = qkv.shape
+    num_kv_heads = kv_pages.shape[3]
+    num_heads = num_qkv_heads - 2 * num_kv_heads
+    block_heads = math.gcd(math.gcd(num_heads, num_kv_heads), 8)  # a program never mixes queries, keys and values
+    query_norm, key_norm = norm_weights or (qkv, qkv)
+    _rope_and_store[(num_tokens, num_qkv_heads // block_heads)](
+        qkv, kv_pages[0], kv_pages[1], page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
+        page_tables.stride(0), rope_table.stride(0),
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
+        HALF_BLOCK=triton.next_power_of_2(head_dim // 2), BLOCK_HEADS=block_heads, PAGE_SIZE=kv_pages.shape[2],
+        HAS_NORM=norm_weights is not None, num_warps=2, **launch_options(qkv.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _rope_and_store(
+    qkv, keys, values, page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
+    table_stride, sin_offset,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (token, block of heads): each head as its two halves, which rotate into each other."""
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    first_head = tl.program_id(1) * BLOCK_HEADS
+    head = first_head + tl.arange(0, BLOCK_HEADS)
+    dim = tl.arange(0, HALF_BLOCK)
+    mask = (dim[None, :] < HALF) & (head[:, None] >= 0)
+    source = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head[:, None]) * (2 * HALF) + dim[None, :]
+    first = tl.load(source, mask=mask, other=0.0)
+    second = tl.load(source + HALF, mask=mask, other=0.0)
+    position = tl.load(positions + token)
+    is_query = first_head < NUM_HEADS
+    is_value = first_head >= NUM_HEADS + NUM_KV_HEADS
+    if not is_value:
+        dtype = first.dtype
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        if HAS_NORM:
+            norm = query_norm if is_query else key_norm
+            mean_square = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
+            inverse = tl.rsqrt(mean_square + norm_eps)[:, None]
+            # Rounded before and after the weight, as `RMSNorm` does.
+            weight_1 = tl.load(norm + dim, mask=dim < HALF, other=0.0)[None, :]
+            weight_2 = tl.load(norm + HALF + dim, mask=dim < HALF, other=0.0)[None, :]
+            first = ((first * inverse).to(dtype) * weight_1).to(dtype).to(tl.float32)
+            second = ((second * inverse).to(dtype) * weight_2).to(dtype).to(tl.float32)
+        angle = rope_table + position.to(tl.int64) * HALF + dim
+        cos = tl.load(angle, mask=dim < HALF, other=0.0)[None, :]
+        sin = tl.load(angle + sin_offset, mask=dim < HALF, other=0.0)[None, :]
+        rotated = first * cos - second * sin
+        second = (second * cos + first * sin).to(dtype)
+        first = rotated.to(dtype)
+    if is_query:
+        tl.store(source, first, mask=mask)
+        tl.store(source + HALF, second, mask=mask)
+    else:
+        row = tl.load(token_rows + token).to(tl.int64)
+        page = tl.load(page_tables + row * table_stride + position // PAGE_SIZE).to(tl.int64)
+        slot = page * PAGE_SIZE + position % PAGE_SIZE
+        pages = values if is_value else keys
+        kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
+        target = pages + (slot * NUM_KV_HEADS + kv_head[:, None]) * (2 * HALF) + dim[None, :]
+        tl.store(target, first.to(keys.dtype.element_ty), mask=mask)
+        tl.store(target + HALF, second.to(keys.dtype.element_ty), mask=mask)

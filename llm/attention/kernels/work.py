@@ -1,0 +1,119 @@
+"""Cuts a step's attention into work items of like size, on the device, once a step."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from llm.kernels.launch import launch_options, wait_for_inputs
+
+MIN_CHUNK = 64
+"""Tokens of context below which a decoding row is not cut: shorter chunks cost more in merging than they save."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """The step's parts as device tensors, (parts,) int32 each; unused ones have a query length of 0.
+
+    Attributes:
+        rows: row of each part's sequence, into the page tables.
+        query_starts: index of its first token among the step's tokens.
+        query_lens: its new tokens; parts with one are decodes.
+        context_lens: its tokens once the new ones are stored.
+    """
+
+    rows: torch.Tensor
+    query_starts: torch.Tensor
+    query_lens: torch.Tensor
+    context_lens: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItems:
+    """Items of one kind of attention. Written by `plan_work`, read by the kernels.
+
+    Attributes:
+        parts: (capacity,) int32, the part that each item belongs to.
+        chunks: (capacity,) int32, which of its part's chunks it is.
+        first_items: (parts,) int32, first item of each part.
+        summary: (2,) int32, number of items, tokens a chunk.
+    """
+
+    parts: torch.Tensor
+    chunks: torch.Tensor
+    first_items: torch.Tensor
+    summary: torch.Tensor
+
+    @classmethod
+    def allocate(cls, capacity: int, num_parts: int, device: torch.device) -> "WorkItems":
+        """Room for `capacity` items of `num_parts` parts."""
+        sizes = (capacity, capacity, num_parts, 2)
+        return cls(*(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))
+
+
+def num_decode_items(num_parts: int) -> int:
+    """Items that the decodes of `num_parts` parts are cut into at most: two a part, and many where parts are few."""
+    return 2 * num_parts + 64
+
+
+def num_prefill_items(num_tokens: int, num_parts: int, block_tokens: int) -> int:
+    """Most items that prefill chunks of `num_tokens` tokens in all are cut into."""
+    return num_tokens // block_tokens + min(num_parts, num_tokens // 2)
+
+
+def plan_decodes(parts: StepParts, items: WorkItems, window: int | None) -> None:
+    """Cut the context of each decoding part into chunks: equal for all parts, as many as there is room for."""
+    _launch_plan(parts, items, window=window or 0, block_tokens=0)
+
+
+def plan_prefills(parts: StepParts, items: WorkItems, block_tokens: int) -> None:
+    """Cut the new tokens of each prefilling part into blocks of `block_tokens`."""
+    _launch_plan(parts, items, window=0, block_tokens=block_tokens)
+
+
+def _launch_plan(parts: StepParts, items: WorkItems, window: int, block_tokens: int) -> None:
+    _plan_work[(1,)](
+        parts.query_lens, parts.context_lens, items.parts, items.chunks, items.first_items, items.summary,
+        len(parts), window, len(items.parts) - len(parts), CAPACITY=len(items.parts), BLOCK_TOKENS=block_tokens,
+        MIN_CHUNK=MIN_CHUNK, BLOCK=triton.next_power_of_2(len(parts)), ITEM_BLOCK=32, num_warps=8,
+        **launch_options(parts.rows.device),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_parts", "max_chunks"])
+def _plan_work(
+    query_lens, context_lens, item_parts, item_chunks, first_items, summary, num_parts, window, max_chunks,
+    CAPACITY: tl.constexpr, BLOCK_TOKENS: tl.constexpr, MIN_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ITEM_BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program. BLOCK_TOKENS > 0 plans prefills, else decodes."""
+    wait_for_inputs(PDL)
+    part = tl.arange(0, BLOCK)
+    exists = part < num_parts
+    query_len = tl.load(query_lens + part, mask=exists, other=0)
+    if BLOCK_TOKENS > 0:
+        num_tokens = tl.where(query_len > 1, query_len, 0)
+        chunk_size = BLOCK_TOKENS
+    else:
+        context_len = tl.load(context_lens + part, mask=exists, other=0)
+        if window > 0:
+            context_len = tl.minimum(context_len, window)
+        num_tokens = tl.where(query_len == 1, context_len, 0)
+        # Rounding each part up to whole chunks adds at most one a part, so the items fit their room.
+        chunk_size = tl.cdiv(tl.sum(num_tokens), max_chunks)
+        chunk_size = tl.cdiv(tl.maximum(chunk_size, 1), MIN_CHUNK) * MIN_CHUNK
+    num_chunks = tl.cdiv(num_tokens, chunk_size)
+    ends = tl.cumsum(num_chunks, 0)
+    tl.store(first_items + part, ends - num_chunks, mask=exists)
+    tl.store(summary, tl.sum(num_chunks))
+    tl.store(summary + 1, chunk_size)
+    for start in range(0, CAPACITY, ITEM_BLOCK):
+        item = start + tl.arange(0, ITEM_BLOCK)
+        is_behind = ends[None, :] <= item[:, None]
+        chunk = item - tl.max(tl.where(is_behind, ends[None, :], 0), 1)
+        tl.store(item_parts + item, tl.sum(is_behind.to(tl.int32), 1), mask=item < CAPACITY)
+        tl.store(item_chunks + item, chunk, mask=item < CAPACITY)

@@ -1,0 +1,29 @@
+"""What every kernel launch has in common."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel be scheduled, then wait until the kernels before this one have written their results.
+
+    With programmatic dependent launch (CUDA C++ programming guide, section 3.2.8) a kernel's programs come to life
+    while the kernel before drains; everything that does not depend on it may go before this call.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@cache
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments for a launch on `device`: programmatic dependent launch where the chip has it (Hopper on)."""
+    if device.type != "cuda":
+        return {"PDL": False}
+    has_pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}

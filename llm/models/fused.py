@@ -1,0 +1,130 @@
+"""`FusedDecoder`: `DecoderModel`'s forward pass over packed steps as few kernels, for GPUs."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from llm.attention.kernels.decode import PagedDecode
+from llm.attention.kernels.prefill import paged_prefill, prefill_block_tokens
+from llm.attention.kernels.rope import rope_and_store
+from llm.attention.kernels.work import (
+    StepParts,
+    WorkItems,
+    num_decode_items,
+    num_prefill_items,
+    plan_decodes,
+    plan_prefills,
+)
+from llm.core.paged_kv_cache import PagedKVCache
+from llm.kernels.linear import Linear
+from llm.kernels.norm import add_rms_norm, embed_tokens
+from llm.models.attention import Attention
+from llm.models.decoder import DecoderLayer, DecoderModel
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """The step's tokens, (tokens,) int32 each. Those of a part are adjacent, in order of position.
+
+    Attributes:
+        token_ids: negative for the token that the row drew last.
+        positions: in their sequences.
+        rows: of their sequences.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+
+
+class FusedDecoder:
+    """Runs a `DecoderModel`'s weights by fused kernels; equal to the model up to rounding.
+
+    Args:
+        model: on its device; its weights are used in place.
+        kv_cache: memory of the slot pool, on the same device.
+        page_tables: (rows, pages a row) int32, each row's pages in order of position.
+        last_token_ids: (rows,) int32, the token that each row drew last.
+        max_tokens: most tokens a step.
+        max_parts: most parts a step.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_cache: PagedKVCache,
+        page_tables: torch.Tensor,
+        last_token_ids: torch.Tensor,
+        *,
+        max_tokens: int,
+        max_parts: int,
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        config, device = model.config, model.device
+        self._layers = [cast(DecoderLayer, layer) for layer in model.layers]
+        self._page_tables = page_tables
+        self._last_token_ids = last_token_ids
+        self._linear = Linear(device)
+        self._rope_table = model.rotary.table(device)
+        self._windows = [config.layer_window(layer) for layer in range(model.num_layers)]
+        self._decode = PagedDecode(max_parts, config.num_heads, config.kv_heads, config.head_size, device)
+        self._decode_items = {
+            window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in set(self._windows)
+        }
+        self._block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads)
+        self._prefill_items = WorkItems.allocate(
+            num_prefill_items(max_tokens, max_parts, self._block_tokens), max_parts, device
+        )
+
+    def hidden_states(self, tokens: StepTokens, parts: StepParts, output: torch.Tensor, *, has_prefills: bool) -> None:
+        """Run a step and write the final hidden states, normalised.
+
+        Args:
+            parts: the parts of the tokens; tokens of none have to be on a row that nobody reads.
+            output: (tokens, hidden_size), contiguous.
+            has_prefills: whether any part has more than one new token.
+        """
+        for window, items in self._decode_items.items():
+            plan_decodes(parts, items, window)
+        if has_prefills:
+            plan_prefills(parts, self._prefill_items, self._block_tokens)
+        model, linear = self.model, self._linear
+        residual = torch.empty_like(output)
+        embed_tokens(tokens.token_ids, self._last_token_ids, tokens.rows, model.embed_tokens.weight, residual)
+        delta = None
+        for layer in self._layers:
+            normed = torch.empty_like(residual)
+            add_rms_norm(residual, delta, layer.attention_norm.weight, layer.attention_norm.eps, normed)
+            attended = self._attend(layer.attention, normed, tokens, parts, has_prefills)
+            delta = linear(attended, layer.attention.o_proj.weight, layer.attention.o_proj.bias)
+            add_rms_norm(residual, delta, layer.mlp_norm.weight, layer.mlp_norm.eps, normed)
+            activated = linear.swiglu(normed, layer.mlp.gate_up_proj.weight, layer.mlp.gate_up_proj.bias)
+            delta = linear(activated, layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
+        add_rms_norm(residual, delta, model.norm.weight, model.norm.eps, output)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(draws, hidden_size) → (draws, vocab_size), in the model's dtype."""
+        head = self.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
+        return self._linear(hidden, head.weight)
+
+    def _attend(
+        self, attention: Attention, x: torch.Tensor, tokens: StepTokens, parts: StepParts, has_prefills: bool
+    ) -> torch.Tensor:
+        """(tokens, hidden_size) → heads' outputs, (tokens, num_heads * head_dim), before the output projection."""
+        qkv = self._linear(x, attention.qkv_proj.weight, attention.qkv_proj.bias)
+        qkv = qkv.view(len(x), -1, attention.head_dim)
+        kv_pages = self.kv_cache.layers[attention.layer]
+        norms = None
+        if attention.q_norm is not None and attention.k_norm is not None:
+            norms = attention.q_norm.weight, attention.k_norm.weight
+        eps = self.model.config.rms_norm_eps
+        rope_and_store(qkv, kv_pages, self._page_tables, tokens.rows, tokens.positions, self._rope_table, norms, eps)
+        query = qkv[:, : attention.num_heads]
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        window = self._windows[attention.layer]
+        self._decode(query, kv_pages, self._page_tables, parts, self._decode_items[window], window, output)
+        if has_prefills:
+            paged_prefill(query, kv_pages, self._page_tables, parts, self._prefill_items, window, output)
+        return output.flatten(1)

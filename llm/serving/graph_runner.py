@@ -1,0 +1,265 @@
+"""`GraphRunner`: steps as CUDA graphs, launched before the last step's tokens are read."""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.sampling import Draw, draw
+from llm.kernels.sampling import SamplingWorkspace, draw_tokens
+from llm.models.decoder import DecoderModel
+from llm.models.fused import FusedDecoder
+from llm.serving.device_rows import DeviceRows
+from llm.serving.model_runner import sampling_row
+from llm.serving.scheduler import ScheduledSequence, StepPlan
+from llm.serving.step_inputs import StepInputs, fill
+
+logger = logging.getLogger(__name__)
+
+_STEPS_AHEAD = 1
+_NUM_BUFFERS = _STEPS_AHEAD + 2
+"""Of memory that the host fills and the device reads: one for each step in flight, one being filled."""
+
+
+class LaunchedGraphs:
+    """A step on its way through the device."""
+
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        num_draws: int,
+        done: torch.cuda.Event | None,
+        special: "dict[int, Draw] | Callable[[], dict[int, Draw]]",
+    ) -> None:
+        self._token_ids = token_ids
+        self._num_draws = num_draws
+        self._done = done
+        self._special = special
+
+    def draws(self) -> list[Draw]:
+        """See `LaunchedStep.draws`."""
+        if self._done is not None:
+            self._done.synchronize()
+        draws = [Draw(token_id) for token_id in self._token_ids[: self._num_draws].tolist()]
+        special = self._special() if callable(self._special) else self._special
+        for index, drawn in special.items():
+            draws[index] = drawn
+        return draws
+
+
+class GraphRunner:
+    """The `ModelRunner` for GPUs.
+
+    A step is two graphs: the model up to its hidden states, captured for each padded number of tokens and parts; then
+    logits and draws, captured for each padded number of draws. The first step of a size runs kernel by kernel and is
+    captured on the way. On a CPU (Triton's interpreter, in tests) every step runs kernel by kernel.
+
+    Args:
+        model: in evaluation mode, on its device.
+        kv_cache: memory of the slot pool, on the same device.
+        max_rows: rows that the scheduler gives out.
+        max_tokens: token budget of a step.
+        max_seq_len: longest sequence in tokens.
+    """
+
+    attention_backend = "triton"
+    max_steps_ahead = _STEPS_AHEAD
+
+    def __init__(
+        self, model: DecoderModel, kv_cache: PagedKVCache, *, max_rows: int, max_tokens: int, max_seq_len: int
+    ) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        device = self._device = model.device
+        self._row_sizes = _padded_sizes(max_rows, 8)
+        self._token_sizes = _padded_sizes(max_tokens, 4)
+        # Steps with prefills pad their parts, which cost little, generously: sizes of tokens times sizes of parts is
+        # what may have to be captured.
+        self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
+        max_pages = -(-max_seq_len // kv_cache.page_size)
+        self._rows = DeviceRows(max_rows, max_pages, kv_cache.scratch_page, device, _NUM_BUFFERS)
+        most_tokens, most_rows = self._token_sizes[-1], self._row_sizes[-1]
+        sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), most_tokens)
+        sizes |= dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), most_rows)
+        sizes |= dict.fromkeys(("draw_tokens", "draw_rows", "draw_positions"), most_rows)
+        self._inputs = StepInputs(sizes, device, _NUM_BUFFERS)
+        self._decoder = FusedDecoder(
+            model, kv_cache, self._rows.page_tables, self._rows.last_token_ids,
+            max_tokens=most_tokens, max_parts=most_rows,
+        )  # fmt: skip
+        self._hidden = torch.zeros(most_tokens, model.hidden_size, dtype=model.dtype, device=device)
+        self._sampling_workspace = SamplingWorkspace.allocate(most_rows, model.config.vocab_size, device)
+        self._token_ids = torch.zeros(most_rows, dtype=torch.int32, device=device)
+        pin = device.type == "cuda"
+        self._host_token_ids = [torch.zeros(most_rows, dtype=torch.int32, pin_memory=pin) for _ in range(_NUM_BUFFERS)]
+        self._num_steps = 0
+        self._graphs: dict[tuple[object, ...], _Captured] = {}
+        self._graph_pool = torch.cuda.graph_pool_handle() if pin else None
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedGraphs:
+        """See `ModelRunner.launch`."""
+        parts = plan.scheduled
+        self._rows.update(parts)
+        drawing = [part for part in parts if part.draws]
+        num_tokens, num_parts, has_prefills = self._pack(parts, drawing)
+        shape = num_tokens, num_parts, has_prefills
+        self._run(("model", *shape), partial(self._run_model, *shape))
+        host = self._host_token_ids[self._num_steps % _NUM_BUFFERS]
+        self._num_steps += 1
+        special: Callable[[], dict[int, Draw]] | dict[int, Draw] = {}
+        if drawing:
+            num_draws = _padded(self._row_sizes, len(drawing))
+            logits = self._run(("draws", num_draws), partial(self._run_draws, num_draws))
+            special = self._draw_specially(logits, drawing)
+            host[: len(drawing)].copy_(self._token_ids[: len(drawing)], non_blocking=True)
+        done = None
+        if self._graph_pool is not None:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return LaunchedGraphs(host, len(drawing), done, special)
+
+    @torch.inference_mode()
+    def run_largest(self, num_tokens: int) -> None:
+        """See `ModelRunner.run_largest`."""
+        self._inputs.upload_padding(self._rows.padding_row)
+        self._run_model(_padded(self._token_sizes, num_tokens), self._row_sizes[-1], has_prefills=True)
+        self._run_draws(self._row_sizes[-1])
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture decode steps of every size, on padding, so that no request waits for a compiler or a capture."""
+        self._inputs.upload_padding(self._rows.padding_row)
+        for size in self._row_sizes:
+            self._run(("model", size, size, False), partial(self._run_model, size, size, has_prefills=False))
+            self._run(("draws", size), partial(self._run_draws, size))
+
+    def _pack(
+        self, parts: SequenceOf[ScheduledSequence], drawing: SequenceOf[ScheduledSequence]
+    ) -> tuple[int, int, bool]:
+        """Fill the step's inputs and send them; returns padded tokens, padded parts, and whether any part prefills."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        token_rows: list[int] = []
+        query_starts: list[int] = []
+        draw_tokens: list[int] = []
+        for part in parts:
+            sequence, start, num_new, draws, row, _ = part
+            query_starts.append(len(positions))
+            if num_new == 1:
+                tokens = sequence.tokens
+                token_ids.append(tokens[start] if start < len(tokens) else -1)
+                positions.append(start)
+                token_rows.append(row)
+            else:
+                token_ids += sequence.tokens[start : start + num_new]
+                positions += range(start, start + num_new)
+                token_rows += [row] * num_new
+            if draws:
+                draw_tokens.append(len(positions) - 1)
+        has_prefills = len(positions) > len(parts)
+        num_parts = _padded(self._part_sizes if has_prefills else self._row_sizes, len(parts))
+        num_tokens = _padded(self._token_sizes, len(positions)) if has_prefills else num_parts
+        arrays = self._inputs.next_arrays()
+        fill(arrays["token_ids"], token_ids, num_tokens, 0)
+        fill(arrays["positions"], positions, num_tokens, 0)
+        fill(arrays["token_rows"], token_rows, num_tokens, self._rows.padding_row)
+        fill(arrays["part_rows"], [part.row for part in parts], num_parts, self._rows.padding_row)
+        fill(arrays["query_starts"], query_starts, num_parts, 0)
+        fill(arrays["query_lens"], [part.num_tokens for part in parts], num_parts, 0)
+        fill(arrays["context_lens"], [part.start + part.num_tokens for part in parts], num_parts, 0)
+        if drawing:
+            num_draws = _padded(self._row_sizes, len(drawing))
+            fill(arrays["draw_tokens"], draw_tokens, num_draws, 0)
+            fill(arrays["draw_rows"], [part.row for part in drawing], num_draws, self._rows.padding_row)
+            fill(arrays["draw_positions"], [part.start + part.num_tokens for part in drawing], num_draws, 0)
+        self._inputs.upload()
+        return num_tokens, num_parts, has_prefills
+
+    def _run(self, key: tuple[object, ...], run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Replay the graph of `key`; where there is none yet, run kernel by kernel, then capture for next time."""
+        captured = self._graphs.get(key)
+        if captured is not None:
+            captured.graph.replay()
+            return captured.output
+        output = run()
+        if self._graph_pool is not None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+                captured_output = run()
+            self._graphs[key] = _Captured(graph, captured_output)
+        return output
+
+    def _run_model(self, num_tokens: int, num_parts: int, has_prefills: bool) -> torch.Tensor:
+        hidden = self._hidden[:num_tokens]
+        self._decoder.hidden_states(
+            self._inputs.tokens(num_tokens), self._inputs.parts(num_parts), hidden, has_prefills=has_prefills
+        )
+        return hidden
+
+    def _run_draws(self, num_draws: int) -> torch.Tensor:
+        """Draw a token for each drawing part; returns the logits."""
+        hidden = self._hidden.index_select(0, self._inputs["draw_tokens"][:num_draws])
+        logits = self._decoder.logits(hidden)
+        draw_tokens(
+            logits,
+            self._inputs["draw_rows"][:num_draws],
+            self._inputs["draw_positions"][:num_draws],
+            self._rows.sampling,
+            self._sampling_workspace,
+            self._token_ids,
+            self._rows.last_token_ids,
+        )
+        return logits
+
+    def _draw_specially(
+        self, logits: torch.Tensor, drawing: SequenceOf[ScheduledSequence]
+    ) -> "Callable[[], dict[int, Draw]] | dict[int, Draw]":
+        """Draw again where a request asks for more than the kernel does: penalties, biases, bans, log probabilities."""
+        indices = [i for i, part in enumerate(drawing) if _is_special(part)]
+        if not indices:
+            return {}
+        rows = [sampling_row(drawing[i]) for i in indices]
+        index = torch.tensor(indices, device=self._device)
+        draws = draw(logits[index], rows)
+        token_ids = draws.token_ids.int()
+        self._token_ids[index] = token_ids
+        self._rows.last_token_ids[torch.tensor([drawing[i].row for i in indices], device=self._device)] = token_ids
+        return lambda: dict(zip(indices, draws.to_host(rows), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A graph, and the tensor it leaves its result in."""
+
+    graph: torch.cuda.CUDAGraph
+    output: torch.Tensor
+
+
+def _is_special(part: ScheduledSequence) -> bool:
+    """Whether the draw needs `llm.core.sampling`."""
+    request = part.sequence.request
+    return bool(
+        request.uses_penalties
+        or request.logit_bias
+        or request.logprobs is not None
+        or request.min_new_tokens > part.end - part.sequence.num_prompt_tokens
+    )
+
+
+def _padded_sizes(largest: int, steps_per_octave: int) -> list[int]:
+    """Sizes to pad to: 1, 2, 4, 8, then multiples of 8, so many between each power of two and the next."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < largest:
+        octave = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(octave // steps_per_octave, 8))
+    return sizes
+
+
+def _padded(sizes: list[int], size: int) -> int:
+    """The smallest of `sizes` that holds `size`."""
+    return sizes[bisect_left(sizes, size)]

@@ -1,0 +1,154 @@
+"""The Triton kernels of attention against float64: by Triton's interpreter on a CPU, for real where there is a GPU."""
+
+import pytest
+import torch
+
+from llm.attention.dense import causal_mask
+from llm.attention.kernels.decode import PagedDecode
+from llm.attention.kernels.prefill import paged_prefill, prefill_block_tokens
+from llm.attention.kernels.rope import rope_and_store
+from llm.attention.kernels.work import (
+    StepParts,
+    WorkItems,
+    num_decode_items,
+    num_prefill_items,
+    plan_decodes,
+    plan_prefills,
+)
+from llm.models.layers import RMSNorm, apply_rotary
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+NUM_ROWS, NUM_COLUMNS, PAGE_SIZE = 12, 40, 16
+
+
+def create_parts(lens: list[tuple[int, int]], num_unused: int = 2) -> StepParts:
+    """Parts (new tokens, context) on scattered rows, with unused ones behind."""
+    rows = torch.randperm(NUM_ROWS)[: len(lens)].tolist() + [NUM_ROWS] * num_unused
+    query_lens = [new for new, _ in lens] + [0] * num_unused
+    starts = [sum(query_lens[:i]) for i in range(len(query_lens))]
+    contexts = [context for _, context in lens] + [0] * num_unused
+    return StepParts(*(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (rows, starts, query_lens, contexts)))
+
+
+def create_pages(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pool full of noise, and page tables that scatter each row over it."""
+    num_pages = (NUM_ROWS + 1) * NUM_COLUMNS
+    kv_pages = torch.randn(2, num_pages, PAGE_SIZE, num_kv_heads, head_dim, device=DEVICE).to(dtype)
+    tables = torch.randperm(num_pages, device=DEVICE).view(NUM_ROWS + 1, NUM_COLUMNS).int()
+    return kv_pages, tables
+
+
+def expected_attention(query, kv_pages, tables, parts, window) -> torch.Tensor:
+    """softmax(QKᵀ / sqrt(d)) V of every part, in float64."""
+    outputs = []
+    for row, start, num_new, context_len in zip(
+        *(x.tolist() for x in (parts.rows, parts.query_starts, parts.query_lens, parts.context_lens)), strict=True
+    ):
+        if num_new == 0:
+            continue
+        pages = tables[row, : -(-context_len // PAGE_SIZE)].long()
+        keys, values = kv_pages[:, pages].flatten(1, 2)[:, :context_len].double()
+        group = query.shape[1] // keys.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", query[start : start + num_new].double(), keys.repeat_interleave(group, 1))
+        mask = causal_mask(num_new, context_len, window, DEVICE)
+        scores = scores * query.shape[-1] ** -0.5
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(group, 1)))
+    return torch.cat(outputs)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖; NaN where something was not written."""
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+SHAPES = [(8, 2, 16), (4, 4, 32), (6, 1, 24), (14, 2, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
+@pytest.mark.parametrize("window", [None, 1, 100, 400])
+def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype):
+    """Contexts of one token, of less and more than a chunk, and of the longest a table holds."""
+    torch.manual_seed(num_heads)
+    parts = create_parts([(1, 1), (1, 17), (1, 300), (1, 640), (1, 128), (1, 129)])
+    kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
+    qkv = torch.randn(len(parts), num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
+    query = qkv[:, :num_heads]
+    items = WorkItems.allocate(num_decode_items(len(parts)), len(parts), DEVICE)
+    output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
+    plan_decodes(parts, items, window)
+    PagedDecode(len(parts), num_heads, num_kv_heads, head_dim, DEVICE)(
+        query, kv_pages, tables, parts, items, window, output
+    )
+    expected = expected_attention(query, kv_pages, tables, parts, window)
+    assert relative_error(output[:6], expected) < TOLERANCE[dtype]
+    assert output[6:].isnan().all(), "what belongs to no part is left alone"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
+@pytest.mark.parametrize("window", [None, 1, 50, 130])
+def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype):
+    """Whole prompts, later chunks of prompts, and decodes beside them that are somebody else's business."""
+    torch.manual_seed(num_heads)
+    lens = [(1, 33), (1, 5), (2, 2), (70, 70), (33, 200), (129, 130), (2, 300)]
+    parts = create_parts(lens)
+    num_tokens = sum(new for new, _ in lens)
+    kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
+    query = torch.randn(num_tokens, num_heads, head_dim, device=DEVICE).to(dtype)
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+    items = WorkItems.allocate(num_prefill_items(num_tokens, len(parts), block_tokens), len(parts), DEVICE)
+    output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
+    plan_prefills(parts, items, block_tokens)
+    paged_prefill(query, kv_pages, tables, parts, items, window, output)
+    expected = expected_attention(query, kv_pages, tables, parts, window)
+    assert relative_error(output[2:], expected[2:]) < TOLERANCE[dtype]
+    assert output[:2].isnan().all(), "decodes are left alone"
+
+
+@pytest.mark.parametrize("window", [None, 256])
+def test_decode_work_covers_every_context_once(window):
+    """Chunks of equal size, each part's in order, never more than there is room for."""
+    lens = [(1, n) for n in (1, 2000, 128, 7, 511)] + [(40, 900)]
+    parts = create_parts(lens)
+    capacity = num_decode_items(len(parts))
+    items = WorkItems.allocate(capacity, len(parts), DEVICE)
+    plan_decodes(parts, items, window)
+    num_items, chunk_size = items.summary.tolist()
+    visible = [min(n, window or n) if new == 1 else 0 for new, n in lens]
+    expected = [(part, chunk) for part, n in enumerate(visible) for chunk in range(-(-n // chunk_size))]
+    assert list(zip(items.parts.tolist(), items.chunks.tolist(), strict=True))[:num_items] == expected
+    assert num_items <= capacity
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
+def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has_norm, dtype):
+    """Queries rotated in place, keys rotated and values as they are in their slots, nothing else touched."""
+    torch.manual_seed(head_dim)
+    positions = torch.tensor([0, 5, 639, 16, 31], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([3, 1, 0, 11, 12], dtype=torch.int32, device=DEVICE)
+    kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
+    qkv = torch.randn(5, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
+    angles = torch.outer(torch.arange(640), 10000 ** -(torch.arange(0, head_dim, 2) / head_dim)).to(DEVICE)
+    rope_table = torch.stack([angles.cos(), angles.sin()])
+    norms = [RMSNorm(head_dim, 1e-6).to(DEVICE, dtype) for _ in range(2)]
+    for norm in norms:
+        norm.weight.data.normal_()
+    query, key, value = qkv.clone().split([num_heads, num_kv_heads, num_kv_heads], 1)
+    if has_norm:
+        query, key = norms[0](query), norms[1](key)
+    cos, sin = rope_table[:, positions.long()].unsqueeze(-2)
+    expected_pages = kv_pages.clone()
+    pages = tables[rows.long(), positions.long() // PAGE_SIZE].long()
+    expected_pages[0, pages, positions.long() % PAGE_SIZE] = apply_rotary(key, cos, sin)
+    expected_pages[1, pages, positions.long() % PAGE_SIZE] = value
+
+    weights = (norms[0].weight.data, norms[1].weight.data) if has_norm else None
+    rope_and_store(qkv, kv_pages, tables, rows, positions, rope_table, weights, 1e-6)
+    torch.testing.assert_close(qkv[:, :num_heads], apply_rotary(query, cos, sin), rtol=1.6e-2, atol=1e-5)
+    torch.testing.assert_close(kv_pages, expected_pages, rtol=1.6e-2, atol=1e-5)

@@ -1,0 +1,95 @@
+"""Products, norms, activation and embedding against the plain layers: by Triton's interpreter, or on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm.kernels.activation import silu_mul
+from llm.kernels.linear import MAX_FEW_ROWS, Linear
+from llm.kernels.norm import add_rms_norm, embed_tokens
+from llm.models.layers import RMSNorm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+HALF = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter takes bfloat16 for integers
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖; NaN where something was not written."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65])
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs"), [(128, 1024), (64, 384), (192, 2048), (100, 256)],
+    ids=["sum cut in two", "one block", "single tile each", "odd shape"],
+)  # fmt: skip
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_equals_float64(num_rows, num_outputs, num_inputs, has_bias, dtype):
+    """Whole sums and cut ones, one row and many, shapes that only the vendor's library takes."""
+    torch.manual_seed(num_rows)
+    x, weight = random(num_rows, num_inputs, dtype=dtype), random(num_outputs, num_inputs, dtype=dtype)
+    bias = random(num_outputs, dtype=dtype) * 30 if has_bias else None
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    linear = Linear(DEVICE)
+    for _ in range(2):  # the second call finds the scratch memory as the first left it
+        assert relative_error(linear(x, weight, bias), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 3, MAX_FEW_ROWS, 70])
+@pytest.mark.parametrize(("size", "num_inputs"), [(128, 1024), (64, 2048), (60, 128)])
+def test_swiglu_equals_float64(num_rows, size, num_inputs, dtype):
+    torch.manual_seed(num_rows)
+    x, gate_up = random(num_rows, num_inputs, dtype=dtype), random(2 * size, num_inputs, dtype=dtype) / 16
+    gate, up = F.linear(x.double(), gate_up.double()).chunk(2, -1)
+    assert relative_error(Linear(DEVICE).swiglu(x, gate_up), F.silu(gate) * up) < 2 * TOLERANCE[dtype]
+
+
+def test_a_row_does_not_depend_on_others():
+    """Whatever else is in the batch, as long as it takes the same path."""
+    torch.manual_seed(0)
+    x, weight = random(33, 1024, dtype=HALF), random(128, 1024, dtype=HALF)
+    linear = Linear(DEVICE)
+    assert torch.equal(linear(x, weight)[:3], linear(x[:3].contiguous(), weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("hidden_size", [64, 96, 1024])
+@pytest.mark.parametrize("has_delta", [False, True])
+def test_add_rms_norm_equals_the_layer(hidden_size, has_delta, dtype):
+    torch.manual_seed(hidden_size)
+    residual, delta = random(5, hidden_size, dtype=dtype), random(5, hidden_size, dtype=dtype)
+    norm = RMSNorm(hidden_size, 1e-5).to(DEVICE, dtype)
+    norm.weight.data.normal_()
+    summed = residual + delta if has_delta else residual.clone()
+    output = torch.full_like(residual, torch.nan)
+    add_rms_norm(residual, delta if has_delta else None, norm.weight.data, 1e-5, output)
+    assert torch.equal(residual, summed)
+    assert relative_error(output, norm(summed)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("size", [24, 1024, 1500])
+def test_silu_mul_equals_torch(size):
+    gate_up = random(3, 2 * size, dtype=torch.float32)
+    output = torch.full((3, size), torch.nan, device=DEVICE)
+    silu_mul(gate_up, output)
+    gate, up = gate_up.chunk(2, -1)
+    torch.testing.assert_close(output, F.silu(gate) * up, rtol=1e-5, atol=1e-6)
+
+
+def test_embedding_resolves_tokens_that_only_the_device_knows():
+    """A negative id is the one that its row drew last."""
+    table = random(50, 24, dtype=torch.float32)
+    token_ids, last, rows = (
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([7, -1, 0, -1], [11, 12, 13], [0, 2, 1, 0])
+    )
+    residual = torch.full((4, 24), torch.nan, device=DEVICE)
+    embed_tokens(token_ids, last, rows, table, residual)
+    assert torch.equal(residual, table[torch.tensor([7, 13, 0, 11], device=DEVICE)])

@@ -1,0 +1,105 @@
+"""A scheduler with a device that shows every mistake in its pages and rows, and no model."""
+
+from collections import deque
+from itertools import count
+
+from llm.core.slot_pool import SlotPool
+from llm.serving.scheduler import ScheduledSequence, Scheduler, StepPlan
+from llm.serving.schemas import GenerationRequest
+from llm.serving.sequence import Sequence
+
+PAGE_SIZE = 4
+_ids = count()
+
+
+def create_scheduler(num_pages: int = 64, **options) -> Scheduler:
+    defaults = {"max_batch_size": 8, "max_tokens_per_step": 16, "max_seq_len": 100}
+    return Scheduler(SlotPool(num_pages, PAGE_SIZE), **{**defaults, **options})
+
+
+def create_sequence(
+    num_prompt: int = 5, max_new_tokens: int = 3, tokens: list[int] | None = None, **params
+) -> Sequence:
+    """A sequence whose prompt is its own, unless `tokens` says otherwise."""
+    prompt = tuple(tokens) if tokens else tuple(1000 * next(_ids) + 1 + i for i in range(num_prompt))
+    request = GenerationRequest(prompt_token_ids=prompt, max_new_tokens=max_new_tokens, **params)
+    return Sequence(request, prompt, frozenset({0}), PAGE_SIZE)
+
+
+class Device:
+    """Runs plans in order of launching. A slot holds (position, token); a draw is a function of the tokens in sight.
+
+    Pages that went to another too early, tokens of another row, cached pages that hold something else: all show in
+    what is drawn.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._window_size = scheduler.window_size or scheduler.max_seq_len
+        self._slots: dict[int, tuple[int, int]] = {}
+        self._last_token_ids: dict[int, int] = {}
+
+    def launch(self, plan: StepPlan) -> list[int]:
+        for part in plan.scheduled:
+            known_ids = part.sequence.tokens
+            assert part.start < len(known_ids) or part.num_tokens == 1
+            for i in range(part.start, part.end):
+                token_id = known_ids[i] if i < len(known_ids) else self._last_token_ids[part.row]
+                self._slots[_slot(part, i)] = (i, token_id)
+        drawn = {part.row: self._draw(part) for part in plan.scheduled if part.draws}
+        self._last_token_ids |= drawn
+        return list(drawn.values())
+
+    def _draw(self, part: ScheduledSequence) -> int:
+        assert part.end == len(part.sequence.tokens) or not part.sequence.request.uses_penalties
+        in_sight = range(max(part.end - self._window_size, 0), part.end)
+        positions, token_ids = zip(*(self._slots[_slot(part, i)] for i in in_sight), strict=True)
+        assert positions == tuple(in_sight)
+        return draw_after(token_ids)
+
+
+def draw_after(token_ids: tuple[int, ...]) -> int:
+    """The device's language model; 0, which ends a sequence, comes now and then."""
+    return hash(token_ids) % 150
+
+
+def expected_output(sequence: Sequence, scheduler: Scheduler) -> list[int]:
+    """What the device says to a sequence that runs alone to its end."""
+    request = sequence.request
+    tokens = list(sequence.prompt_ids)
+    while True:
+        tokens.append(draw_after(tuple(tokens[-(scheduler.window_size or len(tokens)) :])))
+        num_output = len(tokens) - len(sequence.prompt_ids)
+        is_stop = tokens[-1] == 0 and num_output > request.min_new_tokens
+        if is_stop or num_output == request.max_new_tokens or len(tokens) == scheduler.max_seq_len:
+            return tokens[len(sequence.prompt_ids) :]
+
+
+class Pipeline:
+    """Scheduler and device as an engine runs them: a plan is applied when `max_steps_ahead` more are launched."""
+
+    def __init__(self, scheduler: Scheduler, max_steps_ahead: int) -> None:
+        self._scheduler = scheduler
+        self._device = Device(scheduler)
+        self._max_steps_ahead = max_steps_ahead
+        self._in_flight: deque[tuple[StepPlan, list[int]]] = deque()
+
+    def step(self) -> None:
+        plan = self._scheduler.schedule()
+        assert plan.num_tokens <= self._scheduler.max_tokens_per_step
+        assert plan.scheduled or self._in_flight, "pending work, but nothing was scheduled"
+        if plan.scheduled:
+            self._in_flight.append((plan, self._device.launch(plan)))
+        if not plan.scheduled or len(self._in_flight) > self._max_steps_ahead:
+            self._scheduler.apply(*self._in_flight.popleft())
+        self._scheduler.check()
+
+    def run_to_end(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if not self._scheduler.has_pending_work:
+                return
+            self.step()
+        raise AssertionError("did not finish")
+
+
+def _slot(part: ScheduledSequence, position: int) -> int:
+    return part.sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE

@@ -1,0 +1,100 @@
+"""The fused forward pass on rows: the same tokens as the reference, however requests come and go.
+
+On a CPU the kernels run in Triton's interpreter, one by one, without graphs; on a GPU as they are.
+"""
+
+import pytest
+import torch
+
+from llm.config import EngineConfig
+from llm.models.decoder import DecoderModel
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.schemas import GenerationRequest
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB_SIZE = 80
+
+
+def create_model(**shape) -> DecoderModel:
+    torch.manual_seed(0)
+    defaults = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    model = DecoderModel(max_seq_len=256, device=DEVICE, **{**defaults, **shape})
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def create_engine(model: DecoderModel, backend: str, **config) -> ContinuousBatchingEngine:
+    defaults = {"max_batch_size": 4, "max_tokens_per_step": 32, "num_pages": 64, "page_size": 16}
+    config = EngineConfig(attention_backend=backend, **{**defaults, **config})
+    return ContinuousBatchingEngine(model, config=config)
+
+
+def run(engine: ContinuousBatchingEngine, requests: list[GenerationRequest]) -> list:
+    """Tokens and outcome of each request; nothing may leak."""
+    results = engine.generate(requests, progress=False)
+    engine.scheduler.check()
+    assert engine.scheduler.pool.num_used == 0
+    return [(result.token_ids, result.finish_reason) for result in results]
+
+
+def create_requests(num: int = 5, **params) -> list[GenerationRequest]:
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randint(0, VOCAB_SIZE, (34,), generator=generator).tolist()
+    requests = []
+    for i in range(num):
+        own = torch.randint(0, VOCAB_SIZE, (1 + 6 * i,), generator=generator).tolist()
+        prompt = [*shared, *own] if i % 2 else own
+        defaults = {"max_new_tokens": 3 + i, "seed": 7, "temperature": 0.0, "ignore_eos": True}
+        requests.append(GenerationRequest(prompt_token_ids=tuple(prompt), **{**defaults, **params}))
+    return requests
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"qk_norm": True, "tie_embeddings": True}, {"attention_bias": True, "num_kv_heads": 1}, {"window_size": 20},
+     {"window_size": 20, "window_layers": (1,)}, {"mlp_bias": True, "attention_output_bias": True, "num_kv_heads": 4}],
+    ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases"],
+)  # fmt: skip
+def test_greedy_tokens_equal_the_reference(shape):
+    """Prompts in chunks beside decodes, more requests than rows, shared prefixes."""
+    model = create_model(**shape)
+    requests = create_requests()
+    assert run(create_engine(model, "triton"), requests) == run(create_engine(model, "reference"), requests)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.02},
+     {"temperature": 1.0, "presence_penalty": 1.5, "repetition_penalty": 1.3},
+     {"temperature": 0.5, "logit_bias": {3: 4.0}, "min_new_tokens": 3}],
+    ids=["plain", "cuts", "penalties", "bias and minimum"],
+)  # fmt: skip
+def test_sampled_tokens_equal_the_reference(params):
+    model = create_model()
+    requests = create_requests(**params)
+    assert run(create_engine(model, "triton"), requests) == run(create_engine(model, "reference"), requests)
+
+
+def test_preempted_tokens_equal_the_reference():
+    """A pool so small that sequences are sent back and recomputed on other rows and pages."""
+    model = create_model()
+    requests = create_requests(5, max_new_tokens=12)[::2]
+    small = {"num_pages": 6, "enable_prefix_caching": False, "page_size": 8, "max_seq_len": 40}
+    engine = create_engine(model, "triton", **small)
+    tokens = run(engine, requests)
+    assert engine.stats().num_preemptions > 0
+    assert tokens == run(create_engine(model, "reference", **small), requests)
+
+
+def test_log_probabilities_equal_the_reference():
+    model = create_model()
+    requests = create_requests(2, logprobs=3)
+    engines = [create_engine(model, name) for name in ("triton", "reference")]
+    ours, expected = (engine.generate(requests, progress=False) for engine in engines)
+    for result, reference in zip(ours, expected, strict=True):
+        for drawn, wanted in zip(result.logprobs, reference.logprobs, strict=True):
+            assert drawn.token_id == wanted.token_id
+            assert drawn.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+            assert [i for i, _ in drawn.top] == [i for i, _ in wanted.top]
