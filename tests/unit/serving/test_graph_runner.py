@@ -80,7 +80,9 @@ def test_sampled_tokens_equal_the_reference(params):
 def test_preempted_tokens_equal_the_reference():
     """A pool so small that sequences are sent back and recomputed on other rows and pages."""
     model = create_model()
-    requests = create_requests(5, max_new_tokens=12)[::2]
+    requests = [
+        GenerationRequest(prompt_token_ids=tuple(range(i, i + 9)), max_new_tokens=18, temperature=0) for i in range(3)
+    ]
     small = {"num_pages": 6, "enable_prefix_caching": False, "page_size": 8, "max_seq_len": 40}
     engine = create_engine(model, "triton", **small)
     tokens = run(engine, requests)
