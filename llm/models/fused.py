@@ -73,9 +73,9 @@ class FusedDecoder:
         self._decode_items = {
             window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in set(self._windows)
         }
-        self._block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads)
+        block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads)
         self._prefill_items = WorkItems.allocate(
-            num_prefill_items(max_tokens, max_parts, self._block_tokens), max_parts, device
+            num_prefill_items(max_tokens, max_parts, block_tokens), max_parts, device
         )
 
     def hidden_states(self, tokens: StepTokens, parts: StepParts, output: torch.Tensor, *, has_prefills: bool) -> None:
@@ -89,7 +89,9 @@ class FusedDecoder:
         for window, items in self._decode_items.items():
             plan_decodes(parts, items, window)
         if has_prefills:
-            plan_prefills(parts, self._prefill_items, self._block_tokens)
+            config = self.model.config
+            block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads, len(tokens.positions))
+            plan_prefills(parts, self._prefill_items, block_tokens)
         model, linear = self.model, self._linear
         residual = torch.empty_like(output)
         embed_tokens(tokens.token_ids, self._last_token_ids, tokens.rows, model.embed_tokens.weight, residual)

@@ -85,6 +85,7 @@ class ContinuousBatchingEngine:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self._fit_context_to_pool()
+        self.runner.warm_up()
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self._sequences: dict[str, Sequence] = {}
         self._text_streams: dict[str, TextStream] = {}

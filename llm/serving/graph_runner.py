@@ -21,6 +21,8 @@ from llm.serving.step_inputs import StepInputs, fill
 logger = logging.getLogger(__name__)
 
 _STEPS_AHEAD = 1
+_WARM_PREFILLS = 64, 1024
+"""Tokens of the steps with prefills that are captured at start; smaller and larger ones are when they first come."""
 _NUM_BUFFERS = _STEPS_AHEAD + 2
 """Of memory that the host fills and the device reads: one for each step in flight, one being filled."""
 
@@ -132,10 +134,20 @@ class GraphRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture decode steps of every size, on padding, so that no request waits for a compiler or a capture."""
+        """See `ModelRunner.warm_up`: every decode step, and the steps with prefills that come while others decode."""
+        if self._graph_pool is None:
+            return
         self._inputs.upload_padding(self._rows.padding_row)
+        shapes = [(size, size, False) for size in self._row_sizes]
+        shapes += [
+            (tokens, parts, True)
+            for tokens in self._token_sizes
+            for parts in self._part_sizes
+            if _WARM_PREFILLS[0] <= tokens <= _WARM_PREFILLS[1] and parts <= tokens
+        ]
+        for shape in shapes:
+            self._run(("model", *shape), partial(self._run_model, *shape))
         for size in self._row_sizes:
-            self._run(("model", size, size, False), partial(self._run_model, size, size, has_prefills=False))
             self._run(("draws", size), partial(self._run_draws, size))
 
     def _pack(

@@ -42,6 +42,10 @@ class ModelRunner(Protocol):
         """Run the largest step there can be, with `num_tokens` tokens: the memory it takes is what any may take."""
         ...
 
+    def warm_up(self) -> None:
+        """Prepare what would make a first request wait. Nothing has been launched yet."""
+        ...
+
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step, which has at least one part.
 
@@ -103,6 +107,9 @@ class EagerRunner:
         context = DenseContext(self._windows)
         hidden = self.model.hidden_states(torch.zeros_like(positions).unsqueeze(0), positions, context)
         self.model.logits(hidden[0, : self._max_rows]).float().sort(dim=-1)
+
+    def warm_up(self) -> None:
+        """See `ModelRunner.warm_up`; here there is nothing to prepare."""
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:

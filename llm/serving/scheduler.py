@@ -10,6 +10,11 @@ from llm.core.slot_pool import SlotPool
 from llm.serving.schemas import FinishReason
 from llm.serving.sequence import Sequence, SequenceStatus
 
+_CROWD = 4
+"""Newcomers are few while there is less than one for so many sequences that decode."""
+_TOKEN_MULTIPLE = 128
+"""Tokens of a step with prefills are a multiple of this where there is a choice."""
+
 
 class ScheduledSequence(NamedTuple):
     """A sequence's part in a step: tokens `start` to `start + num_tokens - 1` run through the model.
@@ -74,7 +79,8 @@ class Scheduler:
         pool: pages to hand out.
         max_batch_size: most sequences that run at once; rows are 0 to `max_batch_size - 1`.
         max_tokens_per_step: token budget of a step.
-        max_prefill_beside_decodes: most prefill tokens in a step with decodes; None for what the budget leaves.
+        max_prefill_beside_decodes: about as many prefill tokens go beside decodes while newcomers are few; None for
+            what the budget leaves.
         max_seq_len: tokens at which a sequence ends.
         window_size: tokens behind which no layer looks; pages wholly behind go back to the pool. None for no window.
         enable_prefix_caching: share full pages between sequences that begin alike.
@@ -140,8 +146,12 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         singles, prefilling = self._decodes()
         budget = self.max_tokens_per_step - len(singles)
-        if singles:
-            budget = min(budget, self.max_prefill_beside_decodes)
+        num_newcomers = len(prefilling) + len(self._waiting)
+        if num_newcomers * _CROWD < len(singles):
+            # Few newcomers are let in gently, so that those who run hardly notice; a crowd is let in at once. Filled
+            # up to what the step's products are padded to anyway.
+            num_tokens = len(singles) + self.max_prefill_beside_decodes
+            budget = min(budget, -(-num_tokens // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE - len(singles))
         chunks = []
         for sequence in prefilling:
             num_tokens = min(sequence.num_uncomputed, budget)

@@ -8,19 +8,21 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items
+from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items, slot_index_type
 from llm.kernels.launch import launch_options, wait_for_inputs
 
 _LOG2_E = 1.4426950408889634
-_TILE_ROWS = 64
+_TILE_ROWS, _MANY_TOKENS_TILE_ROWS = 64, 128
+_MANY_TOKENS = 2048
 _BLOCK_TOKENS = 64
-_NUM_WARPS, _NUM_STAGES = 4, 2
+_NUM_WARPS, _NUM_STAGES = 4, 3
 
 
-def prefill_block_tokens(num_heads: int, num_kv_heads: int) -> int:
-    """New tokens a work item: as many as fill a tile with the heads of one group."""
+def prefill_block_tokens(num_heads: int, num_kv_heads: int, num_tokens: int = 0) -> int:
+    """New tokens a work item, in a step of `num_tokens`: as many as fill a tile with the heads of one group."""
     group_block: int = triton.next_power_of_2(num_heads // num_kv_heads)
-    return max(_TILE_ROWS // group_block, 1)
+    tile_rows = _MANY_TOKENS_TILE_ROWS if num_tokens >= _MANY_TOKENS and group_block >= 4 else _TILE_ROWS
+    return max(tile_rows // group_block, 1)
 
 
 def paged_prefill(
@@ -38,14 +40,14 @@ def paged_prefill(
         query: (tokens, num_heads, head_dim), RoPE applied, the last two dimensions contiguous.
         kv_pages: (2, pages, page_size, num_kv_heads, head_dim), the new tokens' stored already.
         page_tables: (rows, pages a row) int32.
-        items: planned by `plan_prefills` with `prefill_block_tokens`.
+        items: planned by `plan_prefills` with this step's `prefill_block_tokens`.
         window: a token attends to itself and the `window - 1` before it; None for all.
         output: (tokens, num_heads, head_dim), contiguous.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
     group_size = num_heads // num_kv_heads
-    block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, num_tokens)
     num_items = num_prefill_items(num_tokens, len(parts), block_tokens)
     _paged_prefill[(num_kv_heads, num_items)](
         query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.query_lens,
@@ -54,7 +56,7 @@ def paged_prefill(
         NUM_KV_HEADS=num_kv_heads, GROUP=group_size, GROUP_BLOCK=triton.next_power_of_2(group_size),
         BLOCK_TOKENS=block_tokens, HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         PAGE_SIZE=kv_pages.shape[2], BLOCK=_BLOCK_TOKENS, HAS_WINDOW=window is not None,
-        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **launch_options(query.device),
+        INDEX=slot_index_type(kv_pages), num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **launch_options(query.device),
     )  # fmt: skip
 
 
@@ -64,7 +66,7 @@ def _paged_prefill(
     summary, output, query_stride, table_stride, window, scale_log2,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, item): a block of one part's new tokens, all heads of a group, against what they see."""
     wait_for_inputs(PDL)
@@ -106,11 +108,11 @@ def _paged_prefill(
     )
     state = _attend_blocks(
         state, q, keys, values, table, kv_head, begin, all_visible, position, context_len, window, scale_log2,
-        NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, False, False,
+        NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, INDEX, False, False,
     )  # fmt: skip
     acc, _, weight = _attend_blocks(
         state, q, keys, values, table, kv_head, all_visible, end, position, context_len, window, scale_log2,
-        NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, True, HAS_WINDOW,
+        NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, INDEX, True, HAS_WINDOW,
     )  # fmt: skip
     out = output + token[:, None] * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head_offsets
     tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=row_mask)
@@ -120,7 +122,7 @@ def _paged_prefill(
 def _attend_blocks(
     state, q, keys, values, table, kv_head, begin, end, position, context_len, window, scale_log2,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, INDEX: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the context from `begin` to `end`; MASKED where some of it is hidden from some rows."""
     acc, highest, weight = state
@@ -133,7 +135,7 @@ def _attend_blocks(
             page = tl.load(table + key_position // PAGE_SIZE, mask=key_position < context_len, other=0)
         else:
             page = tl.load(table + key_position // PAGE_SIZE)
-        slot = page.to(tl.int64) * PAGE_SIZE + key_position % PAGE_SIZE
+        slot = page.to(INDEX) * PAGE_SIZE + key_position % PAGE_SIZE
         offsets = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
         k = tl.load(keys + offsets, mask=mask, other=0.0)
         v = tl.load(values + offsets, mask=mask, other=0.0)

@@ -65,6 +65,11 @@ def num_prefill_items(num_tokens: int, num_parts: int, block_tokens: int) -> int
     return num_tokens // block_tokens + min(num_parts, num_tokens // 2)
 
 
+def slot_index_type(kv_pages: torch.Tensor) -> tl.dtype:
+    """Integers that count the elements of all keys: half as wide, half as many registers for addresses."""
+    return tl.int32 if kv_pages[0].numel() < 2**31 else tl.int64
+
+
 def plan_decodes(parts: StepParts, items: WorkItems, window: int | None) -> None:
     """Cut the context of each decoding part into chunks: equal for all parts, as many as there is room for."""
     _launch_plan(parts, items, window=window or 0, block_tokens=0)
