@@ -146,7 +146,6 @@ def assert_keeps_what_the_reference_keeps(logits: torch.Tensor, rows: list[Sampl
         if differs.any():
             surely, perhaps = surely_and_perhaps_kept(logits[i], row)
             assert not differs[surely == perhaps].any(), f"row {i}: {kept[i].sum()} kept, not {expected[i].sum()}"
-            assert differs.sum() < 5
             assert len(logits[i][differs].unique()) == 1
 
 

@@ -1,0 +1,130 @@
+"""Fused kernels and graphs against the reference backend on the GPU, for the shapes of known models."""
+
+import pytest
+import torch
+
+from llm.config import EngineConfig
+from llm.models.decoder import DecoderModel
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.schemas import GenerationRequest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SHAPES = {
+    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8},
+    "qwen3-0.6b": {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128,
+        "qk_norm": True, "tie_embeddings": True,
+    },
+    "qwen2.5-14b": {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_heads": 40, "num_kv_heads": 8, "attention_bias": True,
+    },
+    "mistral with a window": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8, "window_size": 256,
+    },
+    "mqa, heads of 80": {"hidden_size": 640, "num_heads": 8, "num_kv_heads": 1},
+    "heads of 256": {"hidden_size": 1024, "num_heads": 4, "num_kv_heads": 4, "head_dim": 256},
+    "odd sizes, window in one layer": {
+        "hidden_size": 200, "intermediate_size": 330, "num_heads": 5, "num_kv_heads": 5, "window_size": 64,
+        "window_layers": (0,),
+    },
+}  # fmt: skip
+
+
+def create_model(shape: dict, dtype: torch.dtype) -> DecoderModel:
+    torch.manual_seed(0)
+    return DecoderModel(vocab_size=4000, num_layers=2, max_seq_len=4096, device="cuda", dtype=dtype, **shape)
+
+
+def create_requests(**params) -> list[GenerationRequest]:
+    """Prompts from one token to several chunks; enough of them for small and large batches."""
+    generator = torch.Generator().manual_seed(1)
+    defaults = {"max_new_tokens": 24, "temperature": 0.0, "ignore_eos": True, "seed": 3}
+    lens = [1, 2, 16, 17, 63, 128, 300, 700, 1500, *range(5, 100, 3)]
+    return [
+        GenerationRequest(
+            prompt_token_ids=tuple(torch.randint(0, 4000, (n,), generator=generator).tolist()), **{**defaults, **params}
+        )
+        for n in lens
+    ]
+
+
+def generate(model: DecoderModel, backend: str, requests: list[GenerationRequest], **config) -> list:
+    defaults = {"max_batch_size": 64, "max_tokens_per_step": 512, "num_pages": 1000, "max_seq_len": 4096}
+    config = EngineConfig(attention_backend=backend, **{**defaults, **config})
+    engine = ContinuousBatchingEngine(model, config=config)
+    results = engine.generate(requests, progress=False)
+    engine.scheduler.check()
+    return results
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_greedy_tokens_equal_the_reference(shape):
+    """In float32, where no two tokens of a random model are tied."""
+    model = create_model(shape, torch.float32)
+    requests = create_requests()
+    ours, expected = generate(model, "triton", requests), generate(model, "reference", requests)
+    assert [result.token_ids for result in ours] == [result.token_ids for result in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_log_probabilities_are_the_references(shape, dtype):
+    """In 16 bits, up to their rounding: for first tokens after prompts of every length, and for a second by decode."""
+    model = create_model(shape, dtype)
+    requests = create_requests(max_new_tokens=1, logprobs=0)
+    requests += create_requests(max_new_tokens=2, logprobs=0, output_token_ids=(7,))
+    ours, expected = generate(model, "triton", requests), generate(model, "reference", requests)
+    for result, reference in zip(ours, expected, strict=True):
+        assert result.logprobs[0].logprob == pytest.approx(reference.logprobs[0].logprob, abs=0.03)
+
+
+def test_preempted_tokens_equal_undisturbed_ones():
+    """A pool of a fraction of the demand, so that sequences move between rows and pages."""
+    model = create_model(SHAPES["qwen3-0.6b"], torch.float32)
+    requests = create_requests()
+    undisturbed = generate(model, "triton", requests)
+    disturbed = generate(model, "triton", requests, num_pages=120, enable_prefix_caching=False)
+    assert [result.token_ids for result in disturbed] == [result.token_ids for result in undisturbed]
+
+
+def test_long_sequence_holds_its_window():
+    """A sequence of 32,000 tokens with a window of 4,096 keeps the pages of its window, not of its length."""
+    shape = {**SHAPES["qwen3-0.6b"], "window_size": 4096}
+    torch.manual_seed(0)
+    model = DecoderModel(
+        vocab_size=4000, num_layers=2, max_seq_len=33_000, device="cuda", dtype=torch.bfloat16, **shape
+    )
+    engine = ContinuousBatchingEngine(model, config=EngineConfig(max_batch_size=4, num_pages=2000))
+    prompt = tuple(torch.randint(0, 4000, (32_000,)).tolist())
+    engine.add_request(GenerationRequest(prompt_token_ids=prompt, max_new_tokens=64, ignore_eos=True))
+    most_while_decoding = 0
+    num_tokens = 0
+    while engine.scheduler.has_pending_work:
+        num_tokens += sum(len(output.token_ids) for output in engine.step())
+        if num_tokens > 2:
+            most_while_decoding = max(most_while_decoding, engine.stats().num_used_pages)
+    assert num_tokens == 64
+    assert most_while_decoding <= 4096 // 16 + 2
+
+
+def test_steps_do_not_wait_for_the_device():
+    """Launching a decode step makes the host wait for nothing."""
+    model = create_model(SHAPES["qwen3-0.6b"], torch.bfloat16)
+    engine = ContinuousBatchingEngine(model, config=EngineConfig(max_batch_size=16, num_pages=400))
+    for request in create_requests(max_new_tokens=40)[:12]:
+        engine.add_request(request)
+    for _ in range(20):
+        engine.step()
+    launch = engine.runner.launch
+
+    def launch_without_waiting(plan):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.runner.launch = launch_without_waiting
+    while engine.scheduler.has_pending_work:
+        engine.step()
