@@ -2,11 +2,13 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= serve_config.yaml
+MODELS ?= llama-3.1-8b qwen3-0.6b
+BENCH_PYTHON ?= $(BIN)/python
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev serve test test-unit lint format typecheck demo-model bench-cpu bench-techniques bench-relay bench-overhead clean
+.PHONY: help install install-dev serve test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -59,6 +61,14 @@ demo-model: $(VENV)/.dev  ## Train the demo model into configs/demo (wants a GPU
 bench-cpu: $(VENV)/.dev  ## Engine against transformers on this CPU
 	$(BIN)/python -m benchmarks.cpu
 
+bench-gpu:  ## Engine beside vLLM on this GPU (MODELS="llama-3.1-8b …"; BENCH_PYTHON= a Python that has both)
+	@rm -f bench-gpu.rayline.jsonl bench-gpu.vllm.jsonl
+	@for model in $(MODELS); do \
+		$(BENCH_PYTHON) -m benchmarks.engine_vllm --model benchmarks/models/$$model --out bench-gpu.vllm.jsonl; \
+		$(BENCH_PYTHON) -m benchmarks.engine --model benchmarks/models/$$model --random-weights --out bench-gpu.rayline.jsonl; \
+	done
+	@$(BENCH_PYTHON) -m benchmarks.engine_table bench-gpu.rayline.jsonl bench-gpu.vllm.jsonl
+
 bench-techniques: $(VENV)/.dev  ## What KV cache, GQA and window save on this machine
 	$(BIN)/python -m benchmarks.techniques
 
@@ -69,4 +79,4 @@ bench-overhead: $(VENV)/.dev  ## What the serving path adds to the time to first
 	$(BIN)/python -m benchmarks.overhead
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) bench-gpu.*.jsonl build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,199 @@
+"""The engine's rows: throughput, milliseconds a step, prefill, start-up, and the gap that a long prompt makes.
+
+    python -m benchmarks.engine --model benchmarks/models/llama-3.1-8b --random-weights [--rows mixed decode gap]
+    python -m benchmarks.engine --model DIR --profile
+
+One JSON line a row. `benchmarks.engine_vllm` runs the comparable rows with vLLM, `benchmarks.engine_table` sets the two
+side by side; `make bench-gpu` does all three.
+"""
+
+import argparse
+import gc
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.engine_profile import profile
+from benchmarks.engine_rows import (
+    TEMPERATURE,
+    Row,
+    comparable_rows,
+    emit,
+    measure,
+    percentile,
+    random_prompt,
+    seconds_since_process_start,
+)
+from llm.config import EngineConfig
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.schemas import GenerationRequest
+
+
+class Bench:
+    """Engines of one model, one at a time.
+
+    Args:
+        options: the command line.
+        engine_options: fields of `EngineConfig` given there.
+    """
+
+    def __init__(self, options: argparse.Namespace, engine_options: dict[str, Any]) -> None:
+        self._options = options
+        self._engine_options = engine_options
+        self._rng = random.Random(0)
+        self.engine: ContinuousBatchingEngine
+
+    def start(self, **config: Any) -> None:
+        """Make an engine; the one before is given up."""
+        if hasattr(self, "engine"):
+            del self.engine
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        defaults = {"max_batch_size": 512 // self._options.scale, "max_seq_len": 4096, "enable_prefix_caching": False}
+        torch.manual_seed(0)
+        self.engine = ContinuousBatchingEngine.from_pretrained(
+            self._options.model,
+            config=EngineConfig(**{**defaults, **self._engine_options, **config}),
+            load_format="random" if self._options.random_weights else "auto",
+            with_tokenizer=False,
+            progress=False,
+        )
+
+    def run(self, input_lens: list[int], output_lens: list[int]) -> float:
+        """Seconds for requests of these lengths, from the first one handed over to the last token."""
+        prompts = [self.prompt(length) for length in input_lens]
+        return self.run_prompts(prompts, output_lens)
+
+    def run_prompts(self, prompts: list[tuple[int, ...]], output_lens: list[int]) -> float:
+        """As `run`, with prompts made already."""
+        start = time.perf_counter()
+        for prompt, length in zip(prompts, output_lens, strict=True):
+            self.add(prompt, length)
+        num_tokens = 0
+        while self.engine.scheduler.has_pending_work:
+            num_tokens += sum(len(output.token_ids) for output in self.engine.step())
+        seconds = time.perf_counter() - start
+        if num_tokens != sum(output_lens):
+            raise RuntimeError(f"{num_tokens} tokens came out, {sum(output_lens)} were asked for")
+        return seconds
+
+    def add(self, prompt: tuple[int, ...], num_tokens: int) -> str:
+        """Hand a request over."""
+        return self.engine.add_request(
+            GenerationRequest(
+                prompt_token_ids=prompt, max_new_tokens=num_tokens, temperature=TEMPERATURE, ignore_eos=True
+            )
+        )
+
+    def prompt(self, num_tokens: int) -> tuple[int, ...]:
+        """A prompt that the engine has not seen."""
+        return random_prompt(self._rng, num_tokens, self.engine.model.config.vocab_size)
+
+    def own_rows(self) -> Iterator[Row]:
+        """Rows that need engines of their own."""
+        yield Row("gap: 64 streams while 8000 tokens arrive", self._gap)
+        yield Row("prefix: 256 x 2000 in, 90% shared, 64 out", self._prefix)
+        yield Row("long: 8 x 32000 in, 256 out", self._long)
+
+    def _gap(self) -> dict[str, Any]:
+        """Gaps between the tokens of running streams from a long prompt's arrival to its first token."""
+        scale = self._options.scale
+        num_streams, long_len = 64 // scale, 8000 // scale
+        self.start(max_seq_len=max(long_len + 64, 1024))
+        streams = [self.add(self.prompt(128), 800 // scale) for _ in range(num_streams)]
+        last: dict[str, float] = {}
+        before: list[float] = []
+        during: list[float] = []
+        long_id, arrival, first_token_after = "", 0.0, None
+        while self.engine.scheduler.has_pending_work:
+            outputs = self.engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                if output.request_id == long_id:
+                    first_token_after = first_token_after or now - arrival
+                elif output.request_id in last and first_token_after is None:
+                    (during if long_id else before).append(now - last[output.request_id])
+                last[output.request_id] = now
+            if not long_id and len(before) > 200 // scale * num_streams:
+                before = before[len(before) // 2 :]  # without the start, when prompts were still being read
+                arrival, long_id = now, self.add(self.prompt(long_len), 2)
+        assert first_token_after is not None
+        assert len(streams) == num_streams
+        median, p99 = percentile(before, 0.5), percentile(during, 0.99)
+        return {
+            "median_gap_ms": round(median * 1e3, 2),
+            "p99_gap_ms": round(p99 * 1e3, 2),
+            "ratio": round(p99 / median, 2),
+            "ttft_ms": round(first_token_after * 1e3),
+        }
+
+    def _prefix(self) -> dict[str, Any]:
+        """Many prompts that begin alike: with the prefix cache, and without."""
+        scale = self._options.scale
+        num_requests, num_shared, num_own = 256 // scale, 1800 // scale, 200 // scale
+        seconds = {}
+        for cached in (False, True):
+            self.start(enable_prefix_caching=cached)
+            self.run([100] * 8, [16] * 8)
+            shared = self.prompt(num_shared)
+            self.run_prompts([shared], [1])
+            prompts = [shared + self.prompt(num_own) for _ in range(num_requests)]
+            seconds[cached] = self.run_prompts(prompts, [64 // scale] * num_requests)
+        return {"s_cached": round(seconds[True], 3), "ratio": round(seconds[False] / seconds[True], 2)}
+
+    def _long(self) -> dict[str, Any]:
+        """A few long contexts."""
+        scale = self._options.scale
+        num_requests, num_in, num_out = 8 // min(scale, 8), 32_000 // scale, 256 // scale
+        self.start(max_seq_len=num_in + num_out + 1, max_batch_size=num_requests)
+        self.run([num_in], [1])
+        prefill = self.run([num_in] * num_requests, [1] * num_requests)
+        total = self.run([num_in] * num_requests, [1 + num_out] * num_requests)
+        return {
+            "input_tok_s": round(num_requests * num_in / prefill),
+            "ms_per_step": round((total - prefill) / num_out * 1e3, 3),
+        }
+
+
+def main() -> None:
+    """Measure, print, and exit with 1 if a row failed."""
+    options = _parse()
+    bench = Bench(options, {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in options.set)})
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    common = {"engine": "rayline", "model": Path(options.model).name, "device": device}
+    with ExitStack() as stack:
+        out = stack.enter_context(open(options.out, "a")) if options.out else None
+        bench.start()
+        bench.run([16], [1])
+        emit({**common, "name": "startup", "s": round(seconds_since_process_start(), 1)}, out)
+        emit({**common, "name": "pool", "tokens": bench.engine.num_slots}, out)
+        if options.profile:
+            profile(bench, scale=options.scale)
+            return
+        all_well = measure(comparable_rows(bench.run, options.scale), common, out, options.rows)
+        all_well &= measure(bench.own_rows(), common, out, options.rows)
+    sys.exit(0 if all_well else 1)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory with a config.json (and weights)")
+    parser.add_argument("--random-weights", action="store_true", help="random weights of the model's shape")
+    parser.add_argument("--rows", nargs="+", help="only rows whose names begin so")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, instead of the rows")
+    parser.add_argument("--out", help="file to append the JSON lines to")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
+    parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the benchmark itself")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The rows that engines are compared by: the same requests, in the same order, whoever runs them."""
+
+import json
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+Run = Callable[[list[int], list[int]], float]
+"""Seconds that an engine takes for requests of these input and output lengths, all handed over at once."""
+
+TEMPERATURE = 0.6
+MAX_TOKEN_ID = 10_000
+MODELS = Path(__file__).parent / "models"
+"""Configurations of known models, for random weights."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row and the function that measures it: it returns what to print."""
+
+    name: str
+    measure: Callable[[], dict[str, Any]]
+
+
+def comparable_rows(run: Run, scale: int = 1) -> Iterator[Row]:
+    """Rows that any engine can run.
+
+    Args:
+        scale: divides numbers of requests and of tokens, to try the benchmark itself.
+    """
+
+    def throughput(input_lens: list[int], output_lens: list[int]) -> dict[str, Any]:
+        seconds = run(input_lens, output_lens)
+        return {"s": round(seconds, 3), "output_tok_s": round(sum(output_lens) / seconds)}
+
+    def mixed() -> dict[str, Any]:
+        rng = random.Random(0)
+        lens = [rng.randint(100 // scale, 1024 // scale) for _ in range(2 * 256 // scale)]
+        return throughput(lens[: len(lens) // 2], lens[len(lens) // 2 :])
+
+    def decode(batch: int) -> dict[str, Any]:
+        num_steps = 256 // scale
+        prefill = run([128] * batch, [1] * batch)
+        return {"ms_per_step": round((run([128] * batch, [1 + num_steps] * batch) - prefill) / num_steps * 1e3, 3)}
+
+    def prefill_one() -> dict[str, Any]:
+        run([1024 // scale], [1])
+        return {"ms": round(run([1024 // scale], [1]) * 1e3, 1)}
+
+    def prefill_many() -> dict[str, Any]:
+        num_requests, num_tokens = 64 // scale, 2048 // scale
+        seconds = run([num_tokens] * num_requests, [1] * num_requests)
+        return {"s": round(seconds, 3), "input_tok_s": round(num_requests * num_tokens / seconds)}
+
+    run([100] * 8, [16] * 8)
+    yield Row("mixed: 256 requests, 100-1024 in, 100-1024 out", mixed)
+    yield Row("1000/1000 x384", lambda: throughput([1000 // scale] * (384 // scale), [1000 // scale] * (384 // scale)))
+    for batch in (1, 8, 32, 64, 128, 256):
+        yield Row(f"decode batch {batch}", lambda batch=batch: decode(max(batch // scale, 1)))  # type: ignore[misc]
+    yield Row("prefill 1x1024", prefill_one)
+    yield Row("prefill 64x2048", prefill_many)
+
+
+def measure(rows: Iterator[Row], common: dict[str, Any], out: TextIO | None, wanted: list[str] | None = None) -> bool:
+    """Measure and print each row at once, one JSON line each; False if any failed.
+
+    Args:
+        common: goes into every line.
+        out: file to write the lines to as well.
+        wanted: rows whose names begin with one of these; None for all.
+    """
+    all_well = True
+    for row in rows:
+        if wanted is not None and not row.name.startswith(tuple(wanted)):
+            continue
+        try:
+            emit({**common, "name": row.name, **row.measure()}, out)
+        except Exception as error:  # noqa: BLE001  # a row that fails is no reason to lose the others
+            traceback.print_exc()
+            emit({**common, "name": row.name, "error": f"{type(error).__name__}: {error}"}, out)
+            all_well = False
+    return all_well
+
+
+def emit(line: dict[str, Any], out: TextIO | None) -> None:
+    """Print a line, and append it to `out`."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    if out is not None:
+        out.write(text + "\n")
+        out.flush()
+
+
+def random_prompt(rng: random.Random, num_tokens: int, vocab_size: int = MAX_TOKEN_ID) -> tuple[int, ...]:
+    """Token ids of a prompt that nobody has seen."""
+    return tuple(rng.randrange(min(vocab_size, MAX_TOKEN_ID)) for _ in range(num_tokens))
+
+
+def seconds_since_process_start() -> float:
+    """Age of this process in seconds, from the kernel; what `import` took is in it."""
+    ticks = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime - ticks / 100
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which this share of the values lies."""
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds that `call` takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,63 @@
+"""vLLM's offline engine on the rows of `benchmarks.engine`: random weights, token ids, the same lengths.
+
+python -m benchmarks.engine_vllm --model benchmarks/models/llama-3.1-8b [--out FILE]
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.engine_rows import (
+    TEMPERATURE,
+    comparable_rows,
+    emit,
+    measure,
+    random_prompt,
+    seconds_since_process_start,
+)
+
+
+def main() -> None:
+    """Measure, print, and exit with 1 if a row failed or vLLM is not there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory with a config.json")
+    parser.add_argument("--rows", nargs="+", help="only rows whose names begin so")
+    parser.add_argument("--out", help="file to append the JSON lines to")
+    parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the benchmark itself")
+    options = parser.parse_args()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        import vllm  # not a dependency
+    except ImportError as error:
+        sys.exit(f"vLLM cannot be imported ({error}); install it beside Rayline to run this side of the comparison")
+    llm = vllm.LLM(
+        options.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=4096,
+        gpu_memory_utilization=0.9, enable_prefix_caching=False,
+    )  # fmt: skip
+    rng = random.Random(0)
+
+    def run(input_lens: list[int], output_lens: list[int]) -> float:
+        params = [
+            vllm.SamplingParams(temperature=TEMPERATURE, ignore_eos=True, max_tokens=length, detokenize=False)
+            for length in output_lens
+        ]
+        prompts = [{"prompt_token_ids": list(random_prompt(rng, length))} for length in input_lens]
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    common = {"engine": f"vllm {vllm.__version__}", "model": Path(options.model).name}
+    with ExitStack() as stack:
+        out = stack.enter_context(open(options.out, "a")) if options.out else None
+        run([16], [1])
+        emit({**common, "name": "startup", "s": round(seconds_since_process_start(), 1)}, out)
+        all_well = measure(comparable_rows(run, options.scale), common, out, options.rows)
+    sys.exit(0 if all_well else 1)
+
+
+if __name__ == "__main__":
+    main()
