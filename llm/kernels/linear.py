@@ -14,10 +14,13 @@ from llm.kernels.launch import launch_options, wait_for_inputs
 
 MAX_FEW_ROWS = 64
 _OUTPUTS, _TILE_K = 64, 128
-_MIN_PROGRAMS = 80
-"""Below this many programs the sum is cut too, so that every multiprocessor has something to read."""
-_MIN_TILES_PER_SPLIT = 4
-_SINGLE_OUTPUTS, _SINGLE_TILE_K = 4, 1024
+_MIN_PROGRAMS, _MIN_TILES = 64, 4
+"""Below this many programs the sum is cut too, while this many tiles of it are left for each."""
+_GOOD_PROGRAMS, _GOOD_TILES = 80, 8
+"""The same where sums are long enough for another cut to pay."""
+_MANY_BLOCKS = 264
+"""From here on several programs wait for each multiprocessor: two at once with fewer stages beat one with more."""
+_SINGLE_OUTPUTS = 4
 
 
 class Linear:
@@ -31,9 +34,9 @@ class Linear:
     def __init__(self, device: torch.device, max_rows_few: int = MAX_FEW_ROWS) -> None:
         self._device = device
         self._max_rows_few = max_rows_few
-        # At most twice _MIN_PROGRAMS programs ever share sums, each with at most two tiles.
-        self._partial = torch.empty(4 * _MIN_PROGRAMS * _OUTPUTS * MAX_FEW_ROWS, device=device)
-        self._arrivals = torch.zeros(_MIN_PROGRAMS, dtype=torch.int32, device=device)
+        # At most twice _GOOD_PROGRAMS programs ever share sums, each with at most two tiles.
+        self._partial = torch.empty(4 * _GOOD_PROGRAMS * _OUTPUTS * MAX_FEW_ROWS, device=device)
+        self._arrivals = torch.zeros(_GOOD_PROGRAMS, dtype=torch.int32, device=device)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x (rows, in) and weight (out, in), both contiguous, give (rows, out)."""
@@ -68,28 +71,40 @@ class Linear:
         num_rows, num_outputs = output.shape
         num_inputs = weight.shape[1]
         options = launch_options(self._device)
-        if num_rows == 1 and num_inputs % _SINGLE_TILE_K == 0:
-            _single_row[(num_outputs // _SINGLE_OUTPUTS,)](
+        can_prefetch = self._device.type == "cuda"
+        if num_rows == 1:
+            num_blocks = num_outputs // _SINGLE_OUTPUTS
+            is_long = num_inputs % 1024 == 0 and num_inputs >= 4096
+            _single_row[(num_blocks,)](
                 x, weight, output if bias is None else bias, output, num_outputs, num_inputs,
-                OUTPUTS=_SINGLE_OUTPUTS, TILE_K=_SINGLE_TILE_K, SWIGLU=swiglu, HAS_BIAS=bias is not None,
-                num_warps=4, **options,
+                OUTPUTS=_SINGLE_OUTPUTS, TILE_K=1024 if is_long else min(512, num_inputs & -num_inputs),
+                STAGES=3 if is_long else 4, SWIGLU=swiglu, HAS_BIAS=bias is not None,
+                CAN_PREFETCH=can_prefetch and num_blocks < 4096, num_warps=4 if is_long else 2, **options,
             )  # fmt: skip
             return
-        num_blocks, num_tiles = num_outputs // _OUTPUTS, num_inputs // _TILE_K
-        num_splits = 1
-        while (
-            num_blocks * num_splits < _MIN_PROGRAMS
-            and num_tiles % (2 * num_splits) == 0
-            and num_tiles // (2 * num_splits) >= _MIN_TILES_PER_SPLIT
-        ):
-            num_splits *= 2
+        num_blocks = num_outputs // _OUTPUTS
+        num_splits = _num_splits(num_blocks, num_inputs // _TILE_K)
+        has_fewer_stages = swiglu or num_splits > 2 or num_blocks >= _MANY_BLOCKS
         _few_rows[(num_blocks, num_splits)](
             x, weight, output if bias is None else bias, output, self._partial, self._arrivals, num_rows, num_outputs,
             num_inputs, num_inputs // num_splits,
             ROWS=max(16, triton.next_power_of_2(num_rows)), OUTPUTS=_OUTPUTS, TILE_K=_TILE_K,
-            IS_SPLIT=num_splits > 1, SWIGLU=swiglu, HAS_BIAS=bias is not None, CAN_PREFETCH=self._device.type == "cuda",
-            num_warps=4, num_stages=4 if swiglu or num_splits > 2 else 5, **options,
+            IS_SPLIT=num_splits > 1, SWIGLU=swiglu, HAS_BIAS=bias is not None, CAN_PREFETCH=can_prefetch,
+            num_warps=4, num_stages=4 if has_fewer_stages else 5, **options,
         )  # fmt: skip
+
+
+def _num_splits(num_blocks: int, num_tiles: int) -> int:
+    """How many programs share each sum of `num_tiles` tiles: a power of two."""
+    num_splits = 1
+    while num_tiles % (2 * num_splits) == 0:
+        num_programs, num_tiles_left = num_blocks * num_splits, num_tiles // (2 * num_splits)
+        is_short_of_programs = num_programs < _MIN_PROGRAMS and num_tiles_left >= _MIN_TILES
+        is_worth_it = num_programs < _GOOD_PROGRAMS and num_tiles_left >= _GOOD_TILES
+        if not (is_short_of_programs or is_worth_it):
+            break
+        num_splits *= 2
+    return num_splits
 
 
 @triton.jit
@@ -170,17 +185,23 @@ def _few_rows(
 @triton.jit
 def _single_row(
     x, weight, bias, output, num_outputs, num_inputs,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, SWIGLU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: a block of outputs of one row, without tensor cores, which would idle."""
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, TILE_K)
     gate_row = weight + out[:, None].to(tl.int64) * num_inputs
     up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
+    if CAN_PREFETCH:
+        line = tl.arange(0, TILE_K // 64) * 64
+        _prefetch(gate_row + line[None, :])
+        if SWIGLU:
+            _prefetch(up_row + line[None, :])
     wait_for_inputs(PDL)
     acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
     up = tl.zeros([OUTPUTS, TILE_K], tl.float32)
-    for start in tl.range(0, num_inputs, TILE_K, num_stages=3):
+    for start in tl.range(0, num_inputs, TILE_K, num_stages=STAGES):
         column = start + k
         values = tl.load(x + column).to(tl.float32)[None, :]
         acc += tl.load(gate_row + column[None, :]).to(tl.float32) * values
