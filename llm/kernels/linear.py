@@ -79,7 +79,7 @@ class Linear:
                 x, weight, output if bias is None else bias, output, num_outputs, num_inputs,
                 OUTPUTS=_SINGLE_OUTPUTS, TILE_K=1024 if is_long else min(512, num_inputs & -num_inputs),
                 STAGES=3 if is_long else 4, SWIGLU=swiglu, HAS_BIAS=bias is not None,
-                CAN_PREFETCH=can_prefetch and num_blocks < 4096, num_warps=4 if is_long else 2, **options,
+                CAN_PREFETCH=can_prefetch and not is_long and num_blocks < 4096, num_warps=4 if is_long else 2, **options,
             )  # fmt: skip
             return
         num_blocks = num_outputs // _OUTPUTS

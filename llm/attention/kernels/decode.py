@@ -30,7 +30,6 @@ class PagedDecode:
         num_items = num_decode_items(max_parts)
         self._partial = torch.empty(num_items, num_heads, head_dim, device=device)
         self._partial_lse = torch.empty(num_items, num_heads, device=device)
-        self._arrivals = torch.zeros(max_parts, num_kv_heads, dtype=torch.int32, device=device)
 
     def __call__(
         self,
@@ -57,27 +56,29 @@ class PagedDecode:
         options = launch_options(query.device)
         _paged_decode[(self._num_kv_heads, num_decode_items(len(parts)))](
             query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.context_lens,
-            items.parts, items.chunks, items.first_items, items.summary, output, self._partial, self._partial_lse,
-            self._arrivals,
+            items.parts, items.chunks, items.summary, output, self._partial, self._partial_lse,
             query.stride(0), page_tables.stride(0), window or 0, head_dim**-0.5 * _LOG2_E,
             NUM_KV_HEADS=self._num_kv_heads, GROUP=group_size, GROUP_BLOCK=max(16, triton.next_power_of_2(group_size)),
             HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=kv_pages.shape[2],
             BLOCK=_BLOCK_TOKENS, INDEX=slot_index_type(kv_pages),
             num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **options,
         )  # fmt: skip
+        _merge_chunks[(len(parts), self._num_kv_heads)](
+            parts.query_starts, parts.query_lens, parts.context_lens, items.first_items, items.summary,
+            self._partial, self._partial_lse, output, window or 0,
+            NUM_HEADS=self._num_heads, GROUP=group_size, GROUP_BLOCK=triton.next_power_of_2(group_size),
+            HEAD_DIM=head_dim, HEAD_BLOCK=triton.next_power_of_2(head_dim), num_warps=4, **options,
+        )  # fmt: skip
 
 
 @triton.jit
 def _paged_decode(
-    query, keys, values, page_tables, part_rows, query_starts, context_lens, item_parts, item_chunks,
-    first_items, summary, output, partial, partial_lse, arrivals, query_stride, table_stride, window, scale_log2,
+    query, keys, values, page_tables, part_rows, query_starts, context_lens, item_parts, item_chunks, summary,
+    output, partial, partial_lse, query_stride, table_stride, window, scale_log2,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (kv head, item): the head's group of queries against one chunk of one row's context.
-
-    The program that arrives last at a row's head merges the chunks by their log-sum-exp, always in the same order.
-    """
+    """Program (kv head, item): the head's group of queries against one chunk of one row's context."""
     wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -120,32 +121,48 @@ def _paged_decode(
         acc = acc * rescale[:, None] + tl.dot(probability.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         highest = new_highest
 
-    out = output + token * (NUM_KV_HEADS * GROUP * HEAD_DIM) + query_offsets
+    result = acc / weight[:, None]
     if chunk_size >= num_visible:
-        tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=head_mask)
+        out = output + token * (NUM_KV_HEADS * GROUP * HEAD_DIM) + query_offsets
+        tl.store(out, result.to(output.dtype.element_ty), mask=head_mask)
+    else:
+        first_head = item.to(tl.int64) * (NUM_KV_HEADS * GROUP)
+        tl.store(partial + first_head * HEAD_DIM + query_offsets, result, mask=head_mask)
+        lse = highest + tl.log2(weight)
+        tl.store(partial_lse + first_head + kv_head * GROUP + head, lse, mask=head < GROUP)
+
+
+@triton.jit
+def _merge_chunks(
+    query_starts, query_lens, context_lens, first_items, summary, partial, partial_lse, output, window,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (part, kv head): weigh the chunks' results by their log-sum-exp, always in the same order."""
+    wait_for_inputs(PDL)
+    part = tl.program_id(0)
+    context_len = tl.load(context_lens + part)
+    if window > 0:
+        context_len = tl.minimum(context_len, window)
+    chunk_size = tl.load(summary + 1)
+    if tl.load(query_lens + part) != 1 or chunk_size >= context_len:
         return
-    num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
-    place = item.to(tl.int64) * num_heads
-    tl.store(partial + place * HEAD_DIM + query_offsets, acc / weight[:, None], mask=head_mask)
-    own_heads = kv_head * GROUP + head
-    tl.store(partial_lse + place + own_heads, highest + tl.log2(weight), mask=head < GROUP)
-    tl.debug_barrier()  # every thread's share is written before this program counts as arrived
-    num_chunks = tl.cdiv(num_visible, chunk_size)
-    arrival = arrivals + part * NUM_KV_HEADS + kv_head
-    if tl.atomic_add(arrival, 1, sem="acq_rel") == num_chunks - 1:
-        tl.store(arrival, 0)
-        highest = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
-        weight = tl.zeros([GROUP_BLOCK], tl.float32)
-        acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
-        first_item = tl.load(first_items + part).to(tl.int64)
-        for chunk in range(num_chunks):
-            # Past the first-level cache, which does not see other multiprocessors' writes.
-            place = (first_item + chunk) * num_heads
-            lse = tl.load(partial_lse + place + own_heads, mask=head < GROUP, other=0.0, cache_modifier=".cg")
-            share = tl.load(partial + place * HEAD_DIM + query_offsets, mask=head_mask, other=0.0, cache_modifier=".cg")
-            new_highest = tl.maximum(highest, lse)
-            rescale, factor = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
-            weight = weight * rescale + factor
-            acc = acc * rescale[:, None] + share * factor[:, None]
-            highest = new_highest
-        tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=head_mask)
+    head = tl.program_id(1) * GROUP + tl.arange(0, GROUP_BLOCK)
+    dim = tl.arange(0, HEAD_BLOCK)
+    head_exists = tl.arange(0, GROUP_BLOCK) < GROUP
+    mask = head_exists[:, None] & (dim[None, :] < HEAD_DIM)
+    first = tl.load(first_items + part).to(tl.int64)
+    highest = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
+    weight = tl.zeros([GROUP_BLOCK], tl.float32)
+    acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
+    for item in range(first, first + tl.cdiv(context_len, chunk_size)):
+        lse = tl.load(partial_lse + item * NUM_HEADS + head, mask=head_exists, other=0.0)
+        chunk = tl.load(partial + (item * NUM_HEADS + head[:, None]) * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+        new_highest = tl.maximum(highest, lse)
+        rescale, share = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
+        weight = weight * rescale + share
+        acc = acc * rescale[:, None] + chunk * share[:, None]
+        highest = new_highest
+    token = tl.load(query_starts + part).to(tl.int64)
+    out = output + (token * NUM_HEADS + head[:, None]) * HEAD_DIM + dim[None, :]
+    tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=mask)
