@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -165,6 +165,17 @@ class EngineConfig(StrictModel):
     """Keep full pages of finished sequences and share them with prompts that begin alike."""
     attention_backend: str | None = None
     """Name of an attention backend; None for the best one on this device."""
+    quantization: Literal["fp8"] | None = None
+    """GPU: "fp8" rounds the weights of the layers' projections to 8 bits (E4M3, a scale for each output) at start: half
+    the memory, and faster; None for the checkpoint's own format."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """GPU: "fp8" keeps keys and values in 8 bits (E4M3), twice as many tokens in the same memory; "auto" in the model's
+    format."""
+    deterministic: bool = False
+    """GPU: the same request gets the same tokens, bit by bit, whatever runs beside it, at some cost in speed."""
+    num_speculative_tokens: int = Field(default=0, ge=0, le=32)
+    """Most tokens a sequence guesses from its own text (prompt-lookup decoding) and checks in one step: the same output
+    in fewer steps where text repeats itself. 0 for off."""
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

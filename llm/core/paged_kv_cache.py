@@ -4,7 +4,7 @@ import torch
 
 
 class PagedKVCache:
-    """Keys and values of every slot, in pages.
+    """Keys and values of every slot, in pages; in the activations' format or in 8 bits (E4M3), unscaled.
 
     Attributes:
         layers: for each layer (2, num_pages + 1, page_size, num_kv_heads, head_dim), keys first. The page behind the

@@ -38,10 +38,10 @@ USE_FAST_ACCUM = True
 _MULTIPROCESSORS = 132
 """Of the chip that the rules for deterministic products are made for. A constant: on every chip sums are cut alike."""
 _LEAST_ROWS, _MOST_ROWS = 16, 256
-"""Rows of a deterministic tile. What a tensor core adds up for one output does not depend on how many columns its
-instruction has: tests/gpu/test_deterministic_gpu.py sees to it bit by bit. Where it did, these would have to be equal."""
+"""Rows of a deterministic tile. How a tensor core adds up one output does not depend on the width of its instruction,
+which tests/gpu/test_deterministic_gpu.py checks bit by bit; on a chip where it does, these have to be equal."""
 _SHARING_TILES, _SHARING_ROW_BLOCKS = 96, 2
-"""Where there are fewer tiles and at most so many blocks of rows, a deterministic sum's parts are different programs'."""
+"""With fewer tiles and at most so many blocks of rows, each part of a deterministic sum has a program of its own."""
 _ROW_BLOCKS_IN_TURN = 4
 """So many blocks of rows come one after another for the same weights, which the second-level cache then still has."""
 
@@ -55,9 +55,7 @@ class Linear:
         deterministic: a row's result, bit by bit, depends on nothing but that row and the weights.
     """
 
-    def __init__(
-        self, device: torch.device, max_rows_few: int = MAX_FEW_ROWS, *, deterministic: bool = False
-    ) -> None:
+    def __init__(self, device: torch.device, max_rows_few: int = MAX_FEW_ROWS, *, deterministic: bool = False) -> None:
         self._device = device
         self._max_rows_few = 0 if deterministic else max_rows_few
         self._deterministic = deterministic
@@ -133,16 +131,11 @@ class Linear:
         num_rows, num_outputs = output.shape
         num_inputs = weight.shape[1]
         options = launch_options(self._device)
-        can_prefetch = self._device.type == "cuda"
         if num_rows == 1:
-            num_blocks = num_outputs // _SINGLE_OUTPUTS
-            is_long = num_inputs % 1024 == 0 and num_inputs >= 4096
-            _single_row[(num_blocks,)](
+            _single_row[(num_outputs // _SINGLE_OUTPUTS,)](
                 x, weight, _or(scales, output), _or(bias, output), output, num_outputs, num_inputs,
-                OUTPUTS=_SINGLE_OUTPUTS, TILE_K=1024 if is_long else min(512, num_inputs & -num_inputs),
-                STAGES=3 if is_long else 4, SWIGLU=swiglu, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None,
-                CAN_PREFETCH=can_prefetch and not is_long and num_blocks < 4096, num_warps=4 if is_long else 2,
-                **options,
+                OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), SWIGLU=swiglu,
+                HAS_SCALES=scales is not None, HAS_BIAS=bias is not None, num_warps=4, **options,
             )  # fmt: skip
             return
         num_blocks = num_outputs // _OUTPUTS
@@ -153,7 +146,8 @@ class Linear:
             num_outputs, num_inputs, num_inputs // num_splits,
             ROWS=max(16, triton.next_power_of_2(num_rows)), OUTPUTS=_OUTPUTS, TILE_K=_TILE_K, NUM_PARTS=num_splits,
             IS_SHARED=num_splits > 1, SWIGLU=swiglu, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None,
-            IS_EVEN=True, CAN_PREFETCH=can_prefetch, num_warps=4, num_stages=4 if has_fewer_stages else 5, **options,
+            IS_EVEN=True, CAN_PREFETCH=self._device.type == "cuda", num_warps=4,
+            num_stages=4 if has_fewer_stages else 5, **options,
         )  # fmt: skip
 
     def _fixed(
@@ -210,9 +204,7 @@ def _fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int)
         num_parts, num_tiles_left = 2 * num_parts, num_tiles_left // 2
     rows = min(max(triton.next_power_of_2(num_rows), _LEAST_ROWS), _MOST_ROWS)
     num_row_blocks = triton.cdiv(num_rows, rows)
-    is_shared = (
-        num_parts > 1 and num_row_blocks <= _SHARING_ROW_BLOCKS and num_row_blocks * num_blocks < _SHARING_TILES
-    )
+    is_shared = num_parts > 1 and num_row_blocks <= _SHARING_ROW_BLOCKS and num_row_blocks * num_blocks < _SHARING_TILES
     if num_parts > 1 and not is_shared and rows * outputs > 128 * 128:
         rows = max(128, _LEAST_ROWS)  # one sum of a part and one of the whole have to fit the registers
     num_warps = 8 if rows * outputs >= 128 * 128 else 4
@@ -365,23 +357,18 @@ def _tile(
 @triton.jit
 def _single_row(
     x, weight, scales, bias, output, num_outputs, num_inputs,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, SWIGLU: tl.constexpr, HAS_SCALES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, HAS_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: a block of outputs of one row, without tensor cores, which would idle."""
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, TILE_K)
     gate_row = weight + out[:, None].to(tl.int64) * num_inputs
     up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
-    if CAN_PREFETCH:
-        line = tl.arange(0, TILE_K // 64) * 64
-        _prefetch(gate_row + line[None, :])
-        if SWIGLU:
-            _prefetch(up_row + line[None, :])
     wait_for_inputs(PDL)
     acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
     up = tl.zeros([OUTPUTS, TILE_K], tl.float32)
-    for start in tl.range(0, num_inputs, TILE_K, num_stages=STAGES):
+    for start in tl.range(0, num_inputs, TILE_K, num_stages=3):
         column = start + k
         values = tl.load(x + column).to(tl.float32)[None, :]
         acc += tl.load(gate_row + column[None, :]).to(tl.float32) * values

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import nn
 
 from llm.attention.kernels.decode import PagedDecode
 from llm.attention.kernels.prefill import paged_prefill, prefill_block_tokens
@@ -21,6 +22,7 @@ from llm.kernels.linear import Linear
 from llm.kernels.norm import add_rms_norm, embed_tokens
 from llm.models.attention import Attention
 from llm.models.decoder import DecoderLayer, DecoderModel
+from llm.models.quantize import weight_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,14 @@ class FusedDecoder:
     """Runs a `DecoderModel`'s weights by fused kernels; equal to the model up to rounding.
 
     Args:
-        model: on its device; its weights are used in place.
+        model: on its device; its weights are used in place, some in 8 bits if `quantize_weights` made them so.
         kv_cache: memory of the slot pool, on the same device.
         page_tables: (rows, pages a row) int32, each row's pages in order of position.
         last_token_ids: (rows,) int32, the token that each row drew last.
         max_tokens: most tokens a step.
         max_parts: most parts a step.
+        deterministic: a token's result, bit by bit, depends on the tokens before it in its sequence alone: not on what
+            else is in the step, nor on the steps and chunks in which those came.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class FusedDecoder:
         *,
         max_tokens: int,
         max_parts: int,
+        deterministic: bool = False,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -66,16 +71,18 @@ class FusedDecoder:
         self._layers = [cast(DecoderLayer, layer) for layer in model.layers]
         self._page_tables = page_tables
         self._last_token_ids = last_token_ids
-        self._linear = Linear(device)
+        self._deterministic = deterministic
+        self._linear = Linear(device, deterministic=deterministic)
         self._rope_table = model.rotary.table(device)
         self._windows = [config.layer_window(layer) for layer in range(model.num_layers)]
         self._decode = PagedDecode(max_parts, config.num_heads, config.kv_heads, config.head_size, device)
         self._decode_items = {
             window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in set(self._windows)
         }
+        self._min_prefill_len = 1 if deterministic else 2
         block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads)
         self._prefill_items = WorkItems.allocate(
-            num_prefill_items(max_tokens, max_parts, block_tokens), max_parts, device
+            num_prefill_items(max_tokens, max_parts, block_tokens, self._min_prefill_len), max_parts, device
         )
 
     def hidden_states(self, tokens: StepTokens, parts: StepParts, output: torch.Tensor, *, has_prefills: bool) -> None:
@@ -86,13 +93,17 @@ class FusedDecoder:
             output: (tokens, hidden_size), contiguous.
             has_prefills: whether any part has more than one new token.
         """
-        for window, items in self._decode_items.items():
-            plan_decodes(parts, items, window)
-        if has_prefills:
-            config = self.model.config
+        config = self.model.config
+        if self._deterministic:  # every token through the same kernel, in tiles of one size
+            has_prefills = True
+            block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads)
+        else:
             block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads, len(tokens.positions))
-            plan_prefills(parts, self._prefill_items, block_tokens)
-        model, linear = self.model, self._linear
+            for window, items in self._decode_items.items():
+                plan_decodes(parts, items, window)
+        if has_prefills:
+            plan_prefills(parts, self._prefill_items, block_tokens, self._min_prefill_len)
+        model = self.model
         residual = torch.empty_like(output)
         embed_tokens(tokens.token_ids, self._last_token_ids, tokens.rows, model.embed_tokens.weight, residual)
         delta = None
@@ -100,10 +111,11 @@ class FusedDecoder:
             normed = torch.empty_like(residual)
             add_rms_norm(residual, delta, layer.attention_norm.weight, layer.attention_norm.eps, normed)
             attended = self._attend(layer.attention, normed, tokens, parts, has_prefills)
-            delta = linear(attended, layer.attention.o_proj.weight, layer.attention.o_proj.bias)
+            delta = self._project(attended, layer.attention.o_proj)
             add_rms_norm(residual, delta, layer.mlp_norm.weight, layer.mlp_norm.eps, normed)
-            activated = linear.swiglu(normed, layer.mlp.gate_up_proj.weight, layer.mlp.gate_up_proj.bias)
-            delta = linear(activated, layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
+            gate_up = layer.mlp.gate_up_proj
+            activated = self._linear.swiglu(normed, gate_up.weight, gate_up.bias, weight_scales(gate_up))
+            delta = self._project(activated, layer.mlp.down_proj)
         add_rms_norm(residual, delta, model.norm.weight, model.norm.eps, output)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -111,11 +123,14 @@ class FusedDecoder:
         head = self.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
         return self._linear(hidden, head.weight)
 
+    def _project(self, x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
+        return self._linear(x, projection.weight, projection.bias, weight_scales(projection))
+
     def _attend(
         self, attention: Attention, x: torch.Tensor, tokens: StepTokens, parts: StepParts, has_prefills: bool
     ) -> torch.Tensor:
         """(tokens, hidden_size) → heads' outputs, (tokens, num_heads * head_dim), before the output projection."""
-        qkv = self._linear(x, attention.qkv_proj.weight, attention.qkv_proj.bias)
+        qkv = self._project(x, attention.qkv_proj)
         qkv = qkv.view(len(x), -1, attention.head_dim)
         kv_pages = self.kv_cache.layers[attention.layer]
         norms = None
@@ -126,7 +141,11 @@ class FusedDecoder:
         query = qkv[:, : attention.num_heads]
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         window = self._windows[attention.layer]
-        self._decode(query, kv_pages, self._page_tables, parts, self._decode_items[window], window, output)
-        if has_prefills:
-            paged_prefill(query, kv_pages, self._page_tables, parts, self._prefill_items, window, output)
+        if not self._deterministic:
+            self._decode(query, kv_pages, self._page_tables, parts, self._decode_items[window], window, output)
+        if has_prefills or self._deterministic:
+            paged_prefill(
+                query, kv_pages, self._page_tables, parts, self._prefill_items, window, output,
+                deterministic=self._deterministic,
+            )  # fmt: skip
         return output.flatten(1)

@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence as SequenceOf
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -83,6 +84,8 @@ class ContinuousBatchingEngine:
             max_seq_len=context_len,
             window_size=model.config.pool_window,
             enable_prefix_caching=config.enable_prefix_caching,
+            num_speculative_tokens=config.num_speculative_tokens,
+            max_draws_per_step=self.runner.max_draws_per_step,
         )
         self._fit_context_to_pool()
         self.runner.warm_up()
@@ -229,6 +232,8 @@ class ContinuousBatchingEngine:
             num_generated_tokens=self._num_generated_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_prompt_tokens=self._num_cached_prompt_tokens,
+            num_proposed_tokens=self.scheduler.num_proposed_tokens,
+            num_accepted_tokens=self.scheduler.num_accepted_tokens,
         )
 
     def _prompt_ids(self, request: GenerationRequest) -> tuple[int, ...]:
@@ -273,9 +278,17 @@ class ContinuousBatchingEngine:
         return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws)
 
     def _outputs(self, events: SequenceOf[TokenEvent], draws: SequenceOf[Draw]) -> list[StepOutput]:
-        """Turn the tokens of a step into outputs, with text where there is a tokenizer."""
-        self._num_generated_tokens += len(events)
-        return [self._output(event, draws[event.draw_index]) for event in events]
+        """Turn the tokens of a step into outputs, one a request, with text where there is a tokenizer."""
+        outputs: list[StepOutput] = []
+        last = None
+        for event in events:
+            if event.sequence is not last:
+                last = event.sequence
+                outputs.append(self._output(event, draws[event.draw_index]))
+            elif outputs[-1].finish_reason is None:  # a stop string may have ended it before all guesses counted
+                outputs[-1] = _joined(outputs[-1], self._output(event, draws[event.draw_index]))
+        self._num_generated_tokens += sum(len(output.token_ids) for output in outputs)
+        return outputs
 
     def _output(self, event: TokenEvent, draw: Draw) -> StepOutput:
         sequence, reason = event.sequence, event.finish_reason
@@ -342,6 +355,16 @@ class ContinuousBatchingEngine:
             self.num_slots, scheduler.max_seq_len, self.num_slots,
         )  # fmt: skip
         scheduler.max_seq_len = self.num_slots
+
+
+def _joined(first: StepOutput, second: StepOutput) -> StepOutput:
+    """Two outputs of one request as one."""
+    return replace(
+        second,
+        token_ids=first.token_ids + second.token_ids,
+        text=first.text + second.text,
+        logprobs=None if first.logprobs is None else first.logprobs + (second.logprobs or ()),
+    )
 
 
 def _with_overrides(config: EngineConfig, max_batch_size: int | None, max_seq_len: int | None) -> EngineConfig:

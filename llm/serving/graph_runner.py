@@ -14,11 +14,14 @@ from llm.kernels.sampling import SamplingWorkspace, draw_tokens
 from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
 from llm.serving.device_rows import DeviceRows
-from llm.serving.model_runner import sampling_row
-from llm.serving.scheduler import ScheduledSequence, StepPlan
+from llm.serving.model_runner import draws_of, sampling_row
+from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
 from llm.serving.step_inputs import StepInputs, fill
 
 logger = logging.getLogger(__name__)
+
+_Drawing = tuple[ScheduledSequence, int, int]
+"""See `draws_of`."""
 
 _STEPS_AHEAD = 1
 _WARM_PREFILLS = 64, 1024
@@ -66,48 +69,66 @@ class GraphRunner:
         max_rows: rows that the scheduler gives out.
         max_tokens: token budget of a step.
         max_seq_len: longest sequence in tokens.
+        max_draws_per_row: tokens that a row may draw in one step, 1 plus its guesses. A step has room for so many of
+            every row; that of rows which draw less may be used by others.
+        deterministic: see `FusedDecoder`.
     """
 
     attention_backend = "triton"
     max_steps_ahead = _STEPS_AHEAD
 
     def __init__(
-        self, model: DecoderModel, kv_cache: PagedKVCache, *, max_rows: int, max_tokens: int, max_seq_len: int
+        self,
+        model: DecoderModel,
+        kv_cache: PagedKVCache,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_seq_len: int,
+        max_draws_per_row: int = 1,
+        deterministic: bool = False,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         device = self._device = model.device
         self._row_sizes = _padded_sizes(max_rows, 8)
         self._token_sizes = _padded_sizes(max_tokens, 4)
+        self._draw_sizes = _padded_sizes(max_rows * max_draws_per_row, 8)
+        self._max_draws_per_row = max_draws_per_row
         # Steps with prefills pad their parts, which cost little, generously: sizes of tokens times sizes of parts is
         # what may have to be captured.
         self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
         max_pages = -(-max_seq_len // kv_cache.page_size)
         self._rows = DeviceRows(max_rows, max_pages, kv_cache.scratch_page, device, _NUM_BUFFERS)
-        most_tokens, most_rows = self._token_sizes[-1], self._row_sizes[-1]
+        most_tokens, most_rows, most_draws = self._token_sizes[-1], self._row_sizes[-1], self._draw_sizes[-1]
         sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), most_tokens)
         sizes |= dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), most_rows)
-        sizes |= dict.fromkeys(("draw_tokens", "draw_rows", "draw_positions"), most_rows)
+        sizes |= dict.fromkeys(("draw_tokens", "draw_rows", "draw_positions"), most_draws)
         self._inputs = StepInputs(sizes, device, _NUM_BUFFERS)
         self._decoder = FusedDecoder(
             model, kv_cache, self._rows.page_tables, self._rows.last_token_ids,
-            max_tokens=most_tokens, max_parts=most_rows,
+            max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic,
         )  # fmt: skip
         self._hidden = torch.zeros(most_tokens, model.hidden_size, dtype=model.dtype, device=device)
-        self._sampling_workspace = SamplingWorkspace.allocate(most_rows, model.config.vocab_size, device)
-        self._token_ids = torch.zeros(most_rows, dtype=torch.int32, device=device)
+        self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
+        self._token_ids = torch.zeros(most_draws, dtype=torch.int32, device=device)
         pin = device.type == "cuda"
-        self._host_token_ids = [torch.zeros(most_rows, dtype=torch.int32, pin_memory=pin) for _ in range(_NUM_BUFFERS)]
+        self._host_token_ids = [torch.zeros(most_draws, dtype=torch.int32, pin_memory=pin) for _ in range(_NUM_BUFFERS)]
         self._num_steps = 0
         self._graphs: dict[tuple[object, ...], _Captured] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if pin else None
+
+    @property
+    def max_draws_per_step(self) -> int:
+        """See `ModelRunner.max_draws_per_step`."""
+        return self._draw_sizes[-1]
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedGraphs:
         """See `ModelRunner.launch`."""
         parts = plan.scheduled
         self._rows.update(parts)
-        drawing = [part for part in parts if part.draws]
+        drawing = draws_of(parts)
         num_tokens, num_parts, has_prefills = self._pack(parts, drawing)
         shape = num_tokens, num_parts, has_prefills
         self._run(("model", *shape), partial(self._run_model, *shape))
@@ -115,7 +136,7 @@ class GraphRunner:
         self._num_steps += 1
         special: Callable[[], dict[int, Draw]] | dict[int, Draw] = {}
         if drawing:
-            num_draws = _padded(self._row_sizes, len(drawing))
+            num_draws = _padded(self._draw_sizes, len(drawing))
             logits = self._run(("draws", num_draws), partial(self._run_draws, num_draws))
             special = self._draw_specially(logits, drawing)
             host[: len(drawing)].copy_(self._token_ids[: len(drawing)], non_blocking=True)
@@ -130,7 +151,7 @@ class GraphRunner:
         """See `ModelRunner.run_largest`."""
         self._inputs.upload_padding(self._rows.padding_row)
         self._run_model(_padded(self._token_sizes, num_tokens), self._row_sizes[-1], has_prefills=True)
-        self._run_draws(self._row_sizes[-1])
+        self._run_draws(self._draw_sizes[-1])
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -138,29 +159,27 @@ class GraphRunner:
         if self._graph_pool is None:
             return
         self._inputs.upload_padding(self._rows.padding_row)
+        fewest = _WARM_PREFILLS[0] if self._max_draws_per_row == 1 else 1  # guesses make decodes of several tokens
         shapes = [(size, size, False) for size in self._row_sizes]
         shapes += [
             (tokens, parts, True)
             for tokens in self._token_sizes
             for parts in self._part_sizes
-            if _WARM_PREFILLS[0] <= tokens <= _WARM_PREFILLS[1] and parts <= tokens
+            if fewest <= tokens <= _WARM_PREFILLS[1] and parts <= max(tokens, self._part_sizes[0])
         ]
         for shape in shapes:
             self._run(("model", *shape), partial(self._run_model, *shape))
-        for size in self._row_sizes:
+        for size in self._draw_sizes:
             self._run(("draws", size), partial(self._run_draws, size))
 
-    def _pack(
-        self, parts: SequenceOf[ScheduledSequence], drawing: SequenceOf[ScheduledSequence]
-    ) -> tuple[int, int, bool]:
+    def _pack(self, parts: SequenceOf[ScheduledSequence], drawing: SequenceOf[_Drawing]) -> tuple[int, int, bool]:
         """Fill the step's inputs and send them; returns padded tokens, padded parts, and whether any part prefills."""
         token_ids: list[int] = []
         positions: list[int] = []
         token_rows: list[int] = []
         query_starts: list[int] = []
-        draw_tokens: list[int] = []
         for part in parts:
-            sequence, start, num_new, draws, row, _ = part
+            sequence, start, num_new, _, row, _, _ = part
             query_starts.append(len(positions))
             if num_new == 1:
                 tokens = sequence.tokens
@@ -168,11 +187,9 @@ class GraphRunner:
                 positions.append(start)
                 token_rows.append(row)
             else:
-                token_ids += sequence.tokens[start : start + num_new]
+                token_ids += part.token_ids
                 positions += range(start, start + num_new)
                 token_rows += [row] * num_new
-            if draws:
-                draw_tokens.append(len(positions) - 1)
         has_prefills = len(positions) > len(parts)
         num_parts = _padded(self._part_sizes if has_prefills else self._row_sizes, len(parts))
         num_tokens = _padded(self._token_sizes, len(positions)) if has_prefills else num_parts
@@ -185,10 +202,10 @@ class GraphRunner:
         fill(arrays["query_lens"], [part.num_tokens for part in parts], num_parts, 0)
         fill(arrays["context_lens"], [part.start + part.num_tokens for part in parts], num_parts, 0)
         if drawing:
-            num_draws = _padded(self._row_sizes, len(drawing))
-            fill(arrays["draw_tokens"], draw_tokens, num_draws, 0)
-            fill(arrays["draw_rows"], [part.row for part in drawing], num_draws, self._rows.padding_row)
-            fill(arrays["draw_positions"], [part.start + part.num_tokens for part in drawing], num_draws, 0)
+            num_draws = _padded(self._draw_sizes, len(drawing))
+            fill(arrays["draw_tokens"], [index for _, _, index in drawing], num_draws, 0)
+            fill(arrays["draw_rows"], [part.row for part, _, _ in drawing], num_draws, self._rows.padding_row)
+            fill(arrays["draw_positions"], [position for _, position, _ in drawing], num_draws, 0)
         self._inputs.upload()
         return num_tokens, num_parts, has_prefills
 
@@ -214,7 +231,11 @@ class GraphRunner:
         return hidden
 
     def _run_draws(self, num_draws: int) -> torch.Tensor:
-        """Draw a token for each drawing part; returns the logits."""
+        """Draw the tokens of all drawing parts; returns the logits.
+
+        Draws of one row race for its `last_token_ids`. Nobody reads what stays: where a part draws several tokens, the
+        host knows them before it launches the row's next step.
+        """
         hidden = self._hidden.index_select(0, self._inputs["draw_tokens"][:num_draws])
         logits = self._decoder.logits(hidden)
         draw_tokens(
@@ -229,18 +250,18 @@ class GraphRunner:
         return logits
 
     def _draw_specially(
-        self, logits: torch.Tensor, drawing: SequenceOf[ScheduledSequence]
+        self, logits: torch.Tensor, drawing: SequenceOf[_Drawing]
     ) -> "Callable[[], dict[int, Draw]] | dict[int, Draw]":
         """Draw again where a request asks for more than the kernel does: penalties, biases, bans, log probabilities."""
-        indices = [i for i, part in enumerate(drawing) if _is_special(part)]
+        indices = [i for i, (part, position, _) in enumerate(drawing) if _is_special(part.sequence, position)]
         if not indices:
             return {}
-        rows = [sampling_row(drawing[i]) for i in indices]
+        rows = [sampling_row(drawing[i][0].sequence, drawing[i][1]) for i in indices]
         index = torch.tensor(indices, device=self._device)
         draws = draw(logits[index], rows)
         token_ids = draws.token_ids.int()
         self._token_ids[index] = token_ids
-        self._rows.last_token_ids[torch.tensor([drawing[i].row for i in indices], device=self._device)] = token_ids
+        self._rows.last_token_ids[torch.tensor([drawing[i][0].row for i in indices], device=self._device)] = token_ids
         return lambda: dict(zip(indices, draws.to_host(rows), strict=True))
 
 
@@ -252,14 +273,14 @@ class _Captured:
     output: torch.Tensor
 
 
-def _is_special(part: ScheduledSequence) -> bool:
-    """Whether the draw needs `llm.core.sampling`."""
-    request = part.sequence.request
+def _is_special(sequence: Sequence, position: int) -> bool:
+    """Whether the draw of the token at `position` needs `llm.core.sampling`."""
+    request = sequence.request
     return bool(
         request.uses_penalties
         or request.logit_bias
         or request.logprobs is not None
-        or request.min_new_tokens > part.end - part.sequence.num_prompt_tokens
+        or not sequence.may_end_at(position)
     )
 
 

@@ -6,7 +6,7 @@ from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
-from llm.serving.runners import make_runner
+from llm.serving.runners import kv_cache_dtype, make_runner, prepare_weights
 
 
 def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
@@ -26,7 +26,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
         page_size=config.page_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.config.head_size,
-        dtype=model.dtype,
+        dtype=kv_cache_dtype(model, config),
     )
     if model.device.type == "cuda":
         num_pages = (_gpu_budget(model, config, context_len) // bytes_per_page) - 1
@@ -43,6 +43,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
 
 def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
     """Bytes of GPU memory for the pool, after a trial of the largest step on a pool of one page."""
+    prepare_weights(model, config)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)

@@ -11,14 +11,14 @@ from llm.attention.paged import PackedBatch, PagedAttentionBackend, PagedContext
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.sampling import Draw, SamplingRow, sample
 from llm.models.decoder import DecoderModel
-from llm.serving.scheduler import ScheduledSequence, StepPlan
+from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
 
 
 class LaunchedStep(Protocol):
     """A step that the device runs, or has run."""
 
     def draws(self) -> list[Draw]:
-        """Wait for the step; return a draw for each part of the plan that `draws`, in order.
+        """Wait for the step; return the draws of the plan's parts in order, `num_draws` of each.
 
         Called once at most. Raises whatever went wrong in the step.
         """
@@ -36,6 +36,11 @@ class ModelRunner(Protocol):
     @property
     def max_steps_ahead(self) -> int:
         """Steps that may be launched before the oldest one's draws are read; 0 for none."""
+        ...
+
+    @property
+    def max_draws_per_step(self) -> int | None:
+        """Draws that a step has room for, at least one a row; None for any number."""
         ...
 
     def run_largest(self, num_tokens: int) -> None:
@@ -100,6 +105,11 @@ class EagerRunner:
         """See `ModelRunner.attention_backend`."""
         return self.backend.name
 
+    @property
+    def max_draws_per_step(self) -> int | None:
+        """See `ModelRunner.max_draws_per_step`."""
+        return None
+
     @torch.inference_mode()
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`."""
@@ -117,14 +127,15 @@ class EagerRunner:
         token_ids, batch = self._pack(plan.scheduled)
         context = PagedContext(self.backend, self.kv_cache, batch, self._windows)
         hidden = self.model.hidden_states(token_ids, batch.positions, context)
-        ends = torch.tensor(batch.query_lens).cumsum(0) - 1
-        drawing = [i for i, part in enumerate(plan.scheduled) if part.draws]
+        drawing = draws_of(plan.scheduled)
         if not drawing:
             return _FinishedStep([])
-        logits = self.model.logits(hidden[ends[drawing].to(hidden.device)])
-        draws = sample(logits, [sampling_row(plan.scheduled[i]) for i in drawing])
+        drawing_tokens = torch.tensor([index for _, _, index in drawing], device=hidden.device)
+        logits = self.model.logits(hidden[drawing_tokens])
+        draws = sample(logits, [sampling_row(part.sequence, position) for part, position, _ in drawing])
         if self.max_steps_ahead:  # otherwise the host knows every token it launches
-            rows = torch.tensor([plan.scheduled[i].row for i in drawing], device=hidden.device)
+            # Of several draws of a row any may stay: the host knows them before the row's next step.
+            rows = torch.tensor([part.row for part, _, _ in drawing], device=hidden.device)
             self._last_token_ids[rows] = torch.tensor([draw.token_id for draw in draws], device=hidden.device)
         return _FinishedStep(draws)
 
@@ -139,7 +150,7 @@ class EagerRunner:
         for part in scheduled:
             span = range(part.start, part.end)
             pages = part.sequence.pages
-            known_ids = part.sequence.tokens[part.start : part.end]
+            known_ids = part.token_ids
             if not known_ids:
                 unseen.append((len(token_ids), part.row))
                 known_ids = [0]
@@ -165,12 +176,26 @@ class EagerRunner:
         return ids, batch
 
 
-def sampling_row(part: ScheduledSequence) -> SamplingRow:
-    """What the sampler needs to know of one drawing sequence."""
-    sequence, request = part.sequence, part.sequence.request
+def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[tuple[ScheduledSequence, int, int]]:
+    """A step's draws, in order: part, position of the token to draw, index in the step of the token before it."""
+    draws = []
+    num_tokens = 0
+    for part in scheduled:
+        num_tokens += part.num_tokens
+        if part.proposed:
+            num_behind = len(part.proposed)
+            draws += [(part, part.end - i, num_tokens - 1 - i) for i in range(num_behind, -1, -1)]
+        elif part.draws:
+            draws.append((part, part.start + part.num_tokens, num_tokens - 1))
+    return draws
+
+
+def sampling_row(sequence: Sequence, position: int) -> SamplingRow:
+    """What the sampler needs to know to draw a sequence's token at `position`."""
+    request = sequence.request
     return SamplingRow(
         seed=request.seed,
-        position=part.end,
+        position=position,
         temperature=request.temperature,
         top_k=request.top_k,
         top_p=request.top_p,
@@ -181,6 +206,6 @@ def sampling_row(part: ScheduledSequence) -> SamplingRow:
         logit_bias=request.logit_bias,
         prompt_ids=sequence.prompt_ids if request.repetition_penalty != 1 else (),
         output_ids=sequence.output_ids if sequence.uses_penalties else (),
-        banned_ids=() if sequence.may_end_at(part.end) else tuple(sequence.end_ids),
+        banned_ids=() if sequence.may_end_at(position) else tuple(sequence.end_ids),
         num_logprobs=request.logprobs,
     )

@@ -1,19 +1,24 @@
-"""Which runner a model gets on its device."""
+"""Which runner a model gets on its device, and in which formats."""
+
+import torch
 
 from llm.attention.backends import TRITON, choose_backend, make_backend
 from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
+from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
 from llm.serving.model_runner import EagerRunner, ModelRunner
 
 
 def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, context_len: int) -> ModelRunner:
-    """What runs the steps, with memory for `num_pages` pages on the model's device.
+    """What runs the steps, with memory for `num_pages` pages on the model's device. Prepares the weights if need be.
 
     Raises:
-        ConfigError: the attention backend asked for is unknown or does not run on this device.
+        ConfigError: the attention backend asked for is unknown or does not run on this device, or the configuration
+            asks for what it cannot do.
     """
     backend = choose_backend(config.attention_backend, model.device)
+    prepare_weights(model, config)
     kv_cache = PagedKVCache(
         num_layers=model.num_layers,
         num_pages=num_pages,
@@ -21,7 +26,7 @@ def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, co
         num_kv_heads=model.num_kv_heads,
         head_dim=model.config.head_size,
         device=model.device,
-        dtype=model.dtype,
+        dtype=kv_cache_dtype(model, config),
     )
     if backend == TRITON:
         from llm.serving.graph_runner import GraphRunner  # triton is there on GPU machines only
@@ -32,5 +37,49 @@ def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, co
             max_rows=config.batch_size(model.device.type),
             max_tokens=config.token_budget(model.device.type),
             max_seq_len=context_len,
+            max_draws_per_row=1 + config.num_speculative_tokens,
+            deterministic=config.deterministic,
         )
     return EagerRunner(model, kv_cache, make_backend(backend), max_rows=config.batch_size(model.device.type))
+
+
+def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
+    """Bring the weights into the format that the configuration asks for, in place; a second time changes nothing.
+
+    Raises:
+        ConfigError: the configuration asks for what this backend, this device or this model cannot do.
+    """
+    _check_formats(model, config)
+    if choose_backend(config.attention_backend, model.device) != TRITON:
+        return
+    from llm.models.quantize import is_quantized, quantize_weights
+
+    if config.quantization == "fp8":
+        quantize_weights(model)
+    elif is_quantized(model):
+        raise ConfigError("this model's weights were rounded to 8 bits by another engine; load it again, or set fp8")
+
+
+def kv_cache_dtype(model: DecoderModel, config: EngineConfig) -> torch.dtype:
+    """Format of the pool's keys and values."""
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else model.dtype
+
+
+def _check_formats(model: DecoderModel, config: EngineConfig) -> None:
+    backend, device = choose_backend(config.attention_backend, model.device), model.device
+    uses_fp8 = {
+        "quantization: fp8": config.quantization == "fp8",
+        "kv_cache_dtype: fp8": config.kv_cache_dtype == "fp8",
+    }
+    asked = [name for name, is_asked in uses_fp8.items() if is_asked]
+    if backend != TRITON:
+        asked += ["deterministic: true"] if config.deterministic else []
+        if asked:
+            raise ConfigError(
+                f"{', '.join(asked)}: only attention_backend 'triton' on a GPU can; {backend!r} on {device} cannot: "
+                "leave it out"
+            )
+    elif asked and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(f"{', '.join(asked)}: needs a GPU of compute capability 8.9 or more; leave it out")
+    if config.quantization == "fp8" and model.dtype.itemsize != 2:
+        raise ConfigError(f"quantization: fp8 needs a model in bfloat16 or float16, not {model.dtype}; load it as such")

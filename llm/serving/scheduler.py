@@ -2,63 +2,20 @@
 
 from collections import deque
 from collections.abc import Iterable, Sequence as SequenceOf
-from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import NamedTuple
 
 from llm.core.slot_pool import SlotPool
-from llm.serving.schemas import FinishReason
-from llm.serving.sequence import Sequence, SequenceStatus
+from llm.serving.prompt_lookup import PromptLookup
+from llm.serving.sequence import ScheduledSequence, Sequence, SequenceStatus, StepPlan, TokenEvent, accept, next_part
+
+__all__ = ["ScheduledSequence", "Scheduler", "StepPlan", "TokenEvent"]
 
 _CROWD = 4
 """Newcomers are few while there is less than one for so many sequences that decode."""
 _TOKEN_MULTIPLE = 128
 """Tokens of a step with prefills are a multiple of this where there is a choice."""
-
-
-class ScheduledSequence(NamedTuple):
-    """A sequence's part in a step: tokens `start` to `start + num_tokens - 1` run through the model.
-
-    A part with `start >= len(sequence.tokens)` when it is launched runs the one token that was drawn last at its row
-    and that the host has not seen. (Not a dataclass: a step makes hundreds, and a frozen one takes thrice as long.)
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    draws: bool
-    """Whether the step reaches the sequence's last token, and so draws the next."""
-    row: int
-    """Of the sequence while it runs: below the batch size, and nobody else's."""
-    num_preemptions: int
-    """Of the sequence when this was planned."""
-
-    @property
-    def end(self) -> int:
-        """Tokens in the sequence's context once the step has run; the position of the token it draws."""
-        return self.start + self.num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step of the model. Parts with a single token come first."""
-
-    scheduled: tuple[ScheduledSequence, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that run through the model."""
-        return sum(part.num_tokens for part in self.scheduled)
-
-
-class TokenEvent(NamedTuple):
-    """A token that a step drew for a sequence that still wanted it, and whether it ended the sequence."""
-
-    sequence: Sequence
-    token_id: int
-    finish_reason: FinishReason | None
-    draw_index: int
-    """Which of the step's draws it was."""
+_MOST_PER_GUESS = 8
+"""Running sequences for each that can guess its next tokens, up to which its guesses are worth a slower step to all."""
 
 
 class Scheduler:
@@ -73,6 +30,12 @@ class Scheduler:
     new owner writes comes later. Only its name in the prefix cache must wait for `apply`, when the content is there.
     A plan that fails is not applied: whoever ran it finishes its sequences instead.
 
+    Guesses are checked in one step, as in Leviathan et al. 2022 (arXiv:2211.17192), but by equality: a draw is a
+    function of logits, seed and position, so a guess is right if it is what is drawn, and the output is that of plain
+    decoding, greedy or sampled, up to the rounding of the kernels. Guesses get what budget and pages are left, and
+    preempt nobody. They make a step dearer, and the last token must be known; so only where enough sequences can guess
+    do they, and no plan is made before those in flight are applied. Otherwise everybody runs ahead, a token a step.
+
     Writes sequences, the queues and the slot pool; nobody else does.
 
     Args:
@@ -84,6 +47,8 @@ class Scheduler:
         max_seq_len: tokens at which a sequence ends.
         window_size: tokens behind which no layer looks; pages wholly behind go back to the pool. None for no window.
         enable_prefix_caching: share full pages between sequences that begin alike.
+        num_speculative_tokens: most guesses a sequence and step; 0 for no speculation.
+        max_draws_per_step: draws that the runner has room for, at least `max_batch_size`; None for any number.
     """
 
     def __init__(
@@ -96,6 +61,8 @@ class Scheduler:
         max_prefill_beside_decodes: int | None = None,
         window_size: int | None = None,
         enable_prefix_caching: bool = True,
+        num_speculative_tokens: int = 0,
+        max_draws_per_step: int | None = None,
     ) -> None:
         self.pool = pool
         self.max_batch_size = max_batch_size
@@ -104,7 +71,11 @@ class Scheduler:
         self.max_seq_len = max_seq_len
         self.window_size = window_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.num_speculative_tokens = num_speculative_tokens
+        self.max_draws_per_step = max_draws_per_step or max_tokens_per_step
         self.num_preemptions = 0
+        self.num_proposed_tokens = 0
+        self.num_accepted_tokens = 0
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, None] = {}
         """Oldest admission first; a dictionary, so that leaving takes no search."""
@@ -136,6 +107,8 @@ class Scheduler:
         """Queue a new sequence, which must leave room for a token."""
         sequence.max_tokens = min(sequence.max_tokens, self.max_seq_len)
         assert len(sequence.tokens) < sequence.max_tokens, "a sequence that cannot grow would never end"
+        if self.num_speculative_tokens and not sequence.uses_penalties:  # which want all tokens before the one drawn
+            sequence.lookup = PromptLookup(sequence.tokens, self.num_speculative_tokens)
         self._waiting.append(sequence)
 
     def schedule(self) -> StepPlan:
@@ -143,6 +116,9 @@ class Scheduler:
 
         Empty only where nothing is pending, or everything that is waits for a plan in flight.
         """
+        may_guess = self.num_speculative_tokens > 0 and self._is_worth_guessing()
+        if may_guess and any(sequence.num_in_flight for sequence in self._running):
+            return StepPlan(())
         num_preemptions = self.num_preemptions
         singles, prefilling = self._decodes()
         budget = self.max_tokens_per_step - len(singles)
@@ -156,10 +132,13 @@ class Scheduler:
         for sequence in prefilling:
             num_tokens = min(sequence.num_uncomputed, budget)
             if num_tokens and sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, num_tokens):
-                chunks.append(_part(sequence, num_tokens))
+                chunks.append(next_part(sequence, num_tokens))
                 budget -= num_tokens
         if self.num_preemptions == num_preemptions:
             chunks += self._admissions(budget)
+            if may_guess:
+                singles, guessing = self._add_guesses(singles, chunks)
+                chunks += guessing
         else:
             # An old sequence may have preempted a younger one that was to run. Nobody is admitted to the pages that
             # this made free: those who run already need them next.
@@ -170,8 +149,7 @@ class Scheduler:
         for part in singles:
             sequence = part.sequence
             sequence.num_computed += part.num_tokens
-            if part.draws:
-                sequence.num_in_flight += 1
+            sequence.num_in_flight += part.draws
         return StepPlan(tuple(singles))
 
     def apply(self, plan: StepPlan, token_ids: SequenceOf[int]) -> list[TokenEvent]:
@@ -180,11 +158,15 @@ class Scheduler:
         What concerns a sequence that ended while the step ran is dropped: the price of planning ahead.
 
         Args:
-            token_ids: the token drawn by each part of the plan that `draws`, in order.
+            token_ids: the tokens drawn by the parts of the plan that draw, in order.
         """
         draw_index = -1
         events = []
         for part in plan.scheduled:
+            if part.proposed:
+                events += self._apply_guesses(part, token_ids, draw_index + 1)
+                draw_index += part.num_draws
+                continue
             sequence = part.sequence
             draws = part.draws
             draw_index += draws
@@ -248,8 +230,57 @@ class Scheduler:
             else:
                 is_running = sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, 1)
             if is_running:
-                decodes.append(_part(sequence, 1))
+                decodes.append(next_part(sequence, 1))
         return decodes, prefilling
+
+    def _is_worth_guessing(self) -> bool:
+        """Whether enough running sequences know what may come next, or guesses are being checked already."""
+        if any(sequence.is_speculating for sequence in self._running):
+            return True
+        num_able = sum(bool(sequence.guesses()) for sequence in self._running)
+        return 0 < len(self._running) <= num_able * _MOST_PER_GUESS
+
+    def _add_guesses(
+        self, decodes: list[ScheduledSequence], chunks: SequenceOf[ScheduledSequence]
+    ) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
+        """Let decodes run guesses too, as far as there is room; returns those without and those with."""
+        without, guessing = [], []
+        num_tokens = self.max_tokens_per_step - sum(part.num_tokens for part in chunks)
+        num_left = min(num_tokens, self.max_draws_per_step - sum(part.draws for part in chunks)) - len(decodes)
+        for part in decodes:
+            sequence = part.sequence
+            proposed = sequence.guesses()[:num_left]
+            proposed = proposed[: self._room_for_guesses(sequence, len(proposed))]
+            if proposed:
+                guessing.append(part._replace(num_tokens=1 + len(proposed), proposed=proposed))
+                sequence.num_in_flight += len(proposed)
+                sequence.is_speculating = True
+                num_left -= len(proposed)
+            else:
+                without.append(part)
+        self.num_proposed_tokens += sum(len(part.proposed) for part in guessing)
+        return without, guessing
+
+    def _room_for_guesses(self, sequence: Sequence, num_guesses: int) -> int:
+        """How many guesses of a decode can run; takes pages for them where the pool can spare some."""
+        num_guesses = min(num_guesses, sequence.max_tokens - len(sequence.tokens) - 1)
+        num_pages = self.pool.pages_for(sequence.num_computed + 1 + num_guesses) - len(sequence.pages)
+        # A page is left to each running sequence, for tokens that are more certain.
+        if 0 < num_pages <= self.pool.num_available - len(self._running):
+            sequence.pages += self.pool.allocate(num_pages)
+        return min(num_guesses, len(sequence.pages) * self.pool.page_size - sequence.num_computed - 1)
+
+    def _apply_guesses(self, part: ScheduledSequence, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
+        """`apply` for a part with guesses, whose draws begin at `first`."""
+        sequence = part.sequence
+        if sequence.status is SequenceStatus.FINISHED:
+            return []
+        events = accept(part, token_ids, first)
+        self.num_accepted_tokens += len(events) - 1
+        self._keep_pages(sequence, len(sequence.tokens) - 1)
+        if events[-1].finish_reason is not None:
+            self.finish(sequence)
+        return events
 
     def _admissions(self, budget: int) -> Iterable[ScheduledSequence]:
         """Parts of waiting sequences for which there is room, first come first served."""
@@ -258,7 +289,7 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed, budget)
             reserved = self._reserve(sequence, num_tokens)
             assert reserved, "an admitted sequence has its pages"
-            yield _part(sequence, num_tokens)
+            yield next_part(sequence, num_tokens)
             budget -= num_tokens
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -365,11 +396,3 @@ class Scheduler:
         if self.window_size is None:
             return 0
         return max(num_computed - self.window_size + 1, 0) // self.pool.page_size
-
-
-def _part(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-    """A running sequence's next tokens as a part of a step."""
-    assert sequence.row is not None, "a running sequence has a row"
-    start = sequence.num_computed
-    draws = start + num_tokens == len(sequence.tokens) + sequence.num_in_flight
-    return ScheduledSequence(sequence, start, num_tokens, draws, sequence.row, sequence.num_preemptions)

@@ -173,3 +173,7 @@ class EngineStats:
     """Prompt tokens of requests admitted since the engine started."""
     num_cached_prompt_tokens: int
     """Of those, how many came from the prefix cache."""
+    num_proposed_tokens: int = 0
+    """Tokens guessed and run by speculation, since the engine started."""
+    num_accepted_tokens: int = 0
+    """Of those, how many were what was drawn."""

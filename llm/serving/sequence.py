@@ -1,8 +1,12 @@
-"""`Sequence`: one request as the engine runs it."""
+"""`Sequence`: one request as the engine runs it; its parts in steps, and what came of them."""
 
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from llm.core.prefix_cache import PageHashes
+from llm.serving.prompt_lookup import PromptLookup
 from llm.serving.schemas import FinishReason, GenerationRequest
 
 
@@ -36,6 +40,9 @@ class Sequence:
         pages: page ids in order of position; a page that fell behind the window is replaced by the scratch page.
         num_dropped_pages: leading pages that fell behind the window.
         num_registered_pages: leading pages whose content is registered in the pool.
+        lookup: guesses its next tokens, None where nobody does.
+        is_speculating: whether a step in flight runs such guesses; until its draws are known nobody knows how many of
+            the tokens that `num_in_flight` and `num_computed` count in are the sequence's own.
         num_cached_tokens: prompt tokens found in the prefix cache when the sequence was first admitted, None before.
     """
 
@@ -54,6 +61,8 @@ class Sequence:
         self.pages: list[int] = []
         self.num_dropped_pages = 0
         self.num_registered_pages = 0
+        self.lookup: PromptLookup | None = None
+        self.is_speculating = False
         self.num_cached_tokens: int | None = None
         self.hashes = PageHashes(page_size)
         self.end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_ids)
@@ -91,6 +100,11 @@ class Sequence:
         """Token ids generated so far."""
         return self.tokens[self.num_prompt_tokens :]
 
+    def guesses(self) -> tuple[int, ...]:
+        """What its next tokens may be. Nothing before it decodes, nor for its first token here, which comes alone."""
+        has_begun = self.num_output_tokens > len(self.request.output_token_ids)
+        return self.lookup.propose() if self.lookup is not None and has_begun and self.num_uncomputed <= 1 else ()
+
     def may_end_at(self, position: int) -> bool:
         """Whether the token at `position`, counted from the prompt's first, may end the sequence by a stop id."""
         return position - self.num_prompt_tokens >= self.request.min_new_tokens
@@ -101,3 +115,96 @@ class Sequence:
         if self.tokens[-1] in self.end_ids and self.may_end_at(num_tokens - 1):
             return FinishReason.STOP
         return FinishReason.LENGTH if num_tokens >= self.max_tokens else None
+
+
+class ScheduledSequence(NamedTuple):
+    """A sequence's part in a step: tokens `start` to `start + num_tokens - 1` run through the model.
+
+    A part with `start >= len(sequence.tokens)` when it is launched runs the one token that was drawn last at its row
+    and that the host has not seen. (Not a dataclass: a step makes hundreds, and a frozen one takes thrice as long.)
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    draws: bool
+    """Whether the step reaches the sequence's last token, and so draws the next."""
+    row: int
+    """Of the sequence while it runs: below the batch size, and nobody else's."""
+    num_preemptions: int
+    """Of the sequence when this was planned."""
+    proposed: tuple[int, ...] = ()
+    """Guesses, the last of the tokens that run. With any, the part draws, behind the one token before them and behind
+    each of them; no other step with the sequence is in flight."""
+
+    @property
+    def end(self) -> int:
+        """Tokens in the sequence's context once the step has run; the position of the (last) token it draws."""
+        return self.start + self.num_tokens
+
+    @property
+    def num_draws(self) -> int:
+        """Tokens that are drawn, one behind each of the last so many that run."""
+        return 1 + len(self.proposed) if self.draws else 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What runs, as far as the host knows it."""
+        return [*self.sequence.tokens[self.start : self.end], *self.proposed]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of the model. Parts with a single token come first."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that run through the model."""
+        return sum(part.num_tokens for part in self.scheduled)
+
+
+class TokenEvent(NamedTuple):
+    """A token that a step drew for a sequence that still wanted it, and whether it ended the sequence."""
+
+    sequence: Sequence
+    token_id: int
+    finish_reason: FinishReason | None
+    draw_index: int
+    """Which of the step's draws it was."""
+
+
+def next_part(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    """A running sequence's next tokens as a part of a step."""
+    assert sequence.row is not None, "a running sequence has a row"
+    start = sequence.num_computed
+    draws = start + num_tokens == len(sequence.tokens) + sequence.num_in_flight
+    return ScheduledSequence(sequence, start, num_tokens, draws, sequence.row, sequence.num_preemptions)
+
+
+def accept(part: ScheduledSequence, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
+    """Give a sequence the tokens that its part with guesses drew: right guesses, and the draw behind the last of them.
+
+    The one writing function beside the scheduler, and for it alone.
+
+    Args:
+        token_ids: draws of the step; the part's begin at `first`.
+
+    Returns:
+        At least one event; the last says whether the sequence ends, which may be before all right guesses are in.
+    """
+    sequence = part.sequence
+    sequence.is_speculating = False
+    sequence.num_in_flight -= part.num_draws
+    events = []
+    for index, guess in enumerate((*part.proposed, None), first):
+        token_id = token_ids[index]
+        sequence.tokens.append(token_id)
+        reason = sequence.finish_reason()
+        events.append(TokenEvent(sequence, token_id, reason, index))
+        if token_id != guess or reason is not None:
+            break
+    # Keys and values of wrong guesses are written over before anything attends to them.
+    sequence.num_computed = len(sequence.tokens) - 1
+    return events

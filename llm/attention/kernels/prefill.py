@@ -19,7 +19,10 @@ _NUM_WARPS, _NUM_STAGES = 4, 3
 
 
 def prefill_block_tokens(num_heads: int, num_kv_heads: int, num_tokens: int = 0) -> int:
-    """New tokens a work item, in a step of `num_tokens`: as many as fill a tile with the heads of one group."""
+    """New tokens a work item, in a step of `num_tokens`: as many as fill a tile with the heads of one group.
+
+    With the default of 0 for all steps, results do not depend on the step.
+    """
     group_block: int = triton.next_power_of_2(num_heads // num_kv_heads)
     tile_rows = _MANY_TOKENS_TILE_ROWS if num_tokens >= _MANY_TOKENS and group_block >= 4 else _TILE_ROWS
     return max(tile_rows // group_block, 1)
@@ -33,22 +36,27 @@ def paged_prefill(
     items: WorkItems,
     window: int | None,
     output: torch.Tensor,
+    *,
+    deterministic: bool = False,
 ) -> None:
-    """Write attention output of the step's parts with more than one new token; other tokens' output is left alone.
+    """Write attention output of the parts that `items` were planned for; other tokens' output is left alone.
 
     Args:
         query: (tokens, num_heads, head_dim), RoPE applied, the last two dimensions contiguous.
         kv_pages: (2, pages, page_size, num_kv_heads, head_dim), the new tokens' stored already.
         page_tables: (rows, pages a row) int32.
-        items: planned by `plan_prefills` with this step's `prefill_block_tokens`.
+        items: planned by `plan_prefills` with this step's `prefill_block_tokens`, or, if `deterministic`, with that of
+            0 tokens and for parts of one token too.
         window: a token attends to itself and the `window - 1` before it; None for all.
         output: (tokens, num_heads, head_dim), contiguous.
+        deterministic: a token's output, bit by bit, depends on nothing but its query and the keys and values it sees:
+            not on the tokens that share its step or its tile.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
     group_size = num_heads // num_kv_heads
-    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, num_tokens)
-    num_items = num_prefill_items(num_tokens, len(parts), block_tokens)
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, 0 if deterministic else num_tokens)
+    num_items = num_prefill_items(num_tokens, len(parts), block_tokens, 1 if deterministic else 2)
     _paged_prefill[(num_kv_heads, num_items)](
         query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.query_lens,
         parts.context_lens, items.parts, items.chunks, items.summary, output,
@@ -56,7 +64,8 @@ def paged_prefill(
         NUM_KV_HEADS=num_kv_heads, GROUP=group_size, GROUP_BLOCK=triton.next_power_of_2(group_size),
         BLOCK_TOKENS=block_tokens, HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         PAGE_SIZE=kv_pages.shape[2], BLOCK=_BLOCK_TOKENS, HAS_WINDOW=window is not None,
-        INDEX=slot_index_type(kv_pages), num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **launch_options(query.device),
+        IS_UNIFORM=deterministic, INDEX=slot_index_type(kv_pages), num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
+        **launch_options(query.device),
     )  # fmt: skip
 
 
@@ -66,9 +75,13 @@ def _paged_prefill(
     summary, output, query_stride, table_stride, window, scale_log2,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, IS_UNIFORM: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (kv head, item): a block of one part's new tokens, all heads of a group, against what they see."""
+    """Program (kv head, item): a block of one part's new tokens, all heads of a group, against what they see.
+
+    Blocks of the context begin at multiples of BLOCK, whatever the tile. A block hidden from a row leaves that row's
+    state as it was: its weights are exactly 0, its rescaling exactly 1, or 0 before anything was visible.
+    """
     wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -99,6 +112,8 @@ def _paged_prefill(
     if HAS_WINDOW:
         begin = tl.maximum(block_first - window + 1, 0) // BLOCK * BLOCK
         all_visible = begin
+    elif IS_UNIFORM:
+        all_visible = 0  # the same instructions for every block, for which rows are in the tile decides what is visible
     else:
         all_visible = (block_first + 1) // BLOCK * BLOCK
     state = (

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.quantization import to_format
 
 
 def rope_and_store(
@@ -23,7 +24,8 @@ def rope_and_store(
 
     Args:
         qkv: (tokens, num_heads + 2 num_kv_heads, head_dim), contiguous; queries are changed in place.
-        kv_pages: (2, pages, page_size, num_kv_heads, head_dim).
+        kv_pages: (2, pages, page_size, num_kv_heads, head_dim); 8 bits wide they take what is too large as their
+            largest number.
         page_tables: (rows, pages a row) int32.
         token_rows, positions: (tokens,) int32, row and position of each token's sequence.
         rope_table: (2, max_seq_len, head_dim / 2) float32, cosines then sines.
@@ -91,5 +93,5 @@ def _rope_and_store(
         pages = values if is_value else keys
         kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
         target = pages + (slot * NUM_KV_HEADS + kv_head[:, None]) * (2 * HALF) + dim[None, :]
-        tl.store(target, first.to(keys.dtype.element_ty), mask=mask)
-        tl.store(target + HALF, second.to(keys.dtype.element_ty), mask=mask)
+        tl.store(target, to_format(first, keys.dtype.element_ty), mask=mask)
+        tl.store(target + HALF, to_format(second, keys.dtype.element_ty), mask=mask)

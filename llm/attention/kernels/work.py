@@ -60,9 +60,9 @@ def num_decode_items(num_parts: int) -> int:
     return 2 * num_parts + 64
 
 
-def num_prefill_items(num_tokens: int, num_parts: int, block_tokens: int) -> int:
-    """Most items that prefill chunks of `num_tokens` tokens in all are cut into."""
-    return num_tokens // block_tokens + min(num_parts, num_tokens // 2)
+def num_prefill_items(num_tokens: int, num_parts: int, block_tokens: int, min_query_len: int = 2) -> int:
+    """Most items that parts of `num_tokens` tokens in all are cut into, those of `min_query_len` tokens and more."""
+    return num_tokens // block_tokens + min(num_parts, num_tokens // min_query_len)
 
 
 def slot_index_type(kv_pages: torch.Tensor) -> tl.dtype:
@@ -72,28 +72,28 @@ def slot_index_type(kv_pages: torch.Tensor) -> tl.dtype:
 
 def plan_decodes(parts: StepParts, items: WorkItems, window: int | None) -> None:
     """Cut the context of each decoding part into chunks: equal for all parts, as many as there is room for."""
-    _launch_plan(parts, items, window=window or 0, block_tokens=0)
+    _launch_plan(parts, items, window=window or 0, block_tokens=0, min_query_len=1)
 
 
-def plan_prefills(parts: StepParts, items: WorkItems, block_tokens: int) -> None:
-    """Cut the new tokens of each prefilling part into blocks of `block_tokens`."""
-    _launch_plan(parts, items, window=0, block_tokens=block_tokens)
+def plan_prefills(parts: StepParts, items: WorkItems, block_tokens: int, min_query_len: int = 2) -> None:
+    """Cut the new tokens of each part with `min_query_len` of them or more into blocks of `block_tokens`."""
+    _launch_plan(parts, items, window=0, block_tokens=block_tokens, min_query_len=min_query_len)
 
 
-def _launch_plan(parts: StepParts, items: WorkItems, window: int, block_tokens: int) -> None:
+def _launch_plan(parts: StepParts, items: WorkItems, window: int, block_tokens: int, min_query_len: int) -> None:
     _plan_work[(1,)](
         parts.query_lens, parts.context_lens, items.parts, items.chunks, items.first_items, items.summary,
         len(parts), window, len(items.parts) - len(parts), CAPACITY=len(items.parts), BLOCK_TOKENS=block_tokens,
-        MIN_CHUNK=MIN_CHUNK, BLOCK=triton.next_power_of_2(len(parts)), ITEM_BLOCK=32, num_warps=8,
-        **launch_options(parts.rows.device),
+        MIN_QUERY_LEN=min_query_len, MIN_CHUNK=MIN_CHUNK, BLOCK=triton.next_power_of_2(len(parts)), ITEM_BLOCK=32,
+        num_warps=8, **launch_options(parts.rows.device),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_parts", "max_chunks"])
 def _plan_work(
     query_lens, context_lens, item_parts, item_chunks, first_items, summary, num_parts, window, max_chunks,
-    CAPACITY: tl.constexpr, BLOCK_TOKENS: tl.constexpr, MIN_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    ITEM_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    CAPACITY: tl.constexpr, BLOCK_TOKENS: tl.constexpr, MIN_QUERY_LEN: tl.constexpr, MIN_CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, ITEM_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program. BLOCK_TOKENS > 0 plans prefills, else decodes."""
     wait_for_inputs(PDL)
@@ -101,7 +101,7 @@ def _plan_work(
     exists = part < num_parts
     query_len = tl.load(query_lens + part, mask=exists, other=0)
     if BLOCK_TOKENS > 0:
-        num_tokens = tl.where(query_len > 1, query_len, 0)
+        num_tokens = tl.where(query_len >= MIN_QUERY_LEN, query_len, 0)
         chunk_size = BLOCK_TOKENS
     else:
         context_len = tl.load(context_lens + part, mask=exists, other=0)

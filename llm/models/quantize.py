@@ -1,0 +1,43 @@
+"""A `DecoderModel`'s weights in 8 bits, for the fused forward pass."""
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from llm.kernels.quantization import FP8, quantize_weight
+from llm.models.decoder import DecoderLayer, DecoderModel
+
+_MULTIPLE = 16
+"""Sizes that 8-bit products of many rows take are multiples of this (`torch._scaled_mm`)."""
+
+
+@torch.no_grad()
+def quantize_weights(model: DecoderModel) -> None:
+    """Round the weights of all layers' projections to 8 bits in place; those that are already stay as they are.
+
+    Embeddings, norms, biases and the output head keep their format, and so do projections with a size that is not a
+    multiple of 16. One weight at a time, so that memory never holds more than one of them in both formats. After this
+    only `FusedDecoder` can run the model.
+    """
+    for layer in model.layers:
+        for projection in _projections(cast(DecoderLayer, layer)):
+            if projection.weight.dtype == FP8 or any(size % _MULTIPLE for size in projection.weight.shape):
+                continue
+            weight, scales = quantize_weight(projection.weight)
+            projection.weight = nn.Parameter(weight, requires_grad=False)
+            projection.register_buffer("weight_scales", scales, persistent=False)
+
+
+def is_quantized(model: DecoderModel) -> bool:
+    """Whether `quantize_weights` has changed the model."""
+    return any(p.weight.dtype == FP8 for layer in model.layers for p in _projections(cast(DecoderLayer, layer)))
+
+
+def weight_scales(projection: nn.Linear) -> torch.Tensor | None:
+    """Scale of each output of an 8-bit weight, (out,) float32; None for other weights."""
+    return cast(torch.Tensor, projection.weight_scales) if projection.weight.dtype == FP8 else None
+
+
+def _projections(layer: DecoderLayer) -> tuple[nn.Linear, ...]:
+    return layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj

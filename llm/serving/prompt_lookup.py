@@ -1,0 +1,122 @@
+"""`PromptLookup`: guesses a sequence's next tokens from those it holds already."""
+
+from itertools import cycle, islice
+
+_MIN_MATCH, _MAX_MATCH = 4, 8
+"""Tokens that must agree before what followed them is proposed: the fewest, and the most that is asked for.
+
+With 2 or 3, chance matches failed so often in this repository's files and in the demo model's answers that what did
+repeat was found late; 5 found less of it."""
+_MAX_CANDIDATES = 8
+"""Earlier places compared at most, latest first."""
+_FIRST_LIMIT = 4
+"""Tokens of a first proposal."""
+_MAX_FAILURES = 10
+_PATIENCE = _MAX_MATCH - _MIN_MATCH
+"""Failures in a row before there are pauses; the longest is `2 ** (_MAX_FAILURES - _PATIENCE)` tokens."""
+_KEY_BITS = 32
+"""Of one token in a key; more than any id has."""
+_KEY_MASK = (1 << _KEY_BITS * _MIN_MATCH) - 1
+
+
+class PromptLookup:
+    """Prompt-lookup decoding (Saxena 2023): what followed the sequence's last tokens when they last stood in it.
+
+    Of the latest places where the last few tokens stood before, the one is chosen before which most tokens agree too;
+    the later of equals. A proposal goes on over its own tokens where it reaches the sequence's end, as a copy does in
+    LZ77 (Ziv and Lempel 1977), so that a pattern is carried on whatever its period.
+
+    Proposals are marked by the tokens that came, whether or not anybody ran them. All right: the next may be twice as
+    long, up to `max_tokens`. All wrong: half as long, and one more token must agree; where that can be asked no more,
+    nothing is proposed for a while, which doubles each time. So a text that does not repeat is left alone, but for a
+    try now and then, and what does repeat is soon noticed.
+
+    Args:
+        tokens: of the sequence; whoever owns the list appends to it and never changes it otherwise.
+        max_tokens: of one proposal.
+    """
+
+    def __init__(self, tokens: list[int], max_tokens: int) -> None:
+        self._tokens = tokens
+        self._max_tokens = max_tokens
+        self._limit = min(_FIRST_LIMIT, max_tokens)
+        self._num_failures = 0
+        self._resume_at = 0
+        """Tokens of the sequence up to which nothing is proposed."""
+        self._last_place: dict[int, int] = {}
+        """Last position at which each run of `_MIN_MATCH` tokens ends."""
+        self._earlier_places: list[int] = []
+        """By position: where the run that ends there ended before, 0 for nowhere."""
+        self._key = 0
+        """Of the last run that was indexed."""
+        self._proposal: tuple[int, ...] = ()
+        self._num_seen = 0
+        """Tokens of the sequence when `_proposal` was made."""
+
+    def propose(self) -> tuple[int, ...]:
+        """The tokens that probably come next; none where nothing is known of them. The same until the list grows."""
+        num_tokens = len(self._tokens)
+        if num_tokens == self._num_seen:
+            return self._proposal
+        if self._proposal:
+            self._mark(self._proposal, self._tokens[self._num_seen : num_tokens])
+        self._num_seen = num_tokens
+        self._proposal = ()
+        if num_tokens >= max(self._resume_at, _MIN_MATCH):
+            self._index()
+            place = self._best_place()
+            if place:
+                self._proposal = self._tokens_after(place)
+        return self._proposal
+
+    def _mark(self, proposal: tuple[int, ...], came: list[int]) -> None:
+        """Learn from a proposal and the tokens that came in its stead."""
+        num_right = 0
+        for proposed, token_id in zip(proposal, came, strict=False):
+            if proposed != token_id:
+                break
+            num_right += 1
+        if num_right == min(len(proposal), len(came)):
+            self._limit = min(self._limit * 2, self._max_tokens)
+            self._num_failures = 0
+        elif num_right:
+            self._limit = min(num_right + 1, self._max_tokens)
+        else:
+            self._limit = max(self._limit // 2, 1)
+            self._num_failures = min(self._num_failures + 1, _MAX_FAILURES)
+            if self._num_failures > _PATIENCE:
+                self._resume_at = len(self._tokens) + 2 ** (self._num_failures - _PATIENCE)
+
+    def _index(self) -> None:
+        """Take in the tokens that are new."""
+        tokens, earlier, last, key = self._tokens, self._earlier_places, self._last_place, self._key
+        for position in range(len(earlier), len(tokens)):
+            key = (key << _KEY_BITS | tokens[position]) & _KEY_MASK
+            if position < _MIN_MATCH - 1:
+                earlier.append(0)
+            else:
+                earlier.append(last.get(key, 0))
+                last[key] = position
+        self._key = key
+
+    def _best_place(self) -> int:
+        """The earlier position whose last tokens are most like the sequence's own; 0 where too few agree."""
+        tokens, end = self._tokens, len(self._tokens) - 1
+        best, best_len = 0, 0
+        place = self._earlier_places[end]
+        for _ in range(_MAX_CANDIDATES):
+            if not place:
+                break
+            length = _MIN_MATCH
+            while length < min(_MAX_MATCH, place + 1) and tokens[place - length] == tokens[end - length]:
+                length += 1
+            if length > best_len:
+                best, best_len = place, length
+            if length == _MAX_MATCH:
+                break
+            place = self._earlier_places[place]
+        return best if best_len >= min(_MIN_MATCH + self._num_failures, _MAX_MATCH) else 0
+
+    def _tokens_after(self, place: int) -> tuple[int, ...]:
+        """What followed `place`, over and over if it is near the end."""
+        return tuple(islice(cycle(self._tokens[place + 1 : place + 1 + self._limit]), self._limit))

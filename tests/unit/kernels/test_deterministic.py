@@ -1,0 +1,148 @@
+"""Batch invariance: a row's product and a token's attention, bit by bit, are the same in any company.
+
+By Triton's interpreter on a CPU, for real where there is a GPU.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm.attention.kernels.prefill import paged_prefill, prefill_block_tokens
+from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items, plan_prefills
+from llm.core.paged_kv_cache import PagedKVCache
+from llm.kernels.linear import Linear
+from llm.models.decoder import DecoderModel
+from llm.models.fused import FusedDecoder, StepTokens
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+PAGE_SIZE = 16
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖; NaN where something was not written."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def ints(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs"), [(64, 256), (192, 2048), (72, 1000), (33, 90), (128, 8192)],
+    ids=["one part", "cut sum", "odd sizes", "odder sizes", "wide tile"],
+)  # fmt: skip
+def test_row_of_a_product_does_not_depend_on_the_others(num_outputs, num_inputs, dtype):
+    """One row, few, a whole tile, several blocks of rows: sums cut among programs and in one."""
+    torch.manual_seed(0)
+    sizes = [1, 2, 16, 17, 100, 256, 300, 600]
+    x = torch.randn(sizes[-1], num_inputs, device=DEVICE).to(dtype)
+    weight = torch.randn(num_outputs, num_inputs, device=DEVICE).to(dtype)
+    bias = torch.randn(num_outputs, device=DEVICE).to(dtype)
+    linear = Linear(DEVICE, deterministic=True)
+    whole = linear(x, weight, bias)
+    assert relative_error(whole, F.linear(x.double(), weight.double(), bias.double())) < TOLERANCE[dtype]
+    for size in sizes[:-1]:
+        for first in (0, 41):
+            if first + size <= len(x):
+                alone = linear(x[first : first + size].contiguous(), weight, bias)
+                assert torch.equal(alone, whole[first : first + size]), f"{size} rows from {first}"
+
+
+def test_swiglu_of_a_row_does_not_depend_on_the_others():
+    torch.manual_seed(0)
+    x = torch.randn(70, 256, device=DEVICE).to(HALF)
+    gate_up = torch.randn(2 * 128, 256, device=DEVICE).to(HALF) / 16
+    linear = Linear(DEVICE, deterministic=True)
+    whole = linear.swiglu(x, gate_up)
+    assert torch.equal(linear.swiglu(x[3:4].contiguous(), gate_up), whole[3:4])
+    gate, up = F.linear(x.double(), gate_up.double()).chunk(2, -1)
+    assert relative_error(whole, F.silu(gate) * up) < 2 * TOLERANCE[HALF]
+
+
+def attend(query, kv_pages, tables, lens: list[tuple[int, int, int]], window) -> torch.Tensor:
+    """Attention of a step of parts (row, new tokens, context), whose queries follow each other in `query`."""
+    num_tokens, num_heads, _ = query.shape
+    num_kv_heads = kv_pages.shape[3]
+    starts = [sum(new for _, new, _ in lens[:i]) for i in range(len(lens))]
+    rows, news, contexts = zip(*lens, strict=True)
+    parts = StepParts(ints(list(rows)), ints(starts), ints(list(news)), ints(list(contexts)))
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+    items = WorkItems.allocate(num_prefill_items(num_tokens, len(parts), block_tokens, 1), len(parts), DEVICE)
+    plan_prefills(parts, items, block_tokens, 1)
+    output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=DEVICE)
+    paged_prefill(query, kv_pages, tables, parts, items, window, output, deterministic=True)
+    return output
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 2, 16), (6, 1, 24), (4, 4, 32)])
+@pytest.mark.parametrize("window", [None, 1, 50, 130])
+def test_attention_of_a_token_does_not_depend_on_its_chunk(num_heads, num_kv_heads, head_dim, window, dtype):
+    """A prompt at once, in chunks beside another's, and token by token."""
+    torch.manual_seed(num_heads)
+    num_tokens, num_pages = 150, 10
+    kv_pages = torch.randn(2, 2 * num_pages, PAGE_SIZE, num_kv_heads, head_dim, device=DEVICE).to(dtype)
+    tables = torch.randperm(2 * num_pages, device=DEVICE).view(2, num_pages).int()
+    query = torch.randn(num_tokens, num_heads, head_dim, device=DEVICE).to(dtype)
+    whole = attend(query, kv_pages, tables, [(1, num_tokens, num_tokens)], window)
+    other = torch.randn(3, num_heads, head_dim, device=DEVICE).to(dtype)
+    start = 0
+    for end in (7, 71, 72, 140, 150):
+        step = torch.cat([other, query[start:end]])
+        chunk = attend(step, kv_pages, tables, [(0, 1, 20), (0, 2, 99), (1, end - start, end)], window)
+        assert not chunk.isnan().any()
+        assert torch.equal(chunk[3:], whole[start:end]), f"tokens {start} to {end}"
+        start = end
+    for i in (0, 1, 63, 64, 65, 149):
+        assert torch.equal(attend(query[i : i + 1], kv_pages, tables, [(1, 1, i + 1)], window), whole[i : i + 1])
+    fast_parts = StepParts(ints([1]), ints([0]), ints([num_tokens]), ints([num_tokens]))
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+    items = WorkItems.allocate(num_prefill_items(num_tokens, 1, block_tokens), 1, DEVICE)
+    plan_prefills(fast_parts, items, block_tokens)
+    fast = torch.full_like(whole, torch.nan)
+    paged_prefill(query, kv_pages, tables, fast_parts, items, window, fast)
+    assert relative_error(whole, fast) < 2 * TOLERANCE[dtype]
+
+
+def test_logits_do_not_depend_on_chunks_and_company():
+    """A sequence token by token and alone, and at once beside another: the same logits for its last token."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    model = DecoderModel(vocab_size=80, max_seq_len=64, device=DEVICE, dtype=HALF, qk_norm=True, **shape)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.randint(0, 80, (2, 20)).tolist()
+
+    def last_logits(steps: list[list[tuple[int, int, int]]]) -> torch.Tensor:
+        """Logits of row 0's last token, after steps of parts (row, start, end)."""
+        kv_cache = PagedKVCache(
+            num_layers=2, num_pages=8, page_size=PAGE_SIZE, num_kv_heads=2, head_dim=16, device=DEVICE, dtype=HALF
+        )
+        decoder = FusedDecoder(
+            model, kv_cache, ints([[3, 1], [0, 5]]), ints([0, 0]), max_tokens=64, max_parts=4, deterministic=True
+        )
+        for step in steps:
+            tokens = StepTokens(
+                ints([ids[row][i] for row, start, end in step for i in range(start, end)]),
+                ints([i for _, start, end in step for i in range(start, end)]),
+                ints([row for row, start, end in step for _ in range(start, end)]),
+            )
+            query_lens = [end - start for _, start, end in step]
+            starts = [sum(query_lens[:i]) for i in range(len(step))]
+            parts = StepParts(
+                ints([row for row, _, _ in step]), ints(starts), ints(query_lens), ints([end for _, _, end in step])
+            )
+            hidden = torch.empty(sum(query_lens), 64, dtype=HALF, device=DEVICE)
+            decoder.hidden_states(tokens, parts, hidden, has_prefills=max(query_lens) > 1)
+        last = starts[[row for row, _, _ in steps[-1]].index(0)] + steps[-1][-1][2] - steps[-1][-1][1] - 1
+        return decoder.logits(hidden[last : last + 1])
+
+    with torch.inference_mode():
+        alone = last_logits([[(0, i, i + 1)] for i in range(20)])
+        together = last_logits([[(1, 0, 20), (0, 0, 13)], [(1, 0, 20), (0, 13, 20)]])
+    assert alone.isfinite().all()
+    assert torch.equal(alone, together)
