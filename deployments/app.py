@@ -6,11 +6,13 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig, EngineKind, key_digests, resolve_paths, without_secrets
 from deployments.engine_replica import EngineReplica
 from deployments.front_end import check_open, find_front_end
 from deployments.ingress import RouterIngress
+from deployments.request_router import RankedRequestRouter
 from llm.models.loading import check_checkpoint
 from llm.models.registry import load_model_config
 
@@ -63,6 +65,7 @@ def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:
     return serve.deployment(EngineReplica).options(
         name="EngineReplica",
         ray_actor_options={"num_gpus": num_gpus, "num_cpus": replicas.num_cpus},
+        request_router_config=RequestRouterConfig(request_router_class=RankedRequestRouter),
         max_ongoing_requests=replicas.max_ongoing_requests,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,

@@ -31,6 +31,17 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class PolicyName(StrEnum):
+    """How a router chooses among replicas."""
+
+    COST = "cost"
+    """Fewest tokens to compute first, what the prefix cache holds left out."""
+    POWER_OF_TWO = "power_of_two"
+    """The less busy of two drawn at random."""
+    ROUND_ROBIN = "round_robin"
+    """In turn."""
+
+
 class EmulationConfig(StrictModel):
     """Pace of the emulated engine."""
 
@@ -80,6 +91,29 @@ class RouterConfig(StrictModel):
     max_resumes: int = Field(default=3, ge=0)
     """How often a request goes on elsewhere after its engine replica died; 0 turns failover off."""
     tokenizer_threads: int = Field(default=2, ge=1, le=64)
+    policy: PolicyName = PolicyName.COST
+    """How a replica is chosen for a request."""
+    silence_timeout_s: float = Field(default=2.0, gt=0)
+    """A replica that has not reported for so long (it does so ten times a second) gets nothing new."""
+    stall_timeout_s: float = Field(default=15.0, gt=0)
+    """After so long its streams go on elsewhere, if failover is on."""
+    drain_after_s: float = Field(default=10.0, ge=0)
+    """A replica that is being taken away may finish its streams for so long; the rest go on elsewhere, if failover is
+    on and there is another replica."""
+
+
+class AdmissionConfig(StrictModel):
+    """How much work may wait in a router, in tokens of prompts and of answers to be expected."""
+
+    max_queue_tokens: int = Field(default=4_000_000, ge=1)
+    """Past this, requests are refused with 429."""
+    max_queue_s: float = Field(default=30.0, gt=0)
+    """Requests that would wait longer than this for a replica, at the pace just measured, are refused with 429."""
+    max_backlog_steps: float = Field(default=4.0, gt=0)
+    """Engine steps' worth of prompts that a replica is sent ahead; what comes after waits in the router, where it can
+    still go elsewhere."""
+    no_replica_timeout_s: float = Field(default=60.0, gt=0)
+    """How long requests wait while there is no replica at all; then 503."""
 
 
 class LimitsConfig(StrictModel):
@@ -121,6 +155,7 @@ class AppConfig(StrictModel):
     emulation: EmulationConfig = EmulationConfig()
     replicas: ReplicasConfig = ReplicasConfig()
     router: RouterConfig = RouterConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     limits: LimitsConfig = LimitsConfig()
     token_channel: ChannelConfig = ChannelConfig()
     api_keys: tuple[SecretStr, ...] = ()

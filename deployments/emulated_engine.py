@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from deployments.config import EmulationConfig
 from llm.config import EngineConfig
+from llm.core.prefix_cache import PageHashes
+from llm.core.slot_pool import SlotPool
 from llm.errors import InvalidRequestError
 from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
 
@@ -20,7 +22,10 @@ class _Row:
     request: GenerationRequest
     prompt: tuple[int, ...]
     num_output: int
-    num_pages: int = 0
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    queue_s: float = 0.0
+    added_at: float = field(default_factory=time.monotonic)
     fingerprint: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -32,7 +37,8 @@ class EmulatedEngine:
 
     A step lasts `1 / tokens_per_s` plus the time that its prompts take at `prefill_tokens_per_s`, and gives one token
     to each running request. Token ids are lower-case ASCII letters that depend on the prompt and the position alone,
-    so a request that goes on in another engine goes on with the same tokens.
+    so a request that goes on in another engine goes on with the same tokens. Prompts that begin alike share pages as
+    in a real engine, and what is shared takes no time.
 
     Args:
         config: rows, page size and number of pages; pages default to what all rows need at once.
@@ -45,13 +51,13 @@ class EmulatedEngine:
         self.emulation = emulation
         self.max_seq_len = min(config.max_seq_len or emulation.max_seq_len, emulation.max_seq_len)
         pages_a_row = -(-self.max_seq_len // config.page_size)
-        self.num_pages = config.num_pages or config.batch_size("cpu") * pages_a_row
+        self.pool = SlotPool(config.num_pages or config.batch_size("cpu") * pages_a_row, config.page_size)
         self.vocab_size = vocab_size
         self._waiting: deque[_Row] = deque()
         self._running: dict[str, _Row] = {}
-        self._num_used_pages = 0
         self._num_generated = 0
         self._num_prompt = 0
+        self._num_cached_prompt = 0
         self._next_step_at = 0.0
 
     @property
@@ -67,7 +73,7 @@ class EmulatedEngine:
     @property
     def num_slots(self) -> int:
         """Tokens that the pretended pool holds."""
-        return self.num_pages * self.config.page_size
+        return self.pool.num_pages * self.config.page_size
 
     def add_request(self, request: GenerationRequest) -> str:
         """Accept a request; its tokens come out of `step`.
@@ -93,7 +99,7 @@ class EmulatedEngine:
         """Give a request up; False if it has ended or was never there."""
         row = self._running.pop(request_id, None)
         if row is not None:
-            self._num_used_pages -= row.num_pages
+            self.pool.release(row.pages)
             return True
         for waiting in self._waiting:
             if waiting.request.request_id == request_id:
@@ -119,32 +125,57 @@ class EmulatedEngine:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_waiting_tokens=sum(len(row.prompt) for row in self._waiting),
-            num_free_pages=self.num_pages - self._num_used_pages,
-            num_used_pages=self._num_used_pages,
-            num_cached_pages=0,
-            num_pages=self.num_pages,
+            num_free_pages=self.pool.num_free,
+            num_used_pages=self.pool.num_used,
+            num_cached_pages=self.pool.num_cached,
+            num_pages=self.pool.num_pages,
             page_size=self.config.page_size,
             num_preemptions=0,
             num_generated_tokens=self._num_generated,
             num_prompt_tokens=self._num_prompt,
-            num_cached_prompt_tokens=0,
+            num_cached_prompt_tokens=self._num_cached_prompt,
+            max_rows=self.config.batch_size("cpu"),
         )
 
     def _admit(self) -> int:
-        """Move waiting requests to free rows; return their tokens."""
+        """Move waiting requests to free rows; return their tokens that are not cached."""
         num_tokens = 0
         while self._waiting and len(self._running) < self.config.batch_size("cpu"):
             row = self._waiting[0]
-            longest = min(len(row.prompt) + row.request.max_new_tokens, self.max_seq_len)
-            row.num_pages = min(-(-longest // self.config.page_size), self.num_pages)
-            if self._num_used_pages + row.num_pages > self.num_pages:
+            if not self._take_pages(row):
                 break
             self._waiting.popleft()
-            self._num_used_pages += row.num_pages
             self._running[row.request.request_id] = row
             self._num_prompt += len(row.prompt)
-            num_tokens += len(row.prompt) + row.num_output
+            self._num_cached_prompt += row.num_cached
+            row.queue_s = time.monotonic() - row.added_at
+            num_tokens += len(row.prompt) - row.num_cached + row.num_output
         return num_tokens
+
+    def _take_pages(self, row: _Row) -> bool:
+        """Pages for all that the row may come to, the prompt's cached ones shared; False where there are too few."""
+        pool, page_size = self.pool, self.config.page_size
+        longest = min(len(row.prompt) + row.request.max_new_tokens, self.max_seq_len)
+        num_pages = min(pool.pages_for(longest), pool.num_pages)
+        # At least one token is left to compute, as in a real engine.
+        hashes = PageHashes(page_size).extend(row.prompt, len(row.prompt) - 1)
+        shared = []
+        for content in hashes if self.config.enable_prefix_caching else ():
+            page = pool.find(content)
+            if page is None:
+                break
+            shared.append(page)
+        for page in shared:
+            pool.share(page)
+        if pool.num_available < num_pages - len(shared):
+            pool.release(shared)
+            return False
+        row.pages = shared + pool.allocate(num_pages - len(shared))
+        row.num_cached = len(shared) * page_size
+        if self.config.enable_prefix_caching:
+            for page, content in list(zip(row.pages, hashes, strict=False))[len(shared) :]:
+                pool.register(page, content)
+        return True
 
     def _advance(self, row: _Row) -> StepOutput:
         request = row.request
@@ -158,7 +189,7 @@ class EmulatedEngine:
             reason = FinishReason.LENGTH
         if reason is not None:
             del self._running[request.request_id]
-            self._num_used_pages -= row.num_pages
+            self.pool.release(row.pages)
         logprobs = None
         if request.logprobs is not None:
             top = tuple((_FIRST_TOKEN + i, -1.0 - i) for i in range(request.logprobs))
@@ -170,4 +201,6 @@ class EmulatedEngine:
             finish_reason=reason,
             stop_reason=stop_reason,
             num_prompt_tokens=len(row.prompt),
+            num_cached_tokens=row.num_cached,
+            queue_s=row.queue_s,
         )

@@ -1,22 +1,25 @@
 """How a router reaches the engine replicas."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from deployments.engine_factory import EngineInfo
-from llm.errors import LLMError
+from deployments.errors import ReplicaLostError
+from deployments.replica_list import watch_replicas
+from deployments.wire import ChannelAddress, encode
 
 _info_decoder = msgspec.msgpack.Decoder(EngineInfo)
 
 
-class ReplicaLostError(LLMError):
-    """The replica that ran a call died or was taken away; another one may go on."""
-
-
 class EngineClient(Protocol):
-    """Calls to whichever replica is chosen for them."""
+    """Calls to engine replicas, each to the first of a ranking of replica ids that is there; to any, if none is."""
+
+    def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
+        """Tell the ids of the running replicas whenever these change, on the event loop of the caller."""
+        ...
 
     async def describe(self) -> EngineInfo:
         """What the replicas have in common; waits until there is one.
@@ -26,7 +29,23 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def generate(self, call: bytes) -> bytes:
+    async def attach(self, replica_id: str, channel: ChannelAddress) -> None:
+        """Have a replica report its state to this channel.
+
+        Raises:
+            ReplicaLostError: it is gone.
+        """
+        ...
+
+    async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
+        """Tell a replica how many tokens this router holds back, for its autoscaling statistics.
+
+        Raises:
+            ReplicaLostError: it is gone.
+        """
+        ...
+
+    async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         """Run an encoded `GenerateCall` on a replica and return the encoded reply. Cancelling aborts it there.
 
         Raises:
@@ -36,31 +55,53 @@ class EngineClient(Protocol):
 
 
 class ServeEngineClient:
-    """Calls through a Ray Serve deployment handle, which chooses the replica.
+    """Calls through a Ray Serve deployment handle; `RankedRequestRouter` reads the rankings.
 
     Args:
         handle: of the `EngineReplica` deployment.
     """
 
     def __init__(self, handle: Any) -> None:
+        self._handle = handle
         self._describe = handle.describe
+        self._attach = handle.attach
+        self._note_queue = handle.note_queue
         self._generate = handle.generate
+
+    def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
+        """See `EngineClient`."""
+        loop = asyncio.get_running_loop()
+
+        def on_change(replica_ids: frozenset[str]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(callback, replica_ids)
+
+        watch_replicas(self._handle.app_name, self._handle.deployment_name, on_change)
 
     async def describe(self) -> EngineInfo:
         """See `EngineClient`."""
         return _info_decoder.decode(await self._call(self._describe))
 
-    async def generate(self, call: bytes) -> bytes:
+    async def attach(self, replica_id: str, channel: ChannelAddress) -> None:
         """See `EngineClient`."""
-        return await self._call(self._generate, call)
+        await self._call(self._attach, encode(channel), (replica_id,))
 
-    async def _call(self, method: Any, *args: bytes) -> bytes:
+    async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
+        """See `EngineClient`."""
+        await self._call(self._note_queue, channel.endpoint, (replica_id,), num_tokens)
+
+    async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
+        """See `EngineClient`."""
+        reply: bytes = await self._call(self._generate, call, tuple(ranking))
+        return reply
+
+    async def _call(self, method: Any, *args: object) -> Any:
         import grpc  # type: ignore[import-untyped]
         from ray.exceptions import RayActorError
 
         response = method.remote(*args)
         try:
-            reply: bytes = await response
+            return await response
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or not task.cancelling():  # cancelled at the other end: the replica is being taken away
@@ -69,4 +110,3 @@ class ServeEngineClient:
             raise
         except (RayActorError, grpc.RpcError) as error:
             raise ReplicaLostError(f"the replica is gone ({type(error).__name__})") from error
-        return reply

@@ -9,11 +9,17 @@ import msgspec
 
 from deployments.config import AppConfig, DType, EngineKind
 from deployments.emulated_engine import EmulatedEngine
+from llm.core.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats, GenerationRequest, StepOutput
 
 
-class PendingWork(Protocol):
+class EngineScheduler(Protocol):
     """The part of a scheduler that the engine loop looks at."""
+
+    @property
+    def pool(self) -> SlotPool:
+        """What is where in the KV memory."""
+        ...
 
     @property
     def has_pending_work(self) -> bool:
@@ -25,8 +31,8 @@ class Engine(Protocol):
     """`ContinuousBatchingEngine` as the engine loop uses it. One thread calls it."""
 
     @property
-    def scheduler(self) -> PendingWork:
-        """Tells whether there is work."""
+    def scheduler(self) -> EngineScheduler:
+        """Tells whether there is work, and what the prefix cache holds."""
         ...
 
     @property
@@ -62,6 +68,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     model: str
     max_seq_len: int
     num_slots: int
+    page_size: int
+    max_step_tokens: int
+    """Tokens that a step computes at most."""
     vocab_size: int
     device: str
     dtype: str
@@ -98,6 +107,8 @@ def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
         model=config.model_name,
         max_seq_len=engine.max_seq_len,
         num_slots=engine.num_slots,
+        page_size=config.engine.page_size,
+        max_step_tokens=config.engine.token_budget("cuda"),
         vocab_size=vocab_size,
         device="none",
         dtype="none",
@@ -127,6 +138,8 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         model=config.model_name,
         max_seq_len=engine.max_seq_len,
         num_slots=engine.num_slots,
+        page_size=config.engine.page_size,
+        max_step_tokens=config.engine.token_budget(model.device.type),
         vocab_size=model.config.vocab_size,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),

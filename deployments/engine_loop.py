@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from deployments.engine_factory import Engine
 from deployments.token_channel import OutgoingStream, TokenSender
-from deployments.wire import ChannelAddress, End, GenerateReply, Refusal, end_of
+from deployments.wire import ChannelAddress, End, EngineTiming, GenerateReply, Refusal, end_of
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
-STATS_INTERVAL_S = 0.1
+REPORT_INTERVAL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -27,6 +27,8 @@ class _OpenRequest:
     token_ids: list[int]
     stream: OutgoingStream | None
     logprobs: list[TokenLogprobs] | None = None
+    received_at: float = field(default_factory=time.monotonic)
+    timing: EngineTiming | None = None
 
 
 @dataclass(slots=True)
@@ -63,11 +65,11 @@ class EngineLoop:
         self.latest_stats: EngineStats = engine.stats()
         self._engine = engine
         self._replica_id = replica_id
-        self._sender = sender or TokenSender()
+        self._sender = sender or TokenSender(replica_id)
         self._open: dict[str, _OpenRequest] = {}
         self._commands = _Commands()
         self._is_stopping = False
-        self._next_stats_at = 0.0
+        self._next_report_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -104,6 +106,10 @@ class EngineLoop:
             self._do(lambda: self._abort(request.request_id))
             raise
 
+    def attach(self, channel: ChannelAddress) -> None:
+        """Report to this router from now on, whether or not it sends requests."""
+        self._do(lambda: self._attach(channel))
+
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
@@ -121,7 +127,7 @@ class EngineLoop:
                     self._step()
                 else:
                     self._report()
-                    self._commands.wake_up.wait(STATS_INTERVAL_S)
+                    self._commands.wake_up.wait(REPORT_INTERVAL_S)
         except Exception as error:
             logger.exception("the engine broke down")
             self._break_down(f"{type(error).__name__}: {error}")
@@ -158,8 +164,12 @@ class EngineLoop:
                 request.logprobs = []
             request.logprobs.extend(output.logprobs)
         end = end_of(output)
+        timing = None
+        if request.timing is None and output.token_ids:
+            elapsed = time.monotonic() - request.received_at
+            timing = request.timing = EngineTiming(output.queue_s, max(0.0, elapsed - output.queue_s))
         if request.stream is not None:
-            request.stream.push(output.token_ids, output.logprobs, end)
+            request.stream.push(output.token_ids, output.logprobs, end, timing)
         if end is not None:
             self._close(output.request_id, request, end)
 
@@ -167,7 +177,9 @@ class EngineLoop:
         del self._open[request_id]
         if request.stream is not None:
             request.stream.close()
-        request.resolve(GenerateReply(self._replica_id, request.token_ids, request.logprobs, end))
+        request.resolve(
+            GenerateReply(self._replica_id, request.token_ids, request.logprobs, end, timing=request.timing)
+        )
 
     def _add(
         self,
@@ -188,6 +200,10 @@ class EngineLoop:
         stream = self._sender.open(stream_id, channel, num_output) if channel is not None else None
         self._open[request.request_id] = _OpenRequest(resolve, list(request.output_token_ids), stream)
 
+    def _attach(self, channel: ChannelAddress) -> None:
+        self._sender.attach(channel)
+        self._next_report_at = 0.0
+
     def _abort(self, request_id: str) -> None:
         request = self._open.pop(request_id, None)
         if request is None:
@@ -200,11 +216,12 @@ class EngineLoop:
     def _report(self) -> None:
         """Tell the routers how things stand, a few times a second."""
         now = time.monotonic()
-        if now < self._next_stats_at:
+        if now < self._next_report_at:
             return
-        self._next_stats_at = now + STATS_INTERVAL_S
+        self._next_report_at = now + REPORT_INTERVAL_S
         self.latest_stats = self._engine.stats()
-        self._sender.send_stats(self._replica_id, self.latest_stats)
+        pool = self._engine.scheduler.pool
+        self._sender.report(self.latest_stats, pool.take_changes(), pool.content)
 
     def _break_down(self, failure: str) -> None:
         """Answer everything that is open; from now on every request is answered with the failure."""

@@ -2,16 +2,18 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 from deployments.config import AppConfig
 from deployments.engine_factory import Engine, EngineInfo, make_engine
 from deployments.engine_loop import EngineLoop
-from deployments.wire import decode_call, encode
+from deployments.wire import decode_address, decode_call, encode
 from llm.errors import ConfigError, EngineError
 from llm.serving.schemas import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 
+_QUEUE_NEWS_LIFETIME_S = 2.0
 _WARM_UP_PROMPT_TOKENS = 24
 _WARM_UP_NEW_TOKENS = 4
 
@@ -27,6 +29,7 @@ class EngineReplica:
     def __init__(self, config: AppConfig, replica_id: str | None = None) -> None:
         started = time.monotonic()
         self._stall_timeout_s = config.replicas.stall_timeout_s
+        self._queues: dict[str, tuple[int, float]] = {}
         engine, self._info = make_engine(config)
         _warm_up(engine)
         self.replica_id = replica_id or _serve_replica_id()
@@ -47,7 +50,21 @@ class EngineReplica:
         """`info`, encoded."""
         return encode(self._info)
 
-    async def generate(self, call: bytes) -> bytes:
+    async def attach(self, channel: bytes, ranking: Sequence[str] = ()) -> None:  # noqa: ARG002 - the request router's
+        """Report this replica's state to the router behind an encoded `ChannelAddress` from now on."""
+        self._loop.attach(decode_address(channel))
+
+    async def note_queue(self, router: str, ranking: Sequence[str], num_tokens: int) -> None:  # noqa: ARG002
+        """Count what a router holds back in this replica's autoscaling statistics, until its next word or a while."""
+        self._queues[router] = num_tokens, time.monotonic()
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens to prefill of requests that routers hold back, as far as they told this replica."""
+        oldest = time.monotonic() - _QUEUE_NEWS_LIFETIME_S
+        return sum(num_tokens for num_tokens, told_at in self._queues.values() if told_at >= oldest)
+
+    async def generate(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
         """Run a `GenerateCall` to its end and return the `GenerateReply`. Cancelling aborts it within a step."""
         decoded = decode_call(call)
         reply = await self._loop.generate(decoded.to_request(), decoded.stream_id, decoded.channel)

@@ -5,37 +5,33 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from deployments.config import AppConfig
-from deployments.engine_client import EngineClient, ReplicaLostError
+from deployments.dispatcher import Dispatcher
+from deployments.engine_client import EngineClient
 from deployments.engine_factory import EngineInfo
-from deployments.generation import GenerationGroup, Journal
+from deployments.errors import ReplicaLostError
+from deployments.fleet import Fleet
+from deployments.fleet_watch import FleetWatch
+from deployments.generation import Caller
+from deployments.journal import GenerationGroup, Journal
 from deployments.openai.errors import not_ready
 from deployments.openai.prompts import PromptEncoder
+from deployments.policy import make_policy
 from deployments.token_channel import TokenListener
 from llm.models.registry import load_generation_defaults, resolve_model_path
-from llm.serving.schemas import EngineStats, GenerationRequest
+from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 logger = logging.getLogger("ray.serve")
 
 _DESCRIBE_RETRY_S = 0.5
-_REPORT_LIFETIME_S = 10.0
-
-
-@dataclass(slots=True)
-class ReplicaReport:
-    """Last state that a replica told."""
-
-    stats: EngineStats
-    received_at: float
-    """By the monotonic clock."""
 
 
 class Router:
-    """Owns the tokenizer, the token channel and the journal of live requests.
+    """Owns the tokenizer, the token channel, the view of the fleet and the journal of live requests.
 
     Make it on the event loop that it is to run on.
 
@@ -55,14 +51,17 @@ class Router:
         self.defaults = load_generation_defaults(directory)
         self.started_at = int(time.time())
         self.info: EngineInfo | None = None
-        self.reports: dict[str, ReplicaReport] = {}
         self._client = client
         self._executor = ThreadPoolExecutor(config.router.tokenizer_threads, thread_name_prefix="tokenizer")
         self._encoder: PromptEncoder | None = None
+        self.fleet = Fleet(make_policy(config.router.policy))
+        self.dispatcher = Dispatcher(self.fleet, config.admission)
         self._listener = TokenListener(
-            channel_host, config.token_channel.port, on_items=self._take_items, on_stats=self._take_stats
+            channel_host, config.token_channel.port, on_items=self._take_items, on_report=self._take_report
         )
-        self.journal = Journal(client, self._listener.address, max_resumes=config.router.max_resumes)
+        channel = self._listener.address
+        self.journal = Journal(client, self.fleet, self.dispatcher, channel, max_resumes=config.router.max_resumes)
+        self._watch = FleetWatch(client, self.fleet, self.dispatcher, self.journal, channel, config.router)
         self._learning = asyncio.get_running_loop().create_task(self._learn())
 
     @property
@@ -81,9 +80,13 @@ class Router:
             raise not_ready()
         return self._encoder
 
-    def start(self, requests: Sequence[GenerationRequest]) -> GenerationGroup:
-        """Begin to generate."""
-        return self.journal.start(requests)
+    def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
+        """Begin to generate.
+
+        Raises:
+            OverloadedError: too much waits already.
+        """
+        return self.journal.start(requests, caller or Caller())
 
     async def wait_until_ready(self) -> EngineInfo:
         """Wait for the first engine."""
@@ -93,24 +96,24 @@ class Router:
 
     def snapshot(self) -> dict[str, Any]:
         """State of this router and, as it last heard, of the replicas."""
-        now = time.monotonic()
         return {
             "router": {
                 "num_live": self.journal.num_live,
+                "num_waiting": self.dispatcher.num_waiting,
+                "num_waiting_tokens": self.dispatcher.num_waiting_tokens,
                 "num_requests": self.journal.num_requests,
+                "num_refused": self.dispatcher.num_refused,
                 "num_resumes": self.journal.num_resumes,
+                "num_moves": self.journal.num_moves,
                 "channel": asdict(self._listener.counters),
             },
-            "replicas": {
-                replica_id: {**asdict(report.stats), "age_s": round(now - report.received_at, 3)}
-                for replica_id, report in self.reports.items()
-                if now - report.received_at < _REPORT_LIFETIME_S
-            },
+            "replicas": self._watch.snapshot(),
         }
 
     def close(self) -> None:
         """Stop listening and end the threads."""
         self._learning.cancel()
+        self._watch.close()
         self._listener.close()
         self._executor.shutdown(wait=False)
 
@@ -127,15 +130,12 @@ class Router:
                 await asyncio.sleep(_DESCRIBE_RETRY_S * 4)
                 continue
             self._encoder = PromptEncoder(self.tokenizer, self.defaults, info, self.config.limits, self._executor)
+            self.journal.page_size = info.page_size
+            self.dispatcher.learn_step_tokens(info.max_step_tokens)
             self.info = info
 
-    def _take_items(self, items: list[Any]) -> None:
-        self.journal.take_items(items)
+    def _take_items(self, replica_id: str, items: list[Any]) -> None:
+        self.journal.take_items(replica_id, items)
 
-    def _take_stats(self, replica_id: str, stats: EngineStats) -> None:
-        now = time.monotonic()
-        if replica_id not in self.reports:
-            for other, report in list(self.reports.items()):
-                if now - report.received_at > _REPORT_LIFETIME_S:
-                    del self.reports[other]
-        self.reports[replica_id] = ReplicaReport(stats, now)
+    def _take_report(self, report: Any) -> None:
+        self._watch.take_report(report)

@@ -9,13 +9,25 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
 import zmq
 
-from deployments.wire import SECRET_BYTES, ChannelAddress, End, Frame, StatsFrame, StepFrame, TokenItem, encode
+from deployments.wire import (
+    SECRET_BYTES,
+    ChannelAddress,
+    End,
+    EngineTiming,
+    Frame,
+    Report,
+    StepFrame,
+    TokenItem,
+    block_hash,
+    encode,
+)
+from llm.core.slot_pool import ContentChanges
 from llm.serving.schemas import EngineStats, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -38,13 +50,13 @@ class ChannelCounters:
 
 
 class TokenListener:
-    """A router's end. Lives on one event loop, which also calls `on_items` and `on_stats`.
+    """A router's end. Lives on one event loop, which also calls `on_items` and `on_report`.
 
     Args:
         host: address to listen on.
         port: 0 for any free one.
-        on_items: gets the items of each step frame.
-        on_stats: gets each replica's state.
+        on_items: gets a replica's id and the items of each of its steps.
+        on_report: gets each replica's state.
     """
 
     def __init__(
@@ -52,13 +64,13 @@ class TokenListener:
         host: str,
         port: int,
         *,
-        on_items: Callable[[list[TokenItem]], None],
-        on_stats: Callable[[str, EngineStats], None],
+        on_items: Callable[[str, list[TokenItem]], None],
+        on_report: Callable[[Report], None],
     ) -> None:
         self.counters = ChannelCounters()
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._on_items = on_items
-        self._on_stats = on_stats
+        self._on_report = on_report
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
@@ -105,18 +117,22 @@ class TokenListener:
             self.counters.num_malformed += 1
             return
         if isinstance(frame, StepFrame):
-            self._on_items(frame.items)
+            self._on_items(frame.replica_id, frame.items)
         else:
-            self._on_stats(frame.replica_id, frame.stats)
+            self._on_report(frame)
 
 
 class TokenSender:
     """A replica's end. Lives on the engine's thread.
 
     What cannot be sent, because a router does not keep up, stays with its stream and goes with a later step.
+
+    Args:
+        replica_id: goes with every frame.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replica_id: str) -> None:
+        self._replica_id = replica_id
         self._context = zmq.Context()
         self._routers: dict[str, _RouterLink] = {}
 
@@ -125,30 +141,40 @@ class TokenSender:
         """Routers that this replica sends to."""
         return len(self._routers)
 
+    def attach(self, channel: ChannelAddress) -> None:
+        """Report to this router from now on, everything at first."""
+        self._link(channel).has_missed_report = True
+
     def open(self, stream_id: int, channel: ChannelAddress, num_output_tokens: int) -> "OutgoingStream":
         """Begin a stream.
 
         Args:
             num_output_tokens: tokens that an earlier engine generated.
         """
-        link = self._routers.get(channel.endpoint)
-        if link is None or link.secret != channel.secret:
-            if link is not None:  # another router that got a dead one's port
-                link.close()
-            link = self._routers[channel.endpoint] = _RouterLink(self._context, channel)
-        return OutgoingStream(link, stream_id, num_output_tokens)
+        return OutgoingStream(self._link(channel), stream_id, num_output_tokens)
 
     def flush(self) -> None:
         """Send what the last step gave, one frame a router."""
         for link in self._routers.values():
             if link.dirty:
-                link.flush()
+                link.flush(self._replica_id)
 
-    def send_stats(self, replica_id: str, stats: EngineStats) -> None:
-        """Tell every router this replica's state, and forget routers that are gone."""
-        frame = encode(StatsFrame(replica_id, stats))
+    def report(self, stats: EngineStats, changes: ContentChanges, content: Iterable[int]) -> None:
+        """Tell every router this replica's state, and forget routers that are gone.
+
+        Args:
+            changes: of the prefix cache since the last report.
+            content: all of the prefix cache, for routers that missed a report or never had one.
+        """
+        added, removed = _blocks(changes.added), _blocks(changes.removed)
         for endpoint, link in list(self._routers.items()):
-            if not link.send(frame) and not link.num_streams:
+            report = Report(self._replica_id, stats, added, removed, received=link.received)
+            if link.has_missed_report:
+                report.added_blocks, report.removed_blocks, report.is_snapshot = _blocks(content), [], True
+            link.has_missed_report = not link.send(encode(report))
+            if not link.has_missed_report:
+                link.received = []
+            elif not link.num_streams:
                 link.close()
                 del self._routers[endpoint]
 
@@ -159,11 +185,19 @@ class TokenSender:
         self._routers.clear()
         self._context.destroy(linger=0)
 
+    def _link(self, channel: ChannelAddress) -> "_RouterLink":
+        link = self._routers.get(channel.endpoint)
+        if link is None or link.secret != channel.secret:
+            if link is not None:  # another router that got a dead one's port
+                link.close()
+            link = self._routers[channel.endpoint] = _RouterLink(self._context, channel)
+        return link
+
 
 class OutgoingStream:
     """Tokens of one request on their way to its router."""
 
-    __slots__ = ("_end", "_link", "_logprobs", "_num_sent", "_stream_id", "_token_ids")
+    __slots__ = ("_end", "_link", "_logprobs", "_num_sent", "_stream_id", "_timing", "_token_ids")
 
     def __init__(self, link: "_RouterLink", stream_id: int, num_output_tokens: int) -> None:
         self._link = link
@@ -172,10 +206,16 @@ class OutgoingStream:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] | None = None
         self._end: End | None = None
+        self._timing: EngineTiming | None = None
         link.num_streams += 1
+        link.received.append(stream_id)
 
     def push(
-        self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None = None, end: End | None = None
+        self,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        end: End | None = None,
+        timing: EngineTiming | None = None,
     ) -> None:
         """Add a step's tokens; they leave with the next flush."""
         self._token_ids.extend(token_ids)
@@ -184,6 +224,7 @@ class OutgoingStream:
                 self._logprobs = []
             self._logprobs.extend(logprobs)
         self._end = end
+        self._timing = timing or self._timing
         self._link.dirty[self._stream_id] = self
 
     def close(self) -> None:
@@ -194,13 +235,14 @@ class OutgoingStream:
 
     def item(self) -> TokenItem:
         """What is still to be sent."""
-        return TokenItem(self._stream_id, self._num_sent, self._token_ids, self._logprobs, self._end)
+        return TokenItem(self._stream_id, self._num_sent, self._token_ids, self._logprobs, self._end, self._timing)
 
     def mark_sent(self) -> None:
         """What `item` gave has been sent."""
         self._num_sent += len(self._token_ids)
         self._token_ids = []
         self._logprobs = None
+        self._timing = None
 
 
 class _RouterLink:
@@ -209,6 +251,8 @@ class _RouterLink:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], channel: ChannelAddress) -> None:
         self.secret = channel.secret
         self.num_streams = 0
+        self.has_missed_report = True
+        self.received: list[int] = []
         self.dirty: dict[int, OutgoingStream] = {}
         self._socket = context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -225,12 +269,16 @@ class _RouterLink:
             return False
         return True
 
-    def flush(self) -> None:
+    def flush(self, replica_id: str) -> None:
         streams = list(self.dirty.values())
-        if self.send(encode(StepFrame([stream.item() for stream in streams]))):
+        if self.send(encode(StepFrame(replica_id, [stream.item() for stream in streams]))):
             for stream in streams:
                 stream.mark_sent()
             self.dirty.clear()
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _blocks(content: Iterable[int]) -> list[int]:
+    return [block_hash(page_hash) for page_hash in content]

@@ -31,6 +31,15 @@ class End(msgspec.Struct, array_like=True, gc=False):
     error: str | None = None
 
 
+class EngineTiming(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How long an engine took until a request's first token, in seconds."""
+
+    queue_s: float
+    """Until its prompt began to be computed."""
+    prefill_s: float
+    """From there."""
+
+
 class TokenItem(msgspec.Struct, array_like=True):
     """New tokens of one stream."""
 
@@ -41,22 +50,37 @@ class TokenItem(msgspec.Struct, array_like=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     end: End | None = None
+    timing: EngineTiming | None = None
+    """With the first tokens."""
 
 
 class StepFrame(msgspec.Struct, array_like=True, tag="tokens"):
     """What one engine step gave to one router's requests."""
 
+    replica_id: str
     items: list[TokenItem]
 
 
-class StatsFrame(msgspec.Struct, array_like=True, tag="stats"):
-    """State of one replica."""
+class Report(msgspec.Struct, array_like=True, tag="report"):
+    """State of one replica, and how its prefix cache has changed since its last report to this router."""
 
     replica_id: str
     stats: EngineStats
+    added_blocks: list[int] = []
+    """`block_hash` of pages that hold a prompt's beginning now."""
+    removed_blocks: list[int] = []
+    is_snapshot: bool = False
+    """`added_blocks` is everything there is; nothing told before counts."""
+    received: list[int] = []
+    """Streams of this router that have arrived since its last report, which count in `stats` from now on."""
 
 
-Frame = StepFrame | StatsFrame
+Frame = StepFrame | Report
+
+
+def block_hash(page_hash: int) -> int:
+    """What a report says of a page: 64 of the 128 bits of `PageHashes`, enough to choose a replica by."""
+    return page_hash & 0xFFFF_FFFF_FFFF_FFFF
 
 
 class GenerateCall(msgspec.Struct):
@@ -102,9 +126,11 @@ class GenerateReply(msgspec.Struct):
     refusal: Refusal | None = None
     failure: str | None = None
     """The engine broke down; another one may go on."""
+    timing: EngineTiming | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()
+_address_decoder = msgspec.msgpack.Decoder(ChannelAddress)
 _call_decoder = msgspec.msgpack.Decoder(GenerateCall)
 _reply_decoder = msgspec.msgpack.Decoder(GenerateReply)
 
@@ -112,6 +138,11 @@ _reply_decoder = msgspec.msgpack.Decoder(GenerateReply)
 def encode(message: Any) -> bytes:
     """Bytes of any of the messages here."""
     return _encoder.encode(message)
+
+
+def decode_address(data: bytes) -> ChannelAddress:
+    """Read a router's address."""
+    return _address_decoder.decode(data)
 
 
 def decode_call(data: bytes) -> GenerateCall:

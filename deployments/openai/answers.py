@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.generation import GenerationGroup
+from deployments.journal import GenerationGroup
 from deployments.openai.choices import Choice, chat_logprobs, completion_logprobs
 from deployments.openai.sse import DONE, ChunkWriter, event
 from llm.serving.schemas import TokenLogprobs
@@ -59,6 +59,10 @@ class Answer:
         self._answers_a_prompt = max(1, len(self._states) // num_prompts)
         self._id = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
+
+    def phases_ms(self) -> dict[str, float]:
+        """Where the time went so far, of the first choice."""
+        return self._group.generations[0].timeline.phases_ms()
 
     async def whole(self) -> dict[str, Any]:
         """Wait for everything and return the response object.

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -42,6 +43,7 @@ class Edge:
             )
             await error.response()(scope, receive, send)
             return
+        scope.setdefault("state", {})["received_at"] = time.monotonic()
         has_started = False
 
         async def watched_send(message: Message) -> None:

@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`, nothing else."""
 
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
@@ -7,6 +8,7 @@ import msgspec
 from pydantic import BaseModel, Field, ValidationError
 from starlette.responses import Response
 
+from deployments.errors import DeadlineError, NoReplicaError, OverloadedError
 from llm.errors import EngineError, InvalidRequestError, LLMError
 
 INVALID_REQUEST = "invalid_request_error"
@@ -92,6 +94,15 @@ def of_engine(error: LLMError) -> APIError:
     """What an engine's or tokenizer's error is to a client."""
     if isinstance(error, InvalidRequestError):
         return invalid(str(error), error.param, error.code)
+    if isinstance(error, OverloadedError):
+        return APIError(
+            429, str(error), type="rate_limit_error", code="rate_limit_exceeded",
+            headers={"Retry-After": str(math.ceil(error.retry_after_s))},
+        )  # fmt: skip
+    if isinstance(error, NoReplicaError):
+        return APIError(503, str(error), type=SERVER_ERROR, code="no_replica", headers={"Retry-After": "10"})
+    if isinstance(error, DeadlineError):
+        return APIError(504, str(error), type=SERVER_ERROR, code="deadline_exceeded")
     if isinstance(error, EngineError):
         return APIError(500, str(error), type=SERVER_ERROR, code="engine_error")
     return APIError(500, "The server failed to answer this request", type=SERVER_ERROR)

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from deployments.openai import errors
 from deployments.openai.answers import Answer
 from deployments.openai.auth import KeyGuard
+from deployments.openai.callers import caller_of, timing_header
 from deployments.openai.edge import Edge, parse_body
 from deployments.openai.responses import (
     ChatCompletion,
@@ -112,9 +113,10 @@ class Endpoints:
         """Answer a chat, whole or as server-sent events."""
         body = await parse_body(request, ChatRequest, self._max_body_bytes)
         self._check_model(body.model)
+        caller = caller_of(request, body.priority)
         requests = await self._router.encoder.chat(body)
         answer = Answer(
-            self._router.start(requests), self._router.tokenizer, body.stop_strings(),
+            self._router.start(requests, caller), self._router.tokenizer, body.stop_strings(),
             model=self._model, is_chat=True, wants_logprobs=bool(body.logprobs),
         )  # fmt: skip
         return await _respond(request, answer, body)
@@ -123,9 +125,10 @@ class Endpoints:
         """Continue a prompt, or several, whole or as server-sent events."""
         body = await parse_body(request, CompletionRequest, self._max_body_bytes)
         self._check_model(body.model)
+        caller = caller_of(request, body.priority)
         requests = await self._router.encoder.completion(body)
         answer = Answer(
-            self._router.start(requests), self._router.tokenizer, body.stop_strings(),
+            self._router.start(requests, caller), self._router.tokenizer, body.stop_strings(),
             model=self._model, is_chat=False, wants_logprobs=body.logprobs is not None,
             num_prompts=len(requests) // (body.n or 1),
         )  # fmt: skip
@@ -198,10 +201,11 @@ class Endpoints:
 async def _respond(request: Request, answer: Answer, body: ChatRequest | CompletionRequest) -> Response:
     """The answer in the form that was asked for."""
     if not body.stream:
-        return _json(await until_disconnect(request.receive, answer.whole()))
+        value = await until_disconnect(request.receive, answer.whole())
+        return Response(encode_json(value), media_type="application/json", headers=timing_header(answer.phases_ms()))
     news = await until_disconnect(request.receive, answer.first_news())
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    return EventStream(answer.chunks(news, include_usage=include_usage))
+    return EventStream(answer.chunks(news, include_usage=include_usage), timing_header(answer.phases_ms()))
 
 
 def _json(value: Any) -> Response:

@@ -101,6 +101,8 @@ class SamplingFields(WireModel):
     """Extension. Go on past the end of the answer."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     """Extension."""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
 
     user: str | None = None
     metadata: dict[str, Any] | None = None

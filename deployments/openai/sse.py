@@ -6,7 +6,7 @@ new text itself.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -39,11 +39,13 @@ class EventStream(Response):
 
     Args:
         chunks: whole events. It is closed when the answer ends, in whatever way; closing it must stop the work.
+        headers: beside those of an event stream.
     """
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self._chunks = chunks
+        self._extra_headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send the chunks until they end or the client leaves."""
@@ -51,7 +53,7 @@ class EventStream(Response):
             await until_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS + self._extra_headers})
         try:
             async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:

@@ -2,8 +2,31 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from llm.errors import CapacityError
+
+
+@dataclass(slots=True)
+class ContentChanges:
+    """What a pool's registered content gained and lost since somebody last looked."""
+
+    added: set[int] = field(default_factory=set)
+    removed: set[int] = field(default_factory=set)
+
+    def add(self, content: int) -> None:
+        """It is registered now."""
+        if content in self.removed:
+            self.removed.remove(content)
+        else:
+            self.added.add(content)
+
+    def remove(self, content: int) -> None:
+        """It has been given up."""
+        if content in self.added:
+            self.added.remove(content)
+        else:
+            self.removed.add(content)
 
 
 class SlotPool:
@@ -26,6 +49,7 @@ class SlotPool:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._content: dict[int, int] = {}
         self._page_of: dict[int, int] = {}
+        self._changes: ContentChanges | None = None
 
     @property
     def scratch_page(self) -> int:
@@ -41,6 +65,11 @@ class SlotPool:
     def num_cached(self) -> int:
         """Pages that hold content no sequence uses."""
         return len(self._cached)
+
+    @property
+    def content(self) -> Iterable[int]:
+        """Everything registered, used or cached."""
+        return self._page_of.keys()
 
     @property
     def num_used(self) -> int:
@@ -86,6 +115,8 @@ class SlotPool:
         if content not in self._page_of:
             self._page_of[content] = page
             self._content[page] = content
+            if self._changes is not None:
+                self._changes.add(content)
 
     def find(self, content: int) -> int | None:
         """The page that holds `content`, used or cached, or None. Changes nothing."""
@@ -99,6 +130,12 @@ class SlotPool:
         """Become one more user of a page that `find` returned."""
         self._cached.pop(page, None)
         self._num_users[page] += 1
+
+    def take_changes(self) -> ContentChanges:
+        """What has been registered and given up since the last call; the first call gives everything registered."""
+        changes = ContentChanges(set(self.content)) if self._changes is None else self._changes
+        self._changes = ContentChanges()
+        return changes
 
     def check(self) -> None:
         """Assert the invariant: every page is free, used or cached, and only one of these."""
@@ -115,6 +152,9 @@ class SlotPool:
             page = self._free.popleft()
         else:
             page, _ = self._cached.popitem(last=False)
-            del self._page_of[self._content.pop(page)]
+            content = self._content.pop(page)
+            del self._page_of[content]
+            if self._changes is not None:
+                self._changes.remove(content)
         self._num_users[page] = 1
         return page

@@ -232,6 +232,7 @@ class ContinuousBatchingEngine:
             num_generated_tokens=self._num_generated_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_prompt_tokens=self._num_cached_prompt_tokens,
+            max_rows=self.scheduler.max_batch_size,
             num_proposed_tokens=self.scheduler.num_proposed_tokens,
             num_accepted_tokens=self.scheduler.num_accepted_tokens,
         )
@@ -324,6 +325,7 @@ class ContinuousBatchingEngine:
             stop_reason=stop_reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=num_cached,
+            queue_s=sequence.queue_s,
         )
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:

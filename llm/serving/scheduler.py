@@ -312,8 +312,7 @@ class Scheduler:
         sequence.num_dropped_pages = num_behind
         sequence.num_registered_pages = len(cached)
         sequence.num_computed = num_computed
-        if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
+        sequence.note_admission(min(num_computed, sequence.num_prompt_tokens))
         sequence.status = SequenceStatus.RUNNING
         sequence.row = heappop(self._free_rows)
         self._running[sequence] = None

@@ -128,6 +128,8 @@ class StepOutput:
     """Tokens of the prompt, the same in every output of a request."""
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+    queue_s: float = 0.0
+    """Seconds that it waited in the engine before a step took up its prompt, the same in every output of a request."""
     error: str | None = None
     """What went wrong, with `FinishReason.ERROR`."""
 
@@ -173,6 +175,8 @@ class EngineStats:
     """Prompt tokens of requests admitted since the engine started."""
     num_cached_prompt_tokens: int
     """Of those, how many came from the prefix cache."""
+    max_rows: int = 0
+    """Sequences that may hold a row at once."""
     num_proposed_tokens: int = 0
     """Tokens guessed and run by speculation, since the engine started."""
     num_accepted_tokens: int = 0

@@ -1,5 +1,6 @@
 """`Sequence`: one request as the engine runs it; its parts in steps, and what came of them."""
 
+import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -44,6 +45,7 @@ class Sequence:
         is_speculating: whether a step in flight runs such guesses; until its draws are known nobody knows how many of
             the tokens that `num_in_flight` and `num_computed` count in are the sequence's own.
         num_cached_tokens: prompt tokens found in the prefix cache when the sequence was first admitted, None before.
+        queue_s: seconds that it waited until then.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class Sequence:
         self.lookup: PromptLookup | None = None
         self.is_speculating = False
         self.num_cached_tokens: int | None = None
+        self.queue_s = 0.0
+        self._created_at = time.monotonic()
         self.hashes = PageHashes(page_size)
         self.end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_ids)
         """Ids that end this sequence."""
@@ -99,6 +103,12 @@ class Sequence:
     def output_ids(self) -> list[int]:
         """Token ids generated so far."""
         return self.tokens[self.num_prompt_tokens :]
+
+    def note_admission(self, num_cached_tokens: int) -> None:
+        """It has a row; the first time, what the prefix cache had for it counts."""
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = num_cached_tokens
+            self.queue_s = time.monotonic() - self._created_at
 
     def guesses(self) -> tuple[int, ...]:
         """What its next tokens may be. Nothing before it decodes, nor for its first token here, which comes alone."""

@@ -74,6 +74,7 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = SlotPool(num_pages=8, page_size=4)
         self.held: list[int] = []
+        self.told: set[int] = set()
 
     @rule(num_pages=st.integers(0, 4))
     def allocate(self, num_pages: int) -> None:
@@ -100,6 +101,14 @@ class PoolMachine(RuleBasedStateMachine):
         page = data.draw(st.sampled_from(self.held))
         self.held.remove(page)
         self.pool.release([page])
+
+    @rule()
+    def tell_changes(self) -> None:
+        changes = self.pool.take_changes()
+        assert not changes.added & self.told
+        assert changes.removed <= self.told
+        self.told = (self.told | changes.added) - changes.removed
+        assert self.told == set(self.pool.content)
 
     @invariant()
     def every_page_is_accounted_for(self) -> None:

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -21,6 +22,9 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
             service = Service(config, LocalClient(replicas), key_digests)
             stack.push_async_callback(end_service, service)
             await service.router.wait_until_ready()
+            async with asyncio.timeout(5):
+                while len(service.router.fleet.replica_ids) < num_replicas:
+                    await asyncio.sleep(0.005)
             return service
 
         yield make

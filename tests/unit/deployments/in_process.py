@@ -1,7 +1,7 @@
 """A router and its engine replicas in one process, without Ray."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -9,49 +9,77 @@ import msgspec
 import pytest
 
 from deployments.config import AppConfig
-from deployments.engine_client import ReplicaLostError
 from deployments.engine_factory import EngineInfo
 from deployments.engine_replica import EngineReplica
+from deployments.errors import ReplicaLostError
 from deployments.openai.routes import create_api
 from deployments.router import Router
+from deployments.wire import ChannelAddress, encode
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo"
 
 
 class LocalClient:
-    """`EngineClient` for replicas in this process, in turn. `kill` does what losing a node does."""
+    """`EngineClient` for replicas in this process. `kill` does what losing a node does, `drain` what scaling down does."""
 
     def __init__(self, replicas: list[EngineReplica]) -> None:
         self.replicas = replicas
         self.num_calls = 0
-        self._calls: dict[int, set[asyncio.Task[bytes]]] = {i: set() for i in range(len(replicas))}
+        self._by_id = {replica.replica_id: replica for replica in replicas}
+        self._running = set(self._by_id)
+        self._calls: dict[str, set[asyncio.Task[bytes]]] = {replica_id: set() for replica_id in self._by_id}
+        self._on_replicas: Callable[[frozenset[str]], None] = lambda _: None
+
+    def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
+        self._on_replicas = callback
 
     async def describe(self) -> EngineInfo:
-        return msgspec.msgpack.decode(await self.replicas[0].describe(), type=EngineInfo)
+        info = msgspec.msgpack.decode(await self._choose(()).describe(), type=EngineInfo)
+        self._on_replicas(frozenset(self._running))
+        return info
 
-    async def generate(self, call: bytes) -> bytes:
-        alive = sorted(self._calls)
-        if not alive:
-            raise ReplicaLostError("nobody left")
-        chosen = alive[self.num_calls % len(alive)]
+    async def attach(self, replica_id: str, channel: ChannelAddress) -> None:
+        await self._choose((replica_id,)).attach(encode(channel))
+
+    async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
+        await self._choose((replica_id,)).note_queue(channel.endpoint, (), num_tokens)
+
+    async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
+        replica = self._choose(ranking)
         self.num_calls += 1
-        task = asyncio.ensure_future(self.replicas[chosen].generate(call))
-        self._calls[chosen].add(task)
+        task = asyncio.ensure_future(replica.generate(call))
+        self._calls[replica.replica_id].add(task)
         try:
             return await task
         except asyncio.CancelledError:
-            if chosen not in self._calls:
+            if replica.replica_id not in self._calls:
                 raise ReplicaLostError("killed") from None
             task.cancel()
             raise
         finally:
-            self._calls.get(chosen, set()).discard(task)
+            self._calls.get(replica.replica_id, set()).discard(task)
 
     def kill(self, index: int) -> None:
-        calls = self._calls.pop(index)
-        self.replicas[index].stop()
+        replica = self.replicas[index]
+        calls = self._calls.pop(replica.replica_id)
+        replica.stop()
         for task in calls:
             task.cancel()
+        self.drain(index)
+
+    def drain(self, index: int) -> None:
+        self._running.discard(self.replicas[index].replica_id)
+        self._on_replicas(frozenset(self._running))
+
+    def start(self, index: int) -> None:
+        self._running.add(self.replicas[index].replica_id)
+        self._on_replicas(frozenset(self._running))
+
+    def _choose(self, ranking: Sequence[str]) -> EngineReplica:
+        if not self._running:
+            raise ReplicaLostError("nobody left")
+        chosen = next((i for i in ranking if i in self._running), min(self._running))
+        return self._by_id[chosen]
 
 
 class Service:

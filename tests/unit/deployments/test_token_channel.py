@@ -5,7 +5,8 @@ import pytest
 import zmq
 
 from deployments.token_channel import MAX_FRAME_BYTES, TokenListener, TokenSender
-from deployments.wire import SECRET_BYTES, ChannelAddress, End, StatsFrame, StepFrame, TokenItem, encode
+from deployments.wire import SECRET_BYTES, ChannelAddress, End, EngineTiming, Report, StepFrame, TokenItem, encode
+from llm.core.slot_pool import ContentChanges
 from llm.serving.schemas import EngineStats, FinishReason, TokenLogprobs
 
 STATS = EngineStats(1, 2, 3, 4, 5, 6, 15, 16, 0, 7, 8, 9)
@@ -14,8 +15,12 @@ STATS = EngineStats(1, 2, 3, 4, 5, 6, 15, 16, 0, 7, 8, 9)
 class Sink:
     def __init__(self) -> None:
         self.items: list[TokenItem] = []
-        self.stats: dict[str, EngineStats] = {}
-        self.listener = TokenListener("127.0.0.1", 0, on_items=self.items.extend, on_stats=self.stats.__setitem__)
+        self.reports: list[Report] = []
+        self.listener = TokenListener("127.0.0.1", 0, on_items=self.take, on_report=self.reports.append)
+
+    def take(self, replica_id: str, items: list[TokenItem]) -> None:
+        assert replica_id == "replica"
+        self.items += items
 
     async def wait_for(self, condition) -> None:
         async with asyncio.timeout(5):
@@ -32,7 +37,7 @@ async def sink():
 
 @pytest.fixture
 def sender():
-    sender = TokenSender()
+    sender = TokenSender("replica")
     yield sender
     sender.close()
 
@@ -79,16 +84,45 @@ async def test_what_a_full_queue_refuses_goes_with_a_later_step(sink, sender, mo
     assert sink.items == [TokenItem(1, 0, [1, 2])]
 
 
-async def test_stats_reach_the_router(sink, sender):
-    sender.open(1, sink.listener.address, 0)
-    sender.send_stats("replica", STATS)
-    await sink.wait_for(lambda: sink.stats)
-    assert sink.stats == {"replica": STATS}
+async def test_reports_tell_everything_first_then_what_changed(sink, sender):
+    """Block hashes are the low 64 bits of a page's; each stream is told as arrived once."""
+    sender.attach(sink.listener.address)
+    sender.report(STATS, ContentChanges({1}), [1, 2, 2**64 + 3])
+    sender.open(7, sink.listener.address, 0)
+    sender.report(STATS, ContentChanges({4}, {2}), [1, 3, 4])
+    sender.report(STATS, ContentChanges(), [1, 3, 4])
+    await sink.wait_for(lambda: len(sink.reports) == 3)
+    assert sink.reports[0] == Report("replica", STATS, [1, 2, 3], is_snapshot=True)
+    assert sink.reports[1] == Report("replica", STATS, [4], [2], received=[7])
+    assert sink.reports[2] == Report("replica", STATS)
+
+
+async def test_a_router_that_missed_a_report_is_told_everything(sink, sender, monkeypatch):
+    sender.attach(sink.listener.address)
+    sender.open(7, sink.listener.address, 0)
+    sender.report(STATS, ContentChanges(), [])
+    with monkeypatch.context() as patch:
+        patch.setattr(sender._routers[sink.listener.address.endpoint], "send", lambda frame: False)
+        sender.open(8, sink.listener.address, 0)
+        sender.report(STATS, ContentChanges({1}), [1])
+    sender.report(STATS, ContentChanges({2}), [1, 2])
+    await sink.wait_for(lambda: len(sink.reports) == 2)
+    assert sink.reports[1] == Report("replica", STATS, [1, 2], is_snapshot=True, received=[8])
+
+
+async def test_how_long_the_engine_took_goes_with_the_first_tokens(sink, sender):
+    stream = sender.open(1, sink.listener.address, 0)
+    stream.push((1,), timing=EngineTiming(0.5, 0.25))
+    sender.flush()
+    stream.push((2,))
+    sender.flush()
+    await sink.wait_for(lambda: len(sink.items) == 2)
+    assert [item.timing for item in sink.items] == [EngineTiming(0.5, 0.25), None]
 
 
 async def test_frames_without_the_secret_are_dropped_and_counted(sink):
     socket = raw_socket(sink.listener.address)
-    frame = encode(StepFrame([TokenItem(1, 0, [1])]))
+    frame = encode(StepFrame("replica", [TokenItem(1, 0, [1])]))
     for data in (b"", b"short", frame, secrets.token_bytes(SECRET_BYTES) + frame):
         socket.send(data)
     counters = sink.listener.counters
@@ -103,10 +137,10 @@ async def test_frames_without_the_secret_are_dropped_and_counted(sink):
         b"",
         b"\xc1garbage",
         b"\x93",
-        encode(["tokens", [[1, -1, "x"]]]),
+        encode(["tokens", "replica", [[1, -1, "x"]]]),
         encode(["unknown", []]),
-        encode(["stats", 5, {}]),
-        encode(StatsFrame("r", STATS))[:-3],
+        encode(["report", 5, {}]),
+        encode(Report("r", STATS))[:-3],
         secrets.token_bytes(10_000),
     ],
 )
@@ -134,11 +168,11 @@ async def test_a_router_that_is_gone_is_forgotten(sink, sender):
     stream = sender.open(1, sink.listener.address, 0)
     sink.listener.close()
     for _ in range(3000):
-        sender.send_stats("replica", STATS)
+        sender.report(STATS, ContentChanges(), [])
     assert sender.num_routers == 1, "a stream still needs it"
     stream.close()
     for _ in range(3000):
-        sender.send_stats("replica", STATS)
+        sender.report(STATS, ContentChanges(), [])
     assert sender.num_routers == 0
 
 

@@ -1,0 +1,23 @@
+"""What can go wrong between a router and its replicas."""
+
+from llm.errors import LLMError
+
+
+class ReplicaLostError(LLMError):
+    """The replica that ran a call died or was taken away; another one may go on."""
+
+
+class OverloadedError(LLMError):
+    """More work waits than can be begun in time; `retry_after_s` says when it is worth coming back."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoReplicaError(LLMError):
+    """There has been no engine replica for too long."""
+
+
+class DeadlineError(LLMError):
+    """The time that the client gave is over."""

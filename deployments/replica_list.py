@@ -1,0 +1,23 @@
+"""Which replicas Ray Serve lists as running: from the handle that is told of it, to whoever asked to know."""
+
+from collections.abc import Callable
+
+ReplicasCallback = Callable[[frozenset[str]], None]
+
+_watchers: dict[tuple[str, str], ReplicasCallback] = {}
+
+
+def watch_replicas(app_name: str, deployment_name: str, callback: ReplicasCallback) -> None:
+    """Have `callback` told the ids of a deployment's running replicas whenever these change.
+
+    Register before the first call through a handle of this process. Serve calls it on a thread of its own. One
+    callback a deployment; a later one takes its place.
+    """
+    _watchers[app_name, deployment_name] = callback
+
+
+def tell_watcher(app_name: str, deployment_name: str, replica_ids: frozenset[str]) -> None:
+    """The ids have changed. No effect where nobody watches."""
+    callback = _watchers.get((app_name, deployment_name))
+    if callback is not None:
+        callback(replica_ids)

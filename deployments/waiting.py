@@ -1,0 +1,145 @@
+"""Who is next: requests that wait in a router for a replica with room."""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request's claim on a replica.
+
+    Attributes:
+        stream_id: the router's number for this attempt.
+        num_tokens: tokens to prefill: the prompt, and what an earlier replica generated.
+        num_work_tokens: `num_tokens` and the output that is expected.
+        block_hashes: of the prompt's full pages, first page first.
+        tenant: whose share it counts on; "" where there are no keys.
+        priority: lower goes first.
+        is_resumed: its client has had tokens already.
+        since: when it began to wait, by the monotonic clock.
+        ranking: gets the replicas to send it to, best first.
+    """
+
+    stream_id: int
+    num_tokens: int
+    num_work_tokens: int
+    block_hashes: Sequence[int] = ()
+    tenant: str = ""
+    priority: int = 0
+    is_resumed: bool = False
+    since: float = 0.0
+    ranking: "asyncio.Future[list[str]]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class _FairShare:
+    """Tickets of one priority: every tenant's in order of arrival, tenants by what they have had so far.
+
+    Start-time fair queueing (Goyal et al. 1996): a tenant's clock advances by the work that it is given, the smallest
+    clock is next, and who comes back after a pause starts at the present, without credit for the pause.
+    """
+
+    def __init__(self) -> None:
+        self._tickets: dict[str, deque[Ticket]] = {}
+        self._clocks: dict[str, float] = {}
+        self._now = 0.0
+
+    def __iter__(self) -> Iterator[Ticket]:
+        for tickets in self._tickets.values():
+            yield from tickets
+
+    def __bool__(self) -> bool:
+        return bool(self._tickets)
+
+    def push(self, ticket: Ticket) -> None:
+        if ticket.tenant not in self._tickets:
+            self._tickets[ticket.tenant] = deque()
+            self._clocks[ticket.tenant] = max(self._clocks.get(ticket.tenant, 0.0), self._now)
+        self._tickets[ticket.tenant].append(ticket)
+
+    def pop(self) -> Ticket:
+        tenant = min(self._tickets, key=self._clocks.__getitem__)
+        ticket = self._tickets[tenant].popleft()
+        self._now = self._clocks[tenant]
+        self._clocks[tenant] += ticket.num_work_tokens
+        if not self._tickets[tenant]:
+            del self._tickets[tenant]
+            self._forget_the_past()
+        return ticket
+
+    def remove(self, ticket: Ticket) -> None:
+        tickets = self._tickets[ticket.tenant]
+        tickets.remove(ticket)
+        if not tickets:
+            del self._tickets[ticket.tenant]
+
+    def _forget_the_past(self) -> None:
+        """Tenants without tickets whose clock is behind would start at the present anyway."""
+        for tenant, clock in list(self._clocks.items()):
+            if clock <= self._now and tenant not in self._tickets:
+                del self._clocks[tenant]
+
+
+class WaitingQueue:
+    """Resumed requests first, then by priority, then fair among tenants, then in order of arrival."""
+
+    def __init__(self) -> None:
+        self.num_work_tokens = 0
+        self.num_tokens = 0
+        self._resumed = _FairShare()
+        self._levels: dict[int, _FairShare] = {}
+        self._waiting: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, ticket: object) -> bool:
+        return isinstance(ticket, Ticket) and ticket.stream_id in self._waiting
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """All that wait, in no particular order."""
+        yield from self._resumed
+        for level in self._levels.values():
+            yield from level
+
+    def push(self, ticket: Ticket) -> None:
+        """Have it wait."""
+        self._waiting.add(ticket.stream_id)
+        self._level_of(ticket).push(ticket)
+        self._count(ticket, 1)
+
+    def pop(self) -> Ticket:
+        """Take the next one.
+
+        Raises:
+            IndexError: nothing waits.
+        """
+        if self._resumed:
+            ticket = self._resumed.pop()
+        elif self._levels:
+            ticket = self._levels[min(self._levels)].pop()
+            self._drop_if_empty(ticket)
+        else:
+            raise IndexError("nothing waits")
+        self._waiting.remove(ticket.stream_id)
+        self._count(ticket, -1)
+        return ticket
+
+    def remove(self, ticket: Ticket) -> None:
+        """Take out one that waits."""
+        self._level_of(ticket).remove(ticket)
+        self._drop_if_empty(ticket)
+        self._waiting.remove(ticket.stream_id)
+        self._count(ticket, -1)
+
+    def _level_of(self, ticket: Ticket) -> _FairShare:
+        return self._resumed if ticket.is_resumed else self._levels.setdefault(ticket.priority, _FairShare())
+
+    def _drop_if_empty(self, ticket: Ticket) -> None:
+        if ticket.priority in self._levels and not self._levels[ticket.priority]:
+            del self._levels[ticket.priority]
+
+    def _count(self, ticket: Ticket, sign: int) -> None:
+        self.num_tokens += sign * ticket.num_tokens
+        self.num_work_tokens += sign * ticket.num_work_tokens
