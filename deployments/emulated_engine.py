@@ -109,8 +109,10 @@ class EmulatedEngine:
 
     def step(self) -> list[StepOutput]:
         """Wait for the step's end and return its tokens."""
-        num_prefill = self._admit()
         now = time.monotonic()
+        if not self._running:
+            self._next_step_at = now
+        num_prefill = self._admit()
         duration = 1 / self.emulation.tokens_per_s + num_prefill / self.emulation.prefill_tokens_per_s
         # Paced by the clock, not by sleeping a fixed time, so that work between two steps does not slow the stream.
         self._next_step_at = max(self._next_step_at, now - duration) + duration

@@ -113,7 +113,7 @@ class Generation:
         if not self.group.shares_prompt(self):
             self._ticket = journal.claim(self)  # now, so that what is admitted next counts it
         self._task = asyncio.get_running_loop().create_task(self._drive(journal), context=context)
-        self._task.add_done_callback(lambda _: self._release(journal))
+        self._task.add_done_callback(lambda _: self._end(journal))
 
     def cancel(self) -> None:
         """Give it up; the engine drops it within a step. No effect on one that is over."""
@@ -231,6 +231,10 @@ class Generation:
         )  # fmt: skip
         if not self._is_leaving:
             await asyncio.sleep(_RESUME_DELAY_S * self.num_resumes)
+
+    def _end(self, journal: "Journal") -> None:
+        self._release(journal)
+        journal.on_over(self)
 
     def _release(self, journal: "Journal") -> None:
         """Give up what was claimed for the present attempt."""

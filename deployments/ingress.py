@@ -33,7 +33,9 @@ class RouterIngress:
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._key_digests = tuple(key_digests)
-        self._router = Router(config, ServeEngineClient(engines), channel_host(config.token_channel.host))
+        self._router = Router(
+            config, ServeEngineClient(engines), channel_host(config.token_channel.host), ray_metrics=True
+        )
         self._banner = asyncio.get_running_loop().create_task(self._announce())
 
     def __serve_build_asgi_app__(self) -> FastAPI:

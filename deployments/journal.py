@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from deployments.dispatcher import Dispatcher
 from deployments.engine_client import EngineClient
@@ -101,6 +101,7 @@ class Journal:
         dispatcher: says where a request goes, and when.
         channel: where tokens come in; None to live on replies alone.
         max_resumes: how often a request may go on elsewhere after a failure; 0 turns failover off.
+        on_over: told of every request that has ended, in whatever way.
     """
 
     def __init__(
@@ -111,7 +112,9 @@ class Journal:
         channel: ChannelAddress | None,
         *,
         max_resumes: int,
+        on_over: Callable[[Generation], None] = lambda _: None,
     ) -> None:
+        self.on_over = on_over
         self.client = client
         self.dispatcher = dispatcher
         self.channel = channel

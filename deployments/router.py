@@ -17,6 +17,7 @@ from deployments.fleet import Fleet
 from deployments.fleet_watch import FleetWatch
 from deployments.generation import Caller
 from deployments.journal import GenerationGroup, Journal
+from deployments.metrics import RouterMetrics
 from deployments.openai.errors import not_ready
 from deployments.openai.prompts import PromptEncoder
 from deployments.policy import make_policy
@@ -39,12 +40,15 @@ class Router:
         config: the application's configuration.
         client: the engine replicas.
         channel_host: address to listen on for tokens.
+        ray_metrics: whether to give metrics to Ray's own export too.
 
     Raises:
         CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
     """
 
-    def __init__(self, config: AppConfig, client: EngineClient, channel_host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, config: AppConfig, client: EngineClient, channel_host: str = "127.0.0.1", *, ray_metrics: bool = False
+    ) -> None:
         directory = resolve_model_path(config.model)
         self.config = config
         self.tokenizer = HFTokenizer.from_pretrained(directory)
@@ -60,7 +64,15 @@ class Router:
             channel_host, config.token_channel.port, on_items=self._take_items, on_report=self._take_report
         )
         channel = self._listener.address
-        self.journal = Journal(client, self.fleet, self.dispatcher, channel, max_resumes=config.router.max_resumes)
+        self.metrics = RouterMetrics(config.model_name, self, ray_export=ray_metrics)
+        self.journal = Journal(
+            client,
+            self.fleet,
+            self.dispatcher,
+            channel,
+            max_resumes=config.router.max_resumes,
+            on_over=self.metrics.request_over,
+        )
         self._watch = FleetWatch(client, self.fleet, self.dispatcher, self.journal, channel, config.router)
         self._learning = asyncio.get_running_loop().create_task(self._learn())
 

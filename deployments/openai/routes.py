@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from deployments.metrics import CONTENT_TYPE
 from deployments.openai import errors
 from deployments.openai.answers import Answer
 from deployments.openai.auth import KeyGuard
@@ -52,7 +53,8 @@ class Route:
     path: str
     handler: Handler
     summary: str
-    answer: type[BaseModel]
+    answer: type[BaseModel] | None
+    """None for plain text."""
     body: type[BaseModel] | None = None
     is_open: bool = False
     """Answered without a key even where keys are asked for."""
@@ -106,6 +108,7 @@ class Endpoints:
             Route("GET", "/health", self.health, "Whether this router runs", Status, is_open=True),
             Route("GET", "/ready", self.ready, "Whether requests can be answered", Status, is_open=True),
             Route("GET", "/version", self.version, "Version of the server", Version),
+            Route("GET", "/metrics", self.metrics, "Metrics for Prometheus", None),
             Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas", Stats),
         ]
 
@@ -183,6 +186,10 @@ class Endpoints:
         """Tell what runs and how full the engines are, as this router last heard."""
         return _json(self._router.snapshot())
 
+    async def metrics(self, _: Request) -> Response:
+        """Give this router's metrics, and its replicas' as it last heard, in Prometheus' text format."""
+        return Response(self._router.metrics.text(), media_type=CONTENT_TYPE)
+
     def _check_model(self, name: str) -> None:
         if name != self._model:
             raise errors.model_not_found(name)
@@ -234,7 +241,9 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
 
 def _operation(route: Route) -> dict[str, Any]:
     """The OpenAPI entry of a route: handlers read and write their bodies themselves."""
-    contents: dict[str, Any] = {"application/json": {"schema": _ref(route.answer)}}
+    contents: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if route.answer is not None:
+        contents = {"application/json": {"schema": _ref(route.answer)}}
     if route.answer in _STREAMED:
         contents["text/event-stream"] = {"schema": _ref(_STREAMED[route.answer])}
     error = {"description": "Error", "content": {"application/json": {"schema": _ref(errors.ErrorResponse)}}}
@@ -258,7 +267,7 @@ def _openapi(api: FastAPI, table: Sequence[Route]) -> dict[str, Any]:
     if api.openapi_schema is None:
         schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
         models: list[type[BaseModel]] = [errors.ErrorResponse, ChatCompletionChunk]
-        models += [route.body for route in table if route.body is not None] + [route.answer for route in table]
+        models += [model for route in table for model in (route.body, route.answer) if model is not None]
         _, definitions = models_json_schema(
             [(model, "validation") for model in dict.fromkeys(models)],
             ref_template="#/components/schemas/{model}",
