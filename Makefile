@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev serve test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead clean
+.PHONY: help install install-dev system-packages serve test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-routing clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ install-dev: $(VENV)/.dev  ## Add what tests, benchmarks and training need
 serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1:8000
 	$(BIN)/python -m deployments.check $(CONFIG)
 	$(BIN)/serve run $(CONFIG)
+
+system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
 test: $(VENV)/.dev  ## Run every test that needs no GPU
 	$(BIN)/pytest
@@ -77,6 +80,11 @@ bench-relay: $(VENV)/.dev  ## Tokens a second that one router relays, with an em
 
 bench-overhead: $(VENV)/.dev  ## What the serving path adds to the time to first token
 	$(BIN)/python -m benchmarks.overhead
+
+bench-routing: $(VENV)/.dev  ## Routing policies on simulated replicas (TRACES="mooncake.jsonl azure.csv": their paths)
+	@test -n "$(TRACES)" || { echo 'set TRACES="…": benchmarks/routing_trace.py says where to get them' >&2; exit 2; }
+	$(BIN)/python -m benchmarks.routing_decision
+	$(BIN)/python -m benchmarks.routing_sim $(TRACES)
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) bench-gpu.*.jsonl build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -14,6 +14,7 @@ from deployments.engine_client import EngineClient
 from deployments.errors import ReplicaLostError
 from deployments.fleet import Fleet
 from deployments.journal import Journal
+from deployments.news import News
 from deployments.wire import ChannelAddress, Report
 from llm.serving.schemas import EngineStats
 
@@ -22,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 _CHECK_INTERVAL_S = 0.2
 _ATTACH_TIMEOUT_S = 5.0
 _ATTACH_RETRY_S = 1.0
-_FORGET_AFTER_S = 10.0
+_FORGET_AFTER_S, _GONE_AFTER_S = 10.0, 1.0
 _QUEUE_NEWS_INTERVAL_S = 0.5
 
 
@@ -67,17 +68,37 @@ class FleetWatch:
         self._waking: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
         self._queue_news_at = 0.0
+        self.news = News()
         client.watch(self.set_running)
         self._task = asyncio.get_running_loop().create_task(self._check_for_ever())
 
     def snapshot(self) -> dict[str, Any]:
-        """Last reports of the replicas that have not been silent for long."""
+        """Last reports of the replicas, those included that have been gone for a few seconds only."""
         now, serving = self._clock(), self._serving()
         return {
-            replica_id: {**asdict(stats), "age_s": round(now - heard_at, 3), "is_serving": replica_id in serving}
+            replica_id: {
+                **asdict(stats),
+                "age_s": round(now - heard_at, 3),
+                "is_serving": replica_id in serving,
+                "state": self._state(replica_id, now - heard_at),
+            }
             for replica_id, (stats, heard_at) in self._heard.items()
-            if now - heard_at < _FORGET_AFTER_S
         }
+
+    def note_move(self, replica_id: str | None) -> None:
+        """A stream of this replica goes on elsewhere."""
+        if replica_id is not None:
+            self.news.count(
+                f"A stream of replica {replica_id} goes on elsewhere",
+                f"{{}} streams of replica {replica_id} go on elsewhere",
+            )
+
+    def _state(self, replica_id: str, silence_s: float) -> str:
+        if replica_id in self._fleet.replica_ids:
+            return "serving"
+        if replica_id in self._running:
+            return "silent" if silence_s > self._config.silence_timeout_s else "starting"
+        return "gone" if silence_s > _GONE_AFTER_S else "leaving"
 
     def set_running(self, replica_ids: frozenset[str]) -> None:
         """Serve's list of running replicas has changed."""
@@ -85,9 +106,11 @@ class FleetWatch:
         for replica_id in self._running - replica_ids:
             self._fleet.remove(replica_id)
             self._draining[replica_id] = now
+            self.news.add(f"Replica {replica_id} has left", is_bad=True)
         for replica_id in replica_ids - self._running:
             self._draining.pop(replica_id, None)
             self._attach(replica_id)
+            self.news.add(f"Replica {replica_id} has come")
         self._running = replica_ids
         self._dispatcher.pump()
 
@@ -139,6 +162,7 @@ class FleetWatch:
             silence_s = now - self._heard[replica_id][1] if replica_id in self._heard else 0.0
             if silence_s > self._config.silence_timeout_s and replica_id in self._serving():
                 logger.warning("replica %s has been silent for %.1f s: nothing new goes there", replica_id, silence_s)
+                self.news.add(f"Replica {replica_id} is silent: nothing new goes there", is_bad=True)
                 self._fleet.remove(replica_id)
                 self._attach(replica_id)
                 self._dispatcher.pump()

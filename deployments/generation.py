@@ -183,10 +183,10 @@ class Generation:
                 self.timeline.placed_at = time.monotonic()
             failure = await self._run_on(journal, self._ticket.stream_id, ranking)
         finally:
-            self.replica_id = None
+            last_replica_id, self.replica_id = self.replica_id, None
             self._release(journal)
         if failure is not None and not self.is_over:
-            await self._prepare_resume(journal, failure)
+            await self._prepare_resume(journal, last_replica_id, failure)
 
     async def _run_on(self, journal: "Journal", stream_id: int, ranking: Sequence[str]) -> str | None:
         """Run on the first replica that takes it; returns why the request has to go on elsewhere, if it has to."""
@@ -208,7 +208,7 @@ class Generation:
         self._absorb(reply)
         return reply.failure
 
-    async def _prepare_resume(self, journal: "Journal", failure: str) -> None:
+    async def _prepare_resume(self, journal: "Journal", replica_id: str | None, failure: str) -> None:
         """Get ready to go on elsewhere.
 
         Raises:
@@ -225,6 +225,7 @@ class Generation:
         else:
             journal.num_resumes += 1
         self.num_resumes += 1
+        journal.on_move(replica_id)
         logger.warning(
             "request %s goes on elsewhere behind %d tokens: %s",
             self.request.request_id, len(self.token_ids), failure,

@@ -115,6 +115,8 @@ class Journal:
         on_over: Callable[[Generation], None] = lambda _: None,
     ) -> None:
         self.on_over = on_over
+        self.on_move: Callable[[str | None], None] = lambda _: None
+        """Told the replica whose stream goes on elsewhere."""
         self.client = client
         self.dispatcher = dispatcher
         self.channel = channel
@@ -189,6 +191,8 @@ class Journal:
             if generation is not None:
                 if generation.timeline.first_token_at is None:
                     self._fleet.prefilled(item.stream_id)
+                if item.end is not None:  # reports come by the same way: the next one leaves it out
+                    self._fleet.ended(item.stream_id)
                 generation.take_item(item, replica_id)
 
 

@@ -1,6 +1,6 @@
 """Which replica a request goes to. Plain values in, an order out: no Ray, no sockets, no clock.
 
-`docs/decisions/0007-routing-by-cost.md` says where the weights come from and what `benchmarks/routing_sim.py` measured.
+`docs/decisions/0007-routing-by-cost.md` has the reasons and the numbers, `benchmarks/routing_sim.py` measures.
 """
 
 import random
@@ -10,8 +10,14 @@ from typing import Protocol
 
 from deployments.config import PolicyName
 
-ROW_TOKENS = 64
-"""Prefill tokens that one more row counts for."""
+ROW_TOKENS = 512
+"""Prefill tokens that one more row counts for.
+
+On an H200 a row with 1,024 tokens of context makes a step longer by what one prefill token takes, and a request shares
+some 250 steps with it. It slows that row as much as that row slows it: hence twice that.
+"""
+_MEMORY = 0.98
+_MAX_FOREIGN_SHARE = 0.9
 
 
 @dataclass(slots=True)
@@ -20,98 +26,132 @@ class ReplicaLoad:
 
     replica_id: str
     num_rows: int = 0
-    """Requests that the replica has or that are on the way there, with a row or without."""
+    """Requests that it runs or queues, or that are on the way there."""
+    num_own_rows: int = 0
+    """Of those, how many this router sent."""
     max_rows: int = 0
-    """Requests that run there at once."""
+    """Requests that it runs at once."""
     num_prefill_tokens: int = 0
-    """Tokens that it must prefill before a new request's first."""
-    num_kv_tokens: int = 0
-    """Tokens of context that its requests hold in memory, or will once their prompts have run."""
-    num_slots: int = 0
-    """Tokens of context that its memory holds."""
+    """Tokens that it must prefill before the first of a new request."""
 
 
 class Policy(Protocol):
-    """Puts replicas in order for one request. One object serves one router; it may remember whom it chose."""
+    """Puts replicas in order for one request. One object serves one router; it may remember what it chose."""
 
     def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
-        """Ids of all replicas, best first.
+        """Ids of all replicas, best first. Called once for each request.
 
         Args:
-            loads: the replicas.
-            num_tokens: tokens of the request's prompt, and of what an earlier replica generated.
+            loads: the replicas, in an order that changes only as they come and go.
+            num_tokens: of the request's prompt, and of what an earlier replica generated.
             num_cached_tokens: for each of `loads`, how many of these its prefix cache holds.
         """
         ...
 
 
 class CostPolicy:
-    """Least cost first: the tokens to prefill until this request's first token, and what its decodes will cost.
+    """Least cost first: tokens to prefill until this request's first token, and tokens' worth of decode load.
 
-    Equal costs go to fewest rows, and equal rows by turns, so that an idle fleet fills evenly.
+    A cached prefix makes a replica cheaper by its tokens and a queue makes it dearer by its tokens, so a prefix that
+    many ask for spreads as soon as waiting for it costs more than computing it again. Equal costs go to the fewest
+    rows, then in turn.
+
+    What other routers have sent since the last report is unknown, and routers that knew the same and chose the best
+    would all choose the same. So costs are blurred by up to a typical request's for each other router; how many there
+    are shows in the share of rows that this router did not send. A single router blurs nothing.
 
     Args:
         row_tokens: prefill tokens that one more row counts for.
+        seed: of the blur, and of whose turn it is at first; None for any.
     """
 
-    def __init__(self, row_tokens: float = ROW_TOKENS, kv_weight: float = 0.0, own_weight: float = 1.0,
-                 shortage_weight: float=0.0) -> None:
+    def __init__(self, row_tokens: float = ROW_TOKENS, seed: int | None = None) -> None:
         self._row_tokens = row_tokens
-        self._kv_weight = kv_weight
-        self._own = own_weight
-        self._short = shortage_weight
-        self._turn = random.randrange(1 << 16)
+        self._random = random.Random(seed)
+        self._turn = self._random.randrange(1 << 16)
+        self._foreign_share = 0.0
+        self._typical_cost = row_tokens
 
     def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
         """See `Policy.rank`."""
+        if not loads:
+            return []
+        num_loads, row_tokens, draw = len(loads), self._row_tokens, self._random.random
+        blur = self._blur(loads)
         self._turn += 1
-        num = len(loads)
-        turn = self._turn
-        row_tokens, kv_weight, own, short = self._row_tokens, self._kv_weight, self._own, self._short
-        keyed = []
-        for i, (load, num_cached) in enumerate(zip(loads, num_cached_tokens, strict=True)):
-            cost = load.num_prefill_tokens + own*(num_tokens - num_cached) + row_tokens * load.num_rows
-            if kv_weight:
-                cost += kv_weight * load.num_kv_tokens
-            if short:
-                cost += short*max(0, load.num_kv_tokens + num_tokens - num_cached - load.num_slots)
-            keyed.append((cost, load.num_rows, (i + turn) % num, load.replica_id))
-        keyed.sort()
-        return [key[3] for key in keyed]
+        order = sorted(
+            (
+                load.num_prefill_tokens + num_tokens - num_cached + row_tokens * load.num_rows + blur * draw(),
+                load.num_rows,
+                (index - self._turn) % num_loads,
+                index,
+            )
+            for index, (load, num_cached) in enumerate(zip(loads, num_cached_tokens, strict=True))
+        )
+        best = order[0][3]
+        self._typical_cost = _moved(self._typical_cost, num_tokens - num_cached_tokens[best] + row_tokens)
+        return [loads[index].replica_id for *_, index in order]
+
+    def _blur(self, loads: Sequence[ReplicaLoad]) -> float:
+        """Tokens by which a cost may be off, since other routers have sent requests too."""
+        num_rows = num_own_rows = 0
+        for load in loads:
+            num_rows += load.num_rows
+            num_own_rows += load.num_own_rows
+        if num_rows:
+            self._foreign_share = _moved(self._foreign_share, max(1 - num_own_rows / num_rows, 0.0))
+        share = min(self._foreign_share, _MAX_FOREIGN_SHARE)
+        return self._typical_cost * share / (1 - share)
 
 
 class RoundRobin:
-    """In turn."""
+    """In turn.
 
-    def __init__(self) -> None:
-        self._turn = random.randrange(1 << 16)
+    Args:
+        seed: of whose turn it is at first; None for any.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._turn = random.Random(seed).randrange(1 << 16)
 
     def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
         """See `Policy.rank`."""
-        ids = [load.replica_id for load in loads]
+        del num_tokens, num_cached_tokens
+        replica_ids = [load.replica_id for load in loads]
         self._turn += 1
-        first = self._turn % len(ids) if ids else 0
-        return ids[first:] + ids[:first]
+        first = self._turn % max(len(replica_ids), 1)
+        return replica_ids[first:] + replica_ids[:first]
 
 
 class PowerOfTwoChoices:
-    """The one with fewer rows of two drawn at random (Mitzenmacher 2001), then the others as drawn."""
+    """Fewer rows first of two drawn at random (Mitzenmacher 2001), then the others as drawn.
+
+    Args:
+        seed: of the draws; None for any.
+    """
 
     def __init__(self, seed: int | None = None) -> None:
         self._random = random.Random(seed)
 
     def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
         """See `Policy.rank`."""
+        del num_tokens, num_cached_tokens
         drawn = self._random.sample(loads, len(loads))
         drawn[:2] = sorted(drawn[:2], key=lambda load: load.num_rows)
         return [load.replica_id for load in drawn]
 
 
-def make_policy(name: PolicyName) -> Policy:
-    """The policy that a configuration names."""
-    policies: dict[PolicyName, type[Policy]] = {
-        PolicyName.COST: CostPolicy,
-        PolicyName.POWER_OF_TWO: PowerOfTwoChoices,
-        PolicyName.ROUND_ROBIN: RoundRobin,
-    }
-    return policies[name]()
+def make_policy(name: PolicyName, seed: int | None = None) -> Policy:
+    """The policy that a configuration names, for one router."""
+    match name:
+        case PolicyName.COST:
+            return CostPolicy(seed=seed)
+        case PolicyName.POWER_OF_TWO:
+            return PowerOfTwoChoices(seed)
+        case PolicyName.ROUND_ROBIN:
+            return RoundRobin(seed)
+
+
+def _moved(mean: float, value: float) -> float:
+    """An average that forgets, one value later."""
+    return _MEMORY * mean + (1 - _MEMORY) * value

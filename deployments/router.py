@@ -74,6 +74,7 @@ class Router:
             on_over=self.metrics.request_over,
         )
         self._watch = FleetWatch(client, self.fleet, self.dispatcher, self.journal, channel, config.router)
+        self.journal.on_move = self._watch.note_move
         self._learning = asyncio.get_running_loop().create_task(self._learn())
 
     @property
@@ -121,6 +122,10 @@ class Router:
             },
             "replicas": self._watch.snapshot(),
         }
+
+    def fleet_event(self) -> dict[str, Any]:
+        """What the fleet page shows: `snapshot`, and what happened lately."""
+        return {**self.snapshot(), "model": self.config.model_name, "at": time.time(), "news": self._watch.news.items()}
 
     def close(self) -> None:
         """Stop listening and end the threads."""

@@ -1,6 +1,7 @@
 """The HTTP API over a router: which path does what, and how it is described in `/docs`."""
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +36,14 @@ from deployments.openai.schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from deployments.openai.sse import EventStream, encode_json, until_disconnect
+from deployments.openai.sse import EventStream, encode_json, event, until_disconnect
 from deployments.router import Router
+from deployments.ui import page
 from deployments.version import __version__
 from llm.errors import LLMError
 
 TITLE = "Rayline"
+_EVENT_INTERVAL_S = 0.5
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -109,6 +112,9 @@ class Endpoints:
             Route("GET", "/ready", self.ready, "Whether requests can be answered", Status, is_open=True),
             Route("GET", "/version", self.version, "Version of the server", Version),
             Route("GET", "/metrics", self.metrics, "Metrics for Prometheus", None),
+            Route("GET", "/", self.chat_page, "The chat page", None, is_open=True),
+            Route("GET", "/fleet", self.fleet_page, "The fleet page", None, is_open=True),
+            Route("GET", "/rayline/events", self.events, "State of router and replicas, twice a second", None),
             Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas", Stats),
         ]
 
@@ -189,6 +195,23 @@ class Endpoints:
     async def metrics(self, _: Request) -> Response:
         """Give this router's metrics, and its replicas' as it last heard, in Prometheus' text format."""
         return Response(self._router.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def chat_page(self, _: Request) -> Response:
+        """Give the chat page."""
+        return page("chat")
+
+    async def fleet_page(self, _: Request) -> Response:
+        """Give the fleet page."""
+        return page("fleet")
+
+    async def events(self, _: Request) -> Response:
+        """Tell what runs and what happened, as server-sent events, until the client leaves."""
+        return EventStream(self._watch_fleet())
+
+    async def _watch_fleet(self) -> AsyncGenerator[bytes, None]:
+        while True:
+            yield event(self._router.fleet_event())
+            await asyncio.sleep(_EVENT_INTERVAL_S)
 
     def _check_model(self, name: str) -> None:
         if name != self._model:

@@ -1,4 +1,4 @@
-"""What the integration tests know of a server that runs: how to ask it, and how to see that it is well."""
+"""What tests know of a server that runs: how to ask it, and how to see that it is well."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import openai
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 APP_NAME = f"rayline-test-{os.getpid()}"
 
 

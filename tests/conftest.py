@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 
 import pytest
-import ray
 from live_server import APP_NAME, ROOT, Server, free_port, wait_until_ready
-from ray import serve
-
-from deployments.app import build_app
-from deployments.config import AppConfig
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
+    import ray
+    from ray import serve
+
+    from deployments.app import build_app
+    from deployments.config import AppConfig
+
     port = free_port()
     ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local")
     try:

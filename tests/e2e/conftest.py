@@ -1,0 +1,37 @@
+"""A real browser, Debian's Chromium without a window."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+SHOTS = Path(__file__).parents[2] / "test-results"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A page that may write no error to its console and ask nobody but its server."""
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    faults: list[str] = []
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda asked: None if "127.0.0.1" in asked.url or asked.url.startswith("data:")
+            else faults.append(f"asked {asked.url}"))  # fmt: skip
+    yield page
+    SHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SHOTS / f"{request.node.name}.png")
+    page.close()
+    assert faults == []
