@@ -1,15 +1,18 @@
 """The application: the only place that binds deployments."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from deployments.config import AppConfig, EngineKind, key_digests, resolve_paths, without_secrets
+from deployments.autoscaling import EnginePolicy
+from deployments.config import AppConfig, AutoscalingConfig, EngineKind, key_digests, resolve_paths, without_secrets
 from deployments.engine_replica import EngineReplica
+from deployments.engine_use import targets_of
 from deployments.front_end import check_open, find_front_end
 from deployments.ingress import RouterIngress
 from deployments.request_router import RankedRequestRouter
@@ -17,7 +20,9 @@ from llm.models.loading import check_checkpoint
 from llm.models.registry import load_model_config
 
 _HEALTH_CHECK_PERIOD_S = 1
-_HEALTH_CHECK_TIMEOUT_S = 30
+_HEALTH_CHECK_TIMEOUT_S = 8
+"""Serve gives a replica up after three strikes: 24 s."""
+_METRICS_INTERVAL_S, _LOOK_BACK_S = 0.5, 1.0
 
 
 def build_app(args: AppConfig) -> Application:
@@ -57,11 +62,9 @@ def check_model(config: AppConfig) -> None:
 
 def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:
     replicas = config.replicas
-    scale: dict[str, Any] = (
-        {"autoscaling_config": replicas.autoscaling}
-        if replicas.autoscaling is not None
-        else {"num_replicas": replicas.num_replicas}
-    )
+    scale: dict[str, Any] = {"num_replicas": replicas.num_replicas}
+    if replicas.autoscaling is not None:
+        scale = {"autoscaling_config": _serve_autoscaling(replicas.autoscaling)}
     return serve.deployment(EngineReplica).options(
         name="EngineReplica",
         ray_actor_options={"num_gpus": num_gpus, "num_cpus": replicas.num_cpus},
@@ -70,7 +73,23 @@ def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
+        max_surge_percent=replicas.max_surge_percent,
         **scale,
+    )
+
+
+def _serve_autoscaling(autoscaling: AutoscalingConfig) -> ServeAutoscalingConfig:
+    """Serve's configuration, with our policy and a pace that follows the load within seconds."""
+    return ServeAutoscalingConfig(
+        min_replicas=autoscaling.min_replicas,
+        max_replicas=autoscaling.max_replicas,
+        initial_replicas=autoscaling.initial_replicas,
+        upscale_delay_s=autoscaling.upscale_delay_s,
+        downscale_delay_s=autoscaling.downscale_delay_s,
+        downscale_to_zero_delay_s=autoscaling.downscale_to_zero_delay_s,
+        metrics_interval_s=_METRICS_INTERVAL_S,
+        look_back_period_s=_LOOK_BACK_S,
+        policy=AutoscalingPolicy(policy_function=EnginePolicy, policy_kwargs=asdict(targets_of(autoscaling))),
     )
 
 
@@ -85,6 +104,7 @@ def _router_deployment(config: AppConfig) -> Any:
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=router.graceful_shutdown_timeout_s,
+        max_surge_percent=router.max_surge_percent,
     )
 
 

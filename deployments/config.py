@@ -53,13 +53,38 @@ class EmulationConfig(StrictModel):
     """Context length in tokens."""
 
 
+class AutoscalingConfig(StrictModel):
+    """When there are more or fewer replicas. Up at once, down after a while."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    """0 to let the last one go after `downscale_to_zero_delay_s` without a request; the next one waits for a start."""
+    max_replicas: int = Field(ge=1)
+    initial_replicas: int | None = Field(default=None, ge=0)
+    """None for `min_replicas`."""
+    target_waiting_tokens: float = Field(default=16_384, gt=0)
+    """Tokens waiting to be prefilled, for each replica, that are no reason for another one."""
+    target_row_use: float = Field(default=0.8, gt=0)
+    """Share of each replica's rows (`engine.max_batch_size`) that may be in use."""
+    target_pool_use: float = Field(default=0.9, gt=0, le=1)
+    """Share of each replica's slot pool that may be in use."""
+    upscale_delay_s: float = Field(default=0.0, ge=0)
+    downscale_delay_s: float = Field(default=60.0, ge=0)
+    downscale_to_zero_delay_s: float = Field(default=300.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.max_replicas < max(self.min_replicas, self.initial_replicas or 0):
+            raise ValueError("max_replicas must be at least min_replicas and initial_replicas")
+        return self
+
+
 class ReplicasConfig(StrictModel):
     """How many engine replicas there are and what each one gets."""
 
     num_replicas: int = Field(default=1, ge=1)
     """Fixed number of replicas; without effect where `autoscaling` is set."""
-    autoscaling: dict[str, Any] | None = None
-    """Ray Serve's `autoscaling_config`, passed through."""
+    autoscaling: AutoscalingConfig | None = None
+    """Have as many replicas as the load asks for."""
     num_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs of each replica; None for one where the cluster has any, else none."""
     num_cpus: float = Field(default=0.5, ge=0)
@@ -70,13 +95,16 @@ class ReplicasConfig(StrictModel):
     """Requests that one replica runs or queues at once."""
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     """How long a replica that is taken away may finish its streams."""
-    stall_timeout_s: float = Field(default=60.0, gt=0)
-    """A step that takes longer fails the replica's health check."""
+    stall_timeout_s: float = Field(default=20.0, gt=0)
+    """A step that takes longer fails the replica's health check; Serve then replaces the replica."""
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+    """Replicas that a rolling update may start before it takes old ones away, in percent. 0: there is rarely a GPU to
+    spare, and streams of a replica that is taken away go on in the others."""
 
     @property
     def most_replicas(self) -> int:
         """Largest number of replicas that there may be."""
-        return int((self.autoscaling or {}).get("max_replicas", 1)) if self.autoscaling else self.num_replicas
+        return self.autoscaling.max_replicas if self.autoscaling is not None else self.num_replicas
 
 
 class RouterConfig(StrictModel):
@@ -87,6 +115,8 @@ class RouterConfig(StrictModel):
     """CPUs that Ray sets aside for each router. A busy router uses one core in full."""
     max_ongoing_requests: int = Field(default=4096, ge=1)
     """Open HTTP requests of one router; streams count until their end."""
+    max_surge_percent: int = Field(default=100, ge=0, le=100)
+    """Routers that a rolling update may start before it takes old ones away, in percent."""
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     max_resumes: int = Field(default=3, ge=0)
     """How often a request goes on elsewhere after its engine replica died; 0 turns failover off."""

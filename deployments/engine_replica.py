@@ -4,9 +4,11 @@ import logging
 import time
 from collections.abc import Sequence
 
+from deployments.autoscaling import STATS_POOL_USE, STATS_ROW_USE, STATS_WAITING_TOKENS
 from deployments.config import AppConfig
 from deployments.engine_factory import Engine, EngineInfo, make_engine
 from deployments.engine_loop import EngineLoop
+from deployments.engine_use import replica_use
 from deployments.wire import decode_address, decode_call, encode
 from llm.errors import ConfigError, EngineError
 from llm.serving.schemas import GenerationRequest
@@ -63,6 +65,15 @@ class EngineReplica:
         """Tokens to prefill of requests that routers hold back, as far as they told this replica."""
         oldest = time.monotonic() - _QUEUE_NEWS_LIFETIME_S
         return sum(num_tokens for num_tokens, told_at in self._queues.values() if told_at >= oldest)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy decides by; Ray Serve asks twice a second."""
+        use = replica_use(self._loop.latest_stats, self.queued_tokens)
+        return {
+            STATS_WAITING_TOKENS: use.waiting_tokens,
+            STATS_ROW_USE: use.row_use,
+            STATS_POOL_USE: use.pool_use,
+        }
 
     async def generate(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
         """Run a `GenerateCall` to its end and return the `GenerateReply`. Cancelling aborts it within a step."""

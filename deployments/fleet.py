@@ -188,7 +188,6 @@ class Fleet:
         if was_unreported:
             load.num_rows -= 1
             load.num_prefill_tokens -= stream.num_new_tokens
-        stream.replica.coming.pop(stream_id, None)
         stream.replica = replica
         replica.load.num_own_rows += 1
 

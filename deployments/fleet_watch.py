@@ -85,6 +85,10 @@ class FleetWatch:
             for replica_id, (stats, heard_at) in self._heard.items()
         }
 
+    def running_stats(self) -> list[EngineStats]:
+        """What the replicas on Serve's list last reported."""
+        return [stats for replica_id, (stats, _) in self._heard.items() if replica_id in self._running]
+
     def note_move(self, replica_id: str | None) -> None:
         """A stream of this replica goes on elsewhere."""
         if replica_id is not None:

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+from deployments.autoscaling import ReplicaUse, desired_replicas
 from deployments.config import AppConfig
 from deployments.dispatcher import Dispatcher
 from deployments.engine_client import EngineClient
 from deployments.engine_factory import EngineInfo
+from deployments.engine_use import replica_use, targets_of
 from deployments.errors import ReplicaLostError
 from deployments.fleet import Fleet
 from deployments.fleet_watch import FleetWatch
@@ -125,7 +127,24 @@ class Router:
 
     def fleet_event(self) -> dict[str, Any]:
         """What the fleet page shows: `snapshot`, and what happened lately."""
-        return {**self.snapshot(), "model": self.config.model_name, "at": time.time(), "news": self._watch.news.items()}
+        return {
+            **self.snapshot(),
+            "model": self.config.model_name,
+            "at": time.time(),
+            "news": self._watch.news.items(),
+            "scaling": self._scaling(),
+        }
+
+    def _scaling(self) -> str | None:
+        """What autoscaling wants and why, worked out here as Serve's controller does from the replicas' statistics."""
+        autoscaling = self.config.replicas.autoscaling
+        if autoscaling is None:
+            return None
+        uses = [replica_use(stats, 0) for stats in self._watch.running_stats()]
+        uses.append(ReplicaUse(self.dispatcher.num_waiting_tokens, 0, 0))
+        number, reason = desired_replicas(uses, targets_of(autoscaling))
+        bounds = f"between {autoscaling.min_replicas} and {autoscaling.max_replicas}"
+        return f"The load asks for {number} replicas ({reason}); there may be {bounds}."
 
     def close(self) -> None:
         """Stop listening and end the threads."""

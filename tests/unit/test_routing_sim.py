@@ -67,23 +67,23 @@ def test_decodes_end_where_they_would_if_every_step_were_simulated():
     """A newcomer cuts the steps under way short at a step's end, neither losing nor repeating one."""
     replica, first = SimulatedReplica(SPEED), SimulatedRequest(TraceRequest(0.0, 100, 50), 0, 0)
     replica.add(first, 0.0)
-    now, step_s = 0.0, []
+    now, num_newcomers = 0.0, 0
     while replica.num_open:
         plan = replica.start(now)
         assert plan is not None
-        if len(step_s) < 20 and not plan.chunks:
-            replica.add(SimulatedRequest(TraceRequest(0.0, 1, 1), len(step_s) + 1, 0), now + 1e-6)
+        if num_newcomers < 10 and not plan.chunks:
+            num_newcomers += 1
+            replica.add(SimulatedRequest(TraceRequest(0.0, 1, 1), num_newcomers, 0), now + 1e-6)
             plan = replica.plan
             assert plan is not None
             assert plan.num_steps == 1
-        step_s.append(plan.end_s - now)
         now = plan.end_s
         replica.finish()
-    assert replica.num_served == 21
-    # 50 steps gave its tokens, 21 of them with a prompt to prefill: none takes longer than the weights' reading.
+    assert replica.num_served == 11
+    # 50 steps gave its tokens, 11 of them with a prompt to prefill: none takes longer than the weights' reading.
     context_s = sum(101 + i for i in range(49)) * SPEED.decode_context_s
     own_prefill_s = 100**2 / 2 * SPEED.prefill_pair_s
-    others_s = 20 * 0.5 * SPEED.prefill_pair_s
+    others_s = 10 * 0.5 * SPEED.prefill_pair_s
     assert now == pytest.approx(50 * SPEED.weights_s + context_s + own_prefill_s + others_s)
 
 

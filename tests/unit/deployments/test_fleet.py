@@ -82,11 +82,14 @@ def test_first_tokens_and_ends_after_a_report_are_taken_off():
     fleet = fleet_of("a")
     fleet.sent("a", 1, 100, [])
     fleet.report("a", state(rows=1, waiting_tokens=100), [], [], False, [1])
+    fleet.sent("a", 2, 30, [])
+    fleet.sent("a", 3, 40, [])
     fleet.prefilled(1)
-    assert seen(fleet) == (1, 0)
+    assert seen(fleet) == (3, 70)
+    fleet.prefilled(1)
     fleet.ended(1)
     fleet.ended(1)
-    assert seen(fleet) == (0, 0)
+    assert seen(fleet) == (2, 70)
 
 
 def test_an_aborted_request_leaves_nothing_behind():
