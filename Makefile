@@ -3,12 +3,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= serve_config.yaml
 MODELS ?= llama-3.1-8b qwen3-0.6b
+MINUTES ?= 60
 BENCH_PYTHON ?= $(BIN)/python
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages serve test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-routing clean
+.PHONY: help install install-dev system-packages serve chaos soak test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-routing clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -45,6 +46,12 @@ test: $(VENV)/.dev  ## Run every test that needs no GPU
 
 test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster
 	$(BIN)/pytest tests/unit
+
+chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (8 minutes)
+	$(BIN)/python -m chaos
+
+soak: $(VENV)/.dev  ## A long load (MINUTES=60): memory must not grow
+	$(BIN)/python -m chaos.soak --minutes $(MINUTES)
 
 lint: $(VENV)/.dev  ## Check style and the direction of imports
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """What a replica needs of an engine, and how it gets one."""
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +12,9 @@ from deployments.config import AppConfig, DType, EngineKind
 from deployments.emulated_engine import EmulatedEngine
 from llm.core.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats, GenerationRequest, StepOutput
+
+PROGRESS_MARK = "weights loaded, of bytes:"
+_PROGRESS_INTERVAL_S = 0.5
 
 
 class EngineScheduler(Protocol):
@@ -116,6 +120,20 @@ def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
     )
 
 
+def _report_progress() -> Callable[[int, int], None]:
+    """Prints the bytes of weights loaded and their total about twice a second; Ray brings it to the terminal."""
+    printed_at = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal printed_at
+        now = time.monotonic()
+        if now - printed_at > _PROGRESS_INTERVAL_S or done == total:
+            printed_at = now
+            print(f"{PROGRESS_MARK} {done} {total}", flush=True)
+
+    return report
+
+
 def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
     import torch
 
@@ -131,7 +149,7 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         dtype=dtype,
         with_tokenizer=False,
         lora=config.lora,
-        progress=False,
+        progress=_report_progress(),
     )
     model = engine.model
     return engine, EngineInfo(

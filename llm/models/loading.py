@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress as ProgressBar, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 
 from llm.config import ModelConfig
@@ -20,6 +20,9 @@ from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
 from llm.models.registry import load_model_config, read_json
 from llm.models.weight_map import destinations
+
+Progress = bool | Callable[[int, int], None]
+"""Whether to show a progress bar; or what to call with the bytes done and their total."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +62,14 @@ def load_decoder(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> DecoderModel:
     """Make the model that a Hugging Face directory describes and fill it from its weights.
 
     Args:
         device: where the parameters are made; weights go there directly.
         dtype: of the parameters, whatever the files hold.
-        progress: show a progress bar in bytes.
+        progress: show a progress bar in bytes; or what to call with the bytes done and their total.
 
     Raises:
         CheckpointError, ConfigError: what is wrong with which file, in one line.
@@ -94,7 +97,7 @@ def check_checkpoint(directory: str | Path) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_checkpoint(model: DecoderModel, directory: str | Path, *, progress: bool = True) -> None:
+def load_checkpoint(model: DecoderModel, directory: str | Path, *, progress: Progress = True) -> None:
     """Overwrite every parameter of `model`, which is not on the meta device, with a checkpoint's weights.
 
     No copy of the weights is made on the way: files are mapped into memory and each tensor is converted as it is
@@ -114,14 +117,18 @@ def load_checkpoint(model: DecoderModel, directory: str | Path, *, progress: boo
     logger.info("loaded %s: %.2f GB from %d files in %.1f s", directory, num_bytes / 1e9, len(files), elapsed)
 
 
-def _run(copies: list[_Copy], title: str, *, progress: bool) -> int:
+def _run(copies: list[_Copy], title: str, *, progress: Progress) -> int:
     """Make the copies, several at a time; return the bytes filled."""
     num_bytes = sum(copy.num_bytes for copy in copies)
-    with _progress_bar(enabled=progress) as bar, ThreadPoolExecutor(_NUM_THREADS) as pool:
+    num_done = 0
+    with _progress_bar(enabled=progress is True) as bar, ThreadPoolExecutor(_NUM_THREADS) as pool:
         task = bar.add_task(f"loading {title}", total=num_bytes)
         try:
             for done in pool.map(_Copy.run, copies):
+                num_done += done
                 bar.advance(task, done)
+                if callable(progress):
+                    progress(num_done, num_bytes)
         except CheckpointError:
             pool.shutdown(cancel_futures=True)
             raise
@@ -227,8 +234,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:3]) + more
 
 
-def _progress_bar(*, enabled: bool) -> Progress:
-    return Progress(
+def _progress_bar(*, enabled: bool) -> ProgressBar:
+    return ProgressBar(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),

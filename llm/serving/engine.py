@@ -14,7 +14,7 @@ from llm.core.sampling import Draw
 from llm.core.slot_pool import SlotPool
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.models.loading import load_decoder
+from llm.models.loading import Progress, load_decoder
 from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
 from llm.serving.memory import num_pool_pages
@@ -111,7 +111,7 @@ class ContinuousBatchingEngine:
         with_tokenizer: bool = True,
         load_format: str = "auto",
         lora: str | Path | None = None,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> Self:
         """Make an engine for a Hugging Face checkpoint: a directory, or a Hub id where the network allows.
 
@@ -121,7 +121,7 @@ class ContinuousBatchingEngine:
             with_tokenizer: False for an engine of token ids only.
             load_format: "auto" for the checkpoint's weights, "random" for random ones of its shape.
             lora: directory of a PEFT adapter to merge into the weights.
-            progress: show a progress bar while weights load.
+            progress: show a progress bar while weights load; or what to call with the bytes done and their total.
 
         Raises:
             CheckpointError, ConfigError: what is wrong with the checkpoint, with the fix.

@@ -20,7 +20,7 @@ DEMO = Path(__file__).parents[3] / "configs" / "demo"
 
 
 class LocalClient:
-    """`EngineClient` for replicas in this process. `kill` does what losing a node does, `drain` what scaling down does."""
+    """`EngineClient` for replicas in this process. `kill` does what losing a node does, `drain` scaling down."""
 
     def __init__(self, replicas: list[EngineReplica]) -> None:
         self.replicas = replicas

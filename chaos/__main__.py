@@ -1,0 +1,73 @@
+"""Run faults against a fleet on this machine and print what came of each.
+
+python -m chaos [F1 F5 …] [--list] [--json FILE]
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from chaos import engine_faults, faults, nodes
+from chaos.fleet import Outcome, cluster
+
+FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
+    "F1": [faults.f1_kill_replicas, faults.f1_kill_demo],
+    "F2": [faults.f2_nobody_left],
+    "F3": [faults.f3_before_the_first_byte],
+    "F4": [engine_faults.f4_forward_fails],
+    "F5": [faults.f5_hang],
+    "F6": [faults.f6_update_and_scale],
+    "F7": [faults.f7_disconnects],
+    "F8": [faults.f8_overload],
+    "F9": [engine_faults.f9_small_pool],
+    "F10": [nodes.f10_nodes_removed],
+    "F11": [faults.f11_control_plane],
+}
+
+
+def main() -> None:
+    """Parse the command line, run the faults, exit with 1 if one did what it must not."""
+    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="F1", help="faults to run; all, if none is named")
+    parser.add_argument("--list", action="store_true", help="list the faults")
+    parser.add_argument("--json", type=Path, help="append one JSON line a fault to this file")
+    options = parser.parse_args()
+    if options.list:
+        for name, functions in FAULTS.items():
+            print(f"{name:4} {' '.join((functions[0].__doc__ or '').split())}")
+        return
+    unknown = [name for name in options.names if name not in FAULTS]
+    if unknown:
+        parser.error(f"no such fault: {', '.join(unknown)}; there are {', '.join(FAULTS)}")
+    logging.disable(logging.WARNING)
+    names = options.names or list(FAULTS)
+    with cluster() as front_end:
+        results = [_run(name, function, front_end, options.json) for name in names for function in FAULTS[name]]
+    sys.exit(0 if all(results) else 1)
+
+
+def _run(name: str, function: Callable[[str], Awaitable[Outcome]], front_end: str, path: Path | None) -> bool:
+    """Run one fault and print its line."""
+    started = time.monotonic()
+    print(f"{name:4} …", end="", flush=True, file=sys.stderr)
+    try:
+        outcome = asyncio.run(function(front_end))  # type: ignore[arg-type]
+    except Exception as error:  # noqa: BLE001 - one fault that cannot be tried does not keep the others from it
+        outcome = Outcome(f"{type(error).__name__}: {error}", False)
+    seconds = time.monotonic() - started
+    print("\r", end="", file=sys.stderr)
+    print(f"{name:4} {'ok    ' if outcome.is_ok else 'FAILED'} {outcome.figure} [{seconds:.0f} s]", flush=True)
+    if path is not None:
+        row = {"fault": name, "function": function.__name__, "ok": outcome.is_ok, "figure": outcome.figure}
+        with path.open("a") as file:
+            file.write(json.dumps({**row, "seconds": round(seconds, 1)}) + "\n")
+    return outcome.is_ok
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The fleet under test: Ray and Ray Serve on this machine, and the processes of its replicas."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from chaos.streams import Clients
+
+ROOT = Path(__file__).parent.parent
+
+
+def emulated(num_replicas: int, tokens_per_s: float = 50.0, **changes: Any) -> dict[str, Any]:
+    """Arguments of an application whose engines make letters, 64 streams each."""
+    return {
+        "model": str(ROOT / "configs" / "demo"),
+        "engine_kind": "emulated",
+        "engine": {"max_batch_size": 64, "num_pages": 8192},
+        "emulation": {"tokens_per_s": tokens_per_s, "max_seq_len": 4096},
+        "replicas": {"num_replicas": num_replicas, "num_cpus": 0.1, "graceful_shutdown_timeout_s": 30},
+        "router": {"num_cpus": 0.1},
+        **changes,
+    }
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """Ray and Serve, started here and ended here; gives the address of Serve's front end."""
+    import ray
+    from ray import serve
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    ray.init(num_cpus=8, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local",
+             logging_level="ERROR")  # fmt: skip
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+class Fleet:
+    """One application on the cluster, and ways to hurt it.
+
+    Args:
+        front_end: address of Serve's front end.
+        name: of the application, and its path.
+    """
+
+    def __init__(self, front_end: str, name: str) -> None:
+        self.url = f"{front_end}/{name}"
+        self._name = f"chaos-{os.getpid()}-{name}"
+        self._path = f"/{name}"
+
+    def deploy(self, args: dict[str, Any]) -> None:
+        """Start it, or bring it to other arguments; returns when Serve says that it runs."""
+        import logging
+
+        from ray import serve
+
+        from deployments.app import build_app
+        from deployments.config import AppConfig
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.run(build_app(AppConfig.model_validate(args)), name=self._name, route_prefix=self._path)
+
+    def delete(self) -> None:
+        """Take it away."""
+        from ray import serve
+
+        serve.delete(self._name)
+
+    def replica_pids(self) -> list[int]:
+        """Processes of its engine replicas."""
+        return _pids(f"ray::ServeReplica:{self._name}:EngineReplica")
+
+    def router_pids(self) -> list[int]:
+        """Processes of its routers."""
+        return _pids(f"ray::ServeReplica:{self._name}:Router")
+
+    def hurt_one(self, how: signal.Signals) -> int:
+        """Send a signal to one of its replicas; returns the process."""
+        pid = random.choice(self.replica_pids())
+        os.kill(pid, how)
+        return pid
+
+    async def wait_for(
+        self, clients: Clients, condition: Callable[[dict[str, Any]], bool], timeout_s: float, what: str
+    ) -> float:
+        """Wait until `condition` holds for `/rayline/stats`; returns the seconds that it took.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        started = time.monotonic()
+        while True:
+            with contextlib.suppress(Exception):  # the server may be what has just been hurt
+                if condition(await asyncio.wait_for(clients.get("/rayline/stats"), 5)):
+                    return time.monotonic() - started
+            if time.monotonic() - started > timeout_s:
+                raise TimeoutError(f"{what} within {timeout_s:g} s")
+            await asyncio.sleep(0.05)
+
+    async def wait_until_serving(self, clients: Clients, num_replicas: int, timeout_s: float = 60) -> float:
+        """Wait until so many replicas get requests."""
+        return await self.wait_for(
+            clients, lambda stats: num_serving(stats) == num_replicas, timeout_s, f"{num_replicas} replicas serve"
+        )
+
+    async def wait_until_idle(self, clients: Clients, timeout_s: float = 10) -> float:
+        """Wait until no request is live and no page in use."""
+        return await self.wait_for(clients, _is_idle, timeout_s, "no request is live and no page in use")
+
+
+@contextlib.asynccontextmanager
+async def running(front_end: str, name: str, args: dict[str, Any]) -> AsyncIterator[tuple[Fleet, Clients]]:
+    """A fleet with all its replicas serving, and clients for it."""
+    fleet = Fleet(front_end, name)
+    await asyncio.to_thread(fleet.deploy, args)
+    try:
+        async with Clients(fleet.url) as clients:
+            await fleet.wait_until_serving(clients, args["replicas"]["num_replicas"])
+            yield fleet, clients
+    finally:
+        await asyncio.to_thread(fleet.delete)
+
+
+def num_serving(stats: dict[str, Any]) -> int:
+    """Replicas that get requests."""
+    return sum(replica["is_serving"] for replica in stats["replicas"].values())
+
+
+def proxy_pids() -> list[int]:
+    """Processes of Serve's HTTP proxies under this process."""
+    return [pid for pid in _pids("ray::ProxyActor") if _is_ours(pid)]
+
+
+def _is_idle(stats: dict[str, Any]) -> bool:
+    used = sum(r["num_used_pages"] for r in stats["replicas"].values() if r["is_serving"])
+    return stats["router"]["num_live"] == 0 and used == 0
+
+
+def _pids(prefix: str) -> list[int]:
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().replace(b"\0", b" ").decode(errors="replace").startswith(prefix):
+                pids.append(int(path.parent.name))
+    return pids
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a process descends from this one's Ray."""
+    own = os.getpid()
+    while pid > 1:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+        if pid == own:
+            return True
+    return False
+
+
+class Outcome:
+    """What came of a fault.
+
+    Attributes:
+        figure: one line for people.
+        is_ok: whether what must hold has held.
+    """
+
+    def __init__(self, figure: str, *checks: bool) -> None:
+        self.figure = figure
+        self.is_ok = all(checks)

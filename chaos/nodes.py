@@ -1,0 +1,87 @@
+"""F10: a cluster of several nodes on this machine, whose worker nodes are taken away again and again.
+
+Runs in a process of its own, for a process can be part of one Ray cluster only.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from chaos.faults import PROMPTS, summary, undisturbed
+from chaos.fleet import Outcome, emulated, num_serving, running
+
+_NUM_WORKERS, _NUM_REPLICAS = 4, 3
+
+
+async def f10_nodes_removed(_: str, num_removals: int = 8) -> Outcome:
+    """Worker nodes are removed and others join, with 32 streams open."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "chaos.nodes", str(num_removals), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    output, _unused = await process.communicate()
+    lines = [line for line in output.decode().splitlines() if line.startswith("{")]
+    if not lines:
+        raise RuntimeError(f"the cluster of nodes ended with code {process.returncode} and without a result")
+    result = json.loads(lines[-1])
+    return Outcome(result["figure"], result["is_ok"])
+
+
+async def _remove_nodes(front_end: str, num_removals: int) -> Outcome:
+    import ray
+
+    args = emulated(_NUM_REPLICAS)
+    args["replicas"]["num_cpus"] = 2  # so that none fits on the head
+    async with running(front_end, "f10", args) as (fleet, clients):
+        texts = await undisturbed(clients, 200)
+        is_over = False
+        asking = asyncio.create_task(clients.keep_asking(PROMPTS, 200, 32, lambda: is_over))
+        for _ in range(num_removals):
+            await asyncio.sleep(2)
+            node = _workers.pop(0)
+            is_used = _has_replica(node.node_id)
+            _cluster.remove_node(node, allow_graceful=False)
+            if is_used:
+                await fleet.wait_for(
+                    clients, lambda stats: num_serving(stats) < _NUM_REPLICAS, 15, "the loss is noticed"
+                )
+            _workers.append(_cluster.add_node(num_cpus=2))
+            await fleet.wait_until_serving(clients, _NUM_REPLICAS)
+        is_over = True
+        text, is_whole = summary(await asking, texts)
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
+        return Outcome(f"{num_removals} of {num_nodes} nodes removed and added: {text}", is_whole)
+
+
+def _has_replica(node_id: str) -> bool:
+    """Whether an engine replica lives on a node."""
+    from ray._private.state import actors
+
+    return any(
+        actor["State"] == "ALIVE" and "EngineReplica" in actor["Name"] and actor["Address"]["NodeID"] == node_id
+        for actor in actors().values()
+    )
+
+
+if __name__ == "__main__":
+    import ray
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    logging.disable(logging.WARNING)
+    os.environ["RAY_DEDUP_LOGS"] = "1"
+    _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    _workers = [_cluster.add_node(num_cpus=2) for _ in range(_NUM_WORKERS)]
+    ray.init(address=_cluster.address, namespace="serve", log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": 18431}, proxy_location="HeadOnly")
+        outcome = asyncio.run(_remove_nodes("http://127.0.0.1:18431", int(sys.argv[1])))
+        print(json.dumps({"figure": outcome.figure, "is_ok": outcome.is_ok}), flush=True)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        _cluster.shutdown()

@@ -1,0 +1,49 @@
+"""`rayline`: the command line."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from deployments.cli import chat, check, doctor, serve, status
+from deployments.version import __version__
+from llm.errors import LLMError
+
+app = typer.Typer(
+    name="rayline",
+    help="Serve language models on Ray, and look after them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve.serve)
+app.command()(chat.chat)
+app.command()(check.check)
+app.command()(doctor.doctor)
+app.command()(status.status)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"rayline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; what is wrong goes to standard error in one line, with exit code 1."""
+    try:
+        app()
+    except LLMError as error:
+        sys.exit(f"rayline: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

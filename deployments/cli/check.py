@@ -1,0 +1,98 @@
+"""`rayline check`: what is wrong with a configuration, and what it will need, before anything starts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deployments.check import check_config_file
+from deployments.config import AppConfig, EngineKind, resolve_paths
+from llm.config import ModelConfig
+from llm.models.registry import load_model_config
+
+_GIB = 1 << 30
+_WORKSPACE_GIB = 2.0
+"""What activations, CUDA graphs and the CUDA context take on a GPU, about."""
+
+
+def check(
+    config: Annotated[Path, typer.Argument(help="Configuration file.")] = Path("serve_config.yaml"),
+    gpu_memory: Annotated[str, typer.Option(help="Sizes of GPUs to work out slots for, in GiB.")] = "24,80,141",
+) -> None:
+    """Check a configuration and its checkpoint without a GPU, and say what memory they need.
+
+    Exit code 1 where it cannot be served, with the reason and the fix in one line.
+
+        rayline check serve_config.yaml
+        rayline check my.yaml --gpu-memory 48
+    """
+    try:
+        sizes = [float(size) for size in gpu_memory.split(",")]
+    except ValueError:
+        raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory") from None
+    console = Console(highlight=False)
+    for app in check_config_file(config):
+        app = resolve_paths(app)
+        console.print(f"[green]✓[/] {config}: model [bold]{app.model_name}[/], {app.replicas.most_replicas} replica(s)")
+        if not Path(app.model).is_dir():
+            console.print(
+                f"  {app.model} is no directory here: its checkpoint is checked where it is loaded", style="dim"
+            )
+            continue
+        model = load_model_config(app.model)
+        if app.engine_kind is EngineKind.TORCH:
+            console.print(_memory(app, model, sizes))
+        console.print(_checklist(app, model))
+
+
+def weight_bytes(model: ModelConfig, itemsize: int) -> int:
+    """Bytes of all weights."""
+    from llm.models.decoder import DecoderModel
+
+    return itemsize * sum(p.numel() for p in DecoderModel.from_config(model, device="meta").parameters())
+
+
+def slot_bytes(model: ModelConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * model.num_layers * model.kv_heads * model.head_size * itemsize
+
+
+def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
+    itemsize = 4 if app.dtype == "float32" else 2
+    kv_itemsize = 1 if app.engine.kv_cache_dtype == "fp8" else itemsize
+    weights, slot = weight_bytes(model, itemsize), slot_bytes(model, kv_itemsize)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("  weights", f"{weights / _GIB:.2f} GiB ({8 * itemsize} bits a number)")
+    table.add_row("  a slot", f"{slot / 1024:.1f} KiB of keys and values for one token")
+    for size in sizes:
+        room = size * app.engine.gpu_memory_utilization - weights / _GIB - _WORKSPACE_GIB
+        slots = int(room * _GIB // slot)
+        what = f"about {slots:,} slots: {slots // 1000:,} sequences of 1,000 tokens" if slots > 0 else "too small"
+        table.add_row(f"  a GPU of {size:g} GiB", what)
+    return table
+
+
+def _checklist(app: AppConfig, model: ModelConfig) -> Table:
+    """The inference checklist, ticked for this model."""
+    group = model.num_heads // model.kv_heads
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = [
+        (True, "KV cache", "always on"),
+        (
+            group > 1,
+            "grouped queries",
+            f"{group} query heads share keys and values" if group > 1 else "this model has none",
+        ),
+        (
+            model.pool_window is not None,
+            "sliding window",
+            f"{model.pool_window:,} tokens; pages behind it go back" if model.pool_window else "this model has none",
+        ),
+        (app.dtype != "float32", "16-bit numbers", "on a GPU" if app.dtype == "auto" else str(app.dtype)),
+        (app.lora is not None, "LoRA merged", str(app.lora) if app.lora else "no adapter given"),
+    ]
+    for is_on, name, what in rows:
+        table.add_row("  [green]✓[/]" if is_on else "  [dim]-[/]", name, f"[dim]{what}[/]")
+    return table

@@ -1,0 +1,91 @@
+"""`rayline status`: the fleet as a live table."""
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from deployments.cli.server import DEFAULT_URL, KeyOption, UrlOption, connect, get
+
+_STYLES = {"serving": "green", "starting": "yellow", "silent": "yellow", "leaving": "yellow", "gone": "red"}
+
+
+def status(
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
+) -> None:
+    """Show every replica: what runs, how full its slot pool is, how fast it goes.
+
+    Exit code 0, or with --once and --json 2 where no replica serves.
+
+        rayline status
+        rayline status --json | jq .replicas
+    """
+    with connect(url, api_key) as client:
+        stats = get(client, "/rayline/stats")
+        if as_json:
+            print(json.dumps(stats))
+        elif once or not Console().is_terminal:
+            Console().print(_table(stats, {}))
+        else:
+            _watch(client, interval)
+        if (as_json or once) and not any(replica["is_serving"] for replica in stats["replicas"].values()):
+            raise typer.Exit(2)
+
+
+def _watch(client: Any, interval: float) -> None:
+    totals: dict[str, tuple[float, int]] = {}
+    with Live(screen=False, auto_refresh=False) as live:
+        while True:
+            stats = get(client, "/rayline/stats")
+            now, rates = time.monotonic(), {}
+            for name, replica in stats["replicas"].items():
+                then, total = totals.get(name, (now, replica["num_generated_tokens"]))
+                rates[name] = (replica["num_generated_tokens"] - total) / max(now - then, 1e-3)
+                totals[name] = now, replica["num_generated_tokens"]
+            live.update(_table(stats, rates), refresh=True)
+            time.sleep(interval)
+
+
+def _table(stats: dict[str, Any], rates: dict[str, float]) -> Group:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in (
+        "replica",
+        "state",
+        "running",
+        "waiting",
+        "to prefill",
+        "slot pool",
+        "cached",
+        "prefix hits",
+        "tokens/s",
+    ):
+        table.add_column(name, justify="left" if name in ("replica", "state") else "right")
+    for name, replica in sorted(stats["replicas"].items()):
+        state = replica["state"]
+        looked_up = replica["num_prompt_tokens"]
+        table.add_row(
+            name,
+            Text(state, style=_STYLES.get(state, "")),
+            f"{replica['num_running']}/{replica['max_rows']}",
+            str(replica["num_waiting"]),
+            f"{replica['num_waiting_tokens']:,}",
+            f"{replica['num_used_pages'] / max(replica['num_pages'], 1):.0%}",
+            f"{replica['num_cached_pages'] / max(replica['num_pages'], 1):.0%}",
+            f"{replica['num_cached_prompt_tokens'] / looked_up:.0%}" if looked_up else "-",
+            f"{rates[name]:,.0f}" if name in rates else "-",
+        )
+    router = stats["router"]
+    line = (
+        f"router: {router['num_live']} live, {router['num_waiting']} waiting, {router['num_requests']:,} so far, "
+        f"{router['num_resumes'] + router['num_moves']:,} moved, {router['num_refused']:,} refused"
+    )
+    return Group(table, Text(line, style="dim"))

@@ -1,0 +1,30 @@
+"""The short faults of the chaos suite, on the session's cluster."""
+
+import asyncio
+from functools import partial
+
+import pytest
+from live_server import Server
+
+from chaos import engine_faults, faults
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        partial(faults.f1_kill_replicas, num_kills=1),
+        faults.f1_kill_demo,
+        faults.f2_nobody_left,
+        faults.f3_before_the_first_byte,
+        engine_faults.f4_forward_fails,
+        partial(faults.f7_disconnects, num_streams=100),
+        engine_faults.f9_small_pool,
+    ],
+    ids=["F1", "F1 demo", "F2", "F3", "F4", "F7", "F9"],
+)
+def test_what_must_hold_holds(server: Server, fault):
+    outcome = asyncio.run(fault(server.url))
+    print(outcome.figure)
+    assert outcome.is_ok, outcome.figure

@@ -1,0 +1,109 @@
+"""The command line: what it makes of its options, and one line for what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from deployments.cli import app
+from deployments.cli.check import slot_bytes, weight_bytes
+from deployments.cli.serve import _content, _override
+from llm.config import ModelConfig
+from llm.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+BIN = Path(sys.executable).parent
+
+
+def rayline(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([BIN / "rayline", *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def overridden(*settings: str, **options) -> dict:
+    content = _content(ROOT / "serve_config.yaml")
+    fields = {"model": None, "host": None, "port": None, "replicas": None, "api_keys_env": None, **options}
+    _override(content, **fields, settings=list(settings))
+    return content
+
+
+def test_options_and_settings_go_over_the_file():
+    content = overridden("engine.max_seq_len=1024", "dtype=float32", port=9000, replicas=3, model="some/model")
+    assert content["http_options"] == {"host": "127.0.0.1", "port": 9000}
+    assert content["applications"][0]["args"] == {
+        "model": "some/model", "replicas": {"num_replicas": 3}, "engine": {"max_seq_len": 1024}, "dtype": "float32"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", ["engine", "=3", "engine.=3", "model.x=3"])
+def test_bad_settings_are_refused(setting):
+    with pytest.raises(ConfigError, match="--set"):
+        overridden(setting)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "no list of applications"), ("applications: []", "no list of applications"), ("x", "no list")],
+)
+def test_files_that_are_no_configuration(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        _content(path)
+
+
+def test_a_misspelt_setting_stops_serve_in_one_line():
+    result = rayline("serve", "--set", "engine.max_seq_length=5")
+    assert result.returncode == 1
+    assert result.stderr.startswith("rayline: ")
+    assert "max_seq_len" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_check_says_what_a_model_needs():
+    result = CliRunner().invoke(app, ["check", str(ROOT / "serve_config.yaml"), "--gpu-memory", "80"])
+    assert result.exit_code == 0
+    assert "model demo" in result.output
+    assert "a GPU of 80 GiB" in result.output
+    assert "grouped queries" in result.output
+
+
+def test_check_of_a_broken_file_is_one_line():
+    result = rayline("check", "nothing.yaml")
+    assert result.returncode == 1
+    assert (
+        result.stderr == "rayline: nothing.yaml cannot be read: [Errno 2] No such file or directory: 'nothing.yaml'\n"
+    )
+
+
+def test_memory_of_a_known_model():
+    """Llama-3.1-8B: 8.03 billion parameters, 128 KiB a token in bfloat16."""
+    model = ModelConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8,
+        max_seq_len=131072,
+    )  # fmt: skip
+    assert weight_bytes(model, 2) == pytest.approx(2 * 8.03e9, rel=0.001)
+    assert slot_bytes(model, 2) == 128 * 1024
+
+
+@pytest.mark.parametrize("command", ["chat", "status"])
+def test_without_a_server_there_is_one_line(command):
+    result = rayline(command, "--url", "http://127.0.0.1:1")
+    assert result.returncode == 1
+    assert result.stderr == "rayline: nothing answers at http://127.0.0.1:1; start a server with: rayline serve\n"
+
+
+def test_doctor_finds_this_machine_usable():
+    result = rayline("doctor")
+    assert result.returncode == 0
+    assert "Ray" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "check", "doctor", "status"])
+def test_every_command_has_help(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert yaml.safe_dump(result.output)
+    assert "Usage" in result.output
