@@ -39,7 +39,7 @@ serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1
 	$(BIN)/serve run $(CONFIG)
 
 system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped
-	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
+	command -v chromium && command -v prometheus || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus >/dev/null; }
 
 test: $(VENV)/.dev  ## Run every test that needs no GPU
 	$(BIN)/pytest
