@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages serve chaos soak test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-routing clean
+.PHONY: help install install-dev system-packages serve chaos soak docs test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-routing clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet 
 
 soak: $(VENV)/.dev  ## A long load (MINUTES=60): memory must not grow
 	$(BIN)/python -m chaos.soak --minutes $(MINUTES)
+
+docs: $(VENV)/.dev  ## Build the documentation into site/
+	$(BIN)/python -m deployments.config_reference > docs/configuration.md
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev  ## Check style and the direction of imports
 	$(BIN)/ruff check .
