@@ -1,4 +1,6 @@
-"""F10: a cluster of several nodes on this machine, whose worker nodes are taken away again and again.
+"""F10: a cluster of several nodes on this machine, whose worker nodes join late and are taken away again and again.
+
+The head has no GPU; each worker has one that is pretended, and so holds one replica.
 
 Runs in a process of its own, for a process can be part of one Ray cluster only.
 """
@@ -10,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from chaos.faults import PROMPTS, summary, undisturbed
 from chaos.fleet import Outcome, emulated, num_serving, running
@@ -32,11 +35,12 @@ async def f10_nodes_removed(_: str, num_removals: int = 8) -> Outcome:
 
 
 async def _remove_nodes(front_end: str, num_removals: int) -> Outcome:
-    import ray
-
     args = emulated(_NUM_REPLICAS)
-    args["replicas"]["num_cpus"] = 2  # so that none fits on the head
+    args["replicas"]["num_gpus"] = 1  # so that none fits on the head
+    args["router"]["num_replicas"] = 2
+    asyncio.get_running_loop().call_later(5, _join)
     async with running(front_end, "f10", args) as (fleet, clients):
+        num_used = sum(_has_replica(node.node_id) for node in _workers)
         texts = await undisturbed(clients, 200)
         is_over = False
         asking = asyncio.create_task(clients.keep_asking(PROMPTS, 200, 32, lambda: is_over))
@@ -49,12 +53,18 @@ async def _remove_nodes(front_end: str, num_removals: int) -> Outcome:
                 await fleet.wait_for(
                     clients, lambda stats: num_serving(stats) < _NUM_REPLICAS, 15, "the loss is noticed"
                 )
-            _workers.append(_cluster.add_node(num_cpus=2))
+            _workers.append(_cluster.add_node(num_cpus=1, num_gpus=1))
             await fleet.wait_until_serving(clients, _NUM_REPLICAS)
         is_over = True
         text, is_whole = summary(await asking, texts)
-        num_nodes = sum(node["Alive"] for node in ray.nodes())
-        return Outcome(f"{num_removals} of {num_nodes} nodes removed and added: {text}", is_whole)
+        figure = f"replicas on {num_used} nodes that joined late; {num_removals} nodes removed and added: {text}"
+        return Outcome(figure, is_whole, num_used == _NUM_REPLICAS)
+
+
+def _join() -> None:
+    """Let worker nodes join; by now the routers run, and the replicas wait for GPUs."""
+    for _ in range(_NUM_WORKERS):
+        _workers.append(_cluster.add_node(num_cpus=1, num_gpus=1))
 
 
 def _has_replica(node_id: str) -> bool:
@@ -74,8 +84,8 @@ if __name__ == "__main__":
 
     logging.disable(logging.WARNING)
     os.environ["RAY_DEDUP_LOGS"] = "1"
-    _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    _workers = [_cluster.add_node(num_cpus=2) for _ in range(_NUM_WORKERS)]
+    _cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
+    _workers: list[Any] = []
     ray.init(address=_cluster.address, namespace="serve", log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": 18431}, proxy_location="HeadOnly")

@@ -51,9 +51,9 @@ async def soak(front_end: str, minutes: float) -> bool:
     is_ok = is_same and counts["wrong"] == 0 and all(slope < 1 for slope in slopes.values())
     growth = ", ".join(f"{name} {slope:+.2f} MB/h" for name, slope in slopes.items())
     print(
-        f"F12  {'ok    ' if is_ok else 'FAILED'} {minutes:g} min: {counts['whole']:,} streams whole, {counts['left']:,} "
-        f"clients left, {counts['refused']:,} bad inputs refused, {counts['wrong']} answered wrongly; growth {growth}; "
-        f"{'no restart' if is_same else 'RESTARTED'}"
+        f"F12  {'ok    ' if is_ok else 'FAILED'} {minutes:g} min: {counts['whole']:,} streams whole, "
+        f"{counts['left']:,} clients left, {counts['refused']:,} bad inputs refused, {counts['wrong']} answered wrongly"
+        f"; growth {growth}; {'no restart' if is_same else 'RESTARTED'}"
     )
     return is_ok
 

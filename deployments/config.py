@@ -162,7 +162,8 @@ class ChannelConfig(StrictModel):
     """Where routers listen for tokens from the engine replicas."""
 
     host: str = Field(default="auto", min_length=1)
-    """`auto`: 127.0.0.1 while the cluster has one node, else the node's address; or an address of the router's node."""
+    """`auto`: 127.0.0.1 while the cluster has one node, the node's address too once another joins; or an address of the
+    router's node."""
     port: int = Field(default=0, ge=0, le=65535)
     """0 for any free port; a fixed one allows a single router per node."""
 

@@ -39,7 +39,7 @@ class FleetWatch:
         fleet: what to keep true.
         dispatcher: told of every change.
         journal: whose streams move.
-        channel: where replicas shall report.
+        channel: where replicas shall report; may be changed.
         config: the router's.
         clock: seconds; monotonic.
     """
@@ -58,7 +58,7 @@ class FleetWatch:
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._journal = journal
-        self._channel = channel
+        self.channel = channel
         self._config = config
         self._clock = clock
         self._running: frozenset[str] = frozenset()
@@ -200,7 +200,7 @@ class FleetWatch:
             try:
                 with suppress(ReplicaLostError, TimeoutError):
                     async with asyncio.timeout(_ATTACH_TIMEOUT_S):
-                        await self._client.attach(replica_id, self._channel)
+                        await self._client.attach(replica_id, self.channel)
             except Exception:
                 logger.exception("replica %s cannot be asked to report; trying again", replica_id)
             await asyncio.sleep(_ATTACH_RETRY_S)
@@ -221,7 +221,7 @@ class FleetWatch:
         if self._dispatcher.num_waiting and self._fleet.replica_ids and now >= self._queue_news_at:
             self._queue_news_at = now + _QUEUE_NEWS_INTERVAL_S
             replica_id = min(self._fleet.replica_ids)
-            news = self._client.tell_queue(replica_id, self._channel, self._dispatcher.num_waiting_tokens)
+            news = self._client.tell_queue(replica_id, self.channel, self._dispatcher.num_waiting_tokens)
             self._telling = asyncio.get_running_loop().create_task(_unless_lost(news))
 
 

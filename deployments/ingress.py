@@ -17,6 +17,7 @@ from deployments.router import Router
 logger = logging.getLogger("ray.serve")
 
 _LOOPBACK = "127.0.0.1"
+_NODES_INTERVAL_S = 2.0
 
 
 class RouterIngress:
@@ -36,11 +37,21 @@ class RouterIngress:
         self._router = Router(
             config, ServeEngineClient(engines), channel_host(config.token_channel.host), ray_metrics=True
         )
-        self._banner = asyncio.get_running_loop().create_task(self._announce())
+        loop = asyncio.get_running_loop()
+        self._banner = loop.create_task(self._announce())
+        self._joining = None
+        if config.token_channel.host == "auto" and self._router.channel_host == _LOOPBACK:
+            self._joining = loop.create_task(self._open_channel_when_a_node_joins())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve serves what this returns."""
         return create_api(self._router, self._key_digests)
+
+    async def _open_channel_when_a_node_joins(self) -> None:
+        """Replicas on a node that joins later could not reach loopback."""
+        while await asyncio.to_thread(num_nodes) < 2:
+            await asyncio.sleep(_NODES_INTERVAL_S)
+        self._router.listen_on(node_address())
 
     async def _announce(self) -> None:
         info = await self._router.wait_until_ready()
@@ -54,10 +65,21 @@ def channel_host(setting: str) -> str:
     """Address for the token channel: with `auto`, loopback while the cluster has one node."""
     if setting != "auto":
         return setting
+    return node_address() if num_nodes() > 1 else _LOOPBACK
+
+
+def num_nodes() -> int:
+    """Nodes of the cluster that are alive."""
     import ray
 
-    num_nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    return _LOOPBACK if num_nodes == 1 else str(ray.util.get_node_ip_address())
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+def node_address() -> str:
+    """Address by which other nodes reach this one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
 
 
 def ready_banner(url: str, model: str, max_seq_len: int, num_slots: int, needs_key: bool) -> str:

@@ -53,6 +53,7 @@ class Router:
     ) -> None:
         directory = resolve_model_path(config.model)
         self.config = config
+        self.channel_host = channel_host
         self.tokenizer = HFTokenizer.from_pretrained(directory)
         self.defaults = load_generation_defaults(directory)
         self.started_at = int(time.time())
@@ -108,6 +109,11 @@ class Router:
         await asyncio.shield(self._learning)
         assert self.info is not None, "learned above"
         return self.info
+
+    def listen_on(self, host: str) -> None:
+        """Have replicas send tokens to this address of this node from now on."""
+        self.channel_host = host
+        self.journal.channel = self._watch.channel = self._listener.listen_on(host)
 
     def snapshot(self) -> dict[str, Any]:
         """State of this router and, as it last heard, of the replicas."""

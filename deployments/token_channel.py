@@ -75,18 +75,25 @@ class TokenListener:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        if ":" in host:
-            self._socket.setsockopt(zmq.IPV6, 1)
-            host = f"[{host}]"
-        if port:
-            self._socket.bind(f"tcp://{host}:{port}")
-        else:
-            port = self._socket.bind_to_random_port(f"tcp://{host}")
-        self.address = ChannelAddress(f"tcp://{host}:{port}", self._secret)
+        self._port = port
+        self.address = self.listen_on(host)
         self._loop = asyncio.get_running_loop()
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
         self._loop.call_soon(self._drain)
+
+    def listen_on(self, host: str) -> ChannelAddress:
+        """Listen on one more address of this node; `address` is the latest. What others connect to stays."""
+        if ":" in host:
+            self._socket.setsockopt(zmq.IPV6, 1)
+            host = f"[{host}]"
+        if self._port:
+            self._socket.bind(f"tcp://{host}:{self._port}")
+            port = self._port
+        else:
+            port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self.address = ChannelAddress(f"tcp://{host}:{port}", self._secret)
+        return self.address
 
     def close(self) -> None:
         """Stop listening."""
