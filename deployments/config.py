@@ -146,6 +146,17 @@ class AdmissionConfig(StrictModel):
     """How long requests wait while there is no replica at all; then 503."""
 
 
+class LiveConfig(StrictModel):
+    """What running routers take without a restart: `user_config` of the deployment `Router`. What is left out stays as
+    `args` has it."""
+
+    admission: AdmissionConfig | None = None
+    max_resumes: int | None = Field(default=None, ge=0)
+    silence_timeout_s: float | None = Field(default=None, gt=0)
+    stall_timeout_s: float | None = Field(default=None, gt=0)
+    drain_after_s: float | None = Field(default=None, ge=0)
+
+
 class LimitsConfig(StrictModel):
     """Bounds on what a client may send."""
 

@@ -19,18 +19,18 @@ class Dispatcher:
 
     Args:
         fleet: this router's view of the replicas.
-        config: how much may wait, and how long.
+        config: how much may wait, and how long; may be changed.
         clock: seconds; monotonic.
     """
 
     def __init__(self, fleet: Fleet, config: AdmissionConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_refused = 0
         self._fleet = fleet
-        self._config = config
+        self.config = config
         self._clock = clock
         self._waiting = WaitingQueue()
         self._rate = _Rate(clock)
-        self._max_backlog_tokens = math.inf
+        self._max_step_tokens = math.inf
         self._empty_since: float | None = clock()
 
     @property
@@ -45,7 +45,7 @@ class Dispatcher:
 
     def learn_step_tokens(self, max_step_tokens: int) -> None:
         """Set how many tokens an engine step computes at most; a replica is sent a few steps' worth ahead."""
-        self._max_backlog_tokens = self._config.max_backlog_steps * max_step_tokens
+        self._max_step_tokens = max_step_tokens
 
     def check(self, num_work_tokens: int, timeout_s: float | None = None) -> None:
         """Refuse new work that could not begin in time.
@@ -60,8 +60,8 @@ class Dispatcher:
         if not self._waiting:
             return
         waiting, pace = self._waiting.num_work_tokens + num_work_tokens, self._rate.tokens_per_s
-        num_too_many = waiting - self._config.max_queue_tokens
-        longest_wait_s = min(self._config.max_queue_s, timeout_s if timeout_s is not None else math.inf)
+        num_too_many = waiting - self.config.max_queue_tokens
+        longest_wait_s = min(self.config.max_queue_s, timeout_s if timeout_s is not None else math.inf)
         late_s = waiting / pace - longest_wait_s if pace else 0.0  # unknown until requests have waited for a while
         if num_too_many > 0 or late_s > 0:
             self.num_refused += 1
@@ -100,7 +100,7 @@ class Dispatcher:
         self._note_emptiness()
         if self._empty_since is None:
             return
-        now, timeout_s = self._clock(), self._config.no_replica_timeout_s
+        now, timeout_s = self._clock(), self.config.no_replica_timeout_s
         for ticket in [t for t in self._waiting if now - max(t.since, self._empty_since) > timeout_s]:
             self._waiting.remove(ticket)
             ticket.ranking.set_exception(NoReplicaError(f"no engine replica has been running for {timeout_s:g} s"))
@@ -116,7 +116,8 @@ class Dispatcher:
 
     def _takes_more(self, replica_id: str) -> bool:
         load = self._fleet.load(replica_id)
-        return load.num_rows < load.max_rows * _ROWS_AHEAD and load.num_prefill_tokens < self._max_backlog_tokens
+        most_tokens = self.config.max_backlog_steps * self._max_step_tokens
+        return load.num_rows < load.max_rows * _ROWS_AHEAD and load.num_prefill_tokens < most_tokens
 
 
 class _Rate:

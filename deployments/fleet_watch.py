@@ -40,7 +40,7 @@ class FleetWatch:
         dispatcher: told of every change.
         journal: whose streams move.
         channel: where replicas shall report; may be changed.
-        config: the router's.
+        config: the router's; may be changed.
         clock: seconds; monotonic.
     """
 
@@ -59,7 +59,7 @@ class FleetWatch:
         self._dispatcher = dispatcher
         self._journal = journal
         self.channel = channel
-        self._config = config
+        self.config = config
         self._clock = clock
         self._running: frozenset[str] = frozenset()
         self._heard: dict[str, tuple[EngineStats, float]] = {}
@@ -101,7 +101,7 @@ class FleetWatch:
         if replica_id in self._fleet.replica_ids:
             return "serving"
         if replica_id in self._running:
-            return "silent" if silence_s > self._config.silence_timeout_s else "starting"
+            return "silent" if silence_s > self.config.silence_timeout_s else "starting"
         return "gone" if silence_s > _GONE_AFTER_S else "leaving"
 
     def set_running(self, replica_ids: frozenset[str]) -> None:
@@ -164,13 +164,13 @@ class FleetWatch:
     def _leave_silent_replicas(self, now: float) -> None:
         for replica_id in self._running:
             silence_s = now - self._heard[replica_id][1] if replica_id in self._heard else 0.0
-            if silence_s > self._config.silence_timeout_s and replica_id in self._serving():
+            if silence_s > self.config.silence_timeout_s and replica_id in self._serving():
                 logger.warning("replica %s has been silent for %.1f s: nothing new goes there", replica_id, silence_s)
                 self.news.add(f"Replica {replica_id} is silent: nothing new goes there", is_bad=True)
                 self._fleet.remove(replica_id)
                 self._attach(replica_id)
                 self._dispatcher.pump()
-            if silence_s > self._config.stall_timeout_s and self._journal.max_resumes:
+            if silence_s > self.config.stall_timeout_s and self._journal.max_resumes:
                 self._move_streams(replica_id, "stalls")
 
     def _leave_draining_replicas(self, now: float) -> None:
@@ -178,7 +178,7 @@ class FleetWatch:
             if not any(True for _ in self._journal.on_replica(replica_id)):
                 if now - since > _FORGET_AFTER_S:
                     del self._draining[replica_id]
-            elif now - since > self._config.drain_after_s and self._fleet.replica_ids and self._journal.max_resumes:
+            elif now - since > self.config.drain_after_s and self._fleet.replica_ids and self._journal.max_resumes:
                 self._move_streams(replica_id, "is being taken away")
 
     def _move_streams(self, replica_id: str, why: str) -> None:

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import ValidationError
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, LiveConfig
 from deployments.engine_client import ServeEngineClient
 from deployments.openai.routes import create_api
 from deployments.router import Router
+from llm.config import describe
+from llm.errors import ConfigError
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,6 +45,18 @@ class RouterIngress:
         self._joining = None
         if config.token_channel.host == "auto" and self._router.channel_host == _LOOPBACK:
             self._joining = loop.create_task(self._open_channel_when_a_node_joins())
+
+    def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Take a `LiveConfig` without a restart; Ray Serve calls this with the deployment's `user_config`.
+
+        Raises:
+            ConfigError: it is none, in one line.
+        """
+        try:
+            live = LiveConfig.model_validate(user_config or {})
+        except ValidationError as error:
+            raise ConfigError(f"user_config of Router: {describe(error)}") from error
+        self._router.reconfigure(live)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve serves what this returns."""

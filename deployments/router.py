@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from deployments.autoscaling import ReplicaUse, desired_replicas
-from deployments.config import AppConfig
+from deployments.config import AppConfig, LiveConfig
 from deployments.dispatcher import Dispatcher
 from deployments.engine_client import EngineClient
 from deployments.engine_factory import EngineInfo
@@ -109,6 +109,14 @@ class Router:
         await asyncio.shield(self._learning)
         assert self.info is not None, "learned above"
         return self.info
+
+    def reconfigure(self, live: LiveConfig) -> None:
+        """Take other settings from now on; what `live` leaves out is as it was at the start."""
+        changes = live.model_dump(exclude={"admission"}, exclude_none=True)
+        self._watch.config = self.config.router.model_copy(update=changes)
+        self.journal.max_resumes = self._watch.config.max_resumes
+        self.dispatcher.config = live.admission or self.config.admission
+        self.dispatcher.pump()
 
     def listen_on(self, host: str) -> None:
         """Have replicas send tokens to this address of this node from now on."""

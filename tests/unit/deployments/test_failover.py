@@ -8,6 +8,8 @@ from in_process import ServiceFactory, emulated_config
 from prometheus_client.parser import text_string_to_metric_families
 from test_router import events, finishes, text_of
 
+from deployments.config import LiveConfig
+
 pytestmark = pytest.mark.timeout(60)
 
 SLOW = {"tokens_per_s": 100.0, "max_seq_len": 2048}
@@ -204,3 +206,14 @@ async def test_metrics_tell_what_happened(make_service: ServiceFactory):
     assert sum(generated) > 60
     assert samples["vllm:kv_cache_usage_perc", "replica-0"] == 0
     assert samples["rayline:replica_serving", "replica-1"] == 1
+
+
+async def test_settings_change_while_it_runs(make_service: ServiceFactory):
+    """What is left out goes back to what it was at the start."""
+    service = await make_service(emulated_config(admission={"max_queue_s": 7}, router={"max_resumes": 5}))
+    router = service.router
+    router.reconfigure(LiveConfig.model_validate({"admission": {"max_queue_tokens": 5}, "max_resumes": 0}))
+    assert (router.dispatcher.config.max_queue_tokens, router.journal.max_resumes) == (5, 0)
+    router.reconfigure(LiveConfig(drain_after_s=3))
+    assert (router.dispatcher.config.max_queue_s, router.journal.max_resumes) == (7, 5)
+    assert router._watch.config.drain_after_s == 3
