@@ -198,7 +198,8 @@ class Generation:
         except ReplicaLostError as error:
             return str(error)
         except asyncio.CancelledError:
-            if not self._is_leaving:
+            task = asyncio.current_task()
+            if not self._is_leaving or (task is not None and task.cancelling()):  # it may be given up at the same time
                 raise
             return f"it leaves replica {self.replica_id}"
         finally:

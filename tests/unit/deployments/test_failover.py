@@ -217,3 +217,15 @@ async def test_settings_change_while_it_runs(make_service: ServiceFactory):
     router.reconfigure(LiveConfig(drain_after_s=3))
     assert (router.dispatcher.config.max_queue_s, router.journal.max_resumes) == (7, 5)
     assert router._watch.config.drain_after_s == 3
+
+
+async def test_one_that_is_given_up_while_it_moves_does_not_go_on(make_service: ServiceFactory):
+    service = await make_service(emulated_config(emulation=SLOW), num_replicas=2)
+    asking = asyncio.ensure_future(service.post("/v1/completions", prompt="abc", max_tokens=2000, stream=True))
+    await until(lambda: any(len(g.token_ids) > 5 for g in service.router.journal._live.values()))
+    (generation,) = service.router.journal._live.values()
+    generation.leave_replica()
+    generation.cancel()
+    await until(lambda: service.router.journal.num_live == 0, 2)
+    await until(lambda: service.num_used_pages == 0, 2)
+    asking.cancel()
