@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.serve import app as bench
 from deployments.cli import chat, check, doctor, serve, status
 from deployments.version import __version__
 from llm.errors import LLMError
@@ -22,6 +23,7 @@ app.command()(chat.chat)
 app.command()(check.check)
 app.command()(doctor.doctor)
 app.command()(status.status)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(value: bool) -> None:

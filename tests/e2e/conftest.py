@@ -11,8 +11,9 @@ SHOTS = Path(__file__).parents[2] / "test-results"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """One browser a file, gone before other files: while it lives, Playwright's loop runs in the main thread."""
     if CHROMIUM is None:
         pytest.skip("needs chromium: apt-get install chromium")
     with sync_playwright() as playwright:

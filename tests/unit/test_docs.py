@@ -73,7 +73,10 @@ def test_commands_exist(path: Path):
             if program == "make":
                 assert arguments[0] in targets, line
             elif program == "rayline":
-                options = {name for parameter in commands[arguments[0]].params for name in parameter.opts}
+                command = commands[arguments[0]]
+                if hasattr(command, "commands"):
+                    command = command.commands[arguments[1]]
+                options = {name for parameter in command.params for name in parameter.opts}
                 assert {word for word in arguments if word.startswith("--")} <= options | {"--help"}, line
             elif program == "python" and arguments[0] == "-m":
                 assert (ROOT / (arguments[1].replace(".", "/") + ".py")).is_file() or (

@@ -184,7 +184,7 @@ async def test_bodies_and_headers_that_are_too_large(make_service: ServiceFactor
 
 async def test_unknown_routes_models_and_methods(make_service: ServiceFactory):
     service = await make_service()
-    for path in ("/v1", "/v1/nothing", "/v1/models/", "/health/", "//health"):
+    for path in ("/v1", "/v1/nothing", "/v1/models/", "/health/", "http://server//health"):
         check_error(await service.http.get(path), 404)
     assert "POST" in (await service.http.get("/v1/completions")).headers["allow"]
     check_error(await service.http.get("/v1/completions"), 405)
