@@ -10,11 +10,12 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from deployments.autoscaling import EnginePolicy
-from deployments.config import AppConfig, AutoscalingConfig, EngineKind, key_digests, resolve_paths, without_secrets
+from deployments.config import AppConfig, AutoscalingConfig, EngineKind, resolve_paths, without_secrets
 from deployments.engine_replica import EngineReplica
 from deployments.engine_use import targets_of
 from deployments.front_end import check_open, find_front_end
 from deployments.ingress import RouterIngress
+from deployments.keys import load_keys
 from deployments.request_router import RankedRequestRouter
 from llm.models.loading import check_checkpoint
 from llm.models.registry import load_model_config
@@ -31,9 +32,9 @@ def build_app(args: AppConfig) -> Application:
     Raises:
         CheckpointError, ConfigError: the checkpoint or the configuration cannot be used; one line with the fix.
     """
-    digests = key_digests(args)
+    keys = load_keys(args)
     front_end = find_front_end()
-    check_open(args, bool(digests), front_end)
+    check_open(args, bool(keys), front_end)
     config = without_secrets(resolve_paths(args))
     check_model(config)
     if config.public_url is None and front_end is not None:
@@ -43,7 +44,7 @@ def build_app(args: AppConfig) -> Application:
         # A replica without a GPU of its own still sees those of its node.
         config = config.model_copy(update={"device": "cpu"})
     engines = _engine_deployment(config, num_gpus).bind(config)
-    return _router_deployment(config).bind(config, digests, engines)
+    return _router_deployment(config).bind(config, keys, engines)
 
 
 def check_model(config: AppConfig) -> None:
@@ -100,7 +101,8 @@ def _router_deployment(config: AppConfig) -> Any:
         name="Router",
         num_replicas=router.num_replicas,
         ray_actor_options={"num_gpus": 0, "num_cpus": router.num_cpus},
-        max_ongoing_requests=router.max_ongoing_requests,
+        # More than the router takes, so that what is too much gets its answer instead of waiting in Serve.
+        max_ongoing_requests=2 * router.max_ongoing_requests,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=router.graceful_shutdown_timeout_s,

@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.app import check_model
-from deployments.config import AppConfig, key_digests
+from deployments.config import AppConfig
+from deployments.keys import load_keys
 from llm.config import describe
 from llm.errors import ConfigError, LLMError
 
@@ -33,7 +34,7 @@ def check_config_file(path: Path) -> list[AppConfig]:
             config = AppConfig.model_validate(application.get("args") or {})
         except ValidationError as error:
             raise ConfigError(f"{path}: args of application {application.get('name')!r}: {describe(error)}") from error
-        key_digests(config)
+        load_keys(config)
         check_model(config)
         configs.append(config)
     return configs

@@ -1,7 +1,5 @@
 """Arguments of the application, as `serve_config.yaml` gives them: typed, bounded, checked before anything starts."""
 
-import hashlib
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -9,7 +7,6 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SecretStr, model_validator
 
 from llm.config import EngineConfig, StrictModel
-from llm.errors import ConfigError
 
 
 class EngineKind(StrEnum):
@@ -114,7 +111,7 @@ class RouterConfig(StrictModel):
     num_cpus: float = Field(default=0.25, ge=0)
     """CPUs that Ray sets aside for each router. A busy router uses one core in full."""
     max_ongoing_requests: int = Field(default=4096, ge=1)
-    """Open HTTP requests of one router; streams count until their end."""
+    """Open HTTP requests of one router; streams count until their end. More get 503 with `Retry-After`."""
     max_surge_percent: int = Field(default=100, ge=0, le=100)
     """Routers that a rolling update may start before it takes old ones away, in percent."""
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
@@ -157,9 +154,24 @@ class LiveConfig(StrictModel):
     drain_after_s: float | None = Field(default=None, ge=0)
 
 
-class LimitsConfig(StrictModel):
-    """Bounds on what a client may send."""
+class KeyLimits(StrictModel):
+    """How much one API key may ask for; None for as much as it likes. Several routers share it evenly."""
 
+    requests_per_min: int | None = Field(default=None, ge=1)
+    tokens_per_min: int | None = Field(default=None, ge=1)
+    """Of prompts and answers."""
+    max_concurrent_requests: int | None = Field(default=None, ge=1)
+
+
+class LimitsConfig(StrictModel):
+    """Bounds on what clients may do."""
+
+    per_key: KeyLimits = KeyLimits()
+    """For each API key; `api_keys_file` can give a key its own."""
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    """Time to send a body; then 408."""
+    send_timeout_s: float = Field(default=25.0, gt=0)
+    """A client that takes nothing of its stream for so long, or up to twice as long, is cut off."""
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_header_bytes: int = Field(default=64 << 10, ge=1024)
     """Names and values of all headers together, and the path."""
@@ -205,7 +217,8 @@ class AppConfig(StrictModel):
 
     Ray Serve writes a config file's arguments to its log: in `serve_config.yaml`, use one of the other two."""
     api_keys_file: str | None = None
-    """File with one key a line."""
+    """File with one key a line; or, if it ends in `.yaml`, a list of keys with `name`, `key` or `key_sha256`, and
+    limits of their own, as in `limits.per_key`."""
     api_keys_env: str | None = None
     """Environment variable with keys separated by commas."""
     allow_open_without_keys: bool = False
@@ -251,32 +264,6 @@ def _find_directory(value: str | None) -> Path | None:
     return next((candidate.resolve() for candidate in candidates if candidate.is_dir()), None)
 
 
-def key_digests(config: AppConfig) -> tuple[bytes, ...]:
-    """SHA-256 of every key; routers hold only these.
-
-    Raises:
-        ConfigError: the file or the variable is not there or holds no key.
-    """
-    keys = [key.get_secret_value().strip() for key in config.api_keys]
-    if config.api_keys_file is not None:
-        try:
-            lines = Path(config.api_keys_file).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api_keys_file {config.api_keys_file} cannot be read: {error}") from error
-        keys += _nonempty(lines, f"api_keys_file {config.api_keys_file}")
-    if config.api_keys_env is not None:
-        value = os.environ.get(config.api_keys_env, "")
-        keys += _nonempty(value.split(","), f"the environment variable {config.api_keys_env}")
-    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
-
-
 def without_secrets(config: AppConfig) -> AppConfig:
     """The same configuration for processes that need no keys."""
     return config.model_copy(update={"api_keys": ()})
-
-
-def _nonempty(items: list[str], source: str) -> list[str]:
-    keys = [item.strip() for item in items if item.strip()]
-    if not keys:
-        raise ConfigError(f"{source} holds no key; put one in, or remove the setting to serve without keys")
-    return keys

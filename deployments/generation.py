@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deployments.accounts import Account
 from deployments.errors import DeadlineError, ReplicaLostError
 from deployments.waiting import Ticket
 from deployments.wire import End, EngineTiming, GenerateCall, GenerateReply, TokenItem, decode_reply, encode
@@ -31,12 +32,14 @@ class Caller:
         priority: lower goes first.
         timeout_s: how long the client waits for the whole answer; None for as long as it takes.
         received_at: when the HTTP request came, by the monotonic clock; None for now.
+        account: where its tokens are counted; None where there are no keys.
     """
 
     tenant: str = ""
     priority: int = 0
     timeout_s: float | None = None
     received_at: float | None = None
+    account: Account | None = None
 
 
 @dataclass(slots=True)
@@ -94,6 +97,7 @@ class Generation:
         self.num_resumes = 0
         now = time.monotonic()
         self.timeline = Timeline(group.caller.received_at or now, now)
+        self._num_charged = len(self.token_ids)
         self._is_announced = False
         self._is_leaving = False
         self._ticket: Ticket | None = None
@@ -236,7 +240,15 @@ class Generation:
 
     def _end(self, journal: "Journal") -> None:
         self._release(journal)
+        self._charge()
         journal.on_over(self)
+
+    def _charge(self) -> None:
+        """Count what was generated since the last time on the caller's account."""
+        account = self.group.caller.account
+        if account is not None:
+            account.charge(len(self.token_ids) - self._num_charged)
+            self._num_charged = len(self.token_ids)
 
     def _release(self, journal: "Journal") -> None:
         """Give up what was claimed for the present attempt."""
@@ -273,6 +285,7 @@ class Generation:
         self.end = end
         if end is not None:
             self.timeline.ended_at = time.monotonic()
+            self._charge()  # before the answer goes out, whose headers say what is left
             self.group.note_begun(self)
 
     def _fail(self, error: LLMError) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from deployments.config import AppConfig, LiveConfig
 from deployments.engine_client import ServeEngineClient
+from deployments.keys import ApiKey
 from deployments.openai.routes import create_api
 from deployments.router import Router
 from llm.config import describe
@@ -28,15 +29,15 @@ class RouterIngress:
 
     Args:
         config: the application's configuration, without keys.
-        key_digests: SHA-256 of the keys that clients may use.
+        keys: those that clients may use.
         engines: handle of the `EngineReplica` deployment.
     """
 
-    async def __init__(self, config: AppConfig, key_digests: Sequence[bytes], engines: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, config: AppConfig, keys: Sequence[ApiKey], engines: Any) -> None:  # type: ignore[misc]
         # Asynchronous, so that it runs on the event loop of the requests: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self._key_digests = tuple(key_digests)
+        self._keys = tuple(keys)
         self._router = Router(
             config, ServeEngineClient(engines), channel_host(config.token_channel.host), ray_metrics=True
         )
@@ -60,7 +61,7 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve serves what this returns."""
-        return create_api(self._router, self._key_digests)
+        return create_api(self._router, self._keys)
 
     async def _open_channel_when_a_node_joins(self) -> None:
         """Replicas on a node that joins later could not reach loopback."""
@@ -71,7 +72,7 @@ class RouterIngress:
     async def _announce(self) -> None:
         info = await self._router.wait_until_ready()
         url = self._router.config.public_url or "http://127.0.0.1:8000"
-        banner = ready_banner(url, info.model, info.max_seq_len, info.num_slots, bool(self._key_digests))
+        banner = ready_banner(url, info.model, info.max_seq_len, info.num_slots, bool(self._keys))
         # Past Serve's own redirection of sys.stdout, so that it reaches the terminal of `serve run` in every mode.
         print(banner, file=sys.__stdout__, flush=True)
 

@@ -142,6 +142,9 @@ class Journal:
             OverloadedError: too much waits already.
         """
         self.dispatcher.check(sum(self.work_of(request) for request in requests), caller.timeout_s)
+        if caller.account is not None:
+            prompts = {request.prompt_token_ids or () for request in requests}
+            caller.account.charge(sum(len(prompt) for prompt in prompts))
         group = GenerationGroup(requests, caller, self.page_size)
         self.num_requests += len(requests)
         for generation in group.generations:

@@ -1,58 +1,113 @@
-"""Keys: with any configured, every route is closed but the ones listed as open."""
+"""Keys: with any configured, every route is closed but the ones listed as open, and each key keeps to its limits."""
 
 import hashlib
 import hmac
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 from starlette._utils import get_route_path  # the path that Starlette's routes look at
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.accounts import Account, Refusal, open_accounts
+from deployments.keys import ApiKey
 from deployments.openai.errors import APIError
 
 
 class KeyGuard:
-    """ASGI middleware that lets requests through that carry `Authorization: Bearer <key>`.
+    """ASGI middleware that lets requests through that carry a known key, as often as the key's limits allow.
 
-    It looks at the path that the routes look at, so no header changes which route is guarded.
+    The key comes as `Authorization: Bearer <key>`, or as `x-api-key: <key>`, which is what Anthropic's clients send.
+    The guard looks at the path that the routes look at, so no header changes which route is guarded.
 
     Args:
         app: what is guarded.
-        digests: SHA-256 of each key; none to let everything through.
+        keys: the keys; none to let everything through.
         open_paths: paths that need no key.
+        metered_paths: paths whose POST requests count on the key's limits.
+        num_routers: routers that share each key's limits.
     """
 
-    def __init__(self, app: ASGIApp, digests: Collection[bytes], open_paths: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[ApiKey],
+        open_paths: Collection[str],
+        metered_paths: Collection[str] = (),
+        num_routers: int = 1,
+    ) -> None:
         self._app = app
-        self._digests = tuple(digests)
+        self._keys = tuple(keys)
         self._open_paths = frozenset(open_paths)
+        self._metered_paths = frozenset(metered_paths)
+        self._accounts = open_accounts(keys, num_routers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, or pass the request on."""
-        if scope["type"] == "lifespan" or not self._digests or self._is_open(scope) or self._find_key(scope):
+        """Answer 401 or 429, or pass the request on."""
+        if scope["type"] == "lifespan" or not self._keys or get_route_path(scope) in self._open_paths:
             await self._app(scope, receive, send)
             return
-        if scope["type"] == "websocket":
+        given = _keys_given(scope)
+        key = self._find(given)
+        if key is None and scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
+        elif key is None:
+            await _unauthorized(bool(given)).response()(scope, receive, send)
+        else:
+            account = self._accounts[key.name]
+            scope.setdefault("state", {}).update(tenant=key.name, account=account)
+            if scope.get("method") == "POST" and get_route_path(scope) in self._metered_paths:
+                await self._metered(account, scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+
+    async def _metered(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on if the account allows it; say in the answer's headers what is left."""
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), *_encoded(account.headers())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        refusal = account.enter()
+        if refusal is not None:
+            await _too_many(refusal).response()(scope, receive, send_with_limits)
             return
-        await _unauthorized(self._has_header(scope)).response()(scope, receive, send)
+        try:
+            await self._app(scope, receive, send_with_limits)
+        finally:
+            account.leave()
 
-    def _is_open(self, scope: Scope) -> bool:
-        return get_route_path(scope) in self._open_paths
-
-    def _has_header(self, scope: Scope) -> bool:
-        return any(name == b"authorization" for name, _ in scope["headers"])
-
-    def _find_key(self, scope: Scope) -> bool:
-        """Whether the request carries a known key; notes whose it is."""
-        values = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(values) != 1 or values[0][:7].lower() != b"bearer ":
-            return False
-        digest = hashlib.sha256(values[0][7:].strip()).digest()
+    def _find(self, given: Sequence[bytes]) -> ApiKey | None:
+        """The known key that was given."""
+        if len(given) != 1:
+            return None
+        digest = hashlib.sha256(given[0]).digest()
         # Every key is compared, so that the time tells nothing about which one came near.
-        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
-            return False
-        scope.setdefault("state", {})["tenant"] = digest.hex()[:16]
-        return True
+        matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
+        return matches[0] if matches else None
+
+
+def _keys_given(scope: Scope) -> list[bytes]:
+    """Every key that the headers hold; an empty one, which is nobody's, for what is no bearer token."""
+    given = []
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            given.append(value[7:].strip() if value[:7].lower() == b"bearer " else b"")
+        elif name == b"x-api-key":
+            given.append(value.strip())
+    return given
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+def _too_many(refusal: Refusal) -> APIError:
+    return APIError(
+        429, refusal.message, type=refusal.limit, code="rate_limit_exceeded",
+        headers={"Retry-After": str(math.ceil(refusal.retry_after_s))},
+    )  # fmt: skip
 
 
 def _unauthorized(is_wrong: bool) -> APIError:

@@ -23,6 +23,7 @@ def caller_of(request: Request, priority: int | None = None) -> Caller:
         priority=priority or 0,
         timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER)),
         received_at=state.get("received_at"),
+        account=state.get("account"),
     )
 
 

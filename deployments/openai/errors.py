@@ -90,6 +90,14 @@ def not_ready() -> APIError:
     )  # fmt: skip
 
 
+def too_many_open() -> APIError:
+    """This router has as many requests open as it may."""
+    return APIError(
+        503, "The server has too many requests open; try again in a second", type=SERVER_ERROR, code="overloaded",
+        headers={"Retry-After": "1"},
+    )  # fmt: skip
+
+
 def of_engine(error: LLMError) -> APIError:
     """What an engine's or tokenizer's error is to a client."""
     if isinstance(error, InvalidRequestError):

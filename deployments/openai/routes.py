@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from deployments.keys import ApiKey
 from deployments.metrics import CONTENT_TYPE
 from deployments.openai import errors
 from deployments.openai.answers import Answer
@@ -63,13 +64,14 @@ class Route:
     """Answered without a key even where keys are asked for."""
 
 
-def create_api(router: Router, key_digests: Sequence[bytes] = ()) -> FastAPI:
+def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
     """The HTTP application.
 
     Args:
         router: what answers.
-        key_digests: SHA-256 of the keys that clients may use; none to ask for none.
+        keys: those that clients may use; none to ask for none.
     """
+    config = router.config
     table = Endpoints(router).table()
     api = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, redoc_url=None)
     for route in table:
@@ -82,8 +84,14 @@ def create_api(router: Router, key_digests: Sequence[bytes] = ()) -> FastAPI:
     api.add_exception_handler(LLMError, _on_llm_error)
     api.add_exception_handler(HTTPException, _on_http_error)
     # The last one added is the outermost.
-    api.add_middleware(KeyGuard, digests=key_digests, open_paths=[route.path for route in table if route.is_open])
-    api.add_middleware(Edge, max_header_bytes=router.config.limits.max_header_bytes)
+    api.add_middleware(
+        KeyGuard,
+        keys=keys,
+        open_paths=[route.path for route in table if route.is_open],
+        metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
+        num_routers=config.router.num_replicas,
+    )
+    api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
     return api
 
 
@@ -97,7 +105,7 @@ class Endpoints:
     def __init__(self, router: Router) -> None:
         self._router = router
         self._model = router.config.model_name
-        self._max_body_bytes = router.config.limits.max_body_bytes
+        self._limits = router.config.limits
 
     def table(self) -> list[Route]:
         """Every route there is."""
@@ -120,7 +128,7 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat, whole or as server-sent events."""
-        body = await parse_body(request, ChatRequest, self._max_body_bytes)
+        body = await parse_body(request, ChatRequest, self._limits)
         self._check_model(body.model)
         caller = caller_of(request, body.priority)
         requests = await self._router.encoder.chat(body)
@@ -132,7 +140,7 @@ class Endpoints:
 
     async def completion(self, request: Request) -> Response:
         """Continue a prompt, or several, whole or as server-sent events."""
-        body = await parse_body(request, CompletionRequest, self._max_body_bytes)
+        body = await parse_body(request, CompletionRequest, self._limits)
         self._check_model(body.model)
         caller = caller_of(request, body.priority)
         requests = await self._router.encoder.completion(body)
@@ -154,7 +162,7 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """Turn a text or a chat into token ids."""
-        body = await parse_body(request, TokenizeRequest, self._max_body_bytes)
+        body = await parse_body(request, TokenizeRequest, self._limits)
         self._check_model(body.model or self._model)
         encoder = self._router.encoder
         if body.messages is not None:
@@ -167,7 +175,7 @@ class Endpoints:
 
     async def detokenize(self, request: Request) -> Response:
         """Turn token ids into text."""
-        body = await parse_body(request, DetokenizeRequest, self._max_body_bytes)
+        body = await parse_body(request, DetokenizeRequest, self._limits)
         self._check_model(body.model or self._model)
         encoder = self._router.encoder
         encoder.check_ids(body.tokens, "tokens")

@@ -7,6 +7,7 @@ from in_process import LocalClient, Service, ServiceFactory, emulated_config, en
 
 from deployments.config import AppConfig
 from deployments.engine_replica import EngineReplica
+from deployments.keys import ApiKey
 
 
 @pytest.fixture
@@ -15,11 +16,11 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(
-            config: AppConfig | None = None, num_replicas: int = 1, key_digests: tuple[bytes, ...] = ()
+            config: AppConfig | None = None, num_replicas: int = 1, keys: tuple[ApiKey, ...] = ()
         ) -> Service:
             config = config or emulated_config()
             replicas = [EngineReplica(config, f"replica-{i}") for i in range(num_replicas)]
-            service = Service(config, LocalClient(replicas), key_digests)
+            service = Service(config, LocalClient(replicas), keys)
             stack.push_async_callback(end_service, service)
             await service.router.wait_until_ready()
             async with asyncio.timeout(5):

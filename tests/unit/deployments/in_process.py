@@ -12,6 +12,7 @@ from deployments.config import AppConfig
 from deployments.engine_factory import EngineInfo
 from deployments.engine_replica import EngineReplica
 from deployments.errors import ReplicaLostError
+from deployments.keys import ApiKey
 from deployments.openai.routes import create_api
 from deployments.router import Router
 from deployments.wire import ChannelAddress, encode
@@ -85,10 +86,10 @@ class LocalClient:
 class Service:
     """A router with its HTTP application and the replicas behind it."""
 
-    def __init__(self, config: AppConfig, client: LocalClient, key_digests: tuple[bytes, ...] = ()) -> None:
+    def __init__(self, config: AppConfig, client: LocalClient, keys: tuple[ApiKey, ...] = ()) -> None:
         self.client = client
         self.router = Router(config, client)
-        self.api = create_api(self.router, key_digests)
+        self.api = create_api(self.router, keys)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.api, raise_app_exceptions=False), base_url="http://test", timeout=30
         )

@@ -7,9 +7,10 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build_app
-from deployments.config import AppConfig, key_digests, resolve_paths, without_secrets
+from deployments.config import AppConfig, resolve_paths, without_secrets
 from deployments.front_end import FrontEnd, check_open
 from deployments.ingress import ready_banner
+from deployments.keys import load_keys
 from llm.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -47,17 +48,17 @@ def test_keys_come_from_all_three_places_and_are_never_shown(tmp_path, monkeypat
     config = AppConfig.model_validate(
         {"api_keys": ["sk-zero"], "api_keys_file": str(tmp_path / "keys"), "api_keys_env": "RAYLINE_TEST_KEYS"}
     )
-    assert len(set(key_digests(config))) == 5
+    assert len(set(load_keys(config))) == 5
     assert "sk-zero" not in repr(config) + str(config.model_dump())
     assert without_secrets(config).api_keys == ()
-    assert key_digests(AppConfig()) == ()
+    assert load_keys(AppConfig()) == ()
 
 
 @pytest.mark.parametrize("args", [{"api_keys_file": "/nowhere/keys"}, {"api_keys_env": "RAYLINE_NOT_SET"}])
 def test_keys_that_cannot_be_found_stop_the_start(args: dict):
     """Else the server would be open to everyone by mistake."""
     with pytest.raises(ConfigError):
-        key_digests(AppConfig(**args))
+        load_keys(AppConfig(**args))
 
 
 def test_an_open_port_needs_keys_or_a_word():

@@ -7,11 +7,12 @@ import httpx
 import pytest
 from in_process import ServiceFactory, emulated_config
 
+from deployments.keys import ApiKey
 from deployments.openai import responses
 from deployments.openai.errors import ErrorResponse
 
 KEY = "sk-test-key"
-DIGESTS = (hashlib.sha256(KEY.encode()).digest(),)
+KEYS = (ApiKey("team", hashlib.sha256(KEY.encode()).digest()),)
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -244,7 +245,7 @@ async def test_control_tokens_typed_by_a_user_stay_text(make_service: ServiceFac
     ],
 )
 async def test_keys(make_service: ServiceFactory, headers: dict, status: int):
-    service = await make_service(key_digests=DIGESTS)
+    service = await make_service(keys=KEYS)
     response = await service.http.get("/v1/models", headers=headers)
     assert response.status_code == status
     if status == 401:
@@ -253,7 +254,7 @@ async def test_keys(make_service: ServiceFactory, headers: dict, status: int):
 
 
 async def test_with_keys_every_route_is_closed_but_the_open_ones(make_service: ServiceFactory):
-    service = await make_service(key_digests=DIGESTS)
+    service = await make_service(keys=KEYS)
     schema_paths = [route.path for route in service.api.routes]
     closed = {path for path in schema_paths if (await service.http.get(path)).status_code == 401}
     assert set(schema_paths) - closed == {"/", "/fleet", "/health", "/ready"}
@@ -306,7 +307,7 @@ async def test_answers_are_what_the_docs_say(make_service: ServiceFactory):
 
 
 async def test_keys_guard_the_same_routes_under_a_prefix(make_service: ServiceFactory):
-    service = await make_service(key_digests=DIGESTS)
+    service = await make_service(keys=KEYS)
     transport = httpx.ASGITransport(service.api, root_path="/llm")
     async with httpx.AsyncClient(transport=transport, base_url="http://test/llm") as http:
         assert (await http.get("/health")).status_code == 200
