@@ -181,6 +181,16 @@ class LimitsConfig(StrictModel):
     """Length of one stop string."""
 
 
+class TracingConfig(StrictModel):
+    """OpenTelemetry traces of requests, sent by OTLP over HTTP."""
+
+    endpoint: str | None = None
+    """The collector's address for traces, such as `http://localhost:4318/v1/traces`; None for no traces."""
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of requests that are traced; a client's `traceparent` header decides for its own requests."""
+    service_name: str = Field(default="rayline", min_length=1)
+
+
 class ChannelConfig(StrictModel):
     """Where routers listen for tokens from the engine replicas."""
 
@@ -212,6 +222,7 @@ class AppConfig(StrictModel):
     admission: AdmissionConfig = AdmissionConfig()
     limits: LimitsConfig = LimitsConfig()
     token_channel: ChannelConfig = ChannelConfig()
+    tracing: TracingConfig = TracingConfig()
     api_keys: tuple[SecretStr, ...] = ()
     """Keys that clients may use. With none here, in the file or in the variable, no key is asked for.
 

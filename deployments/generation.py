@@ -16,6 +16,8 @@ from llm.errors import EngineError, InvalidRequestError, LLMError
 from llm.serving.schemas import FinishReason, GenerationRequest, TokenLogprobs
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from deployments.journal import GenerationGroup, Journal
 
 logger = logging.getLogger("ray.serve")
@@ -33,6 +35,8 @@ class Caller:
         timeout_s: how long the client waits for the whole answer; None for as long as it takes.
         received_at: when the HTTP request came, by the monotonic clock; None for now.
         account: where its tokens are counted; None where there are no keys.
+        span: the HTTP request's in its trace; None where there are no traces.
+        request_id: the HTTP request's `X-Request-ID`, for the log.
     """
 
     tenant: str = ""
@@ -40,6 +44,8 @@ class Caller:
     timeout_s: float | None = None
     received_at: float | None = None
     account: Account | None = None
+    span: "Span | None" = None
+    request_id: str = ""
 
 
 @dataclass(slots=True)

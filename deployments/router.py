@@ -17,13 +17,15 @@ from deployments.engine_use import replica_use, targets_of
 from deployments.errors import ReplicaLostError
 from deployments.fleet import Fleet
 from deployments.fleet_watch import FleetWatch
-from deployments.generation import Caller
+from deployments.generation import Caller, Generation
 from deployments.journal import GenerationGroup, Journal
 from deployments.metrics import RouterMetrics
 from deployments.openai.errors import not_ready
 from deployments.openai.prompts import PromptEncoder
 from deployments.policy import make_policy
+from deployments.request_log import log_request
 from deployments.token_channel import TokenListener
+from deployments.tracing import RequestTracer
 from llm.models.registry import load_generation_defaults, resolve_model_path
 from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer
@@ -68,13 +70,16 @@ class Router:
         )
         channel = self._listener.address
         self.metrics = RouterMetrics(config.model_name, self, ray_export=ray_metrics)
+        self.tracer = None
+        if config.tracing.endpoint is not None:
+            self.tracer = RequestTracer(config.tracing, config.model_name)
         self.journal = Journal(
             client,
             self.fleet,
             self.dispatcher,
             channel,
             max_resumes=config.router.max_resumes,
-            on_over=self.metrics.request_over,
+            on_over=self._request_over,
         )
         self._watch = FleetWatch(client, self.fleet, self.dispatcher, self.journal, channel, config.router)
         self.journal.on_move = self._watch.note_move
@@ -166,6 +171,8 @@ class Router:
         self._watch.close()
         self._listener.close()
         self._executor.shutdown(wait=False)
+        if self.tracer is not None:
+            self.tracer.close()
 
     async def _learn(self) -> None:
         """Ask the engines what they are, until one answers."""
@@ -183,6 +190,12 @@ class Router:
             self.journal.page_size = info.page_size
             self.dispatcher.learn_step_tokens(info.max_step_tokens)
             self.info = info
+
+    def _request_over(self, generation: Generation) -> None:
+        self.metrics.request_over(generation)
+        log_request(generation)
+        if self.tracer is not None:
+            self.tracer.request_over(generation)
 
     def _take_items(self, replica_id: str, items: list[Any]) -> None:
         self.journal.take_items(replica_id, items)

@@ -1,6 +1,5 @@
 """Answers in OpenAI's form, whole or streamed, from a group of generations."""
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +56,8 @@ class Answer:
         self._is_chat = is_chat
         self._wants_logprobs = wants_logprobs
         self._answers_a_prompt = max(1, len(self._states) // num_prompts)
-        self._id = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
+        # The first generation's, so that the answer can be found in the log.
+        self._id = ("chatcmpl-" if is_chat else "cmpl-") + group.generations[0].request.request_id
         self._created = int(time.time())
 
     def phases_ms(self) -> dict[str, float]:

@@ -8,6 +8,8 @@ from deployments.generation import Caller
 from deployments.openai.errors import invalid
 
 TIMEOUT_HEADER = "X-Request-Timeout"
+REQUEST_ID_HEADER = "X-Request-ID"
+"""Ray Serve takes a client's or makes one, and gives it back with the answer."""
 TIMING_HEADER = "X-Rayline-Timing"
 
 
@@ -24,6 +26,8 @@ def caller_of(request: Request, priority: int | None = None) -> Caller:
         timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER)),
         received_at=state.get("received_at"),
         account=state.get("account"),
+        span=state.get("span"),
+        request_id=request.headers.get(REQUEST_ID_HEADER, "")[:128],
     )
 
 

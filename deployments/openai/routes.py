@@ -39,6 +39,7 @@ from deployments.openai.schemas import (
 )
 from deployments.openai.sse import EventStream, encode_json, event, until_disconnect
 from deployments.router import Router
+from deployments.tracing import TraceRequests
 from deployments.ui import page
 from deployments.version import __version__
 from llm.errors import LLMError
@@ -92,6 +93,8 @@ def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
         num_routers=config.router.num_replicas,
     )
     api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
+    if router.tracer is not None:
+        api.add_middleware(TraceRequests, tracer=router.tracer)
     return api
 
 
