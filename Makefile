@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages serve chaos soak docs test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing clean
+.PHONY: help install install-dev system-packages serve chaos soak docs test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -94,6 +94,9 @@ bench-overhead: $(VENV)/.dev  ## What the serving path adds to the time to first
 
 bench-client: $(VENV)/.dev  ## What the load generator adds to what it measures, beside aiohttp and httpx
 	$(BIN)/python -m benchmarks.serve_overhead
+
+bench-scaling: $(VENV)/.dev  ## A fleet from one replica to one for each GPU (ARGS="--model DIR" or "--emulated …")
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
 
 bench-routing: $(VENV)/.dev  ## Routing policies on simulated replicas (TRACES="mooncake.jsonl azure.csv": their paths)
 	@test -n "$(TRACES)" || { echo 'set TRACES="…": benchmarks/routing_trace.py says where to get them' >&2; exit 2; }

@@ -30,16 +30,27 @@ def emulated(num_replicas: int, tokens_per_s: float = 50.0, **changes: Any) -> d
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[str]:
-    """Ray and Serve, started here and ended here; gives the address of Serve's front end."""
+def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
+    """Ray and Serve, started here and ended here; gives the address of Serve's front end.
+
+    Args:
+        num_gpus: GPUs that Ray counts, whether they exist or not.
+        haproxy: HAProxy in front, not Serve's own proxy. Decided when Ray is first imported.
+    """
+    if haproxy:
+        os.environ.update(
+            RAY_SERVE_ENABLE_HA_PROXY="1",
+            RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
+            RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
+        )
     import ray
     from ray import serve
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    ray.init(num_cpus=8, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local",
-             logging_level="ERROR")  # fmt: skip
+    ray.init(num_cpus=8, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False, namespace="serve",
+             address="local", logging_level="ERROR")  # fmt: skip
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         yield f"http://127.0.0.1:{port}"
