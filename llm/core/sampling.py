@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 _GREEDY_BELOW = 1e-5
@@ -31,6 +33,8 @@ class SamplingRow:
     """Needed for penalties only."""
     banned_ids: Sequence[int] = ()
     """Ids that must not be drawn."""
+    allowed: npt.NDArray[np.int32] | None = None
+    """One bit for each id, set for those that may be drawn, lowest bit of the first word first; None for all."""
     num_logprobs: int | None = None
 
     @property
@@ -93,9 +97,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Draw]:
 def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draws:
     """Draw the next token of each row; does not wait for a GPU.
 
-    Order of operations: repetition, presence and frequency penalties; bias; banned ids; then for rows that are not
-    greedy temperature, top-k, top-p, min-p, and a draw by the Gumbel-max trick. A row's draw depends on nothing in
-    other rows.
+    Order of operations: repetition, presence and frequency penalties; bias; banned ids and those not allowed; then for
+    rows that are not greedy temperature, top-k, top-p, min-p, and a draw by the Gumbel-max trick. A row's draw depends
+    on nothing in other rows.
 
     Args:
         logits: (rows, vocab_size), any float type. Not changed.
@@ -149,7 +153,26 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             adjusted[i, ids] += _send_floats(list(row.logit_bias.values()), logits.device)
         if row.banned_ids:
             adjusted[i, _send_ints(row.banned_ids, logits.device)] = -torch.inf
+    constrained = [i for i, row in enumerate(rows) if row.allowed is not None]
+    if constrained:
+        masks = np.stack([row.allowed for row in rows if row.allowed is not None])
+        is_allowed = _unpack_bits(masks, logits.shape[1], logits.device)
+        if len(constrained) == len(rows):
+            return adjusted.masked_fill(~is_allowed, -torch.inf)
+        index = _send_ints(constrained, logits.device)
+        adjusted = adjusted.clone() if adjusted is logits else adjusted
+        adjusted[index] = adjusted[index].masked_fill(~is_allowed, -torch.inf)
     return adjusted
+
+
+def _unpack_bits(masks: npt.NDArray[np.int32], num_bits: int, device: torch.device) -> torch.Tensor:
+    """Words (rows, words) as bits (rows, num_bits) bool on `device`, the lowest of the first word first."""
+    if device.type == "cpu":
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, count=num_bits, bitorder="little")
+        return torch.from_numpy(bits).bool()
+    words = _send(torch.from_numpy(masks), device).unsqueeze(-1)
+    unpacked = (words >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+    return unpacked.flatten(1)[:, :num_bits].bool()
 
 
 def _penalise(logits: torch.Tensor, row: SamplingRow) -> None:

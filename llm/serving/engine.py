@@ -17,6 +17,8 @@ from llm.models.decoder import DecoderModel
 from llm.models.loading import Progress, load_decoder
 from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
+from llm.serving.checks import check_request, longest_context
+from llm.serving.grammar import CompilingRequests, GrammarCompiler
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import LaunchedStep
 from llm.serving.offline import run_to_end
@@ -37,6 +39,9 @@ from llm.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_IDLE_WAIT_S = 0.005
+"""How long a step waits for a grammar where there is nothing else to do."""
+
 
 class ContinuousBatchingEngine:
     """Iteration-level scheduling (Orca, Yu et al. 2022) over a paged slot pool (PagedAttention, Kwon et al. 2023).
@@ -51,6 +56,7 @@ class ContinuousBatchingEngine:
         max_batch_size, max_seq_len: shorthands that override the same fields of `config`.
         config: memory and batching.
         eos_token_ids: ids that end an answer; None for the tokenizer's own.
+        grammars: makes structured output possible; None for one of the tokenizer's, where that can.
 
     Raises:
         ConfigError: the configuration does not fit the model or the device.
@@ -66,6 +72,7 @@ class ContinuousBatchingEngine:
         *,
         config: EngineConfig | None = None,
         eos_token_ids: Iterable[int] | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.config = config = _with_overrides(config or EngineConfig(), max_batch_size, max_seq_len)
         self.model = model.to(device or model.device).eval()
@@ -73,7 +80,7 @@ class ContinuousBatchingEngine:
         if eos_token_ids is None:
             eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
         self.eos_token_ids = frozenset(eos_token_ids)
-        context_len = _context_len(model, config)
+        context_len = longest_context(model, config)
         pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
         self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
         self.scheduler = Scheduler(
@@ -90,6 +97,9 @@ class ContinuousBatchingEngine:
         self._fit_context_to_pool()
         self.runner.warm_up()
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
+        if grammars is None and isinstance(tokenizer, HFTokenizer):
+            grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
+        self._compiling = CompilingRequests(grammars)
         self._sequences: dict[str, Sequence] = {}
         self._text_streams: dict[str, TextStream] = {}
         self._num_generated_tokens = 0
@@ -139,12 +149,15 @@ class ContinuousBatchingEngine:
             load_lora(model, lora)
             model.merge_lora()
         if with_tokenizer or (directory / "tokenizer.json").is_file():
-            # Read for its end-of-sequence ids even where it is not kept: an answer ends alike with and without text.
+            # Read even where it is not kept: answers end alike with and without text, and grammars need it.
             tokenizer = HFTokenizer.from_pretrained(directory)
             eos_token_ids = tokenizer.eos_token_ids
+            grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
         else:
-            tokenizer, eos_token_ids = None, load_generation_defaults(directory).eos_token_ids
-        return cls(model, tokenizer if with_tokenizer else None, config=config, eos_token_ids=eos_token_ids)
+            tokenizer, grammars = None, None
+            eos_token_ids = load_generation_defaults(directory).eos_token_ids
+        tokenizer = tokenizer if with_tokenizer else None
+        return cls(model, tokenizer, config=config, eos_token_ids=eos_token_ids, grammars=grammars)
 
     @property
     def max_seq_len(self) -> int:
@@ -168,14 +181,23 @@ class ContinuousBatchingEngine:
             InvalidRequestError: the request can never be served as asked. Nothing is accepted.
         """
         prompt_ids = self._prompt_ids(request)
-        self._check(request, prompt_ids)
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        check_request(
+            request, prompt_ids,
+            vocab_size=self.model.config.vocab_size, max_seq_len=self.max_seq_len, has_tokenizer=bool(self.tokenizer),
+        )  # fmt: skip
         sequence = Sequence(request, prompt_ids, self.eos_token_ids, self.scheduler.pool.page_size)
+        if request.grammar is not None:
+            self._compiling.add(sequence)
+            self.scheduler.held.add(sequence)
+        else:
+            self.scheduler.add(sequence)
         if self.tokenizer is not None:
             stream = TextStream(self.tokenizer, request.stop, request.min_new_tokens)
             stream.push(request.output_token_ids)
             self._text_streams[request.request_id] = stream
         self._sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
         return request.request_id
 
     def step(self) -> list[StepOutput]:
@@ -186,6 +208,9 @@ class ContinuousBatchingEngine:
 
         If the model fails, the requests of that step end with `FinishReason.ERROR` and the others go on.
         """
+        return [*self._begin_compiled(), *self._step()] if self._compiling else self._step()
+
+    def _step(self) -> list[StepOutput]:
         plan = self.scheduler.schedule()
         if plan.scheduled:
             try:
@@ -196,6 +221,17 @@ class ContinuousBatchingEngine:
             if len(self._in_flight) <= self.runner.max_steps_ahead:
                 return []
         return self._finish_oldest_step() if self._in_flight else []
+
+    def _begin_compiled(self) -> list[StepOutput]:
+        """Queue the requests whose grammar is there; where it could not be compiled, the request ends."""
+        outputs = []
+        is_idle = not self.scheduler.num_running and self.scheduler.num_waiting == len(self._compiling)
+        for sequence, error in self._compiling.take(_IDLE_WAIT_S if is_idle else 0):
+            if error is None:
+                self.scheduler.add(sequence)
+            else:
+                outputs.append(self._end_with(sequence, error))
+        return outputs
 
     def abort(self, request_id: str) -> bool:
         """Give a request up at once; False if it has ended or was never there. It yields no further output."""
@@ -245,29 +281,6 @@ class ContinuousBatchingEngine:
         assert request.prompt is not None, "the schema wants one of the two"
         return tuple(self.tokenizer.encode(request.prompt))
 
-    def _check(self, request: GenerationRequest, prompt_ids: tuple[int, ...]) -> None:
-        """Refuse what can never be served."""
-        vocab_size = self.model.config.vocab_size
-        if request.request_id in self._sequences:
-            raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
-        if not prompt_ids:
-            raise InvalidRequestError("the prompt is empty; generation needs at least one token", param="prompt")
-        for ids, param in ((prompt_ids, "prompt"), (request.output_token_ids, "output_token_ids")):
-            if ids and max(ids) >= vocab_size:
-                raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size}", param=param)
-        if request.logit_bias and max(request.logit_bias) >= vocab_size:
-            raise InvalidRequestError(f"logit_bias names an id past the vocabulary of {vocab_size}", param="logit_bias")
-        if request.stop and self.tokenizer is None:
-            raise InvalidRequestError("stop strings need an engine with a tokenizer; use stop_token_ids", param="stop")
-        num_tokens = len(prompt_ids) + len(request.output_token_ids)
-        if num_tokens >= self.max_seq_len:
-            raise InvalidRequestError(
-                f"the prompt has {num_tokens} tokens; this engine's context is {self.max_seq_len} tokens, "
-                "and at least one is generated",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-
     def _finish_oldest_step(self) -> list[StepOutput]:
         """Wait for the oldest step in flight and take in what it computed."""
         plan, launched = self._in_flight.popleft()
@@ -294,6 +307,8 @@ class ContinuousBatchingEngine:
     def _output(self, event: TokenEvent, draw: Draw) -> StepOutput:
         sequence, reason = event.sequence, event.finish_reason
         request = sequence.request
+        if sequence.constraint is not None and sequence.constraint.failure is not None:
+            return self._end_with(sequence, f"grammar: {sequence.constraint.failure}")
         num_cached = sequence.num_cached_tokens or 0
         if sequence.num_output_tokens == len(request.output_token_ids) + 1:
             self._num_prompt_tokens += sequence.num_prompt_tokens
@@ -332,13 +347,17 @@ class ContinuousBatchingEngine:
         """End every request of a step that failed."""
         sequences = [part.sequence for part in plan.scheduled if part.sequence.status is not SequenceStatus.FINISHED]
         message = f"{type(error).__name__}: {error}"
-        for sequence in sequences:
-            self._end(sequence)
-        return [StepOutput(s.request_id, (), finish_reason=FinishReason.ERROR, error=message) for s in sequences]
+        return [self._end_with(sequence, message) for sequence in sequences]
+
+    def _end_with(self, sequence: Sequence, message: str) -> StepOutput:
+        """End a request that failed."""
+        self._end(sequence)
+        return StepOutput(sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message)
 
     def _end(self, sequence: Sequence) -> None:
         """Forget a request; its pages are free at once."""
         self.scheduler.finish(sequence)
+        self._compiling.discard(sequence)
         self._text_streams.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]
 
@@ -374,12 +393,3 @@ def _with_overrides(config: EngineConfig, max_batch_size: int | None, max_seq_le
     overrides = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     changed = {name: value for name, value in overrides.items() if value is not None}
     return EngineConfig(**{**config.model_dump(), **changed}) if changed else config
-
-
-def _context_len(model: DecoderModel, config: EngineConfig) -> int:
-    """Longest sequence in tokens; never longer than the model's own context."""
-    if config.max_seq_len is not None and config.max_seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"max_seq_len {config.max_seq_len} is past the model's context of {model.max_seq_len} tokens; lower it"
-        )
-    return config.max_seq_len or model.max_seq_len

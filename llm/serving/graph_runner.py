@@ -14,7 +14,7 @@ from llm.kernels.sampling import SamplingWorkspace, draw_tokens
 from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
 from llm.serving.device_rows import DeviceRows
-from llm.serving.model_runner import draws_of, sampling_row
+from llm.serving.model_runner import DrawMasks, draws_of, sampling_row
 from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
 from llm.serving.step_inputs import StepInputs, fill
 
@@ -44,16 +44,18 @@ class LaunchedGraphs:
         self._num_draws = num_draws
         self._done = done
         self._special = special
+        self._draws: list[Draw] | None = None
 
     def draws(self) -> list[Draw]:
-        """See `LaunchedStep.draws`."""
-        if self._done is not None:
-            self._done.synchronize()
-        draws = [Draw(token_id) for token_id in self._token_ids[: self._num_draws].tolist()]
-        special = self._special() if callable(self._special) else self._special
-        for index, drawn in special.items():
-            draws[index] = drawn
-        return draws
+        """See `LaunchedStep.draws`; here as often as is wanted."""
+        if self._draws is None:
+            if self._done is not None:
+                self._done.synchronize()
+            self._draws = [Draw(token_id) for token_id in self._token_ids[: self._num_draws].tolist()]
+            special = self._special() if callable(self._special) else self._special
+            for index, drawn in special.items():
+                self._draws[index] = drawn
+        return self._draws
 
 
 class GraphRunner:
@@ -117,6 +119,10 @@ class GraphRunner:
         self._num_steps = 0
         self._graphs: dict[tuple[object, ...], _Captured] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if pin else None
+        self._masks = DrawMasks(model.config.vocab_size)
+        self._last: LaunchedGraphs
+        self._last_draws: dict[int, int] = {}
+        """Of the step launched last: which of its draws is whose row's."""
 
     @property
     def max_draws_per_step(self) -> int:
@@ -144,7 +150,9 @@ class GraphRunner:
         if self._graph_pool is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        return LaunchedGraphs(host, len(drawing), done, special)
+        self._last = LaunchedGraphs(host, len(drawing), done, special)
+        self._last_draws = {part.row: i for i, (part, _, _) in enumerate(drawing)}
+        return self._last
 
     @torch.inference_mode()
     def run_largest(self, num_tokens: int) -> None:
@@ -249,14 +257,20 @@ class GraphRunner:
         )
         return logits
 
+    def _last_token_id(self, row: int) -> int:
+        """The token that the step launched last drew at `row`."""
+        return self._last.draws()[self._last_draws[row]].token_id
+
     def _draw_specially(
         self, logits: torch.Tensor, drawing: SequenceOf[_Drawing]
     ) -> "Callable[[], dict[int, Draw]] | dict[int, Draw]":
-        """Draw again where a request asks for more than the kernel does: penalties, biases, bans, log probabilities."""
+        """Draw again where a request asks for more than the kernel does: penalties, biases, bans, log probabilities,
+        grammars. For a grammar this waits for the last step's tokens, while the device runs this step's model."""
         indices = [i for i, (part, position, _) in enumerate(drawing) if _is_special(part.sequence, position)]
         if not indices:
             return {}
-        rows = [sampling_row(drawing[i][0].sequence, drawing[i][1]) for i in indices]
+        masks = self._masks.of(drawing, self._last_token_id)
+        rows = [sampling_row(drawing[i][0].sequence, drawing[i][1], masks.get(i)) for i in indices]
         index = torch.tensor(indices, device=self._device)
         draws = draw(logits[index], rows)
         token_ids = draws.token_ids.int()
@@ -280,6 +294,7 @@ def _is_special(sequence: Sequence, position: int) -> bool:
         request.uses_penalties
         or request.logit_bias
         or request.logprobs is not None
+        or sequence.constraint is not None
         or not sequence.may_end_at(position)
     )
 

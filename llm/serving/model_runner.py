@@ -1,6 +1,7 @@
 """Runs a planned step: packs it into tensors, calls the model, draws the tokens."""
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence as SequenceOf
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +9,7 @@ import torch
 
 from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedAttentionBackend, PagedContext
+from llm.core.constraint import Int32Array, TokenMasks
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.sampling import Draw, SamplingRow, sample
 from llm.models.decoder import DecoderModel
@@ -99,6 +101,8 @@ class EagerRunner:
         self._windows = [model.config.layer_window(layer) for layer in range(model.num_layers)]
         self._max_rows = max_rows
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
+        self._masks = DrawMasks(model.config.vocab_size)
+        self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     @property
     def attention_backend(self) -> str:
@@ -126,18 +130,29 @@ class EagerRunner:
         """See `ModelRunner.launch`."""
         token_ids, batch = self._pack(plan.scheduled)
         context = PagedContext(self.backend, self.kv_cache, batch, self._windows)
-        hidden = self.model.hidden_states(token_ids, batch.positions, context)
         drawing = draws_of(plan.scheduled)
+        masks = self._start_masks(drawing)
+        hidden = self.model.hidden_states(token_ids, batch.positions, context)
         if not drawing:
             return _FinishedStep([])
         drawing_tokens = torch.tensor([index for _, _, index in drawing], device=hidden.device)
         logits = self.model.logits(hidden[drawing_tokens])
-        draws = sample(logits, [sampling_row(part.sequence, position) for part, position, _ in drawing])
+        allowed = masks.result() if masks is not None else {}
+        rows = [sampling_row(part.sequence, position, allowed.get(i)) for i, (part, position, _) in enumerate(drawing)]
+        draws = sample(logits, rows)
         if self.max_steps_ahead:  # otherwise the host knows every token it launches
             # Of several draws of a row any may stay: the host knows them before the row's next step.
-            rows = torch.tensor([part.row for part, _, _ in drawing], device=hidden.device)
-            self._last_token_ids[rows] = torch.tensor([draw.token_id for draw in draws], device=hidden.device)
+            drawing_rows = torch.tensor([part.row for part, _, _ in drawing], device=hidden.device)
+            self._last_token_ids[drawing_rows] = torch.tensor([draw.token_id for draw in draws], device=hidden.device)
         return _FinishedStep(draws)
+
+    def _start_masks(
+        self, drawing: SequenceOf[tuple[ScheduledSequence, int, int]]
+    ) -> "Future[dict[int, Int32Array]] | None":
+        """Begin to work out what constrained draws may draw, beside the forward pass; None where there are none."""
+        if all(part.sequence.constraint is None for part, _, _ in drawing):
+            return None
+        return self._mask_thread.submit(self._masks.of, drawing, lambda row: int(self._last_token_ids[row]))
 
     def _pack(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[torch.Tensor, PackedBatch]:
         """Token ids (tokens,) of the step and where they belong."""
@@ -190,7 +205,37 @@ def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[tuple[ScheduledSe
     return draws
 
 
-def sampling_row(sequence: Sequence, position: int) -> SamplingRow:
+class DrawMasks:
+    """What the constrained draws of a step may draw.
+
+    Args:
+        vocab_size: columns of the logits.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._masks = TokenMasks(vocab_size)
+
+    def of(
+        self, drawing: SequenceOf[tuple[ScheduledSequence, int, int]], last_token_id: Callable[[int], int]
+    ) -> dict[int, Int32Array]:
+        """Bits of the tokens allowed, by the draw's place in the step.
+
+        Args:
+            drawing: as `draws_of` gives it.
+            last_token_id: gives the token that was drawn last at a row; asked where the host has not seen it yet.
+        """
+        constraints = {}
+        for index, (part, position, _) in enumerate(drawing):
+            sequence = part.sequence
+            if sequence.constraint is not None:
+                sequence.constraint.advance(sequence.tokens, sequence.num_prompt_tokens)
+                if sequence.num_prompt_tokens + sequence.constraint.num_taken < position:
+                    sequence.constraint.take(last_token_id(part.row))
+                constraints[index] = sequence.constraint
+        return dict(zip(constraints, self._masks.of(list(constraints.values())), strict=True)) if constraints else {}
+
+
+def sampling_row(sequence: Sequence, position: int, allowed: Int32Array | None = None) -> SamplingRow:
     """What the sampler needs to know to draw a sequence's token at `position`."""
     request = sequence.request
     return SamplingRow(
@@ -207,5 +252,6 @@ def sampling_row(sequence: Sequence, position: int) -> SamplingRow:
         prompt_ids=sequence.prompt_ids if request.repetition_penalty != 1 else (),
         output_ids=sequence.output_ids if sequence.uses_penalties else (),
         banned_ids=() if sequence.may_end_at(position) else tuple(sequence.end_ids),
+        allowed=allowed,
         num_logprobs=request.logprobs,
     )

@@ -77,6 +77,8 @@ class Scheduler:
         self.num_proposed_tokens = 0
         self.num_accepted_tokens = 0
         self._waiting: deque[Sequence] = deque()
+        self.held: set[Sequence] = set()
+        """New sequences that cannot be run yet; `add` or `finish` them."""
         self._running: dict[Sequence, None] = {}
         """Oldest admission first; a dictionary, so that leaving takes no search."""
         self._free_rows = list(range(max_batch_size))
@@ -85,7 +87,7 @@ class Scheduler:
     @property
     def has_pending_work(self) -> bool:
         """Whether any sequence is running or waiting."""
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._waiting or self.held)
 
     @property
     def num_running(self) -> int:
@@ -95,7 +97,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a row, preempted ones included."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self.held)
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -105,9 +107,10 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, which must leave room for a token."""
+        self.held.discard(sequence)
         sequence.max_tokens = min(sequence.max_tokens, self.max_seq_len)
         assert len(sequence.tokens) < sequence.max_tokens, "a sequence that cannot grow would never end"
-        if self.num_speculative_tokens and not sequence.uses_penalties:  # which want all tokens before the one drawn
+        if self.num_speculative_tokens and sequence.may_guess:
             sequence.lookup = PromptLookup(sequence.tokens, self.num_speculative_tokens)
         self._waiting.append(sequence)
 
@@ -191,7 +194,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._release(sequence)
         else:
-            self._waiting.remove(sequence)
+            (self.held if sequence in self.held else self._waiting).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def pages_needed(self, num_tokens: int) -> int:

@@ -25,6 +25,31 @@ def new_seed() -> int:
     return secrets.randbits(63)
 
 
+class GrammarKind(StrEnum):
+    """How a grammar is written."""
+
+    JSON_OBJECT = "json_object"
+    """Not at all: any JSON object."""
+    JSON_SCHEMA = "json_schema"
+    """As a JSON schema."""
+    REGEX = "regex"
+    """As a regular expression that the whole output matches."""
+    CHOICE = "choice"
+    """As a JSON list of strings, of which the output is one."""
+    LARK = "lark"
+    """In llguidance's variant of Lark."""
+
+
+class Grammar(StrictModel):
+    """What an output must look like, from its first token to its last.
+
+    `max_new_tokens` and stop strings may cut it before it is complete.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+
 class GenerationRequest(StrictModel):
     """One prompt and how to continue it.
 
@@ -69,6 +94,8 @@ class GenerationRequest(StrictModel):
     seed: int = Field(default_factory=new_seed, ge=-INT64_MAX - 1, le=INT64_MAX)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     """None for no log probabilities; else each sampled token's own and this many of the likeliest."""
+    grammar: Grammar | None = None
+    """What the output must look like; None for anything."""
 
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:
@@ -78,6 +105,8 @@ class GenerationRequest(StrictModel):
             raise ValueError("prompt_token_ids is empty; generation needs at least one token")
         if len(self.output_token_ids) >= self.max_new_tokens:
             raise ValueError("output_token_ids holds max_new_tokens already; there is nothing left to generate")
+        if self.grammar is not None and (self.ignore_eos or self.min_new_tokens):
+            raise ValueError("a grammar says where an output ends: leave out ignore_eos and min_new_tokens")
         return self
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
+from llm.core.constraint import Constraint
 from llm.core.prefix_cache import PageHashes
 from llm.serving.prompt_lookup import PromptLookup
 from llm.serving.schemas import FinishReason, GenerationRequest
@@ -44,6 +45,7 @@ class Sequence:
         lookup: guesses its next tokens, None where nobody does.
         is_speculating: whether a step in flight runs such guesses; until its draws are known nobody knows how many of
             the tokens that `num_in_flight` and `num_computed` count in are the sequence's own.
+        constraint: what its output must look like; None for anything.
         num_cached_tokens: prompt tokens found in the prefix cache when the sequence was first admitted, None before.
         queue_s: seconds that it waited until then.
     """
@@ -65,6 +67,7 @@ class Sequence:
         self.num_registered_pages = 0
         self.lookup: PromptLookup | None = None
         self.is_speculating = False
+        self.constraint: Constraint | None = None
         self.num_cached_tokens: int | None = None
         self.queue_s = 0.0
         self._created_at = time.monotonic()
@@ -109,6 +112,11 @@ class Sequence:
         if self.num_cached_tokens is None:
             self.num_cached_tokens = num_cached_tokens
             self.queue_s = time.monotonic() - self._created_at
+
+    @property
+    def may_guess(self) -> bool:
+        """Whether a token may be drawn before those before it are certain."""
+        return not self.uses_penalties and self.constraint is None
 
     def guesses(self) -> tuple[int, ...]:
         """What its next tokens may be. Nothing before it decodes, nor for its first token here, which comes alone."""

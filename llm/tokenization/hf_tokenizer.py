@@ -114,6 +114,11 @@ class HFTokenizer:
         return self._eos_token_ids
 
     @property
+    def definition(self) -> str:
+        """The content of `tokenizer.json`, in JSON."""
+        return str(self._full.to_str())
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can work."""
         return "default" in self._templates

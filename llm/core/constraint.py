@@ -1,0 +1,78 @@
+"""Which tokens a grammar allows next, one bit a token.
+
+The end of an answer is allowed where its grammar is complete, and is all that is allowed where nothing more can follow.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class Constraint:
+    """A sequence's grammar at the place that its output has reached.
+
+    Args:
+        matcher: at the grammar's beginning, nobody else's.
+
+    Attributes:
+        matcher: works out masks.
+        num_taken: tokens of the output that it has taken in.
+        failure: why the grammar cannot go on, None while it can. Then nothing is forbidden any more.
+    """
+
+    __slots__ = ("failure", "matcher", "num_taken")
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.num_taken = 0
+        self.failure: str | None = None
+
+    def advance(self, tokens: Sequence[int], num_prompt_tokens: int) -> None:
+        """Take in those of a sequence's output tokens that are new."""
+        for token_id in tokens[num_prompt_tokens + self.num_taken :]:
+            self.take(token_id)
+
+    def take(self, token_id: int) -> None:
+        """Take in the output's next token."""
+        self.num_taken += 1
+        # Behind its end a grammar has no opinion: the sequence ends by other ways than the grammar's, too.
+        if self.failure is None and not self.matcher.is_stopped() and not self.matcher.consume_token(token_id):
+            self.note_failure("a token does not fit the grammar")
+
+    def note_failure(self, message: str = "") -> None:
+        """Keep what the matcher says is wrong, if it says so."""
+        if self.failure is None and self.matcher.is_error():
+            self.failure = self.matcher.get_error() or message
+
+
+class TokenMasks:
+    """Works out what constraints allow, many at once, in threads.
+
+    Args:
+        vocab_size: columns of the logits.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._num_words = -(-vocab_size // 32)
+        self._executor: LLExecutor | None = None
+
+    def of(self, constraints: Sequence[Constraint]) -> Int32Array:
+        """Bits of the tokens that are allowed, the lowest of the first word first: (constraints, vocab_size / 32).
+
+        Where a constraint has failed, every bit is set.
+        """
+        if self._executor is None:
+            self._executor = LLExecutor()
+        masks = np.full((len(constraints), self._num_words), -1, dtype=np.int32)
+        rows = [(constraint.matcher, i) for i, constraint in enumerate(constraints) if constraint.failure is None]
+        if rows:
+            self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks.strides[0], len(masks))
+        for i, constraint in enumerate(constraints):
+            constraint.note_failure()
+            if constraint.failure is not None:
+                masks[i] = -1
+        return masks

@@ -1,0 +1,59 @@
+"""What an engine refuses before it begins."""
+
+from collections.abc import Sequence
+
+from llm.config import EngineConfig
+from llm.errors import ConfigError, InvalidRequestError
+from llm.models.decoder import DecoderModel
+from llm.serving.schemas import GenerationRequest
+
+
+def check_request(
+    request: GenerationRequest,
+    prompt_ids: Sequence[int],
+    *,
+    vocab_size: int,
+    max_seq_len: int,
+    has_tokenizer: bool,
+) -> None:
+    """Refuse what can never be served.
+
+    Args:
+        prompt_ids: the prompt's tokens.
+        vocab_size: of the model.
+        max_seq_len: tokens that a sequence may have, prompt and output together.
+        has_tokenizer: whether the engine knows text.
+
+    Raises:
+        InvalidRequestError: why not.
+    """
+    if not prompt_ids:
+        raise InvalidRequestError("the prompt is empty; generation needs at least one token", param="prompt")
+    for ids, param in ((prompt_ids, "prompt"), (request.output_token_ids, "output_token_ids")):
+        if ids and max(ids) >= vocab_size:
+            raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size}", param=param)
+    if request.logit_bias and max(request.logit_bias) >= vocab_size:
+        raise InvalidRequestError(f"logit_bias names an id past the vocabulary of {vocab_size}", param="logit_bias")
+    if request.stop and not has_tokenizer:
+        raise InvalidRequestError("stop strings need an engine with a tokenizer; use stop_token_ids", param="stop")
+    num_tokens = len(prompt_ids) + len(request.output_token_ids)
+    if num_tokens >= max_seq_len:
+        raise InvalidRequestError(
+            f"the prompt has {num_tokens} tokens; this engine's context is {max_seq_len} tokens, "
+            "and at least one is generated",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
+def longest_context(model: DecoderModel, config: EngineConfig) -> int:
+    """Longest sequence in tokens; never longer than the model's own context.
+
+    Raises:
+        ConfigError: the configuration asks for more.
+    """
+    if config.max_seq_len is not None and config.max_seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"max_seq_len {config.max_seq_len} is past the model's context of {model.max_seq_len} tokens; lower it"
+        )
+    return config.max_seq_len or model.max_seq_len
