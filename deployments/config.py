@@ -39,6 +39,30 @@ class PolicyName(StrEnum):
     """In turn."""
 
 
+class ToolParserName(StrEnum):
+    """How the model writes calls of tools."""
+
+    AUTO = "auto"
+    """As its chat template shows."""
+    HERMES = "hermes"
+    """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen."""
+    LLAMA3 = "llama3"
+    """`{"name": …, "parameters": {…}}`: Llama 3."""
+    NONE = "none"
+    """Not at all."""
+
+
+class ReasoningParserName(StrEnum):
+    """How the model marks what it thinks before it answers."""
+
+    AUTO = "auto"
+    """As its chat template shows."""
+    THINK = "think"
+    """`<think>…</think>`: Qwen3, DeepSeek R1 and others."""
+    NONE = "none"
+    """Not at all."""
+
+
 class EmulationConfig(StrictModel):
     """Pace of the emulated engine."""
 
@@ -223,6 +247,10 @@ class AppConfig(StrictModel):
     limits: LimitsConfig = LimitsConfig()
     token_channel: ChannelConfig = ChannelConfig()
     tracing: TracingConfig = TracingConfig()
+    tool_parser: ToolParserName = ToolParserName.AUTO
+    """What becomes a `tool_call` in answers to requests with tools."""
+    reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO
+    """What becomes `reasoning_content` in answers to chats."""
     api_keys: tuple[SecretStr, ...] = ()
     """Keys that clients may use. With none here, in the file or in the variable, no key is asked for.
 

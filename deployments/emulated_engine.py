@@ -84,6 +84,8 @@ class EmulatedEngine:
         prompt = request.prompt_token_ids
         if prompt is None:
             raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids", param="prompt")
+        if request.grammar is not None:
+            raise InvalidRequestError("the emulated engine follows no grammar", param="grammar")
         if max(prompt) >= self.vocab_size:
             raise InvalidRequestError(f"token id {max(prompt)} is past the vocabulary", param="prompt")
         if len(prompt) + len(request.output_token_ids) >= min(self.max_seq_len, self.num_slots):

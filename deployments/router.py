@@ -21,12 +21,14 @@ from deployments.generation import Caller, Generation
 from deployments.journal import GenerationGroup, Journal
 from deployments.metrics import RouterMetrics
 from deployments.openai.errors import not_ready
+from deployments.openai.model_format import find_format
 from deployments.openai.prompts import PromptEncoder
 from deployments.policy import make_policy
 from deployments.request_log import log_request
 from deployments.token_channel import TokenListener
 from deployments.tracing import RequestTracer
 from llm.models.registry import load_generation_defaults, resolve_model_path
+from llm.serving.grammar import GrammarCompiler
 from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
@@ -186,7 +188,16 @@ class Router:
                 logger.exception("the engine replicas cannot be asked what they are; trying again")
                 await asyncio.sleep(_DESCRIBE_RETRY_S * 4)
                 continue
-            self._encoder = PromptEncoder(self.tokenizer, self.defaults, info, self.config.limits, self._executor)
+            config = self.config
+            self._encoder = PromptEncoder(
+                self.tokenizer,
+                self.defaults,
+                info,
+                config.limits,
+                self._executor,
+                find_format(self.tokenizer, config.tool_parser, config.reasoning_parser),
+                GrammarCompiler(self.tokenizer, info.vocab_size),
+            )
             self.journal.page_size = info.page_size
             self.dispatcher.learn_step_tokens(info.max_step_tokens)
             self.info = info

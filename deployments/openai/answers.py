@@ -1,12 +1,14 @@
 """Answers in OpenAI's form, whole or streamed, from a group of generations."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.journal import GenerationGroup
 from deployments.openai.choices import Choice, chat_logprobs, completion_logprobs
+from deployments.openai.message import Message, delta_of
+from deployments.openai.output_parsers import OutputEvent, OutputParser, PlainParser, TextDelta, ToolCallStart
 from deployments.openai.sse import DONE, ChunkWriter, event
 from llm.serving.schemas import TokenLogprobs
 from llm.tokenization.tokenizer import Tokenizer
@@ -17,11 +19,13 @@ class _ChoiceState:
     """A choice with what is needed to write it."""
 
     choice: Choice
+    parser: OutputParser
     writer: ChunkWriter | None = None
     is_open: bool = False
     num_chars: int = 0
     """Characters of tokens with log probabilities so far, for completions' `text_offset`."""
-    texts: list[str] = field(default_factory=list)
+    has_calls: bool = False
+    message: Message = field(default_factory=Message)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
@@ -35,6 +39,7 @@ class Answer:
         model: name to give.
         is_chat: chat or plain completion.
         wants_logprobs: whether log probabilities were asked for.
+        parser: makes a parser for each choice's text.
         num_prompts: prompts in the request; their tokens count once, however many answers each has.
     """
 
@@ -47,11 +52,12 @@ class Answer:
         model: str,
         is_chat: bool,
         wants_logprobs: bool,
+        parser: Callable[[], OutputParser] = PlainParser,
         num_prompts: int = 1,
     ) -> None:
         self._group = group
         self._tokenizer = tokenizer
-        self._states = [_ChoiceState(Choice(generation, tokenizer, stop)) for generation in group.generations]
+        self._states = [_ChoiceState(Choice(generation, tokenizer, stop), parser()) for generation in group.generations]
         self._model = model
         self._is_chat = is_chat
         self._wants_logprobs = wants_logprobs
@@ -74,8 +80,8 @@ class Answer:
             num_left = len(self._states)
             while num_left:
                 for state in await self._news():
-                    text, logprobs = state.choice.advance()
-                    state.texts.append(text)
+                    news, logprobs = self._news_of(state)
+                    state.message.add(news)
                     state.logprobs.extend(logprobs)
                     if state.choice.error is not None:
                         raise state.choice.error
@@ -147,29 +153,49 @@ class Answer:
         assert writer is not None, "made before the first chunk"
         if choice.is_complete:
             return
-        text, logprobs = choice.advance()
+        news, logprobs = self._news_of(state)
         if choice.error is not None:
             return
         if not state.is_open:
             state.is_open = True
             if self._is_chat:
                 events.append(writer.role())
-        if text or logprobs:
-            events.append(writer.text(text, self._logprobs(state, logprobs) if self._wants_logprobs else None))
+        written = self._logprobs(state, logprobs) if self._wants_logprobs and logprobs else None
+        if written is not None and not news:
+            news = [TextDelta("")]
+        for new in news:
+            if isinstance(new, TextDelta):
+                events.append(writer.text(new.text, written))
+            else:
+                events.append(writer.delta(delta_of(new), written))
+            written = None
         if choice.finish_reason is not None:
-            events.append(writer.finish(choice.finish_reason))
+            events.append(writer.finish(self._finish_reason(state)))
+
+    def _news_of(self, state: _ChoiceState) -> tuple[list[OutputEvent], list[TokenLogprobs]]:
+        """What has come of a choice since the last time."""
+        text, logprobs = state.choice.advance()
+        news = state.parser.push(text)
+        if state.choice.is_complete:
+            news += state.parser.finish()
+        state.has_calls = state.has_calls or any(isinstance(new, ToolCallStart) for new in news)
+        return news, logprobs
+
+    def _finish_reason(self, state: _ChoiceState) -> str:
+        reason = state.choice.finish_reason
+        assert reason is not None, "asked at the end"
+        return "tool_calls" if reason == "stop" and state.has_calls else reason
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _choice_object(self, state: _ChoiceState) -> dict[str, Any]:
         logprobs = self._logprobs(state, state.logprobs) if self._wants_logprobs else None
-        text = "".join(state.texts)
         content: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
+            {"message": state.message.as_dict()} if self._is_chat else {"text": state.message.content}
         )
         return {"index": state.choice.index, **content, "logprobs": logprobs,
-                "finish_reason": state.choice.finish_reason}  # fmt: skip
+                "finish_reason": self._finish_reason(state)}  # fmt: skip
 
     def _logprobs(self, state: _ChoiceState, entries: list[TokenLogprobs]) -> dict[str, Any]:
         if self._is_chat:

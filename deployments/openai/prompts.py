@@ -8,10 +8,17 @@ from typing import Any, TypeVar
 
 from deployments.config import LimitsConfig
 from deployments.engine_factory import EngineInfo
+from deployments.openai.chat_messages import ChatMessage
 from deployments.openai.errors import APIError, invalid
-from deployments.openai.schemas import ChatMessage, ChatRequest, CompletionRequest, SamplingFields
+from deployments.openai.model_format import ModelFormat, opens_reasoning
+from deployments.openai.output_parsers import OutputParser, make_parser
+from deployments.openai.schemas import ChatRequest, CompletionRequest, SamplingFields
+from deployments.openai.structured import grammar_error, grammar_of
+from deployments.openai.tools import forced_grammar
+from llm.errors import InvalidRequestError
 from llm.models.registry import GenerationDefaults
-from llm.serving.schemas import INT64_MAX, GenerationRequest, new_seed
+from llm.serving.grammar import GrammarCompiler
+from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_seed
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 T = TypeVar("T")
@@ -19,6 +26,25 @@ T = TypeVar("T")
 DEFAULT_COMPLETION_TOKENS = 16
 _INLINE_CHARS = 2_000
 """Texts up to this long are tokenised at once: handing them to a thread would take longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChat:
+    """A chat as the engines run it.
+
+    Attributes:
+        requests: one for each answer.
+        tool_format, may_reason, is_reasoning: see `make_parser`.
+    """
+
+    requests: list[GenerationRequest]
+    tool_format: str | None = None
+    may_reason: bool = False
+    is_reasoning: bool = False
+
+    def parser(self) -> OutputParser:
+        """A parser for one of the answers."""
+        return make_parser(self.tool_format, may_reason=self.may_reason, is_reasoning=self.is_reasoning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +57,8 @@ class PromptEncoder:
         info: the engines' context and pool.
         limits: bounds on requests.
         executor: where long texts are tokenised, so that the event loop goes on.
+        format: how the model writes calls and thoughts.
+        grammars: says which grammars the engines can follow.
     """
 
     tokenizer: HFTokenizer
@@ -38,20 +66,43 @@ class PromptEncoder:
     info: EngineInfo
     limits: LimitsConfig
     executor: ThreadPoolExecutor
+    format: ModelFormat
+    grammars: GrammarCompiler
 
-    async def chat(self, body: ChatRequest) -> list[GenerationRequest]:
-        """One request for each of the `n` answers.
+    async def chat(self, body: ChatRequest) -> EncodedChat:
+        """One request for each of the `n` answers, and how to read them.
 
         Raises:
             APIError: a 400 that says which field is at fault.
             InvalidRequestError: the template refuses the messages.
         """
-        variables = body.chat_template_kwargs or {}
-        generation_prompt = body.add_generation_prompt is not False
-        ids = await self.chat_ids(body.messages, add_generation_prompt=generation_prompt, variables=variables)
+        tools = body.tools or []
+        if tools and body.tool_choice in (None, "auto") and self.format.tool_format is None:
+            raise invalid(
+                "tools: this model's chat template knows no tools; only tool_choice can force a call", "tools"
+            )
+        ids = await self.chat_ids(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            variables={**_effort(body), **(body.chat_template_kwargs or {})},
+            tools=[] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools],
+        )
         self.check_length(ids, "messages")
+        bound = grammar_of(body)
+        forced = forced_grammar(tools, body.tool_choice, may_be_many=body.parallel_tool_calls is not False)
+        if forced is not None and bound is not None:
+            raise invalid(f"{bound[0]}: a tool_choice that forces a call leaves no room for it", bound[0])
+        grammar = await self._compiled(("tools", forced) if forced is not None else bound)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._requests(body, [ids], body.most_tokens, logprobs, param=_chat_limit_name(body))
+        requests = self._requests(body, [ids], body.most_tokens, logprobs, _chat_limit_name(body), grammar)
+        tool_format = self.format.tool_format if tools and body.tool_choice != "none" else None
+        # A grammar holds from the first token on: there are no thoughts, and calls are bare JSON.
+        return EncodedChat(
+            requests,
+            tool_format="llama3" if forced is not None else None if grammar is not None else tool_format,
+            may_reason=self.format.may_reason and grammar is None,
+            is_reasoning=self.format.may_reason and grammar is None and opens_reasoning(self.tokenizer, ids),
+        )
 
     async def completion(self, body: CompletionRequest) -> list[GenerationRequest]:
         """`n` requests for each prompt, those of a prompt side by side.
@@ -70,7 +121,8 @@ class PromptEncoder:
             self.check_ids(ids, "prompt")
             batch.append(ids)
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        return self._requests(body, batch, max_tokens, body.logprobs, param="max_tokens")
+        grammar = await self._compiled(grammar_of(body))
+        return self._requests(body, batch, max_tokens, body.logprobs, "max_tokens", grammar)
 
     async def text_ids(self, text: str, *, param: str = "prompt", add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, off the event loop unless it is short.
@@ -84,7 +136,12 @@ class PromptEncoder:
         )  # fmt: skip
 
     async def chat_ids(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool, variables: dict[str, Any]
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
         """Tokens of a chat, off the event loop unless it is short.
 
@@ -92,14 +149,14 @@ class PromptEncoder:
             APIError: it is past the context for certain.
             InvalidRequestError: the template refuses it.
         """
-        turns = [_turn(message) for message in messages]
+        turns = [message.turn() for message in messages]
         num_chars = sum(len(turn["content"]) + 20 for turn in turns)
         for turn in turns:
             self._check_text(turn["content"], "messages")
         return await self.run(
-            num_chars + (_INLINE_CHARS if variables else 0),
+            num_chars + (_INLINE_CHARS if variables or tools else 0),
             lambda: self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, **_checked_variables(variables)
+                turns, add_generation_prompt=add_generation_prompt, tools=tools, **_checked_variables(variables)
             ),
         )
 
@@ -135,10 +192,35 @@ class PromptEncoder:
         if len(text) > most and self.tokenizer.min_num_tokens(text) >= most:
             raise _too_long(f"at least {self.tokenizer.min_num_tokens(text)} tokens", most, param)
 
+    async def _compiled(self, bound: tuple[str, Grammar] | None) -> Grammar | None:
+        """The grammar, once it is known that the engines can follow it.
+
+        Raises:
+            APIError: it is wrong, under the name of its field.
+        """
+        if bound is None:
+            return None
+        param, grammar = bound
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self.executor, self.grammars.compile, grammar)
+        except InvalidRequestError as error:
+            raise grammar_error(error, param) from None
+        return grammar
+
     def _requests(
-        self, body: SamplingFields, prompts: list[list[int]], max_tokens: int | None, logprobs: int | None, param: str
+        self,
+        body: SamplingFields,
+        prompts: list[list[int]],
+        max_tokens: int | None,
+        logprobs: int | None,
+        param: str,
+        grammar: Grammar | None,
     ) -> list[GenerationRequest]:
         """Put sampling parameters and seeds to the prompts."""
+        for name in ("ignore_eos", "min_tokens"):
+            if grammar is not None and getattr(body, name):
+                raise invalid(f"{name}: the answer's format says where it ends", name)
         sampling = self._sampling(body)
         seed = new_seed() if body.seed is None else body.seed
         if max_tokens is not None and max_tokens > self.info.max_seq_len:
@@ -149,6 +231,7 @@ class PromptEncoder:
             room = self.info.max_seq_len - len(prompt)
             most = room if max_tokens is None else min(max_tokens, room)
             fixed = {"prompt_token_ids": tuple(prompt), "max_new_tokens": most, "logprobs": logprobs, **sampling}
+            fixed["grammar"] = grammar
             fixed["min_new_tokens"] = min(sampling["min_new_tokens"], most)
             requests += [GenerationRequest(seed=_wrapped(seed + i), **fixed) for i in range(n)]
         return requests
@@ -200,12 +283,13 @@ def _as_list(prompt: Any) -> list[Any]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-def _turn(message: ChatMessage) -> dict[str, Any]:
-    """A message as chat templates know it."""
-    # Templates know the older name of the role only.
-    role = "system" if message.role == "developer" else message.role
-    turn = {"role": role, "content": message.content or ""}
-    return turn if message.name is None else {**turn, "name": message.name}
+def _effort(body: ChatRequest) -> dict[str, Any]:
+    """Template variables for how long to think."""
+    if body.reasoning_effort is None:
+        return {}
+    return {"reasoning_effort": body.reasoning_effort} | (
+        {"enable_thinking": False} if body.reasoning_effort == "none" else {}
+    )
 
 
 def _checked_variables(variables: dict[str, Any]) -> dict[str, Any]:

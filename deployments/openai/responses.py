@@ -11,7 +11,7 @@ class ResponseModel(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
-FinishReasonName = Literal["stop", "length"]
+FinishReasonName = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(ResponseModel):
@@ -52,12 +52,32 @@ class ChatLogprobs(ResponseModel):
     refusal: None
 
 
+class CalledFunction(ResponseModel):
+    """What a call asks for."""
+
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class AssistantToolCall(ResponseModel):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(ResponseModel):
     """The model's turn."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """None beside calls without a text."""
     refusal: None
+    tool_calls: list[AssistantToolCall] | None = None
+    reasoning_content: str | None = None
+    """What the model thought before it answered."""
 
 
 class ChatChoice(ResponseModel):
@@ -81,11 +101,29 @@ class ChatCompletion(ResponseModel):
     usage: Usage
 
 
+class FunctionDelta(ResponseModel):
+    """News of a call."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(ResponseModel):
+    """A call that begins, with id and name, or more of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(ResponseModel):
-    """What is new: the role first, then pieces of content, nothing at the end."""
+    """What is new: the role first, then pieces of content, reasoning or calls, nothing at the end."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
     refusal: None = None
 
 

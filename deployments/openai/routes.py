@@ -134,10 +134,10 @@ class Endpoints:
         body = await parse_body(request, ChatRequest, self._limits)
         self._check_model(body.model)
         caller = caller_of(request, body.priority)
-        requests = await self._router.encoder.chat(body)
+        chat = await self._router.encoder.chat(body)
         answer = Answer(
-            self._router.start(requests, caller), self._router.tokenizer, body.stop_strings(),
-            model=self._model, is_chat=True, wants_logprobs=bool(body.logprobs),
+            self._router.start(chat.requests, caller), self._router.tokenizer, body.stop_strings(),
+            model=self._model, is_chat=True, wants_logprobs=bool(body.logprobs), parser=chat.parser,
         )  # fmt: skip
         return await _respond(request, answer, body)
 

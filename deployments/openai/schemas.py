@@ -6,9 +6,13 @@ Fields without effect on the answer (`user`, `metadata`, …) are accepted.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from deployments.openai.chat_messages import ChatMessage, check_messages
 from deployments.openai.errors import invalid, unsupported
+from deployments.openai.structured import StructuredFields
+from deployments.openai.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
+from deployments.openai.wire_model import WireModel
 from llm.serving.schemas import INT64_MAX, MAX_TOP_LOGPROBS
 
 MAX_N = 128
@@ -17,14 +21,6 @@ MAX_STOP_STRINGS = 4
 MAX_COMPLETION_LOGPROBS = 5
 MAX_STOP_TOKEN_IDS = 128
 MAX_MESSAGES = 4096
-
-
-class WireModel(BaseModel):
-    """No coercion, no unknown fields, no NaN."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
-    )
 
 
 def _check_stop(value: Any) -> Any:
@@ -66,13 +62,7 @@ class StreamOptions(WireModel):
     """Accepted, without effect."""
 
 
-class TextFormat(WireModel):
-    """Format of the answer."""
-
-    type: str
-
-
-class SamplingFields(WireModel):
+class SamplingFields(StructuredFields):
     """What chat and plain completions have in common."""
 
     model: str
@@ -132,57 +122,6 @@ class SamplingFields(WireModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-def _check_content(value: Any) -> Any:
-    """Text of a message: a string, or text parts, which are joined by line breaks."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict):
-            raise ValueError("each part must be an object")
-        kind = part.get("type")
-        if kind != "text":
-            raise ValueError(f"this model takes text only, not {kind[:40]!r}" if isinstance(kind, str) else "no type")
-        text = part.get("text")
-        if not isinstance(text, str) or set(part) - {"type", "text"}:
-            raise ValueError("a text part holds type and text, a string, and nothing else")
-        texts.append(text)
-    if not texts:
-        raise ValueError("the list of parts is empty")
-    return "\n".join(texts)
-
-
-class ChatMessage(WireModel):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        str | None, BeforeValidator(_check_content, json_schema_input_type=str | list[dict[str, str]] | None)
-    ] = None
-    name: Annotated[str, Field(max_length=256)] | None = None
-    refusal: str | None = None
-    """Accepted from earlier answers, without effect."""
-    annotations: Any = None
-    """Accepted from earlier answers, without effect."""
-    tool_calls: list[Any] | None = None
-    """Not supported yet."""
-    function_call: Any = None
-    """Not supported."""
-    audio: Any = None
-    """Not supported."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in ("tool_calls", "function_call", "audio"):
-            if getattr(self, name) not in (None, []):
-                raise ValueError(f"{name} is not supported by this server")
-        if self.content is None:
-            raise ValueError("content is missing")
-        return self
-
-
 class ChatRequest(SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
@@ -197,14 +136,13 @@ class ChatRequest(SamplingFields):
     """Extension. Variables for the model's chat template, such as `enable_thinking`."""
     add_generation_prompt: bool | None = None
     """Extension. False to leave out what opens the assistant's answer."""
-    response_format: TextFormat | None = None
-    """`{"type": "text"}` only."""
 
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    """Functions that the model may ask for."""
+    tool_choice: ToolChoice | None = None
+    """`auto` where there are tools: the model decides. `required` and a name force a call by a grammar."""
     parallel_tool_calls: bool | None = None
-    tools: list[Any] | None = None
-    """Not supported yet."""
-    tool_choice: Any = None
-    """Not supported yet."""
+    """False for one call at most where calls are forced."""
     functions: Any = None
     """Not supported."""
     function_call: Any = None
@@ -215,8 +153,8 @@ class ChatRequest(SamplingFields):
     """Not supported."""
     prediction: Any = None
     """Not supported."""
-    reasoning_effort: Any = None
-    """Not supported."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """Given to the chat template, as `reasoning_effort`, and as `enable_thinking: false` for `none`."""
     verbosity: Any = None
     """Not supported."""
     web_search_options: Any = None
@@ -228,12 +166,10 @@ class ChatRequest(SamplingFields):
             raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs: only with logprobs set to true", "top_logprobs")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise unsupported("response_format", "response_format other than text")
         if self.modalities not in (None, ["text"]):
             raise unsupported("modalities", "modalities other than text")
-        if self.tool_choice not in (None, "none"):
-            raise unsupported("tool_choice")
+        check_tools(self.tools, self.tool_choice)
+        check_messages(self.messages)
         for name in _UNSUPPORTED_IN_CHAT:
             if getattr(self, name) not in (None, []):
                 raise unsupported(name)
@@ -246,7 +182,7 @@ class ChatRequest(SamplingFields):
 
 
 _UNSUPPORTED_IN_CHAT = (
-    "tools", "functions", "function_call", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options",
+    "functions", "function_call", "audio", "prediction", "verbosity", "web_search_options",
 )  # fmt: skip
 
 Prompt = str | list[str] | list[int] | list[list[int]]

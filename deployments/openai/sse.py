@@ -108,6 +108,7 @@ class ChunkWriter:
 
     def __init__(self, head: dict[str, Any], index: int, *, is_chat: bool, with_usage: bool) -> None:
         start = b"data: " + encode_json(head)[:-1] + b',"choices":[{"index":%d,' % index
+        self._open_delta = start + b'"delta":'
         self._open_text = start + (b'"delta":{"content":' if is_chat else b'"text":')
         self._close_text = (b"}" if is_chat else b"") + b',"logprobs":'
         self._open_empty = start + (b'"delta":{}' if is_chat else b'"text":""') + b',"logprobs":null,"finish_reason":'
@@ -125,6 +126,13 @@ class ChunkWriter:
             return self._open_text + encode_json(text) + self._plain_tail
         return (
             self._open_text + encode_json(text) + self._close_text + encode_json(logprobs)
+            + b',"finish_reason":null' + self._tail
+        )  # fmt: skip
+
+    def delta(self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> bytes:
+        """Anything else that is new in a chat choice."""
+        return (
+            self._open_delta + encode_json(delta) + b',"logprobs":' + encode_json(logprobs)
             + b',"finish_reason":null' + self._tail
         )  # fmt: skip
 

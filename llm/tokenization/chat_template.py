@@ -34,11 +34,15 @@ class ChatTemplate:
         origin: the file it came from, for error messages.
         special_tokens: `bos_token`, `eos_token`, … as the template's variables; a request cannot change them.
 
+    Attributes:
+        source: as given.
+
     Raises:
         ConfigError: the template is not valid Jinja.
     """
 
     def __init__(self, source: str, *, origin: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._environment = _LimitedEnvironment()
         try:

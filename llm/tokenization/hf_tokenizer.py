@@ -119,6 +119,11 @@ class HFTokenizer:
         return str(self._full.to_str())
 
     @property
+    def template_sources(self) -> str:
+        """Jinja text of all chat templates, to see what they know."""
+        return "\n".join(template.source for template in self._templates.values())
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can work."""
         return "default" in self._templates

@@ -1,0 +1,85 @@
+"""What an answer must look like, as requests say it: `response_format`, and vLLM's `guided_…` fields."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from deployments.openai.errors import APIError, invalid
+from deployments.openai.wire_model import WireModel
+from llm.errors import InvalidRequestError
+from llm.serving.schemas import Grammar, GrammarKind
+
+MAX_CHOICES = 4096
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class JsonSchemaFormat(WireModel):
+    """A schema and its name."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    strict: bool | None = None
+    """Accepted: answers always keep to the schema."""
+
+
+class ResponseFormat(WireModel):
+    """Format of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    """With `json_schema`."""
+
+
+class StructuredFields(WireModel):
+    """Fields that bind an answer to a grammar; at most one is given."""
+
+    response_format: ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    """Extension. A JSON schema, or its text."""
+    guided_regex: NonEmpty | None = None
+    """Extension. A regular expression that the whole answer matches."""
+    guided_choice: Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    """Extension. Strings, of which the answer is one."""
+    guided_grammar: NonEmpty | None = None
+    """Extension. A grammar in llguidance's variant of Lark."""
+
+
+def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
+    """The field that binds the answer, and how; None where it is free.
+
+    Raises:
+        APIError: there are several such fields, or a schema is missing.
+    """
+    given: dict[str, Grammar] = {}
+    response_format = body.response_format
+    if response_format is not None and response_format.type == "json_object":
+        given["response_format"] = Grammar(kind=GrammarKind.JSON_OBJECT)
+    if response_format is not None and response_format.type == "json_schema":
+        if response_format.json_schema is None:
+            raise invalid("response_format: json_schema is missing", "response_format.json_schema")
+        given["response_format"] = _schema(response_format.json_schema.schema_)
+    elif response_format is not None and response_format.json_schema is not None:
+        raise invalid("response_format: json_schema goes with the type json_schema", "response_format.json_schema")
+    if body.guided_json is not None:
+        given["guided_json"] = _schema(body.guided_json)
+    if body.guided_regex is not None:
+        given["guided_regex"] = Grammar(kind=GrammarKind.REGEX, text=body.guided_regex)
+    if body.guided_choice is not None:
+        given["guided_choice"] = Grammar(kind=GrammarKind.CHOICE, text=json.dumps(body.guided_choice))
+    if body.guided_grammar is not None:
+        given["guided_grammar"] = Grammar(kind=GrammarKind.LARK, text=body.guided_grammar)
+    if len(given) > 1:
+        raise invalid(f"{' and '.join(given)}: give one of them", next(iter(given)))
+    return next(iter(given.items()), None)
+
+
+def grammar_error(error: InvalidRequestError, param: str) -> APIError:
+    """What is wrong with a grammar, under the name of the field that it came with."""
+    return invalid(f"{param}: {str(error).removeprefix('grammar: ')}", param, error.code)
+
+
+def _schema(schema: str | dict[str, Any] | bool) -> Grammar:
+    return Grammar(kind=GrammarKind.JSON_SCHEMA, text=schema if isinstance(schema, str) else json.dumps(schema))
