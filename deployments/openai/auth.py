@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.accounts import Account, Refusal, open_accounts
 from deployments.keys import ApiKey
+from deployments.openai.error_answers import answer_to
 from deployments.openai.errors import APIError
 
 
@@ -51,7 +52,7 @@ class KeyGuard:
         if key is None and scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif key is None:
-            await _unauthorized(bool(given)).response()(scope, receive, send)
+            await answer_to(scope, _unauthorized(bool(given)))(scope, receive, send)
         else:
             account = self._accounts[key.name]
             scope.setdefault("state", {}).update(tenant=key.name, account=account)
@@ -71,7 +72,7 @@ class KeyGuard:
 
         refusal = account.enter()
         if refusal is not None:
-            await _too_many(refusal).response()(scope, receive, send_with_limits)
+            await answer_to(scope, _too_many(refusal))(scope, receive, send_with_limits)
             return
         try:
             await self._app(scope, receive, send_with_limits)

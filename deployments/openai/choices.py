@@ -37,6 +37,11 @@ class Choice:
         return self.finish_reason is not None or self.error is not None
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it."""
+        return self._stream.stop_reason
+
+    @property
     def num_tokens(self) -> int:
         """Output tokens so far."""
         return self._num_taken

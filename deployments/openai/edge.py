@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import LimitsConfig
+from deployments.openai.error_answers import answer_to
 from deployments.openai.errors import APIError, internal, of_validation, too_many_open
 from deployments.openai.sse import ClientLeftError
 
@@ -45,10 +46,10 @@ class Edge:
         max_header_bytes = self._limits.max_header_bytes
         if _header_bytes(scope) > max_header_bytes:
             error = APIError(431, f"The headers are larger than {max_header_bytes} bytes", code="headers_too_large")
-            await error.response()(scope, receive, send)
+            await answer_to(scope, error)(scope, receive, send)
             return
         if len(self._open) >= self._max_open_requests and scope["method"] == "POST":
-            await too_many_open().response()(scope, receive, send)
+            await answer_to(scope, too_many_open())(scope, receive, send)
             return
         scope.setdefault("state", {})["received_at"] = time.monotonic()
         sender = _Sender(send)
@@ -74,12 +75,12 @@ class Edge:
         except APIError as error:
             if sender.num_started:
                 raise
-            await error.response()(scope, receive, sender)
+            await answer_to(scope, error)(scope, receive, sender)
         except Exception:  # the edge of a request: logged in full here, not a word of it to the client
             logger.exception("request to %s failed", scope["path"])
             if sender.num_started:
                 raise
-            await internal().response()(scope, receive, sender)
+            await answer_to(scope, internal())(scope, receive, sender)
 
     def _sweep(self) -> None:
         """Cut off the clients that took nothing since the last sweep, as long as there are requests."""

@@ -77,16 +77,7 @@ class PromptEncoder:
             InvalidRequestError: the template refuses the messages.
         """
         tools = body.tools or []
-        if tools and body.tool_choice in (None, "auto") and self.format.tool_format is None:
-            raise invalid(
-                "tools: this model's chat template knows no tools; only tool_choice can force a call", "tools"
-            )
-        ids = await self.chat_ids(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            variables={**_effort(body), **(body.chat_template_kwargs or {})},
-            tools=[] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools],
-        )
+        ids = await self.prompt_ids(body)
         self.check_length(ids, "messages")
         bound = grammar_of(body)
         forced = forced_grammar(tools, body.tool_choice, may_be_many=body.parallel_tool_calls is not False)
@@ -102,6 +93,24 @@ class PromptEncoder:
             tool_format="llama3" if forced is not None else None if grammar is not None else tool_format,
             may_reason=self.format.may_reason and grammar is None,
             is_reasoning=self.format.may_reason and grammar is None and opens_reasoning(self.tokenizer, ids),
+        )
+
+    async def prompt_ids(self, body: ChatRequest) -> list[int]:
+        """Tokens of a chat request's prompt.
+
+        Raises:
+            APIError, InvalidRequestError: as `chat`.
+        """
+        tools = body.tools or []
+        if tools and body.tool_choice in (None, "auto") and self.format.tool_format is None:
+            raise invalid(
+                "tools: this model's chat template knows no tools; only tool_choice can force a call", "tools"
+            )
+        return await self.chat_ids(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            variables={**_effort(body), **(body.chat_template_kwargs or {})},
+            tools=[] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools],
         )
 
     async def completion(self, body: CompletionRequest) -> list[GenerationRequest]:

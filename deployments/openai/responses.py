@@ -177,6 +177,41 @@ class Completion(ResponseModel):
     usage: Usage | None = None
 
 
+class ResponseObject(BaseModel):
+    """Answer of `POST /v1/responses`; streamed as events with a `type` and a `sequence_number`."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete", "failed", "in_progress"]
+    model: str
+    output: list[dict[str, Any]]
+    """Items: `reasoning`, `message`, `function_call`."""
+    usage: dict[str, Any] | None
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, Any] | None
+
+
+class MessageObject(ResponseModel):
+    """Answer of `POST /v1/messages`; streamed as events with a `type`."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    """Blocks: `thinking`, `text`, `tool_use`."""
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: dict[str, int]
+
+
+class InputTokens(ResponseModel):
+    """Answer of `POST /v1/messages/count_tokens`."""
+
+    input_tokens: int
+
+
 class ModelObject(ResponseModel):
     """A model that is served."""
 

@@ -12,6 +12,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from deployments.anthropic.message_builder import MessageBuilder
+from deployments.anthropic.schemas import CountTokensRequest, MessagesRequest
 from deployments.keys import ApiKey
 from deployments.metrics import CONTENT_TYPE
 from deployments.openai import errors
@@ -19,12 +21,18 @@ from deployments.openai.answers import Answer
 from deployments.openai.auth import KeyGuard
 from deployments.openai.callers import caller_of, timing_header
 from deployments.openai.edge import Edge, parse_body
+from deployments.openai.error_answers import answer_to
+from deployments.openai.response_builder import ResponseBuilder
+from deployments.openai.response_requests import ResponsesRequest, echoed
 from deployments.openai.responses import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
+    InputTokens,
+    MessageObject,
     ModelList,
     ModelObject,
+    ResponseObject,
     Stats,
     Status,
     Text,
@@ -38,6 +46,7 @@ from deployments.openai.schemas import (
     TokenizeRequest,
 )
 from deployments.openai.sse import EventStream, encode_json, event, until_disconnect
+from deployments.openai.turn import Turn
 from deployments.router import Router
 from deployments.tracing import TraceRequests
 from deployments.ui import page
@@ -115,6 +124,23 @@ class Endpoints:
         return [
             Route("POST", "/v1/chat/completions", self.chat, "Chat completion", ChatCompletion, ChatRequest),
             Route("POST", "/v1/completions", self.completion, "Completion", Completion, CompletionRequest),
+            Route("POST", "/v1/responses", self.response, "Response", ResponseObject, ResponsesRequest),
+            Route(
+                "POST",
+                "/v1/messages",
+                self.message,
+                "Message, as Anthropic's API has it",
+                MessageObject,
+                MessagesRequest,
+            ),
+            Route(
+                "POST",
+                "/v1/messages/count_tokens",
+                self.count_tokens,
+                "Tokens of a message",
+                InputTokens,
+                CountTokensRequest,
+            ),
             Route("GET", "/v1/models", self.models, "Models", ModelList),
             Route("GET", "/v1/models/{model:path}", self.model, "One model", ModelObject),
             Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", Tokens, TokenizeRequest),
@@ -153,6 +179,33 @@ class Endpoints:
             num_prompts=len(requests) // (body.n or 1),
         )  # fmt: skip
         return await _respond(request, answer, body)
+
+    async def response(self, request: Request) -> Response:
+        """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events. Nothing is stored."""
+        body = await parse_body(request, ResponsesRequest, self._limits)
+        turn = await self._turn(request, body.to_chat())
+        builder = ResponseBuilder(turn, model=self._model, echoed=echoed(body))
+        return await _respond_with(request, turn, builder, is_streamed=bool(body.stream))
+
+    async def message(self, request: Request) -> Response:
+        """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
+        body = await parse_body(request, MessagesRequest, self._limits)
+        turn = await self._turn(request, body.to_chat())
+        builder = MessageBuilder(turn, model=self._model)
+        return await _respond_with(request, turn, builder, is_streamed=bool(body.stream))
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Count the tokens that a message's prompt would have."""
+        body = await parse_body(request, CountTokensRequest, self._limits)
+        self._check_model(body.model)
+        return _json({"input_tokens": len(await self._router.encoder.prompt_ids(body.to_chat()))})
+
+    async def _turn(self, request: Request, chat: ChatRequest) -> Turn:
+        """Begin to answer a chat once."""
+        self._check_model(chat.model)
+        encoded = await self._router.encoder.chat(chat)
+        group = self._router.start(encoded.requests, caller_of(request, chat.priority))
+        return Turn(group, self._router.tokenizer, chat.stop_strings(), encoded.parser())
 
     async def models(self, _: Request) -> Response:
         """List the served model."""
@@ -249,28 +302,37 @@ async def _respond(request: Request, answer: Answer, body: ChatRequest | Complet
     return EventStream(answer.chunks(news, include_usage=include_usage), timing_header(answer.phases_ms()))
 
 
+async def _respond_with(
+    request: Request, turn: Turn, builder: ResponseBuilder | MessageBuilder, *, is_streamed: bool
+) -> Response:
+    """A turn in the form that was asked for."""
+    if is_streamed:
+        await until_disconnect(request.receive, turn.begin())
+        return EventStream(builder.stream(), timing_header(turn.phases_ms()))
+    value = await until_disconnect(request.receive, builder.whole())
+    return Response(encode_json(value), media_type="application/json", headers=timing_header(turn.phases_ms()))
+
+
 def _json(value: Any) -> Response:
     return Response(encode_json(value), media_type="application/json")
 
 
-async def _on_api_error(_: Request, error: Exception) -> Response:
+async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.APIError), "registered for it"
-    return error.response()
+    return answer_to(request.scope, error)
 
 
-async def _on_llm_error(_: Request, error: Exception) -> Response:
+async def _on_llm_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LLMError), "registered for it"
-    return errors.of_engine(error).response()
+    return answer_to(request.scope, errors.of_engine(error))
 
 
-async def _on_http_error(_: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     """What Starlette itself refuses."""
     assert isinstance(error, HTTPException), "registered for it"
-    if error.status_code == 404:
-        return errors.unknown_route().response()
-    if error.status_code == 405:
-        return errors.wrong_method(error.headers).response()
-    return errors.APIError(error.status_code, str(error.detail), headers=error.headers).response()
+    known = {404: errors.unknown_route(), 405: errors.wrong_method(error.headers)}
+    other = errors.APIError(error.status_code, str(error.detail), headers=error.headers)
+    return answer_to(request.scope, known.get(error.status_code, other))
 
 
 def _operation(route: Route) -> dict[str, Any]:

@@ -1,0 +1,228 @@
+"""Requests of Anthropic's Messages API, and the chats that they stand for.
+
+After https://docs.anthropic.com/en/api/messages.
+"""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+
+from deployments.openai.errors import invalid, of_validation
+from deployments.openai.schemas import MAX_MESSAGES, ChatRequest
+from deployments.openai.structured import NonEmpty
+from deployments.openai.tools import MAX_TOOLS, ToolName
+from deployments.openai.wire_model import WireModel
+
+MAX_STOP_SEQUENCES = 4
+
+
+class TextBlock(WireModel):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: Any = None
+    """Accepted: what prompts share is always cached."""
+    citations: Any = None
+
+
+class ToolUseBlock(WireModel):
+    """A call that the model made."""
+
+    type: Literal["tool_use"]
+    id: NonEmpty
+    name: ToolName
+    input: dict[str, Any]
+    cache_control: Any = None
+    caller: Any = None
+
+
+class ToolResultBlock(WireModel):
+    """What came of a call."""
+
+    type: Literal["tool_result"]
+    tool_use_id: NonEmpty
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+    cache_control: Any = None
+
+
+class ThinkingBlock(WireModel):
+    """What the model thought."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str | None = None
+
+
+def _block_type(value: Any) -> str:
+    found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return found if isinstance(found, str) else ""
+
+
+Block = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")]
+    | Annotated[ThinkingBlock, Tag("thinking")],
+    Discriminator(_block_type),
+]
+
+
+class InputMessage(WireModel):
+    """One turn."""
+
+    role: Literal["user", "assistant"]
+    content: str | Annotated[list[Block], Field(min_length=1)]
+
+
+class AnthropicTool(WireModel):
+    """A function that the model may ask for."""
+
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+    cache_control: Any = None
+
+
+class AnthropicToolChoice(WireModel):
+    """Whether and what to call."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: ToolName | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("a name goes with the type tool, and with no other")
+        return self
+
+
+class Thinking(WireModel):
+    """Whether to think first."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+    """Accepted, without effect."""
+    display: str | None = None
+
+
+class CountTokensRequest(WireModel):
+    """Body of `POST /v1/messages/count_tokens`."""
+
+    model: str
+    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | list[TextBlock] | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
+    cache_control: Any = None
+
+    def to_chat(self) -> ChatRequest:
+        """The same as a chat.
+
+        Raises:
+            APIError: a 400 with the field at fault.
+        """
+        chat: dict[str, Any] = {"model": self.model, "messages": self._messages(), **self._sampling()}
+        if self.tools:
+            chat["tools"] = [
+                {"type": "function", "function": {"name": tool.name, "description": tool.description,
+                                                  "parameters": tool.input_schema}}
+                for tool in self.tools
+            ]  # fmt: skip
+        if self.tool_choice is not None:
+            choice = self.tool_choice
+            named = {"type": "function", "function": {"name": choice.name}}
+            chat["tool_choice"] = {"any": "required", "tool": named}.get(choice.type, choice.type)
+            chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+        if self.thinking is not None and self.thinking.type == "disabled":
+            chat["reasoning_effort"] = "none"
+        try:
+            return ChatRequest.model_validate(chat)
+        except ValidationError as error:
+            raise of_validation(error, ChatRequest) from None
+
+    def _sampling(self) -> dict[str, Any]:
+        return {}
+
+    def _messages(self) -> list[dict[str, Any]]:
+        turns: list[dict[str, Any]] = []
+        if self.system:
+            turns.append({"role": "system", "content": _text(self.system)})
+        for i, message in enumerate(self.messages):
+            if isinstance(message.content, str):
+                turns.append({"role": message.role, "content": message.content})
+            elif message.role == "assistant":
+                turns.append(_assistant_turn(message.content, f"messages[{i}].content"))
+            else:
+                turns += _user_turns(message.content, f"messages[{i}].content")
+        return turns
+
+
+class MessagesRequest(CountTokensRequest):
+    """Body of `POST /v1/messages`."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    stop_sequences: Annotated[list[NonEmpty], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+
+    def _sampling(self) -> dict[str, Any]:
+        return {
+            "max_completion_tokens": self.max_tokens,
+            "stop": self.stop_sequences or None,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "priority": self.priority,
+        }
+
+
+def _assistant_turn(blocks: list[Block], param: str) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": "assistant"}
+    for block in blocks:
+        match block:
+            case TextBlock():
+                turn["content"] = turn.get("content", "") + block.text
+            case ThinkingBlock():
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + block.thinking
+            case ToolUseBlock():
+                function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
+                call = {"id": block.id, "type": "function", "function": function}
+                turn.setdefault("tool_calls", []).append(call)
+            case ToolResultBlock():
+                raise invalid(f"{param}: a tool_result belongs to the user", param)
+    if "tool_calls" not in turn:
+        turn.setdefault("content", "")
+    return turn
+
+
+def _user_turns(blocks: list[Block], param: str) -> list[dict[str, Any]]:
+    """Results of tools, each a turn of its own, then the text."""
+    turns: list[dict[str, Any]] = []
+    texts = []
+    for block in blocks:
+        match block:
+            case TextBlock():
+                texts.append(block.text)
+            case ToolResultBlock():
+                content = _text(block.content or "")
+                turns.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+            case _:
+                raise invalid(f"{param}: {block.type} belongs to the assistant", param)
+    return [*turns, {"role": "user", "content": "\n".join(texts)}] if texts else turns
+
+
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "\n".join(block.text for block in content)
