@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages serve chaos soak docs test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling clean
+.PHONY: help install install-dev system-packages serve chaos soak fuzz docs test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet 
 
 soak: $(VENV)/.dev  ## A long load (MINUTES=60): memory must not grow
 	$(BIN)/python -m chaos.soak --minutes $(MINUTES)
+
+fuzz: $(VENV)/.dev  ## Ten minutes of requests made up from the OpenAPI description
+	FUZZ_SECONDS=600 $(BIN)/pytest --timeout 2000 tests/integration/test_fuzz.py
 
 docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(BIN)/python -m deployments.config_reference > docs/configuration.md

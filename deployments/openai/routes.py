@@ -1,14 +1,10 @@
 """The HTTP API over a router: which path does what, and how it is described in `/docs`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -26,7 +22,6 @@ from deployments.openai.response_builder import ResponseBuilder
 from deployments.openai.response_requests import ResponsesRequest, echoed
 from deployments.openai.responses import (
     ChatCompletion,
-    ChatCompletionChunk,
     Completion,
     InputTokens,
     MessageObject,
@@ -39,6 +34,7 @@ from deployments.openai.responses import (
     Tokens,
     Version,
 )
+from deployments.openai.route_table import Route, describe
 from deployments.openai.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -56,23 +52,6 @@ from llm.errors import LLMError
 TITLE = "Rayline"
 _EVENT_INTERVAL_S = 0.5
 
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One line of the route table."""
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    answer: type[BaseModel] | None
-    """None for plain text."""
-    body: type[BaseModel] | None = None
-    is_open: bool = False
-    """Answered without a key even where keys are asked for."""
-
 
 def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
     """The HTTP application.
@@ -87,9 +66,9 @@ def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
     for route in table:
         api.add_api_route(
             route.path, route.handler, methods=[route.method], summary=route.summary, response_model=None,
-            description=route.handler.__doc__, openapi_extra=_operation(route),
+            description=route.handler.__doc__, openapi_extra=route.operation(), response_class=Response,
         )  # fmt: skip
-    api.openapi = lambda: _openapi(api, table)  # type: ignore[method-assign]
+    api.openapi = lambda: describe(api, table)  # type: ignore[method-assign]
     api.add_exception_handler(errors.APIError, _on_api_error)
     api.add_exception_handler(LLMError, _on_llm_error)
     api.add_exception_handler(HTTPException, _on_http_error)
@@ -148,10 +127,16 @@ class Endpoints:
             Route("GET", "/health", self.health, "Whether this router runs", Status, is_open=True),
             Route("GET", "/ready", self.ready, "Whether requests can be answered", Status, is_open=True),
             Route("GET", "/version", self.version, "Version of the server", Version),
-            Route("GET", "/metrics", self.metrics, "Metrics for Prometheus", None),
-            Route("GET", "/", self.chat_page, "The chat page", None, is_open=True),
-            Route("GET", "/fleet", self.fleet_page, "The fleet page", None, is_open=True),
-            Route("GET", "/rayline/events", self.events, "State of router and replicas, twice a second", None),
+            Route("GET", "/metrics", self.metrics, "Metrics for Prometheus", "text/plain"),
+            Route("GET", "/", self.chat_page, "The chat page", "text/html", is_open=True),
+            Route("GET", "/fleet", self.fleet_page, "The fleet page", "text/html", is_open=True),
+            Route(
+                "GET",
+                "/rayline/events",
+                self.events,
+                "State of router and replicas, twice a second",
+                "text/event-stream",
+            ),
             Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas", Stats),
         ]
 
@@ -333,41 +318,3 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     known = {404: errors.unknown_route(), 405: errors.wrong_method(error.headers)}
     other = errors.APIError(error.status_code, str(error.detail), headers=error.headers)
     return answer_to(request.scope, known.get(error.status_code, other))
-
-
-def _operation(route: Route) -> dict[str, Any]:
-    """The OpenAPI entry of a route: handlers read and write their bodies themselves."""
-    contents: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
-    if route.answer is not None:
-        contents = {"application/json": {"schema": _ref(route.answer)}}
-    if route.answer in _STREAMED:
-        contents["text/event-stream"] = {"schema": _ref(_STREAMED[route.answer])}
-    error = {"description": "Error", "content": {"application/json": {"schema": _ref(errors.ErrorResponse)}}}
-    operation: dict[str, Any] = {
-        "responses": {"200": {"description": "Success", "content": contents}, "4XX": error, "5XX": error}
-    }
-    if route.body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(route.body)}}}
-    return operation
-
-
-_STREAMED: dict[type[BaseModel], type[BaseModel]] = {ChatCompletion: ChatCompletionChunk, Completion: Completion}
-
-
-def _ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
-
-
-def _openapi(api: FastAPI, table: Sequence[Route]) -> dict[str, Any]:
-    """The API's description, made once, with the bodies that handlers read and write themselves."""
-    if api.openapi_schema is None:
-        schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
-        models: list[type[BaseModel]] = [errors.ErrorResponse, ChatCompletionChunk]
-        models += [model for route in table for model in (route.body, route.answer) if model is not None]
-        _, definitions = models_json_schema(
-            [(model, "validation") for model in dict.fromkeys(models)],
-            ref_template="#/components/schemas/{model}",
-        )
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-        api.openapi_schema = schema
-    return api.openapi_schema
