@@ -20,7 +20,10 @@ _TYPES = {
 def error_body(error: APIError) -> bytes:
     """The JSON object: `{"type": "error", "error": {"type", "message"}}`."""
     default = "invalid_request_error" if error.status < 500 else "api_error"
-    detail = {"type": _TYPES.get(error.status, default), "message": error.message}
+    # There is no field for the name of the field at fault.
+    is_named = error.param is None or error.param in error.message
+    message = error.message if is_named else f"{error.param}: {error.message}"
+    detail = {"type": _TYPES.get(error.status, default), "message": message}
     return msgspec.json.encode({"type": "error", "error": detail})
 
 

@@ -4,15 +4,15 @@ After https://docs.anthropic.com/en/api/messages.
 """
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from deployments.openai.errors import invalid, of_validation
+from deployments.openai.errors import invalid, of_validation, unsupported
 from deployments.openai.schemas import MAX_MESSAGES, ChatRequest
 from deployments.openai.structured import NonEmpty
 from deployments.openai.tools import MAX_TOOLS, ToolName
-from deployments.openai.wire_model import WireModel
+from deployments.openai.wire_model import WireModel, type_tag
 
 MAX_STOP_SEQUENCES = 4
 
@@ -56,17 +56,12 @@ class ThinkingBlock(WireModel):
     signature: str | None = None
 
 
-def _block_type(value: Any) -> str:
-    found = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return found if isinstance(found, str) else ""
-
-
 Block = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[ToolUseBlock, Tag("tool_use")]
-    | Annotated[ToolResultBlock, Tag("tool_result")]
-    | Annotated[ThinkingBlock, Tag("thinking")],
-    Discriminator(_block_type),
+    Annotated[TextBlock, Tag("[text]")]
+    | Annotated[ToolUseBlock, Tag("[tool_use]")]
+    | Annotated[ToolResultBlock, Tag("[tool_result]")]
+    | Annotated[ThinkingBlock, Tag("[thinking]")],
+    Discriminator(type_tag, "block_type", "the type of a block must be text, tool_use, tool_result or thinking"),
 ]
 
 
@@ -86,6 +81,8 @@ class AnthropicTool(WireModel):
     input_schema: dict[str, Any]
     strict: bool | None = None
     cache_control: Any = None
+    eager_input_streaming: bool | None = None
+    """Accepted: arguments always come as they are made."""
 
 
 class AnthropicToolChoice(WireModel):
@@ -111,8 +108,34 @@ class Thinking(WireModel):
     display: str | None = None
 
 
+class OutputFormat(WireModel):
+    """A JSON schema that the answer keeps to."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(WireModel):
+    """How the answer is to be."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    """Given to the chat template as `reasoning_effort`."""
+    format: OutputFormat | None = None
+
+
 class CountTokensRequest(WireModel):
     """Body of `POST /v1/messages/count_tokens`."""
+
+    FIELDS: ClassVar = {
+        "messages.*": "messages",
+        "max_completion_tokens": "max_tokens",
+        "stop": "stop_sequences",
+        "response_format.*": "output_config.format",
+        r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
+        r"(tools\[\d+\])\.function(.*)": r"\1\2",
+        "reasoning_effort": "output_config.effort",
+    }
+    """From a chat's fields to those here."""
 
     model: str
     messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -120,7 +143,26 @@ class CountTokensRequest(WireModel):
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
     cache_control: Any = None
+    speed: Literal["standard"] | None = None
+
+    container: Any = None
+    """Not supported."""
+    context_management: Any = None
+    """Not supported."""
+    mcp_servers: Any = None
+    """Not supported."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("container", "context_management", "mcp_servers"):
+            if getattr(self, name) not in (None, []):
+                raise unsupported(name)
+        if self.messages[-1].role == "assistant":
+            message = "messages: the last one must be the user's; answers cannot be begun by the client"
+            raise invalid(message, "messages")
+        return self
 
     def to_chat(self) -> ChatRequest:
         """The same as a chat.
@@ -140,8 +182,11 @@ class CountTokensRequest(WireModel):
             named = {"type": "function", "function": {"name": choice.name}}
             chat["tool_choice"] = {"any": "required", "tool": named}.get(choice.type, choice.type)
             chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+        effort = self.output_config.effort if self.output_config is not None else None
         if self.thinking is not None and self.thinking.type == "disabled":
             chat["reasoning_effort"] = "none"
+        elif effort is not None:
+            chat["reasoning_effort"] = "xhigh" if effort == "max" else effort
         try:
             return ChatRequest.model_validate(chat)
         except ValidationError as error:
@@ -177,6 +222,7 @@ class MessagesRequest(CountTokensRequest):
     """Extension. While requests wait, lower ones go first; 0 where it is not given."""
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    inference_geo: str | None = None
 
     def _sampling(self) -> dict[str, Any]:
         return {
@@ -186,7 +232,14 @@ class MessagesRequest(CountTokensRequest):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "priority": self.priority,
+            "response_format": self._response_format(),
         }
+
+    def _response_format(self) -> dict[str, Any] | None:
+        if self.output_config is None or self.output_config.format is None:
+            return None
+        schema = self.output_config.format.schema_
+        return {"type": "json_schema", "json_schema": {"name": "output", "schema": schema}}
 
 
 def _assistant_turn(blocks: list[Block], param: str) -> dict[str, Any]:

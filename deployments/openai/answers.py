@@ -70,6 +70,10 @@ class Answer:
         """Where the time went so far, of the first choice."""
         return self._group.generations[0].timeline.phases_ms()
 
+    def cancel(self) -> None:
+        """Give up what still runs."""
+        self._group.cancel()
+
     async def whole(self) -> dict[str, Any]:
         """Wait for everything and return the response object.
 

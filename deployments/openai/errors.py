@@ -1,11 +1,14 @@
 """Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`, nothing else."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 import msgspec
 from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from deployments.errors import DeadlineError, NoReplicaError, OverloadedError
@@ -116,9 +119,32 @@ def of_engine(error: LLMError) -> APIError:
     return APIError(500, "The server failed to answer this request", type=SERVER_ERROR)
 
 
+@contextmanager
+def in_words_of(fields: Mapping[str, str]) -> Iterator[None]:
+    """What is wrong with a chat made of another API's request, told with that API's names of fields.
+
+    Args:
+        fields: from patterns of a chat's field, such as `messages.*`, to what the other API has in their place.
+
+    Raises:
+        APIError: the body of the `with` raised it, or an `InvalidRequestError`.
+    """
+    try:
+        yield
+    except (APIError, InvalidRequestError) as raised:
+        error = of_engine(raised) if isinstance(raised, InvalidRequestError) else raised
+        old = error.param
+        for pattern, replacement in fields.items():
+            if old is not None and re.fullmatch(pattern, old):
+                error.param = re.sub(f"^{pattern}$", replacement, old)
+                error.message = error.message.replace(old, error.param)
+                break
+        raise error from None
+
+
 def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
     """The first thing that a body got wrong, without repeating the body."""
-    first = error.errors(include_url=False, include_input=False, include_context=True)[0]
+    first = _first_of(error.errors(include_url=False, include_input=False, include_context=True))
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, APIError):
         return cause
@@ -135,6 +161,15 @@ def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
         return invalid(f"Missing required field {param!r}", param, "missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")
     return invalid(f"{param}: {message}" if param else message, param)
+
+
+def _first_of(found: list[ErrorDetails]) -> ErrorDetails:
+    """The first error; where a value may have several forms, of the form that fits it best."""
+    *place, form = found[0]["loc"] or ("",)
+    if form not in _TYPE_NAMES:
+        return found[0]
+    same = [error for error in found if error["loc"][: len(place)] == tuple(place)]
+    return max(same, key=lambda error: len(error["loc"]))
 
 
 def _nearest(key: str, model: type[BaseModel], loc: Sequence[int | str]) -> str:

@@ -4,7 +4,7 @@ Nothing is stored: each request brings the whole conversation. Fields that need 
 """
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -13,7 +13,7 @@ from deployments.openai.errors import invalid, of_validation, unsupported
 from deployments.openai.schemas import MAX_MESSAGES, ChatRequest
 from deployments.openai.structured import NonEmpty
 from deployments.openai.tools import MAX_TOOLS, ToolName
-from deployments.openai.wire_model import WireModel
+from deployments.openai.wire_model import WireModel, type_tag
 
 
 class TextPart(WireModel):
@@ -77,17 +77,19 @@ class ReasoningItem(WireModel):
 
 
 def _item_type(value: Any) -> str:
-    found = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "message")
-    return found if isinstance(found, str) else "message"
+    return type_tag(value, default="message")
 
 
 InputItem = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[FunctionOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(_item_type),
-]
+    Annotated[MessageItem, Tag("[message]")]
+    | Annotated[FunctionCallItem, Tag("[function_call]")]
+    | Annotated[FunctionOutputItem, Tag("[function_call_output]")]
+    | Annotated[ReasoningItem, Tag("[reasoning]")],
+    Discriminator(
+        _item_type, "item_type",
+        "the type of an item must be message, function_call, function_call_output or reasoning",
+    ),
+]  # fmt: skip
 
 
 class ResponseTool(WireModel):
@@ -137,6 +139,15 @@ class ResponseReasoning(WireModel):
 
 class ResponsesRequest(WireModel):
     """Body of `POST /v1/responses`."""
+
+    FIELDS: ClassVar = {
+        "messages.*": "input",
+        "max_completion_tokens": "max_output_tokens",
+        "response_format.*": "text.format",
+        r"(tools\[\d+\])\.function(.*)": r"\1\2",
+        "reasoning_effort": "reasoning.effort",
+    }
+    """From a chat's fields to those here."""
 
     model: str
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -204,7 +215,7 @@ class ResponsesRequest(WireModel):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "tools": [_chat_tool(tool) for tool in self.tools or ()],
-            "tool_choice": _chat_choice(self.tool_choice) if self.tools else None,
+            "tool_choice": _chat_choice(self.tool_choice) if self.tools or self.tool_choice != "auto" else None,
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": _chat_format(self.text.format if self.text is not None else None),
             "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,

@@ -168,14 +168,14 @@ class Endpoints:
     async def response(self, request: Request) -> Response:
         """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events. Nothing is stored."""
         body = await parse_body(request, ResponsesRequest, self._limits)
-        turn = await self._turn(request, body.to_chat())
+        turn = await self._turn(request, body)
         builder = ResponseBuilder(turn, model=self._model, echoed=echoed(body))
         return await _respond_with(request, turn, builder, is_streamed=bool(body.stream))
 
     async def message(self, request: Request) -> Response:
         """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
         body = await parse_body(request, MessagesRequest, self._limits)
-        turn = await self._turn(request, body.to_chat())
+        turn = await self._turn(request, body)
         builder = MessageBuilder(turn, model=self._model)
         return await _respond_with(request, turn, builder, is_streamed=bool(body.stream))
 
@@ -183,12 +183,16 @@ class Endpoints:
         """Count the tokens that a message's prompt would have."""
         body = await parse_body(request, CountTokensRequest, self._limits)
         self._check_model(body.model)
-        return _json({"input_tokens": len(await self._router.encoder.prompt_ids(body.to_chat()))})
+        with errors.in_words_of(body.FIELDS):
+            ids = await self._router.encoder.prompt_ids(body.to_chat())
+        return _json({"input_tokens": len(ids)})
 
-    async def _turn(self, request: Request, chat: ChatRequest) -> Turn:
-        """Begin to answer a chat once."""
-        self._check_model(chat.model)
-        encoded = await self._router.encoder.chat(chat)
+    async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest) -> Turn:
+        """Begin to answer what is a chat in another API's words."""
+        self._check_model(body.model)
+        with errors.in_words_of(body.FIELDS):
+            chat = body.to_chat()
+            encoded = await self._router.encoder.chat(chat)
         group = self._router.start(encoded.requests, caller_of(request, chat.priority))
         return Turn(group, self._router.tokenizer, chat.stop_strings(), encoded.parser())
 
@@ -284,7 +288,8 @@ async def _respond(request: Request, answer: Answer, body: ChatRequest | Complet
         return Response(encode_json(value), media_type="application/json", headers=timing_header(answer.phases_ms()))
     news = await until_disconnect(request.receive, answer.first_news())
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    return EventStream(answer.chunks(news, include_usage=include_usage), timing_header(answer.phases_ms()))
+    chunks = answer.chunks(news, include_usage=include_usage)
+    return EventStream(chunks, timing_header(answer.phases_ms()), answer.cancel)
 
 
 async def _respond_with(
@@ -293,7 +298,7 @@ async def _respond_with(
     """A turn in the form that was asked for."""
     if is_streamed:
         await until_disconnect(request.receive, turn.begin())
-        return EventStream(builder.stream(), timing_header(turn.phases_ms()))
+        return EventStream(builder.stream(), timing_header(turn.phases_ms()), turn.cancel)
     value = await until_disconnect(request.receive, builder.whole())
     return Response(encode_json(value), media_type="application/json", headers=timing_header(turn.phases_ms()))
 

@@ -6,7 +6,7 @@ new text itself.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -38,19 +38,31 @@ class EventStream(Response):
     """Sends byte chunks as they come, straight through ASGI.
 
     Args:
-        chunks: whole events. It is closed when the answer ends, in whatever way; closing it must stop the work.
+        chunks: whole events.
         headers: beside those of an event stream.
+        stop: stops the work behind the chunks. Called when the answer ends, in whatever way: closing a generator that
+            nobody has begun to read runs none of its code.
     """
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str] | None = None,
+        stop: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__()
         self._chunks = chunks
+        self._stop = stop
         self._extra_headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send the chunks until they end or the client leaves."""
-        with suppress(ClientLeftError):
-            await until_disconnect(receive, self._send_all(send))
+        try:
+            with suppress(ClientLeftError):
+                await until_disconnect(receive, self._send_all(send))
+        finally:
+            if self._stop is not None:
+                self._stop()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS + self._extra_headers})

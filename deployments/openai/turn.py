@@ -28,6 +28,10 @@ class Turn:
         """Where the time went so far."""
         return self._group.generations[0].timeline.phases_ms()
 
+    def cancel(self) -> None:
+        """Give up what still runs."""
+        self._group.cancel()
+
     async def begin(self) -> None:
         """Wait until something has come; errors up to here can still be HTTP errors.
 

@@ -1,8 +1,10 @@
 """Every bad input gets its answer over real HTTP, and the server is as well afterwards as before."""
 
+import contextlib
 import itertools
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +33,22 @@ def raw(content: bytes | Iterator[bytes], path: str = CHAT, **headers: str) -> d
 
 def number(field: str, value: str) -> dict[str, Any]:
     return raw(f'{{"model": "demo", "messages": [{{"role": "user", "content": "a"}}], "{field}": {value}}}'.encode())
+
+
+def with_schema(schema: object) -> dict[str, Any]:
+    wanted = {"name": "a", "schema": schema, "strict": True}
+    return chat(response_format={"type": "json_schema", "json_schema": wanted})
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
+def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters or {}}}
 
 
 def nine_megabytes() -> Iterator[bytes]:
@@ -103,6 +121,30 @@ CASES: dict[str, tuple[int, str | None, dict[str, Any]]] = {
     "top_logprobs alone": (400, "top_logprobs", chat(top_logprobs=2)),
     "completions logprobs 6": (400, "logprobs", completion(logprobs=6)),
     "seed past int64": (400, "seed", chat(seed=2**63)),
+    # 10: formats
+    "response_format unknown": (400, "response_format.type", chat(response_format={"type": "yaml"})),
+    "json_schema without a schema": (400, "response_format.json_schema", chat(response_format={"type": "json_schema"})),
+    "an invalid schema": (400, "response_format", with_schema({"type": "wizard"})),
+    "a remote $ref": (400, "response_format", with_schema({"$ref": "http://127.0.0.1:1/schema.json"})),
+    "a file as $ref": (400, "response_format", with_schema({"$ref": "file:///etc/passwd"})),
+    "150 levels deep": (400, None, with_schema(nested(150))),
+    "a bad regex": (400, "guided_regex", chat(guided_regex="([")),
+    "a bad grammar": (400, "guided_grammar", chat(guided_grammar="start: nothing")),
+    "two formats": (400, "response_format", chat(guided_regex="a", response_format={"type": "json_object"})),
+    # 11: tools
+    "a bad tool name": (400, "tools[0].function.name", chat(tools=[tool("no spaces")])),
+    "double tools": (400, "tools[1].function.name", chat(tools=[tool("a"), tool("a")], tool_choice="required")),
+    "bad parameters": (400, "tools[0].function.parameters", chat(tools=[tool("a", {"type": "string"})])),
+    "a schema of parameters that is none": (
+        400, "tools", chat(tools=[tool("a", {"properties": {"x": {"type": 5}}})], tool_choice="required")),
+    "a tool_choice of none of them": (
+        400, "tool_choice", chat(tools=[tool("a")], tool_choice={"type": "function", "function": {"name": "b"}})),
+    "the answer of a tool that nobody called": (
+        400, "messages[1].tool_call_id", chat(messages=[*USER, {"role": "tool", "tool_call_id": "x", "content": "y"}])),
+    # the same through the other API of OpenAI's
+    "a response to nothing": (400, "input", {"path": "/v1/responses", "json": {"model": "demo", "input": []}}),
+    "a stored response": (400, "previous_response_id", {
+        "path": "/v1/responses", "json": {"model": "demo", "input": "a", "previous_response_id": "resp_1"}}),
     # 12
     "chat_template": (400, "chat_template", chat(chat_template="{{ 1 }}")),
 }  # fmt: skip
@@ -132,7 +174,10 @@ def check(server: Server, response: httpx.Response, status: int, param: str | No
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(server: Server, name: str):
     status, param, request = CASES[name]
-    check(server, server.http.post(request.pop("path"), **request), status, param)
+    started = time.monotonic()
+    response = server.http.post(request.pop("path"), **request)
+    assert time.monotonic() - started < (10 if "MB" in name else 1), "an answer comes at once"
+    check(server, response, status, param)
 
 
 def test_chunked_body_over_8_mb(server: Server):
@@ -157,6 +202,22 @@ def test_half_a_request_then_silence_holds_nothing_up(server: Server):
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
         connection.sendall(head.encode() + b'{"model"')
         assert server.ask() == "42"
+
+
+def test_clients_that_never_read(server: Server):
+    """What they asked for is bounded, and over within a minute, read or not."""
+    url = urlsplit(server.url)
+    body = json.dumps({"model": "demo", "prompt": "a", "max_tokens": 1500, "ignore_eos": True, "stream": True}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((url.hostname, url.port))
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        server.wait_for(lambda: server.num_used_pages() > 0, what="they did not begin")
+        assert server.ask() == "42"
+        server.wait_for(lambda: server.num_used_pages() == 0, timeout_s=60, what="pages are still in use")
 
 
 def test_a_burst_of_bad_and_good(server: Server):

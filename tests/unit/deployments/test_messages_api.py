@@ -149,6 +149,9 @@ async def test_forced_calls(make_service: ServiceFactory, tmp_path: Path):
         {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}},
         {"tool_choice": {"type": "tool"}},
         {"unknown": 1},
+        {"container": "c"},
+        {"context_management": {"edits": []}},
+        {"messages": [*HI, {"role": "assistant", "content": "The answer is"}]},
     ],
 )
 async def test_errors_have_anthropics_shape(make_service: ServiceFactory, tmp_path: Path, changes: dict):
@@ -158,6 +161,34 @@ async def test_errors_have_anthropics_shape(make_service: ServiceFactory, tmp_pa
     assert answer.json()["type"] == "error"
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert set(answer.json()["error"]) == {"type", "message"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"max_tokens": 10**6}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "hi " * 5000}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
+        ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "tools[0].input_schema"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "wizard"}}}}, "output_config.format"),
+    ],
+)
+async def test_errors_name_the_field(make_service: ServiceFactory, tmp_path: Path, changes: dict, named: str):
+    service = await make_service(model_config(tmp_path, TOOL_TEMPLATE))
+    answer = await service.post("/v1/messages", **{"messages": HI, "max_tokens": 5, **changes})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"].startswith(f"{named}:"), answer.text
+
+
+async def test_an_answer_with_a_schema(make_service: ServiceFactory, tmp_path: Path):
+    service = await make_service(model_config(tmp_path, TOOL_TEMPLATE, engine_kind="torch"))
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"],
+              "additionalProperties": False}  # fmt: skip
+    config = {"effort": "max", "format": {"type": "json_schema", "schema": schema}}
+    message = await ask(service, output_config=config)
+    assert isinstance(json.loads(message["content"][0]["text"])["n"], int)
+    assert message["stop_reason"] == "end_turn"
 
 
 async def test_keys_models_and_bodies(make_service: ServiceFactory, tmp_path: Path):

@@ -134,21 +134,31 @@ async def test_formats_and_forced_calls(make_service: ServiceFactory, tmp_path: 
         ({"conversation": {"id": "c"}}, "conversation"),
         ({"input": []}, "input"),
         ({"input": 5}, "input"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]}, None),
-        ({"input": [{"type": "function_call_output", "call_id": "none", "output": "x"}]}, None),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, None),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]},
+         "input[0].content[0].type"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"type": "function_call_output", "call_id": "none", "output": "x"}]}, "input"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "add", "arguments": "["}]}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": "hi " * 5000}, "input"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{**TOOL, "parameters": {"type": "string"}}]}, "tools[0].parameters"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "wizard"}}}}, "text.format"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tool_choice": {"type": "function", "name": "other"}, "tools": [TOOL]}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"inputs": "x"}, "inputs"),
     ],
-)
-async def test_what_is_wrong_is_400(make_service: ServiceFactory, tmp_path: Path, changes: dict, param: str | None):
+)  # fmt: skip
+async def test_what_is_wrong_is_400(make_service: ServiceFactory, tmp_path: Path, changes: dict, param: str):
+    """The field is named as this API has it, not as chats do."""
     service = await make_service(model_config(tmp_path, TOOL_TEMPLATE))
     answer = await service.post("/v1/responses", **{"input": "hi", **changes})
     assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["type"] == "invalid_request_error"
-    if param is not None:
-        assert answer.json()["error"]["param"] == param
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert "completion_tokens" not in error["message"]
     assert (await service.post("/v1/responses", input="x", model="other")).status_code == 404

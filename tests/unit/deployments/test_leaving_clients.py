@@ -1,0 +1,50 @@
+"""A client that leaves while a stream begins: the work ends, wherever in its first bytes the stream was."""
+
+import asyncio
+import json
+
+import pytest
+from in_process import Service, ServiceFactory, emulated_config
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+async def leave(service: Service, path: str, body: dict, num_bodies: int) -> None:
+    """Ask for a stream, and leave while its headers, or the n-th piece of its body, is being sent."""
+    data = json.dumps({"model": "demo", "stream": True, **body}).encode()
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("1.1.1.1", 1),
+        "server": ("test", 80), "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    incoming: asyncio.Queue[dict] = asyncio.Queue()
+    incoming.put_nowait({"type": "http.request", "body": data, "more_body": False})
+    num_sent = -1
+
+    async def send(message: dict) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        if num_sent >= num_bodies:
+            incoming.put_nowait({"type": "http.disconnect"})
+            await asyncio.sleep(1)
+
+    await service.api(scope, incoming.get, send)
+    assert num_sent == num_bodies, "it went on after the client had left"
+
+
+@pytest.mark.parametrize("num_bodies", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": HI}),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 1500, "n": 2}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": HI, "max_tokens": 1500}),
+    ],
+)
+async def test_the_work_ends(make_service: ServiceFactory, path: str, body: dict, num_bodies: int):
+    service = await make_service(emulated_config(emulation={"tokens_per_s": 100.0, "max_seq_len": 2048}))
+    await leave(service, path, body, num_bodies)
+    async with asyncio.timeout(1):
+        while service.router.journal.num_live or service.num_used_pages:
+            await asyncio.sleep(0.01)
