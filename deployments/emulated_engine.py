@@ -2,7 +2,9 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from deployments.config import EmulationConfig
 from llm.config import EngineConfig
@@ -96,6 +98,14 @@ class EmulatedEngine:
             )
         self._waiting.append(_Row(request, prompt, len(request.output_token_ids)))
         return request.request_id
+
+    def embed(self, token_ids: Sequence[int], pooling: str) -> NoReturn:  # noqa: ARG002 - the protocol's
+        """Refuse.
+
+        Raises:
+            InvalidRequestError: there is no model to ask.
+        """
+        raise InvalidRequestError("the emulated engine makes no embeddings", param="model")
 
     def abort(self, request_id: str) -> bool:
         """Give a request up; False if it has ended or was never there."""

@@ -53,6 +53,14 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def embed(self, call: bytes, ranking: Sequence[str]) -> bytes:
+        """Run an encoded `EmbedCall` on a replica and return the encoded reply.
+
+        Raises:
+            ReplicaLostError: the replica is gone.
+        """
+        ...
+
 
 class ServeEngineClient:
     """Calls through a Ray Serve deployment handle; `RankedRequestRouter` reads the rankings.
@@ -67,6 +75,7 @@ class ServeEngineClient:
         self._attach = handle.attach
         self._note_queue = handle.note_queue
         self._generate = handle.generate
+        self._embed = handle.embed
 
     def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
         """See `EngineClient`."""
@@ -93,6 +102,11 @@ class ServeEngineClient:
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         """See `EngineClient`."""
         reply: bytes = await self._call(self._generate, call, tuple(ranking))
+        return reply
+
+    async def embed(self, call: bytes, ranking: Sequence[str]) -> bytes:
+        """See `EngineClient`."""
+        reply: bytes = await self._call(self._embed, call, tuple(ranking))
         return reply
 
     async def _call(self, method: Any, *args: object) -> Any:

@@ -7,16 +7,28 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from deployments.engine_factory import Engine
+from deployments.engine_factory import EmbeddingWork, Engine
 from deployments.token_channel import OutgoingStream, TokenSender
-from deployments.wire import ChannelAddress, End, EngineTiming, GenerateReply, Refusal, end_of
+from deployments.wire import (
+    ChannelAddress,
+    EmbedCall,
+    EmbedReply,
+    End,
+    EngineTiming,
+    GenerateReply,
+    Refusal,
+    end_of,
+)
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 0.1
+
+Reply = TypeVar("Reply")
 
 
 @dataclass(slots=True)
@@ -67,6 +79,9 @@ class EngineLoop:
         self._replica_id = replica_id
         self._sender = sender or TokenSender(replica_id)
         self._open: dict[str, _OpenRequest] = {}
+        self._embeddings: deque[tuple[EmbeddingWork, asyncio.Future[EmbedReply], Callable[[EmbedReply], None]]] = (
+            deque()
+        )
         self._commands = _Commands()
         self._is_stopping = False
         self._next_report_at = 0.0
@@ -106,6 +121,23 @@ class EngineLoop:
             self._do(lambda: self._abort(request.request_id))
             raise
 
+    async def embed(self, call: EmbedCall) -> EmbedReply:
+        """Compute a vector, a chunk between two steps.
+
+        Raises:
+            EngineError: the loop has been stopped.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[EmbedReply] = loop.create_future()
+        if self._is_stopping:
+            raise EngineError("the replica is shutting down")
+
+        def resolve(reply: EmbedReply) -> None:
+            loop.call_soon_threadsafe(_set_unless_done, future, reply)
+
+        self._do(lambda: self._begin_embedding(call, future, resolve))
+        return await future
+
     def attach(self, channel: ChannelAddress) -> None:
         """Report to this router from now on, whether or not it sends requests."""
         self._do(lambda: self._attach(channel))
@@ -123,9 +155,11 @@ class EngineLoop:
         try:
             while not self._is_stopping:
                 self._obey()
+                if self._embeddings:
+                    self._advance_embedding()
                 if self._engine.scheduler.has_pending_work:
                     self._step()
-                else:
+                elif not self._embeddings:
                     self._report()
                     self._commands.wake_up.wait(REPORT_INTERVAL_S)
         except Exception as error:
@@ -204,6 +238,32 @@ class EngineLoop:
         self._sender.attach(channel)
         self._next_report_at = 0.0
 
+    def _begin_embedding(
+        self, call: EmbedCall, future: "asyncio.Future[EmbedReply]", resolve: Callable[[EmbedReply], None]
+    ) -> None:
+        if self.health.failure is not None:
+            resolve(EmbedReply(failure=self.health.failure))
+            return
+        try:
+            self._embeddings.append((self._engine.embed(call.token_ids, call.pooling), future, resolve))
+        except InvalidRequestError as error:
+            resolve(EmbedReply(refusal=Refusal(str(error), error.param, error.code)))
+
+    def _advance_embedding(self) -> None:
+        """Compute a chunk of the oldest embedding that somebody still waits for."""
+        work, future, resolve = self._embeddings[0]
+        vector = None
+        try:
+            vector = None if future.cancelled() else work.advance()
+        except Exception as error:  # it concerns this embedding only
+            logger.exception("an embedding failed")
+            resolve(EmbedReply(failure=f"{type(error).__name__}: {error}"))
+        else:
+            if vector is None and not future.cancelled():
+                return
+            resolve(EmbedReply(vector=vector))
+        self._embeddings.popleft()
+
     def _abort(self, request_id: str) -> None:
         request = self._open.pop(request_id, None)
         if request is None:
@@ -230,8 +290,11 @@ class EngineLoop:
         for request in self._open.values():
             request.resolve(GenerateReply(self._replica_id, request.token_ids, request.logprobs, failure=failure))
         self._open.clear()
+        for _, _, resolve_embedding in self._embeddings:
+            resolve_embedding(EmbedReply(failure=failure))
+        self._embeddings.clear()
 
 
-def _set_unless_done(future: "asyncio.Future[GenerateReply]", reply: GenerateReply) -> None:
+def _set_unless_done(future: "asyncio.Future[Reply]", reply: Reply) -> None:
     if not future.done():
         future.set_result(reply)

@@ -9,7 +9,7 @@ from deployments.config import AppConfig
 from deployments.engine_factory import Engine, EngineInfo, make_engine
 from deployments.engine_loop import EngineLoop
 from deployments.engine_use import replica_use
-from deployments.wire import decode_address, decode_call, encode
+from deployments.wire import decode_address, decode_call, decode_embed_call, encode
 from llm.errors import ConfigError, EngineError
 from llm.serving.schemas import GenerationRequest
 
@@ -80,6 +80,10 @@ class EngineReplica:
         decoded = decode_call(call)
         reply = await self._loop.generate(decoded.to_request(), decoded.stream_id, decoded.channel)
         return encode(reply)
+
+    async def embed(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
+        """Compute the vector of an `EmbedCall`, between the engine's steps; returns the `EmbedReply`."""
+        return encode(await self._loop.embed(decode_embed_call(call)))
 
     def check_health(self) -> None:
         """Ray Serve calls this every second or so.

@@ -11,6 +11,7 @@ from typing import Any
 from deployments.autoscaling import ReplicaUse, desired_replicas
 from deployments.config import AppConfig, LiveConfig
 from deployments.dispatcher import Dispatcher
+from deployments.embeddings import embed_all
 from deployments.engine_client import EngineClient
 from deployments.engine_factory import EngineInfo
 from deployments.engine_use import replica_use, targets_of
@@ -27,6 +28,7 @@ from deployments.policy import make_policy
 from deployments.request_log import log_request
 from deployments.token_channel import TokenListener
 from deployments.tracing import RequestTracer
+from llm.errors import LLMError
 from llm.models.registry import load_generation_defaults, resolve_model_path
 from llm.serving.grammar import GrammarCompiler
 from llm.serving.schemas import GenerationRequest
@@ -110,6 +112,21 @@ class Router:
             OverloadedError: too much waits already.
         """
         return self.journal.start(requests, caller or Caller())
+
+    async def embed(self, inputs: Sequence[list[int]], pooling: str, caller: Caller) -> list[list[float]]:
+        """The vector of each input.
+
+        Raises:
+            InvalidRequestError, EngineError: see `embed_all`.
+        """
+        if caller.account is not None:
+            caller.account.charge(sum(map(len, inputs)))
+        try:
+            return await embed_all(
+                self._client, self.fleet, inputs, pooling, max_retries=self.config.router.max_resumes
+            )
+        except* LLMError as group:
+            raise group.exceptions[0] from None
 
     async def wait_until_ready(self) -> EngineInfo:
         """Wait for the first engine."""

@@ -105,6 +105,13 @@ class GenerateCall(msgspec.Struct):
         return GenerationRequest.model_validate(self.request)
 
 
+class EmbedCall(msgspec.Struct):
+    """Argument of `EngineReplica.embed`."""
+
+    token_ids: list[int]
+    pooling: str
+
+
 class Refusal(msgspec.Struct, frozen=True):
     """Why a request can never be served, as `InvalidRequestError` has it."""
 
@@ -129,10 +136,20 @@ class GenerateReply(msgspec.Struct):
     timing: EngineTiming | None = None
 
 
+class EmbedReply(msgspec.Struct):
+    """Result of `EngineReplica.embed`: one of the three."""
+
+    vector: list[float] | None = None
+    refusal: Refusal | None = None
+    failure: str | None = None
+
+
 _encoder = msgspec.msgpack.Encoder()
 _address_decoder = msgspec.msgpack.Decoder(ChannelAddress)
 _call_decoder = msgspec.msgpack.Decoder(GenerateCall)
 _reply_decoder = msgspec.msgpack.Decoder(GenerateReply)
+_embed_call_decoder = msgspec.msgpack.Decoder(EmbedCall)
+_embed_reply_decoder = msgspec.msgpack.Decoder(EmbedReply)
 
 
 def encode(message: Any) -> bytes:
@@ -153,6 +170,16 @@ def decode_call(data: bytes) -> GenerateCall:
 def decode_reply(data: bytes) -> GenerateReply:
     """Read a reply."""
     return _reply_decoder.decode(data)
+
+
+def decode_embed_call(data: bytes) -> EmbedCall:
+    """Read a call for an embedding."""
+    return _embed_call_decoder.decode(data)
+
+
+def decode_embed_reply(data: bytes) -> EmbedReply:
+    """Read the reply to it."""
+    return _embed_reply_decoder.decode(data)
 
 
 def end_of(output: StepOutput) -> End | None:

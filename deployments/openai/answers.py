@@ -22,6 +22,8 @@ class _ChoiceState:
     parser: OutputParser
     writer: ChunkWriter | None = None
     is_open: bool = False
+    echo: str = ""
+    """What the text begins with; empty once it is told."""
     num_chars: int = 0
     """Characters of tokens with log probabilities so far, for completions' `text_offset`."""
     has_calls: bool = False
@@ -40,7 +42,9 @@ class Answer:
         is_chat: chat or plain completion.
         wants_logprobs: whether log probabilities were asked for.
         parser: makes a parser for each choice's text.
+        echoes: for each prompt what its answers begin with, or nothing at all.
         num_prompts: prompts in the request; their tokens count once, however many answers each has.
+        num_kept: answers to give of each prompt, the best ones; None for all. Streams give all.
     """
 
     def __init__(
@@ -53,7 +57,9 @@ class Answer:
         is_chat: bool,
         wants_logprobs: bool,
         parser: Callable[[], OutputParser] = PlainParser,
+        echoes: Sequence[str] = (),
         num_prompts: int = 1,
+        num_kept: int | None = None,
     ) -> None:
         self._group = group
         self._tokenizer = tokenizer
@@ -62,6 +68,9 @@ class Answer:
         self._is_chat = is_chat
         self._wants_logprobs = wants_logprobs
         self._answers_a_prompt = max(1, len(self._states) // num_prompts)
+        self._num_kept = num_kept
+        for i, state in enumerate(self._states if echoes else ()):
+            state.echo = echoes[i // self._answers_a_prompt]
         # The first generation's, so that the answer can be found in the log.
         self._id = ("chatcmpl-" if is_chat else "cmpl-") + group.generations[0].request.request_id
         self._created = int(time.time())
@@ -92,9 +101,19 @@ class Answer:
                     num_left -= state.choice.is_complete
         finally:
             self._group.cancel()
-        choices = [self._choice_object(state) for state in self._states]
+        choices = [self._choice_object(state, index) for index, state in enumerate(self._kept())]
         return {**self._head("chat.completion" if self._is_chat else "text_completion"),
                 "choices": choices, "usage": self._usage()}  # fmt: skip
+
+    def _kept(self) -> "list[_ChoiceState]":
+        """The answers to give: of each prompt the best, the best one first, or all."""
+        if self._num_kept is None or self._num_kept == self._answers_a_prompt:
+            return self._states
+        kept = []
+        for start in range(0, len(self._states), self._answers_a_prompt):
+            answers = self._states[start : start + self._answers_a_prompt]
+            kept += sorted(answers, key=lambda state: state.choice.mean_logprob, reverse=True)[: self._num_kept]
+        return kept
 
     async def first_news(self) -> "list[_ChoiceState]":
         """Wait until a stream has something to say; errors up to here can still be HTTP errors.
@@ -179,7 +198,9 @@ class Answer:
     def _news_of(self, state: _ChoiceState) -> tuple[list[OutputEvent], list[TokenLogprobs]]:
         """What has come of a choice since the last time."""
         text, logprobs = state.choice.advance()
-        news = state.parser.push(text)
+        news: list[OutputEvent] = [TextDelta(state.echo)] if state.echo else []
+        state.echo = ""
+        news += state.parser.push(text)
         if state.choice.is_complete:
             news += state.parser.finish()
         state.has_calls = state.has_calls or any(isinstance(new, ToolCallStart) for new in news)
@@ -193,12 +214,12 @@ class Answer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-    def _choice_object(self, state: _ChoiceState) -> dict[str, Any]:
+    def _choice_object(self, state: _ChoiceState, index: int) -> dict[str, Any]:
         logprobs = self._logprobs(state, state.logprobs) if self._wants_logprobs else None
         content: dict[str, Any] = (
             {"message": state.message.as_dict()} if self._is_chat else {"text": state.message.content}
         )
-        return {"index": state.choice.index, **content, "logprobs": logprobs,
+        return {"index": index, **content, "logprobs": logprobs,
                 "finish_reason": self._finish_reason(state)}  # fmt: skip
 
     def _logprobs(self, state: _ChoiceState, entries: list[TokenLogprobs]) -> dict[str, Any]:

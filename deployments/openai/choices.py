@@ -47,6 +47,12 @@ class Choice:
         return self._num_taken
 
     @property
+    def mean_logprob(self) -> float:
+        """Mean log probability of its tokens, for which the request must ask."""
+        logprobs = [entry.logprob for entry in self._generation.logprobs[: self._num_taken]]
+        return sum(logprobs) / max(len(logprobs), 1)
+
+    @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache; 0 until the end."""
         end = self._generation.end

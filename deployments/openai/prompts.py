@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from deployments.config import LimitsConfig
@@ -85,7 +86,7 @@ class PromptEncoder:
             raise invalid(f"{bound[0]}: a tool_choice that forces a call leaves no room for it", bound[0])
         grammar = await self._compiled(("tools", forced) if forced is not None else bound)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        requests = self._requests(body, [ids], body.most_tokens, logprobs, _chat_limit_name(body), grammar)
+        requests = self._requests(body, [ids], body.most_tokens, logprobs, _chat_limit_name(body), grammar, body.n or 1)
         tool_format = self.format.tool_format if tools and body.tool_choice != "none" else None
         # A grammar holds from the first token on: there are no thoughts, and calls are bare JSON.
         return EncodedChat(
@@ -114,13 +115,13 @@ class PromptEncoder:
         )
 
     async def completion(self, body: CompletionRequest) -> list[GenerationRequest]:
-        """`n` requests for each prompt, those of a prompt side by side.
+        """`num_answers` requests for each prompt, those of a prompt side by side.
 
         Raises:
             APIError: a 400 that says which field is at fault.
         """
         prompts = _as_list(body.prompt)
-        num_choices = len(prompts) * (body.n or 1)
+        num_choices = len(prompts) * body.num_answers
         if num_choices > self.limits.max_choices:
             raise invalid(f"prompt: {num_choices} answers asked for; at most {self.limits.max_choices}", "prompt")
         batch = []
@@ -131,7 +132,31 @@ class PromptEncoder:
             batch.append(ids)
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         grammar = await self._compiled(grammar_of(body))
-        return self._requests(body, batch, max_tokens, body.logprobs, "max_tokens", grammar)
+        logprobs = body.logprobs
+        if logprobs is None and body.num_answers > (body.n or 1):
+            logprobs = 0  # the best are found by them
+        return self._requests(body, batch, max_tokens, logprobs, "max_tokens", grammar, body.num_answers)
+
+    async def prompt_texts(self, body: CompletionRequest) -> list[str]:
+        """Each prompt as text; special tokens in prompts of ids are left out."""
+        texts = []
+        for prompt in _as_list(body.prompt):
+            if isinstance(prompt, str):
+                texts.append(prompt)
+            else:
+                texts.append(await self.run(len(prompt), partial(self.tokenizer.decode, prompt)))
+        return texts
+
+    async def input_ids(self, given: str | list[int]) -> list[int]:
+        """Tokens of an input to be embedded.
+
+        Raises:
+            APIError: a 400.
+        """
+        ids = await self.text_ids(given, param="input") if isinstance(given, str) else given
+        self.check_length(ids, "input")
+        self.check_ids(ids, "input")
+        return ids
 
     async def text_ids(self, text: str, *, param: str = "prompt", add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, off the event loop unless it is short.
@@ -225,6 +250,7 @@ class PromptEncoder:
         logprobs: int | None,
         param: str,
         grammar: Grammar | None,
+        num_answers: int,
     ) -> list[GenerationRequest]:
         """Put sampling parameters and seeds to the prompts."""
         for name in ("ignore_eos", "min_tokens"):
@@ -234,7 +260,6 @@ class PromptEncoder:
         seed = new_seed() if body.seed is None else body.seed
         if max_tokens is not None and max_tokens > self.info.max_seq_len:
             raise invalid(f"{param}: at most the context length, {self.info.max_seq_len} tokens", param)
-        n = body.n or 1
         requests = []
         for prompt in prompts:
             room = self.info.max_seq_len - len(prompt)
@@ -242,7 +267,7 @@ class PromptEncoder:
             fixed = {"prompt_token_ids": tuple(prompt), "max_new_tokens": most, "logprobs": logprobs, **sampling}
             fixed["grammar"] = grammar
             fixed["min_new_tokens"] = min(sampling["min_new_tokens"], most)
-            requests += [GenerationRequest(seed=_wrapped(seed + i), **fixed) for i in range(n)]
+            requests += [GenerationRequest(seed=_wrapped(seed + i), **fixed) for i in range(num_answers)]
         return requests
 
     def _sampling(self, body: SamplingFields) -> dict[str, Any]:

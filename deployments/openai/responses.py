@@ -206,6 +206,30 @@ class MessageObject(ResponseModel):
     usage: dict[str, int]
 
 
+class EmbeddingUsage(ResponseModel):
+    """Token counts of the inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingVector(ResponseModel):
+    """One input's vector."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(ResponseModel):
+    """Answer of `POST /v1/embeddings`."""
+
+    object: Literal["list"]
+    data: list[EmbeddingVector]
+    model: str
+    usage: EmbeddingUsage
+
+
 class InputTokens(ResponseModel):
     """Answer of `POST /v1/messages/count_tokens`."""
 

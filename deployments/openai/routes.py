@@ -17,12 +17,14 @@ from deployments.openai.answers import Answer
 from deployments.openai.auth import KeyGuard
 from deployments.openai.callers import caller_of, timing_header
 from deployments.openai.edge import Edge, parse_body
+from deployments.openai.embeddings import EmbeddingsRequest, embeddings_object
 from deployments.openai.error_answers import answer_to
 from deployments.openai.response_builder import ResponseBuilder
 from deployments.openai.response_requests import ResponsesRequest, echoed
 from deployments.openai.responses import (
     ChatCompletion,
     Completion,
+    EmbeddingList,
     InputTokens,
     MessageObject,
     ModelList,
@@ -120,6 +122,7 @@ class Endpoints:
                 InputTokens,
                 CountTokensRequest,
             ),
+            Route("POST", "/v1/embeddings", self.embeddings, "Vectors of texts", EmbeddingList, EmbeddingsRequest),
             Route("GET", "/v1/models", self.models, "Models", ModelList),
             Route("GET", "/v1/models/{model:path}", self.model, "One model", ModelObject),
             Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", Tokens, TokenizeRequest),
@@ -158,10 +161,11 @@ class Endpoints:
         self._check_model(body.model)
         caller = caller_of(request, body.priority)
         requests = await self._router.encoder.completion(body)
+        echoes = await self._router.encoder.prompt_texts(body) if body.echo else ()
         answer = Answer(
             self._router.start(requests, caller), self._router.tokenizer, body.stop_strings(),
-            model=self._model, is_chat=False, wants_logprobs=body.logprobs is not None,
-            num_prompts=len(requests) // (body.n or 1),
+            model=self._model, is_chat=False, wants_logprobs=body.logprobs is not None, echoes=echoes,
+            num_prompts=len(requests) // body.num_answers, num_kept=body.n or 1,
         )  # fmt: skip
         return await _respond(request, answer, body)
 
@@ -195,6 +199,16 @@ class Endpoints:
             encoded = await self._router.encoder.chat(chat)
         group = self._router.start(encoded.requests, caller_of(request, chat.priority))
         return Turn(group, self._router.tokenizer, chat.stop_strings(), encoded.parser())
+
+    async def embeddings(self, request: Request) -> Response:
+        """Give the vector of each input: hidden states of the model, pooled, of length 1."""
+        body = await parse_body(request, EmbeddingsRequest, self._limits)
+        self._check_model(body.model)
+        encoder = self._router.encoder
+        inputs = [await encoder.input_ids(given) for given in body.inputs()]
+        work = self._router.embed(inputs, body.pooling or "last", caller_of(request))
+        vectors = await until_disconnect(request.receive, work)
+        return _json(embeddings_object(body, self._model, vectors, sum(map(len, inputs))))
 
     async def models(self, _: Request) -> Response:
         """List the served model."""

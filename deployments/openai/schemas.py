@@ -188,27 +188,31 @@ _UNSUPPORTED_IN_CHAT = (
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
-def _check_prompt(value: Any) -> Any:
-    """Text, texts, ids or lists of ids; told apart here because a union's errors would name every form."""
+def check_prompt(value: Any, param: str = "prompt") -> Any:
+    """Text, texts, ids or lists of ids; told apart here because a union's errors would name every form.
+
+    Raises:
+        APIError: it is neither.
+    """
     if isinstance(value, str):
         if not value:
-            raise invalid("prompt: is empty", "prompt")
+            raise invalid(f"{param}: is empty", param)
         return value
     if not isinstance(value, list):
-        raise invalid("prompt: must be a string, a list of strings, a list of token ids or a list of such", "prompt")
+        raise invalid(f"{param}: must be a string, a list of strings, a list of token ids or a list of such", param)
     if not value:
-        raise invalid("prompt: is empty", "prompt")
+        raise invalid(f"{param}: is empty", param)
     first = value[0]
     if isinstance(first, str):
         if not all(isinstance(item, str) and item for item in value):
-            raise invalid("prompt: each prompt must be a string that is not empty", "prompt")
+            raise invalid(f"{param}: each must be a string that is not empty", param)
     elif isinstance(first, list):
         for item in value:
             if not isinstance(item, list) or not item:
-                raise invalid("prompt: each prompt must be a list of token ids that is not empty", "prompt")
-            check_token_ids(item, "prompt")
+                raise invalid(f"{param}: each must be a list of token ids that is not empty", param)
+            check_token_ids(item, param)
     else:
-        check_token_ids(value, "prompt")
+        check_token_ids(value, param)
     return value
 
 
@@ -226,14 +230,14 @@ def check_token_ids(ids: list[Any], param: str) -> None:
 class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`."""
 
-    prompt: Annotated[Any, BeforeValidator(_check_prompt, json_schema_input_type=Prompt)]
+    prompt: Annotated[Any, BeforeValidator(check_prompt, json_schema_input_type=Prompt)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens to generate; 16 by default."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = None
-    """Only the same as `n`."""
+    """Answers to make of each prompt; the `n` with the highest mean log probability of a token are given."""
     echo: bool | None = None
-    """Not supported."""
+    """Begin each answer with its prompt; not with `logprobs`."""
     suffix: str | None = None
     """Not supported."""
 
@@ -242,13 +246,18 @@ class CompletionRequest(SamplingFields):
         n = self.n or 1
         if self.best_of is not None and self.best_of < n:
             raise invalid("best_of: must be at least n", "best_of")
-        if self.best_of is not None and self.best_of > n:
-            raise unsupported("best_of", "best_of above n")
-        if self.echo:
-            raise unsupported("echo")
+        if self.best_of is not None and self.best_of > n and self.stream:
+            raise invalid("best_of: which answers are the best is known at the end only; leave out stream", "best_of")
+        if self.echo and self.logprobs is not None:
+            raise unsupported("echo", "echo together with logprobs, the prompt's log probabilities,")
         if self.suffix:
             raise unsupported("suffix")
         return self
+
+    @property
+    def num_answers(self) -> int:
+        """Answers to make of each prompt."""
+        return max(self.n or 1, self.best_of or 1)
 
 
 class TokenizeRequest(WireModel):

@@ -27,16 +27,27 @@ def check_request(
     Raises:
         InvalidRequestError: why not.
     """
-    if not prompt_ids:
-        raise InvalidRequestError("the prompt is empty; generation needs at least one token", param="prompt")
-    for ids, param in ((prompt_ids, "prompt"), (request.output_token_ids, "output_token_ids")):
-        if ids and max(ids) >= vocab_size:
-            raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size}", param=param)
+    _check_ids(request.output_token_ids, vocab_size, "output_token_ids")
     if request.logit_bias and max(request.logit_bias) >= vocab_size:
         raise InvalidRequestError(f"logit_bias names an id past the vocabulary of {vocab_size}", param="logit_bias")
     if request.stop and not has_tokenizer:
         raise InvalidRequestError("stop strings need an engine with a tokenizer; use stop_token_ids", param="stop")
-    num_tokens = len(prompt_ids) + len(request.output_token_ids)
+    check_prompt(prompt_ids, len(request.output_token_ids), vocab_size=vocab_size, max_seq_len=max_seq_len)
+
+
+def check_prompt(prompt_ids: Sequence[int], num_output: int = 0, *, vocab_size: int, max_seq_len: int) -> None:
+    """Refuse a prompt that leaves no room for a token.
+
+    Args:
+        num_output: tokens behind it already.
+
+    Raises:
+        InvalidRequestError: it is empty, too long, or holds ids past the vocabulary.
+    """
+    if not prompt_ids:
+        raise InvalidRequestError("the prompt is empty; generation needs at least one token", param="prompt")
+    _check_ids(prompt_ids, vocab_size, "prompt")
+    num_tokens = len(prompt_ids) + num_output
     if num_tokens >= max_seq_len:
         raise InvalidRequestError(
             f"the prompt has {num_tokens} tokens; this engine's context is {max_seq_len} tokens, "
@@ -44,6 +55,11 @@ def check_request(
             param="prompt",
             code="context_length_exceeded",
         )
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    if ids and max(ids) >= vocab_size:
+        raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size}", param=param)
 
 
 def longest_context(model: DecoderModel, config: EngineConfig) -> int:

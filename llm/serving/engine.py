@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence as SequenceOf
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +16,8 @@ from llm.models.decoder import DecoderModel
 from llm.models.loading import Progress, load_decoder
 from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
-from llm.serving.checks import check_request, longest_context
+from llm.serving.checks import check_prompt, check_request, longest_context
+from llm.serving.embedding import Embedding, Pooling
 from llm.serving.grammar import CompilingRequests, GrammarCompiler
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import LaunchedStep
@@ -241,6 +241,16 @@ class ContinuousBatchingEngine:
         self._end(sequence)
         return True
 
+    def embed(self, token_ids: SequenceOf[int], pooling: str = Pooling.LAST) -> Embedding:
+        """Begin to compute a prompt's vector; call `Embedding.advance` for each chunk, between steps.
+
+        Raises:
+            InvalidRequestError: there are no tokens, too many, or some past the vocabulary.
+        """
+        check_prompt(token_ids, vocab_size=self.model.config.vocab_size, max_seq_len=self.max_seq_len)
+        chunk_len = self.scheduler.max_tokens_per_step
+        return Embedding(self.model, token_ids, Pooling(pooling), chunk_len=chunk_len)
+
     def generate(self, requests: SequenceOf[GenerationRequest], *, progress: bool = True) -> list[GenerationResult]:
         """Run requests to their end and return a result for each, in order.
 
@@ -300,7 +310,7 @@ class ContinuousBatchingEngine:
                 last = event.sequence
                 outputs.append(self._output(event, draws[event.draw_index]))
             elif outputs[-1].finish_reason is None:  # a stop string may have ended it before all guesses counted
-                outputs[-1] = _joined(outputs[-1], self._output(event, draws[event.draw_index]))
+                outputs[-1] = outputs[-1].joined(self._output(event, draws[event.draw_index]))
         self._num_generated_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
 
@@ -376,16 +386,6 @@ class ContinuousBatchingEngine:
             self.num_slots, scheduler.max_seq_len, self.num_slots,
         )  # fmt: skip
         scheduler.max_seq_len = self.num_slots
-
-
-def _joined(first: StepOutput, second: StepOutput) -> StepOutput:
-    """Two outputs of one request as one."""
-    return replace(
-        second,
-        token_ids=first.token_ids + second.token_ids,
-        text=first.text + second.text,
-        logprobs=None if first.logprobs is None else first.logprobs + (second.logprobs or ()),
-    )
 
 
 def _with_overrides(config: EngineConfig, max_batch_size: int | None, max_seq_len: int | None) -> EngineConfig:

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -161,6 +161,15 @@ class StepOutput:
     """Seconds that it waited in the engine before a step took up its prompt, the same in every output of a request."""
     error: str | None = None
     """What went wrong, with `FinishReason.ERROR`."""
+
+    def joined(self, later: "StepOutput") -> "StepOutput":
+        """This one and what the same step added after it."""
+        return replace(
+            later,
+            token_ids=self.token_ids + later.token_ids,
+            text=self.text + later.text,
+            logprobs=None if self.logprobs is None else self.logprobs + (later.logprobs or ()),
+        )
 
 
 @dataclass(frozen=True, slots=True)

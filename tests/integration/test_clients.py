@@ -84,6 +84,12 @@ def test_openai_responses(server: Server):
     check_arguments(called.output[0].arguments)
 
 
+def test_openai_embeddings(server: Server):
+    answer = server.openai.embeddings.create(model="demo", input=["seventeen", "42"])
+    assert [len(entry.embedding) for entry in answer.data] == [256, 256]
+    assert sum(x * x for x in answer.data[0].embedding) == pytest.approx(1, abs=1e-4)
+
+
 def test_anthropic_messages(server: Server):
     client = anthropic.Anthropic(base_url=server.url, api_key="unused", max_retries=0)
     greedy = {"temperature": 0}

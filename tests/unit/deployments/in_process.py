@@ -60,6 +60,9 @@ class LocalClient:
         finally:
             self._calls.get(replica.replica_id, set()).discard(task)
 
+    async def embed(self, call: bytes, ranking: Sequence[str]) -> bytes:
+        return await self._choose(ranking).embed(call)
+
     def kill(self, index: int) -> None:
         replica = self.replicas[index]
         calls = self._calls.pop(replica.replica_id)
