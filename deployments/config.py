@@ -247,6 +247,9 @@ class AppConfig(StrictModel):
     limits: LimitsConfig = LimitsConfig()
     token_channel: ChannelConfig = ChannelConfig()
     tracing: TracingConfig = TracingConfig()
+    prefix_cache_per_key: bool = False
+    """Share cached prompts only among requests with the same API key, so that nobody can tell by the time to the first
+    token what others have asked."""
     tool_parser: ToolParserName = ToolParserName.AUTO
     """What becomes a `tool_call` in answers to requests with tools."""
     reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO

@@ -172,7 +172,7 @@ class EmulatedEngine:
         longest = min(len(row.prompt) + row.request.max_new_tokens, self.max_seq_len)
         num_pages = min(pool.pages_for(longest), pool.num_pages)
         # At least one token is left to compute, as in a real engine.
-        hashes = PageHashes(page_size).extend(row.prompt, len(row.prompt) - 1)
+        hashes = PageHashes(page_size, row.request.cache_salt.encode()).extend(row.prompt, len(row.prompt) - 1)
         shared = []
         for content in hashes if self.config.enable_prefix_caching else ():
             page = pool.find(content)

@@ -84,7 +84,8 @@ class GenerationGroup:
         leader = self._leaders.get(generation.index, generation.index)
         if leader not in self._hashes:
             prompt = generation.request.prompt_token_ids or ()
-            self._hashes[leader] = [block_hash(h) for h in PageHashes(self._page_size).extend(prompt, len(prompt))]
+            hashes = PageHashes(self._page_size, generation.request.cache_salt.encode())
+            self._hashes[leader] = [block_hash(h) for h in hashes.extend(prompt, len(prompt))]
         return self._hashes[leader]
 
     def _expire(self) -> None:

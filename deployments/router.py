@@ -111,7 +111,13 @@ class Router:
         Raises:
             OverloadedError: too much waits already.
         """
-        return self.journal.start(requests, caller or Caller())
+        caller = caller or Caller()
+        if self.config.prefix_cache_per_key and caller.tenant:
+            requests = [
+                request.model_copy(update={"cache_salt": f"{caller.tenant}/{request.cache_salt}"})
+                for request in requests
+            ]
+        return self.journal.start(requests, caller)
 
     async def embed(self, inputs: Sequence[list[int]], pooling: str, caller: Caller) -> list[list[float]]:
         """The vector of each input.

@@ -292,6 +292,7 @@ class PromptEncoder:
             "min_new_tokens": _first(body.min_tokens, 0),
             "stop_token_ids": tuple(stop_ids),
             "ignore_eos": bool(body.ignore_eos),
+            "cache_salt": body.cache_salt or "",
         }
 
 

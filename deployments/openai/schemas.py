@@ -94,6 +94,9 @@ class SamplingFields(StructuredFields):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Extension. While requests wait, lower ones go first; 0 where it is not given."""
 
+    cache_salt: Annotated[str, Field(max_length=128)] | None = None
+    """Extension. Share cached prompts with requests of the same salt only."""
+
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

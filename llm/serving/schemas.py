@@ -94,6 +94,8 @@ class GenerationRequest(StrictModel):
     seed: int = Field(default_factory=new_seed, ge=-INT64_MAX - 1, le=INT64_MAX)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     """None for no log probabilities; else each sampled token's own and this many of the likeliest."""
+    cache_salt: str = Field(default="", max_length=256)
+    """The prefix cache shares pages only among requests of the same salt."""
     grammar: Grammar | None = None
     """What the output must look like; None for anything."""
 

@@ -71,7 +71,7 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         self.queue_s = 0.0
         self._created_at = time.monotonic()
-        self.hashes = PageHashes(page_size)
+        self.hashes = PageHashes(page_size, request.cache_salt.encode())
         self.end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_ids)
         """Ids that end this sequence."""
         self.uses_penalties = request.uses_penalties

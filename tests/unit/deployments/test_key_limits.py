@@ -72,6 +72,20 @@ async def test_tokens_a_minute_count_prompt_and_answer(make_service: ServiceFact
     assert 33 <= int(refused.headers["retry-after"]) <= 36, "11 tokens of debt and one more, at a third a second"
 
 
+async def cached_tokens(service: Service, secret: str, **fields) -> int:
+    answer = await ask(service, secret, prompt=[97] * 64, **fields)
+    return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+async def test_cached_prompts_are_shared_as_far_as_is_allowed(make_service: ServiceFactory):
+    keys = (key(KEY, "first"), key(OTHER, "second"))
+    shared = await make_service(keys=keys)
+    assert [await cached_tokens(shared, secret) for secret in (KEY, KEY, OTHER)] == [0, 48, 48]
+    assert [await cached_tokens(shared, KEY, cache_salt="mine") for _ in range(2)] == [0, 48]
+    apart = await make_service(emulated_config(prefix_cache_per_key=True), keys=keys)
+    assert [await cached_tokens(apart, secret) for secret in (KEY, KEY, OTHER, OTHER)] == [0, 48, 0, 48]
+
+
 async def test_open_requests_of_a_key(make_service: ServiceFactory):
     service = await make_service(paced(50), keys=(key(KEY, "a", max_concurrent_requests=1),))
     long = asyncio.ensure_future(ask(service, max_tokens=100, ignore_eos=True))
