@@ -113,6 +113,7 @@ class ResponseBuilder:
 
     def _finished(self) -> dict[str, Any]:
         choice = self._turn.choice
+        # An estimate by the share of the text: which token closes the thoughts is known to the parser as text only.
         num_reasoning = round(choice.num_tokens * self._num_reasoning_chars / max(self._num_chars, 1))
         usage = {
             "input_tokens": choice.num_prompt_tokens,

@@ -1,10 +1,12 @@
-"""A client that leaves while a stream begins: the work ends, wherever in its first bytes the stream was."""
+"""Streams that end early: because the client leaves while they begin, or because something fails inside."""
 
 import asyncio
 import json
 
 import pytest
 from in_process import Service, ServiceFactory, emulated_config
+
+from deployments.openai.choices import Choice
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -45,6 +47,39 @@ async def leave(service: Service, path: str, body: dict, num_bodies: int) -> Non
 async def test_the_work_ends(make_service: ServiceFactory, path: str, body: dict, num_bodies: int):
     service = await make_service(emulated_config(emulation={"tokens_per_s": 100.0, "max_seq_len": 2048}))
     await leave(service, path, body, num_bodies)
+    async with asyncio.timeout(1):
+        while service.router.journal.num_live or service.num_used_pages:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "end"),
+    [
+        ("/v1/chat/completions", {"messages": HI}, "data: [DONE]"),
+        ("/v1/responses", {"input": "hi"}, '"type":"response.failed"'),
+        ("/v1/messages", {"messages": HI, "max_tokens": 1500}, "event: error"),
+    ],
+)
+async def test_what_fails_inside_a_stream_ends_it_in_the_apis_words(
+    make_service: ServiceFactory, monkeypatch, path: str, body: dict, end: str
+):
+    service = await make_service(emulated_config(emulation={"tokens_per_s": 100.0, "max_seq_len": 2048}))
+    advance = Choice.advance
+    num_calls = 0
+
+    def fail_later(self: Choice):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 3:
+            raise RuntimeError("secret detail")
+        return advance(self)
+
+    monkeypatch.setattr(Choice, "advance", fail_later)
+    answer = await service.post(path, stream=True, **body)
+    assert end in answer.text.strip().split("\n\n")[-1]
+    assert "The server failed to answer this request" in answer.text
+    assert "secret" not in answer.text
+    assert ("[DONE]" in answer.text) == (path == "/v1/chat/completions")
     async with asyncio.timeout(1):
         while service.router.journal.num_live or service.num_used_pages:
             await asyncio.sleep(0.01)
