@@ -8,6 +8,7 @@ from deployments.autoscaling import STATS_POOL_USE, STATS_ROW_USE, STATS_WAITING
 from deployments.config import AppConfig
 from deployments.engine_factory import Engine, EngineInfo, make_engine
 from deployments.engine_loop import EngineLoop
+from deployments.engine_metrics import EngineMetrics
 from deployments.engine_use import replica_use
 from deployments.wire import decode_address, decode_call, decode_embed_call, encode
 from llm.errors import ConfigError, EngineError
@@ -25,7 +26,7 @@ class EngineReplica:
 
     Args:
         config: the application's configuration.
-        replica_id: name in replies and reports; None for the one that Ray Serve gives.
+        replica_id: name in replies and reports; None for the one that Ray Serve gives, and metrics in Ray's export.
     """
 
     def __init__(self, config: AppConfig, replica_id: str | None = None) -> None:
@@ -35,6 +36,7 @@ class EngineReplica:
         engine, self._info = make_engine(config)
         _warm_up(engine)
         self.replica_id = replica_id or _serve_replica_id()
+        self._metrics = EngineMetrics(self._info.model, self.replica_id) if replica_id is None else None
         self._loop = EngineLoop(engine, self.replica_id)
         self._loop.start()
         logger.info(
@@ -86,11 +88,13 @@ class EngineReplica:
         return encode(await self._loop.embed(decode_embed_call(call)))
 
     def check_health(self) -> None:
-        """Ray Serve calls this every second or so.
+        """Ray Serve calls this every second or so; a good time to bring Ray's metrics up to date.
 
         Raises:
             EngineError: the engine broke down, or hangs in a step.
         """
+        if self._metrics is not None:
+            self._metrics.update(self._loop.latest_stats)
         health = self._loop.health
         if health.failure is not None:
             raise EngineError(f"the engine broke down: {health.failure}")

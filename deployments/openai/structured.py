@@ -1,6 +1,7 @@
 """What an answer must look like, as requests say it: `response_format`, and vLLM's `guided_…` fields."""
 
 import json
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -33,6 +34,17 @@ class ResponseFormat(WireModel):
     """With `json_schema`."""
 
 
+class StructuredOutputs(WireModel):
+    """One way to bind an answer."""
+
+    json_: Annotated[str | dict[str, Any] | bool | None, Field(alias="json")] = None
+    """A JSON schema, or its text."""
+    json_object: bool | None = None
+    regex: NonEmpty | None = None
+    choice: Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: NonEmpty | None = None
+
+
 class StructuredFields(WireModel):
     """Fields that bind an answer to a grammar; at most one is given."""
 
@@ -45,6 +57,8 @@ class StructuredFields(WireModel):
     """Extension. Strings, of which the answer is one."""
     guided_grammar: NonEmpty | None = None
     """Extension. A grammar in llguidance's variant of Lark."""
+    structured_outputs: StructuredOutputs | None = None
+    """Extension. The same under vLLM's newer name."""
 
 
 def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
@@ -63,14 +77,21 @@ def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
         given["response_format"] = _schema(response_format.json_schema.schema_)
     elif response_format is not None and response_format.json_schema is not None:
         raise invalid("response_format: json_schema goes with the type json_schema", "response_format.json_schema")
-    if body.guided_json is not None:
-        given["guided_json"] = _schema(body.guided_json)
-    if body.guided_regex is not None:
-        given["guided_regex"] = Grammar(kind=GrammarKind.REGEX, text=body.guided_regex)
-    if body.guided_choice is not None:
-        given["guided_choice"] = Grammar(kind=GrammarKind.CHOICE, text=json.dumps(body.guided_choice))
-    if body.guided_grammar is not None:
-        given["guided_grammar"] = Grammar(kind=GrammarKind.LARK, text=body.guided_grammar)
+    guides = {
+        "guided_json": body.guided_json,
+        "guided_regex": body.guided_regex,
+        "guided_choice": body.guided_choice,
+        "guided_grammar": body.guided_grammar,
+    }
+    if body.structured_outputs is not None:
+        newer = body.structured_outputs
+        if newer.json_object:
+            given["structured_outputs.json_object"] = Grammar(kind=GrammarKind.JSON_OBJECT)
+        for name in ("json", "regex", "choice", "grammar"):
+            guides[f"structured_outputs.{name}"] = getattr(newer, "json_" if name == "json" else name)
+    for name, guide in guides.items():
+        if guide is not None:
+            given[name] = _GUIDES[name.removeprefix("structured_outputs.").removeprefix("guided_")](guide)
     if len(given) > 1:
         raise invalid(f"{' and '.join(given)}: give one of them", next(iter(given)))
     return next(iter(given.items()), None)
@@ -79,6 +100,14 @@ def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
 def grammar_error(error: InvalidRequestError, param: str) -> APIError:
     """What is wrong with a grammar, under the name of the field that it came with."""
     return invalid(f"{param}: {str(error).removeprefix('grammar: ')}", param, error.code)
+
+
+_GUIDES: Mapping[str, Callable[[Any], Grammar]] = {
+    "json": lambda schema: _schema(schema),
+    "regex": lambda regex: Grammar(kind=GrammarKind.REGEX, text=regex),
+    "choice": lambda choices: Grammar(kind=GrammarKind.CHOICE, text=json.dumps(choices)),
+    "grammar": lambda grammar: Grammar(kind=GrammarKind.LARK, text=grammar),
+}
 
 
 def _schema(schema: str | dict[str, Any] | bool) -> Grammar:

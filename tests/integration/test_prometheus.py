@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
 import yaml
 from live_server import ROOT, Server, free_port
 
@@ -89,6 +90,25 @@ def test_rules_are_understood_and_quiet(server: Server, prometheus: httpx.Client
     assert len(rules) == len(yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"])
     assert {rule["health"] for rule in rules} == {"ok"}
     assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
+
+
+def test_rays_own_export_has_routers_and_replicas(server: Server):
+    port = ray.nodes()[0]["MetricsExportPort"]
+    server.ask()
+    wanted = (
+        "ray_vllm_time_to_first_token_seconds_count",
+        "ray_vllm_num_requests_running",
+        "ray_vllm_generation_tokens",
+        "ray_vllm_kv_cache_usage_perc",
+    )
+
+    def engines() -> dict[str, int]:
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+        lines = {name: [line for line in text.splitlines() if line.startswith(name)] for name in wanted}
+        return {name: len(found) for name, found in lines.items()}
+
+    server.wait_for(lambda: all(engines().values()), 40, "Ray's export lacks some of them")
+    assert engines()["ray_vllm_num_requests_running"] >= 2, "one for each replica"
 
 
 @needs_prometheus

@@ -177,6 +177,8 @@ async def test_a_conversation_with_calls_reaches_the_template(make_service: Serv
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format"),
         ({"guided_regex": "(["}, "guided_regex"),
         ({"guided_regex": ""}, "guided_regex"),
+        ({"structured_outputs": {"regex": "(["}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs.json_object"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_grammar": "start: nothing"}, "guided_grammar"),
         ({"guided_json": "{"}, "guided_json"),
@@ -230,6 +232,10 @@ async def test_response_formats_and_guides(real: Service):
         assert reason == "stop"
     assert re.fullmatch("[a-f]{4}", (await message_of(real, guided_regex="[a-f]{4}"))[0]["content"])
     assert (await message_of(real, guided_choice=["yes", "no"]))[0]["content"] in ("yes", "no")
+    newer = {"structured_outputs": {"choice": ["maybe"]}}
+    assert (await message_of(real, **newer))[0]["content"] == "maybe"
+    message, _ = await message_of(real, structured_outputs={"json": schema}, temperature=0)
+    jsonschema.validate(json.loads(message["content"]), schema)
     lark = 'start: "<" /[a-z]{2}/ ">"'
     assert re.fullmatch("<[a-z]{2}>", (await message_of(real, guided_grammar=lark))[0]["content"])
     response = await real.post("/v1/completions", prompt="17 + 25 =", guided_regex=" ?[0-9]{2}", temperature=0)
