@@ -1,5 +1,6 @@
 """Structured output: what a grammar says holds, whatever else runs, and nobody else notices."""
 
+import copy
 import json
 import random
 import re
@@ -302,10 +303,11 @@ def test_compiled_grammars_are_kept_up_to_a_bound(tokenizer, monkeypatch):
 
 def test_graph_runner_equals_the_reference(model, tokenizer):
     """On a CPU the kernels run in Triton's interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def run(backend: str) -> list:
         config = EngineConfig(attention_backend=backend, max_batch_size=4, max_tokens_per_step=32, num_pages=64)
-        engine = ContinuousBatchingEngine(model, tokenizer, config=config)
+        engine = ContinuousBatchingEngine(copy.deepcopy(model), tokenizer, device, config=config)
         requests = [
             request(grammar, seed, max_new_tokens=12, temperature=seed % 2)
             for seed, grammar in enumerate([*GRAMMARS.values(), None, GRAMMARS["regex"]])
