@@ -77,6 +77,7 @@ class _Talk:
         body = {"model": self._model, "messages": messages, "stream": True,
                 "stream_options": {"include_usage": True}, **self._settings}  # fmt: skip
         started, first_at, num_tokens, pieces = time.monotonic(), 0.0, 0, []
+        is_thinking = False
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 check(response)
@@ -85,8 +86,13 @@ class _Talk:
                         raise ServerError(event["error"]["message"])
                     num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
                     for choice in event["choices"]:
+                        thought = choice["delta"].get("reasoning_content") or ""
                         piece = choice["delta"].get("content") or ""
-                        first_at = first_at or (time.monotonic() if piece else 0.0)
+                        first_at = first_at or (time.monotonic() if thought or piece else 0.0)
+                        self._console.print(thought, end="", markup=False, soft_wrap=True, style="dim italic")
+                        if piece and is_thinking:
+                            self._console.print("\n")
+                        is_thinking = bool(thought)
                         pieces.append(piece)
                         self._console.print(piece, end="", markup=False, soft_wrap=True)
         except KeyboardInterrupt:

@@ -1,14 +1,21 @@
 """The command line: what it makes of its options, and one line for what is wrong."""
 
+import io
+import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from deployments.cli import app
+from deployments.cli.chat import _Talk
 from deployments.cli.check import slot_bytes, weight_bytes
 from deployments.cli.serve import _content, _override
 from llm.config import ModelConfig
@@ -107,3 +114,36 @@ def test_every_command_has_help(command):
     assert result.exit_code == 0
     assert yaml.safe_dump(result.output)
     assert "Usage" in result.output
+
+
+def test_chat_shows_thoughts_apart_and_keeps_them_out_of_the_conversation():
+    """Against a real HTTP server that thinks, then answers."""
+    deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": "Hm, "}, {"reasoning_content": "42?"},
+              {"content": "It is "}, {"content": "42."}]  # fmt: skip
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.end_headers()
+            for delta in deltas:
+                chunk = json.dumps({"choices": [{"index": 0, "delta": delta}]})
+                self.wfile.write(f"data: {chunk}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    console = Console(record=True, file=io.StringIO())
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.server_port}") as client:
+        talk = _Talk(client, console, "demo", None, {})
+        talk.ask("What is 17 + 25?", with_stats=False)
+        talk.ask("Sure?", with_stats=False)
+    server.shutdown()
+    server.server_close()
+    assert console.export_text().splitlines()[:3] == ["Hm, 42?", "", "It is 42."]
+    assert asked[1]["messages"][1] == {"role": "assistant", "content": "It is 42."}
