@@ -102,6 +102,9 @@ class Bench:
         yield Row("gap: 64 streams while 8000 tokens arrive", self._gap)
         yield Row("prefix: 256 x 2000 in, 90% shared, 64 out", self._prefix)
         yield Row("long: 8 x 32000 in, 256 out", self._long)
+        yield Row("fp8: mixed, 8-bit weights", lambda: self._fp8(quantization="fp8"))
+        yield Row("fp8: mixed, 8-bit weights and cache", lambda: self._fp8(quantization="fp8", kv_cache_dtype="fp8"))
+        yield Row("deterministic: 256 alone and together, 64 out", self._deterministic)
 
     def _gap(self) -> dict[str, Any]:
         """Gaps between the tokens of running streams from a long prompt's arrival to its first token."""
@@ -160,6 +163,39 @@ class Bench:
         return {
             "input_tok_s": round(num_requests * num_in / prefill),
             "ms_per_step": round((total - prefill) / num_out * 1e3, 3),
+        }
+
+    def _fp8(self, **config: Any) -> dict[str, Any]:
+        """The mixed row in 8 bits, and in the model's own format."""
+        seconds = []
+        for options in ({}, config):
+            self.start(**options)
+            row = next(comparable_rows(self.run, self._options.scale)).measure()
+            seconds.append(row["s"])
+        return {"output_tok_s": row["output_tok_s"], "ratio": round(seconds[0] / seconds[1], 3)}
+
+    def _deterministic(self) -> dict[str, Any]:
+        """Requests whose tokens differ between alone and together, and what `deterministic` costs a step of all."""
+        num_requests, num_steps = 256 // self._options.scale, 64 // min(self._options.scale, 8)
+        seconds = []
+        for deterministic in (False, True):
+            self.start(deterministic=deterministic)
+            lens = [self._rng.randint(20, 300) for _ in range(num_requests)]
+            self.run(lens, [8] * num_requests)
+            prefill = self.run([128] * num_requests, [1] * num_requests)
+            seconds.append(self.run([128] * num_requests, [1 + num_steps] * num_requests) - prefill)
+        requests = [
+            GenerationRequest(
+                prompt_token_ids=self.prompt(length), max_new_tokens=num_steps, temperature=0, ignore_eos=True
+            )
+            for length in lens
+        ]
+        together = self.engine.generate(requests, progress=False)
+        alone = [self.engine.generate([request], progress=False)[0] for request in requests]
+        return {
+            "different": sum(a.token_ids != b.token_ids for a, b in zip(alone, together, strict=True)),
+            "ms_per_step": round(seconds[1] / num_steps * 1e3, 3),
+            "ratio": round(seconds[1] / seconds[0], 3),
         }
 
 

@@ -1,0 +1,109 @@
+"""8-bit weights, keys and values on a GPU, in whole engines, for the shapes of known models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.config import EngineConfig
+from llm.kernels.quantization import quantize_weight
+from llm.models.decoder import DecoderModel
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.schemas import GenerationRequest
+from llm.tokenization.hf_tokenizer import HFTokenizer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo"
+SHAPES = {
+    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8},
+    "qwen3-0.6b": {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128,
+        "qk_norm": True,
+    },
+    "qwen2.5-14b": {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_heads": 40, "num_kv_heads": 8, "attention_bias": True,
+    },
+    "window": {"hidden_size": 2048, "num_heads": 16, "num_kv_heads": 4, "window_size": 256},
+}  # fmt: skip
+
+
+def create_model(shape: dict, *, is_rounded: bool = False) -> DecoderModel:
+    """Random weights; `is_rounded`: those of the projections are what 8 bits leave of them, in bfloat16 again."""
+    torch.manual_seed(0)
+    model = DecoderModel(vocab_size=4000, num_layers=2, max_seq_len=4096, device="cuda", dtype=torch.bfloat16, **shape)
+    if is_rounded:
+        for layer in model.layers:
+            for projection in (
+                layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj,
+            ):  # fmt: skip
+                quantized, scales = quantize_weight(projection.weight.data)
+                projection.weight.data = (quantized.float() * scales[:, None]).bfloat16()
+    return model
+
+
+def logprobs(model: DecoderModel, lens: list[int], backend: str | None = None, **config) -> torch.Tensor:
+    """Of the first tokens after prompts of these lengths and one token of output: by prefill, then by decode."""
+    generator = torch.Generator().manual_seed(1)
+    defaults = {"max_batch_size": 64, "max_seq_len": 4096, "num_pages": 1200}
+    engine = ContinuousBatchingEngine(model, config=EngineConfig(attention_backend=backend, **{**defaults, **config}))
+    requests = [
+        GenerationRequest(
+            prompt_token_ids=tuple(torch.randint(0, 4000, (n,), generator=generator).tolist()), output_token_ids=(7,),
+            max_new_tokens=2, temperature=0.0, ignore_eos=True, logprobs=0,
+        )
+        for n in lens
+    ]  # fmt: skip
+    results = engine.generate(requests, progress=False)
+    return torch.tensor([result.logprobs[0].logprob for result in results])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_few_rows_are_exact(shape):
+    """Up to 64 tokens a step our kernels widen the weights: nothing but their own rounding is lost."""
+    lens = [1, 2, 16, 30]
+    ours = logprobs(create_model(shape), lens, quantization="fp8", max_tokens_per_step=64)
+    expected = logprobs(create_model(shape, is_rounded=True), lens, "reference")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_many_rows_are_near(shape):
+    """Past that the activations are rounded to 8 bits too, a scale for each token."""
+    lens = [300, 700, 1500]
+    ours = logprobs(create_model(shape), lens, quantization="fp8")
+    expected = logprobs(create_model(shape, is_rounded=True), lens, "reference")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_keys_and_values_in_8_bits_are_near(shape):
+    lens = [1, 16, 100, 700, 1500]
+    ours = logprobs(create_model(shape), lens, kv_cache_dtype="fp8")
+    expected = logprobs(create_model(shape), lens, "reference")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.1)
+
+
+def test_pool_holds_twice_the_tokens():
+    slots = {}
+    for kv_cache_dtype in ("auto", "fp8"):
+        model = create_model(SHAPES["qwen3-0.6b"])
+        config = EngineConfig(gpu_memory_utilization=0.5, kv_cache_dtype=kv_cache_dtype, max_seq_len=4096)
+        slots[kv_cache_dtype] = ContinuousBatchingEngine(model, config=config).num_slots
+    assert slots["fp8"] / slots["auto"] == pytest.approx(2, rel=0.03)
+
+
+@pytest.mark.parametrize("config", [{"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}], ids=["weights", "cache"])
+def test_demo_model_answers_alike(config):
+    """A trained model is sure enough of easy answers that 8 bits do not change them."""
+    tokenizer = HFTokenizer.from_pretrained(DEMO)
+    questions = ["What is 17 + 25?", "Spell 'river' backwards.", "Count from 1 to 40.", "What comes next: 2, 4, 6, 8?"]
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
+    requests = [GenerationRequest(prompt_token_ids=tuple(prompt), temperature=0.0) for prompt in prompts]
+    answers = []
+    for options in ({}, config):
+        engine = ContinuousBatchingEngine.from_pretrained(
+            DEMO, device="cuda", progress=False, config=EngineConfig(num_pages=256, **options)
+        )
+        answers.append([result.text for result in engine.generate(requests, progress=False)])
+    assert answers[1] == answers[0]
