@@ -90,6 +90,17 @@ def test_openai_embeddings(server: Server):
     assert sum(x * x for x in answer.data[0].embedding) == pytest.approx(1, abs=1e-4)
 
 
+def test_many_embeddings_beside_a_stream(server: Server):
+    """None of a request's inputs gets lost on its way to a replica, however they overtake each other."""
+    client = server.openai.with_options(timeout=15)
+    with client.chat.completions.create(
+        model="demo", messages=QUESTION, stream=True, max_tokens=200, extra_body={"ignore_eos": True}
+    ) as stream:
+        next(iter(stream))
+        answers = [client.embeddings.create(model="demo", input=[f"number {i}" for i in range(40)]) for _ in range(4)]
+    assert [[entry.index for entry in answer.data] for answer in answers] == [list(range(40))] * 4
+
+
 def test_anthropic_messages(server: Server):
     client = anthropic.Anthropic(base_url=server.url, api_key="unused", max_retries=0)
     greedy = {"temperature": 0}

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from in_process import LocalClient, Service, ServiceFactory, emulated_config, end_service
@@ -29,3 +30,26 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
             return service
 
         yield make
+
+
+class _Records(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture
+def serve_log() -> Iterator[list[logging.LogRecord]]:
+    """What `ray.serve` logs from INFO on. `caplog` misses it once Serve has been started in this process."""
+    logger, handler = logging.getLogger("ray.serve"), _Records()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler.records
+    logger.setLevel(level)
+    logger.removeHandler(handler)

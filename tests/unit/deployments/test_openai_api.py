@@ -265,7 +265,7 @@ async def test_with_keys_every_route_is_closed_but_the_open_ones(make_service: S
     check_error(await service.http.get("/v1/models", headers=two), 401)
 
 
-async def test_what_fails_inside_is_not_told(make_service: ServiceFactory, monkeypatch, caplog):
+async def test_what_fails_inside_is_not_told(make_service: ServiceFactory, monkeypatch):
     service = await make_service()
 
     def fail(*_: object) -> None:
