@@ -1,10 +1,12 @@
 """Guessing from the prompt, on and off, on the demo model: text that repeats itself and text that does not.
 
-    python -m benchmarks.speculation [--requests 1 8 32] [--guesses 8] [--repeats 5]
+    python -m benchmarks.speculation [--requests 1 8 32] [--guesses 8] [--repeats 5] [--set deterministic=true]
+    python -m benchmarks.speculation --shape benchmarks/models/llama-3.1-8b
 
 On the GPU where there is one, else on the CPU; greedy. Repeating: a conversation in which a question that was answered
 is asked again. Not repeating: short questions of many kinds, and a random prompt sampled at temperature 1. The two
-engines take turns, and ratios are medians over the turns. One JSON line a row.
+engines take turns, and ratios are medians over the turns. One JSON line a row. `--shape` runs the random prompts alone,
+on random weights of another model's shape.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from demo.tasks import TASKS, held_out_cases
 from llm.config import EngineConfig
@@ -96,20 +100,30 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
     parser.add_argument("--guesses", type=int, default=8, help="num_speculative_tokens")
     parser.add_argument("--repeats", type=int, default=5, help="counted turns of each engine")
+    parser.add_argument("--shape", type=Path, help="directory of a config.json, instead of the demo model")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
     options = parser.parse_args()
+    fields = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in options.set)}
     plain, guessing = (
         ContinuousBatchingEngine.from_pretrained(
-            DEMO,
+            options.shape or DEMO,
+            load_format="random" if options.shape else "auto",
+            with_tokenizer=False,
             progress=False,
             config=EngineConfig(
-                num_speculative_tokens=num, enable_prefix_caching=False, max_batch_size=128, num_pages=8192
+                num_speculative_tokens=num,
+                enable_prefix_caching=False,
+                max_batch_size=128,
+                num_pages=8192,
+                max_seq_len=1024,
+                **fields,
             ),
         )
         for num in (0, options.guesses)
     )
-    tokenizer = plain.tokenizer
-    assert isinstance(tokenizer, HFTokenizer)
-    for name, make_requests in WORKLOADS.items():
+    tokenizer = HFTokenizer.from_pretrained(DEMO)
+    for name in [list(WORKLOADS)[-1]] if options.shape else WORKLOADS:
+        make_requests = WORKLOADS[name]
         for num in options.requests:
             requests = make_requests(tokenizer, num)
             run(plain, requests), run(guessing, requests)

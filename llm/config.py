@@ -152,7 +152,7 @@ class EngineConfig(StrictModel):
     is fastest, and 8192 on a GPU, but at least `max_batch_size`."""
     max_prefill_tokens_beside_decodes: int | None = Field(default=None, ge=1)
     """About as many prefill tokens go into a step in which many sequences decode and few are new: what bounds the gap
-    between their tokens while a long prompt arrives. None for 256 on a GPU and no bound of its own on a CPU."""
+    between their tokens while a long prompt arrives. None for 192 on a GPU and no bound of its own on a CPU."""
     page_size: int = Field(default=16, ge=1, le=256)
     """Slots a page. A slot holds one token's keys and values in every layer."""
     num_pages: int | None = Field(default=None, ge=1)
@@ -197,5 +197,5 @@ class EngineConfig(StrictModel):
 
     def prefill_beside_decodes(self, device_type: str) -> int:
         """Most prefill tokens in a step with decodes on a device of this type."""
-        default = self.token_budget(device_type) if device_type == "cpu" else 256
+        default = self.token_budget(device_type) if device_type == "cpu" else 192
         return self.max_prefill_tokens_beside_decodes or default

@@ -3,7 +3,7 @@
 The end of an answer is allowed where its grammar is complete, and is all that is allowed where nothing more can follow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -54,25 +54,31 @@ class TokenMasks:
 
     Args:
         vocab_size: columns of the logits.
+
+    Attributes:
+        num_words: of 32 bits, one bit a token.
     """
 
     def __init__(self, vocab_size: int) -> None:
-        self._num_words = -(-vocab_size // 32)
+        self.num_words = -(-vocab_size // 32)
         self._executor: LLExecutor | None = None
 
-    def of(self, constraints: Sequence[Constraint]) -> Int32Array:
-        """Bits of the tokens that are allowed, the lowest of the first word first: (constraints, vocab_size / 32).
+    def write(self, constraints: Mapping[int, Constraint], masks: Int32Array) -> None:
+        """Set the bits of the tokens that are allowed, the lowest of the first word first.
 
         Where a constraint has failed, every bit is set.
+
+        Args:
+            constraints: by their rows in `masks`.
+            masks: (rows, vocab_size / 32), contiguous; rows of no constraint are left alone.
         """
         if self._executor is None:
             self._executor = LLExecutor()
-        masks = np.full((len(constraints), self._num_words), -1, dtype=np.int32)
-        rows = [(constraint.matcher, i) for i, constraint in enumerate(constraints) if constraint.failure is None]
+        masks[list(constraints)] = -1
+        rows = [(constraint.matcher, i) for i, constraint in constraints.items() if constraint.failure is None]
         if rows:
             self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks.strides[0], len(masks))
-        for i, constraint in enumerate(constraints):
+        for i, constraint in constraints.items():
             constraint.note_failure()
             if constraint.failure is not None:
                 masks[i] = -1
-        return masks

@@ -150,12 +150,38 @@ def find_thresholds(
     )  # fmt: skip
 
 
+def mask_logits(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """A copy of the logits with -inf where a token is not allowed.
+
+    Args:
+        logits: (draws, vocab_size), contiguous.
+        allowed: (draws or more, vocab_size / 32) int32, contiguous: a bit a token, the lowest of the first word first.
+    """
+    num_draws, vocab_size = logits.shape
+    masked = torch.empty_like(logits)
+    grid = triton.cdiv(vocab_size, _MAX_BLOCK), num_draws
+    _mask_logits[grid](logits, allowed, masked, vocab_size, allowed.shape[1], BLOCK=_MAX_BLOCK, num_warps=8)
+    return masked
+
+
 def _block_size(num_draws: int, vocab_size: int) -> int:
     """Logits for each program: as few as keep the number of programs in bounds."""
     block = _MIN_BLOCK
     while block < _MAX_BLOCK and num_draws * triton.cdiv(vocab_size, block) > _MAX_PROGRAMS:
         block *= 2
     return block
+
+
+@triton.jit
+def _mask_logits(logits, allowed, masked, vocab_size, num_words, BLOCK: tl.constexpr):
+    """Program (block, draw)."""
+    draw = tl.program_id(1).to(tl.int64)
+    token_id = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = token_id < vocab_size
+    word = tl.load(allowed + draw * num_words + token_id // 32, mask=exists, other=0)
+    is_allowed = ((word >> (token_id % 32)) & 1) != 0
+    x = tl.load(logits + draw * vocab_size + token_id, mask=exists & is_allowed, other=-float("inf"))
+    tl.store(masked + draw * vocab_size + token_id, x, mask=exists)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from llm.attention.kernels.decode import PagedDecode
-from llm.attention.kernels.prefill import paged_prefill, prefill_block_tokens
+from llm.attention.kernels.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
 from llm.attention.kernels.rope import rope_and_store
 from llm.attention.kernels.work import (
     StepParts,
@@ -79,6 +79,7 @@ class FusedDecoder:
         self._decode_items = {
             window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in set(self._windows)
         }
+        self._prefill_scratch = None if deterministic else PrefillScratch(config.num_heads, config.head_size, device)
         self._min_prefill_len = 1 if deterministic else 2
         block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads)
         self._prefill_items = WorkItems.allocate(
@@ -146,6 +147,6 @@ class FusedDecoder:
         if has_prefills or self._deterministic:
             paged_prefill(
                 query, kv_pages, self._page_tables, parts, self._prefill_items, window, output,
-                deterministic=self._deterministic,
+                self._prefill_scratch, deterministic=self._deterministic,
             )  # fmt: skip
         return output.flatten(1)

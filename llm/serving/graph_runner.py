@@ -8,15 +8,16 @@ from functools import partial
 
 import torch
 
+from llm.core.constraint import Int32Array
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.sampling import Draw, draw
-from llm.kernels.sampling import SamplingWorkspace, draw_tokens
+from llm.kernels.sampling import SamplingWorkspace, draw_tokens, mask_logits
 from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
 from llm.serving.device_rows import DeviceRows
-from llm.serving.model_runner import DrawMasks, draws_of, sampling_row
+from llm.serving.model_runner import DrawMasks, any_constrained, draws_of, sampling_row
 from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
-from llm.serving.step_inputs import StepInputs, fill
+from llm.serving.step_inputs import MaskBuffers, StepInputs, fill
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ class GraphRunner:
         self._graphs: dict[tuple[object, ...], _Captured] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if pin else None
         self._masks = DrawMasks(model.config.vocab_size)
+        self._allowed = MaskBuffers(most_draws, self._masks.num_words, device, _NUM_BUFFERS)
         self._last: LaunchedGraphs
         self._last_draws: dict[int, int] = {}
         """Of the step launched last: which of its draws is whose row's."""
@@ -143,8 +145,11 @@ class GraphRunner:
         special: Callable[[], dict[int, Draw]] | dict[int, Draw] = {}
         if drawing:
             num_draws = _padded(self._draw_sizes, len(drawing))
-            logits = self._run(("draws", num_draws), partial(self._run_draws, num_draws))
-            special = self._draw_specially(logits, drawing)
+            allowed = self._send_masks(drawing)
+            logits = self._run(
+                ("draws", num_draws, bool(allowed)), partial(self._run_draws, num_draws, is_masked=bool(allowed))
+            )
+            special = self._draw_specially(logits, drawing, allowed)
             host[: len(drawing)].copy_(self._token_ids[: len(drawing)], non_blocking=True)
         done = None
         if self._graph_pool is not None:
@@ -178,7 +183,7 @@ class GraphRunner:
         for shape in shapes:
             self._run(("model", *shape), partial(self._run_model, *shape))
         for size in self._draw_sizes:
-            self._run(("draws", size), partial(self._run_draws, size))
+            self._run(("draws", size, False), partial(self._run_draws, size))
 
     def _pack(self, parts: SequenceOf[ScheduledSequence], drawing: SequenceOf[_Drawing]) -> tuple[int, int, bool]:
         """Fill the step's inputs and send them; returns padded tokens, padded parts, and whether any part prefills."""
@@ -238,8 +243,8 @@ class GraphRunner:
         )
         return hidden
 
-    def _run_draws(self, num_draws: int) -> torch.Tensor:
-        """Draw the tokens of all drawing parts; returns the logits.
+    def _run_draws(self, num_draws: int, is_masked: bool = False) -> torch.Tensor:
+        """Draw the tokens of all drawing parts, of those that `_send_masks` sent if `is_masked`; returns the logits.
 
         Draws of one row race for its `last_token_ids`. Nobody reads what stays: where a part draws several tokens, the
         host knows them before it launches the row's next step.
@@ -247,7 +252,7 @@ class GraphRunner:
         hidden = self._hidden.index_select(0, self._inputs["draw_tokens"][:num_draws])
         logits = self._decoder.logits(hidden)
         draw_tokens(
-            logits,
+            mask_logits(logits, self._allowed.on_device) if is_masked else logits,
             self._inputs["draw_rows"][:num_draws],
             self._inputs["draw_positions"][:num_draws],
             self._rows.sampling,
@@ -261,16 +266,27 @@ class GraphRunner:
         """The token that the step launched last drew at `row`."""
         return self._last.draws()[self._last_draws[row]].token_id
 
+    def _send_masks(self, drawing: SequenceOf[_Drawing]) -> dict[int, Int32Array]:
+        """Send what the step's draws may draw, if a grammar binds any: bits by the places of those it does.
+
+        This waits for the last step's tokens, while the device runs this step's model.
+        """
+        if not any_constrained(drawing):
+            return {}
+        masks = self._allowed.next_array()
+        masks[: len(drawing)] = -1
+        allowed = self._masks.write_draws(drawing, self._last_token_id, masks)
+        self._allowed.send(len(drawing))
+        return allowed
+
     def _draw_specially(
-        self, logits: torch.Tensor, drawing: SequenceOf[_Drawing]
+        self, logits: torch.Tensor, drawing: SequenceOf[_Drawing], allowed: dict[int, Int32Array]
     ) -> "Callable[[], dict[int, Draw]] | dict[int, Draw]":
-        """Draw again where a request asks for more than the kernel does: penalties, biases, bans, log probabilities,
-        grammars. For a grammar this waits for the last step's tokens, while the device runs this step's model."""
+        """Draw again where a request asks for more than the kernels do: penalties, biases, bans, log probabilities."""
         indices = [i for i, (part, position, _) in enumerate(drawing) if _is_special(part.sequence, position)]
         if not indices:
             return {}
-        masks = self._masks.of(drawing, self._last_token_id)
-        rows = [sampling_row(drawing[i][0].sequence, drawing[i][1], masks.get(i)) for i in indices]
+        rows = [sampling_row(drawing[i][0].sequence, drawing[i][1], allowed.get(i)) for i in indices]
         index = torch.tensor(indices, device=self._device)
         draws = draw(logits[index], rows)
         token_ids = draws.token_ids.int()
@@ -294,7 +310,6 @@ def _is_special(sequence: Sequence, position: int) -> bool:
         request.uses_penalties
         or request.logit_bias
         or request.logprobs is not None
-        or sequence.constraint is not None
         or not sequence.may_end_at(position)
     )
 

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from llm.attention.dense import DenseContext
@@ -150,9 +151,12 @@ class EagerRunner:
         self, drawing: SequenceOf[tuple[ScheduledSequence, int, int]]
     ) -> "Future[dict[int, Int32Array]] | None":
         """Begin to work out what constrained draws may draw, beside the forward pass; None where there are none."""
-        if all(part.sequence.constraint is None for part, _, _ in drawing):
+        if not any_constrained(drawing):
             return None
-        return self._mask_thread.submit(self._masks.of, drawing, lambda row: int(self._last_token_ids[row]))
+        masks = np.empty((len(drawing), self._masks.num_words), dtype=np.int32)
+        return self._mask_thread.submit(
+            self._masks.write_draws, drawing, lambda row: int(self._last_token_ids[row]), masks
+        )
 
     def _pack(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[torch.Tensor, PackedBatch]:
         """Token ids (tokens,) of the step and where they belong."""
@@ -205,24 +209,21 @@ def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[tuple[ScheduledSe
     return draws
 
 
-class DrawMasks:
-    """What the constrained draws of a step may draw.
+class DrawMasks(TokenMasks):
+    """What the constrained draws of a step may draw."""
 
-    Args:
-        vocab_size: columns of the logits.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self._masks = TokenMasks(vocab_size)
-
-    def of(
-        self, drawing: SequenceOf[tuple[ScheduledSequence, int, int]], last_token_id: Callable[[int], int]
+    def write_draws(
+        self,
+        drawing: SequenceOf[tuple[ScheduledSequence, int, int]],
+        last_token_id: Callable[[int], int],
+        masks: Int32Array,
     ) -> dict[int, Int32Array]:
-        """Bits of the tokens allowed, by the draw's place in the step.
+        """Write the rows of the constrained draws; returns these by the draw's place in the step.
 
         Args:
             drawing: as `draws_of` gives it.
             last_token_id: gives the token that was drawn last at a row; asked where the host has not seen it yet.
+            masks: (draws or more, num_words); rows of other draws are left alone.
         """
         constraints = {}
         for index, (part, position, _) in enumerate(drawing):
@@ -232,7 +233,13 @@ class DrawMasks:
                 if sequence.num_prompt_tokens + sequence.constraint.num_taken < position:
                     sequence.constraint.take(last_token_id(part.row))
                 constraints[index] = sequence.constraint
-        return dict(zip(constraints, self._masks.of(list(constraints.values())), strict=True)) if constraints else {}
+        self.write(constraints, masks)
+        return {index: masks[index] for index in constraints}
+
+
+def any_constrained(drawing: SequenceOf[tuple[ScheduledSequence, int, int]]) -> bool:
+    """Whether a grammar binds any of a step's draws."""
+    return any(part.sequence.constraint is not None for part, _, _ in drawing)
 
 
 def sampling_row(sequence: Sequence, position: int, allowed: Int32Array | None = None) -> SamplingRow:

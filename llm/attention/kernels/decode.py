@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.attention.kernels.work import StepParts, WorkItems, num_decode_items, slot_index_type
+from llm.attention.kernels.work import StepParts, WorkItems, num_decode_items, product_type, slot_index_type
 from llm.kernels.launch import launch_options, wait_for_inputs
 
 _LOG2_E = 1.4426950408889634
@@ -60,7 +60,7 @@ class PagedDecode:
             query.stride(0), page_tables.stride(0), window or 0, head_dim**-0.5 * _LOG2_E,
             NUM_KV_HEADS=self._num_kv_heads, GROUP=group_size, GROUP_BLOCK=max(16, triton.next_power_of_2(group_size)),
             HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=kv_pages.shape[2],
-            BLOCK=_BLOCK_TOKENS, INDEX=slot_index_type(kv_pages),
+            BLOCK=_BLOCK_TOKENS, INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
             num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **options,
         )  # fmt: skip
         _merge_chunks[(len(parts), self._num_kv_heads)](
@@ -76,7 +76,8 @@ def _paged_decode(
     query, keys, values, page_tables, part_rows, query_starts, context_lens, item_parts, item_chunks, summary,
     output, partial, partial_lse, query_stride, table_stride, window, scale_log2,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
+    PRODUCT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, item): the head's group of queries against one chunk of one row's context."""
     wait_for_inputs(PDL)
@@ -98,7 +99,7 @@ def _paged_decode(
     dim = tl.arange(0, HEAD_BLOCK)
     head_mask = (head[:, None] < GROUP) & (dim[None, :] < HEAD_DIM)
     query_offsets = (kv_head * GROUP + head[:, None]) * HEAD_DIM + dim[None, :]
-    q = tl.load(query + token * query_stride + query_offsets, mask=head_mask, other=0.0)
+    q = tl.load(query + token * query_stride + query_offsets, mask=head_mask, other=0.0).to(PRODUCT)
 
     highest = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
     weight = tl.zeros([GROUP_BLOCK], tl.float32)

@@ -1,14 +1,15 @@
 """Paged prefill: chunks of many sequences against their contexts, packed without padding.
 
 FlashAttention-2 (Dao 2023, arXiv:2307.08691) over pages. The query heads that share a key/value head are rows of one
-tile, so that each key is read once for all of them.
+tile, so that each key is read once for all of them. Few new tokens behind a long context make few tiles with much to
+read each, so their context is cut among programs and merged by log-sum-exp, as in `decode`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items, slot_index_type
+from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items, product_type, slot_index_type
 from llm.kernels.launch import launch_options, wait_for_inputs
 
 _LOG2_E = 1.4426950408889634
@@ -16,6 +17,23 @@ _TILE_ROWS, _MANY_TOKENS_TILE_ROWS = 64, 128
 _MANY_TOKENS = 2048
 _BLOCK_TOKENS = 64
 _NUM_WARPS, _NUM_STAGES = 4, 3
+_MOST_SPLITS, _MOST_SPLIT_TOKENS = 4, 512
+"""Programs that share the context of a tile at most, and tokens of a step up to which they do."""
+_MIN_SPLIT_BLOCKS = 8
+"""Blocks of the context that each of them is left with at least."""
+
+
+class PrefillScratch:
+    """What programs that share a tile's context hand on to the kernel that merges them.
+
+    Args:
+        num_heads, head_dim: shape of the model's attention.
+        device: of everything.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, device: torch.device) -> None:
+        self.partial = torch.empty(_MOST_SPLITS, _MOST_SPLIT_TOKENS, num_heads, head_dim, device=device)
+        self.partial_lse = torch.empty(_MOST_SPLITS, _MOST_SPLIT_TOKENS, num_heads, device=device)
 
 
 def prefill_block_tokens(num_heads: int, num_kv_heads: int, num_tokens: int = 0) -> int:
@@ -36,6 +54,7 @@ def paged_prefill(
     items: WorkItems,
     window: int | None,
     output: torch.Tensor,
+    scratch: PrefillScratch | None = None,
     *,
     deterministic: bool = False,
 ) -> None:
@@ -49,35 +68,55 @@ def paged_prefill(
             0 tokens and for parts of one token too.
         window: a token attends to itself and the `window - 1` before it; None for all.
         output: (tokens, num_heads, head_dim), contiguous.
+        scratch: lets programs share long contexts; None for one program a tile.
         deterministic: a token's output, bit by bit, depends on nothing but its query and the keys and values it sees:
-            not on the tokens that share its step or its tile.
+            not on the tokens that share its step or its tile. Not together with `scratch`.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
     group_size = num_heads // num_kv_heads
     block_tokens = prefill_block_tokens(num_heads, num_kv_heads, 0 if deterministic else num_tokens)
     num_items = num_prefill_items(num_tokens, len(parts), block_tokens, 1 if deterministic else 2)
-    _paged_prefill[(num_kv_heads, num_items)](
-        query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.query_lens,
-        parts.context_lens, items.parts, items.chunks, items.summary, output,
-        query.stride(0), page_tables.stride(0), window or 0, head_dim**-0.5 * _LOG2_E,
-        NUM_KV_HEADS=num_kv_heads, GROUP=group_size, GROUP_BLOCK=triton.next_power_of_2(group_size),
-        BLOCK_TOKENS=block_tokens, HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        PAGE_SIZE=kv_pages.shape[2], BLOCK=_BLOCK_TOKENS, HAS_WINDOW=window is not None,
-        IS_UNIFORM=deterministic, INDEX=slot_index_type(kv_pages), num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
+    num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= _MOST_SPLIT_TOKENS else 1
+    partial, partial_lse = (output, output) if scratch is None else (scratch.partial, scratch.partial_lse)
+    shape = {
+        "NUM_KV_HEADS": num_kv_heads, "GROUP": group_size, "GROUP_BLOCK": triton.next_power_of_2(group_size),
+        "BLOCK_TOKENS": block_tokens, "HEAD_DIM": head_dim, "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK": _BLOCK_TOKENS, "MIN_SPLIT_BLOCKS": _MIN_SPLIT_BLOCKS,
         **launch_options(query.device),
+    }  # fmt: skip
+    _paged_prefill[(num_kv_heads, num_items, num_splits)](
+        query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.query_lens,
+        parts.context_lens, items.parts, items.chunks, items.summary, output, partial, partial_lse, num_tokens,
+        num_splits, query.stride(0), page_tables.stride(0), window or 0, head_dim**-0.5 * _LOG2_E,
+        PAGE_SIZE=kv_pages.shape[2], HAS_WINDOW=window is not None, IS_UNIFORM=deterministic,
+        INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
+        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **shape,
     )  # fmt: skip
+    if num_splits > 1:
+        _merge_splits[(num_kv_heads, num_items)](
+            parts.query_starts, parts.query_lens, parts.context_lens, items.parts, items.chunks, items.summary, output,
+            partial, partial_lse, num_tokens, num_splits, window or 0,
+            HAS_WINDOW=window is not None, num_warps=8, **shape,
+        )  # fmt: skip
 
 
 @triton.jit
+def _split_len(begin, end, num_splits, BLOCK: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr):
+    """Tokens of the context from `begin` to `end` for each program that shares it; the last may have fewer."""
+    return tl.maximum(tl.cdiv(tl.cdiv(end - begin, BLOCK), num_splits), MIN_SPLIT_BLOCKS) * BLOCK
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def _paged_prefill(
     query, keys, values, page_tables, part_rows, query_starts, query_lens, context_lens, item_parts, item_chunks,
-    summary, output, query_stride, table_stride, window, scale_log2,
+    summary, output, partial, partial_lse, num_tokens, num_splits, query_stride, table_stride, window, scale_log2,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, IS_UNIFORM: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, IS_UNIFORM: tl.constexpr, INDEX: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr,
+    PRODUCT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (kv head, item): a block of one part's new tokens, all heads of a group, against what they see.
+    """Program (kv head, item, split): a block of one part's new tokens, all heads of a group, against what they see.
 
     Blocks of the context begin at multiples of BLOCK, whatever the tile. A block hidden from a row leaves that row's
     state as it was: its weights are exactly 0, its rescaling exactly 1, or 0 before anything was visible.
@@ -104,7 +143,7 @@ def _paged_prefill(
     row_mask = row_exists[:, None] & (dim[None, :] < HEAD_DIM)
     token = (tl.load(query_starts + part) + token_in_part).to(tl.int64)
     head_offsets = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
-    q = tl.load(query + token[:, None] * query_stride + head_offsets, mask=row_mask, other=0.0)
+    q = tl.load(query + token[:, None] * query_stride + head_offsets, mask=row_mask, other=0.0).to(PRODUCT)
 
     block_first = first_position + block * BLOCK_TOKENS
     end = tl.minimum(block_first + BLOCK_TOKENS, context_len)
@@ -116,6 +155,14 @@ def _paged_prefill(
         all_visible = 0  # the same instructions for every block, for which rows are in the tile decides what is visible
     else:
         all_visible = (block_first + 1) // BLOCK * BLOCK
+    split = tl.program_id(2)
+    split_len = _split_len(begin, end, num_splits, BLOCK, MIN_SPLIT_BLOCKS)
+    is_whole = begin + split_len >= end
+    begin += split * split_len
+    if begin >= end:
+        return
+    end = tl.minimum(begin + split_len, end)
+    all_visible = tl.minimum(tl.maximum(all_visible, begin), end)
     state = (
         tl.zeros([BLOCK_TOKENS * GROUP_BLOCK, HEAD_BLOCK], tl.float32),
         tl.full([BLOCK_TOKENS * GROUP_BLOCK], -1.0e30, tl.float32),
@@ -125,10 +172,68 @@ def _paged_prefill(
         state, q, keys, values, table, kv_head, begin, all_visible, position, context_len, window, scale_log2,
         NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, INDEX, False, False,
     )  # fmt: skip
-    acc, _, weight = _attend_blocks(
+    acc, highest, weight = _attend_blocks(
         state, q, keys, values, table, kv_head, all_visible, end, position, context_len, window, scale_log2,
         NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, INDEX, True, HAS_WINDOW,
     )  # fmt: skip
+    if is_whole:
+        out = output + token[:, None] * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head_offsets
+        tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=row_mask)
+    else:
+        # A row that sees nothing here weighs nothing.
+        place = (split * num_tokens + token) * (NUM_KV_HEADS * GROUP)
+        saw_some = weight > 0
+        result = tl.where(saw_some[:, None], acc / tl.where(saw_some, weight, 1.0)[:, None], 0.0)
+        tl.store(partial + place[:, None] * HEAD_DIM + head_offsets, result, mask=row_mask)
+        lse = tl.where(saw_some, highest + tl.log2(tl.where(saw_some, weight, 1.0)), -float("inf"))
+        tl.store(partial_lse + place + kv_head * GROUP + head, lse, mask=row_exists)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
+def _merge_splits(
+    query_starts, query_lens, context_lens, item_parts, item_chunks, summary, output, partial, partial_lse, num_tokens,
+    num_splits, window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (kv head, item): weigh the splits' results by their log-sum-exp."""
+    wait_for_inputs(PDL)
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    if item >= tl.load(summary):
+        return
+    part = tl.load(item_parts + item)
+    query_len = tl.load(query_lens + part)
+    context_len = tl.load(context_lens + part)
+    block = tl.cdiv(query_len, BLOCK_TOKENS) - 1 - tl.load(item_chunks + item)
+    block_first = context_len - query_len + block * BLOCK_TOKENS
+    end = tl.minimum(block_first + BLOCK_TOKENS, context_len)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(block_first - window + 1, 0) // BLOCK * BLOCK
+    split_len = _split_len(begin, end, num_splits, BLOCK, MIN_SPLIT_BLOCKS)
+    if begin + split_len >= end:
+        return
+    tile_row = tl.arange(0, BLOCK_TOKENS * GROUP_BLOCK)
+    token_in_part = block * BLOCK_TOKENS + tile_row // GROUP_BLOCK
+    head = tile_row % GROUP_BLOCK
+    dim = tl.arange(0, HEAD_BLOCK)
+    row_exists = (token_in_part < query_len) & (head < GROUP)
+    row_mask = row_exists[:, None] & (dim[None, :] < HEAD_DIM)
+    token = (tl.load(query_starts + part) + token_in_part).to(tl.int64)
+    head_offsets = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    highest = tl.full([BLOCK_TOKENS * GROUP_BLOCK], -1.0e30, tl.float32)
+    weight = tl.zeros([BLOCK_TOKENS * GROUP_BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK_TOKENS * GROUP_BLOCK, HEAD_BLOCK], tl.float32)
+    for split in range(tl.cdiv(end - begin, split_len)):
+        place = (split * num_tokens + token) * (NUM_KV_HEADS * GROUP)
+        lse = tl.load(partial_lse + place + kv_head * GROUP + head, mask=row_exists, other=-float("inf"))
+        result = tl.load(partial + place[:, None] * HEAD_DIM + head_offsets, mask=row_mask, other=0.0)
+        new_highest = tl.maximum(highest, lse)
+        rescale, share = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
+        weight = weight * rescale + share
+        acc = acc * rescale[:, None] + result * share[:, None]
+        highest = new_highest
     out = output + token[:, None] * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head_offsets
     tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=row_mask)
 

@@ -70,6 +70,16 @@ def slot_index_type(kv_pages: torch.Tensor) -> tl.dtype:
     return tl.int32 if kv_pages[0].numel() < 2**31 else tl.int64
 
 
+def product_type(query: torch.Tensor, kv_pages: torch.Tensor) -> tl.dtype:
+    """Format of attention's products: the query's, but float16 for bfloat16 where keys and values have 8 bits.
+
+    The chip turns E4M3 to float16 in one instruction, which loses nothing, and to bfloat16 in four.
+    """
+    if kv_pages.dtype.itemsize == 1 and query.dtype == torch.bfloat16:
+        return tl.float16
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[query.dtype]
+
+
 def plan_decodes(parts: StepParts, items: WorkItems, window: int | None) -> None:
     """Cut the context of each decoding part into chunks: equal for all parts, as many as there is room for."""
     _launch_plan(parts, items, window=window or 0, block_tokens=0, min_query_len=1)

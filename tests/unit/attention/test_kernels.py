@@ -5,7 +5,7 @@ import torch
 
 from llm.attention.dense import causal_mask
 from llm.attention.kernels.decode import PagedDecode
-from llm.attention.kernels.prefill import paged_prefill, prefill_block_tokens
+from llm.attention.kernels.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
 from llm.attention.kernels.rope import rope_and_store
 from llm.attention.kernels.work import (
     StepParts,
@@ -90,8 +90,11 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
-@pytest.mark.parametrize("window", [None, 1, 50, 130])
-def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype):
+@pytest.mark.parametrize(
+    ("window", "is_split"),
+    [(None, False), (1, False), (50, False), (130, False), (None, True), (50, True)],
+)
+def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_split, dtype, monkeypatch):
     """Whole prompts, later chunks of prompts, and decodes beside them that are somebody else's business."""
     torch.manual_seed(num_heads)
     lens = [(1, 33), (1, 5), (2, 2), (70, 70), (33, 200), (129, 130), (2, 300)]
@@ -103,7 +106,13 @@ def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype
     items = WorkItems.allocate(num_prefill_items(num_tokens, len(parts), block_tokens), len(parts), DEVICE)
     output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
     plan_prefills(parts, items, block_tokens)
-    paged_prefill(query, kv_pages, tables, parts, items, window, output)
+    scratch = None
+    if is_split:
+        monkeypatch.setattr("llm.attention.kernels.prefill._MIN_SPLIT_BLOCKS", 1)
+        scratch = PrefillScratch(num_heads, head_dim, torch.device(DEVICE))
+        scratch.partial.fill_(torch.nan)
+        scratch.partial_lse.fill_(torch.nan)
+    paged_prefill(query, kv_pages, tables, parts, items, window, output, scratch)
     expected = expected_attention(query, kv_pages, tables, parts, window)
     assert relative_error(output[2:], expected[2:]) < TOLERANCE[dtype]
     assert output[:2].isnan().all(), "decodes are left alone"

@@ -1,5 +1,6 @@
 """The draw's kernels against `llm.core.sampling` and float64: by Triton's interpreter, or on a GPU."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -323,3 +324,16 @@ def test_draws_in_a_graph():
         expected = Drawing(drawing.logits, moved, capacity=4096)
         expected.positions.copy_(drawing.positions)
         assert drawing.out_token_ids[:-1].tolist() == expected.token_ids()
+
+
+@pytest.mark.parametrize("vocab_size", [31, 1000, 8200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_logits_are_minus_infinity_and_the_others_as_they_were(vocab_size: int, dtype: torch.dtype):
+    logits = create_logits(3, vocab_size, dtype)
+    allowed = torch.rand(5, -(-vocab_size // 32) * 32, generator=torch.Generator().manual_seed(1)) < 0.3
+    words = np.packbits(allowed.numpy(), axis=1, bitorder="little").view(np.int32)
+    before = logits.clone()
+    masked = kernels.mask_logits(logits, torch.from_numpy(words).to(DEVICE))
+    expected = before.masked_fill(~allowed[:3, :vocab_size].to(DEVICE), -torch.inf)
+    assert torch.equal(masked, expected)
+    assert torch.equal(logits, before)

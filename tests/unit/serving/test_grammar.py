@@ -249,15 +249,16 @@ def test_dear_grammars_stall_no_step(tokenizer, name: str):
     """What a step waits for: the masks. 50 ms is what others may notice, and this machine may be a busy one."""
     constraint = GrammarCompiler(tokenizer).start(DEAR[name]).result(timeout=1)
     masks = TokenMasks(tokenizer.vocab_size)
+    bits = np.empty((1, masks.num_words), dtype=np.int32)
     rng = random.Random(0)
     slowest = 0.0
     for _ in range(60):
         began = time.perf_counter()
-        (mask,) = masks.of([constraint])
+        masks.write({0: constraint}, bits)
         slowest = max(slowest, time.perf_counter() - began)
         if constraint.failure is not None or constraint.matcher.is_stopped():
             break
-        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        allowed = np.flatnonzero(np.unpackbits(bits[0].view(np.uint8), bitorder="little"))
         constraint.take(int(rng.choice(allowed)))
     assert slowest < 0.05
 
@@ -311,6 +312,10 @@ def test_graph_runner_equals_the_reference(model, tokenizer):
         requests = [
             request(grammar, seed, max_new_tokens=12, temperature=seed % 2)
             for seed, grammar in enumerate([*GRAMMARS.values(), None, GRAMMARS["regex"]])
+        ]
+        requests += [
+            request(GRAMMARS["regex"], 20, max_new_tokens=12, logprobs=2),
+            request(GRAMMARS["schema"], 21, max_new_tokens=12, logit_bias={100: 5.0}),
         ]
         results = engine.generate(requests, progress=False)
         check_idle(engine)
