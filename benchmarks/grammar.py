@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llm.config import EngineConfig
-from llm.core.constraint import TokenMasks
+from llm.core.constraint import Int32Array, TokenMasks
 from llm.models.decoder import DecoderModel
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.grammar import GrammarCompiler
@@ -104,12 +104,10 @@ def time_steps(tokenizer: HFTokenizer, num_rows: int, model: DecoderModel, num_s
             "free_ms": _ms(free), "bound_ms": _ms(bound), "ratio": round(bound / free, 3)}  # fmt: skip
 
 
-def _any_bit(words: Any, rng: random.Random) -> int:
+def _any_bit(words: Int32Array, rng: random.Random) -> int:
     """The place of a bit that is set."""
-    while True:
-        place = rng.randrange(len(words) * 32)
-        if int(words[place // 32]) >> (place % 32) & 1:
-            return place
+    places = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+    return int(rng.choice(places))
 
 
 def _ms(seconds: float) -> float:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from demo.tasks import TASKS, held_out_cases
@@ -104,23 +105,22 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
     options = parser.parse_args()
     fields = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in options.set)}
-    plain, guessing = (
-        ContinuousBatchingEngine.from_pretrained(
-            options.shape or DEMO,
-            load_format="random" if options.shape else "auto",
-            with_tokenizer=False,
-            progress=False,
-            config=EngineConfig(
-                num_speculative_tokens=num,
-                enable_prefix_caching=False,
-                max_batch_size=128,
-                num_pages=8192,
-                max_seq_len=1024,
-                **fields,
-            ),
+    engines = []
+    for num in (0, options.guesses):
+        config = EngineConfig(
+            num_speculative_tokens=num, enable_prefix_caching=False, max_batch_size=128, num_pages=8192, **fields
         )
-        for num in (0, options.guesses)
-    )
+        torch.manual_seed(0)
+        engines.append(
+            ContinuousBatchingEngine.from_pretrained(
+                options.shape or DEMO,
+                load_format="random" if options.shape else "auto",
+                with_tokenizer=False,
+                progress=False,
+                config=config,
+            )
+        )
+    plain, guessing = engines
     tokenizer = HFTokenizer.from_pretrained(DEMO)
     for name in [list(WORKLOADS)[-1]] if options.shape else WORKLOADS:
         make_requests = WORKLOADS[name]

@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -177,8 +178,8 @@ class GraphRunner:
         shapes += [
             (tokens, parts, True)
             for tokens in self._token_sizes
-            for parts in self._part_sizes
-            if fewest <= tokens <= _WARM_PREFILLS[1] and parts <= max(tokens, self._part_sizes[0])
+            for fewer_parts, parts in pairwise([0, *self._part_sizes])
+            if fewest <= tokens <= _WARM_PREFILLS[1] and fewer_parts < tokens
         ]
         for shape in shapes:
             self._run(("model", *shape), partial(self._run_model, *shape))
