@@ -102,6 +102,8 @@ class Bench:
         yield Row("gap: 64 streams while 8000 tokens arrive", self._gap)
         yield Row("prefix: 256 x 2000 in, 90% shared, 64 out", self._prefix)
         yield Row("long: 8 x 32000 in, 256 out", self._long)
+        if not torch.cuda.is_available():
+            return
         yield Row("fp8: mixed, 8-bit weights", lambda: self._fp8(quantization="fp8"))
         yield Row("fp8: mixed, 8-bit weights and cache", lambda: self._fp8(quantization="fp8", kv_cache_dtype="fp8"))
         yield Row("deterministic: 256 alone and together, 64 out", self._deterministic)

@@ -39,6 +39,9 @@ TARGETS = {
     "startup": Target("s", 30, 20, False, is_ratio=False),
     "gap: 64 streams while 8000 tokens arrive": Target("ratio", 3, 3, False, is_ratio=False),
     "prefix: 256 x 2000 in, 90% shared, 64 out": Target("ratio", 2.5, 2.5, True, is_ratio=False),
+    "fp8: mixed, 8-bit weights": Target("ratio", 1.35, 1.35, True, is_ratio=False),
+    "fp8: mixed, 8-bit weights and cache": Target("ratio", 1.35, 1.35, True, is_ratio=False),
+    "deterministic: 256 alone and together, 64 out": Target("ratio", 1.3, 1.3, False, is_ratio=False),
 }
 _SMALL_MODELS = ("qwen3-0.6b",)
 

@@ -1,8 +1,15 @@
 """One Ray cluster for the session, with the demo model on two CPU replicas behind one router, reached over HTTP."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+# Where there is no GPU, kernels run in Triton's interpreter, which must be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from live_server import APP_NAME, ROOT, Server, free_port, wait_until_ready
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from llm.kernels.activation import silu_mul
 from llm.kernels.launch import launch_options, wait_for_inputs
-from llm.kernels.quantization import quantize_rows
+from llm.kernels.quantization import eight_bit_product
 
 MAX_FEW_ROWS = 64
 _OUTPUTS, _TILE_K = 64, 128
@@ -31,10 +31,9 @@ _GOOD_PROGRAMS, _GOOD_TILES = 80, 8
 """The same where sums are long enough for another cut to pay."""
 _MANY_BLOCKS = 264
 """From here on several programs wait for each multiprocessor: two at once with fewer stages beat one with more."""
+_LARGE_WEIGHT = 1 << 24
+"""Numbers of a weight from which on a tile has 32 rows at least."""
 _SINGLE_OUTPUTS = 4
-USE_FAST_ACCUM = True
-"""Whether 8-bit products of many rows are summed up in the tensor cores' own, shorter numbers: twice as fast."""
-
 _MULTIPROCESSORS = 132
 """Of the chip that the rules for deterministic products are made for. A constant: on every chip sums are cut alike."""
 _LEAST_ROWS, _MOST_ROWS = 16, 256
@@ -87,11 +86,7 @@ class Linear:
             return output
         if scales is None:
             return torch.nn.functional.linear(x, weight, bias)
-        quantized, row_scales = quantize_rows(x)
-        return torch._scaled_mm(
-            quantized, weight.t(), row_scales, scales.view(1, -1), bias,
-            out_dtype=x.dtype, use_fast_accum=USE_FAST_ACCUM,
-        )  # fmt: skip
+        return eight_bit_product(x, weight, scales, bias)
 
     def swiglu(
         self,
@@ -140,11 +135,13 @@ class Linear:
             return
         num_blocks = num_outputs // _OUTPUTS
         num_splits = _num_splits(num_blocks, num_inputs // _TILE_K)
+        # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
+        rows = max(16 if swiglu or weight.numel() < _LARGE_WEIGHT else 32, triton.next_power_of_2(num_rows))
         has_fewer_stages = swiglu or num_splits > 2 or num_blocks >= _MANY_BLOCKS
         _tile[(1, num_blocks, num_splits)](
             x, weight, _or(scales, output), _or(bias, output), output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, num_inputs // num_splits,
-            ROWS=max(16, triton.next_power_of_2(num_rows)), OUTPUTS=_OUTPUTS, TILE_K=_TILE_K, NUM_PARTS=num_splits,
+            ROWS=rows, OUTPUTS=_OUTPUTS, TILE_K=_TILE_K, NUM_PARTS=num_splits,
             IS_SHARED=num_splits > 1, SWIGLU=swiglu, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None,
             IS_EVEN=True, CAN_PREFETCH=self._device.type == "cuda", num_warps=4,
             num_stages=4 if has_fewer_stages else 5, **options,

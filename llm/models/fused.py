@@ -79,7 +79,9 @@ class FusedDecoder:
         self._decode_items = {
             window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in set(self._windows)
         }
-        self._prefill_scratch = None if deterministic else PrefillScratch(config.num_heads, config.head_size, device)
+        self._prefill_scratch = None
+        if not deterministic:
+            self._prefill_scratch = PrefillScratch(config.num_heads, config.kv_heads, config.head_size, device)
         self._min_prefill_len = 1 if deterministic else 2
         block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads)
         self._prefill_items = WorkItems.allocate(

@@ -1,14 +1,9 @@
 """What all unit tests share."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-# Where there is no GPU, kernels run in Triton's interpreter, which must be asked for before Triton is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

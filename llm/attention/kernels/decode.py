@@ -13,7 +13,7 @@ from llm.kernels.launch import launch_options, wait_for_inputs
 
 _LOG2_E = 1.4426950408889634
 _BLOCK_TOKENS = 64
-_NUM_WARPS, _NUM_STAGES = 4, 3
+_NUM_WARPS, _NUM_WARPS_8_BITS, _NUM_STAGES = 4, 2, 3
 
 
 class PagedDecode:
@@ -61,7 +61,8 @@ class PagedDecode:
             NUM_KV_HEADS=self._num_kv_heads, GROUP=group_size, GROUP_BLOCK=max(16, triton.next_power_of_2(group_size)),
             HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=kv_pages.shape[2],
             BLOCK=_BLOCK_TOKENS, INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
-            num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **options,
+            num_warps=_NUM_WARPS_8_BITS if kv_pages.dtype.itemsize == 1 else _NUM_WARPS, num_stages=_NUM_STAGES,
+            **options,
         )  # fmt: skip
         _merge_chunks[(len(parts), self._num_kv_heads)](
             parts.query_starts, parts.query_lens, parts.context_lens, items.first_items, items.summary,

@@ -17,8 +17,8 @@ _TILE_ROWS, _MANY_TOKENS_TILE_ROWS = 64, 128
 _MANY_TOKENS = 2048
 _BLOCK_TOKENS = 64
 _NUM_WARPS, _NUM_STAGES = 4, 3
-_MOST_SPLITS, _MOST_SPLIT_TOKENS = 4, 512
-"""Programs that share the context of a tile at most, and tokens of a step up to which they do."""
+_MOST_SPLITS, _FEW_TILES = 4, 200
+"""Programs that share a tile's context at most, and tiles up to which they do: more fill the chip by themselves."""
 _MIN_SPLIT_BLOCKS = 8
 """Blocks of the context that each of them is left with at least."""
 
@@ -27,13 +27,15 @@ class PrefillScratch:
     """What programs that share a tile's context hand on to the kernel that merges them.
 
     Args:
-        num_heads, head_dim: shape of the model's attention.
+        num_heads, num_kv_heads, head_dim: shape of the model's attention.
         device: of everything.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, device: torch.device) -> None:
-        self.partial = torch.empty(_MOST_SPLITS, _MOST_SPLIT_TOKENS, num_heads, head_dim, device=device)
-        self.partial_lse = torch.empty(_MOST_SPLITS, _MOST_SPLIT_TOKENS, num_heads, device=device)
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.max_tokens = _FEW_TILES * prefill_block_tokens(num_heads, num_kv_heads) // num_kv_heads
+        """Of steps in which tiles are few."""
+        self.partial = torch.empty(_MOST_SPLITS, self.max_tokens, num_heads, head_dim, device=device)
+        self.partial_lse = torch.empty(_MOST_SPLITS, self.max_tokens, num_heads, device=device)
 
 
 def prefill_block_tokens(num_heads: int, num_kv_heads: int, num_tokens: int = 0) -> int:
@@ -77,7 +79,7 @@ def paged_prefill(
     group_size = num_heads // num_kv_heads
     block_tokens = prefill_block_tokens(num_heads, num_kv_heads, 0 if deterministic else num_tokens)
     num_items = num_prefill_items(num_tokens, len(parts), block_tokens, 1 if deterministic else 2)
-    num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= _MOST_SPLIT_TOKENS else 1
+    num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= scratch.max_tokens else 1
     partial, partial_lse = (output, output) if scratch is None else (scratch.partial, scratch.partial_lse)
     shape = {
         "NUM_KV_HEADS": num_kv_heads, "GROUP": group_size, "GROUP_BLOCK": triton.next_power_of_2(group_size),

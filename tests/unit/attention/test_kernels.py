@@ -109,7 +109,7 @@ def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_sp
     scratch = None
     if is_split:
         monkeypatch.setattr("llm.attention.kernels.prefill._MIN_SPLIT_BLOCKS", 1)
-        scratch = PrefillScratch(num_heads, head_dim, torch.device(DEVICE))
+        scratch = PrefillScratch(num_heads, num_kv_heads, head_dim, torch.device(DEVICE))
         scratch.partial.fill_(torch.nan)
         scratch.partial_lse.fill_(torch.nan)
     paged_prefill(query, kv_pages, tables, parts, items, window, output, scratch)
