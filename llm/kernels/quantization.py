@@ -58,17 +58,18 @@ def eight_bit_product(
     """
     quantized, row_scales = quantize_rows(x)
     num_rows, num_outputs = len(x), len(weight)
-    multiply = partial(
-        torch._scaled_mm, quantized, weight.t(), out_dtype=x.dtype, use_fast_accum=USE_FAST_ACCUM
-    )  # fmt: skip
-    if x.dtype != torch.bfloat16 or num_rows > _SCALED_APART_ROWS or num_outputs > _SCALED_APART_OUTPUTS:
-        return multiply(scale_a=row_scales, scale_b=scales.view(1, -1), bias=bias)
-    product = multiply(scale_a=_one(x.device), scale_b=_one(x.device))  # bfloat16 holds sums of any size
+    multiply = partial(torch._scaled_mm, quantized, weight.t(), use_fast_accum=USE_FAST_ACCUM)
+    if num_rows > _SCALED_APART_ROWS or num_outputs > _SCALED_APART_OUTPUTS:
+        return multiply(scale_a=row_scales, scale_b=scales.view(1, -1), bias=bias, out_dtype=x.dtype)
+    # Before they are scaled, sums are too large for float16.
+    wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    product = multiply(scale_a=_one(x.device), scale_b=_one(x.device), out_dtype=wide)
+    output = product if wide == x.dtype else torch.empty(product.shape, dtype=x.dtype, device=x.device)
     _scale_product[(triton.cdiv(num_outputs, _SCALE_BLOCK), num_rows)](
-        product, row_scales, scales, scales if bias is None else bias, num_outputs, BLOCK=_SCALE_BLOCK,
+        product, row_scales, scales, scales if bias is None else bias, output, num_outputs, BLOCK=_SCALE_BLOCK,
         HAS_BIAS=bias is not None, num_warps=4, **launch_options(x.device),
     )  # fmt: skip
-    return product
+    return output
 
 
 @cache
@@ -101,9 +102,10 @@ def _quantize_rows(x, quantized, scales, num_inputs, BLOCK: tl.constexpr, SMALLE
 
 @triton.jit
 def _scale_product(
-    product, row_scales, scales, bias, num_outputs, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr
+    product, row_scales, scales, bias, output, num_outputs,
+    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, row)."""
+    """Program (block, row): the product times its scales, and the bias added."""
     out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     mask = out < num_outputs
@@ -113,4 +115,4 @@ def _scale_product(
     result = tl.load(product + row * num_outputs + out, mask=mask, other=0.0).to(tl.float32) * scale
     if HAS_BIAS:
         result += tl.load(bias + out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(product + row * num_outputs + out, result.to(product.dtype.element_ty), mask=mask)
+    tl.store(output + row * num_outputs + out, result.to(output.dtype.element_ty), mask=mask)

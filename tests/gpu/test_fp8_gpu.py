@@ -73,7 +73,7 @@ def test_many_rows_are_near(shape):
     lens = [300, 700, 1500]
     ours = logprobs(create_model(shape), lens, quantization="fp8")
     expected = logprobs(create_model(shape, is_rounded=True), lens, "reference")
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0.2)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.3)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -81,7 +81,7 @@ def test_keys_and_values_in_8_bits_are_near(shape):
     lens = [1, 16, 100, 700, 1500]
     ours = logprobs(create_model(shape), lens, kv_cache_dtype="fp8")
     expected = logprobs(create_model(shape), lens, "reference")
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.2)
 
 
 def test_pool_holds_twice_the_tokens():

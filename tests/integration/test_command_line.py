@@ -3,12 +3,12 @@
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import httpx
 import pytest
 from live_server import ROOT, free_port
 
@@ -51,5 +51,7 @@ def test_serve_chat_status(tmp_path: Path):
         assert "serving" in table.stdout
         assert table.returncode == 0
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(timeout=60)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")

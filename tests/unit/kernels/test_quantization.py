@@ -60,7 +60,7 @@ def test_quantized_rows_are_near_the_rows(size):
     assert not back[3].any()
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65, 513])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES, ids=SHAPE_IDS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_of_8_bit_weights(num_rows, num_outputs, num_inputs, has_bias):
