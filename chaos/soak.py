@@ -24,7 +24,8 @@ _BAD_BODIES = (
     b'{"model": "demo", "prompt": [9999999]}', b'{"model": "demo", "messages": []}', b"\xff\xfe",
 )  # fmt: skip
 _SAMPLE_INTERVAL_S = 10
-_WARM_UP = 0.25
+_WARM_UP, _LAST_PART = 0.25, 0.67
+"""Shares of the run before memory is looked at: for the verdict, and to see whether growth ends."""
 
 
 async def soak(front_end: str, minutes: float) -> bool:
@@ -45,11 +46,14 @@ async def soak(front_end: str, minutes: float) -> bool:
         await asyncio.gather(*tasks)
         await fleet.wait_until_idle(clients)
         is_same = fleet.replica_pids() == pids["replica"] and fleet.router_pids() == pids["router"]
-    slopes = {}
+    slopes, ends = {}, {}
     for name, group in pids.items():
-        slopes[name] = max(_slope_mb_per_h(samples[pid]) for pid in group)
+        slopes[name] = max(_slope_mb_per_h(samples[pid], _WARM_UP) for pid in group)
+        ends[name] = max(_slope_mb_per_h(samples[pid], _LAST_PART) for pid in group)
     is_ok = is_same and counts["wrong"] == 0 and all(slope < 1 for slope in slopes.values())
-    growth = ", ".join(f"{name} {slope:+.2f} MB/h" for name, slope in slopes.items())
+    growth = ", ".join(
+        f"{name} {slope:+.2f} MB/h ({ends[name]:+.2f} in the last third)" for name, slope in slopes.items()
+    )
     print(
         f"F12  {'ok    ' if is_ok else 'FAILED'} {minutes:g} min: {counts['whole']:,} streams whole, "
         f"{counts['left']:,} clients left, {counts['refused']:,} bad inputs refused, {counts['wrong']} answered wrongly"
@@ -83,9 +87,13 @@ def _resident_mb(pid: int) -> float:
     return 0.0
 
 
-def _slope_mb_per_h(samples: list[tuple[float, float]]) -> float:
-    """Median of the slopes between all pairs of samples after warm-up (Theil-Sen), which single jumps do not move."""
-    kept = samples[int(_WARM_UP * len(samples)) :]
+def _slope_mb_per_h(samples: list[tuple[float, float]], skipped: float) -> float:
+    """Median of the slopes between all pairs of samples (Theil-Sen), which single jumps do not move.
+
+    Args:
+        skipped: share of the samples, at the beginning, that do not count.
+    """
+    kept = samples[int(skipped * len(samples)) :]
     slopes = [
         3600 * (later[1] - sooner[1]) / (later[0] - sooner[0])
         for i, sooner in enumerate(kept)

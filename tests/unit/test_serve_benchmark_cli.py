@@ -191,8 +191,10 @@ class TestCommandLine:
             command = [sys.executable, "-m", "benchmarks.serve", "run", "--url", server.url, "--model", "m", "--out",
                        str(out), "--concurrency", "2", "--num-requests", "5000", "--processes", "2"]  # fmt: skip
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT
-            )
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT,
+                # What a shell starts in the background ignores Ctrl-C, this test run perhaps, and so do its children.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )  # fmt: skip
             deadline = time.monotonic() + 60
             while len(server.seen) < 20 and time.monotonic() < deadline:
                 time.sleep(0.05)
