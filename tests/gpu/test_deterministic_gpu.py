@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from known_shapes import SHAPES
 
 from llm.config import EngineConfig
 from llm.kernels.linear import Linear
@@ -12,16 +13,6 @@ from llm.serving.schemas import GenerationRequest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-SHAPES = {
-    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8},
-    "qwen3-0.6b": {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128,
-        "qk_norm": True, "tie_embeddings": True,
-    },
-    "mistral with a window": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8, "window_size": 256,
-    },
-}  # fmt: skip
 CONFIGS = {"bf16": {}, "fp8": {"quantization": "fp8", "kv_cache_dtype": "fp8"}}
 
 
@@ -51,15 +42,15 @@ def create_requests(num: int, num_tokens: int) -> list[GenerationRequest]:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-0.6b", "mistral with a window"])
 def test_tokens_do_not_depend_on_the_batch(shape, config):
     """Together, few at a time, one at a time, in chunks, and through a pool so small that sequences are preempted."""
     requests = create_requests(96, 24)
-    together = generate(shape, requests, **config)
-    assert generate(shape, requests, max_batch_size=5, **config) == together
-    assert generate(shape, requests[:16], max_batch_size=1, **config) == together[:16]
-    assert generate(shape, requests, max_tokens_per_step=300, **config) == together
-    assert generate(shape, requests, num_pages=220, enable_prefix_caching=False, **config) == together
+    together = generate(SHAPES[shape], requests, **config)
+    assert generate(SHAPES[shape], requests, max_batch_size=5, **config) == together
+    assert generate(SHAPES[shape], requests[:16], max_batch_size=1, **config) == together[:16]
+    assert generate(SHAPES[shape], requests, max_tokens_per_step=300, **config) == together
+    assert generate(SHAPES[shape], requests, num_pages=220, enable_prefix_caching=False, **config) == together
 
 
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["bf16", "fp8"])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from known_shapes import SHAPES
 
 from llm.config import EngineConfig
 from llm.kernels.quantization import quantize_weight
@@ -15,17 +16,7 @@ from llm.tokenization.hf_tokenizer import HFTokenizer
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo"
-SHAPES = {
-    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8},
-    "qwen3-0.6b": {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128,
-        "qk_norm": True,
-    },
-    "qwen2.5-14b": {
-        "hidden_size": 5120, "intermediate_size": 13824, "num_heads": 40, "num_kv_heads": 8, "attention_bias": True,
-    },
-    "window": {"hidden_size": 2048, "num_heads": 16, "num_kv_heads": 4, "window_size": 256},
-}  # fmt: skip
+NAMES = ["llama-3.1-8b", "qwen3-0.6b", "qwen2.5-14b", "mistral with a window"]
 
 
 def create_model(shape: dict, *, is_rounded: bool = False) -> DecoderModel:
@@ -58,29 +49,29 @@ def logprobs(model: DecoderModel, lens: list[int], backend: str | None = None, *
     return torch.tensor([result.logprobs[0].logprob for result in results])
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", NAMES)
 def test_few_rows_are_exact(shape):
     """Up to 64 tokens a step our kernels widen the weights: nothing but their own rounding is lost."""
     lens = [1, 2, 16, 30]
-    ours = logprobs(create_model(shape), lens, quantization="fp8", max_tokens_per_step=64)
-    expected = logprobs(create_model(shape, is_rounded=True), lens, "reference")
+    ours = logprobs(create_model(SHAPES[shape]), lens, quantization="fp8", max_tokens_per_step=64)
+    expected = logprobs(create_model(SHAPES[shape], is_rounded=True), lens, "reference")
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.04)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", NAMES)
 def test_many_rows_are_near(shape):
     """Past that the activations are rounded to 8 bits too, a scale for each token."""
     lens = [300, 700, 1500]
-    ours = logprobs(create_model(shape), lens, quantization="fp8")
-    expected = logprobs(create_model(shape, is_rounded=True), lens, "reference")
+    ours = logprobs(create_model(SHAPES[shape]), lens, quantization="fp8")
+    expected = logprobs(create_model(SHAPES[shape], is_rounded=True), lens, "reference")
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.3)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", NAMES)
 def test_keys_and_values_in_8_bits_are_near(shape):
     lens = [1, 16, 100, 700, 1500]
-    ours = logprobs(create_model(shape), lens, kv_cache_dtype="fp8")
-    expected = logprobs(create_model(shape), lens, "reference")
+    ours = logprobs(create_model(SHAPES[shape]), lens, kv_cache_dtype="fp8")
+    expected = logprobs(create_model(SHAPES[shape]), lens, "reference")
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.2)
 
 
