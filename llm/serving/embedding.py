@@ -32,7 +32,6 @@ class Embedding:
         self._model = model
         self._chunks = list(torch.split(torch.tensor(token_ids, device=model.device), chunk_len))
         self._pooling = pooling
-        self._num_tokens = len(token_ids)
         self._caches = model.make_kv_caches(1, len(token_ids)) if len(self._chunks) > 1 else None
         self._start = 0
         self._sum = torch.zeros(model.hidden_size, dtype=torch.float32, device=model.device)
