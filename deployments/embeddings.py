@@ -1,7 +1,6 @@
 """Embeddings: each input goes to a replica of its own choice, and elsewhere if that is lost."""
 
 import asyncio
-import contextvars
 from collections.abc import Sequence
 
 from deployments.engine_client import EngineClient
@@ -33,9 +32,7 @@ async def embed_all(
             return await _embed(client, fleet, EmbedCall(token_ids, pooling), max_retries)
 
     async with asyncio.TaskGroup() as group:
-        # Outside the HTTP request's context: Ray Serve would give all calls that request's id, by which it finds them
-        # again while they wait for a replica, and would lose all but one of those that wait at once.
-        tasks = [group.create_task(embed(token_ids), context=contextvars.Context()) for token_ids in inputs]
+        tasks = [group.create_task(embed(token_ids)) for token_ids in inputs]
     return [task.result() for task in tasks]
 
 

@@ -1,6 +1,7 @@
 """How a router reaches the engine replicas."""
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -113,7 +114,10 @@ class ServeEngineClient:
         import grpc  # type: ignore[import-untyped]
         from ray.exceptions import RayActorError
 
-        response = method.remote(*args)
+        # Outside the HTTP request's context. In it Ray Serve would give all calls that request's id, by which it finds
+        # those that wait for a replica, and lose all but one of those that wait at once; and cancel them itself when
+        # the client leaves, which looks like a lost replica.
+        response = contextvars.Context().run(method.remote, *args)
         try:
             return await response
         except asyncio.CancelledError:

@@ -1,7 +1,6 @@
 """One request on its way through the engines, and the group of those that answer one HTTP request."""
 
 import asyncio
-import contextvars
 import logging
 import time
 from collections.abc import Sequence
@@ -117,12 +116,9 @@ class Generation:
 
     def start(self, journal: "Journal") -> None:
         """Send it to a replica, once one has room."""
-        # Outside the HTTP request's context: Ray Serve would tie the calls to it and cancel them itself when the client
-        # leaves, which looks like a lost replica.
-        context = contextvars.Context()
         if not self.group.shares_prompt(self):
             self._ticket = journal.claim(self)  # now, so that what is admitted next counts it
-        self._task = asyncio.get_running_loop().create_task(self._drive(journal), context=context)
+        self._task = asyncio.get_running_loop().create_task(self._drive(journal))
         self._task.add_done_callback(lambda _: self._end(journal))
 
     def cancel(self) -> None:
