@@ -1,6 +1,7 @@
 """Run faults against a fleet on this machine and print what came of each.
 
 python -m chaos [F1 F5 …] [--list] [--json FILE]
+python -m chaos F1-GPU      needs two GPUs
 """
 
 import argparse
@@ -28,40 +29,44 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F10": [nodes.f10_nodes_removed],
     "F11": [faults.f11_control_plane],
 }
+GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {"F1-GPU": [faults.f1_kill_on_gpus]}
+"""Run only where they are named."""
+_NUM_GPUS = 2
 
 
 def main() -> None:
     """Parse the command line, run the faults, exit with 1 if one did what it must not."""
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="F1", help="faults to run; all, if none is named")
+    parser.add_argument("names", nargs="*", metavar="F1", help="faults to run; all that need no GPU, if none is named")
     parser.add_argument("--list", action="store_true", help="list the faults")
     parser.add_argument("--json", type=Path, help="append one JSON line a fault to this file")
     options = parser.parse_args()
+    known = {**FAULTS, **GPU_FAULTS}
     if options.list:
-        for name, functions in FAULTS.items():
-            print(f"{name:4} {' '.join((functions[0].__doc__ or '').split())}")
+        for name, functions in known.items():
+            print(f"{name:6} {' '.join((functions[0].__doc__ or '').split())}")
         return
-    unknown = [name for name in options.names if name not in FAULTS]
+    unknown = [name for name in options.names if name not in known]
     if unknown:
-        parser.error(f"no such fault: {', '.join(unknown)}; there are {', '.join(FAULTS)}")
+        parser.error(f"no such fault: {', '.join(unknown)}; there are {', '.join(known)}")
     logging.disable(logging.WARNING)
     names = options.names or list(FAULTS)
-    with cluster() as front_end:
-        results = [_run(name, function, front_end, options.json) for name in names for function in FAULTS[name]]
+    with cluster(_NUM_GPUS if any(name in GPU_FAULTS for name in names) else 0) as front_end:
+        results = [_run(name, function, front_end, options.json) for name in names for function in known[name]]
     sys.exit(0 if all(results) else 1)
 
 
 def _run(name: str, function: Callable[[str], Awaitable[Outcome]], front_end: str, path: Path | None) -> bool:
     """Run one fault and print its line."""
     started = time.monotonic()
-    print(f"{name:4} …", end="", flush=True, file=sys.stderr)
+    print(f"{name:6} …", end="", flush=True, file=sys.stderr)
     try:
         outcome = asyncio.run(function(front_end))  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - one fault that cannot be tried does not keep the others from it
         outcome = Outcome(f"{type(error).__name__}: {error}", False)
     seconds = time.monotonic() - started
     print("\r", end="", file=sys.stderr)
-    print(f"{name:4} {'ok    ' if outcome.is_ok else 'FAILED'} {outcome.figure} [{seconds:.0f} s]", flush=True)
+    print(f"{name:6} {'ok    ' if outcome.is_ok else 'FAILED'} {outcome.figure} [{seconds:.0f} s]", flush=True)
     if path is not None:
         row = {"fault": name, "function": function.__name__, "ok": outcome.is_ok, "figure": outcome.figure}
         with path.open("a") as file:

@@ -69,6 +69,28 @@ async def f1_kill_demo(front_end: str) -> Outcome:
         return Outcome(f"{text}; {moved} moved", is_whole, moved > 0, expected.endswith("149 150"))
 
 
+async def f1_kill_on_gpus(front_end: str, device: str = "cuda", num_kills: int = 3) -> Outcome:
+    """SIGKILL one of two GPU replicas with 64 streams of the demo model open, again and again: greedy text is identical."""
+    args = emulated(2, engine_kind="torch", device=device, engine={"max_batch_size": 64, "num_pages": 8192})
+    args["replicas"]["num_gpus"] = 1
+    prompts = [f"Count from 1 to {n}." for n in (110, 120, 130, 140, 150)]
+    async with running(front_end, "f1gpu", args) as (fleet, clients):
+        texts = {prompt: (await clients.ask(prompt, 1000, chat=True)).text for prompt in prompts}
+        is_over = False
+        asking = asyncio.create_task(clients.keep_asking(prompts, 1000, 64, lambda: is_over, chat=True))
+        for _ in range(num_kills):
+            await asyncio.sleep(1)
+            fleet.hurt_one(signal.SIGKILL)
+            await fleet.wait_for(clients, lambda stats: num_serving(stats) < 2, 10, "the death is noticed")
+            await fleet.wait_until_serving(clients, 2)
+        is_over = True
+        stories = await asking
+        moved = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
+        text, is_whole = summary(stories, texts)
+        is_right = all(text.endswith(prompt.split()[-1].rstrip(".")) for prompt, text in texts.items())
+        return Outcome(f"{num_kills} kills: {text}; {moved} moved", is_whole, moved > 0, is_right)
+
+
 async def f2_nobody_left(front_end: str) -> Outcome:
     """The only replica dies with failover off, then with failover on and nobody to go to."""
     figures, checks = [], []
