@@ -14,17 +14,16 @@ if TYPE_CHECKING:
 _KINDS = {
     "attention": ("_paged_decode", "_merge_chunks", "_paged_prefill", "_plan_work"),
     "matrix products": (
-        "_few_rows",
-        "_single_row",
+        "tile_product",
+        "single_row_product",
         "nvjet",
         "gemm",
         "cutlass",
         "xmma",
         "splitk",
         "scaled_mm",
-        "_fixed",
     ),
-    "norm, rope, activation, embedding": ("_add_rms_norm", "_rope_and_store", "_silu_mul", "_embed_tokens", "quantize"),
+    "norm, rope, activation, embedding": ("_rms_norm", "_rope_and_store", "_silu_mul", "_embed_tokens", "quantize"),
     "sampling": ("_prepare", "_best_of"),
 }
 _NUM_STEPS = 20

@@ -5,10 +5,14 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
-import openai
+
+if TYPE_CHECKING:
+    import openai
 
 ROOT = Path(__file__).parents[1]
 APP_NAME = f"rayline-test-{os.getpid()}"
@@ -30,7 +34,13 @@ class Server:
 
     def __post_init__(self) -> None:
         self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+
+    @cached_property
+    def openai(self) -> "openai.OpenAI":
+        """A client of OpenAI's; made when asked for, so that tests of the engine alone do not need the package."""
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
 
     def stats(self) -> dict:
         return self.http.get("/rayline/stats").json()

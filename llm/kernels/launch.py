@@ -20,6 +20,16 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+def num_warps(block: int) -> int:
+    """Of a program that reads `block` numbers at once: 16 a thread, two loads of 16 bytes."""
+    return min(max(block // 512, 1), 16)
+
+
+def triton_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a format that models compute in."""
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Keyword arguments for a launch on `device`: programmatic dependent launch where the chip has it (Hopper on)."""

@@ -7,21 +7,26 @@ docs/decisions/0006): nothing to tune at start, and the same rows always take th
 Weights may be 8-bit floats (E4M3, Micikevicius et al. 2022, arXiv:2209.05433) with a scale for each output: our kernels
 widen them to the activations' format, the vendor's library multiplies them with activations made 8 bits wide too.
 
+What stands before and behind a product is done in passing where that is possible: a single row is normalised as it is
+read, our kernels and the library add to the residual stream themselves, norms and activations round to 8 bits.
+
 Where results must not depend on the batch (He et al. 2025, "Defeating Nondeterminism in LLM Inference"), our kernels
 take every product. There the weight's shape alone says how each sum is cut; the number of rows says only how much of it
 one program does.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from llm.kernels.activation import silu_mul
-from llm.kernels.launch import launch_options, wait_for_inputs
-from llm.kernels.quantization import eight_bit_product
+from llm.kernels.few_rows import single_row_product, tile_product
+from llm.kernels.launch import launch_options
+from llm.kernels.norm import Norm, ResidualStream, rms_norm
+from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
 
 MAX_FEW_ROWS = 64
 _OUTPUTS, _TILE_K = 64, 128
@@ -45,6 +50,25 @@ _ROW_BLOCKS_IN_TURN = 4
 """So many blocks of rows come one after another for the same weights, which the second-level cache then still has."""
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Of a product y = x Wᵀ + bias.
+
+    Attributes:
+        weight: (out, in), contiguous.
+        bias: (out,), or None for none.
+        scales: (out,) float32, what the rows of 8-bit weights are multiplied by; None for other weights. With them `in`
+            and `out` are multiples of 16.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+
 class Linear:
     """Products on one device, with their scratch memory. Not thread-safe, like the stream it runs on.
 
@@ -66,106 +90,138 @@ class Linear:
         self._partial = torch.empty(num_partial, device=device)
         self._arrivals = torch.zeros(num_arrivals, dtype=torch.int32, device=device)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        scales: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """x (rows, in) and weight (out, in), both contiguous, give (rows, out).
+    def __call__(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor | ScaledProduct:
+        """x (rows, in), contiguous, gives (rows, out): a `ScaledProduct` where the library multiplies 8-bit weights."""
+        if isinstance(x, EightBitRows):
+            assert weights.scales is not None, "rows are made narrow for 8-bit weights"
+            return eight_bit_product(x, weights.weight, weights.scales, weights.bias)
+        if self._is_narrow(x, weights):
+            return self(quantize_rows(x), weights)
+        if self._deterministic or self._is_few(x, weights, len(weights)):
+            return self._own(x, weights, x.new_empty(len(x), len(weights)))
+        return torch.nn.functional.linear(x, weights.weight, weights.bias)
 
-        `scales` (out,) float32 come with weights of 8 bits and multiply their rows. For these `in` and `out` are
-        multiples of 16.
-        """
-        if self._deterministic:
-            return self._fixed(x, weight, bias, scales)
-        if self._is_few(x, weight, len(weight)):
-            output = x.new_empty(len(x), len(weight))
-            self._few(x, weight, bias, scales, output, swiglu=False)
-            return output
-        if scales is None:
-            return torch.nn.functional.linear(x, weight, bias)
-        return eight_bit_product(x, weight, scales, bias)
+    def of_norm(self, stream: ResidualStream, norm: Norm, weights: Weights) -> torch.Tensor | ScaledProduct:
+        """The product of the stream's norm."""
+        if self._is_single(stream, weights, len(weights)):
+            return self._single(stream.total, weights, stream.total.new_empty(1, len(weights)), norm=norm)
+        return self(self._normed(stream, norm, weights), weights)
 
-    def swiglu(
-        self,
-        x: torch.Tensor,
-        gate_up: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        scales: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """silu(x Wgᵀ) * (x Wuᵀ), (rows, size), for `gate_up` (2 size, in): the rows of Wg, then those of Wu."""
-        size = len(gate_up) // 2
-        output = x.new_empty(len(x), size)
-        if bias is None and self._is_few(x, gate_up, size):
-            self._few(x, gate_up, None, scales, output, swiglu=True)
+    def add(self, stream: ResidualStream, x: torch.Tensor | EightBitRows, weights: Weights) -> None:
+        """Add the product of x, (rows, in), to the stream."""
+        total = stream.total
+        if isinstance(x, EightBitRows) or self._is_narrow(x, weights):
+            product = self(x, weights)
+            assert isinstance(product, ScaledProduct), "8-bit rows give one"
+            stream.pending = product
+        elif self._deterministic or self._is_few(x, weights, len(weights)):
+            self._own(x, weights, total, adds=True)
         else:
-            silu_mul(self(x, gate_up, bias, scales), output)
+            total.addmm_(x, weights.weight.t())
+            if weights.bias is not None:
+                total += weights.bias
+
+    def mlp(self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights) -> None:
+        """Add (silu(x Wgᵀ) * (x Wuᵀ)) Wdᵀ to the stream, where x is its norm; `gate_up` is Wg's rows, then Wu's."""
+        self.add(stream, self._activated(stream, norm, gate_up, down), down)
+
+    def _activated(
+        self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights
+    ) -> torch.Tensor | EightBitRows:
+        """What `mlp` multiplies with `down`, (rows, size)."""
+        total, size = stream.total, len(gate_up) // 2
+        if gate_up.bias is None and self._is_single(stream, gate_up, size):
+            return self._single(total, gate_up, total.new_empty(1, size), norm=norm, swiglu=True)
+        x = self._normed(stream, norm, gate_up)
+        if isinstance(x, torch.Tensor) and gate_up.bias is None and self._is_few(x, gate_up, size):
+            return self._few(x, gate_up, total.new_empty(len(total), size), swiglu=True)
+        output = self._new_rows(total, size, down)
+        silu_mul(self(x, gate_up), output)
         return output
 
-    def _is_few(self, x: torch.Tensor, weight: torch.Tensor, num_outputs: int) -> bool:
+    def _is_few(self, x: torch.Tensor, weights: Weights, num_outputs: int) -> bool:
         """Whether our kernels take this product: they have no masks for odd shapes, and no tensor cores for float32."""
         return (
             len(x) <= self._max_rows_few
             and x.dtype.itemsize == 2
             and num_outputs % _OUTPUTS == 0
-            and weight.shape[1] % _TILE_K == 0
+            and weights.weight.shape[1] % _TILE_K == 0
         )
 
+    def _is_single(self, stream: ResidualStream, weights: Weights, num_outputs: int) -> bool:
+        total = stream.total
+        return len(total) == 1 and stream.pending is None and self._is_few(total, weights, num_outputs)
+
+    def _is_narrow(self, x: torch.Tensor, weights: Weights) -> bool:
+        """Whether the library multiplies 8-bit weights with these rows made narrow too."""
+        return weights.scales is not None and not self._deterministic and not self._is_few(x, weights, len(weights))
+
+    def _new_rows(self, like: torch.Tensor, num_columns: int, weights: Weights) -> torch.Tensor | EightBitRows:
+        """Room for as many rows as `like` has, of the kind that the product with `weights` takes."""
+        if self._is_narrow(like, weights):
+            return EightBitRows.allocate(len(like), num_columns, like.device, like.dtype)
+        return like.new_empty(len(like), num_columns)
+
+    def _normed(self, stream: ResidualStream, norm: Norm, weights: Weights) -> torch.Tensor | EightBitRows:
+        output = self._new_rows(stream.total, stream.total.shape[1], weights)
+        rms_norm(stream, norm, output)
+        return output
+
+    def _own(self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, adds: bool = False) -> torch.Tensor:
+        """The product by our kernels, written or added to `output`, (rows, out)."""
+        if self._deterministic:
+            return self._fixed(x, weights, output, adds=adds)
+        return self._few(x, weights, output, adds=adds)
+
+    def _single(
+        self, x: torch.Tensor, weights: Weights, output: torch.Tensor,
+        *, norm: Norm | None = None, swiglu: bool = False, adds: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        num_outputs, num_inputs = output.shape[1], x.shape[1]
+        single_row_product[(num_outputs // _SINGLE_OUTPUTS,)](
+            x, None if norm is None else norm.weight, weights.weight, weights.scales, weights.bias, output,
+            num_outputs, num_inputs, 0.0 if norm is None else norm.eps,
+            OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), SWIGLU=swiglu, ADDS=adds,
+            num_warps=4, **launch_options(self._device),
+        )  # fmt: skip
+        return output
+
     def _few(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scales: torch.Tensor | None,
-        output: torch.Tensor,
-        *,
-        swiglu: bool,
-    ) -> None:
+        self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, swiglu: bool = False, adds: bool = False
+    ) -> torch.Tensor:
         num_rows, num_outputs = output.shape
-        num_inputs = weight.shape[1]
-        options = launch_options(self._device)
+        num_inputs = x.shape[1]
         if num_rows == 1:
-            _single_row[(num_outputs // _SINGLE_OUTPUTS,)](
-                x, weight, _or(scales, output), _or(bias, output), output, num_outputs, num_inputs,
-                OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), SWIGLU=swiglu,
-                HAS_SCALES=scales is not None, HAS_BIAS=bias is not None, num_warps=4, **options,
-            )  # fmt: skip
-            return
+            return self._single(x, weights, output, swiglu=swiglu, adds=adds)
         num_blocks = num_outputs // _OUTPUTS
         num_splits = _num_splits(num_blocks, num_inputs // _TILE_K)
         # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
-        rows = max(16 if swiglu or weight.numel() < _LARGE_WEIGHT else 32, triton.next_power_of_2(num_rows))
+        rows = max(16 if swiglu or weights.weight.numel() < _LARGE_WEIGHT else 32, triton.next_power_of_2(num_rows))
         has_fewer_stages = swiglu or num_splits > 2 or num_blocks >= _MANY_BLOCKS
-        _tile[(1, num_blocks, num_splits)](
-            x, weight, _or(scales, output), _or(bias, output), output, self._partial, self._arrivals, num_rows,
+        tile_product[(1, num_blocks, num_splits)](
+            x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, num_inputs // num_splits,
-            ROWS=rows, OUTPUTS=_OUTPUTS, TILE_K=_TILE_K, NUM_PARTS=num_splits,
-            IS_SHARED=num_splits > 1, SWIGLU=swiglu, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None,
-            IS_EVEN=True, CAN_PREFETCH=self._device.type == "cuda", num_warps=4,
-            num_stages=4 if has_fewer_stages else 5, **options,
+            ROWS=rows, OUTPUTS=_OUTPUTS, TILE_K=_TILE_K, NUM_PARTS=num_splits, IS_SHARED=num_splits > 1,
+            SWIGLU=swiglu, ADDS=adds, IS_EVEN=True, CAN_PREFETCH=self._device.type == "cuda", num_warps=4,
+            num_stages=4 if has_fewer_stages else 5, **launch_options(self._device),
         )  # fmt: skip
+        return output
 
-    def _fixed(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _fixed(self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, adds: bool) -> torch.Tensor:
         """The product with every sum in an order that depends on the weight's shape alone."""
         num_rows, num_inputs = x.shape
-        num_outputs = len(weight)
-        output = x.new_empty(num_rows, num_outputs)
+        num_outputs = len(weights)
         tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize)
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
         in_turn = min(num_row_blocks, _ROW_BLOCKS_IN_TURN)
         num_programs = triton.cdiv(num_row_blocks, in_turn) * (tile.num_parts if tile.is_shared else 1)
-        _tile[(in_turn, num_blocks, num_programs)](
-            x, weight, _or(scales, output), _or(bias, output), output, self._partial, self._arrivals, num_rows,
+        tile_product[(in_turn, num_blocks, num_programs)](
+            x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, triton.cdiv(num_inputs, tile.k) // tile.num_parts * tile.k,
             ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, NUM_PARTS=tile.num_parts, IS_SHARED=tile.is_shared,
-            SWIGLU=False, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None, IS_EVEN=is_even,
-            CAN_PREFETCH=is_even and self._device.type == "cuda", num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **launch_options(self._device),
+            SWIGLU=False, ADDS=adds, IS_EVEN=is_even, CAN_PREFETCH=is_even and self._device.type == "cuda",
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(self._device),
         )  # fmt: skip
         return output
 
@@ -209,11 +265,6 @@ def _fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int)
     return _Tile(rows, outputs, k, num_parts, is_shared, num_warps, num_stages)
 
 
-def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
-    """A kernel's argument; one that is None is not read, but some pointer has to be there."""
-    return stand_in if tensor is None else tensor
-
-
 def _num_splits(num_blocks: int, num_tiles: int) -> int:
     """How many programs share each sum of `num_tiles` tiles: a power of two."""
     num_splits = 1
@@ -225,161 +276,3 @@ def _num_splits(num_blocks: int, num_tiles: int) -> int:
             break
         num_splits *= 2
     return num_splits
-
-
-@triton.jit
-def _swiglu(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up, rounded where the unfused product and activation round."""
-    gate = gate.to(dtype).to(tl.float32)
-    silu = (gate / (1 + tl.exp(-gate))).to(dtype)
-    return silu * up.to(dtype)
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Ask for the 128-byte lines at `pointers` to be brought to the second-level cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], tl.int32, False, 1)
-
-
-@triton.jit
-def _sum_of_products(
-    x, gate_row, up_row, row, num_rows, num_inputs, begin, end,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr,
-):  # fmt: skip
-    """Weights times rows over the inputs from `begin` to `end`: (OUTPUTS, rows) float32, of gate and of up."""
-    k = tl.arange(0, TILE_K)
-    acc = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
-    up = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
-    for start in range(begin, end, TILE_K):
-        column = start + k
-        pointers = x + row[None, :] * num_inputs + column[:, None]
-        if IS_EVEN:
-            columns = tl.load(pointers, mask=row[None, :] < num_rows, other=0.0)
-            gate = tl.load(gate_row + column[None, :])
-        else:
-            exists = column < num_inputs
-            columns = tl.load(pointers, mask=(row[None, :] < num_rows) & exists[:, None], other=0.0)
-            gate = tl.load(gate_row + column[None, :], mask=exists[None, :], other=0.0)
-        acc = tl.dot(gate.to(columns.dtype), columns, acc, input_precision="ieee")
-        if SWIGLU:
-            up = tl.dot(tl.load(up_row + column[None, :]).to(columns.dtype), columns, up, input_precision="ieee")
-    return acc, up
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _tile(
-    x, weight, scales, bias, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, IS_SHARED: tl.constexpr,
-    SWIGLU: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_EVEN: tl.constexpr,
-    CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (block of rows in its turn, block of outputs, turn and part of the sum).
-
-    The weights are the left factor: a tensor-core product has at least 64 rows on its left, but as few as 8 columns on
-    its right. Where the sum's parts are shared out, the program that arrives last adds them up, always in the same
-    order; where not, each program adds up all parts in that order.
-    """
-    num_shares: tl.constexpr = NUM_PARTS if IS_SHARED else 1
-    row_block = tl.program_id(2) // num_shares * tl.num_programs(0) + tl.program_id(0)
-    block = tl.program_id(1)
-    part = tl.program_id(2) % num_shares
-    num_rows -= row_block * ROWS
-    if num_rows <= 0:
-        return
-    out = block * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.arange(0, ROWS)
-    begin = part * inputs_per_part
-    # Outputs past the last one read its weights, and are not written.
-    weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
-    gate_row = weight + weight_row[:, None].to(tl.int64) * num_inputs
-    up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
-    if CAN_PREFETCH:  # weights depend on nobody: fetch the first two tiles while the kernel before drains
-        line = begin + tl.arange(0, TILE_K // 32) * 64
-        _prefetch(gate_row + line[None, :])
-        if SWIGLU:
-            _prefetch(up_row + line[None, :])
-    wait_for_inputs(PDL)
-    x += row_block.to(tl.int64) * ROWS * num_inputs
-    if NUM_PARTS == 1 or IS_SHARED:
-        acc, up = _sum_of_products(
-            x, gate_row, up_row, row, num_rows, num_inputs, begin, begin + inputs_per_part,
-            OUTPUTS, TILE_K, SWIGLU, IS_EVEN,
-        )  # fmt: skip
-    else:
-        tl.static_assert(not SWIGLU)
-        acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
-        for other in range(NUM_PARTS):
-            start = other * inputs_per_part
-            share, up = _sum_of_products(
-                x, gate_row, up_row, row, num_rows, num_inputs, start, start + inputs_per_part,
-                OUTPUTS, TILE_K, SWIGLU, IS_EVEN,
-            )  # fmt: skip
-            acc += share
-    is_last = True
-    if IS_SHARED:
-        size: tl.constexpr = 2 * OUTPUTS * ROWS if SWIGLU else OUTPUTS * ROWS
-        tile = tl.arange(0, OUTPUTS)[:, None] * ROWS + row[None, :]
-        place = row_block * tl.num_programs(1) + block
-        tiles = partial + place.to(tl.int64) * (NUM_PARTS * size)
-        tl.store(tiles + part * size + tile, acc)
-        if SWIGLU:
-            tl.store(tiles + part * size + OUTPUTS * ROWS + tile, up)
-        tl.debug_barrier()  # every thread's share is written before this program counts as arrived
-        is_last = tl.atomic_add(arrivals + place, 1, sem="acq_rel") == NUM_PARTS - 1
-        if is_last:
-            tl.store(arrivals + place, 0)
-            acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
-            up = tl.zeros([OUTPUTS, ROWS], tl.float32)
-            for other in range(NUM_PARTS):
-                # Past the first-level cache, which does not see other multiprocessors' writes.
-                acc += tl.load(tiles + other * size + tile, cache_modifier=".cg")
-                if SWIGLU:
-                    up += tl.load(tiles + other * size + OUTPUTS * ROWS + tile, cache_modifier=".cg")
-    if is_last:
-        dtype: tl.constexpr = output.dtype.element_ty
-        if HAS_SCALES:
-            acc *= tl.load(scales + weight_row)[:, None]
-            if SWIGLU:
-                up *= tl.load(scales + num_outputs + weight_row)[:, None]
-        if HAS_BIAS:
-            acc += tl.load(bias + weight_row).to(tl.float32)[:, None]
-        result = _swiglu(acc, up, dtype) if SWIGLU else acc.to(dtype)
-        offsets = row[None, :] * num_outputs.to(tl.int64) + out[:, None]
-        mask = row[None, :] < num_rows
-        if not IS_EVEN:
-            mask &= out[:, None] < num_outputs
-        tl.store(output + row_block.to(tl.int64) * ROWS * num_outputs + offsets, result, mask=mask)
-
-
-@triton.jit
-def _single_row(
-    x, weight, scales, bias, output, num_outputs, num_inputs,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, HAS_SCALES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program: a block of outputs of one row, without tensor cores, which would idle."""
-    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    k = tl.arange(0, TILE_K)
-    gate_row = weight + out[:, None].to(tl.int64) * num_inputs
-    up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
-    wait_for_inputs(PDL)
-    acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
-    up = tl.zeros([OUTPUTS, TILE_K], tl.float32)
-    for start in tl.range(0, num_inputs, TILE_K, num_stages=3):
-        column = start + k
-        values = tl.load(x + column).to(tl.float32)[None, :]
-        acc += tl.load(gate_row + column[None, :]).to(tl.float32) * values
-        if SWIGLU:
-            up += tl.load(up_row + column[None, :]).to(tl.float32) * values
-    result, up_result = tl.sum(acc, 1), tl.sum(up, 1)
-    dtype: tl.constexpr = output.dtype.element_ty
-    if HAS_SCALES:
-        result *= tl.load(scales + out)
-        if SWIGLU:
-            up_result *= tl.load(scales + num_outputs + out)
-    if HAS_BIAS:
-        result += tl.load(bias + out).to(tl.float32)
-    if SWIGLU:
-        tl.store(output + out, _swiglu(result, up_result, dtype))
-    else:
-        tl.store(output + out, result.to(dtype))

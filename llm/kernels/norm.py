@@ -1,28 +1,54 @@
-"""Token embedding, residual addition and RMSNorm."""
+"""Token embedding, and the residual stream with its norms."""
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.launch import launch_options, num_warps, wait_for_inputs
+from llm.kernels.quantization import (
+    EightBitRows,
+    ScaledProduct,
+    destination,
+    load_product,
+    scale_arguments,
+    store_row,
+)
 
 
-def add_rms_norm(
-    residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, output: torch.Tensor
-) -> None:
-    """Add `delta` to the residual stream in place and write its RMSNorm (Zhang & Sennrich 2019) to `output`.
+@dataclass(slots=True)
+class ResidualStream:
+    """What the layers of a step read and add to.
 
-    Args:
-        residual: (tokens, hidden_size), contiguous, changed in place.
-        delta: same shape, or None to add nothing.
-        output: same shape.
+    Attributes:
+        total: (tokens, hidden_size), contiguous.
+        pending: a product that is still to be added, which the next `rms_norm` does; None for none.
     """
-    num_tokens, hidden_size = residual.shape
+
+    total: torch.Tensor
+    pending: ScaledProduct | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm (Zhang & Sennrich 2019): weight (hidden_size,), and what is added to the mean square."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+def rms_norm(stream: ResidualStream, norm: Norm, output: torch.Tensor | EightBitRows) -> None:
+    """Add what is pending to the residual stream, in place, and write its norm to `output`, (tokens, hidden_size)."""
+    total, pending = stream.total, stream.pending
+    num_tokens, hidden_size = total.shape
     block = triton.next_power_of_2(hidden_size)
-    _add_rms_norm[(num_tokens,)](
-        residual, residual if delta is None else delta, weight, output, eps, HIDDEN=hidden_size, BLOCK=block,
-        HAS_DELTA=delta is not None, num_warps=_num_warps(block), **launch_options(residual.device),
+    _rms_norm[(num_tokens,)](
+        total, None if pending is None else pending.values, norm.weight, norm.eps, *destination(output),
+        **scale_arguments(pending), HIDDEN=hidden_size, BLOCK=block, num_warps=num_warps(block),
+        **launch_options(total.device),
     )  # fmt: skip
+    stream.pending = None
 
 
 def embed_tokens(
@@ -45,33 +71,29 @@ def embed_tokens(
     block = triton.next_power_of_2(hidden_size)
     _embed_tokens[(num_tokens,)](
         token_ids, last_token_ids, token_rows, table, residual, HIDDEN=hidden_size, BLOCK=block,
-        num_warps=_num_warps(block), **launch_options(residual.device),
+        num_warps=num_warps(block), **launch_options(residual.device),
     )  # fmt: skip
 
 
-def _num_warps(block: int) -> int:
-    """One warp for each 512 elements: 16 a thread, two loads of 16 bytes."""
-    return min(max(block // 512, 1), 16)
-
-
 @triton.jit
-def _add_rms_norm(
-    residual, delta, weight, output, eps,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, PDL: tl.constexpr,
+def _rms_norm(
+    total, pending, weight, eps, output, output_scales, row_scales, scales, bias,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: one token. Computed in float32, rounded where `RMSNorm` rounds."""
     dim = tl.arange(0, BLOCK)
     mask = dim < HIDDEN
-    scale = tl.load(weight + dim, mask=mask, other=0.0)
+    factor = tl.load(weight + dim, mask=mask, other=0.0)
     wait_for_inputs(PDL)
-    offsets = tl.program_id(0).to(tl.int64) * HIDDEN + dim
-    x = tl.load(residual + offsets, mask=mask, other=0.0)
-    if HAS_DELTA:
-        x += tl.load(delta + offsets, mask=mask, other=0.0)
-        tl.store(residual + offsets, x, mask=mask)
+    token = tl.program_id(0).to(tl.int64)
+    offsets = token * HIDDEN + dim
+    x = tl.load(total + offsets, mask=mask, other=0.0)
+    if pending is not None:
+        x += load_product(pending, offsets, mask, token, dim, row_scales, scales, bias, x.dtype)
+        tl.store(total + offsets, x, mask=mask)
     wide = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
-    tl.store(output + offsets, (wide * inverse).to(x.dtype) * scale, mask=mask)
+    store_row((wide * inverse).to(x.dtype) * factor, output, output_scales, token, offsets, mask)
 
 
 @triton.jit

@@ -1,27 +1,90 @@
 """Numbers of 8 bits: E4M3 (Micikevicius et al. 2022, arXiv:2209.05433), 4 bits of exponent and 3 of fraction.
 
-A row of numbers shares one float32 scale, so that its largest number is the largest that the format has.
+A row of numbers shares one float32 scale, so that its largest number is the largest that the format has. No kernel does
+nothing but round or scale, where the kernel before or behind a product can do it in passing: the first writes
+`EightBitRows`, the second reads a `ScaledProduct`.
 """
 
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
+from typing import Self
 
 import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.launch import launch_options, num_warps, wait_for_inputs
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 _LARGEST = tl.constexpr(LARGEST)
 _SMALLEST_SCALE = 1e-12
 """Of rows that are zero, which no division may turn into NaN."""
-_SCALE_BLOCK = 2048
+_SMALLEST = tl.constexpr(_SMALLEST_SCALE)
 USE_FAST_ACCUM = True
 """Whether products are summed up in the tensor cores' own, shorter numbers: twice as fast."""
-_SCALED_APART_ROWS, _SCALED_APART_OUTPUTS = 512, 8192
-"""Up to so many, the library's product with one scale and a kernel for the others is faster than its product with a
-scale for each row and output: 26 and 3 instead of 40 µs for 256 rows of Llama-3.1-8B's `down` (H200)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EightBitRows:
+    """Activations in 8 bits; `values * scales` is meant.
+
+    Attributes:
+        values: (rows, in), contiguous.
+        scales: (rows, 1) float32.
+        dtype: of what is meant.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def allocate(cls, num_rows: int, num_columns: int, device: torch.device, dtype: torch.dtype) -> Self:
+        """Room for rows that a kernel will write."""
+        values = torch.empty(num_rows, num_columns, dtype=FP8, device=device)
+        return cls(values, torch.empty(num_rows, 1, device=device), dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledProduct:
+    """A product of 8-bit factors as the library leaves it; `values * row_scales * scales + bias` is meant.
+
+    Attributes:
+        values: (rows, out), contiguous.
+        row_scales: (rows, 1) float32.
+        scales: (out,) float32.
+        bias: (out,), or None for none.
+        dtype: of what is meant.
+    """
+
+    values: torch.Tensor
+    row_scales: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+
+    def scaled(self) -> torch.Tensor:
+        """What is meant, in plain torch."""
+        product = self.values.float() * self.row_scales * self.scales
+        return (product if self.bias is None else product + self.bias.float()).to(self.dtype)
+
+
+def unscaled(product: "torch.Tensor | ScaledProduct") -> torch.Tensor:
+    """The numbers that a kernel reads, to be scaled there if `scale_arguments` says so."""
+    return product.values if isinstance(product, ScaledProduct) else product
+
+
+def scale_arguments(product: "torch.Tensor | ScaledProduct | None") -> dict[str, object]:
+    """Keyword arguments of kernels that read a product by `load_product`."""
+    if not isinstance(product, ScaledProduct):
+        return {"row_scales": None, "scales": None, "bias": None}
+    return {"row_scales": product.row_scales, "scales": product.scales, "bias": product.bias}
+
+
+def destination(rows: torch.Tensor | EightBitRows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where kernels put numbers and scales by `store_row`."""
+    return (rows.values, rows.scales) if isinstance(rows, EightBitRows) else (rows, None)
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,43 +96,35 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight.float() / scales[:, None]).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round activations (rows, in), contiguous, to 8 bits; returns them and each row's scale, (rows, 1) float32."""
+def quantize_rows(x: torch.Tensor) -> EightBitRows:
+    """Round activations (rows, in), contiguous, to 8 bits."""
     num_rows, num_inputs = x.shape
-    quantized = torch.empty(x.shape, dtype=FP8, device=x.device)
-    scales = torch.empty(num_rows, 1, device=x.device)
+    rows = EightBitRows.allocate(num_rows, num_inputs, x.device, x.dtype)
     block = triton.next_power_of_2(num_inputs)
     _quantize_rows[(num_rows,)](
-        x, quantized, scales, num_inputs, BLOCK=block, SMALLEST=_SMALLEST_SCALE,
-        num_warps=min(max(block // 512, 1), 16), **launch_options(x.device),
-    )  # fmt: skip
-    return quantized, scales
+        x, rows.values, rows.scales, num_inputs, BLOCK=block, num_warps=num_warps(block), **launch_options(x.device)
+    )
+    return rows
 
 
 def eight_bit_product(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x Wᵀ + bias, (rows, out), by the vendor's library, with activations made 8 bits wide.
+    x: EightBitRows, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> ScaledProduct:
+    """x Wᵀ + bias by the vendor's library, which is fastest with one scale for everything: here 1.
 
     Args:
-        x: (rows, in), contiguous, of 16 bits.
+        x: of `in` columns.
         weight: (out, in), of 8 bits; both sizes multiples of 16.
         scales: (out,) float32, of the weight's rows.
+        bias: (out,), or None.
     """
-    quantized, row_scales = quantize_rows(x)
-    num_rows, num_outputs = len(x), len(weight)
-    multiply = partial(torch._scaled_mm, quantized, weight.t(), use_fast_accum=USE_FAST_ACCUM)
-    if num_rows > _SCALED_APART_ROWS or num_outputs > _SCALED_APART_OUTPUTS:
-        return multiply(scale_a=row_scales, scale_b=scales.view(1, -1), bias=bias, out_dtype=x.dtype)
     # Before they are scaled, sums are too large for float16.
     wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    product = multiply(scale_a=_one(x.device), scale_b=_one(x.device), out_dtype=wide)
-    output = product if wide == x.dtype else torch.empty(product.shape, dtype=x.dtype, device=x.device)
-    _scale_product[(triton.cdiv(num_outputs, _SCALE_BLOCK), num_rows)](
-        product, row_scales, scales, scales if bias is None else bias, output, num_outputs, BLOCK=_SCALE_BLOCK,
-        HAS_BIAS=bias is not None, num_warps=4, **launch_options(x.device),
-    )  # fmt: skip
-    return output
+    one = _one(weight.device)
+    values = torch._scaled_mm(
+        x.values, weight.t(), scale_a=one, scale_b=one, out_dtype=wide, use_fast_accum=USE_FAST_ACCUM
+    )
+    return ScaledProduct(values, x.scales, scales, bias, x.dtype)
 
 
 @cache
@@ -86,33 +141,35 @@ def to_format(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _quantize_rows(x, quantized, scales, num_inputs, BLOCK: tl.constexpr, SMALLEST: tl.constexpr, PDL: tl.constexpr):
+def load_product(product, offsets, mask, row, column, row_scales, scales, bias, dtype: tl.constexpr):
+    """Numbers of a product's `row` at `offsets`, in `dtype`; scaled if there are scales."""
+    x = tl.load(product + offsets, mask=mask, other=0.0)
+    if scales is not None:
+        wide = x.to(tl.float32) * (tl.load(row_scales + row) * tl.load(scales + column, mask=mask, other=0.0))
+        if bias is not None:
+            wide += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        x = wide.to(dtype)
+    return x
+
+
+@triton.jit
+def store_row(x, values, scales, row, offsets, mask):
+    """Store a whole row; in 8 bits, with its scale, if there is a place for scales."""
+    if scales is not None:
+        wide = x.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(wide), 0) / _LARGEST, _SMALLEST)
+        tl.store(scales + row, scale)
+        tl.store(values + offsets, to_format(wide * (1 / scale), values.dtype.element_ty), mask=mask)
+    else:
+        tl.store(values + offsets, x, mask=mask)
+
+
+@triton.jit
+def _quantize_rows(x, values, scales, num_inputs, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program: one row."""
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < num_inputs
-    values = tl.load(x + row * num_inputs + column, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values), 0) / _LARGEST, SMALLEST)
-    tl.store(scales + row, scale)
-    tl.store(
-        quantized + row * num_inputs + column, to_format(values * (1 / scale), quantized.dtype.element_ty), mask=mask
-    )
-
-
-@triton.jit
-def _scale_product(
-    product, row_scales, scales, bias, output, num_outputs,
-    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (block, row): the product times its scales, and the bias added."""
-    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1).to(tl.int64)
-    mask = out < num_outputs
-    scale = tl.load(scales + out, mask=mask, other=0.0)
-    wait_for_inputs(PDL)
-    scale *= tl.load(row_scales + row)
-    result = tl.load(product + row * num_outputs + out, mask=mask, other=0.0).to(tl.float32) * scale
-    if HAS_BIAS:
-        result += tl.load(bias + out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output + row * num_outputs + out, result.to(output.dtype.element_ty), mask=mask)
+    offsets = row * num_inputs + column
+    store_row(tl.load(x + offsets, mask=mask, other=0.0), values, scales, row, offsets, mask)

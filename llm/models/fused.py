@@ -18,10 +18,12 @@ from llm.attention.kernels.work import (
     plan_prefills,
 )
 from llm.core.paged_kv_cache import PagedKVCache
-from llm.kernels.linear import Linear
-from llm.kernels.norm import add_rms_norm, embed_tokens
+from llm.kernels.linear import Linear, Weights
+from llm.kernels.norm import Norm, ResidualStream, embed_tokens, rms_norm
+from llm.kernels.quantization import ScaledProduct
 from llm.models.attention import Attention
 from llm.models.decoder import DecoderLayer, DecoderModel
+from llm.models.layers import RMSNorm
 from llm.models.quantize import weight_scales
 
 
@@ -107,42 +109,40 @@ class FusedDecoder:
         if has_prefills:
             plan_prefills(parts, self._prefill_items, block_tokens, self._min_prefill_len)
         model = self.model
-        residual = torch.empty_like(output)
-        embed_tokens(tokens.token_ids, self._last_token_ids, tokens.rows, model.embed_tokens.weight, residual)
-        delta = None
+        stream = ResidualStream(torch.empty_like(output))
+        embed_tokens(tokens.token_ids, self._last_token_ids, tokens.rows, model.embed_tokens.weight, stream.total)
         for layer in self._layers:
-            normed = torch.empty_like(residual)
-            add_rms_norm(residual, delta, layer.attention_norm.weight, layer.attention_norm.eps, normed)
-            attended = self._attend(layer.attention, normed, tokens, parts, has_prefills)
-            delta = self._project(attended, layer.attention.o_proj)
-            add_rms_norm(residual, delta, layer.mlp_norm.weight, layer.mlp_norm.eps, normed)
-            gate_up = layer.mlp.gate_up_proj
-            activated = self._linear.swiglu(normed, gate_up.weight, gate_up.bias, weight_scales(gate_up))
-            delta = self._project(activated, layer.mlp.down_proj)
-        add_rms_norm(residual, delta, model.norm.weight, model.norm.eps, output)
+            attention, mlp = layer.attention, layer.mlp
+            qkv = self._linear.of_norm(stream, _norm(layer.attention_norm), _weights(attention.qkv_proj))
+            attended = self._attend(attention, qkv, tokens, parts, has_prefills)
+            self._linear.add(stream, attended, _weights(attention.o_proj))
+            self._linear.mlp(stream, _norm(layer.mlp_norm), _weights(mlp.gate_up_proj), _weights(mlp.down_proj))
+        rms_norm(stream, _norm(model.norm), output)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(draws, hidden_size) → (draws, vocab_size), in the model's dtype."""
         head = self.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
-        return self._linear(hidden, head.weight)
-
-    def _project(self, x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
-        return self._linear(x, projection.weight, projection.bias, weight_scales(projection))
+        return cast(torch.Tensor, self._linear(hidden, Weights(head.weight)))
 
     def _attend(
-        self, attention: Attention, x: torch.Tensor, tokens: StepTokens, parts: StepParts, has_prefills: bool
+        self,
+        attention: Attention,
+        qkv: torch.Tensor | ScaledProduct,
+        tokens: StepTokens,
+        parts: StepParts,
+        has_prefills: bool,
     ) -> torch.Tensor:
-        """(tokens, hidden_size) → heads' outputs, (tokens, num_heads * head_dim), before the output projection."""
-        qkv = self._project(x, attention.qkv_proj)
-        qkv = qkv.view(len(x), -1, attention.head_dim)
+        """Heads' queries, keys and values → their outputs, (tokens, num_heads * head_dim)."""
         kv_pages = self.kv_cache.layers[attention.layer]
         norms = None
         if attention.q_norm is not None and attention.k_norm is not None:
             norms = attention.q_norm.weight, attention.k_norm.weight
         eps = self.model.config.rms_norm_eps
-        rope_and_store(qkv, kv_pages, self._page_tables, tokens.rows, tokens.positions, self._rope_table, norms, eps)
-        query = qkv[:, : attention.num_heads]
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        shape = len(tokens.positions), attention.num_heads, attention.head_dim
+        query, output = (torch.empty(shape, dtype=self.model.dtype, device=self.model.device) for _ in range(2))
+        rope_and_store(
+            qkv, query, kv_pages, self._page_tables, tokens.rows, tokens.positions, self._rope_table, norms, eps
+        )
         window = self._windows[attention.layer]
         if not self._deterministic:
             self._decode(query, kv_pages, self._page_tables, parts, self._decode_items[window], window, output)
@@ -152,3 +152,11 @@ class FusedDecoder:
                 self._prefill_scratch, deterministic=self._deterministic,
             )  # fmt: skip
         return output.flatten(1)
+
+
+def _norm(norm: RMSNorm) -> Norm:
+    return Norm(norm.weight, norm.eps)
+
+
+def _weights(projection: nn.Linear) -> Weights:
+    return Weights(projection.weight, projection.bias, weight_scales(projection))

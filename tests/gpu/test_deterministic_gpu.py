@@ -5,7 +5,7 @@ import torch
 from known_shapes import SHAPES
 
 from llm.config import EngineConfig
-from llm.kernels.linear import Linear
+from llm.kernels.linear import Linear, Weights
 from llm.kernels.quantization import quantize_weight
 from llm.models.decoder import DecoderModel
 from llm.serving.engine import ContinuousBatchingEngine
@@ -65,11 +65,11 @@ def test_rows_of_large_products_do_not_depend_on_each_other(num_outputs, num_inp
     weight, scales = torch.randn(num_outputs, num_inputs, device="cuda").bfloat16(), None
     if is_quantized:
         weight, scales = quantize_weight(weight)
-    linear = Linear(torch.device("cuda"), deterministic=True)
-    whole = linear(x, weight, scales=scales)
+    linear, weights = Linear(torch.device("cuda"), deterministic=True), Weights(weight, None, scales)
+    whole = linear(x, weights)
     exact = x.double() @ (weight.double() * (1 if scales is None else scales[:, None])).t()
     assert (whole.double() - exact).norm() / exact.norm() < 5e-3
     for size in (1, 2, 8, 16, 17, 33, 64, 65, 128, 200, 256, 400):
         for first in (0, 129):
-            alone = linear(x[first : first + size].contiguous(), weight, scales=scales)
+            alone = linear(x[first : first + size].contiguous(), weights)
             assert torch.equal(alone, whole[first : first + size]), f"{size} rows from {first}"

@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 
 from llm.kernels.launch import launch_options, wait_for_inputs
-from llm.kernels.quantization import to_format
+from llm.kernels.quantization import ScaledProduct, load_product, scale_arguments, to_format, unscaled
 
 
 def rope_and_store(
-    qkv: torch.Tensor,
+    qkv: torch.Tensor | ScaledProduct,
+    query: torch.Tensor,
     kv_pages: torch.Tensor,
     page_tables: torch.Tensor,
     token_rows: torch.Tensor,
@@ -20,10 +21,11 @@ def rope_and_store(
     norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
     norm_eps: float,
 ) -> None:
-    """Normalise and rotate queries in place; normalise, rotate and store keys; store values.
+    """Normalise and rotate queries and keys; write queries to `query`; store keys and values.
 
     Args:
-        qkv: (tokens, num_heads + 2 num_kv_heads, head_dim), contiguous; queries are changed in place.
+        qkv: (tokens, (num_heads + 2 num_kv_heads) head_dim), contiguous: the heads' queries, keys, values.
+        query: (tokens, num_heads, head_dim), contiguous.
         kv_pages: (2, pages, page_size, num_kv_heads, head_dim); 8 bits wide they take what is too large as their
             largest number.
         page_tables: (rows, pages a row) int32.
@@ -31,26 +33,25 @@ def rope_and_store(
         rope_table: (2, max_seq_len, head_dim / 2) float32, cosines then sines.
         norm_weights: of QK-norm over each head, (head_dim,) for queries and for keys; None for none.
     """
-    num_tokens, num_qkv_heads, head_dim = qkv.shape
+    num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
-    num_heads = num_qkv_heads - 2 * num_kv_heads
     block_heads = math.gcd(math.gcd(num_heads, num_kv_heads), 8)  # a program never mixes queries, keys and values
-    query_norm, key_norm = norm_weights or (qkv, qkv)
-    _rope_and_store[(num_tokens, num_qkv_heads // block_heads)](
-        qkv, kv_pages[0], kv_pages[1], page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
-        page_tables.stride(0), rope_table.stride(0),
+    query_norm, key_norm = norm_weights or (None, None)
+    _rope_and_store[(num_tokens, (num_heads + 2 * num_kv_heads) // block_heads)](
+        unscaled(qkv), query, kv_pages[0], kv_pages[1], page_tables, token_rows, positions, rope_table, query_norm,
+        key_norm, norm_eps, page_tables.stride(0), rope_table.stride(0), **scale_arguments(qkv),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2), BLOCK_HEADS=block_heads, PAGE_SIZE=kv_pages.shape[2],
-        HAS_NORM=norm_weights is not None, num_warps=2, **launch_options(qkv.device),
+        num_warps=2, **launch_options(query.device),
     )  # fmt: skip
 
 
 @triton.jit
 def _rope_and_store(
-    qkv, keys, values, page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
-    table_stride, sin_offset,
+    qkv, query, keys, values, page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
+    table_stride, sin_offset, row_scales, scales, bias,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, block of heads): each head as its two halves, which rotate into each other."""
     wait_for_inputs(PDL)
@@ -59,16 +60,17 @@ def _rope_and_store(
     head = first_head + tl.arange(0, BLOCK_HEADS)
     dim = tl.arange(0, HALF_BLOCK)
     mask = (dim[None, :] < HALF) & (head[:, None] >= 0)
-    source = qkv + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head[:, None]) * (2 * HALF) + dim[None, :]
-    first = tl.load(source, mask=mask, other=0.0)
-    second = tl.load(source + HALF, mask=mask, other=0.0)
+    column = head[:, None] * (2 * HALF) + dim[None, :]
+    source = token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF) + column
+    dtype: tl.constexpr = query.dtype.element_ty
+    first = load_product(qkv, source, mask, token, column, row_scales, scales, bias, dtype)
+    second = load_product(qkv, source + HALF, mask, token, column + HALF, row_scales, scales, bias, dtype)
     position = tl.load(positions + token)
     is_query = first_head < NUM_HEADS
     is_value = first_head >= NUM_HEADS + NUM_KV_HEADS
     if not is_value:
-        dtype = first.dtype
         first, second = first.to(tl.float32), second.to(tl.float32)
-        if HAS_NORM:
+        if query_norm is not None:
             norm = query_norm if is_query else key_norm
             mean_square = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
             inverse = tl.rsqrt(mean_square + norm_eps)[:, None]
@@ -84,8 +86,9 @@ def _rope_and_store(
         second = (second * cos + first * sin).to(dtype)
         first = rotated.to(dtype)
     if is_query:
-        tl.store(source, first, mask=mask)
-        tl.store(source + HALF, second, mask=mask)
+        target = query + token * (NUM_HEADS * 2 * HALF) + column
+        tl.store(target, first, mask=mask)
+        tl.store(target + HALF, second, mask=mask)
     else:
         row = tl.load(token_rows + token).to(tl.int64)
         page = tl.load(page_tables + row * table_stride + position // PAGE_SIZE).to(tl.int64)

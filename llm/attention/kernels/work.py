@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.launch import launch_options, triton_type, wait_for_inputs
 
 MIN_CHUNK = 64
 """Tokens of context below which a decoding row is not cut: shorter chunks cost more in merging than they save."""
@@ -77,7 +77,7 @@ def product_type(query: torch.Tensor, kv_pages: torch.Tensor) -> tl.dtype:
     """
     if kv_pages.dtype.itemsize == 1 and query.dtype == torch.bfloat16:
         return tl.float16
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[query.dtype]
+    return triton_type(query.dtype)
 
 
 def plan_decodes(parts: StepParts, items: WorkItems, window: int | None) -> None:

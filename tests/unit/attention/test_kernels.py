@@ -137,7 +137,7 @@ def test_decode_work_covers_every_context_once(window):
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
 def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has_norm, dtype):
-    """Queries rotated in place, keys rotated and values as they are in their slots, nothing else touched."""
+    """Queries rotated, keys rotated and values as they are in their slots, nothing else touched."""
     torch.manual_seed(head_dim)
     positions = torch.tensor([0, 5, 639, 16, 31], dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([3, 1, 0, 11, 12], dtype=torch.int32, device=DEVICE)
@@ -158,6 +158,7 @@ def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has
     expected_pages[1, pages, positions.long() % PAGE_SIZE] = value
 
     weights = (norms[0].weight.data, norms[1].weight.data) if has_norm else None
-    rope_and_store(qkv, kv_pages, tables, rows, positions, rope_table, weights, 1e-6)
-    torch.testing.assert_close(qkv[:, :num_heads], apply_rotary(query, cos, sin), rtol=1.6e-2, atol=1e-5)
+    rotated = torch.full((5, num_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype)
+    rope_and_store(qkv.flatten(1), rotated, kv_pages, tables, rows, positions, rope_table, weights, 1e-6)
+    torch.testing.assert_close(rotated, apply_rotary(query, cos, sin), rtol=1.6e-2, atol=1e-5)
     torch.testing.assert_close(kv_pages, expected_pages, rtol=1.6e-2, atol=1e-5)

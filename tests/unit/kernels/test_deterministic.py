@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from llm.attention.kernels.prefill import paged_prefill, prefill_block_tokens
 from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items, plan_prefills
 from llm.core.paged_kv_cache import PagedKVCache
-from llm.kernels.linear import Linear
+from llm.kernels.linear import Linear, Weights
+from llm.kernels.norm import Norm, ResidualStream
 from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder, StepTokens
 
@@ -42,24 +43,30 @@ def test_row_of_a_product_does_not_depend_on_the_others(num_outputs, num_inputs,
     weight = torch.randn(num_outputs, num_inputs, device=DEVICE).to(dtype)
     bias = torch.randn(num_outputs, device=DEVICE).to(dtype)
     linear = Linear(DEVICE, deterministic=True)
-    whole = linear(x, weight, bias)
+    weights = Weights(weight, bias)
+    whole = linear(x, weights)
     assert relative_error(whole, F.linear(x.double(), weight.double(), bias.double())) < TOLERANCE[dtype]
     for size in sizes[:-1]:
         for first in (0, 41):
             if first + size <= len(x):
-                alone = linear(x[first : first + size].contiguous(), weight, bias)
+                alone = linear(x[first : first + size].contiguous(), weights)
                 assert torch.equal(alone, whole[first : first + size]), f"{size} rows from {first}"
 
 
-def test_swiglu_of_a_row_does_not_depend_on_the_others():
+def test_mlp_of_a_row_does_not_depend_on_the_others():
     torch.manual_seed(0)
-    x = torch.randn(70, 256, device=DEVICE).to(HALF)
-    gate_up = torch.randn(2 * 128, 256, device=DEVICE).to(HALF) / 16
-    linear = Linear(DEVICE, deterministic=True)
-    whole = linear.swiglu(x, gate_up)
-    assert torch.equal(linear.swiglu(x[3:4].contiguous(), gate_up), whole[3:4])
-    gate, up = F.linear(x.double(), gate_up.double()).chunk(2, -1)
-    assert relative_error(whole, F.silu(gate) * up) < 2 * TOLERANCE[HALF]
+    x, norm = torch.randn(70, 256, device=DEVICE).to(HALF), Norm(torch.ones(256, device=DEVICE, dtype=HALF), 1e-6)
+    gate_up = Weights(torch.randn(2 * 128, 256, device=DEVICE).to(HALF) / 16)
+    down = Weights(torch.randn(256, 128, device=DEVICE).to(HALF) / 16)
+    whole, alone = ResidualStream(x.clone()), ResidualStream(x[3:4].clone())
+    for stream in (whole, alone):
+        Linear(DEVICE, deterministic=True).mlp(stream, norm, gate_up, down)
+    assert torch.equal(alone.total, whole.total[3:4])
+    wide = x.double()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    gate, up = F.linear(normed, gate_up.weight.double()).chunk(2, -1)
+    expected = wide + F.linear(F.silu(gate) * up, down.weight.double())
+    assert relative_error(whole.total, expected) < 2 * TOLERANCE[HALF]
 
 
 def attend(query, kv_pages, tables, lens: list[tuple[int, int, int]], window) -> torch.Tensor:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from llm.kernels.activation import silu_mul
-from llm.kernels.linear import MAX_FEW_ROWS, Linear
-from llm.kernels.norm import add_rms_norm, embed_tokens
+from llm.kernels.linear import MAX_FEW_ROWS, Linear, Weights
+from llm.kernels.norm import Norm, ResidualStream, embed_tokens, rms_norm
 from llm.models.layers import RMSNorm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,12 +24,25 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("dtype", [HALF, torch.float32])
-@pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65])
-@pytest.mark.parametrize(
+def norm_of(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """RMSNorm in float64."""
+    wide = x.double()
+    return wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
+
+
+def create_norm(hidden_size: int, dtype: torch.dtype) -> Norm:
+    return Norm(random(hidden_size, dtype=dtype), 1e-5)
+
+
+SHAPES = pytest.mark.parametrize(
     ("num_outputs", "num_inputs"), [(128, 1024), (64, 384), (192, 2048), (100, 256)],
     ids=["sum cut in two", "one block", "single tile each", "odd shape"],
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65])
+@SHAPES
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_equals_float64(num_rows, num_outputs, num_inputs, has_bias, dtype):
     """Whole sums and cut ones, one row and many, shapes that only the vendor's library takes."""
@@ -39,40 +52,70 @@ def test_linear_equals_float64(num_rows, num_outputs, num_inputs, has_bias, dtyp
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     linear = Linear(DEVICE)
     for _ in range(2):  # the second call finds the scratch memory as the first left it
-        assert relative_error(linear(x, weight, bias), expected) < TOLERANCE[dtype]
+        assert relative_error(linear(x, Weights(weight, bias)), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65])
+@SHAPES
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_between_streams_equal_float64(num_rows, num_outputs, num_inputs, has_bias, dtype):
+    """The product of a stream's norm, and one that is added to a stream."""
+    torch.manual_seed(num_rows)
+    x, weight = random(num_rows, num_inputs, dtype=dtype) * 3, random(num_outputs, num_inputs, dtype=dtype)
+    weights = Weights(weight, random(num_outputs, dtype=dtype) * 30 if has_bias else None)
+    bias = 0 if weights.bias is None else weights.bias.double()
+    norm, linear = create_norm(num_inputs, dtype), Linear(DEVICE)
+    product = linear.of_norm(ResidualStream(x.clone()), norm, weights)
+    assert relative_error(product, norm_of(x, norm) @ weight.double().t() + bias) < 2 * TOLERANCE[dtype]
+
+    total = random(num_rows, num_outputs, dtype=dtype) * 30
+    stream = ResidualStream(total.clone())
+    for _ in range(2):
+        linear.add(stream, x, weights)
+    expected = total.double() + 2 * (x.double() @ weight.double().t() + bias)
+    assert stream.pending is None
+    assert relative_error(stream.total, expected) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])
 @pytest.mark.parametrize("num_rows", [1, 3, MAX_FEW_ROWS, 70])
-@pytest.mark.parametrize(("size", "num_inputs"), [(128, 1024), (64, 2048), (60, 128)])
-def test_swiglu_equals_float64(num_rows, size, num_inputs, dtype):
+@pytest.mark.parametrize(("size", "hidden_size"), [(128, 1024), (384, 2048), (60, 128)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_mlp_equals_float64(num_rows, size, hidden_size, has_bias, dtype):
+    """SwiGLU of a stream's norm, added to the stream."""
     torch.manual_seed(num_rows)
-    x, gate_up = random(num_rows, num_inputs, dtype=dtype), random(2 * size, num_inputs, dtype=dtype) / 16
-    gate, up = F.linear(x.double(), gate_up.double()).chunk(2, -1)
-    assert relative_error(Linear(DEVICE).swiglu(x, gate_up), F.silu(gate) * up) < 2 * TOLERANCE[dtype]
+    total = random(num_rows, hidden_size, dtype=dtype)
+    gate_up = Weights(
+        random(2 * size, hidden_size, dtype=dtype) / 16, random(2 * size, dtype=dtype) if has_bias else None
+    )
+    down = Weights(random(hidden_size, size, dtype=dtype) / 16)
+    norm, stream = create_norm(hidden_size, dtype), ResidualStream(total.clone())
+    Linear(DEVICE).mlp(stream, norm, gate_up, down)
+    bias = 0 if gate_up.bias is None else gate_up.bias.double()
+    gate, up = (norm_of(total, norm) @ gate_up.weight.double().t() + bias).chunk(2, -1)
+    expected = total.double() + (F.silu(gate) * up) @ down.weight.double().t()
+    assert relative_error(stream.total, expected) < 3 * TOLERANCE[dtype]
 
 
 def test_a_row_does_not_depend_on_others():
     """Whatever else is in the batch, as long as it takes the same path."""
     torch.manual_seed(0)
-    x, weight = random(33, 1024, dtype=HALF), random(128, 1024, dtype=HALF)
+    x, weights = random(33, 1024, dtype=HALF), Weights(random(128, 1024, dtype=HALF))
     linear = Linear(DEVICE)
-    assert torch.equal(linear(x, weight)[:3], linear(x[:3].contiguous(), weight))
+    assert torch.equal(linear(x, weights)[:3], linear(x[:3].contiguous(), weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("hidden_size", [64, 96, 1024])
-@pytest.mark.parametrize("has_delta", [False, True])
-def test_add_rms_norm_equals_the_layer(hidden_size, has_delta, dtype):
+def test_rms_norm_equals_the_layer(hidden_size, dtype):
     torch.manual_seed(hidden_size)
-    residual, delta = random(5, hidden_size, dtype=dtype), random(5, hidden_size, dtype=dtype)
-    norm = RMSNorm(hidden_size, 1e-5).to(DEVICE, dtype)
-    norm.weight.data.normal_()
-    summed = residual + delta if has_delta else residual.clone()
-    output = torch.full_like(residual, torch.nan)
-    add_rms_norm(residual, delta if has_delta else None, norm.weight.data, 1e-5, output)
-    assert torch.equal(residual, summed)
-    assert relative_error(output, norm(summed)) < TOLERANCE[dtype]
+    total = random(5, hidden_size, dtype=dtype)
+    layer = RMSNorm(hidden_size, 1e-5).to(DEVICE, dtype)
+    layer.weight.data.normal_()
+    output = torch.full_like(total, torch.nan)
+    rms_norm(ResidualStream(total), Norm(layer.weight.data, 1e-5), output)
+    assert relative_error(output, layer(total)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("size", [24, 1024, 1500])

@@ -1,0 +1,170 @@
+"""The kernels behind `Linear`: products of few rows, bound by reading the weights."""
+
+import triton
+import triton.language as tl
+
+from llm.kernels.activation import swiglu
+from llm.kernels.launch import wait_for_inputs
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Ask for the 128-byte lines at `pointers` to be brought to the second-level cache."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], tl.int32, False, 1)
+
+
+@triton.jit
+def _sum_of_products(
+    x, gate_row, up_row, row, num_rows, num_inputs, begin, end,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr,
+):  # fmt: skip
+    """Weights times rows over the inputs from `begin` to `end`: (OUTPUTS, rows) float32, of gate and of up."""
+    k = tl.arange(0, TILE_K)
+    acc = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
+    up = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
+    for start in range(begin, end, TILE_K):
+        column = start + k
+        pointers = x + row[None, :] * num_inputs + column[:, None]
+        if IS_EVEN:
+            columns = tl.load(pointers, mask=row[None, :] < num_rows, other=0.0)
+            gate = tl.load(gate_row + column[None, :])
+        else:
+            exists = column < num_inputs
+            columns = tl.load(pointers, mask=(row[None, :] < num_rows) & exists[:, None], other=0.0)
+            gate = tl.load(gate_row + column[None, :], mask=exists[None, :], other=0.0)
+        acc = tl.dot(gate.to(columns.dtype), columns, acc, input_precision="ieee")
+        if SWIGLU:
+            up = tl.dot(tl.load(up_row + column[None, :]).to(columns.dtype), columns, up, input_precision="ieee")
+    return acc, up
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def tile_product(
+    x, weight, scales, bias, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, IS_SHARED: tl.constexpr,
+    SWIGLU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (block of rows in its turn, block of outputs, turn and part of the sum).
+
+    The weights are the left factor: a tensor-core product has at least 64 rows on its left, but as few as 8 columns on
+    its right. Where the sum's parts are shared out, the program that arrives last adds them up, always in the same
+    order; where not, each program adds up all parts in that order.
+    """
+    num_shares: tl.constexpr = NUM_PARTS if IS_SHARED else 1
+    row_block = tl.program_id(2) // num_shares * tl.num_programs(0) + tl.program_id(0)
+    block = tl.program_id(1)
+    part = tl.program_id(2) % num_shares
+    num_rows -= row_block * ROWS
+    if num_rows <= 0:
+        return
+    out = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.arange(0, ROWS)
+    begin = part * inputs_per_part
+    # Outputs past the last one read its weights, and are not written.
+    weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
+    gate_row = weight + weight_row[:, None].to(tl.int64) * num_inputs
+    up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
+    if CAN_PREFETCH:  # weights depend on nobody: fetch the first two tiles while the kernel before drains
+        line = begin + tl.arange(0, TILE_K // 32) * 64
+        _prefetch(gate_row + line[None, :])
+        if SWIGLU:
+            _prefetch(up_row + line[None, :])
+    wait_for_inputs(PDL)
+    x += row_block.to(tl.int64) * ROWS * num_inputs
+    if NUM_PARTS == 1 or IS_SHARED:
+        acc, up = _sum_of_products(
+            x, gate_row, up_row, row, num_rows, num_inputs, begin, begin + inputs_per_part,
+            OUTPUTS, TILE_K, SWIGLU, IS_EVEN,
+        )  # fmt: skip
+    else:
+        tl.static_assert(not SWIGLU)
+        acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
+        for other in range(NUM_PARTS):
+            start = other * inputs_per_part
+            share, up = _sum_of_products(
+                x, gate_row, up_row, row, num_rows, num_inputs, start, start + inputs_per_part,
+                OUTPUTS, TILE_K, SWIGLU, IS_EVEN,
+            )  # fmt: skip
+            acc += share
+    is_last = True
+    if IS_SHARED:
+        size: tl.constexpr = 2 * OUTPUTS * ROWS if SWIGLU else OUTPUTS * ROWS
+        tile = tl.arange(0, OUTPUTS)[:, None] * ROWS + row[None, :]
+        place = row_block * tl.num_programs(1) + block
+        tiles = partial + place.to(tl.int64) * (NUM_PARTS * size)
+        tl.store(tiles + part * size + tile, acc)
+        if SWIGLU:
+            tl.store(tiles + part * size + OUTPUTS * ROWS + tile, up)
+        tl.debug_barrier()  # every thread's share is written before this program counts as arrived
+        is_last = tl.atomic_add(arrivals + place, 1, sem="acq_rel") == NUM_PARTS - 1
+        if is_last:
+            tl.store(arrivals + place, 0)
+            acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
+            up = tl.zeros([OUTPUTS, ROWS], tl.float32)
+            for other in range(NUM_PARTS):
+                # Past the first-level cache, which does not see other multiprocessors' writes.
+                acc += tl.load(tiles + other * size + tile, cache_modifier=".cg")
+                if SWIGLU:
+                    up += tl.load(tiles + other * size + OUTPUTS * ROWS + tile, cache_modifier=".cg")
+    if is_last:
+        dtype: tl.constexpr = output.dtype.element_ty
+        if scales is not None:
+            acc *= tl.load(scales + weight_row)[:, None]
+            if SWIGLU:
+                up *= tl.load(scales + num_outputs + weight_row)[:, None]
+        if bias is not None:
+            acc += tl.load(bias + weight_row).to(tl.float32)[:, None]
+        result = swiglu(acc, up, dtype) if SWIGLU else acc.to(dtype)
+        offsets = row[None, :] * num_outputs.to(tl.int64) + out[:, None]
+        mask = row[None, :] < num_rows
+        if not IS_EVEN:
+            mask &= out[:, None] < num_outputs
+        pointers = output + row_block.to(tl.int64) * ROWS * num_outputs + offsets
+        if ADDS:
+            result += tl.load(pointers, mask=mask, other=0.0)
+        tl.store(pointers, result, mask=mask)
+
+
+@triton.jit
+def single_row_product(
+    x, norm, weight, scales, bias, output, num_outputs, num_inputs, norm_eps,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, ADDS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program: a block of outputs of one row, without tensor cores, which would idle.
+
+    With a norm's weights it is the product of RMSNorm(x): each program works out the mean square for itself, which it
+    reads all of x for anyway, and divides by its root in the end.
+    """
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    k = tl.arange(0, TILE_K)
+    gate_row = weight + out[:, None].to(tl.int64) * num_inputs
+    up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
+    wait_for_inputs(PDL)
+    acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
+    up = tl.zeros([OUTPUTS, TILE_K], tl.float32)
+    squares = tl.zeros([TILE_K], tl.float32)
+    for start in tl.range(0, num_inputs, TILE_K, num_stages=3):
+        column = start + k
+        values = tl.load(x + column).to(tl.float32)
+        if norm is not None:
+            squares += values * values
+            values *= tl.load(norm + column).to(tl.float32)
+        acc += tl.load(gate_row + column[None, :]).to(tl.float32) * values[None, :]
+        if SWIGLU:
+            up += tl.load(up_row + column[None, :]).to(tl.float32) * values[None, :]
+    result, up_result = tl.sum(acc, 1), tl.sum(up, 1)
+    if norm is not None:
+        inverse = tl.rsqrt(tl.sum(squares, 0) / num_inputs + norm_eps)
+        result *= inverse
+        up_result *= inverse
+    dtype: tl.constexpr = output.dtype.element_ty
+    if scales is not None:
+        result *= tl.load(scales + out)
+        if SWIGLU:
+            up_result *= tl.load(scales + num_outputs + out)
+    if bias is not None:
+        result += tl.load(bias + out).to(tl.float32)
+    rounded = swiglu(result, up_result, dtype) if SWIGLU else result.to(dtype)
+    if ADDS:
+        rounded += tl.load(output + out)
+    tl.store(output + out, rounded)
