@@ -50,14 +50,21 @@ def test_greedy_tokens_equal_the_reference(shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_log_probabilities_are_the_references(shape, dtype):
-    """In 16 bits, up to their rounding: for first tokens after prompts of every length, and for a second by decode."""
+def test_log_probabilities_are_as_exact_as_the_references(shape, dtype):
+    """In 16 bits: as near to float32 as the reference is in 16 bits, which rounds elsewhere and more often.
+
+    For first tokens after prompts of every length, and for a second by decode.
+    """
     model = create_model(shape, dtype)
     requests = create_requests(max_new_tokens=1, logprobs=0)
     requests += create_requests(max_new_tokens=2, logprobs=0, output_token_ids=(7,))
-    ours, expected = generate(model, "triton", requests), generate(model, "reference", requests)
-    for result, reference in zip(ours, expected, strict=True):
-        assert result.logprobs[0].logprob == pytest.approx(reference.logprobs[0].logprob, abs=0.03)
+    ours, reference = (logprobs(model, backend, requests) for backend in ("triton", "reference"))
+    exact = logprobs(model.float(), "reference", requests)
+    assert (ours - exact).norm() < 1.25 * (reference - exact).norm()
+
+
+def logprobs(model: DecoderModel, backend: str, requests: list[GenerationRequest]) -> torch.Tensor:
+    return torch.tensor([result.logprobs[0].logprob for result in generate(model, backend, requests)])
 
 
 def test_preempted_tokens_equal_undisturbed_ones():

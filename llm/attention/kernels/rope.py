@@ -86,9 +86,9 @@ def _rope_and_store(
         second = (second * cos + first * sin).to(dtype)
         first = rotated.to(dtype)
     if is_query:
-        target = query + token * (NUM_HEADS * 2 * HALF) + column
-        tl.store(target, first, mask=mask)
-        tl.store(target + HALF, second, mask=mask)
+        rotated_query = query + token * (NUM_HEADS * 2 * HALF) + column
+        tl.store(rotated_query, first, mask=mask)
+        tl.store(rotated_query + HALF, second, mask=mask)
     else:
         row = tl.load(token_rows + token).to(tl.int64)
         page = tl.load(page_tables + row * table_stride + position // PAGE_SIZE).to(tl.int64)
