@@ -151,8 +151,9 @@ class EngineConfig(StrictModel):
     """Token budget of one step, decodes and prefill chunks together; None for 256 on a CPU, where what fits its caches
     is fastest, and 8192 on a GPU, but at least `max_batch_size`."""
     max_prefill_tokens_beside_decodes: int | None = Field(default=None, ge=1)
-    """About as many prefill tokens go into a step in which many sequences decode and few are new: what bounds the gap
-    between their tokens while a long prompt arrives. None for 192 on a GPU and no bound of its own on a CPU."""
+    """About as many prefill tokens of each new sequence, of five at most, go into a step in which many sequences decode
+    and few are new: what bounds the gap between tokens while long prompts arrive. None for 192 on a GPU and no bound
+    of its own on a CPU."""
     page_size: int = Field(default=16, ge=1, le=256)
     """Slots a page. A slot holds one token's keys and values in every layer."""
     num_pages: int | None = Field(default=None, ge=1)

@@ -48,6 +48,23 @@ def test_prefill_is_cut_to_the_budget_and_decodes_ride_along():
     assert run_step(scheduler) == [(short, 7, 1), (long, 20, 1)]
 
 
+@pytest.mark.parametrize(
+    ("num_newcomers", "num_tokens"), [(1, 256), (3, 640), (5, 1024), (10, 1024), (16, 4096)],
+    ids=["one", "three", "five", "more than five", "a crowd"],
+)  # fmt: skip
+def test_newcomers_are_let_in_gently(num_newcomers, num_tokens):
+    """Beside 64 decodes each newcomer gets 192 tokens of a step, five of them at most; a crowd gets all of it."""
+    scheduler = create_scheduler(
+        num_pages=20_000, max_batch_size=128, max_tokens_per_step=4096, max_seq_len=8192, max_prefill_beside_decodes=192
+    )
+    for _ in range(64):
+        scheduler.add(create_sequence(4, max_new_tokens=100))
+    run_step(scheduler)
+    for _ in range(num_newcomers):
+        scheduler.add(create_sequence(1000))
+    assert sum(num for _, _, num in run_step(scheduler)) == num_tokens
+
+
 def test_rows_are_limited():
     scheduler = create_scheduler(max_batch_size=2)
     for _ in range(3):
