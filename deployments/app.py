@@ -24,6 +24,9 @@ _HEALTH_CHECK_PERIOD_S = 1
 _HEALTH_CHECK_TIMEOUT_S = 8
 """Serve gives a replica up after three strikes: 24 s."""
 _METRICS_INTERVAL_S, _LOOK_BACK_S = 0.5, 1.0
+_RUNTIME_ENV = {"env_vars": {"MALLOC_ARENA_MAX": "2"}}
+"""Of every replica, set before its process starts. Else glibc spreads its 40 threads over 8 arenas a core, and free
+memory collects in each: a router comes to hold some 20 MB more, with the same amount in use."""
 
 
 def build_app(args: AppConfig) -> Application:
@@ -68,7 +71,7 @@ def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:
         scale = {"autoscaling_config": _serve_autoscaling(replicas.autoscaling)}
     return serve.deployment(EngineReplica).options(
         name="EngineReplica",
-        ray_actor_options={"num_gpus": num_gpus, "num_cpus": replicas.num_cpus},
+        ray_actor_options={"num_gpus": num_gpus, "num_cpus": replicas.num_cpus, "runtime_env": _RUNTIME_ENV},
         request_router_config=RequestRouterConfig(request_router_class=RankedRequestRouter),
         max_ongoing_requests=replicas.max_ongoing_requests,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
@@ -100,7 +103,7 @@ def _router_deployment(config: AppConfig) -> Any:
     return serve.deployment(serve.ingress()(RouterIngress)).options(
         name="Router",
         num_replicas=router.num_replicas,
-        ray_actor_options={"num_gpus": 0, "num_cpus": router.num_cpus},
+        ray_actor_options={"num_gpus": 0, "num_cpus": router.num_cpus, "runtime_env": _RUNTIME_ENV},
         # More than the router takes, so that what is too much gets its answer instead of waiting in Serve.
         max_ongoing_requests=2 * router.max_ongoing_requests,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,

@@ -103,3 +103,12 @@ def test_there_is_an_app_for_serve_build():
     import deployments.app
 
     assert isinstance(deployments.app.app, Application)
+
+
+def test_every_deployment_starts_with_few_malloc_arenas():
+    """With glibc's default of eight a core, free memory collects in each of them (F12)."""
+    router = build_app(AppConfig())._bound_deployment
+    engines = next(arg for arg in router.init_args if isinstance(arg, Application))._bound_deployment
+    for deployment in (router, engines):
+        environment = deployment.ray_actor_options["runtime_env"]["env_vars"]
+        assert environment["MALLOC_ARENA_MAX"] == "2", deployment.name
