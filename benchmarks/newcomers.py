@@ -1,0 +1,102 @@
+"""How new sequences should be let in beside running ones: the scheduler alone, against a model of a step's time.
+
+    python -m benchmarks.newcomers [--at-once 1 5 10] [--beside 192]
+
+256 requests of 100 to 1,024 tokens in and out that arrive within a time of each other. Steps take about what they took
+on one H100 (benchmarks.engine): so much, so much a token, so much a token of context. One JSON line a row.
+"""
+
+import argparse
+import json
+import random
+from collections import deque
+from typing import Any, NamedTuple
+
+import llm.serving.scheduler as scheduling
+from benchmarks.engine_rows import percentile
+from llm.core.slot_pool import SlotPool
+from llm.serving.schemas import GenerationRequest
+from llm.serving.sequence import Sequence, StepPlan
+
+_NUM_REQUESTS = 256
+
+
+class StepTime(NamedTuple):
+    """Milliseconds of a step."""
+
+    least: float
+    each_token: float
+    """Of prefilling steps, past the first 64; decodes take a quarter of it."""
+    each_context_token: float
+    """Of decodes."""
+
+    def of(self, plan: StepPlan) -> float:
+        """What this step takes."""
+        decodes = [part for part in plan.scheduled if part.num_tokens == 1]
+        is_prefilling = len(decodes) < len(plan.scheduled)
+        each_token = self.each_token if is_prefilling else self.each_token / 4
+        tokens = max(plan.num_tokens - 64, 0)
+        return self.least + each_token * tokens + self.each_context_token * sum(part.start for part in decodes)
+
+
+MODELS = {"llama-3.1-8b": StepTime(5.3, 0.0237, 4.4e-5), "qwen3-0.6b": StepTime(0.9, 0.0026, 3.8e-5)}
+
+
+def simulate(step_time: StepTime, arrive_within_s: float, beside: int) -> dict[str, Any]:
+    """Run all requests to their end; the next step is always planned before the last one's tokens are known."""
+    rng = random.Random(0)
+    lens = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(_NUM_REQUESTS)]
+    arrivals = deque(sorted((rng.random() * arrive_within_s, i) for i in range(_NUM_REQUESTS)))
+    scheduler = scheduling.Scheduler(
+        SlotPool(28_000, 16), max_batch_size=256, max_tokens_per_step=8192, max_prefill_beside_decodes=beside,
+        max_seq_len=4096, enable_prefix_caching=False,
+    )  # fmt: skip
+    now, in_flight = 0.0, deque[StepPlan]()
+    arrived: dict[str, float] = {}
+    last: dict[str, float] = {}
+    first_tokens: list[float] = []
+    gaps: list[float] = []
+    while arrivals or scheduler.has_pending_work:
+        while arrivals and (arrivals[0][0] <= now or not scheduler.has_pending_work):
+            at, index = arrivals.popleft()
+            now = max(now, at)
+            num_in, num_out = lens[index]
+            request = GenerationRequest(prompt_token_ids=(1,) * num_in, max_new_tokens=num_out, ignore_eos=True)
+            arrived[request.request_id] = at
+            scheduler.add(Sequence(request, (1,) * num_in, frozenset(), 16))
+        plan = scheduler.schedule()
+        if plan.scheduled:
+            now += step_time.of(plan) / 1e3
+            in_flight.append(plan)
+            if len(in_flight) < 2:
+                continue
+        oldest = in_flight.popleft()
+        for event in scheduler.apply(oldest, [0] * sum(part.num_draws for part in oldest.scheduled)):
+            name = event.sequence.request.request_id
+            (gaps if name in last else first_tokens).append(now - last.get(name, arrived[name]))
+            last[name] = now
+    return {
+        "output_tok_s": round(sum(num_out for _, num_out in lens) / now),
+        "ttft_p50_ms": round(percentile(first_tokens, 0.5) * 1e3),
+        "ttft_p99_ms": round(percentile(first_tokens, 0.99) * 1e3),
+        "gap_p50_ms": round(percentile(gaps, 0.5) * 1e3, 1),
+        "gap_p99_ms": round(percentile(gaps, 0.99) * 1e3, 1),
+    }
+
+
+def main() -> None:
+    """Simulate and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 3, 5, 10, 40], help="newcomers with a share")
+    parser.add_argument("--beside", type=int, default=192, help="tokens of a share")
+    parser.add_argument("--arrive-within-s", type=float, default=0.4, help="time in which all requests come")
+    options = parser.parse_args()
+    for model, step_time in MODELS.items():
+        for at_once in options.at_once:
+            scheduling._MOST_AT_ONCE = at_once
+            result = simulate(step_time, options.arrive_within_s, options.beside)
+            print(json.dumps({"model": model, "at_once": at_once, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
