@@ -1,4 +1,4 @@
-"""Benchmarks of single decisions: that they run, and say what their decision rests on."""
+"""Benchmarks behind single decisions: they run, and say what the decision rests on."""
 
 import json
 import subprocess
@@ -17,13 +17,12 @@ def rows_of(module: str, *arguments: str) -> list[dict]:
 
 
 def test_more_newcomers_at_once_wait_less_and_make_longer_gaps():
-    large = [row for row in rows_of("benchmarks.newcomers", "--at-once", "1", "5") if row["model"] == "llama-3.1-8b"]
-    one, five = large
+    one, five, *_ = rows_of("benchmarks.newcomers", "--at-once", "1", "5")
     assert five["ttft_p99_ms"] < 0.9 * one["ttft_p99_ms"]
     assert five["output_tok_s"] > one["output_tok_s"]
     assert five["gap_p99_ms"] < 2.5 * one["gap_p99_ms"]
 
 
 def test_threads_that_take_turns_sooner_make_shorter_steps():
-    python, ours = rows_of("benchmarks.interpreter_share", "--intervals-ms", "2", "0.2")
+    python, ours = rows_of("benchmarks.interpreter_share", "--intervals-ms", "2", "0.2", "--steps", "10")
     assert ours["ms_per_step"] < python["ms_per_step"]
