@@ -108,7 +108,8 @@ class Linear:
         return self(self._normed(stream, norm, weights), weights)
 
     def add(self, stream: ResidualStream, x: torch.Tensor | EightBitRows, weights: Weights) -> None:
-        """Add the product of x, (rows, in), to the stream."""
+        """Add the product of x, (rows, in), to the stream, on which nothing may be pending."""
+        assert stream.pending is None, "a norm comes between two additions"
         total = stream.total
         if isinstance(x, EightBitRows) or self._is_narrow(x, weights):
             product = self(x, weights)
