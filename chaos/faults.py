@@ -10,7 +10,7 @@ import random
 import signal
 import time
 
-from chaos.fleet import Outcome, emulated, num_serving, proxy_pids, running
+from chaos.fleet import Fleet, Outcome, emulated, num_serving, proxy_pids, running
 from chaos.streams import Clients, Story, percentile
 
 PROMPTS = [f"{word} number {i}" for i, word in enumerate(("alpha", "beta", "gamma", "delta") * 4)]
@@ -35,17 +35,22 @@ def summary(stories: list[Story], texts: dict[str, str] | None = None) -> tuple[
     return text, len(same) == len(stories)
 
 
+async def kill_replicas(fleet: Fleet, clients: Clients, num_kills: int, num_replicas: int) -> None:
+    """SIGKILL one, wait until all serve again, and so on."""
+    for _ in range(num_kills):
+        await asyncio.sleep(1)
+        fleet.hurt_one(signal.SIGKILL)
+        await fleet.wait_for(clients, lambda stats: num_serving(stats) < num_replicas, 10, "the death is noticed")
+        await fleet.wait_until_serving(clients, num_replicas)
+
+
 async def f1_kill_replicas(front_end: str, num_kills: int = 20) -> Outcome:
     """SIGKILL one of four replicas with 64 streams open, again and again."""
     async with running(front_end, "f1", emulated(4)) as (fleet, clients):
         texts = await undisturbed(clients, 200)
         is_over = False
         asking = asyncio.create_task(clients.keep_asking(PROMPTS, 200, 64, lambda: is_over))
-        for _ in range(num_kills):
-            await asyncio.sleep(1)
-            fleet.hurt_one(signal.SIGKILL)
-            await fleet.wait_for(clients, lambda stats: num_serving(stats) < 4, 10, "the death is noticed")
-            await fleet.wait_until_serving(clients, 4)
+        await kill_replicas(fleet, clients, num_kills, num_replicas=4)
         is_over = True
         stories = await asking
         text, is_whole = summary(stories, texts)
@@ -79,11 +84,7 @@ async def f1_kill_on_gpus(front_end: str, device: str = "cuda", num_kills: int =
         texts = {prompt: (await clients.ask(prompt, 1000, chat=True)).text for prompt in prompts}
         is_over = False
         asking = asyncio.create_task(clients.keep_asking(prompts, 1000, 64, lambda: is_over, chat=True))
-        for _ in range(num_kills):
-            await asyncio.sleep(1)
-            fleet.hurt_one(signal.SIGKILL)
-            await fleet.wait_for(clients, lambda stats: num_serving(stats) < 2, 10, "the death is noticed")
-            await fleet.wait_until_serving(clients, 2)
+        await kill_replicas(fleet, clients, num_kills, num_replicas=2)
         is_over = True
         stories = await asking
         moved = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
