@@ -297,7 +297,8 @@ class _ClientLoop:
         async with asyncio.TaskGroup() as group:
             for place, request in enumerate(self._spec.requests):
                 assert request.arrival_s is not None
-                if (delay := self._start_at + request.arrival_s - time.monotonic()) > 0:
+                # Again, for the loop's timers count whole milliseconds from a clock that it reads now and then.
+                while (delay := self._start_at + request.arrival_s - time.monotonic()) > 0:
                     await asyncio.sleep(delay)
                 group.create_task(self._send(place))
 
