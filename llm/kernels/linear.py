@@ -97,7 +97,7 @@ class Linear:
             return eight_bit_product(x, weights.weight, weights.scales, weights.bias)
         if self._is_narrow(x, weights):
             return self(quantize_rows(x), weights)
-        if self._deterministic or self._is_few(x, weights, len(weights)):
+        if self._is_own(x, weights):
             return self._own(x, weights, x.new_empty(len(x), len(weights)))
         return torch.nn.functional.linear(x, weights.weight, weights.bias)
 
@@ -115,7 +115,7 @@ class Linear:
             product = self(x, weights)
             assert isinstance(product, ScaledProduct), "8-bit rows give one"
             stream.pending = product
-        elif self._deterministic or self._is_few(x, weights, len(weights)):
+        elif self._is_own(x, weights):
             self._own(x, weights, total, adds=True)
         else:
             total.addmm_(x, weights.weight.t())
@@ -153,9 +153,13 @@ class Linear:
         total = stream.total
         return len(total) == 1 and stream.pending is None and self._is_few(total, weights, num_outputs)
 
+    def _is_own(self, x: torch.Tensor, weights: Weights) -> bool:
+        """Whether our kernels take the whole product."""
+        return self._deterministic or self._is_few(x, weights, len(weights))
+
     def _is_narrow(self, x: torch.Tensor, weights: Weights) -> bool:
         """Whether the library multiplies 8-bit weights with these rows made narrow too."""
-        return weights.scales is not None and not self._deterministic and not self._is_few(x, weights, len(weights))
+        return weights.scales is not None and not self._is_own(x, weights)
 
     def _new_rows(self, like: torch.Tensor, num_columns: int, weights: Weights) -> torch.Tensor | EightBitRows:
         """Room for as many rows as `like` has, of the kind that the product with `weights` takes."""
