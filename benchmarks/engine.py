@@ -1,7 +1,7 @@
 """The engine's rows: throughput, milliseconds a step, prefill, start-up, and the gap that a long prompt makes.
 
     python -m benchmarks.engine --model benchmarks/models/llama-3.1-8b --random-weights [--rows mixed decode gap]
-    python -m benchmarks.engine --model DIR --profile
+    python -m benchmarks.engine --model DIR --profile [1 64 256]
 
 One JSON line a row. `benchmarks.engine_vllm` runs the comparable rows with vLLM, `benchmarks.engine_table` sets the two
 side by side; `make bench-gpu` does all three.
@@ -213,8 +213,8 @@ def main() -> None:
         bench.run([16], [1])
         emit({**common, "name": "startup", "s": round(seconds_since_process_start(), 1)}, out)
         emit({**common, "name": "pool", "tokens": bench.engine.num_slots}, out)
-        if options.profile:
-            profile(bench, scale=options.scale)
+        if options.profile is not None:
+            profile(bench, options.profile or [1, 64, 256], options.context, scale=options.scale)
             return
         all_well = measure(comparable_rows(bench.run, options.scale), common, out, options.rows)
         all_well &= measure(bench.own_rows(), common, out, options.rows)
@@ -226,7 +226,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="directory with a config.json (and weights)")
     parser.add_argument("--random-weights", action="store_true", help="random weights of the model's shape")
     parser.add_argument("--rows", nargs="+", help="only rows whose names begin so")
-    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, instead of the rows")
+    parser.add_argument(
+        "--profile", nargs="*", type=int, metavar="BATCH", help="where the time of a step goes, instead of the rows"
+    )
+    parser.add_argument("--context", type=int, default=128, help="tokens of the prompts behind which --profile decodes")
     parser.add_argument("--out", help="file to append the JSON lines to")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
     parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the benchmark itself")

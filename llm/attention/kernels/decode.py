@@ -53,6 +53,7 @@ class PagedDecode:
         """
         group_size = self._num_heads // self._num_kv_heads
         head_dim = self._head_dim
+        has_8_bits = kv_pages.dtype.itemsize == 1
         options = launch_options(query.device)
         _paged_decode[(self._num_kv_heads, num_decode_items(len(parts)))](
             query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.context_lens,
@@ -61,8 +62,8 @@ class PagedDecode:
             NUM_KV_HEADS=self._num_kv_heads, GROUP=group_size, GROUP_BLOCK=max(16, triton.next_power_of_2(group_size)),
             HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=kv_pages.shape[2],
             BLOCK=_BLOCK_TOKENS, INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
-            num_warps=_NUM_WARPS_8_BITS if kv_pages.dtype.itemsize == 1 else _NUM_WARPS, num_stages=_NUM_STAGES,
-            **options,
+            HAS_PAIRS=has_8_bits and query.is_cuda, num_warps=_NUM_WARPS_8_BITS if has_8_bits else _NUM_WARPS,
+            num_stages=_NUM_STAGES, **options,
         )  # fmt: skip
         _merge_chunks[(len(parts), self._num_kv_heads)](
             parts.query_starts, parts.query_lens, parts.context_lens, items.first_items, items.summary,
@@ -73,12 +74,35 @@ class PagedDecode:
 
 
 @triton.jit
+def _load_heads(pages, head, exists, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, HAS_PAIRS: tl.constexpr):
+    """Keys or values of the heads at index `head`, both (tokens,): (tokens, HEAD_BLOCK). E4M3 as float16 if HAS_PAIRS.
+
+    Widened where they are loaded, two at a time. Left to itself the compiler widens behind the transposition that the
+    tensor cores need, and fetches the bytes for it one by one.
+    """
+    if HAS_PAIRS:
+        pair = tl.arange(0, HEAD_BLOCK // 2)
+        pointers = pages.to(tl.pointer_type(tl.int16)) + head[:, None] * (HEAD_DIM // 2) + pair[None, :]
+        pairs = tl.load(pointers, mask=exists[:, None] & (pair[None, :] < HEAD_DIM // 2), other=0)
+        even, odd = tl.inline_asm_elementwise(
+            "{ .reg .b32 both; cvt.rn.f16x2.e4m3x2 both, $2; mov.b32 {$0, $1}, both; }", "=h,=h,h", [pairs],
+            dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+        )  # fmt: skip
+        numbers = tl.reshape(tl.join(even, odd), [head.shape[0], HEAD_BLOCK])
+    else:
+        dim = tl.arange(0, HEAD_BLOCK)
+        mask = exists[:, None] & (dim[None, :] < HEAD_DIM)
+        numbers = tl.load(pages + head[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+    return numbers
+
+
+@triton.jit
 def _paged_decode(
     query, keys, values, page_tables, part_rows, query_starts, context_lens, item_parts, item_chunks, summary,
     output, partial, partial_lse, query_stride, table_stride, window, scale_log2,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
-    PRODUCT: tl.constexpr, PDL: tl.constexpr,
+    PRODUCT: tl.constexpr, HAS_PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, item): the head's group of queries against one chunk of one row's context."""
     wait_for_inputs(PDL)
@@ -109,17 +133,15 @@ def _paged_decode(
         position = start + tl.arange(0, BLOCK)
         visible = position < end
         page = tl.load(table + position // PAGE_SIZE, mask=visible, other=0).to(INDEX)
-        slot = page * PAGE_SIZE + position % PAGE_SIZE
-        offsets = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
-        mask = visible[:, None] & (dim[None, :] < HEAD_DIM)
-        k = tl.load(keys + offsets, mask=mask, other=0.0)
+        kv_index = (page * PAGE_SIZE + position % PAGE_SIZE) * NUM_KV_HEADS + kv_head
+        k = _load_heads(keys, kv_index, visible, HEAD_DIM, HEAD_BLOCK, HAS_PAIRS)
         scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee") * scale_log2
         scores = tl.where(visible[None, :], scores, -float("inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         rescale = tl.exp2(highest - new_highest)
         probability = tl.exp2(scores - new_highest[:, None])
         weight = weight * rescale + tl.sum(probability, 1)
-        v = tl.load(values + offsets, mask=mask, other=0.0)
+        v = _load_heads(values, kv_index, visible, HEAD_DIM, HEAD_BLOCK, HAS_PAIRS)
         acc = acc * rescale[:, None] + tl.dot(probability.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         highest = new_highest
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llm.attention.kernels import rope
+from llm.attention.kernels import decode, prefill, rope
 from llm.kernels import activation, few_rows, norm, quantization
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -61,6 +61,23 @@ def compile_rope() -> None:
         compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes)
 
 
+def compile_attention() -> None:
+    """Keys and values in 16 bits and in 8; heads of 128 numbers and, with masks, of 80."""
+    arguments = dict.fromkeys(("page_tables", "part_rows", "query_starts", "query_lens", "context_lens"), INT)
+    arguments |= dict.fromkeys(("item_parts", "item_chunks", "first_items", "summary"), INT)
+    arguments |= {"query": BF16, "output": BF16, "partial": FLOAT, "partial_lse": FLOAT, "scale_log2": "fp32"}
+    arguments |= dict.fromkeys(("num_tokens", "num_splits", "query_stride", "table_stride", "window"), "i32")
+    common = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "GROUP": 4, "PAGE_SIZE": 16, "BLOCK": 64, "INDEX": tl.int32}
+    for (pages, as_type), head_dim in product(((BF16, tl.bfloat16), (FP8, tl.float16)), (80, 128)):
+        heads = {**common, "keys": pages, "values": pages, "PRODUCT": as_type, "HEAD_DIM": head_dim, "HEAD_BLOCK": 128}
+        stored = {**arguments, **heads}
+        compile_kernel("decode", decode._paged_decode, stored, GROUP_BLOCK=16, HAS_PAIRS=pages == FP8)
+        if head_dim == 80:
+            tile = {"GROUP_BLOCK": 4, "BLOCK_TOKENS": 16, "MIN_SPLIT_BLOCKS": 8, "IS_UNIFORM": False}
+            compile_kernel("prefill", prefill._paged_prefill, stored, HAS_WINDOW=True, **tile)
+    compile_kernel("merge", decode._merge_chunks, {**arguments, **common}, GROUP_BLOCK=4, HEAD_DIM=80, HEAD_BLOCK=128)
+
+
 def compile_products() -> None:
     """A row and a tile of them, into rows and into the stream, of weights of 16 bits and of 8, sums cut and whole."""
     arguments = {"x": BF16, "output": BF16, "bias": None, "num_outputs": "i32", "num_inputs": "i32"}
@@ -81,4 +98,5 @@ if __name__ == "__main__":
     compile_norms()
     compile_activations()
     compile_rope()
+    compile_attention()
     compile_products()
