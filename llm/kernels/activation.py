@@ -16,6 +16,10 @@ from llm.kernels.quantization import (
 )
 
 _BLOCK = 1024
+_MULTIPROCESSORS = 132
+_REGISTERS_FOR_TWO = 64
+"""Of a thread, so that two programs of 16 warps fit a multiprocessor: one loads while the other computes. 8,192 rows of
+14,336 take 252 instead of 376 µs, where the compiler would take 75 registers."""
 
 
 def silu_mul(gate_up: torch.Tensor | ScaledProduct, output: torch.Tensor | EightBitRows) -> None:
@@ -27,11 +31,13 @@ def silu_mul(gate_up: torch.Tensor | ScaledProduct, output: torch.Tensor | Eight
     """
     values, output_scales = destination(output)
     num_tokens, size = values.shape
+    options = launch_options(values.device)
     block = _BLOCK if output_scales is None else triton.next_power_of_2(size)  # who finds a row's scale reads all of it
+    if num_warps(block) == 16 and num_tokens > _MULTIPROCESSORS:
+        options = {**options, "maxnreg": _REGISTERS_FOR_TWO}
     _silu_mul[(num_tokens, triton.cdiv(size, block))](
         unscaled(gate_up), values, output_scales, size, **scale_arguments(gate_up),
-        DTYPE=triton_type(gate_up.dtype), BLOCK=block, num_warps=max(num_warps(block), 4),
-        **launch_options(values.device),
+        DTYPE=triton_type(gate_up.dtype), BLOCK=block, num_warps=max(num_warps(block), 4), **options,
     )  # fmt: skip
 
 

@@ -37,7 +37,10 @@ _GOOD_PROGRAMS, _GOOD_TILES = 80, 8
 _MANY_BLOCKS = 264
 """From here on several programs wait for each multiprocessor: two at once with fewer stages beat one with more."""
 _LARGE_WEIGHT = 1 << 24
-"""Numbers of a weight from which on a tile has 32 rows at least."""
+"""Numbers of a weight from which on a tile has all rows, 32 at least."""
+_SMALL_WEIGHT_ROWS = 32
+"""A tile of a smaller one has so many at most: more programs share its short sums, in place of cuts. What two of them
+read is in the second-level cache."""
 _SINGLE_OUTPUTS = 4
 _MULTIPROCESSORS = 132
 """Of the chip that the rules for deterministic products are made for. A constant: on every chip sums are cut alike."""
@@ -82,8 +85,9 @@ class Linear:
         self._device = device
         self._max_rows_few = 0 if deterministic else max_rows_few
         self._deterministic = deterministic
-        # At most twice _GOOD_PROGRAMS programs ever share sums, each with at most two tiles.
-        num_partial, num_arrivals = 4 * _GOOD_PROGRAMS * _OUTPUTS * MAX_FEW_ROWS, _GOOD_PROGRAMS
+        # At most twice _GOOD_PROGRAMS programs ever share sums of all rows, each with at most two tiles.
+        num_partial = 4 * _GOOD_PROGRAMS * _OUTPUTS * MAX_FEW_ROWS
+        num_arrivals = _GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS
         if deterministic:
             num_partial = _SHARING_ROW_BLOCKS * _MULTIPROCESSORS * 2 * _OUTPUTS * _MOST_ROWS
             num_arrivals = _SHARING_TILES
@@ -198,17 +202,22 @@ class Linear:
         num_inputs = x.shape[1]
         if num_rows == 1:
             return self._single(x, weights, output, swiglu=swiglu, adds=adds)
-        num_blocks = num_outputs // _OUTPUTS
-        num_splits = _num_splits(num_blocks, num_inputs // _TILE_K)
-        # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
-        rows = max(16 if swiglu or weights.weight.numel() < _LARGE_WEIGHT else 32, triton.next_power_of_2(num_rows))
-        has_fewer_stages = swiglu or num_splits > 2 or num_blocks >= _MANY_BLOCKS
-        tile_product[(1, num_blocks, num_splits)](
+        num_blocks, num_weights = num_outputs // _OUTPUTS, weights.weight.numel()
+        num_splits = _num_splits(2 * num_blocks if swiglu else num_blocks, num_inputs // _TILE_K)
+        rows = max(16, triton.next_power_of_2(num_rows))
+        num_stages = 5
+        if num_weights < _LARGE_WEIGHT:
+            rows = min(rows, _SMALL_WEIGHT_ROWS)
+        else:
+            # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
+            rows = max(16 if swiglu else 32, rows)
+            num_stages = 4 if swiglu or num_splits > 2 or num_blocks >= _MANY_BLOCKS else 5
+        tile_product[(triton.cdiv(num_rows, rows), num_blocks, num_splits)](
             x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, num_inputs // num_splits,
             ROWS=rows, OUTPUTS=_OUTPUTS, TILE_K=_TILE_K, NUM_PARTS=num_splits, IS_SHARED=num_splits > 1,
             SWIGLU=swiglu, ADDS=adds, IS_EVEN=True, CAN_PREFETCH=self._device.type == "cuda", num_warps=4,
-            num_stages=4 if has_fewer_stages else 5, **launch_options(self._device),
+            num_stages=num_stages, **launch_options(self._device),
         )  # fmt: skip
         return output
 
@@ -271,7 +280,7 @@ def _fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int)
 
 
 def _num_splits(num_blocks: int, num_tiles: int) -> int:
-    """How many programs share each sum of `num_tiles` tiles: a power of two."""
+    """How many programs share each sum of `num_tiles` tiles: a power of two. A block of SwiGLU counts as two."""
     num_splits = 1
     while num_tiles % (2 * num_splits) == 0:
         num_programs, num_tiles_left = num_blocks * num_splits, num_tiles // (2 * num_splits)
