@@ -1,6 +1,6 @@
 """How new sequences should be let in beside running ones: the scheduler alone, against a model of a step's time.
 
-    python -m benchmarks.newcomers [--at-once 1 5 10] [--beside 192]
+    python -m benchmarks.newcomers [--most 384 1024 2048] [--beside 192]
 
 256 requests of 100 to 1,024 tokens in and out that arrive within a time of each other. Steps take about what they took
 on one H100 (benchmarks.engine): so much, so much a token, so much a token of context. One JSON line a row.
@@ -39,7 +39,7 @@ class StepTime(NamedTuple):
         return self.least + each_token * tokens + self.each_context_token * sum(part.start for part in decodes)
 
 
-MODELS = {"llama-3.1-8b": StepTime(5.3, 0.0237, 4.4e-5), "qwen3-0.6b": StepTime(0.9, 0.0026, 3.8e-5)}
+MODELS = {"llama-3.1-8b": StepTime(5.4, 0.0232, 4.0e-5), "qwen3-0.6b": StepTime(0.85, 0.00262, 3.4e-5)}
 
 
 def simulate(step_time: StepTime, arrive_within_s: float, beside: int) -> dict[str, Any]:
@@ -87,15 +87,15 @@ def simulate(step_time: StepTime, arrive_within_s: float, beside: int) -> dict[s
 def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 3, 5, 10, 40], help="newcomers with a share")
+    parser.add_argument("--most", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="tokens of a step")
     parser.add_argument("--beside", type=int, default=192, help="tokens of a share")
     parser.add_argument("--arrive-within-s", type=float, default=0.4, help="time in which all requests come")
     options = parser.parse_args()
     for model, step_time in MODELS.items():
-        for at_once in options.at_once:
-            scheduling._MOST_AT_ONCE = at_once
+        for most in options.most:
+            scheduling._MOST_TOKENS = most
             result = simulate(step_time, options.arrive_within_s, options.beside)
-            print(json.dumps({"model": model, "at_once": at_once, **result}), flush=True)
+            print(json.dumps({"model": model, "most_tokens": most, **result}), flush=True)
 
 
 if __name__ == "__main__":

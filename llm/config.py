@@ -151,9 +151,9 @@ class EngineConfig(StrictModel):
     """Token budget of one step, decodes and prefill chunks together; None for 256 on a CPU, where what fits its caches
     is fastest, and 8192 on a GPU, but at least `max_batch_size`."""
     max_prefill_tokens_beside_decodes: int | None = Field(default=None, ge=1)
-    """About as many prefill tokens of each new sequence, of five at most, go into a step in which many sequences decode
-    and few are new: what bounds the gap between tokens while long prompts arrive. None for 192 on a GPU and no bound
-    of its own on a CPU."""
+    """About as many prefill tokens of each new sequence go into a step in which others decode, up to 2,048 tokens in
+    all: what bounds the gap between tokens while prompts arrive. Where twice as many are new as decode, they are let in
+    at once. None for 192 on a GPU and no bound of its own on a CPU."""
     page_size: int = Field(default=16, ge=1, le=256)
     """Slots a page. A slot holds one token's keys and values in every layer."""
     num_pages: int | None = Field(default=None, ge=1)
@@ -197,6 +197,6 @@ class EngineConfig(StrictModel):
         return self.max_tokens_per_step or max(256 if device_type == "cpu" else 8192, self.batch_size(device_type))
 
     def prefill_beside_decodes(self, device_type: str) -> int:
-        """Most prefill tokens in a step with decodes on a device of this type."""
+        """Prefill tokens of each new sequence in a step with decodes on a device of this type."""
         default = self.token_budget(device_type) if device_type == "cpu" else 192
         return self.max_prefill_tokens_beside_decodes or default

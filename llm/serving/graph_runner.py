@@ -26,7 +26,7 @@ _Drawing = tuple[ScheduledSequence, int, int]
 """See `draws_of`."""
 
 _STEPS_AHEAD = 1
-_WARM_PREFILLS = 64, 1024
+_WARM_PREFILLS = 64, 2048
 """Tokens of the steps with prefills that are captured at start; smaller and larger ones are when they first come."""
 _NUM_BUFFERS = _STEPS_AHEAD + 2
 """Of memory that the host fills and the device reads: one for each step in flight, one being filled."""

@@ -9,10 +9,9 @@ from llm.serving.prompt_lookup import PromptLookup
 from llm.serving.sequence import ScheduledSequence, Sequence, SequenceStatus, StepPlan, TokenEvent, accept, next_part
 
 __all__ = ["ScheduledSequence", "Scheduler", "StepPlan", "TokenEvent"]
-_CROWD = 4
-"""Newcomers are few while there is less than one for so many sequences that decode."""
-_MOST_AT_ONCE = 5
-"""So many of the few get their share of a step; what they leave is for the next one."""
+_CROWD = 2
+"""So many newcomers for each sequence that decodes are a crowd."""
+_MOST_TOKENS = 2048  # of a step in which fewer get their shares beside decodes
 _TOKEN_MULTIPLE = 128
 """Tokens of a step with prefills are a multiple of this where there is a choice."""
 _MOST_PER_GUESS = 8
@@ -43,7 +42,7 @@ class Scheduler:
         pool: pages to hand out.
         max_batch_size: most sequences that run at once; rows are 0 to `max_batch_size - 1`.
         max_tokens_per_step: token budget of a step.
-        max_prefill_beside_decodes: prefill tokens for each newcomer beside decodes, while these are few; None for all.
+        max_prefill_beside_decodes: prefill tokens for each newcomer beside decodes, unless it is a crowd; None for all.
         max_seq_len: tokens at which a sequence ends.
         window_size: tokens behind which no layer looks; pages wholly behind go back to the pool. None for no window.
         enable_prefix_caching: share full pages between sequences that begin alike.
@@ -126,10 +125,11 @@ class Scheduler:
         singles, prefilling = self._decodes()
         budget = self.max_tokens_per_step - len(singles)
         num_newcomers = len(prefilling) + len(self._waiting)
-        if num_newcomers * _CROWD < len(singles):
-            # Few newcomers are let in gently, so that those who run hardly notice, at the pace that each would have
-            # alone; a crowd is let in at once. Filled up to what the step's products are padded to anyway.
-            num_tokens = len(singles) + min(num_newcomers, _MOST_AT_ONCE) * self.max_prefill_beside_decodes
+        if num_newcomers < _CROWD * len(singles):
+            # Newcomers are let in gently, so that those who run hardly notice, at the pace that each would have alone;
+            # a crowd, which few would notice, at once. Filled up to what the step's products are padded to anyway.
+            share = self.max_prefill_beside_decodes
+            num_tokens = max(min(len(singles) + num_newcomers * share, _MOST_TOKENS), len(singles) + share)
             budget = min(budget, -(-num_tokens // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE - len(singles))
         chunks = []
         for sequence in prefilling:

@@ -49,11 +49,11 @@ def test_prefill_is_cut_to_the_budget_and_decodes_ride_along():
 
 
 @pytest.mark.parametrize(
-    ("num_newcomers", "num_tokens"), [(1, 256), (3, 640), (5, 1024), (10, 1024), (16, 4096)],
-    ids=["one", "three", "five", "more than five", "a crowd"],
+    ("num_newcomers", "num_tokens"), [(1, 256), (3, 640), (10, 2048), (127, 2048), (128, 4096)],
+    ids=["one", "three", "as many as fit", "more than fit", "a crowd"],
 )  # fmt: skip
 def test_newcomers_are_let_in_gently(num_newcomers, num_tokens):
-    """Beside 64 decodes each newcomer gets 192 tokens of a step, five of them at most; a crowd gets all of it."""
+    """Beside 64 decodes each newcomer gets 192 tokens of a step, up to 2,048 in all; a crowd gets all of it."""
     scheduler = create_scheduler(
         num_pages=20_000, max_batch_size=128, max_tokens_per_step=4096, max_seq_len=8192, max_prefill_beside_decodes=192
     )
@@ -63,6 +63,22 @@ def test_newcomers_are_let_in_gently(num_newcomers, num_tokens):
     for _ in range(num_newcomers):
         scheduler.add(create_sequence(1000))
     assert sum(num for _, _, num in run_step(scheduler)) == num_tokens
+
+
+def test_a_newcomer_gets_its_share_beside_any_number_of_decodes():
+    """More of them than a step with shares may have tokens: 192 still come on top."""
+    scheduler = create_scheduler(
+        num_pages=20_000,
+        max_batch_size=2200,
+        max_tokens_per_step=4096,
+        max_seq_len=8192,
+        max_prefill_beside_decodes=192,
+    )
+    for _ in range(2100):
+        scheduler.add(create_sequence(1, max_new_tokens=100))
+    run_step(scheduler)
+    scheduler.add(create_sequence(1000))
+    assert sum(num for _, _, num in run_step(scheduler)) == 2304
 
 
 def test_rows_are_limited():
