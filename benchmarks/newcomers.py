@@ -1,6 +1,6 @@
 """How new sequences should be let in beside running ones: the scheduler alone, against a model of a step's time.
 
-    python -m benchmarks.newcomers [--most 384 1024 2048] [--beside 192]
+    python -m benchmarks.newcomers [--most 512 1024 2048] [--beside 192]
 
 256 requests of 100 to 1,024 tokens in and out that arrive within a time of each other. Steps take about what they took
 on one H100 (benchmarks.engine): so much, so much a token, so much a token of context. One JSON line a row.

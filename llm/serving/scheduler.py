@@ -124,7 +124,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         singles, prefilling = self._decodes()
         budget = self.max_tokens_per_step - len(singles)
-        num_newcomers = len(prefilling) + len(self._waiting)
+        num_newcomers = len(prefilling) + min(len(self._waiting), len(self._free_rows))
         if num_newcomers < _CROWD * len(singles):
             # Newcomers are let in gently, so that those who run hardly notice, at the pace that each would have alone;
             # a crowd, which few would notice, at once. Filled up to what the step's products are padded to anyway.

@@ -55,7 +55,7 @@ def test_prefill_is_cut_to_the_budget_and_decodes_ride_along():
 def test_newcomers_are_let_in_gently(num_newcomers, num_tokens):
     """Beside 64 decodes each newcomer gets 192 tokens of a step, up to 2,048 in all; a crowd gets all of it."""
     scheduler = create_scheduler(
-        num_pages=20_000, max_batch_size=128, max_tokens_per_step=4096, max_seq_len=8192, max_prefill_beside_decodes=192
+        num_pages=20_000, max_batch_size=256, max_tokens_per_step=4096, max_seq_len=8192, max_prefill_beside_decodes=192
     )
     for _ in range(64):
         scheduler.add(create_sequence(4, max_new_tokens=100))
@@ -63,6 +63,19 @@ def test_newcomers_are_let_in_gently(num_newcomers, num_tokens):
     for _ in range(num_newcomers):
         scheduler.add(create_sequence(1000))
     assert sum(num for _, _, num in run_step(scheduler)) == num_tokens
+
+
+def test_those_who_find_no_row_are_no_crowd():
+    """A long queue behind 64 decodes and two free rows: two shares."""
+    scheduler = create_scheduler(
+        num_pages=20_000, max_batch_size=66, max_tokens_per_step=4096, max_seq_len=8192, max_prefill_beside_decodes=192
+    )
+    for _ in range(64):
+        scheduler.add(create_sequence(4, max_new_tokens=100))
+    run_step(scheduler)
+    for _ in range(200):
+        scheduler.add(create_sequence(1000))
+    assert sum(num for _, _, num in run_step(scheduler)) == 512
 
 
 def test_a_newcomer_gets_its_share_beside_any_number_of_decodes():
