@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+_RESERVED_SHARED_MEMORY = 1024
+"""Bytes of a multiprocessor's that no program gets."""
+
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
@@ -37,3 +40,19 @@ def launch_options(device: torch.device) -> dict[str, Any]:
         return {"PDL": False}
     has_pdl = torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if has_pdl else {"PDL": False}
+
+
+@cache
+def most_stages(device: torch.device, bytes_a_stage: int) -> int:
+    """Stages of a pipelined loop, so many bytes of tiles each, for which a program on `device` has shared memory."""
+    if device.type != "cuda":
+        return 8
+    properties = torch.cuda.get_device_properties(device)
+    return stages_in(properties.shared_memory_per_multiprocessor, bytes_a_stage, properties.major)
+
+
+def stages_in(shared_memory: int, bytes_a_stage: int, major: int) -> int:
+    """The same for a chip of this compute capability with so many bytes of shared memory in a multiprocessor."""
+    num_tiles = (shared_memory - _RESERVED_SHARED_MEMORY) // bytes_a_stage
+    # Before Hopper the tiles that are being multiplied lie in registers.
+    return num_tiles + 1 if major < 9 else num_tiles

@@ -24,7 +24,7 @@ import triton
 
 from llm.kernels.activation import silu_mul
 from llm.kernels.few_rows import single_row_product, tile_product
-from llm.kernels.launch import launch_options
+from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
 
@@ -202,22 +202,23 @@ class Linear:
         num_inputs = x.shape[1]
         if num_rows == 1:
             return self._single(x, weights, output, swiglu=swiglu, adds=adds)
-        num_blocks, num_weights = num_outputs // _OUTPUTS, weights.weight.numel()
+        num_blocks = num_outputs // _OUTPUTS
         num_splits = _num_splits(2 * num_blocks if swiglu else num_blocks, num_inputs // _TILE_K)
         rows = max(16, triton.next_power_of_2(num_rows))
         num_stages = 5
-        if num_weights < _LARGE_WEIGHT:
+        if weights.weight.numel() < _LARGE_WEIGHT:
             rows = min(rows, _SMALL_WEIGHT_ROWS)
         else:
             # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
             rows = max(16 if swiglu else 32, rows)
             num_stages = 4 if swiglu or num_splits > 2 or num_blocks >= _MANY_BLOCKS else 5
+        bytes_a_stage = ((2 if swiglu else 1) * _OUTPUTS + rows) * _TILE_K * x.dtype.itemsize
         tile_product[(triton.cdiv(num_rows, rows), num_blocks, num_splits)](
             x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, num_inputs // num_splits,
             ROWS=rows, OUTPUTS=_OUTPUTS, TILE_K=_TILE_K, NUM_PARTS=num_splits, IS_SHARED=num_splits > 1,
             SWIGLU=swiglu, ADDS=adds, IS_EVEN=True, CAN_PREFETCH=self._device.type == "cuda", num_warps=4,
-            num_stages=num_stages, **launch_options(self._device),
+            num_stages=min(num_stages, most_stages(self._device, bytes_a_stage)), **launch_options(self._device),
         )  # fmt: skip
         return output
 
@@ -229,13 +230,14 @@ class Linear:
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
         in_turn = min(num_row_blocks, _ROW_BLOCKS_IN_TURN)
+        num_stages = min(tile.num_stages, most_stages(self._device, tile.bytes_a_stage(x.dtype.itemsize)))
         num_programs = triton.cdiv(num_row_blocks, in_turn) * (tile.num_parts if tile.is_shared else 1)
         tile_product[(in_turn, num_blocks, num_programs)](
             x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, triton.cdiv(num_inputs, tile.k) // tile.num_parts * tile.k,
             ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, NUM_PARTS=tile.num_parts, IS_SHARED=tile.is_shared,
             SWIGLU=False, ADDS=adds, IS_EVEN=is_even, CAN_PREFETCH=is_even and self._device.type == "cuda",
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(self._device),
+            num_warps=tile.num_warps, num_stages=num_stages, **launch_options(self._device),
         )  # fmt: skip
         return output
 
@@ -256,6 +258,10 @@ class _Tile(NamedTuple):
     is_shared: bool
     num_warps: int
     num_stages: int
+
+    def bytes_a_stage(self, itemsize: int) -> int:
+        """Of weights and rows that are multiplied at once."""
+        return (self.outputs + self.rows) * self.k * itemsize
 
 
 @cache

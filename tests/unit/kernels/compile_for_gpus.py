@@ -1,4 +1,4 @@
-"""Compiles kernels for compute capability 9.0 without a GPU: `python compile_for_hopper.py`. Prints a name each.
+"""Compiles kernels for Hopper, and products for older chips, without a GPU: `python compile_for_gpus.py`. Prints names.
 
 A program of its own, for a process that has Triton's interpreter on cannot compile.
 """
@@ -13,23 +13,36 @@ from triton.compiler import ASTSource
 
 from llm.attention.kernels import decode, prefill, rope
 from llm.kernels import activation, few_rows, norm, quantization
+from llm.kernels.launch import stages_in
 
-HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
+"""Bytes of a multiprocessor's, by compute capability (CUDA C++ programming guide, table 27)."""
 BF16, FLOAT, INT, FP8 = "*bf16", "*fp32", "*i32", "*fp8e4nv"
+ALIGNED = {"num_inputs", "num_outputs", "inputs_per_part", "query_stride", "table_stride"}
 SCALES = {"row_scales": FLOAT, "scales": FLOAT, "bias": BF16}
 NO_SCALES = dict.fromkeys(SCALES)
 
 
-def compile_kernel(name: str, kernel: Any, arguments: dict[str, Any], **constants: Any) -> None:
-    """Compile for these types of arguments; None, and what is no type, is a constant."""
-    values = {**arguments, **constants, "PDL": True}
+def compile_kernel(
+    name: str, kernel: Any, arguments: dict[str, Any], *, capability: int = 90, num_stages: int = 3, **constants: Any
+) -> int:
+    """Compile for these types of arguments; None, and what is no type, is a constant. Returns its shared memory."""
+    is_hopper = capability == 90
+    values = {**arguments, **constants, "PDL": is_hopper}
     is_type = {name: isinstance(value, str) for name, value in values.items()}
     signature = {name: values[name] if is_type[name] else "constexpr" for name in kernel.arg_names}
     constexprs = {(i,): values[name] for i, name in enumerate(kernel.arg_names) if not is_type[name]}
-    triton.compile(
-        ASTSource(kernel, signature, constexprs), target=HOPPER, options={"num_warps": 4, "launch_pdl": True}
-    )
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if is_type[name] and (values[name].startswith("*") or name in ALIGNED)
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 4, "num_stages": num_stages, "launch_pdl": is_hopper},
+    )  # fmt: skip
     print(name, flush=True)
+    return int(compiled.metadata.shared)
 
 
 def compile_norms() -> None:
@@ -62,19 +75,33 @@ def compile_rope() -> None:
 
 
 def compile_attention() -> None:
-    """Keys and values in 16 bits and in 8; heads of 128 numbers and, with masks, of 80."""
+    """Keys and values in 16 bits and in 8; heads of 128 numbers, on older chips too, and, with masks, of 80."""
     arguments = dict.fromkeys(("page_tables", "part_rows", "query_starts", "query_lens", "context_lens"), INT)
     arguments |= dict.fromkeys(("item_parts", "item_chunks", "first_items", "summary"), INT)
     arguments |= {"query": BF16, "output": BF16, "partial": FLOAT, "partial_lse": FLOAT, "scale_log2": "fp32"}
     arguments |= dict.fromkeys(("num_tokens", "num_splits", "query_stride", "table_stride", "window"), "i32")
     common = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "GROUP": 4, "PAGE_SIZE": 16, "BLOCK": 64, "INDEX": tl.int32}
-    for (pages, as_type), head_dim in product(((BF16, tl.bfloat16), (FP8, tl.float16)), (80, 128)):
-        heads = {**common, "keys": pages, "values": pages, "PRODUCT": as_type, "HEAD_DIM": head_dim, "HEAD_BLOCK": 128}
-        stored = {**arguments, **heads}
-        compile_kernel("decode", decode._paged_decode, stored, GROUP_BLOCK=16, HAS_PAIRS=pages == FP8)
-        if head_dim == 80:
-            tile = {"GROUP_BLOCK": 4, "BLOCK_TOKENS": 16, "MIN_SPLIT_BLOCKS": 8, "IS_UNIFORM": False}
-            compile_kernel("prefill", prefill._paged_prefill, stored, HAS_WINDOW=True, **tile)
+    tile = {"GROUP_BLOCK": 4, "BLOCK_TOKENS": 32, "MIN_SPLIT_BLOCKS": 8, "IS_UNIFORM": False, "HAS_WINDOW": True}
+    for capability, pages, head_dim in (
+        (80, BF16, 128),
+        (89, BF16, 128),
+        (89, FP8, 128),
+        (90, BF16, 80),
+        (90, FP8, 80),
+    ):
+        has_8_bits = pages == FP8
+        heads = {"HEAD_DIM": head_dim, "HEAD_BLOCK": 128, "PRODUCT": tl.float16 if has_8_bits else tl.bfloat16}
+        stored = {**arguments, **common, **heads, "keys": pages, "values": pages}
+        taken = (
+            compile_kernel(
+                "decode",
+                decode._paged_decode,
+                {**stored, "GROUP_BLOCK": 16, "HAS_PAIRS": has_8_bits},
+                capability=capability,
+            ),
+            compile_kernel("prefill", prefill._paged_prefill, {**stored, **tile}, capability=capability),
+        )
+        assert max(taken) <= SHARED_MEMORY[capability] - 1024, (capability, pages, head_dim, taken)
     compile_kernel("merge", decode._merge_chunks, {**arguments, **common}, GROUP_BLOCK=4, HEAD_DIM=80, HEAD_BLOCK=128)
 
 
@@ -94,9 +121,25 @@ def compile_products() -> None:
             compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
 
 
+def compile_stages() -> None:
+    """Pipelined products fill the shared memory of every chip, and no more."""
+    arguments = {"x": BF16, "output": BF16, "weight": BF16, "scales": None, "bias": None, "num_outputs": "i32"}
+    arguments |= {"num_inputs": "i32", "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
+    arguments |= {"OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": 1, "IS_SHARED": False, "ADDS": False, "IS_EVEN": True}
+    for (capability, shared_memory), (rows, swiglu) in product(
+        SHARED_MEMORY.items(), ((32, False), (32, True), (64, False), (64, True))
+    ):
+        num_stages = min(5, stages_in(shared_memory, (64 * (1 + swiglu) + rows) * 128 * 2, capability // 10))
+        tile = {**arguments, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True}
+        taken = compile_kernel("stages", few_rows.tile_product, tile, capability=capability, num_stages=num_stages)
+        assert num_stages > 2, (capability, rows, swiglu)
+        assert taken <= shared_memory - 1024, (capability, rows, swiglu, taken)
+
+
 if __name__ == "__main__":
     compile_norms()
     compile_activations()
     compile_rope()
     compile_attention()
     compile_products()
+    compile_stages()
