@@ -121,10 +121,19 @@ class ServeEngineClient:
         try:
             return await response
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or not task.cancelling():  # cancelled at the other end: the replica is being taken away
+            if not is_being_cancelled():  # but cancelled at the other end: the replica is being taken away
                 raise ReplicaLostError("the replica gave the call up") from None
             response.cancel()
             raise
         except (RayActorError, grpc.RpcError) as error:
             raise ReplicaLostError(f"the replica is gone ({type(error).__name__})") from error
+
+
+def is_being_cancelled() -> bool:
+    """Whether it is the current task that somebody has cancelled, and not only what it waits for.
+
+    To be asked in an `except`: with the task in a variable there, frame, task and exception would refer to each other,
+    and wait for the garbage collector.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deployments.accounts import Account
+from deployments.engine_client import is_being_cancelled
 from deployments.errors import DeadlineError, ReplicaLostError
 from deployments.waiting import Ticket
 from deployments.wire import End, EngineTiming, GenerateCall, GenerateReply, TokenItem, decode_reply, encode
@@ -80,7 +81,7 @@ class Generation:
     replica dies, stalls or is taken away, the request goes on in another one behind the tokens that have come so far.
 
     Attributes:
-        group: those that answer the same HTTP request.
+        group: those that answer the same HTTP request; gone once its task has ended.
         index: its place in the group.
         token_ids: all tokens so far.
         logprobs: one entry for each of `token_ids` where the request asks for them.
@@ -127,8 +128,8 @@ class Generation:
             self._task.cancel()
 
     def expire(self) -> None:
-        """Its time is over."""
-        if not self.is_over:
+        """Its time is over. No effect on one that is, or has been given up."""
+        if self._task is not None and not self.is_over:
             self._fail(DeadlineError("the request's timeout is over"))
             self.cancel()
 
@@ -204,8 +205,7 @@ class Generation:
         except ReplicaLostError as error:
             return str(error)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._is_leaving or (task is not None and task.cancelling()):  # it may be given up at the same time
+            if not self._is_leaving or is_being_cancelled():  # it may be given up at the same time
                 raise
             return f"it leaves replica {self.replica_id}"
         finally:
@@ -244,6 +244,9 @@ class Generation:
         self._release(journal)
         self._charge()
         journal.on_over(self)
+        # Group and generations refer to each other. Left so, prompts and tokens would wait for the garbage collector.
+        self._task = None
+        del self.group
 
     def _charge(self) -> None:
         """Count what was generated since the last time on the caller's account."""

@@ -1,11 +1,13 @@
 """Streams that end early: because the client leaves while they begin, or because something fails inside."""
 
 import asyncio
+import gc
 import json
 
 import pytest
 from in_process import Service, ServiceFactory, emulated_config
 
+from deployments.generation import Generation
 from deployments.openai.choices import Choice
 
 HI = [{"role": "user", "content": "hi"}]
@@ -83,3 +85,22 @@ async def test_what_fails_inside_a_stream_ends_it_in_the_apis_words(
     async with asyncio.timeout(1):
         while service.router.journal.num_live or service.num_used_pages:
             await asyncio.sleep(0.01)
+
+
+async def test_what_is_over_leaves_nothing_to_the_garbage_collector(make_service: ServiceFactory):
+    """Whole, streamed, stopped by its text and left by the client: memory of prompts and tokens is free at once."""
+    service = await make_service(emulated_config(emulation={"tokens_per_s": 1000.0, "max_seq_len": 2048}))
+    body = {"prompt": "hi", "max_tokens": 20, "n": 2}
+    gc.collect()
+    gc.disable()
+    try:
+        for more in ({}, {"stream": True}, {"stop": ["c"]}):
+            assert (await service.post("/v1/completions", **body, **more)).status_code == 200
+        await leave(service, "/v1/completions", {**body, "max_tokens": 1500}, 3)
+        async with asyncio.timeout(1):
+            while service.router.journal.num_live:
+                await asyncio.sleep(0.01)
+        left = [generation for generation in gc.get_objects() if isinstance(generation, Generation)]
+    finally:
+        gc.enable()
+    assert not left, gc.get_referrers(left[0])
