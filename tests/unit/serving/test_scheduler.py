@@ -48,50 +48,37 @@ def test_prefill_is_cut_to_the_budget_and_decodes_ride_along():
     assert run_step(scheduler) == [(short, 7, 1), (long, 20, 1)]
 
 
+def tokens_of_a_step(num_decodes: int, num_newcomers: int, max_batch_size: int) -> int:
+    """Tokens of the step in which prompts of 1,000 tokens come beside decodes; a share is 192, the budget 4,096."""
+    scheduler = create_scheduler(
+        num_pages=20_000, max_batch_size=max_batch_size, max_tokens_per_step=4096, max_seq_len=8192,
+        max_prefill_beside_decodes=192,
+    )  # fmt: skip
+    for _ in range(num_decodes):
+        scheduler.add(create_sequence(1, max_new_tokens=100))
+    run_step(scheduler)
+    for _ in range(num_newcomers):
+        scheduler.add(create_sequence(1000))
+    return sum(num for _, _, num in run_step(scheduler))
+
+
 @pytest.mark.parametrize(
     ("num_newcomers", "num_tokens"), [(1, 256), (3, 640), (10, 2048), (127, 2048), (128, 4096)],
     ids=["one", "three", "as many as fit", "more than fit", "a crowd"],
 )  # fmt: skip
 def test_newcomers_are_let_in_gently(num_newcomers, num_tokens):
     """Beside 64 decodes each newcomer gets 192 tokens of a step, up to 2,048 in all; a crowd gets all of it."""
-    scheduler = create_scheduler(
-        num_pages=20_000, max_batch_size=256, max_tokens_per_step=4096, max_seq_len=8192, max_prefill_beside_decodes=192
-    )
-    for _ in range(64):
-        scheduler.add(create_sequence(4, max_new_tokens=100))
-    run_step(scheduler)
-    for _ in range(num_newcomers):
-        scheduler.add(create_sequence(1000))
-    assert sum(num for _, _, num in run_step(scheduler)) == num_tokens
+    assert tokens_of_a_step(64, num_newcomers, max_batch_size=256) == num_tokens
 
 
 def test_those_who_find_no_row_are_no_crowd():
     """A long queue behind 64 decodes and two free rows: two shares."""
-    scheduler = create_scheduler(
-        num_pages=20_000, max_batch_size=66, max_tokens_per_step=4096, max_seq_len=8192, max_prefill_beside_decodes=192
-    )
-    for _ in range(64):
-        scheduler.add(create_sequence(4, max_new_tokens=100))
-    run_step(scheduler)
-    for _ in range(200):
-        scheduler.add(create_sequence(1000))
-    assert sum(num for _, _, num in run_step(scheduler)) == 512
+    assert tokens_of_a_step(64, 200, max_batch_size=66) == 512
 
 
 def test_a_newcomer_gets_its_share_beside_any_number_of_decodes():
     """More of them than a step with shares may have tokens: 192 still come on top."""
-    scheduler = create_scheduler(
-        num_pages=20_000,
-        max_batch_size=2200,
-        max_tokens_per_step=4096,
-        max_seq_len=8192,
-        max_prefill_beside_decodes=192,
-    )
-    for _ in range(2100):
-        scheduler.add(create_sequence(1, max_new_tokens=100))
-    run_step(scheduler)
-    scheduler.add(create_sequence(1000))
-    assert sum(num for _, _, num in run_step(scheduler)) == 2304
+    assert tokens_of_a_step(2100, 1, max_batch_size=2200) == 2304
 
 
 def test_rows_are_limited():
