@@ -113,7 +113,7 @@ class _Ready:
 
 @dataclass(frozen=True, slots=True)
 class _ClientHandle:
-    """A client process as the parent has it: it is told when to start, or by None to stop."""
+    """A client process as the parent has it: it is told its share, then when to start, or by None to stop."""
 
     process: BaseProcess
     orders: Connection
@@ -155,16 +155,21 @@ def run_load(
     """
     context = multiprocessing.get_context("spawn")
     clients: dict[Connection, _ClientHandle] = {}
-    for share in spec.shares(num_processes):
+    shares = spec.shares(num_processes)
+    for _ in shares:
         # One pipe each way, for the client's event loop makes the one that it watches non-blocking.
         reports, to_report = context.Pipe(duplex=False)
         to_obey, orders = context.Pipe(duplex=False)
-        process = context.Process(target=_client_process, args=(share, to_obey, to_report), daemon=True)
+        process = context.Process(target=_client_process, args=(to_obey, to_report), daemon=True)
         process.start()
         to_report.close()
         to_obey.close()
         clients[reports] = _ClientHandle(process, orders)
     try:
+        # Once all have been started: as arguments, each would have to be read before the next process is.
+        for client, share in zip(clients.values(), shares, strict=True):
+            with suppress(BrokenPipeError):  # the supervisor says which died
+                client.orders.send(share)
         return _Supervisor(clients, on_records).run()
     finally:
         for reports, client in clients.items():
@@ -242,11 +247,12 @@ class _Supervisor:
             self._clients[reports].orders.send(start_at)
 
 
-def _client_process(spec: LoadSpec, orders: Connection, reports: Connection) -> None:
-    """Body of a client process: make ready, wait for the start, run, report."""
+def _client_process(orders: Connection, reports: Connection) -> None:
+    """Body of a client process: take its share of the load, make ready, wait for the start, run, report."""
     # Ctrl-C reaches the whole process group; the parent tells this one what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _raise_file_limit()
+    spec: LoadSpec = orders.recv()
     builder = _builder(spec)
     bodies = [builder.body(request) for request in spec.requests]
     gc.freeze()

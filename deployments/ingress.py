@@ -73,8 +73,8 @@ class RouterIngress:
         info = await self._router.wait_until_ready()
         url = self._router.config.public_url or "http://127.0.0.1:8000"
         banner = ready_banner(url, info.model, info.max_seq_len, info.num_slots, bool(self._keys))
-        # Past Serve's own redirection of sys.stdout and of print, which would make a tuple of it, so that it reaches the
-        # terminal of `serve run` in every mode.
+        # Past Serve's own redirection of sys.stdout, so that it reaches the terminal of `serve run` in every mode; and
+        # not by print, which Serve makes print a tuple.
         if sys.__stdout__ is not None:
             sys.__stdout__.write(banner + "\n")
             sys.__stdout__.flush()

@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.check import check_config_file
 from deployments.config import AppConfig, EngineKind, resolve_paths
 from llm.config import ModelConfig
 from llm.models.registry import load_model_config
@@ -28,6 +27,8 @@ def check(
         rayline check serve_config.yaml
         rayline check my.yaml --gpu-memory 48
     """
+    from deployments.check import check_config_file  # brings PyTorch and Ray, which other commands do without
+
     try:
         sizes = [float(size) for size in gpu_memory.split(",")]
     except ValueError:

@@ -16,7 +16,6 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from deployments.check import check_config_file
 from deployments.engine_factory import PROGRESS_MARK
 from llm.errors import ConfigError
 
@@ -45,6 +44,8 @@ def serve(
     rayline serve ~/models/Qwen3-0.6B --port 9000
     rayline serve my-model --set engine.quantization=fp8 --replicas 2
     """
+    from deployments.check import check_config_file  # brings PyTorch and Ray, which other commands do without
+
     content = _content(config or _find_config())
     _override(content, model, host, port, replicas, api_keys_env, settings or [])
     with tempfile.TemporaryDirectory(prefix="rayline-") as directory:

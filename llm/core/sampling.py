@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -43,8 +44,7 @@ class SamplingRow:
         return self.temperature < _GREEDY_BELOW
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True, gc=False):
     """One row's next token, with log probabilities where the row asked for them."""
 
     token_id: int
@@ -76,7 +76,7 @@ class Draws:
         """
         token_ids = self.token_ids.tolist()
         if self.logprobs is None or self.top_logprobs is None or self.top_ids is None:
-            return [Draw(token_id) for token_id in token_ids]
+            return list(map(Draw, token_ids))
         per_row = zip(
             rows, token_ids, self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True
         )

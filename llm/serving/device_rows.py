@@ -35,7 +35,8 @@ class DeviceRows:
         ]
         self._mirror = np.zeros((6, num_rows + 1), dtype=np.int32)
         self._next = 0
-        self._owners: list[tuple[Sequence, int] | None] = [None] * num_rows
+        self._owners: list[Sequence | None] = [None] * num_rows
+        self._num_preemptions = [0] * num_rows
         self._num_pages = [0] * num_rows
 
     @property
@@ -55,14 +56,13 @@ class DeviceRows:
         table_len = self.page_tables.shape[1]
         for part in parts:
             row, sequence = part.row, part.sequence
-            owner = self._owners[row]
-            if owner is None or owner[0] is not sequence or owner[1] != part.num_preemptions:
-                self._owners[row] = (sequence, part.num_preemptions)
+            if self._owners[row] is not sequence or self._num_preemptions[row] != part.num_preemptions:
+                self._owners[row], self._num_preemptions[row] = sequence, part.num_preemptions
                 self._num_pages[row] = 0
                 new_rows.append((row, sequence))
-            num_known, num_pages = self._num_pages[row], len(sequence.pages)
-            if num_pages > num_known:
-                first = row * table_len
+            num_pages = len(sequence.pages)
+            if num_pages > self._num_pages[row]:
+                first, num_known = row * table_len, self._num_pages[row]
                 indices += range(first + num_known, first + num_pages)
                 pages += sequence.pages[num_known:]
                 self._num_pages[row] = num_pages

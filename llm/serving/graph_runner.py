@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from llm.core.constraint import Int32Array
@@ -18,7 +19,7 @@ from llm.models.fused import FusedDecoder
 from llm.serving.device_rows import DeviceRows
 from llm.serving.model_runner import DrawMasks, any_constrained, draws_of, sampling_row
 from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
-from llm.serving.step_inputs import MaskBuffers, StepInputs, fill
+from llm.serving.step_inputs import MaskBuffers, StepInputs, fill, ranges
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class LaunchedGraphs:
         if self._draws is None:
             if self._done is not None:
                 self._done.synchronize()
-            self._draws = [Draw(token_id) for token_id in self._token_ids[: self._num_draws].tolist()]
+            self._draws = list(map(Draw, self._token_ids[: self._num_draws].tolist()))
             special = self._special() if callable(self._special) else self._special
             for index, drawn in special.items():
                 self._draws[index] = drawn
@@ -124,8 +125,8 @@ class GraphRunner:
         self._masks = DrawMasks(model.config.vocab_size)
         self._allowed = MaskBuffers(most_draws, self._masks.num_words, device, _NUM_BUFFERS)
         self._last: LaunchedGraphs
-        self._last_draws: dict[int, int] = {}
-        """Of the step launched last: which of its draws is whose row's."""
+        self._last_draw_rows: Int32Array = np.empty(0, dtype=np.int32)
+        """Of the step launched last: the row of each draw."""
 
     @property
     def max_draws_per_step(self) -> int:
@@ -137,27 +138,25 @@ class GraphRunner:
         """See `ModelRunner.launch`."""
         parts = plan.scheduled
         self._rows.update(parts)
-        drawing = draws_of(parts)
-        num_tokens, num_parts, has_prefills = self._pack(parts, drawing)
-        shape = num_tokens, num_parts, has_prefills
+        shape, draw_rows = self._pack(parts)
+        num_draws = len(draw_rows)
         self._run(("model", *shape), partial(self._run_model, *shape))
         host = self._host_token_ids[self._num_steps % _NUM_BUFFERS]
         self._num_steps += 1
         special: Callable[[], dict[int, Draw]] | dict[int, Draw] = {}
-        if drawing:
-            num_draws = _padded(self._draw_sizes, len(drawing))
+        if num_draws:
+            drawing = [] if all(part.sequence.draws_plainly for part in parts) else draws_of(parts)
             allowed = self._send_masks(drawing)
-            logits = self._run(
-                ("draws", num_draws, bool(allowed)), partial(self._run_draws, num_draws, is_masked=bool(allowed))
-            )
+            size = _padded(self._draw_sizes, num_draws)
+            logits = self._run(("draws", size, bool(allowed)), partial(self._run_draws, size, is_masked=bool(allowed)))
             special = self._draw_specially(logits, drawing, allowed)
-            host[: len(drawing)].copy_(self._token_ids[: len(drawing)], non_blocking=True)
+            host[:num_draws].copy_(self._token_ids[:num_draws], non_blocking=True)
         done = None
         if self._graph_pool is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._last = LaunchedGraphs(host, len(drawing), done, special)
-        self._last_draws = {part.row: i for i, (part, _, _) in enumerate(drawing)}
+        self._last = LaunchedGraphs(host, num_draws, done, special)
+        self._last_draw_rows = draw_rows
         return self._last
 
     @torch.inference_mode()
@@ -186,42 +185,45 @@ class GraphRunner:
         for size in self._draw_sizes:
             self._run(("draws", size, False), partial(self._run_draws, size))
 
-    def _pack(self, parts: SequenceOf[ScheduledSequence], drawing: SequenceOf[_Drawing]) -> tuple[int, int, bool]:
-        """Fill the step's inputs and send them; returns padded tokens, padded parts, and whether any part prefills."""
+    def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool], Int32Array]:
+        """Fill the step's inputs and send them.
+
+        Returns:
+            Padded tokens, padded parts, whether any part prefills; and the row of each draw.
+        """
         token_ids: list[int] = []
-        positions: list[int] = []
-        token_rows: list[int] = []
-        query_starts: list[int] = []
         for part in parts:
-            sequence, start, num_new, _, row, _, _ = part
-            query_starts.append(len(positions))
-            if num_new == 1:
-                tokens = sequence.tokens
-                token_ids.append(tokens[start] if start < len(tokens) else -1)
-                positions.append(start)
-                token_rows.append(row)
+            tokens = part.sequence.tokens
+            if part.num_tokens == 1:
+                token_ids.append(tokens[part.start] if part.start < len(tokens) else -1)
             else:
                 token_ids += part.token_ids
-                positions += range(start, start + num_new)
-                token_rows += [row] * num_new
-        has_prefills = len(positions) > len(parts)
+        rows = np.array([part.row for part in parts], dtype=np.int32)
+        starts = np.array([part.start for part in parts], dtype=np.int32)
+        lens = np.array([part.num_tokens for part in parts], dtype=np.int32)
+        num_draws = np.array([part.draws and 1 + len(part.proposed) for part in parts], dtype=np.int32)
+        ends, query_ends = starts + lens, lens.cumsum(dtype=np.int32)
+        has_prefills = len(token_ids) > len(parts)
         num_parts = _padded(self._part_sizes if has_prefills else self._row_sizes, len(parts))
-        num_tokens = _padded(self._token_sizes, len(positions)) if has_prefills else num_parts
+        num_tokens = _padded(self._token_sizes, len(token_ids)) if has_prefills else num_parts
+        padding_row = self._rows.padding_row
         arrays = self._inputs.next_arrays()
         fill(arrays["token_ids"], token_ids, num_tokens, 0)
-        fill(arrays["positions"], positions, num_tokens, 0)
-        fill(arrays["token_rows"], token_rows, num_tokens, self._rows.padding_row)
-        fill(arrays["part_rows"], [part.row for part in parts], num_parts, self._rows.padding_row)
-        fill(arrays["query_starts"], query_starts, num_parts, 0)
-        fill(arrays["query_lens"], [part.num_tokens for part in parts], num_parts, 0)
-        fill(arrays["context_lens"], [part.start + part.num_tokens for part in parts], num_parts, 0)
-        if drawing:
-            num_draws = _padded(self._draw_sizes, len(drawing))
-            fill(arrays["draw_tokens"], [index for _, _, index in drawing], num_draws, 0)
-            fill(arrays["draw_rows"], [part.row for part, _, _ in drawing], num_draws, self._rows.padding_row)
-            fill(arrays["draw_positions"], [position for _, position, _ in drawing], num_draws, 0)
+        fill(arrays["positions"], ranges(starts, lens), num_tokens, 0)
+        fill(arrays["token_rows"], rows.repeat(lens), num_tokens, padding_row)
+        fill(arrays["part_rows"], rows, num_parts, padding_row)
+        fill(arrays["query_starts"], query_ends - lens, num_parts, 0)
+        fill(arrays["query_lens"], lens, num_parts, 0)
+        fill(arrays["context_lens"], ends, num_parts, 0)
+        draw_rows = rows.repeat(num_draws)
+        if len(draw_rows):
+            # Behind each of the last tokens of a part, as many as it draws.
+            size = _padded(self._draw_sizes, len(draw_rows))
+            fill(arrays["draw_tokens"], ranges(query_ends - num_draws, num_draws), size, 0)
+            fill(arrays["draw_rows"], draw_rows, size, padding_row)
+            fill(arrays["draw_positions"], ranges(ends - num_draws + 1, num_draws), size, 0)
         self._inputs.upload()
-        return num_tokens, num_parts, has_prefills
+        return (num_tokens, num_parts, has_prefills), draw_rows
 
     def _run(self, key: tuple[object, ...], run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Replay the graph of `key`; where there is none yet, run kernel by kernel, then capture for next time."""
@@ -265,7 +267,8 @@ class GraphRunner:
 
     def _last_token_id(self, row: int) -> int:
         """The token that the step launched last drew at `row`."""
-        return self._last.draws()[self._last_draws[row]].token_id
+        index = int(np.flatnonzero(self._last_draw_rows == row)[-1])
+        return self._last.draws()[index].token_id
 
     def _send_masks(self, drawing: SequenceOf[_Drawing]) -> dict[int, Int32Array]:
         """Send what the step's draws may draw, if a grammar binds any: bits by the places of those it does.

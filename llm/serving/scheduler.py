@@ -255,7 +255,7 @@ class Scheduler:
             proposed = sequence.guesses()[:num_left]
             proposed = proposed[: self._room_for_guesses(sequence, len(proposed))]
             if proposed:
-                guessing.append(part._replace(num_tokens=1 + len(proposed), proposed=proposed))
+                guessing.append(part.with_guesses(proposed))
                 sequence.num_in_flight += len(proposed)
                 sequence.is_speculating = True
                 num_left -= len(proposed)

@@ -2,10 +2,11 @@
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Self
 
+import msgspec
 from pydantic import Field, model_validator
 
 from llm.config import StrictModel
@@ -140,9 +141,8 @@ class TokenLogprobs:
     """(token id, log probability) of the likeliest tokens, likeliest first."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What one engine step added to one request."""
+class StepOutput(msgspec.Struct, frozen=True, gc=False):
+    """What one engine step added to one request. (Not a dataclass, which takes ten times as long.)"""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -166,7 +166,7 @@ class StepOutput:
 
     def joined(self, later: "StepOutput") -> "StepOutput":
         """This one and what the same step added after it."""
-        return replace(
+        return msgspec.structs.replace(
             later,
             token_ids=self.token_ids + later.token_ids,
             text=self.text + later.text,

@@ -4,7 +4,8 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple
+
+import msgspec
 
 from llm.core.constraint import Constraint
 from llm.core.prefix_cache import PageHashes
@@ -76,6 +77,14 @@ class Sequence:
         """Ids that end this sequence."""
         self.uses_penalties = request.uses_penalties
         """Whether its draws depend on which tokens came before."""
+        self.draws_plainly = not (
+            self.uses_penalties
+            or request.logit_bias
+            or request.logprobs is not None
+            or request.min_new_tokens
+            or request.grammar is not None
+        )
+        """Whether nothing but temperature, cuts and noise decides which token is drawn, and no more is asked of it."""
 
     @property
     def request_id(self) -> str:
@@ -135,11 +144,11 @@ class Sequence:
         return FinishReason.LENGTH if num_tokens >= self.max_tokens else None
 
 
-class ScheduledSequence(NamedTuple):
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """A sequence's part in a step: tokens `start` to `start + num_tokens - 1` run through the model.
 
     A part with `start >= len(sequence.tokens)` when it is launched runs the one token that was drawn last at its row
-    and that the host has not seen. (Not a dataclass: a step makes hundreds, and a frozen one takes thrice as long.)
+    and that the host has not seen.
     """
 
     sequence: Sequence
@@ -170,6 +179,10 @@ class ScheduledSequence(NamedTuple):
         """What runs, as far as the host knows it."""
         return [*self.sequence.tokens[self.start : self.end], *self.proposed]
 
+    def with_guesses(self, proposed: tuple[int, ...]) -> "ScheduledSequence":
+        """This part, of one token, with guesses behind it."""
+        return msgspec.structs.replace(self, num_tokens=1 + len(proposed), proposed=proposed)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -183,7 +196,7 @@ class StepPlan:
         return sum(part.num_tokens for part in self.scheduled)
 
 
-class TokenEvent(NamedTuple):
+class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """A token that a step drew for a sequence that still wanted it, and whether it ended the sequence."""
 
     sequence: Sequence

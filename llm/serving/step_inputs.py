@@ -108,7 +108,14 @@ class MaskBuffers:
         self.on_device[:num_draws].copy_(self._host_buffers[self._next][:num_draws], non_blocking=True)
 
 
-def fill(array: Int32Array, values: SequenceOf[int], padded_len: int, padding: int) -> None:
+def ranges(starts: Int32Array, lens: Int32Array) -> Int32Array:
+    """`lens[0]` numbers from `starts[0]` on, then `lens[1]` from `starts[1]` on, and so forth."""
+    ends = lens.cumsum(dtype=np.int32)
+    numbers: Int32Array = np.arange(ends[-1], dtype=np.int32) + (starts - ends + lens).repeat(lens)
+    return numbers
+
+
+def fill(array: Int32Array, values: SequenceOf[int] | Int32Array, padded_len: int, padding: int) -> None:
     """Write `values`, then `padding` up to `padded_len`."""
     array[: len(values)] = values
     array[len(values) : padded_len] = padding

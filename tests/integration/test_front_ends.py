@@ -133,7 +133,8 @@ def test_the_banner_tells_what_to_paste(haproxy: tuple[ServeRun, Server]):
     server.wait_for(lambda: "Rayline is ready" in run.output, 10, "no banner")
     begin = run.output.index("Rayline is ready")
     first, second, third = run.output[begin:].splitlines()[:3]
-    assert first.startswith(f"Rayline is ready: {run.url} ") and first.endswith("/docs)")
+    assert first.startswith(f"Rayline is ready: {run.url} ")
+    assert first.endswith("/docs)")
     assert "context 2048 tokens" in second
     assert f"curl {run.url}/v1/chat/completions" in third
 
