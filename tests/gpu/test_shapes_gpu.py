@@ -1,5 +1,7 @@
 """Fused kernels and graphs against the reference backend on the GPU, for the shapes of known models."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from known_shapes import SHAPES
@@ -11,17 +13,18 @@ from llm.serving.schemas import GenerationRequest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+LENS = [1, 2, 16, 17, 63, 128, 300, 700, 1500, *range(5, 100, 3)]
 
-def create_model(shape: dict, dtype: torch.dtype) -> DecoderModel:
+
+def create_model(shape: dict, dtype: torch.dtype, max_seq_len: int = 4096) -> DecoderModel:
     torch.manual_seed(0)
-    return DecoderModel(vocab_size=4000, num_layers=2, max_seq_len=4096, device="cuda", dtype=dtype, **shape)
+    return DecoderModel(vocab_size=4000, num_layers=2, max_seq_len=max_seq_len, device="cuda", dtype=dtype, **shape)
 
 
-def create_requests(**params) -> list[GenerationRequest]:
+def create_requests(lens: Sequence[int] = LENS, **params) -> list[GenerationRequest]:
     """Prompts from one token to several chunks; enough of them for small and large batches."""
     generator = torch.Generator().manual_seed(1)
     defaults = {"max_new_tokens": 24, "temperature": 0.0, "ignore_eos": True, "seed": 3}
-    lens = [1, 2, 16, 17, 63, 128, 300, 700, 1500, *range(5, 100, 3)]
     return [
         GenerationRequest(
             prompt_token_ids=tuple(torch.randint(0, 4000, (n,), generator=generator).tolist()), **{**defaults, **params}
@@ -45,6 +48,15 @@ def test_greedy_tokens_equal_the_reference(shape):
     model = create_model(shape, torch.float32)
     requests = create_requests()
     ours, expected = generate(model, "triton", requests), generate(model, "reference", requests)
+    assert [result.token_ids for result in ours] == [result.token_ids for result in expected]
+
+
+@pytest.mark.parametrize("lens", [[9000], [100, 5000, 9000, 6000], [*range(200, 400, 2)]], ids=["one", "few", "many"])
+def test_greedy_tokens_in_an_engine_of_many_rows(lens):
+    """Contexts that are cut among programs, in steps with far fewer parts than there are rows."""
+    model = create_model(SHAPES["qwen3-0.6b"], torch.float32, max_seq_len=10_000)
+    requests, config = create_requests(lens), {"max_batch_size": 256, "max_seq_len": 10_000, "num_pages": 4000}
+    ours, expected = (generate(model, backend, requests, **config) for backend in ("triton", "reference"))
     assert [result.token_ids for result in ours] == [result.token_ids for result in expected]
 
 

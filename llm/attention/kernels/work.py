@@ -10,6 +10,8 @@ from llm.kernels.launch import launch_options, triton_type, wait_for_inputs
 
 MIN_CHUNK = 64
 """Tokens of context below which a decoding row is not cut: shorter chunks cost more in merging than they save."""
+_SPARE_ITEMS = 64
+"""Items of decodes beside two a part: where parts are few, they are what fills the chip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ class WorkItems:
 
 
 def num_decode_items(num_parts: int) -> int:
-    """Items that the decodes of `num_parts` parts are cut into at most: two a part, and many where parts are few."""
-    return 2 * num_parts + 64
+    """Items that the decodes of `num_parts` parts are cut into at most, and programs that look for them."""
+    return 2 * num_parts + _SPARE_ITEMS
 
 
 def num_prefill_items(num_tokens: int, num_parts: int, block_tokens: int, min_query_len: int = 2) -> int:
@@ -81,28 +83,34 @@ def product_type(query: torch.Tensor, kv_pages: torch.Tensor) -> tl.dtype:
 
 
 def plan_decodes(parts: StepParts, items: WorkItems, window: int | None) -> None:
-    """Cut the context of each decoding part into chunks: equal for all parts, as many as there is room for."""
-    _launch_plan(parts, items, window=window or 0, block_tokens=0, min_query_len=1)
+    """Cut the context of each decoding part into chunks: equal for all parts, `num_decode_items` of them at most.
+
+    However much room `items` has: so many programs will look for them.
+    """
+    capacity = num_decode_items(len(parts))
+    _launch_plan(parts, items, capacity, window=window or 0, block_tokens=0, min_query_len=1)
 
 
 def plan_prefills(parts: StepParts, items: WorkItems, block_tokens: int, min_query_len: int = 2) -> None:
     """Cut the new tokens of each part with `min_query_len` of them or more into blocks of `block_tokens`."""
-    _launch_plan(parts, items, window=0, block_tokens=block_tokens, min_query_len=min_query_len)
+    _launch_plan(parts, items, len(items.parts), window=0, block_tokens=block_tokens, min_query_len=min_query_len)
 
 
-def _launch_plan(parts: StepParts, items: WorkItems, window: int, block_tokens: int, min_query_len: int) -> None:
+def _launch_plan(
+    parts: StepParts, items: WorkItems, capacity: int, *, window: int, block_tokens: int, min_query_len: int
+) -> None:
     _plan_work[(1,)](
         parts.query_lens, parts.context_lens, items.parts, items.chunks, items.first_items, items.summary,
-        len(parts), window, len(items.parts) - len(parts), CAPACITY=len(items.parts), BLOCK_TOKENS=block_tokens,
-        MIN_QUERY_LEN=min_query_len, MIN_CHUNK=MIN_CHUNK, BLOCK=triton.next_power_of_2(len(parts)), ITEM_BLOCK=32,
+        len(parts), window, capacity, BLOCK_TOKENS=block_tokens, MIN_QUERY_LEN=min_query_len,
+        MIN_CHUNK=MIN_CHUNK, BLOCK=triton.next_power_of_2(len(parts)), ITEM_BLOCK=32,
         num_warps=8, **launch_options(parts.rows.device),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_parts", "max_chunks"])
+@triton.jit(do_not_specialize=["num_parts", "capacity"])
 def _plan_work(
-    query_lens, context_lens, item_parts, item_chunks, first_items, summary, num_parts, window, max_chunks,
-    CAPACITY: tl.constexpr, BLOCK_TOKENS: tl.constexpr, MIN_QUERY_LEN: tl.constexpr, MIN_CHUNK: tl.constexpr,
+    query_lens, context_lens, item_parts, item_chunks, first_items, summary, num_parts, window, capacity,
+    BLOCK_TOKENS: tl.constexpr, MIN_QUERY_LEN: tl.constexpr, MIN_CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, ITEM_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program. BLOCK_TOKENS > 0 plans prefills, else decodes."""
@@ -119,16 +127,16 @@ def _plan_work(
             context_len = tl.minimum(context_len, window)
         num_tokens = tl.where(query_len == 1, context_len, 0)
         # Rounding each part up to whole chunks adds at most one a part, so the items fit their room.
-        chunk_size = tl.cdiv(tl.sum(num_tokens), max_chunks)
+        chunk_size = tl.cdiv(tl.sum(num_tokens), capacity - num_parts)
         chunk_size = tl.cdiv(tl.maximum(chunk_size, 1), MIN_CHUNK) * MIN_CHUNK
     num_chunks = tl.cdiv(num_tokens, chunk_size)
     ends = tl.cumsum(num_chunks, 0)
     tl.store(first_items + part, ends - num_chunks, mask=exists)
     tl.store(summary, tl.sum(num_chunks))
     tl.store(summary + 1, chunk_size)
-    for start in range(0, CAPACITY, ITEM_BLOCK):
+    for start in range(0, capacity, ITEM_BLOCK):
         item = start + tl.arange(0, ITEM_BLOCK)
         is_behind = ends[None, :] <= item[:, None]
         chunk = item - tl.max(tl.where(is_behind, ends[None, :], 0), 1)
-        tl.store(item_parts + item, tl.sum(is_behind.to(tl.int32), 1), mask=item < CAPACITY)
-        tl.store(item_chunks + item, chunk, mask=item < CAPACITY)
+        tl.store(item_parts + item, tl.sum(is_behind.to(tl.int32), 1), mask=item < capacity)
+        tl.store(item_chunks + item, chunk, mask=item < capacity)

@@ -70,17 +70,22 @@ SHAPES = [(8, 2, 16), (4, 4, 32), (6, 1, 24), (14, 2, 64)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
 @pytest.mark.parametrize("window", [None, 1, 100, 400])
-def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype):
-    """Contexts of one token, of less and more than a chunk, and of the longest a table holds."""
+@pytest.mark.parametrize("max_parts", [8, 100])
+def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype, max_parts, monkeypatch):
+    """Contexts of one token, of less and more than a chunk, and of the longest a table holds.
+
+    In memory for as many parts as there are, and for many more: where parts are few, so are programs.
+    """
+    monkeypatch.setattr("llm.attention.kernels.work._SPARE_ITEMS", 2)
     torch.manual_seed(num_heads)
     parts = create_parts([(1, 1), (1, 17), (1, 300), (1, 640), (1, 128), (1, 129)])
     kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
     qkv = torch.randn(len(parts), num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
     query = qkv[:, :num_heads]
-    items = WorkItems.allocate(num_decode_items(len(parts)), len(parts), DEVICE)
+    items = WorkItems.allocate(num_decode_items(max_parts), max_parts, DEVICE)
     output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
     plan_decodes(parts, items, window)
-    PagedDecode(len(parts), num_heads, num_kv_heads, head_dim, DEVICE)(
+    PagedDecode(max_parts, num_heads, num_kv_heads, head_dim, DEVICE)(
         query, kv_pages, tables, parts, items, window, output
     )
     expected = expected_attention(query, kv_pages, tables, parts, window)
@@ -119,18 +124,18 @@ def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_sp
 
 
 @pytest.mark.parametrize("window", [None, 256])
-def test_decode_work_covers_every_context_once(window):
-    """Chunks of equal size, each part's in order, never more than there is room for."""
-    lens = [(1, n) for n in (1, 2000, 128, 7, 511)] + [(40, 900)]
+@pytest.mark.parametrize("max_parts", [8, 500])
+def test_decode_work_covers_every_context_once(window, max_parts):
+    """Chunks of equal size, each part's in order, never more than there are programs for these parts."""
+    lens = [(1, n) for n in (1, 12_000, 128, 7, 511)] + [(40, 900)]
     parts = create_parts(lens)
-    capacity = num_decode_items(len(parts))
-    items = WorkItems.allocate(capacity, len(parts), DEVICE)
+    items = WorkItems.allocate(num_decode_items(max_parts), max_parts, DEVICE)
     plan_decodes(parts, items, window)
     num_items, chunk_size = items.summary.tolist()
     visible = [min(n, window or n) if new == 1 else 0 for new, n in lens]
     expected = [(part, chunk) for part, n in enumerate(visible) for chunk in range(-(-n // chunk_size))]
     assert list(zip(items.parts.tolist(), items.chunks.tolist(), strict=True))[:num_items] == expected
-    assert num_items <= capacity
+    assert num_items <= num_decode_items(len(parts))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
