@@ -41,8 +41,7 @@ class EngineReplica:
         self._queues: dict[str, tuple[int, float]] = {}
         engine, self._info = make_engine(config)
         _warm_up(engine)
-        # What has been made so far stays. A collection that went through all of it would take some 180 ms, a gap in every
-        # stream.
+        # What has been made so far stays. A collection that went through all of it takes 180 ms: a gap in every stream.
         gc.collect()
         gc.freeze()
         self.replica_id = replica_id or _serve_replica_id()
