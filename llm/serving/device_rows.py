@@ -9,6 +9,9 @@ from llm.kernels.sampling import RowSampling
 from llm.serving.scheduler import ScheduledSequence
 from llm.serving.sequence import Sequence
 
+_MOST_NEW_PAGES = 4096
+"""Of a step, for which there is memory from the start."""
+
 
 class DeviceRows:
     """Page tables, last tokens and sampling parameters by row, kept up to date by difference.
@@ -33,6 +36,11 @@ class DeviceRows:
         self._host_parameters = [
             torch.zeros(6, num_rows + 1, dtype=torch.int32, pin_memory=pin) for _ in range(num_buffers)
         ]
+        # Pinned memory that is only allocated when it is needed makes the device and the host wait for each other.
+        self._host_pages = [
+            torch.zeros(2 * _MOST_NEW_PAGES, dtype=torch.int64, pin_memory=pin) for _ in range(num_buffers)
+        ]
+        self._next_pages = 0
         self._mirror = np.zeros((6, num_rows + 1), dtype=np.int32)
         self._next = 0
         self._owners: list[Sequence | None] = [None] * num_rows
@@ -72,9 +80,12 @@ class DeviceRows:
             self._write_parameters(new_rows)
 
     def _write_pages(self, indices: list[int], pages: list[int]) -> None:
-        host = torch.tensor([indices, pages])
-        if self.page_tables.is_cuda:
-            host = host.pin_memory()  # from the caching allocator, which keeps it until the copy is done
+        self._next_pages = (self._next_pages + 1) % len(self._host_pages)
+        buffer, size = self._host_pages[self._next_pages], 2 * len(indices)
+        if size > len(buffer):  # a long cached prefix, say
+            buffer = torch.empty(size, dtype=torch.int64, pin_memory=self.page_tables.is_cuda)
+        host = buffer[:size].view(2, -1)
+        host.numpy()[:] = indices, pages
         index, value = host.to(self.page_tables.device, non_blocking=True)
         self.page_tables.view(-1).index_copy_(0, index, value.int())
 
