@@ -26,16 +26,37 @@ class Row:
     measure: Callable[[], dict[str, Any]]
 
 
-def comparable_rows(run: Run, scale: int = 1) -> Iterator[Row]:
+@dataclass(frozen=True)
+class LeastReads:
+    """Bytes that decoding cannot do without reading, so that a row which is too good to be true shows.
+
+    Attributes:
+        weights: a step.
+        slot: a token of context and step.
+    """
+
+    weights: int
+    slot: int
+
+    def gb_s(self, num_steps: int, num_context_tokens: float, seconds: float) -> dict[str, float]:
+        """Gigabytes a second: no more than what the device's memory gives."""
+        return {"read_gb_s": round((self.weights * num_steps + self.slot * num_context_tokens) / seconds / 1e9, 1)}
+
+
+def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -> Iterator[Row]:
     """Rows that any engine can run.
 
     Args:
         scale: divides numbers of requests and of tokens, to try the benchmark itself.
+        reads: of this engine, to go into the rows.
     """
 
     def throughput(input_lens: list[int], output_lens: list[int]) -> dict[str, Any]:
         seconds = run(input_lens, output_lens)
-        return {"s": round(seconds, 3), "output_tok_s": round(sum(output_lens) / seconds)}
+        lens = zip(input_lens, output_lens, strict=True)
+        contexts = sum(num_in * num_out + num_out**2 / 2 for num_in, num_out in lens)
+        read = reads.gb_s(max(output_lens), contexts, seconds) if reads else {}
+        return {"s": round(seconds, 3), "output_tok_s": round(sum(output_lens) / seconds), **read}
 
     def mixed() -> dict[str, Any]:
         rng = random.Random(0)
@@ -45,7 +66,9 @@ def comparable_rows(run: Run, scale: int = 1) -> Iterator[Row]:
     def decode(batch: int) -> dict[str, Any]:
         num_steps = 256 // scale
         prefill = run([128] * batch, [1] * batch)
-        return {"ms_per_step": round((run([128] * batch, [1 + num_steps] * batch) - prefill) / num_steps * 1e3, 3)}
+        seconds = run([128] * batch, [1 + num_steps] * batch) - prefill
+        read = reads.gb_s(num_steps, batch * num_steps * (128 + num_steps / 2), seconds) if reads else {}
+        return {"ms_per_step": round(seconds / num_steps * 1e3, 3), **read}
 
     def prefill_one() -> dict[str, Any]:
         run([1024 // scale], [1])

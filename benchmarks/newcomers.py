@@ -26,7 +26,9 @@ class StepTime(NamedTuple):
 
     least: float
     each_token: float
-    """Of prefilling steps, past the first 64; decodes take a quarter of it."""
+    """Of prefilling steps, past the first 64."""
+    each_decode: float
+    """Of steps that only decode, past the first 64."""
     each_context_token: float
     """Of decodes."""
 
@@ -34,12 +36,15 @@ class StepTime(NamedTuple):
         """What this step takes."""
         decodes = [part for part in plan.scheduled if part.num_tokens == 1]
         is_prefilling = len(decodes) < len(plan.scheduled)
-        each_token = self.each_token if is_prefilling else self.each_token / 4
+        each_token = self.each_token if is_prefilling else self.each_decode
         tokens = max(plan.num_tokens - 64, 0)
         return self.least + each_token * tokens + self.each_context_token * sum(part.start for part in decodes)
 
 
-MODELS = {"llama-3.1-8b": StepTime(5.4, 0.0232, 4.0e-5), "qwen3-0.6b": StepTime(0.85, 0.00262, 3.4e-5)}
+MODELS = {
+    "llama-3.1-8b": StepTime(5.9, 0.0232, 0.0117, 4.8e-5),
+    "qwen3-0.6b": StepTime(1.1, 0.00262, 0.0031, 4.1e-5),
+}
 
 
 def simulate(step_time: StepTime, arrive_within_s: float, beside: int) -> dict[str, Any]:

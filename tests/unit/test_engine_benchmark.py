@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from benchmarks.engine_rows import LeastReads, comparable_rows
 from benchmarks.engine_table import TARGETS, table
 
 TINY = {
@@ -23,8 +26,17 @@ def test_every_row_is_measured_and_set_beside_the_peers(tmp_path):
     names = {row["name"] for row in rows}
     assert all(name in names or name.startswith(("fp8", "deterministic")) for name in TARGETS), "but for a GPU's own"
     assert not any("error" in row for row in rows)
+    assert all(row["read_gb_s"] >= 0 for row in rows if row["name"].startswith(("mixed", "decode")))
 
     slower = [{**row, "engine": "peer", "output_tok_s": row.get("output_tok_s", 0) // 2} for row in rows]
     mixed = next(line for line in table(rows, slower).splitlines() if line.startswith("| mixed"))
     assert "| 2.0" in mixed
     assert mixed.endswith("| ≥ 1.2 of vLLM's | met |")
+
+
+def test_rows_say_what_had_to_be_read():
+    """A row that reads faster than the memory can is wrong: 256 steps of 1 GB, and 8 contexts of 256 MB on average."""
+    rows = comparable_rows(lambda _, output_lens: sum(output_lens) / 1000, reads=LeastReads(10**9, 10**6))
+    decode = next(row for row in rows if row.name == "decode batch 8").measure()
+    assert decode["ms_per_step"] == 8
+    assert decode["read_gb_s"] == pytest.approx((1 + 8 * 0.256) / 0.008)
