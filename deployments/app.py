@@ -1,7 +1,6 @@
 """The application: the only place that binds deployments."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,15 +9,14 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from deployments.autoscaling import EnginePolicy
-from deployments.config import AppConfig, AutoscalingConfig, EngineKind, resolve_paths, without_secrets
+from deployments.check import check_model
+from deployments.config import AppConfig, AutoscalingConfig, resolve_paths, without_secrets
 from deployments.engine_replica import EngineReplica
 from deployments.engine_use import targets_of
 from deployments.front_end import check_open, find_front_end
 from deployments.ingress import RouterIngress
 from deployments.keys import load_keys
 from deployments.request_router import RankedRequestRouter
-from llm.models.loading import check_checkpoint
-from llm.models.registry import load_model_config
 
 _HEALTH_CHECK_PERIOD_S = 1
 _HEALTH_CHECK_TIMEOUT_S = 8
@@ -48,20 +46,6 @@ def build_app(args: AppConfig) -> Application:
         config = config.model_copy(update={"device": "cpu"})
     engines = _engine_deployment(config, num_gpus).bind(config)
     return _router_deployment(config).bind(config, keys, engines)
-
-
-def check_model(config: AppConfig) -> None:
-    """Find mistakes here, in one line, that would else stop every replica after a while.
-
-    Raises:
-        CheckpointError, ConfigError: the checkpoint is here, and cannot be used.
-    """
-    if not Path(config.model).is_dir():
-        return
-    if config.engine_kind is EngineKind.TORCH:
-        check_checkpoint(config.model)
-    else:
-        load_model_config(config.model)
 
 
 def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:

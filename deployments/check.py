@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from deployments.app import check_model
-from deployments.config import AppConfig
+from deployments.config import AppConfig, EngineKind
 from deployments.keys import load_keys
 from llm.config import describe
 from llm.errors import ConfigError, LLMError
+from llm.models.loading import check_checkpoint
+from llm.models.registry import load_model_config
 
 _BUILDER = "deployments.app:build_app"
 
@@ -38,6 +39,20 @@ def check_config_file(path: Path) -> list[AppConfig]:
         check_model(config)
         configs.append(config)
     return configs
+
+
+def check_model(config: AppConfig) -> None:
+    """Find mistakes here, in one line, that would else stop every replica after a while.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint is here, and cannot be used.
+    """
+    if not Path(config.model).is_dir():
+        return
+    if config.engine_kind is EngineKind.TORCH:
+        check_checkpoint(config.model)
+    else:
+        load_model_config(config.model)
 
 
 def _applications(path: Path) -> list[dict[str, Any]]:

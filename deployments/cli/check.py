@@ -27,7 +27,7 @@ def check(
         rayline check serve_config.yaml
         rayline check my.yaml --gpu-memory 48
     """
-    from deployments.check import check_config_file  # brings PyTorch and Ray, which other commands do without
+    from deployments.check import check_config_file  # brings PyTorch, which other commands do without
 
     try:
         sizes = [float(size) for size in gpu_memory.split(",")]

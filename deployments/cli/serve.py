@@ -44,7 +44,7 @@ def serve(
     rayline serve ~/models/Qwen3-0.6B --port 9000
     rayline serve my-model --set engine.quantization=fp8 --replicas 2
     """
-    from deployments.check import check_config_file  # brings PyTorch and Ray, which other commands do without
+    from deployments.check import check_config_file  # brings PyTorch, which other commands do without
 
     content = _content(config or _find_config())
     _override(content, model, host, port, replicas, api_keys_env, settings or [])
