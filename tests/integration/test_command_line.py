@@ -52,6 +52,6 @@ def test_serve_chat_status(tmp_path: Path):
         assert table.returncode == 0
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=25)  # with Serve's own draining period it takes more than 30
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
