@@ -29,6 +29,9 @@ _Drawing = tuple[ScheduledSequence, int, int]
 _STEPS_AHEAD = 1
 _WARM_PREFILLS = 64, 2048
 """Tokens of the steps with prefills that are captured at start; smaller and larger ones are when they first come."""
+_REPLAYED_TOKENS = 512
+"""Graphs of so many tokens at most are replayed at start, too: the first replay uploads a graph (`cudaGraphUpload`),
+which would hold up a step that takes a few milliseconds."""
 _NUM_BUFFERS = _STEPS_AHEAD + 2
 """Of memory that the host fills and the device reads: one for each step in flight, one being filled."""
 
@@ -180,9 +183,10 @@ class GraphRunner:
             for fewer_parts, parts in pairwise([0, *self._part_sizes])
             if fewest <= tokens <= _WARM_PREFILLS[1] and fewer_parts < tokens
         ]
-        for shape in shapes:
+        small = [shape for shape in shapes if shape[0] <= _REPLAYED_TOKENS]
+        for shape in [*shapes, *small]:  # these twice: to capture, and to replay
             self._run(("model", *shape), partial(self._run_model, *shape))
-        for size in self._draw_sizes:
+        for size in [*self._draw_sizes, *self._draw_sizes]:
             self._run(("draws", size, False), partial(self._run_draws, size))
 
     def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool], Int32Array]:

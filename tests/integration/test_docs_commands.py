@@ -22,6 +22,7 @@ RUN_ELSEWHERE = {
     "make serve": "tests/integration/test_docs_commands.py::test_make_serve",
     "make test": ".ci/run",
     "make bench-scaling": "tests/integration/test_scaling_benchmark.py::test_all_parts_run_with_emulated_engines",
+    ".venv/bin/python -m benchmarks.over_http": "tests/integration/test_over_http.py::test_our_server_is_measured",
     "rayline serve": "tests/integration/test_command_line.py::test_serve_chat_status",
     "rayline chat": "tests/integration/test_command_line.py::test_serve_chat_status",
     "rayline status": "tests/integration/test_command_line.py::test_serve_chat_status",
