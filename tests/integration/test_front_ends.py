@@ -18,7 +18,7 @@ SERVE = Path(sys.executable).with_name("serve")
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # with 1 an HAProxy may stay behind, and keep its ports
 }
 KEY = "sk-integration"
 
