@@ -33,6 +33,7 @@ from benchmarks.engine_rows import (
     seconds_since_process_start,
 )
 from llm.config import EngineConfig
+from llm.core.paged_kv_cache import PagedKVCache
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.runners import kv_cache_dtype
 from llm.serving.schemas import GenerationRequest
@@ -108,8 +109,14 @@ class Bench:
         weights = sum(weight.nbytes for weight in model.parameters())
         if model.lm_head is not None:  # otherwise the embeddings are the head's weights, too
             weights -= model.embed_tokens.weight.nbytes
-        itemsize = kv_cache_dtype(model, self.engine.config).itemsize
-        return LeastReads(weights, 2 * model.num_layers * model.num_kv_heads * model.config.head_size * itemsize)
+        slot = PagedKVCache.bytes_per_page(
+            num_layers=model.num_layers,
+            page_size=1,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.config.head_size,
+            dtype=kv_cache_dtype(model, self.engine.config),
+        )
+        return LeastReads(weights, slot)
 
     def own_rows(self) -> Iterator[Row]:
         """Rows that need engines of their own."""

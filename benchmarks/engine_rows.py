@@ -38,9 +38,11 @@ class LeastReads:
     weights: int
     slot: int
 
-    def gb_s(self, num_steps: int, num_context_tokens: float, seconds: float) -> dict[str, float]:
-        """Gigabytes a second: no more than what the device's memory gives."""
-        return {"read_gb_s": round((self.weights * num_steps + self.slot * num_context_tokens) / seconds / 1e9, 1)}
+    def gb_s(self, input_lens: list[int], output_lens: list[int], seconds: float) -> float:
+        """Gigabytes a second of requests that all decode together: no more than what the device's memory gives."""
+        lens = zip(input_lens, output_lens, strict=True)
+        contexts = sum(num_in * num_out + num_out**2 / 2 for num_in, num_out in lens)
+        return round((self.weights * max(output_lens) + self.slot * contexts) / seconds / 1e9, 1)
 
 
 def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -> Iterator[Row]:
@@ -51,12 +53,13 @@ def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -
         reads: of this engine, to go into the rows.
     """
 
+    def read(input_lens: list[int], output_lens: list[int], seconds: float) -> dict[str, float]:
+        return {"read_gb_s": reads.gb_s(input_lens, output_lens, seconds)} if reads else {}
+
     def throughput(input_lens: list[int], output_lens: list[int]) -> dict[str, Any]:
         seconds = run(input_lens, output_lens)
-        lens = zip(input_lens, output_lens, strict=True)
-        contexts = sum(num_in * num_out + num_out**2 / 2 for num_in, num_out in lens)
-        read = reads.gb_s(max(output_lens), contexts, seconds) if reads else {}
-        return {"s": round(seconds, 3), "output_tok_s": round(sum(output_lens) / seconds), **read}
+        row = {"s": round(seconds, 3), "output_tok_s": round(sum(output_lens) / seconds)}
+        return {**row, **read(input_lens, output_lens, seconds)}
 
     def mixed() -> dict[str, Any]:
         rng = random.Random(0)
@@ -67,8 +70,8 @@ def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -
         num_steps = 256 // scale
         prefill = run([128] * batch, [1] * batch)
         seconds = run([128] * batch, [1 + num_steps] * batch) - prefill
-        read = reads.gb_s(num_steps, batch * num_steps * (128 + num_steps / 2), seconds) if reads else {}
-        return {"ms_per_step": round(seconds / num_steps * 1e3, 3), **read}
+        row = {"ms_per_step": round(seconds / num_steps * 1e3, 3)}
+        return {**row, **read([128] * batch, [num_steps] * batch, seconds)}
 
     def prefill_one() -> dict[str, Any]:
         run([1024 // scale], [1])

@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 
 from benchmarks.random_checkpoint import write_checkpoint
+from llm.models.registry import load_model_config
 
 _CLI = "from deployments.cli import main; main()"
 _START_TIMEOUT_S = 600.0
@@ -91,7 +92,7 @@ class OverHTTP:
 
     def _rayline(self) -> list[str]:
         settings = {
-            "engine.max_seq_len": min(_MAX_SEQ_LEN, _context_len(self._checkpoint)),
+            "engine.max_seq_len": min(_MAX_SEQ_LEN, load_model_config(self._checkpoint).max_seq_len),
             "router.num_replicas": self._options.routers,
         }
         given = [f"--set={setting}" for setting in self._options.set]
@@ -128,11 +129,6 @@ class OverHTTP:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result: dict[str, Any] = json.loads(out.read_text())
         return result
-
-
-def _context_len(checkpoint: Path) -> int:
-    length: int = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
-    return length
 
 
 def main() -> None:

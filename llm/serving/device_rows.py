@@ -1,6 +1,7 @@
 """What the device remembers of each running sequence from step to step."""
 
 from collections.abc import Sequence as SequenceOf
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -33,16 +34,14 @@ class DeviceRows:
         self.last_token_ids = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         pin = device.type == "cuda"
         self._parameters = torch.zeros(6, num_rows + 1, dtype=torch.int32, device=device)
-        self._host_parameters = [
-            torch.zeros(6, num_rows + 1, dtype=torch.int32, pin_memory=pin) for _ in range(num_buffers)
-        ]
+        self._host_parameters = cycle(
+            [torch.zeros(6, num_rows + 1, dtype=torch.int32, pin_memory=pin) for _ in range(num_buffers)]
+        )
         # Pinned memory that is only allocated when it is needed makes the device and the host wait for each other.
-        self._host_pages = [
-            torch.zeros(2 * _MOST_NEW_PAGES, dtype=torch.int64, pin_memory=pin) for _ in range(num_buffers)
-        ]
-        self._next_pages = 0
+        self._host_pages = cycle(
+            [torch.zeros(2 * _MOST_NEW_PAGES, dtype=torch.int64, pin_memory=pin) for _ in range(num_buffers)]
+        )
         self._mirror = np.zeros((6, num_rows + 1), dtype=np.int32)
-        self._next = 0
         self._owners: list[Sequence | None] = [None] * num_rows
         self._num_preemptions = [0] * num_rows
         self._num_pages = [0] * num_rows
@@ -80,8 +79,7 @@ class DeviceRows:
             self._write_parameters(new_rows)
 
     def _write_pages(self, indices: list[int], pages: list[int]) -> None:
-        self._next_pages = (self._next_pages + 1) % len(self._host_pages)
-        buffer, size = self._host_pages[self._next_pages], 2 * len(indices)
+        buffer, size = next(self._host_pages), 2 * len(indices)
         if size > len(buffer):  # a long cached prefix, say
             buffer = torch.empty(size, dtype=torch.int64, pin_memory=self.page_tables.is_cuda)
         host = buffer[:size].view(2, -1)
@@ -96,7 +94,6 @@ class DeviceRows:
             floats[0, row], floats[2, row], floats[3, row] = request.temperature, request.top_p, request.min_p
             self._mirror[1, row] = min(request.top_k or 0, 2**31 - 1)
             seeds[row] = request.seed
-        self._next = (self._next + 1) % len(self._host_parameters)
-        host = self._host_parameters[self._next]
+        host = next(self._host_parameters)
         host.numpy()[:] = self._mirror
         self._parameters.copy_(host, non_blocking=True)

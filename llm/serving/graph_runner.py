@@ -18,7 +18,7 @@ from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
 from llm.serving.device_rows import DeviceRows
 from llm.serving.model_runner import DrawMasks, any_constrained, draws_of, sampling_row
-from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
+from llm.serving.sequence import ScheduledSequence, StepPlan
 from llm.serving.step_inputs import MaskBuffers, StepInputs, fill, ranges
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,12 @@ class LaunchedGraphs:
     def __init__(
         self,
         token_ids: torch.Tensor,
-        num_draws: int,
+        draw_rows: Int32Array,
         done: torch.cuda.Event | None,
         special: "dict[int, Draw] | Callable[[], dict[int, Draw]]",
     ) -> None:
         self._token_ids = token_ids
-        self._num_draws = num_draws
+        self._draw_rows = draw_rows
         self._done = done
         self._special = special
         self._draws: list[Draw] | None = None
@@ -57,11 +57,16 @@ class LaunchedGraphs:
         if self._draws is None:
             if self._done is not None:
                 self._done.synchronize()
-            self._draws = list(map(Draw, self._token_ids[: self._num_draws].tolist()))
+            self._draws = list(map(Draw, self._token_ids[: len(self._draw_rows)].tolist()))
             special = self._special() if callable(self._special) else self._special
             for index, drawn in special.items():
                 self._draws[index] = drawn
         return self._draws
+
+    def last_token_id(self, row: int) -> int:
+        """The token that this step drew (last) at `row`."""
+        index = int(np.flatnonzero(self._draw_rows == row)[-1])
+        return self.draws()[index].token_id
 
 
 class GraphRunner:
@@ -128,8 +133,6 @@ class GraphRunner:
         self._masks = DrawMasks(model.config.vocab_size)
         self._allowed = MaskBuffers(most_draws, self._masks.num_words, device, _NUM_BUFFERS)
         self._last: LaunchedGraphs
-        self._last_draw_rows: Int32Array = np.empty(0, dtype=np.int32)
-        """Of the step launched last: the row of each draw."""
 
     @property
     def max_draws_per_step(self) -> int:
@@ -158,8 +161,7 @@ class GraphRunner:
         if self._graph_pool is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._last = LaunchedGraphs(host, num_draws, done, special)
-        self._last_draw_rows = draw_rows
+        self._last = LaunchedGraphs(host, draw_rows, done, special)
         return self._last
 
     @torch.inference_mode()
@@ -269,11 +271,6 @@ class GraphRunner:
         )
         return logits
 
-    def _last_token_id(self, row: int) -> int:
-        """The token that the step launched last drew at `row`."""
-        index = int(np.flatnonzero(self._last_draw_rows == row)[-1])
-        return self._last.draws()[index].token_id
-
     def _send_masks(self, drawing: SequenceOf[_Drawing]) -> dict[int, Int32Array]:
         """Send what the step's draws may draw, if a grammar binds any: bits by the places of those it does.
 
@@ -283,7 +280,7 @@ class GraphRunner:
             return {}
         masks = self._allowed.next_array()
         masks[: len(drawing)] = -1
-        allowed = self._masks.write_draws(drawing, self._last_token_id, masks)
+        allowed = self._masks.write_draws(drawing, self._last.last_token_id, masks)
         self._allowed.send(len(drawing))
         return allowed
 
@@ -291,7 +288,11 @@ class GraphRunner:
         self, logits: torch.Tensor, drawing: SequenceOf[_Drawing], allowed: dict[int, Int32Array]
     ) -> "Callable[[], dict[int, Draw]] | dict[int, Draw]":
         """Draw again where a request asks for more than the kernels do: penalties, biases, bans, log probabilities."""
-        indices = [i for i, (part, position, _) in enumerate(drawing) if _is_special(part.sequence, position)]
+        indices = [
+            i
+            for i, (part, position, _) in enumerate(drawing)
+            if part.sequence.is_special or not part.sequence.may_end_at(position)
+        ]
         if not indices:
             return {}
         rows = [sampling_row(drawing[i][0].sequence, drawing[i][1], allowed.get(i)) for i in indices]
@@ -309,17 +310,6 @@ class _Captured:
 
     graph: torch.cuda.CUDAGraph
     output: torch.Tensor
-
-
-def _is_special(sequence: Sequence, position: int) -> bool:
-    """Whether the draw of the token at `position` needs `llm.core.sampling`."""
-    request = sequence.request
-    return bool(
-        request.uses_penalties
-        or request.logit_bias
-        or request.logprobs is not None
-        or not sequence.may_end_at(position)
-    )
 
 
 def _padded_sizes(largest: int, steps_per_octave: int) -> list[int]:

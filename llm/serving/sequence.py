@@ -77,14 +77,10 @@ class Sequence:
         """Ids that end this sequence."""
         self.uses_penalties = request.uses_penalties
         """Whether its draws depend on which tokens came before."""
-        self.draws_plainly = not (
-            self.uses_penalties
-            or request.logit_bias
-            or request.logprobs is not None
-            or request.min_new_tokens
-            or request.grammar is not None
-        )
-        """Whether nothing but temperature, cuts and noise decides which token is drawn, and no more is asked of it."""
+        self.is_special = bool(self.uses_penalties or request.logit_bias or request.logprobs is not None)
+        """Whether each of its draws needs more than temperature, cuts and noise."""
+        self.draws_plainly = not (self.is_special or request.min_new_tokens or request.grammar is not None)
+        """Whether none of its draws does."""
 
     @property
     def request_id(self) -> str:
