@@ -14,9 +14,11 @@ from llm.kernels.launch import launch_options, wait_for_inputs
 
 _LOG2_E = 1.4426950408889634
 _TILE_ROWS, _MANY_TOKENS_TILE_ROWS = 64, 128
-_MANY_TOKENS = 2048
+_MANY_TOKENS = 4096
 _BLOCK_TOKENS = 64
-_NUM_WARPS, _NUM_STAGES = 4, 3
+_NUM_WARPS = 4
+_NUM_STAGES, _MANY_TOKENS_NUM_STAGES = 2, 3
+"""As measured: docs/decisions/0006."""
 _MOST_SPLITS, _FEW_TILES = 4, 200
 """Programs that share a tile's context at most, and tiles up to which they do: more fill the chip by themselves."""
 _MIN_SPLIT_BLOCKS = 8
@@ -43,9 +45,14 @@ def prefill_block_tokens(num_heads: int, num_kv_heads: int, num_tokens: int = 0)
 
     With the default of 0 for all steps, results do not depend on the step.
     """
-    group_block: int = triton.next_power_of_2(num_heads // num_kv_heads)
-    tile_rows = _MANY_TOKENS_TILE_ROWS if num_tokens >= _MANY_TOKENS and group_block >= 4 else _TILE_ROWS
-    return max(tile_rows // group_block, 1)
+    group_size = num_heads // num_kv_heads
+    return _tile_rows(num_tokens, group_size) // group_size
+
+
+def _tile_rows(num_tokens: int, group_size: int) -> int:
+    """Rows of a tile in a step of `num_tokens`; 0 for all steps."""
+    tile_rows = _MANY_TOKENS_TILE_ROWS if num_tokens >= _MANY_TOKENS else _TILE_ROWS
+    return max(tile_rows, int(triton.next_power_of_2(group_size)))
 
 
 def paged_prefill(
@@ -77,13 +84,15 @@ def paged_prefill(
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
     group_size = num_heads // num_kv_heads
-    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, 0 if deterministic else num_tokens)
+    sized_by = 0 if deterministic else num_tokens
+    tile_rows = _tile_rows(sized_by, group_size)
+    block_tokens = tile_rows // group_size
     num_items = num_prefill_items(num_tokens, len(parts), block_tokens, 1 if deterministic else 2)
     num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= scratch.max_tokens else 1
     partial, partial_lse = (output, output) if scratch is None else (scratch.partial, scratch.partial_lse)
     shape = {
-        "NUM_KV_HEADS": num_kv_heads, "GROUP": group_size, "GROUP_BLOCK": triton.next_power_of_2(group_size),
-        "BLOCK_TOKENS": block_tokens, "HEAD_DIM": head_dim, "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
+        "NUM_KV_HEADS": num_kv_heads, "GROUP": group_size, "BLOCK_TOKENS": block_tokens,
+        "TILE_ROWS": tile_rows, "HEAD_DIM": head_dim, "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK": _BLOCK_TOKENS, "MIN_SPLIT_BLOCKS": _MIN_SPLIT_BLOCKS,
         **launch_options(query.device),
     }  # fmt: skip
@@ -93,7 +102,7 @@ def paged_prefill(
         num_splits, query.stride(0), page_tables.stride(0), window or 0, head_dim**-0.5 * _LOG2_E,
         PAGE_SIZE=kv_pages.shape[2], HAS_WINDOW=window is not None, IS_UNIFORM=deterministic,
         INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
-        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, **shape,
+        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES if tile_rows <= _TILE_ROWS else _MANY_TOKENS_NUM_STAGES, **shape,
     )  # fmt: skip
     if num_splits > 1:
         _merge_splits[(num_kv_heads, num_items)](
@@ -113,7 +122,7 @@ def _split_len(begin, end, num_splits, BLOCK: tl.constexpr, MIN_SPLIT_BLOCKS: tl
 def _paged_prefill(
     query, keys, values, page_tables, part_rows, query_starts, query_lens, context_lens, item_parts, item_chunks,
     summary, output, partial, partial_lse, num_tokens, num_splits, query_stride, table_stride, window, scale_log2,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, IS_UNIFORM: tl.constexpr, INDEX: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr,
     PRODUCT: tl.constexpr, PDL: tl.constexpr,
@@ -136,12 +145,12 @@ def _paged_prefill(
     block = tl.cdiv(query_len, BLOCK_TOKENS) - 1 - tl.load(item_chunks + item)
     table = page_tables + tl.load(part_rows + part).to(tl.int64) * table_stride
 
-    tile_row = tl.arange(0, BLOCK_TOKENS * GROUP_BLOCK)
-    token_in_part = block * BLOCK_TOKENS + tile_row // GROUP_BLOCK
-    head = tile_row % GROUP_BLOCK
+    tile_row = tl.arange(0, TILE_ROWS)
+    token_in_part = block * BLOCK_TOKENS + tile_row // GROUP
+    head = tile_row % GROUP
     position = first_position + token_in_part
     dim = tl.arange(0, HEAD_BLOCK)
-    row_exists = (token_in_part < query_len) & (head < GROUP)
+    row_exists = (token_in_part < query_len) & (tile_row < BLOCK_TOKENS * GROUP)
     row_mask = row_exists[:, None] & (dim[None, :] < HEAD_DIM)
     token = (tl.load(query_starts + part) + token_in_part).to(tl.int64)
     head_offsets = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
@@ -166,9 +175,9 @@ def _paged_prefill(
     end = tl.minimum(begin + split_len, end)
     all_visible = tl.minimum(tl.maximum(all_visible, begin), end)
     state = (
-        tl.zeros([BLOCK_TOKENS * GROUP_BLOCK, HEAD_BLOCK], tl.float32),
-        tl.full([BLOCK_TOKENS * GROUP_BLOCK], -1.0e30, tl.float32),
-        tl.zeros([BLOCK_TOKENS * GROUP_BLOCK], tl.float32),
+        tl.zeros([TILE_ROWS, HEAD_BLOCK], tl.float32),
+        tl.full([TILE_ROWS], -1.0e30, tl.float32),
+        tl.zeros([TILE_ROWS], tl.float32),
     )
     state = _attend_blocks(
         state, q, keys, values, table, kv_head, begin, all_visible, position, context_len, window, scale_log2,
@@ -194,8 +203,8 @@ def _paged_prefill(
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def _merge_splits(
     query_starts, query_lens, context_lens, item_parts, item_chunks, summary, output, partial, partial_lse, num_tokens,
-    num_splits, window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    num_splits, window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, item): weigh the splits' results by their log-sum-exp."""
@@ -216,17 +225,17 @@ def _merge_splits(
     split_len = _split_len(begin, end, num_splits, BLOCK, MIN_SPLIT_BLOCKS)
     if begin + split_len >= end:
         return
-    tile_row = tl.arange(0, BLOCK_TOKENS * GROUP_BLOCK)
-    token_in_part = block * BLOCK_TOKENS + tile_row // GROUP_BLOCK
-    head = tile_row % GROUP_BLOCK
+    tile_row = tl.arange(0, TILE_ROWS)
+    token_in_part = block * BLOCK_TOKENS + tile_row // GROUP
+    head = tile_row % GROUP
     dim = tl.arange(0, HEAD_BLOCK)
-    row_exists = (token_in_part < query_len) & (head < GROUP)
+    row_exists = (token_in_part < query_len) & (tile_row < BLOCK_TOKENS * GROUP)
     row_mask = row_exists[:, None] & (dim[None, :] < HEAD_DIM)
     token = (tl.load(query_starts + part) + token_in_part).to(tl.int64)
     head_offsets = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
-    highest = tl.full([BLOCK_TOKENS * GROUP_BLOCK], -1.0e30, tl.float32)
-    weight = tl.zeros([BLOCK_TOKENS * GROUP_BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK_TOKENS * GROUP_BLOCK, HEAD_BLOCK], tl.float32)
+    highest = tl.full([TILE_ROWS], -1.0e30, tl.float32)
+    weight = tl.zeros([TILE_ROWS], tl.float32)
+    acc = tl.zeros([TILE_ROWS, HEAD_BLOCK], tl.float32)
     for split in range(tl.cdiv(end - begin, split_len)):
         place = (split * num_tokens + token) * (NUM_KV_HEADS * GROUP)
         lse = tl.load(partial_lse + place + kv_head * GROUP + head, mask=row_exists, other=-float("inf"))

@@ -96,18 +96,30 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
 @pytest.mark.parametrize(
-    ("window", "is_split"),
-    [(None, False), (1, False), (50, False), (130, False), (None, True), (50, True)],
+    ("window", "is_split", "is_large"),
+    [
+        (None, False, False),
+        (1, False, False),
+        (50, False, False),
+        (130, False, True),
+        (None, False, True),
+        (None, True, False),
+        (50, True, False),
+    ],
 )
-def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_split, dtype, monkeypatch):
-    """Whole prompts, later chunks of prompts, and decodes beside them that are somebody else's business."""
+def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_split, is_large, dtype, monkeypatch):
+    """Whole prompts, later chunks of prompts, and decodes beside them that are somebody else's business.
+
+    In tiles for small steps and for large ones, alone and with programs that share a tile's context.
+    """
+    monkeypatch.setattr("llm.attention.kernels.prefill._MANY_TOKENS", 1 if is_large else 10_000)
     torch.manual_seed(num_heads)
     lens = [(1, 33), (1, 5), (2, 2), (70, 70), (33, 200), (129, 130), (2, 300)]
     parts = create_parts(lens)
     num_tokens = sum(new for new, _ in lens)
     kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
     query = torch.randn(num_tokens, num_heads, head_dim, device=DEVICE).to(dtype)
-    block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, num_tokens)
     items = WorkItems.allocate(num_prefill_items(num_tokens, len(parts), block_tokens), len(parts), DEVICE)
     output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
     plan_prefills(parts, items, block_tokens)

@@ -81,7 +81,7 @@ def compile_attention() -> None:
     arguments |= {"query": BF16, "output": BF16, "partial": FLOAT, "partial_lse": FLOAT, "scale_log2": "fp32"}
     arguments |= dict.fromkeys(("num_tokens", "num_splits", "query_stride", "table_stride", "window"), "i32")
     common = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "GROUP": 4, "PAGE_SIZE": 16, "BLOCK": 64, "INDEX": tl.int32}
-    tile = {"GROUP_BLOCK": 4, "BLOCK_TOKENS": 32, "MIN_SPLIT_BLOCKS": 8, "IS_UNIFORM": False, "HAS_WINDOW": True}
+    tile = {"TILE_ROWS": 128, "BLOCK_TOKENS": 32, "MIN_SPLIT_BLOCKS": 8, "IS_UNIFORM": False, "HAS_WINDOW": True}
     for capability, pages, head_dim in (
         (80, BF16, 128),
         (89, BF16, 128),
