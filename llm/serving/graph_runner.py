@@ -28,7 +28,8 @@ _Drawing = tuple[ScheduledSequence, int, int]
 
 _STEPS_AHEAD = 1
 _WARM_PREFILLS = 64, 2048
-"""Tokens of the steps with prefills that are captured at start; smaller and larger ones are when they first come."""
+"""Tokens of the steps with prefills that are captured at start, and the largest, which a burst of requests begins with;
+the others are when they first come."""
 _REPLAYED_TOKENS = 512
 """Graphs of so many tokens at most are replayed at start, too: the first replay uploads a graph (`cudaGraphUpload`),
 which would hold up a step that takes a few milliseconds."""
@@ -178,12 +179,13 @@ class GraphRunner:
             return
         self._inputs.upload_padding(self._rows.padding_row)
         fewest = _WARM_PREFILLS[0] if self._max_draws_per_row == 1 else 1  # guesses make decodes of several tokens
+        largest = self._token_sizes[-1]
         shapes = [(size, size, False) for size in self._row_sizes]
         shapes += [
             (tokens, parts, True)
             for tokens in self._token_sizes
             for fewer_parts, parts in pairwise([0, *self._part_sizes])
-            if fewest <= tokens <= _WARM_PREFILLS[1] and fewer_parts < tokens
+            if (fewest <= tokens <= _WARM_PREFILLS[1] or tokens == largest) and fewer_parts < tokens
         ]
         small = [shape for shape in shapes if shape[0] <= _REPLAYED_TOKENS]
         for shape in [*shapes, *small]:  # these twice: to capture, and to replay
