@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from llm.config import EngineConfig
 from llm.core.sampling import exponential_noise
@@ -52,3 +53,16 @@ def test_pool_takes_its_share_of_the_memory():
     free, total = torch.cuda.mem_get_info()
     assert engine.num_slots > 1_000_000
     assert 0.45 * total < free < 0.6 * total
+
+
+def test_a_burst_compiles_nothing(monkeypatch):
+    """What the largest steps run is compiled at the start: a burst on a new machine would wait for it."""
+    config = EngineConfig(num_pages=2048, enable_prefix_caching=False)
+    engine = ContinuousBatchingEngine.from_pretrained(DEMO, device="cuda", progress=False, config=config)
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **call: compiled.append(call["repr"]))
+    for num_requests, length in ((4, 400), (12, 350), (60, 400)):
+        prompts = [tuple(1 + (i + j) % 50 for j in range(length)) for i in range(num_requests)]
+        requests = [GenerationRequest(prompt_token_ids=prompt, max_new_tokens=8, temperature=0.7) for prompt in prompts]
+        assert all(result.finish_reason for result in engine.generate(requests, progress=False))
+    assert compiled == []
