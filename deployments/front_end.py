@@ -4,8 +4,6 @@ import ipaddress
 import logging
 from dataclasses import dataclass
 
-import ray
-
 from deployments.config import AppConfig
 from llm.errors import ConfigError
 
@@ -37,8 +35,6 @@ class FrontEnd:
 
 def find_front_end() -> FrontEnd | None:
     """Where Serve listens; None where Serve does not run yet."""
-    if not ray.is_initialized():  # Serve's own function would start Ray
-        return None
     try:
         from ray.serve.context import _get_global_client
 

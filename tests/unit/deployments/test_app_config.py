@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
 from pydantic import ValidationError
 from ray.serve import Application
@@ -98,15 +97,6 @@ def test_build_app_finds_mistakes_in_the_checkpoint_at_once(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(CheckpointError, match="BertModel is not supported"):
         build_app(AppConfig(model=str(tmp_path)))
-
-
-def test_build_app_starts_no_cluster(monkeypatch):
-    """Where none runs, as under `serve build`."""
-    starts: list[dict[str, object]] = []
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **options: starts.append(options))
-    build_app(AppConfig())
-    assert starts == []
 
 
 def test_there_is_an_app_for_serve_build():
