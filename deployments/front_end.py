@@ -34,7 +34,11 @@ class FrontEnd:
 
 
 def find_front_end() -> FrontEnd | None:
-    """Where Serve listens; None where Serve does not run yet."""
+    """Where Serve listens; None where Serve does not run yet.
+
+    Connects to Ray, and starts it where none runs, as `serve run module:app` does right after: whether the cluster has
+    GPUs could not be told otherwise.
+    """
     try:
         from ray.serve.context import _get_global_client
 
