@@ -100,6 +100,11 @@ class Bench:
             )
         )
 
+    def read_prompts(self) -> None:
+        """Step until every prompt has been read, and all that is left is to decode."""
+        while self.engine.scheduler.num_waiting or self.engine.scheduler.num_waiting_tokens:
+            self.engine.step()
+
     def prompt(self, num_tokens: int) -> tuple[int, ...]:
         """A prompt that the engine has not seen."""
         return random_prompt(self._rng, num_tokens, self.engine.model.config.vocab_size)
@@ -187,8 +192,7 @@ class Bench:
         prefill = self.run([num_in] * num_requests, [1] * num_requests)
         for prompt in [self.prompt(num_in) for _ in range(num_requests)]:
             self.add(prompt, most_out)
-        while self.engine.scheduler.num_waiting or self.engine.scheduler.num_waiting_tokens:
-            self.engine.step()
+        self.read_prompts()
         self.engine.step()
         decode = timed(lambda: [self.engine.step() for _ in range(num_steps)])
         num_running = self.engine.scheduler.num_running

@@ -47,8 +47,7 @@ def _profile_steps(bench: "Bench", title: str, input_lens: list[int], num_out: i
     for prompt in prompts:
         bench.add(prompt, num_out)
     if num_out > 1:  # past the prompts, into steps that are all alike
-        while bench.engine.scheduler.num_waiting or bench.engine.scheduler.num_waiting_tokens:
-            bench.engine.step()
+        bench.read_prompts()
         for _ in range(5):
             bench.engine.step()
     with torch.profiler.profile(activities=[activity]) as profiler:
@@ -73,8 +72,8 @@ def _host_times(bench: "Bench", input_lens: list[int], num_out: int) -> tuple[Co
     times: Counter[str] = Counter()
     for length in input_lens:
         bench.add(bench.prompt(length), num_out)
-    while num_out > 1 and (engine.scheduler.num_waiting or engine.scheduler.num_waiting_tokens):
-        engine.step()
+    if num_out > 1:
+        bench.read_prompts()
     owners = {"schedule": engine.scheduler, "launch": engine.runner, "apply": engine.scheduler, "_outputs": engine}
     for name, owner in owners.items():
         setattr(owner, name, _timed(getattr(owner, name), times, name.strip("_")))

@@ -45,14 +45,8 @@ def prefill_block_tokens(num_heads: int, num_kv_heads: int, num_tokens: int = 0)
 
     With the default of 0 for all steps, results do not depend on the step.
     """
-    group_size = num_heads // num_kv_heads
-    return _tile_rows(num_tokens, group_size) // group_size
-
-
-def _tile_rows(num_tokens: int, group_size: int) -> int:
-    """Rows of a tile in a step of `num_tokens`; 0 for all steps."""
     tile_rows = _MANY_TOKENS_TILE_ROWS if num_tokens >= _MANY_TOKENS else _TILE_ROWS
-    return max(tile_rows, int(triton.next_power_of_2(group_size)))
+    return max(tile_rows // (num_heads // num_kv_heads), 1)
 
 
 def paged_prefill(
@@ -84,9 +78,8 @@ def paged_prefill(
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
     group_size = num_heads // num_kv_heads
-    sized_by = 0 if deterministic else num_tokens
-    tile_rows = _tile_rows(sized_by, group_size)
-    block_tokens = tile_rows // group_size
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, 0 if deterministic else num_tokens)
+    tile_rows = triton.next_power_of_2(block_tokens * group_size)  # fewer than a group's rows are left over
     num_items = num_prefill_items(num_tokens, len(parts), block_tokens, 1 if deterministic else 2)
     num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= scratch.max_tokens else 1
     partial, partial_lse = (output, output) if scratch is None else (scratch.partial, scratch.partial_lse)
