@@ -29,7 +29,9 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F10": [nodes.f10_nodes_removed],
     "F11": [faults.f11_control_plane],
 }
-GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {"F1-GPU": [faults.f1_kill_on_gpus]}
+GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
+    "F1-GPU": [faults.f1_kill_on_gpus, faults.f1_kill_in_bfloat16]
+}
 """Run only where they are named."""
 _NUM_GPUS = 2
 
