@@ -1,4 +1,4 @@
-"""Matrix products, y = x Wᵀ: kernels of our own for up to 64 rows, the vendor's library for more.
+"""Matrix products, y = x Wᵀ: kernels of our own for few rows, up to 64 or 128, the vendor's library for more.
 
 Few rows with big weights are bound by reading the weights. The vendor's kernels leave a fifth of the bandwidth unused
 there; these leave a tenth. Which one runs, and how it is cut up, is a rule of the shape alone, found by measuring (see
@@ -28,8 +28,12 @@ from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
 
-MAX_FEW_ROWS = 64
+MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
+"""Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
 _OUTPUTS, _TILE_K = 64, 128
+_WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
+"""Of a SwiGLU with more than MAX_FEW_ROWS rows: one program multiplies large weights with all of them, so that they are
+read once, and more and shorter tiles are on their way at once."""
 _MIN_PROGRAMS, _MIN_TILES = 64, 4
 """Below this many programs the sum is cut too, while this many tiles of it are left for each."""
 _GOOD_PROGRAMS, _GOOD_TILES = 80, 8
@@ -39,11 +43,13 @@ _MANY_BLOCKS = 264
 _LARGE_WEIGHT = 1 << 24
 """Numbers of a weight from which on a tile has all rows, 32 at least."""
 _SMALL_WEIGHT_ROWS = 32
-"""A tile of a smaller one has so many at most: more programs share its short sums, in place of cuts. What two of them
-read is in the second-level cache."""
+"""A tile of a smaller one has so many at most, and twice as many where there are more than MAX_FEW_ROWS: more programs
+share its short sums, in place of cuts. What two of them read is in the second-level cache."""
 _SINGLE_OUTPUTS = 4
 _MULTIPROCESSORS = 132
-"""Of the chip that the rules for deterministic products are made for. A constant: on every chip sums are cut alike."""
+"""Of the chip that the rules are made for. A constant: on every chip deterministic sums are cut alike."""
+_LEAST_BUSY = 0.8
+"""Share of the multiprocessors that wide tiles keep busy at least, one on each, until the last is done."""
 _LEAST_ROWS, _MOST_ROWS = 16, 256
 """Rows of a deterministic tile. How a tensor core adds up one output does not depend on the width of its instruction,
 which tests/gpu/test_deterministic_gpu.py checks bit by bit; on a chip where it does, these have to be equal."""
@@ -77,16 +83,14 @@ class Linear:
 
     Args:
         device: of all tensors.
-        max_rows_few: most rows that go through our own kernels; 0 for none.
         deterministic: a row's result, bit by bit, depends on nothing but that row and the weights.
     """
 
-    def __init__(self, device: torch.device, max_rows_few: int = MAX_FEW_ROWS, *, deterministic: bool = False) -> None:
+    def __init__(self, device: torch.device, *, deterministic: bool = False) -> None:
         self._device = device
-        self._max_rows_few = 0 if deterministic else max_rows_few
         self._deterministic = deterministic
         # At most twice _GOOD_PROGRAMS programs ever share sums of all rows, each with at most two tiles.
-        num_partial = 4 * _GOOD_PROGRAMS * _OUTPUTS * MAX_FEW_ROWS
+        num_partial = 4 * _GOOD_PROGRAMS * _OUTPUTS * MAX_SOME_ROWS
         num_arrivals = _GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS
         if deterministic:
             num_partial = _SHARING_ROW_BLOCKS * _MULTIPROCESSORS * 2 * _OUTPUTS * _MOST_ROWS
@@ -138,16 +142,19 @@ class Linear:
         if gate_up.bias is None and self._is_single(stream, gate_up, size):
             return self._single(total, gate_up, total.new_empty(1, size), norm=norm, swiglu=True)
         x = self._normed(stream, norm, gate_up)
-        if isinstance(x, torch.Tensor) and gate_up.bias is None and self._is_few(x, gate_up, size):
-            return self._few(x, gate_up, total.new_empty(len(total), size), swiglu=True)
+        if isinstance(x, torch.Tensor) and gate_up.bias is None and self._is_few(x, gate_up, size, swiglu=True):
+            return self._tiled(x, gate_up, total.new_empty(len(total), size), swiglu=True)
         output = self._new_rows(total, size, down)
         silu_mul(self(x, gate_up), output)
         return output
 
-    def _is_few(self, x: torch.Tensor, weights: Weights, num_outputs: int) -> bool:
+    def _is_few(self, x: torch.Tensor, weights: Weights, num_outputs: int, *, swiglu: bool = False) -> bool:
         """Whether our kernels take this product: they have no masks for odd shapes, and no tensor cores for float32."""
+        is_small = weights.weight.numel() < _LARGE_WEIGHT
+        takes_some = weights.scales is None and (is_small or (swiglu and _fits_wide_tiles(num_outputs)))
         return (
-            len(x) <= self._max_rows_few
+            not self._deterministic
+            and len(x) <= (MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS)
             and x.dtype.itemsize == 2
             and num_outputs % _OUTPUTS == 0
             and weights.weight.shape[1] % _TILE_K == 0
@@ -178,9 +185,9 @@ class Linear:
 
     def _own(self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, adds: bool = False) -> torch.Tensor:
         """The product by our kernels, written or added to `output`, (rows, out)."""
-        if self._deterministic:
-            return self._fixed(x, weights, output, adds=adds)
-        return self._few(x, weights, output, adds=adds)
+        if len(x) == 1 and not self._deterministic:
+            return self._single(x, weights, output, adds=adds)
+        return self._tiled(x, weights, output, adds=adds)
 
     def _single(
         self, x: torch.Tensor, weights: Weights, output: torch.Tensor,
@@ -195,55 +202,33 @@ class Linear:
         )  # fmt: skip
         return output
 
-    def _few(
+    def _tiled(
         self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, swiglu: bool = False, adds: bool = False
     ) -> torch.Tensor:
-        num_rows, num_outputs = output.shape
-        num_inputs = x.shape[1]
-        if num_rows == 1:
-            return self._single(x, weights, output, swiglu=swiglu, adds=adds)
-        num_blocks = num_outputs // _OUTPUTS
-        num_splits = _num_splits(2 * num_blocks if swiglu else num_blocks, num_inputs // _TILE_K)
-        rows = max(16, triton.next_power_of_2(num_rows))
-        num_stages = 5
-        if weights.weight.numel() < _LARGE_WEIGHT:
-            rows = min(rows, _SMALL_WEIGHT_ROWS)
+        """The product by tiles on tensor cores."""
+        (num_rows, num_inputs), num_outputs = x.shape, output.shape[1]
+        if self._deterministic:
+            tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize)
         else:
-            # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
-            rows = max(16 if swiglu else 32, rows)
-            num_stages = 4 if swiglu or num_splits > 2 or num_blocks >= _MANY_BLOCKS else 5
-        bytes_a_stage = ((2 if swiglu else 1) * _OUTPUTS + rows) * _TILE_K * x.dtype.itemsize
-        tile_product[(triton.cdiv(num_rows, rows), num_blocks, num_splits)](
-            x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
-            num_outputs, num_inputs, num_inputs // num_splits,
-            ROWS=rows, OUTPUTS=_OUTPUTS, TILE_K=_TILE_K, NUM_PARTS=num_splits, IS_SHARED=num_splits > 1,
-            SWIGLU=swiglu, ADDS=adds, IS_EVEN=True, CAN_PREFETCH=self._device.type == "cuda", num_warps=4,
-            num_stages=min(num_stages, most_stages(self._device, bytes_a_stage)), **launch_options(self._device),
-        )  # fmt: skip
-        return output
-
-    def _fixed(self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, adds: bool) -> torch.Tensor:
-        """The product with every sum in an order that depends on the weight's shape alone."""
-        num_rows, num_inputs = x.shape
-        num_outputs = len(weights)
-        tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize)
+            tile = _few_tile(num_rows, num_outputs, num_inputs, weights.weight.numel() >= _LARGE_WEIGHT, swiglu)
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
         in_turn = min(num_row_blocks, _ROW_BLOCKS_IN_TURN)
-        num_stages = min(tile.num_stages, most_stages(self._device, tile.bytes_a_stage(x.dtype.itemsize)))
+        bytes_a_stage = ((2 if swiglu else 1) * tile.outputs + tile.rows) * tile.k * x.dtype.itemsize
         num_programs = triton.cdiv(num_row_blocks, in_turn) * (tile.num_parts if tile.is_shared else 1)
         tile_product[(in_turn, num_blocks, num_programs)](
             x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, triton.cdiv(num_inputs, tile.k) // tile.num_parts * tile.k,
             ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, NUM_PARTS=tile.num_parts, IS_SHARED=tile.is_shared,
-            SWIGLU=False, ADDS=adds, IS_EVEN=is_even, CAN_PREFETCH=is_even and self._device.type == "cuda",
-            num_warps=tile.num_warps, num_stages=num_stages, **launch_options(self._device),
+            SWIGLU=swiglu, ADDS=adds, IS_EVEN=is_even, CAN_PREFETCH=is_even and self._device.type == "cuda",
+            num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
+            **launch_options(self._device),
         )  # fmt: skip
         return output
 
 
 class _Tile(NamedTuple):
-    """How a deterministic product is cut up.
+    """How a product is cut up.
 
     Attributes:
         rows, outputs, k: size of a tile.
@@ -259,14 +244,35 @@ class _Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def bytes_a_stage(self, itemsize: int) -> int:
-        """Of weights and rows that are multiplied at once."""
-        return (self.outputs + self.rows) * self.k * itemsize
+
+@cache
+def _few_tile(num_rows: int, num_outputs: int, num_inputs: int, is_large: bool, swiglu: bool) -> _Tile:
+    """What is fast for 2 to MAX_SOME_ROWS rows."""
+    num_blocks, rows = num_outputs // _OUTPUTS, max(16, triton.next_power_of_2(num_rows))
+    num_parts = _num_splits(2 * num_blocks if swiglu else num_blocks, num_inputs // _TILE_K)
+    is_some = num_rows > MAX_FEW_ROWS
+    k = _SHORT_TILE_K if swiglu and is_some else _TILE_K
+    if not is_large:
+        rows = min(rows, 2 * _SMALL_WEIGHT_ROWS if is_some else _SMALL_WEIGHT_ROWS)
+        return _Tile(rows, _OUTPUTS, k, num_parts, num_parts > 1, 4, 6 if is_some else 5)
+    if is_some:
+        return _Tile(MAX_SOME_ROWS, _WIDE_OUTPUTS, k, 1, False, 8, 4)
+    # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
+    rows = max(16 if swiglu else 32, rows)
+    num_stages = 4 if swiglu or num_parts > 2 or num_blocks >= _MANY_BLOCKS else 5
+    return _Tile(rows, _OUTPUTS, k, num_parts, num_parts > 1, 4, num_stages)
+
+
+@cache
+def _fits_wide_tiles(num_outputs: int) -> bool:
+    """Whether a large SwiGLU's wide tiles keep the chip busy."""
+    num_blocks, rest = divmod(num_outputs, _WIDE_OUTPUTS)
+    return rest == 0 and num_blocks >= _LEAST_BUSY * _MULTIPROCESSORS * triton.cdiv(num_blocks, _MULTIPROCESSORS)
 
 
 @cache
 def _fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int) -> _Tile:
-    """`k` and `num_parts`, which order the sums, by the weight's shape; the rest by what is fast."""
+    """Deterministic: `k` and `num_parts`, which order the sums, by the weight's shape; the rest by what is fast."""
     if itemsize == 4:  # without tensor cores: no shape is fast
         return _Tile(32, 32, 32, 1, False, 4, 2)
     k = 64

@@ -41,7 +41,7 @@ SHAPES = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])
-@pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65, 128, 129])
 @SHAPES
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_equals_float64(num_rows, num_outputs, num_inputs, has_bias, dtype):
@@ -55,7 +55,9 @@ def test_linear_equals_float64(num_rows, num_outputs, num_inputs, has_bias, dtyp
         assert relative_error(linear(x, Weights(weight, bias)), expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("num_rows", "dtype"), [(1, HALF), (2, HALF), (17, HALF), (65, HALF), (3, torch.float32)])
+@pytest.mark.parametrize(
+    ("num_rows", "dtype"), [(1, HALF), (2, HALF), (17, HALF), (65, HALF), (129, HALF), (3, torch.float32)]
+)
 @SHAPES
 def test_products_between_streams_equal_float64(num_rows, num_outputs, num_inputs, dtype):
     """The product of a stream's norm, and one that is added to a stream; with a bias where a sum is cut or odd."""
@@ -77,7 +79,7 @@ def test_products_between_streams_equal_float64(num_rows, num_outputs, num_input
     assert relative_error(stream.total, expected) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, MAX_FEW_ROWS, 70])
+@pytest.mark.parametrize("num_rows", [1, 3, MAX_FEW_ROWS, 70, 130])
 @pytest.mark.parametrize(
     ("size", "hidden_size", "has_bias", "dtype"),
     [(128, 1024, False, HALF), (384, 2048, False, HALF), (60, 128, True, HALF), (60, 128, False, torch.float32)],
@@ -96,6 +98,19 @@ def test_mlp_equals_float64(num_rows, size, hidden_size, has_bias, dtype):
     gate, up = (norm_of(total, norm) @ gate_up.weight.double().t() + bias).chunk(2, -1)
     expected = total.double() + (F.silu(gate) * up) @ down.weight.double().t()
     assert relative_error(stream.total, expected) < 3 * TOLERANCE[dtype]
+
+
+def test_a_large_swiglu_of_some_rows_equals_float64():
+    """In wide tiles, of which there is about one for each multiprocessor."""
+    torch.manual_seed(0)
+    size, hidden_size = 107 * 128, 640
+    total = random(MAX_FEW_ROWS + 6, hidden_size, dtype=HALF)
+    gate_up, down = (random(*shape, dtype=HALF) / 16 for shape in ((2 * size, hidden_size), (hidden_size, size)))
+    norm, stream, linear = create_norm(hidden_size, HALF), ResidualStream(total.clone()), Linear(DEVICE)
+    linear.mlp(stream, norm, Weights(gate_up), Weights(down))
+    gate, up = (norm_of(total, norm) @ gate_up.double().t()).chunk(2, -1)
+    expected = total.double() + (F.silu(gate) * up) @ down.double().t()
+    assert relative_error(stream.total, expected) < 3 * TOLERANCE[HALF]
 
 
 def test_a_row_does_not_depend_on_others():
