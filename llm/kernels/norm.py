@@ -75,6 +75,21 @@ def embed_tokens(
     )  # fmt: skip
 
 
+def keep_tokens(
+    stream: ResidualStream, attended: torch.Tensor, kept: torch.Tensor
+) -> tuple[ResidualStream, torch.Tensor]:
+    """The stream and attention's outputs, (tokens, size), of the tokens at `kept`, (num_kept,) int32, alone."""
+    assert stream.pending is None, "a norm comes between two additions"
+    (_, hidden_size), (_, size), num_kept = stream.total.shape, attended.shape, len(kept)
+    total, output = stream.total.new_empty(num_kept, hidden_size), attended.new_empty(num_kept, size)
+    block = triton.next_power_of_2(max(hidden_size, size))
+    _keep_tokens[(num_kept,)](
+        stream.total, attended, kept, total, output, HIDDEN=hidden_size, SIZE=size, BLOCK=block,
+        num_warps=num_warps(block), **launch_options(total.device),
+    )  # fmt: skip
+    return ResidualStream(total), output
+
+
 @triton.jit
 def _rms_norm(
     total, pending, weight, eps, output, output_scales, row_scales, scales, bias,
@@ -110,3 +125,19 @@ def _embed_tokens(
     dim = tl.arange(0, BLOCK)
     embedding = tl.load(table + token_id.to(tl.int64) * HIDDEN + dim, mask=dim < HIDDEN)
     tl.store(residual + token * HIDDEN + dim, embedding, mask=dim < HIDDEN)
+
+
+@triton.jit
+def _keep_tokens(
+    total, attended, kept, kept_total, kept_attended,
+    HIDDEN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program: one token that is kept."""
+    wait_for_inputs(PDL)
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(kept + place).to(tl.int64)
+    dim = tl.arange(0, BLOCK)
+    state = tl.load(total + token * HIDDEN + dim, mask=dim < HIDDEN)
+    tl.store(kept_total + place * HIDDEN + dim, state, mask=dim < HIDDEN)
+    heads = tl.load(attended + token * SIZE + dim, mask=dim < SIZE)
+    tl.store(kept_attended + place * SIZE + dim, heads, mask=dim < SIZE)

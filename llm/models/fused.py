@@ -19,7 +19,7 @@ from llm.attention.kernels.work import (
 )
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.kernels.linear import Linear, Weights
-from llm.kernels.norm import Norm, ResidualStream, embed_tokens, rms_norm
+from llm.kernels.norm import Norm, ResidualStream, embed_tokens, keep_tokens, rms_norm
 from llm.kernels.quantization import ScaledProduct
 from llm.models.attention import Attention
 from llm.models.decoder import DecoderLayer, DecoderModel
@@ -90,12 +90,17 @@ class FusedDecoder:
             num_prefill_items(max_tokens, max_parts, block_tokens, self._min_prefill_len), max_parts, device
         )
 
-    def hidden_states(self, tokens: StepTokens, parts: StepParts, output: torch.Tensor, *, has_prefills: bool) -> None:
-        """Run a step and write the final hidden states, normalised.
+    def hidden_states(
+        self, tokens: StepTokens, parts: StepParts, kept: torch.Tensor, output: torch.Tensor, *, has_prefills: bool
+    ) -> None:
+        """Run a step and write the final hidden states, normalised, of the tokens that are asked for.
+
+        Of the others only the last layer's keys and values are needed, so they end there: of a long prompt all but one.
 
         Args:
             parts: the parts of the tokens; tokens of none have to be on a row that nobody reads.
-            output: (tokens, hidden_size), contiguous.
+            kept: (num_kept,) int32, indices of the tokens that are asked for.
+            output: (num_kept, hidden_size), contiguous.
             has_prefills: whether any part has more than one new token.
         """
         config = self.model.config
@@ -109,12 +114,14 @@ class FusedDecoder:
         if has_prefills:
             plan_prefills(parts, self._prefill_items, block_tokens, self._min_prefill_len)
         model = self.model
-        stream = ResidualStream(torch.empty_like(output))
+        stream = ResidualStream(output.new_empty(len(tokens.positions), model.hidden_size))
         embed_tokens(tokens.token_ids, self._last_token_ids, tokens.rows, model.embed_tokens.weight, stream.total)
         for layer in self._layers:
             attention, mlp = layer.attention, layer.mlp
             qkv = self._linear.of_norm(stream, _norm(layer.attention_norm), _weights(attention.qkv_proj))
             attended = self._attend(attention, qkv, tokens, parts, has_prefills)
+            if layer is self._layers[-1]:
+                stream, attended = keep_tokens(stream, attended, kept)
             self._linear.add(stream, attended, _weights(attention.o_proj))
             self._linear.mlp(stream, _norm(layer.mlp_norm), _weights(mlp.gate_up_proj), _weights(mlp.down_proj))
         rms_norm(stream, _norm(model.norm), output)

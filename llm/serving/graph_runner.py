@@ -123,7 +123,7 @@ class GraphRunner:
             model, kv_cache, self._rows.page_tables, self._rows.last_token_ids,
             max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic,
         )  # fmt: skip
-        self._hidden = torch.zeros(most_tokens, model.hidden_size, dtype=model.dtype, device=device)
+        self._hidden = torch.zeros(most_draws, model.hidden_size, dtype=model.dtype, device=device)
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
         self._token_ids = torch.zeros(most_draws, dtype=torch.int32, device=device)
         pin = device.type == "cuda"
@@ -133,7 +133,7 @@ class GraphRunner:
         self._graph_pool = torch.cuda.graph_pool_handle() if pin else None
         self._masks = DrawMasks(model.config.vocab_size)
         self._allowed = MaskBuffers(most_draws, self._masks.num_words, device, _NUM_BUFFERS)
-        self._last: LaunchedGraphs
+        self._last: LaunchedGraphs | None = None
 
     @property
     def max_draws_per_step(self) -> int:
@@ -162,8 +162,8 @@ class GraphRunner:
         if self._graph_pool is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._last = LaunchedGraphs(host, draw_rows, done, special)
-        return self._last
+        self._last = launched = LaunchedGraphs(host, draw_rows, done, special)
+        return launched
 
     @torch.inference_mode()
     def run_largest(self, num_tokens: int) -> None:
@@ -224,10 +224,11 @@ class GraphRunner:
         fill(arrays["query_lens"], lens, num_parts, 0)
         fill(arrays["context_lens"], ends, num_parts, 0)
         draw_rows = rows.repeat(num_draws)
+        # Behind each of the last tokens of a part, as many as it draws.
+        draw_tokens = ranges(query_ends - num_draws, num_draws)
+        fill(arrays["draw_tokens"], draw_tokens, self._num_kept(num_tokens, num_parts), 0)
         if len(draw_rows):
-            # Behind each of the last tokens of a part, as many as it draws.
             size = _padded(self._draw_sizes, len(draw_rows))
-            fill(arrays["draw_tokens"], ranges(query_ends - num_draws, num_draws), size, 0)
             fill(arrays["draw_rows"], draw_rows, size, padding_row)
             fill(arrays["draw_positions"], ranges(ends - num_draws + 1, num_draws), size, 0)
         self._inputs.upload()
@@ -248,11 +249,15 @@ class GraphRunner:
         return output
 
     def _run_model(self, num_tokens: int, num_parts: int, has_prefills: bool) -> torch.Tensor:
-        hidden = self._hidden[:num_tokens]
-        self._decoder.hidden_states(
-            self._inputs.tokens(num_tokens), self._inputs.parts(num_parts), hidden, has_prefills=has_prefills
-        )
+        num_kept = self._num_kept(num_tokens, num_parts)
+        kept, hidden = self._inputs["draw_tokens"][:num_kept], self._hidden[:num_kept]
+        tokens, parts = self._inputs.tokens(num_tokens), self._inputs.parts(num_parts)
+        self._decoder.hidden_states(tokens, parts, kept, hidden, has_prefills=has_prefills)
         return hidden
+
+    def _num_kept(self, num_tokens: int, num_parts: int) -> int:
+        """Tokens of a step that may have draws behind them."""
+        return min(num_parts * self._max_draws_per_row, num_tokens, self._draw_sizes[-1])
 
     def _run_draws(self, num_draws: int, is_masked: bool = False) -> torch.Tensor:
         """Draw the tokens of all drawing parts, of those that `_send_masks` sent if `is_masked`; returns the logits.
@@ -260,8 +265,7 @@ class GraphRunner:
         Draws of one row race for its `last_token_ids`. Nobody reads what stays: where a part draws several tokens, the
         host knows them before it launches the row's next step.
         """
-        hidden = self._hidden.index_select(0, self._inputs["draw_tokens"][:num_draws])
-        logits = self._decoder.logits(hidden)
+        logits = self._decoder.logits(self._hidden[:num_draws])
         draw_tokens(
             mask_logits(logits, self._allowed.on_device) if is_masked else logits,
             self._inputs["draw_rows"][:num_draws],
@@ -282,9 +286,14 @@ class GraphRunner:
             return {}
         masks = self._allowed.next_array()
         masks[: len(drawing)] = -1
-        allowed = self._masks.write_draws(drawing, self._last.last_token_id, masks)
+        allowed = self._masks.write_draws(drawing, self._last_token_id, masks)
         self._allowed.send(len(drawing))
         return allowed
+
+    def _last_token_id(self, row: int) -> int:
+        """The token that the last step drew at `row`; only rows of that step have one that the host has not seen."""
+        assert self._last is not None, "a first step's tokens are all known"
+        return self._last.last_token_id(row)
 
     def _draw_specially(
         self, logits: torch.Tensor, drawing: SequenceOf[_Drawing], allowed: dict[int, Int32Array]

@@ -143,10 +143,11 @@ def test_logits_do_not_depend_on_chunks_and_company():
             parts = StepParts(
                 ints([row for row, _, _ in step]), ints(starts), ints(query_lens), ints([end for _, _, end in step])
             )
-            hidden = torch.empty(sum(query_lens), 64, dtype=HALF, device=DEVICE)
-            decoder.hidden_states(tokens, parts, hidden, has_prefills=max(query_lens) > 1)
-        last = starts[[row for row, _, _ in steps[-1]].index(0)] + steps[-1][-1][2] - steps[-1][-1][1] - 1
-        return decoder.logits(hidden[last : last + 1])
+            part = [row for row, _, _ in step].index(0)
+            last = ints([starts[part] + query_lens[part] - 1])
+            hidden = torch.empty(1, 64, dtype=HALF, device=DEVICE)
+            decoder.hidden_states(tokens, parts, last, hidden, has_prefills=max(query_lens) > 1)
+        return decoder.logits(hidden)
 
     with torch.inference_mode():
         alone = last_logits([[(0, i, i + 1)] for i in range(20)])

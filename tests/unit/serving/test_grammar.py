@@ -324,6 +324,16 @@ def test_graph_runner_equals_the_reference(model, tokenizer):
     assert run("triton") == run("reference")
 
 
+def test_an_engine_may_begin_with_a_bound_request(model, tokenizer):
+    """No step is before it, whose tokens it could wait for."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = EngineConfig(attention_backend="triton", max_batch_size=2, max_tokens_per_step=32, num_pages=16)
+    engine = ContinuousBatchingEngine(copy.deepcopy(model), tokenizer, device, config=config)
+    (result,) = engine.generate([request(GRAMMARS["regex"], max_new_tokens=4)], progress=False)
+    assert result.finish_reason is not FinishReason.ERROR
+    assert len(result.token_ids) > 0
+
+
 def test_any_mixture_of_arrivals_and_departures(model, tokenizer):
     rng = random.Random(0)
     engine = create_engine(model, tokenizer=tokenizer, max_steps_ahead=1, num_pages=60, max_seq_len=200)
