@@ -73,9 +73,10 @@ class LaunchedGraphs:
 class GraphRunner:
     """The `ModelRunner` for GPUs.
 
-    A step is two graphs: the model up to its hidden states, captured for each padded number of tokens and parts; then
-    logits and draws, captured for each padded number of draws. The first step of a size runs kernel by kernel and is
-    captured on the way. On a CPU (Triton's interpreter, in tests) every step runs kernel by kernel.
+    A step is two graphs: the model up to the hidden states of the tokens that draw, captured for each padded number of
+    tokens and parts; then logits and draws, captured for each padded number of draws. The first step of a size runs
+    kernel by kernel and is captured on the way. On a CPU (Triton's interpreter, in tests) every step runs kernel by
+    kernel.
 
     Args:
         model: in evaluation mode, on its device.
