@@ -71,7 +71,8 @@ class RequestTracer:
         """Add what a generation spent its time on to its HTTP request's span."""
         parent = generation.group.caller.span
         timeline = generation.timeline
-        if parent is None or not parent.is_recording():
+        # The HTTP request may be over before: it needs only the last token, not the engine's goodbye.
+        if parent is None or not parent.get_span_context().trace_flags.sampled:
             return
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "chat",

@@ -14,6 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ray._common.formatters import JSONFormatter
 
 from deployments.config import AppConfig
+from deployments.generation import Generation
 
 PROMPT = "a secret question"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -64,6 +65,9 @@ async def ask(service: Service, headers: dict[str, str] | None = None, **fields)
 
 async def flush(service: Service) -> None:
     assert service.router.tracer is not None
+    async with asyncio.timeout(10):
+        while service.router.journal.num_live:  # an answer is out before its engine has said goodbye
+            await asyncio.sleep(0.01)
     await asyncio.to_thread(service.router.tracer.close)
 
 
@@ -89,6 +93,25 @@ async def test_one_trace_from_http_to_engine(make_service: ServiceFactory, colle
     assert 0.01 < (decode.end_time_unix_nano - decode.start_time_unix_nano) / 1e9 < 1, "19 tokens at 1,000 a second"
     assert http.start_time_unix_nano <= generate.start_time_unix_nano <= decode.end_time_unix_nano
     assert not any(PROMPT.encode() in body for body in collector.bodies)
+
+
+async def test_a_generation_may_be_over_after_its_http_request(
+    make_service: ServiceFactory, collector: Collector, monkeypatch: pytest.MonkeyPatch
+):
+    service = await make_service(traced(collector.endpoint))
+    tracer = service.router.tracer
+    assert tracer is not None
+    request_over = tracer.request_over
+
+    def late(generation: Generation) -> None:
+        assert generation.group.caller.span is not None
+        generation.group.caller.span.end()
+        request_over(generation)
+
+    monkeypatch.setattr(tracer, "request_over", late)
+    await ask(service)
+    await flush(service)
+    assert {"generate demo", "engine decode"} <= {span.name for span in collector.spans()}
 
 
 async def test_what_is_not_sampled_is_not_sent(make_service: ServiceFactory, collector: Collector):
