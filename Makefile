@@ -41,11 +41,11 @@ serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1
 system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped
 	command -v chromium && command -v prometheus || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus >/dev/null; }
 
-test: test-unit  ## Run every test that needs no GPU
-	$(BIN)/pytest tests/integration tests/e2e
+test: $(VENV)/.dev  ## Run every test that needs no GPU
+	$(BIN)/pytest
 
 test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster
-	$(BIN)/pytest -n auto --dist worksteal tests/unit
+	$(BIN)/pytest tests/unit
 
 chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (8 minutes)
 	$(BIN)/python -m chaos
