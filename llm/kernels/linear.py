@@ -77,6 +77,11 @@ class Weights:
     def __len__(self) -> int:
         return len(self.weight)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether reading it is long beside all that stands around a product."""
+        return self.weight.numel() >= _LARGE_WEIGHT
+
 
 class Linear:
     """Products on one device, with their scratch memory. Not thread-safe, like the stream it runs on.
@@ -150,8 +155,8 @@ class Linear:
 
     def _is_few(self, x: torch.Tensor, weights: Weights, num_outputs: int, *, swiglu: bool = False) -> bool:
         """Whether our kernels take this product: they have no masks for odd shapes, and no tensor cores for float32."""
-        is_small = weights.weight.numel() < _LARGE_WEIGHT
-        takes_some = weights.scales is None and (is_small or (swiglu and _fits_wide_tiles(num_outputs)))
+        fits_some = not weights.is_large or (swiglu and _fits_wide_tiles(num_outputs))
+        takes_some = fits_some and weights.scales is None
         return (
             not self._deterministic
             and len(x) <= (MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS)
@@ -210,7 +215,7 @@ class Linear:
         if self._deterministic:
             tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize)
         else:
-            tile = _few_tile(num_rows, num_outputs, num_inputs, weights.weight.numel() >= _LARGE_WEIGHT, swiglu)
+            tile = _few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
         in_turn = min(num_row_blocks, _ROW_BLOCKS_IN_TURN)

@@ -69,6 +69,7 @@ async def flush(service: Service) -> None:
     ending = [task for task in asyncio.all_tasks() if "Generation." in str(task.get_coro())]
     if ending:
         await asyncio.wait(ending, timeout=10)
+    await asyncio.sleep(0)  # a generation is over in its task's callback, which comes behind the task
     await asyncio.to_thread(service.router.tracer.close)
 
 
