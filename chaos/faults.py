@@ -80,7 +80,7 @@ async def f1_kill_on_gpus(front_end: str) -> Outcome:
 
 
 async def f1_kill_in_bfloat16(front_end: str) -> Outcome:
-    """The same without `deterministic`: steps with other rows round differently, so only the answers must be the same."""
+    """The same without `deterministic`: steps of other rows round differently, so only answers must be equal."""
     return await _kill_on_gpus(front_end, deterministic=False)
 
 
