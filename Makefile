@@ -57,7 +57,7 @@ fuzz: $(VENV)/.dev  ## Ten minutes of requests made up from the OpenAPI descript
 	FUZZ_SECONDS=600 $(BIN)/pytest --timeout 2000 tests/integration/test_fuzz.py
 
 docs: $(VENV)/.dev  ## Build the documentation into site/
-	$(BIN)/python -m deployments.config_reference > docs/configuration.md
+	$(BIN)/python -m deployments.cli.config_reference > docs/configuration.md
 	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev  ## Check style and the direction of imports

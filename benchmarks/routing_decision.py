@@ -15,8 +15,8 @@ import statistics
 import time
 import tracemalloc
 
-from deployments.fleet import Fleet
-from deployments.policy import CostPolicy
+from deployments.fleet.fleet import Fleet
+from deployments.fleet.policy import CostPolicy
 from llm.serving.schemas import EngineStats
 
 PAGE_SIZE = 16

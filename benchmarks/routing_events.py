@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.routing_replica import Outcome, ReplicaSpeed, SimulatedReplica, SimulatedRequest
 from benchmarks.routing_trace import BLOCK_TOKENS, TraceRequest
 from deployments.config import PolicyName
-from deployments.fleet import Fleet
-from deployments.policy import make_policy
+from deployments.fleet.fleet import Fleet
+from deployments.fleet.policy import make_policy
 
 REPORT_INTERVAL_S = 0.1
 CALL_DELAY_S = 2.5e-3

@@ -199,7 +199,7 @@ class ScalingRun:
         out = Path(tempfile.mkdtemp(prefix="scaling-")) / "result.json"
         token_ids = "97-122" if self._options.emulated else "10-9999"
         self._num_fleets += 1  # another seed for each run: no prompt is in a prefix cache by accident
-        command = [sys.executable, "-m", "benchmarks.serve", "run", "--url", f"{fleet.url}/v1", "--model", "m",
+        command = [sys.executable, "-m", "deployments.bench", "run", "--url", f"{fleet.url}/v1", "--model", "m",
                    "--token-ids", token_ids, "--ignore-eos", "--processes", str(self._options.clients),
                    "--seed", str(self._num_fleets), "--out", str(out), *(str(a) for a in arguments)]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -21,12 +21,12 @@ from typing import Any
 import msgspec
 import uvloop
 
-from benchmarks.serve_client import Target
 from benchmarks.serve_emulator import StreamLog, emulator
-from benchmarks.serve_load import LoadSpec, run_load
-from benchmarks.serve_prompts import TokenSource
-from benchmarks.serve_records import distribution
-from benchmarks.serve_workload import PlannedRequest
+from deployments.bench.client import Target
+from deployments.bench.load import LoadSpec, run_load
+from deployments.bench.prompts import TokenSource
+from deployments.bench.records import distribution
+from deployments.bench.workload import PlannedRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from chaos.fleet import Outcome
-from deployments.engine_loop import EngineLoop
+from deployments.replica.engine_loop import EngineLoop
 from llm.config import EngineConfig
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import FinishReason, GenerationRequest

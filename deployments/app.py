@@ -8,15 +8,15 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from deployments.autoscaling import EnginePolicy
 from deployments.check import check_model
 from deployments.config import AppConfig, AutoscalingConfig, resolve_paths, without_secrets
-from deployments.engine_replica import EngineReplica
-from deployments.engine_use import targets_of
-from deployments.front_end import check_open, find_front_end
-from deployments.ingress import RouterIngress
-from deployments.keys import load_keys
-from deployments.request_router import RankedRequestRouter
+from deployments.fleet.autoscaling import EnginePolicy
+from deployments.fleet.engine_use import targets_of
+from deployments.replica.engine_replica import EngineReplica
+from deployments.router.keys import load_keys
+from deployments.serve.front_end import check_open, find_front_end
+from deployments.serve.ingress import RouterIngress
+from deployments.serve.request_router import RankedRequestRouter
 
 _HEALTH_CHECK_PERIOD_S = 1
 _HEALTH_CHECK_TIMEOUT_S = 8

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.config import AppConfig, EngineKind
-from deployments.keys import load_keys
+from deployments.router.keys import load_keys
 from llm.config import describe
 from llm.errors import ConfigError, LLMError
 from llm.models.loading import check_checkpoint

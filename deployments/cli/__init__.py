@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.serve import app as bench
+from deployments.bench.command import app as bench
 from deployments.cli import chat, check, doctor, serve, status
 from deployments.version import __version__
 from llm.errors import LLMError

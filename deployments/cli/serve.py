@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from deployments.engine_factory import PROGRESS_MARK
+from deployments.replica.engine_factory import PROGRESS_MARK
 from llm.errors import ConfigError
 
 _ROOT = Path(__file__).parents[2]

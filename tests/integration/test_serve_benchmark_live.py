@@ -19,7 +19,7 @@ def healthy_afterwards(server: Server):
 
 def bench(server: Server, out: Path, *arguments: object) -> dict:
     """The result of a run by command line, which must end well."""
-    command = [sys.executable, "-m", "benchmarks.serve", "run", "--url", f"{server.url}/v1", "--model", "demo"]
+    command = [sys.executable, "-m", "deployments.bench", "run", "--url", f"{server.url}/v1", "--model", "demo"]
     done = subprocess.run(
         [*command, "--out", str(out), *(str(argument) for argument in arguments)],
         capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,

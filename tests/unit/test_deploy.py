@@ -9,7 +9,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import AppConfig
-from deployments.metrics import RouterMetrics
+from deployments.observe.metrics import RouterMetrics
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -12,8 +12,8 @@ import yaml
 from typer.main import get_command
 
 from deployments.cli import app
+from deployments.cli.config_reference import reference
 from deployments.config import AppConfig
-from deployments.config_reference import reference
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,7 +26,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def test_configuration_page_is_what_the_code_makes():
     assert (ROOT / "docs" / "configuration.md").read_text() == reference(), (
-        "run: python -m deployments.config_reference > docs/configuration.md"
+        "run: python -m deployments.cli.config_reference > docs/configuration.md"
     )
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from scripted_server import DONE, Answer, ScriptedServer, chunk, event, tokens, usage
 
-from benchmarks.serve_client import Client, Target, TargetError
-from benchmarks.serve_load import LoadSpec, run_load
 from benchmarks.serve_overhead import measure
-from benchmarks.serve_prompts import TokenSource
-from benchmarks.serve_records import RequestRecord, distribution, is_good, parse_goodput, summarize
-from benchmarks.serve_report import make_result
-from benchmarks.serve_stream import AnswerReader
-from benchmarks.serve_workload import PlannedRequest, with_arrivals
+from deployments.bench.client import Client, Target, TargetError
+from deployments.bench.load import LoadSpec, run_load
+from deployments.bench.prompts import TokenSource
+from deployments.bench.records import RequestRecord, distribution, is_good, parse_goodput, summarize
+from deployments.bench.report import make_result
+from deployments.bench.stream import AnswerReader
+from deployments.bench.workload import PlannedRequest, with_arrivals
 
 
 def read(*pieces: tuple[float, bytes], sent_s: float = 10.0) -> RequestRecord:

@@ -15,10 +15,10 @@ from scripted_server import Answer, ScriptedServer, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
-from benchmarks.serve import app
-from benchmarks.serve_plot import INK, PALETTE
-from benchmarks.serve_prompts import BodyBuilder, TokenSource
-from benchmarks.serve_workload import (
+from deployments.bench.command import app
+from deployments.bench.plot import INK, PALETTE
+from deployments.bench.prompts import BodyBuilder, TokenSource
+from deployments.bench.workload import (
     BLOCK_TOKENS,
     LengthRange,
     PlannedRequest,
@@ -188,7 +188,7 @@ class TestCommandLine:
     def test_ctrl_c_prints_what_has_been_measured(self, tmp_path):
         out = tmp_path / "result.json"
         with ScriptedServer(lambda _: tokens(2, gap_s=0.05)) as server:
-            command = [sys.executable, "-m", "benchmarks.serve", "run", "--url", server.url, "--model", "m", "--out",
+            command = [sys.executable, "-m", "deployments.bench", "run", "--url", server.url, "--model", "m", "--out",
                        str(out), "--concurrency", "2", "--num-requests", "5000", "--processes", "2"]  # fmt: skip
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT,

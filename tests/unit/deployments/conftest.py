@@ -7,8 +7,8 @@ import pytest
 from in_process import LocalClient, Service, ServiceFactory, emulated_config, end_service
 
 from deployments.config import AppConfig
-from deployments.engine_replica import EngineReplica
-from deployments.keys import ApiKey
+from deployments.replica.engine_replica import EngineReplica
+from deployments.router.keys import ApiKey
 
 
 @pytest.fixture

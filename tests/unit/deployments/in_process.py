@@ -8,14 +8,14 @@ import httpx
 import msgspec
 import pytest
 
+from deployments.api.routes import create_api
+from deployments.channel.messages import ChannelAddress, encode
 from deployments.config import AppConfig
-from deployments.engine_factory import EngineInfo
-from deployments.engine_replica import EngineReplica
 from deployments.errors import ReplicaLostError
-from deployments.keys import ApiKey
-from deployments.openai.routes import create_api
-from deployments.router import Router
-from deployments.wire import ChannelAddress, encode
+from deployments.replica.engine_factory import EngineInfo
+from deployments.replica.engine_replica import EngineReplica
+from deployments.router.keys import ApiKey
+from deployments.router.router import Router
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from in_process import DEMO
 
-from deployments import engine_factory
 from deployments.config import AppConfig
-from deployments.emulated_engine import EmulatedEngine
+from deployments.replica import engine_factory
+from deployments.replica.emulated_engine import EmulatedEngine
 from llm.serving.schemas import FinishReason, StepOutput, TokenLogprobs
 
 END = 257

@@ -8,10 +8,10 @@ import pytest
 from in_process import ServiceFactory
 from pydantic import BaseModel
 
-from deployments.anthropic.schemas import MessagesRequest
-from deployments.openai.embeddings import EmbeddingsRequest
-from deployments.openai.response_requests import ResponsesRequest
-from deployments.openai.schemas import ChatRequest, CompletionRequest
+from deployments.api.anthropic.schemas import MessagesRequest
+from deployments.api.openai.embeddings import EmbeddingsRequest
+from deployments.api.openai.response_requests import ResponsesRequest
+from deployments.chat.requests import ChatRequest, CompletionRequest
 
 TESTS = Path(__file__).parents[2]
 TEXT = (TESTS.parent / "docs" / "api.md").read_text()

@@ -8,9 +8,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build_app
 from deployments.config import AppConfig, resolve_paths, without_secrets
-from deployments.front_end import FrontEnd, check_open
-from deployments.ingress import ready_banner
-from deployments.keys import load_keys
+from deployments.router.keys import load_keys
+from deployments.serve.front_end import FrontEnd, check_open
+from deployments.serve.ingress import ready_banner
 from llm.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parents[3]

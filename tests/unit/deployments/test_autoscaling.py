@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from deployments.autoscaling import EnginePolicy, ReplicaUse, Targets, desired_replicas
 from deployments.config import AppConfig
+from deployments.fleet.autoscaling import EnginePolicy, ReplicaUse, Targets, desired_replicas
 
 TARGETS = Targets(waiting_tokens=10_000, row_use=0.8, pool_use=0.9)
 

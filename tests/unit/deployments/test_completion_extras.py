@@ -4,8 +4,8 @@ import pytest
 from in_process import DEMO, Service, ServiceFactory
 from scripted_engine import events_of
 
+from deployments.api.openai.responses import Completion
 from deployments.config import AppConfig
-from deployments.openai.responses import Completion
 
 PROMPTS = ["17 + 25 =", "3 + 4 ="]
 

@@ -5,11 +5,11 @@ import asyncio
 import pytest
 
 from deployments.config import AdmissionConfig
-from deployments.dispatcher import Dispatcher
 from deployments.errors import NoReplicaError, OverloadedError
-from deployments.fleet import Fleet
-from deployments.policy import CostPolicy
-from deployments.waiting import Ticket
+from deployments.fleet.fleet import Fleet
+from deployments.fleet.policy import CostPolicy
+from deployments.router.dispatcher import Dispatcher
+from deployments.router.waiting import Ticket
 from llm.serving.schemas import EngineStats
 
 

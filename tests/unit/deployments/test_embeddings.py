@@ -10,7 +10,7 @@ import torch
 from in_process import Service, ServiceFactory, emulated_config
 from scripted_engine import TOOL_TEMPLATE, model_config
 
-from deployments.openai.responses import EmbeddingList
+from deployments.api.openai.responses import EmbeddingList
 from llm.config import EngineConfig
 from llm.core.kv_cache import KVCache
 from llm.errors import InvalidRequestError

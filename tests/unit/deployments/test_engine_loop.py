@@ -7,10 +7,10 @@ import pytest
 from in_process import emulated_config
 
 from deployments.config import EmulationConfig
-from deployments.emulated_engine import EmulatedEngine
-from deployments.engine_loop import EngineLoop
-from deployments.engine_replica import EngineReplica
-from deployments.ingress import channel_host
+from deployments.replica.emulated_engine import EmulatedEngine
+from deployments.replica.engine_loop import EngineLoop
+from deployments.replica.engine_replica import EngineReplica
+from deployments.serve.ingress import channel_host
 from llm.config import EngineConfig
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import FinishReason, GenerationRequest

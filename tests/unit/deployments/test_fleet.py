@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
-from deployments.fleet import Fleet
-from deployments.policy import CostPolicy, ReplicaLoad
+from deployments.fleet.fleet import Fleet
+from deployments.fleet.policy import CostPolicy, ReplicaLoad
 from llm.serving.schemas import EngineStats
 
 PAGE = 16

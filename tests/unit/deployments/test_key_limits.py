@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from in_process import Service, ServiceFactory, emulated_config
 
-from deployments.accounts import Account, Bucket, share
 from deployments.config import AppConfig, KeyLimits, LimitsConfig
-from deployments.keys import ApiKey, load_keys
+from deployments.router.accounts import Account, Bucket, share
+from deployments.router.keys import ApiKey, load_keys
 from llm.errors import ConfigError
 
 KEY, OTHER = "sk-first-secret", "sk-second-secret"

@@ -7,8 +7,8 @@ import json
 import pytest
 from in_process import Service, ServiceFactory, emulated_config
 
-from deployments.generation import Generation
-from deployments.openai.choices import Choice
+from deployments.chat.choices import Choice
+from deployments.router.generation import Generation
 
 HI = [{"role": "user", "content": "hi"}]
 

@@ -10,8 +10,8 @@ from in_process import Service, ServiceFactory
 from pydantic import TypeAdapter
 from scripted_engine import THINK_TEMPLATE, TOOL_TEMPLATE, model_config, use_script
 
-from deployments.keys import ApiKey
-from deployments.openai.responses import InputTokens, MessageObject
+from deployments.api.openai.responses import InputTokens, MessageObject
+from deployments.router.keys import ApiKey
 
 TOOL = {"name": "add", "description": "Adds", "input_schema": {"type": "object", "properties": {"a": {}}}}
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 17}}</tool_call>'

@@ -7,9 +7,9 @@ import httpx
 import pytest
 from in_process import ServiceFactory, emulated_config
 
-from deployments.keys import ApiKey
-from deployments.openai import responses
-from deployments.openai.errors import ErrorResponse
+from deployments.api.errors import ErrorResponse
+from deployments.api.openai import responses
+from deployments.router.keys import ApiKey
 
 KEY = "sk-test-key"
 KEYS = (ApiKey("team", hashlib.sha256(KEY.encode()).digest()),)

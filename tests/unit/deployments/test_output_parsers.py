@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from deployments.openai.output_parsers import (
+from deployments.chat.parsers import (
     OutputEvent,
     OutputParser,
     ReasoningDelta,

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from deployments.config import PolicyName
-from deployments.policy import ROW_TOKENS, CostPolicy, PowerOfTwoChoices, ReplicaLoad, RoundRobin, make_policy
+from deployments.fleet.policy import ROW_TOKENS, CostPolicy, PowerOfTwoChoices, ReplicaLoad, RoundRobin, make_policy
 
 
 def loads(**prefill_tokens: int) -> list[ReplicaLoad]:

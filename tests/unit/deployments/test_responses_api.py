@@ -9,7 +9,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from scripted_engine import THINK_TEMPLATE, TOOL_TEMPLATE, model_config, use_script
 
-from deployments.openai.responses import ResponseObject
+from deployments.api.openai.responses import ResponseObject
 
 TOOL = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 17}}</tool_call>'

@@ -6,8 +6,8 @@ import json
 import pytest
 from in_process import DEMO, ServiceFactory, emulated_config
 
+from deployments.channel.token_channel import TokenListener
 from deployments.config import AppConfig
-from deployments.token_channel import TokenListener
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -4,8 +4,17 @@ import secrets
 import pytest
 import zmq
 
-from deployments.token_channel import MAX_FRAME_BYTES, TokenListener, TokenSender
-from deployments.wire import SECRET_BYTES, ChannelAddress, End, EngineTiming, Report, StepFrame, TokenItem, encode
+from deployments.channel.messages import (
+    SECRET_BYTES,
+    ChannelAddress,
+    End,
+    EngineTiming,
+    Report,
+    StepFrame,
+    TokenItem,
+    encode,
+)
+from deployments.channel.token_channel import MAX_FRAME_BYTES, TokenListener, TokenSender
 from llm.core.slot_pool import ContentChanges
 from llm.serving.schemas import EngineStats, FinishReason, TokenLogprobs
 

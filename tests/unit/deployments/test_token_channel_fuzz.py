@@ -12,8 +12,8 @@ import zmq
 from hypothesis import given, settings, strategies as st
 from in_process import ServiceFactory
 
-from deployments.token_channel import TokenListener, TokenSender
-from deployments.wire import SECRET_BYTES, End, Report, StepFrame, TokenItem, encode
+from deployments.channel.messages import SECRET_BYTES, End, Report, StepFrame, TokenItem, encode
+from deployments.channel.token_channel import TokenListener, TokenSender
 from llm.serving.schemas import EngineStats, FinishReason, TokenLogprobs
 
 # ZMTP 3.0 (https://rfc.zeromq.org/spec/23): signature, version, mechanism, as-server, filler; then the READY command.

@@ -9,7 +9,7 @@ import pytest
 from in_process import Service, ServiceFactory
 from scripted_engine import LLAMA_TEMPLATE, THINK_TEMPLATE, TOOL_TEMPLATE, events_of, model_config, use_script
 
-from deployments.openai.responses import ChatCompletion, ChatCompletionChunk
+from deployments.api.openai.responses import ChatCompletion, ChatCompletionChunk
 
 WEATHER = {
     "type": "function",

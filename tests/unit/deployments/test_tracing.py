@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ray._common.formatters import JSONFormatter
 
 from deployments.config import AppConfig
-from deployments.generation import Generation
+from deployments.router.generation import Generation
 
 PROMPT = "a secret question"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"

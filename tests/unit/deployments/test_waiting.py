@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, strategies as st
 
-from deployments.waiting import Ticket, WaitingQueue
+from deployments.router.waiting import Ticket, WaitingQueue
 
 
 def ticket(stream_id: int, tenant: str = "", priority: int = 0, work: int = 100, is_resumed: bool = False) -> Ticket:

@@ -1,0 +1,1 @@
+"""The HTTP side: what each path is answered with, in the words of the API that was asked."""

@@ -1,0 +1,119 @@
+"""Keys: with any configured, every route is closed but the ones listed as open, and each key keeps to its limits."""
+
+import hashlib
+import hmac
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from starlette._utils import get_route_path  # the path that Starlette's routes look at
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.api.error_answers import answer_to
+from deployments.api.errors import APIError
+from deployments.router.accounts import Account, Refusal, open_accounts
+from deployments.router.keys import ApiKey
+
+
+class KeyGuard:
+    """ASGI middleware that lets requests through that carry a known key, as often as the key's limits allow.
+
+    The key comes as `Authorization: Bearer <key>`, or as `x-api-key: <key>`, which is what Anthropic's clients send.
+    The guard looks at the path that the routes look at, so no header changes which route is guarded.
+
+    Args:
+        app: what is guarded.
+        keys: the keys; none to let everything through.
+        open_paths: paths that need no key.
+        metered_paths: paths whose POST requests count on the key's limits.
+        num_routers: routers that share each key's limits.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[ApiKey],
+        open_paths: Collection[str],
+        metered_paths: Collection[str] = (),
+        num_routers: int = 1,
+    ) -> None:
+        self._app = app
+        self._keys = tuple(keys)
+        self._open_paths = frozenset(open_paths)
+        self._metered_paths = frozenset(metered_paths)
+        self._accounts = open_accounts(keys, num_routers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401 or 429, or pass the request on."""
+        if scope["type"] == "lifespan" or not self._keys or get_route_path(scope) in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        given = _keys_given(scope)
+        key = self._find(given)
+        if key is None and scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif key is None:
+            await answer_to(scope, _unauthorized(bool(given)))(scope, receive, send)
+        else:
+            account = self._accounts[key.name]
+            scope.setdefault("state", {}).update(tenant=key.name, account=account)
+            if scope.get("method") == "POST" and get_route_path(scope) in self._metered_paths:
+                await self._metered(account, scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+
+    async def _metered(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on if the account allows it; say in the answer's headers what is left."""
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), *_encoded(account.headers())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        refusal = account.enter()
+        if refusal is not None:
+            await answer_to(scope, _too_many(refusal))(scope, receive, send_with_limits)
+            return
+        try:
+            await self._app(scope, receive, send_with_limits)
+        finally:
+            account.leave()
+
+    def _find(self, given: Sequence[bytes]) -> ApiKey | None:
+        """The known key that was given."""
+        if len(given) != 1:
+            return None
+        digest = hashlib.sha256(given[0]).digest()
+        # Every key is compared, so that the time tells nothing about which one came near.
+        matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
+        return matches[0] if matches else None
+
+
+def _keys_given(scope: Scope) -> list[bytes]:
+    """Every key that the headers hold; an empty one, which is nobody's, for what is no bearer token."""
+    given = []
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            given.append(value[7:].strip() if value[:7].lower() == b"bearer " else b"")
+        elif name == b"x-api-key":
+            given.append(value.strip())
+    return given
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+def _too_many(refusal: Refusal) -> APIError:
+    return APIError(
+        429, refusal.message, type=refusal.limit, code="rate_limit_exceeded",
+        headers={"Retry-After": str(math.ceil(refusal.retry_after_s))},
+    )  # fmt: skip
+
+
+def _unauthorized(is_wrong: bool) -> APIError:
+    message = (
+        "Incorrect API key provided" if is_wrong
+        else "You didn't provide an API key; send it as `Authorization: Bearer <key>`"
+    )  # fmt: skip
+    return APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -1,0 +1,48 @@
+"""Who asks, how urgently and for how long: what the request's headers say beside its body."""
+
+import math
+
+from starlette.requests import Request
+
+from deployments.api.errors import invalid
+from deployments.router.generation import Caller
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+REQUEST_ID_HEADER = "X-Request-ID"
+"""Ray Serve takes a client's or makes one, and gives it back with the answer."""
+TIMING_HEADER = "X-Rayline-Timing"
+
+
+def caller_of(request: Request, priority: int | None = None) -> Caller:
+    """What the router needs to know of the client.
+
+    Raises:
+        APIError: 400, the timeout is not a positive number.
+    """
+    state = request.scope.get("state", {})
+    return Caller(
+        tenant=state.get("tenant", ""),
+        priority=priority or 0,
+        timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER)),
+        received_at=state.get("received_at"),
+        account=state.get("account"),
+        span=state.get("span"),
+        request_id=request.headers.get(REQUEST_ID_HEADER, "")[:128],
+    )
+
+
+def timing_header(phases_ms: dict[str, float]) -> dict[str, str]:
+    """Where the time went, in milliseconds, in the syntax of `Server-Timing` (W3C): `route;dur=1.2, queue;dur=0.1`."""
+    return {TIMING_HEADER: ", ".join(f"{name};dur={duration:.1f}" for name, duration in phases_ms.items())}
+
+
+def _timeout_s(value: str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise invalid(f"{TIMEOUT_HEADER}: must be a positive number of seconds", TIMEOUT_HEADER)
+    return seconds

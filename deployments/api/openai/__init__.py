@@ -1,0 +1,1 @@
+"""OpenAI's API: answers, responses, embeddings."""

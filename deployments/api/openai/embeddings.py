@@ -1,0 +1,65 @@
+"""`POST /v1/embeddings`: bodies and answers."""
+
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field
+
+from deployments.api.errors import invalid
+from deployments.chat.requests import Prompt, check_prompt
+from deployments.chat.wire_model import WireModel
+
+MAX_INPUTS = 2048
+
+
+def _check_input(value: Any) -> Any:
+    return check_prompt(value, "input")
+
+
+class EmbeddingsRequest(WireModel):
+    """Body of `POST /v1/embeddings`."""
+
+    model: str
+    input: Annotated[Any, BeforeValidator(_check_input, json_schema_input_type=Prompt)]
+    """A text, texts, token ids, or lists of token ids."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """`base64` for little-endian 32-bit floats."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """The model's own number only."""
+    user: str | None = None
+    pooling: Literal["last", "mean"] | None = None
+    """Extension. The last token's hidden state, or the average of all; `last` by default."""
+
+    def inputs(self) -> list[Any]:
+        """One entry for each vector.
+
+        Raises:
+            APIError: there are too many.
+        """
+        several = not isinstance(self.input, str) and not isinstance(self.input[0], int)
+        inputs = list(self.input) if several else [self.input]
+        if len(inputs) > MAX_INPUTS:
+            raise invalid(f"input: at most {MAX_INPUTS} inputs", "input")
+        return inputs
+
+
+def embeddings_object(
+    body: EmbeddingsRequest, model: str, vectors: Sequence[list[float]], num_tokens: int
+) -> dict[str, Any]:
+    """The answer.
+
+    Raises:
+        APIError: other dimensions were asked for than the model has.
+    """
+    if body.dimensions not in (None, len(vectors[0])):
+        raise invalid(f"dimensions: this model's vectors have {len(vectors[0])}", "dimensions")
+    encode = _base64 if body.encoding_format == "base64" else list
+    data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()

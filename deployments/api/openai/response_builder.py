@@ -1,0 +1,212 @@
+"""A response of the Responses API, put together from a turn's events, and the events that it is streamed as.
+
+After OpenAI's reference, https://platform.openai.com/docs/api-reference/responses-streaming.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from deployments.api.errors import APIError, internal
+from deployments.api.sse import encode_json
+from deployments.chat.parsers import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
+from deployments.chat.turn import Turn
+
+logger = logging.getLogger("ray.serve")
+
+Event = dict[str, Any]
+
+
+class ResponseBuilder:
+    """Follows a turn.
+
+    Args:
+        turn: begun.
+        model: name to give.
+        echoed: fields of the request that the response repeats.
+    """
+
+    def __init__(self, turn: Turn, *, model: str, echoed: dict[str, Any]) -> None:
+        self._turn = turn
+        self._items: list[_Item] = []
+        self._num_reasoning_chars = 0
+        self._num_chars = 0
+        self._sequence_number = 0
+        self._response: dict[str, Any] = {
+            "id": f"resp_{turn.generation_id}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "model": model,
+            "output": [],
+            "usage": None,
+            **echoed,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """Wait for the end; the response object.
+
+        Raises:
+            APIError: the generation failed.
+        """
+        await self._turn.begin()
+        async for events in self._turn.events():
+            self._take(events)
+        self._close_item()
+        return self._finished()
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. The turn has begun."""
+        created = [{"type": "response.created", "response": self._response},
+                   {"type": "response.in_progress", "response": self._response}]  # fmt: skip
+        yield self._written(created)
+        try:
+            async for events in self._turn.events():
+                yield self._written(self._take(events))
+        except APIError as error:
+            yield self._failed(error)
+            return
+        except Exception:  # too late for an HTTP error, but a stream is never just cut
+            logger.exception("a stream failed")
+            yield self._failed(internal())
+            return
+        last = self._close_item()
+        response = self._finished()
+        yield self._written([*last, {"type": f"response.{response['status']}", "response": response}])
+
+    def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
+        """Take in what is new; the events that tell it."""
+        told: list[Event] = []
+        for event in events:
+            match event:
+                case TextDelta(text):
+                    told += self._open_item("message") + self._items[-1].add_text(text)
+                case ReasoningDelta(text):
+                    told += self._open_item("reasoning") + self._items[-1].add_text(text)
+                    self._num_reasoning_chars += len(text)
+                case ToolCallStart(_, call_id, name):
+                    told += self._close_item() + self._open_item("function_call", call_id=call_id, name=name)
+                case ToolCallArguments(_, text):
+                    told += self._items[-1].add_text(text)
+            self._num_chars += len(getattr(event, "text", ""))
+        return told
+
+    def _open_item(self, kind: str, **fields: str) -> list[Event]:
+        """Begin an item of this kind, unless it is the one that goes on."""
+        if self._items and self._items[-1].is_open and self._items[-1].kind == kind:
+            return []
+        told = self._close_item()
+        self._items.append(_Item(kind, len(self._items), fields))
+        return told + self._items[-1].opening()
+
+    def _close_item(self) -> list[Event]:
+        return self._items[-1].closing(self._status) if self._items and self._items[-1].is_open else []
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._turn.choice.finish_reason == "length" else "completed"
+
+    def _finished(self) -> dict[str, Any]:
+        choice = self._turn.choice
+        # An estimate by the share of the text: which token closes the thoughts is known to the parser as text only.
+        num_reasoning = round(choice.num_tokens * self._num_reasoning_chars / max(self._num_chars, 1))
+        usage = {
+            "input_tokens": choice.num_prompt_tokens,
+            "input_tokens_details": {"cached_tokens": choice.num_cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": choice.num_tokens,
+            "output_tokens_details": {"reasoning_tokens": num_reasoning},
+            "total_tokens": choice.num_prompt_tokens + choice.num_tokens,
+        }
+        incomplete = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
+        return {**self._response, "status": self._status, "incomplete_details": incomplete,
+                "output": [item.as_dict(self._status) for item in self._items], "usage": usage}  # fmt: skip
+
+    def _failed(self, error: APIError) -> bytes:
+        detail = {"code": error.code or "server_error", "message": error.message}
+        response = {**self._response, "status": "failed", "error": detail,
+                    "output": [item.as_dict("incomplete") for item in self._items]}  # fmt: skip
+        return self._written([{"type": "response.failed", "response": response}])
+
+    def _written(self, events: Sequence[Event]) -> bytes:
+        parts = []
+        for event in events:
+            event["sequence_number"] = self._sequence_number
+            self._sequence_number += 1
+            parts.append(b"event: " + event["type"].encode() + b"\ndata: " + encode_json(event) + b"\n\n")
+        return b"".join(parts)
+
+
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+_EVENTS = {
+    "message": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "function_call": "response.function_call_arguments",
+}
+
+
+class _Item:
+    """One item of a response's output, with its text as it grows."""
+
+    def __init__(self, kind: str, index: int, fields: dict[str, str]) -> None:
+        self.kind = kind
+        self.is_open = True
+        self._fields = fields
+        self._texts: list[str] = []
+        self._id = f"{_PREFIXES[kind]}_{secrets.token_hex(12)}"
+        self._place: Event = {"item_id": self._id, "output_index": index}
+        if kind != "function_call":
+            self._place["content_index"] = 0
+
+    def opening(self) -> list[Event]:
+        """The events that begin it."""
+        added = {"type": "response.output_item.added", "output_index": self._place["output_index"],
+                 "item": {**self.as_dict("in_progress"), **({"content": []} if self._has_parts else {})}}  # fmt: skip
+        if not self._has_parts:
+            return [added]
+        return [added, {"type": "response.content_part.added", **self._place, "part": self._part("")}]
+
+    def add_text(self, text: str) -> list[Event]:
+        """More of its text, or of its arguments."""
+        self._texts.append(text)
+        return [{"type": f"{_EVENTS[self.kind]}.delta", **self._place, "delta": text, **self._logprobs}]
+
+    def closing(self, status: str) -> list[Event]:
+        """The events that end it."""
+        self.is_open = False
+        text = "".join(self._texts)
+        if self._has_parts:
+            told = [{"type": f"{_EVENTS[self.kind]}.done", **self._place, "text": text, **self._logprobs},
+                    {"type": "response.content_part.done", **self._place, "part": self._part(text)}]  # fmt: skip
+        else:
+            done = {**self._place, "name": self._fields["name"], "arguments": text}
+            told = [{"type": f"{_EVENTS[self.kind]}.done", **done}]
+        index = self._place["output_index"]
+        return [*told, {"type": "response.output_item.done", "output_index": index, "item": self.as_dict(status)}]
+
+    def as_dict(self, status: str) -> dict[str, Any]:
+        """The item as far as it has come."""
+        text = "".join(self._texts)
+        item: dict[str, Any] = {"id": self._id, "type": self.kind, "status": status}
+        if self.kind == "message":
+            return {**item, "role": "assistant", "content": [self._part(text)]}
+        if self.kind == "reasoning":
+            return {**item, "summary": [], "content": [self._part(text)]}
+        return {**item, **self._fields, "arguments": text}
+
+    @property
+    def _logprobs(self) -> dict[str, Any]:
+        return {"logprobs": []} if self.kind == "message" else {}
+
+    @property
+    def _has_parts(self) -> bool:
+        return self.kind != "function_call"
+
+    def _part(self, text: str) -> dict[str, Any]:
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

@@ -1,0 +1,318 @@
+"""Requests of OpenAI's Responses API, and the chats that they stand for.
+
+Nothing is stored: each request brings the whole conversation. Fields that need a store are refused by name.
+"""
+
+import json
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+
+from deployments.api.errors import invalid, of_validation, unsupported
+from deployments.chat.messages import ChatMessage
+from deployments.chat.requests import MAX_MESSAGES, ChatRequest
+from deployments.chat.structured import NonEmpty
+from deployments.chat.tools import MAX_TOOLS, ToolName
+from deployments.chat.wire_model import WireModel, type_tag
+
+
+class TextPart(WireModel):
+    """A piece of a message."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: Any = None
+    logprobs: Any = None
+
+
+class MessageItem(WireModel):
+    """A message of the conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class FunctionCallItem(WireModel):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: NonEmpty
+    name: ToolName
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+    namespace: str | None = None
+
+
+class FunctionOutputItem(WireModel):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: NonEmpty
+    output: str | list[TextPart]
+    id: str | None = None
+    status: str | None = None
+
+
+class ReasoningText(WireModel):
+    """A piece of the model's thoughts."""
+
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+class ReasoningItem(WireModel):
+    """What the model thought before its next item."""
+
+    type: Literal["reasoning"]
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
+    encrypted_content: Any = None
+    id: str | None = None
+    status: str | None = None
+
+
+def _item_type(value: Any) -> str:
+    return type_tag(value, default="message")
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("[message]")]
+    | Annotated[FunctionCallItem, Tag("[function_call]")]
+    | Annotated[FunctionOutputItem, Tag("[function_call_output]")]
+    | Annotated[ReasoningItem, Tag("[reasoning]")],
+    Discriminator(
+        _item_type, "item_type",
+        "the type of an item must be message, function_call, function_call_output or reasoning",
+    ),
+]  # fmt: skip
+
+
+class ResponseTool(WireModel):
+    """A function that the model may ask for."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseToolChoice(WireModel):
+    """This function, and no other."""
+
+    type: Literal["function"]
+    name: ToolName
+
+
+class ResponseTextFormat(WireModel):
+    """Format of the text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseText(WireModel):
+    """How the text is to be."""
+
+    format: ResponseTextFormat | None = None
+    verbosity: None = None
+    """Not supported."""
+
+
+class ResponseReasoning(WireModel):
+    """How long to think."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: str | None = None
+    """Accepted: thoughts are given whole."""
+    generate_summary: str | None = None
+    """Accepted, without effect."""
+
+
+class ResponsesRequest(WireModel):
+    """Body of `POST /v1/responses`."""
+
+    FIELDS: ClassVar = {
+        "messages.*": "input",
+        "max_completion_tokens": "max_output_tokens",
+        "response_format.*": "text.format",
+        r"(tools\[\d+\])\.function(.*)": r"\1\2",
+        "reasoning_effort": "reasoning.effort",
+    }
+    """From a chat's fields to those here."""
+
+    model: str
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    instructions: str | None = None
+    """A system message in front of the conversation."""
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: ResponseText | None = None
+    reasoning: ResponseReasoning | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
+
+    store: bool | None = None
+    """Accepted: nothing is stored."""
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    include: list[str] | None = None
+    truncation: Literal["disabled"] | None = None
+    stream_options: dict[str, Any] | None = None
+
+    previous_response_id: Any = None
+    """Not supported: nothing is stored."""
+    conversation: Any = None
+    """Not supported: nothing is stored."""
+    background: bool | None = None
+    """False only: nothing is stored."""
+    prompt: Any = None
+    """Not supported."""
+    max_tool_calls: Any = None
+    """Not supported: this server calls no tools itself."""
+    top_logprobs: Any = None
+    """Not supported."""
+    context_management: Any = None
+    """Not supported."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("previous_response_id", "conversation"):
+            if getattr(self, name) is not None:
+                raise unsupported(name, f"{name}: responses are not stored, send the whole conversation as input; it")
+        for name in ("background", "prompt", "max_tool_calls", "top_logprobs", "context_management"):
+            if getattr(self, name):
+                raise unsupported(name)
+        return self
+
+    def to_chat(self) -> ChatRequest:
+        """The same as a chat.
+
+        Raises:
+            APIError: a 400 with the field at fault.
+        """
+        chat = {
+            "model": self.model,
+            "messages": self._messages(),
+            "max_completion_tokens": self.max_output_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "tools": [_chat_tool(tool) for tool in self.tools or ()],
+            "tool_choice": _chat_choice(self.tool_choice) if self.tools or self.tool_choice != "auto" else None,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "response_format": _chat_format(self.text.format if self.text is not None else None),
+            "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,
+            "priority": self.priority,
+        }
+        try:
+            return ChatRequest.model_validate(chat)
+        except ValidationError as error:
+            raise of_validation(error, ChatRequest) from None
+
+    def _messages(self) -> list[ChatMessage]:
+        turns: list[dict[str, Any]] = []
+        if self.instructions:
+            turns.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            turns.append({"role": "user", "content": self.input})
+        else:
+            for item in self.input:
+                _add_item(turns, item)
+        try:
+            return [ChatMessage.model_validate(turn) for turn in turns]
+        except ValidationError:
+            raise invalid("input: reasoning must be followed by a message or a call", "input") from None
+
+
+def _add_item(turns: list[dict[str, Any]], item: InputItem) -> None:
+    """Add an item: thoughts, text and calls that follow one another are one turn of the assistant."""
+    match item:
+        case MessageItem(role="assistant"):
+            turn = _assistant_turn(turns, without="content")
+            turn["content"] = _text(item.content)
+        case MessageItem():
+            turns.append({"role": item.role, "content": _text(item.content)})
+        case FunctionCallItem():
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            _assistant_turn(turns).setdefault("tool_calls", []).append(call)
+        case FunctionOutputItem():
+            turns.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        case ReasoningItem():
+            thoughts = "\n".join(part.text for part in item.content or item.summary or ())
+            if thoughts:
+                turns.append({"role": "assistant", "reasoning_content": thoughts})
+
+
+def _assistant_turn(turns: list[dict[str, Any]], without: str | None = None) -> dict[str, Any]:
+    """The assistant's turn that goes on, or a new one; new too if it has the field `without` already."""
+    if not turns or turns[-1]["role"] != "assistant" or without in turns[-1] or (without and "tool_calls" in turns[-1]):
+        turns.append({"role": "assistant"})
+    return turns[-1]
+
+
+def _text(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _chat_tool(tool: ResponseTool) -> dict[str, Any]:
+    return {"type": "function", "function": tool.model_dump(exclude={"type"})}
+
+
+def _chat_choice(choice: str | ResponseToolChoice | None) -> Any:
+    return {"type": "function", "function": {"name": choice.name}} if isinstance(choice, ResponseToolChoice) else choice
+
+
+def _chat_format(text_format: ResponseTextFormat | None) -> dict[str, Any] | None:
+    if text_format is None:
+        return None
+    if text_format.type != "json_schema":
+        return {"type": text_format.type}
+    if text_format.schema_ is None or text_format.name is None:
+        raise invalid("text.format: a json_schema has a name and a schema", "text.format")
+    schema = {"name": text_format.name, "schema": text_format.schema_, "strict": text_format.strict}
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def echoed(body: ResponsesRequest) -> dict[str, Any]:
+    """Fields of the request that its response repeats."""
+    choice = body.tool_choice
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
+        "store": False,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "text": {"format": _echoed_format(body)},
+        "tool_choice": json.loads(choice.model_dump_json()) if isinstance(choice, WireModel) else choice or "auto",
+        "tools": [{"strict": None, **tool.model_dump()} for tool in body.tools or ()],
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "truncation": "disabled",
+        "user": body.user,
+    }
+
+
+def _echoed_format(body: ResponsesRequest) -> dict[str, Any]:
+    if body.text is None or body.text.format is None:
+        return {"type": "text"}
+    return body.text.format.model_dump(by_alias=True, exclude_none=True)

@@ -1,0 +1,339 @@
+"""The HTTP API over a router: which path does what, and how it is described in `/docs`."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from deployments.api import errors
+from deployments.api.anthropic.message_builder import MessageBuilder
+from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
+from deployments.api.auth import KeyGuard
+from deployments.api.callers import caller_of, timing_header
+from deployments.api.edge import Edge, parse_body
+from deployments.api.error_answers import answer_to
+from deployments.api.openai.answers import Answer
+from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
+from deployments.api.openai.response_builder import ResponseBuilder
+from deployments.api.openai.response_requests import ResponsesRequest, echoed
+from deployments.api.openai.responses import (
+    ChatCompletion,
+    Completion,
+    EmbeddingList,
+    InputTokens,
+    MessageObject,
+    ModelList,
+    ModelObject,
+    ResponseObject,
+    Stats,
+    Status,
+    Text,
+    Tokens,
+    Version,
+)
+from deployments.api.pages import page
+from deployments.api.route_table import Route, describe
+from deployments.api.sse import EventStream, encode_json, event, until_disconnect
+from deployments.chat.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from deployments.chat.turn import Turn
+from deployments.observe.metrics import CONTENT_TYPE
+from deployments.observe.tracing import TraceRequests
+from deployments.router.keys import ApiKey
+from deployments.router.router import Router
+from deployments.version import __version__
+from llm.errors import LLMError
+
+TITLE = "Rayline"
+_EVENT_INTERVAL_S = 0.5
+
+
+def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
+    """The HTTP application.
+
+    Args:
+        router: what answers.
+        keys: those that clients may use; none to ask for none.
+    """
+    config = router.config
+    table = Endpoints(router).table()
+    api = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, redoc_url=None)
+    for route in table:
+        api.add_api_route(
+            route.path, route.handler, methods=[route.method], summary=route.summary, response_model=None,
+            description=route.handler.__doc__, openapi_extra=route.operation(), response_class=Response,
+        )  # fmt: skip
+    api.openapi = lambda: describe(api, table)  # type: ignore[method-assign]
+    api.add_exception_handler(errors.APIError, _on_api_error)
+    api.add_exception_handler(LLMError, _on_llm_error)
+    api.add_exception_handler(HTTPException, _on_http_error)
+    # The last one added is the outermost.
+    api.add_middleware(
+        KeyGuard,
+        keys=keys,
+        open_paths=[route.path for route in table if route.is_open],
+        metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
+        num_routers=config.router.num_replicas,
+    )
+    api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
+    if router.tracer is not None:
+        api.add_middleware(TraceRequests, tracer=router.tracer)
+    return api
+
+
+class Endpoints:
+    """What each route does.
+
+    Args:
+        router: what answers.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._model = router.config.model_name
+        self._limits = router.config.limits
+
+    def table(self) -> list[Route]:
+        """Every route there is."""
+        return [
+            Route("POST", "/v1/chat/completions", self.chat, "Chat completion", ChatCompletion, ChatRequest),
+            Route("POST", "/v1/completions", self.completion, "Completion", Completion, CompletionRequest),
+            Route("POST", "/v1/responses", self.response, "Response", ResponseObject, ResponsesRequest),
+            Route(
+                "POST",
+                "/v1/messages",
+                self.message,
+                "Message, as Anthropic's API has it",
+                MessageObject,
+                MessagesRequest,
+            ),
+            Route(
+                "POST",
+                "/v1/messages/count_tokens",
+                self.count_tokens,
+                "Tokens of a message",
+                InputTokens,
+                CountTokensRequest,
+            ),
+            Route("POST", "/v1/embeddings", self.embeddings, "Vectors of texts", EmbeddingList, EmbeddingsRequest),
+            Route("GET", "/v1/models", self.models, "Models", ModelList),
+            Route("GET", "/v1/models/{model:path}", self.model, "One model", ModelObject),
+            Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", Tokens, TokenizeRequest),
+            Route("POST", "/detokenize", self.detokenize, "Tokens to text", Text, DetokenizeRequest),
+            Route("GET", "/health", self.health, "Whether this router runs", Status, is_open=True),
+            Route("GET", "/ready", self.ready, "Whether requests can be answered", Status, is_open=True),
+            Route("GET", "/version", self.version, "Version of the server", Version),
+            Route("GET", "/metrics", self.metrics, "Metrics for Prometheus", "text/plain"),
+            Route("GET", "/", self.chat_page, "The chat page", "text/html", is_open=True),
+            Route("GET", "/fleet", self.fleet_page, "The fleet page", "text/html", is_open=True),
+            Route(
+                "GET",
+                "/rayline/events",
+                self.events,
+                "State of router and replicas, twice a second",
+                "text/event-stream",
+            ),
+            Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas", Stats),
+        ]
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a chat, whole or as server-sent events."""
+        body = await parse_body(request, ChatRequest, self._limits)
+        self._check_model(body.model)
+        caller = caller_of(request, body.priority)
+        chat = await self._router.encoder.chat(body)
+        answer = Answer(
+            self._router.start(chat.requests, caller), self._router.tokenizer, body.stop_strings(),
+            model=self._model, is_chat=True, wants_logprobs=bool(body.logprobs), parser=chat.parser,
+        )  # fmt: skip
+        return await _respond(request, answer, body)
+
+    async def completion(self, request: Request) -> Response:
+        """Continue a prompt, or several, whole or as server-sent events."""
+        body = await parse_body(request, CompletionRequest, self._limits)
+        self._check_model(body.model)
+        caller = caller_of(request, body.priority)
+        requests = await self._router.encoder.completion(body)
+        echoes = await self._router.encoder.prompt_texts(body) if body.echo else ()
+        answer = Answer(
+            self._router.start(requests, caller), self._router.tokenizer, body.stop_strings(),
+            model=self._model, is_chat=False, wants_logprobs=body.logprobs is not None, echoes=echoes,
+            num_prompts=len(requests) // body.num_answers, num_kept=body.n or 1,
+        )  # fmt: skip
+        return await _respond(request, answer, body)
+
+    async def response(self, request: Request) -> Response:
+        """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events. Nothing is stored."""
+        body = await parse_body(request, ResponsesRequest, self._limits)
+        turn = await self._turn(request, body)
+        builder = ResponseBuilder(turn, model=self._model, echoed=echoed(body))
+        return await _respond_with(request, turn, builder, is_streamed=bool(body.stream))
+
+    async def message(self, request: Request) -> Response:
+        """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
+        body = await parse_body(request, MessagesRequest, self._limits)
+        turn = await self._turn(request, body)
+        builder = MessageBuilder(turn, model=self._model)
+        return await _respond_with(request, turn, builder, is_streamed=bool(body.stream))
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Count the tokens that a message's prompt would have."""
+        body = await parse_body(request, CountTokensRequest, self._limits)
+        self._check_model(body.model)
+        with errors.in_words_of(body.FIELDS):
+            ids = await self._router.encoder.prompt_ids(body.to_chat())
+        return _json({"input_tokens": len(ids)})
+
+    async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest) -> Turn:
+        """Begin to answer what is a chat in another API's words."""
+        self._check_model(body.model)
+        with errors.in_words_of(body.FIELDS):
+            chat = body.to_chat()
+            encoded = await self._router.encoder.chat(chat)
+        group = self._router.start(encoded.requests, caller_of(request, chat.priority))
+        return Turn(group, self._router.tokenizer, chat.stop_strings(), encoded.parser())
+
+    async def embeddings(self, request: Request) -> Response:
+        """Give the vector of each input: hidden states of the model, pooled, of length 1."""
+        body = await parse_body(request, EmbeddingsRequest, self._limits)
+        self._check_model(body.model)
+        encoder = self._router.encoder
+        inputs = [await encoder.input_ids(given) for given in body.inputs()]
+        work = self._router.embed(inputs, body.pooling or "last", caller_of(request))
+        vectors = await until_disconnect(request.receive, work)
+        return _json(embeddings_object(body, self._model, vectors, sum(map(len, inputs))))
+
+    async def models(self, _: Request) -> Response:
+        """List the served model."""
+        return _json({"object": "list", "data": [self._model_object()]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe the served model."""
+        self._check_model(request.path_params["model"])
+        return _json(self._model_object())
+
+    async def tokenize(self, request: Request) -> Response:
+        """Turn a text or a chat into token ids."""
+        body = await parse_body(request, TokenizeRequest, self._limits)
+        self._check_model(body.model or self._model)
+        encoder = self._router.encoder
+        if body.messages is not None:
+            generation_prompt = body.add_generation_prompt is not False
+            ids = await encoder.chat_ids(body.messages, add_generation_prompt=generation_prompt, variables={})
+        else:
+            ids = await encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+        texts = [self._router.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        return _json({"count": len(ids), "max_model_len": encoder.info.max_seq_len, "tokens": ids, "token_strs": texts})
+
+    async def detokenize(self, request: Request) -> Response:
+        """Turn token ids into text."""
+        body = await parse_body(request, DetokenizeRequest, self._limits)
+        self._check_model(body.model or self._model)
+        encoder = self._router.encoder
+        encoder.check_ids(body.tokens, "tokens")
+        text = await encoder.run(len(body.tokens), lambda: self._router.tokenizer.decode(body.tokens))
+        return _json({"prompt": text})
+
+    async def health(self, _: Request) -> Response:
+        """Answer as long as this process runs."""
+        return _json({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """Answer 200 once an engine is loaded, 503 before."""
+        if not self._router.is_ready:
+            raise errors.not_ready()
+        return _json({"status": "ready"})
+
+    async def version(self, _: Request) -> Response:
+        """Tell the server's version."""
+        return _json({"version": __version__})
+
+    async def stats(self, _: Request) -> Response:
+        """Tell what runs and how full the engines are, as this router last heard."""
+        return _json(self._router.snapshot())
+
+    async def metrics(self, _: Request) -> Response:
+        """Give this router's metrics, and its replicas' as it last heard, in Prometheus' text format."""
+        return Response(self._router.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def chat_page(self, _: Request) -> Response:
+        """Give the chat page."""
+        return page("chat")
+
+    async def fleet_page(self, _: Request) -> Response:
+        """Give the fleet page."""
+        return page("fleet")
+
+    async def events(self, _: Request) -> Response:
+        """Tell what runs and what happened, as server-sent events, until the client leaves."""
+        return EventStream(self._watch_fleet())
+
+    async def _watch_fleet(self) -> AsyncGenerator[bytes, None]:
+        while True:
+            yield event(self._router.fleet_event())
+            await asyncio.sleep(_EVENT_INTERVAL_S)
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            raise errors.model_not_found(name)
+
+    def _model_object(self) -> dict[str, Any]:
+        info = self._router.info
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._router.started_at,
+            "owned_by": "rayline",
+            "max_model_len": info.max_seq_len if info is not None else None,
+        }
+
+
+async def _respond(request: Request, answer: Answer, body: ChatRequest | CompletionRequest) -> Response:
+    """The answer in the form that was asked for."""
+    if not body.stream:
+        value = await until_disconnect(request.receive, answer.whole())
+        return Response(encode_json(value), media_type="application/json", headers=timing_header(answer.phases_ms()))
+    news = await until_disconnect(request.receive, answer.first_news())
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    chunks = answer.chunks(news, include_usage=include_usage)
+    return EventStream(chunks, timing_header(answer.phases_ms()), answer.cancel)
+
+
+async def _respond_with(
+    request: Request, turn: Turn, builder: ResponseBuilder | MessageBuilder, *, is_streamed: bool
+) -> Response:
+    """A turn in the form that was asked for."""
+    if is_streamed:
+        await until_disconnect(request.receive, turn.begin())
+        return EventStream(builder.stream(), timing_header(turn.phases_ms()), turn.cancel)
+    value = await until_disconnect(request.receive, builder.whole())
+    return Response(encode_json(value), media_type="application/json", headers=timing_header(turn.phases_ms()))
+
+
+def _json(value: Any) -> Response:
+    return Response(encode_json(value), media_type="application/json")
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.APIError), "registered for it"
+    return answer_to(request.scope, error)
+
+
+async def _on_llm_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LLMError), "registered for it"
+    return answer_to(request.scope, errors.of_engine(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses."""
+    assert isinstance(error, HTTPException), "registered for it"
+    known = {404: errors.unknown_route(), 405: errors.wrong_method(error.headers)}
+    other = errors.APIError(error.status_code, str(error.detail), headers=error.headers)
+    return answer_to(request.scope, known.get(error.status_code, other))

@@ -1,0 +1,1 @@
+"""`rayline bench`: load tests of any server with OpenAI's API."""

@@ -1,0 +1,235 @@
+"""Options of the load tests, each described once, and what they come to."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deployments.bench.client import Target
+from deployments.bench.load import LoadSpec
+from deployments.bench.prompts import TokenSource
+from deployments.bench.records import parse_goodput
+from deployments.bench.workload import (
+    LengthRange,
+    PlannedRequest,
+    TraceFormat,
+    random_workload,
+    trace_workload,
+    with_arrivals,
+)
+
+_DEFAULT_NUM_REQUESTS = 100
+_WARM_UP_INDEX = 2**32  # prompts follow from the index: past every measured one
+_DEFAULT_TOKEN_IDS = "0-31999"
+_SERVER, _LOAD, _REQUESTS, _CLIENT, _RESULT = "Server", "Load", "Requests", "Client", "Result"
+
+
+class EndpointKind(StrEnum):
+    """Which of OpenAI's two APIs is asked."""
+
+    COMPLETIONS = "completions"
+    CHAT = "chat"
+
+    @property
+    def path(self) -> str:
+        """Below the API's base."""
+        return "/chat/completions" if self is EndpointKind.CHAT else "/completions"
+
+
+def _option(panel: str, description: str, **more: Any) -> Any:
+    return typer.Option(help=description, rich_help_panel=panel, **more)
+
+
+Url = Annotated[str, _option(_SERVER, "The API's base.")]
+Model = Annotated[str, _option(_SERVER, "Name of the served model.")]
+Endpoint = Annotated[EndpointKind, _option(_SERVER, "Which API.")]
+ApiKeyEnv = Annotated[str, _option(_SERVER, "Environment variable with the API key, if the server wants one.")]
+Concurrency = Annotated[int | None, _option(_LOAD, "Closed loop: this many requests at once.", min=1)]
+Rate = Annotated[float | None, _option(_LOAD, "Open loop: requests a second, whatever the answers do.")]
+Burstiness = Annotated[float, _option(_LOAD, "Shape of the gaps with --rate: 1 Poisson, less in bursts, more evenly.")]
+Trace = Annotated[
+    Path | None, _option(_LOAD, "Open loop: arrivals and lengths of a trace.", exists=True, dir_okay=False)
+]
+TraceFormatOption = Annotated[TraceFormat | None, _option(_LOAD, "Whose trace it is.")]
+Speed = Annotated[float, _option(_LOAD, "2 replays a trace in half its time.")]
+NumRequests = Annotated[int | None, _option(_LOAD, "100 by default; all of a trace.", min=1, show_default=False)]
+DurationS = Annotated[float | None, _option(_LOAD, "With a rate, instead of --num-requests: seconds of arrivals.")]
+Warmup = Annotated[int, _option(_LOAD, "Requests before the measurement; the first must succeed.", min=0)]
+InputTokens = Annotated[str, _option(_REQUESTS, "Tokens of a prompt: 128, or a range such as 100-1024.")]
+OutputTokens = Annotated[str, _option(_REQUESTS, "Most tokens of an answer (exactly so many with --ignore-eos).")]
+MaxInputTokens = Annotated[int | None, _option(_REQUESTS, "Cut a trace's longer prompts there.", min=1)]
+MaxOutputTokens = Annotated[int | None, _option(_REQUESTS, "Cut a trace's longer answers there.", min=1)]
+IgnoreEos = Annotated[bool, _option(_REQUESTS, "Let answers go on to their full length.")]
+Temperature = Annotated[float, _option(_REQUESTS, "Of the sampling.", min=0)]
+ExtraBody = Annotated[str | None, _option(_REQUESTS, "Further fields of each request, as JSON: '{\"top_k\": 1}'.")]
+TokenizerDir = Annotated[
+    Path | None, _option(_REQUESTS, "Folder with tokenizer.json: prompts are text of that many tokens, not ids.")
+]
+TokenIds = Annotated[str, _option(_REQUESTS, "Ids that prompts are drawn from without --tokenizer.")]
+Seed = Annotated[int, _option(_REQUESTS, "Of prompts, lengths and arrivals. A new one finds no prefix cached.", min=0)]
+Goodput = Annotated[str | None, _option(_RESULT, "Limits in ms that a good request keeps: ttft:500,tpot:25,e2el:9000.")]
+Label = Annotated[str | None, _option(_RESULT, "Name in tables and plots; the model's by default.")]
+SaveRequests = Annotated[bool, _option(_RESULT, "Keep every request's numbers in the result.")]
+Processes = Annotated[int, _option(_CLIENT, "Client processes that share the load.", min=1)]
+TimeoutS = Annotated[float, _option(_CLIENT, "Longest time for one answer, in seconds.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchArguments:
+    """The command line of a run; fields are described by the options of the same name.
+
+    Raises:
+        ValueError: values that do not go together; the message says what to give.
+    """
+
+    url: str
+    model: str
+    endpoint: EndpointKind
+    api_key_env: str
+    concurrency: int | None = None
+    rate: float | None = None
+    burstiness: float
+    trace: Path | None = None
+    trace_format: TraceFormat | None = None
+    speed: float = 1.0
+    num_requests: int | None
+    duration_s: float | None
+    warmup: int
+    input_tokens: str
+    output_tokens: str
+    max_input_tokens: int | None = None
+    max_output_tokens: int | None = None
+    ignore_eos: bool
+    temperature: float
+    extra_body: str | None
+    tokenizer: Path | None
+    token_ids: str
+    seed: int
+    goodput: str | None
+    label: str | None
+    save_requests: bool
+    processes: int
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        modes = {"--concurrency": self.concurrency, "--rate": self.rate, "--trace": self.trace}
+        given = [name for name, value in modes.items() if value is not None]
+        if len(given) != 1:
+            chosen = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of --concurrency, --rate and --trace ({chosen} given)")
+        for name in ("rate", "burstiness", "speed", "duration_s", "timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
+        if self.trace is not None and self.trace_format is None:
+            raise ValueError("--trace: say whose format it is with --trace-format mooncake or azure")
+        if self.duration_s is not None and (self.rate is None or self.num_requests is not None):
+            raise ValueError("--duration-s: only with --rate, and without --num-requests")
+        if self.endpoint is EndpointKind.CHAT and self.tokenizer is None:
+            raise ValueError(
+                "--endpoint chat: give --tokenizer DIR, for a chat's prompt is text (or --endpoint completions)"
+            )
+        parse_goodput(self.goodput)
+        self._options()
+
+    @property
+    def name(self) -> str:
+        """For tables and plots."""
+        return self.label or self.model
+
+    @property
+    def limits_ms(self) -> dict[str, float]:
+        """Of goodput."""
+        return parse_goodput(self.goodput)
+
+    def as_json(self) -> dict[str, Any]:
+        """The command line, for results. There is no secret in it: a key's variable is named, not read."""
+        return {item.name: str(v) if isinstance(v := getattr(self, item.name), Path) else v for item in fields(self)}
+
+    def requests(self) -> list[PlannedRequest]:
+        """What is to be sent.
+
+        Raises:
+            ValueError: lengths or the trace do not read.
+        """
+        if self.trace is not None:
+            assert self.trace_format is not None, "checked above"
+            return trace_workload(
+                self.trace, self.trace_format, speed=self.speed, num_requests=self.num_requests,
+                max_input_tokens=self.max_input_tokens, max_output_tokens=self.max_output_tokens,
+            )  # fmt: skip
+        requests = self._random(self.num_requests or self._default_num_requests(), self.seed)
+        return requests if self.rate is None else with_arrivals(requests, self.rate, self.burstiness, self.seed)
+
+    def warm_up_requests(self) -> list[PlannedRequest]:
+        """What is sent before; prompts that no measured request has."""
+        planned = self.requests()[: self.warmup] if self.trace is not None else self._random(self.warmup, self.seed)
+        return [
+            PlannedRequest(_WARM_UP_INDEX + i, request.num_input_tokens, request.num_output_tokens)
+            for i, request in enumerate(planned)
+        ]
+
+    def load(self, requests: list[PlannedRequest]) -> dict[str, Any]:
+        """The load offered, for results: requests at once, or requests a second."""
+        if self.concurrency is not None:
+            return {"mode": "concurrency", "value": self.concurrency}
+        if self.trace is None:
+            return {"mode": "rate", "value": self.rate, "burstiness": self.burstiness}
+        span = (requests[-1].arrival_s or 0.0) or 1.0
+        name = f"{self.trace.name} at {self.speed:g}x"
+        return {"mode": "trace", "value": round(len(requests) / span, 4), "name": name}
+
+    def spec(self, requests: list[PlannedRequest]) -> LoadSpec:
+        """The load as the client processes want it; looks the server up.
+
+        Raises:
+            TargetError: nothing answers at the URL.
+            ValueError: the tokenizer or the ids cannot be used.
+        """
+        target = Target(self.url.rstrip("/"), self.endpoint.path, os.environ.get(self.api_key_env) or None)
+        return LoadSpec(
+            target=target,
+            address=target.resolve(),
+            timeout_s=self.timeout_s,
+            source=self._source(),
+            is_chat=self.endpoint is EndpointKind.CHAT,
+            model=self.model,
+            seed=self.seed,
+            options=self._options(),
+            requests=tuple(requests),
+            concurrency=self.concurrency or 1,
+        )
+
+    def _default_num_requests(self) -> int:
+        if self.rate is not None and self.duration_s is not None:
+            return max(math.ceil(self.rate * self.duration_s), 1)
+        return _DEFAULT_NUM_REQUESTS
+
+    def _random(self, num: int, seed: int) -> list[PlannedRequest]:
+        inputs = LengthRange.parse(self.input_tokens, "--input-tokens")
+        return random_workload(num, inputs, LengthRange.parse(self.output_tokens, "--output-tokens"), seed)
+
+    def _source(self) -> TokenSource:
+        if self.tokenizer is not None:
+            return TokenSource.words(self.tokenizer)
+        low, _, high = self.token_ids.partition("-")
+        if not (low.isdigit() and high.isdigit() and int(low) <= int(high)):
+            raise ValueError(f"--token-ids {self.token_ids!r}: give a range such as {_DEFAULT_TOKEN_IDS}")
+        return TokenSource.ids(int(low), int(high))
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"temperature": self.temperature}
+        if self.ignore_eos:
+            options["ignore_eos"] = True
+        try:
+            extra = json.loads(self.extra_body or "{}")
+        except ValueError as error:
+            raise ValueError(f"--extra-body: not JSON ({error})") from error
+        if not isinstance(extra, dict):
+            raise ValueError('--extra-body: give a JSON object, such as {"top_k": 1}')
+        return {**options, **extra}

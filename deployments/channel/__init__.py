@@ -1,0 +1,1 @@
+"""How tokens travel from engine replicas to routers."""

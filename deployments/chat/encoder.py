@@ -1,0 +1,337 @@
+"""From a request's body to what the engines run: tokenising, limits, sampling parameters."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from deployments.api.errors import APIError, invalid
+from deployments.chat.messages import ChatMessage
+from deployments.chat.model_format import ModelFormat, opens_reasoning
+from deployments.chat.parsers import OutputParser, make_parser
+from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFields
+from deployments.chat.structured import grammar_error, grammar_of
+from deployments.chat.tools import forced_grammar
+from deployments.config import LimitsConfig
+from deployments.replica.engine_factory import EngineInfo
+from llm.errors import InvalidRequestError
+from llm.models.registry import GenerationDefaults
+from llm.serving.grammar import GrammarCompiler
+from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_seed
+from llm.tokenization.hf_tokenizer import HFTokenizer
+
+T = TypeVar("T")
+
+DEFAULT_COMPLETION_TOKENS = 16
+_INLINE_CHARS = 2_000
+"""Texts up to this long are tokenised at once: handing them to a thread would take longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChat:
+    """A chat as the engines run it.
+
+    Attributes:
+        requests: one for each answer.
+        tool_format, may_reason, is_reasoning: see `make_parser`.
+    """
+
+    requests: list[GenerationRequest]
+    tool_format: str | None = None
+    may_reason: bool = False
+    is_reasoning: bool = False
+
+    def parser(self) -> OutputParser:
+        """A parser for one of the answers."""
+        return make_parser(self.tool_format, may_reason=self.may_reason, is_reasoning=self.is_reasoning)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """Makes engine requests of API requests.
+
+    Args:
+        tokenizer: the checkpoint's.
+        defaults: the checkpoint's recommended sampling, for what a request leaves open.
+        info: the engines' context and pool.
+        limits: bounds on requests.
+        executor: where long texts are tokenised, so that the event loop goes on.
+        format: how the model writes calls and thoughts.
+        grammars: says which grammars the engines can follow.
+    """
+
+    tokenizer: HFTokenizer
+    defaults: GenerationDefaults
+    info: EngineInfo
+    limits: LimitsConfig
+    executor: ThreadPoolExecutor
+    format: ModelFormat
+    grammars: GrammarCompiler
+
+    async def chat(self, body: ChatRequest) -> EncodedChat:
+        """One request for each of the `n` answers, and how to read them.
+
+        Raises:
+            APIError: a 400 that says which field is at fault.
+            InvalidRequestError: the template refuses the messages.
+        """
+        tools = body.tools or []
+        ids = await self.prompt_ids(body)
+        self.check_length(ids, "messages")
+        bound = grammar_of(body)
+        forced = forced_grammar(tools, body.tool_choice, may_be_many=body.parallel_tool_calls is not False)
+        if forced is not None and bound is not None:
+            raise invalid(f"{bound[0]}: a tool_choice that forces a call leaves no room for it", bound[0])
+        grammar = await self._compiled(("tools", forced) if forced is not None else bound)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        requests = self._requests(body, [ids], body.most_tokens, logprobs, _chat_limit_name(body), grammar, body.n or 1)
+        tool_format = self.format.tool_format if tools and body.tool_choice != "none" else None
+        # A grammar holds from the first token on: there are no thoughts, and calls are bare JSON.
+        return EncodedChat(
+            requests,
+            tool_format="llama3" if forced is not None else None if grammar is not None else tool_format,
+            may_reason=self.format.may_reason and grammar is None,
+            is_reasoning=self.format.may_reason and grammar is None and opens_reasoning(self.tokenizer, ids),
+        )
+
+    async def prompt_ids(self, body: ChatRequest) -> list[int]:
+        """Tokens of a chat request's prompt.
+
+        Raises:
+            APIError, InvalidRequestError: as `chat`.
+        """
+        tools = body.tools or []
+        if tools and body.tool_choice in (None, "auto") and self.format.tool_format is None:
+            raise invalid(
+                "tools: this model's chat template knows no tools; only tool_choice can force a call", "tools"
+            )
+        return await self.chat_ids(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            variables={**_effort(body), **(body.chat_template_kwargs or {})},
+            tools=[] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools],
+        )
+
+    async def completion(self, body: CompletionRequest) -> list[GenerationRequest]:
+        """`num_answers` requests for each prompt, those of a prompt side by side.
+
+        Raises:
+            APIError: a 400 that says which field is at fault.
+        """
+        prompts = _as_list(body.prompt)
+        num_choices = len(prompts) * body.num_answers
+        if num_choices > self.limits.max_choices:
+            raise invalid(f"prompt: {num_choices} answers asked for; at most {self.limits.max_choices}", "prompt")
+        batch = []
+        for prompt in prompts:
+            ids = await self.text_ids(prompt) if isinstance(prompt, str) else prompt
+            self.check_length(ids, "prompt")
+            self.check_ids(ids, "prompt")
+            batch.append(ids)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        grammar = await self._compiled(grammar_of(body))
+        logprobs = body.logprobs
+        if logprobs is None and body.num_answers > (body.n or 1):
+            logprobs = 0  # the best are found by them
+        return self._requests(body, batch, max_tokens, logprobs, "max_tokens", grammar, body.num_answers)
+
+    async def prompt_texts(self, body: CompletionRequest) -> list[str]:
+        """Each prompt as text; special tokens in prompts of ids are left out."""
+        texts = []
+        for prompt in _as_list(body.prompt):
+            if isinstance(prompt, str):
+                texts.append(prompt)
+            else:
+                texts.append(await self.run(len(prompt), partial(self.tokenizer.decode, prompt)))
+        return texts
+
+    async def input_ids(self, given: str | list[int]) -> list[int]:
+        """Tokens of an input to be embedded.
+
+        Raises:
+            APIError: a 400.
+        """
+        ids = await self.text_ids(given, param="input") if isinstance(given, str) else given
+        self.check_length(ids, "input")
+        self.check_ids(ids, "input")
+        return ids
+
+    async def text_ids(self, text: str, *, param: str = "prompt", add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text, off the event loop unless it is short.
+
+        Raises:
+            APIError: it is past the context for certain; found without tokenising.
+        """
+        self._check_text(text, param)
+        return await self.run(
+            len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )  # fmt: skip
+
+    async def chat_ids(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> list[int]:
+        """Tokens of a chat, off the event loop unless it is short.
+
+        Raises:
+            APIError: it is past the context for certain.
+            InvalidRequestError: the template refuses it.
+        """
+        turns = [message.turn() for message in messages]
+        num_chars = sum(len(turn["content"]) + 20 for turn in turns)
+        for turn in turns:
+            self._check_text(turn["content"], "messages")
+        return await self.run(
+            num_chars + (_INLINE_CHARS if variables or tools else 0),
+            lambda: self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=add_generation_prompt, tools=tools, **_checked_variables(variables)
+            ),
+        )
+
+    async def run(self, num_chars: int, work: Callable[[], T]) -> T:
+        """Do work on a text of this length without holding up the event loop."""
+        if num_chars <= _INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
+
+    def check_length(self, ids: Sequence[int], param: str) -> None:
+        """Refuse what leaves no room for an answer, in the context or in the whole pool.
+
+        Raises:
+            APIError: it does.
+        """
+        if not ids:
+            raise invalid(f"{param}: holds no tokens", param)
+        most = min(self.info.max_seq_len, self.info.num_slots)
+        if len(ids) >= most:
+            raise _too_long(f"{len(ids)} tokens", most, param)
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Refuse ids that are not in the vocabulary.
+
+        Raises:
+            APIError: one is not.
+        """
+        if ids and max(ids) >= self.info.vocab_size:
+            raise invalid(f"{param}: token ids must be below the vocabulary's {self.info.vocab_size}", param)
+
+    def _check_text(self, text: str, param: str) -> None:
+        most = min(self.info.max_seq_len, self.info.num_slots)
+        if len(text) > most and self.tokenizer.min_num_tokens(text) >= most:
+            raise _too_long(f"at least {self.tokenizer.min_num_tokens(text)} tokens", most, param)
+
+    async def _compiled(self, bound: tuple[str, Grammar] | None) -> Grammar | None:
+        """The grammar, once it is known that the engines can follow it.
+
+        Raises:
+            APIError: it is wrong, under the name of its field.
+        """
+        if bound is None:
+            return None
+        param, grammar = bound
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self.executor, self.grammars.compile, grammar)
+        except InvalidRequestError as error:
+            raise grammar_error(error, param) from None
+        return grammar
+
+    def _requests(
+        self,
+        body: SamplingFields,
+        prompts: list[list[int]],
+        max_tokens: int | None,
+        logprobs: int | None,
+        param: str,
+        grammar: Grammar | None,
+        num_answers: int,
+    ) -> list[GenerationRequest]:
+        """Put sampling parameters and seeds to the prompts."""
+        for name in ("ignore_eos", "min_tokens"):
+            if grammar is not None and getattr(body, name):
+                raise invalid(f"{name}: the answer's format says where it ends", name)
+        sampling = self._sampling(body)
+        seed = new_seed() if body.seed is None else body.seed
+        if max_tokens is not None and max_tokens > self.info.max_seq_len:
+            raise invalid(f"{param}: at most the context length, {self.info.max_seq_len} tokens", param)
+        requests = []
+        for prompt in prompts:
+            room = self.info.max_seq_len - len(prompt)
+            most = room if max_tokens is None else min(max_tokens, room)
+            fixed = {"prompt_token_ids": tuple(prompt), "max_new_tokens": most, "logprobs": logprobs, **sampling}
+            fixed["grammar"] = grammar
+            fixed["min_new_tokens"] = min(sampling["min_new_tokens"], most)
+            requests += [GenerationRequest(seed=_wrapped(seed + i), **fixed) for i in range(num_answers)]
+        return requests
+
+    def _sampling(self, body: SamplingFields) -> dict[str, Any]:
+        """Sampling parameters of the request, else the checkpoint's, else OpenAI's."""
+        defaults = self.defaults
+        top_k = defaults.top_k if body.top_k is None else body.top_k
+        stop_ids, bias = body.stop_token_ids or [], body.logit_bias or {}
+        self.check_ids(stop_ids, "stop_token_ids")
+        self.check_ids(list(bias), "logit_bias")
+        for text in body.stop_strings():
+            if len(text) > self.limits.max_stop_chars:
+                raise invalid(f"stop: at most {self.limits.max_stop_chars} characters each", "stop")
+        return {
+            "temperature": _first(body.temperature, defaults.temperature, 1.0),
+            "top_p": _first(body.top_p, defaults.top_p, 1.0),
+            "top_k": top_k if top_k is not None and top_k > 0 else None,
+            "min_p": _first(body.min_p, 0.0),
+            "presence_penalty": _first(body.presence_penalty, 0.0),
+            "frequency_penalty": _first(body.frequency_penalty, 0.0),
+            "repetition_penalty": _first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
+            "logit_bias": bias,
+            "min_new_tokens": _first(body.min_tokens, 0),
+            "stop_token_ids": tuple(stop_ids),
+            "ignore_eos": bool(body.ignore_eos),
+            "cache_salt": body.cache_salt or "",
+        }
+
+
+def _too_long(what: str, most: int, param: str) -> APIError:
+    return invalid(
+        f"The prompt has {what}; this model's context is {most} tokens, the answer included",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is given."""
+    return next(value for value in values if value is not None)
+
+
+def _wrapped(seed: int) -> int:
+    """`seed` within 64 bits, past the largest on to the smallest."""
+    return seed if seed <= INT64_MAX else seed - 2**64
+
+
+def _as_list(prompt: Any) -> list[Any]:
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def _effort(body: ChatRequest) -> dict[str, Any]:
+    """Template variables for how long to think."""
+    if body.reasoning_effort is None:
+        return {}
+    return {"reasoning_effort": body.reasoning_effort} | (
+        {"enable_thinking": False} if body.reasoning_effort == "none" else {}
+    )
+
+
+def _checked_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    if "add_generation_prompt" in variables or "messages" in variables or "tools" in variables:
+        raise invalid("chat_template_kwargs: cannot set this variable", "chat_template_kwargs")
+    return variables
+
+
+def _chat_limit_name(body: ChatRequest) -> str:
+    return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"

@@ -1,0 +1,297 @@
+"""Requests of the OpenAI API as they come over the wire: strict types, every bound written down.
+
+Fields that OpenAI has and this server does not are listed in `_Unsupported…`, so that they are refused by name.
+Fields without effect on the answer (`user`, `metadata`, …) are accepted.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from deployments.api.errors import invalid, unsupported
+from deployments.chat.messages import ChatMessage, check_messages
+from deployments.chat.structured import StructuredFields
+from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
+from deployments.chat.wire_model import WireModel
+from llm.serving.schemas import INT64_MAX, MAX_TOP_LOGPROBS
+
+MAX_N = 128
+MAX_BEST_OF = 20
+MAX_STOP_STRINGS = 4
+MAX_COMPLETION_LOGPROBS = 5
+MAX_STOP_TOKEN_IDS = 128
+MAX_MESSAGES = 4096
+
+
+def _check_stop(value: Any) -> Any:
+    """A string, or a list of up to four."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, str):
+        raise invalid("stop: a stop string is empty", "stop")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise invalid("stop: must be a string or a list of strings", "stop")
+    if len(value) > MAX_STOP_STRINGS:
+        raise invalid(f"stop: at most {MAX_STOP_STRINGS} strings", "stop")
+    if not all(value):
+        raise invalid("stop: a stop string is empty", "stop")
+    return value
+
+
+def _check_logit_bias(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > 1024:
+        raise invalid("logit_bias: must be an object with at most 1024 token ids", "logit_bias")
+    bias: dict[int, float] = {}
+    for key, weight in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 9):
+            raise invalid("logit_bias: keys must be token ids", "logit_bias")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not -100 <= weight <= 100:
+            raise invalid("logit_bias: values must be numbers from -100 to 100", "logit_bias")
+        bias[int(key)] = float(weight)
+    return bias
+
+
+class StreamOptions(WireModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = None
+    """Send token counts in a last chunk without choices."""
+    include_obfuscation: bool | None = None
+    """Accepted, without effect."""
+
+
+class SamplingFields(StructuredFields):
+    """What chat and plain completions have in common."""
+
+    model: str
+    """Name of the served model, as `/v1/models` gives it."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    """Answers to each prompt; the i-th has seed + i."""
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_check_stop)] = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_check_logit_bias)] = None
+
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """Extension. 0 or -1 for all tokens."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Extension."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Extension."""
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Extension. No stop of any kind before this many tokens."""
+    ignore_eos: bool | None = None
+    """Extension. Go on past the end of the answer."""
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    """Extension."""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
+
+    cache_salt: Annotated[str, Field(max_length=128)] | None = None
+    """Extension. Share cached prompts with requests of the same salt only."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    chat_template: Any = Field(default=None, json_schema_extra={"deprecated": True})
+    """Refused: the template is the model's."""
+
+    @model_validator(mode="after")
+    def _check_common(self) -> Self:
+        if self.chat_template is not None:
+            raise invalid("chat_template: a request cannot bring its own chat template", "chat_template")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options: only with stream set to true", "stream_options")
+        if self.top_k is not None and self.top_k < -1:
+            raise invalid("top_k: must be at least -1", "top_k")
+        return self
+
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class ChatRequest(SamplingFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens to generate; by default what the context has left."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Older name of `max_completion_tokens`."""
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Extension. Variables for the model's chat template, such as `enable_thinking`."""
+    add_generation_prompt: bool | None = None
+    """Extension. False to leave out what opens the assistant's answer."""
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    """Functions that the model may ask for."""
+    tool_choice: ToolChoice | None = None
+    """`auto` where there are tools: the model decides. `required` and a name force a call by a grammar."""
+    parallel_tool_calls: bool | None = None
+    """False for one call at most where calls are forced."""
+    functions: Any = None
+    """Not supported."""
+    function_call: Any = None
+    """Not supported."""
+    modalities: list[str] | None = None
+    """`["text"]` only."""
+    audio: Any = None
+    """Not supported."""
+    prediction: Any = None
+    """Not supported."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """Given to the chat template, as `reasoning_effort`, and as `enable_thinking: false` for `none`."""
+    verbosity: Any = None
+    """Not supported."""
+    web_search_options: Any = None
+    """Not supported."""
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs: only with logprobs set to true", "top_logprobs")
+        if self.modalities not in (None, ["text"]):
+            raise unsupported("modalities", "modalities other than text")
+        check_tools(self.tools, self.tool_choice)
+        check_messages(self.messages)
+        for name in _UNSUPPORTED_IN_CHAT:
+            if getattr(self, name) not in (None, []):
+                raise unsupported(name)
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The limit on output tokens under either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+_UNSUPPORTED_IN_CHAT = (
+    "functions", "function_call", "audio", "prediction", "verbosity", "web_search_options",
+)  # fmt: skip
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def check_prompt(value: Any, param: str = "prompt") -> Any:
+    """Text, texts, ids or lists of ids; told apart here because a union's errors would name every form.
+
+    Raises:
+        APIError: it is neither.
+    """
+    if isinstance(value, str):
+        if not value:
+            raise invalid(f"{param}: is empty", param)
+        return value
+    if not isinstance(value, list):
+        raise invalid(f"{param}: must be a string, a list of strings, a list of token ids or a list of such", param)
+    if not value:
+        raise invalid(f"{param}: is empty", param)
+    first = value[0]
+    if isinstance(first, str):
+        if not all(isinstance(item, str) and item for item in value):
+            raise invalid(f"{param}: each must be a string that is not empty", param)
+    elif isinstance(first, list):
+        for item in value:
+            if not isinstance(item, list) or not item:
+                raise invalid(f"{param}: each must be a list of token ids that is not empty", param)
+            check_token_ids(item, param)
+    else:
+        check_token_ids(value, param)
+    return value
+
+
+def check_token_ids(ids: list[Any], param: str) -> None:
+    """Each must be a whole number from 0 up; booleans and fractions are none.
+
+    Raises:
+        APIError: one is not.
+    """
+    for token_id in ids:
+        if type(token_id) is not int or token_id < 0:
+            raise invalid(f"{param}: token ids must be whole numbers from 0 up", param)
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Annotated[Any, BeforeValidator(check_prompt, json_schema_input_type=Prompt)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens to generate; 16 by default."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = None
+    """Answers to make of each prompt; the `n` with the highest mean log probability of a token are given."""
+    echo: bool | None = None
+    """Begin each answer with its prompt; not with `logprobs`."""
+    suffix: str | None = None
+    """Not supported."""
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise invalid("best_of: must be at least n", "best_of")
+        if self.best_of is not None and self.best_of > n and self.stream:
+            raise invalid("best_of: which answers are the best is known at the end only; leave out stream", "best_of")
+        if self.echo and self.logprobs is not None:
+            raise unsupported("echo", "echo together with logprobs, the prompt's log probabilities,")
+        if self.suffix:
+            raise unsupported("suffix")
+        return self
+
+    @property
+    def num_answers(self) -> int:
+        """Answers to make of each prompt."""
+        return max(self.n or 1, self.best_of or 1)
+
+
+class TokenizeRequest(WireModel):
+    """Body of `POST /tokenize`: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None
+    """With a prompt: put the beginning-of-sequence token in front where the model has one. True by default."""
+    add_generation_prompt: bool | None = None
+    """With messages: end with what opens the assistant's answer. True by default."""
+    return_token_strs: bool | None = None
+    """Give each token's text too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise invalid("give exactly one of prompt and messages", "prompt")
+        return self
+
+
+def _check_tokens(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise invalid("tokens: must be a list of token ids", "tokens")
+    check_token_ids(value, "tokens")
+    return value
+
+
+class DetokenizeRequest(WireModel):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], BeforeValidator(_check_tokens)]

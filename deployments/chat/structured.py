@@ -1,0 +1,114 @@
+"""What an answer must look like, as requests say it: `response_format`, and vLLM's `guided_…` fields."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from deployments.api.errors import APIError, invalid
+from deployments.chat.wire_model import WireModel
+from llm.errors import InvalidRequestError
+from llm.serving.schemas import Grammar, GrammarKind
+
+MAX_CHOICES = 4096
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class JsonSchemaFormat(WireModel):
+    """A schema and its name."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    strict: bool | None = None
+    """Accepted: answers always keep to the schema."""
+
+
+class ResponseFormat(WireModel):
+    """Format of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    """With `json_schema`."""
+
+
+class StructuredOutputs(WireModel):
+    """One way to bind an answer."""
+
+    json_: Annotated[str | dict[str, Any] | bool | None, Field(alias="json")] = None
+    """A JSON schema, or its text."""
+    json_object: bool | None = None
+    regex: NonEmpty | None = None
+    choice: Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: NonEmpty | None = None
+
+
+class StructuredFields(WireModel):
+    """Fields that bind an answer to a grammar; at most one is given."""
+
+    response_format: ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    """Extension. A JSON schema, or its text."""
+    guided_regex: NonEmpty | None = None
+    """Extension. A regular expression that the whole answer matches."""
+    guided_choice: Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    """Extension. Strings, of which the answer is one."""
+    guided_grammar: NonEmpty | None = None
+    """Extension. A grammar in llguidance's variant of Lark."""
+    structured_outputs: StructuredOutputs | None = None
+    """Extension. The same under vLLM's newer name."""
+
+
+def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
+    """The field that binds the answer, and how; None where it is free.
+
+    Raises:
+        APIError: there are several such fields, or a schema is missing.
+    """
+    given: dict[str, Grammar] = {}
+    response_format = body.response_format
+    if response_format is not None and response_format.type == "json_object":
+        given["response_format"] = Grammar(kind=GrammarKind.JSON_OBJECT)
+    if response_format is not None and response_format.type == "json_schema":
+        if response_format.json_schema is None:
+            raise invalid("response_format: json_schema is missing", "response_format.json_schema")
+        given["response_format"] = _schema(response_format.json_schema.schema_)
+    elif response_format is not None and response_format.json_schema is not None:
+        raise invalid("response_format: json_schema goes with the type json_schema", "response_format.json_schema")
+    guides = {
+        "guided_json": body.guided_json,
+        "guided_regex": body.guided_regex,
+        "guided_choice": body.guided_choice,
+        "guided_grammar": body.guided_grammar,
+    }
+    if body.structured_outputs is not None:
+        newer = body.structured_outputs
+        if newer.json_object:
+            given["structured_outputs.json_object"] = Grammar(kind=GrammarKind.JSON_OBJECT)
+        for name in ("json", "regex", "choice", "grammar"):
+            guides[f"structured_outputs.{name}"] = getattr(newer, "json_" if name == "json" else name)
+    for name, guide in guides.items():
+        if guide is not None:
+            given[name] = _GUIDES[name.removeprefix("structured_outputs.").removeprefix("guided_")](guide)
+    if len(given) > 1:
+        raise invalid(f"{' and '.join(given)}: give one of them", next(iter(given)))
+    return next(iter(given.items()), None)
+
+
+def grammar_error(error: InvalidRequestError, param: str) -> APIError:
+    """What is wrong with a grammar, under the name of the field that it came with."""
+    return invalid(f"{param}: {str(error).removeprefix('grammar: ')}", param, error.code)
+
+
+_GUIDES: Mapping[str, Callable[[Any], Grammar]] = {
+    "json": lambda schema: _schema(schema),
+    "regex": lambda regex: Grammar(kind=GrammarKind.REGEX, text=regex),
+    "choice": lambda choices: Grammar(kind=GrammarKind.CHOICE, text=json.dumps(choices)),
+    "grammar": lambda grammar: Grammar(kind=GrammarKind.LARK, text=grammar),
+}
+
+
+def _schema(schema: str | dict[str, Any] | bool) -> Grammar:
+    return Grammar(kind=GrammarKind.JSON_SCHEMA, text=schema if isinstance(schema, str) else json.dumps(schema))

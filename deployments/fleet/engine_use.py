@@ -1,0 +1,23 @@
+"""An engine's state in the terms of the autoscaling policy, which itself may import nothing of ours."""
+
+from deployments.config import AutoscalingConfig
+from deployments.fleet.autoscaling import ReplicaUse, Targets
+from llm.serving.schemas import EngineStats
+
+
+def replica_use(stats: EngineStats, queued_tokens: int) -> ReplicaUse:
+    """How busy a replica is, with what routers hold back for it."""
+    return ReplicaUse(
+        waiting_tokens=stats.num_waiting_tokens + queued_tokens,
+        row_use=(stats.num_running + stats.num_waiting) / max(stats.max_rows, 1),
+        pool_use=stats.num_used_pages / max(stats.num_pages, 1),
+    )
+
+
+def targets_of(autoscaling: AutoscalingConfig) -> Targets:
+    """What the configuration wants a replica to carry at most."""
+    return Targets(
+        waiting_tokens=autoscaling.target_waiting_tokens,
+        row_use=autoscaling.target_row_use,
+        pool_use=autoscaling.target_pool_use,
+    )

@@ -1,0 +1,149 @@
+"""OpenTelemetry traces: one a request, from HTTP through router and engine. Needs the extra `otel`.
+
+Spans are made when a request is over, of times that were taken anyway, so that nothing is added to a token's way.
+Attributes follow OpenTelemetry's semantic conventions for HTTP and for generative AI; what was asked and answered is
+never in them.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.config import TracingConfig
+from deployments.router.generation import Generation
+from llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+_EXPORT_TIMEOUT_S = 5
+
+
+class RequestTracer:
+    """Makes spans and sends them, from a thread of its own, to a collector by OTLP over HTTP.
+
+    Args:
+        config: where to, and how many.
+        model: name of the served model.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+
+    def __init__(self, config: TracingConfig, model: str) -> None:
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "tracing.endpoint needs opentelemetry-sdk and opentelemetry-exporter-otlp-proto-http: pip install them"
+            ) from error
+        self._model = model
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)),
+            resource=Resource.create({"service.name": config.service_name}),
+            shutdown_on_exit=False,
+        )
+        exporter = OTLPSpanExporter(endpoint=config.endpoint, timeout=_EXPORT_TIMEOUT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("rayline")
+        self._epoch_ns = time.time_ns() - time.monotonic_ns()
+
+    def begin(self, scope: Scope) -> "Span":
+        """Open the span of an HTTP request, in the trace that its `traceparent` header names, if there is one."""
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        attributes = {"http.request.method": scope["method"], "url.path": scope["path"]}
+        return self._tracer.start_span(
+            f"{scope['method']} {scope['path']}"[:200],
+            TraceContextTextMapPropagator().extract(headers),
+            SpanKind.SERVER,
+            attributes,
+        )
+
+    def request_over(self, generation: Generation) -> None:
+        """Add what a generation spent its time on to its HTTP request's span."""
+        parent = generation.group.caller.span
+        timeline = generation.timeline
+        # The HTTP request may be over before: it needs only the last token, not the engine's goodbye.
+        if parent is None or not parent.get_span_context().trace_flags.sampled:
+            return
+        attributes: dict[str, Any] = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.request.model": self._model,
+            "gen_ai.response.id": generation.request.request_id,
+            "gen_ai.usage.input_tokens": len(generation.request.prompt_token_ids or ()),
+            "gen_ai.usage.output_tokens": len(generation.token_ids),
+            "rayline.times_moved": generation.num_resumes,
+        }
+        if generation.end is not None:
+            attributes["gen_ai.response.finish_reasons"] = [str(generation.end.reason)]
+        if generation.error is not None:
+            attributes["error.type"] = type(generation.error).__name__
+        last = timeline.ended_at or time.monotonic()
+        span = self._span(f"generate {self._model}", parent, timeline.received_at, last, attributes)
+        self._span("route", span, timeline.received_at, timeline.started_at)
+        if timeline.placed_at is not None:
+            self._span("router queue", span, timeline.started_at, timeline.placed_at)
+        if timeline.placed_at is not None and timeline.engine is not None:
+            begun = timeline.placed_at + timeline.engine.queue_s
+            self._span("engine queue", span, timeline.placed_at, begun)
+            self._span("engine prefill", span, begun, begun + timeline.engine.prefill_s)
+        if timeline.first_token_at is not None:
+            self._span("engine decode", span, timeline.first_token_at, last)
+
+    def _span(
+        self, name: str, parent: "Span", start: float, end: float, attributes: dict[str, Any] | None = None
+    ) -> "Span":
+        """A span that is over, with times by the monotonic clock."""
+        from opentelemetry.trace import set_span_in_context
+
+        span = self._tracer.start_span(
+            name, set_span_in_context(parent), attributes=attributes, start_time=self._at_ns(start)
+        )
+        span.end(self._at_ns(max(start, end)))
+        return span
+
+    def _at_ns(self, monotonic_s: float) -> int:
+        return self._epoch_ns + int(monotonic_s * 1e9)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()
+
+
+class TraceRequests:
+    """ASGI middleware: a span for each request that asks for work.
+
+    Args:
+        app: everything inside.
+        tracer: makes the spans.
+    """
+
+    def __init__(self, app: ASGIApp, tracer: RequestTracer) -> None:
+        self._app = app
+        self._tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, with its span in the scope's state."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        span = self._tracer.begin(scope)
+
+        async def send_and_note_status(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                span.set_attribute("http.response.status_code", message["status"])
+            await send(message)
+
+        scope.setdefault("state", {})["span"] = span
+        try:
+            await self._app(scope, receive, send_and_note_status)
+        finally:
+            span.end()

@@ -1,1 +1,0 @@
-"""The OpenAI HTTP API: wire schemas, routes, server-sent events, errors."""

@@ -1,0 +1,1 @@
+"""One engine and the thread that runs it."""

@@ -1,0 +1,152 @@
+"""`EngineReplica`: the deployment around one engine. A plain class: it runs without Ray underneath."""
+
+import gc
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from deployments.channel.messages import decode_address, decode_call, decode_embed_call, encode
+from deployments.config import AppConfig
+from deployments.fleet.autoscaling import STATS_POOL_USE, STATS_ROW_USE, STATS_WAITING_TOKENS
+from deployments.fleet.engine_use import replica_use
+from deployments.observe.engine_metrics import EngineMetrics
+from deployments.replica.engine_factory import Engine, EngineInfo, make_engine
+from deployments.replica.engine_loop import EngineLoop
+from llm.errors import ConfigError, EngineError
+from llm.serving.schemas import GenerationRequest
+
+logger = logging.getLogger("ray.serve")
+
+_QUEUE_NEWS_LIFETIME_S = 2.0
+_SWITCH_INTERVAL_S = 0.0002
+"""Between Python threads, instead of 5 ms. The engine's lets go of the interpreter in each of a step's many calls into
+PyTorch, and while Serve's thread takes in a burst of requests it would wait so long each time to get it back."""
+_WARM_UP_PROMPT_TOKENS = 24
+_WARM_UP_NEW_TOKENS = 4
+
+
+class EngineReplica:
+    """Owns one engine: loads it, warms it up, runs requests on it, and says whether it is well.
+
+    Args:
+        config: the application's configuration.
+        replica_id: name in replies and reports; None for the one that Ray Serve gives, and metrics in Ray's export.
+    """
+
+    def __init__(self, config: AppConfig, replica_id: str | None = None) -> None:
+        started = time.monotonic()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self._stall_timeout_s = config.replicas.stall_timeout_s
+        self._queues: dict[str, tuple[int, float]] = {}
+        engine, self._info = make_engine(config)
+        _warm_up(engine)
+        # What has been made so far stays. A collection that went through all of it takes 180 ms: a gap in every stream.
+        gc.collect()
+        gc.freeze()
+        self.replica_id = replica_id or _serve_replica_id()
+        self._metrics = EngineMetrics(self._info.model, self.replica_id) if replica_id is None else None
+        self._loop = EngineLoop(engine, self.replica_id)
+        self._loop.start()
+        logger.info(
+            "engine replica ready in %.1f s: model %s on %s, %s, attention backend %s, %d slots, context %d tokens",
+            time.monotonic() - started, self._info.model, self._info.device, self._info.dtype, self._info.backend,
+            self._info.num_slots, self._info.max_seq_len,
+        )  # fmt: skip
+
+    @property
+    def info(self) -> EngineInfo:
+        """What routers need to know of the engine."""
+        return self._info
+
+    async def describe(self) -> bytes:
+        """`info`, encoded."""
+        return encode(self._info)
+
+    async def attach(self, channel: bytes, ranking: Sequence[str] = ()) -> None:  # noqa: ARG002 - the request router's
+        """Report this replica's state to the router behind an encoded `ChannelAddress` from now on."""
+        self._loop.attach(decode_address(channel))
+
+    async def note_queue(self, router: str, ranking: Sequence[str], num_tokens: int) -> None:  # noqa: ARG002
+        """Count what a router holds back in this replica's autoscaling statistics, until its next word or a while."""
+        self._queues[router] = num_tokens, time.monotonic()
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens to prefill of requests that routers hold back, as far as they told this replica."""
+        oldest = time.monotonic() - _QUEUE_NEWS_LIFETIME_S
+        return sum(num_tokens for num_tokens, told_at in self._queues.values() if told_at >= oldest)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy decides by; Ray Serve asks twice a second."""
+        use = replica_use(self._loop.latest_stats, self.queued_tokens)
+        return {
+            STATS_WAITING_TOKENS: use.waiting_tokens,
+            STATS_ROW_USE: use.row_use,
+            STATS_POOL_USE: use.pool_use,
+        }
+
+    async def generate(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
+        """Run a `GenerateCall` to its end and return the `GenerateReply`. Cancelling aborts it within a step."""
+        decoded = decode_call(call)
+        reply = await self._loop.generate(decoded.to_request(), decoded.stream_id, decoded.channel)
+        return encode(reply)
+
+    async def embed(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
+        """Compute the vector of an `EmbedCall`, between the engine's steps; returns the `EmbedReply`."""
+        return encode(await self._loop.embed(decode_embed_call(call)))
+
+    def check_health(self) -> None:
+        """Ray Serve calls this every second or so; a good time to bring Ray's metrics up to date.
+
+        Raises:
+            EngineError: the engine broke down, or hangs in a step.
+        """
+        if self._metrics is not None:
+            self._metrics.update(self._loop.latest_stats)
+        health = self._loop.health
+        if health.failure is not None:
+            raise EngineError(f"the engine broke down: {health.failure}")
+        busy_since = health.busy_since
+        if busy_since is not None and time.monotonic() - busy_since > self._stall_timeout_s:
+            raise EngineError(f"a step has been running for more than {self._stall_timeout_s:g} s")
+
+    def stop(self) -> None:
+        """End the engine's thread."""
+        self._loop.stop()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_loop"):
+            self._loop.stop()
+
+
+def _warm_up(engine: Engine) -> None:
+    """Run a short request, so that the first client does not pay for first-time work.
+
+    Raises:
+        ConfigError: the engine has no room for even that.
+    """
+    num_prompt = min(_WARM_UP_PROMPT_TOKENS, engine.max_seq_len - 1)
+    if num_prompt < 1:
+        raise ConfigError(f"max_seq_len {engine.max_seq_len} leaves no room for a token to generate; raise it")
+    for temperature in (0.0, 1.0):
+        engine.add_request(
+            GenerationRequest(
+                prompt_token_ids=(0,) * num_prompt,
+                max_new_tokens=_WARM_UP_NEW_TOKENS,
+                temperature=temperature,
+                ignore_eos=True,
+                seed=0,
+            )
+        )
+        while engine.scheduler.has_pending_work:
+            for output in engine.step():
+                if output.error is not None:
+                    raise EngineError(f"the engine failed while warming up: {output.error}")
+
+
+def _serve_replica_id() -> str:
+    from ray import serve
+
+    unique_id: str = serve.get_replica_context().replica_id.unique_id
+    return unique_id

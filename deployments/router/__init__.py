@@ -1,0 +1,1 @@
+"""Live requests of one router: admission, choice of replica, failover."""

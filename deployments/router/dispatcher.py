@@ -1,0 +1,150 @@
+"""`Dispatcher`: which replica a request goes to, when, and whether it is taken at all."""
+
+import math
+import time
+from collections.abc import Callable
+
+from deployments.config import AdmissionConfig
+from deployments.errors import NoReplicaError, OverloadedError
+from deployments.fleet.fleet import Fleet
+from deployments.router.waiting import Ticket, WaitingQueue
+
+_ROWS_AHEAD = 1.25
+"""Requests that a replica may hold for each of its rows: the next ones are there when rows become free."""
+_RATE_WINDOW_S, _RATE_HALF_LIFE_S = 1.0, 10.0
+
+
+class Dispatcher:
+    """Holds requests back until a replica has room for them. Lives on the router's event loop.
+
+    Args:
+        fleet: this router's view of the replicas.
+        config: how much may wait, and how long; may be changed.
+        clock: seconds; monotonic.
+    """
+
+    def __init__(self, fleet: Fleet, config: AdmissionConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.num_refused = 0
+        self._fleet = fleet
+        self.config = config
+        self._clock = clock
+        self._waiting = WaitingQueue()
+        self._rate = _Rate(clock)
+        self._max_step_tokens = math.inf
+        self._empty_since: float | None = clock()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no replica has yet."""
+        return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that these have to prefill."""
+        return self._waiting.num_tokens
+
+    def learn_step_tokens(self, max_step_tokens: int) -> None:
+        """Set how many tokens an engine step computes at most; a replica is sent a few steps' worth ahead."""
+        self._max_step_tokens = max_step_tokens
+
+    def check(self, num_work_tokens: int, timeout_s: float | None = None) -> None:
+        """Refuse new work that could not begin in time.
+
+        Args:
+            num_work_tokens: tokens of prompt and expected output.
+            timeout_s: how long the client waits for the whole answer.
+
+        Raises:
+            OverloadedError: come back later.
+        """
+        if not self._waiting:
+            return
+        waiting, pace = self._waiting.num_work_tokens + num_work_tokens, self._rate.tokens_per_s
+        num_too_many = waiting - self.config.max_queue_tokens
+        longest_wait_s = min(self.config.max_queue_s, timeout_s if timeout_s is not None else math.inf)
+        late_s = waiting / pace - longest_wait_s if pace else 0.0  # unknown until requests have waited for a while
+        if num_too_many > 0 or late_s > 0:
+            self.num_refused += 1
+            retry_after_s = max(1.0, late_s, num_too_many / pace if pace else 0.0)
+            raise OverloadedError("The server is overloaded; try again later", retry_after_s)
+
+    def enqueue(self, ticket: Ticket) -> None:
+        """Have a request wait for a replica with room. `ticket.ranking` gets ids of replicas, best first, and the
+        request counts with the first of them until `Fleet.ended`; or NoReplicaError, if there is none for too long.
+        """
+        ticket.since = self._clock()
+        self._waiting.push(ticket)
+        self.pump()
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """It waits no longer. No effect on one that does not."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+
+    def pump(self) -> None:
+        """Send on what has room now. To be called whenever the fleet has changed."""
+        self._note_emptiness()
+        while self._waiting and self._has_room():
+            ticket = self._waiting.pop()
+            ranking = self._fleet.rank(ticket.num_tokens, ticket.block_hashes)
+            chosen = next(replica_id for replica_id in ranking if self._takes_more(replica_id))
+            ranking.remove(chosen)
+            self._fleet.sent(chosen, ticket.stream_id, ticket.num_tokens, ticket.block_hashes)
+            self._rate.add(ticket.num_work_tokens)
+            if not ticket.ranking.done():  # else cancelled; its owner withdraws it
+                ticket.ranking.set_result([chosen, *ranking])
+        self._rate.measure(bool(self._waiting))
+
+    def tick(self) -> None:
+        """Give up what has waited too long for any replica to appear. To be called about once a second."""
+        self._note_emptiness()
+        if self._empty_since is None:
+            return
+        now, timeout_s = self._clock(), self.config.no_replica_timeout_s
+        for ticket in [t for t in self._waiting if now - max(t.since, self._empty_since) > timeout_s]:
+            self._waiting.remove(ticket)
+            ticket.ranking.set_exception(NoReplicaError(f"no engine replica has been running for {timeout_s:g} s"))
+
+    def _note_emptiness(self) -> None:
+        if self._fleet.replica_ids:
+            self._empty_since = None
+        elif self._empty_since is None:
+            self._empty_since = self._clock()
+
+    def _has_room(self) -> bool:
+        return any(self._takes_more(replica_id) for replica_id in self._fleet.replica_ids)
+
+    def _takes_more(self, replica_id: str) -> bool:
+        load = self._fleet.load(replica_id)
+        most_tokens = self.config.max_backlog_steps * self._max_step_tokens
+        return load.num_rows < load.max_rows * _ROWS_AHEAD and load.num_prefill_tokens < most_tokens
+
+
+class _Rate:
+    """Work begun a second while more was waiting: what the fleet can carry, as an average that forgets."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.tokens_per_s = 0.0
+        self._clock = clock
+        self._since: float | None = None
+        self._num_tokens = 0
+
+    def measure(self, is_saturated: bool) -> None:
+        """Say whether requests wait from now on."""
+        if not is_saturated:
+            self._since = None
+        elif self._since is None:
+            self._since, self._num_tokens = self._clock(), 0
+
+    def add(self, num_tokens: int) -> None:
+        """Some of what waited has been sent on."""
+        if self._since is None:
+            return
+        self._num_tokens += num_tokens
+        now = self._clock()
+        elapsed = now - self._since
+        if elapsed < _RATE_WINDOW_S:
+            return
+        weight = 0.5 ** (elapsed / _RATE_HALF_LIFE_S) if self.tokens_per_s else 0.0
+        self.tokens_per_s = weight * self.tokens_per_s + (1 - weight) * self._num_tokens / elapsed
+        self._since, self._num_tokens = now, 0

@@ -1,0 +1,238 @@
+"""`Router`: everything between HTTP and the engine replicas. A plain class: it runs without Ray underneath."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from deployments.api.errors import not_ready
+from deployments.channel.token_channel import TokenListener
+from deployments.chat.encoder import PromptEncoder
+from deployments.chat.model_format import find_format
+from deployments.config import AppConfig, LiveConfig
+from deployments.errors import ReplicaLostError
+from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
+from deployments.fleet.engine_use import replica_use, targets_of
+from deployments.fleet.fleet import Fleet
+from deployments.fleet.policy import make_policy
+from deployments.fleet.watch import FleetWatch
+from deployments.observe.metrics import RouterMetrics
+from deployments.observe.request_log import log_request
+from deployments.observe.tracing import RequestTracer
+from deployments.replica.engine_factory import EngineInfo
+from deployments.router.dispatcher import Dispatcher
+from deployments.router.embeddings import embed_all
+from deployments.router.generation import Caller, Generation
+from deployments.router.journal import GenerationGroup, Journal
+from deployments.serve.engine_client import EngineClient
+from llm.errors import LLMError
+from llm.models.registry import load_generation_defaults, resolve_model_path
+from llm.serving.grammar import GrammarCompiler
+from llm.serving.schemas import GenerationRequest
+from llm.tokenization.hf_tokenizer import HFTokenizer
+
+logger = logging.getLogger("ray.serve")
+
+_DESCRIBE_RETRY_S = 0.5
+
+
+class Router:
+    """Owns the tokenizer, the token channel, the view of the fleet and the journal of live requests.
+
+    Make it on the event loop that it is to run on.
+
+    Args:
+        config: the application's configuration.
+        client: the engine replicas.
+        channel_host: address to listen on for tokens.
+        ray_metrics: whether to give metrics to Ray's own export too.
+
+    Raises:
+        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
+    """
+
+    def __init__(
+        self, config: AppConfig, client: EngineClient, channel_host: str = "127.0.0.1", *, ray_metrics: bool = False
+    ) -> None:
+        directory = resolve_model_path(config.model)
+        self.config = config
+        self.channel_host = channel_host
+        self.tokenizer = HFTokenizer.from_pretrained(directory)
+        self.defaults = load_generation_defaults(directory)
+        self.started_at = int(time.time())
+        self.info: EngineInfo | None = None
+        self._client = client
+        self._executor = ThreadPoolExecutor(config.router.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._encoder: PromptEncoder | None = None
+        self.fleet = Fleet(make_policy(config.router.policy))
+        self.dispatcher = Dispatcher(self.fleet, config.admission)
+        self._listener = TokenListener(
+            channel_host, config.token_channel.port, on_items=self._take_items, on_report=self._take_report
+        )
+        channel = self._listener.address
+        self.metrics = RouterMetrics(config.model_name, self, ray_export=ray_metrics)
+        self.tracer = None
+        if config.tracing.endpoint is not None:
+            self.tracer = RequestTracer(config.tracing, config.model_name)
+        self.journal = Journal(
+            client,
+            self.fleet,
+            self.dispatcher,
+            channel,
+            max_resumes=config.router.max_resumes,
+            on_over=self._request_over,
+        )
+        self._watch = FleetWatch(client, self.fleet, self.dispatcher, self.journal, channel, config.router)
+        self.journal.on_move = self._watch.note_move
+        self._learning = asyncio.get_running_loop().create_task(self._learn())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether an engine has told what it is."""
+        return self.info is not None
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Makes engine requests of API requests.
+
+        Raises:
+            APIError: 503, no engine has told its limits yet.
+        """
+        if self._encoder is None:
+            raise not_ready()
+        return self._encoder
+
+    def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
+        """Begin to generate.
+
+        Raises:
+            OverloadedError: too much waits already.
+        """
+        caller = caller or Caller()
+        if self.config.prefix_cache_per_key and caller.tenant:
+            requests = [
+                request.model_copy(update={"cache_salt": f"{caller.tenant}/{request.cache_salt}"})
+                for request in requests
+            ]
+        return self.journal.start(requests, caller)
+
+    async def embed(self, inputs: Sequence[list[int]], pooling: str, caller: Caller) -> list[list[float]]:
+        """The vector of each input.
+
+        Raises:
+            InvalidRequestError, EngineError: see `embed_all`.
+        """
+        if caller.account is not None:
+            caller.account.charge(sum(map(len, inputs)))
+        try:
+            return await embed_all(
+                self._client, self.fleet, inputs, pooling, max_retries=self.config.router.max_resumes
+            )
+        except* LLMError as group:
+            raise group.exceptions[0] from None
+
+    async def wait_until_ready(self) -> EngineInfo:
+        """Wait for the first engine."""
+        await asyncio.shield(self._learning)
+        assert self.info is not None, "learned above"
+        return self.info
+
+    def reconfigure(self, live: LiveConfig) -> None:
+        """Take other settings from now on; what `live` leaves out is as it was at the start."""
+        changes = live.model_dump(exclude={"admission"}, exclude_none=True)
+        self._watch.config = self.config.router.model_copy(update=changes)
+        self.journal.max_resumes = self._watch.config.max_resumes
+        self.dispatcher.config = live.admission or self.config.admission
+        self.dispatcher.pump()
+
+    def listen_on(self, host: str) -> None:
+        """Have replicas send tokens to this address of this node from now on."""
+        self.channel_host = host
+        self.journal.channel = self._watch.channel = self._listener.listen_on(host)
+
+    def snapshot(self) -> dict[str, Any]:
+        """State of this router and, as it last heard, of the replicas."""
+        return {
+            "router": {
+                "num_live": self.journal.num_live,
+                "num_waiting": self.dispatcher.num_waiting,
+                "num_waiting_tokens": self.dispatcher.num_waiting_tokens,
+                "num_requests": self.journal.num_requests,
+                "num_refused": self.dispatcher.num_refused,
+                "num_resumes": self.journal.num_resumes,
+                "num_moves": self.journal.num_moves,
+                "channel": asdict(self._listener.counters),
+            },
+            "replicas": self._watch.snapshot(),
+        }
+
+    def fleet_event(self) -> dict[str, Any]:
+        """What the fleet page shows: `snapshot`, and what happened lately."""
+        return {
+            **self.snapshot(),
+            "model": self.config.model_name,
+            "at": time.time(),
+            "news": self._watch.news.items(),
+            "scaling": self._scaling(),
+        }
+
+    def _scaling(self) -> str | None:
+        """What autoscaling wants and why, worked out here as Serve's controller does from the replicas' statistics."""
+        autoscaling = self.config.replicas.autoscaling
+        if autoscaling is None:
+            return None
+        uses = [replica_use(stats, 0) for stats in self._watch.running_stats()]
+        uses.append(ReplicaUse(self.dispatcher.num_waiting_tokens, 0, 0))
+        number, reason = desired_replicas(uses, targets_of(autoscaling))
+        bounds = f"between {autoscaling.min_replicas} and {autoscaling.max_replicas}"
+        return f"The load asks for {number} replicas ({reason}); there may be {bounds}."
+
+    def close(self) -> None:
+        """Stop listening and end the threads."""
+        self._learning.cancel()
+        self._watch.close()
+        self._listener.close()
+        self._executor.shutdown(wait=False)
+        if self.tracer is not None:
+            self.tracer.close()
+
+    async def _learn(self) -> None:
+        """Ask the engines what they are, until one answers."""
+        while self.info is None:
+            try:
+                info = await self._client.describe()
+            except ReplicaLostError:
+                await asyncio.sleep(_DESCRIBE_RETRY_S)
+                continue
+            except Exception:
+                logger.exception("the engine replicas cannot be asked what they are; trying again")
+                await asyncio.sleep(_DESCRIBE_RETRY_S * 4)
+                continue
+            config = self.config
+            self._encoder = PromptEncoder(
+                self.tokenizer,
+                self.defaults,
+                info,
+                config.limits,
+                self._executor,
+                find_format(self.tokenizer, config.tool_parser, config.reasoning_parser),
+                GrammarCompiler(self.tokenizer, info.vocab_size),
+            )
+            self.journal.page_size = info.page_size
+            self.dispatcher.learn_step_tokens(info.max_step_tokens)
+            self.info = info
+
+    def _request_over(self, generation: Generation) -> None:
+        self.metrics.request_over(generation)
+        log_request(generation)
+        if self.tracer is not None:
+            self.tracer.request_over(generation)
+
+    def _take_items(self, replica_id: str, items: list[Any]) -> None:
+        self.journal.take_items(replica_id, items)
+
+    def _take_report(self, report: Any) -> None:
+        self._watch.take_report(report)
