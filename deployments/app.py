@@ -12,8 +12,8 @@ from deployments.check import check_model
 from deployments.config import AppConfig, AutoscalingConfig, resolve_paths, without_secrets
 from deployments.fleet.autoscaling import EnginePolicy
 from deployments.fleet.engine_use import targets_of
-from deployments.replica.engine_replica import EngineReplica
 from deployments.router.keys import load_keys
+from deployments.serve.engine_deployment import ServeEngineReplica
 from deployments.serve.front_end import check_open, find_front_end
 from deployments.serve.ingress import RouterIngress
 from deployments.serve.request_router import RankedRequestRouter
@@ -53,7 +53,7 @@ def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:
     scale: dict[str, Any] = {"num_replicas": replicas.num_replicas}
     if replicas.autoscaling is not None:
         scale = {"autoscaling_config": _serve_autoscaling(replicas.autoscaling)}
-    return serve.deployment(EngineReplica).options(
+    return serve.deployment(ServeEngineReplica).options(
         name="EngineReplica",
         ray_actor_options={"num_gpus": num_gpus, "num_cpus": replicas.num_cpus, "runtime_env": _RUNTIME_ENV},
         request_router_config=RequestRouterConfig(request_router_class=RankedRequestRouter),

@@ -5,7 +5,7 @@ import math
 from starlette.requests import Request
 
 from deployments.api.errors import invalid
-from deployments.router.generation import Caller
+from deployments.router.caller import Caller
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 REQUEST_ID_HEADER = "X-Request-ID"

@@ -83,6 +83,21 @@ def block_hash(page_hash: int) -> int:
     return page_hash & 0xFFFF_FFFF_FFFF_FFFF
 
 
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a router needs to know of the engines behind it, the same for every replica."""
+
+    model: str
+    max_seq_len: int
+    num_slots: int
+    page_size: int
+    max_step_tokens: int
+    """Tokens that a step computes at most."""
+    vocab_size: int
+    device: str
+    dtype: str
+    backend: str
+
+
 class GenerateCall(msgspec.Struct):
     """Argument of `EngineReplica.generate`."""
 
@@ -145,6 +160,7 @@ class EmbedReply(msgspec.Struct):
 
 
 _encoder = msgspec.msgpack.Encoder()
+_info_decoder = msgspec.msgpack.Decoder(EngineInfo)
 _address_decoder = msgspec.msgpack.Decoder(ChannelAddress)
 _call_decoder = msgspec.msgpack.Decoder(GenerateCall)
 _reply_decoder = msgspec.msgpack.Decoder(GenerateReply)
@@ -155,6 +171,11 @@ _embed_reply_decoder = msgspec.msgpack.Decoder(EmbedReply)
 def encode(message: Any) -> bytes:
     """Bytes of any of the messages here."""
     return _encoder.encode(message)
+
+
+def decode_info(data: bytes) -> EngineInfo:
+    """Read what a replica says of its engine."""
+    return _info_decoder.decode(data)
 
 
 def decode_address(data: bytes) -> ChannelAddress:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from deployments.api.errors import APIError, invalid
+from deployments.channel.messages import EngineInfo
 from deployments.chat.messages import ChatMessage
 from deployments.chat.model_format import ModelFormat, opens_reasoning
 from deployments.chat.parsers import OutputParser, make_parser
@@ -15,7 +16,6 @@ from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFi
 from deployments.chat.structured import grammar_error, grammar_of
 from deployments.chat.tools import forced_grammar
 from deployments.config import LimitsConfig
-from deployments.replica.engine_factory import EngineInfo
 from llm.errors import InvalidRequestError
 from llm.models.registry import GenerationDefaults
 from llm.serving.grammar import GrammarCompiler

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from deployments.chat.choices import Choice
 from deployments.chat.parsers import OutputEvent, OutputParser
-from deployments.router.journal import GenerationGroup
+from deployments.router.group import GenerationGroup
 from llm.tokenization.tokenizer import Tokenizer
 
 

@@ -6,16 +6,14 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from deployments.channel.messages import ChannelAddress, Report
 from deployments.config import RouterConfig
 from deployments.errors import ReplicaLostError
+from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.events import News
 from deployments.fleet.fleet import Fleet
-from deployments.router.dispatcher import Dispatcher
-from deployments.router.journal import Journal
-from deployments.serve.engine_client import EngineClient
 from llm.serving.schemas import EngineStats
 
 logger = logging.getLogger("ray.serve")
@@ -25,6 +23,40 @@ _ATTACH_TIMEOUT_S = 5.0
 _ATTACH_RETRY_S = 1.0
 _FORGET_AFTER_S, _GONE_AFTER_S = 10.0, 1.0
 _QUEUE_NEWS_INTERVAL_S = 0.5
+
+
+class Work(Protocol):
+    """A router's requests, as far as they depend on the fleet."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no replica has yet."""
+        ...
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that these have to prefill."""
+        ...
+
+    def fleet_changed(self) -> None:
+        """Send on what has room now."""
+        ...
+
+    def tick(self) -> None:
+        """Give up what has waited too long; called a few times a second."""
+        ...
+
+    def is_on(self, replica_id: str) -> bool:
+        """Whether any request runs on a replica."""
+        ...
+
+    def move_streams(self, replica_id: str, why: str) -> None:
+        """Have what runs on a replica go on elsewhere, if failover is on.
+
+        Args:
+            why: the rest of a sentence that begins with the replica.
+        """
+        ...
 
 
 class FleetWatch:
@@ -37,8 +69,7 @@ class FleetWatch:
     Args:
         client: the replicas.
         fleet: what to keep true.
-        dispatcher: told of every change.
-        journal: whose streams move.
+        work: the router's requests.
         channel: where replicas shall report; may be changed.
         config: the router's; may be changed.
         clock: seconds; monotonic.
@@ -48,16 +79,14 @@ class FleetWatch:
         self,
         client: EngineClient,
         fleet: Fleet,
-        dispatcher: Dispatcher,
-        journal: Journal,
+        work: Work,
         channel: ChannelAddress,
         config: RouterConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._fleet = fleet
-        self._dispatcher = dispatcher
-        self._journal = journal
+        self._work = work
         self.channel = channel
         self.config = config
         self._clock = clock
@@ -116,7 +145,7 @@ class FleetWatch:
             self._attach(replica_id)
             self.news.add(f"Replica {replica_id} has come")
         self._running = replica_ids
-        self._dispatcher.pump()
+        self._work.fleet_changed()
 
     def take_report(self, report: Report) -> None:
         """A replica has told its state."""
@@ -131,7 +160,7 @@ class FleetWatch:
                 report.is_snapshot,
                 report.received,
             )
-            self._dispatcher.pump()
+            self._work.fleet_changed()
 
     def close(self) -> None:
         """Stop watching."""
@@ -154,7 +183,7 @@ class FleetWatch:
         now = self._clock()
         self._leave_silent_replicas(now)
         self._leave_draining_replicas(now)
-        self._dispatcher.tick()
+        self._work.tick()
         self._wake_up()
         self._tell_queue(now)
         for replica_id, (_, heard_at) in list(self._heard.items()):
@@ -169,24 +198,17 @@ class FleetWatch:
                 self.news.add(f"Replica {replica_id} is silent: nothing new goes there", is_bad=True)
                 self._fleet.remove(replica_id)
                 self._attach(replica_id)
-                self._dispatcher.pump()
-            if silence_s > self.config.stall_timeout_s and self._journal.max_resumes:
-                self._move_streams(replica_id, "stalls")
+                self._work.fleet_changed()
+            if silence_s > self.config.stall_timeout_s:
+                self._work.move_streams(replica_id, "stalls")
 
     def _leave_draining_replicas(self, now: float) -> None:
         for replica_id, since in list(self._draining.items()):
-            if not any(True for _ in self._journal.on_replica(replica_id)):
+            if not self._work.is_on(replica_id):
                 if now - since > _FORGET_AFTER_S:
                     del self._draining[replica_id]
-            elif now - since > self.config.drain_after_s and self._fleet.replica_ids and self._journal.max_resumes:
-                self._move_streams(replica_id, "is being taken away")
-
-    def _move_streams(self, replica_id: str, why: str) -> None:
-        generations = list(self._journal.on_replica(replica_id))
-        if generations:
-            logger.warning("replica %s %s: its %d streams go on elsewhere", replica_id, why, len(generations))
-        for generation in generations:
-            generation.leave_replica()
+            elif now - since > self.config.drain_after_s and self._fleet.replica_ids:
+                self._work.move_streams(replica_id, "is being taken away")
 
     def _attach(self, replica_id: str) -> None:
         """Have a replica report here, with everything its prefix cache holds; until it does, nothing goes there."""
@@ -209,7 +231,7 @@ class FleetWatch:
 
     def _wake_up(self) -> None:
         """While requests wait and there is no replica, have a call wait in Serve, which scales up from 0 by that."""
-        is_needed = self._dispatcher.num_waiting > 0 and not self._running
+        is_needed = self._work.num_waiting > 0 and not self._running
         if is_needed and (self._waking is None or self._waking.done()):
             self._waking = asyncio.get_running_loop().create_task(_unless_lost(self._client.describe()))
         elif not is_needed and self._waking is not None:
@@ -218,10 +240,10 @@ class FleetWatch:
 
     def _tell_queue(self, now: float) -> None:
         """Tell one replica how much waits here: its autoscaling statistics count it in."""
-        if self._dispatcher.num_waiting and self._fleet.replica_ids and now >= self._queue_news_at:
+        if self._work.num_waiting and self._fleet.replica_ids and now >= self._queue_news_at:
             self._queue_news_at = now + _QUEUE_NEWS_INTERVAL_S
             replica_id = min(self._fleet.replica_ids)
-            news = self._client.tell_queue(replica_id, self.channel, self._dispatcher.num_waiting_tokens)
+            news = self._client.tell_queue(replica_id, self.channel, self._work.num_waiting_tokens)
             self._telling = asyncio.get_running_loop().create_task(_unless_lost(news))
 
 

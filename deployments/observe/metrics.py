@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from deployments.router.generation import Generation
+from deployments.observe.finished_request import FinishedRequest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -87,16 +87,16 @@ class RouterMetrics:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def request_over(self, generation: Generation) -> None:
+    def request_over(self, request: FinishedRequest) -> None:
         """A request has ended, in whatever way."""
-        timeline = generation.timeline
-        reason = "error" if generation.error else generation.end.reason if generation.end else "abort"
+        timeline = request.timeline
+        reason = "error" if request.error_type else request.finish_reason or "abort"
         self._counters["vllm:request_success"].labels(self._model, reason).inc()
         if self._export is not None:
             self._export.count("vllm:request_success", finished_reason=reason)
-        if generation.end is None or timeline.first_token_at is None or timeline.ended_at is None:
+        if request.finish_reason is None or timeline.first_token_at is None or timeline.ended_at is None:
             return
-        num_output = len(generation.token_ids)
+        num_output = request.num_output_tokens
         decode_s = timeline.ended_at - timeline.first_token_at
         phases = {name: duration / 1000 for name, duration in timeline.phases_ms().items()}
         values = {
@@ -105,7 +105,7 @@ class RouterMetrics:
             "vllm:request_queue_time_seconds": phases["queue"],
             "vllm:request_prefill_time_seconds": phases["prefill"],
             "vllm:request_decode_time_seconds": decode_s,
-            "vllm:request_prompt_tokens": len(generation.request.prompt_token_ids or ()),
+            "vllm:request_prompt_tokens": request.num_prompt_tokens,
             "vllm:request_generation_tokens": num_output,
             "rayline:request_route_time_seconds": phases["route"],
             "rayline:request_relay_time_seconds": phases["relay"],

@@ -3,16 +3,16 @@
 import logging
 from typing import Any
 
-from deployments.router.generation import Generation
+from deployments.observe.finished_request import FinishedRequest
 
 logger = logging.getLogger("ray.serve")
 
 
-def log_request(generation: Generation) -> None:
+def log_request(request: FinishedRequest) -> None:
     """Log how a request went. With Serve's `logging_config: {encoding: JSON}` each of `request_fields` is a field."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    fields = request_fields(generation)
+    fields = request_fields(request)
     logger.info(
         "request %s over: %s, %d + %d tokens%s%s",
         fields["generation_id"],
@@ -25,21 +25,15 @@ def log_request(generation: Generation) -> None:
     )
 
 
-def request_fields(generation: Generation) -> dict[str, Any]:
+def request_fields(request: FinishedRequest) -> dict[str, Any]:
     """What is worth knowing of a request afterwards."""
-    caller = generation.group.caller
-    outcome = "abort"
-    if generation.error is not None:
-        outcome = type(generation.error).__name__
-    elif generation.end is not None:
-        outcome = str(generation.end.reason)
     return {
-        "request_id": caller.request_id,
-        "generation_id": generation.request.request_id,
-        "key": caller.tenant,
-        "outcome": outcome,
-        "num_prompt_tokens": len(generation.request.prompt_token_ids or ()),
-        "num_output_tokens": len(generation.token_ids),
-        "times_moved": generation.num_resumes,
-        "phases_ms": generation.timeline.phases_ms(),
+        "request_id": request.http_request_id,
+        "generation_id": request.generation_id,
+        "key": request.tenant,
+        "outcome": request.error_type or request.finish_reason or "abort",
+        "num_prompt_tokens": request.num_prompt_tokens,
+        "num_output_tokens": request.num_output_tokens,
+        "times_moved": request.num_moves,
+        "phases_ms": request.timeline.phases_ms(),
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import TracingConfig
-from deployments.router.generation import Generation
+from deployments.observe.finished_request import FinishedRequest
 from llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,34 +67,34 @@ class RequestTracer:
             attributes,
         )
 
-    def request_over(self, generation: Generation) -> None:
+    def request_over(self, request: FinishedRequest) -> None:
         """Add what a generation spent its time on to its HTTP request's span."""
-        parent = generation.group.caller.span
-        timeline = generation.timeline
+        parent = request.span
+        timeline = request.timeline
         # The HTTP request may be over before: it needs only the last token, not the engine's goodbye.
         if parent is None or not parent.get_span_context().trace_flags.sampled:
             return
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "chat",
             "gen_ai.request.model": self._model,
-            "gen_ai.response.id": generation.request.request_id,
-            "gen_ai.usage.input_tokens": len(generation.request.prompt_token_ids or ()),
-            "gen_ai.usage.output_tokens": len(generation.token_ids),
-            "rayline.times_moved": generation.num_resumes,
+            "gen_ai.response.id": request.generation_id,
+            "gen_ai.usage.input_tokens": request.num_prompt_tokens,
+            "gen_ai.usage.output_tokens": request.num_output_tokens,
+            "rayline.times_moved": request.num_moves,
         }
-        if generation.end is not None:
-            attributes["gen_ai.response.finish_reasons"] = [str(generation.end.reason)]
-        if generation.error is not None:
-            attributes["error.type"] = type(generation.error).__name__
+        if request.finish_reason is not None:
+            attributes["gen_ai.response.finish_reasons"] = [request.finish_reason]
+        if request.error_type is not None:
+            attributes["error.type"] = request.error_type
         last = timeline.ended_at or time.monotonic()
         span = self._span(f"generate {self._model}", parent, timeline.received_at, last, attributes)
         self._span("route", span, timeline.received_at, timeline.started_at)
         if timeline.placed_at is not None:
             self._span("router queue", span, timeline.started_at, timeline.placed_at)
-        if timeline.placed_at is not None and timeline.engine is not None:
-            begun = timeline.placed_at + timeline.engine.queue_s
+        if timeline.placed_at is not None and timeline.engine_queue_s is not None:
+            begun = timeline.placed_at + timeline.engine_queue_s
             self._span("engine queue", span, timeline.placed_at, begun)
-            self._span("engine prefill", span, begun, begun + timeline.engine.prefill_s)
+            self._span("engine prefill", span, begun, begun + (timeline.engine_prefill_s or 0.0))
         if timeline.first_token_at is not None:
             self._span("engine decode", span, timeline.first_token_at, last)
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
-
+from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, DType, EngineKind
 from deployments.replica.emulated_engine import EmulatedEngine
 from llm.core.slot_pool import SlotPool
@@ -76,21 +75,6 @@ class Engine(Protocol):
     def stats(self) -> EngineStats:
         """State between two steps."""
         ...
-
-
-class EngineInfo(msgspec.Struct, frozen=True):
-    """What a router needs to know of the engines behind it, the same for every replica."""
-
-    model: str
-    max_seq_len: int
-    num_slots: int
-    page_size: int
-    max_step_tokens: int
-    """Tokens that a step computes at most."""
-    vocab_size: int
-    device: str
-    dtype: str
-    backend: str
 
 
 def num_cores() -> int:

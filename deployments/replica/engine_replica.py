@@ -1,4 +1,4 @@
-"""`EngineReplica`: the deployment around one engine. A plain class: it runs without Ray underneath."""
+"""`EngineReplica`: what one engine does for the routers. It runs without Ray underneath."""
 
 import gc
 import logging
@@ -6,15 +6,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from deployments.channel.messages import decode_address, decode_call, decode_embed_call, encode
+from deployments.channel.messages import EngineInfo, decode_address, decode_call, decode_embed_call, encode
 from deployments.config import AppConfig
-from deployments.fleet.autoscaling import STATS_POOL_USE, STATS_ROW_USE, STATS_WAITING_TOKENS
-from deployments.fleet.engine_use import replica_use
-from deployments.observe.engine_metrics import EngineMetrics
-from deployments.replica.engine_factory import Engine, EngineInfo, make_engine
+from deployments.replica.engine_factory import Engine, make_engine
 from deployments.replica.engine_loop import EngineLoop
 from llm.errors import ConfigError, EngineError
-from llm.serving.schemas import GenerationRequest
+from llm.serving.schemas import EngineStats, GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,10 +28,10 @@ class EngineReplica:
 
     Args:
         config: the application's configuration.
-        replica_id: name in replies and reports; None for the one that Ray Serve gives, and metrics in Ray's export.
+        replica_id: the name in replies and reports.
     """
 
-    def __init__(self, config: AppConfig, replica_id: str | None = None) -> None:
+    def __init__(self, config: AppConfig, replica_id: str) -> None:
         started = time.monotonic()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._stall_timeout_s = config.replicas.stall_timeout_s
@@ -44,8 +41,7 @@ class EngineReplica:
         # What has been made so far stays. A collection that went through all of it takes 180 ms: a gap in every stream.
         gc.collect()
         gc.freeze()
-        self.replica_id = replica_id or _serve_replica_id()
-        self._metrics = EngineMetrics(self._info.model, self.replica_id) if replica_id is None else None
+        self.replica_id = replica_id
         self._loop = EngineLoop(engine, self.replica_id)
         self._loop.start()
         logger.info(
@@ -77,14 +73,10 @@ class EngineReplica:
         oldest = time.monotonic() - _QUEUE_NEWS_LIFETIME_S
         return sum(num_tokens for num_tokens, told_at in self._queues.values() if told_at >= oldest)
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy decides by; Ray Serve asks twice a second."""
-        use = replica_use(self._loop.latest_stats, self.queued_tokens)
-        return {
-            STATS_WAITING_TOKENS: use.waiting_tokens,
-            STATS_ROW_USE: use.row_use,
-            STATS_POOL_USE: use.pool_use,
-        }
+    @property
+    def latest_stats(self) -> EngineStats:
+        """The engine's state when it last reported."""
+        return self._loop.latest_stats
 
     async def generate(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
         """Run a `GenerateCall` to its end and return the `GenerateReply`. Cancelling aborts it within a step."""
@@ -97,13 +89,11 @@ class EngineReplica:
         return encode(await self._loop.embed(decode_embed_call(call)))
 
     def check_health(self) -> None:
-        """Ray Serve calls this every second or so; a good time to bring Ray's metrics up to date.
+        """Say whether the engine is well; Ray Serve calls this every second or so.
 
         Raises:
             EngineError: the engine broke down, or hangs in a step.
         """
-        if self._metrics is not None:
-            self._metrics.update(self._loop.latest_stats)
         health = self._loop.health
         if health.failure is not None:
             raise EngineError(f"the engine broke down: {health.failure}")
@@ -143,10 +133,3 @@ def _warm_up(engine: Engine) -> None:
             for output in engine.step():
                 if output.error is not None:
                     raise EngineError(f"the engine failed while warming up: {output.error}")
-
-
-def _serve_replica_id() -> str:
-    from ray import serve
-
-    unique_id: str = serve.get_replica_context().replica_id.unique_id
-    return unique_id

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from deployments.channel.messages import EmbedCall, decode_embed_reply, encode
 from deployments.errors import ReplicaLostError
+from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.fleet import Fleet
-from deployments.serve.engine_client import EngineClient
 from llm.errors import EngineError, InvalidRequestError
 
 _AT_ONCE = 16

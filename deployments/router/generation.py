@@ -1,77 +1,96 @@
-"""One request on its way through the engines, and the group of those that answer one HTTP request."""
+"""One request on its way through the engines."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from deployments.channel.messages import End, EngineTiming, GenerateCall, GenerateReply, TokenItem, decode_reply, encode
+from deployments.channel.messages import (
+    ChannelAddress,
+    End,
+    EngineTiming,
+    GenerateCall,
+    GenerateReply,
+    TokenItem,
+    decode_reply,
+    encode,
+)
 from deployments.errors import DeadlineError, ReplicaLostError
-from deployments.router.accounts import Account
+from deployments.fleet.engine_client import EngineClient, is_being_cancelled
+from deployments.observe.finished_request import FinishedRequest, Timeline
+from deployments.router.caller import Caller
 from deployments.router.waiting import Ticket
-from deployments.serve.engine_client import is_being_cancelled
 from llm.errors import EngineError, InvalidRequestError, LLMError
 from llm.serving.schemas import FinishReason, GenerationRequest, TokenLogprobs
-
-if TYPE_CHECKING:
-    from opentelemetry.trace import Span
-
-    from deployments.router.journal import GenerationGroup, Journal
 
 logger = logging.getLogger("ray.serve")
 
 _RESUME_DELAY_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks, and how urgently.
+class Siblings(Protocol):
+    """The generations that answer the same HTTP request, as one of them sees the group."""
 
-    Attributes:
-        tenant: whose share the request counts on; "" where there are no keys.
-        priority: lower goes first.
-        timeout_s: how long the client waits for the whole answer; None for as long as it takes.
-        received_at: when the HTTP request came, by the monotonic clock; None for now.
-        account: where its tokens are counted; None where there are no keys.
-        span: the HTTP request's in its trace; None where there are no traces.
-        request_id: the HTTP request's `X-Request-ID`, for the log.
-    """
+    @property
+    def caller(self) -> Caller:
+        """Who sent the HTTP request."""
+        ...
 
-    tenant: str = ""
-    priority: int = 0
-    timeout_s: float | None = None
-    received_at: float | None = None
-    account: Account | None = None
-    span: "Span | None" = None
-    request_id: str = ""
+    def wake_up(self, generation: "Generation") -> None:
+        """Tell the group's reader that a generation has news."""
+        ...
+
+    def shares_prompt(self, generation: "Generation") -> bool:
+        """Whether the generation waits for another one's prompt."""
+        ...
+
+    async def wait_for_shared_prompt(self, generation: "Generation") -> None:
+        """Wait until the generation's prompt has been prefilled, if another one sees to that."""
+        ...
+
+    def note_begun(self, generation: "Generation") -> None:
+        """The generation has its first token, or never will."""
+        ...
+
+    def block_hashes(self, generation: "Generation") -> Sequence[int]:
+        """What the replicas' reports call the full pages of the generation's prompt."""
+        ...
 
 
-@dataclass(slots=True)
-class Timeline:
-    """When things happened to a request, by the monotonic clock, and how long the engine took; None for not yet."""
+class Placement(Protocol):
+    """How a generation gets to the engine replicas."""
 
-    received_at: float
-    started_at: float
-    """Parsed, tokenised and admitted."""
-    placed_at: float | None = None
-    """Sent to a replica, the first time."""
-    first_token_at: float | None = None
-    ended_at: float | None = None
-    engine: EngineTiming | None = None
+    @property
+    def client(self) -> EngineClient:
+        """Calls the replicas."""
+        ...
 
-    def phases_ms(self) -> dict[str, float]:
-        """Milliseconds in each phase that is over: route, queue, prefill, relay, decode."""
-        phases = {"route": self.started_at - self.received_at}
-        if self.placed_at is not None and self.first_token_at is not None:
-            engine = self.engine or EngineTiming(0.0, self.first_token_at - self.placed_at)
-            phases["queue"] = self.placed_at - self.started_at + engine.queue_s
-            phases["prefill"] = engine.prefill_s
-            phases["relay"] = max(0.0, self.first_token_at - self.placed_at - engine.queue_s - engine.prefill_s)
-            if self.ended_at is not None:
-                phases["decode"] = self.ended_at - self.first_token_at
-        return {name: round(1000 * seconds, 3) for name, seconds in phases.items()}
+    @property
+    def channel(self) -> ChannelAddress | None:
+        """Where tokens come in; None to live on replies alone."""
+        ...
+
+    @property
+    def max_resumes(self) -> int:
+        """How often a request may go on elsewhere after a failure."""
+        ...
+
+    def claim(self, generation: "Generation") -> Ticket:
+        """Begin an attempt: a number for its tokens, and a place among those that wait for a replica."""
+        ...
+
+    def release(self, generation: "Generation", ticket: Ticket) -> None:
+        """End an attempt."""
+        ...
+
+    def note_move(self, replica_id: str | None, *, is_failure: bool) -> None:
+        """A stream of this replica goes on elsewhere."""
+        ...
+
+    def note_over(self, generation: "Generation") -> None:
+        """The generation is over, in whatever way."""
+        ...
 
 
 class Generation:
@@ -91,7 +110,7 @@ class Generation:
         timeline: when things happened.
     """
 
-    def __init__(self, group: "GenerationGroup", index: int, request: GenerationRequest) -> None:
+    def __init__(self, group: Siblings, index: int, request: GenerationRequest) -> None:
         self.group = group
         self.index = index
         self.request = request
@@ -115,12 +134,12 @@ class Generation:
         """Whether nothing more will come."""
         return self.end is not None or self.error is not None
 
-    def start(self, journal: "Journal") -> None:
+    def start(self, placement: Placement) -> None:
         """Send it to a replica, once one has room."""
         if not self.group.shares_prompt(self):
-            self._ticket = journal.claim(self)  # now, so that what is admitted next counts it
-        self._task = asyncio.get_running_loop().create_task(self._drive(journal))
-        self._task.add_done_callback(lambda _: self._end(journal))
+            self._ticket = placement.claim(self)  # now, so that what is admitted next counts it
+        self._task = asyncio.get_running_loop().create_task(self._drive(placement))
+        self._task.add_done_callback(lambda _: self._end(placement))
 
     def cancel(self) -> None:
         """Give it up; the engine drops it within a step. No effect on one that is over."""
@@ -138,6 +157,22 @@ class Generation:
         if self._call is not None and not self.is_over:
             self._is_leaving = True
             self._call.cancel()
+
+    def finished(self) -> FinishedRequest:
+        """What metrics, traces and the log are told of it once it is over."""
+        caller = self.group.caller
+        return FinishedRequest(
+            http_request_id=caller.request_id,
+            generation_id=self.request.request_id,
+            tenant=caller.tenant,
+            finish_reason=str(self.end.reason) if self.end is not None else None,
+            error_type=type(self.error).__name__ if self.error is not None else None,
+            num_prompt_tokens=len(self.request.prompt_token_ids or ()),
+            num_output_tokens=len(self.token_ids),
+            num_moves=self.num_resumes,
+            timeline=self.timeline,
+            span=caller.span,
+        )
 
     def take_item(self, item: TokenItem, replica_id: str) -> None:
         """Add what the token channel brought. After a gap only the reply can fill, later items are left out."""
@@ -167,39 +202,39 @@ class Generation:
         """The group's reader has this generation in hand; later news is announced again."""
         self._is_announced = False
 
-    async def _drive(self, journal: "Journal") -> None:
+    async def _drive(self, placement: Placement) -> None:
         """Call replicas until the request is over."""
         try:
             await self.group.wait_for_shared_prompt(self)
             while not self.is_over:
-                await self._attempt(journal)
+                await self._attempt(placement)
         except LLMError as error:
             self._fail(error)
         except Exception as error:
             logger.exception("request %s failed", self.request.request_id)
             self._fail(EngineError(f"the request failed ({type(error).__name__})"))
 
-    async def _attempt(self, journal: "Journal") -> None:
+    async def _attempt(self, placement: Placement) -> None:
         """One call to one replica. Returns with the request over, or ready to go on elsewhere."""
         if self._ticket is None:
-            self._ticket = journal.claim(self)
+            self._ticket = placement.claim(self)
         try:
             ranking = await self._ticket.ranking
             self.replica_id = ranking[0]
             if self.timeline.placed_at is None:
                 self.timeline.placed_at = time.monotonic()
-            failure = await self._run_on(journal, self._ticket.stream_id, ranking)
+            failure = await self._run_on(placement, self._ticket.stream_id, ranking)
         finally:
             last_replica_id, self.replica_id = self.replica_id, None
-            self._release(journal)
+            self._release(placement)
         if failure is not None and not self.is_over:
-            await self._prepare_resume(journal, last_replica_id, failure)
+            await self._prepare_resume(placement, last_replica_id, failure)
 
-    async def _run_on(self, journal: "Journal", stream_id: int, ranking: Sequence[str]) -> str | None:
+    async def _run_on(self, placement: Placement, stream_id: int, ranking: Sequence[str]) -> str | None:
         """Run on the first replica that takes it; returns why the request has to go on elsewhere, if it has to."""
-        call = encode(GenerateCall.of(self._remaining_request(), stream_id, journal.channel))
+        call = encode(GenerateCall.of(self._remaining_request(), stream_id, placement.channel))
         self._is_leaving = False
-        self._call = asyncio.ensure_future(journal.client.generate(call, ranking))
+        self._call = asyncio.ensure_future(placement.client.generate(call, ranking))
         try:
             reply = decode_reply(await self._call)
         except ReplicaLostError as error:
@@ -215,7 +250,7 @@ class Generation:
         self._absorb(reply)
         return reply.failure
 
-    async def _prepare_resume(self, journal: "Journal", replica_id: str | None, failure: str) -> None:
+    async def _prepare_resume(self, placement: Placement, replica_id: str | None, failure: str) -> None:
         """Get ready to go on elsewhere.
 
         Raises:
@@ -225,14 +260,10 @@ class Generation:
             self._finish(End(FinishReason.LENGTH))
             self.announce()
             return
-        if self._is_leaving:
-            journal.num_moves += 1
-        elif self.num_resumes >= journal.max_resumes:
+        if not self._is_leaving and self.num_resumes >= placement.max_resumes:
             raise EngineError("the engine replica was lost and the request could not be resumed")
-        else:
-            journal.num_resumes += 1
         self.num_resumes += 1
-        journal.on_move(replica_id)
+        placement.note_move(replica_id, is_failure=not self._is_leaving)
         logger.warning(
             "request %s goes on elsewhere behind %d tokens: %s",
             self.request.request_id, len(self.token_ids), failure,
@@ -240,10 +271,10 @@ class Generation:
         if not self._is_leaving:
             await asyncio.sleep(_RESUME_DELAY_S * self.num_resumes)
 
-    def _end(self, journal: "Journal") -> None:
-        self._release(journal)
+    def _end(self, placement: Placement) -> None:
+        self._release(placement)
         self._charge()
-        journal.on_over(self)
+        placement.note_over(self)
         # Group and generations refer to each other. Left so, prompts and tokens would wait for the garbage collector.
         self._task = None
         del self.group
@@ -255,10 +286,10 @@ class Generation:
             account.charge(len(self.token_ids) - self._num_charged)
             self._num_charged = len(self.token_ids)
 
-    def _release(self, journal: "Journal") -> None:
+    def _release(self, placement: Placement) -> None:
         """Give up what was claimed for the present attempt."""
         if self._ticket is not None:
-            journal.release(self._ticket)
+            placement.release(self, self._ticket)
             self._ticket = None
 
     def _remaining_request(self) -> GenerationRequest:
@@ -283,7 +314,8 @@ class Generation:
 
     def _note_first_token(self, timing: EngineTiming | None) -> None:
         self.timeline.first_token_at = time.monotonic()
-        self.timeline.engine = timing
+        if timing is not None:
+            self.timeline.engine_queue_s, self.timeline.engine_prefill_s = timing.queue_s, timing.prefill_s
         self.group.note_begun(self)
 
     def _finish(self, end: End | None) -> None:

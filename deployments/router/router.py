@@ -9,25 +9,27 @@ from dataclasses import asdict
 from typing import Any
 
 from deployments.api.errors import not_ready
+from deployments.channel.messages import EngineInfo
 from deployments.channel.token_channel import TokenListener
 from deployments.chat.encoder import PromptEncoder
 from deployments.chat.model_format import find_format
 from deployments.config import AppConfig, LiveConfig
 from deployments.errors import ReplicaLostError
 from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
+from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.engine_use import replica_use, targets_of
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import make_policy
 from deployments.fleet.watch import FleetWatch
+from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.metrics import RouterMetrics
 from deployments.observe.request_log import log_request
 from deployments.observe.tracing import RequestTracer
-from deployments.replica.engine_factory import EngineInfo
+from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.embeddings import embed_all
-from deployments.router.generation import Caller, Generation
-from deployments.router.journal import GenerationGroup, Journal
-from deployments.serve.engine_client import EngineClient
+from deployments.router.group import GenerationGroup
+from deployments.router.journal import Journal
 from llm.errors import LLMError
 from llm.models.registry import load_generation_defaults, resolve_model_path
 from llm.serving.grammar import GrammarCompiler
@@ -85,7 +87,7 @@ class Router:
             max_resumes=config.router.max_resumes,
             on_over=self._request_over,
         )
-        self._watch = FleetWatch(client, self.fleet, self.dispatcher, self.journal, channel, config.router)
+        self._watch = FleetWatch(client, self.fleet, _Work(self.dispatcher, self.journal), channel, config.router)
         self.journal.on_move = self._watch.note_move
         self._learning = asyncio.get_running_loop().create_task(self._learn())
 
@@ -225,14 +227,48 @@ class Router:
             self.dispatcher.learn_step_tokens(info.max_step_tokens)
             self.info = info
 
-    def _request_over(self, generation: Generation) -> None:
-        self.metrics.request_over(generation)
-        log_request(generation)
+    def _request_over(self, request: FinishedRequest) -> None:
+        self.metrics.request_over(request)
+        log_request(request)
         if self.tracer is not None:
-            self.tracer.request_over(generation)
+            self.tracer.request_over(request)
 
     def _take_items(self, replica_id: str, items: list[Any]) -> None:
         self.journal.take_items(replica_id, items)
 
     def _take_report(self, report: Any) -> None:
         self._watch.take_report(report)
+
+
+class _Work:
+    """The requests of a router, as its `FleetWatch` sees them."""
+
+    def __init__(self, dispatcher: Dispatcher, journal: Journal) -> None:
+        self._dispatcher = dispatcher
+        self._journal = journal
+
+    @property
+    def num_waiting(self) -> int:
+        """See `Work`."""
+        return self._dispatcher.num_waiting
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """See `Work`."""
+        return self._dispatcher.num_waiting_tokens
+
+    def fleet_changed(self) -> None:
+        """See `Work`."""
+        self._dispatcher.pump()
+
+    def tick(self) -> None:
+        """See `Work`."""
+        self._dispatcher.tick()
+
+    def is_on(self, replica_id: str) -> bool:
+        """See `Work`."""
+        return any(True for _ in self._journal.on_replica(replica_id))
+
+    def move_streams(self, replica_id: str, why: str) -> None:
+        """See `Work`."""
+        self._journal.move_streams(replica_id, why)

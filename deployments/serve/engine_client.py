@@ -1,66 +1,14 @@
-"""How a router reaches the engine replicas."""
+"""Calls to engine replicas through Ray Serve."""
 
 import asyncio
 import contextvars
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
-
-from deployments.channel.messages import ChannelAddress, encode
+from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.errors import ReplicaLostError
-from deployments.replica.engine_factory import EngineInfo
+from deployments.fleet.engine_client import is_being_cancelled
 from deployments.serve.replica_list import watch_replicas
-
-_info_decoder = msgspec.msgpack.Decoder(EngineInfo)
-
-
-class EngineClient(Protocol):
-    """Calls to engine replicas, each to the first of a ranking of replica ids that is there; to any, if none is."""
-
-    def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
-        """Tell the ids of the running replicas whenever these change, on the event loop of the caller."""
-        ...
-
-    async def describe(self) -> EngineInfo:
-        """What the replicas have in common; waits until there is one.
-
-        Raises:
-            ReplicaLostError: try again.
-        """
-        ...
-
-    async def attach(self, replica_id: str, channel: ChannelAddress) -> None:
-        """Have a replica report its state to this channel.
-
-        Raises:
-            ReplicaLostError: it is gone.
-        """
-        ...
-
-    async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
-        """Tell a replica how many tokens this router holds back, for its autoscaling statistics.
-
-        Raises:
-            ReplicaLostError: it is gone.
-        """
-        ...
-
-    async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
-        """Run an encoded `GenerateCall` on a replica and return the encoded reply. Cancelling aborts it there.
-
-        Raises:
-            ReplicaLostError: the replica is gone.
-        """
-        ...
-
-    async def embed(self, call: bytes, ranking: Sequence[str]) -> bytes:
-        """Run an encoded `EmbedCall` on a replica and return the encoded reply.
-
-        Raises:
-            ReplicaLostError: the replica is gone.
-        """
-        ...
 
 
 class ServeEngineClient:
@@ -90,7 +38,7 @@ class ServeEngineClient:
 
     async def describe(self) -> EngineInfo:
         """See `EngineClient`."""
-        return _info_decoder.decode(await self._call(self._describe))
+        return decode_info(await self._call(self._describe))
 
     async def attach(self, replica_id: str, channel: ChannelAddress) -> None:
         """See `EngineClient`."""
@@ -127,13 +75,3 @@ class ServeEngineClient:
             raise
         except (RayActorError, grpc.RpcError) as error:
             raise ReplicaLostError(f"the replica is gone ({type(error).__name__})") from error
-
-
-def is_being_cancelled() -> bool:
-    """Whether it is the current task that somebody has cancelled, and not only what it waits for.
-
-    To be asked in an `except`: with the task in a variable there, frame, task and exception would refer to each other,
-    and wait for the garbage collector.
-    """
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -9,7 +9,7 @@ from deployments.api.sse import DONE, ChunkWriter, event
 from deployments.chat.choices import Choice, chat_logprobs, completion_logprobs
 from deployments.chat.message import Message, delta_of
 from deployments.chat.parsers import OutputEvent, OutputParser, PlainParser, TextDelta, ToolCallStart
-from deployments.router.journal import GenerationGroup
+from deployments.router.group import GenerationGroup
 from llm.serving.schemas import TokenLogprobs
 from llm.tokenization.tokenizer import Tokenizer
 

@@ -9,10 +9,9 @@ import msgspec
 import pytest
 
 from deployments.api.routes import create_api
-from deployments.channel.messages import ChannelAddress, encode
+from deployments.channel.messages import ChannelAddress, EngineInfo, encode
 from deployments.config import AppConfig
 from deployments.errors import ReplicaLostError
-from deployments.replica.engine_factory import EngineInfo
 from deployments.replica.engine_replica import EngineReplica
 from deployments.router.keys import ApiKey
 from deployments.router.router import Router

@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ray._common.formatters import JSONFormatter
 
 from deployments.config import AppConfig
-from deployments.router.generation import Generation
+from deployments.observe.finished_request import FinishedRequest
 
 PROMPT = "a secret question"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -105,10 +105,10 @@ async def test_a_generation_may_be_over_after_its_http_request(
     assert tracer is not None
     request_over = tracer.request_over
 
-    def late(generation: Generation) -> None:
-        assert generation.group.caller.span is not None
-        generation.group.caller.span.end()
-        request_over(generation)
+    def late(request: FinishedRequest) -> None:
+        assert request.span is not None
+        request.span.end()
+        request_over(request)
 
     monkeypatch.setattr(tracer, "request_over", late)
     await ask(service)

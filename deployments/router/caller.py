@@ -1,0 +1,32 @@
+"""Who asks: what the router needs to know of the sender of an HTTP request."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deployments.router.accounts import Account
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and how urgently.
+
+    Attributes:
+        tenant: whose share the request counts on; "" where there are no keys.
+        priority: lower goes first.
+        timeout_s: how long the client waits for the whole answer; None for as long as it takes.
+        received_at: when the HTTP request came, by the monotonic clock; None for now.
+        account: where its tokens are counted; None where there are no keys.
+        span: the HTTP request's in its trace; None where there are no traces.
+        request_id: the HTTP request's `X-Request-ID`, for the log.
+    """
+
+    tenant: str = ""
+    priority: int = 0
+    timeout_s: float | None = None
+    received_at: float | None = None
+    account: Account | None = None
+    span: "Span | None" = None
+    request_id: str = ""
