@@ -1,8 +1,6 @@
 """`EngineReplica`: what one engine does for the routers. It runs without Ray underneath."""
 
-import gc
 import logging
-import sys
 import time
 from collections.abc import Sequence
 
@@ -16,9 +14,6 @@ from llm.serving.schemas import EngineStats, GenerationRequest
 logger = logging.getLogger("ray.serve")
 
 _QUEUE_NEWS_LIFETIME_S = 2.0
-_SWITCH_INTERVAL_S = 0.0002
-"""Between Python threads, instead of 5 ms. The engine's lets go of the interpreter in each of a step's many calls into
-PyTorch, and while Serve's thread takes in a burst of requests it would wait so long each time to get it back."""
 _WARM_UP_PROMPT_TOKENS = 24
 _WARM_UP_NEW_TOKENS = 4
 
@@ -33,14 +28,10 @@ class EngineReplica:
 
     def __init__(self, config: AppConfig, replica_id: str) -> None:
         started = time.monotonic()
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._stall_timeout_s = config.replicas.stall_timeout_s
         self._queues: dict[str, tuple[int, float]] = {}
         engine, self._info = make_engine(config)
         _warm_up(engine)
-        # What has been made so far stays. A collection that went through all of it takes 180 ms: a gap in every stream.
-        gc.collect()
-        gc.freeze()
         self.replica_id = replica_id
         self._loop = EngineLoop(engine, self.replica_id)
         self._loop.start()

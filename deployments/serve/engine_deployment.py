@@ -1,5 +1,8 @@
 """`ServeEngineReplica`: the engine replica as Ray Serve starts it, asks for statistics and checks."""
 
+import gc
+import sys
+
 from ray import serve
 
 from deployments.config import AppConfig
@@ -8,16 +11,24 @@ from deployments.fleet.engine_use import replica_use
 from deployments.observe.engine_metrics import EngineMetrics
 from deployments.replica.engine_replica import EngineReplica
 
+_SWITCH_INTERVAL_S = 0.0002
+"""Between Python threads, instead of 5 ms. The engine's lets go of the interpreter in each of a step's many calls into
+PyTorch, and while Serve's thread takes in a burst of requests it would wait so long each time to get it back."""
+
 
 class ServeEngineReplica(EngineReplica):
-    """An `EngineReplica` under the id that Ray Serve gave it, with metrics in Ray's own export.
+    """An `EngineReplica` that owns its process, under the id that Ray Serve gave it, with metrics in Ray's own export.
 
     Args:
         config: the application's configuration.
     """
 
     def __init__(self, config: AppConfig) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         super().__init__(config, serve.get_replica_context().replica_id.unique_id)
+        # What has been made so far stays. A collection that went through all of it takes 180 ms: a gap in every stream.
+        gc.collect()
+        gc.freeze()
         self._metrics = EngineMetrics(self.info.model, self.replica_id)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
