@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from starlette._utils import get_route_path  # the path that Starlette's routes look at
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api.error_answers import answer_to
-from deployments.api.errors import APIError
+from deployments.api.errors import answer_to
+from deployments.chat.errors import APIError
 from deployments.router.accounts import Account, Refusal, open_accounts
 from deployments.router.keys import ApiKey
 

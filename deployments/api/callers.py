@@ -4,7 +4,7 @@ import math
 
 from starlette.requests import Request
 
-from deployments.api.errors import invalid
+from deployments.chat.errors import invalid
 from deployments.router.caller import Caller
 
 TIMEOUT_HEADER = "X-Request-Timeout"

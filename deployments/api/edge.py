@@ -9,9 +9,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api.error_answers import answer_to
-from deployments.api.errors import APIError, internal, of_validation, too_many_open
+from deployments.api.errors import answer_to, too_many_open
 from deployments.api.sse import ClientLeftError
+from deployments.chat.errors import APIError, internal, of_validation
 from deployments.config import LimitsConfig
 
 logger = logging.getLogger("ray.serve")

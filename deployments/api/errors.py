@@ -1,23 +1,16 @@
-"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`, nothing else."""
+"""Errors on the wire: OpenAI's `{"error": {"message", "type", "param", "code"}}`, or Anthropic's on its own paths."""
 
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from deployments.errors import DeadlineError, NoReplicaError, OverloadedError
-from llm.errors import EngineError, InvalidRequestError, LLMError
+from deployments.api.anthropic import errors as anthropic_errors
+from deployments.chat.errors import INVALID_REQUEST, SERVER_ERROR, APIError
 
-INVALID_REQUEST = "invalid_request_error"
-SERVER_ERROR = "server_error"
-
-_MAX_MESSAGE_CHARS = 500
+_MESSAGES_PATH = "/v1/messages"
 
 
 class ErrorDetail(BaseModel):
@@ -38,59 +31,21 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-class APIError(Exception):
-    """An error with its place in HTTP."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        type: str = INVALID_REQUEST,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message if len(message) <= _MAX_MESSAGE_CHARS else message[:_MAX_MESSAGE_CHARS] + "…"
-        self.type = type
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    def body(self) -> bytes:
-        """The JSON object."""
-        return msgspec.json.encode(
-            {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-        )
-
-    def response(self) -> Response:
-        """The HTTP answer."""
-        return Response(self.body(), self.status, self.headers, media_type="application/json")
+def error_body(error: APIError) -> bytes:
+    """The JSON object that OpenAI's clients expect."""
+    detail = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return msgspec.json.encode({"error": detail})
 
 
-def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
-    """A request that is wrong in itself."""
-    return APIError(400, message, param=param, code=code)
-
-
-def unsupported(param: str, what: str | None = None) -> APIError:
-    """A field of OpenAI's API that this server does not have."""
-    return APIError(400, f"{what or param} is not supported by this server", param=param, code="unsupported_parameter")
+def answer_to(scope: Mapping[str, Any], error: APIError) -> Response:
+    """The HTTP answer that tells the client of this request what is wrong, in the words of the API that it asked."""
+    body = anthropic_errors.error_body(error) if _MESSAGES_PATH in scope["path"] else error_body(error)
+    return Response(body, error.status, error.headers, media_type="application/json")
 
 
 def model_not_found(name: str) -> APIError:
     """The request names another model."""
     return APIError(404, f"The model {name[:100]!r} does not exist", param="model", code="model_not_found")
-
-
-def not_ready() -> APIError:
-    """No engine has reported yet."""
-    return APIError(
-        503, "The model is still loading; try again in a few seconds", type=SERVER_ERROR, code="model_loading",
-        headers={"Retry-After": "5"},
-    )  # fmt: skip
 
 
 def too_many_open() -> APIError:
@@ -101,98 +56,6 @@ def too_many_open() -> APIError:
     )  # fmt: skip
 
 
-def of_engine(error: LLMError) -> APIError:
-    """What an engine's or tokenizer's error is to a client."""
-    if isinstance(error, InvalidRequestError):
-        return invalid(str(error), error.param, error.code)
-    if isinstance(error, OverloadedError):
-        return APIError(
-            429, str(error), type="rate_limit_error", code="rate_limit_exceeded",
-            headers={"Retry-After": str(math.ceil(error.retry_after_s))},
-        )  # fmt: skip
-    if isinstance(error, NoReplicaError):
-        return APIError(503, str(error), type=SERVER_ERROR, code="no_replica", headers={"Retry-After": "10"})
-    if isinstance(error, DeadlineError):
-        return APIError(504, str(error), type=SERVER_ERROR, code="deadline_exceeded")
-    if isinstance(error, EngineError):
-        return APIError(500, str(error), type=SERVER_ERROR, code="engine_error")
-    return APIError(500, "The server failed to answer this request", type=SERVER_ERROR)
-
-
-@contextmanager
-def in_words_of(fields: Mapping[str, str]) -> Iterator[None]:
-    """What is wrong with a chat made of another API's request, told with that API's names of fields.
-
-    Args:
-        fields: from patterns of a chat's field, such as `messages.*`, to what the other API has in their place.
-
-    Raises:
-        APIError: the body of the `with` raised it, or an `InvalidRequestError`.
-    """
-    try:
-        yield
-    except (APIError, InvalidRequestError) as raised:
-        error = of_engine(raised) if isinstance(raised, InvalidRequestError) else raised
-        old = error.param
-        for pattern, replacement in fields.items():
-            if old is not None and re.fullmatch(pattern, old):
-                error.param = re.sub(f"^{pattern}$", replacement, old)
-                error.message = error.message.replace(old, error.param)
-                break
-        raise error from None
-
-
-def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
-    """The first thing that a body got wrong, without repeating the body."""
-    first = _first_of(error.errors(include_url=False, include_input=False, include_context=True))
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, APIError):
-        return cause
-    if first["type"] == "json_invalid":
-        return invalid(f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    if first["type"] == "model_type":
-        return invalid("The body must be a JSON object")
-    param = _param(first["loc"])
-    if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])[:80]
-        hint = _nearest(key, model, first["loc"])
-        return invalid(f"Unknown field {key!r}{hint}", param[:80] if param else None, "unknown_parameter")
-    if first["type"] == "missing":
-        return invalid(f"Missing required field {param!r}", param, "missing_required_parameter")
-    message = first["msg"].removeprefix("Value error, ")
-    return invalid(f"{param}: {message}" if param else message, param)
-
-
-def _first_of(found: list[ErrorDetails]) -> ErrorDetails:
-    """The first error; where a value may have several forms, of the form that fits it best."""
-    *place, form = found[0]["loc"] or ("",)
-    if form not in _TYPE_NAMES:
-        return found[0]
-    same = [error for error in found if error["loc"][: len(place)] == tuple(place)]
-    return max(same, key=lambda error: len(error["loc"]))
-
-
-def _nearest(key: str, model: type[BaseModel], loc: Sequence[int | str]) -> str:
-    near = get_close_matches(key, model.model_fields, n=1) if len(loc) == 1 else []
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _param(loc: Sequence[int | str]) -> str | None:
-    """`messages[0].content` for pydantic's `("messages", 0, "content", "str")`."""
-    name = ""
-    for part in loc:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif part in _TYPE_NAMES or "[" in part or "(" in part:
-            continue
-        else:
-            name += f".{part}" if name else part
-    return name or None
-
-
-_TYPE_NAMES = frozenset({"str", "int", "float", "bool", "none", "dict", "list", "[key]"})
-
-
 def unknown_route() -> APIError:
     """Nothing is served at this path."""
     return APIError(404, "There is no such route", code="unknown_route")
@@ -201,8 +64,3 @@ def unknown_route() -> APIError:
 def wrong_method(headers: Mapping[str, str] | None) -> APIError:
     """The path is served, the method is not."""
     return APIError(405, "This route does not take this method", code="method_not_allowed", headers=headers)
-
-
-def internal() -> APIError:
-    """Something that should not happen."""
-    return APIError(500, "The server failed to answer this request", type=SERVER_ERROR, code="internal_error")

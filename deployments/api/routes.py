@@ -8,13 +8,12 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from deployments.api import errors
 from deployments.api.anthropic.message_builder import MessageBuilder
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from deployments.api.auth import KeyGuard
 from deployments.api.callers import caller_of, timing_header
 from deployments.api.edge import Edge, parse_body
-from deployments.api.error_answers import answer_to
+from deployments.api.errors import answer_to, model_not_found, unknown_route, wrong_method
 from deployments.api.openai.answers import Answer
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
 from deployments.api.openai.response_builder import ResponseBuilder
@@ -37,6 +36,8 @@ from deployments.api.openai.responses import (
 from deployments.api.pages import page
 from deployments.api.route_table import Route, describe
 from deployments.api.sse import EventStream, encode_json, event, until_disconnect
+from deployments.api.tracing import TraceRequests
+from deployments.chat.errors import APIError, in_words_of, not_ready, of_engine
 from deployments.chat.requests import (
     ChatRequest,
     CompletionRequest,
@@ -45,7 +46,6 @@ from deployments.chat.requests import (
 )
 from deployments.chat.turn import Turn
 from deployments.observe.metrics import CONTENT_TYPE
-from deployments.observe.tracing import TraceRequests
 from deployments.router.keys import ApiKey
 from deployments.router.router import Router
 from deployments.version import __version__
@@ -71,7 +71,7 @@ def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
             description=route.handler.__doc__, openapi_extra=route.operation(), response_class=Response,
         )  # fmt: skip
     api.openapi = lambda: describe(api, table)  # type: ignore[method-assign]
-    api.add_exception_handler(errors.APIError, _on_api_error)
+    api.add_exception_handler(APIError, _on_api_error)
     api.add_exception_handler(LLMError, _on_llm_error)
     api.add_exception_handler(HTTPException, _on_http_error)
     # The last one added is the outermost.
@@ -187,14 +187,14 @@ class Endpoints:
         """Count the tokens that a message's prompt would have."""
         body = await parse_body(request, CountTokensRequest, self._limits)
         self._check_model(body.model)
-        with errors.in_words_of(body.FIELDS):
+        with in_words_of(body.FIELDS):
             ids = await self._router.encoder.prompt_ids(body.to_chat())
         return _json({"input_tokens": len(ids)})
 
     async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest) -> Turn:
         """Begin to answer what is a chat in another API's words."""
         self._check_model(body.model)
-        with errors.in_words_of(body.FIELDS):
+        with in_words_of(body.FIELDS):
             chat = body.to_chat()
             encoded = await self._router.encoder.chat(chat)
         group = self._router.start(encoded.requests, caller_of(request, chat.priority))
@@ -248,7 +248,7 @@ class Endpoints:
     async def ready(self, _: Request) -> Response:
         """Answer 200 once an engine is loaded, 503 before."""
         if not self._router.is_ready:
-            raise errors.not_ready()
+            raise not_ready()
         return _json({"status": "ready"})
 
     async def version(self, _: Request) -> Response:
@@ -282,7 +282,7 @@ class Endpoints:
 
     def _check_model(self, name: str) -> None:
         if name != self._model:
-            raise errors.model_not_found(name)
+            raise model_not_found(name)
 
     def _model_object(self) -> dict[str, Any]:
         info = self._router.info
@@ -322,18 +322,18 @@ def _json(value: Any) -> Response:
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, errors.APIError), "registered for it"
+    assert isinstance(error, APIError), "registered for it"
     return answer_to(request.scope, error)
 
 
 async def _on_llm_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LLMError), "registered for it"
-    return answer_to(request.scope, errors.of_engine(error))
+    return answer_to(request.scope, of_engine(error))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """What Starlette itself refuses."""
     assert isinstance(error, HTTPException), "registered for it"
-    known = {404: errors.unknown_route(), 405: errors.wrong_method(error.headers)}
-    other = errors.APIError(error.status_code, str(error.detail), headers=error.headers)
+    known = {404: unknown_route(), 405: wrong_method(error.headers)}
+    other = APIError(error.status_code, str(error.detail), headers=error.headers)
     return answer_to(request.scope, known.get(error.status_code, other))

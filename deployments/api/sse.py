@@ -14,7 +14,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deployments.api.errors import internal
+from deployments.api.errors import error_body
+from deployments.chat.errors import internal
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,7 +73,7 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception:  # too late for an HTTP error, but a stream is never just cut
             logger.exception("a stream failed")
-            body = b"data: " + internal().body() + b"\n\n" + DONE
+            body = b"data: " + error_body(internal()) + b"\n\n" + DONE
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.api.errors import SERVER_ERROR, APIError, of_engine
+from deployments.chat.errors import SERVER_ERROR, APIError, of_engine
 from deployments.router.generation import Generation
 from llm.serving.schemas import FinishReason, TokenLogprobs
 from llm.tokenization.text_stream import TextStream

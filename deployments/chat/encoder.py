@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from deployments.api.errors import APIError, invalid
 from deployments.channel.messages import EngineInfo
+from deployments.chat.errors import APIError, invalid
 from deployments.chat.messages import ChatMessage
 from deployments.chat.model_format import ModelFormat, opens_reasoning
-from deployments.chat.parsers import OutputParser, make_parser
+from deployments.chat.output import OutputParser
+from deployments.chat.parsers import make_parser
 from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFields
 from deployments.chat.structured import grammar_error, grammar_of
 from deployments.chat.tools import forced_grammar

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.chat.parsers import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
+from deployments.chat.output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from deployments.api.errors import invalid
+from deployments.chat.errors import invalid
 from deployments.chat.tools import ToolCall
 from deployments.chat.wire_model import WireModel
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from deployments.api.errors import invalid, unsupported
+from deployments.chat.errors import invalid, unsupported
 from deployments.chat.messages import ChatMessage, check_messages
 from deployments.chat.structured import StructuredFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, check_tools

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deployments.api.errors import APIError, invalid
+from deployments.chat.errors import APIError, invalid
 from deployments.chat.wire_model import WireModel
 from llm.errors import InvalidRequestError
 from llm.serving.schemas import Grammar, GrammarKind

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 
 from deployments.chat.choices import Choice
-from deployments.chat.parsers import OutputEvent, OutputParser
+from deployments.chat.output import OutputEvent, OutputParser
 from deployments.router.group import GenerationGroup
 from llm.tokenization.tokenizer import Tokenizer
 

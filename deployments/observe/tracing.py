@@ -6,9 +6,8 @@ never in them.
 """
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import TracingConfig
 from deployments.observe.finished_request import FinishedRequest
@@ -53,8 +52,8 @@ class RequestTracer:
         self._tracer = self._provider.get_tracer("rayline")
         self._epoch_ns = time.time_ns() - time.monotonic_ns()
 
-    def begin(self, scope: Scope) -> "Span":
-        """Open the span of an HTTP request, in the trace that its `traceparent` header names, if there is one."""
+    def begin(self, scope: Mapping[str, Any]) -> "Span":
+        """Open the span of an HTTP request (its ASGI scope), in the trace that its `traceparent` names, if any."""
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -116,34 +115,3 @@ class RequestTracer:
     def close(self) -> None:
         """Send what is left."""
         self._provider.shutdown()
-
-
-class TraceRequests:
-    """ASGI middleware: a span for each request that asks for work.
-
-    Args:
-        app: everything inside.
-        tracer: makes the spans.
-    """
-
-    def __init__(self, app: ASGIApp, tracer: RequestTracer) -> None:
-        self._app = app
-        self._tracer = tracer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, with its span in the scope's state."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        span = self._tracer.begin(scope)
-
-        async def send_and_note_status(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                span.set_attribute("http.response.status_code", message["status"])
-            await send(message)
-
-        scope.setdefault("state", {})["span"] = span
-        try:
-            await self._app(scope, receive, send_and_note_status)
-        finally:
-            span.end()

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from deployments.api.errors import not_ready
 from deployments.channel.messages import EngineInfo
 from deployments.channel.token_channel import TokenListener
 from deployments.chat.encoder import PromptEncoder
+from deployments.chat.errors import not_ready
 from deployments.chat.model_format import find_format
 from deployments.config import AppConfig, LiveConfig
 from deployments.errors import ReplicaLostError

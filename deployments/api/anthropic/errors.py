@@ -1,9 +1,8 @@
 """Errors as Anthropic's clients expect them."""
 
 import msgspec
-from starlette.responses import Response
 
-from deployments.api.errors import APIError
+from deployments.chat.errors import APIError
 
 _TYPES = {
     400: "invalid_request_error",
@@ -25,8 +24,3 @@ def error_body(error: APIError) -> bytes:
     message = error.message if is_named else f"{error.param}: {error.message}"
     detail = {"type": _TYPES.get(error.status, default), "message": message}
     return msgspec.json.encode({"type": "error", "error": detail})
-
-
-def error_response(error: APIError) -> Response:
-    """The HTTP answer."""
-    return Response(error_body(error), error.status, error.headers, media_type="application/json")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from deployments.api.errors import invalid, of_validation, unsupported
+from deployments.chat.errors import invalid, of_validation, unsupported
 from deployments.chat.requests import MAX_MESSAGES, ChatRequest
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName

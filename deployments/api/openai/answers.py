@@ -5,10 +5,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deployments.api.errors import error_body
 from deployments.api.sse import DONE, ChunkWriter, event
 from deployments.chat.choices import Choice, chat_logprobs, completion_logprobs
 from deployments.chat.message import Message, delta_of
-from deployments.chat.parsers import OutputEvent, OutputParser, PlainParser, TextDelta, ToolCallStart
+from deployments.chat.output import OutputEvent, OutputParser, TextDelta, ToolCallStart
+from deployments.chat.parsers import PlainParser
 from deployments.router.group import GenerationGroup
 from llm.serving.schemas import TokenLogprobs
 from llm.tokenization.tokenizer import Tokenizer
@@ -150,7 +152,7 @@ class Answer:
                     was_complete = state.choice.is_complete
                     self._advance(state, events)
                     if state.choice.error is not None:
-                        yield b"".join(events) + b"data: " + state.choice.error.body() + b"\n\n" + DONE
+                        yield b"".join(events) + b"data: " + error_body(state.choice.error) + b"\n\n" + DONE
                         return
                     num_left -= state.choice.is_complete and not was_complete
                 if not num_left:

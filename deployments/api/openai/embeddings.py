@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from deployments.api.errors import invalid
+from deployments.chat.errors import invalid
 from deployments.chat.requests import Prompt, check_prompt
 from deployments.chat.wire_model import WireModel
 

@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from deployments.api.errors import APIError, internal
 from deployments.api.sse import encode_json
-from deployments.chat.parsers import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
+from deployments.chat.errors import APIError, internal
+from deployments.chat.output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
 from deployments.chat.turn import Turn
 
 logger = logging.getLogger("ray.serve")

@@ -5,15 +5,15 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from deployments.chat.parsers import (
+from deployments.chat.output import (
     OutputEvent,
     OutputParser,
     ReasoningDelta,
     TextDelta,
     ToolCallArguments,
     ToolCallStart,
-    make_parser,
 )
+from deployments.chat.parsers import make_parser
 
 
 def parse(parser: OutputParser, pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:

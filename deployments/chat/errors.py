@@ -1,0 +1,155 @@
+"""What is wrong with a request, as the APIs tell it: a status, a message, and the field at fault. No HTTP library."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from deployments.errors import DeadlineError, NoReplicaError, OverloadedError
+from llm.errors import EngineError, InvalidRequestError, LLMError
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+
+_MAX_MESSAGE_CHARS = 500
+
+
+class APIError(Exception):
+    """An error with its place in HTTP."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = INVALID_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message if len(message) <= _MAX_MESSAGE_CHARS else message[:_MAX_MESSAGE_CHARS] + "…"
+        self.type = type
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    """A request that is wrong in itself."""
+    return APIError(400, message, param=param, code=code)
+
+
+def unsupported(param: str, what: str | None = None) -> APIError:
+    """A field of OpenAI's API that this server does not have."""
+    return APIError(400, f"{what or param} is not supported by this server", param=param, code="unsupported_parameter")
+
+
+def not_ready() -> APIError:
+    """No engine has reported yet."""
+    return APIError(
+        503, "The model is still loading; try again in a few seconds", type=SERVER_ERROR, code="model_loading",
+        headers={"Retry-After": "5"},
+    )  # fmt: skip
+
+
+def internal() -> APIError:
+    """Something that should not happen."""
+    return APIError(500, "The server failed to answer this request", type=SERVER_ERROR, code="internal_error")
+
+
+def of_engine(error: LLMError) -> APIError:
+    """What an engine's or tokenizer's error is to a client."""
+    if isinstance(error, InvalidRequestError):
+        return invalid(str(error), error.param, error.code)
+    if isinstance(error, OverloadedError):
+        return APIError(
+            429, str(error), type="rate_limit_error", code="rate_limit_exceeded",
+            headers={"Retry-After": str(math.ceil(error.retry_after_s))},
+        )  # fmt: skip
+    if isinstance(error, NoReplicaError):
+        return APIError(503, str(error), type=SERVER_ERROR, code="no_replica", headers={"Retry-After": "10"})
+    if isinstance(error, DeadlineError):
+        return APIError(504, str(error), type=SERVER_ERROR, code="deadline_exceeded")
+    if isinstance(error, EngineError):
+        return APIError(500, str(error), type=SERVER_ERROR, code="engine_error")
+    return APIError(500, "The server failed to answer this request", type=SERVER_ERROR)
+
+
+@contextmanager
+def in_words_of(fields: Mapping[str, str]) -> Iterator[None]:
+    """What is wrong with a chat made of another API's request, told with that API's names of fields.
+
+    Args:
+        fields: from patterns of a chat's field, such as `messages.*`, to what the other API has in their place.
+
+    Raises:
+        APIError: the body of the `with` raised it, or an `InvalidRequestError`.
+    """
+    try:
+        yield
+    except (APIError, InvalidRequestError) as raised:
+        error = of_engine(raised) if isinstance(raised, InvalidRequestError) else raised
+        old = error.param
+        for pattern, replacement in fields.items():
+            if old is not None and re.fullmatch(pattern, old):
+                error.param = re.sub(f"^{pattern}$", replacement, old)
+                error.message = error.message.replace(old, error.param)
+                break
+        raise error from None
+
+
+def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
+    """The first thing that a body got wrong, without repeating the body."""
+    first = _first_of(error.errors(include_url=False, include_input=False, include_context=True))
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, APIError):
+        return cause
+    if first["type"] == "json_invalid":
+        return invalid(f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if first["type"] == "model_type":
+        return invalid("The body must be a JSON object")
+    param = _param(first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])[:80]
+        hint = _nearest(key, model, first["loc"])
+        return invalid(f"Unknown field {key!r}{hint}", param[:80] if param else None, "unknown_parameter")
+    if first["type"] == "missing":
+        return invalid(f"Missing required field {param!r}", param, "missing_required_parameter")
+    message = first["msg"].removeprefix("Value error, ")
+    return invalid(f"{param}: {message}" if param else message, param)
+
+
+def _first_of(found: list[ErrorDetails]) -> ErrorDetails:
+    """The first error; where a value may have several forms, of the form that fits it best."""
+    *place, form = found[0]["loc"] or ("",)
+    if form not in _TYPE_NAMES:
+        return found[0]
+    same = [error for error in found if error["loc"][: len(place)] == tuple(place)]
+    return max(same, key=lambda error: len(error["loc"]))
+
+
+def _nearest(key: str, model: type[BaseModel], loc: Sequence[int | str]) -> str:
+    near = get_close_matches(key, model.model_fields, n=1) if len(loc) == 1 else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _param(loc: Sequence[int | str]) -> str | None:
+    """`messages[0].content` for pydantic's `("messages", 0, "content", "str")`."""
+    name = ""
+    for part in loc:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part in _TYPE_NAMES or "[" in part or "(" in part:
+            continue
+        else:
+            name += f".{part}" if name else part
+    return name or None
+
+
+_TYPE_NAMES = frozenset({"str", "int", "float", "bool", "none", "dict", "list", "[key]"})
