@@ -8,16 +8,17 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from deployments.api.anthropic.message_builder import MessageBuilder
+from deployments.api.answering import answer, json_response
+from deployments.api.anthropic.message_writer import MessageWriter
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from deployments.api.auth import KeyGuard
-from deployments.api.callers import caller_of, timing_header
+from deployments.api.callers import caller_of
 from deployments.api.edge import Edge, parse_body
 from deployments.api.errors import answer_to, model_not_found, unknown_route, wrong_method
-from deployments.api.openai.answers import Answer
+from deployments.api.openai.completion_writer import CompletionWriter
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
-from deployments.api.openai.response_builder import ResponseBuilder
 from deployments.api.openai.response_requests import ResponsesRequest, echoed
+from deployments.api.openai.response_writer import ResponseWriter
 from deployments.api.openai.responses import (
     ChatCompletion,
     Completion,
@@ -35,7 +36,7 @@ from deployments.api.openai.responses import (
 )
 from deployments.api.pages import page
 from deployments.api.route_table import Route, describe
-from deployments.api.sse import EventStream, encode_json, event, until_disconnect
+from deployments.api.sse import EventStream, error_events, event, until_disconnect
 from deployments.api.tracing import TraceRequests
 from deployments.chat.errors import APIError, in_words_of, not_ready, of_engine
 from deployments.chat.requests import (
@@ -44,6 +45,7 @@ from deployments.chat.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from deployments.chat.service import ChatService
 from deployments.chat.turn import Turn
 from deployments.observe.metrics import CONTENT_TYPE
 from deployments.router.keys import ApiKey
@@ -59,8 +61,11 @@ def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
     """The HTTP application.
 
     Args:
-        router: what answers.
+        router: what generates.
         keys: those that clients may use; none to ask for none.
+
+    Raises:
+        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
     """
     config = router.config
     table = Endpoints(router).table()
@@ -92,11 +97,15 @@ class Endpoints:
     """What each route does.
 
     Args:
-        router: what answers.
+        router: what generates.
+
+    Raises:
+        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
     """
 
     def __init__(self, router: Router) -> None:
         self._router = router
+        self._chats = ChatService(router)
         self._model = router.config.model_name
         self._limits = router.config.limits
 
@@ -147,117 +156,113 @@ class Endpoints:
         """Answer a chat, whole or as server-sent events."""
         body = await parse_body(request, ChatRequest, self._limits)
         self._check_model(body.model)
-        caller = caller_of(request, body.priority)
-        chat = await self._router.encoder.chat(body)
-        answer = Answer(
-            self._router.start(chat.requests, caller), self._router.tokenizer, body.stop_strings(),
-            model=self._model, is_chat=True, wants_logprobs=bool(body.logprobs), parser=chat.parser,
-        )  # fmt: skip
-        return await _respond(request, answer, body)
+        turn = await self._chats.chat(body, caller_of(request, body.priority))
+        writer = self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
+        return await answer(request, turn, writer, is_streamed=bool(body.stream))
 
     async def completion(self, request: Request) -> Response:
         """Continue a prompt, or several, whole or as server-sent events."""
         body = await parse_body(request, CompletionRequest, self._limits)
         self._check_model(body.model)
-        caller = caller_of(request, body.priority)
-        requests = await self._router.encoder.completion(body)
-        echoes = await self._router.encoder.prompt_texts(body) if body.echo else ()
-        answer = Answer(
-            self._router.start(requests, caller), self._router.tokenizer, body.stop_strings(),
-            model=self._model, is_chat=False, wants_logprobs=body.logprobs is not None, echoes=echoes,
-            num_prompts=len(requests) // body.num_answers, num_kept=body.n or 1,
-        )  # fmt: skip
-        return await _respond(request, answer, body)
+        turn = await self._chats.completion(body, caller_of(request, body.priority))
+        writer = self._completion_writer(
+            turn, body, is_chat=False, wants_logprobs=body.logprobs is not None, num_kept=body.n or 1
+        )
+        return await answer(request, turn, writer, is_streamed=bool(body.stream))
 
     async def response(self, request: Request) -> Response:
         """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events. Nothing is stored."""
         body = await parse_body(request, ResponsesRequest, self._limits)
         turn = await self._turn(request, body)
-        builder = ResponseBuilder(turn, model=self._model, echoed=echoed(body))
-        return await _respond_with(request, turn, builder, is_streamed=bool(body.stream))
+        writer = ResponseWriter(turn, model=self._model, echoed=echoed(body))
+        return await answer(request, turn, writer, is_streamed=bool(body.stream))
 
     async def message(self, request: Request) -> Response:
         """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
         body = await parse_body(request, MessagesRequest, self._limits)
         turn = await self._turn(request, body)
-        builder = MessageBuilder(turn, model=self._model)
-        return await _respond_with(request, turn, builder, is_streamed=bool(body.stream))
+        return await answer(request, turn, MessageWriter(turn, model=self._model), is_streamed=bool(body.stream))
 
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens that a message's prompt would have."""
         body = await parse_body(request, CountTokensRequest, self._limits)
         self._check_model(body.model)
         with in_words_of(body.FIELDS):
-            ids = await self._router.encoder.prompt_ids(body.to_chat())
-        return _json({"input_tokens": len(ids)})
+            ids = await self._chats.encoder.prompt_ids(body.to_chat())
+        return json_response({"input_tokens": len(ids)})
 
     async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest) -> Turn:
         """Begin to answer what is a chat in another API's words."""
         self._check_model(body.model)
         with in_words_of(body.FIELDS):
             chat = body.to_chat()
-            encoded = await self._router.encoder.chat(chat)
-        group = self._router.start(encoded.requests, caller_of(request, chat.priority))
-        return Turn(group, self._router.tokenizer, chat.stop_strings(), encoded.parser())
+            return await self._chats.chat(chat, caller_of(request, chat.priority))
+
+    def _completion_writer(self, turn: Turn, body: ChatRequest | CompletionRequest, **options: Any) -> CompletionWriter:
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        tokenizer = self._chats.tokenizer
+        return CompletionWriter(turn, tokenizer, model=self._model, include_usage=include_usage, **options)
 
     async def embeddings(self, request: Request) -> Response:
         """Give the vector of each input: hidden states of the model, pooled, of length 1."""
         body = await parse_body(request, EmbeddingsRequest, self._limits)
         self._check_model(body.model)
-        encoder = self._router.encoder
+        encoder = self._chats.encoder
         inputs = [await encoder.input_ids(given) for given in body.inputs()]
         work = self._router.embed(inputs, body.pooling or "last", caller_of(request))
         vectors = await until_disconnect(request.receive, work)
-        return _json(embeddings_object(body, self._model, vectors, sum(map(len, inputs))))
+        return json_response(embeddings_object(body, self._model, vectors, sum(map(len, inputs))))
 
     async def models(self, _: Request) -> Response:
         """List the served model."""
-        return _json({"object": "list", "data": [self._model_object()]})
+        return json_response({"object": "list", "data": [self._model_object()]})
 
     async def model(self, request: Request) -> Response:
         """Describe the served model."""
         self._check_model(request.path_params["model"])
-        return _json(self._model_object())
+        return json_response(self._model_object())
 
     async def tokenize(self, request: Request) -> Response:
         """Turn a text or a chat into token ids."""
         body = await parse_body(request, TokenizeRequest, self._limits)
         self._check_model(body.model or self._model)
-        encoder = self._router.encoder
+        encoder = self._chats.encoder
         if body.messages is not None:
             generation_prompt = body.add_generation_prompt is not False
             ids = await encoder.chat_ids(body.messages, add_generation_prompt=generation_prompt, variables={})
         else:
             ids = await encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-        texts = [self._router.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-        return _json({"count": len(ids), "max_model_len": encoder.info.max_seq_len, "tokens": ids, "token_strs": texts})
+        texts = [self._chats.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        return json_response(
+            {"count": len(ids), "max_model_len": encoder.info.max_seq_len, "tokens": ids, "token_strs": texts}
+        )
 
     async def detokenize(self, request: Request) -> Response:
         """Turn token ids into text."""
         body = await parse_body(request, DetokenizeRequest, self._limits)
         self._check_model(body.model or self._model)
-        encoder = self._router.encoder
+        encoder = self._chats.encoder
         encoder.check_ids(body.tokens, "tokens")
-        text = await encoder.run(len(body.tokens), lambda: self._router.tokenizer.decode(body.tokens))
-        return _json({"prompt": text})
+        text = await encoder.run(len(body.tokens), lambda: self._chats.tokenizer.decode(body.tokens))
+        return json_response({"prompt": text})
 
     async def health(self, _: Request) -> Response:
         """Answer as long as this process runs."""
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
         """Answer 200 once an engine is loaded, 503 before."""
         if not self._router.is_ready:
             raise not_ready()
-        return _json({"status": "ready"})
+        return json_response({"status": "ready"})
 
     async def version(self, _: Request) -> Response:
         """Tell the server's version."""
-        return _json({"version": __version__})
+        return json_response({"version": __version__})
 
     async def stats(self, _: Request) -> Response:
         """Tell what runs and how full the engines are, as this router last heard."""
-        return _json(self._router.snapshot())
+        return json_response(self._router.snapshot())
 
     async def metrics(self, _: Request) -> Response:
         """Give this router's metrics, and its replicas' as it last heard, in Prometheus' text format."""
@@ -273,7 +278,7 @@ class Endpoints:
 
     async def events(self, _: Request) -> Response:
         """Tell what runs and what happened, as server-sent events, until the client leaves."""
-        return EventStream(self._watch_fleet())
+        return EventStream(self._watch_fleet(), error_events)
 
     async def _watch_fleet(self) -> AsyncGenerator[bytes, None]:
         while True:
@@ -293,32 +298,6 @@ class Endpoints:
             "owned_by": "rayline",
             "max_model_len": info.max_seq_len if info is not None else None,
         }
-
-
-async def _respond(request: Request, answer: Answer, body: ChatRequest | CompletionRequest) -> Response:
-    """The answer in the form that was asked for."""
-    if not body.stream:
-        value = await until_disconnect(request.receive, answer.whole())
-        return Response(encode_json(value), media_type="application/json", headers=timing_header(answer.phases_ms()))
-    news = await until_disconnect(request.receive, answer.first_news())
-    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    chunks = answer.chunks(news, include_usage=include_usage)
-    return EventStream(chunks, timing_header(answer.phases_ms()), answer.cancel)
-
-
-async def _respond_with(
-    request: Request, turn: Turn, builder: ResponseBuilder | MessageBuilder, *, is_streamed: bool
-) -> Response:
-    """A turn in the form that was asked for."""
-    if is_streamed:
-        await until_disconnect(request.receive, turn.begin())
-        return EventStream(builder.stream(), timing_header(turn.phases_ms()), turn.cancel)
-    value = await until_disconnect(request.receive, builder.whole())
-    return Response(encode_json(value), media_type="application/json", headers=timing_header(turn.phases_ms()))
-
-
-def _json(value: Any) -> Response:
-    return Response(encode_json(value), media_type="application/json")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -1,8 +1,4 @@
-"""Server-sent events, and answers that end when the client leaves.
-
-Chunks are put together from strings made once per choice; nothing here is validated or serialised per token but the
-new text itself.
-"""
+"""Server-sent events, and answers that end when the client leaves."""
 
 import asyncio
 import logging
@@ -15,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.api.errors import error_body
-from deployments.chat.errors import internal
+from deployments.chat.errors import APIError, internal
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,6 +36,8 @@ class EventStream(Response):
 
     Args:
         chunks: whole events.
+        failure: the events that tell of an error in the words of the API that was asked. Every stream that fails ends
+            with them: by then it is too late for a status, but a stream is never just cut.
         headers: beside those of an event stream.
         stop: stops the work behind the chunks. Called when the answer ends, in whatever way: closing a generator that
             nobody has begun to read runs none of its code.
@@ -48,11 +46,13 @@ class EventStream(Response):
     def __init__(
         self,
         chunks: AsyncGenerator[bytes, None],
+        failure: Callable[[APIError], bytes],
         headers: Mapping[str, str] | None = None,
         stop: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self._chunks = chunks
+        self._failure = failure
         self._stop = stop
         self._extra_headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
 
@@ -71,10 +71,11 @@ class EventStream(Response):
             async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except Exception:  # too late for an HTTP error, but a stream is never just cut
+        except APIError as error:
+            await send({"type": "http.response.body", "body": self._failure(error), "more_body": True})
+        except Exception:  # the edge of a request: logged in full here, not a word of it to the client
             logger.exception("a stream failed")
-            body = b"data: " + error_body(internal()) + b"\n\n" + DONE
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": self._failure(internal()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -109,46 +110,6 @@ def event(value: Any) -> bytes:
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-class ChunkWriter:
-    """Events of one streamed choice, with everything that stays the same made once.
-
-    Args:
-        head: the chunk's fields before `choices`.
-        index: of the choice.
-        is_chat: chat chunks carry `delta`, completion chunks `text`.
-        with_usage: every chunk but the last says `"usage": null`.
-    """
-
-    def __init__(self, head: dict[str, Any], index: int, *, is_chat: bool, with_usage: bool) -> None:
-        start = b"data: " + encode_json(head)[:-1] + b',"choices":[{"index":%d,' % index
-        self._open_delta = start + b'"delta":'
-        self._open_text = start + (b'"delta":{"content":' if is_chat else b'"text":')
-        self._close_text = (b"}" if is_chat else b"") + b',"logprobs":'
-        self._open_empty = start + (b'"delta":{}' if is_chat else b'"text":""') + b',"logprobs":null,"finish_reason":'
-        self._open_role = start + b'"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null'
-        self._tail = b"}]" + (b',"usage":null' if with_usage else b"") + b"}\n\n"
-        self._plain_tail = self._close_text + b'null,"finish_reason":null' + self._tail
-
-    def role(self) -> bytes:
-        """The first chunk of a chat choice."""
-        return self._open_role + b',"finish_reason":null' + self._tail
-
-    def text(self, text: str, logprobs: dict[str, Any] | None = None) -> bytes:
-        """New text."""
-        if logprobs is None:
-            return self._open_text + encode_json(text) + self._plain_tail
-        return (
-            self._open_text + encode_json(text) + self._close_text + encode_json(logprobs)
-            + b',"finish_reason":null' + self._tail
-        )  # fmt: skip
-
-    def delta(self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> bytes:
-        """Anything else that is new in a chat choice."""
-        return (
-            self._open_delta + encode_json(delta) + b',"logprobs":' + encode_json(logprobs)
-            + b',"finish_reason":null' + self._tail
-        )  # fmt: skip
-
-    def finish(self, reason: str) -> bytes:
-        """The last chunk of a choice."""
-        return self._open_empty + encode_json(reason) + self._tail
+def error_events(error: APIError) -> bytes:
+    """How a stream of OpenAI's completions ends after a failure."""
+    return b"data: " + error_body(error) + b"\n\n" + DONE

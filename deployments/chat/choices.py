@@ -1,34 +1,46 @@
-"""One choice of an answer: its generation's tokens, turned into text that may be shown, with their probabilities."""
+"""One choice of an answer: its generation's tokens, turned into events that may be shown, with their probabilities."""
 
 from collections.abc import Sequence
-from typing import Any
+
+import msgspec
 
 from deployments.chat.errors import SERVER_ERROR, APIError, of_engine
+from deployments.chat.output import OutputEvent, OutputParser, TextDelta, ToolCallStart
 from deployments.router.generation import Generation
 from llm.serving.schemas import FinishReason, TokenLogprobs
 from llm.tokenization.text_stream import TextStream
 from llm.tokenization.tokenizer import Tokenizer
 
-_LOWEST_LOGPROB = -9999.0
-
 
 class Choice:
     """Follows a generation. Call `advance` when it has got on.
 
+    Args:
+        generation: started.
+        tokenizer: turns tokens into text.
+        stop: stop strings.
+        parser: tells reasoning, text and calls apart.
+        echo: what the text begins with.
+
     Attributes:
         finish_reason: "stop" or "length" once the choice is complete.
-        num_tokens: output tokens that count, including the one that ended it.
         error: what to tell the client instead of a finish.
+        has_calls: whether a call of a tool has begun.
     """
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer, stop: Sequence[str], parser: OutputParser, echo: str = ""
+    ) -> None:
         request = generation.request
         self.index = generation.index
         self.finish_reason: str | None = None
         self.error: APIError | None = None
+        self.has_calls = False
         self.num_prompt_tokens = len(request.prompt_token_ids or ())
         self._generation = generation
         self._stream = TextStream(tokenizer, stop, request.min_new_tokens)
+        self._parser = parser
+        self._echo = echo
         self._num_taken = 0
 
     @property
@@ -43,7 +55,7 @@ class Choice:
 
     @property
     def num_tokens(self) -> int:
-        """Output tokens so far."""
+        """Output tokens so far that count, including the one that ended it."""
         return self._num_taken
 
     @property
@@ -63,10 +75,23 @@ class Choice:
         error = self._generation.error
         return of_engine(error) if error is not None else None
 
-    def advance(self) -> tuple[str, list[TokenLogprobs]]:
-        """Take the tokens that have come since the last call; return their text and probabilities."""
-        if self.is_complete:
-            return "", []
+    def advance(self) -> "Update":
+        """Take the tokens that have come since the last call, which must not have completed the choice."""
+        text, logprobs = self._take_tokens()
+        events = self._parser.push(text)
+        if self._echo:
+            events.insert(0, TextDelta(self._echo))
+            self._echo = ""
+        if self.finish_reason is not None:
+            events += self._parser.finish()
+        if not self.has_calls:
+            for event in events:
+                if type(event) is ToolCallStart:
+                    self.has_calls = True
+        return Update(self, events, logprobs)
+
+    def _take_tokens(self) -> tuple[str, list[TokenLogprobs]]:
+        """Text that may be shown from now on, and the probabilities of the tokens taken."""
         generation = self._generation
         start, total = self._num_taken, len(generation.token_ids)
         new_ids = generation.token_ids[start:] if start else generation.token_ids
@@ -97,47 +122,15 @@ class Choice:
         return self._stream.finish()
 
 
-def chat_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """`logprobs` of a chat choice."""
-    content = []
-    for entry in entries:
-        top = [_chat_entry(token_id, logprob, tokenizer) for token_id, logprob in entry.top]
-        content.append({**_chat_entry(entry.token_id, entry.logprob, tokenizer), "top_logprobs": top})
-    return {"content": content, "refusal": None}
+class Update(msgspec.Struct, frozen=True, gc=False):
+    """What is new in a choice.
 
-
-def completion_logprobs(
-    entries: Sequence[TokenLogprobs], tokenizer: Tokenizer, offset: int
-) -> tuple[dict[str, Any], int]:
-    """`logprobs` of a completion choice.
-
-    Args:
-        offset: characters before the first entry.
-
-    Returns:
-        The object, and the number of characters before the next entry.
+    Attributes:
+        choice: which may be complete by now.
+        events: in order.
+        logprobs: of the tokens taken, where the request asked for them.
     """
-    tokens, offsets = [], []
-    for entry in entries:
-        text = tokenizer.token_text(entry.token_id)
-        tokens.append(text)
-        offsets.append(offset)
-        offset += len(text)
-    logprobs = {
-        "tokens": tokens,
-        "token_logprobs": [_finite(entry.logprob) for entry in entries],
-        "top_logprobs": [
-            {tokenizer.token_text(token_id): _finite(logprob) for token_id, logprob in entry.top} for entry in entries
-        ],
-        "text_offset": offsets,
-    }
-    return logprobs, offset
 
-
-def _chat_entry(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    token_bytes = list(tokenizer.token_bytes(token_id))
-    return {"token": tokenizer.token_text(token_id), "logprob": _finite(logprob), "bytes": token_bytes}
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, _LOWEST_LOGPROB)
+    choice: Choice
+    events: list[OutputEvent]
+    logprobs: list[TokenLogprobs]

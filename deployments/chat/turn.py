@@ -1,70 +1,116 @@
-"""One answer as events, for APIs that give one answer to a request."""
+"""One answer to a request: its choices as events, from which every API writes what it says."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 
-from deployments.chat.choices import Choice
-from deployments.chat.output import OutputEvent, OutputParser
+from deployments.chat.choices import Choice, Update
+from deployments.chat.errors import APIError
+from deployments.chat.output import OutputParser
+from deployments.chat.parsers import PlainParser
+from deployments.router.generation import Generation
 from deployments.router.group import GenerationGroup
 from llm.tokenization.tokenizer import Tokenizer
 
 
 class Turn:
-    """The assistant's turn, as it comes.
+    """The assistant's turn, as it comes. Whoever reads it must `cancel` it at the end, in whatever way that comes.
 
     Args:
-        group: one generation, started. Ended with the turn, in whatever way that ends.
+        group: its generations, started.
         tokenizer: turns tokens into text.
         stop: stop strings.
-        parser: tells reasoning, text and calls apart.
+        parser: makes a parser for each choice's text.
+        echoes: for each prompt what its choices begin with, or nothing at all.
+        num_prompts: prompts in the request; each has the same number of choices.
+
+    Attributes:
+        choices: of the first prompt, then of the second, and so on.
+        answers_a_prompt: number of choices that each prompt has.
+        generation_id: the first generation's, so that the answer can be found in the log.
     """
 
-    def __init__(self, group: GenerationGroup, tokenizer: Tokenizer, stop: Sequence[str], parser: OutputParser) -> None:
-        self.choice = Choice(group.generations[0], tokenizer, stop)
-        self.generation_id = group.generations[0].request.request_id
+    def __init__(
+        self,
+        group: GenerationGroup,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        parser: Callable[[], OutputParser] = PlainParser,
+        *,
+        echoes: Sequence[str] = (),
+        num_prompts: int = 1,
+    ) -> None:
+        generations = group.generations
+        self.answers_a_prompt = max(1, len(generations) // num_prompts)
+        self.generation_id = generations[0].request.request_id
+        self.choices = [
+            Choice(generation, tokenizer, stop, parser(), echoes[i // self.answers_a_prompt] if echoes else "")
+            for i, generation in enumerate(generations)
+        ]
         self._group = group
-        self._parser = parser
+        self._num_left = len(self.choices)
+        self._news: list[Generation] = []
+        self._error: APIError | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice has finished."""
+        return not self._num_left
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompts; each prompt counts once, however many choices it has."""
+        return sum(choice.num_prompt_tokens for choice in self.choices[:: self.answers_a_prompt])
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache."""
+        return sum(choice.num_cached_tokens for choice in self.choices[:: self.answers_a_prompt])
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all choices."""
+        return sum(choice.num_tokens for choice in self.choices)
 
     def phases_ms(self) -> dict[str, float]:
-        """Where the time went so far."""
+        """Where the time went so far, of the first choice."""
         return self._group.generations[0].timeline.phases_ms()
 
     def cancel(self) -> None:
-        """Give up what still runs."""
+        """Give up what still runs. Safe to call at any time, more than once."""
         self._group.cancel()
 
     async def begin(self) -> None:
-        """Wait until something has come; errors up to here can still be HTTP errors.
+        """Wait until something has come, so that a request which fails at once can still be answered with a status.
 
         Raises:
             APIError: the first thing that came is a failure.
         """
-        try:
-            await self._group.news()
-            error = self.choice.failure()
+        self._news = await self._group.news()
+        for generation in self._news:
+            error = self.choices[generation.index].failure()
             if error is not None:
                 raise error
-        except BaseException:
-            self._group.cancel()
-            raise
 
-    async def events(self) -> AsyncGenerator[list[OutputEvent], None]:
-        """What is new, each time that something is, up to the end. `begin` comes first.
+    async def updates(self) -> list[Update]:
+        """Wait for what is new in the choices that have got on. Not to be called once the turn is complete.
 
         Raises:
-            APIError: the generation failed.
+            APIError: a choice failed. What came before has been returned.
         """
-        try:
-            while True:
-                text, _ = self.choice.advance()
-                if self.choice.error is not None:
-                    raise self.choice.error
-                events = self._parser.push(text)
-                if self.choice.is_complete:
-                    events += self._parser.finish()
-                if events:
-                    yield events
-                if self.choice.is_complete:
-                    return
-                await self._group.news()
-        finally:
-            self._group.cancel()
+        if self._error is not None:
+            raise self._error
+        news, self._news = self._news or await self._group.news(), []
+        updates = []
+        for generation in news:
+            choice = self.choices[generation.index]
+            if choice.is_complete:
+                continue
+            update = choice.advance()
+            if choice.error is not None:
+                self._error = choice.error
+                break
+            updates.append(update)
+            if choice.finish_reason is not None:
+                self._num_left -= 1
+        if self._error is not None and not updates:
+            raise self._error
+        return updates

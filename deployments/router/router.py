@@ -1,18 +1,14 @@
-"""`Router`: everything between HTTP and the engine replicas. A plain class: it runs without Ray underneath."""
+"""`Router`: everything between chats and the engine replicas. A plain class: it runs without Ray underneath."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 from deployments.channel.messages import EngineInfo
 from deployments.channel.token_channel import TokenListener
-from deployments.chat.encoder import PromptEncoder
-from deployments.chat.errors import not_ready
-from deployments.chat.model_format import find_format
 from deployments.config import AppConfig, LiveConfig
 from deployments.errors import ReplicaLostError
 from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
@@ -31,10 +27,7 @@ from deployments.router.embeddings import embed_all
 from deployments.router.group import GenerationGroup
 from deployments.router.journal import Journal
 from llm.errors import LLMError
-from llm.models.registry import load_generation_defaults, resolve_model_path
-from llm.serving.grammar import GrammarCompiler
 from llm.serving.schemas import GenerationRequest
-from llm.tokenization.hf_tokenizer import HFTokenizer
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,7 +35,7 @@ _DESCRIBE_RETRY_S = 0.5
 
 
 class Router:
-    """Owns the tokenizer, the token channel, the view of the fleet and the journal of live requests.
+    """Owns the token channel, the view of the fleet and the journal of live requests.
 
     Make it on the event loop that it is to run on.
 
@@ -53,22 +46,17 @@ class Router:
         ray_metrics: whether to give metrics to Ray's own export too.
 
     Raises:
-        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
+        ConfigError: tracing is wanted and OpenTelemetry is not installed.
     """
 
     def __init__(
         self, config: AppConfig, client: EngineClient, channel_host: str = "127.0.0.1", *, ray_metrics: bool = False
     ) -> None:
-        directory = resolve_model_path(config.model)
         self.config = config
         self.channel_host = channel_host
-        self.tokenizer = HFTokenizer.from_pretrained(directory)
-        self.defaults = load_generation_defaults(directory)
         self.started_at = int(time.time())
         self.info: EngineInfo | None = None
         self._client = client
-        self._executor = ThreadPoolExecutor(config.router.tokenizer_threads, thread_name_prefix="tokenizer")
-        self._encoder: PromptEncoder | None = None
         self.fleet = Fleet(make_policy(config.router.policy))
         self.dispatcher = Dispatcher(self.fleet, config.admission)
         self._listener = TokenListener(
@@ -95,17 +83,6 @@ class Router:
     def is_ready(self) -> bool:
         """Whether an engine has told what it is."""
         return self.info is not None
-
-    @property
-    def encoder(self) -> PromptEncoder:
-        """Makes engine requests of API requests.
-
-        Raises:
-            APIError: 503, no engine has told its limits yet.
-        """
-        if self._encoder is None:
-            raise not_ready()
-        return self._encoder
 
     def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
         """Begin to generate.
@@ -193,11 +170,10 @@ class Router:
         return f"The load asks for {number} replicas ({reason}); there may be {bounds}."
 
     def close(self) -> None:
-        """Stop listening and end the threads."""
+        """Stop listening."""
         self._learning.cancel()
         self._watch.close()
         self._listener.close()
-        self._executor.shutdown(wait=False)
         if self.tracer is not None:
             self.tracer.close()
 
@@ -213,16 +189,6 @@ class Router:
                 logger.exception("the engine replicas cannot be asked what they are; trying again")
                 await asyncio.sleep(_DESCRIBE_RETRY_S * 4)
                 continue
-            config = self.config
-            self._encoder = PromptEncoder(
-                self.tokenizer,
-                self.defaults,
-                info,
-                config.limits,
-                self._executor,
-                find_format(self.tokenizer, config.tool_parser, config.reasoning_parser),
-                GrammarCompiler(self.tokenizer, info.vocab_size),
-            )
             self.journal.page_size = info.page_size
             self.dispatcher.learn_step_tokens(info.max_step_tokens)
             self.info = info

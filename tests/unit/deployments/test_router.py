@@ -273,7 +273,7 @@ async def test_a_disconnect_message_ends_the_work(make_service: ServiceFactory):
 
 async def test_not_loaded_yet_says_so(make_service: ServiceFactory):
     service = await make_service()
-    service.router.info = service.router._encoder = None
+    service.router.info = None
     for path, method in (("/ready", "GET"), ("/v1/completions", "POST")):
         body = {"json": {"model": "demo", "prompt": "a"}} if method == "POST" else {}
         response = await service.http.request(method, path, **body)

@@ -1,29 +1,27 @@
-"""A response of the Responses API, put together from a turn's events, and the events that it is streamed as.
+"""Answers of OpenAI's Responses API, whole or streamed.
 
 After OpenAI's reference, https://platform.openai.com/docs/api-reference/responses-streaming.
 """
 
-import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from deployments.api.sse import encode_json
-from deployments.chat.errors import APIError, internal
+from deployments.chat.choices import Update
+from deployments.chat.errors import APIError
 from deployments.chat.output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
 from deployments.chat.turn import Turn
-
-logger = logging.getLogger("ray.serve")
 
 Event = dict[str, Any]
 
 
-class ResponseBuilder:
-    """Follows a turn.
+class ResponseWriter:
+    """Writes one turn of one choice; see `AnswerWriter`.
 
     Args:
-        turn: begun.
+        turn: begun, or about to.
         model: name to give.
         echoed: fields of the request that the response repeats.
     """
@@ -48,36 +46,38 @@ class ResponseBuilder:
             **echoed,
         }
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for the end; the response object.
-
-        Raises:
-            APIError: the generation failed.
-        """
-        await self._turn.begin()
-        async for events in self._turn.events():
-            self._take(events)
-        self._close_item()
-        return self._finished()
-
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. The turn has begun."""
+    def begin(self) -> bytes:
+        """The events that announce the response."""
         created = [{"type": "response.created", "response": self._response},
                    {"type": "response.in_progress", "response": self._response}]  # fmt: skip
-        yield self._written(created)
-        try:
-            async for events in self._turn.events():
-                yield self._written(self._take(events))
-        except APIError as error:
-            yield self._failed(error)
-            return
-        except Exception:  # too late for an HTTP error, but a stream is never just cut
-            logger.exception("a stream failed")
-            yield self._failed(internal())
-            return
+        return self._written(created)
+
+    def write(self, updates: Sequence[Update]) -> bytes:
+        """The events that tell what is new."""
+        return self._written([event for update in updates for event in self._take(update.events)])
+
+    def end(self) -> bytes:
+        """The events that close the last item and the response."""
         last = self._close_item()
         response = self._finished()
-        yield self._written([*last, {"type": f"response.{response['status']}", "response": response}])
+        return self._written([*last, {"type": f"response.{response['status']}", "response": response}])
+
+    def failure(self, error: APIError) -> bytes:
+        """The event that tells of a failure."""
+        detail = {"code": error.code or "server_error", "message": error.message}
+        response = {**self._response, "status": "failed", "error": detail,
+                    "output": [item.as_dict("incomplete") for item in self._items]}  # fmt: skip
+        return self._written([{"type": "response.failed", "response": response}])
+
+    def add(self, updates: Sequence[Update]) -> None:
+        """Take in what is new."""
+        for update in updates:
+            self._take(update.events)
+
+    def whole(self) -> dict[str, Any]:
+        """The response object."""
+        self._close_item()
+        return self._finished()
 
     def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
         """Take in what is new; the events that tell it."""
@@ -109,28 +109,22 @@ class ResponseBuilder:
 
     @property
     def _status(self) -> str:
-        return "incomplete" if self._turn.choice.finish_reason == "length" else "completed"
+        return "incomplete" if self._turn.choices[0].finish_reason == "length" else "completed"
 
     def _finished(self) -> dict[str, Any]:
-        choice = self._turn.choice
+        turn = self._turn
         # An estimate by the share of the text: which token closes the thoughts is known to the parser as text only.
-        num_reasoning = round(choice.num_tokens * self._num_reasoning_chars / max(self._num_chars, 1))
+        num_reasoning = round(turn.num_output_tokens * self._num_reasoning_chars / max(self._num_chars, 1))
         usage = {
-            "input_tokens": choice.num_prompt_tokens,
-            "input_tokens_details": {"cached_tokens": choice.num_cached_tokens, "cache_write_tokens": 0},
-            "output_tokens": choice.num_tokens,
+            "input_tokens": turn.num_prompt_tokens,
+            "input_tokens_details": {"cached_tokens": turn.num_cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": turn.num_output_tokens,
             "output_tokens_details": {"reasoning_tokens": num_reasoning},
-            "total_tokens": choice.num_prompt_tokens + choice.num_tokens,
+            "total_tokens": turn.num_prompt_tokens + turn.num_output_tokens,
         }
         incomplete = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
         return {**self._response, "status": self._status, "incomplete_details": incomplete,
                 "output": [item.as_dict(self._status) for item in self._items], "usage": usage}  # fmt: skip
-
-    def _failed(self, error: APIError) -> bytes:
-        detail = {"code": error.code or "server_error", "message": error.message}
-        response = {**self._response, "status": "failed", "error": detail,
-                    "output": [item.as_dict("incomplete") for item in self._items]}  # fmt: skip
-        return self._written([{"type": "response.failed", "response": response}])
 
     def _written(self, events: Sequence[Event]) -> bytes:
         parts = []

@@ -1,29 +1,27 @@
-"""A message of the Messages API, put together from a turn's events, and the events that it is streamed as.
+"""Answers of Anthropic's Messages API, whole or streamed.
 
 After https://docs.anthropic.com/en/docs/build-with-claude/streaming.
 """
 
 import json
-import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from deployments.api.anthropic.errors import error_body
 from deployments.api.sse import encode_json
-from deployments.chat.errors import APIError, internal
+from deployments.chat.choices import Update
+from deployments.chat.errors import APIError
 from deployments.chat.output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
 from deployments.chat.turn import Turn
-
-logger = logging.getLogger("ray.serve")
 
 Event = dict[str, Any]
 
 
-class MessageBuilder:
-    """Follows a turn.
+class MessageWriter:
+    """Writes one turn of one choice; see `AnswerWriter`.
 
     Args:
-        turn: to be followed.
+        turn: begun, or about to.
         model: name to give.
     """
 
@@ -33,35 +31,34 @@ class MessageBuilder:
         self._blocks: list[Event] = []
         self._is_open = False
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for the end; the message.
-
-        Raises:
-            APIError: the generation failed.
-        """
-        await self._turn.begin()
-        async for events in self._turn.events():
-            self._take(events)
-        blocks = [self._finished_block(block) for block in self._blocks]
-        return {**self._message(), "content": blocks, **self._stop(), "usage": self._usage()}
-
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. The turn has begun."""
+    def begin(self) -> bytes:
+        """The events that announce the message."""
         message = {**self._message(), "content": [], "stop_reason": None, "stop_sequence": None,
                    "usage": {**self._usage(), "output_tokens": 1}}  # fmt: skip
-        yield _written([{"type": "message_start", "message": message}, {"type": "ping"}])
-        try:
-            async for events in self._turn.events():
-                yield _written(self._take(events))
-        except APIError as error:
-            yield b"event: error\ndata: " + error_body(error) + b"\n\n"
-            return
-        except Exception:  # too late for an HTTP error, but a stream is never just cut
-            logger.exception("a stream failed")
-            yield b"event: error\ndata: " + error_body(internal()) + b"\n\n"
-            return
+        return _written([{"type": "message_start", "message": message}, {"type": "ping"}])
+
+    def write(self, updates: Sequence[Update]) -> bytes:
+        """The events that tell what is new."""
+        return _written([event for update in updates for event in self._take(update.events)])
+
+    def end(self) -> bytes:
+        """The events that close the last block and the message."""
         last = {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
-        yield _written([*self._close(), last, {"type": "message_stop"}])
+        return _written([*self._close(), last, {"type": "message_stop"}])
+
+    def failure(self, error: APIError) -> bytes:
+        """The event that tells of a failure."""
+        return b"event: error\ndata: " + error_body(error) + b"\n\n"
+
+    def add(self, updates: Sequence[Update]) -> None:
+        """Take in what is new."""
+        for update in updates:
+            self._take(update.events)
+
+    def whole(self) -> dict[str, Any]:
+        """The message."""
+        blocks = [self._finished_block(block) for block in self._blocks]
+        return {**self._message(), "content": blocks, **self._stop(), "usage": self._usage()}
 
     def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
         """Take in what is new; the events that tell it."""
@@ -115,7 +112,7 @@ class MessageBuilder:
         return {"id": f"msg_{self._turn.generation_id}", "type": "message", "role": "assistant", "model": self._model}
 
     def _stop(self) -> Event:
-        choice = self._turn.choice
+        choice = self._turn.choices[0]
         if choice.stop_string is not None:
             return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_string}
         reason = "max_tokens" if choice.finish_reason == "length" else "end_turn"
@@ -125,12 +122,12 @@ class MessageBuilder:
 
     def _usage(self) -> Event:
         """Anthropic counts tokens from the cache apart."""
-        choice = self._turn.choice
+        turn = self._turn
         return {
-            "input_tokens": choice.num_prompt_tokens - choice.num_cached_tokens,
+            "input_tokens": turn.num_prompt_tokens - turn.num_cached_tokens,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": choice.num_cached_tokens,
-            "output_tokens": choice.num_tokens,
+            "cache_read_input_tokens": turn.num_cached_tokens,
+            "output_tokens": turn.num_output_tokens,
         }
 
 

@@ -1,4 +1,4 @@
-"""An assistant's message put together from what a parser found in the model's text."""
+"""The assistant's message as chat completions have it, whole or in deltas."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
