@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import ValidationError
 
 from deployments.api.routes import create_api
@@ -59,7 +58,7 @@ class RouterIngress:
             raise ConfigError(f"user_config of Router: {describe(error)}") from error
         self._router.reconfigure(live)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""
         return create_api(self._router, self._keys)
 
