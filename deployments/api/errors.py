@@ -7,10 +7,19 @@ import msgspec
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from deployments.api.anthropic import errors as anthropic_errors
 from deployments.chat.errors import INVALID_REQUEST, SERVER_ERROR, APIError
 
 _MESSAGES_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ErrorDetail(BaseModel):
@@ -37,9 +46,19 @@ def error_body(error: APIError) -> bytes:
     return msgspec.json.encode({"error": detail})
 
 
+def anthropic_error_body(error: APIError) -> bytes:
+    """The JSON object that Anthropic's clients expect: `{"type": "error", "error": {"type", "message"}}`."""
+    default = "invalid_request_error" if error.status < 500 else "api_error"
+    # There is no field for the name of the field at fault.
+    is_named = error.param is None or error.param in error.message
+    message = error.message if is_named else f"{error.param}: {error.message}"
+    detail = {"type": _ANTHROPIC_TYPES.get(error.status, default), "message": message}
+    return msgspec.json.encode({"type": "error", "error": detail})
+
+
 def answer_to(scope: Mapping[str, Any], error: APIError) -> Response:
     """The HTTP answer that tells the client of this request what is wrong, in the words of the API that it asked."""
-    body = anthropic_errors.error_body(error) if _MESSAGES_PATH in scope["path"] else error_body(error)
+    body = anthropic_error_body(error) if _MESSAGES_PATH in scope["path"] else error_body(error)
     return Response(body, error.status, error.headers, media_type="application/json")
 
 

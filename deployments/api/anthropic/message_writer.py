@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.api.anthropic.errors import error_body
+from deployments.api.errors import anthropic_error_body
 from deployments.api.sse import encode_json
 from deployments.chat.choices import Update
 from deployments.chat.errors import APIError
@@ -48,7 +48,7 @@ class MessageWriter:
 
     def failure(self, error: APIError) -> bytes:
         """The event that tells of a failure."""
-        return b"event: error\ndata: " + error_body(error) + b"\n\n"
+        return b"event: error\ndata: " + anthropic_error_body(error) + b"\n\n"
 
     def add(self, updates: Sequence[Update]) -> None:
         """Take in what is new."""
