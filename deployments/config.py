@@ -164,7 +164,8 @@ class AdmissionConfig(StrictModel):
     """Engine steps' worth of prompts that a replica is sent ahead; what comes after waits in the router, where it can
     still go elsewhere."""
     no_replica_timeout_s: float = Field(default=60.0, gt=0)
-    """How long requests wait while there is no replica at all; then 503."""
+    """How long requests wait while no replica runs and none is being started; then 503. They wait for as long as one is
+    starting."""
 
 
 class LiveConfig(StrictModel):

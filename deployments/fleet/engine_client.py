@@ -14,16 +14,20 @@ class EngineClient(Protocol):
         """Tell the ids of the running replicas whenever these change, on the event loop of the caller."""
         ...
 
-    async def describe(self) -> EngineInfo:
-        """What the replicas have in common; waits until there is one.
+    async def wake(self) -> None:
+        """Have a call wait for a replica: where the fleet is scaled to zero, one starts because of it.
 
         Raises:
             ReplicaLostError: try again.
         """
         ...
 
-    async def attach(self, replica_id: str, channel: ChannelAddress) -> None:
-        """Have a replica report its state to this channel.
+    async def num_starting(self) -> int:
+        """Number of replicas that are being started and do not run yet."""
+        ...
+
+    async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
+        """Have a replica report its state to this channel; returns what it is.
 
         Raises:
             ReplicaLostError: it is gone.

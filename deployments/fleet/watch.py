@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from deployments.channel.messages import ChannelAddress, Report
+from deployments.channel.messages import ChannelAddress, EngineInfo, Report
 from deployments.config import RouterConfig
 from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import EngineClient
@@ -23,6 +24,7 @@ _ATTACH_TIMEOUT_S = 5.0
 _ATTACH_RETRY_S = 1.0
 _FORGET_AFTER_S, _GONE_AFTER_S = 10.0, 1.0
 _QUEUE_NEWS_INTERVAL_S = 0.5
+_STARTING_INTERVAL_S = 1.0
 
 
 class Work(Protocol):
@@ -42,8 +44,21 @@ class Work(Protocol):
         """Send on what has room now."""
         ...
 
-    def tick(self) -> None:
-        """Give up what has waited too long; called a few times a second."""
+    @property
+    def is_engine_wanted(self) -> bool:
+        """Whether any request waits for a replica to start or to say what its engine is."""
+        ...
+
+    def learn(self, info: EngineInfo) -> None:
+        """A replica has said what its engine is."""
+        ...
+
+    def tick(self, *, is_starting: bool) -> None:
+        """Give up what has waited too long; called a few times a second.
+
+        Args:
+            is_starting: whether a replica is on its way.
+        """
         ...
 
     def is_on(self, replica_id: str) -> bool:
@@ -95,6 +110,9 @@ class FleetWatch:
         self._draining: dict[str, float] = {}
         self._attaching: dict[str, asyncio.Task[None]] = {}
         self._waking: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self._num_starting = 0
+        self._asked_at = -math.inf
         self._telling: asyncio.Task[None] | None = None
         self._queue_news_at = 0.0
         self.news = News()
@@ -164,7 +182,7 @@ class FleetWatch:
 
     def close(self) -> None:
         """Stop watching."""
-        for task in (self._task, self._waking, self._telling, *self._attaching.values()):
+        for task in (self._task, self._waking, self._asking, self._telling, *self._attaching.values()):
             if task is not None:
                 task.cancel()
 
@@ -183,8 +201,9 @@ class FleetWatch:
         now = self._clock()
         self._leave_silent_replicas(now)
         self._leave_draining_replicas(now)
-        self._work.tick()
         self._wake_up()
+        self._ask_who_starts(now)
+        self._work.tick(is_starting=self._num_starting > 0)
         self._tell_queue(now)
         for replica_id, (_, heard_at) in list(self._heard.items()):
             if now - heard_at > _FORGET_AFTER_S and replica_id not in self._running:
@@ -222,7 +241,7 @@ class FleetWatch:
             try:
                 with suppress(ReplicaLostError, TimeoutError):
                     async with asyncio.timeout(_ATTACH_TIMEOUT_S):
-                        await self._client.attach(replica_id, self.channel)
+                        self._work.learn(await self._client.attach(replica_id, self.channel))
             except Exception:
                 logger.exception("replica %s cannot be asked to report; trying again", replica_id)
             await asyncio.sleep(_ATTACH_RETRY_S)
@@ -231,12 +250,26 @@ class FleetWatch:
 
     def _wake_up(self) -> None:
         """While requests wait and there is no replica, have a call wait in Serve, which scales up from 0 by that."""
-        is_needed = self._work.num_waiting > 0 and not self._running
+        is_needed = self._work.is_engine_wanted and not self._running
         if is_needed and (self._waking is None or self._waking.done()):
-            self._waking = asyncio.get_running_loop().create_task(_unless_lost(self._client.describe()))
+            self._waking = asyncio.get_running_loop().create_task(_unless_lost(self._client.wake()))
         elif not is_needed and self._waking is not None:
             self._waking.cancel()
             self._waking = None
+
+    def _ask_who_starts(self, now: float) -> None:
+        """While requests wait and there is no replica, keep up with how many are being started."""
+        if not self._work.is_engine_wanted or self._running:
+            self._num_starting = 0
+        elif now - self._asked_at > _STARTING_INTERVAL_S and (self._asking is None or self._asking.done()):
+            self._asked_at = now
+            self._asking = asyncio.get_running_loop().create_task(self._count_starting())
+
+    async def _count_starting(self) -> None:
+        try:
+            self._num_starting = await self._client.num_starting()
+        except Exception:
+            logger.exception("Serve cannot be asked which replicas are starting; trying again")
 
     def _tell_queue(self, now: float) -> None:
         """Tell one replica how much waits here: its autoscaling statistics count it in."""

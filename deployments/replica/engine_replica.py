@@ -46,13 +46,13 @@ class EngineReplica:
         """What routers need to know of the engine."""
         return self._info
 
-    async def describe(self) -> bytes:
-        """`info`, encoded."""
-        return encode(self._info)
+    async def wake(self, ranking: Sequence[str] = ()) -> None:
+        """Do nothing: a call that waits for a replica is what makes Serve start one."""
 
-    async def attach(self, channel: bytes, ranking: Sequence[str] = ()) -> None:  # noqa: ARG002 - the request router's
-        """Report this replica's state to the router behind an encoded `ChannelAddress` from now on."""
+    async def attach(self, channel: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
+        """Report this replica's state to the router behind an encoded `ChannelAddress` from now on; returns `info`."""
         self._loop.attach(decode_address(channel))
+        return encode(self._info)
 
     async def note_queue(self, router: str, ranking: Sequence[str], num_tokens: int) -> None:  # noqa: ARG002
         """Count what a router holds back in this replica's autoscaling statistics, until its next word or a while."""

@@ -95,15 +95,30 @@ class Dispatcher:
                 ticket.ranking.set_result([chosen, *ranking])
         self._rate.measure(bool(self._waiting))
 
-    def tick(self) -> None:
-        """Give up what has waited too long for any replica to appear. To be called about once a second."""
+    def tick(self, *, is_starting: bool = False) -> None:
+        """Give up what has waited too long for any replica to appear. To be called about once a second.
+
+        Args:
+            is_starting: a replica is on its way, so nobody gives up yet.
+        """
         self._note_emptiness()
-        if self._empty_since is None:
-            return
-        now, timeout_s = self._clock(), self.config.no_replica_timeout_s
-        for ticket in [t for t in self._waiting if now - max(t.since, self._empty_since) > timeout_s]:
+        if is_starting and self._empty_since is not None:
+            self._empty_since = self._clock()
+        for ticket in [ticket for ticket in self._waiting if self.is_hopeless(ticket.since)]:
             self._waiting.remove(ticket)
-            ticket.ranking.set_exception(NoReplicaError(f"no engine replica has been running for {timeout_s:g} s"))
+            if not ticket.ranking.done():  # else cancelled; its owner has yet to withdraw it
+                ticket.ranking.set_exception(self.no_replica())
+
+    def is_hopeless(self, since: float) -> bool:
+        """Whether there has been no replica, and none on its way, for too long for what waits since then."""
+        if self._empty_since is None:
+            return False
+        return self._clock() - max(since, self._empty_since) > self.config.no_replica_timeout_s
+
+    def no_replica(self) -> NoReplicaError:
+        """What a request ends with for which it is hopeless."""
+        timeout_s = self.config.no_replica_timeout_s
+        return NoReplicaError(f"no engine replica has been running or starting for {timeout_s:g} s")
 
     def _note_emptiness(self) -> None:
         if self._fleet.replica_ids:

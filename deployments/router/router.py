@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from deployments.channel.messages import EngineInfo
 from deployments.channel.token_channel import TokenListener
 from deployments.config import AppConfig, LiveConfig
-from deployments.errors import ReplicaLostError
+from deployments.errors import DeadlineError
 from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.engine_use import replica_use, targets_of
@@ -31,7 +32,7 @@ from llm.serving.schemas import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 
-_DESCRIBE_RETRY_S = 0.5
+_ENGINE_CHECK_INTERVAL_S = 0.2
 
 
 class Router:
@@ -56,6 +57,9 @@ class Router:
         self.channel_host = channel_host
         self.started_at = int(time.time())
         self.info: EngineInfo | None = None
+        self.num_awaiting_engine = 0
+        """Requests that wait for the first engine to say what it is."""
+        self._engine_known = asyncio.Event()
         self._client = client
         self.fleet = Fleet(make_policy(config.router.policy))
         self.dispatcher = Dispatcher(self.fleet, config.admission)
@@ -75,9 +79,8 @@ class Router:
             max_resumes=config.router.max_resumes,
             on_over=self._request_over,
         )
-        self._watch = FleetWatch(client, self.fleet, _Work(self.dispatcher, self.journal), channel, config.router)
+        self._watch = FleetWatch(client, self.fleet, _Work(self), channel, config.router)
         self.journal.on_move = self._watch.note_move
-        self._learning = asyncio.get_running_loop().create_task(self._learn())
 
     @property
     def is_ready(self) -> bool:
@@ -115,9 +118,45 @@ class Router:
 
     async def wait_until_ready(self) -> EngineInfo:
         """Wait for the first engine."""
-        await asyncio.shield(self._learning)
-        assert self.info is not None, "learned above"
+        await self._engine_known.wait()
+        assert self.info is not None, "set before the event"
         return self.info
+
+    async def engine_info(self, timeout_s: float | None = None) -> EngineInfo:
+        """What the engines are. Where none has said so yet, wait for one, and have one started if there is none.
+
+        Args:
+            timeout_s: how long the client waits; None for as long as it takes.
+
+        Raises:
+            NoReplicaError: none has been running or starting for too long.
+            DeadlineError: `timeout_s` is over.
+        """
+        if self.info is not None:
+            return self.info
+        since = time.monotonic()
+        self.num_awaiting_engine += 1
+        try:
+            while self.info is None:
+                if self.dispatcher.is_hopeless(since):
+                    raise self.dispatcher.no_replica()
+                if timeout_s is not None and time.monotonic() - since > timeout_s:
+                    raise DeadlineError("the request's timeout is over")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_ENGINE_CHECK_INTERVAL_S):
+                        await self._engine_known.wait()
+        finally:
+            self.num_awaiting_engine -= 1
+        return self.info
+
+    def learn(self, info: EngineInfo) -> None:
+        """A replica has said what its engine is; the first one's word counts."""
+        if self.info is not None:
+            return
+        self.journal.page_size = info.page_size
+        self.dispatcher.learn_step_tokens(info.max_step_tokens)
+        self.info = info
+        self._engine_known.set()
 
     def reconfigure(self, live: LiveConfig) -> None:
         """Take other settings from now on; what `live` leaves out is as it was at the start."""
@@ -171,27 +210,10 @@ class Router:
 
     def close(self) -> None:
         """Stop listening."""
-        self._learning.cancel()
         self._watch.close()
         self._listener.close()
         if self.tracer is not None:
             self.tracer.close()
-
-    async def _learn(self) -> None:
-        """Ask the engines what they are, until one answers."""
-        while self.info is None:
-            try:
-                info = await self._client.describe()
-            except ReplicaLostError:
-                await asyncio.sleep(_DESCRIBE_RETRY_S)
-                continue
-            except Exception:
-                logger.exception("the engine replicas cannot be asked what they are; trying again")
-                await asyncio.sleep(_DESCRIBE_RETRY_S * 4)
-                continue
-            self.journal.page_size = info.page_size
-            self.dispatcher.learn_step_tokens(info.max_step_tokens)
-            self.info = info
 
     def _request_over(self, request: FinishedRequest) -> None:
         self.metrics.request_over(request)
@@ -209,9 +231,10 @@ class Router:
 class _Work:
     """The requests of a router, as its `FleetWatch` sees them."""
 
-    def __init__(self, dispatcher: Dispatcher, journal: Journal) -> None:
-        self._dispatcher = dispatcher
-        self._journal = journal
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._dispatcher = router.dispatcher
+        self._journal = router.journal
 
     @property
     def num_waiting(self) -> int:
@@ -227,9 +250,18 @@ class _Work:
         """See `Work`."""
         self._dispatcher.pump()
 
-    def tick(self) -> None:
+    @property
+    def is_engine_wanted(self) -> bool:
         """See `Work`."""
-        self._dispatcher.tick()
+        return self._dispatcher.num_waiting > 0 or self._router.num_awaiting_engine > 0
+
+    def learn(self, info: EngineInfo) -> None:
+        """See `Work`."""
+        self._router.learn(info)
+
+    def tick(self, *, is_starting: bool) -> None:
+        """See `Work`."""
+        self._dispatcher.tick(is_starting=is_starting)
 
     def is_on(self, replica_id: str) -> bool:
         """See `Work`."""

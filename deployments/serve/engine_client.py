@@ -11,6 +11,9 @@ from deployments.fleet.engine_client import is_being_cancelled
 from deployments.serve.replica_list import watch_replicas
 
 
+_STARTING_STATES = ("STARTING", "RECOVERING")
+
+
 class ServeEngineClient:
     """Calls through a Ray Serve deployment handle; `RankedRequestRouter` reads the rankings.
 
@@ -20,7 +23,7 @@ class ServeEngineClient:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._describe = handle.describe
+        self._wake = handle.wake
         self._attach = handle.attach
         self._note_queue = handle.note_queue
         self._generate = handle.generate
@@ -36,13 +39,17 @@ class ServeEngineClient:
 
         watch_replicas(self._handle.app_name, self._handle.deployment_name, on_change)
 
-    async def describe(self) -> EngineInfo:
+    async def wake(self) -> None:
         """See `EngineClient`."""
-        return decode_info(await self._call(self._describe))
+        await self._call(self._wake)
 
-    async def attach(self, replica_id: str, channel: ChannelAddress) -> None:
+    async def num_starting(self) -> int:
+        """See `EngineClient`. Asks Serve's controller, which takes some milliseconds."""
+        return await asyncio.to_thread(num_starting_replicas, self._handle.app_name, self._handle.deployment_name)
+
+    async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
         """See `EngineClient`."""
-        await self._call(self._attach, encode(channel), (replica_id,))
+        return decode_info(await self._call(self._attach, encode(channel), (replica_id,)))
 
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
         """See `EngineClient`."""
@@ -75,3 +82,13 @@ class ServeEngineClient:
             raise
         except (RayActorError, grpc.RpcError) as error:
             raise ReplicaLostError(f"the replica is gone ({type(error).__name__})") from error
+
+
+def num_starting_replicas(app_name: str, deployment_name: str) -> int:
+    """Number of a deployment's replicas that Serve is starting, by its own status; blocks until that is told."""
+    from ray import serve
+
+    application = serve.status().applications.get(app_name)
+    deployment = application.deployments.get(deployment_name) if application is not None else None
+    states = deployment.replica_states if deployment is not None else {}
+    return sum(number for state, number in states.items() if str(getattr(state, "value", state)) in _STARTING_STATES)

@@ -5,19 +5,23 @@ from collections.abc import Callable
 ReplicasCallback = Callable[[frozenset[str]], None]
 
 _watchers: dict[tuple[str, str], ReplicasCallback] = {}
+_latest: dict[tuple[str, str], frozenset[str]] = {}
 
 
 def watch_replicas(app_name: str, deployment_name: str, callback: ReplicasCallback) -> None:
-    """Have `callback` told the ids of a deployment's running replicas whenever these change.
+    """Have `callback` told the ids of a deployment's running replicas, now if they are known, and when they change.
 
-    Register before the first call through a handle of this process. Serve calls it on a thread of its own. One
-    callback a deployment; a later one takes its place.
+    Serve calls it on a thread of its own. One callback a deployment; a later one takes its place.
     """
     _watchers[app_name, deployment_name] = callback
+    latest = _latest.get((app_name, deployment_name))
+    if latest is not None:
+        callback(latest)
 
 
 def tell_watcher(app_name: str, deployment_name: str, replica_ids: frozenset[str]) -> None:
-    """The ids have changed. No effect where nobody watches."""
+    """The ids have changed."""
+    _latest[app_name, deployment_name] = replica_ids
     callback = _watchers.get((app_name, deployment_name))
     if callback is not None:
         callback(replica_ids)

@@ -5,11 +5,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import httpx
-import msgspec
 import pytest
 
 from deployments.api.routes import create_api
-from deployments.channel.messages import ChannelAddress, EngineInfo, encode
+from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.config import AppConfig
 from deployments.errors import ReplicaLostError
 from deployments.replica.engine_replica import EngineReplica
@@ -25,6 +24,8 @@ class LocalClient:
     def __init__(self, replicas: list[EngineReplica]) -> None:
         self.replicas = replicas
         self.num_calls = 0
+        self.num_wake_ups = 0
+        self.starting = 0
         self._by_id = {replica.replica_id: replica for replica in replicas}
         self._running = set(self._by_id)
         self._calls: dict[str, set[asyncio.Task[bytes]]] = {replica_id: set() for replica_id in self._by_id}
@@ -32,14 +33,18 @@ class LocalClient:
 
     def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
         self._on_replicas = callback
+        callback(frozenset(self._running))
 
-    async def describe(self) -> EngineInfo:
-        info = msgspec.msgpack.decode(await self._choose(()).describe(), type=EngineInfo)
-        self._on_replicas(frozenset(self._running))
-        return info
+    async def wake(self) -> None:
+        self.num_wake_ups += 1
+        while not self._running:
+            await asyncio.sleep(0.01)
 
-    async def attach(self, replica_id: str, channel: ChannelAddress) -> None:
-        await self._choose((replica_id,)).attach(encode(channel))
+    async def num_starting(self) -> int:
+        return self.starting
+
+    async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
+        return decode_info(await self._choose((replica_id,)).attach(encode(channel)))
 
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
         await self._choose((replica_id,)).note_queue(channel.endpoint, (), num_tokens)
