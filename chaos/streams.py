@@ -26,6 +26,8 @@ class Story:
     started_at: float = field(default_factory=time.monotonic)
     arrivals: list[float] = field(default_factory=list)
     """When each piece of text came."""
+    num_comments: int = 0
+    """Comments (`: …`) that kept the stream alive while there was nothing to say."""
     ended_at: float = 0.0
 
     @property
@@ -119,6 +121,7 @@ class Clients:
     def _take(story: Story, line: bytes) -> bool:
         """Take a line of the stream; False at its end."""
         if not line.startswith(b"data: "):
+            story.num_comments += line.startswith(b":")
             return True
         if line.strip() == b"data: [DONE]":
             return False

@@ -72,6 +72,8 @@ class EmulationConfig(StrictModel):
     """Prompt tokens a second, of all streams together."""
     max_seq_len: int = Field(default=8192, ge=2)
     """Context length in tokens."""
+    start_s: float = Field(default=0.0, ge=0)
+    """How long a replica takes to start, as loading a model does."""
 
 
 class AutoscalingConfig(StrictModel):

@@ -48,6 +48,7 @@ from deployments.chat.requests import (
 from deployments.chat.service import ChatService
 from deployments.chat.turn import Turn
 from deployments.observe.metrics import CONTENT_TYPE
+from deployments.router.caller import Caller
 from deployments.router.keys import ApiKey
 from deployments.router.router import Router
 from deployments.version import __version__
@@ -156,7 +157,9 @@ class Endpoints:
         """Answer a chat, whole or as server-sent events."""
         body = await parse_body(request, ChatRequest, self._limits)
         self._check_model(body.model)
-        turn = await self._chats.chat(body, caller_of(request, body.priority))
+        caller = caller_of(request, body.priority)
+        await self._engine_known(request, caller)
+        turn = await self._chats.chat(body, caller)
         writer = self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
         return await answer(request, turn, writer, is_streamed=bool(body.stream))
 
@@ -164,7 +167,9 @@ class Endpoints:
         """Continue a prompt, or several, whole or as server-sent events."""
         body = await parse_body(request, CompletionRequest, self._limits)
         self._check_model(body.model)
-        turn = await self._chats.completion(body, caller_of(request, body.priority))
+        caller = caller_of(request, body.priority)
+        await self._engine_known(request, caller)
+        turn = await self._chats.completion(body, caller)
         writer = self._completion_writer(
             turn, body, is_chat=False, wants_logprobs=body.logprobs is not None, num_kept=body.n or 1
         )
@@ -187,6 +192,7 @@ class Endpoints:
         """Count the tokens that a message's prompt would have."""
         body = await parse_body(request, CountTokensRequest, self._limits)
         self._check_model(body.model)
+        await self._engine_known(request, caller_of(request))
         with in_words_of(body.FIELDS):
             ids = await self._chats.encoder.prompt_ids(body.to_chat())
         return json_response({"input_tokens": len(ids)})
@@ -196,7 +202,19 @@ class Endpoints:
         self._check_model(body.model)
         with in_words_of(body.FIELDS):
             chat = body.to_chat()
-            return await self._chats.chat(chat, caller_of(request, chat.priority))
+            caller = caller_of(request, chat.priority)
+            await self._engine_known(request, caller)
+            return await self._chats.chat(chat, caller)
+
+    async def _engine_known(self, request: Request, caller: Caller) -> None:
+        """Wait until an engine has told its limits, by which requests are checked; a fleet at zero starts one.
+
+        Raises:
+            NoReplicaError, DeadlineError: see `Router.engine_info`.
+            ClientLeftError: the client did not wait for it.
+        """
+        if not self._router.is_ready:
+            await until_disconnect(request.receive, self._router.engine_info(caller.timeout_s))
 
     def _completion_writer(self, turn: Turn, body: ChatRequest | CompletionRequest, **options: Any) -> CompletionWriter:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -207,9 +225,11 @@ class Endpoints:
         """Give the vector of each input: hidden states of the model, pooled, of length 1."""
         body = await parse_body(request, EmbeddingsRequest, self._limits)
         self._check_model(body.model)
+        caller = caller_of(request)
+        await self._engine_known(request, caller)
         encoder = self._chats.encoder
         inputs = [await encoder.input_ids(given) for given in body.inputs()]
-        work = self._router.embed(inputs, body.pooling or "last", caller_of(request))
+        work = self._router.embed(inputs, body.pooling or "last", caller)
         vectors = await until_disconnect(request.receive, work)
         return json_response(embeddings_object(body, self._model, vectors, sum(map(len, inputs))))
 
@@ -226,6 +246,7 @@ class Endpoints:
         """Turn a text or a chat into token ids."""
         body = await parse_body(request, TokenizeRequest, self._limits)
         self._check_model(body.model or self._model)
+        await self._engine_known(request, caller_of(request))
         encoder = self._chats.encoder
         if body.messages is not None:
             generation_prompt = body.add_generation_prompt is not False
@@ -241,6 +262,7 @@ class Endpoints:
         """Turn token ids into text."""
         body = await parse_body(request, DetokenizeRequest, self._limits)
         self._check_model(body.model or self._model)
+        await self._engine_known(request, caller_of(request))
         encoder = self._chats.encoder
         encoder.check_ids(body.tokens, "tokens")
         text = await encoder.run(len(body.tokens), lambda: self._chats.tokenizer.decode(body.tokens))

@@ -101,6 +101,7 @@ def make_engine(config: AppConfig) -> tuple[Engine, EngineInfo]:
 def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
     from llm.models.registry import load_model_config, resolve_model_path
 
+    time.sleep(config.emulation.start_s)
     vocab_size = load_model_config(resolve_model_path(config.model)).vocab_size
     engine = EmulatedEngine(config.engine, config.emulation, vocab_size=vocab_size)
     return engine, EngineInfo(

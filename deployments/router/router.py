@@ -132,12 +132,10 @@ class Router:
             NoReplicaError: none has been running or starting for too long.
             DeadlineError: `timeout_s` is over.
         """
-        if self.info is not None:
-            return self.info
         since = time.monotonic()
         self.num_awaiting_engine += 1
         try:
-            while self.info is None:
+            while not self.is_ready:
                 if self.dispatcher.is_hopeless(since):
                     raise self.dispatcher.no_replica()
                 if timeout_s is not None and time.monotonic() - since > timeout_s:
@@ -147,7 +145,7 @@ class Router:
                         await self._engine_known.wait()
         finally:
             self.num_awaiting_engine -= 1
-        return self.info
+        return await self.wait_until_ready()
 
     def learn(self, info: EngineInfo) -> None:
         """A replica has said what its engine is; the first one's word counts."""

@@ -10,7 +10,6 @@ from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import is_being_cancelled
 from deployments.serve.replica_list import watch_replicas
 
-
 _STARTING_STATES = ("STARTING", "RECOVERING")
 
 

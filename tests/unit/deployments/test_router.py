@@ -271,18 +271,6 @@ async def test_a_disconnect_message_ends_the_work(make_service: ServiceFactory):
     assert len(sent) < 50
 
 
-async def test_not_loaded_yet_says_so(make_service: ServiceFactory):
-    service = await make_service()
-    service.router.info = None
-    for path, method in (("/ready", "GET"), ("/v1/completions", "POST")):
-        body = {"json": {"model": "demo", "prompt": "a"}} if method == "POST" else {}
-        response = await service.http.request(method, path, **body)
-        assert response.status_code == 503
-        assert response.headers["retry-after"]
-        assert response.json()["error"]["code"] == "model_loading"
-    assert (await service.http.get("/health")).status_code == 200
-
-
 async def test_two_replicas_share_the_work(make_service: ServiceFactory):
     service = await make_service(num_replicas=2)
     await asyncio.gather(*(service.post("/v1/completions", prompt="abc", max_tokens=50) for _ in range(8)))

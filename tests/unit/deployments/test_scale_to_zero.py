@@ -1,0 +1,89 @@
+"""A fleet without a replica: nobody is woken without need, and requests wait for whoever is being started."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from in_process import LocalClient, Service, emulated_config, end_service
+
+from deployments.replica.engine_replica import EngineReplica
+
+TIMEOUT_S = 0.5
+
+
+@pytest.fixture
+async def empty() -> AsyncIterator[Service]:
+    """A service whose only replica does not run yet."""
+    config = emulated_config(admission={"no_replica_timeout_s": TIMEOUT_S})
+    client = LocalClient([EngineReplica(config, "replica-0")])
+    client.drain(0)
+    service = Service(config, client)
+    yield service
+    await end_service(service)
+
+
+def ask(service: Service, **headers: str) -> "asyncio.Task":
+    body = {"model": "demo", "prompt": "abc", "max_tokens": 5}
+    return asyncio.create_task(service.http.post("/v1/completions", json=body, headers=headers))
+
+
+async def test_a_new_router_wakes_nobody(empty: Service):
+    """What the engines are is told when a replica starts anyway, and a request is what starts one."""
+    await asyncio.sleep(0.5)
+    assert empty.client.num_wake_ups == 0
+    assert not empty.router.is_ready
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize"]
+)
+async def test_requests_wait_for_as_long_as_a_replica_is_starting(empty: Service, path: str):
+    """Four times as long as they would wait for none."""
+    empty.client.starting = 1
+    body = {"prompt": "abc"} if path in ("/v1/completions", "/tokenize") else {
+        "input" if path == "/v1/responses" else "messages": [{"role": "user", "content": "abc"}]
+    }  # fmt: skip
+    limit = {"max_output_tokens" if path == "/v1/responses" else "max_tokens": 5} if path != "/tokenize" else {}
+    asking = [asyncio.create_task(empty.post(path, **body, **limit)) for _ in range(4)]
+    await asyncio.sleep(4 * TIMEOUT_S)
+    assert not any(task.done() for task in asking)
+    assert empty.client.num_wake_ups == 1, "one call waits in Serve, however many requests wait here"
+    empty.client.start(0)
+    assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
+
+
+async def test_with_none_starting_they_are_refused_after_a_while(empty: Service):
+    started = time.monotonic()
+    answer = await ask(empty)
+    assert time.monotonic() - started >= TIMEOUT_S
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_replica")
+    assert int(answer.headers["retry-after"]) > 0
+    assert empty.client.num_wake_ups == 1
+
+
+async def test_a_start_that_is_given_up_ends_the_waiting(empty: Service):
+    empty.client.starting = 1
+    asking = ask(empty)
+    await asyncio.sleep(3 * TIMEOUT_S)
+    assert not asking.done()
+    empty.client.starting = 0
+    assert (await asking).json()["error"]["code"] == "no_replica"
+
+
+async def test_the_clients_own_timeout_counts(empty: Service):
+    empty.client.starting = 1
+    answer = await ask(empty, **{"X-Request-Timeout": "0.3"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
+async def test_a_fleet_that_goes_to_zero_later_behaves_alike(empty: Service):
+    empty.client.start(0)
+    assert (await ask(empty)).status_code == 200
+    empty.client.drain(0)
+    empty.client.starting = 1
+    asking = ask(empty)
+    await asyncio.sleep(3 * TIMEOUT_S)
+    assert not asking.done()
+    empty.client.start(0)
+    assert (await asking).status_code == 200
