@@ -33,8 +33,8 @@ async def f24_scaled_to_zero(front_end: str, start_s: float = 65, no_replica_tim
     waits = [story.arrivals[0] - started for story in whole]
     kept = [story for story in whole if story.num_comments > 0]
     figure = (
-        f"{len(whole)} of {len(stories)} streams whole, first text after {percentile(waits, 0.5):.1f} s with a start of "
-        f"{start_s:g} s, {len(kept)} kept alive by comments; {num_woken} replicas before anybody asked"
+        f"{len(whole)} of {len(stories)} streams whole, first text after {percentile(waits, 0.5):.1f} s with a start "
+        f"of {start_s:g} s, {len(kept)} kept alive by comments; {num_woken} replicas before anybody asked"
     )
     must_keep = len(stories) if start_s > _KEEP_ALIVE_S + 5 else 0
     return Outcome(figure, len(whole) == len(stories), num_woken == 0, len(kept) >= must_keep)

@@ -85,7 +85,7 @@ class Router:
     @property
     def is_ready(self) -> bool:
         """Whether an engine has told what it is."""
-        return self.info is not None
+        return self._engine_known.is_set()
 
     def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
         """Begin to generate.

@@ -32,7 +32,10 @@ async def test_a_new_router_wakes_nobody(empty: Service):
     """What the engines are is told when a replica starts anyway, and a request is what starts one."""
     await asyncio.sleep(0.5)
     assert empty.client.num_wake_ups == 0
-    assert not empty.router.is_ready
+    answer = await empty.http.get("/ready")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_loading")
+    assert answer.headers["retry-after"]
+    assert (await empty.http.get("/health")).status_code == 200
 
 
 @pytest.mark.parametrize(
