@@ -49,7 +49,7 @@ async def leave(service: Service, path: str, body: dict, num_bodies: int) -> Non
 async def test_the_work_ends(make_service: ServiceFactory, path: str, body: dict, num_bodies: int):
     service = await make_service(emulated_config(emulation={"tokens_per_s": 100.0, "max_seq_len": 2048}))
     await leave(service, path, body, num_bodies)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         while service.router.journal.num_live or service.num_used_pages:
             await asyncio.sleep(0.01)
 
@@ -82,9 +82,14 @@ async def test_what_fails_inside_a_stream_ends_it_in_the_apis_words(
     assert "The server failed to answer this request" in answer.text
     assert "secret" not in answer.text
     assert ("[DONE]" in answer.text) == (path == "/v1/chat/completions")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         while service.router.journal.num_live or service.num_used_pages:
             await asyncio.sleep(0.01)
+
+
+def generations() -> list[object]:
+    """Those that are still in memory."""
+    return [found for found in gc.get_objects() if type(found) is Generation]
 
 
 async def test_what_is_over_leaves_nothing_to_the_garbage_collector(make_service: ServiceFactory):
@@ -97,10 +102,8 @@ async def test_what_is_over_leaves_nothing_to_the_garbage_collector(make_service
         for more in ({}, {"stream": True}, {"stop": ["c"]}):
             assert (await service.post("/v1/completions", **body, **more)).status_code == 200
         await leave(service, "/v1/completions", {**body, "max_tokens": 1500}, 3)
-        async with asyncio.timeout(1):
-            while service.router.journal.num_live:
-                await asyncio.sleep(0.01)
-        left = [generation for generation in gc.get_objects() if isinstance(generation, Generation)]
+        async with asyncio.timeout(30):
+            while service.router.journal.num_live or generations():
+                await asyncio.sleep(0.1)
     finally:
         gc.enable()
-    assert not left, gc.get_referrers(left[0])
