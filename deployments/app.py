@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
@@ -13,6 +12,7 @@ from deployments.config import AppConfig, AutoscalingConfig, resolve_paths, with
 from deployments.fleet.autoscaling import EnginePolicy
 from deployments.fleet.engine_use import targets_of
 from deployments.router.keys import load_keys
+from deployments.serve.cluster import gpus_a_replica, gpus_now, may_nodes_join
 from deployments.serve.engine_deployment import ServeEngineReplica
 from deployments.serve.front_end import check_open, find_front_end
 from deployments.serve.ingress import RouterIngress
@@ -40,7 +40,7 @@ def build_app(args: AppConfig) -> Application:
     check_model(config)
     if config.public_url is None and front_end is not None:
         config = config.model_copy(update={"public_url": front_end.url})
-    num_gpus = _gpus_a_replica(config)
+    num_gpus = gpus_a_replica(config, gpus_now(), may_nodes_join())
     if not num_gpus and config.device is None:
         # A replica without a GPU of its own still sees those of its node.
         config = config.model_copy(update={"device": "cpu"})
@@ -87,7 +87,12 @@ def _router_deployment(config: AppConfig) -> Any:
     return serve.deployment(serve.ingress()(RouterIngress)).options(
         name="Router",
         num_replicas=router.num_replicas,
-        ray_actor_options={"num_gpus": 0, "num_cpus": router.num_cpus, "runtime_env": _RUNTIME_ENV},
+        ray_actor_options={
+            "num_gpus": 0,
+            "num_cpus": router.num_cpus,
+            "resources": router.resources,
+            "runtime_env": _RUNTIME_ENV,
+        },
         # More than the router takes, so that what is too much gets its answer instead of waiting in Serve.
         max_ongoing_requests=2 * router.max_ongoing_requests,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
@@ -95,13 +100,6 @@ def _router_deployment(config: AppConfig) -> Any:
         graceful_shutdown_timeout_s=router.graceful_shutdown_timeout_s,
         max_surge_percent=router.max_surge_percent,
     )
-
-
-def _gpus_a_replica(config: AppConfig) -> float:
-    if config.replicas.num_gpus is not None:
-        return config.replicas.num_gpus
-    has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
-    return 1 if has_gpus and config.device in (None, "cuda") and config.engine_kind == "torch" else 0
 
 
 def __getattr__(name: str) -> Application:

@@ -109,7 +109,9 @@ class ReplicasConfig(StrictModel):
     autoscaling: AutoscalingConfig | None = None
     """Have as many replicas as the load asks for."""
     num_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of each replica; None for one where the cluster has any, else none."""
+    """GPUs that Ray sets aside for each replica, which waits until a node has them free. None for one if `device` is
+    `cuda`, or if a node of the cluster has a GPU or may join with one (on Kubernetes, or with Ray's cluster launcher);
+    else for none: replicas then run on CPUs. Set it where GPU nodes come and go."""
     num_cpus: float = Field(default=0.5, ge=0)
     """CPUs that Ray sets aside for each replica. It only decides what fits on a node; see `torch_threads`."""
     torch_threads: int | None = Field(default=None, ge=1)
@@ -129,6 +131,11 @@ class ReplicasConfig(StrictModel):
         """Largest number of replicas that there may be."""
         return self.autoscaling.max_replicas if self.autoscaling is not None else self.num_replicas
 
+    @property
+    def fewest_replicas(self) -> int:
+        """Smallest number of replicas that there may be."""
+        return self.autoscaling.min_replicas if self.autoscaling is not None else self.num_replicas
+
 
 class RouterConfig(StrictModel):
     """The HTTP side."""
@@ -136,6 +143,9 @@ class RouterConfig(StrictModel):
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.25, ge=0)
     """CPUs that Ray sets aside for each router. A busy router uses one core in full."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom Ray resources that each router takes, so that only nodes which offer them (`ray start --resources`) run
+    routers: `{rayline_router: 0.001}` keeps routers off GPU nodes, which can then be scaled down."""
     max_ongoing_requests: int = Field(default=4096, ge=1)
     """Open HTTP requests of one router; streams count until their end. More get 503 with `Retry-After`."""
     max_surge_percent: int = Field(default=100, ge=0, le=100)

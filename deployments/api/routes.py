@@ -47,7 +47,7 @@ from deployments.chat.requests import (
 )
 from deployments.chat.service import ChatService
 from deployments.chat.turn import Turn
-from deployments.observe.metrics import CONTENT_TYPE
+from deployments.observe.exposition import CONTENT_TYPE
 from deployments.router.caller import Caller
 from deployments.router.keys import ApiKey
 from deployments.router.router import Router
@@ -287,8 +287,8 @@ class Endpoints:
         return json_response(self._router.snapshot())
 
     async def metrics(self, _: Request) -> Response:
-        """Give this router's metrics, and its replicas' as it last heard, in Prometheus' text format."""
-        return Response(self._router.metrics.text(), media_type=CONTENT_TYPE)
+        """Give the metrics of all routers and replicas, whichever router is asked, in Prometheus' text format."""
+        return Response(await self._router.metrics.text(), media_type=CONTENT_TYPE)
 
     async def chat_page(self, _: Request) -> Response:
         """Give the chat page."""

@@ -1,22 +1,18 @@
-"""Metrics of a router and, as they last reported, of its replicas, for Prometheus.
+"""What a router counts and knows, for Prometheus; `exposition` writes it, that of all routers together.
 
 Names and buckets are vLLM's where the meaning is the same, so that existing boards work; ours begin with `rayline:`.
-Everything is labelled `model_name`, a replica's figures with `engine` too. The same histograms and counters go to Ray's
-own export (`ray.util.metrics`), which takes no colons: `vllm_time_to_first_token_seconds`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from deployments.observe.exposition import ROUTER_LABELS, RouterFigures, write_metrics
 from deployments.observe.finished_request import FinishedRequest
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-_Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
+from llm.serving.schemas import FinishReason
 
 _FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -47,9 +43,6 @@ _HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "rayline:request_route_time_seconds": ("Parsing, tokenising and admission.", _HOP_BUCKETS),
     "rayline:request_relay_time_seconds": ("On the way to the engine, and of the first token back.", _HOP_BUCKETS),
 }
-_COUNTERS: Mapping[str, str] = {
-    "vllm:request_success": "Requests that ended, by `finished_reason`: stop, length, abort or error.",
-}
 
 
 class RouterState(Protocol):
@@ -60,40 +53,78 @@ class RouterState(Protocol):
         ...
 
 
+class RouterPeers(Protocol):
+    """The other routers of the same deployment."""
+
+    @property
+    def router_id(self) -> str:
+        """Name of this router among them."""
+        ...
+
+    async def figures(self) -> list[RouterFigures]:
+        """Metrics of all routers, with or without this one; none where they cannot be asked now."""
+        ...
+
+
+class NoPeers:
+    """A router by itself."""
+
+    router_id = "router"
+
+    async def figures(self) -> list[RouterFigures]:
+        """See `RouterPeers`."""
+        return []
+
+
 class RouterMetrics:
     """Counts what becomes of a router's requests.
 
     Args:
         model: value of the label `model_name`.
-        state: of the router.
-        ray_export: also gives every histogram and counter to Ray's metrics.
+        state: the router's.
+        peers: the other routers.
+        min_replicas: number of replicas that the configuration keeps whatever the load.
     """
 
-    def __init__(self, model: str, state: RouterState, *, ray_export: bool = False) -> None:
-        self._model = model
+    def __init__(self, model: str, state: RouterState, peers: RouterPeers, *, min_replicas: int = 1) -> None:
+        self._peers = peers
+        self._state = state
+        self._labels = (model, peers.router_id)
         self._registry = CollectorRegistry()
-        self._registry.register(_StateCollector(model, state))
+        self._registry.register(_StateCollector(self._labels, state, min_replicas))
         self._histograms = {
-            name: Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry).labels(model)
+            name: Histogram(name, text, ROUTER_LABELS, buckets=buckets, registry=self._registry).labels(*self._labels)
             for name, (text, buckets) in _HISTOGRAMS.items()
         }
-        self._counters = {
-            name: Counter(name, text, ["model_name", "finished_reason"], registry=self._registry)
-            for name, text in _COUNTERS.items()
-        }
-        self._export = _RayExport(model) if ray_export else None
+        self._ended = Counter(
+            "vllm:request_success",
+            "Requests that ended, by `finished_reason`: stop, length, abort or error.",
+            (*ROUTER_LABELS, "finished_reason"),
+            registry=self._registry,
+        )
+        for reason in FinishReason:
+            self._ended.labels(*self._labels, reason)  # from 0: what begins at 1 has no rate
 
-    def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
-        return generate_latest(self._registry)
+    async def text(self) -> bytes:
+        """The metrics of all routers and replicas in Prometheus' text format, whichever router is asked.
+
+        Routers that do not answer are left out; nothing that is left out makes a counter fall, as each router's series
+        carry its name.
+        """
+        others = await self._peers.figures()
+        own = self.figures()
+        return write_metrics([own, *(one for one in others if one.router_id != own.router_id)])
+
+    def figures(self) -> RouterFigures:
+        """This router's part."""
+        model, router_id = self._labels
+        return RouterFigures(model, router_id, tuple(self._registry.collect()), self._state.snapshot()["replicas"])
 
     def request_over(self, request: FinishedRequest) -> None:
         """A request has ended, in whatever way."""
         timeline = request.timeline
         reason = "error" if request.error_type else request.finish_reason or "abort"
-        self._counters["vllm:request_success"].labels(self._model, reason).inc()
-        if self._export is not None:
-            self._export.count("vllm:request_success", finished_reason=reason)
+        self._ended.labels(*self._labels, reason).inc()
         if request.finish_reason is None or timeline.first_token_at is None or timeline.ended_at is None:
             return
         num_output = request.num_output_tokens
@@ -114,96 +145,48 @@ class RouterMetrics:
             values["vllm:request_time_per_output_token_seconds"] = decode_s / (num_output - 1)
         for name, value in values.items():
             self._histograms[name].observe(value)
-            if self._export is not None:
-                self._export.observe(name, value)
-
-
-class _RayExport:
-    """The same through `ray.util.metrics`, which Ray's agent on each node serves."""
-
-    def __init__(self, model: str) -> None:
-        from ray.util import metrics
-
-        self._tags = {"model_name": model}
-        self._histograms = {
-            name: metrics.Histogram(_ray_name(name), text, list(buckets), ("model_name",))
-            for name, (text, buckets) in _HISTOGRAMS.items()
-        }
-        self._counters = {
-            name: metrics.Counter(_ray_name(name), text, ("model_name", "finished_reason"))
-            for name, text in _COUNTERS.items()
-        }
-
-    def observe(self, name: str, value: float) -> None:
-        self._histograms[name].observe(value, self._tags)
-
-    def count(self, name: str, **tags: str) -> None:
-        self._counters[name].inc(1, {**self._tags, **tags})
-
-
-def _ray_name(name: str) -> str:
-    return name.replace(":", "_")
 
 
 class _StateCollector(Collector):
     """Gauges and counters that are kept elsewhere, read when they are asked for."""
 
-    def __init__(self, model: str, state: RouterState) -> None:
-        self._model = model
+    def __init__(self, labels: tuple[str, str], state: RouterState, min_replicas: int) -> None:
+        self._labels = labels
         self._state = state
+        self._min_replicas = min_replicas
 
     def collect(self) -> Iterable[Metric]:
         """See prometheus_client."""
         snapshot = self._state.snapshot()
-        router, replicas = snapshot["router"], snapshot["replicas"]
-        own = [self._model]
-        for name, text, key in _ROUTER_GAUGES:
-            yield _family(GaugeMetricFamily, name, text, ["model_name"], [(own, router[key])])
-        for name, text, key in _ROUTER_COUNTERS:
-            yield _family(CounterMetricFamily, name, text, ["model_name"], [(own, router[key])])
-        for kind, name, text, value in _REPLICA_METRICS:
-            values = [([self._model, replica_id], value(stats)) for replica_id, stats in replicas.items()]
-            yield _family(kind, name, text, ["model_name", "engine"], values)
+        router = snapshot["router"]
+        serving = sum(1 for replica in snapshot["replicas"].values() if replica["is_serving"])
+        gauges = {key: (name, text, router[key]) for key, (name, text) in _GAUGES.items()}
+        gauges["serving"] = "rayline:router_replicas", "Replicas that get requests from this router.", serving
+        gauges["min"] = "rayline:min_replicas", "Replicas that there are to be whatever the load.", self._min_replicas
+        for name, text, value in gauges.values():
+            gauge = GaugeMetricFamily(name, text, labels=ROUTER_LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
+        for key, (name, text) in _COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=ROUTER_LABELS)
+            counter.add_metric(self._labels, router[key])
+            yield counter
 
 
-def _family(kind: _Kind, name: str, text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> Metric:
-    family = kind(name, text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
-
-
-_ROUTER_GAUGES = (
-    ("rayline:router_live_requests", "Requests of this router that run or wait.", "num_live"),
-    ("rayline:router_waiting_requests", "Requests that wait in this router for a replica with room.", "num_waiting"),
-    ("rayline:router_waiting_tokens", "Tokens that these have to prefill.", "num_waiting_tokens"),
-)
-_ROUTER_COUNTERS = (
-    ("rayline:requests", "Requests begun.", "num_requests"),
-    ("rayline:requests_refused", "Requests refused with 429.", "num_refused"),
-    ("rayline:failovers", "Times a request went on elsewhere after its replica failed.", "num_resumes"),
-    ("rayline:moves", "Times a request went on elsewhere because its replica stalled or was taken away.", "num_moves"),
-)
-
-
-def _usage(stats: Mapping[str, Any]) -> float:
-    return float(stats["num_used_pages"]) / max(int(stats["num_pages"]), 1)
-
-
-def _field(name: str) -> Callable[[Mapping[str, Any]], float]:
-    return lambda stats: float(stats[name])
-
-
-_REPLICA_METRICS: tuple[tuple[_Kind, str, str, Callable[[Mapping[str, Any]], float]], ...] = (
-    (GaugeMetricFamily, "vllm:num_requests_running", "Requests in the batch.", _field("num_running")),
-    (GaugeMetricFamily, "vllm:num_requests_waiting", "Requests that wait in the engine.", _field("num_waiting")),
-    (GaugeMetricFamily, "vllm:kv_cache_usage_perc", "Share of the slot pool in use, 0 to 1.", _usage),
-    (CounterMetricFamily, "vllm:num_preemptions", "Requests preempted.", _field("num_preemptions")),
-    (CounterMetricFamily, "vllm:prompt_tokens", "Prompt tokens.", _field("num_prompt_tokens")),
-    (CounterMetricFamily, "vllm:generation_tokens", "Tokens generated.", _field("num_generated_tokens")),
-    (CounterMetricFamily, "vllm:prefix_cache_queries", "Prompt tokens looked up.", _field("num_prompt_tokens")),
-    (CounterMetricFamily, "vllm:prefix_cache_hits", "Prompt tokens found.", _field("num_cached_prompt_tokens")),
-    (GaugeMetricFamily, "rayline:waiting_prefill_tokens", "Tokens still to prefill.", _field("num_waiting_tokens")),
-    (GaugeMetricFamily, "rayline:replica_serving", "1 while the replica gets requests.", _field("is_serving")),
-    (GaugeMetricFamily, "rayline:replica_report_age_seconds", "Since its last report.", _field("age_s")),
-)
+_GAUGES: Mapping[str, tuple[str, str]] = {
+    "num_live": ("rayline:router_live_requests", "Requests of this router that run or wait."),
+    "num_waiting": (
+        "rayline:router_waiting_requests",
+        "Requests that wait in this router for a replica with room.",
+    ),
+    "num_waiting_tokens": ("rayline:router_waiting_tokens", "Tokens that these have to prefill."),
+}
+_COUNTERS: Mapping[str, tuple[str, str]] = {
+    "num_requests": ("rayline:requests", "Requests begun."),
+    "num_refused": ("rayline:requests_refused", "Requests refused with 429."),
+    "num_resumes": ("rayline:failovers", "Times a request went on elsewhere after its replica failed."),
+    "num_moves": (
+        "rayline:moves",
+        "Times a request went on elsewhere because its replica stalled or was taken away.",
+    ),
+}

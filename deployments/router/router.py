@@ -19,7 +19,7 @@ from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import make_policy
 from deployments.fleet.watch import FleetWatch
 from deployments.observe.finished_request import FinishedRequest
-from deployments.observe.metrics import RouterMetrics
+from deployments.observe.metrics import NoPeers, RouterMetrics, RouterPeers
 from deployments.observe.request_log import log_request
 from deployments.observe.tracing import RequestTracer
 from deployments.router.caller import Caller
@@ -44,14 +44,14 @@ class Router:
         config: the application's configuration.
         client: the engine replicas.
         channel_host: address to listen on for tokens.
-        ray_metrics: whether to give metrics to Ray's own export too.
+        peers: the other routers of the deployment; None where there are none.
 
     Raises:
         ConfigError: tracing is wanted and OpenTelemetry is not installed.
     """
 
     def __init__(
-        self, config: AppConfig, client: EngineClient, channel_host: str = "127.0.0.1", *, ray_metrics: bool = False
+        self, config: AppConfig, client: EngineClient, channel_host: str = "127.0.0.1", peers: RouterPeers | None = None
     ) -> None:
         self.config = config
         self.channel_host = channel_host
@@ -67,7 +67,9 @@ class Router:
             channel_host, config.token_channel.port, on_items=self._take_items, on_report=self._take_report
         )
         channel = self._listener.address
-        self.metrics = RouterMetrics(config.model_name, self, ray_export=ray_metrics)
+        self.metrics = RouterMetrics(
+            config.model_name, self, peers or NoPeers(), min_replicas=config.replicas.fewest_replicas
+        )
         self.tracer = None
         if config.tracing.endpoint is not None:
             self.tracer = RequestTracer(config.tracing, config.model_name)

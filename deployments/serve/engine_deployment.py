@@ -1,4 +1,4 @@
-"""`ServeEngineReplica`: the engine replica as Ray Serve starts it, asks for statistics and checks."""
+"""`ServeEngineReplica`: the engine replica as Ray Serve starts it and asks for statistics."""
 
 import gc
 import sys
@@ -8,7 +8,6 @@ from ray import serve
 from deployments.config import AppConfig
 from deployments.fleet.autoscaling import STATS_POOL_USE, STATS_ROW_USE, STATS_WAITING_TOKENS
 from deployments.fleet.engine_use import replica_use
-from deployments.observe.engine_metrics import EngineMetrics
 from deployments.replica.engine_replica import EngineReplica
 
 _SWITCH_INTERVAL_S = 0.0002
@@ -17,7 +16,7 @@ PyTorch, and while Serve's thread takes in a burst of requests it would wait so 
 
 
 class ServeEngineReplica(EngineReplica):
-    """An `EngineReplica` that owns its process, under the id that Ray Serve gave it, with metrics in Ray's own export.
+    """An `EngineReplica` that owns its process, under the id that Ray Serve gave it.
 
     Args:
         config: the application's configuration.
@@ -29,7 +28,6 @@ class ServeEngineReplica(EngineReplica):
         # What has been made so far stays. A collection that went through all of it takes 180 ms: a gap in every stream.
         gc.collect()
         gc.freeze()
-        self._metrics = EngineMetrics(self.info.model, self.replica_id)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy decides by; Ray Serve asks twice a second."""
@@ -39,12 +37,3 @@ class ServeEngineReplica(EngineReplica):
             STATS_ROW_USE: use.row_use,
             STATS_POOL_USE: use.pool_use,
         }
-
-    def check_health(self) -> None:
-        """See `EngineReplica`; also brings the metrics up to date.
-
-        Raises:
-            EngineError: the engine broke down, or hangs in a step.
-        """
-        self._metrics.update(self.latest_stats)
-        super().check_health()

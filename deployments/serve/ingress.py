@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from deployments.api.routes import create_api
 from deployments.config import AppConfig, LiveConfig
+from deployments.observe.exposition import RouterFigures
 from deployments.router.keys import ApiKey
 from deployments.router.router import Router
 from deployments.serve.engine_client import ServeEngineClient
+from deployments.serve.router_peers import ServePeers
 from llm.config import describe
 from llm.errors import ConfigError
 
@@ -37,9 +39,7 @@ class RouterIngress:
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._keys = tuple(keys)
-        self._router = Router(
-            config, ServeEngineClient(engines), channel_host(config.token_channel.host), ray_metrics=True
-        )
+        self._router = Router(config, ServeEngineClient(engines), channel_host(config.token_channel.host), ServePeers())
         loop = asyncio.get_running_loop()
         self._banner = loop.create_task(self._announce())
         self._joining = None
@@ -57,6 +57,10 @@ class RouterIngress:
         except ValidationError as error:
             raise ConfigError(f"user_config of Router: {describe(error)}") from error
         self._router.reconfigure(live)
+
+    async def figures(self) -> RouterFigures:
+        """This router's part of the metrics; the other routers ask for it."""
+        return self._router.metrics.figures()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""

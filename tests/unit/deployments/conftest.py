@@ -7,6 +7,7 @@ import pytest
 from in_process import LocalClient, Service, ServiceFactory, emulated_config, end_service
 
 from deployments.config import AppConfig
+from deployments.observe.metrics import RouterPeers
 from deployments.replica.engine_replica import EngineReplica
 from deployments.router.keys import ApiKey
 
@@ -17,11 +18,14 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(
-            config: AppConfig | None = None, num_replicas: int = 1, keys: tuple[ApiKey, ...] = ()
+            config: AppConfig | None = None,
+            num_replicas: int = 1,
+            keys: tuple[ApiKey, ...] = (),
+            peers: RouterPeers | None = None,
         ) -> Service:
             config = config or emulated_config()
             replicas = [EngineReplica(config, f"replica-{i}") for i in range(num_replicas)]
-            service = Service(config, LocalClient(replicas), keys)
+            service = Service(config, LocalClient(replicas), keys, peers)
             stack.push_async_callback(end_service, service)
             await service.router.wait_until_ready()
             async with asyncio.timeout(5):

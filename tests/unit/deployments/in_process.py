@@ -11,6 +11,7 @@ from deployments.api.routes import create_api
 from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.config import AppConfig
 from deployments.errors import ReplicaLostError
+from deployments.observe.metrics import RouterPeers
 from deployments.replica.engine_replica import EngineReplica
 from deployments.router.keys import ApiKey
 from deployments.router.router import Router
@@ -93,9 +94,15 @@ class LocalClient:
 class Service:
     """A router with its HTTP application and the replicas behind it."""
 
-    def __init__(self, config: AppConfig, client: LocalClient, keys: tuple[ApiKey, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        client: LocalClient,
+        keys: tuple[ApiKey, ...] = (),
+        peers: RouterPeers | None = None,
+    ) -> None:
         self.client = client
-        self.router = Router(config, client)
+        self.router = Router(config, client, peers=peers)
         self.api = create_api(self.router, keys)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.api, raise_app_exceptions=False), base_url="http://test", timeout=30

@@ -1,0 +1,55 @@
+"""What is known of the Ray cluster around this process, and what follows for the replicas."""
+
+import logging
+import os
+from pathlib import Path
+
+import ray
+
+from deployments.config import AppConfig, EngineKind
+
+logger = logging.getLogger("ray.serve")
+
+_AUTOSCALED_BY = ("KUBERAY_GEN_RAY_START_CMD", "RAY_CLUSTER_NAME", "RAY_NODE_TYPE_NAME")
+"""Variables that KubeRay sets in every pod, and Ray's autoscaler on the nodes that it starts."""
+_LAUNCHER_CONFIG = "ray_bootstrap_config.yaml"
+"""Where Ray's cluster launcher leaves its configuration, in the home directory of the head node."""
+
+
+def gpus_now() -> float:
+    """GPUs of the nodes that are in the cluster at this moment."""
+    return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0.0
+
+
+def may_nodes_join() -> bool:
+    """Whether something adds nodes to this cluster by itself: KubeRay, or Ray's autoscaler on machines.
+
+    Ray has no public call that tells which nodes there could be.
+    """
+    return any(os.environ.get(name) for name in _AUTOSCALED_BY) or (Path.home() / _LAUNCHER_CONFIG).exists()
+
+
+def gpus_a_replica(config: AppConfig, num_gpus: float, may_join: bool) -> float:
+    """GPUs that Ray is to set aside for each replica. One that asks for a GPU waits until a node has it free.
+
+    Args:
+        config: the application's configuration; `replicas.num_gpus` decides where it is set.
+        num_gpus: GPUs of the cluster at this moment; an autoscaled one may have none just now.
+        may_join: whether nodes join by themselves.
+    """
+    if config.replicas.num_gpus is not None:
+        return config.replicas.num_gpus
+    wants_cuda = config.device is not None and config.device.startswith("cuda")
+    if config.engine_kind is not EngineKind.TORCH or not (wants_cuda or config.device is None):
+        return 0
+    if num_gpus >= 1:
+        return 1
+    if wants_cuda or may_join:
+        logger.warning(
+            "no node of the cluster has a GPU now: replicas wait for one. replicas.num_gpus: 0 runs them on CPUs"
+        )
+        return 1
+    logger.warning(
+        "no node of the cluster has a GPU: replicas run on CPUs. replicas.num_gpus: 1 waits for a node that has one"
+    )
+    return 0

@@ -1,0 +1,34 @@
+"""How a router asks the other routers of its deployment."""
+
+import contextvars
+import logging
+from typing import Any
+
+from deployments.observe.exposition import RouterFigures
+
+logger = logging.getLogger("ray.serve")
+
+_TIMEOUT_S = 2.0
+"""Well under Prometheus' scrape timeout: one router that hangs must not blind it for the others."""
+
+
+class ServePeers:
+    """The routers of this process's deployment, through a Ray Serve handle."""
+
+    def __init__(self) -> None:
+        from ray import serve
+
+        context = serve.get_replica_context()
+        self.router_id: str = context.replica_id.unique_id
+        self._handle: Any = serve.get_deployment_handle(context.deployment, context.app_name)
+
+    async def figures(self) -> list[RouterFigures]:
+        """See `RouterPeers`. Routers that die meanwhile are left out; if one hangs, all are."""
+        try:
+            # Outside the HTTP request's context, which Ray Serve would put upon the calls.
+            response = contextvars.Context().run(self._handle.broadcast, "figures")
+            answers = await response.results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
+        except Exception as error:  # noqa: BLE001 - whatever it is, this router's own figures must still be had
+            logger.warning("the other routers' metrics cannot be had now: %s: %s", type(error).__name__, error)
+            return []
+        return [answer for answer in answers if isinstance(answer, RouterFigures)]
