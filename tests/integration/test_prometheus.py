@@ -3,15 +3,13 @@
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import ray
 import yaml
-from live_server import ROOT, Server, free_port
+from live_server import APP_NAME, ROOT, Server, free_port, wait_until_ready
 
 DEPLOY = ROOT / "deploy"
 needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus: apt-get install")
@@ -20,12 +18,41 @@ MAY_BE_EMPTY = {"Prefix-hit rate", "Time per output token"}
 """Panels whose quotient has no value while nothing happens."""
 
 
+@pytest.fixture(scope="module")
+def fleet(server: Server) -> Iterator[Server]:
+    """Two routers behind Serve's proxy, which sends each scrape to either, and two engines that make letters."""
+    from ray import serve
+
+    from deployments.app import build_app
+    from deployments.config import AppConfig
+
+    config = AppConfig.model_validate(
+        {
+            "model": str(ROOT / "configs" / "demo"),
+            "engine_kind": "emulated",
+            "emulation": {"tokens_per_s": 500},
+            "replicas": {"num_replicas": 2, "graceful_shutdown_timeout_s": 1},
+            "router": {"num_replicas": 2, "graceful_shutdown_timeout_s": 1},
+        }
+    )
+    name = f"{APP_NAME}-prometheus"
+    serve.run(build_app(config), name=name, route_prefix="/prometheus")
+    try:
+        fleet = Server(f"{server.url}/prometheus")
+        wait_until_ready(fleet, num_replicas=2)
+        yield fleet
+    finally:
+        serve.delete(name)
+
+
 @pytest.fixture
-def prometheus(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
+def prometheus(fleet: Server, tmp_path: Path) -> Iterator[httpx.Client]:
     """Prometheus with our configuration, but for the address and pace of scraping."""
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [server.url.removeprefix("http://")]
+    address, _, prefix = fleet.url.removeprefix("http://").partition("/")
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [address]
+    config["scrape_configs"][0]["metrics_path"] = f"/{prefix}{config['scrape_configs'][0]['metrics_path']}"
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(DEPLOY / "prometheus" / "alerts.yml", tmp_path)
     port = free_port()
@@ -36,7 +63,7 @@ def prometheus(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
     )  # fmt: skip
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            server.wait_for(lambda: is_ready(client), 30, "prometheus does not start")
+            fleet.wait_for(lambda: is_ready(client), 30, "prometheus does not start")
             yield client
     finally:
         process.terminate()
@@ -61,15 +88,28 @@ def value(prometheus: httpx.Client, expression: str) -> float:
     return float(results[0]["value"][1]) if results else 0.0
 
 
+def say_something(fleet: Server) -> None:
+    fleet.openai.completions.create(model="demo", prompt="abc", max_tokens=10)
+
+
 @needs_prometheus
-def test_prometheus_scrapes_and_the_board_has_data(server: Server, prometheus: httpx.Client):
-    server.wait_for(lambda: value(prometheus, 'up{job="rayline"}') == 1, 30, "nothing is scraped")
-    end = time.monotonic() + 4
-    while time.monotonic() < end:
-        server.ask()
-    server.wait_for(lambda: value(prometheus, "sum(rate(rayline:requests_total[1m]))") > 0, 20, "no rates yet")
-    assert value(prometheus, "sum(rayline:replica_serving)") == 2
-    assert value(prometheus, 'sum(vllm:request_success_total{finished_reason="stop"})') > 4
+def test_prometheus_scrapes_two_routers_and_the_board_has_data(fleet: Server, prometheus: httpx.Client):
+    fleet.wait_for(lambda: value(prometheus, 'up{job="rayline"}') == 1, 30, "nothing is scraped")
+    before = value(prometheus, "sum(rayline:requests_total)")
+    num_scrapes, num_requests = value(prometheus, "count_over_time(up[5m])"), 0
+    while value(prometheus, "count_over_time(up[5m])") < num_scrapes + 8:
+        say_something(fleet)
+        num_requests += 1
+    fleet.wait_for(
+        lambda: value(prometheus, "sum(rayline:requests_total)") == before + num_requests, 20, "requests are missing"
+    )
+    assert value(prometheus, "count(rayline:requests_total)") == 2, "one series a router"
+    assert value(prometheus, "min(rayline:requests_total)") > 0, "both had work"
+    assert value(prometheus, "count(count by (engine) (vllm:generation_tokens_total))") == 2
+    counting = '{__name__=~"(vllm|rayline):.+_(total|count|sum|bucket)"}'
+    assert value(prometheus, f"count({counting})") > 100
+    assert value(prometheus, f"sum(resets({counting}[5m]))") == 0, "a counter has fallen"
+    assert value(prometheus, f"count(count_over_time(vllm:generation_tokens_total[5m]) >= {num_scrapes + 8})") == 2
     board = json.loads((DEPLOY / "grafana" / "dashboards" / "rayline.json").read_text())
     assert len(board["panels"]) > 10
     for panel in board["panels"]:
@@ -82,33 +122,17 @@ def test_prometheus_scrapes_and_the_board_has_data(server: Server, prometheus: h
 
 
 @needs_prometheus
-def test_rules_are_understood_and_quiet(server: Server, prometheus: httpx.Client):
-    server.wait_for(lambda: value(prometheus, 'up{job="rayline"}') == 1, 30, "nothing is scraped")
-    time.sleep(2)
-    groups = prometheus.get("/api/v1/rules").json()["data"]["groups"]
-    rules = [rule for group in groups for rule in group["rules"]]
-    assert len(rules) == len(yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"])
-    assert {rule["health"] for rule in rules} == {"ok"}
-    assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
+def test_rules_are_understood_and_quiet(fleet: Server, prometheus: httpx.Client):
+    fleet.wait_for(lambda: value(prometheus, 'up{job="rayline"}') == 1, 30, "nothing is scraped")
+    expected = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
 
+    def rules() -> list[dict]:
+        groups = prometheus.get("/api/v1/rules").json()["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
 
-def test_rays_own_export_has_routers_and_replicas(server: Server):
-    port = ray.nodes()[0]["MetricsExportPort"]
-    server.ask()
-    wanted = (
-        "ray_vllm_time_to_first_token_seconds_count",
-        "ray_vllm_num_requests_running",
-        "ray_vllm_generation_tokens",
-        "ray_vllm_kv_cache_usage_perc",
-    )
-
-    def engines() -> dict[str, int]:
-        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
-        lines = {name: [line for line in text.splitlines() if line.startswith(name)] for name in wanted}
-        return {name: len(found) for name, found in lines.items()}
-
-    server.wait_for(lambda: all(engines().values()), 40, "Ray's export lacks some of them")
-    assert engines()["ray_vllm_num_requests_running"] >= 2, "one for each replica"
+    fleet.wait_for(lambda: {rule["health"] for rule in rules()} == {"ok"}, 20, "the rules are not evaluated")
+    assert len(rules()) == len(expected)
+    assert [rule["name"] for rule in rules() if rule["state"] != "inactive"] == []
 
 
 @needs_prometheus

@@ -1,5 +1,6 @@
 """Prometheus' own rule tester, on samples of a service that runs: each alert fires in its fault, none without one."""
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,7 +11,9 @@ import yaml
 from in_process import ServiceFactory
 from prometheus_client.parser import text_string_to_metric_families
 
-RULES = Path(__file__).parents[3] / "deploy" / "prometheus" / "alerts.yml"
+DEPLOY = Path(__file__).parents[3] / "deploy"
+RULES = DEPLOY / "prometheus" / "alerts.yml"
+BOARD = DEPLOY / "grafana" / "dashboards" / "rayline.json"
 NUM_STEPS = 60
 """Of 15 s: longer than any alert waits."""
 
@@ -166,3 +169,12 @@ async def test_each_alert_fires_in_its_fault_and_no_other_does(
 def test_every_alert_has_its_fault():
     (group,) = yaml.safe_load(RULES.read_text())["groups"]
     assert {rule["alert"] for rule in group["rules"]} == {alert for alert, _ in FAULTS.values()}
+
+
+@pytest.mark.parametrize("path", [RULES, BOARD], ids=["alerts", "board"])
+async def test_only_metrics_that_are_exported_are_asked_for(make_service: ServiceFactory, path: Path):
+    service = await make_service()
+    exported = set(re.findall(r"^([a-z_:0-9]+)[ {]", (await service.http.get("/metrics")).text, re.MULTILINE))
+    asked = set(re.findall(r"(?:vllm|rayline):[a-z_0-9]+", path.read_text()))
+    assert asked
+    assert asked - exported == set()
