@@ -85,7 +85,7 @@ def _type(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _type(get_args(annotation)[0])
     if origin is not None:
-        return "list"
+        return "mapping" if origin is dict else "list"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return ", ".join(f"`{item.value}`" for item in annotation)
     names = {"str": "text", "int": "number", "float": "number", "bool": "`true` or `false`", "SecretStr": "text"}
