@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from chaos import engine_faults, faults, nodes, scaling_faults
+from chaos import engine_faults, faults, nodes, scaling_faults, verdict_faults
 from chaos.fleet import Outcome, cluster
 
 FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
@@ -28,6 +28,10 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F9": [engine_faults.f9_small_pool],
     "F10": [nodes.f10_nodes_removed],
     "F11": [faults.f11_control_plane],
+    "F13": [verdict_faults.f13_steps_fail],
+    "F14": [verdict_faults.f14_engine_breaks],
+    "F15": [verdict_faults.f15_poison_kills, verdict_faults.f15_poison_hangs],
+    "F18": [verdict_faults.f18_update_of_the_model],
     "F24": [scaling_faults.f24_scaled_to_zero],
 }
 GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {

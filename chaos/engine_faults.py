@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from chaos.fleet import Outcome
+from deployments.channel.messages import FailureKind
 from deployments.replica.engine_loop import EngineLoop
 from llm.config import EngineConfig
 from llm.serving.engine import ContinuousBatchingEngine
@@ -42,14 +43,14 @@ async def f4_forward_fails(_: str) -> Outcome:
         requests = [GenerationRequest(prompt=f"{i} + 2 =", max_new_tokens=100, ignore_eos=True) for i in range(12)]
         replies = await asyncio.gather(*(loop.generate(request) for request in requests[:8]))
         answered_s = time.monotonic() - failed_at
-        failed = [reply for reply in replies if reply.end is not None and reply.end.reason is FinishReason.ERROR]
+        failed = [reply for reply in replies if reply.failure is not None and reply.failure.kind is FailureKind.FAILED]
         after = await asyncio.gather(*(loop.generate(request) for request in requests[8:]))
         whole = [reply for reply in after if reply.end is not None and reply.end.reason is FinishReason.LENGTH]
         used = engine.stats().num_used_pages
     finally:
         loop.stop()
     figure = (
-        f"{len(failed)} requests of the step answered with an error, all after {answered_s:.2f} s; "
+        f"{len(failed)} requests of the step handed back for another replica, all after {answered_s:.2f} s; "
         f"{len(whole)} of 4 later ones whole; {used} pages in use"
     )
     return Outcome(figure, len(failed) == 8, answered_s < 2, len(whole) == 4, used == 0)

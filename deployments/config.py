@@ -63,8 +63,21 @@ class ReasoningParserName(StrEnum):
     """Not at all."""
 
 
+class EmulatedFault(StrEnum):
+    """How an emulated engine breaks."""
+
+    FAIL = "fail"
+    """Every step fails, as with a GPU that has lost its context."""
+    BREAK = "break"
+    """The engine raises out of its step and never steps again."""
+    HANG = "hang"
+    """A step does not return."""
+    KILL = "kill"
+    """The process ends at once, as after a segmentation fault."""
+
+
 class EmulationConfig(StrictModel):
-    """Pace of the emulated engine."""
+    """Pace of the emulated engine, and ways to break it."""
 
     tokens_per_s: float = Field(default=100.0, gt=0)
     """Output tokens a second of each running stream."""
@@ -74,6 +87,15 @@ class EmulationConfig(StrictModel):
     """Context length in tokens."""
     start_s: float = Field(default=0.0, ge=0)
     """How long a replica takes to start, as loading a model does."""
+    fault_dir: str | None = None
+    """Directory to break single engines through: as long as it holds a file named by an engine's process id, each step
+    of that engine does what the file says (`fail`, `break`, `hang` or `kill`)."""
+    poison_token_id: int | None = Field(default=None, ge=0)
+    """A prompt that holds this token breaks every engine that runs it; None for no such prompt."""
+    poison: EmulatedFault = EmulatedFault.HANG
+    """What such a prompt does."""
+    poison_after: int = Field(default=0, ge=0)
+    """Output tokens that it makes before."""
 
 
 class AutoscalingConfig(StrictModel):
@@ -152,7 +174,7 @@ class RouterConfig(StrictModel):
     """Routers that a rolling update may start before it takes old ones away, in percent."""
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     max_resumes: int = Field(default=3, ge=0)
-    """How often a request goes on elsewhere after its engine replica died; 0 turns failover off."""
+    """How often a request goes on elsewhere after its engine replica died, failed or stalled; 0 turns failover off."""
     tokenizer_threads: int = Field(default=2, ge=1, le=64)
     policy: PolicyName = PolicyName.COST
     """How a replica is chosen for a request."""

@@ -3,6 +3,7 @@
 All of it is msgpack, written and checked by msgspec, so that it costs microseconds and carries no code.
 """
 
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -61,6 +62,17 @@ class StepFrame(msgspec.Struct, array_like=True, tag="tokens"):
     items: list[TokenItem]
 
 
+class Condition(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a replica says of itself, beside its load."""
+
+    fingerprint: str = ""
+    """Of the model version that it runs."""
+    num_failed_steps: int = 0
+    """Engine steps that failed one after the other, up to now."""
+    failure: str | None = None
+    """Why its engine will never step again; None while it does."""
+
+
 class Report(msgspec.Struct, array_like=True, tag="report"):
     """State of one replica, and how its prefix cache has changed since its last report to this router."""
 
@@ -73,6 +85,7 @@ class Report(msgspec.Struct, array_like=True, tag="report"):
     """`added_blocks` is everything there is; nothing told before counts."""
     received: list[int] = []
     """Streams of this router that have arrived since its last report, which count in `stats` from now on."""
+    condition: Condition = Condition()
 
 
 Frame = StepFrame | Report
@@ -96,6 +109,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     device: str
     dtype: str
     backend: str
+    fingerprint: str = ""
+    """Of the model version: model, tokenizer, chat template, adapter and number formats."""
 
 
 class GenerateCall(msgspec.Struct):
@@ -106,14 +121,26 @@ class GenerateCall(msgspec.Struct):
     stream_id: int
     channel: ChannelAddress | None = None
     """Where to push tokens; None to get them with the reply alone."""
+    fingerprint: str = ""
+    """Of the model version that it is for; a replica of another one declines it. "" for whatever version."""
+    is_suspect: bool = False
+    """It may be what a replica failed of: a replica begins one such request at a time."""
 
     @classmethod
-    def of(cls, request: GenerationRequest, stream_id: int, channel: ChannelAddress | None) -> "GenerateCall":
+    def of(
+        cls,
+        request: GenerationRequest,
+        stream_id: int,
+        channel: ChannelAddress | None,
+        fingerprint: str = "",
+        *,
+        is_suspect: bool = False,
+    ) -> "GenerateCall":
         """The call for a request."""
         fields = request.model_dump(exclude_defaults=True)
         # A default that is drawn, not fixed: always sent, so that the request keeps its identity and its noise.
         fields["request_id"], fields["seed"] = request.request_id, request.seed
-        return cls(fields, stream_id, channel)
+        return cls(fields, stream_id, channel, fingerprint, is_suspect)
 
     def to_request(self) -> GenerationRequest:
         """The request, validated again."""
@@ -135,6 +162,24 @@ class Refusal(msgspec.Struct, frozen=True):
     code: str | None = None
 
 
+class FailureKind(StrEnum):
+    """Why a replica has not finished a request that another one may go on with."""
+
+    FAILED = "failed"
+    """The engine, or a step of it, failed."""
+    LEAVING = "leaving"
+    """The replica is shutting down."""
+    DECLINED = "declined"
+    """It has not begun it: it runs another model version, was not named, or has tried another suspect until now."""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a replica has not finished a request, though another one may go on with it."""
+
+    kind: FailureKind
+    message: str
+
+
 class GenerateReply(msgspec.Struct):
     """Result of `EngineReplica.generate`: the authority on what was generated."""
 
@@ -144,10 +189,10 @@ class GenerateReply(msgspec.Struct):
     logprobs: list[TokenLogprobs] | None = None
     """One entry for each token that this engine generated."""
     end: End | None = None
-    """None where the request was refused or the engine broke down."""
+    """None where the request was refused or the replica failed."""
     refusal: Refusal | None = None
-    failure: str | None = None
-    """The engine broke down; another one may go on."""
+    failure: Failure | None = None
+    """Set where another replica may go on."""
     timing: EngineTiming | None = None
 
 

@@ -18,6 +18,7 @@ import zmq
 from deployments.channel.messages import (
     SECRET_BYTES,
     ChannelAddress,
+    Condition,
     End,
     EngineTiming,
     Frame,
@@ -36,6 +37,7 @@ MAX_FRAME_BYTES = 16 << 20
 _RECEIVE_QUEUE = 10_000
 _SEND_QUEUE = 1_000
 _FRAMES_PER_WAKE_UP = 64
+_UNKNOWN = Condition()
 
 _frame_decoder = msgspec.msgpack.Decoder(Frame)
 
@@ -166,16 +168,19 @@ class TokenSender:
             if link.dirty:
                 link.flush(self._replica_id)
 
-    def report(self, stats: EngineStats, changes: ContentChanges, content: Iterable[int]) -> None:
+    def report(
+        self, stats: EngineStats, changes: ContentChanges, content: Iterable[int], condition: Condition = _UNKNOWN
+    ) -> None:
         """Tell every router this replica's state, and forget routers that are gone.
 
         Args:
             changes: of the prefix cache since the last report.
             content: all of the prefix cache, for routers that missed a report or never had one.
+            condition: what the replica says of itself.
         """
         added, removed = _blocks(changes.added), _blocks(changes.removed)
         for endpoint, link in list(self._routers.items()):
-            report = Report(self._replica_id, stats, added, removed, received=link.received)
+            report = Report(self._replica_id, stats, added, removed, received=link.received, condition=condition)
             if link.has_missed_report:
                 report.added_blocks, report.removed_blocks, report.is_snapshot = _blocks(content), [], True
             link.has_missed_report = not link.send(encode(report))

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from deployments.cli.server import DEFAULT_URL, KeyOption, UrlOption, connect, get
 
-_STYLES = {"serving": "green", "starting": "yellow", "silent": "yellow", "leaving": "yellow", "gone": "red"}
+_STYLES = {"serving": "green", "stalled": "red", "broken": "red", "gone": "red"}
+"""Colours of states; the others are yellow."""
 
 
 def status(
@@ -74,7 +75,7 @@ def _table(stats: dict[str, Any], rates: dict[str, float]) -> Group:
         looked_up = replica["num_prompt_tokens"]
         table.add_row(
             name,
-            Text(state, style=_STYLES.get(state, "")),
+            Text(state, style=_STYLES.get(state, "yellow")),
             f"{replica['num_running']}/{replica['max_rows']}",
             str(replica["num_waiting"]),
             f"{replica['num_waiting_tokens']:,}",

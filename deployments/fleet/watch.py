@@ -4,27 +4,47 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from deployments.channel.messages import ChannelAddress, EngineInfo, Report
+from deployments.channel.messages import ChannelAddress, Condition, EngineInfo, Report
 from deployments.config import RouterConfig
 from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.events import News
 from deployments.fleet.fleet import Fleet
+from deployments.fleet.verdict import Evidence, Limits, Standing, Verdict, judge
+from llm.models.fingerprint import is_same_version
 from llm.serving.schemas import EngineStats
 
 logger = logging.getLogger("ray.serve")
 
 _CHECK_INTERVAL_S = 0.2
 _ATTACH_TIMEOUT_S = 5.0
-_ATTACH_RETRY_S = 1.0
-_FORGET_AFTER_S, _GONE_AFTER_S = 10.0, 1.0
+_ATTACH_RETRY_S = 0.3
+_FORGET_AFTER_S = 10.0
+_DELIBERATE_S = 1.0
+"""A replica that was well when Ray Serve took it off its list, and is lost no sooner than this, was taken away."""
 _QUEUE_NEWS_INTERVAL_S = 0.5
 _STARTING_INTERVAL_S = 1.0
+_TROUBLE = frozenset({Standing.DOUBTFUL, Standing.SILENT, Standing.STALLED, Standing.BROKEN})
+
+
+@dataclass(frozen=True, slots=True)
+class Prospects:
+    """Where requests may hope to go.
+
+    Attributes:
+        replica_ids: replicas of the router's version that serve, or may serve soon.
+        is_one_coming: whether another one is to replace one that failed, or is missing.
+        is_starting: whether Ray Serve says that one is being started.
+    """
+
+    replica_ids: frozenset[str]
+    is_one_coming: bool
+    is_starting: bool = False
 
 
 class Work(Protocol):
@@ -53,33 +73,53 @@ class Work(Protocol):
         """A replica has said what its engine is."""
         ...
 
-    def tick(self, *, is_starting: bool) -> None:
-        """Give up what has waited too long; called a few times a second.
+    def tick(self, prospects: Prospects) -> None:
+        """Give up what has waited too long, or waits for nothing; called a few times a second."""
+        ...
 
-        Args:
-            is_starting: whether a replica is on its way.
-        """
+    def note_arrivals(self, stream_ids: Sequence[int]) -> None:
+        """Streams have arrived at the replica that they were sent to."""
         ...
 
     def is_on(self, replica_id: str) -> bool:
         """Whether any request runs on a replica."""
         ...
 
-    def move_streams(self, replica_id: str, why: str) -> None:
+    def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
         """Have what runs on a replica go on elsewhere, if failover is on.
 
         Args:
-            why: the rest of a sentence that begins with the replica.
+            replica_id: where it runs.
+            why: in a sentence about the replica.
+            is_failure: the replica failed; else it is being taken away.
         """
         ...
+
+
+@dataclass(slots=True)
+class _Replica:
+    """What is known of one replica. Times are those of the watch's clock; None for never."""
+
+    since: float
+    delisted_at: float | None = None
+    was_serving: bool = False
+    """When it was taken off the list."""
+    heard_at: float | None = None
+    stats: EngineStats | None = None
+    condition: Condition = field(default_factory=Condition)
+    call_failed_at: float | None = None
+    standing: Standing = Standing.STARTING
+    """As last told in the news."""
+
+    def silence_s(self, now: float) -> float:
+        return now - (self.since if self.heard_at is None else self.heard_at)
 
 
 class FleetWatch:
     """Keeps a router's `Fleet` true. Lives on the router's event loop.
 
-    A replica serves once Serve lists it as running and it reports to this router. One that falls silent is left out of
-    new choices at once and loses its streams after `stall_timeout_s`; one that Serve has taken off its list is being
-    taken away, and hands over what it has not finished after `drain_after_s`.
+    It gathers the evidence on each replica, has `verdict.judge` decide, and does what was decided: a replica that may
+    not get new requests leaves the fleet, and the requests of one that may not keep them go on elsewhere.
 
     Args:
         client: the replicas.
@@ -87,6 +127,8 @@ class FleetWatch:
         work: the router's requests.
         channel: where replicas shall report; may be changed.
         config: the router's; may be changed.
+        num_expected: replicas that Ray Serve keeps running at least.
+        fingerprint: the version of the model that the router was made for; may be changed.
         clock: seconds; monotonic.
     """
 
@@ -97,6 +139,8 @@ class FleetWatch:
         work: Work,
         channel: ChannelAddress,
         config: RouterConfig,
+        num_expected: int,
+        fingerprint: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
@@ -104,10 +148,11 @@ class FleetWatch:
         self._work = work
         self.channel = channel
         self.config = config
+        self._num_expected = num_expected
         self._clock = clock
+        self.fingerprint = fingerprint
         self._running: frozenset[str] = frozenset()
-        self._heard: dict[str, tuple[EngineStats, float]] = {}
-        self._draining: dict[str, float] = {}
+        self._replicas: dict[str, _Replica] = {}
         self._attaching: dict[str, asyncio.Task[None]] = {}
         self._waking: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -120,21 +165,30 @@ class FleetWatch:
         self._task = asyncio.get_running_loop().create_task(self._check_for_ever())
 
     def snapshot(self) -> dict[str, Any]:
-        """Last reports of the replicas, those included that have been gone for a few seconds only."""
-        now, serving = self._clock(), self._serving()
-        return {
-            replica_id: {
-                **asdict(stats),
-                "age_s": round(now - heard_at, 3),
-                "is_serving": replica_id in serving,
-                "state": self._state(replica_id, now - heard_at),
-            }
-            for replica_id, (stats, heard_at) in self._heard.items()
-        }
+        """Last reports of the replicas and the verdicts on them; those gone for a few seconds are included."""
+        now = self._clock()
+        states = {}
+        for replica_id, replica in self._replicas.items():
+            if replica.stats is not None:
+                verdict = self._judge(replica_id, replica)
+                states[replica_id] = {
+                    **asdict(replica.stats),
+                    "age_s": round(replica.silence_s(now), 3),
+                    "is_serving": verdict.may_get_new,
+                    "state": str(verdict.standing),
+                    "why": verdict.why,
+                }
+        return states
 
     def running_stats(self) -> list[EngineStats]:
         """What the replicas on Serve's list last reported."""
-        return [stats for replica_id, (stats, _) in self._heard.items() if replica_id in self._running]
+        known = [self._replicas[replica_id].stats for replica_id in self._running]
+        return [stats for stats in known if stats is not None]
+
+    def versions(self) -> dict[str, str]:
+        """Fingerprints of the replicas on Serve's list, as far as they have told theirs."""
+        known = {replica_id: self._replicas[replica_id].condition.fingerprint for replica_id in self._running}
+        return {replica_id: fingerprint for replica_id, fingerprint in known.items() if fingerprint}
 
     def note_move(self, replica_id: str | None) -> None:
         """A stream of this replica goes on elsewhere."""
@@ -144,32 +198,44 @@ class FleetWatch:
                 f"{{}} streams of replica {replica_id} go on elsewhere",
             )
 
-    def _state(self, replica_id: str, silence_s: float) -> str:
-        if replica_id in self._fleet.replica_ids:
-            return "serving"
-        if replica_id in self._running:
-            return "silent" if silence_s > self.config.silence_timeout_s else "starting"
-        return "gone" if silence_s > _GONE_AFTER_S else "leaving"
+    def note_failed_call(self, replica_id: str) -> bool:
+        """A call to a replica has failed, or the replica has died.
+
+        Returns:
+            Whether something is wrong; False where Ray Serve has taken the replica away in good order.
+        """
+        replica, now = self._replicas.get(replica_id), self._clock()
+        if replica is None:
+            return False
+        if replica.delisted_at is not None and replica.was_serving and now - replica.delisted_at > _DELIBERATE_S:
+            return False
+        replica.call_failed_at = now
+        self._review(replica_id)
+        return True
 
     def set_running(self, replica_ids: frozenset[str]) -> None:
         """Serve's list of running replicas has changed."""
         now = self._clock()
-        for replica_id in self._running - replica_ids:
-            self._fleet.remove(replica_id)
-            self._draining[replica_id] = now
-            self.news.add(f"Replica {replica_id} has left", is_bad=True)
-        for replica_id in replica_ids - self._running:
-            self._draining.pop(replica_id, None)
-            self._attach(replica_id)
-            self.news.add(f"Replica {replica_id} has come")
+        left, joined = self._running - replica_ids, replica_ids - self._running
         self._running = replica_ids
+        for replica_id in left:
+            replica = self._replicas[replica_id]
+            replica.delisted_at, replica.was_serving = now, replica_id in self._fleet.replica_ids
+            self.news.add(f"Replica {replica_id} left", is_bad=True)
+        for replica_id in joined:
+            self._replicas.setdefault(replica_id, _Replica(now)).delisted_at = None
+            self.news.add(f"Replica {replica_id} joined")
+        for replica_id in (*left, *joined):
+            self._review(replica_id)
         self._work.fleet_changed()
 
     def take_report(self, report: Report) -> None:
         """A replica has told its state."""
-        replica_id = report.replica_id
-        self._heard[replica_id] = report.stats, self._clock()
-        if replica_id in self._running and (report.is_snapshot or replica_id in self._serving()):
+        replica_id, now = report.replica_id, self._clock()
+        replica = self._replicas.setdefault(replica_id, _Replica(now, delisted_at=now))
+        replica.heard_at, replica.stats, replica.condition = now, report.stats, report.condition
+        is_complete = report.is_snapshot or replica_id in self._fleet.replica_ids
+        if is_complete and self._judge(replica_id, replica, has_joined=True).may_get_new:
             self._fleet.report(
                 replica_id,
                 report.stats,
@@ -178,7 +244,9 @@ class FleetWatch:
                 report.is_snapshot,
                 report.received,
             )
-            self._work.fleet_changed()
+        self._work.note_arrivals(report.received)
+        self._review(replica_id)
+        self._work.fleet_changed()
 
     def close(self) -> None:
         """Stop watching."""
@@ -186,8 +254,43 @@ class FleetWatch:
             if task is not None:
                 task.cancel()
 
-    def _serving(self) -> set[str]:
-        return set(self._fleet.replica_ids)
+    def _judge(self, replica_id: str, replica: _Replica, *, has_joined: bool | None = None) -> Verdict:
+        now, config = self._clock(), self.config
+        version = replica.condition.fingerprint if replica.heard_at is not None else None
+        evidence = Evidence(
+            is_listed=replica.delisted_at is None,
+            has_joined=replica_id in self._fleet.replica_ids if has_joined is None else has_joined,
+            is_same_version=None if version is None else is_same_version(self.fingerprint, version),
+            silence_s=replica.silence_s(now),
+            has_reported=replica.heard_at is not None,
+            condition=replica.condition,
+            call_failed_s=None if replica.call_failed_at is None else now - replica.call_failed_at,
+            delisted_s=None if replica.delisted_at is None else now - replica.delisted_at,
+        )
+        return judge(evidence, Limits(config.silence_timeout_s, config.stall_timeout_s, config.drain_after_s))
+
+    def _review(self, replica_id: str) -> None:
+        """Judge a replica anew and do what was decided."""
+        replica = self._replicas[replica_id]
+        verdict = self._judge(replica_id, replica)
+        if not verdict.may_get_new:
+            if replica_id in self._fleet.replica_ids:
+                self._fleet.remove(replica_id)
+                self._work.fleet_changed()
+            if replica_id in self._running:
+                self._attach(replica_id)
+        if verdict.standing is not replica.standing:
+            self._tell_standing(replica_id, replica.standing, verdict)
+            replica.standing = verdict.standing
+        if not verdict.may_keep and (verdict.is_failure or self._fleet.replica_ids):
+            self._work.move_streams(replica_id, verdict.why, is_failure=verdict.is_failure)
+
+    def _tell_standing(self, replica_id: str, before: Standing, verdict: Verdict) -> None:
+        if verdict.standing in _TROUBLE:
+            logger.warning("replica %s gets nothing new: %s", replica_id, verdict.why)
+            self.news.add(f"Replica {replica_id} gets nothing new: {verdict.why}", is_bad=True)
+        elif verdict.standing is Standing.SERVING and before in _TROUBLE:
+            self.news.add(f"Replica {replica_id} serves again")
 
     async def _check_for_ever(self) -> None:
         while True:
@@ -199,35 +302,25 @@ class FleetWatch:
 
     def _check(self) -> None:
         now = self._clock()
-        self._leave_silent_replicas(now)
-        self._leave_draining_replicas(now)
+        for replica_id, replica in list(self._replicas.items()):
+            self._review(replica_id)
+            is_left = replica.delisted_at is not None and not self._work.is_on(replica_id)
+            if is_left and replica.silence_s(now) > _FORGET_AFTER_S:
+                del self._replicas[replica_id]
         self._wake_up()
         self._ask_who_starts(now)
-        self._work.tick(is_starting=self._num_starting > 0)
+        self._work.tick(self._prospects())
         self._tell_queue(now)
-        for replica_id, (_, heard_at) in list(self._heard.items()):
-            if now - heard_at > _FORGET_AFTER_S and replica_id not in self._running:
-                del self._heard[replica_id]
 
-    def _leave_silent_replicas(self, now: float) -> None:
-        for replica_id in self._running:
-            silence_s = now - self._heard[replica_id][1] if replica_id in self._heard else 0.0
-            if silence_s > self.config.silence_timeout_s and replica_id in self._serving():
-                logger.warning("replica %s has been silent for %.1f s: nothing new goes there", replica_id, silence_s)
-                self.news.add(f"Replica {replica_id} is silent: nothing new goes there", is_bad=True)
-                self._fleet.remove(replica_id)
-                self._attach(replica_id)
-                self._work.fleet_changed()
-            if silence_s > self.config.stall_timeout_s:
-                self._work.move_streams(replica_id, "stalls")
-
-    def _leave_draining_replicas(self, now: float) -> None:
-        for replica_id, since in list(self._draining.items()):
-            if not self._work.is_on(replica_id):
-                if now - since > _FORGET_AFTER_S:
-                    del self._draining[replica_id]
-            elif now - since > self.config.drain_after_s and self._fleet.replica_ids:
-                self._work.move_streams(replica_id, "is being taken away")
+    def _prospects(self) -> Prospects:
+        verdicts = {replica_id: self._judge(replica_id, self._replicas[replica_id]) for replica_id in self._running}
+        hopeful = {
+            replica_id
+            for replica_id, verdict in verdicts.items()
+            if not verdict.must_be_replaced and verdict.standing is not Standing.OTHER_VERSION
+        }
+        is_one_coming = len(hopeful) < max(self._num_expected, len(verdicts))
+        return Prospects(frozenset(hopeful), is_one_coming, is_starting=self._num_starting > 0)
 
     def _attach(self, replica_id: str) -> None:
         """Have a replica report here, with everything its prefix cache holds; until it does, nothing goes there."""
@@ -245,7 +338,7 @@ class FleetWatch:
             except Exception:
                 logger.exception("replica %s cannot be asked to report; trying again", replica_id)
             await asyncio.sleep(_ATTACH_RETRY_S)
-            if replica_id not in self._running or replica_id in self._serving():
+            if replica_id not in self._running or replica_id in self._fleet.replica_ids:
                 return
 
     def _wake_up(self) -> None:
@@ -259,7 +352,7 @@ class FleetWatch:
 
     def _ask_who_starts(self, now: float) -> None:
         """While requests wait and there is no replica, keep up with how many are being started."""
-        if not self._work.is_engine_wanted or self._running:
+        if not self._work.is_engine_wanted or self._fleet.replica_ids:
             self._num_starting = 0
         elif now - self._asked_at > _STARTING_INTERVAL_S and (self._asking is None or self._asking.done()):
             self._asked_at = now

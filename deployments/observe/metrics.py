@@ -184,9 +184,6 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "num_requests": ("rayline:requests", "Requests begun."),
     "num_refused": ("rayline:requests_refused", "Requests refused with 429."),
-    "num_resumes": ("rayline:failovers", "Times a request went on elsewhere after its replica failed."),
-    "num_moves": (
-        "rayline:moves",
-        "Times a request went on elsewhere because its replica stalled or was taken away.",
-    ),
+    "num_resumes": ("rayline:failovers", "Times a request went on elsewhere after its replica failed or stalled."),
+    "num_moves": ("rayline:moves", "Times a request went on elsewhere because its replica was taken away."),
 }

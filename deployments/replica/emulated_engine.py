@@ -1,20 +1,31 @@
 """An engine without a model: tokens at a set pace, to measure and test everything around an engine."""
 
+import os
+import signal
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
-from deployments.config import EmulationConfig
+from deployments.config import EmulatedFault, EmulationConfig
 from llm.config import EngineConfig
 from llm.core.prefix_cache import PageHashes
 from llm.core.slot_pool import SlotPool
-from llm.errors import InvalidRequestError
-from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
+from llm.errors import EngineError, InvalidRequestError
+from llm.serving.schemas import (
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    StepFailure,
+    StepOutput,
+    TokenLogprobs,
+)
 
 _FIRST_TOKEN = 97
 _NUM_TOKENS = 26
+_HANG_S = 3600.0
 
 
 @dataclass(slots=True)
@@ -38,23 +49,28 @@ class EmulatedEngine:
     """Stands in for `ContinuousBatchingEngine`: same methods, no computing.
 
     A step lasts `1 / tokens_per_s` plus the time that its prompts take at `prefill_tokens_per_s`, and gives one token
-    to each running request. Token ids are lower-case ASCII letters that depend on the prompt and the position alone,
-    so a request that goes on in another engine goes on with the same tokens. Prompts that begin alike share pages as
-    in a real engine, and what is shared takes no time.
+    to each running request. Token ids are lower-case ASCII letters that depend on model version, prompt and position
+    alone, so a request that goes on in another engine goes on with the same tokens. Prompts that begin alike share
+    pages as in a real engine, and what is shared takes no time.
 
     Args:
         config: rows, page size and number of pages; pages default to what all rows need at once.
-        emulation: pace and context length.
+        emulation: pace, context length, and what breaks it.
         vocab_size: ids at or past it are refused in prompts.
+        version: of the pretended model.
     """
 
-    def __init__(self, config: EngineConfig, emulation: EmulationConfig, *, vocab_size: int = 32_000) -> None:
+    def __init__(
+        self, config: EngineConfig, emulation: EmulationConfig, *, vocab_size: int = 32_000, version: int = 0
+    ) -> None:
         self.config = config
         self.emulation = emulation
         self.max_seq_len = min(config.max_seq_len or emulation.max_seq_len, emulation.max_seq_len)
         pages_a_row = -(-self.max_seq_len // config.page_size)
         self.pool = SlotPool(config.num_pages or config.batch_size("cpu") * pages_a_row, config.page_size)
         self.vocab_size = vocab_size
+        self._version = version
+        self._fault_file = Path(emulation.fault_dir) / str(os.getpid()) if emulation.fault_dir is not None else None
         self._waiting: deque[_Row] = deque()
         self._running: dict[str, _Row] = {}
         self._num_generated = 0
@@ -129,6 +145,8 @@ class EmulatedEngine:
         # Paced by the clock, not by sleeping a fixed time, so that work between two steps does not slow the stream.
         self._next_step_at = max(self._next_step_at, now - duration) + duration
         time.sleep(max(0.0, self._next_step_at - now))
+        if self._suffer(self._find_fault()):
+            return [self._fail(row) for row in list(self._running.values())]
         outputs = [self._advance(row) for row in list(self._running.values())]
         self._num_generated += len(outputs)
         return outputs
@@ -149,6 +167,46 @@ class EmulatedEngine:
             num_prompt_tokens=self._num_prompt,
             num_cached_prompt_tokens=self._num_cached_prompt,
             max_rows=self.config.batch_size("cpu"),
+        )
+
+    def _find_fault(self) -> EmulatedFault | None:
+        """What breaks this step, if anything does."""
+        emulation = self.emulation
+        if self._fault_file is not None and self._fault_file.exists():
+            return EmulatedFault(self._fault_file.read_text().strip())
+        if emulation.poison_token_id is None:
+            return None
+        poisons = (
+            row.num_output >= emulation.poison_after
+            for row in self._running.values()
+            if emulation.poison_token_id in row.prompt
+        )
+        return emulation.poison if any(poisons) else None
+
+    def _suffer(self, fault: EmulatedFault | None) -> bool:
+        """Break as told; True where only this step fails.
+
+        Raises:
+            EngineError: the engine is broken for good.
+        """
+        if fault is EmulatedFault.KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault is EmulatedFault.HANG:
+            time.sleep(_HANG_S)
+        if fault is EmulatedFault.BREAK:
+            raise EngineError("the emulated engine was told to break")
+        return fault is EmulatedFault.FAIL
+
+    def _fail(self, row: _Row) -> StepOutput:
+        """End a request whose step failed."""
+        del self._running[row.request.request_id]
+        self.pool.release(row.pages)
+        return StepOutput(
+            row.request.request_id,
+            (),
+            finish_reason=FinishReason.ERROR,
+            error="the emulated engine was told to fail",
+            step_failure=StepFailure.STEP,
         )
 
     def _admit(self) -> int:
@@ -193,7 +251,9 @@ class EmulatedEngine:
 
     def _advance(self, row: _Row) -> StepOutput:
         request = row.request
-        token_id = _FIRST_TOKEN + (row.fingerprint + row.num_output * 7 + row.num_output // 5) % _NUM_TOKENS
+        token_id = (
+            _FIRST_TOKEN + (self._version + row.fingerprint + row.num_output * 7 + row.num_output // 5) % _NUM_TOKENS
+        )
         row.num_output += 1
         reason = None
         stop_reason = None

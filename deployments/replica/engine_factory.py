@@ -2,12 +2,14 @@
 
 import os
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, DType, EngineKind
+from deployments.fingerprint import fingerprint_of
 from deployments.replica.emulated_engine import EmulatedEngine
 from llm.core.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats, GenerationRequest, StepOutput
@@ -103,7 +105,9 @@ def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
 
     time.sleep(config.emulation.start_s)
     vocab_size = load_model_config(resolve_model_path(config.model)).vocab_size
-    engine = EmulatedEngine(config.engine, config.emulation, vocab_size=vocab_size)
+    fingerprint = fingerprint_of(config)
+    version = zlib.crc32(fingerprint.encode())
+    engine = EmulatedEngine(config.engine, config.emulation, vocab_size=vocab_size, version=version)
     return engine, EngineInfo(
         model=config.model_name,
         max_seq_len=engine.max_seq_len,
@@ -114,6 +118,7 @@ def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
         device="none",
         dtype="none",
         backend="emulated",
+        fingerprint=fingerprint,
     )
 
 
@@ -159,4 +164,5 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         backend=engine.attention_backend,
+        fingerprint=fingerprint_of(config),
     )

@@ -11,10 +11,13 @@ from typing import TypeVar
 
 from deployments.channel.messages import (
     ChannelAddress,
+    Condition,
     EmbedCall,
     EmbedReply,
     End,
     EngineTiming,
+    Failure,
+    FailureKind,
     GenerateReply,
     Refusal,
     end_of,
@@ -22,11 +25,24 @@ from deployments.channel.messages import (
 from deployments.channel.token_channel import OutgoingStream, TokenSender
 from deployments.replica.engine_factory import EmbeddingWork, Engine
 from llm.errors import EngineError, InvalidRequestError
-from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
+from llm.serving.schemas import (
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    StepFailure,
+    StepOutput,
+    TokenLogprobs,
+)
 
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 0.1
+_MAX_FAILED_STEPS = 3
+"""Steps that may fail one after the other before the engine counts as broken."""
+_SHUTTING_DOWN = "the replica is shutting down"
+_PROBE_PROMPT, _PROBE_NEW_TOKENS = (0,), 2
+_SUSPECT_HEAD_START_S = 0.002
+"""The report that a suspect has arrived must leave the process before the suspect can end it."""
 
 Reply = TypeVar("Reply")
 
@@ -43,12 +59,25 @@ class _OpenRequest:
     timing: EngineTiming | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A request as it came; see `EngineLoop.generate`."""
+
+    request: GenerationRequest
+    stream_id: int
+    channel: ChannelAddress | None
+    resolve: Callable[[GenerateReply], None]
+    is_suspect: bool
+
+
 @dataclass(slots=True)
 class LoopHealth:
-    """What a health check looks at. The loop writes, others read."""
+    """What a health check and the routers look at. The loop writes, others read."""
 
     failure: str | None = None
     """Why the engine will never step again."""
+    num_failed_steps: int = 0
+    """Steps that failed one after the other, up to now."""
     busy_since: float | None = None
     """When the step that now runs began, by the monotonic clock."""
 
@@ -64,21 +93,31 @@ class _Commands:
 class EngineLoop:
     """Runs an engine on a thread of its own; everything here but `_…` methods may be called from any thread.
 
-    Every request that is submitted gets exactly one reply, unless it is aborted.
+    Every request that is submitted gets exactly one reply, unless it is aborted. Requests whose step fails are answered
+    with a failure, since another replica may go on with them. After a failed step the engine proves itself with a short
+    request of its own; after some failures in a row, or at once when its device is lost, it breaks down for good.
 
     Args:
         engine: nobody else may touch it from now on.
         replica_id: goes with every reply and report.
         sender: where tokens go while they are made; the loop's thread owns it.
+        fingerprint: of the model version, which goes with every report.
     """
 
-    def __init__(self, engine: Engine, replica_id: str, sender: TokenSender | None = None) -> None:
+    def __init__(
+        self, engine: Engine, replica_id: str, sender: TokenSender | None = None, *, fingerprint: str = ""
+    ) -> None:
         self.health = LoopHealth()
         self.latest_stats: EngineStats = engine.stats()
         self._engine = engine
         self._replica_id = replica_id
         self._sender = sender or TokenSender(replica_id)
+        self._fingerprint = fingerprint
         self._open: dict[str, _OpenRequest] = {}
+        self._suspect: str | None = None
+        self._waiting_suspects: deque[_Arrival] = deque()
+        self._broken: Failure | None = None
+        self._num_probes = 0
         self._embeddings: deque[tuple[EmbeddingWork, asyncio.Future[EmbedReply], Callable[[EmbedReply], None]]] = (
             deque()
         )
@@ -99,22 +138,32 @@ class EngineLoop:
             self._thread.join(timeout=10)
 
     async def generate(
-        self, request: GenerationRequest, stream_id: int = 0, channel: ChannelAddress | None = None
+        self,
+        request: GenerationRequest,
+        stream_id: int = 0,
+        channel: ChannelAddress | None = None,
+        *,
+        is_suspect: bool = False,
     ) -> GenerateReply:
         """Run a request to its end. Cancelling this aborts it in the engine.
 
-        Raises:
-            EngineError: the loop has been stopped.
+        Args:
+            request: what to run.
+            stream_id: the router's number for it.
+            channel: where to push its tokens; None for the reply alone.
+            is_suspect: another replica failed while it ran. It begins once no other suspect is without a token here,
+                so that a failure can have one culprit only.
         """
+        if self._is_stopping:
+            return self._failed(list(request.output_token_ids), Failure(FailureKind.LEAVING, _SHUTTING_DOWN))
         loop = asyncio.get_running_loop()
         future: asyncio.Future[GenerateReply] = loop.create_future()
-        if self._is_stopping:
-            raise EngineError("the replica is shutting down")
 
         def resolve(reply: GenerateReply) -> None:
             loop.call_soon_threadsafe(_set_unless_done, future, reply)
 
-        self._do(lambda: self._add(request, stream_id, channel, resolve))
+        arrival = _Arrival(request, stream_id, channel, resolve, is_suspect)
+        self._do(lambda: self._add(arrival))
         try:
             return await future
         except asyncio.CancelledError:
@@ -164,12 +213,13 @@ class EngineLoop:
                     self._commands.wake_up.wait(REPORT_INTERVAL_S)
         except Exception as error:
             logger.exception("the engine broke down")
-            self._break_down(f"{type(error).__name__}: {error}")
+            self._break_down(Failure(FailureKind.FAILED, f"{type(error).__name__}: {error}"))
         else:
-            self._break_down("the replica is shutting down")
+            self._break_down(Failure(FailureKind.LEAVING, _SHUTTING_DOWN))
         while not self._is_stopping:  # the health check fails by now; requests that still come are answered
-            self._commands.wake_up.wait()
+            self._commands.wake_up.wait(REPORT_INTERVAL_S)
             self._obey()
+            self._report()
         self._obey()
         self._sender.close()
 
@@ -177,21 +227,60 @@ class EngineLoop:
         self._commands.wake_up.clear()
         while self._commands.pending:
             self._commands.pending.popleft()()
+        while self._waiting_suspects and self._suspect is None:
+            self._begin(self._waiting_suspects.popleft())
 
     def _step(self) -> None:
         self.health.busy_since = time.monotonic()
         outputs = self._engine.step()
         self.health.busy_since = None
+        failed = next((output for output in outputs if output.step_failure is not None), None)
+        if failed is not None:
+            self.health.num_failed_steps += 1
+            self._next_report_at = 0.0
+            self._report()  # before the requests are answered: nothing new must come here
+        elif any(output.token_ids for output in outputs):
+            self.health.num_failed_steps = 0
         for output in outputs:
             self._take(output)
         self._sender.flush()
+        if failed is not None:
+            self._recover(failed)
         self._report()
+
+    def _recover(self, failed: StepOutput) -> None:
+        """Have the engine prove that it can still step.
+
+        Raises:
+            EngineError: it has failed too often, or its device is lost.
+        """
+        num_failed = self.health.num_failed_steps
+        if failed.step_failure is StepFailure.DEVICE:
+            raise EngineError(f"the device is lost: {failed.error}")
+        if num_failed >= _MAX_FAILED_STEPS:
+            raise EngineError(f"{num_failed} steps failed one after the other, the last with {failed.error}")
+        logger.error("a step failed, %d in a row: %s", num_failed, failed.error)
+        self._num_probes += 1
+        self._engine.add_request(
+            GenerationRequest(
+                request_id=f"probe-{self._num_probes}",
+                prompt_token_ids=_PROBE_PROMPT,
+                max_new_tokens=_PROBE_NEW_TOKENS,
+                ignore_eos=True,
+                seed=0,
+            )
+        )
 
     def _take(self, output: StepOutput) -> None:
         """Send a request's new tokens and, at its end, resolve it."""
         request = self._open.get(output.request_id)
-        if request is None:  # aborted while the step ran
+        if request is None:  # aborted while the step ran, or a probe
             return
+        if output.step_failure is not None:
+            self._fail(output.request_id, request, Failure(FailureKind.FAILED, output.error or "a step failed"))
+            return
+        if output.request_id == self._suspect:
+            self._suspect = None
         request.token_ids.extend(output.token_ids)
         if output.logprobs is not None:
             if request.logprobs is None:
@@ -207,32 +296,64 @@ class EngineLoop:
         if end is not None:
             self._close(output.request_id, request, end)
 
+    def _fail(self, request_id: str, request: _OpenRequest, failure: Failure) -> None:
+        """Answer a request that another replica may go on with."""
+        self._forget(request_id)
+        if request.stream is not None:
+            request.stream.close()
+        request.resolve(self._failed(request.token_ids, failure, request.logprobs))
+
+    def _failed(
+        self, token_ids: list[int], failure: Failure, logprobs: list[TokenLogprobs] | None = None
+    ) -> GenerateReply:
+        return GenerateReply(self._replica_id, token_ids, logprobs, failure=failure)
+
+    def _forget(self, request_id: str) -> _OpenRequest | None:
+        if request_id == self._suspect:
+            self._suspect = None
+        return self._open.pop(request_id, None)
+
     def _close(self, request_id: str, request: _OpenRequest, end: End) -> None:
-        del self._open[request_id]
+        self._forget(request_id)
         if request.stream is not None:
             request.stream.close()
         request.resolve(
             GenerateReply(self._replica_id, request.token_ids, request.logprobs, end, timing=request.timing)
         )
 
-    def _add(
-        self,
-        request: GenerationRequest,
-        stream_id: int,
-        channel: ChannelAddress | None,
-        resolve: Callable[[GenerateReply], None],
-    ) -> None:
-        if self.health.failure is not None:
-            resolve(GenerateReply(self._replica_id, list(request.output_token_ids), failure=self.health.failure))
-            return
+    def _add(self, arrival: _Arrival) -> None:
+        if self._broken is not None:
+            arrival.resolve(self._failed(list(arrival.request.output_token_ids), self._broken))
+        elif arrival.is_suspect and self._suspect is not None:
+            self._waiting_suspects.append(arrival)
+        else:
+            self._begin(arrival)
+
+    def _begin(self, arrival: _Arrival) -> None:
+        """Give a request to the engine; routers are told that a suspect has arrived before it can do anything."""
+        request = arrival.request
         try:
             self._engine.add_request(request)
         except InvalidRequestError as error:
-            resolve(GenerateReply(self._replica_id, refusal=Refusal(str(error), error.param, error.code)))
+            arrival.resolve(GenerateReply(self._replica_id, refusal=Refusal(str(error), error.param, error.code)))
             return
-        num_output = len(request.output_token_ids)
-        stream = self._sender.open(stream_id, channel, num_output) if channel is not None else None
-        self._open[request.request_id] = _OpenRequest(resolve, list(request.output_token_ids), stream)
+        num_output, stream = len(request.output_token_ids), None
+        if arrival.channel is not None:
+            stream = self._sender.open(arrival.stream_id, arrival.channel, num_output)
+        self._open[request.request_id] = _OpenRequest(arrival.resolve, list(request.output_token_ids), stream)
+        if arrival.is_suspect:
+            self._suspect = request.request_id
+            self._next_report_at = 0.0
+            self._report()
+            time.sleep(_SUSPECT_HEAD_START_S)
+
+    def _decline_waiting_suspects(self, request_id: str | None = None) -> None:
+        """Answer suspects that have not begun: all of them, or one that is given up."""
+        for arrival in list(self._waiting_suspects):
+            if request_id in (None, arrival.request.request_id):
+                self._waiting_suspects.remove(arrival)
+                failure = Failure(FailureKind.DECLINED, "the request has not begun")
+                arrival.resolve(self._failed(list(arrival.request.output_token_ids), failure))
 
     def _attach(self, channel: ChannelAddress) -> None:
         self._sender.attach(channel)
@@ -265,7 +386,8 @@ class EngineLoop:
         self._embeddings.popleft()
 
     def _abort(self, request_id: str) -> None:
-        request = self._open.pop(request_id, None)
+        self._decline_waiting_suspects(request_id)
+        request = self._forget(request_id)
         if request is None:
             return
         self._engine.abort(request_id)
@@ -281,17 +403,21 @@ class EngineLoop:
         self._next_report_at = now + REPORT_INTERVAL_S
         self.latest_stats = self._engine.stats()
         pool = self._engine.scheduler.pool
-        self._sender.report(self.latest_stats, pool.take_changes(), pool.content)
+        condition = Condition(self._fingerprint, self.health.num_failed_steps, self.health.failure)
+        self._sender.report(self.latest_stats, pool.take_changes(), pool.content, condition)
 
-    def _break_down(self, failure: str) -> None:
+    def _break_down(self, failure: Failure) -> None:
         """Answer everything that is open; from now on every request is answered with the failure."""
-        self.health.failure = failure
+        self._broken = failure
+        self.health.failure = failure.message
         self.health.busy_since = None
-        for request in self._open.values():
-            request.resolve(GenerateReply(self._replica_id, request.token_ids, request.logprobs, failure=failure))
-        self._open.clear()
+        self._next_report_at = 0.0
+        self._report()
+        for request_id, request in list(self._open.items()):
+            self._fail(request_id, request, failure)
+        self._decline_waiting_suspects()
         for _, _, resolve_embedding in self._embeddings:
-            resolve_embedding(EmbedReply(failure=failure))
+            resolve_embedding(EmbedReply(failure=failure.message))
         self._embeddings.clear()
 
 

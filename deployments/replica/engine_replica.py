@@ -4,11 +4,22 @@ import logging
 import time
 from collections.abc import Sequence
 
-from deployments.channel.messages import EngineInfo, decode_address, decode_call, decode_embed_call, encode
+from deployments.channel.messages import (
+    EngineInfo,
+    Failure,
+    FailureKind,
+    GenerateCall,
+    GenerateReply,
+    decode_address,
+    decode_call,
+    decode_embed_call,
+    encode,
+)
 from deployments.config import AppConfig
 from deployments.replica.engine_factory import Engine, make_engine
 from deployments.replica.engine_loop import EngineLoop
 from llm.errors import ConfigError, EngineError
+from llm.models.fingerprint import is_same_version
 from llm.serving.schemas import EngineStats, GenerationRequest
 
 logger = logging.getLogger("ray.serve")
@@ -33,7 +44,7 @@ class EngineReplica:
         engine, self._info = make_engine(config)
         _warm_up(engine)
         self.replica_id = replica_id
-        self._loop = EngineLoop(engine, self.replica_id)
+        self._loop = EngineLoop(engine, self.replica_id, fingerprint=self._info.fingerprint)
         self._loop.start()
         logger.info(
             "engine replica ready in %.1f s: model %s on %s, %s, attention backend %s, %d slots, context %d tokens",
@@ -69,11 +80,29 @@ class EngineReplica:
         """The engine's state when it last reported."""
         return self._loop.latest_stats
 
-    async def generate(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
-        """Run a `GenerateCall` to its end and return the `GenerateReply`. Cancelling aborts it within a step."""
+    async def generate(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:
+        """Run a `GenerateCall` to its end and return the `GenerateReply`. Cancelling aborts it within a step.
+
+        Args:
+            call: encoded.
+            ranking: the replicas that the router wants it on. Ray Serve hands a call to another one where all of them
+                are gone, so that it does not wait for ever; that one declines it. Empty for any replica.
+        """
         decoded = decode_call(call)
-        reply = await self._loop.generate(decoded.to_request(), decoded.stream_id, decoded.channel)
+        reason = self._reason_to_decline(decoded, ranking)
+        if reason is not None:
+            return encode(GenerateReply(self.replica_id, failure=Failure(FailureKind.DECLINED, reason)))
+        reply = await self._loop.generate(
+            decoded.to_request(), decoded.stream_id, decoded.channel, is_suspect=decoded.is_suspect
+        )
         return encode(reply)
+
+    def _reason_to_decline(self, call: GenerateCall, ranking: Sequence[str]) -> str | None:
+        if ranking and self.replica_id not in ranking:
+            return "none of the replicas that were asked is there"
+        if call.fingerprint and not is_same_version(call.fingerprint, self._info.fingerprint):
+            return "the replica runs another version of the model"
+        return None
 
     async def embed(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
         """Compute the vector of an `EmbedCall`, between the engine's steps; returns the `EmbedReply`."""

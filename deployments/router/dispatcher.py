@@ -7,10 +7,17 @@ from collections.abc import Callable
 from deployments.config import AdmissionConfig
 from deployments.errors import NoReplicaError, OverloadedError
 from deployments.fleet.fleet import Fleet
+from deployments.fleet.watch import Prospects
 from deployments.router.waiting import Ticket, WaitingQueue
+from llm.errors import EngineError, LLMError
 
 _ROWS_AHEAD = 1.25
 """Requests that a replica may hold for each of its rows: the next ones are there when rows become free."""
+_HOPELESS_AFTER_S = 0.5
+"""The news of a replica's end, and that another one is to come, take a moment."""
+_SUSPECTS_A_REPLICA = 2
+"""Suspects that a replica is sent at a time: one that it tries, and one that follows without a pause. The others wait
+here, where they can still go to another replica."""
 _RATE_WINDOW_S, _RATE_HALF_LIFE_S = 1.0, 10.0
 
 
@@ -29,6 +36,7 @@ class Dispatcher:
         self.config = config
         self._clock = clock
         self._waiting = WaitingQueue()
+        self._trying: dict[str, set[int]] = {}
         self._rate = _Rate(clock)
         self._max_step_tokens = math.inf
         self._empty_since: float | None = clock()
@@ -77,37 +85,38 @@ class Dispatcher:
         self.pump()
 
     def withdraw(self, ticket: Ticket) -> None:
-        """It waits no longer. No effect on one that does not."""
+        """It waits no longer, and is no longer tried. No effect on one that does neither."""
         if ticket in self._waiting:
             self._waiting.remove(ticket)
+        self.clear(ticket.stream_id)
+
+    def clear(self, stream_id: int) -> None:
+        """A suspect has proven that it is not what replicas fail of: the next one may be tried. No effect on others."""
+        for tried in self._trying.values():
+            tried.discard(stream_id)
 
     def pump(self) -> None:
         """Send on what has room now. To be called whenever the fleet has changed."""
         self._note_emptiness()
         while self._waiting and self._has_room():
-            ticket = self._waiting.pop()
-            ranking = self._fleet.rank(ticket.num_tokens, ticket.block_hashes)
-            chosen = next(replica_id for replica_id in ranking if self._takes_more(replica_id))
-            ranking.remove(chosen)
-            self._fleet.sent(chosen, ticket.stream_id, ticket.num_tokens, ticket.block_hashes)
-            self._rate.add(ticket.num_work_tokens)
-            if not ticket.ranking.done():  # else cancelled; its owner withdraws it
-                ticket.ranking.set_result([chosen, *ranking])
+            ticket = self._waiting.pop(self._has_target)
+            if ticket is None:
+                break
+            self._send(ticket)
         self._rate.measure(bool(self._waiting))
 
-    def tick(self, *, is_starting: bool = False) -> None:
-        """Give up what has waited too long for any replica to appear. To be called about once a second.
-
-        Args:
-            is_starting: a replica is on its way, so nobody gives up yet.
+    def tick(self, prospects: Prospects) -> None:
+        """Give up what has waited too long for any replica to appear, and what no replica is left for that has not
+        failed it. To be called about once a second.
         """
         self._note_emptiness()
-        if is_starting and self._empty_since is not None:
+        if prospects.is_starting and self._empty_since is not None:
             self._empty_since = self._clock()
-        for ticket in [ticket for ticket in self._waiting if self.is_hopeless(ticket.since)]:
-            self._waiting.remove(ticket)
-            if not ticket.ranking.done():  # else cancelled; its owner has yet to withdraw it
-                ticket.ranking.set_exception(self.no_replica())
+        for ticket in list(self._waiting):
+            if self.is_hopeless(ticket.since):
+                self._give_up(ticket, self.no_replica())
+            elif self._has_nowhere_to_go(ticket, prospects):
+                self._give_up(ticket, EngineError("the engine replica failed, and there is no other one to go on"))
 
     def is_hopeless(self, since: float) -> bool:
         """Whether there has been no replica, and none on its way, for too long for what waits since then."""
@@ -119,6 +128,47 @@ class Dispatcher:
         """What a request ends with for which it is hopeless."""
         timeout_s = self.config.no_replica_timeout_s
         return NoReplicaError(f"no engine replica has been running or starting for {timeout_s:g} s")
+
+    def _has_nowhere_to_go(self, ticket: Ticket, prospects: Prospects) -> bool:
+        """Whether all replicas that there are, and will be soon, have failed a request."""
+        if prospects.is_starting or not ticket.excluded or prospects.replica_ids - ticket.excluded:
+            return False
+        patience_s = self.config.no_replica_timeout_s if prospects.is_one_coming else _HOPELESS_AFTER_S
+        return self._clock() - ticket.since > patience_s
+
+    def _send(self, ticket: Ticket) -> None:
+        """Let a request go to the best replica for it."""
+        ranking = [
+            replica_id
+            for replica_id in self._fleet.rank(ticket.num_tokens, ticket.block_hashes)
+            if replica_id not in ticket.excluded
+        ]
+        chosen = next(replica_id for replica_id in ranking if self._takes(replica_id, ticket))
+        ranking.remove(chosen)
+        self._fleet.sent(chosen, ticket.stream_id, ticket.num_tokens, ticket.block_hashes)
+        self._rate.add(ticket.num_work_tokens)
+        if ticket.ranking.done():  # cancelled; its owner withdraws it
+            return
+        if ticket.is_suspect:
+            self._trying.setdefault(chosen, set()).add(ticket.stream_id)
+            ranking = []  # another replica may have enough of them
+        ticket.ranking.set_result([chosen, *ranking])
+
+    def _give_up(self, ticket: Ticket, error: LLMError) -> None:
+        self._waiting.remove(ticket)
+        if not ticket.ranking.done():
+            ticket.ranking.set_exception(error)
+
+    def _has_target(self, ticket: Ticket) -> bool:
+        return any(self._takes(replica_id, ticket) for replica_id in self._fleet.replica_ids)
+
+    def _takes(self, replica_id: str, ticket: Ticket) -> bool:
+        """Whether a request may go to a replica now."""
+        if replica_id in ticket.excluded:
+            return False
+        if ticket.is_suspect and len(self._trying.get(replica_id, ())) >= _SUSPECTS_A_REPLICA:
+            return False
+        return self._takes_more(replica_id)
 
     def _note_emptiness(self) -> None:
         if self._fleet.replica_ids:

@@ -4,12 +4,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from deployments.channel.messages import (
     ChannelAddress,
     End,
     EngineTiming,
+    FailureKind,
     GenerateCall,
     GenerateReply,
     TokenItem,
@@ -20,6 +23,7 @@ from deployments.errors import DeadlineError, ReplicaLostError
 from deployments.fleet.engine_client import EngineClient, is_being_cancelled
 from deployments.observe.finished_request import FinishedRequest, Timeline
 from deployments.router.caller import Caller
+from deployments.router.suspicion import Part
 from deployments.router.waiting import Ticket
 from llm.errors import EngineError, InvalidRequestError, LLMError
 from llm.serving.schemas import FinishReason, GenerationRequest, TokenLogprobs
@@ -27,6 +31,34 @@ from llm.serving.schemas import FinishReason, GenerationRequest, TokenLogprobs
 logger = logging.getLogger("ray.serve")
 
 _RESUME_DELAY_S = 0.05
+_MAX_DECLINED = 200
+"""Times that replicas may decline a request one after the other: it goes where it fits within a few."""
+
+
+class SetbackKind(Enum):
+    """Why a request has to go on elsewhere."""
+
+    FAILURE = auto()
+    """The replica failed, stalled or died."""
+    MOVE = auto()
+    """The replica is being taken away."""
+    DECLINED = auto()
+    """The replica has not begun it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setback:
+    """What keeps a replica from finishing a request that another one may go on with."""
+
+    kind: SetbackKind
+    message: str
+
+
+_SETBACKS = {
+    FailureKind.FAILED: SetbackKind.FAILURE,
+    FailureKind.LEAVING: SetbackKind.MOVE,
+    FailureKind.DECLINED: SetbackKind.DECLINED,
+}
 
 
 class Siblings(Protocol):
@@ -72,6 +104,11 @@ class Placement(Protocol):
         ...
 
     @property
+    def fingerprint(self) -> str:
+        """Of the model version that requests are made for."""
+        ...
+
+    @property
     def max_resumes(self) -> int:
         """How often a request may go on elsewhere after a failure."""
         ...
@@ -82,6 +119,14 @@ class Placement(Protocol):
 
     def release(self, generation: "Generation", ticket: Ticket) -> None:
         """End an attempt."""
+        ...
+
+    def note_failure(self, generation: "Generation", replica_id: str) -> Part:
+        """A replica has failed while it had the generation.
+
+        Returns:
+            What the generation had to do with it.
+        """
         ...
 
     def note_move(self, replica_id: str | None, *, is_failure: bool) -> None:
@@ -107,6 +152,9 @@ class Generation:
         end: how it ended, None while it runs.
         error: what went wrong, with no further tokens to come. `end` stays None.
         replica_id: where it runs, as far as known; None while it waits.
+        num_resumes: how often it has gone on elsewhere.
+        is_suspect, has_arrived, part: see `Passenger`.
+        failed_on: replicas that failed it; it never returns to one of them.
         timeline: when things happened.
     """
 
@@ -120,11 +168,17 @@ class Generation:
         self.error: LLMError | None = None
         self.replica_id: str | None = None
         self.num_resumes = 0
+        self.is_suspect = False
+        self.has_arrived = False
+        self.part: tuple[Part, float] | None = None
+        self.failed_on: frozenset[str] = frozenset()
         now = time.monotonic()
         self.timeline = Timeline(group.caller.received_at or now, now)
         self._num_charged = len(self.token_ids)
         self._is_announced = False
-        self._is_leaving = False
+        self._leaving: Setback | None = None
+        self._num_failures = 0
+        self._num_declined = 0
         self._ticket: Ticket | None = None
         self._task: asyncio.Task[None] | None = None
         self._call: asyncio.Task[bytes] | None = None
@@ -152,11 +206,26 @@ class Generation:
             self._fail(DeadlineError("the request's timeout is over"))
             self.cancel()
 
-    def leave_replica(self) -> None:
-        """Go on elsewhere, though the replica has not failed. No effect while it is on none."""
-        if self._call is not None and not self.is_over:
-            self._is_leaving = True
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it has been told to go on elsewhere."""
+        return self._leaving is not None
+
+    def leave_replica(self, why: str, *, is_failure: bool) -> None:
+        """Go on elsewhere. No effect while it is on no replica, nor a second time.
+
+        Args:
+            why: for the log.
+            is_failure: the replica has failed; else it is being taken away.
+        """
+        if self._call is not None and self._leaving is None and not self.is_over:
+            self._leaving = Setback(SetbackKind.FAILURE if is_failure else SetbackKind.MOVE, why)
             self._call.cancel()
+
+    def clear(self) -> None:
+        """It has had a token where it is: it is no suspect any more."""
+        self.is_suspect = False
+        self.part = None
 
     def finished(self) -> FinishedRequest:
         """What metrics, traces and the log are told of it once it is over."""
@@ -220,56 +289,96 @@ class Generation:
             self._ticket = placement.claim(self)
         try:
             ranking = await self._ticket.ranking
+            self._leaving, self.has_arrived, self.part = None, False, None
             self.replica_id = ranking[0]
             if self.timeline.placed_at is None:
                 self.timeline.placed_at = time.monotonic()
-            failure = await self._run_on(placement, self._ticket.stream_id, ranking)
+            setback = await self._run_on(placement, self._ticket.stream_id, ranking)
         finally:
             last_replica_id, self.replica_id = self.replica_id, None
             self._release(placement)
-        if failure is not None and not self.is_over:
-            await self._prepare_resume(placement, last_replica_id, failure)
+        if setback is not None and not self.is_over:
+            await self._prepare_resume(placement, last_replica_id, setback)
 
-    async def _run_on(self, placement: Placement, stream_id: int, ranking: Sequence[str]) -> str | None:
+    async def _run_on(self, placement: Placement, stream_id: int, ranking: Sequence[str]) -> Setback | None:
         """Run on the first replica that takes it; returns why the request has to go on elsewhere, if it has to."""
-        call = encode(GenerateCall.of(self._remaining_request(), stream_id, placement.channel))
-        self._is_leaving = False
+        call = encode(
+            GenerateCall.of(
+                self._remaining_request(),
+                stream_id,
+                placement.channel,
+                placement.fingerprint,
+                is_suspect=self.is_suspect,
+            )
+        )
         self._call = asyncio.ensure_future(placement.client.generate(call, ranking))
         try:
             reply = decode_reply(await self._call)
         except ReplicaLostError as error:
-            return str(error)
+            return Setback(SetbackKind.FAILURE, str(error))
         except asyncio.CancelledError:
-            if not self._is_leaving or is_being_cancelled():  # it may be given up at the same time
+            if self._leaving is None or is_being_cancelled():  # it may be given up at the same time
                 raise
-            return f"it leaves replica {self.replica_id}"
+            return self._leaving
         finally:
             self._call = None
         if reply.refusal is not None:
             raise InvalidRequestError(reply.refusal.message, param=reply.refusal.param, code=reply.refusal.code)
         self._absorb(reply)
-        return reply.failure
+        if reply.failure is None:
+            return None
+        self.replica_id = reply.replica_id
+        self.has_arrived = reply.failure.kind is FailureKind.FAILED
+        return Setback(_SETBACKS[reply.failure.kind], reply.failure.message)
 
-    async def _prepare_resume(self, placement: Placement, replica_id: str | None, failure: str) -> None:
+    async def _prepare_resume(self, placement: Placement, replica_id: str | None, setback: Setback) -> None:
         """Get ready to go on elsewhere.
 
         Raises:
-            EngineError: it has gone on too often already.
+            EngineError: it must not.
         """
         if len(self.token_ids) >= self.request.max_new_tokens:  # only the news of the end was lost
             self._finish(End(FinishReason.LENGTH))
             self.announce()
             return
-        if not self._is_leaving and self.num_resumes >= placement.max_resumes:
-            raise EngineError("the engine replica was lost and the request could not be resumed")
+        if setback.kind is SetbackKind.DECLINED:
+            await self._wait_after_declined()
+            return
+        is_failure = setback.kind is SetbackKind.FAILURE
+        if is_failure and replica_id is not None:
+            self._take_part(placement, replica_id)
         self.num_resumes += 1
-        placement.note_move(replica_id, is_failure=not self._is_leaving)
+        self._num_declined = 0
+        placement.note_move(replica_id, is_failure=is_failure)
         logger.warning(
             "request %s goes on elsewhere behind %d tokens: %s",
-            self.request.request_id, len(self.token_ids), failure,
+            self.request.request_id, len(self.token_ids), setback.message,
         )  # fmt: skip
-        if not self._is_leaving:
+        if is_failure and self._leaving is None:
             await asyncio.sleep(_RESUME_DELAY_S * self.num_resumes)
+
+    async def _wait_after_declined(self) -> None:
+        self._num_declined += 1
+        if self._num_declined > _MAX_DECLINED:
+            raise EngineError("no engine replica takes the request")
+        await asyncio.sleep(_RESUME_DELAY_S)
+
+    def _take_part(self, placement: Placement, replica_id: str) -> None:
+        """A replica has failed while it had this request.
+
+        Raises:
+            EngineError: the request has failed several replicas, or has been resumed too often.
+        """
+        part = placement.note_failure(self, replica_id)
+        if part is Part.CULPRIT:
+            raise EngineError("the request failed on several engine replicas; it is not tried on another one")
+        is_bystander = part is Part.BYSTANDER
+        if not placement.max_resumes or (self._num_failures >= placement.max_resumes and not is_bystander):
+            raise EngineError("the engine replica was lost and the request could not be resumed")
+        if not is_bystander:
+            self._num_failures += 1
+            self.failed_on |= {replica_id}
+            self.is_suspect = True
 
     def _end(self, placement: Placement) -> None:
         self._release(placement)
@@ -293,10 +402,10 @@ class Generation:
             self._ticket = None
 
     def _remaining_request(self) -> GenerationRequest:
-        if not self.num_resumes:
+        if not self.num_resumes and not self._num_declined:
             return self.request
         # A new id: the engine that is thought lost may still run the old one.
-        request_id = f"{self.request.request_id}-{self.num_resumes}"
+        request_id = f"{self.request.request_id}-{self.num_resumes}-{self._num_declined}"
         return self.request.model_copy(update={"request_id": request_id, "output_token_ids": tuple(self.token_ids)})
 
     def _absorb(self, reply: GenerateReply) -> None:

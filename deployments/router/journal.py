@@ -2,7 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from deployments.channel.messages import ChannelAddress, TokenItem
 from deployments.fleet.engine_client import EngineClient
@@ -12,6 +13,7 @@ from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.generation import Generation
 from deployments.router.group import GenerationGroup
+from deployments.router.suspicion import Part, assign_parts, part_of
 from deployments.router.waiting import Ticket
 from llm.serving.schemas import GenerationRequest
 
@@ -46,9 +48,12 @@ class Journal:
         self._on_over = on_over
         self.on_move: Callable[[str | None], None] = lambda _: None
         """Told the replica whose stream goes on elsewhere."""
+        self.on_failed_call: Callable[[str], bool] = lambda _: True
+        """Told the replica that failed a call; says whether something is wrong with it."""
         self.client = client
         self.dispatcher = dispatcher
         self.channel = channel
+        self.fingerprint = ""
         self.max_resumes = max_resumes
         self.page_size = 16
         self.num_requests = 0
@@ -95,7 +100,10 @@ class Journal:
             block_hashes=generation.group.block_hashes(generation),
             tenant=caller.tenant,
             priority=caller.priority,
+            num_output_tokens=len(generation.token_ids),
             is_resumed=generation.num_resumes > 0,
+            is_suspect=generation.is_suspect,
+            excluded=generation.failed_on,
         )
         self._live[ticket.stream_id] = generation
         self.dispatcher.enqueue(ticket)
@@ -119,17 +127,37 @@ class Journal:
             self.num_moves += 1
         self.on_move(replica_id)
 
+    def note_failure(self, generation: Generation, replica_id: str) -> Part:
+        """A replica has failed while it had the generation; see `Placement`."""
+        if not self.on_failed_call(replica_id):
+            return Part.BYSTANDER
+        now = time.monotonic()
+        assign_parts([generation, *self.on_replica(replica_id)], now)
+        part = part_of(generation, now)
+        assert part is not None, "assigned above"
+        return part
+
+    def note_arrivals(self, stream_ids: Iterable[int]) -> None:
+        """Streams have arrived at the replica that they were sent to."""
+        for stream_id in stream_ids:
+            generation = self._live.get(stream_id)
+            if generation is not None:
+                generation.has_arrived = True
+
     def note_over(self, generation: Generation) -> None:
         """A generation is over, in whatever way."""
         self._on_over(generation.finished())
 
-    def move_streams(self, replica_id: str, why: str) -> None:
+    def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
         """Have what runs on a replica go on elsewhere. No effect where failover is off."""
-        generations = list(self.on_replica(replica_id)) if self.max_resumes else []
-        if generations:
-            logger.warning("replica %s %s: its %d streams go on elsewhere", replica_id, why, len(generations))
+        generations = [generation for generation in self.on_replica(replica_id) if not generation.is_leaving]
+        if not self.max_resumes or not generations:
+            return
+        logger.warning("replica %s: %s; its %d streams go on elsewhere", replica_id, why, len(generations))
+        if is_failure:
+            assign_parts(generations, time.monotonic())
         for generation in generations:
-            generation.leave_replica()
+            generation.leave_replica(why, is_failure=is_failure)
 
     def on_replica(self, replica_id: str) -> Iterator[Generation]:
         """Generations that run on a replica, as far as known."""
@@ -146,3 +174,7 @@ class Journal:
                 if item.end is not None:  # reports come by the same way: the next one leaves it out
                     self._fleet.ended(item.stream_id)
                 generation.take_item(item, replica_id)
+                if item.token_ids and (generation.is_suspect or generation.part is not None):
+                    generation.clear()
+                    self.dispatcher.clear(item.stream_id)
+                    self.dispatcher.pump()

@@ -12,12 +12,13 @@ from deployments.channel.messages import EngineInfo
 from deployments.channel.token_channel import TokenListener
 from deployments.config import AppConfig, LiveConfig
 from deployments.errors import DeadlineError
+from deployments.fingerprint import fingerprint_of
 from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.engine_use import replica_use, targets_of
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import make_policy
-from deployments.fleet.watch import FleetWatch
+from deployments.fleet.watch import FleetWatch, Prospects
 from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.metrics import NoPeers, RouterMetrics, RouterPeers
 from deployments.observe.request_log import log_request
@@ -28,11 +29,13 @@ from deployments.router.embeddings import embed_all
 from deployments.router.group import GenerationGroup
 from deployments.router.journal import Journal
 from llm.errors import LLMError
+from llm.models.fingerprint import is_same_version
 from llm.serving.schemas import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 
 _ENGINE_CHECK_INTERVAL_S = 0.2
+_FIRST_LOOK_S, _OWN_VERSION_CHECK_S = 1.0, 0.05
 
 
 class Router:
@@ -81,8 +84,13 @@ class Router:
             max_resumes=config.router.max_resumes,
             on_over=self._request_over,
         )
-        self._watch = FleetWatch(client, self.fleet, _Work(self), channel, config.router)
+        fingerprint = fingerprint_of(config)
+        self._watch = FleetWatch(
+            client, self.fleet, _Work(self), channel, config.router, config.replicas.fewest_replicas, fingerprint
+        )
+        self.journal.fingerprint = fingerprint
         self.journal.on_move = self._watch.note_move
+        self.journal.on_failed_call = self._watch.note_failed_call
 
     @property
     def is_ready(self) -> bool:
@@ -118,6 +126,18 @@ class Router:
         except* LLMError as group:
             raise group.exceptions[0] from None
 
+    async def wait_for_own_version(self) -> None:
+        """Wait until a replica of this router's version of the model is there, if all that are there are of others.
+
+        While a rolling update goes on, the routers before it keep the clients until this one can serve them. Where
+        there is no replica at all, or none that this router knows within a second, it does not wait.
+        """
+        started = time.monotonic()
+        while not self.is_ready:
+            if not self._watch.versions() and time.monotonic() - started > _FIRST_LOOK_S:
+                return
+            await asyncio.sleep(_OWN_VERSION_CHECK_S)
+
     async def wait_until_ready(self) -> EngineInfo:
         """Wait for the first engine."""
         await self._engine_known.wait()
@@ -150,9 +170,11 @@ class Router:
         return await self.wait_until_ready()
 
     def learn(self, info: EngineInfo) -> None:
-        """A replica has said what its engine is; the first one's word counts."""
-        if self.info is not None:
+        """A replica has said what its engine is; the word of the first one of this router's version counts."""
+        if self.info is not None or not is_same_version(self.journal.fingerprint, info.fingerprint):
             return
+        # More exact than this router's own, where only the replicas have the weights.
+        self.journal.fingerprint = self._watch.fingerprint = info.fingerprint
         self.journal.page_size = info.page_size
         self.dispatcher.learn_step_tokens(info.max_step_tokens)
         self.info = info
@@ -259,14 +281,18 @@ class _Work:
         """See `Work`."""
         self._router.learn(info)
 
-    def tick(self, *, is_starting: bool) -> None:
+    def tick(self, prospects: Prospects) -> None:
         """See `Work`."""
-        self._dispatcher.tick(is_starting=is_starting)
+        self._dispatcher.tick(prospects)
+
+    def note_arrivals(self, stream_ids: Sequence[int]) -> None:
+        """See `Work`."""
+        self._journal.note_arrivals(stream_ids)
 
     def is_on(self, replica_id: str) -> bool:
         """See `Work`."""
         return any(True for _ in self._journal.on_replica(replica_id))
 
-    def move_streams(self, replica_id: str, why: str) -> None:
+    def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
         """See `Work`."""
-        self._journal.move_streams(replica_id, why)
+        self._journal.move_streams(replica_id, why, is_failure=is_failure)

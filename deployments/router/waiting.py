@@ -1,8 +1,9 @@
 """Who is next: requests that wait in a router for a replica with room."""
 
 import asyncio
+from bisect import insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -13,11 +14,14 @@ class Ticket:
     Attributes:
         stream_id: the router's number for this attempt.
         num_tokens: tokens to prefill: the prompt, and what an earlier replica generated.
+        num_output_tokens: of `num_tokens`, those that were generated.
         num_work_tokens: `num_tokens` and the output that is expected.
         block_hashes: of the prompt's full pages, first page first.
         tenant: whose share it counts on; "" where there are no keys.
         priority: lower goes first.
-        is_resumed: its client has had tokens already.
+        is_resumed: it has been in a replica already.
+        is_suspect: a replica failed while it ran.
+        excluded: replicas that it must not go to, for they failed it.
         since: when it began to wait, by the monotonic clock.
         ranking: gets the replicas to send it to, best first.
     """
@@ -28,7 +32,10 @@ class Ticket:
     block_hashes: Sequence[int] = ()
     tenant: str = ""
     priority: int = 0
+    num_output_tokens: int = 0
     is_resumed: bool = False
+    is_suspect: bool = False
+    excluded: frozenset[str] = frozenset()
     since: float = 0.0
     ranking: "asyncio.Future[list[str]]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -82,12 +89,16 @@ class _FairShare:
 
 
 class WaitingQueue:
-    """Resumed requests first, then by priority, then fair among tenants, then in order of arrival."""
+    """Resumed requests first, then by priority, then fair among tenants, then in order of arrival.
+
+    Of the resumed ones suspects come last, and of these those with the fewest tokens first: what fells a replica does
+    so most often with its prompt or its first tokens, and the sooner it is found, the fewer others it disturbs again.
+    """
 
     def __init__(self) -> None:
         self.num_work_tokens = 0
         self.num_tokens = 0
-        self._resumed = _FairShare()
+        self._resumed: list[Ticket] = []
         self._levels: dict[int, _FairShare] = {}
         self._waiting: set[int] = set()
 
@@ -106,40 +117,49 @@ class WaitingQueue:
     def push(self, ticket: Ticket) -> None:
         """Have it wait."""
         self._waiting.add(ticket.stream_id)
-        self._level_of(ticket).push(ticket)
+        if ticket.is_resumed:
+            insort(self._resumed, ticket, key=_resumed_order)
+        else:
+            self._levels.setdefault(ticket.priority, _FairShare()).push(ticket)
         self._count(ticket, 1)
 
-    def pop(self) -> Ticket:
-        """Take the next one.
+    def pop(self, fits: Callable[[Ticket], bool] = lambda _: True) -> Ticket | None:
+        """Take the next one; None where nothing waits that fits.
 
-        Raises:
-            IndexError: nothing waits.
+        Args:
+            fits: whether a resumed request can go on now. Others all fit, or none does.
         """
-        if self._resumed:
-            ticket = self._resumed.pop()
-        elif self._levels:
-            ticket = self._levels[min(self._levels)].pop()
-            self._drop_if_empty(ticket)
-        else:
-            raise IndexError("nothing waits")
-        self._waiting.remove(ticket.stream_id)
-        self._count(ticket, -1)
+        for ticket in self._resumed:
+            if fits(ticket):
+                self.remove(ticket)
+                return ticket
+        if not self._levels:
+            return None
+        level = min(self._levels)
+        if not fits(next(iter(self._levels[level]))):
+            return None
+        ticket = self._levels[level].pop()
+        self._forget(ticket)
         return ticket
 
     def remove(self, ticket: Ticket) -> None:
         """Take out one that waits."""
-        self._level_of(ticket).remove(ticket)
-        self._drop_if_empty(ticket)
-        self._waiting.remove(ticket.stream_id)
-        self._count(ticket, -1)
+        if ticket.is_resumed:
+            self._resumed.remove(ticket)
+        else:
+            self._levels[ticket.priority].remove(ticket)
+        self._forget(ticket)
 
-    def _level_of(self, ticket: Ticket) -> _FairShare:
-        return self._resumed if ticket.is_resumed else self._levels.setdefault(ticket.priority, _FairShare())
-
-    def _drop_if_empty(self, ticket: Ticket) -> None:
+    def _forget(self, ticket: Ticket) -> None:
         if ticket.priority in self._levels and not self._levels[ticket.priority]:
             del self._levels[ticket.priority]
+        self._waiting.remove(ticket.stream_id)
+        self._count(ticket, -1)
 
     def _count(self, ticket: Ticket, sign: int) -> None:
         self.num_tokens += sign * ticket.num_tokens
         self.num_work_tokens += sign * ticket.num_work_tokens
+
+
+def _resumed_order(ticket: Ticket) -> tuple[bool, int, int]:
+    return ticket.is_suspect, ticket.num_output_tokens if ticket.is_suspect else 0, ticket.stream_id

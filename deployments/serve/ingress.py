@@ -40,6 +40,7 @@ class RouterIngress:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._keys = tuple(keys)
         self._router = Router(config, ServeEngineClient(engines), channel_host(config.token_channel.host), ServePeers())
+        await self._router.wait_for_own_version()
         loop = asyncio.get_running_loop()
         self._banner = loop.create_task(self._announce())
         self._joining = None

@@ -16,6 +16,7 @@ from llm.models.decoder import DecoderModel
 from llm.models.loading import Progress, load_decoder
 from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
+from llm.serving import device_health
 from llm.serving.checks import check_prompt, check_request, longest_context
 from llm.serving.embedding import Embedding, Pooling
 from llm.serving.grammar import CompilingRequests, GrammarCompiler
@@ -29,6 +30,7 @@ from llm.serving.schemas import (
     FinishReason,
     GenerationRequest,
     GenerationResult,
+    StepFailure,
     StepOutput,
     TokenLogprobs,
 )
@@ -206,7 +208,8 @@ class ContinuousBatchingEngine:
         With a runner that runs ahead the outputs are those of an earlier step: they come `max_steps_ahead` calls after
         the one that launched it, and the first calls return none. So call it while the scheduler has pending work.
 
-        If the model fails, the requests of that step end with `FinishReason.ERROR` and the others go on.
+        If the model fails, the requests of that step end with `FinishReason.ERROR`, their outputs say what failed
+        (`step_failure`), and the others go on.
         """
         return [*self._begin_compiled(), *self._step()] if self._compiling else self._step()
 
@@ -357,12 +360,15 @@ class ContinuousBatchingEngine:
         """End every request of a step that failed."""
         sequences = [part.sequence for part in plan.scheduled if part.sequence.status is not SequenceStatus.FINISHED]
         message = f"{type(error).__name__}: {error}"
-        return [self._end_with(sequence, message) for sequence in sequences]
+        failure = StepFailure.DEVICE if device_health.is_lost(self.model.device) else StepFailure.STEP
+        return [self._end_with(sequence, message, failure) for sequence in sequences]
 
-    def _end_with(self, sequence: Sequence, message: str) -> StepOutput:
-        """End a request that failed."""
+    def _end_with(self, sequence: Sequence, message: str, failure: StepFailure | None = None) -> StepOutput:
+        """End a request that failed, by itself or with its whole step."""
         self._end(sequence)
-        return StepOutput(sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message)
+        return StepOutput(
+            sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message, step_failure=failure
+        )
 
     def _end(self, sequence: Sequence) -> None:
         """Forget a request; its pages are free at once."""

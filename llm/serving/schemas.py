@@ -131,6 +131,15 @@ class FinishReason(StrEnum):
     """The engine failed; `error` says how."""
 
 
+class StepFailure(StrEnum):
+    """What failed when a request ended because its step failed, and not through any fault of its own."""
+
+    STEP = "step"
+    """This step; a later one may succeed."""
+    DEVICE = "device"
+    """The device: no later step of this process can succeed either."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Natural-log probabilities at one output position, of the model's distribution before temperature and cuts."""
@@ -163,6 +172,8 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     """Seconds that it waited in the engine before a step took up its prompt, the same in every output of a request."""
     error: str | None = None
     """What went wrong, with `FinishReason.ERROR`."""
+    step_failure: StepFailure | None = None
+    """Set where the whole step failed: the same request may succeed in another engine."""
 
     def joined(self, later: "StepOutput") -> "StepOutput":
         """This one and what the same step added after it."""

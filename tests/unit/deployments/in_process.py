@@ -53,7 +53,7 @@ class LocalClient:
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         replica = self._choose(ranking)
         self.num_calls += 1
-        task = asyncio.ensure_future(replica.generate(call))
+        task = asyncio.ensure_future(replica.generate(call, ranking))
         self._calls[replica.replica_id].add(task)
         try:
             return await task
@@ -67,6 +67,12 @@ class LocalClient:
 
     async def embed(self, call: bytes, ranking: Sequence[str]) -> bytes:
         return await self._choose(ranking).embed(call)
+
+    def add(self, replica: EngineReplica) -> None:
+        self.replicas.append(replica)
+        self._by_id[replica.replica_id] = replica
+        self._calls[replica.replica_id] = set()
+        self.start(len(self.replicas) - 1)
 
     def kill(self, index: int) -> None:
         replica = self.replicas[index]

@@ -8,8 +8,10 @@ from deployments.config import AdmissionConfig
 from deployments.errors import NoReplicaError, OverloadedError
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import CostPolicy
+from deployments.fleet.watch import Prospects
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.waiting import Ticket
+from llm.errors import EngineError
 from llm.serving.schemas import EngineStats
 
 
@@ -93,7 +95,7 @@ async def test_no_replica_for_too_long_is_an_error():
     setup.clock.now += 50
     late = setup.place(2)
     setup.clock.now += 11
-    setup.dispatcher.tick()
+    setup.dispatcher.tick(Prospects(frozenset(), is_one_coming=True))
     with pytest.raises(NoReplicaError, match="60 s"):
         await early
     assert not late.done(), "it has waited for 11 seconds only"
@@ -126,3 +128,75 @@ async def test_retry_after_comes_from_the_pace_measured():
     assert caught.value.retry_after_s == pytest.approx((8 * 200 + 2000) / 400 - 5, rel=0.05)
     with pytest.raises(OverloadedError):
         setup.dispatcher.check(200, timeout_s=2)
+
+
+async def test_one_that_was_cancelled_is_given_up_without_a_word():
+    """Its task has not got round to withdrawing it yet."""
+    setup = Setup(no_replica_timeout_s=60)
+    cancelled, other = setup.place(1), setup.place(2)
+    cancelled.cancel()
+    setup.clock.now += 61
+    setup.dispatcher.tick(NOTHING)
+    assert cancelled.cancelled()
+    assert isinstance(other.exception(), NoReplicaError)
+    assert setup.dispatcher.num_waiting == 0
+
+
+NOTHING = Prospects(frozenset(), is_one_coming=False)
+
+
+def resumed(stream_id: int, *, excluded: str = "", is_suspect: bool = False, num_output_tokens: int = 0) -> Ticket:
+    return Ticket(
+        stream_id, 100, 200, is_resumed=True, excluded=frozenset(excluded), is_suspect=is_suspect,
+        num_output_tokens=num_output_tokens,
+    )  # fmt: skip
+
+
+async def test_a_request_never_goes_to_a_replica_that_failed_it():
+    """And holds up nobody behind it that may go there."""
+    setup = Setup()
+    setup.start("a")
+    ticket = resumed(1, excluded="a")
+    setup.dispatcher.enqueue(ticket)
+    assert await setup.place(2) == ["a"]
+    assert not ticket.ranking.done()
+    setup.start("b")
+    assert await ticket.ranking == ["b"]
+
+
+@pytest.mark.parametrize(("is_one_coming", "after_s"), [(False, 1), (True, 61)])
+async def test_what_has_nowhere_to_go_is_told(is_one_coming: bool, after_s: float):
+    """At once where no other replica is to come."""
+    setup = Setup(no_replica_timeout_s=60)
+    setup.start("a")
+    ticket = resumed(1, excluded="a")
+    setup.dispatcher.enqueue(ticket)
+    prospects = Prospects(frozenset("a"), is_one_coming)
+    setup.clock.now += after_s / 3
+    setup.dispatcher.tick(prospects)
+    assert not ticket.ranking.done()
+    setup.clock.now += after_s
+    setup.dispatcher.tick(Prospects(frozenset("ab"), is_one_coming))
+    assert not ticket.ranking.done(), "another one may serve soon"
+    setup.dispatcher.tick(prospects)
+    with pytest.raises(EngineError, match="no other one"):
+        await ticket.ranking
+
+
+async def test_a_replica_is_sent_two_suspects_at_a_time():
+    """One that it tries and one that follows. Those without tokens first; others are not held up."""
+    setup = Setup()
+    tickets = [resumed(i, is_suspect=True, num_output_tokens=10 - i) for i in range(6)]
+    for ticket in tickets:
+        setup.dispatcher.enqueue(ticket)
+    setup.start("a", max_rows=8)
+    assert [t.ranking.done() for t in tickets] == [False] * 4 + [True] * 2
+    assert await setup.place(9) == ["a"]
+    setup.dispatcher.clear(5)
+    setup.dispatcher.pump()
+    assert await tickets[3].ranking == ["a"], "and nowhere else: another replica may have enough"
+    setup.start("b")
+    assert tickets[2].ranking.result() == tickets[1].ranking.result() == ["b"]
+    setup.dispatcher.withdraw(tickets[3])
+    setup.dispatcher.pump()
+    assert all(t.ranking.done() for t in tickets)

@@ -6,6 +6,7 @@ import time
 import pytest
 from in_process import emulated_config
 
+from deployments.channel.messages import Failure, FailureKind
 from deployments.config import EmulationConfig
 from deployments.replica.emulated_engine import EmulatedEngine
 from deployments.replica.engine_loop import EngineLoop
@@ -93,9 +94,8 @@ async def test_stopping_answers_what_is_open(loop: EngineLoop):
     task = asyncio.ensure_future(loop.generate(request(max_new_tokens=200)))
     await asyncio.sleep(0.05)
     await asyncio.to_thread(loop.stop)
-    assert "shutting down" in (await task).failure
-    with pytest.raises(EngineError):
-        await loop.generate(request())
+    assert (await task).failure == Failure(FailureKind.LEAVING, "the replica is shutting down")
+    assert (await loop.generate(request())).failure.kind is FailureKind.LEAVING, "so that another replica goes on"
 
 
 async def test_a_step_that_hangs_fails_the_health_check():
@@ -119,3 +119,27 @@ def test_the_channel_listens_on_loopback_while_the_cluster_has_one_node(monkeypa
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
     assert channel_host("auto") == "10.0.0.7"
     assert channel_host("10.0.0.9") == "10.0.0.9"
+
+
+async def test_suspects_begin_one_after_the_other(loop: EngineLoop):
+    """Each once the one before has a token; one that is given up before does not begin, and others do not wait."""
+    replies = [asyncio.ensure_future(loop.generate(request(max_new_tokens=40), is_suspect=True)) for _ in range(4)]
+    given_up = asyncio.ensure_future(loop.generate(request(), is_suspect=True))
+    beside = asyncio.ensure_future(loop.generate(request(max_new_tokens=40)))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    done = await asyncio.gather(*replies, beside)
+    assert all(len(reply.token_ids) == 40 for reply in done)
+    assert loop.latest_stats.num_running <= 5
+    assert not loop._waiting_suspects
+
+
+async def test_suspects_that_have_not_begun_are_handed_back_unblamed(loop: EngineLoop):
+    def explode() -> None:
+        time.sleep(0.2)
+        raise RuntimeError("broken")
+
+    loop._engine.step = explode
+    tried, *waiting = await asyncio.gather(*(loop.generate(request(), is_suspect=True) for _ in range(3)))
+    assert tried.failure.kind is FailureKind.FAILED
+    assert [reply.failure.kind for reply in waiting] == [FailureKind.DECLINED] * 2

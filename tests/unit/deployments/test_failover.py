@@ -40,7 +40,7 @@ async def test_streams_leave_a_replica_that_stalls(make_service: ServiceFactory)
     chunks = events((await asking).text)
     assert text_of(chunks) == expected
     assert finishes(chunks) == [(0, "length")]
-    assert service.router.journal.num_moves == 1
+    assert service.router.journal.num_resumes == 1
     gate.set()
     await until(lambda: stalled in service.router.fleet.replica_ids)
 
@@ -199,7 +199,7 @@ async def test_one_that_is_given_up_while_it_moves_does_not_go_on(make_service: 
     asking = asyncio.ensure_future(service.post("/v1/completions", prompt="abc", max_tokens=2000, stream=True))
     await until(lambda: any(len(g.token_ids) > 5 for g in service.router.journal._live.values()))
     (generation,) = service.router.journal._live.values()
-    generation.leave_replica()
+    generation.leave_replica("it is told to", is_failure=False)
     generation.cancel()
     await until(lambda: service.router.journal.num_live == 0, 2)
     await until(lambda: service.num_used_pages == 0, 2)

@@ -205,7 +205,7 @@ async def test_without_a_replica_left_the_stream_ends_with_an_error_event(make_s
 
 
 async def test_an_engine_that_breaks_answers_everything_and_fails_its_health_check(make_service: ServiceFactory):
-    service = await make_service(emulated_config(router={"max_resumes": 1}))
+    service = await make_service(emulated_config(admission={"no_replica_timeout_s": 0.5}))
     replica = service.client.replicas[0]
     replica.check_health()
     asking = [asyncio.ensure_future(service.post("/v1/completions", prompt="abc", max_tokens=999)) for _ in range(3)]
@@ -217,11 +217,11 @@ async def test_an_engine_that_breaks_answers_everything_and_fails_its_health_che
 
     engine.step = explode
     for response in await asyncio.gather(*asking):
-        assert response.status_code == 500
+        assert response.status_code == 503, "nothing has replaced it in time"
         assert "out of memory" not in response.text
     with pytest.raises(Exception, match="broke down: RuntimeError: out of memory"):
         replica.check_health()
-    assert (await service.post("/v1/completions", prompt="abc")).status_code == 500, "answered, not left waiting"
+    assert (await service.post("/v1/completions", prompt="abc")).status_code == 503, "answered, not left waiting"
     for row in list(engine._running):
         engine.abort(row)
 

@@ -1,0 +1,26 @@
+"""The fingerprint of a model version, worked out alike by routers and replicas."""
+
+from deployments.config import AppConfig
+from llm.models.fingerprint import fingerprint
+from llm.models.registry import resolve_model_path
+
+
+def fingerprint_of(config: AppConfig) -> str:
+    """What must be equal for one replica to go on with what another one began, and for a router's token ids to fit.
+
+    Settings that change no text, such as batch sizes, limits and the name that clients use, do not count.
+
+    Raises:
+        CheckpointError: the checkpoint is not there.
+    """
+    directories = [resolve_model_path(config.model)]
+    if config.lora is not None:
+        directories.append(resolve_model_path(config.lora))
+    engine = config.engine
+    settings = {
+        "engine": config.engine_kind,
+        "dtype": config.dtype,
+        "quantization": engine.quantization,
+        "kv_cache_dtype": engine.kv_cache_dtype,
+    }
+    return fingerprint(directories, [f"{name}={value}" for name, value in settings.items()])

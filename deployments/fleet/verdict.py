@@ -1,0 +1,128 @@
+"""The fleet's verdict on a replica: may it get new requests, may it keep what it has, must it be replaced?
+
+Plain values in, a value out: no clock, no socket, no Ray. `FleetWatch` gathers the evidence and does what is decided.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from deployments.channel.messages import Condition
+
+_PROOF_S = 0.3
+"""A replica that has failed a call is believed again once it reports well so much later: what it sent before counts
+for nothing."""
+_GONE_AFTER_S = 1.0
+
+
+class Standing(StrEnum):
+    """What a replica is to a router."""
+
+    SERVING = "serving"
+    """It gets new requests."""
+    STARTING = "starting"
+    """It has not told this router yet what it holds."""
+    DOUBTFUL = "doubtful"
+    """It has just failed a step or a call and has not proven itself since."""
+    SILENT = "silent"
+    """It has not reported for a while."""
+    STALLED = "stalled"
+    """It has been silent for so long that its requests go on elsewhere."""
+    BROKEN = "broken"
+    """Its engine will never step again."""
+    OTHER_VERSION = "other version"
+    """It runs another version of the model than this router was made for."""
+    LEAVING = "leaving"
+    """It is being taken away, and finishes what it has."""
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a router knows of a replica.
+
+    Attributes:
+        is_listed: Ray Serve lists it as running.
+        has_joined: it has told this router everything that its prefix cache holds.
+        is_same_version: it runs the version of the model that this router was made for; None for not yet known.
+        silence_s: seconds since its last report, or since the router began to listen where none has come.
+        has_reported: whether any has come.
+        condition: what it says of itself.
+        call_failed_s: seconds since a call to it failed; None for never.
+        delisted_s: seconds since Ray Serve took it off its list; None while it is listed.
+    """
+
+    is_listed: bool
+    has_joined: bool
+    is_same_version: bool | None
+    silence_s: float
+    has_reported: bool = True
+    condition: Condition = field(default_factory=Condition)
+    call_failed_s: float | None = None
+    delisted_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a replica may behave badly, in seconds; see `RouterConfig`."""
+
+    silence_timeout_s: float
+    stall_timeout_s: float
+    drain_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a router does with a replica.
+
+    Attributes:
+        standing: in a word.
+        why: in a sentence, for people.
+        may_get_new: whether new requests go there.
+        may_keep: whether the requests that it has stay there; else they go on elsewhere.
+        must_be_replaced: whether it will not serve again, so that Ray Serve has to start another one.
+        is_failure: whether requests that may not stay leave because it failed, and not because it is taken away.
+    """
+
+    standing: Standing
+    why: str
+    may_get_new: bool = False
+    may_keep: bool = True
+    must_be_replaced: bool = False
+    is_failure: bool = False
+
+
+def judge(evidence: Evidence, limits: Limits) -> Verdict:
+    """Decide. The gravest evidence counts."""
+    condition, silence_s = evidence.condition, evidence.silence_s
+    if condition.failure is not None and evidence.is_listed:
+        return _failed(Standing.BROKEN, f"its engine broke down: {condition.failure}")
+    if silence_s > limits.stall_timeout_s:
+        standing = Standing.STALLED if evidence.is_listed else Standing.GONE
+        return _failed(standing, f"it has been silent for {silence_s:.0f} s")
+    if evidence.delisted_s is not None:
+        return _judge_leaving(evidence, evidence.delisted_s, limits)
+    if not evidence.has_reported:
+        return Verdict(Standing.STARTING, "it has not reported yet")
+    if evidence.is_same_version is False:
+        return Verdict(Standing.OTHER_VERSION, "it runs another version of the model than this router was made for")
+    if silence_s > limits.silence_timeout_s:
+        return Verdict(Standing.SILENT, f"it has been silent for {silence_s:.1f} s")
+    if condition.num_failed_steps:
+        return Verdict(Standing.DOUBTFUL, f"its last {condition.num_failed_steps} steps failed")
+    if evidence.call_failed_s is not None and evidence.call_failed_s - silence_s < _PROOF_S:
+        return Verdict(Standing.DOUBTFUL, "a call to it has just failed")
+    if not evidence.has_joined or evidence.is_same_version is None:
+        return Verdict(Standing.STARTING, "it has not told yet what its prefix cache holds")
+    return Verdict(Standing.SERVING, "", may_get_new=True)
+
+
+def _failed(standing: Standing, why: str) -> Verdict:
+    return Verdict(standing, why, may_keep=False, must_be_replaced=True, is_failure=True)
+
+
+def _judge_leaving(evidence: Evidence, delisted_s: float, limits: Limits) -> Verdict:
+    """Ray Serve takes the replica away."""
+    may_keep = delisted_s <= limits.drain_after_s
+    if evidence.silence_s > _GONE_AFTER_S:
+        return Verdict(Standing.GONE, "Ray Serve has taken it away", may_keep=may_keep)
+    return Verdict(Standing.LEAVING, "Ray Serve is taking it away; it finishes what it has", may_keep=may_keep)
