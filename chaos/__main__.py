@@ -2,6 +2,7 @@
 
 python -m chaos [F1 F5 …] [--list] [--json FILE]
 python -m chaos F1-GPU      needs two GPUs
+python -m chaos F13-GPU     needs one
 """
 
 import argparse
@@ -28,14 +29,15 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F9": [engine_faults.f9_small_pool],
     "F10": [nodes.f10_nodes_removed],
     "F11": [faults.f11_control_plane],
-    "F13": [verdict_faults.f13_steps_fail],
+    "F13": [verdict_faults.f13_steps_fail, verdict_faults.f13_demo],
     "F14": [verdict_faults.f14_engine_breaks],
     "F15": [verdict_faults.f15_poison_kills, verdict_faults.f15_poison_hangs],
     "F18": [verdict_faults.f18_update_of_the_model],
     "F24": [scaling_faults.f24_scaled_to_zero],
 }
 GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
-    "F1-GPU": [faults.f1_kill_on_gpus, faults.f1_kill_in_bfloat16]
+    "F1-GPU": [faults.f1_kill_on_gpus, faults.f1_kill_in_bfloat16],
+    "F13-GPU": [verdict_faults.f13_on_a_gpu],
 }
 """Run only where they are named."""
 _NUM_GPUS = 2

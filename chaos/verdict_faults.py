@@ -124,6 +124,40 @@ async def _poison(front_end: str, how: str, num_streams: int) -> Outcome:
     return Outcome(figure, len(felled) == 2, poison.error == "engine_error", is_whole)
 
 
+async def f13_on_a_gpu(front_end: str) -> Outcome:
+    """One of two replicas that share a GPU meets a device-side assert: every CUDA call of it fails from then on."""
+    return await _lose_device(front_end, "cuda")
+
+
+async def f13_demo(front_end: str) -> Outcome:
+    """The same with the demo model on the CPU, where the steps fail one after the other."""
+    return await _lose_device(front_end, "cpu")
+
+
+async def _lose_device(front_end: str, device: str) -> Outcome:
+    prompts = [f"Count from 1 to {n}." for n in (110, 120, 130, 140, 150)]
+    engine = {"max_batch_size": 32, "num_pages": 4096}
+    with tempfile.TemporaryDirectory() as directory:
+        args = emulated(2, engine_kind="torch", device=device, engine=engine, emulation={"fault_dir": directory})
+        args["replicas"] |= {"num_gpus": 0.4 if device == "cuda" else 0, "torch_threads": 1}
+        async with running(front_end, f"f13{device}", args) as (fleet, clients):
+            is_over = False
+            asking = asyncio.create_task(clients.keep_asking(prompts, 1000, 8, lambda: is_over, chat=True))
+            await asyncio.sleep(2)
+            pid = _break_one(fleet, Path(directory), "")
+            out_s = await fleet.wait_for(
+                clients, lambda stats: set(_states(stats).values()) & {"broken", "gone"} != set(), 10, "it is out"
+            )
+            replaced_s = await _wait_until_replaced(fleet, pid, 2, 120)
+            await fleet.wait_until_serving(clients, 2, 120)
+            is_over = True
+            stories = await asking
+    text, is_whole = summary(stories)
+    num_wrong = sum(not story.text.endswith(story.prompt.split()[-1].rstrip(".")) for story in stories)
+    figure = f"{device}: out after {out_s:.2f} s, replaced after {replaced_s:.1f} s; {text}; {num_wrong} end wrongly"
+    return Outcome(figure, is_whole, num_wrong == 0)
+
+
 @contextlib.contextmanager
 def _two_versions() -> Iterator[tuple[Path, Path]]:
     """The demo checkpoint, and the same with another chat template."""

@@ -89,7 +89,8 @@ class EmulationConfig(StrictModel):
     """How long a replica takes to start, as loading a model does."""
     fault_dir: str | None = None
     """Directory to break single engines through: as long as it holds a file named by an engine's process id, each step
-    of that engine does what the file says (`fail`, `break`, `hang` or `kill`)."""
+    of that engine does what the file says (`fail`, `break`, `hang` or `kill`). Steps of a real engine meet a
+    device-side assert instead."""
     poison_token_id: int | None = Field(default=None, ge=0)
     """A prompt that holds this token breaks every engine that runs it; None for no such prompt."""
     poison: EmulatedFault = EmulatedFault.HANG

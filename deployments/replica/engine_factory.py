@@ -153,6 +153,10 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         lora=config.lora,
         progress=_report_progress(),
     )
+    if config.emulation.fault_dir is not None:
+        from deployments.replica.fault_injection import lose_device_on_demand
+
+        lose_device_on_demand(engine, config.emulation.fault_dir)
     model = engine.model
     return engine, EngineInfo(
         model=config.model_name,
