@@ -7,7 +7,6 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from deployments.check import check_model
 from deployments.config import AppConfig, AutoscalingConfig, resolve_paths, without_secrets
 from deployments.fleet.autoscaling import EnginePolicy
 from deployments.fleet.engine_use import targets_of

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.config import AppConfig, EngineKind, resolve_paths
+from deployments.replica.engine_factory import slot_bytes
 from llm.config import ModelConfig
 from llm.models.registry import load_model_config
 
@@ -53,11 +54,6 @@ def weight_bytes(model: ModelConfig, itemsize: int) -> int:
     from llm.models.decoder import DecoderModel
 
     return itemsize * sum(p.numel() for p in DecoderModel.from_config(model, device="meta").parameters())
-
-
-def slot_bytes(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return 2 * model.num_layers * model.kv_heads * model.head_size * itemsize
 
 
 def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:

@@ -9,6 +9,7 @@ from typing import Protocol
 from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, DType, EngineKind
 from deployments.replica.emulated_engine import EmulatedEngine
+from llm.config import ModelConfig
 from llm.core.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats, GenerationRequest, StepOutput
 
@@ -149,6 +150,7 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         progress=_report_progress(),
     )
     model = engine.model
+    kv_itemsize = 1 if config.engine.kv_cache_dtype == "fp8" else model.dtype.itemsize
     return engine, EngineInfo(
         model=config.model_name,
         max_seq_len=engine.max_seq_len,
@@ -159,4 +161,6 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         backend=engine.attention_backend,
+        weight_bytes=sum(weight.nbytes for weight in model.parameters()),
+        kv_cache_bytes=engine.num_slots * slot_bytes(model.config, kv_itemsize),
     )

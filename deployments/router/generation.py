@@ -146,10 +146,10 @@ class Generation:
         if self._task is not None and self.end is None:
             self._task.cancel()
 
-    def expire(self) -> None:
-        """Its time is over. No effect on one that is, or has been given up."""
+    def end_with(self, error: LLMError) -> None:
+        """Give it up and tell its reader why. No effect on one that is over, or has been given up."""
         if self._task is not None and not self.is_over:
-            self._fail(DeadlineError("the request's timeout is over"))
+            self._fail(error)
             self.cancel()
 
     def leave_replica(self) -> None:

@@ -56,6 +56,7 @@ class Journal:
         self.num_moves = 0
         self._fleet = fleet
         self._live: dict[int, Generation] = {}
+        self._is_shut_down = False
         self._stream_ids = itertools.count(1)
         self._mean_output_tokens = _FIRST_GUESS_OUTPUT_TOKENS
 
@@ -69,7 +70,9 @@ class Journal:
 
         Raises:
             OverloadedError: too much waits already.
+            ShuttingDownError: after `shut_down`.
         """
+        self._check_is_up()
         self.dispatcher.check(sum(self.work_of(request) for request in requests), caller.timeout_s)
         if caller.account is not None:
             prompts = {request.prompt_token_ids or () for request in requests}
@@ -86,7 +89,12 @@ class Journal:
         return len(request.prompt_token_ids or ()) + output
 
     def claim(self, generation: Generation) -> Ticket:
-        """Begin an attempt: a number for its tokens, and a place among those that wait for a replica."""
+        """Begin an attempt: a number for its tokens, and a place among those that wait for a replica.
+
+        Raises:
+            ShuttingDownError: after `shut_down`.
+        """
+        self._check_is_up()
         request, caller = generation.request, generation.group.caller
         ticket = Ticket(
             next(self._stream_ids),

@@ -94,6 +94,7 @@ class Router:
 
         Raises:
             OverloadedError: too much waits already.
+            ShuttingDownError: after `shut_down`.
         """
         caller = caller or Caller()
         if self.config.prefix_cache_per_key and caller.tenant:
@@ -170,6 +171,11 @@ class Router:
         """Have replicas send tokens to this address of this node from now on."""
         self.channel_host = host
         self.journal.channel = self._watch.channel = self._listener.listen_on(host)
+
+    def shut_down(self) -> None:
+        """End everything that is open with an error, and refuse what still comes: the server is about to stop."""
+        self.is_shutting_down = True
+        self.journal.shut_down()
 
     def snapshot(self) -> dict[str, Any]:
         """State of this router and, as it last heard, of the replicas."""
