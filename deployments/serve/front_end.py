@@ -19,8 +19,8 @@ _SERVES_HOST, _SERVES_PORT = "0.0.0.0", 8000
 class FrontEnd:
     """What Serve's `http_options` came to.
 
-    With HAProxy in front it is the same: HAProxy and the routers behind it listen on `host`, on Ray 2.60. Only HAProxy's
-    statistics and metrics are on every interface.
+    With HAProxy in front it is the same: on Ray 2.60, HAProxy and the routers behind it listen on `host`. Only
+    HAProxy's statistics and metrics are on every interface.
     """
 
     host: str

@@ -4,8 +4,8 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from deployments.serve.front_end import FrontEnd
 from llm.errors import ConfigError
@@ -15,9 +15,12 @@ HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
 }
-"""Ports of HAProxy and of the proxy that it falls back on, by the environment variable that moves each; their defaults."""
+"""Ports of HAProxy, and of the proxy that it falls back on, by the environment variables that move them."""
+_FIRST_ROUTER_PORT = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"
+_LAST_ROUTER_PORT = "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 _ROUTER_PORTS = range(30_000, 32_600, 100)
 """Beginnings of the ranges from which Serve gives each router a port behind HAProxy; below Linux's ephemeral ports."""
+_NUM_TRIES = 200
 
 
 def bind_error(host: str, port: int) -> OSError | None:
@@ -54,7 +57,7 @@ def check_port(front_end: FrontEnd) -> None:
         return
     match error.errno:
         case errno.EADDRINUSE:
-            raise ConfigError(f"port {port} of {host} is in use by another program: end it, or choose another --port")
+            raise _in_use(front_end)
         case errno.EADDRNOTAVAIL:
             raise ConfigError(f"{host} is not an address of this machine: set --host to one, or to 0.0.0.0 for all")
         case errno.EACCES:
@@ -63,50 +66,57 @@ def check_port(front_end: FrontEnd) -> None:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}")
 
 
-def haproxy_ports() -> dict[str, str]:
-    """Environment variables that give HAProxy ports of its own: the usual ones, or free ones where these are taken.
+@contextmanager
+def claimed_ports(front_end: FrontEnd, *, haproxy: bool) -> Iterator[dict[str, str]]:
+    """Claim all ports of a server that is about to start; gives the environment variables that have Serve take them.
 
-    What is set already stays.
+    HAProxy gets its usual ports or the next free ones, and routers behind it a range of their own: with the same range
+    for all, a router may get the port to which another server's HAProxy still sends requests. Ports that the
+    environment sets already stay. A claim holds from before the port is bound until this process ends, however it
+    does, against other servers that claim theirs.
 
     Raises:
-        ConfigError: a port that the environment asks for is in use.
+        ConfigError: the server's own port, or one that the environment asks for, is in use.
     """
-    chosen = {}
-    for name, usual in HAPROXY_PORTS.items():
-        wanted = os.environ.get(name)
-        if wanted is None:
-            chosen[name] = str(usual if bind_error("0.0.0.0", usual) is None else _free_port())
-        elif not wanted.isdigit() or bind_error("0.0.0.0", int(wanted)) is not None:
-            raise ConfigError(f"{name}={wanted} is in use or no port: unset it, and a free one is taken")
-    return chosen
+    check_port(front_end)
+    with ExitStack() as claims:
+        if not _claim(claims, f"port/{front_end.port}"):
+            raise _in_use(front_end)
+        environment = {}
+        if haproxy:
+            for name, usual in HAPROXY_PORTS.items():
+                environment[name] = str(_haproxy_port(claims, name, usual))
+            if _FIRST_ROUTER_PORT not in os.environ:
+                first = next(first for first in _ROUTER_PORTS if _claim(claims, f"router-ports/{first}"))
+                environment[_FIRST_ROUTER_PORT] = str(first)
+                environment[_LAST_ROUTER_PORT] = str(first + _ROUTER_PORTS.step)
+        yield environment
 
 
-@contextmanager
-def router_ports() -> Iterator[dict[str, str]]:
-    """Environment variables with a range of ports for this server's routers, which no other one uses meanwhile.
-
-    With the same range for all, a router that is started may get the port that another server's HAProxy still sends
-    requests to. The range is claimed by a name that the kernel gives back when this process ends, however it does.
-    """
-    if sys.platform != "linux" or "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT" in os.environ:
-        yield {}
-        return
-    with socket.socket(socket.AF_UNIX) as claim:
-        for first in _ROUTER_PORTS:
-            try:
-                claim.bind(f"\0rayline/router-ports/{first}")
-            except OSError:
-                continue
-            yield {
-                "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-                "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _ROUTER_PORTS.step),
-            }
-            return
-        yield {}
+def _haproxy_port(claims: ExitStack, name: str, usual: int) -> int:
+    wanted = os.environ.get(name)
+    candidates: Iterable[int] = range(usual, usual + _NUM_TRIES)
+    if wanted is not None:
+        candidates = [int(wanted)] if wanted.isdigit() else []
+    for port in candidates:
+        if bind_error("0.0.0.0", port) is None and _claim(claims, f"port/{port}"):
+            return port
+    raise ConfigError(f"{name}={wanted} is in use or no port: unset it, and a free one is taken")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("0.0.0.0", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _claim(claims: ExitStack, name: str) -> bool:
+    """Take a name that the kernel gives to one process at a time (Linux); True where it was free."""
+    if sys.platform != "linux":
+        return True
+    claim = claims.enter_context(socket.socket(socket.AF_UNIX))
+    try:
+        claim.bind(f"\0rayline/{name}")
+    except OSError:
+        return False
+    return True
+
+
+def _in_use(front_end: FrontEnd) -> ConfigError:
+    return ConfigError(
+        f"port {front_end.port} of {front_end.host} is in use by another program: end it, or choose another --port"
+    )

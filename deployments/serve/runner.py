@@ -1,17 +1,17 @@
 """A server with a Ray cluster of its own: `python -m deployments.serve.runner CONFIG EVENTS`.
 
-`rayline serve` starts it and reads what it tells, one JSON object a line, from the file descriptor EVENTS. It runs until
-SIGTERM, SIGINT or the end of its standard input; then every open request is ended before the cluster is.
+`rayline serve` starts it and reads what it tells, one JSON object a line, from the file descriptor EVENTS. It runs
+until SIGTERM, SIGINT or the end of its standard input; then every open request is ended before the cluster is.
 """
 
 import asyncio
 import json
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import httpx
 import msgspec
 
-from deployments.config import AppConfig, EngineKind, resolve_paths
+from deployments.config import resolve_paths
 from deployments.serve.banner import Announcement, ready_banner
 from deployments.serve.config_file import ServerConfig, check_model, read_config_file
+from deployments.serve.failures import failure_of, root_cause
 from deployments.serve.processes import adopt_orphans, kill_descendants
-from llm.errors import ConfigError, LLMError
+from deployments.serve.resources import check_device, check_resources
+from llm.errors import LLMError
 
 ROUTER = "Router"
 ENGINE = "EngineReplica"
@@ -33,7 +35,6 @@ _END_REQUESTS_S = 2.0
 """How long open requests may take to be answered with the error that ends them."""
 _FLUSH_S = 0.4
 """For the last bytes to get from the routers through the front end to the clients."""
-_MAX_CAUSE_CHARS = 600
 
 
 class StartError(LLMError):
@@ -75,6 +76,7 @@ async def run_server(path: Path, events: Events) -> None:
     events.stage("Checking the model")
     for config in server.apps.values():
         check_model(resolve_paths(config))
+        check_device(config)
     events.stage("Starting Ray")
     context = ray.init(address="local", namespace="serve", log_to_driver=True)
     check_resources(server.apps.values(), ray.cluster_resources())
@@ -92,31 +94,6 @@ async def run_server(path: Path, events: Events) -> None:
         events.ready(ready_banner(server.front_end.url, announcement, dashboard))
     await stop
     await _end_requests(handles)
-
-
-def check_resources(apps: Iterable[AppConfig], resources: Mapping[str, float]) -> None:
-    """See that the machine has what all replicas need to start, which would else wait for it for ever.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    num_gpus, num_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
-    gpus = cpus = 0.0
-    for config in apps:
-        replicas = config.replicas
-        count = replicas.num_replicas
-        if replicas.autoscaling is not None:
-            count = replicas.autoscaling.initial_replicas or replicas.autoscaling.min_replicas
-        wants_gpu = config.engine_kind is EngineKind.TORCH and config.device in (None, "cuda") and num_gpus >= 1
-        gpus += count * (replicas.num_gpus if replicas.num_gpus is not None else wants_gpu)
-        cpus += count * replicas.num_cpus + config.router.num_replicas * config.router.num_cpus
-    if gpus > num_gpus:
-        raise ConfigError(f"the replicas need {gpus:g} GPUs and this machine has {num_gpus:g}: set fewer --replicas")
-    if cpus > num_cpus:
-        raise ConfigError(
-            f"replicas and routers set {cpus:g} CPUs aside and this machine has {num_cpus:g}: set fewer --replicas, or "
-            "a smaller replicas.num_cpus"
-        )
 
 
 def _deploy(path: Path) -> None:
@@ -176,26 +153,6 @@ def _stage(apps: Iterable[Any]) -> str:
     return "Starting the application"
 
 
-def failure_of(app: Any) -> str | None:
-    """Why an application that is being started will not come up, by Serve's status of it; None while it may."""
-    for deployment in app.deployments.values():
-        if "failed to start" in deployment.message:
-            return root_cause(deployment.message)
-    return root_cause(app.message) if app.status == "DEPLOY_FAILED" else None
-
-
-def root_cause(text: str) -> str:
-    """The exception that a traceback as text ends with; without its module, and for our own errors without the class."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    found = list(re.finditer(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit|Interrupt)): ", text, re.MULTILINE))
-    if not found:
-        return " ".join(text.split())[-_MAX_CAUSE_CHARS:]
-    last = found[-1]
-    message = " ".join(text[last.end() :].split())[:_MAX_CAUSE_CHARS]
-    is_ours = last[0].startswith(("llm.", "deployments."))
-    return message if is_ours else f"{last[1]}: {message}"
-
-
 def _when_to_stop() -> "asyncio.Future[None]":
     """Done with the first SIGTERM or SIGINT, or when the process that started this one is gone."""
     loop = asyncio.get_running_loop()
@@ -226,12 +183,15 @@ def main() -> None:
     """Run the server; whatever it started ends with it."""
     path, events = Path(sys.argv[1]), Events(int(sys.argv[2]))
     adopt_orphans()
-    exit_code = 0
+    exit_code = 1
     try:
         asyncio.run(run_server(path, events))
+        exit_code = 0
     except LLMError as error:
         events.failed(str(error))
-        exit_code = 1
+    except Exception as error:  # noqa: BLE001 - the edge of the process; -v shows all of it
+        traceback.print_exc()
+        events.failed(f"the server did not start ({type(error).__name__}: {root_cause(str(error))}); -v shows more")
     finally:
         # The cluster is this server's alone: nothing in it has to be saved, and Serve's own way takes 10 s.
         kill_descendants()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 def write_config(tmp_path: Path, **args) -> Path:
     application = {"name": "rayline", "import_path": "deployments.app:build_app", "args": args}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"applications": [application]}))
+    path.write_text(yaml.safe_dump({"http_options": {"host": "127.0.0.1"}, "applications": [application]}))
     return path
 
 

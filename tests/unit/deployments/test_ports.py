@@ -1,15 +1,15 @@
 """Ports, with real sockets: what is taken is found before anything starts, and two servers get different ones."""
 
 import contextlib
-import os
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from deployments.serve import ports
 from deployments.serve.front_end import FrontEnd
-from deployments.serve.ports import check_port, haproxy_ports, router_ports
+from deployments.serve.ports import check_port, claimed_ports
 from llm.errors import ConfigError
 
 
@@ -60,32 +60,76 @@ def test_options_left_out_are_serves_own():
     assert FrontEnd.of_options({}) == FrontEnd("0.0.0.0", 8000)
 
 
-def test_a_second_haproxy_gets_free_ports(monkeypatch: pytest.MonkeyPatch):
-    with listener("0.0.0.0") as taken, listener() as other:
-        pass
-    monkeypatch.setattr(ports, "HAPROXY_PORTS", {"RAYLINE_TEST_A": taken, "RAYLINE_TEST_B": other})
-    assert haproxy_ports() == {"RAYLINE_TEST_A": str(taken), "RAYLINE_TEST_B": str(other)}
-    with socket.create_server(("0.0.0.0", taken)):
-        chosen = haproxy_ports()
-    assert chosen["RAYLINE_TEST_A"] != str(taken)
-    check_port(FrontEnd("0.0.0.0", int(chosen["RAYLINE_TEST_A"])))
+FIRST, LAST = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
 
 
-def test_ports_that_the_environment_gives_haproxy_stay_or_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ports, "HAPROXY_PORTS", {"RAYLINE_TEST_A": 1})
+@pytest.fixture
+def front_end() -> FrontEnd:
+    """Of a server on a port that is free."""
     with listener() as port:
-        monkeypatch.setenv("RAYLINE_TEST_A", str(port))
-        with pytest.raises(ConfigError, match=f"RAYLINE_TEST_A={port} is in use"):
-            haproxy_ports()
-    assert haproxy_ports() == {}
+        pass
+    return FrontEnd("127.0.0.1", port)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="claims are names in Linux's abstract namespace")
-def test_routers_of_two_servers_get_ports_from_different_ranges():
-    """Else a router may get the port to which the other server's HAProxy still sends requests."""
-    with router_ports() as ours:
-        with router_ports() as theirs:
-            first, last = (int(theirs[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ("MIN", "MAX"))
-            assert not first <= int(ours["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"]) < last
-        with router_ports() as next_ones:
-            assert next_ones == theirs, "a range is free again when its server ends"
+@pytest.fixture
+def haproxy_port(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The one port that HAProxy takes in these tests; free."""
+    monkeypatch.delenv(FIRST, raising=False)
+    with listener("0.0.0.0") as port:
+        pass
+    monkeypatch.setattr(ports, "HAPROXY_PORTS", {"RAYLINE_TEST_PORT": port})
+    return port
+
+
+def test_haproxy_gets_its_usual_port_or_the_next_free_one(front_end: FrontEnd, haproxy_port: int):
+    with claimed_ports(front_end, haproxy=True) as chosen:
+        assert int(chosen["RAYLINE_TEST_PORT"]) == haproxy_port
+    with socket.create_server(("0.0.0.0", haproxy_port)), claimed_ports(front_end, haproxy=True) as chosen:
+        port = int(chosen["RAYLINE_TEST_PORT"])
+        assert port != haproxy_port
+        check_port(FrontEnd("0.0.0.0", port))
+
+
+def test_a_port_that_the_environment_gives_haproxy_stays_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch, front_end: FrontEnd, haproxy_port: int
+):
+    with listener("0.0.0.0") as port:
+        monkeypatch.setenv("RAYLINE_TEST_PORT", str(port))
+        with (
+            pytest.raises(ConfigError, match=f"RAYLINE_TEST_PORT={port} is in use"),
+            claimed_ports(front_end, haproxy=True),
+        ):
+            pass
+    with claimed_ports(front_end, haproxy=True) as chosen:
+        assert chosen["RAYLINE_TEST_PORT"] == str(port)
+
+
+def test_without_haproxy_nothing_is_moved(front_end: FrontEnd):
+    with claimed_ports(front_end, haproxy=False) as chosen:
+        assert chosen == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="claims are names in Linux's abstract namespace")
+class TestTwoServersThatStartTogether:
+    """Neither has bound a port yet."""
+
+    def test_one_port_is_for_one_server(self, front_end: FrontEnd):
+        with (
+            claimed_ports(front_end, haproxy=False),
+            pytest.raises(ConfigError, match="is in use"),
+            claimed_ports(front_end, haproxy=False),
+        ):
+            pass
+        with claimed_ports(front_end, haproxy=False):
+            pass
+
+    def test_their_haproxies_and_routers_get_different_ports(self, front_end: FrontEnd, haproxy_port: int):
+        with listener() as port:
+            pass
+        other = FrontEnd("127.0.0.1", port)
+        with claimed_ports(front_end, haproxy=True) as ours:
+            with claimed_ports(other, haproxy=True) as theirs:
+                assert ours["RAYLINE_TEST_PORT"] != theirs["RAYLINE_TEST_PORT"]
+                assert not int(theirs[FIRST]) <= int(ours[FIRST]) < int(theirs[LAST])
+            with claimed_ports(other, haproxy=True) as next_ones:
+                assert next_ones == theirs, "what a server had is free when it has ended"

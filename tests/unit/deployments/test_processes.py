@@ -10,21 +10,23 @@ import pytest
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
 
 # A child in a session of its own starts another and is gone: what is left belongs to nobody.
-_SCRIPT = """
+_SCRIPT = '''
 import subprocess, sys, time
 from deployments.serve.processes import adopt_orphans, descendants, kill_descendants
 adopt_orphans()
 leaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
-child = (
-    "import subprocess, sys;"
-    f"print(subprocess.Popen([sys.executable, '-c', {leaf!r}], start_new_session=True, stdout=subprocess.DEVNULL).pid, flush=True)"
-)
-orphan = subprocess.run([sys.executable, "-c", child], stdout=subprocess.PIPE, start_new_session=True, text=True).stdout
+child = f"""
+import subprocess, sys
+leaf = subprocess.Popen([sys.executable, "-c", {leaf!r}], start_new_session=True, stdout=subprocess.DEVNULL)
+print(leaf.pid)
+"""
+command = [sys.executable, "-c", child]
+orphan = subprocess.run(command, stdout=subprocess.PIPE, start_new_session=True, text=True).stdout
 assert int(orphan) in descendants()
 kill_descendants()
 assert descendants() == []
 print(orphan)
-"""
+'''
 
 
 def test_orphans_are_found_and_killed():
