@@ -13,6 +13,7 @@ from deployments.serve.front_end import FrontEnd, check_open
 from llm.config import describe
 from llm.errors import ConfigError
 from llm.models.registry import load_model_config
+from llm.tokenization.hf_tokenizer import HFTokenizer
 
 BUILDER = "deployments.app:build_app"
 
@@ -70,6 +71,7 @@ def check_model(config: AppConfig) -> None:
     """
     if not Path(config.model).is_dir():
         return
+    HFTokenizer.from_pretrained(config.model)
     if config.engine_kind is EngineKind.TORCH:
         from llm.models.loading import check_checkpoint  # brings PyTorch, which the rest does without
 

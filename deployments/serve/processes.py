@@ -21,8 +21,11 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def descendants() -> list[int]:
-    """Ids of all living processes that this process started, directly or not; none where there is no /proc."""
+def descendants(ancestor: int | None = None) -> list[int]:
+    """Ids of all living processes that `ancestor` (this process, if None) started, directly or not.
+
+    None where there is no /proc.
+    """
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError):
@@ -31,7 +34,7 @@ def descendants() -> list[int]:
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(path.parent.name))
     found: list[int] = []
-    pending = [os.getpid()]
+    pending = [os.getpid() if ancestor is None else ancestor]
     while pending:
         below = children.get(pending.pop(), [])
         found += below

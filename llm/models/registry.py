@@ -76,7 +76,7 @@ def _download(model: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    files = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_FILES_LEFT_OUT)}
+    files: dict[str, Any] = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_FILES_LEFT_OUT)}
     try:
         # snapshot_download by itself waits for the Hub without an end.
         revision = HfApi().model_info(model, timeout=_HUB_TIMEOUT_S).sha
