@@ -94,7 +94,7 @@ def _memory() -> Iterator[Finding]:
 
 def _ports() -> Iterator[Finding]:
     moves_itself = "a server runs here already; the next takes another port by itself"
-    others = dict.fromkeys(HAPROXY_PORTS.values(), "HAProxy")
+    others = dict.fromkeys(HAPROXY_PORTS.values(), "HAProxy, if it is on")
     for port, what in {8000: "HTTP", 8265: "Ray's dashboard", **others}.items():
         if bind_error("0.0.0.0", port) is None:
             yield Finding("ok", f"port {port}", f"free ({what})")

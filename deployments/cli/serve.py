@@ -39,10 +39,12 @@ def serve(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: engine.max_seq_len=8192.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show everything that Ray prints.")] = False,
 ) -> None:
-    """Serve a model over HTTP until Ctrl-C, which ends open streams with an error and takes under 5 seconds.
+    """Serve a model over HTTP until Ctrl-C.
 
-    The server has a Ray cluster of its own on this machine; several run side by side on ports of their own. What is
-    wrong is said in one line, with exit code 1. For a cluster that runs already, use serve deploy.
+    The server has a Ray cluster of its own; several run side by side. For a
+    cluster that runs already, use serve deploy. What is wrong is said in one
+    line, with exit code 1. Ctrl-C ends open streams with an error event and
+    takes less than 5 seconds; a second one ends everything at once.
 
         rayline serve
         rayline serve ~/models/Qwen3-0.6B --port 9000

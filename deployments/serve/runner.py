@@ -89,11 +89,19 @@ async def run_server(path: Path, events: Events) -> None:
         starting.cancel()
         return
     handles, told = starting.result()
-    dashboard = {"dashboard": f"http://{context.dashboard_url}"} if context.dashboard_url else {}
     for announcement in told:
-        events.ready(ready_banner(server.front_end.url, announcement, dashboard))
+        events.ready(ready_banner(server.front_end.url, announcement, _other_ports(context.dashboard_url)))
     await stop
     await _end_requests(handles)
+
+
+def _other_ports(dashboard_url: str | None) -> dict[str, str]:
+    """Lines of the banner that say what else listens."""
+    rows = {"dashboard": f"http://{dashboard_url}"} if dashboard_url else {}
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        statistics, metrics = (os.environ[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS"))
+        rows["HAProxy"] = f"statistics on ports {statistics} and {metrics} of every interface"
+    return rows
 
 
 def _deploy(path: Path) -> None:

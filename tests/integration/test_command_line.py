@@ -59,7 +59,7 @@ def test_the_banner_is_all_that_is_printed(servers: tuple[Command, Command]):
     first, *lines = ours.output.splitlines()
     assert first == f"Rayline is ready: {ours.url}"
     assert [line.split()[0] for line in lines[:-1]] == [
-        "chat", "fleet", "API", "model", "device", "context", "slots", "memory", "dashboard"
+        "chat", "fleet", "API", "model", "device", "context", "slots", "memory", "dashboard", "HAProxy"
     ]  # fmt: skip
     assert lines[-1].startswith(f"  curl {ours.url}/v1/chat/completions ")
     assert "pid=" not in ours.errors, "a line of Ray's"
