@@ -78,6 +78,11 @@ class Engine(Protocol):
         ...
 
 
+def slot_bytes(model: ModelConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * model.num_layers * model.kv_heads * model.head_size * itemsize
+
+
 def num_cores() -> int:
     """Cores that this process may use: those of its affinity, less where a container's quota says so."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

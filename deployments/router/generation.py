@@ -16,7 +16,7 @@ from deployments.channel.messages import (
     decode_reply,
     encode,
 )
-from deployments.errors import DeadlineError, ReplicaLostError
+from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import EngineClient, is_being_cancelled
 from deployments.observe.finished_request import FinishedRequest, Timeline
 from deployments.router.caller import Caller

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from deployments.channel.messages import ChannelAddress, TokenItem
+from deployments.errors import ShuttingDownError
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.fleet import Fleet
 from deployments.observe.finished_request import FinishedRequest
@@ -138,6 +139,16 @@ class Journal:
             logger.warning("replica %s %s: its %d streams go on elsewhere", replica_id, why, len(generations))
         for generation in generations:
             generation.leave_replica()
+
+    def shut_down(self) -> None:
+        """End every live generation with `ShuttingDownError`, and begin no other."""
+        self._is_shut_down = True
+        for generation in list(self._live.values()):
+            generation.end_with(ShuttingDownError())
+
+    def _check_is_up(self) -> None:
+        if self._is_shut_down:
+            raise ShuttingDownError
 
     def on_replica(self, replica_id: str) -> Iterator[Generation]:
         """Generations that run on a replica, as far as known."""

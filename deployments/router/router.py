@@ -11,7 +11,7 @@ from typing import Any
 from deployments.channel.messages import EngineInfo
 from deployments.channel.token_channel import TokenListener
 from deployments.config import AppConfig, LiveConfig
-from deployments.errors import DeadlineError
+from deployments.errors import DeadlineError, ShuttingDownError
 from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.engine_use import replica_use, targets_of
@@ -60,6 +60,7 @@ class Router:
         self.num_awaiting_engine = 0
         """Requests that wait for the first engine to say what it is."""
         self._engine_known = asyncio.Event()
+        self.is_shutting_down = False
         self._client = client
         self.fleet = Fleet(make_policy(config.router.policy))
         self.dispatcher = Dispatcher(self.fleet, config.admission)
@@ -134,11 +135,14 @@ class Router:
         Raises:
             NoReplicaError: none has been running or starting for too long.
             DeadlineError: `timeout_s` is over.
+            ShuttingDownError: after `shut_down`.
         """
         since = time.monotonic()
         self.num_awaiting_engine += 1
         try:
             while not self.is_ready:
+                if self.is_shutting_down:
+                    raise ShuttingDownError
                 if self.dispatcher.is_hopeless(since):
                     raise self.dispatcher.no_replica()
                 if timeout_s is not None and time.monotonic() - since > timeout_s:

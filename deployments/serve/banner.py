@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from deployments.replica.engine_factory import EngineInfo
+from deployments.channel.messages import EngineInfo
 
 _GIB = 1 << 30
 

@@ -71,13 +71,13 @@ def check_model(config: AppConfig) -> None:
     """
     if not Path(config.model).is_dir():
         return
-    HFTokenizer.from_pretrained(config.model)
     if config.engine_kind is EngineKind.TORCH:
         from llm.models.loading import check_checkpoint  # brings PyTorch, which the rest does without
 
         check_checkpoint(config.model)
     else:
         load_model_config(config.model)
+    HFTokenizer.from_pretrained(config.model)
 
 
 def _content(path: Path) -> dict[str, Any]:

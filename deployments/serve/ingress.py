@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from pydantic import ValidationError
 
 from deployments.api.routes import create_api

@@ -7,8 +7,8 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build_app
+from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, resolve_paths, without_secrets
-from deployments.replica.engine_factory import EngineInfo
 from deployments.router.keys import load_keys
 from deployments.serve.banner import Announcement, ready_banner
 from deployments.serve.front_end import FrontEnd, check_open
