@@ -50,10 +50,11 @@ def run_server(path: Path, environment: Mapping[str, str], *, is_verbose: bool) 
         except KeyboardInterrupt:
             return _stop(process, news, screen)
         finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it cannot be any faster now
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if process is not None:
-                with suppress(KeyboardInterrupt):
-                    process.kill()
-                    process.wait()
+                process.kill()
+                process.wait()
             kill_descendants()
 
 

@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 import yaml
+from live_server import free_port
 from typer.testing import CliRunner
 
 from deployments.cli import app, serve
@@ -29,7 +30,8 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(*arguments: str) -> LLMError:
-    result = CliRunner().invoke(app, ["serve", *arguments])
+    # On a port that is free: whatever else runs on this machine, the reason is the one that is looked for.
+    result = CliRunner().invoke(app, ["serve", "--port", str(free_port()), *arguments])
     assert isinstance(result.exception, LLMError), result.output
     assert "\n" not in str(result.exception)
     return result.exception
@@ -102,8 +104,6 @@ def test_a_hub_that_cannot_be_reached_is_told_soon(tmp_path: Path):
 
 def serve_with_hub(url: str, home: Path) -> "subprocess.CompletedProcess[str]":
     """As users run it, as the Hub's address is read once a process."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     environment = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
@@ -112,7 +112,7 @@ def serve_with_hub(url: str, home: Path) -> "subprocess.CompletedProcess[str]":
         "serve",
         "some/model",
         "--port",
-        str(port),
+        str(free_port()),
     ]
     result = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
