@@ -139,7 +139,7 @@ class _Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._stop_progress()
 
     def show(self, item: Any) -> bool:
         """Show a line that was printed or an event; True if it says why the server ends."""
@@ -150,10 +150,10 @@ class _Screen:
                 self._show_stage(text)
             case {"ready": banner}:
                 self.is_ready = True
-                self._progress.stop()
+                self._stop_progress()
                 print(banner, flush=True)
             case {"failed": message}:
-                self._progress.stop()
+                self._stop_progress()
                 print(f"rayline: {message}", file=sys.stderr, flush=True)
                 return True
         return False
@@ -164,9 +164,13 @@ class _Screen:
 
     def show_last_lines(self, why: str) -> None:
         """Print the end of what the server printed, where that is all that is known."""
-        self._progress.stop()
+        self._stop_progress()
         lines: Iterable[str] = () if self._is_verbose else self._last_lines
         print("\n".join([f"rayline: {why}", *lines]), file=sys.stderr, flush=True)
+
+    def _stop_progress(self) -> None:
+        if self._console.is_terminal:  # else it was not started, and would print an empty line
+            self._progress.stop()
 
     def _show_line(self, line: str) -> None:
         if self._is_verbose:
