@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from deployments.config import AppConfig, EngineKind
+from deployments.serve.cluster import gpus_a_replica
 from llm.errors import ConfigError
 
 
@@ -19,8 +20,7 @@ def check_resources(apps: Iterable[AppConfig], resources: Mapping[str, float]) -
         count = replicas.num_replicas
         if replicas.autoscaling is not None:
             count = replicas.autoscaling.initial_replicas or replicas.autoscaling.min_replicas
-        wants_gpu = config.engine_kind is EngineKind.TORCH and config.device in (None, "cuda") and num_gpus >= 1
-        gpus += count * (replicas.num_gpus if replicas.num_gpus is not None else wants_gpu)
+        gpus += count * gpus_a_replica(config, num_gpus, may_join=False)
         cpus += count * replicas.num_cpus + config.router.num_replicas * config.router.num_cpus
     if gpus > num_gpus:
         raise ConfigError(f"the replicas need {gpus:g} GPUs and this machine has {num_gpus:g}: set fewer --replicas")
