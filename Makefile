@@ -35,7 +35,7 @@ install: $(VENV)/.runtime  ## Make .venv with what serving needs
 install-dev: $(VENV)/.dev  ## Add what tests, benchmarks and training need
 
 serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1:8000
-	$(BIN)/python -m deployments.check $(CONFIG)
+	$(BIN)/python -m deployments.check --start $(CONFIG)
 	$(BIN)/serve run $(CONFIG)
 
 system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped

@@ -7,12 +7,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from deployments.check import check_model
 from deployments.config import AppConfig, AutoscalingConfig, resolve_paths, without_secrets
 from deployments.fleet.autoscaling import EnginePolicy
 from deployments.fleet.engine_use import targets_of
 from deployments.router.keys import load_keys
 from deployments.serve.cluster import gpus_a_replica, gpus_now, may_nodes_join
+from deployments.serve.config_file import check_model
 from deployments.serve.engine_deployment import ServeEngineReplica
 from deployments.serve.front_end import check_open, find_front_end
 from deployments.serve.ingress import RouterIngress

@@ -19,5 +19,12 @@ class NoReplicaError(LLMError):
     """There has been no engine replica for too long."""
 
 
+class ShuttingDownError(LLMError):
+    """The server is about to stop."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down")
+
+
 class DeadlineError(LLMError):
     """The time that the client gave is over."""

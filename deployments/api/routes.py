@@ -303,7 +303,7 @@ class Endpoints:
         return EventStream(self._watch_fleet(), error_events)
 
     async def _watch_fleet(self) -> AsyncGenerator[bytes, None]:
-        while True:
+        while not self._router.is_shutting_down:
             yield event(self._router.fleet_event())
             await asyncio.sleep(_EVENT_INTERVAL_S)
 

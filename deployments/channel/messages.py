@@ -111,6 +111,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     backend: str
     fingerprint: str = ""
     """Of the model version: model, tokenizer, chat template, adapter and number formats."""
+    weight_bytes: int = 0
+    """Memory of the weights in each replica; 0 where there are none."""
+    kv_cache_bytes: int = 0
+    """Memory of all slots' keys and values in each replica."""
 
 
 class GenerateCall(msgspec.Struct):

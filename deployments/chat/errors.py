@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from deployments.errors import DeadlineError, NoReplicaError, OverloadedError
+from deployments.errors import DeadlineError, NoReplicaError, OverloadedError, ShuttingDownError
 from llm.errors import EngineError, InvalidRequestError, LLMError
 
 INVALID_REQUEST = "invalid_request_error"
@@ -74,6 +74,8 @@ def of_engine(error: LLMError) -> APIError:
         )  # fmt: skip
     if isinstance(error, NoReplicaError):
         return APIError(503, str(error), type=SERVER_ERROR, code="no_replica", headers={"Retry-After": "10"})
+    if isinstance(error, ShuttingDownError):
+        return APIError(503, str(error), type=SERVER_ERROR, code="shutting_down", headers={"Retry-After": "10"})
     if isinstance(error, DeadlineError):
         return APIError(504, str(error), type=SERVER_ERROR, code="deadline_exceeded")
     if isinstance(error, EngineError):

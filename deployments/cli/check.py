@@ -8,7 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.config import AppConfig, EngineKind, resolve_paths
+from deployments.replica.engine_factory import slot_bytes
+from deployments.serve.config_file import check_config_file
+from deployments.serve.front_end import FrontEnd
+from deployments.serve.ports import check_port
 from llm.config import ModelConfig
+from llm.errors import ConfigError
 from llm.models.registry import load_model_config
 
 _GIB = 1 << 30
@@ -20,22 +25,21 @@ def check(
     config: Annotated[Path, typer.Argument(help="Configuration file.")] = Path("serve_config.yaml"),
     gpu_memory: Annotated[str, typer.Option(help="Sizes of GPUs to work out slots for, in GiB.")] = "24,80,141",
 ) -> None:
-    """Check a configuration and its checkpoint without a GPU, and say what memory they need.
+    """Check a configuration, its checkpoint and its port without a GPU, and say what memory they need.
 
-    Exit code 1 where it cannot be served, with the reason and the fix in one line.
+    Exit code 1 where it cannot be served, with the reason and the fix in one line. A port in use is only noted.
 
         rayline check serve_config.yaml
         rayline check my.yaml --gpu-memory 48
     """
-    from deployments.check import check_config_file  # brings PyTorch, which other commands do without
-
     try:
         sizes = [float(size) for size in gpu_memory.split(",")]
     except ValueError:
         raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory") from None
     console = Console(highlight=False)
-    for app in check_config_file(config):
-        app = resolve_paths(app)
+    server = check_config_file(config)
+    _print_port(console, server.front_end)
+    for app in map(resolve_paths, server.apps.values()):
         console.print(f"[green]✓[/] {config}: model [bold]{app.model_name}[/], {app.replicas.most_replicas} replica(s)")
         if not Path(app.model).is_dir():
             console.print(
@@ -48,16 +52,22 @@ def check(
         console.print(_checklist(app, model))
 
 
+def _print_port(console: Console, front_end: FrontEnd) -> None:
+    """Say where it will listen; a port in use is no mistake of the file's."""
+    try:
+        check_port(front_end)
+    except ConfigError as error:
+        console.print(f"[yellow]![/] {error}", soft_wrap=True)
+    else:
+        who = "this machine alone" if front_end.is_local else "other machines too"
+        console.print(f"[green]✓[/] port {front_end.port} of {front_end.host} is free; it lets in {who}")
+
+
 def weight_bytes(model: ModelConfig, itemsize: int) -> int:
     """Bytes of all weights."""
     from llm.models.decoder import DecoderModel
 
     return itemsize * sum(p.numel() for p in DecoderModel.from_config(model, device="meta").parameters())
-
-
-def slot_bytes(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return 2 * model.num_layers * model.kv_heads * model.head_size * itemsize
 
 
 def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:

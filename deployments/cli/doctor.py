@@ -4,7 +4,6 @@ import importlib.metadata
 import importlib.util
 import resource
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,6 +11,8 @@ from typing import NamedTuple
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from deployments.serve.ports import HAPROXY_PORTS, bind_error
 
 _GIB = 1 << 30
 
@@ -92,13 +93,14 @@ def _memory() -> Iterator[Finding]:
 
 
 def _ports() -> Iterator[Finding]:
-    for port, what in ((8000, "HTTP"), (8265, "Ray's dashboard")):
-        with socket.socket() as probe:
-            is_free = probe.connect_ex(("127.0.0.1", port)) != 0
-        if is_free:
+    moves_itself = "a server runs here already; the next takes another port by itself"
+    others = dict.fromkeys(HAPROXY_PORTS.values(), "HAProxy, if it is on")
+    for port, what in {8000: "HTTP", 8265: "Ray's dashboard", **others}.items():
+        if bind_error("0.0.0.0", port) is None:
             yield Finding("ok", f"port {port}", f"free ({what})")
         else:
-            yield Finding("note", f"port {port}", f"in use ({what})", "a server runs here already, or choose --port")
+            fix = "a server runs here already: choose another --port" if port == 8000 else moves_itself
+            yield Finding("note", f"port {port}", f"in use ({what})", fix)
 
 
 _LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _ray, _torch, _memory, _ports)

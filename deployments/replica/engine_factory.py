@@ -11,6 +11,7 @@ from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, DType, EngineKind
 from deployments.fingerprint import fingerprint_of
 from deployments.replica.emulated_engine import EmulatedEngine
+from llm.config import ModelConfig
 from llm.core.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats, GenerationRequest, StepOutput
 
@@ -77,6 +78,11 @@ class Engine(Protocol):
     def stats(self) -> EngineStats:
         """State between two steps."""
         ...
+
+
+def slot_bytes(model: ModelConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * model.num_layers * model.kv_heads * model.head_size * itemsize
 
 
 def num_cores() -> int:
@@ -158,6 +164,7 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
 
         lose_device_on_demand(engine, config.emulation.fault_dir)
     model = engine.model
+    kv_itemsize = 1 if config.engine.kv_cache_dtype == "fp8" else model.dtype.itemsize
     return engine, EngineInfo(
         model=config.model_name,
         max_seq_len=engine.max_seq_len,
@@ -169,4 +176,6 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         dtype=str(model.dtype).removeprefix("torch."),
         backend=engine.attention_backend,
         fingerprint=fingerprint_of(config),
+        weight_bytes=sum(weight.nbytes for weight in model.parameters()),
+        kv_cache_bytes=engine.num_slots * slot_bytes(model.config, kv_itemsize),
     )

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from deployments.channel.messages import block_hash
+from deployments.errors import DeadlineError
 from deployments.router.caller import Caller
 from deployments.router.generation import Generation
 from llm.core.prefix_cache import PageHashes
@@ -84,7 +85,7 @@ class GenerationGroup:
 
     def _expire(self) -> None:
         for generation in self.generations:
-            generation.expire()
+            generation.end_with(DeadlineError("the request's timeout is over"))
 
 
 def _leaders(requests: Sequence[GenerationRequest], min_tokens: int) -> dict[int, int]:

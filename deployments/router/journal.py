@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from deployments.channel.messages import ChannelAddress, TokenItem
+from deployments.errors import ShuttingDownError
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.fleet import Fleet
 from deployments.observe.finished_request import FinishedRequest
@@ -61,6 +62,7 @@ class Journal:
         self.num_moves = 0
         self._fleet = fleet
         self._live: dict[int, Generation] = {}
+        self._is_shut_down = False
         self._stream_ids = itertools.count(1)
         self._mean_output_tokens = _FIRST_GUESS_OUTPUT_TOKENS
 
@@ -74,7 +76,9 @@ class Journal:
 
         Raises:
             OverloadedError: too much waits already.
+            ShuttingDownError: after `shut_down`.
         """
+        self._check_is_up()
         self.dispatcher.check(sum(self.work_of(request) for request in requests), caller.timeout_s)
         if caller.account is not None:
             prompts = {request.prompt_token_ids or () for request in requests}
@@ -91,7 +95,12 @@ class Journal:
         return len(request.prompt_token_ids or ()) + output
 
     def claim(self, generation: Generation) -> Ticket:
-        """Begin an attempt: a number for its tokens, and a place among those that wait for a replica."""
+        """Begin an attempt: a number for its tokens, and a place among those that wait for a replica.
+
+        Raises:
+            ShuttingDownError: after `shut_down`.
+        """
+        self._check_is_up()
         request, caller = generation.request, generation.group.caller
         ticket = Ticket(
             next(self._stream_ids),
@@ -158,6 +167,16 @@ class Journal:
             assign_parts(generations, time.monotonic())
         for generation in generations:
             generation.leave_replica(why, is_failure=is_failure)
+
+    def shut_down(self) -> None:
+        """End every live generation with `ShuttingDownError`, and begin no other."""
+        self._is_shut_down = True
+        for generation in list(self._live.values()):
+            generation.end_with(ShuttingDownError())
+
+    def _check_is_up(self) -> None:
+        if self._is_shut_down:
+            raise ShuttingDownError
 
     def on_replica(self, replica_id: str) -> Iterator[Generation]:
         """Generations that run on a replica, as far as known."""

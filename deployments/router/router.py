@@ -11,7 +11,7 @@ from typing import Any
 from deployments.channel.messages import EngineInfo
 from deployments.channel.token_channel import TokenListener
 from deployments.config import AppConfig, LiveConfig
-from deployments.errors import DeadlineError
+from deployments.errors import DeadlineError, ShuttingDownError
 from deployments.fingerprint import fingerprint_of
 from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
 from deployments.fleet.engine_client import EngineClient
@@ -63,6 +63,7 @@ class Router:
         self.num_awaiting_engine = 0
         """Requests that wait for the first engine to say what it is."""
         self._engine_known = asyncio.Event()
+        self.is_shutting_down = False
         self._client = client
         self.fleet = Fleet(make_policy(config.router.policy))
         self.dispatcher = Dispatcher(self.fleet, config.admission)
@@ -102,6 +103,7 @@ class Router:
 
         Raises:
             OverloadedError: too much waits already.
+            ShuttingDownError: after `shut_down`.
         """
         caller = caller or Caller()
         if self.config.prefix_cache_per_key and caller.tenant:
@@ -153,11 +155,14 @@ class Router:
         Raises:
             NoReplicaError: none has been running or starting for too long.
             DeadlineError: `timeout_s` is over.
+            ShuttingDownError: after `shut_down`.
         """
         since = time.monotonic()
         self.num_awaiting_engine += 1
         try:
             while not self.is_ready:
+                if self.is_shutting_down:
+                    raise ShuttingDownError
                 if self.dispatcher.is_hopeless(since):
                     raise self.dispatcher.no_replica()
                 if timeout_s is not None and time.monotonic() - since > timeout_s:
@@ -192,6 +197,11 @@ class Router:
         """Have replicas send tokens to this address of this node from now on."""
         self.channel_host = host
         self.journal.channel = self._watch.channel = self._listener.listen_on(host)
+
+    def shut_down(self) -> None:
+        """End everything that is open with an error, and refuse what still comes: the server is about to stop."""
+        self.is_shutting_down = True
+        self.journal.shut_down()
 
     def snapshot(self) -> dict[str, Any]:
         """State of this router and, as it last heard, of the replicas."""

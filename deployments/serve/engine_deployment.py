@@ -8,6 +8,7 @@ from ray import serve
 from deployments.config import AppConfig
 from deployments.fleet.autoscaling import STATS_POOL_USE, STATS_ROW_USE, STATS_WAITING_TOKENS
 from deployments.fleet.engine_use import replica_use
+from deployments.observe.terminal import show_warnings
 from deployments.replica.engine_replica import EngineReplica
 
 _SWITCH_INTERVAL_S = 0.0002
@@ -23,6 +24,7 @@ class ServeEngineReplica(EngineReplica):
     """
 
     def __init__(self, config: AppConfig) -> None:
+        show_warnings()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         super().__init__(config, serve.get_replica_context().replica_id.unique_id)
         # What has been made so far stays. A collection that went through all of it takes 180 ms: a gap in every stream.

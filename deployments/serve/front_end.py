@@ -2,21 +2,44 @@
 
 import ipaddress
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from deployments.config import AppConfig
 from llm.errors import ConfigError
 
 logger = logging.getLogger("ray.serve")
 
+_SERVES_HOST, _SERVES_PORT = "0.0.0.0", 8000
+"""Where Serve listens if its configuration file does not say so."""
+
 
 @dataclass(frozen=True, slots=True)
 class FrontEnd:
-    """What Serve's `http_options` came to."""
+    """What Serve's `http_options` came to.
+
+    With HAProxy in front it is the same: on Ray 2.60, HAProxy and the routers behind it listen on `host`. Only
+    HAProxy's statistics and metrics are on every interface.
+    """
 
     host: str
     port: int
     root_path: str = ""
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> Self:
+        """By the `http_options` of a configuration file.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
+        host, port = options.get("host", _SERVES_HOST), options.get("port", _SERVES_PORT)
+        if not isinstance(host, str) or not host:
+            raise ConfigError(f"http_options.host must be an address or a name, not {host!r}")
+        if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 1 << 16:
+            raise ConfigError(f"http_options.port must be a number from 1 to 65535, not {port!r}")
+        return cls(host, port, str(options.get("root_path") or ""))
 
     @property
     def is_local(self) -> bool:

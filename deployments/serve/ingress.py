@@ -4,16 +4,20 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from pydantic import ValidationError
 
 from deployments.api.routes import create_api
 from deployments.config import AppConfig, LiveConfig
 from deployments.observe.exposition import RouterFigures
+from deployments.observe.terminal import show_warnings
 from deployments.router.keys import ApiKey
 from deployments.router.router import Router
+from deployments.serve.banner import Announcement, ready_banner
 from deployments.serve.engine_client import ServeEngineClient
 from deployments.serve.router_peers import ServePeers
 from llm.config import describe
@@ -23,6 +27,7 @@ logger = logging.getLogger("ray.serve")
 
 _LOOPBACK = "127.0.0.1"
 _NODES_INTERVAL_S = 2.0
+_END_INTERVAL_S = 0.02
 
 
 class RouterIngress:
@@ -39,10 +44,11 @@ class RouterIngress:
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._keys = tuple(keys)
+        show_warnings()
         self._router = Router(config, ServeEngineClient(engines), channel_host(config.token_channel.host), ServePeers())
         await self._router.wait_for_own_version()
         loop = asyncio.get_running_loop()
-        self._banner = loop.create_task(self._announce())
+        self._banner = loop.create_task(self._print_banner())
         self._joining = None
         if config.token_channel.host == "auto" and self._router.channel_host == _LOOPBACK:
             self._joining = loop.create_task(self._open_channel_when_a_node_joins())
@@ -67,16 +73,40 @@ class RouterIngress:
         """Ray Serve serves what this returns."""
         return create_api(self._router, self._keys)
 
+    async def announcement(self) -> bytes:
+        """An encoded `Announcement`; waits for an engine, unless the fleet may be scaled to zero."""
+        replicas = self._router.config.replicas
+        if replicas.autoscaling is None or replicas.autoscaling.min_replicas > 0:
+            await self._router.wait_until_ready()
+        return msgspec.msgpack.encode(self._announce())
+
+    async def end_requests(self, timeout_s: float) -> int:
+        """Take no new request and end all open ones with an error, as the server is about to stop.
+
+        Returns how many generations are still open: 0, unless it takes longer than `timeout_s`.
+        """
+        self._router.shut_down()
+        deadline = time.monotonic() + timeout_s
+        while self._router.journal.num_live and time.monotonic() < deadline:
+            await asyncio.sleep(_END_INTERVAL_S)
+        return self._router.journal.num_live
+
     async def _open_channel_when_a_node_joins(self) -> None:
         """Replicas on a node that joins later could not reach loopback."""
         while await asyncio.to_thread(num_nodes) < 2:
             await asyncio.sleep(_NODES_INTERVAL_S)
         self._router.listen_on(node_address())
 
-    async def _announce(self) -> None:
-        info = await self._router.wait_until_ready()
+    def _announce(self) -> Announcement:
+        config = self._router.config
+        replicas = config.replicas
+        num_replicas = replicas.autoscaling.min_replicas if replicas.autoscaling is not None else replicas.num_replicas
+        return Announcement(config.model_name, bool(self._keys), num_replicas, self._router.info)
+
+    async def _print_banner(self) -> None:
+        await self._router.wait_until_ready()
         url = self._router.config.public_url or "http://127.0.0.1:8000"
-        banner = ready_banner(url, info.model, info.max_seq_len, info.num_slots, bool(self._keys))
+        banner = ready_banner(url, self._announce())
         # Past Serve's own redirection of sys.stdout, so that it reaches the terminal of `serve run` in every mode; and
         # not by print, which Serve makes print a tuple.
         if sys.__stdout__ is not None:
@@ -103,14 +133,3 @@ def node_address() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
-
-
-def ready_banner(url: str, model: str, max_seq_len: int, num_slots: int, needs_key: bool) -> str:
-    """What to print when requests can be answered."""
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
-    return (
-        f"Rayline is ready: {url} (API description at {url}/docs)\n"
-        f"  model {model}, context {max_seq_len} tokens, {num_slots} slots\n"
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
-    )

@@ -4,6 +4,7 @@ To add an architecture of the family, add a line to `ARCHITECTURES`.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from llm.config import ModelConfig, RopeScaling, RopeScalingType, StrictModel, d
 from llm.errors import CheckpointError, ConfigError
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
+_HUB_TIMEOUT_S = 5
+"""For the Hub to answer at all; files have more."""
 _HUB_FILES_LEFT_OUT = ("original/*", "onnx/*", "consolidated*.safetensors")
 
 
@@ -65,17 +68,32 @@ def resolve_model_path(model: str) -> Path:
         raise CheckpointError(f"{model} is a file; give the directory that holds config.json and the weights")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{model}: no such directory; give a checkpoint's directory or a Hub id such as org/name")
-    from huggingface_hub import snapshot_download
+    return _download(model)
 
+
+def _download(model: str) -> Path:
+    """The Hub's repository of this name, from the cache if the Hub does not answer within a few seconds."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    files: dict[str, Any] = {"allow_patterns": list(_HUB_FILES), "ignore_patterns": list(_HUB_FILES_LEFT_OUT)}
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_FILES_LEFT_OUT))
-        )
+        # snapshot_download by itself waits for the Hub without an end.
+        revision = HfApi().model_info(model, timeout=_HUB_TIMEOUT_S).sha
+        return Path(snapshot_download(model, revision=revision, **files))
+    except GatedRepoError as error:
+        raise CheckpointError(f"{model} is gated on the Hub: accept its terms there, then set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{model} is no directory here, and the Hub has no model of that name; a private one needs HF_TOKEN"
+        ) from error
     except Exception as error:  # the Hub client's errors share no base with those of its transport
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(model, local_files_only=True, **files))
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{model} is no directory here and cannot be had from the Hub ({type(error).__name__}: {reason}); "
-            "check the name, the network and, for a gated model, HF_TOKEN"
+            f"{model} is no directory here, was not downloaded before, and cannot be had from the Hub now: check the "
+            f"name and the network ({type(error).__name__}: {reason})"
         ) from error
 
 

@@ -7,10 +7,11 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build_app
+from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, resolve_paths, without_secrets
 from deployments.router.keys import load_keys
+from deployments.serve.banner import Announcement, ready_banner
 from deployments.serve.front_end import FrontEnd, check_open
-from deployments.serve.ingress import ready_banner
 from llm.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -76,12 +77,28 @@ def test_urls():
     assert FrontEnd("::1", 80).url == "http://[::1]:80"
 
 
-def test_the_banner_has_a_line_to_paste():
-    banner = ready_banner("http://127.0.0.1:8000", "demo", 2048, 65536, needs_key=True)
-    assert "curl http://127.0.0.1:8000/v1/chat/completions" in banner
-    assert "Authorization: Bearer" in banner
-    assert "2048" in banner
-    assert "65536" in banner
+def test_the_banner_is_one_block_with_a_line_to_paste():
+    info = EngineInfo("demo", 2048, 65536, 16, 512, 320, "cuda:0", "bfloat16", "triton", 3 << 30, 200 << 20)
+    banner = ready_banner("http://127.0.0.1:8000", Announcement("demo", True, 2, info), {"dashboard": "http://d"})
+    first, *rows, command = banner.splitlines()
+    assert first == "Rayline is ready: http://127.0.0.1:8000"
+    assert dict(row.split(maxsplit=1) for row in rows) == {
+        "chat": "http://127.0.0.1:8000/",
+        "fleet": "http://127.0.0.1:8000/fleet",
+        "API": "http://127.0.0.1:8000/v1, described at http://127.0.0.1:8000/docs",
+        "model": "demo",
+        "device": "cuda:0, bfloat16",
+        "context": "2,048 tokens",
+        "slots": "65,536 tokens in each of 2 replicas",
+        "memory": "3.0 GiB of weights, 200 MiB of keys and values in each of 2 replicas",
+        "dashboard": "http://d",
+    }
+    assert command.startswith("  curl http://127.0.0.1:8000/v1/chat/completions")
+    assert "Authorization: Bearer" in command
+
+
+def test_a_fleet_at_zero_has_a_banner_too():
+    assert "none yet" in ready_banner("http://127.0.0.1:8000", Announcement("demo", False, 0, None))
 
 
 @pytest.mark.parametrize("path", [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))], ids=str)

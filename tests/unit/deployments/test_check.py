@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 def write_config(tmp_path: Path, **args) -> Path:
     application = {"name": "rayline", "import_path": "deployments.app:build_app", "args": args}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"applications": [application]}))
+    path.write_text(yaml.safe_dump({"http_options": {"host": "127.0.0.1"}, "applications": [application]}))
     return path
 
 
@@ -34,6 +34,8 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
             weights.write_bytes(weights.read_bytes()[:-1000])
         case "missing":
             weights.unlink()
+        case "tokenizer":
+            (directory / "tokenizer.json").unlink()
         case "missing shard":
             index = {"weight_map": dict.fromkeys(load_file(weights), "model-00002-of-00002.safetensors")}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -57,6 +59,7 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
         ("missing tensor", "lacks model.norm.weight"),
         ("shape", r"down_proj.weight has shape \(256, 704\), config.json asks for \(256, 700\)"),
         ("architecture", "GPT2LMHeadModel"),
+        ("tokenizer", "tokenizer.json"),
     ],
 )
 def test_broken_checkpoints_are_found_without_loading(tmp_path, damage, message):

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from deployments.cli import app
 from deployments.cli.chat import _Talk
-from deployments.cli.check import slot_bytes, weight_bytes
+from deployments.cli.check import weight_bytes
 from deployments.cli.serve import _content, _override
+from deployments.replica.engine_factory import slot_bytes
 from llm.config import ModelConfig
 from llm.errors import ConfigError
 

@@ -1,0 +1,52 @@
+"""What a server says of itself when it is ready."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from deployments.channel.messages import EngineInfo
+
+_GIB = 1 << 30
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """What a router knows of itself and of the engines behind it."""
+
+    model: str
+    needs_key: bool
+    num_replicas: int
+    engine: EngineInfo | None
+    """None where there is no engine: the fleet is scaled to zero."""
+
+
+def ready_banner(url: str, told: Announcement, more: Mapping[str, str] | None = None) -> str:
+    """A block of lines for people: where to go, what answers there, and a request to paste.
+
+    Args:
+        url: base address of the server.
+        told: by a router.
+        more: further lines, by their names.
+    """
+    rows = {"chat": f"{url}/", "fleet": f"{url}/fleet", "API": f"{url}/v1, described at {url}/docs"}
+    rows["model"] = told.model
+    engine = told.engine
+    if engine is None:
+        rows["replicas"] = "none yet: the first request starts one"
+    else:
+        replicas = f" in each of {told.num_replicas} replicas" if told.num_replicas > 1 else ""
+        rows["device"] = f"{engine.device}, {engine.dtype}"
+        rows["context"] = f"{engine.max_seq_len:,} tokens"
+        rows["slots"] = f"{engine.num_slots:,} tokens{replicas}"
+        if engine.weight_bytes:
+            weights, kv_cache = _size(engine.weight_bytes), _size(engine.kv_cache_bytes)
+            rows["memory"] = f"{weights} of weights, {kv_cache} of keys and values{replicas}"
+    rows |= more or {}
+    lines = [f"Rayline is ready: {url}", *(f"  {name:<10}{value}" for name, value in rows.items())]
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if told.needs_key else ""
+    body = f'{{"model": "{told.model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
+    lines.append(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'")
+    return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / (1 << 20):.0f} MiB"

@@ -1,0 +1,100 @@
+"""A Serve configuration file with Rayline in it: read and checked before anything starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deployments.config import AppConfig, EngineKind, resolve_paths
+from deployments.router.keys import load_keys
+from deployments.serve.front_end import FrontEnd, check_open
+from llm.config import describe
+from llm.errors import ConfigError
+from llm.models.registry import load_model_config
+from llm.tokenization.hf_tokenizer import HFTokenizer
+
+BUILDER = "deployments.app:build_app"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """A Serve configuration file, read and validated.
+
+    Attributes:
+        front_end: where Serve will listen.
+        apps: arguments of every Rayline application, by its name.
+    """
+
+    front_end: FrontEnd
+    apps: dict[str, AppConfig]
+
+
+def read_config_file(path: Path) -> ServerConfig:
+    """Read a Serve configuration file and check all that can be known without its models.
+
+    Raises:
+        ConfigError: what is wrong and how to mend it, in one line.
+    """
+    content = _content(path)
+    front_end = FrontEnd.of_options(content.get("http_options") or {})
+    apps: dict[str, AppConfig] = {}
+    for application in _applications(path, content):
+        name = str(application.get("name") or "default")
+        try:
+            config = AppConfig.model_validate(application.get("args") or {})
+        except ValidationError as error:
+            raise ConfigError(f"{path}: args of application {name!r}: {describe(error)}") from error
+        check_open(config, bool(load_keys(config)), front_end)
+        apps[name] = config
+    return ServerConfig(front_end, apps)
+
+
+def check_config_file(path: Path) -> ServerConfig:
+    """Check a Serve configuration file and the checkpoints of its Rayline applications.
+
+    Raises:
+        CheckpointError, ConfigError: what is wrong and how to mend it, in one line.
+    """
+    server = read_config_file(path)
+    for config in server.apps.values():
+        check_model(resolve_paths(config))
+    return server
+
+
+def check_model(config: AppConfig) -> None:
+    """Find mistakes here, in one line, that would else stop every replica after a while.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint is here, and cannot be used.
+    """
+    if not Path(config.model).is_dir():
+        return
+    if config.engine_kind is EngineKind.TORCH:
+        from llm.models.loading import check_checkpoint  # brings PyTorch, which the rest does without
+
+        check_checkpoint(config.model)
+    else:
+        load_model_config(config.model)
+    HFTokenizer.from_pretrained(config.model)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _applications(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    applications = content.get("applications")
+    if not isinstance(applications, list) or not all(isinstance(item, dict) for item in applications):
+        raise ConfigError(f"{path} has no list of applications; see serve_config.yaml for one that works")
+    ours = [item for item in applications if item.get("import_path") == BUILDER]
+    if not ours:
+        raise ConfigError(f"{path} has no application with import_path: {BUILDER}")
+    return ours

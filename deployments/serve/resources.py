@@ -1,0 +1,44 @@
+"""What replicas need of a machine."""
+
+from collections.abc import Iterable, Mapping
+
+from deployments.config import AppConfig, EngineKind
+from deployments.serve.cluster import gpus_a_replica
+from llm.errors import ConfigError
+
+
+def check_resources(apps: Iterable[AppConfig], resources: Mapping[str, float]) -> None:
+    """See that the machine has what all replicas need to start, which would else wait for it for ever.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    num_gpus, num_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    gpus = cpus = 0.0
+    for config in apps:
+        replicas = config.replicas
+        count = replicas.num_replicas
+        if replicas.autoscaling is not None:
+            count = replicas.autoscaling.initial_replicas or replicas.autoscaling.min_replicas
+        gpus += count * gpus_a_replica(config, num_gpus, may_join=False)
+        cpus += count * replicas.num_cpus + config.router.num_replicas * config.router.num_cpus
+    if gpus > num_gpus:
+        raise ConfigError(f"the replicas need {gpus:g} GPUs and this machine has {num_gpus:g}: set fewer --replicas")
+    if cpus > num_cpus:
+        raise ConfigError(
+            f"replicas and routers set {cpus:g} CPUs aside and this machine has {num_cpus:g}: set fewer --replicas, or "
+            "a smaller replicas.num_cpus"
+        )
+
+
+def check_device(config: AppConfig) -> None:
+    """See that PyTorch has the device that the configuration names.
+
+    Raises:
+        ConfigError: it is a GPU, and there is none.
+    """
+    if config.engine_kind is EngineKind.TORCH and config.device is not None and config.device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device: {config.device} needs a GPU, and PyTorch sees none here: see rayline doctor")

@@ -1,0 +1,78 @@
+"""The container image holds what it needs: its files alone, installed into a fresh environment, are a `rayline`."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from image_tree import DOCKERFILE, clean_environment, copy_tree, install, instructions, is_ignored, tracked_files
+
+from deployments.bench.command import app as bench
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The working directory, read-only as in the image for its user, and the environment's `bin`."""
+    place = tmp_path_factory.mktemp("image")
+    tree = place / "app"
+    copy_tree(tree)
+    return tree, install(tree, place / "environment")
+
+
+def rayline(image: tuple[Path, Path], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    tree, bin_directory = image
+    return subprocess.run(
+        [bin_directory / "rayline", *arguments], cwd=tree, env=clean_environment(), capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_nothing_outside_the_image_is_imported(image: tuple[Path, Path]):
+    tree, bin_directory = image
+    code = "import deployments.app, deployments.cli, llm; print(deployments.__file__, llm.__file__)"
+    done = subprocess.run(
+        [bin_directory / "python", "-c", code], cwd=tree, env=clean_environment(), capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(path.startswith(str(tree)) for path in done.stdout.split())
+
+
+def test_every_command_shows_its_help(image: tuple[Path, Path]):
+    done = rayline(image, "--help")
+    assert done.returncode == 0, done.stderr
+    for command in ("serve", "chat", "check", "doctor", "status", "bench"):
+        assert command in done.stdout
+    for subcommand in (command.name or command.callback.__name__ for command in bench.registered_commands):
+        assert rayline(image, "bench", subcommand, "--help").returncode == 0, subcommand
+
+
+def test_the_configuration_in_the_image_is_checked(image: tuple[Path, Path]):
+    done = rayline(image, "check")
+    assert done.returncode == 0, done.stderr
+    assert "model demo" in done.stdout
+
+
+def test_the_pages_are_in_the_image(image: tuple[Path, Path]):
+    tree, _ = image
+    assert (tree / "deployments" / "api" / "pages" / "chat.html").is_file()
+
+
+def test_the_image_leaves_out_what_it_does_not_need():
+    kept = [path for path in tracked_files() if not is_ignored(path)]
+    assert kept
+    assert {path.partition("/")[0] for path in kept}.isdisjoint({"tests", "benchmarks", "docs", "chaos", ".git"})
+    assert is_ignored("llm/__pycache__/config.cpython-312.pyc")
+
+
+def test_the_image_runs_as_a_user_and_is_probed_by_a_program_that_it_has():
+    found = dict(instructions())
+    assert found["USER"] not in ("root", "0")
+    probe = found["HEALTHCHECK"].partition("CMD ")[2].split()[0]
+    installed = " ".join(words for name, words in instructions() if name == "RUN" and words.startswith("apt-get"))
+    assert f" {probe} " in installed
+    kuberay = (DOCKERFILE.parent / "kuberay" / "rayservice.yaml").read_text()
+    assert "curl " not in kuberay or " curl " in installed
+    assert os.path.isabs(found["WORKDIR"])
