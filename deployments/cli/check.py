@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from deployments.cli.output import make_console
 from deployments.config import AppConfig, EngineKind, resolve_paths
 from llm.config import ModelConfig
 from llm.models.registry import load_model_config
@@ -33,7 +33,7 @@ def check(
         sizes = [float(size) for size in gpu_memory.split(",")]
     except ValueError:
         raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory") from None
-    console = Console(highlight=False)
+    console = make_console()
     for app in check_config_file(config):
         app = resolve_paths(app)
         console.print(f"[green]✓[/] {config}: model [bold]{app.model_name}[/], {app.replicas.most_replicas} replica(s)")
