@@ -47,7 +47,7 @@ def test_site_builds_without_a_warning(tmp_path: Path):
     [
         ("index.md", "[outside](../README.md)", "contains a link '../README.md'"),
         ("index.md", "[nowhere](api.md#no-such-heading)", "does not contain an anchor"),
-        ("alone.md", "In no navigation.", "not included in the \"nav\" configuration"),
+        ("alone.md", "In no navigation.", 'not included in the "nav" configuration'),
     ],
     ids=["outside", "anchor", "navigation"],
 )
