@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages serve chaos soak fuzz docs test test-unit lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling clean
+.PHONY: help install install-dev system-packages serve chaos soak fuzz docs test test-unit test-integration lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -41,11 +41,13 @@ serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1
 system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped
 	command -v chromium && command -v prometheus || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus >/dev/null; }
 
-test: $(VENV)/.dev  ## Run every test that needs no GPU
-	$(BIN)/pytest
+test: test-unit test-integration  ## Run every test that needs no GPU
 
-test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster
-	$(BIN)/pytest tests/unit
+test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster, on all cores
+	$(BIN)/pytest tests/unit --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-integration: $(VENV)/.dev  ## Run the tests of a whole server, which share one Ray cluster
+	$(BIN)/pytest tests/integration tests/e2e tests/gpu
 
 chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (8 minutes)
 	$(BIN)/python -m chaos

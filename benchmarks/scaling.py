@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class ScalingRun:
 
             def kill() -> None:
                 nonlocal kills
-                if fleet.replica_pids():
+                if num_serving(_stats(fleet)) == count:  # one at a time, however long a machine takes to start another
                     fleet.hurt_one(9)
                     kills += 1
 
@@ -127,15 +128,16 @@ class ScalingRun:
         if count < 2:
             return
         autoscaling = {"min_replicas": 1, "max_replicas": count, "target_waiting_tokens": 4096, "target_row_use": 0.5}
-        with self._fleet(count, autoscaling=autoscaling) as fleet:
-            bench = self._start_bench(
-                fleet, "--concurrency", self._options.streams * count, *self._mixed(),
-                "--num-requests", self._options.requests * self._options.streams * count,
-            )  # fmt: skip
-            ready_s = asyncio.run(_wait_for_replicas(fleet, count))
-            result = bench()
-        self._emit("autoscaling", count, all_serve_after_s=ready_s, failed=result["failed"], refused=result["refused"],
-                   output_tokens_per_s=result["output_tokens_per_s"], **_latencies(result))  # fmt: skip
+        with self._fleet(count, autoscaling=autoscaling) as fleet, ThreadPoolExecutor(1) as pool:
+            ready = pool.submit(asyncio.run, _wait_for_replicas(fleet, count))
+            results = [self._closed_loop(fleet, count)]
+            while not ready.done():  # the load lasts until it is answered, on a slow machine too
+                results.append(self._closed_loop(fleet, count))
+        first = results[0]
+        self._emit("autoscaling", count, all_serve_after_s=ready.result(),
+                   failed=sum(result["failed"] for result in results),
+                   refused=sum(result["refused"] for result in results),
+                   output_tokens_per_s=first["output_tokens_per_s"], **_latencies(first))  # fmt: skip
 
     @contextmanager
     def _fleet(
@@ -233,11 +235,7 @@ class ScalingRun:
             thread.join()
 
     def _prefix_hits(self, fleet: Fleet) -> float:
-        async def stats() -> dict[str, Any]:
-            async with Clients(fleet.url) as clients:
-                return dict(await clients.get("/rayline/stats"))
-
-        replicas = asyncio.run(stats())["replicas"].values()
+        replicas = _stats(fleet)["replicas"].values()
         found = sum(replica["num_cached_prompt_tokens"] for replica in replicas)
         return round(found / max(1, sum(replica["num_prompt_tokens"] for replica in replicas)), 3)
 
@@ -253,6 +251,14 @@ class ScalingRun:
         print(json.dumps(row), flush=True)
         with self._options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _stats(fleet: Fleet) -> dict[str, Any]:
+    async def ask() -> dict[str, Any]:
+        async with Clients(fleet.url) as clients:
+            return dict(await clients.get("/rayline/stats"))
+
+    return asyncio.run(ask())
 
 
 async def _wait_for_replicas(fleet: Fleet, count: int) -> float:

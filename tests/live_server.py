@@ -48,7 +48,19 @@ class Server:
     def num_used_pages(self) -> int:
         return sum(replica["num_used_pages"] for replica in self.stats()["replicas"].values())
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10, what: str = "") -> float:
+    def num_generated_tokens(self) -> int:
+        return sum(replica["num_generated_tokens"] for replica in self.stats()["replicas"].values())
+
+    def wait_while_generating(self, pause_s: float = 20) -> None:
+        """Wait until no page is in use, for as long as there are new tokens: how long that takes the machine says."""
+        generated, changed_at = -1, time.monotonic()
+        while self.num_used_pages() > 0:
+            if (now_generated := self.num_generated_tokens()) != generated:
+                generated, changed_at = now_generated, time.monotonic()
+            assert time.monotonic() - changed_at < pause_s, "pages are in use, and nothing is generated"
+            time.sleep(0.1)
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 60, what: str = "") -> float:
         """Seconds that it took."""
         started = time.monotonic()
         while not condition():
@@ -80,13 +92,13 @@ def wait_until_ready(server: Server, num_replicas: int) -> None:
         except httpx.TransportError:
             return False
 
-    server.wait_for(is_ready, 120, "the application did not become ready")
+    server.wait_for(is_ready, 240, "the application did not become ready")
 
     def have_all_answered() -> bool:
         server.ask()
         return len(server.stats()["replicas"]) >= num_replicas
 
-    server.wait_for(have_all_answered, 30, "not every replica answers")
+    server.wait_for(have_all_answered, 120, "not every replica answers")
 
 
 def replica_pids(app_name: str = APP_NAME) -> list[int]:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from deployments.cli.output import make_console
 from deployments.config import AppConfig, EngineKind, resolve_paths
 from deployments.replica.engine_factory import slot_bytes
 from deployments.serve.config_file import check_config_file
@@ -36,7 +36,7 @@ def check(
         sizes = [float(size) for size in gpu_memory.split(",")]
     except ValueError:
         raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory") from None
-    console = Console(highlight=False)
+    console = make_console()
     server = check_config_file(config)
     _print_port(console, server.front_end)
     for app in map(resolve_paths, server.apps.values()):

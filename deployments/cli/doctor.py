@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from deployments.cli.output import make_console
 from deployments.serve.ports import HAPROXY_PORTS, bind_error
 
 _GIB = 1 << 30
@@ -38,7 +38,7 @@ def doctor() -> None:
     for finding in findings:
         text = finding.found + (f"\n[bold]{finding.fix}[/]" if finding.fix else "")
         table.add_row(marks[finding.level], finding.what, text)
-    Console(highlight=False).print(table)
+    make_console().print(table)
     if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(1)
 

@@ -5,11 +5,12 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from deployments.cli.output import make_console
 from deployments.cli.server import DEFAULT_URL, KeyOption, UrlOption, connect, get
 
 _STYLES = {"serving": "green", "stalled": "red", "broken": "red", "gone": "red"}
@@ -30,12 +31,13 @@ def status(
         rayline status
         rayline status --json | jq .replicas
     """
+    console = make_console()
     with connect(url, api_key) as client:
         stats = get(client, "/rayline/stats")
         if as_json:
             print(json.dumps(stats))
-        elif once or not Console().is_terminal:
-            Console().print(_table(stats, {}))
+        elif once or not console.is_terminal:
+            console.print(_table(stats, {}))
         else:
             _watch(client, interval)
         if (as_json or once) and not any(replica["is_serving"] for replica in stats["replicas"].values()):

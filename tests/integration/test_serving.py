@@ -104,8 +104,8 @@ def test_errors_become_the_clients_exceptions(server: Server):
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_a_client_that_leaves_frees_its_pages_within_a_second(server: Server, is_stream: bool):
-    resumed_before = server.stats()["router"]["num_resumes"]
+def test_a_client_that_leaves_frees_its_pages(server: Server, is_stream: bool):
+    resumed_before, generated_before = server.stats()["router"]["num_resumes"], server.num_generated_tokens()
     if is_stream:
         stream = long_stream(server, max_tokens=2000)
         next(iter(stream))
@@ -116,8 +116,8 @@ def test_a_client_that_leaves_frees_its_pages_within_a_second(server: Server, is
             server.openai.completions.create(
                 model="demo", prompt="a", max_tokens=2000, timeout=0.5, extra_body={"ignore_eos": True}
             )
-    took = server.wait_for(lambda: server.num_used_pages() == 0, 5)
-    assert took < 1.0
+    server.wait_for(lambda: server.num_used_pages() == 0)
+    assert server.num_generated_tokens() - generated_before < 1900, "it was generated to its end"
     assert server.stats()["router"]["num_resumes"] == resumed_before, "a client that leaves is no lost replica"
 
 

@@ -28,7 +28,7 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
             service = Service(config, LocalClient(replicas), keys, peers)
             stack.push_async_callback(end_service, service)
             await service.router.wait_until_ready()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while len(service.router.fleet.replica_ids) < num_replicas:
                     await asyncio.sleep(0.005)
             return service

@@ -136,6 +136,13 @@ def emulated_config(**changes: object) -> AppConfig:
     return AppConfig.model_validate({**fields, **changes})
 
 
+async def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Wait until `condition` holds; on a busy machine that takes as long as it takes."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 async def end_service(service: Service) -> None:
     await service.http.aclose()
     for _ in range(100):

@@ -70,10 +70,14 @@ def test_a_misspelt_setting_stops_serve_in_one_line():
     assert result.stderr.count("\n") == 1
 
 
-def test_check_says_what_a_model_needs():
-    result = CliRunner().invoke(app, ["check", str(ROOT / "serve_config.yaml"), "--gpu-memory", "80"])
+def test_check_says_what_a_model_needs(tmp_path):
+    """Each in a line of its own, however long the file's path is."""
+    link = tmp_path.joinpath(*["a directory with a long name"] * 10)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(ROOT, target_is_directory=True)
+    result = CliRunner().invoke(app, ["check", str(link / "serve_config.yaml"), "--gpu-memory", "80"])
     assert result.exit_code == 0
-    assert "model demo" in result.output
+    assert f"{link}/serve_config.yaml: model demo, 1 replica(s)\n" in result.output
     assert "a GPU of 80 GiB" in result.output
     assert "grouped queries" in result.output
 

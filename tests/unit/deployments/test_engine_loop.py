@@ -1,20 +1,22 @@
 """The emulated engine and the thread that owns an engine."""
 
 import asyncio
+import threading
 import time
 
 import pytest
-from in_process import emulated_config
+from in_process import emulated_config, eventually
 
 from deployments.channel.messages import Failure, FailureKind
 from deployments.config import EmulationConfig
+from deployments.replica import emulated_engine
 from deployments.replica.emulated_engine import EmulatedEngine
 from deployments.replica.engine_loop import EngineLoop
 from deployments.replica.engine_replica import EngineReplica
 from deployments.serve.ingress import channel_host
 from llm.config import EngineConfig
 from llm.errors import EngineError, InvalidRequestError
-from llm.serving.schemas import FinishReason, GenerationRequest
+from llm.serving.schemas import FinishReason, GenerationRequest, StepOutput
 
 
 def make_engine(**changes: float) -> EmulatedEngine:
@@ -36,18 +38,32 @@ def run(engine: EmulatedEngine) -> dict[str, list[int]]:
 
 @pytest.fixture
 def loop():
-    loop = EngineLoop(make_engine(), "replica")
+    loop = EngineLoop(make_engine(tokens_per_s=50.0), "replica")
     loop.start()
     yield loop
     loop.stop()
 
 
-def test_an_emulated_stream_has_its_pace_and_goes_on_elsewhere():
+class Clock:
+    """Time that passes by sleeping alone, so that a pace is exact on a busy machine too."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_an_emulated_stream_has_its_pace_and_goes_on_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    monkeypatch.setattr(emulated_engine, "time", clock)
     engine = make_engine(tokens_per_s=100.0)
     engine.add_request(request(request_id="a", max_new_tokens=20))
-    started = time.monotonic()
     whole = run(engine)["a"]
-    assert 0.19 <= time.monotonic() - started < 0.4
+    assert clock.now - 1000 == pytest.approx(20 / 100, abs=0.01)
     engine.add_request(request(request_id="b", max_new_tokens=20, output_token_ids=tuple(whole[:8])))
     assert run(engine)["b"] == whole[8:]
 
@@ -81,18 +97,18 @@ async def test_a_refusal_is_a_reply(loop: EngineLoop):
 
 async def test_cancelling_aborts(loop: EngineLoop):
     task = asyncio.ensure_future(loop.generate(request(max_new_tokens=200)))
-    await asyncio.sleep(0.05)
+    await eventually(lambda: loop.latest_stats.num_running == 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.sleep(0.15)
-    assert loop.latest_stats.num_running == 0
+    await eventually(lambda: loop.latest_stats.num_running == 0)
     assert loop.latest_stats.num_used_pages == 0
+    assert loop.latest_stats.num_generated_tokens < 200
 
 
 async def test_stopping_answers_what_is_open(loop: EngineLoop):
     task = asyncio.ensure_future(loop.generate(request(max_new_tokens=200)))
-    await asyncio.sleep(0.05)
+    await eventually(lambda: loop.latest_stats.num_running == 1)
     await asyncio.to_thread(loop.stop)
     assert (await task).failure == Failure(FailureKind.LEAVING, "the replica is shutting down")
     assert (await loop.generate(request())).failure.kind is FailureKind.LEAVING, "so that another replica goes on"
@@ -101,13 +117,22 @@ async def test_stopping_answers_what_is_open(loop: EngineLoop):
 async def test_a_step_that_hangs_fails_the_health_check():
     config = emulated_config(replicas={"stall_timeout_s": 0.2})
     replica = EngineReplica(config, "replica")
-    replica._loop._engine.step = lambda: time.sleep(0.6) or []
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> list[StepOutput]:
+        hangs.set()
+        goes_on.wait()
+        return []
+
+    replica._loop._engine.step = hang
     task = asyncio.ensure_future(replica._loop.generate(request()))
-    await asyncio.sleep(0.1)
-    replica.check_health()
-    await asyncio.sleep(0.25)
+    await eventually(hangs.is_set)
+    time.sleep(0.2)
     with pytest.raises(EngineError, match="running for more than"):
         replica.check_health()
+    goes_on.set()
+    await eventually(lambda: replica._loop.health.busy_since is None)
+    replica.check_health()
     task.cancel()
     await asyncio.to_thread(replica.stop)
 

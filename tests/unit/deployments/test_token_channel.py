@@ -32,7 +32,7 @@ class Sink:
         self.items += items
 
     async def wait_for(self, condition) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.002)
 

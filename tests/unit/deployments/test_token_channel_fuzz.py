@@ -41,7 +41,7 @@ class Sink:
             self.token_ids += item.token_ids
 
     async def wait_for(self, token_id: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while token_id not in self.token_ids:
                 await asyncio.sleep(0.002)
 

@@ -1,5 +1,7 @@
 """The engine on a small random model: the same request gives the same tokens however it is run."""
 
+from functools import cache
+
 import pytest
 import torch
 from small_engines import (
@@ -39,8 +41,15 @@ def test_greedy_equals_the_model_itself(shape):
         assert run_alone(request, model).token_ids == tuple(tokens[len(request.prompt_token_ids) :])
 
 
-@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING.keys())
-@pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS.keys())
+@cache
+def tokens_alone(model_name: str, sampling_name: str) -> list[tuple[int, ...]]:
+    """What each request gets in an engine of its own; the same for every configuration."""
+    model = create_model(**MODELS[model_name])
+    return [run_alone(request, model).token_ids for request in create_requests(**SAMPLING[sampling_name])]
+
+
+@pytest.mark.parametrize("sampling_name", SAMPLING)
+@pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize(
     "config",
     [
@@ -50,15 +59,13 @@ def test_greedy_equals_the_model_itself(shape):
     ],
     ids=[*CONFIGS, "reference backend", *(f"ahead, {name}" for name in CONFIGS)],
 )
-def test_batched_equals_alone(sampling, shape, config):
+def test_batched_equals_alone(model_name, sampling_name, config):
     """Batched, chunked, preempted, from cached pages or ahead of the host: everyone gets the tokens it gets alone."""
-    model = create_model(**shape)
-    requests = create_requests(**sampling)
-    expected = [run_alone(request, model).token_ids for request in requests]
-    engine = create_engine(model, **config)
+    requests = create_requests(**SAMPLING[sampling_name])
+    engine = create_engine(create_model(**MODELS[model_name]), **config)
     for _ in range(2):
         results = engine.generate(requests, progress=False)
-        assert [result.token_ids for result in results] == expected
+        assert [result.token_ids for result in results] == tokens_alone(model_name, sampling_name)
         check_idle(engine)
 
 

@@ -153,13 +153,14 @@ def test_a_huge_word_is_encoded_without_stopping_other_threads(tokenizers):
     assert tokenizer.min_num_tokens(word) > 10_000
     worker = threading.Thread(target=tokenizer.encode, args=(word,))
     worker.start()
-    gaps, last = [0.0], time.perf_counter()
+    started = last = time.perf_counter()
+    gaps = [0.0]
     while worker.is_alive():
         time.sleep(0.001)
         now = time.perf_counter()
         gaps.append(now - last)
         last = now
-    assert max(gaps) < 0.5
+    assert max(gaps) < 0.5 * (last - started), "this thread stood still for most of the time"
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen"])
