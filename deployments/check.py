@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.config import AppConfig, EngineKind
-from deployments.router.keys import load_keys
+from deployments.router.keys import find_keys
 from llm.config import describe
 from llm.errors import ConfigError, LLMError
 from llm.models.loading import check_checkpoint
@@ -35,7 +35,7 @@ def check_config_file(path: Path) -> list[AppConfig]:
             config = AppConfig.model_validate(application.get("args") or {})
         except ValidationError as error:
             raise ConfigError(f"{path}: args of application {application.get('name')!r}: {describe(error)}") from error
-        load_keys(config)
+        find_keys(config)
         check_model(config)
         configs.append(config)
     return configs

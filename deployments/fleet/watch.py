@@ -132,6 +132,11 @@ class FleetWatch:
             for replica_id, (stats, heard_at) in self._heard.items()
         }
 
+    @property
+    def has_running(self) -> bool:
+        """Whether Serve lists any replica as running."""
+        return bool(self._running)
+
     def running_stats(self) -> list[EngineStats]:
         """What the replicas on Serve's list last reported."""
         return [stats for replica_id, (stats, _) in self._heard.items() if replica_id in self._running]

@@ -16,7 +16,7 @@ from deployments.channel.messages import (
     decode_reply,
     encode,
 )
-from deployments.errors import DeadlineError, ReplicaLostError
+from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import EngineClient, is_being_cancelled
 from deployments.observe.finished_request import FinishedRequest, Timeline
 from deployments.router.caller import Caller
@@ -146,10 +146,10 @@ class Generation:
         if self._task is not None and self.end is None:
             self._task.cancel()
 
-    def expire(self) -> None:
-        """Its time is over. No effect on one that is, or has been given up."""
+    def end_with(self, error: LLMError) -> None:
+        """End it for a reason that lies outside. No effect on one that is over, or has been given up."""
         if self._task is not None and not self.is_over:
-            self._fail(DeadlineError("the request's timeout is over"))
+            self._fail(error)
             self.cancel()
 
     def leave_replica(self) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,8 +11,10 @@ from pydantic import ValidationError
 from deployments.api.routes import create_api
 from deployments.config import AppConfig, LiveConfig
 from deployments.observe.exposition import RouterFigures
-from deployments.router.keys import ApiKey
+from deployments.router.access import Access
+from deployments.router.keys import KeySource
 from deployments.router.router import Router
+from deployments.serve.accountant import ServeAccountantClient
 from deployments.serve.engine_client import ServeEngineClient
 from deployments.serve.router_peers import ServePeers
 from llm.config import describe
@@ -30,16 +31,25 @@ class RouterIngress:
 
     Args:
         config: the application's configuration, without keys.
-        keys: those that clients may use.
+        keys: where those come from that clients may use.
         engines: handle of the `EngineReplica` deployment.
+        accountant: handle of the `Accountant` deployment; None where there is none.
     """
 
-    async def __init__(self, config: AppConfig, keys: Sequence[ApiKey], engines: Any) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: AppConfig, keys: KeySource, engines: Any, accountant: Any = None
+    ) -> None:
         # Asynchronous, so that it runs on the event loop of the requests: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self._keys = tuple(keys)
-        self._router = Router(config, ServeEngineClient(engines), channel_host(config.token_channel.host), ServePeers())
+        shared = ServeAccountantClient(accountant) if accountant is not None else None
+        self._router = Router(
+            config,
+            ServeEngineClient(engines),
+            channel_host(config.token_channel.host),
+            ServePeers(),
+            Access(keys, shared, config.limits.when_accountant_is_away),
+        )
         loop = asyncio.get_running_loop()
         self._banner = loop.create_task(self._announce())
         self._joining = None
@@ -64,7 +74,7 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""
-        return create_api(self._router, self._keys)
+        return create_api(self._router)
 
     async def _open_channel_when_a_node_joins(self) -> None:
         """Replicas on a node that joins later could not reach loopback."""
@@ -75,7 +85,7 @@ class RouterIngress:
     async def _announce(self) -> None:
         info = await self._router.wait_until_ready()
         url = self._router.config.public_url or "http://127.0.0.1:8000"
-        banner = ready_banner(url, info.model, info.max_seq_len, info.num_slots, bool(self._keys))
+        banner = ready_banner(url, info.model, info.max_seq_len, info.num_slots, self._router.access.needs_key)
         # Past Serve's own redirection of sys.stdout, so that it reaches the terminal of `serve run` in every mode; and
         # not by print, which Serve makes print a tuple.
         if sys.__stdout__ is not None:

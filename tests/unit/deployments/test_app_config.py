@@ -8,7 +8,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build_app
 from deployments.config import AppConfig, resolve_paths, without_secrets
-from deployments.router.keys import load_keys
+from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
 from deployments.serve.ingress import ready_banner
 from llm.errors import CheckpointError, ConfigError
@@ -48,17 +48,17 @@ def test_keys_come_from_all_three_places_and_are_never_shown(tmp_path, monkeypat
     config = AppConfig.model_validate(
         {"api_keys": ["sk-zero"], "api_keys_file": str(tmp_path / "keys"), "api_keys_env": "RAYLINE_TEST_KEYS"}
     )
-    assert len(set(load_keys(config))) == 5
+    assert len(set(find_keys(config).keys)) == 5
     assert "sk-zero" not in repr(config) + str(config.model_dump())
     assert without_secrets(config).api_keys == ()
-    assert load_keys(AppConfig()) == ()
+    assert find_keys(AppConfig()).keys == ()
 
 
 @pytest.mark.parametrize("args", [{"api_keys_file": "/nowhere/keys"}, {"api_keys_env": "RAYLINE_NOT_SET"}])
 def test_keys_that_cannot_be_found_stop_the_start(args: dict):
     """Else the server would be open to everyone by mistake."""
     with pytest.raises(ConfigError):
-        load_keys(AppConfig(**args))
+        find_keys(AppConfig(**args))
 
 
 def test_an_open_port_needs_keys_or_a_word():
