@@ -99,20 +99,26 @@ class Lease(msgspec.Struct, frozen=True, array_like=True):
         num_units: to be added to what is in hand.
         level: what the shared bucket holds after that.
         remaining: the same with what all routers have in hand.
-        wait_s: seconds until another request could be granted.
     """
 
     num_units: int = 0
     level: float = 0.0
     remaining: float = 0.0
-    wait_s: float = 0.0
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to a claim; None for a rate that is not limited."""
+    """The answer to a claim.
+
+    Attributes:
+        key: name of the key.
+        num_slots: to be added to those that the router holds.
+        most_idle_slots: idle ones that the router may hold from now on.
+        requests, tokens: None for a rate that is not limited.
+    """
 
     key: str
     num_slots: int = 0
+    most_idle_slots: int = 0
     requests: Lease | None = None
     tokens: Lease | None = None
 
@@ -226,7 +232,7 @@ class _SharedRate:
         """What to tell a router that has just been granted `num_units`."""
         level = self.bucket.level(now)
         in_hand = sum(purse.in_hand for purse in self._purses.values())
-        return Lease(num_units, level, level + in_hand, self.bucket.wait_s(1, now))
+        return Lease(num_units, level, level + in_hand)
 
     def forget(self, router_id: str) -> None:
         """A router holds nothing any more."""
@@ -249,6 +255,10 @@ class _SharedSlots:
         self._held[router_id] = num_slots
         self._idle[router_id] = max(0, num_slots - num_open)
 
+    def most_idle(self, limit: int) -> int:
+        """Idle slots that each router may hold."""
+        return math.floor(limit * MAX_IDLE_SHARE) // max(1, len(self._held))
+
     def num_free(self, limit: int) -> int:
         """Slots that no router holds."""
         return max(0, limit - sum(self._held.values()))
@@ -259,9 +269,8 @@ class _SharedSlots:
         held = self._held[router_id]
         num_missing = max(0, num_busy - held)
         idle = held + num_missing - num_busy
-        most_idle = math.floor(limit * MAX_IDLE_SHARE)
         idle_elsewhere = sum(self._idle.values()) - self._idle[router_id]
-        room = min(most_idle // len(self._held) - idle, most_idle - idle_elsewhere - idle)
+        room = min(self.most_idle(limit), math.floor(limit * MAX_IDLE_SHARE) - idle_elsewhere) - idle
         extra = max(0, min(num_spare - idle, room, self.num_free(limit) - num_missing))
         self._held[router_id] = held + num_missing + extra
         self._idle[router_id] = idle + extra
@@ -305,16 +314,17 @@ class _Book:
             num_entering = min(num_entering, requests.available(router_id, now))
         if tokens is not None and tokens.available(router_id, now) < 1:
             num_entering = 0
-        num_slots, leased_requests, leased_tokens = 0, None, None
+        num_slots, most_idle_slots, leased_requests, leased_tokens = 0, 0, None, None
         if limit is not None:
             num_slots = self._slots.lease(router_id, claim.num_open + num_entering, claim.num_spare_slots, limit)
+            most_idle_slots = self._slots.most_idle(limit)
         if requests is not None:
             num_units = requests.lease(router_id, num_entering, claim.requests.num_spare, num_entering, now)
             leased_requests = requests.report(num_settled[0] + num_units, now)
         if tokens is not None:  # to be allowed in takes one in hand; what it costs is known later
             num_units = tokens.lease(router_id, min(1, num_entering), claim.tokens.num_spare, 0, now)
             leased_tokens = tokens.report(num_settled[1] + num_units, now)
-        return Grant(claim.key, num_slots, leased_requests, leased_tokens)
+        return Grant(claim.key, num_slots, most_idle_slots, leased_requests, leased_tokens)
 
     def forget(self, router_id: str) -> None:
         """A router holds nothing any more."""

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from deployments.router.accountant import MINUTE_S, Bucket, Claim, Grant, Holding, Lease, Quota
 from deployments.router.keys import ApiKey
 
-_PACE_HALF_LIFE_S = 1.0
+_PACE_WINDOW_S, _PACE_HALF_LIFE_S = 0.1, 1.0
 _ROUNDING = 1e-6
 _FRESH_FOR_S = 0.2
 """For so long a router believes that nothing is left of a rate, without asking again."""
@@ -46,14 +46,18 @@ class _Pace:
 
     def __init__(self, now: float) -> None:
         self._per_s = 0.0
+        self._num_units = 0
         self._at = now
 
     def note(self, num_units: int, now: float) -> None:
         """So many since the last note."""
-        elapsed_s = max(now - self._at, 1e-3)
+        self._num_units += num_units
+        elapsed_s = now - self._at
+        if elapsed_s < _PACE_WINDOW_S:
+            return
         weight: float = 0.5 ** (elapsed_s / _PACE_HALF_LIFE_S)
-        self._per_s = weight * self._per_s + (1 - weight) * num_units / elapsed_s
-        self._at = now
+        self._per_s = weight * self._per_s + (1 - weight) * self._num_units / elapsed_s
+        self._num_units, self._at = 0, now
 
     def num_ahead(self) -> int:
         """Units worth having in hand."""
@@ -71,7 +75,6 @@ class Purse:
     def __init__(self, per_min: int, now: float) -> None:
         self.in_hand = 0
         self.alone = Bucket(per_min, now)
-        self.wait_s = 0.0
         self._num_spent = 0
         self._num_claimed = 0
         self._pace = _Pace(now)
@@ -84,7 +87,7 @@ class Purse:
         change = per_min - self.alone.capacity
         self.alone.resize(per_min, now)
         if self._lease is not None:
-            self._lease = Lease(0, self._lease.level + change, self._lease.remaining + change, 0.0)
+            self._lease = Lease(0, self._lease.level + change, self._lease.remaining + change)
 
     def spend(self, num_units: int, now: float) -> None:
         """Count units as used."""
@@ -104,15 +107,20 @@ class Purse:
     def take(self, lease: Lease, now: float) -> None:
         """Add what the accountant has granted in answer to the last `holding`."""
         self.in_hand += lease.num_units
-        self.wait_s = lease.wait_s
         self._lease = lease
         self._heard_at = now
         self._spent_when_heard = self._num_claimed
 
-    def fresh_wait_s(self, now: float) -> float:
-        """Seconds until another unit could be granted, if the accountant has just said so; else 0."""
-        age_s = now - self._heard_at
-        return self.wait_s - age_s if self.wait_s > age_s and age_s < _FRESH_FOR_S else 0.0
+    def wait_s(self, now: float) -> float:
+        """Seconds until there is a unit for this router, as far as it knows."""
+        if self._lease is None or self.in_hand >= 1:
+            return 0.0
+        num_missing = 1 - self.in_hand - self._extrapolated(self._lease.level, now)
+        return max(0.0, num_missing) * MINUTE_S / self.alone.capacity
+
+    def is_fresh(self, now: float) -> bool:
+        """Whether the accountant has only just been heard."""
+        return self._lease is not None and now - self._heard_at < _FRESH_FOR_S
 
     def is_low(self) -> bool:
         """Whether it is time to ask for more."""
@@ -156,6 +164,7 @@ class Account:
         self._requests: Purse | None = None
         self._tokens: Purse | None = None
         self._num_slots = 0
+        self._most_idle_slots = 0
         self._num_entered = 0
         self._num_entered_claimed = 0
         self._pace = _Pace(clock())
@@ -172,8 +181,8 @@ class Account:
     @property
     def has_news(self) -> bool:
         """Whether the accountant should hear of this account: it holds something, or has changed."""
-        holds = any(purse.in_hand for _, purse in self._purses())
-        return self._is_changed or holds or self._num_slots > 0
+        holds = self._num_slots > 0 or any(purse.in_hand for _, purse in self._purses())
+        return self.is_limited and (self._is_changed or holds)
 
     def change_key(self, key: ApiKey) -> None:
         """Take another secret or other limits; what has been used stays counted."""
@@ -234,7 +243,7 @@ class Account:
         self.num_open -= 1
         self._is_changed = True
         num_idle = self._num_slots - self.num_open
-        if self.key.limits.max_concurrent_requests is not None and num_idle > self._pace.num_ahead():
+        if self.key.limits.max_concurrent_requests is not None and num_idle > self._num_spare_slots():
             self._on_need()  # another router may be waiting for the slot
 
     def charge(self, num_tokens: int) -> None:
@@ -256,38 +265,40 @@ class Account:
         now = self._clock()
         self._pace.note(self._num_entered - self._num_entered_claimed, now)
         self._num_entered_claimed = self._num_entered
-        num_spare = self._pace.num_ahead() if self.key.limits.max_concurrent_requests is not None else 0
-        self._num_slots = max(self.num_open, min(self._num_slots, self.num_open + num_spare))
+        num_kept = min(self._num_slots, self.num_open + self._num_spare_slots())
+        self._num_slots = max(self.num_open, num_kept)
         self._is_changed = False
         holdings = [
             purse.holding(now, with_level=with_level) if purse is not None else Holding()
             for purse in (self._requests, self._tokens)
         ]
+        num_spare = self._pace.num_ahead()
         return Claim(self.key.name, self._quota(), num_waiting, self.num_open, self._num_slots, num_spare, *holdings)
 
     def take(self, grant: Grant) -> None:
         """Add what the accountant has granted in answer to the last `claim`."""
         now = self._clock()
         self._num_slots += grant.num_slots
+        self._most_idle_slots = grant.most_idle_slots
         for purse, lease in ((self._requests, grant.requests), (self._tokens, grant.tokens)):
             if purse is not None and lease is not None:
                 purse.take(lease, now)
 
     def refusal(self) -> Refusal:
         """Why `try_enter` does not open a request."""
-        limit = self.key.limits.max_concurrent_requests
+        now, limit = self._clock(), self.key.limits.max_concurrent_requests
         if limit is not None and self._num_slots <= self.num_open:
             return _too_many_open(limit)
         for name, purse in self._purses():
-            if purse.in_hand < 1 and purse.wait_s:
-                return _too_fast(name, purse, purse.wait_s)
+            if wait_s := purse.wait_s(now):
+                return _too_fast(name, purse, wait_s)
         return Refusal("requests", "Other requests of this API key came first; try again", 1.0)
 
     def fresh_refusal(self) -> Refusal | None:
         """Why a request cannot be opened, if the accountant has just said so: no need to ask it again."""
         now = self._clock()
         for name, purse in self._purses():
-            if purse.in_hand < 1 and (wait_s := purse.fresh_wait_s(now)):
+            if purse.is_fresh(now) and (wait_s := purse.wait_s(now)):
                 return _too_fast(name, purse, wait_s)
         return None
 
@@ -309,6 +320,10 @@ class Account:
         if self._requests is not None:
             self._requests.spend(1, self._clock())
             self._note_spending(self._requests)
+
+    def _num_spare_slots(self) -> int:
+        """Idle slots that are worth holding, and may be held."""
+        return min(self._pace.num_ahead(), self._most_idle_slots)
 
     def _note_spending(self, purse: Purse) -> None:
         self._is_changed = True
