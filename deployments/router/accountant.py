@@ -98,7 +98,7 @@ class Lease(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         num_units: to be added to what is in hand.
         level: what the shared bucket holds after that.
-        remaining: the same with what all routers have in hand.
+        remaining: the same with what this router has in hand, and what others have idle.
     """
 
     num_units: int = 0
@@ -178,6 +178,12 @@ class Bucket:
 class _Purse:
     in_hand: int
     num_spent: int
+    num_entering: int = 0
+    """What of `in_hand` the router spends at once."""
+
+    @property
+    def num_idle(self) -> int:
+        return max(0, self.in_hand - self.num_entering)
 
 
 class _SharedRate:
@@ -219,24 +225,26 @@ class _SharedRate:
         purse = self._purses[router_id]
         num_missing = max(0, num_needed - purse.in_hand)
         self._move(purse, num_missing, now)
+        purse.num_entering = num_spent_at_once
         most_idle = math.floor(self.bucket.capacity * MAX_IDLE_SHARE)
-        idle = purse.in_hand - num_spent_at_once
-        idle_elsewhere = sum(max(0, p.in_hand) for p in self._purses.values()) - purse.in_hand
-        room = min(most_idle // len(self._purses) - idle, most_idle - idle_elsewhere - idle)
+        idle = purse.num_idle
+        room = min(most_idle // len(self._purses), most_idle - self._num_idle_elsewhere(purse)) - idle
         level = math.floor(self.bucket.level(now) + _ROUNDING)
         extra = max(0, min(num_spare - idle, room, level))
         self._move(purse, extra, now)
         return num_missing + extra
 
-    def report(self, num_units: int, now: float) -> Lease:
+    def report(self, router_id: str, num_units: int, now: float) -> Lease:
         """What to tell a router that has just been granted `num_units`."""
-        level = self.bucket.level(now)
-        in_hand = sum(purse.in_hand for purse in self._purses.values())
-        return Lease(num_units, level, level + in_hand)
+        level, purse = self.bucket.level(now), self._purses[router_id]
+        return Lease(num_units, level, level + purse.in_hand + self._num_idle_elsewhere(purse))
 
     def forget(self, router_id: str) -> None:
         """A router holds nothing any more."""
         self._purses.pop(router_id, None)
+
+    def _num_idle_elsewhere(self, purse: _Purse) -> int:
+        return sum(other.num_idle for other in self._purses.values()) - purse.num_idle
 
     def _move(self, purse: _Purse, num_units: int, now: float) -> None:
         self.bucket.take(num_units, now)
@@ -320,10 +328,10 @@ class _Book:
             most_idle_slots = self._slots.most_idle(limit)
         if requests is not None:
             num_units = requests.lease(router_id, num_entering, claim.requests.num_spare, num_entering, now)
-            leased_requests = requests.report(num_settled[0] + num_units, now)
+            leased_requests = requests.report(router_id, num_settled[0] + num_units, now)
         if tokens is not None:  # to be allowed in takes one in hand; what it costs is known later
             num_units = tokens.lease(router_id, min(1, num_entering), claim.tokens.num_spare, 0, now)
-            leased_tokens = tokens.report(num_settled[1] + num_units, now)
+            leased_tokens = tokens.report(router_id, num_settled[1] + num_units, now)
         return Grant(claim.key, num_slots, most_idle_slots, leased_requests, leased_tokens)
 
     def forget(self, router_id: str) -> None:
