@@ -15,7 +15,8 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import msgspec
+from deployments.router.bucket import Bucket
+from deployments.router.leases import Ask, Claim, Grant, Holding, Lease, Quota, Reply
 
 MAX_IDLE_SHARE = 0.05
 """Share of a limit that routers may hold without using it, all together."""
@@ -23,155 +24,8 @@ LEASE_S = 10.0
 """A router that is silent for so long holds nothing any more."""
 RECOVERY_S = 3.0
 
-MINUTE_S = 60.0
 _TIDY_INTERVAL_S = 1.0
 _ROUNDING = 1e-6
-
-
-class Quota(msgspec.Struct, frozen=True, array_like=True):
-    """A key's limits; None for no limit."""
-
-    requests_per_min: int | None = None
-    tokens_per_min: int | None = None
-    max_concurrent_requests: int | None = None
-
-
-class Holding(msgspec.Struct, frozen=True, array_like=True):
-    """What a router holds of one of a key's rates, in requests or tokens.
-
-    Attributes:
-        in_hand: leased and not spent; below zero for what was spent without a lease.
-        num_spent: spent since the router started.
-        num_spare: what the router would like to have in hand for requests to come.
-        level: what the shared bucket holds as far as the router knows; for an accountant that has just started.
-    """
-
-    in_hand: int = 0
-    num_spent: int = 0
-    num_spare: int = 0
-    level: float | None = None
-
-
-class Claim(msgspec.Struct, frozen=True, array_like=True):
-    """What a router holds and needs for one key.
-
-    Attributes:
-        key: name of the key.
-        quota: the key's limits.
-        num_waiting: requests that wait for this exchange.
-        num_open: requests that run.
-        num_slots: slots that the router holds, at least `num_open`.
-        num_spare_slots: slots that it would like to hold for requests to come.
-        requests: of `quota.requests_per_min`.
-        tokens: of `quota.tokens_per_min`.
-    """
-
-    key: str
-    quota: Quota
-    num_waiting: int = 0
-    num_open: int = 0
-    num_slots: int = 0
-    num_spare_slots: int = 0
-    requests: Holding = Holding()
-    tokens: Holding = Holding()
-
-
-class Ask(msgspec.Struct, frozen=True, array_like=True):
-    """One exchange, as a router begins it.
-
-    Attributes:
-        router_id: of the router, for as long as it lives.
-        number: exchanges that the router has begun; what comes after a later one is dropped.
-        incarnation: of the accountant that the router knows; "" for none yet.
-        claims: of all keys that the router holds or needs something of.
-    """
-
-    router_id: str
-    number: int
-    incarnation: str
-    claims: list[Claim]
-
-
-class Lease(msgspec.Struct, frozen=True, array_like=True):
-    """What comes to what a router holds of a rate.
-
-    Attributes:
-        num_units: to be added to what is in hand.
-        level: what the shared bucket holds after that.
-        remaining: the same with what this router has in hand, and what others have idle.
-    """
-
-    num_units: int = 0
-    level: float = 0.0
-    remaining: float = 0.0
-
-
-class Grant(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to a claim.
-
-    Attributes:
-        key: name of the key.
-        num_slots: to be added to those that the router holds.
-        most_idle_slots: idle ones that the router may hold from now on.
-        requests, tokens: None for a rate that is not limited.
-    """
-
-    key: str
-    num_slots: int = 0
-    most_idle_slots: int = 0
-    requests: Lease | None = None
-    tokens: Lease | None = None
-
-
-class Reply(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to an exchange.
-
-    Attributes:
-        incarnation: of this accountant. If it is new to the router, the router states everything once more.
-        is_recovering: nothing is granted yet; ask again soon.
-        grants: one for each claim, unless the accountant is new to the router or recovers.
-    """
-
-    incarnation: str
-    is_recovering: bool = False
-    grants: list[Grant] = []
-
-
-class Bucket:
-    """A token bucket (Turner 1986): it fills evenly over a minute, and what is taken out is gone until then.
-
-    Args:
-        capacity: most that it holds, which is what a minute allows.
-        now: the time, in seconds.
-    """
-
-    def __init__(self, capacity: float, now: float) -> None:
-        self.capacity = capacity
-        self._level = capacity
-        self._at = now
-
-    def level(self, now: float) -> float:
-        """What is in it; below zero after more was taken than there was."""
-        self._level = min(self.capacity, self._level + (now - self._at) * self.capacity / MINUTE_S)
-        self._at = now
-        return self._level
-
-    def take(self, amount: float, now: float) -> None:
-        """Take out `amount`, into debt if need be; a negative amount is put back."""
-        self._level = min(self.capacity, self.level(now) - amount)
-
-    def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until it holds `amount`."""
-        return max(0.0, amount - self.level(now)) * MINUTE_S / self.capacity
-
-    def lower_to(self, level: float, now: float) -> None:
-        """Hold no more than `level`."""
-        self._level = min(self.level(now), level)
-
-    def resize(self, capacity: float, now: float) -> None:
-        """Allow another number a minute; what was used of the old one stays used."""
-        self._level = capacity - (self.capacity - self.level(now))
-        self.capacity = capacity
 
 
 @dataclass(slots=True)

@@ -11,9 +11,10 @@ from typing import Protocol
 
 from deployments.config import AwayPolicy
 from deployments.errors import AccountantAwayError
-from deployments.router.accountant import Accountant, Ask, Reply
+from deployments.router.accountant import Accountant
 from deployments.router.accounts import Account, Refusal
 from deployments.router.keys import ApiKey
+from deployments.router.leases import Ask, Reply
 
 logger = logging.getLogger("ray.serve")
 

@@ -8,7 +8,8 @@ import msgspec
 
 from deployments.errors import AccountantAwayError
 from deployments.fleet.engine_client import is_being_cancelled
-from deployments.router.accountant import Accountant, Ask, Reply
+from deployments.router.accountant import Accountant
+from deployments.router.leases import Ask, Reply
 
 _encode = msgspec.msgpack.Encoder().encode
 _ask_decoder = msgspec.msgpack.Decoder(Ask)

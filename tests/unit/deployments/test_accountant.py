@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from deployments.config import KeyLimits
-from deployments.router.accountant import LEASE_S, MAX_IDLE_SHARE, RECOVERY_S, Accountant, Ask, Bucket, Reply
+from deployments.router.accountant import LEASE_S, MAX_IDLE_SHARE, RECOVERY_S, Accountant
 from deployments.router.accounts import Account
+from deployments.router.bucket import Bucket
 from deployments.router.keys import ApiKey
+from deployments.router.leases import Ask, Reply
 
 DIGEST = hashlib.sha256(b"sk").digest()
 

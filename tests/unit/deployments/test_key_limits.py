@@ -8,7 +8,7 @@ import pytest
 from in_process import Service, ServiceFactory, emulated_config
 
 from deployments.config import AppConfig, KeyLimits, LimitsConfig
-from deployments.router.accountant import Bucket
+from deployments.router.bucket import Bucket
 from deployments.router.keys import ApiKey, find_keys
 from llm.errors import ConfigError
 

@@ -96,7 +96,7 @@ async def test_not_ready_without_a_replica(make_service: ServiceFactory):
     service.client.drain(1)
     answer = await service.http.get("/ready")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_replica")
-    assert answer.headers["retry-after"] == "5"
+    assert answer.headers["retry-after"] == "10"
     assert (await service.http.get("/health")).status_code == 200, "the router itself is well"
     service.client.start(1)
     async with asyncio.timeout(10):

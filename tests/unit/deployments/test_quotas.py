@@ -9,8 +9,9 @@ from in_process import Service, ServiceFactory, emulated_config
 from deployments.config import AwayPolicy, KeyLimits
 from deployments.errors import AccountantAwayError
 from deployments.router.access import Access
-from deployments.router.accountant import Accountant, Ask, Reply
+from deployments.router.accountant import Accountant
 from deployments.router.keys import ApiKey, KeySource
+from deployments.router.leases import Ask, Reply
 from deployments.router.quotas import OwnAccountant, Quotas
 
 SECRET = "sk-secret"
