@@ -269,10 +269,9 @@ class Endpoints:
 
     async def ready(self, _: Request) -> Response:
         """Answer 200 while requests are answered: a replica serves, or one starts when a request comes. Else 503."""
-        if not self._router.is_ready:
-            raise not_ready()
         if not self._router.can_answer:
-            raise of_engine(NoReplicaError("No engine replica serves at the moment"))
+            missing = of_engine(NoReplicaError("No engine replica serves at the moment"))
+            raise missing if self._router.is_ready else not_ready()
         return json_response({"status": "ready"})
 
     async def version(self, _: Request) -> Response:

@@ -104,7 +104,7 @@ class Router:
         starts one."""
         autoscaling = self.config.replicas.autoscaling
         wakes_up = autoscaling is not None and autoscaling.min_replicas == 0 and not self._watch.has_running
-        return bool(self.fleet.replica_ids) or wakes_up
+        return wakes_up or (self.is_ready and bool(self.fleet.replica_ids))
 
     def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
         """Begin to generate.

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 
 import pytest
-from in_process import ServiceFactory, emulated_config
+from in_process import LocalClient, Service, ServiceFactory, emulated_config, end_service
 
 from deployments.config import AppConfig, KeyLimits
 from deployments.router.keys import ApiKey
@@ -111,6 +111,16 @@ async def test_ready_where_the_last_replica_left_on_purpose(
     service = await make_service(scaling(min_replicas))
     service.client.drain(0)
     assert (await service.http.get("/ready")).status_code == status
+
+
+@pytest.mark.parametrize(("min_replicas", "status"), [(0, 200), (1, 503)])
+async def test_a_new_router_of_a_fleet_at_zero_gets_requests(min_replicas: int, status: int):
+    """Nothing else would start a replica; until one has told what it is, other fleets are loading."""
+    service = Service(scaling(min_replicas), LocalClient([]))
+    answer = await service.http.get("/ready")
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["code"] == "model_loading"
+    await end_service(service)
 
 
 async def test_not_ready_while_the_only_replica_is_silent(make_service: ServiceFactory):
