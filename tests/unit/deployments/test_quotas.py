@@ -218,3 +218,30 @@ async def test_keys_without_limits_ask_nobody():
     account = quotas.account(team())
     assert [await quotas.enter(account) for _ in range(100)] == [None] * 100
     assert shared.num_exchanges == 0
+
+
+async def test_a_slot_whose_release_is_on_its_way_is_found():
+    """A client has an answer from one router and asks another one before the first has told the accountant."""
+    accountant, release_may_go, key = Accountant(2), asyncio.Event(), team(max_concurrent_requests=1)
+
+    class First(SharedAccountant):
+        async def exchange(self, ask: Ask) -> Reply:
+            await release_may_go.wait()
+            return accountant.exchange(ask)
+
+    class Second(SharedAccountant):
+        async def exchange(self, ask: Ask) -> Reply:
+            reply = accountant.exchange(ask)
+            if any(claim.num_waiting for claim in ask.claims) and reply.grants:
+                release_may_go.set()
+            return reply
+
+    first, second = Quotas(First(2)), Quotas(Second(2))
+    release_may_go.set()
+    second.start()
+    assert await first.enter(first.account(key)) is None
+    release_may_go.clear()
+    first.account(key).leave()
+    assert await second.enter(second.account(key)) is None
+    first.close()
+    second.close()
