@@ -245,3 +245,27 @@ async def test_a_slot_whose_release_is_on_its_way_is_found():
     assert await second.enter(second.account(key)) is None
     first.close()
     second.close()
+
+
+async def test_a_release_that_got_lost_is_told_again():
+    accountant, key = Accountant(2), team(max_concurrent_requests=1)
+
+    class Client(SharedAccountant):
+        async def exchange(self, ask: Ask) -> Reply:
+            if self.is_away:
+                raise AccountantAwayError("switched off")
+            return accountant.exchange(ask)
+
+    clients = Client(2), Client(2)
+    first, second = Quotas(clients[0]), Quotas(clients[1])
+    second.start()
+    assert await first.enter(first.account(key)) is None
+    clients[0].is_away = True
+    first.account(key).leave()
+    await until(lambda: first.is_away)
+    clients[0].is_away = False
+    async with asyncio.timeout(5):
+        while await second.enter(second.account(key)) is not None:
+            await asyncio.sleep(0.01)
+    first.close()
+    second.close()
