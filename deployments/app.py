@@ -10,7 +10,8 @@ from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, Autosc
 from deployments.config import AppConfig, AutoscalingConfig, resolve_paths, without_secrets
 from deployments.fleet.autoscaling import EnginePolicy
 from deployments.fleet.engine_use import targets_of
-from deployments.router.keys import load_keys
+from deployments.router.keys import KeySource, find_keys
+from deployments.serve.accountant import AccountantReplica
 from deployments.serve.cluster import gpus_a_replica, gpus_now, may_nodes_join
 from deployments.serve.config_file import check_model
 from deployments.serve.engine_deployment import ServeEngineReplica
@@ -33,9 +34,9 @@ def build_app(args: AppConfig) -> Application:
     Raises:
         CheckpointError, ConfigError: the checkpoint or the configuration cannot be used; one line with the fix.
     """
-    keys = load_keys(args)
+    keys = find_keys(args)
     front_end = find_front_end()
-    check_open(args, bool(keys), front_end)
+    check_open(args, bool(keys.keys), front_end)
     config = without_secrets(resolve_paths(args))
     check_model(config)
     if config.public_url is None and front_end is not None:
@@ -45,7 +46,26 @@ def build_app(args: AppConfig) -> Application:
         # A replica without a GPU of its own still sees those of its node.
         config = config.model_copy(update={"device": "cpu"})
     engines = _engine_deployment(config, num_gpus).bind(config)
-    return _router_deployment(config).bind(config, keys, engines)
+    accountant = _accountant_deployment().bind(config.router.num_replicas) if _needs_accountant(config, keys) else None
+    return _router_deployment(config).bind(config, keys, engines, accountant)
+
+
+def _needs_accountant(config: AppConfig, keys: KeySource) -> bool:
+    """Whether several routers have limits to share, or may get some with a change of the file."""
+    has_limits = any(key.limits.model_dump(exclude={"min_priority"}, exclude_none=True) for key in keys.keys)
+    return config.router.num_replicas > 1 and (has_limits or keys.path is not None)
+
+
+def _accountant_deployment() -> Any:
+    return serve.deployment(AccountantReplica).options(
+        name="Accountant",
+        num_replicas=1,
+        ray_actor_options={"num_gpus": 0, "num_cpus": 0, "runtime_env": _RUNTIME_ENV},
+        max_ongoing_requests=1024,
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=1,
+    )
 
 
 def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:

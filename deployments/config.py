@@ -8,6 +8,9 @@ from pydantic import Field, SecretStr, model_validator
 
 from llm.config import EngineConfig, StrictModel
 
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
+"""Bounds of a request's `priority`."""
+
 
 class EngineKind(StrEnum):
     """What stands behind an `EngineReplica`."""
@@ -214,13 +217,25 @@ class LiveConfig(StrictModel):
     drain_after_s: float | None = Field(default=None, ge=0)
 
 
+class AwayPolicy(StrEnum):
+    """What becomes of requests of keys with limits while several routers cannot reach the accountant they share."""
+
+    OPEN = "open"
+    """Each router counts alone, up to the whole limit."""
+    CLOSED = "closed"
+    """503 with `Retry-After`, beyond what a router has in hand."""
+
+
 class KeyLimits(StrictModel):
-    """How much one API key may ask for; None for as much as it likes. Several routers share it evenly."""
+    """How much one API key may ask for, all routers together; None for as much as it likes."""
 
     requests_per_min: int | None = Field(default=None, ge=1)
     tokens_per_min: int | None = Field(default=None, ge=1)
     """Of prompts and answers."""
     max_concurrent_requests: int | None = Field(default=None, ge=1)
+    min_priority: int = Field(default=0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
+    """The lowest `priority` that requests may ask for, where lower ones go first; and theirs, where it is above 0, if
+    they ask for none."""
 
 
 class LimitsConfig(StrictModel):
@@ -228,6 +243,8 @@ class LimitsConfig(StrictModel):
 
     per_key: KeyLimits = KeyLimits()
     """For each API key; `api_keys_file` can give a key its own."""
+    when_accountant_is_away: AwayPolicy = AwayPolicy.OPEN
+    """The accountant counts what API keys use of their limits for all routers, where there are several."""
     body_timeout_s: float = Field(default=30.0, gt=0)
     """Time to send a body; then 408."""
     send_timeout_s: float = Field(default=25.0, gt=0)
@@ -296,9 +313,9 @@ class AppConfig(StrictModel):
     Ray Serve writes a config file's arguments to its log: in `serve_config.yaml`, use one of the other two."""
     api_keys_file: str | None = None
     """File with one key a line; or, if it ends in `.yaml`, a list of keys with `name`, `key` or `key_sha256`, and
-    limits of their own, as in `limits.per_key`."""
+    limits of their own, as in `limits.per_key`. Every router follows it: changes count within seconds."""
     api_keys_env: str | None = None
-    """Environment variable with keys separated by commas."""
+    """Environment variable with keys separated by commas; read when the application is deployed."""
     allow_open_without_keys: bool = False
     """Start without keys even where Serve's HTTP port is open to other machines."""
     public_url: str | None = None

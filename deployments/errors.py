@@ -28,3 +28,11 @@ class ShuttingDownError(LLMError):
 
 class DeadlineError(LLMError):
     """The time that the client gave is over."""
+
+
+class AccountantAwayError(LLMError):
+    """Nobody can say what an API key may still do."""
+
+
+class KeyRevokedError(LLMError):
+    """The API key of a request was revoked while the request was open."""

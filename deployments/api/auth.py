@@ -9,8 +9,10 @@ from starlette._utils import get_route_path  # the path that Starlette's routes 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.errors import answer_to
-from deployments.chat.errors import APIError
-from deployments.router.accounts import Account, Refusal, open_accounts
+from deployments.chat.errors import APIError, of_engine
+from deployments.errors import AccountantAwayError
+from deployments.router.access import Access
+from deployments.router.accounts import Account, Refusal
 from deployments.router.keys import ApiKey
 
 
@@ -22,29 +24,26 @@ class KeyGuard:
 
     Args:
         app: what is guarded.
-        keys: the keys; none to let everything through.
+        access: the keys, and what each may still do.
         open_paths: paths that need no key.
         metered_paths: paths whose POST requests count on the key's limits.
-        num_routers: routers that share each key's limits.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        keys: Sequence[ApiKey],
+        access: Access,
         open_paths: Collection[str],
         metered_paths: Collection[str] = (),
-        num_routers: int = 1,
     ) -> None:
         self._app = app
-        self._keys = tuple(keys)
+        self._access = access
         self._open_paths = frozenset(open_paths)
         self._metered_paths = frozenset(metered_paths)
-        self._accounts = open_accounts(keys, num_routers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or 429, or pass the request on."""
-        if scope["type"] == "lifespan" or not self._keys or get_route_path(scope) in self._open_paths:
+        if scope["type"] == "lifespan" or not self._access.needs_key or get_route_path(scope) in self._open_paths:
             await self._app(scope, receive, send)
             return
         given = _keys_given(scope)
@@ -54,8 +53,8 @@ class KeyGuard:
         elif key is None:
             await answer_to(scope, _unauthorized(bool(given)))(scope, receive, send)
         else:
-            account = self._accounts[key.name]
-            scope.setdefault("state", {}).update(tenant=key.name, account=account)
+            account = self._access.account(key)
+            scope.setdefault("state", {}).update(tenant=key.name, account=account, key_digest=key.digest)
             if scope.get("method") == "POST" and get_route_path(scope) in self._metered_paths:
                 await self._metered(account, scope, receive, send)
             else:
@@ -70,7 +69,11 @@ class KeyGuard:
                 message = {**message, "headers": headers}
             await send(message)
 
-        refusal = account.enter()
+        try:
+            refusal = await self._access.enter(account)
+        except AccountantAwayError as error:
+            await answer_to(scope, of_engine(error))(scope, receive, send)
+            return
         if refusal is not None:
             await answer_to(scope, _too_many(refusal))(scope, receive, send_with_limits)
             return
@@ -85,7 +88,7 @@ class KeyGuard:
             return None
         digest = hashlib.sha256(given[0]).digest()
         # Every key is compared, so that the time tells nothing about which one came near.
-        matches = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
+        matches = [key for key in self._access.keys if hmac.compare_digest(digest, key.digest)]
         return matches[0] if matches else None
 
 

@@ -5,6 +5,7 @@ import math
 from starlette.requests import Request
 
 from deployments.chat.errors import invalid
+from deployments.router.accounts import Account
 from deployments.router.caller import Caller
 
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -17,18 +18,31 @@ def caller_of(request: Request, priority: int | None = None) -> Caller:
     """What the router needs to know of the client.
 
     Raises:
-        APIError: 400, the timeout is not a positive number.
+        APIError: 400, the timeout is not a positive number, or the priority is not for this API key.
     """
     state = request.scope.get("state", {})
     return Caller(
         tenant=state.get("tenant", ""),
-        priority=priority or 0,
+        priority=_priority(priority, state.get("account")),
         timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER)),
         received_at=state.get("received_at"),
         account=state.get("account"),
+        key_digest=state.get("key_digest", b""),
         span=state.get("span"),
         request_id=request.headers.get(REQUEST_ID_HEADER, "")[:128],
     )
+
+
+def _priority(asked: int | None, account: Account | None) -> int:
+    """The request's priority: what it asks for, as far as its key may."""
+    if account is None:
+        return asked or 0
+    lowest = account.key.limits.min_priority
+    if asked is None:
+        return max(0, lowest)
+    if asked < lowest:
+        raise invalid(f"priority: must be at least {lowest} with this API key", "priority")
+    return asked
 
 
 def timing_header(phases_ms: dict[str, float]) -> dict[str, str]:

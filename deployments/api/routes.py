@@ -1,7 +1,7 @@
 """The HTTP API over a router: which path does what, and how it is described in `/docs`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -47,9 +47,9 @@ from deployments.chat.requests import (
 )
 from deployments.chat.service import ChatService
 from deployments.chat.turn import Turn
+from deployments.errors import NoReplicaError
 from deployments.observe.exposition import CONTENT_TYPE
 from deployments.router.caller import Caller
-from deployments.router.keys import ApiKey
 from deployments.router.router import Router
 from deployments.version import __version__
 from llm.errors import LLMError
@@ -58,12 +58,8 @@ TITLE = "Rayline"
 _EVENT_INTERVAL_S = 0.5
 
 
-def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
-    """The HTTP application.
-
-    Args:
-        router: what generates.
-        keys: those that clients may use; none to ask for none.
+def create_api(router: Router) -> FastAPI:
+    """The HTTP application of a router, whose keys it asks for.
 
     Raises:
         CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
@@ -83,10 +79,9 @@ def create_api(router: Router, keys: Sequence[ApiKey] = ()) -> FastAPI:
     # The last one added is the outermost.
     api.add_middleware(
         KeyGuard,
-        keys=keys,
+        access=router.access,
         open_paths=[route.path for route in table if route.is_open],
         metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
-        num_routers=config.router.num_replicas,
     )
     api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
     if router.tracer is not None:
@@ -273,9 +268,10 @@ class Endpoints:
         return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Answer 200 once an engine is loaded, 503 before."""
-        if not self._router.is_ready:
-            raise not_ready()
+        """Answer 200 while requests are answered: a replica serves, or one starts when a request comes. Else 503."""
+        if not self._router.can_answer:
+            missing = of_engine(NoReplicaError("No engine replica serves at the moment"))
+            raise missing if self._router.is_ready else not_ready()
         return json_response({"status": "ready"})
 
     async def version(self, _: Request) -> Response:

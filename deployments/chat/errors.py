@@ -9,7 +9,14 @@ from difflib import get_close_matches
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from deployments.errors import DeadlineError, NoReplicaError, OverloadedError, ShuttingDownError
+from deployments.errors import (
+    AccountantAwayError,
+    DeadlineError,
+    KeyRevokedError,
+    NoReplicaError,
+    OverloadedError,
+    ShuttingDownError,
+)
 from llm.errors import EngineError, InvalidRequestError, LLMError
 
 INVALID_REQUEST = "invalid_request_error"
@@ -76,6 +83,10 @@ def of_engine(error: LLMError) -> APIError:
         return APIError(503, str(error), type=SERVER_ERROR, code="no_replica", headers={"Retry-After": "10"})
     if isinstance(error, ShuttingDownError):
         return APIError(503, str(error), type=SERVER_ERROR, code="shutting_down", headers={"Retry-After": "10"})
+    if isinstance(error, AccountantAwayError):
+        return APIError(503, str(error), type=SERVER_ERROR, code="limits_unavailable", headers={"Retry-After": "2"})
+    if isinstance(error, KeyRevokedError):
+        return APIError(401, str(error), code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
     if isinstance(error, DeadlineError):
         return APIError(504, str(error), type=SERVER_ERROR, code="deadline_exceeded")
     if isinstance(error, EngineError):

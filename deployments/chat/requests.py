@@ -13,6 +13,7 @@ from deployments.chat.messages import ChatMessage, check_messages
 from deployments.chat.structured import StructuredFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
 from deployments.chat.wire_model import WireModel
+from deployments.config import MAX_PRIORITY, MIN_PRIORITY
 from llm.serving.schemas import INT64_MAX, MAX_TOP_LOGPROBS
 
 MAX_N = 128
@@ -21,6 +22,8 @@ MAX_STOP_STRINGS = 4
 MAX_COMPLETION_LOGPROBS = 5
 MAX_STOP_TOKEN_IDS = 128
 MAX_MESSAGES = 4096
+
+Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 
 
 def _check_stop(value: Any) -> Any:
@@ -91,8 +94,9 @@ class SamplingFields(StructuredFields):
     """Extension. Go on past the end of the answer."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     """Extension."""
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
+    priority: Priority | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
+    says."""
 
     cache_salt: Annotated[str, Field(max_length=128)] | None = None
     """Extension. Share cached prompts with requests of the same salt only."""

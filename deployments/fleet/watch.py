@@ -180,6 +180,11 @@ class FleetWatch:
                 }
         return states
 
+    @property
+    def has_running(self) -> bool:
+        """Whether Serve lists any replica as running."""
+        return bool(self._running)
+
     def running_stats(self) -> list[EngineStats]:
         """What the replicas on Serve's list last reported."""
         known = [self._replicas[replica_id].stats for replica_id in self._running]

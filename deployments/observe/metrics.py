@@ -180,6 +180,9 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
         "Requests that wait in this router for a replica with room.",
     ),
     "num_waiting_tokens": ("rayline:router_waiting_tokens", "Tokens that these have to prefill."),
+    "num_keys": ("rayline:api_keys", "Keys that clients may use."),
+    "is_key_file_wrong": ("rayline:api_keys_file_wrong", "1 while the file with keys cannot be read or used."),
+    "is_accountant_away": ("rayline:accountant_away", "1 while the accountant of the keys' limits is away."),
 }
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "num_requests": ("rayline:requests", "Requests begun."),

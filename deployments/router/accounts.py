@@ -1,14 +1,18 @@
-"""What each API key has used of its limits, as one router counts it."""
+"""What one router holds of each API key's limits, and what its requests use of them."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakSet
 
-from deployments.config import KeyLimits
+from deployments.router.bucket import MINUTE_S
 from deployments.router.keys import ApiKey
+from deployments.router.leases import Claim, Grant, Holding, Quota
+from deployments.router.purse import Pace, Purse, resized
 
-_MINUTE_S = 60.0
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,93 +30,221 @@ class Refusal:
     retry_after_s: float
 
 
-class Bucket:
-    """A token bucket (Turner 1986): it fills evenly over a minute, and what is taken out is gone until then.
+class Revocable(Protocol):
+    """Work that ends when the key behind it is revoked."""
 
-    Args:
-        capacity: most that it holds, which is what a minute allows.
-        now: the time, in seconds.
-    """
-
-    def __init__(self, capacity: float, now: float) -> None:
-        self.capacity = capacity
-        self._level = capacity
-        self._at = now
-
-    def level(self, now: float) -> float:
-        """What is in it; below zero after more was taken than there was."""
-        self._level = min(self.capacity, self._level + (now - self._at) * self.capacity / _MINUTE_S)
-        self._at = now
-        return self._level
-
-    def take(self, amount: float, now: float) -> None:
-        """Take out `amount`, into debt if need be."""
-        self._level = self.level(now) - amount
-
-    def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until it holds `amount`."""
-        return max(0.0, amount - self.level(now)) * _MINUTE_S / self.capacity
+    def revoke(self) -> None:
+        """End with an error. No effect on what is over."""
+        ...
 
 
 class Account:
-    """One key's use of one router.
+    """One key's use of one router. One writer for every field: the methods here, on the router's event loop.
 
     Tokens are counted as they are used: those of the prompt when the request starts, those of the answer when it ends.
     A request may start while there are any left, so one that is larger than a minute's allowance is possible too; it
     leaves a debt that later requests wait for.
 
     Args:
-        limits: this router's share of them.
+        key: whose account it is.
+        clock: seconds; monotonic.
+        on_need: called when the accountant should hear of this account soon.
+
+    Attributes:
+        key: as the configuration has it now.
+        num_open: requests that run.
     """
 
-    def __init__(self, limits: KeyLimits) -> None:
-        now = time.monotonic()
-        self._requests = Bucket(limits.requests_per_min, now) if limits.requests_per_min else None
-        self._tokens = Bucket(limits.tokens_per_min, now) if limits.tokens_per_min else None
-        self._max_concurrent = limits.max_concurrent_requests
-        self._num_open = 0
+    def __init__(
+        self, key: ApiKey, clock: Callable[[], float] = time.monotonic, on_need: Callable[[], None] = lambda: None
+    ) -> None:
+        self.key = key
+        self.num_open = 0
+        self._clock = clock
+        self._on_need = on_need
+        self._requests: Purse | None = None
+        self._tokens: Purse | None = None
+        self._num_slots = 0
+        self._most_idle_slots = 0
+        self._num_entered = 0
+        self._num_entered_claimed = 0
+        self._pace = Pace(clock())
+        self._is_changed = False
+        self._is_revoked = False
+        self._open_work: WeakSet[Revocable] = WeakSet()
+        self.change_key(key)
 
-    def enter(self) -> Refusal | None:
-        """Open a request, which must `leave`; or say why not."""
-        now = time.monotonic()
-        if self._max_concurrent is not None and self._num_open >= self._max_concurrent:
-            return Refusal("concurrency", f"This API key may have {self._max_concurrent} requests open at once", 1.0)
-        if self._requests is not None and (wait_s := self._requests.wait_s(1, now)):
-            return Refusal("requests", f"Rate limit of {self._requests.capacity:.0f} requests a minute reached", wait_s)
-        if self._tokens is not None and (wait_s := self._tokens.wait_s(1, now)):
-            return Refusal("tokens", f"Rate limit of {self._tokens.capacity:.0f} tokens a minute reached", wait_s)
-        self._num_open += 1
-        if self._requests is not None:
-            self._requests.take(1, now)
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is anything to count."""
+        return self._quota() != Quota()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the accountant should hear of this account: it holds something, or has changed."""
+        holds = self._num_slots > 0 or any(purse.in_hand for _, purse in self._purses())
+        return self.is_limited and (self._is_changed or holds)
+
+    def change_key(self, key: ApiKey) -> None:
+        """Take another secret or other limits; what has been used stays counted."""
+        now = self._clock()
+        self.key = key
+        self._is_revoked = False
+        self._requests = resized(self._requests, key.limits.requests_per_min, now)
+        self._tokens = resized(self._tokens, key.limits.tokens_per_min, now)
+        self._is_changed = True
+
+    def watch(self, work: Revocable, digest: bytes) -> None:
+        """Have `work` end when its key is revoked before it is over, or now if that has happened already.
+
+        Args:
+            work: what runs.
+            digest: of the secret that the work's request came with.
+        """
+        if self._is_revoked or digest != self.key.digest:
+            work.revoke()
+        else:
+            self._open_work.add(work)
+
+    def revoke(self, *, is_gone: bool) -> int:
+        """End everything that runs with the present secret; returns how many requests that were.
+
+        Args:
+            is_gone: the key has no other secret for now.
+        """
+        self._is_revoked = is_gone
+        open_work = list(self._open_work)
+        self._open_work.clear()
+        for work in open_work:
+            work.revoke()
+        return len(open_work)
+
+    def try_enter(self) -> bool:
+        """Open a request, which must `leave`, if what is in hand allows it."""
+        if self.key.limits.max_concurrent_requests is not None and self._num_slots <= self.num_open:
+            return False
+        if any(purse.in_hand < 1 for _, purse in self._purses()):
+            return False
+        self._enter()
+        return True
+
+    def try_enter_alone(self) -> Refusal | None:
+        """Open a request, which must `leave`, if the limits would allow it to this router alone; or say why not."""
+        now, limit = self._clock(), self.key.limits.max_concurrent_requests
+        if limit is not None and self.num_open >= limit:
+            return _too_many_open(limit)
+        for name, purse in self._purses():
+            if wait_s := purse.alone.wait_s(1, now):
+                return _too_fast(name, purse, wait_s)
+        self._enter()
         return None
 
     def leave(self) -> None:
         """The request is over."""
-        self._num_open -= 1
+        self.num_open -= 1
+        self._is_changed = True
+        num_idle = self._num_slots - self.num_open
+        if self.key.limits.max_concurrent_requests is not None and num_idle > self._num_spare_slots():
+            self._on_need()  # another router may be waiting for the slot
 
     def charge(self, num_tokens: int) -> None:
         """Count tokens of a prompt or an answer."""
-        if self._tokens is not None:
-            self._tokens.take(num_tokens, time.monotonic())
+        if self._tokens is not None and num_tokens:
+            self._tokens.spend(num_tokens, self._clock())
+            self._note_spending(self._tokens)
+
+    def drop_idle_slots(self) -> None:
+        """Hold no slots but those of open requests: the accountant may come to think that this router is gone."""
+        self._num_slots = self.num_open
+
+    def touch(self) -> None:
+        """Have the accountant hear of this account with the next exchange."""
+        self._is_changed = True
+
+    def claim(self, num_waiting: int, *, with_level: bool) -> Claim:
+        """What to state to the accountant, having let go of what is not worth holding."""
+        now = self._clock()
+        self._pace.note(self._num_entered - self._num_entered_claimed, now)
+        self._num_entered_claimed = self._num_entered
+        num_kept = min(self._num_slots, self.num_open + self._num_spare_slots())
+        self._num_slots = max(self.num_open, num_kept)
+        self._is_changed = False
+        holdings = [
+            purse.holding(now, with_level=with_level) if purse is not None else Holding()
+            for purse in (self._requests, self._tokens)
+        ]
+        num_spare = self._pace.num_ahead()
+        return Claim(self.key.name, self._quota(), num_waiting, self.num_open, self._num_slots, num_spare, *holdings)
+
+    def take(self, grant: Grant) -> None:
+        """Add what the accountant has granted in answer to the last `claim`."""
+        now = self._clock()
+        self._num_slots += grant.num_slots
+        self._most_idle_slots = grant.most_idle_slots
+        for purse, lease in ((self._requests, grant.requests), (self._tokens, grant.tokens)):
+            if purse is not None and lease is not None:
+                purse.take(lease, now)
+
+    def refusal(self) -> Refusal:
+        """Why `try_enter` does not open a request."""
+        now, limit = self._clock(), self.key.limits.max_concurrent_requests
+        if limit is not None and self._num_slots <= self.num_open:
+            return _too_many_open(limit)
+        for name, purse in self._purses():
+            if wait_s := purse.wait_s(now):
+                return _too_fast(name, purse, wait_s)
+        return Refusal("requests", "Other requests of this API key came first; try again", 1.0)
+
+    def fresh_refusal(self) -> Refusal | None:
+        """Why a request cannot be opened, if the accountant has just said so: no need to ask it again."""
+        now = self._clock()
+        for name, purse in self._purses():
+            if purse.is_fresh(now) and (wait_s := purse.wait_s(now)):
+                return _too_fast(name, purse, wait_s)
+        return None
 
     def headers(self) -> dict[str, str]:
         """What is left, in OpenAI's headers (https://platform.openai.com/docs/guides/rate-limits)."""
-        now = time.monotonic()
-        headers = {}
-        for name, bucket in (("requests", self._requests), ("tokens", self._tokens)):
-            if bucket is not None:
-                headers[f"x-ratelimit-limit-{name}"] = f"{bucket.capacity:.0f}"
-                headers[f"x-ratelimit-remaining-{name}"] = f"{max(0, math.floor(bucket.level(now)))}"
-                headers[f"x-ratelimit-reset-{name}"] = f"{bucket.wait_s(bucket.capacity, now):.3f}s"
+        now, headers = self._clock(), {}
+        for name, purse in self._purses():
+            capacity, remaining = purse.alone.capacity, purse.remaining(now)
+            headers[f"x-ratelimit-limit-{name}"] = f"{capacity:.0f}"
+            headers[f"x-ratelimit-remaining-{name}"] = f"{max(0, math.floor(remaining + _ROUNDING))}"
+            headers[f"x-ratelimit-reset-{name}"] = f"{max(0.0, capacity - remaining) * MINUTE_S / capacity:.3f}s"
         return headers
 
+    def _enter(self) -> None:
+        self.num_open += 1
+        self._num_slots = max(self._num_slots, self.num_open)
+        self._num_entered += 1
+        self._is_changed = True
+        if self._requests is not None:
+            self._requests.spend(1, self._clock())
+            self._note_spending(self._requests)
 
-def open_accounts(keys: Sequence[ApiKey], num_routers: int) -> dict[str, Account]:
-    """An account for each key, by its name. Each of several routers has an even share of what the key may do."""
-    return {key.name: Account(share(key.limits, num_routers)) for key in keys}
+    def _num_spare_slots(self) -> int:
+        """Idle slots that are worth holding, and may be held."""
+        return min(self._pace.num_ahead(), self._most_idle_slots)
+
+    def _note_spending(self, purse: Purse) -> None:
+        self._is_changed = True
+        if purse.is_low():
+            self._on_need()
+
+    def _quota(self) -> Quota:
+        limits = self.key.limits
+        return Quota(limits.requests_per_min, limits.tokens_per_min, limits.max_concurrent_requests)
+
+    def _purses(self) -> Iterator[tuple[str, Purse]]:
+        if self._requests is not None:
+            yield "requests", self._requests
+        if self._tokens is not None:
+            yield "tokens", self._tokens
 
 
-def share(limits: KeyLimits, num_routers: int) -> KeyLimits:
-    """One router's part; at least 1 of everything."""
-    parts = {name: value and math.ceil(value / num_routers) for name, value in limits.model_dump().items()}
-    return KeyLimits(**parts)
+def _too_many_open(limit: int) -> Refusal:
+    return Refusal("concurrency", f"This API key may have {limit} requests open at once", 1.0)
+
+
+def _too_fast(name: str, purse: Purse, wait_s: float) -> Refusal:
+    return Refusal(name, f"Rate limit of {purse.alone.capacity:.0f} {name} a minute reached", wait_s)

@@ -19,6 +19,7 @@ class Caller:
         timeout_s: how long the client waits for the whole answer; None for as long as it takes.
         received_at: when the HTTP request came, by the monotonic clock; None for now.
         account: where its tokens are counted; None where there are no keys.
+        key_digest: of the secret that it came with; empty where there are no keys.
         span: the HTTP request's in its trace; None where there are no traces.
         request_id: the HTTP request's `X-Request-ID`, for the log.
     """
@@ -28,5 +29,6 @@ class Caller:
     timeout_s: float | None = None
     received_at: float | None = None
     account: Account | None = None
+    key_digest: bytes = b""
     span: "Span | None" = None
     request_id: str = ""

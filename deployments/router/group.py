@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from deployments.channel.messages import block_hash
-from deployments.errors import DeadlineError
+from deployments.errors import DeadlineError, KeyRevokedError
 from deployments.router.caller import Caller
 from deployments.router.generation import Generation
 from llm.core.prefix_cache import PageHashes
@@ -82,6 +82,11 @@ class GenerationGroup:
             hashes = PageHashes(self._page_size, generation.request.cache_salt.encode())
             self._hashes[leader] = [block_hash(h) for h in hashes.extend(prompt, len(prompt))]
         return self._hashes[leader]
+
+    def revoke(self) -> None:
+        """End what still runs, because its API key has been revoked."""
+        for generation in self.generations:
+            generation.end_with(KeyRevokedError("The API key of this request has been revoked"))
 
     def _expire(self) -> None:
         for generation in self.generations:

@@ -87,6 +87,8 @@ class Journal:
         self.num_requests += len(requests)
         for generation in group.generations:
             generation.start(self)
+        if caller.account is not None:
+            caller.account.watch(group, caller.key_digest)
         return group
 
     def work_of(self, request: GenerationRequest) -> int:

@@ -11,7 +11,6 @@ import yaml
 from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
 
 from deployments.config import AppConfig, KeyLimits
-from llm.config import describe
 from llm.errors import ConfigError
 
 _YAML_SUFFIXES = (".yaml", ".yml", ".json")
@@ -55,53 +54,87 @@ class KeyEntry(KeyLimits):
         return ApiKey(self.name, digest, defaults.model_copy(update=own))
 
 
-def load_keys(config: AppConfig) -> tuple[ApiKey, ...]:
+_ENTRIES = TypeAdapter(list[KeyEntry])
+
+
+@dataclass(frozen=True, slots=True)
+class KeySource:
+    """Where an application's keys come from. It travels to the routers, so it holds digests only.
+
+    Attributes:
+        fixed: keys of the configuration and of its environment variable.
+        from_file: keys that the file held when the application was deployed.
+        path: the file, by its absolute path; None for none.
+        defaults: limits of keys that have none of their own.
+    """
+
+    fixed: tuple[ApiKey, ...] = ()
+    from_file: tuple[ApiKey, ...] = ()
+    path: str | None = None
+    defaults: KeyLimits = field(default_factory=KeyLimits)
+
+    @property
+    def keys(self) -> tuple[ApiKey, ...]:
+        """Every key that clients may use."""
+        return together(self.fixed, self.from_file)
+
+
+def find_keys(config: AppConfig) -> KeySource:
     """Every key that clients may use, from the configuration, its file and its environment variable.
 
     Raises:
         ConfigError: the file or the variable is not there, holds no key, or is wrong; two entries share a key or name.
     """
-    keys: list[SecretStr] = list(config.api_keys)
-    entries: list[KeyEntry] = []
-    if config.api_keys_file is not None:
-        path = Path(config.api_keys_file).expanduser()
-        if path.suffix in _YAML_SUFFIXES:
-            entries = _read_entries(path)
-        else:
-            keys += _nonempty(_read(path).splitlines(), f"api_keys_file {path}")
+    secrets: list[SecretStr] = list(config.api_keys)
     if config.api_keys_env is not None:
         value = os.environ.get(config.api_keys_env, "")
-        keys += _nonempty(value.split(","), f"the environment variable {config.api_keys_env}")
+        secrets += _nonempty(value.split(","), f"the environment variable {config.api_keys_env}")
     defaults = config.limits.per_key
-    # The digest tells them apart without telling the key.
-    loaded = [ApiKey(f"key-{_digest(key).hex()[:8]}", _digest(key), defaults) for key in keys]
-    loaded += [entry.api_key(defaults) for entry in entries]
-    _check_distinct(loaded)
-    return tuple({key.digest: key for key in loaded}.values())
+    from_file: tuple[ApiKey, ...] = ()
+    path = None
+    if config.api_keys_file is not None:
+        # Not resolved: Kubernetes changes a mounted secret by pointing a link in the path to another directory.
+        path = Path(config.api_keys_file).expanduser().absolute()
+        from_file = parse_keys(path, read_file(path), defaults)
+    source = KeySource(_unnamed(secrets, defaults), from_file, str(path) if path is not None else None, defaults)
+    together(source.fixed, source.from_file)
+    return source
 
 
-def _read(path: Path) -> str:
+def read_file(path: Path) -> bytes:
+    """The bytes of a file with keys.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"api_keys_file {path} cannot be read: {error}") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"api_keys_file {path} cannot be read: {error.strerror or type(error).__name__}") from None
 
 
-def _read_entries(path: Path) -> list[KeyEntry]:
+def parse_keys(path: Path, content: bytes, defaults: KeyLimits) -> tuple[ApiKey, ...]:
+    """The keys in a file. No message of an error repeats any of its content.
+
+    Raises:
+        ConfigError: it holds no key, or is wrong.
+    """
     try:
-        entries = TypeAdapter(list[KeyEntry]).validate_python(yaml.safe_load(_read(path)))
-    except yaml.YAMLError as error:  # its message would show lines, so keys
-        mark = getattr(error, "problem_mark", None)
-        place = f" near line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"api_keys_file {path} is not valid YAML{place}") from None
-    except ValidationError as error:
-        raise ConfigError(f"api_keys_file {path}: {describe(error)}") from None
-    if not entries:
-        raise ConfigError(f"api_keys_file {path} holds no key; put one in, or remove the setting to serve without keys")
-    return entries
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"api_keys_file {path} is not UTF-8") from None
+    if path.suffix in _YAML_SUFFIXES:
+        return together((), tuple(entry.api_key(defaults) for entry in _parse_entries(path, text)))
+    return _unnamed(_nonempty(text.splitlines(), f"api_keys_file {path}"), defaults)
 
 
-def _check_distinct(keys: Sequence[ApiKey]) -> None:
+def together(fixed: Sequence[ApiKey], from_file: Sequence[ApiKey]) -> tuple[ApiKey, ...]:
+    """All keys, each once.
+
+    Raises:
+        ConfigError: two share a secret or a name.
+    """
+    keys = (*fixed, *from_file)
     names: dict[str, bytes] = {}
     owners: dict[bytes, str] = {}
     for key in keys:
@@ -109,6 +142,39 @@ def _check_distinct(keys: Sequence[ApiKey]) -> None:
             raise ConfigError(f"two API keys are named {key.name!r}; give each its own name")
         if owners.setdefault(key.digest, key.name) != key.name:
             raise ConfigError(f"{key.name!r} and {owners[key.digest]!r} are the same API key; remove one of them")
+    return tuple({key.digest: key for key in keys}.values())
+
+
+def _parse_entries(path: Path, text: str) -> list[KeyEntry]:
+    try:
+        # The parser in C takes a tenth of the time, while which a router's event loop waits for its thread.
+        entries = _ENTRIES.validate_python(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" near line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"api_keys_file {path} is not valid YAML{place}") from None
+    except ValidationError as error:
+        raise ConfigError(f"api_keys_file {path}: {_describe(error)}") from None
+    if not entries:
+        raise ConfigError(f"api_keys_file {path} holds no key; put one in, or remove the setting to serve without keys")
+    return entries
+
+
+def _describe(error: ValidationError) -> str:
+    """The first thing that is wrong, without what stands in its place: a key may have got anywhere."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = [part for part in first["loc"] if isinstance(part, int) or part in KeyEntry.model_fields]
+    message = first["msg"].removeprefix("Value error, ")
+    if message.startswith("unknown key"):
+        message = f"a setting is unknown; known are {', '.join(KeyEntry.model_fields)}"
+    where = f"entry {place[0] + 1}" if place and isinstance(place[0], int) else "it"
+    return f"{where}: {'.'.join(map(str, place[1:]))}{': ' if place[1:] else ''}{message}"
+
+
+def _unnamed(secrets: Sequence[SecretStr], defaults: KeyLimits) -> tuple[ApiKey, ...]:
+    """Keys that are named by their digest, which tells them apart without telling the key."""
+    keys = (ApiKey(f"key-{_digest(secret).hex()[:8]}", _digest(secret), defaults) for secret in secrets)
+    return together((), tuple(keys))
 
 
 def _nonempty(items: list[str], source: str) -> list[SecretStr]:

@@ -23,6 +23,8 @@ from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.metrics import NoPeers, RouterMetrics, RouterPeers
 from deployments.observe.request_log import log_request
 from deployments.observe.tracing import RequestTracer
+from deployments.router.access import Access
+from deployments.router.cache_salt import salt_of
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.embeddings import embed_all
@@ -48,15 +50,22 @@ class Router:
         client: the engine replicas.
         channel_host: address to listen on for tokens.
         peers: the other routers of the deployment; None where there are none.
+        access: who may ask for how much; None for everybody, as much as they like. Closed with the router.
 
     Raises:
         ConfigError: tracing is wanted and OpenTelemetry is not installed.
     """
 
     def __init__(
-        self, config: AppConfig, client: EngineClient, channel_host: str = "127.0.0.1", peers: RouterPeers | None = None
+        self,
+        config: AppConfig,
+        client: EngineClient,
+        channel_host: str = "127.0.0.1",
+        peers: RouterPeers | None = None,
+        access: Access | None = None,
     ) -> None:
         self.config = config
+        self.access = access or Access()
         self.channel_host = channel_host
         self.started_at = int(time.time())
         self.info: EngineInfo | None = None
@@ -98,6 +107,14 @@ class Router:
         """Whether an engine has told what it is."""
         return self._engine_known.is_set()
 
+    @property
+    def can_answer(self) -> bool:
+        """Whether a request that comes now is answered: a replica serves, or all are gone on purpose, and a request
+        starts one."""
+        autoscaling = self.config.replicas.autoscaling
+        wakes_up = autoscaling is not None and autoscaling.min_replicas == 0 and not self._watch.has_running
+        return wakes_up or (self.is_ready and bool(self.fleet.replica_ids))
+
     def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
         """Begin to generate.
 
@@ -106,11 +123,10 @@ class Router:
             ShuttingDownError: after `shut_down`.
         """
         caller = caller or Caller()
-        if self.config.prefix_cache_per_key and caller.tenant:
-            requests = [
-                request.model_copy(update={"cache_salt": f"{caller.tenant}/{request.cache_salt}"})
-                for request in requests
-            ]
+        tenant = caller.tenant if self.config.prefix_cache_per_key else ""
+        requests = [
+            request.model_copy(update={"cache_salt": salt_of(tenant, request.cache_salt)}) for request in requests
+        ]
         return self.journal.start(requests, caller)
 
     async def embed(self, inputs: Sequence[list[int]], pooling: str, caller: Caller) -> list[list[float]]:
@@ -215,6 +231,7 @@ class Router:
                 "num_resumes": self.journal.num_resumes,
                 "num_moves": self.journal.num_moves,
                 "channel": asdict(self._listener.counters),
+                **self.access.snapshot(),
             },
             "replicas": self._watch.snapshot(),
         }
@@ -242,6 +259,7 @@ class Router:
 
     def close(self) -> None:
         """Stop listening."""
+        self.access.close()
         self._watch.close()
         self._listener.close()
         if self.tracer is not None:

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.config import AppConfig, EngineKind, resolve_paths
-from deployments.router.keys import load_keys
+from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
 from llm.config import describe
 from llm.errors import ConfigError
@@ -46,7 +46,7 @@ def read_config_file(path: Path) -> ServerConfig:
             config = AppConfig.model_validate(application.get("args") or {})
         except ValidationError as error:
             raise ConfigError(f"{path}: args of application {name!r}: {describe(error)}") from error
-        check_open(config, bool(load_keys(config)), front_end)
+        check_open(config, bool(find_keys(config).keys), front_end)
         apps[name] = config
     return ServerConfig(front_end, apps)
 

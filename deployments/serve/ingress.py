@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,8 +14,10 @@ from deployments.api.routes import create_api
 from deployments.config import AppConfig, LiveConfig
 from deployments.observe.exposition import RouterFigures
 from deployments.observe.terminal import show_warnings
-from deployments.router.keys import ApiKey
+from deployments.router.access import Access
+from deployments.router.keys import KeySource
 from deployments.router.router import Router
+from deployments.serve.accountant import ServeAccountantClient
 from deployments.serve.banner import Announcement, ready_banner
 from deployments.serve.engine_client import ServeEngineClient
 from deployments.serve.router_peers import ServePeers
@@ -35,17 +36,26 @@ class RouterIngress:
 
     Args:
         config: the application's configuration, without keys.
-        keys: those that clients may use.
+        keys: where those come from that clients may use.
         engines: handle of the `EngineReplica` deployment.
+        accountant: handle of the `Accountant` deployment; None where there is none.
     """
 
-    async def __init__(self, config: AppConfig, keys: Sequence[ApiKey], engines: Any) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: AppConfig, keys: KeySource, engines: Any, accountant: Any = None
+    ) -> None:
         # Asynchronous, so that it runs on the event loop of the requests: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self._keys = tuple(keys)
         show_warnings()
-        self._router = Router(config, ServeEngineClient(engines), channel_host(config.token_channel.host), ServePeers())
+        shared = ServeAccountantClient(accountant) if accountant is not None else None
+        self._router = Router(
+            config,
+            ServeEngineClient(engines),
+            channel_host(config.token_channel.host),
+            ServePeers(),
+            Access(keys, shared, config.limits.when_accountant_is_away),
+        )
         await self._router.wait_for_own_version()
         loop = asyncio.get_running_loop()
         self._banner = loop.create_task(self._print_banner())
@@ -71,7 +81,7 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""
-        return create_api(self._router, self._keys)
+        return create_api(self._router)
 
     async def announcement(self) -> bytes:
         """An encoded `Announcement`; waits for an engine, unless the fleet may be scaled to zero."""
@@ -101,7 +111,7 @@ class RouterIngress:
         config = self._router.config
         replicas = config.replicas
         num_replicas = replicas.autoscaling.min_replicas if replicas.autoscaling is not None else replicas.num_replicas
-        return Announcement(config.model_name, bool(self._keys), num_replicas, self._router.info)
+        return Announcement(config.model_name, self._router.access.needs_key, num_replicas, self._router.info)
 
     async def _print_banner(self) -> None:
         await self._router.wait_until_ready()

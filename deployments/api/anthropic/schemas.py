@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from deployments.chat.errors import invalid, of_validation, unsupported
-from deployments.chat.requests import MAX_MESSAGES, ChatRequest
+from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName
 from deployments.chat.wire_model import WireModel, type_tag
@@ -218,8 +218,9 @@ class MessagesRequest(CountTokensRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
+    priority: Priority | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
+    says."""
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     inference_geo: str | None = None

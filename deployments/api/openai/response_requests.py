@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from deployments.chat.errors import invalid, of_validation, unsupported
 from deployments.chat.messages import ChatMessage
-from deployments.chat.requests import MAX_MESSAGES, ChatRequest
+from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName
 from deployments.chat.wire_model import WireModel, type_tag
@@ -162,8 +162,9 @@ class ResponsesRequest(WireModel):
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
     reasoning: ResponseReasoning | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
+    priority: Priority | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
+    says."""
 
     store: bool | None = None
     """Accepted: nothing is stored."""

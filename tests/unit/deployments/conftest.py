@@ -9,6 +9,7 @@ from in_process import LocalClient, Service, ServiceFactory, emulated_config, en
 from deployments.config import AppConfig
 from deployments.observe.metrics import RouterPeers
 from deployments.replica.engine_replica import EngineReplica
+from deployments.router.access import Access
 from deployments.router.keys import ApiKey
 
 
@@ -22,10 +23,11 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
             num_replicas: int = 1,
             keys: tuple[ApiKey, ...] = (),
             peers: RouterPeers | None = None,
+            access: Access | None = None,
         ) -> Service:
             config = config or emulated_config()
             replicas = [EngineReplica(config, f"replica-{i}") for i in range(num_replicas)]
-            service = Service(config, LocalClient(replicas), keys, peers)
+            service = Service(config, LocalClient(replicas), keys, peers, access)
             stack.push_async_callback(end_service, service)
             await service.router.wait_until_ready()
             async with asyncio.timeout(60):

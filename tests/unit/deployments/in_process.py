@@ -13,7 +13,8 @@ from deployments.config import AppConfig
 from deployments.errors import ReplicaLostError
 from deployments.observe.metrics import RouterPeers
 from deployments.replica.engine_replica import EngineReplica
-from deployments.router.keys import ApiKey
+from deployments.router.access import Access
+from deployments.router.keys import ApiKey, KeySource
 from deployments.router.router import Router
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo"
@@ -106,10 +107,11 @@ class Service:
         client: LocalClient,
         keys: tuple[ApiKey, ...] = (),
         peers: RouterPeers | None = None,
+        access: Access | None = None,
     ) -> None:
         self.client = client
-        self.router = Router(config, client, peers=peers)
-        self.api = create_api(self.router, keys)
+        self.router = Router(config, client, peers=peers, access=access or Access(KeySource(keys)))
+        self.api = create_api(self.router)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.api, raise_app_exceptions=False), base_url="http://test", timeout=30
         )

@@ -1,15 +1,17 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray import cloudpickle
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build_app
 from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, resolve_paths, without_secrets
-from deployments.router.keys import load_keys
+from deployments.router.keys import find_keys
 from deployments.serve.banner import Announcement, ready_banner
 from deployments.serve.front_end import FrontEnd, check_open
 from llm.errors import CheckpointError, ConfigError
@@ -49,17 +51,17 @@ def test_keys_come_from_all_three_places_and_are_never_shown(tmp_path, monkeypat
     config = AppConfig.model_validate(
         {"api_keys": ["sk-zero"], "api_keys_file": str(tmp_path / "keys"), "api_keys_env": "RAYLINE_TEST_KEYS"}
     )
-    assert len(set(load_keys(config))) == 5
+    assert len(set(find_keys(config).keys)) == 5
     assert "sk-zero" not in repr(config) + str(config.model_dump())
     assert without_secrets(config).api_keys == ()
-    assert load_keys(AppConfig()) == ()
+    assert find_keys(AppConfig()).keys == ()
 
 
 @pytest.mark.parametrize("args", [{"api_keys_file": "/nowhere/keys"}, {"api_keys_env": "RAYLINE_NOT_SET"}])
 def test_keys_that_cannot_be_found_stop_the_start(args: dict):
     """Else the server would be open to everyone by mistake."""
     with pytest.raises(ConfigError):
-        load_keys(AppConfig(**args))
+        find_keys(AppConfig(**args))
 
 
 def test_an_open_port_needs_keys_or_a_word():
@@ -129,3 +131,52 @@ def test_every_deployment_starts_with_few_malloc_arenas():
     for deployment in (router, engines):
         environment = deployment.ray_actor_options["runtime_env"]["env_vars"]
         assert environment["MALLOC_ARENA_MAX"] == "2", deployment.name
+
+
+def deployments_of(args: dict) -> dict[str, Any]:
+    """What `build_app` binds, by name."""
+    found: dict[str, Any] = {}
+    waiting = [build_app(AppConfig.model_validate(args))]
+    while waiting:
+        deployment = waiting.pop()._bound_deployment
+        found[deployment.name] = deployment
+        waiting += [arg for arg in deployment.init_args if isinstance(arg, Application)]
+    return found
+
+
+LIMITED = {"limits": {"per_key": {"requests_per_min": 5}}}
+
+
+@pytest.mark.parametrize(
+    ("args", "has_accountant"),
+    [
+        ({"router": {"num_replicas": 2}}, False),
+        ({"router": {"num_replicas": 2}, "api_keys": ["sk-one"]}, False),
+        ({"router": {"num_replicas": 2}, **LIMITED}, False),
+        ({"router": {"num_replicas": 1}, "api_keys": ["sk-one"], **LIMITED}, False),
+        ({"router": {"num_replicas": 2}, "api_keys": ["sk-one"], **LIMITED}, True),
+        ({"router": {"num_replicas": 2}, "api_keys_file": "keys"}, True),
+    ],
+)
+def test_an_accountant_is_bound_where_several_routers_may_share_limits(args, has_accountant, tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("sk-one\n")
+    if "api_keys_file" in args:  # which may get limits later
+        args = {**args, "api_keys_file": str(tmp_path / "keys")}
+    assert ("Accountant" in deployments_of(args)) == has_accountant
+
+
+def test_nothing_that_is_bound_holds_a_key(tmp_path, monkeypatch):
+    (tmp_path / "keys.yaml").write_text("- {name: team, key: sk-in-file, requests_per_min: 5}\n")
+    monkeypatch.setenv("RAYLINE_TEST_KEYS", "sk-in-variable")
+    args = {
+        "api_keys": ["sk-in-config"], "api_keys_file": str(tmp_path / "keys.yaml"),
+        "api_keys_env": "RAYLINE_TEST_KEYS", "router": {"num_replicas": 2},
+    }  # fmt: skip
+    bound = deployments_of(args)
+    for deployment in bound.values():
+        arguments = [arg for arg in deployment.init_args if not isinstance(arg, Application)]
+        for text in (cloudpickle.dumps(arguments), repr(arguments).encode()):
+            assert b"sk-in" not in text, deployment.name
+    keys = bound["Router"].init_args[1]
+    assert len(keys.keys) == 3
+    assert keys.path == str(tmp_path / "keys.yaml")

@@ -8,8 +8,8 @@ import pytest
 from in_process import Service, ServiceFactory, emulated_config
 
 from deployments.config import AppConfig, KeyLimits, LimitsConfig
-from deployments.router.accounts import Account, Bucket, share
-from deployments.router.keys import ApiKey, load_keys
+from deployments.router.bucket import Bucket
+from deployments.router.keys import ApiKey, find_keys
 from llm.errors import ConfigError
 
 KEY, OTHER = "sk-first-secret", "sk-second-secret"
@@ -36,13 +36,6 @@ def test_a_bucket_fills_evenly_over_a_minute():
     assert bucket.level(1000.0) == 60.0, "it holds no more than a minute allows"
     bucket.take(90, now=1000.0)
     assert bucket.wait_s(1, now=1000.0) == 31.0, "a debt is paid off first"
-
-
-def test_routers_share_what_a_key_may_do():
-    assert share(KeyLimits(requests_per_min=10, max_concurrent_requests=1), 4) == KeyLimits(
-        requests_per_min=3, max_concurrent_requests=1
-    )
-    assert Account(KeyLimits()).headers() == {}
 
 
 async def test_requests_a_minute(make_service: ServiceFactory):
@@ -128,7 +121,7 @@ def test_keys_with_names_and_limits_from_a_file(tmp_path: Path):
             "limits": {"per_key": {"requests_per_min": 60, "tokens_per_min": 1000}},
         }
     )
-    plain, first, second = load_keys(config)
+    plain, first, second = find_keys(config).keys
     assert plain.name.startswith("key-")
     assert plain.limits == second.limits == KeyLimits(requests_per_min=60, tokens_per_min=1000)
     assert first.limits == KeyLimits(requests_per_min=5, tokens_per_min=1000)
@@ -153,7 +146,7 @@ def test_keys_with_names_and_limits_from_a_file(tmp_path: Path):
 def test_a_wrong_key_file_stops_the_start_in_one_line_without_a_key(tmp_path: Path, text: str, says: str):
     (tmp_path / "keys.yaml").write_text(text)
     with pytest.raises(ConfigError, match=says) as caught:
-        load_keys(AppConfig(api_keys_file=str(tmp_path / "keys.yaml")))
+        find_keys(AppConfig(api_keys_file=str(tmp_path / "keys.yaml")))
     assert KEY not in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -1,0 +1,102 @@
+"""`Access`: which keys count now, and what each may still do."""
+
+import asyncio
+import logging
+from typing import Any
+
+from deployments.config import AwayPolicy
+from deployments.router.accounts import Account, Refusal
+from deployments.router.key_file import KeyFile
+from deployments.router.keys import ApiKey, KeySource
+from deployments.router.quotas import AccountantClient, OwnAccountant, Quotas
+
+logger = logging.getLogger("ray.serve")
+
+_LOOK_INTERVAL_S = 0.5
+
+
+class Access:
+    """Who may use a router, and how much. Make it on the event loop that it is to live on.
+
+    A key that is taken out of its file, or gets another secret there, is refused at once, and what runs with it ends
+    with an error. Limits that change keep what has been used of the old ones.
+
+    Args:
+        source: the keys; without any, everybody may do everything.
+        accountant: who leases the keys' limits to all routers; None where this router is the only one.
+        when_away: what becomes of requests of keys with limits while the accountant cannot be reached.
+    """
+
+    def __init__(
+        self,
+        source: KeySource | None = None,
+        accountant: AccountantClient | None = None,
+        when_away: AwayPolicy = AwayPolicy.OPEN,
+    ) -> None:
+        source = source or KeySource()
+        self.keys = source.keys
+        self._num_changes = 0
+        self._quotas = Quotas(accountant or OwnAccountant(), when_away)
+        self._file = KeyFile(source) if source.path is not None else None
+        self._following: asyncio.Task[None] | None = None
+        if self._file is not None:
+            self.keys = self._file.look(is_first=True) or self.keys
+            self._following = asyncio.get_running_loop().create_task(self._follow(self._file))
+        if accountant is not None:
+            self._quotas.start()
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests must bring a key."""
+        return bool(self.keys)
+
+    def account(self, key: ApiKey) -> Account:
+        """What a key has used."""
+        return self._quotas.account(key)
+
+    async def enter(self, account: Account) -> Refusal | None:
+        """Open a request, which must `leave`; or say why not.
+
+        Raises:
+            AccountantAwayError: it cannot be known, and such requests are to be refused.
+        """
+        return await self._quotas.enter(account)
+
+    def change_keys(self, keys: tuple[ApiKey, ...]) -> None:
+        """Let other keys count from now on."""
+        old, new = {key.name: key for key in self.keys}, {key.name: key for key in keys}
+        self.keys = keys
+        self._num_changes += 1
+        revoked = [key for key in old.values() if key.name not in new or new[key.name].digest != key.digest]
+        num_ended = sum(self._quotas.account(key).revoke(is_gone=key.name not in new) for key in revoked)
+        for key in keys:
+            self._quotas.account(key).change_key(key)
+        logger.info("API keys have changed: %d now, revoked: %s; %d open requests end",
+                    len(keys), ", ".join(key.name for key in revoked) or "none", num_ended)  # fmt: skip
+
+    def snapshot(self) -> dict[str, Any]:
+        """State, for `Router.snapshot`."""
+        error = self._file.error if self._file is not None else None
+        return {
+            "num_keys": len(self.keys),
+            "num_key_changes": self._num_changes,
+            "is_key_file_wrong": error is not None,
+            "key_file_error": error,
+            "is_accountant_away": self._quotas.is_away,
+        }
+
+    def close(self) -> None:
+        """Stop following the file and talking to the accountant."""
+        self._quotas.close()
+        if self._following is not None:
+            self._following.cancel()
+
+    async def _follow(self, file: KeyFile) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_INTERVAL_S)
+            try:
+                keys = await asyncio.to_thread(file.look)
+                if keys is not None:
+                    self.change_keys(keys)
+            except Exception:
+                logger.exception("the API keys cannot be followed; they stay as they are")

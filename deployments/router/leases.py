@@ -1,0 +1,112 @@
+"""What routers and the accountant of API keys' limits tell each other."""
+
+import msgspec
+
+
+class Quota(msgspec.Struct, frozen=True, array_like=True):
+    """A key's limits; None for no limit."""
+
+    requests_per_min: int | None = None
+    tokens_per_min: int | None = None
+    max_concurrent_requests: int | None = None
+
+
+class Holding(msgspec.Struct, frozen=True, array_like=True):
+    """What a router holds of one of a key's rates, in requests or tokens.
+
+    Attributes:
+        in_hand: leased and not spent; below zero for what was spent without a lease.
+        num_spent: spent since the router started.
+        num_spare: what the router would like to have in hand for requests to come.
+        level: what the shared bucket holds as far as the router knows; for an accountant that has just started.
+    """
+
+    in_hand: int = 0
+    num_spent: int = 0
+    num_spare: int = 0
+    level: float | None = None
+
+
+class Claim(msgspec.Struct, frozen=True, array_like=True):
+    """What a router holds and needs for one key.
+
+    Attributes:
+        key: name of the key.
+        quota: the key's limits.
+        num_waiting: requests that wait for this exchange.
+        num_open: requests that run.
+        num_slots: slots that the router holds, at least `num_open`.
+        num_spare_slots: slots that it would like to hold for requests to come.
+        requests: of `quota.requests_per_min`.
+        tokens: of `quota.tokens_per_min`.
+    """
+
+    key: str
+    quota: Quota
+    num_waiting: int = 0
+    num_open: int = 0
+    num_slots: int = 0
+    num_spare_slots: int = 0
+    requests: Holding = Holding()
+    tokens: Holding = Holding()
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True):
+    """One exchange, as a router begins it.
+
+    Attributes:
+        router_id: of the router, for as long as it lives.
+        number: exchanges that the router has begun; what comes after a later one is dropped.
+        incarnation: of the accountant that the router knows; "" for none yet.
+        claims: of all keys that the router holds or needs something of.
+    """
+
+    router_id: str
+    number: int
+    incarnation: str
+    claims: list[Claim]
+
+
+class Lease(msgspec.Struct, frozen=True, array_like=True):
+    """What comes to what a router holds of a rate.
+
+    Attributes:
+        num_units: to be added to what is in hand.
+        level: what the shared bucket holds after that.
+        remaining: the same with what this router has in hand, and what others have idle.
+    """
+
+    num_units: int = 0
+    level: float = 0.0
+    remaining: float = 0.0
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to a claim.
+
+    Attributes:
+        key: name of the key.
+        num_slots: to be added to those that the router holds.
+        most_idle_slots: idle ones that the router may hold from now on.
+        requests, tokens: None for a rate that is not limited.
+    """
+
+    key: str
+    num_slots: int = 0
+    most_idle_slots: int = 0
+    requests: Lease | None = None
+    tokens: Lease | None = None
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to an exchange.
+
+    Attributes:
+        incarnation: of this accountant. If it is new to the router, the router states everything once more.
+        is_recovering: nothing is granted yet; ask again soon.
+        grants: one for each claim, unless the accountant is new to the router or recovers.
+    """
+
+    incarnation: str
+    is_recovering: bool = False
+    grants: list[Grant] = []

@@ -1,0 +1,117 @@
+"""Two routers and one accountant on Ray: limits are counted once, survive the accountant, and keys can be revoked."""
+
+import hashlib
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from live_server import APP_NAME, ROOT, Server
+
+pytestmark = pytest.mark.timeout(240)
+
+NAME = f"{APP_NAME}-limits"
+MINUTE, SINGLE, NEXT = "sk-minute", "sk-single", "sk-next"
+PER_MIN = 20
+
+
+def write_keys(path: Path, **secrets: str) -> None:
+    limits = {"minute": {"requests_per_min": PER_MIN}, "single": {"max_concurrent_requests": 1}}
+    entries = [
+        {"name": name, "key_sha256": hashlib.sha256(secret.encode()).hexdigest(), **limits.get(name, {})}
+        for name, secret in secrets.items()
+    ]
+    path.write_text(yaml.safe_dump(entries))
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.yaml"
+    write_keys(path, minute=MINUTE, single=SINGLE)
+    return path
+
+
+@pytest.fixture
+def limited(server: Server, keys_file: Path) -> Iterator[Server]:
+    """Another application beside the session's: two routers with keys, in front of one emulated engine."""
+    from ray import serve
+
+    from deployments.app import build_app
+    from deployments.config import AppConfig
+
+    config = AppConfig.model_validate(
+        {
+            "model": str(ROOT / "configs" / "demo"),
+            "engine_kind": "emulated",
+            "emulation": {"tokens_per_s": 20.0},
+            "replicas": {"num_cpus": 0.1},
+            "router": {"num_cpus": 0.1, "num_replicas": 2},
+            "api_keys_file": str(keys_file),
+        }
+    )
+    serve.run(build_app(config), name=NAME, route_prefix="/limits")
+    limited = Server(f"{server.url}/limits", num_replicas=1)
+    limited.wait_for(lambda: limited.http.get("/ready").status_code == 200, 60, "not ready")
+    yield limited
+    serve.delete(NAME)
+
+
+def ask(server: Server, secret: str, num_tokens: int = 1) -> int:
+    body = {"model": "demo", "prompt": "a", "max_tokens": num_tokens, "ignore_eos": True}
+    return server.http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {secret}"}).status_code
+
+
+def at_once(num: int, call: Callable[[], Any]) -> list[Any]:
+    """What calls at the same time give, which go to both routers."""
+    with ThreadPoolExecutor(num) as pool:
+        return [future.result() for future in [pool.submit(call) for _ in range(num)]]
+
+
+def ask_at_once(server: Server, secret: str, num: int, num_tokens: int = 1) -> Counter[int]:
+    return Counter(at_once(num, lambda: ask(server, secret, num_tokens)))
+
+
+def accountant_pids() -> set[int]:
+    pids = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if command.startswith(f"ray::ServeReplica:{NAME}:Accountant"):
+            pids.add(int(path.parent.name))
+    return pids
+
+
+def router_states(server: Server, secret: str) -> list[dict]:
+    headers = {"authorization": f"Bearer {secret}"}
+    return at_once(12, lambda: server.http.get("/rayline/stats", headers=headers).json()["router"])
+
+
+def test_two_routers_share_limits_and_follow_the_keys(limited: Server, keys_file: Path):
+    got = ask_at_once(limited, MINUTE, 2 * PER_MIN)
+    assert got[200] + got[429] == 2 * PER_MIN
+    assert PER_MIN <= got[200] <= PER_MIN + 3, f"more than the limit, and what a busy machine lets fill up: {got}"
+    assert router_states(limited, MINUTE)[0]["num_requests"] < got[200], "one router had them all"
+
+    assert ask_at_once(limited, SINGLE, 6, num_tokens=40) == {200: 1, 429: 5}
+    assert [ask(limited, SINGLE) for _ in range(10)] == [200] * 10, "one after the other, at whichever router"
+
+    [pid] = accountant_pids()
+    os.kill(pid, signal.SIGKILL)
+    limited.wait_for(lambda: accountant_pids() - {pid}, 60, "no new accountant")
+    limited.wait_for(
+        lambda: not any(state["is_accountant_away"] for state in router_states(limited, MINUTE)), 60, "still away"
+    )
+    ask_at_once(limited, MINUTE, PER_MIN)
+    got = ask_at_once(limited, MINUTE, PER_MIN)
+    assert got[200] <= 3, "a new accountant gives no second allowance"
+
+    write_keys(keys_file, minute=MINUTE, next=NEXT)
+    limited.wait_for(lambda: set(ask_at_once(limited, SINGLE, 10)) == {401}, 5, "the key still works")
+    limited.wait_for(lambda: set(ask_at_once(limited, NEXT, 10)) == {200}, 5, "the new key does not work")
