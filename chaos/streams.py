@@ -65,6 +65,14 @@ class Clients:
         async with self._session.get(self._url + path) as response:
             return await response.json()
 
+    async def embed(self, inputs: list[list[int]]) -> tuple[int, list[list[float]]]:
+        """HTTP status and vectors of some inputs; no vectors where the status is not 200."""
+        assert self._session is not None, "entered"
+        body = {"model": "demo", "input": inputs}
+        async with self._session.post(self._url + "/v1/embeddings", json=body) as response:
+            answer = await response.json()
+            return response.status, [entry["embedding"] for entry in answer.get("data", [])]
+
     async def ask(self, prompt: str, max_tokens: int, *, chat: bool = False, most_pieces: int | None = None) -> Story:
         """Read one stream to its end, or leave after `most_pieces` pieces of text."""
         assert self._session is not None, "entered"

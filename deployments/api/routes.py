@@ -220,7 +220,7 @@ class Endpoints:
         """Give the vector of each input: hidden states of the model, pooled, of length 1."""
         body = await parse_body(request, EmbeddingsRequest, self._limits)
         self._check_model(body.model)
-        caller = caller_of(request)
+        caller = caller_of(request, body.priority)
         await self._engine_known(request, caller)
         encoder = self._chats.encoder
         inputs = [await encoder.input_ids(given) for given in body.inputs()]

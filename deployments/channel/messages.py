@@ -151,13 +151,6 @@ class GenerateCall(msgspec.Struct):
         return GenerationRequest.model_validate(self.request)
 
 
-class EmbedCall(msgspec.Struct):
-    """Argument of `EngineReplica.embed`."""
-
-    token_ids: list[int]
-    pooling: str
-
-
 class Refusal(msgspec.Struct, frozen=True):
     """Why a request can never be served, as `InvalidRequestError` has it."""
 
@@ -198,14 +191,8 @@ class GenerateReply(msgspec.Struct):
     failure: Failure | None = None
     """Set where another replica may go on."""
     timing: EngineTiming | None = None
-
-
-class EmbedReply(msgspec.Struct):
-    """Result of `EngineReplica.embed`: one of the three."""
-
-    vector: list[float] | None = None
-    refusal: Refusal | None = None
-    failure: str | None = None
+    vector: bytes | None = None
+    """Of a request that is pooled, as in `StepOutput`. It comes with the reply alone; the channel tells of the end."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -213,8 +200,8 @@ _info_decoder = msgspec.msgpack.Decoder(EngineInfo)
 _address_decoder = msgspec.msgpack.Decoder(ChannelAddress)
 _call_decoder = msgspec.msgpack.Decoder(GenerateCall)
 _reply_decoder = msgspec.msgpack.Decoder(GenerateReply)
-_embed_call_decoder = msgspec.msgpack.Decoder(EmbedCall)
-_embed_reply_decoder = msgspec.msgpack.Decoder(EmbedReply)
+_calls_decoder = msgspec.msgpack.Decoder(list[GenerateCall])
+_replies_decoder = msgspec.msgpack.Decoder(list[GenerateReply])
 
 
 def encode(message: Any) -> bytes:
@@ -242,14 +229,14 @@ def decode_reply(data: bytes) -> GenerateReply:
     return _reply_decoder.decode(data)
 
 
-def decode_embed_call(data: bytes) -> EmbedCall:
-    """Read a call for an embedding."""
-    return _embed_call_decoder.decode(data)
+def decode_calls(data: bytes) -> list[GenerateCall]:
+    """Read a batch of calls."""
+    return _calls_decoder.decode(data)
 
 
-def decode_embed_reply(data: bytes) -> EmbedReply:
-    """Read the reply to it."""
-    return _embed_reply_decoder.decode(data)
+def decode_replies(data: bytes) -> list[GenerateReply]:
+    """Read the replies to a batch, in order."""
+    return _replies_decoder.decode(data)
 
 
 def end_of(output: StepOutput) -> End | None:

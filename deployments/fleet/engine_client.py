@@ -50,8 +50,9 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def embed(self, call: bytes, ranking: Sequence[str]) -> bytes:
-        """Run an encoded `EmbedCall` on a replica and return the encoded reply.
+    async def generate_batch(self, calls: bytes, ranking: Sequence[str]) -> bytes:
+        """Run an encoded list of `GenerateCall`s on one replica and return the encoded list of replies once all are
+        over. Cancelling aborts them there.
 
         Raises:
             ReplicaLostError: the replica is gone.

@@ -4,10 +4,10 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+
+import numpy as np
 
 from deployments.config import EmulatedFault, EmulationConfig
 from llm.config import EngineConfig
@@ -18,6 +18,7 @@ from llm.serving.schemas import (
     EngineStats,
     FinishReason,
     GenerationRequest,
+    Pooling,
     StepFailure,
     StepOutput,
     TokenLogprobs,
@@ -25,6 +26,7 @@ from llm.serving.schemas import (
 
 _FIRST_TOKEN = 97
 _NUM_TOKENS = 26
+_VECTOR_SIZE = 16
 _HANG_S = 3600.0
 
 
@@ -51,7 +53,8 @@ class EmulatedEngine:
     A step lasts `1 / tokens_per_s` plus the time that its prompts take at `prefill_tokens_per_s`, and gives one token
     to each running request. Token ids are lower-case ASCII letters that depend on model version, prompt and position
     alone, so a request that goes on in another engine goes on with the same tokens. Prompts that begin alike share
-    pages as in a real engine, and what is shared takes no time.
+    pages as in a real engine, and what is shared takes no time. A vector depends on version and prompt alone, and is
+    there after one step.
 
     Args:
         config: rows, page size and number of pages; pages default to what all rows need at once.
@@ -115,14 +118,6 @@ class EmulatedEngine:
         self._waiting.append(_Row(request, prompt, len(request.output_token_ids)))
         return request.request_id
 
-    def embed(self, token_ids: Sequence[int], pooling: str) -> NoReturn:  # noqa: ARG002 - the protocol's
-        """Refuse.
-
-        Raises:
-            InvalidRequestError: there is no model to ask.
-        """
-        raise InvalidRequestError("the emulated engine makes no embeddings", param="model")
-
     def abort(self, request_id: str) -> bool:
         """Give a request up; False if it has ended or was never there."""
         row = self._running.pop(request_id, None)
@@ -145,10 +140,11 @@ class EmulatedEngine:
         # Paced by the clock, not by sleeping a fixed time, so that work between two steps does not slow the stream.
         self._next_step_at = max(self._next_step_at, now - duration) + duration
         time.sleep(max(0.0, self._next_step_at - now))
+        rows = list(self._running.values())
         if self._suffer(self._find_fault()):
-            return [self._fail(row) for row in list(self._running.values())]
-        outputs = [self._advance(row) for row in list(self._running.values())]
-        self._num_generated += len(outputs)
+            return [self._fail(row) for row in rows]
+        outputs = [self._advance(row) if row.request.pooling is None else self._pool(row) for row in rows]
+        self._num_generated += sum(len(output.token_ids) for output in outputs)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -227,12 +223,14 @@ class EmulatedEngine:
     def _take_pages(self, row: _Row) -> bool:
         """Pages for all that the row may come to, the prompt's cached ones shared; False where there are too few."""
         pool, page_size = self.pool, self.config.page_size
-        longest = min(len(row.prompt) + row.request.max_new_tokens, self.max_seq_len)
+        num_new_tokens = row.request.max_new_tokens if row.request.pooling is None else 0
+        longest = min(len(row.prompt) + num_new_tokens, self.max_seq_len)
         num_pages = min(pool.pages_for(longest), pool.num_pages)
         # At least one token is left to compute, as in a real engine.
         hashes = PageHashes(page_size, row.request.cache_salt.encode()).extend(row.prompt, len(row.prompt) - 1)
         shared = []
-        for content in hashes if self.config.enable_prefix_caching else ():
+        may_share = self.config.enable_prefix_caching and row.request.pooling is not Pooling.MEAN
+        for content in hashes if may_share else ():
             page = pool.find(content)
             if page is None:
                 break
@@ -248,6 +246,21 @@ class EmulatedEngine:
             for page, content in list(zip(row.pages, hashes, strict=False))[len(shared) :]:
                 pool.register(page, content)
         return True
+
+    def _pool(self, row: _Row) -> StepOutput:
+        """The vector of a row's prompt, its last output."""
+        del self._running[row.request.request_id]
+        self.pool.release(row.pages)
+        vector = np.cos(np.arange(1, _VECTOR_SIZE + 1) * (1 + (self._version + row.fingerprint) % 1009))
+        return StepOutput(
+            row.request.request_id,
+            (),
+            finish_reason=FinishReason.STOP,
+            num_prompt_tokens=len(row.prompt),
+            num_cached_tokens=row.num_cached,
+            queue_s=row.queue_s,
+            vector=(vector / np.linalg.norm(vector)).astype(np.float32).tobytes(),
+        )
 
     def _advance(self, row: _Row) -> StepOutput:
         request = row.request

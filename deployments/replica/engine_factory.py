@@ -33,14 +33,6 @@ class EngineScheduler(Protocol):
         ...
 
 
-class EmbeddingWork(Protocol):
-    """A vector that is being computed."""
-
-    def advance(self) -> list[float] | None:
-        """Compute more; the vector once it is there."""
-        ...
-
-
 class Engine(Protocol):
     """`ContinuousBatchingEngine` as the engine loop uses it. One thread calls it."""
 
@@ -65,10 +57,6 @@ class Engine(Protocol):
 
     def abort(self, request_id: str) -> bool:
         """Give a request up."""
-        ...
-
-    def embed(self, token_ids: Sequence[int], pooling: str) -> "EmbeddingWork":
-        """Begin to compute a vector, or raise InvalidRequestError."""
         ...
 
     def step(self) -> Sequence[StepOutput]:

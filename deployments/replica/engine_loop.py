@@ -7,13 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from deployments.channel.messages import (
     ChannelAddress,
     Condition,
-    EmbedCall,
-    EmbedReply,
     End,
     EngineTiming,
     Failure,
@@ -23,7 +20,7 @@ from deployments.channel.messages import (
     end_of,
 )
 from deployments.channel.token_channel import OutgoingStream, TokenSender
-from deployments.replica.engine_factory import EmbeddingWork, Engine
+from deployments.replica.engine_factory import Engine
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import (
     EngineStats,
@@ -43,8 +40,6 @@ _SHUTTING_DOWN = "the replica is shutting down"
 _PROBE_PROMPT, _PROBE_NEW_TOKENS = (0,), 2
 _SUSPECT_HEAD_START_S = 0.002
 """The report that a suspect has arrived must leave the process before the suspect can end it."""
-
-Reply = TypeVar("Reply")
 
 
 @dataclass(slots=True)
@@ -118,9 +113,6 @@ class EngineLoop:
         self._waiting_suspects: deque[_Arrival] = deque()
         self._broken: Failure | None = None
         self._num_probes = 0
-        self._embeddings: deque[tuple[EmbeddingWork, asyncio.Future[EmbedReply], Callable[[EmbedReply], None]]] = (
-            deque()
-        )
         self._commands = _Commands()
         self._is_stopping = False
         self._next_report_at = 0.0
@@ -170,23 +162,6 @@ class EngineLoop:
             self._do(lambda: self._abort(request.request_id))
             raise
 
-    async def embed(self, call: EmbedCall) -> EmbedReply:
-        """Compute a vector, a chunk between two steps.
-
-        Raises:
-            EngineError: the loop has been stopped.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[EmbedReply] = loop.create_future()
-        if self._is_stopping:
-            raise EngineError("the replica is shutting down")
-
-        def resolve(reply: EmbedReply) -> None:
-            loop.call_soon_threadsafe(_set_unless_done, future, reply)
-
-        self._do(lambda: self._begin_embedding(call, future, resolve))
-        return await future
-
     def attach(self, channel: ChannelAddress) -> None:
         """Report to this router from now on, whether or not it sends requests."""
         self._do(lambda: self._attach(channel))
@@ -204,11 +179,9 @@ class EngineLoop:
         try:
             while not self._is_stopping:
                 self._obey()
-                if self._embeddings:
-                    self._advance_embedding()
                 if self._engine.scheduler.has_pending_work:
                     self._step()
-                elif not self._embeddings:
+                else:
                     self._report()
                     self._commands.wake_up.wait(REPORT_INTERVAL_S)
         except Exception as error:
@@ -239,7 +212,7 @@ class EngineLoop:
             self.health.num_failed_steps += 1
             self._next_report_at = 0.0
             self._report()  # before the requests are answered: nothing new must come here
-        elif any(output.token_ids for output in outputs):
+        elif any(output.token_ids or output.vector for output in outputs):
             self.health.num_failed_steps = 0
         for output in outputs:
             self._take(output)
@@ -288,13 +261,13 @@ class EngineLoop:
             request.logprobs.extend(output.logprobs)
         end = end_of(output)
         timing = None
-        if request.timing is None and output.token_ids:
+        if request.timing is None and (output.token_ids or output.vector):
             elapsed = time.monotonic() - request.received_at
             timing = request.timing = EngineTiming(output.queue_s, max(0.0, elapsed - output.queue_s))
         if request.stream is not None:
             request.stream.push(output.token_ids, output.logprobs, end, timing)
         if end is not None:
-            self._close(output.request_id, request, end)
+            self._close(output.request_id, request, end, output.vector)
 
     def _fail(self, request_id: str, request: _OpenRequest, failure: Failure) -> None:
         """Answer a request that another replica may go on with."""
@@ -313,12 +286,14 @@ class EngineLoop:
             self._suspect = None
         return self._open.pop(request_id, None)
 
-    def _close(self, request_id: str, request: _OpenRequest, end: End) -> None:
+    def _close(self, request_id: str, request: _OpenRequest, end: End, vector: bytes | None) -> None:
         self._forget(request_id)
         if request.stream is not None:
             request.stream.close()
         request.resolve(
-            GenerateReply(self._replica_id, request.token_ids, request.logprobs, end, timing=request.timing)
+            GenerateReply(
+                self._replica_id, request.token_ids, request.logprobs, end, timing=request.timing, vector=vector
+            )
         )
 
     def _add(self, arrival: _Arrival) -> None:
@@ -359,32 +334,6 @@ class EngineLoop:
         self._sender.attach(channel)
         self._next_report_at = 0.0
 
-    def _begin_embedding(
-        self, call: EmbedCall, future: "asyncio.Future[EmbedReply]", resolve: Callable[[EmbedReply], None]
-    ) -> None:
-        if self.health.failure is not None:
-            resolve(EmbedReply(failure=self.health.failure))
-            return
-        try:
-            self._embeddings.append((self._engine.embed(call.token_ids, call.pooling), future, resolve))
-        except InvalidRequestError as error:
-            resolve(EmbedReply(refusal=Refusal(str(error), error.param, error.code)))
-
-    def _advance_embedding(self) -> None:
-        """Compute a chunk of the oldest embedding that somebody still waits for."""
-        work, future, resolve = self._embeddings[0]
-        vector = None
-        try:
-            vector = None if future.cancelled() else work.advance()
-        except Exception as error:  # it concerns this embedding only
-            logger.exception("an embedding failed")
-            resolve(EmbedReply(failure=f"{type(error).__name__}: {error}"))
-        else:
-            if vector is None and not future.cancelled():
-                return
-            resolve(EmbedReply(vector=vector))
-        self._embeddings.popleft()
-
     def _abort(self, request_id: str) -> None:
         self._decline_waiting_suspects(request_id)
         request = self._forget(request_id)
@@ -416,11 +365,8 @@ class EngineLoop:
         for request_id, request in list(self._open.items()):
             self._fail(request_id, request, failure)
         self._decline_waiting_suspects()
-        for _, _, resolve_embedding in self._embeddings:
-            resolve_embedding(EmbedReply(failure=failure.message))
-        self._embeddings.clear()
 
 
-def _set_unless_done(future: "asyncio.Future[Reply]", reply: Reply) -> None:
+def _set_unless_done(future: "asyncio.Future[GenerateReply]", reply: GenerateReply) -> None:
     if not future.done():
         future.set_result(reply)

@@ -1,5 +1,6 @@
 """`EngineReplica`: what one engine does for the routers. It runs without Ray underneath."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from deployments.channel.messages import (
     GenerateReply,
     decode_address,
     decode_call,
-    decode_embed_call,
+    decode_calls,
     encode,
 )
 from deployments.config import AppConfig
@@ -88,14 +89,24 @@ class EngineReplica:
             ranking: the replicas that the router wants it on. Ray Serve hands a call to another one where all of them
                 are gone, so that it does not wait for ever; that one declines it. Empty for any replica.
         """
-        decoded = decode_call(call)
-        reason = self._reason_to_decline(decoded, ranking)
+        return encode(await self._run(decode_call(call), ranking))
+
+    async def generate_batch(self, calls: bytes, ranking: Sequence[str] = ()) -> bytes:
+        """Run a list of `GenerateCall`s side by side; returns their replies once all are over. Cancelling aborts all.
+
+        For requests that take less time than a call: those that are pooled.
+
+        Args:
+            calls: encoded.
+            ranking: see `generate`.
+        """
+        return encode(await asyncio.gather(*(self._run(call, ranking) for call in decode_calls(calls))))
+
+    async def _run(self, call: GenerateCall, ranking: Sequence[str]) -> GenerateReply:
+        reason = self._reason_to_decline(call, ranking)
         if reason is not None:
-            return encode(GenerateReply(self.replica_id, failure=Failure(FailureKind.DECLINED, reason)))
-        reply = await self._loop.generate(
-            decoded.to_request(), decoded.stream_id, decoded.channel, is_suspect=decoded.is_suspect
-        )
-        return encode(reply)
+            return GenerateReply(self.replica_id, failure=Failure(FailureKind.DECLINED, reason))
+        return await self._loop.generate(call.to_request(), call.stream_id, call.channel, is_suspect=call.is_suspect)
 
     def _reason_to_decline(self, call: GenerateCall, ranking: Sequence[str]) -> str | None:
         if ranking and self.replica_id not in ranking:
@@ -103,10 +114,6 @@ class EngineReplica:
         if call.fingerprint and not is_same_version(call.fingerprint, self._info.fingerprint):
             return "the replica runs another version of the model"
         return None
-
-    async def embed(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
-        """Compute the vector of an `EmbedCall`, between the engine's steps; returns the `EmbedReply`."""
-        return encode(await self._loop.embed(decode_embed_call(call)))
 
     def check_health(self) -> None:
         """Say whether the engine is well; Ray Serve calls this every second or so.

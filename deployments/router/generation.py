@@ -22,6 +22,7 @@ from deployments.channel.messages import (
 from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import EngineClient, is_being_cancelled
 from deployments.observe.finished_request import FinishedRequest, Timeline
+from deployments.router.batch import CallBatches
 from deployments.router.caller import Caller
 from deployments.router.suspicion import Part
 from deployments.router.waiting import Ticket
@@ -73,12 +74,17 @@ class Siblings(Protocol):
         """Tell the group's reader that a generation has news."""
         ...
 
-    def shares_prompt(self, generation: "Generation") -> bool:
-        """Whether the generation waits for another one's prompt."""
+    @property
+    def batches(self) -> CallBatches:
+        """Takes the calls of those that are pooled."""
         ...
 
-    async def wait_for_shared_prompt(self, generation: "Generation") -> None:
-        """Wait until the generation's prompt has been prefilled, if another one sees to that."""
+    def must_wait(self, generation: "Generation") -> bool:
+        """Whether the generation lets others go first."""
+        ...
+
+    async def wait_for_turn(self, generation: "Generation") -> None:
+        """Wait for those that go first: they are many, or one of them prefills the generation's prompt."""
         ...
 
     def note_begun(self, generation: "Generation") -> None:
@@ -149,6 +155,7 @@ class Generation:
         index: its place in the group.
         token_ids: all tokens so far.
         logprobs: one entry for each of `token_ids` where the request asks for them.
+        vector: of a request that is pooled, once it is there; as in `StepOutput`.
         end: how it ended, None while it runs.
         error: what went wrong, with no further tokens to come. `end` stays None.
         replica_id: where it runs, as far as known; None while it waits.
@@ -164,6 +171,7 @@ class Generation:
         self.request = request
         self.token_ids: list[int] = list(request.output_token_ids)
         self.logprobs: list[TokenLogprobs] = []
+        self.vector: bytes | None = None
         self.end: End | None = None
         self.error: LLMError | None = None
         self.replica_id: str | None = None
@@ -181,7 +189,7 @@ class Generation:
         self._num_declined = 0
         self._ticket: Ticket | None = None
         self._task: asyncio.Task[None] | None = None
-        self._call: asyncio.Task[bytes] | None = None
+        self._call: asyncio.Task[GenerateReply] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -190,7 +198,7 @@ class Generation:
 
     def start(self, placement: Placement) -> None:
         """Send it to a replica, once one has room."""
-        if not self.group.shares_prompt(self):
+        if not self.group.must_wait(self):
             self._ticket = placement.claim(self)  # now, so that what is admitted next counts it
         self._task = asyncio.get_running_loop().create_task(self._drive(placement))
         self._task.add_done_callback(lambda _: self._end(placement))
@@ -246,6 +254,8 @@ class Generation:
     def take_item(self, item: TokenItem, replica_id: str) -> None:
         """Add what the token channel brought. After a gap only the reply can fill, later items are left out."""
         self.replica_id = replica_id
+        if self.request.pooling is not None:  # the reply brings its vector, and with it the end
+            return
         known = len(self.token_ids)
         skip = known - item.offset
         if skip < 0 or self.is_over:
@@ -274,7 +284,7 @@ class Generation:
     async def _drive(self, placement: Placement) -> None:
         """Call replicas until the request is over."""
         try:
-            await self.group.wait_for_shared_prompt(self)
+            await self.group.wait_for_turn(self)
             while not self.is_over:
                 await self._attempt(placement)
         except LLMError as error:
@@ -302,18 +312,16 @@ class Generation:
 
     async def _run_on(self, placement: Placement, stream_id: int, ranking: Sequence[str]) -> Setback | None:
         """Run on the first replica that takes it; returns why the request has to go on elsewhere, if it has to."""
-        call = encode(
-            GenerateCall.of(
-                self._remaining_request(),
-                stream_id,
-                placement.channel,
-                placement.fingerprint,
-                is_suspect=self.is_suspect,
-            )
+        call = GenerateCall.of(
+            self._remaining_request(),
+            stream_id,
+            placement.channel,
+            placement.fingerprint,
+            is_suspect=self.is_suspect,
         )
-        self._call = asyncio.ensure_future(placement.client.generate(call, ranking))
+        self._call = asyncio.ensure_future(self._send(placement.client, call, ranking))
         try:
-            reply = decode_reply(await self._call)
+            reply = await self._call
         except ReplicaLostError as error:
             return Setback(SetbackKind.FAILURE, str(error))
         except asyncio.CancelledError:
@@ -330,6 +338,12 @@ class Generation:
         self.replica_id = reply.replica_id
         self.has_arrived = reply.failure.kind is FailureKind.FAILED
         return Setback(_SETBACKS[reply.failure.kind], reply.failure.message)
+
+    async def _send(self, client: EngineClient, call: GenerateCall, ranking: Sequence[str]) -> GenerateReply:
+        if self.request.pooling is None:
+            return decode_reply(await client.generate(encode(call), ranking))
+        num_tokens = len(self.request.prompt_token_ids or ())
+        return await self.group.batches.generate(client, call, ranking, num_tokens)
 
     async def _prepare_resume(self, placement: Placement, replica_id: str | None, setback: Setback) -> None:
         """Get ready to go on elsewhere.
@@ -415,8 +429,10 @@ class Generation:
             self.token_ids.extend(reply.token_ids[-missing:])
             if reply.logprobs is not None:
                 self.logprobs.extend(reply.logprobs[-missing:])
-            if self.timeline.first_token_at is None:
-                self._note_first_token(reply.timing)
+        if reply.vector is not None:
+            self.vector = reply.vector
+        if (missing > 0 or reply.vector is not None) and self.timeline.first_token_at is None:
+            self._note_first_token(reply.timing)
         if self.end is None and (missing > 0 or reply.end is not None):
             self._finish(reply.end)
             self.announce()

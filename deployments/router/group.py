@@ -5,19 +5,24 @@ from collections.abc import Sequence
 
 from deployments.channel.messages import block_hash
 from deployments.errors import DeadlineError, KeyRevokedError
+from deployments.router.batch import CallBatches
 from deployments.router.caller import Caller
 from deployments.router.generation import Generation
 from llm.core.prefix_cache import PageHashes
+from llm.errors import EngineError
 from llm.serving.schemas import GenerationRequest
 
 _PAGES_WORTH_SHARING = 2
+_NUM_AT_ONCE = 64
+"""Generations that start in one turn of the event loop."""
 
 
 class GenerationGroup:
     """The generations of one HTTP request, with one waiter for all: one wake-up a step, however many there are.
 
     Where several continue the same prompt, all but the first wait until the first one's prompt is in a replica's
-    prefix cache, and share it there.
+    prefix cache, and share it there. Where there are many, they start a few at a time, so that the event loop can go on
+    in between.
     """
 
     def __init__(self, requests: Sequence[GenerationRequest], caller: Caller, page_size: int) -> None:
@@ -26,6 +31,11 @@ class GenerationGroup:
         self._news: list[Generation] = []
         self._waiter: asyncio.Future[None] | None = None
         self._leaders = _leaders(requests, _PAGES_WORTH_SHARING * page_size)
+        self.batches = CallBatches()
+        self._turns = [asyncio.Event() for _ in range(_NUM_AT_ONCE, len(requests), _NUM_AT_ONCE)]
+        self._num_turns = 0
+        if self._turns:
+            asyncio.get_running_loop().call_soon(self._begin_turn)
         self._begun = {leader: asyncio.Event() for leader in set(self._leaders.values())}
         self._hashes: dict[int, list[int]] = {}
         self._page_size = page_size
@@ -59,12 +69,34 @@ class GenerationGroup:
         for generation in self.generations:
             generation.cancel()
 
-    def shares_prompt(self, generation: Generation) -> bool:
-        """Whether it waits for another one's prompt."""
-        return generation.index in self._leaders
+    async def vectors(self) -> list[bytes]:
+        """Wait for the vector of each request; all of them are pooled. Gives up what runs if this is cancelled.
 
-    async def wait_for_shared_prompt(self, generation: Generation) -> None:
-        """Wait until this generation's prompt has been prefilled, if another one sees to that."""
+        Raises:
+            LLMError: one of them failed; the others are given up.
+        """
+        generations = list(self.generations)
+        num_left = len(generations)
+        try:
+            while num_left:
+                for generation in await self.news():
+                    if generation.error is not None:
+                        raise generation.error
+                    if generation.end is not None and generation.vector is None:
+                        raise EngineError(f"the vector could not be computed: {generation.end.error}")
+                    num_left -= generation.is_over
+        finally:
+            self.cancel()
+        return [generation.vector for generation in generations if generation.vector is not None]
+
+    def must_wait(self, generation: Generation) -> bool:
+        """Whether the generation lets others go first."""
+        return generation.index >= _NUM_AT_ONCE or generation.index in self._leaders
+
+    async def wait_for_turn(self, generation: Generation) -> None:
+        """Wait until it may start, and until its prompt has been prefilled, if another one sees to that."""
+        if generation.index >= _NUM_AT_ONCE:
+            await self._turns[generation.index // _NUM_AT_ONCE - 1].wait()
         leader = self._leaders.get(generation.index)
         if leader is not None:
             await self._begun[leader].wait()
@@ -87,6 +119,13 @@ class GenerationGroup:
         """End what still runs, because its API key has been revoked."""
         for generation in self.generations:
             generation.end_with(KeyRevokedError("The API key of this request has been revoked"))
+
+    def _begin_turn(self) -> None:
+        """Let the next few start."""
+        self._turns[self._num_turns].set()
+        self._num_turns += 1
+        if self._num_turns < len(self._turns):
+            asyncio.get_running_loop().call_soon(self._begin_turn)
 
     def _expire(self) -> None:
         for generation in self.generations:

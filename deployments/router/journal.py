@@ -81,8 +81,7 @@ class Journal:
         self._check_is_up()
         self.dispatcher.check(sum(self.work_of(request) for request in requests), caller.timeout_s)
         if caller.account is not None:
-            prompts = {request.prompt_token_ids or () for request in requests}
-            caller.account.charge(sum(len(prompt) for prompt in prompts))
+            caller.account.charge(_num_prompt_tokens(requests))
         group = GenerationGroup(requests, caller, self.page_size)
         self.num_requests += len(requests)
         for generation in group.generations:
@@ -93,7 +92,7 @@ class Journal:
 
     def work_of(self, request: GenerationRequest) -> int:
         """Tokens of prompt and expected output: what it takes out of a replica."""
-        output = min(request.max_new_tokens, round(self._mean_output_tokens))
+        output = min(request.max_new_tokens, round(self._mean_output_tokens)) if request.pooling is None else 0
         return len(request.prompt_token_ids or ()) + output
 
     def claim(self, generation: Generation) -> Ticket:
@@ -124,7 +123,7 @@ class Journal:
         """The attempt is over; what still comes under its number is dropped."""
         del self._live[ticket.stream_id]
         self.dispatcher.withdraw(ticket)
-        if generation.end is not None:
+        if generation.end is not None and generation.request.pooling is None:
             num_output = len(generation.token_ids)
             self._mean_output_tokens += (1 - _OUTPUT_MEMORY) * (num_output - self._mean_output_tokens)
         self._fleet.ended(ticket.stream_id)
@@ -195,7 +194,14 @@ class Journal:
                 if item.end is not None:  # reports come by the same way: the next one leaves it out
                     self._fleet.ended(item.stream_id)
                 generation.take_item(item, replica_id)
-                if item.token_ids and (generation.is_suspect or generation.part is not None):
+                if (item.token_ids or item.end) and (generation.is_suspect or generation.part is not None):
                     generation.clear()
                     self.dispatcher.clear(item.stream_id)
                     self.dispatcher.pump()
+
+
+def _num_prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
+    """Tokens of the prompts of an HTTP request, as its answer counts them: one that several continue counts once."""
+    pooled = [request.prompt_token_ids or () for request in requests if request.pooling is not None]
+    continued = {request.prompt_token_ids or () for request in requests if request.pooling is None}
+    return sum(map(len, (*pooled, *continued)))

@@ -27,17 +27,17 @@ from deployments.router.access import Access
 from deployments.router.cache_salt import salt_of
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
-from deployments.router.embeddings import embed_all
 from deployments.router.group import GenerationGroup
 from deployments.router.journal import Journal
-from llm.errors import LLMError
 from llm.models.fingerprint import is_same_version
-from llm.serving.schemas import GenerationRequest
+from llm.serving.schemas import GenerationRequest, Pooling
 
 logger = logging.getLogger("ray.serve")
 
 _ENGINE_CHECK_INTERVAL_S = 0.2
 _FIRST_LOOK_S, _OWN_VERSION_CHECK_S = 1.0, 0.05
+_REQUESTS_AT_ONCE = 64
+"""Requests that are made in one turn of the event loop."""
 
 
 class Router:
@@ -129,20 +129,19 @@ class Router:
         ]
         return self.journal.start(requests, caller)
 
-    async def embed(self, inputs: Sequence[list[int]], pooling: str, caller: Caller) -> list[list[float]]:
-        """The vector of each input.
+    async def embed(self, inputs: Sequence[Sequence[int]], pooling: str, caller: Caller | None = None) -> list[bytes]:
+        """Make the vector of each input, 32-bit floats. Cancelling gives up all of them.
 
         Raises:
-            InvalidRequestError, EngineError: see `embed_all`.
+            OverloadedError: too much waits already.
+            LLMError: one of the vectors could not be made.
         """
-        if caller.account is not None:
-            caller.account.charge(sum(map(len, inputs)))
-        try:
-            return await embed_all(
-                self._client, self.fleet, inputs, pooling, max_retries=self.config.router.max_resumes
-            )
-        except* LLMError as group:
-            raise group.exceptions[0] from None
+        requests = []
+        for token_ids in inputs:
+            requests.append(GenerationRequest(prompt_token_ids=tuple(token_ids), pooling=Pooling(pooling)))
+            if len(requests) % _REQUESTS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return await self.start(requests, caller).vectors()
 
     async def wait_for_own_version(self) -> None:
         """Wait until a replica of this router's version of the model is there, if all that are there are of others.

@@ -26,7 +26,7 @@ class ServeEngineClient:
         self._attach = handle.attach
         self._note_queue = handle.note_queue
         self._generate = handle.generate
-        self._embed = handle.embed
+        self._generate_batch = handle.generate_batch
 
     def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
         """See `EngineClient`."""
@@ -59,10 +59,10 @@ class ServeEngineClient:
         reply: bytes = await self._call(self._generate, call, tuple(ranking))
         return reply
 
-    async def embed(self, call: bytes, ranking: Sequence[str]) -> bytes:
+    async def generate_batch(self, calls: bytes, ranking: Sequence[str]) -> bytes:
         """See `EngineClient`."""
-        reply: bytes = await self._call(self._embed, call, tuple(ranking))
-        return reply
+        replies: bytes = await self._call(self._generate_batch, calls, tuple(ranking))
+        return replies
 
     async def _call(self, method: Any, *args: object) -> Any:
         import grpc  # type: ignore[import-untyped]

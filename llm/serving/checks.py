@@ -1,11 +1,15 @@
 """What an engine refuses before it begins."""
 
+import logging
 from collections.abc import Sequence
 
 from llm.config import EngineConfig
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
+from llm.serving.scheduler import Scheduler
 from llm.serving.schemas import GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 
 def check_request(
@@ -73,3 +77,31 @@ def longest_context(model: DecoderModel, config: EngineConfig) -> int:
             f"max_seq_len {config.max_seq_len} is past the model's context of {model.max_seq_len} tokens; lower it"
         )
     return config.max_seq_len or model.max_seq_len
+
+
+def fit_context_to_pool(scheduler: Scheduler) -> None:
+    """Make the pool the context where it is the tighter limit: a sequence never outgrows the pool.
+
+    Raises:
+        ConfigError: the pool does not even hold a window and a step.
+    """
+    if scheduler.pages_needed(scheduler.max_seq_len) <= scheduler.pool.num_pages:
+        return
+    num_slots = scheduler.pool.num_pages * scheduler.pool.page_size
+    if scheduler.window_size is not None and scheduler.max_seq_len > scheduler.window_size:
+        raise ConfigError(
+            f"a pool of {num_slots} slots is too small for a window of {scheduler.window_size} tokens and "
+            f"steps of {scheduler.max_tokens_per_step}; raise num_pages or lower max_tokens_per_step"
+        )
+    logger.warning(
+        "the pool's %d slots hold less than one sequence of max_seq_len=%d; context reduced to %d tokens",
+        num_slots, scheduler.max_seq_len, num_slots,
+    )  # fmt: skip
+    scheduler.max_seq_len = num_slots
+
+
+def with_overrides(config: EngineConfig, max_batch_size: int | None, max_seq_len: int | None) -> EngineConfig:
+    """The configuration with the engine's shorthands put in, validated again."""
+    overrides = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+    changed = {name: value for name, value in overrides.items() if value is not None}
+    return EngineConfig(**{**config.model_dump(), **changed}) if changed else config

@@ -2,10 +2,11 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Iterable, Mapping, Sequence as SequenceOf
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 
 from llm.config import EngineConfig
@@ -17,12 +18,11 @@ from llm.models.loading import Progress, load_decoder
 from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
 from llm.serving import device_health
-from llm.serving.checks import check_prompt, check_request, longest_context
-from llm.serving.embedding import Embedding, Pooling
+from llm.serving.checks import check_request, fit_context_to_pool, longest_context, with_overrides
 from llm.serving.grammar import CompilingRequests, GrammarCompiler
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import LaunchedStep
-from llm.serving.offline import run_to_end
+from llm.serving.offline import Vectors, run_to_end, vectors_of
 from llm.serving.runners import make_runner
 from llm.serving.scheduler import Scheduler, StepPlan, TokenEvent
 from llm.serving.schemas import (
@@ -30,11 +30,12 @@ from llm.serving.schemas import (
     FinishReason,
     GenerationRequest,
     GenerationResult,
+    Pooling,
     StepFailure,
     StepOutput,
     TokenLogprobs,
 )
-from llm.serving.sequence import Sequence, SequenceStatus
+from llm.serving.sequence import Sequence, SequenceStatus, VectorEvent
 from llm.tokenization.hf_tokenizer import HFTokenizer
 from llm.tokenization.text_stream import TextStream
 from llm.tokenization.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ class ContinuousBatchingEngine:
         eos_token_ids: Iterable[int] | None = None,
         grammars: GrammarCompiler | None = None,
     ) -> None:
-        self.config = config = _with_overrides(config or EngineConfig(), max_batch_size, max_seq_len)
+        self.config = config = with_overrides(config or EngineConfig(), max_batch_size, max_seq_len)
         self.model = model.to(device or model.device).eval()
         self.tokenizer = tokenizer
         if eos_token_ids is None:
@@ -96,7 +97,7 @@ class ContinuousBatchingEngine:
             num_speculative_tokens=config.num_speculative_tokens,
             max_draws_per_step=self.runner.max_draws_per_step,
         )
-        self._fit_context_to_pool()
+        fit_context_to_pool(self.scheduler)
         self.runner.warm_up()
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         if grammars is None and isinstance(tokenizer, HFTokenizer):
@@ -195,7 +196,7 @@ class ContinuousBatchingEngine:
             self.scheduler.held.add(sequence)
         else:
             self.scheduler.add(sequence)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and request.pooling is None:
             stream = TextStream(self.tokenizer, request.stop, request.min_new_tokens)
             stream.push(request.output_token_ids)
             self._text_streams[request.request_id] = stream
@@ -244,15 +245,16 @@ class ContinuousBatchingEngine:
         self._end(sequence)
         return True
 
-    def embed(self, token_ids: SequenceOf[int], pooling: str = Pooling.LAST) -> Embedding:
-        """Begin to compute a prompt's vector; call `Embedding.advance` for each chunk, between steps.
+    def embed(
+        self, prompts: SequenceOf[str | SequenceOf[int]], *, pooling: Pooling = Pooling.LAST, progress: bool = True
+    ) -> Vectors:
+        """Make a vector of each prompt, a text or token ids: (prompts, hidden_size) float32, each of length 1.
 
         Raises:
-            InvalidRequestError: there are no tokens, too many, or some past the vocabulary.
+            InvalidRequestError: one of the prompts is empty, too long or past the vocabulary; none is run.
+            EngineError: the model failed.
         """
-        check_prompt(token_ids, vocab_size=self.model.config.vocab_size, max_seq_len=self.max_seq_len)
-        chunk_len = self.scheduler.max_tokens_per_step
-        return Embedding(self.model, token_ids, Pooling(pooling), chunk_len=chunk_len)
+        return vectors_of(self, prompts, pooling, progress=progress)
 
     def generate(self, requests: SequenceOf[GenerationRequest], *, progress: bool = True) -> list[GenerationResult]:
         """Run requests to their end and return a result for each, in order.
@@ -298,18 +300,22 @@ class ContinuousBatchingEngine:
         """Wait for the oldest step in flight and take in what it computed."""
         plan, launched = self._in_flight.popleft()
         try:
-            draws = launched.draws()
+            draws, vectors = launched.draws(), launched.vectors()
         except Exception as error:  # as in `step`
             logger.exception("a step of %d sequences failed", len(plan.scheduled))
             return self._fail(plan, error)
-        return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws)
+        return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws, vectors)
 
-    def _outputs(self, events: SequenceOf[TokenEvent], draws: SequenceOf[Draw]) -> list[StepOutput]:
-        """Turn the tokens of a step into outputs, one a request, with text where there is a tokenizer."""
+    def _outputs(
+        self, events: SequenceOf[TokenEvent | VectorEvent], draws: SequenceOf[Draw], vectors: Mapping[int, bytes]
+    ) -> list[StepOutput]:
+        """Turn what a step gave into outputs, one a request, with text where there is a tokenizer."""
         outputs: list[StepOutput] = []
         last = None
         for event in events:
-            if event.sequence is not last:
+            if isinstance(event, VectorEvent):
+                outputs.append(self._vector_output(event.sequence, vectors[event.row]))
+            elif event.sequence is not last:
                 last = event.sequence
                 outputs.append(self._output(event, draws[event.draw_index]))
             elif outputs[-1].finish_reason is None:  # a stop string may have ended it before all guesses counted
@@ -324,8 +330,7 @@ class ContinuousBatchingEngine:
             return self._end_with(sequence, f"grammar: {sequence.constraint.failure}")
         num_cached = sequence.num_cached_tokens or 0
         if sequence.num_output_tokens == len(request.output_token_ids) + 1:
-            self._num_prompt_tokens += sequence.num_prompt_tokens
-            self._num_cached_prompt_tokens += num_cached
+            self._count_prompt(sequence)
         stop_reason: int | str | None = None
         if reason is FinishReason.STOP and event.token_id in request.stop_token_ids:
             stop_reason = event.token_id
@@ -356,6 +361,21 @@ class ContinuousBatchingEngine:
             queue_s=sequence.queue_s,
         )
 
+    def _vector_output(self, sequence: Sequence, vector: bytes) -> StepOutput:
+        if not np.isfinite(np.frombuffer(vector, np.float32)).all():
+            return self._end_with(sequence, "the model's hidden states are not finite")
+        self._count_prompt(sequence)
+        self._end(sequence)
+        return StepOutput(
+            sequence.request_id, (), finish_reason=FinishReason.STOP, num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=sequence.num_cached_tokens or 0, queue_s=sequence.queue_s, vector=vector,
+        )  # fmt: skip
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        """A prompt has been computed."""
+        self._num_prompt_tokens += sequence.num_prompt_tokens
+        self._num_cached_prompt_tokens += sequence.num_cached_tokens or 0
+
     def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """End every request of a step that failed."""
         sequences = [part.sequence for part in plan.scheduled if part.sequence.status is not SequenceStatus.FINISHED]
@@ -376,26 +396,3 @@ class ContinuousBatchingEngine:
         self._compiling.discard(sequence)
         self._text_streams.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]
-
-    def _fit_context_to_pool(self) -> None:
-        """A sequence never outgrows the pool: where the pool is the tighter limit, it is the context."""
-        scheduler = self.scheduler
-        if scheduler.pages_needed(scheduler.max_seq_len) <= scheduler.pool.num_pages:
-            return
-        if scheduler.window_size is not None and scheduler.max_seq_len > scheduler.window_size:
-            raise ConfigError(
-                f"a pool of {self.num_slots} slots is too small for a window of {scheduler.window_size} tokens and "
-                f"steps of {scheduler.max_tokens_per_step}; raise num_pages or lower max_tokens_per_step"
-            )
-        logger.warning(
-            "the pool's %d slots hold less than one sequence of max_seq_len=%d; context reduced to %d tokens",
-            self.num_slots, scheduler.max_seq_len, self.num_slots,
-        )  # fmt: skip
-        scheduler.max_seq_len = self.num_slots
-
-
-def _with_overrides(config: EngineConfig, max_batch_size: int | None, max_seq_len: int | None) -> EngineConfig:
-    """The configuration with the constructor's shorthands put in, validated again."""
-    overrides = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
-    changed = {name: value for name, value in overrides.items() if value is not None}
-    return EngineConfig(**{**config.model_dump(), **changed}) if changed else config

@@ -20,6 +20,7 @@ from llm.serving.device_rows import DeviceRows
 from llm.serving.model_runner import DrawMasks, any_constrained, draws_of, sampling_row
 from llm.serving.sequence import ScheduledSequence, StepPlan
 from llm.serving.step_inputs import MaskBuffers, StepInputs, fill, ranges
+from llm.serving.vector_rows import VectorRows
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,13 @@ class LaunchedGraphs:
         draw_rows: Int32Array,
         done: torch.cuda.Event | None,
         special: "dict[int, Draw] | Callable[[], dict[int, Draw]]",
+        completed: Callable[[], dict[int, bytes]],
     ) -> None:
         self._token_ids = token_ids
         self._draw_rows = draw_rows
         self._done = done
         self._special = special
+        self._completed = completed
         self._draws: list[Draw] | None = None
 
     def draws(self) -> list[Draw]:
@@ -64,6 +67,10 @@ class LaunchedGraphs:
                 self._draws[index] = drawn
         return self._draws
 
+    def vectors(self) -> dict[int, bytes]:
+        """See `LaunchedStep.vectors`."""
+        return self._completed()
+
     def last_token_id(self, row: int) -> int:
         """The token that this step drew (last) at `row`."""
         index = int(np.flatnonzero(self._draw_rows == row)[-1])
@@ -73,10 +80,11 @@ class LaunchedGraphs:
 class GraphRunner:
     """The `ModelRunner` for GPUs.
 
-    A step is two graphs: the model up to the hidden states of the tokens that draw, captured for each padded number of
-    tokens and parts; then logits and draws, captured for each padded number of draws. The first step of a size runs
-    kernel by kernel and is captured on the way. On a CPU (Triton's interpreter, in tests) every step runs kernel by
-    kernel.
+    A step is two graphs: the model up to the hidden states of the tokens that draw or are pooled, captured for each
+    padded number of tokens and parts; then logits and draws, captured for each padded number of draws. The first step
+    of a size runs kernel by kernel and is captured on the way. On a CPU (Triton's interpreter, in tests) every step
+    runs kernel by kernel. Where more tokens are pooled than could draw, the model's graph is another one, which keeps
+    every token's hidden state.
 
     Args:
         model: in evaluation mode, on its device.
@@ -118,13 +126,16 @@ class GraphRunner:
         most_tokens, most_rows, most_draws = self._token_sizes[-1], self._row_sizes[-1], self._draw_sizes[-1]
         sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), most_tokens)
         sizes |= dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), most_rows)
-        sizes |= dict.fromkeys(("draw_tokens", "draw_rows", "draw_positions"), most_draws)
+        sizes |= dict.fromkeys(("draw_rows", "draw_positions"), most_draws)
+        most_kept = sizes["kept_tokens"] = max(most_draws, most_tokens)
         self._inputs = StepInputs(sizes, device, _NUM_BUFFERS)
         self._decoder = FusedDecoder(
             model, kv_cache, self._rows.page_tables, self._rows.last_token_ids,
             max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic,
         )  # fmt: skip
-        self._hidden = torch.zeros(most_draws, model.hidden_size, dtype=model.dtype, device=device)
+        self._hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)
+        """Of the tokens that are kept: those that draw, then those that are pooled."""
+        self._vectors = VectorRows(max_rows + 1, model.hidden_size, device, _NUM_BUFFERS)
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
         self._token_ids = torch.zeros(most_draws, dtype=torch.int32, device=device)
         pin = device.type == "cuda"
@@ -149,6 +160,7 @@ class GraphRunner:
         shape, draw_rows = self._pack(parts)
         num_draws = len(draw_rows)
         self._run(("model", *shape), partial(self._run_model, *shape))
+        completed = self._vectors.add(parts, self._hidden[num_draws:])
         host = self._host_token_ids[self._num_steps % _NUM_BUFFERS]
         self._num_steps += 1
         special: Callable[[], dict[int, Draw]] | dict[int, Draw] = {}
@@ -163,14 +175,15 @@ class GraphRunner:
         if self._graph_pool is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._last = launched = LaunchedGraphs(host, draw_rows, done, special)
+        self._last = launched = LaunchedGraphs(host, draw_rows, done, special, completed)
         return launched
 
     @torch.inference_mode()
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`."""
         self._inputs.upload_padding(self._rows.padding_row)
-        self._run_model(_padded(self._token_sizes, num_tokens), self._row_sizes[-1], has_prefills=True)
+        num_tokens = _padded(self._token_sizes, num_tokens)
+        self._run_model(num_tokens, self._row_sizes[-1], True, num_tokens)
         self._run_draws(self._draw_sizes[-1])
 
     @torch.inference_mode()
@@ -189,16 +202,19 @@ class GraphRunner:
             if (fewest <= tokens <= _WARM_PREFILLS[1] or tokens == largest) and fewer_parts < tokens
         ]
         small = [shape for shape in shapes if shape[0] <= _REPLAYED_TOKENS]
-        for shape in [*shapes, *small]:  # these twice: to capture, and to replay
+        for tokens, parts, has_prefills in [*shapes, *small]:  # these twice: to capture, and to replay
+            shape = tokens, parts, has_prefills, self._num_drawing(tokens, parts)
             self._run(("model", *shape), partial(self._run_model, *shape))
+        self._vectors.warm_up(self._hidden)
         for size in [*self._draw_sizes, *self._draw_sizes]:
             self._run(("draws", size, False), partial(self._run_draws, size))
 
-    def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool], Int32Array]:
+    def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool, int], Int32Array]:
         """Fill the step's inputs and send them.
 
         Returns:
-            Padded tokens, padded parts, whether any part prefills; and the row of each draw.
+            Padded tokens, padded parts, whether any part prefills, padded tokens that are kept; and the row of each
+            draw.
         """
         token_ids: list[int] = []
         for part in parts:
@@ -226,14 +242,19 @@ class GraphRunner:
         fill(arrays["context_lens"], ends, num_parts, 0)
         draw_rows = rows.repeat(num_draws)
         # Behind each of the last tokens of a part, as many as it draws.
-        draw_tokens = ranges(query_ends - num_draws, num_draws)
-        fill(arrays["draw_tokens"], draw_tokens, self._num_kept(num_tokens, num_parts), 0)
+        kept_tokens = ranges(query_ends - num_draws, num_draws)
+        num_pooled = np.array([part.num_pooled for part in parts], dtype=np.int32)
+        if num_pooled.any():
+            kept_tokens = np.concatenate([kept_tokens, ranges(query_ends - num_pooled, num_pooled)])
+        num_kept = self._num_drawing(num_tokens, num_parts)
+        num_kept = num_kept if len(kept_tokens) <= num_kept else num_tokens
+        fill(arrays["kept_tokens"], kept_tokens, num_kept, 0)
         if len(draw_rows):
             size = _padded(self._draw_sizes, len(draw_rows))
             fill(arrays["draw_rows"], draw_rows, size, padding_row)
             fill(arrays["draw_positions"], ranges(ends - num_draws + 1, num_draws), size, 0)
         self._inputs.upload()
-        return (num_tokens, num_parts, has_prefills), draw_rows
+        return (num_tokens, num_parts, has_prefills, num_kept), draw_rows
 
     def _run(self, key: tuple[object, ...], run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Replay the graph of `key`; where there is none yet, run kernel by kernel, then capture for next time."""
@@ -249,14 +270,13 @@ class GraphRunner:
             self._graphs[key] = _Captured(graph, captured_output)
         return output
 
-    def _run_model(self, num_tokens: int, num_parts: int, has_prefills: bool) -> torch.Tensor:
-        num_kept = self._num_kept(num_tokens, num_parts)
-        kept, hidden = self._inputs["draw_tokens"][:num_kept], self._hidden[:num_kept]
+    def _run_model(self, num_tokens: int, num_parts: int, has_prefills: bool, num_kept: int) -> torch.Tensor:
+        kept, hidden = self._inputs["kept_tokens"][:num_kept], self._hidden[:num_kept]
         tokens, parts = self._inputs.tokens(num_tokens), self._inputs.parts(num_parts)
         self._decoder.hidden_states(tokens, parts, kept, hidden, has_prefills=has_prefills)
         return hidden
 
-    def _num_kept(self, num_tokens: int, num_parts: int) -> int:
+    def _num_drawing(self, num_tokens: int, num_parts: int) -> int:
         """Tokens of a step that may have draws behind them."""
         return min(num_parts * self._max_draws_per_row, num_tokens, self._draw_sizes[-1])
 

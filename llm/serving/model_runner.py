@@ -1,6 +1,6 @@
 """Runs a planned step: packs it into tensors, calls the model, draws the tokens."""
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +24,13 @@ class LaunchedStep(Protocol):
         """Wait for the step; return the draws of the plan's parts in order, `num_draws` of each.
 
         Called once at most. Raises whatever went wrong in the step.
+        """
+        ...
+
+    def vectors(self) -> Mapping[int, bytes]:
+        """The vectors that the step has completed, as in `StepOutput.vector`, by the rows of their parts.
+
+        Called after `draws`.
         """
         ...
 
@@ -69,10 +76,15 @@ class _FinishedStep:
     """A step that ran while it was launched."""
 
     results: list[Draw]
+    completed: dict[int, bytes]
 
     def draws(self) -> list[Draw]:
         """See `LaunchedStep.draws`."""
         return self.results
+
+    def vectors(self) -> dict[int, bytes]:
+        """See `LaunchedStep.vectors`."""
+        return self.completed
 
 
 class EagerRunner:
@@ -102,6 +114,8 @@ class EagerRunner:
         self._windows = [model.config.layer_window(layer) for layer in range(model.num_layers)]
         self._max_rows = max_rows
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
+        self._pooled = torch.zeros(max_rows, model.hidden_size, dtype=torch.float32, device=model.device)
+        """By row: the sum of the hidden states that belong to its sequence's vector."""
         self._masks = DrawMasks(model.config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
@@ -134,8 +148,9 @@ class EagerRunner:
         drawing = draws_of(plan.scheduled)
         masks = self._start_masks(drawing)
         hidden = self.model.hidden_states(token_ids, batch.positions, context)
+        vectors = self._pool(plan.scheduled, hidden)
         if not drawing:
-            return _FinishedStep([])
+            return _FinishedStep([], vectors)
         drawing_tokens = torch.tensor([index for _, _, index in drawing], device=hidden.device)
         logits = self.model.logits(hidden[drawing_tokens])
         allowed = masks.result() if masks is not None else {}
@@ -145,7 +160,18 @@ class EagerRunner:
             # Of several draws of a row any may stay: the host knows them before the row's next step.
             drawing_rows = torch.tensor([part.row for part, _, _ in drawing], device=hidden.device)
             self._last_token_ids[drawing_rows] = torch.tensor([draw.token_id for draw in draws], device=hidden.device)
-        return _FinishedStep(draws)
+        return _FinishedStep(draws, vectors)
+
+    def _pool(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> dict[int, bytes]:
+        """Add hidden states (tokens, hidden_size) to the vectors they belong to; returns those that are complete."""
+        end = 0
+        for part in scheduled:
+            end += part.num_tokens
+            if part.num_pooled:
+                state = hidden[end - part.num_pooled : end].float().sum(0)
+                self._pooled[part.row] = state if part.begins_vector else self._pooled[part.row] + state
+        rows = [part.row for part in scheduled if part.completes_vector]
+        return vector_bytes(self._pooled[rows].cpu(), rows) if rows else {}
 
     def _start_masks(
         self, drawing: SequenceOf[tuple[ScheduledSequence, int, int]]
@@ -193,6 +219,14 @@ class EagerRunner:
             indices, rows = torch.tensor(unseen, device=device).unbind(1)
             ids[indices] = self._last_token_ids[rows]
         return ids, batch
+
+
+def vector_bytes(sums: torch.Tensor, rows: SequenceOf[int]) -> dict[int, bytes]:
+    """Sums of hidden states, (rows, hidden_size) float32 on the host, as the vectors of `LaunchedStep.vectors`."""
+    vectors = sums.numpy()
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    return {row: vector.tobytes() for row, vector in zip(rows, vectors, strict=True)}
 
 
 def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[tuple[ScheduledSequence, int, int]]:

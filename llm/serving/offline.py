@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llm.errors import InvalidRequestError
-from llm.serving.schemas import GenerationRequest, GenerationResult, StepOutput, TokenLogprobs
+from llm.errors import EngineError, InvalidRequestError
+from llm.serving.schemas import GenerationRequest, GenerationResult, Pooling, StepOutput, TokenLogprobs
 
 if TYPE_CHECKING:
     from llm.serving.engine import ContinuousBatchingEngine
+
+Vectors = npt.NDArray[np.float32]
 
 
 class ResultBuilder:
@@ -40,6 +44,7 @@ class ResultBuilder:
             num_prompt_tokens=output.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
             error=output.error,
+            vector=output.vector,
         )
 
 
@@ -72,6 +77,25 @@ def run_to_end(
             elapsed = bar.tasks[task].elapsed
             bar.update(task, tokens_per_s=num_tokens / elapsed if elapsed else 0.0)
     return [results[request_id] for request_id in builders]
+
+
+def vectors_of(
+    engine: ContinuousBatchingEngine, prompts: Sequence[str | Sequence[int]], pooling: Pooling, *, progress: bool
+) -> Vectors:
+    """See `ContinuousBatchingEngine.embed`."""
+    requests = [
+        GenerationRequest(prompt=prompt, pooling=pooling)
+        if isinstance(prompt, str)
+        else GenerationRequest(prompt_token_ids=tuple(prompt), pooling=pooling)
+        for prompt in prompts
+    ]
+    results = run_to_end(engine, requests, progress=progress)
+    vectors = np.zeros((len(results), engine.model.hidden_size), dtype=np.float32)
+    for row, result in zip(vectors, results, strict=True):
+        if result.vector is None:
+            raise EngineError(f"a vector could not be computed: {result.error}")
+        row[:] = np.frombuffer(result.vector, np.float32)
+    return vectors
 
 
 def _progress_bar(*, enabled: bool) -> Progress:

@@ -6,7 +6,18 @@ from heapq import heappop, heappush
 
 from llm.core.slot_pool import SlotPool
 from llm.serving.prompt_lookup import PromptLookup
-from llm.serving.sequence import ScheduledSequence, Sequence, SequenceStatus, StepPlan, TokenEvent, accept, next_part
+from llm.serving.schemas import Pooling
+from llm.serving.sequence import (
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+    StepPlan,
+    TokenEvent,
+    VectorEvent,
+    accept,
+    are_worth_guessing,
+    next_part,
+)
 
 __all__ = ["ScheduledSequence", "Scheduler", "StepPlan", "TokenEvent"]
 _CROWD = 2
@@ -14,8 +25,6 @@ _CROWD = 2
 _MOST_TOKENS = 2048  # of a step in which fewer get their shares beside decodes
 _TOKEN_MULTIPLE = 128
 """Tokens of a step with prefills are a multiple of this where there is a choice."""
-_MOST_PER_GUESS = 8
-"""Running sequences for each that can guess its next tokens, up to which its guesses are worth a slower step to all."""
 
 
 class Scheduler:
@@ -73,8 +82,7 @@ class Scheduler:
         self.num_speculative_tokens = num_speculative_tokens
         self.max_draws_per_step = max_draws_per_step or max_tokens_per_step
         self.num_preemptions = 0
-        self.num_proposed_tokens = 0
-        self.num_accepted_tokens = 0
+        self.num_proposed_tokens = self.num_accepted_tokens = 0
         self._waiting: deque[Sequence] = deque()
         self.held: set[Sequence] = set()
         """New sequences that cannot be run yet; `add` or `finish` them."""
@@ -118,7 +126,7 @@ class Scheduler:
 
         Empty only where nothing is pending, or everything that is waits for a plan in flight.
         """
-        may_guess = self.num_speculative_tokens > 0 and self._is_worth_guessing()
+        may_guess = self.num_speculative_tokens > 0 and are_worth_guessing(self._running)
         if may_guess and any(sequence.num_in_flight for sequence in self._running):
             return StepPlan(())
         num_preemptions = self.num_preemptions
@@ -146,16 +154,14 @@ class Scheduler:
             # An old sequence may have preempted a younger one that was to run. Nobody is admitted to the pages that
             # this made free: those who run already need them next.
             singles = [part for part in singles if part.sequence.status is SequenceStatus.RUNNING]
-        if chunks:
-            singles += [part for part in chunks if part.num_tokens == 1]
-            singles += [part for part in chunks if part.num_tokens > 1]
+        singles += sorted(chunks, key=lambda part: part.num_tokens > 1)
         for part in singles:
             sequence = part.sequence
             sequence.num_computed += part.num_tokens
-            sequence.num_in_flight += part.draws
+            sequence.num_in_flight += part.draws or part.completes_vector
         return StepPlan(tuple(singles))
 
-    def apply(self, plan: StepPlan, token_ids: SequenceOf[int]) -> list[TokenEvent]:
+    def apply(self, plan: StepPlan, token_ids: SequenceOf[int]) -> list[TokenEvent | VectorEvent]:
         """Take in what a step computed. Called once for each plan that ran, in the order they were made.
 
         What concerns a sequence that ended while the step ran is dropped: the price of planning ahead.
@@ -164,20 +170,19 @@ class Scheduler:
             token_ids: the tokens drawn by the parts of the plan that draw, in order.
         """
         draw_index = -1
-        events = []
+        events: list[TokenEvent | VectorEvent] = []
         for part in plan.scheduled:
             if part.proposed:
                 events += self._apply_guesses(part, token_ids, draw_index + 1)
                 draw_index += part.num_draws
                 continue
             sequence = part.sequence
-            draws = part.draws
-            draw_index += draws
+            draw_index += part.draws
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             if part.num_preemptions == sequence.num_preemptions:
                 self._keep_pages(sequence, part.start + part.num_tokens)
-            if draws:
+            if part.draws:
                 token_id = token_ids[draw_index]
                 sequence.num_in_flight -= 1
                 sequence.tokens.append(token_id)
@@ -185,6 +190,9 @@ class Scheduler:
                 events.append(TokenEvent(sequence, token_id, reason, draw_index))
                 if reason is not None:
                     self.finish(sequence)
+            elif part.completes_vector:
+                events.append(VectorEvent(sequence, part.row))
+                self.finish(sequence)
         return events
 
     def finish(self, sequence: Sequence) -> None:
@@ -235,13 +243,6 @@ class Scheduler:
             if is_running:
                 decodes.append(next_part(sequence, 1))
         return decodes, prefilling
-
-    def _is_worth_guessing(self) -> bool:
-        """Whether enough running sequences know what may come next, or guesses are being checked already."""
-        if any(sequence.is_speculating for sequence in self._running):
-            return True
-        num_able = sum(bool(sequence.guesses()) for sequence in self._running)
-        return 0 < len(self._running) <= num_able * _MOST_PER_GUESS
 
     def _add_guesses(
         self, decodes: list[ScheduledSequence], chunks: SequenceOf[ScheduledSequence]
@@ -324,7 +325,7 @@ class Scheduler:
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Pages that hold the sequence's first tokens already; never its last token, which must be run to draw."""
         pages: list[int] = []
-        if self.enable_prefix_caching:
+        if self.enable_prefix_caching and sequence.pooling is not Pooling.MEAN:  # which needs every hidden state
             for content in sequence.hashes.extend(sequence.tokens, len(sequence.tokens) - 1):
                 page = self.pool.find(content)
                 if page is None:
@@ -370,8 +371,7 @@ class Scheduler:
         sequence.row = None
         self.pool.release(sequence.pages[sequence.num_dropped_pages :])
         sequence.pages = []
-        sequence.num_dropped_pages = 0
-        sequence.num_registered_pages = 0
+        sequence.num_dropped_pages = sequence.num_registered_pages = 0
 
     def _keep_pages(self, sequence: Sequence, num_tokens: int) -> None:
         """Now that the first `num_tokens` are stored: make full pages findable, and give back those behind the window.

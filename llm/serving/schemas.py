@@ -51,8 +51,17 @@ class Grammar(StrictModel):
     text: str = ""
 
 
+class Pooling(StrEnum):
+    """Which of a prompt's final hidden states make its vector."""
+
+    LAST = "last"
+    """The last token's."""
+    MEAN = "mean"
+    """The average of all."""
+
+
 class GenerationRequest(StrictModel):
-    """One prompt and how to continue it.
+    """One prompt and how to continue it, or which vector to make of it.
 
     Exactly one of `prompt` and `prompt_token_ids` is given. The same request gives the same tokens alone, batched,
     preempted or resumed, because the noise of each draw depends on `(seed, position)` alone; a request without a
@@ -99,6 +108,9 @@ class GenerationRequest(StrictModel):
     """The prefix cache shares pages only among requests of the same salt."""
     grammar: Grammar | None = None
     """What the output must look like; None for anything."""
+    pooling: Pooling | None = None
+    """Which hidden states make the prompt's vector, the request's only output; None to generate tokens. With a vector,
+    what says how to generate is not looked at."""
 
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:
@@ -110,6 +122,8 @@ class GenerationRequest(StrictModel):
             raise ValueError("output_token_ids holds max_new_tokens already; there is nothing left to generate")
         if self.grammar is not None and (self.ignore_eos or self.min_new_tokens):
             raise ValueError("a grammar says where an output ends: leave out ignore_eos and min_new_tokens")
+        if self.pooling is not None and (self.output_token_ids or self.grammar or self.logprobs is not None):
+            raise ValueError("pooling gives a vector: leave out output_token_ids, grammar and logprobs")
         return self
 
     @property
@@ -122,7 +136,7 @@ class FinishReason(StrEnum):
     """Why a request ended. Every accepted request ends with exactly one."""
 
     STOP = "stop"
-    """A stop id, a stop string or the model's end of sequence."""
+    """A stop id, a stop string or the model's end of sequence; or the vector that was asked for is there."""
     LENGTH = "length"
     """`max_new_tokens` or the context length."""
     ABORT = "abort"
@@ -174,6 +188,9 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     """What went wrong, with `FinishReason.ERROR`."""
     step_failure: StepFailure | None = None
     """Set where the whole step failed: the same request may succeed in another engine."""
+    vector: bytes | None = None
+    """The prompt's vector, of length 1, as 32-bit floats: `numpy.frombuffer(vector, numpy.float32)`. None where tokens
+    are generated."""
 
     def joined(self, later: "StepOutput") -> "StepOutput":
         """This one and what the same step added after it."""
@@ -200,6 +217,8 @@ class GenerationResult:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     error: str | None = None
+    vector: bytes | None = None
+    """As in `StepOutput`."""
 
 
 @dataclass(frozen=True, slots=True)

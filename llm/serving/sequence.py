@@ -1,7 +1,7 @@
 """`Sequence`: one request as the engine runs it; its parts in steps, and what came of them."""
 
 import time
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Collection, Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -10,7 +10,10 @@ import msgspec
 from llm.core.constraint import Constraint
 from llm.core.prefix_cache import PageHashes
 from llm.serving.prompt_lookup import PromptLookup
-from llm.serving.schemas import FinishReason, GenerationRequest
+from llm.serving.schemas import FinishReason, GenerationRequest, Pooling
+
+_MOST_PER_GUESS = 8
+"""Running sequences for each that can guess its next tokens, up to which its guesses are worth a slower step to all."""
 
 
 class SequenceStatus(Enum):
@@ -26,7 +29,7 @@ class Sequence:
 
     Neither prefill nor decode is a state: a sequence always has `num_uncomputed` tokens to run through the model, one
     while it decodes, many while its prompt (or, after preemption, all of it) is computed. A token is drawn in the step
-    that computes the last of them.
+    that computes the last of them; or, if the request wants a vector, that step completes it and the sequence ends.
 
     A step is scheduled before the tokens of the steps ahead of it are known, so a sequence may be longer than the host
     can tell: the tokens in flight stand behind `tokens`.
@@ -36,7 +39,7 @@ class Sequence:
     Attributes:
         tokens: prompt and output so far, as far as the host has seen them.
         max_tokens: tokens at which the sequence ends, prompt and output together.
-        num_in_flight: draws scheduled whose token the host has not seen.
+        num_in_flight: draws scheduled whose token the host has not seen; 1 while a step completes its vector.
         num_computed: leading tokens whose keys and values are in `pages`, or will be by a step already scheduled.
         num_preemptions: times it lost its pages; a step planned before the last one says nothing about `pages`.
         row: its place among the sequences that run, None while it does not.
@@ -57,7 +60,10 @@ class Sequence:
         self.request = request
         self.num_prompt_tokens = len(prompt_ids)
         self.tokens = [*prompt_ids, *request.output_token_ids]
-        self.max_tokens = len(prompt_ids) + request.max_new_tokens
+        self.pooling = request.pooling
+        """Which hidden states make its vector; None where it generates tokens."""
+        # A vector takes the place of one token, after which nothing comes.
+        self.max_tokens = len(prompt_ids) + (request.max_new_tokens if request.pooling is None else 1)
         self.status = SequenceStatus.WAITING
         self.num_in_flight = 0
         self.num_computed = 0
@@ -121,7 +127,7 @@ class Sequence:
     @property
     def may_guess(self) -> bool:
         """Whether a token may be drawn before those before it are certain."""
-        return not self.uses_penalties and self.constraint is None
+        return not self.uses_penalties and self.constraint is None and self.pooling is None
 
     def guesses(self) -> tuple[int, ...]:
         """What its next tokens may be. Nothing before it decodes, nor for its first token here, which comes alone."""
@@ -151,7 +157,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     start: int
     num_tokens: int
     draws: bool
-    """Whether the step reaches the sequence's last token, and so draws the next."""
+    """Whether the step reaches the sequence's last token, and so draws the next. Never where it is pooled."""
     row: int
     """Of the sequence while it runs: below the batch size, and nobody else's."""
     num_preemptions: int
@@ -159,6 +165,10 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     proposed: tuple[int, ...] = ()
     """Guesses, the last of the tokens that run. With any, the part draws, behind the one token before them and behind
     each of them; no other step with the sequence is in flight."""
+    num_pooled: int = 0
+    """How many of the last tokens that run have hidden states that belong to the sequence's vector."""
+    completes_vector: bool = False
+    """Whether the step reaches the last token of a sequence that is pooled."""
 
     @property
     def end(self) -> int:
@@ -169,6 +179,11 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     def num_draws(self) -> int:
         """Tokens that are drawn, one behind each of the last so many that run."""
         return 1 + len(self.proposed) if self.draws else 0
+
+    @property
+    def begins_vector(self) -> bool:
+        """Whether its pooled tokens are the first of the vector; a recomputed sequence's vector begins anew."""
+        return self.start == 0 or self.sequence.pooling is Pooling.LAST
 
     @property
     def token_ids(self) -> list[int]:
@@ -192,6 +207,14 @@ class StepPlan:
         return sum(part.num_tokens for part in self.scheduled)
 
 
+class VectorEvent(msgspec.Struct, frozen=True, gc=False):
+    """A step has completed the vector of a sequence that still wanted it."""
+
+    sequence: Sequence
+    row: int
+    """At which the step ran it."""
+
+
 class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """A token that a step drew for a sequence that still wanted it, and whether it ended the sequence."""
 
@@ -206,8 +229,21 @@ def next_part(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
     """A running sequence's next tokens as a part of a step."""
     assert sequence.row is not None, "a running sequence has a row"
     start = sequence.num_computed
-    draws = start + num_tokens == len(sequence.tokens) + sequence.num_in_flight
-    return ScheduledSequence(sequence, start, num_tokens, draws, sequence.row, sequence.num_preemptions)
+    is_last = start + num_tokens == len(sequence.tokens) + sequence.num_in_flight
+    if sequence.pooling is None:
+        return ScheduledSequence(sequence, start, num_tokens, is_last, sequence.row, sequence.num_preemptions)
+    return ScheduledSequence(
+        sequence, start, num_tokens, False, sequence.row, sequence.num_preemptions,
+        num_pooled=num_tokens if sequence.pooling is Pooling.MEAN else int(is_last), completes_vector=is_last,
+    )  # fmt: skip
+
+
+def are_worth_guessing(running: Collection[Sequence]) -> bool:
+    """Whether enough running sequences know what may come next, or guesses are being checked already."""
+    if any(sequence.is_speculating for sequence in running):
+        return True
+    num_able = sum(bool(sequence.guesses()) for sequence in running)
+    return 0 < len(running) <= num_able * _MOST_PER_GUESS
 
 
 def accept(part: ScheduledSequence, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:

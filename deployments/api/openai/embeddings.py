@@ -12,6 +12,7 @@ from deployments.chat.requests import Prompt, check_prompt
 from deployments.chat.wire_model import WireModel
 
 MAX_INPUTS = 2048
+_BYTES_A_NUMBER = 4
 
 
 def _check_input(value: Any) -> Any:
@@ -31,6 +32,8 @@ class EmbeddingsRequest(WireModel):
     user: str | None = None
     pooling: Literal["last", "mean"] | None = None
     """Extension. The last token's hidden state, or the average of all; `last` by default."""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
 
     def inputs(self) -> list[Any]:
         """One entry for each vector.
@@ -45,21 +48,28 @@ class EmbeddingsRequest(WireModel):
         return inputs
 
 
-def embeddings_object(
-    body: EmbeddingsRequest, model: str, vectors: Sequence[list[float]], num_tokens: int
-) -> dict[str, Any]:
+def embeddings_object(body: EmbeddingsRequest, model: str, vectors: Sequence[bytes], num_tokens: int) -> dict[str, Any]:
     """The answer.
+
+    Args:
+        vectors: one for each input, as 32-bit floats.
 
     Raises:
         APIError: other dimensions were asked for than the model has.
     """
-    if body.dimensions not in (None, len(vectors[0])):
-        raise invalid(f"dimensions: this model's vectors have {len(vectors[0])}", "dimensions")
-    encode = _base64 if body.encoding_format == "base64" else list
+    num_dimensions = len(vectors[0]) // _BYTES_A_NUMBER
+    if body.dimensions not in (None, num_dimensions):
+        raise invalid(f"dimensions: this model's vectors have {num_dimensions}", "dimensions")
+    encode = _base64 if body.encoding_format == "base64" else _numbers
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
-def _base64(vector: list[float]) -> str:
-    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+def _base64(vector: bytes) -> str:
+    return base64.b64encode(np.frombuffer(vector, np.float32).astype("<f4").tobytes()).decode()
+
+
+def _numbers(vector: bytes) -> list[float]:
+    numbers: list[float] = np.frombuffer(vector, np.float32).tolist()
+    return numbers

@@ -1,8 +1,9 @@
 """A router and its engine replicas in one process, without Ray."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -53,8 +54,15 @@ class LocalClient:
 
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         replica = self._choose(ranking)
+        return await self._run(replica, replica.generate(call, ranking))
+
+    async def generate_batch(self, calls: bytes, ranking: Sequence[str]) -> bytes:
+        replica = self._choose(ranking)
+        return await self._run(replica, replica.generate_batch(calls, ranking))
+
+    async def _run(self, replica: EngineReplica, call: Coroutine[Any, Any, bytes]) -> bytes:
         self.num_calls += 1
-        task = asyncio.ensure_future(replica.generate(call, ranking))
+        task = asyncio.ensure_future(call)
         self._calls[replica.replica_id].add(task)
         try:
             return await task
@@ -65,9 +73,6 @@ class LocalClient:
             raise
         finally:
             self._calls.get(replica.replica_id, set()).discard(task)
-
-    async def embed(self, call: bytes, ranking: Sequence[str]) -> bytes:
-        return await self._choose(ranking).embed(call)
 
     def add(self, replica: EngineReplica) -> None:
         self.replicas.append(replica)

@@ -1,0 +1,70 @@
+"""What the device keeps of sequences that are pooled: a sum of hidden states for each row."""
+
+from collections.abc import Callable, Sequence as SequenceOf
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from llm.kernels.pooling import add_states
+from llm.serving.model_runner import vector_bytes
+from llm.serving.sequence import ScheduledSequence
+
+
+class VectorRows:
+    """Sums of hidden states by row, and the way of complete vectors to the host.
+
+    Args:
+        num_rows: rows that the scheduler gives out, and one that nobody reads.
+        hidden_size: of the model.
+        device: where the hidden states are.
+        num_buffers: steps that may be in flight, plus one.
+    """
+
+    def __init__(self, num_rows: int, hidden_size: int, device: torch.device, num_buffers: int) -> None:
+        self._sums = torch.zeros(num_rows, hidden_size, dtype=torch.float32, device=device)
+        self._num_buffers = num_buffers
+        self._next = 0
+
+    @cached_property
+    def _host_sums(self) -> list[torch.Tensor]:
+        pin = self._sums.is_cuda
+        shape = self._sums.shape
+        return [torch.empty(shape, dtype=torch.float32, pin_memory=pin) for _ in range(self._num_buffers)]
+
+    @cached_property
+    def _host_parts(self) -> list[torch.Tensor]:
+        num_rows = len(self._sums)
+        pin = self._sums.is_cuda
+        return [torch.empty(4 * num_rows, dtype=torch.int32, pin_memory=pin) for _ in range(self._num_buffers)]
+
+    def warm_up(self, hidden: torch.Tensor) -> None:
+        """Compile the kernel, on a row that nobody reads."""
+        parts = torch.zeros(4, 1, dtype=torch.int32, device=self._sums.device)
+        parts[1] = len(self._sums) - 1
+        add_states(hidden, parts, self._sums)
+
+    def add(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> Callable[[], dict[int, bytes]]:
+        """Add a step's hidden states to the vectors they belong to; does not wait for the device.
+
+        Args:
+            scheduled: the step's parts.
+            hidden: (pooled tokens or more, hidden_size), those of the parts' pooled tokens first, in order.
+
+        Returns:
+            Gives the vectors that are complete, by row. To be called once the step is over.
+        """
+        pooled = [part for part in scheduled if part.num_pooled]
+        if not pooled:
+            return dict
+        self._next = (self._next + 1) % self._num_buffers
+        host_parts = self._host_parts[self._next][: 4 * len(pooled)].view(4, -1)
+        lens = np.array([part.num_pooled for part in pooled], dtype=np.int32)
+        rows = [part.row for part in pooled]
+        host_parts.numpy()[:] = lens.cumsum() - lens, rows, lens, [part.begins_vector for part in pooled]
+        parts = host_parts.to(hidden.device, non_blocking=True)
+        add_states(hidden, parts, self._sums)
+        host = self._host_sums[self._next][: len(pooled)]
+        host.copy_(self._sums.index_select(0, parts[1]), non_blocking=True)
+        completed = [i for i, part in enumerate(pooled) if part.completes_vector]
+        return lambda: vector_bytes(host[completed], [rows[i] for i in completed])
