@@ -109,6 +109,7 @@ async def test_whichever_router_is_asked_counters_only_rise(two_routers):
     assert total(last, "rayline:requests_total", router="a") == 5
     async with asyncio.timeout(5):  # a generation is counted when its call has returned, after the client's answer
         while total(last, "vllm:e2e_request_latency_seconds_count") < 8:
+            await asyncio.sleep(0.01)
             last, _ = parse((await two_routers[0].http.get("/metrics")).text)
     assert len([series for series in last if series[0] == "vllm:generation_tokens_total"]) == 2, "one a replica"
 
