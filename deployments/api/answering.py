@@ -1,5 +1,6 @@
 """From a turn to an HTTP answer, whole or as server-sent events, in the words of whichever API was asked."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -7,10 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.callers import timing_header
+from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.sse import EventStream, encode_json, until_disconnect
 from deployments.chat.choices import Update
 from deployments.chat.errors import APIError
 from deployments.chat.turn import Turn
+
+_INLINE_VALUES = 2_000
 
 
 class AnswerWriter(Protocol):
@@ -38,7 +42,12 @@ class AnswerWriter(Protocol):
         ...
 
     def whole(self) -> dict[str, Any]:
-        """The answer, once the turn is complete."""
+        """The answer, once the turn is complete. May be called in a thread."""
+        ...
+
+    @property
+    def num_values(self) -> int:
+        """About how many values the whole answer has."""
         ...
 
 
@@ -52,11 +61,11 @@ async def answer(request: Request, turn: Turn, writer: AnswerWriter, *, is_strea
         if is_streamed:
             await until_disconnect(request.receive, turn.begin())
             return EventStream(event_stream(turn, writer), writer.failure, timing_header(turn.phases_ms()), turn.cancel)
-        value = await until_disconnect(request.receive, _whole(turn, writer))
+        pieces = await until_disconnect(request.receive, _whole(turn, writer))
     except BaseException:
         turn.cancel()
         raise
-    return json_response(value, timing_header(turn.phases_ms()))
+    return JSONResponse(pieces, timing_header(turn.phases_ms()))
 
 
 async def event_stream(turn: Turn, writer: AnswerWriter) -> AsyncGenerator[bytes, None]:
@@ -76,11 +85,13 @@ async def event_stream(turn: Turn, writer: AnswerWriter) -> AsyncGenerator[bytes
             yield events
 
 
-async def _whole(turn: Turn, writer: AnswerWriter) -> dict[str, Any]:
+async def _whole(turn: Turn, writer: AnswerWriter) -> list[bytes]:
     while not turn.is_complete:
         writer.add(await turn.updates())
     turn.cancel()
-    return writer.whole()
+    if writer.num_values <= _INLINE_VALUES:
+        return [encode_json(writer.whole())]
+    return await asyncio.to_thread(lambda: json_pieces(writer.whole()))
 
 
 def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:

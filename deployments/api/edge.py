@@ -3,23 +3,16 @@
 import asyncio
 import logging
 import time
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.errors import answer_to, too_many_open
 from deployments.api.sse import ClientLeftError
-from deployments.chat.errors import APIError, internal, of_validation
+from deployments.chat.errors import APIError, internal
 from deployments.config import LimitsConfig
 
 logger = logging.getLogger("ray.serve")
-
-Body = TypeVar("Body", bound=BaseModel)
-
-_INLINE_BYTES = 32 << 10
-"""Bodies up to this size are parsed at once; longer ones in a thread."""
 
 
 class Edge:
@@ -122,71 +115,6 @@ class _Sender:
         self._num_sent_last = self._num_sent if is_sending else -1
 
 
-async def read_body(request: Request, limits: LimitsConfig) -> bytes:
-    """The request's body, which must be JSON by its content type.
-
-    Raises:
-        APIError: 415 for another type or an encoded body, 413 for too many bytes, without reading on, 408 if the client
-            takes too long to send it.
-    """
-    max_bytes = limits.max_body_bytes
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise APIError(415, "The body must be JSON, sent with Content-Type: application/json", code="unsupported_type")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise APIError(415, "Encoded bodies are not supported", code="unsupported_type")
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
-        raise _too_large(max_bytes)
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            return await _read_up_to(request, max_bytes)
-    except TimeoutError:
-        raise APIError(408, f"The body was not sent within {limits.body_timeout_s:g} s", code="body_timeout",
-                       headers={"Connection": "close"}) from None  # fmt: skip
-
-
-async def _read_up_to(request: Request, max_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    num_bytes = 0
-    async for part in request.stream():
-        num_bytes += len(part)
-        if num_bytes > max_bytes:
-            raise _too_large(max_bytes)
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def parse_body(request: Request, model: type[Body], limits: LimitsConfig) -> Body:
-    """Read and check a body.
-
-    Raises:
-        APIError: what is wrong with it.
-    """
-    data = await read_body(request, limits)
-    if len(data) <= _INLINE_BYTES:
-        return validate(model, data)
-    return await asyncio.get_running_loop().run_in_executor(None, validate, model, data)
-
-
-def validate(model: type[Body], data: bytes) -> Body:
-    """Check a body that has been read.
-
-    Raises:
-        APIError: a 400 that names the field at fault.
-    """
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        raise of_validation(error, model) from None
-
-
 def _header_bytes(scope: Scope) -> int:
     headers = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     return headers + len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
-
-
-def _too_large(max_bytes: int) -> APIError:
-    # The rest of the body is still on its way: the connection cannot be used again.
-    return APIError(413, f"The body is larger than {max_bytes} bytes", code="body_too_large",
-                    headers={"Connection": "close"})  # fmt: skip

@@ -1,20 +1,22 @@
 """The HTTP API over a router: which path does what, and how it is described in `/docs`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from deployments.api.answering import answer, json_response
+from deployments.api.answering import AnswerWriter, answer, json_response
 from deployments.api.anthropic.message_writer import MessageWriter
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from deployments.api.auth import KeyGuard
+from deployments.api.bodies import Body, parse, read_body
 from deployments.api.callers import caller_of
-from deployments.api.edge import Edge, parse_body
+from deployments.api.edge import Edge
 from deployments.api.errors import answer_to, model_not_found, unknown_route, wrong_method
+from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.openai.completion_writer import CompletionWriter
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
 from deployments.api.openai.response_requests import ResponsesRequest, echoed
@@ -38,6 +40,7 @@ from deployments.api.pages import page
 from deployments.api.route_table import Route, describe
 from deployments.api.sse import EventStream, error_events, event, until_disconnect
 from deployments.api.tracing import TraceRequests
+from deployments.chat.encoder import EncodedChat, PromptEncoder
 from deployments.chat.errors import APIError, in_words_of, not_ready, of_engine
 from deployments.chat.requests import (
     ChatRequest,
@@ -45,7 +48,7 @@ from deployments.chat.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from deployments.chat.service import ChatService
+from deployments.chat.service import INLINE_BYTES, ChatService
 from deployments.chat.turn import Turn
 from deployments.observe.exposition import CONTENT_TYPE
 from deployments.router.caller import Caller
@@ -55,6 +58,8 @@ from deployments.version import __version__
 from llm.errors import LLMError
 
 TITLE = "Rayline"
+T = TypeVar("T")
+Foreign = TypeVar("Foreign", ResponsesRequest, MessagesRequest)
 _EVENT_INTERVAL_S = 0.5
 
 
@@ -155,56 +160,57 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat, whole or as server-sent events."""
-        body = await parse_body(request, ChatRequest, self._limits)
-        self._check_model(body.model)
-        caller = caller_of(request, body.priority)
-        await self._engine_known(request, caller)
-        turn = await self._chats.chat(body, caller)
+        body, chat = await self._prepared(request, ChatRequest, PromptEncoder.chat)
+        turn = await self._chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
         writer = self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
-        return await answer(request, turn, writer, is_streamed=bool(body.stream))
+        return await self._answer(request, turn, writer, body.stream)
 
     async def completion(self, request: Request) -> Response:
         """Continue a prompt, or several, whole or as server-sent events."""
-        body = await parse_body(request, CompletionRequest, self._limits)
-        self._check_model(body.model)
-        caller = caller_of(request, body.priority)
-        await self._engine_known(request, caller)
-        turn = await self._chats.completion(body, caller)
+        body, completion = await self._prepared(request, CompletionRequest, PromptEncoder.completion)
+        turn = await self._chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
         writer = self._completion_writer(
             turn, body, is_chat=False, wants_logprobs=body.logprobs is not None, num_kept=body.n or 1
         )
-        return await answer(request, turn, writer, is_streamed=bool(body.stream))
+        return await self._answer(request, turn, writer, body.stream)
 
     async def response(self, request: Request) -> Response:
         """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events. Nothing is stored."""
-        body = await parse_body(request, ResponsesRequest, self._limits)
-        turn = await self._turn(request, body)
-        writer = ResponseWriter(turn, model=self._model, echoed=echoed(body))
-        return await answer(request, turn, writer, is_streamed=bool(body.stream))
+        body, turn = await self._turn(request, ResponsesRequest)
+        return await self._answer(
+            request, turn, ResponseWriter(turn, model=self._model, echoed=echoed(body)), body.stream
+        )
 
     async def message(self, request: Request) -> Response:
         """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
-        body = await parse_body(request, MessagesRequest, self._limits)
-        turn = await self._turn(request, body)
-        return await answer(request, turn, MessageWriter(turn, model=self._model), is_streamed=bool(body.stream))
+        body, turn = await self._turn(request, MessagesRequest)
+        return await self._answer(request, turn, MessageWriter(turn, model=self._model), body.stream)
 
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens that a message's prompt would have."""
-        body = await parse_body(request, CountTokensRequest, self._limits)
-        self._check_model(body.model)
-        await self._engine_known(request, caller_of(request))
-        with in_words_of(body.FIELDS):
-            ids = await self._chats.encoder.prompt_ids(body.to_chat())
-        return json_response({"input_tokens": len(ids)})
 
-    async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest) -> Turn:
-        """Begin to answer what is a chat in another API's words."""
-        self._check_model(body.model)
-        with in_words_of(body.FIELDS):
-            chat = body.to_chat()
-            caller = caller_of(request, chat.priority)
-            await self._engine_known(request, caller)
-            return await self._chats.chat(chat, caller)
+        def count(encoder: PromptEncoder, body: CountTokensRequest) -> int:
+            with in_words_of(body.FIELDS):
+                return len(encoder.prompt_ids(body.to_chat()))
+
+        _, num_tokens = await self._prepared(request, CountTokensRequest, count)
+        return json_response({"input_tokens": num_tokens})
+
+    async def _prepared(
+        self, request: Request, model: type[Body], prepare: Callable[[PromptEncoder, Body], T]
+    ) -> tuple[Body, T]:
+        """The request's body, checked, and what is made of it before the engines get it; in a thread if it is long.
+
+        Raises:
+            APIError: what is wrong with it.
+        """
+        data = await read_body(request, self._limits)
+        body = await self._chats.run(len(data), lambda: parse(model, data))
+        self._check_model(body.model or self._model)
+        await self._engine_known(request, caller_of(request))
+        encoder = self._chats.encoder
+        size = INLINE_BYTES + 1 if body.takes_long else len(data)
+        return body, await self._chats.run(max(size, len(data)), lambda: prepare(encoder, body))
 
     async def _engine_known(self, request: Request, caller: Caller) -> None:
         """Wait until an engine has told its limits, by which requests are checked; a fleet at zero starts one.
@@ -216,6 +222,20 @@ class Endpoints:
         if not self._router.is_ready:
             await until_disconnect(request.receive, self._router.engine_info(caller.timeout_s))
 
+    async def _turn(self, request: Request, model: type[Foreign]) -> tuple[Foreign, Turn]:
+        """Begin to answer what is a chat in another API's words."""
+
+        def encode(encoder: PromptEncoder, body: Foreign) -> tuple[EncodedChat, ChatRequest]:
+            with in_words_of(body.FIELDS):
+                chat = body.to_chat()
+                return encoder.chat(chat), chat
+
+        body, (encoded, chat) = await self._prepared(request, model, encode)
+        return body, await self._chats.chat(encoded, chat.stop_strings(), caller_of(request, chat.priority))
+
+    async def _answer(self, request: Request, turn: Turn, writer: AnswerWriter, stream: bool | None) -> Response:
+        return await answer(request, turn, writer, is_streamed=bool(stream))
+
     def _completion_writer(self, turn: Turn, body: ChatRequest | CompletionRequest, **options: Any) -> CompletionWriter:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         tokenizer = self._chats.tokenizer
@@ -223,15 +243,14 @@ class Endpoints:
 
     async def embeddings(self, request: Request) -> Response:
         """Give the vector of each input: hidden states of the model, pooled, of length 1."""
-        body = await parse_body(request, EmbeddingsRequest, self._limits)
-        self._check_model(body.model)
-        caller = caller_of(request)
-        await self._engine_known(request, caller)
-        encoder = self._chats.encoder
-        inputs = [await encoder.input_ids(given) for given in body.inputs()]
-        work = self._router.embed(inputs, body.pooling or "last", caller)
+        body, inputs = await self._prepared(
+            request, EmbeddingsRequest, lambda encoder, body: encoder.inputs(body.inputs())
+        )
+        work = self._router.embed(inputs, body.pooling or "last", caller_of(request))
         vectors = await until_disconnect(request.receive, work)
-        return json_response(embeddings_object(body, self._model, vectors, sum(map(len, inputs))))
+        num_tokens = sum(map(len, inputs))
+        write = lambda: json_pieces(embeddings_object(body, self._model, vectors, num_tokens))  # noqa: E731
+        return JSONResponse(await asyncio.to_thread(write))
 
     async def models(self, _: Request) -> Response:
         """List the served model."""
@@ -244,29 +263,13 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """Turn a text or a chat into token ids."""
-        body = await parse_body(request, TokenizeRequest, self._limits)
-        self._check_model(body.model or self._model)
-        await self._engine_known(request, caller_of(request))
-        encoder = self._chats.encoder
-        if body.messages is not None:
-            generation_prompt = body.add_generation_prompt is not False
-            ids = await encoder.chat_ids(body.messages, add_generation_prompt=generation_prompt, variables={})
-        else:
-            ids = await encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-        texts = [self._chats.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-        return json_response(
-            {"count": len(ids), "max_model_len": encoder.info.max_seq_len, "tokens": ids, "token_strs": texts}
-        )
+        _, parts = await self._prepared(request, TokenizeRequest, _tokens)
+        return JSONResponse(parts)
 
     async def detokenize(self, request: Request) -> Response:
         """Turn token ids into text."""
-        body = await parse_body(request, DetokenizeRequest, self._limits)
-        self._check_model(body.model or self._model)
-        await self._engine_known(request, caller_of(request))
-        encoder = self._chats.encoder
-        encoder.check_ids(body.tokens, "tokens")
-        text = await encoder.run(len(body.tokens), lambda: self._chats.tokenizer.decode(body.tokens))
-        return json_response({"prompt": text})
+        _, parts = await self._prepared(request, DetokenizeRequest, _text)
+        return JSONResponse(parts)
 
     async def health(self, _: Request) -> Response:
         """Answer as long as this process runs."""
@@ -320,6 +323,24 @@ class Endpoints:
             "owned_by": "rayline",
             "max_model_len": info.max_seq_len if info is not None else None,
         }
+
+
+def _tokens(encoder: PromptEncoder, body: TokenizeRequest) -> list[bytes]:
+    """The answer of `/tokenize`."""
+    if body.messages is not None:
+        generation_prompt = body.add_generation_prompt is not False
+        ids = encoder.chat_ids(body.messages, add_generation_prompt=generation_prompt, variables={})
+    else:
+        ids = encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    texts = [encoder.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+    found = {"count": len(ids), "max_model_len": encoder.info.max_seq_len, "tokens": ids, "token_strs": texts}
+    return json_pieces(found)
+
+
+def _text(encoder: PromptEncoder, body: DetokenizeRequest) -> list[bytes]:
+    """The answer of `/detokenize`."""
+    encoder.check_ids(body.tokens, "tokens")
+    return json_pieces({"prompt": encoder.tokenizer.decode(body.tokens)})
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

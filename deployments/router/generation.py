@@ -27,6 +27,7 @@ from llm.serving.schemas import FinishReason, GenerationRequest, TokenLogprobs
 logger = logging.getLogger("ray.serve")
 
 _RESUME_DELAY_S = 0.05
+_INLINE_TOKENS = 4096
 
 
 class Siblings(Protocol):
@@ -127,7 +128,7 @@ class Generation:
         self._is_leaving = False
         self._ticket: Ticket | None = None
         self._task: asyncio.Task[None] | None = None
-        self._call: asyncio.Task[bytes] | None = None
+        self._call: asyncio.Task[GenerateReply] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -232,11 +233,11 @@ class Generation:
 
     async def _run_on(self, placement: Placement, stream_id: int, ranking: Sequence[str]) -> str | None:
         """Run on the first replica that takes it; returns why the request has to go on elsewhere, if it has to."""
-        call = encode(GenerateCall.of(self._remaining_request(), stream_id, placement.channel))
+        call = GenerateCall.of(self._remaining_request(), stream_id, placement.channel)
         self._is_leaving = False
-        self._call = asyncio.ensure_future(placement.client.generate(call, ranking))
+        self._call = asyncio.ensure_future(self._send(placement.client, call, ranking))
         try:
-            reply = decode_reply(await self._call)
+            reply = await self._call
         except ReplicaLostError as error:
             return str(error)
         except asyncio.CancelledError:
@@ -249,6 +250,13 @@ class Generation:
             raise InvalidRequestError(reply.refusal.message, param=reply.refusal.param, code=reply.refusal.code)
         self._absorb(reply)
         return reply.failure
+
+    async def _send(self, client: EngineClient, call: GenerateCall, ranking: Sequence[str]) -> GenerateReply:
+        if len(self.request.prompt_token_ids or ()) <= _INLINE_TOKENS:
+            data = encode(call)
+        else:  # many answers to one long prompt are sent at once
+            data = await asyncio.to_thread(encode, call)
+        return decode_reply(await client.generate(data, ranking))
 
     async def _prepare_resume(self, placement: Placement, replica_id: str | None, failure: str) -> None:
         """Get ready to go on elsewhere.

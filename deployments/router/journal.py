@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from deployments.channel.messages import ChannelAddress, TokenItem
 from deployments.fleet.engine_client import EngineClient
@@ -64,17 +64,24 @@ class Journal:
         """Generations that a replica runs or that wait for one."""
         return len(self._live)
 
-    def start(self, requests: Sequence[GenerationRequest], caller: Caller) -> GenerationGroup:
+    def start(
+        self, requests: Sequence[GenerationRequest], caller: Caller, hashes: Mapping[int, list[int]] | None = None
+    ) -> GenerationGroup:
         """Begin an HTTP request's generations.
+
+        Args:
+            requests: what to generate.
+            caller: who asks.
+            hashes: what `prompt_hashes` returned for them; None to work it out here, which long prompts should not.
 
         Raises:
             OverloadedError: too much waits already.
         """
         self.dispatcher.check(sum(self.work_of(request) for request in requests), caller.timeout_s)
         if caller.account is not None:
-            prompts = {request.prompt_token_ids or () for request in requests}
-            caller.account.charge(sum(len(prompt) for prompt in prompts))
-        group = GenerationGroup(requests, caller, self.page_size)
+            prompts = {id(request.prompt_token_ids): len(request.prompt_token_ids or ()) for request in requests}
+            caller.account.charge(sum(prompts.values()))
+        group = GenerationGroup(requests, caller, self.page_size, hashes)
         self.num_requests += len(requests)
         for generation in group.generations:
             generation.start(self)

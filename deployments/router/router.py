@@ -25,7 +25,7 @@ from deployments.observe.tracing import RequestTracer
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.embeddings import embed_all
-from deployments.router.group import GenerationGroup
+from deployments.router.group import GenerationGroup, prompt_hashes
 from deployments.router.journal import Journal
 from llm.errors import LLMError
 from llm.serving.schemas import GenerationRequest
@@ -33,6 +33,8 @@ from llm.serving.schemas import GenerationRequest
 logger = logging.getLogger("ray.serve")
 
 _ENGINE_CHECK_INTERVAL_S = 0.2
+_INLINE_TOKENS = 4096
+"""Prompts of so many tokens together are hashed at once; more of them in a thread."""
 
 
 class Router:
@@ -89,7 +91,7 @@ class Router:
         """Whether an engine has told what it is."""
         return self._engine_known.is_set()
 
-    def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
+    async def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
         """Begin to generate.
 
         Raises:
@@ -101,7 +103,13 @@ class Router:
                 request.model_copy(update={"cache_salt": f"{caller.tenant}/{request.cache_salt}"})
                 for request in requests
             ]
-        return self.journal.start(requests, caller)
+        page_size = self.journal.page_size
+        num_tokens = sum({id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests}.values())
+        if num_tokens > _INLINE_TOKENS:
+            hashes = await asyncio.to_thread(prompt_hashes, requests, page_size)
+        else:
+            hashes = prompt_hashes(requests, page_size)
+        return self.journal.start(requests, caller, hashes)
 
     async def embed(self, inputs: Sequence[list[int]], pooling: str, caller: Caller) -> list[list[float]]:
         """The vector of each input.

@@ -60,6 +60,11 @@ class MessageWriter:
         blocks = [self._finished_block(block) for block in self._blocks]
         return {**self._message(), "content": blocks, **self._stop(), "usage": self._usage()}
 
+    @property
+    def num_values(self) -> int:
+        """About as many pieces of text as tokens."""
+        return self._turn.num_output_tokens
+
     def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
         """Take in what is new; the events that tell it."""
         told: list[Event] = []

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from deployments.chat.errors import invalid
 from deployments.chat.requests import Prompt, check_prompt
-from deployments.chat.wire_model import WireModel
+from deployments.chat.wire_model import RequestBody
 
 MAX_INPUTS = 2048
 
@@ -18,7 +18,7 @@ def _check_input(value: Any) -> Any:
     return check_prompt(value, "input")
 
 
-class EmbeddingsRequest(WireModel):
+class EmbeddingsRequest(RequestBody):
     """Body of `POST /v1/embeddings`."""
 
     model: str

@@ -79,6 +79,11 @@ class ResponseWriter:
         self._close_item()
         return self._finished()
 
+    @property
+    def num_values(self) -> int:
+        """About as many pieces of text as tokens."""
+        return self._turn.num_output_tokens
+
     def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
         """Take in what is new; the events that tell it."""
         told: list[Event] = []
