@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from chaos import engine_faults, faults, nodes, scaling_faults
+from chaos import client_faults, engine_faults, faults, nodes, scaling_faults
 from chaos.fleet import Outcome, cluster
 
 FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
@@ -28,6 +28,7 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F9": [engine_faults.f9_small_pool],
     "F10": [nodes.f10_nodes_removed],
     "F11": [faults.f11_control_plane],
+    "F21": [client_faults.f21_clients_that_never_read, client_faults.f21_behind_haproxy],
     "F24": [scaling_faults.f24_scaled_to_zero],
 }
 GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {

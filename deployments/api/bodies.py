@@ -18,8 +18,8 @@ from deployments.config import LimitsConfig
 
 Body = TypeVar("Body", bound=RequestBody)
 
-MAX_VALUES = 500_000
-"""Numbers, strings and so on in one body; enough for four prompts of 120,000 token ids."""
+MAX_VALUES = 300_000
+"""Numbers, strings and so on in one body; enough for two prompts of 128,000 token ids."""
 MAX_STRUCTURE = 65_536
 """Objects, arrays and keys in one body."""
 MAX_KEYS = 2_048

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from deployments.api.answering import AnswerWriter, answer, json_response
-from deployments.api.anthropic.message_writer import MessageWriter
+from deployments.api.anthropic.message_writer import MessageWriter, message_failure
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from deployments.api.auth import KeyGuard
 from deployments.api.bodies import Body, parse, read_body
@@ -20,7 +20,7 @@ from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.openai.completion_writer import CompletionWriter
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
 from deployments.api.openai.response_requests import ResponsesRequest, echoed
-from deployments.api.openai.response_writer import ResponseWriter
+from deployments.api.openai.response_writer import ResponseWriter, response_failure
 from deployments.api.openai.responses import (
     ChatCompletion,
     Completion,
@@ -51,7 +51,6 @@ from deployments.chat.requests import (
 from deployments.chat.service import INLINE_BYTES, ChatService
 from deployments.chat.turn import Turn
 from deployments.observe.exposition import CONTENT_TYPE
-from deployments.router.caller import Caller
 from deployments.router.keys import ApiKey
 from deployments.router.router import Router
 from deployments.version import __version__
@@ -59,7 +58,6 @@ from llm.errors import LLMError
 
 TITLE = "Rayline"
 T = TypeVar("T")
-Foreign = TypeVar("Foreign", ResponsesRequest, MessagesRequest)
 _EVENT_INTERVAL_S = 0.5
 
 
@@ -160,31 +158,48 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat, whole or as server-sent events."""
-        body, chat = await self._prepared(request, ChatRequest, PromptEncoder.chat)
-        turn = await self._chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
-        writer = self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
-        return await self._answer(request, turn, writer, body.stream)
+        body, size = await self._body(request, ChatRequest)
+
+        async def start() -> tuple[Turn, AnswerWriter]:
+            chat = await self._prepared(request, body, size, PromptEncoder.chat)
+            turn = await self._chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
+            return turn, self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
+
+        return await answer(request, start(), error_events, is_streamed=bool(body.stream))
 
     async def completion(self, request: Request) -> Response:
         """Continue a prompt, or several, whole or as server-sent events."""
-        body, completion = await self._prepared(request, CompletionRequest, PromptEncoder.completion)
-        turn = await self._chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
-        writer = self._completion_writer(
-            turn, body, is_chat=False, wants_logprobs=body.logprobs is not None, num_kept=body.n or 1
-        )
-        return await self._answer(request, turn, writer, body.stream)
+        body, size = await self._body(request, CompletionRequest)
+
+        async def start() -> tuple[Turn, AnswerWriter]:
+            completion = await self._prepared(request, body, size, PromptEncoder.completion)
+            turn = await self._chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
+            return turn, self._completion_writer(
+                turn, body, is_chat=False, wants_logprobs=body.logprobs is not None, num_kept=body.n or 1
+            )
+
+        return await answer(request, start(), error_events, is_streamed=bool(body.stream))
 
     async def response(self, request: Request) -> Response:
         """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events. Nothing is stored."""
-        body, turn = await self._turn(request, ResponsesRequest)
-        return await self._answer(
-            request, turn, ResponseWriter(turn, model=self._model, echoed=echoed(body)), body.stream
-        )
+        body, size = await self._body(request, ResponsesRequest)
+
+        async def start() -> tuple[Turn, AnswerWriter]:
+            turn = await self._turn(request, body, size)
+            fields = await self._chats.run(size, lambda: echoed(body))
+            return turn, ResponseWriter(turn, model=self._model, echoed=fields)
+
+        return await answer(request, start(), response_failure, is_streamed=bool(body.stream))
 
     async def message(self, request: Request) -> Response:
         """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
-        body, turn = await self._turn(request, MessagesRequest)
-        return await self._answer(request, turn, MessageWriter(turn, model=self._model), body.stream)
+        body, size = await self._body(request, MessagesRequest)
+
+        async def start() -> tuple[Turn, AnswerWriter]:
+            turn = await self._turn(request, body, size)
+            return turn, MessageWriter(turn, model=self._model)
+
+        return await answer(request, start(), message_failure, is_streamed=bool(body.stream))
 
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens that a message's prompt would have."""
@@ -193,13 +208,10 @@ class Endpoints:
             with in_words_of(body.FIELDS):
                 return len(encoder.prompt_ids(body.to_chat()))
 
-        _, num_tokens = await self._prepared(request, CountTokensRequest, count)
-        return json_response({"input_tokens": num_tokens})
+        return json_response({"input_tokens": await self._prepared_at_once(request, CountTokensRequest, count)})
 
-    async def _prepared(
-        self, request: Request, model: type[Body], prepare: Callable[[PromptEncoder, Body], T]
-    ) -> tuple[Body, T]:
-        """The request's body, checked, and what is made of it before the engines get it; in a thread if it is long.
+    async def _body(self, request: Request, model: type[Body]) -> tuple[Body, int]:
+        """The request's body, checked, and its size in bytes.
 
         Raises:
             APIError: what is wrong with it.
@@ -207,34 +219,41 @@ class Endpoints:
         data = await read_body(request, self._limits)
         body = await self._chats.run(len(data), lambda: parse(model, data))
         self._check_model(body.model or self._model)
-        await self._engine_known(request, caller_of(request))
-        encoder = self._chats.encoder
-        size = INLINE_BYTES + 1 if body.takes_long else len(data)
-        return body, await self._chats.run(max(size, len(data)), lambda: prepare(encoder, body))
+        return body, len(data)
 
-    async def _engine_known(self, request: Request, caller: Caller) -> None:
-        """Wait until an engine has told its limits, by which requests are checked; a fleet at zero starts one.
+    async def _prepared(
+        self, request: Request, body: Body, size: int, prepare: Callable[[PromptEncoder, Body], T]
+    ) -> T:
+        """What is made of a body before the engines get it, in a thread if that is long.
+
+        It waits until an engine has told its limits, by which requests are checked; a fleet at zero starts one.
 
         Raises:
-            NoReplicaError, DeadlineError: see `Router.engine_info`.
-            ClientLeftError: the client did not wait for it.
+            APIError, LLMError: what is wrong with the request; or see `Router.engine_info`.
         """
         if not self._router.is_ready:
-            await until_disconnect(request.receive, self._router.engine_info(caller.timeout_s))
+            await self._router.engine_info(caller_of(request).timeout_s)
+        encoder = self._chats.encoder
+        size = max(size, INLINE_BYTES + 1) if body.takes_long else size
+        return await self._chats.run(size, lambda: prepare(encoder, body))
 
-    async def _turn(self, request: Request, model: type[Foreign]) -> tuple[Foreign, Turn]:
+    async def _prepared_at_once(
+        self, request: Request, model: type[Body], prepare: Callable[[PromptEncoder, Body], T]
+    ) -> T:
+        """As `_prepared`, of a request that is answered with it."""
+        body, size = await self._body(request, model)
+        return await until_disconnect(request.receive, self._prepared(request, body, size, prepare))
+
+    async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest, size: int) -> Turn:
         """Begin to answer what is a chat in another API's words."""
 
-        def encode(encoder: PromptEncoder, body: Foreign) -> tuple[EncodedChat, ChatRequest]:
+        def encode(encoder: PromptEncoder, body: ResponsesRequest | MessagesRequest) -> tuple[EncodedChat, ChatRequest]:
             with in_words_of(body.FIELDS):
                 chat = body.to_chat()
                 return encoder.chat(chat), chat
 
-        body, (encoded, chat) = await self._prepared(request, model, encode)
-        return body, await self._chats.chat(encoded, chat.stop_strings(), caller_of(request, chat.priority))
-
-    async def _answer(self, request: Request, turn: Turn, writer: AnswerWriter, stream: bool | None) -> Response:
-        return await answer(request, turn, writer, is_streamed=bool(stream))
+        encoded, chat = await self._prepared(request, body, size, encode)
+        return await self._chats.chat(encoded, chat.stop_strings(), caller_of(request, chat.priority))
 
     def _completion_writer(self, turn: Turn, body: ChatRequest | CompletionRequest, **options: Any) -> CompletionWriter:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -243,11 +262,13 @@ class Endpoints:
 
     async def embeddings(self, request: Request) -> Response:
         """Give the vector of each input: hidden states of the model, pooled, of length 1."""
-        body, inputs = await self._prepared(
-            request, EmbeddingsRequest, lambda encoder, body: encoder.inputs(body.inputs())
-        )
-        work = self._router.embed(inputs, body.pooling or "last", caller_of(request))
-        vectors = await until_disconnect(request.receive, work)
+        body, size = await self._body(request, EmbeddingsRequest)
+
+        async def embed() -> tuple[list[list[int]], list[list[float]]]:
+            inputs = await self._prepared(request, body, size, lambda encoder, body: encoder.inputs(body.inputs()))
+            return inputs, await self._router.embed(inputs, body.pooling or "last", caller_of(request))
+
+        inputs, vectors = await until_disconnect(request.receive, embed())
         num_tokens = sum(map(len, inputs))
         write = lambda: json_pieces(embeddings_object(body, self._model, vectors, num_tokens))  # noqa: E731
         return JSONResponse(await asyncio.to_thread(write))
@@ -263,13 +284,11 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """Turn a text or a chat into token ids."""
-        _, parts = await self._prepared(request, TokenizeRequest, _tokens)
-        return JSONResponse(parts)
+        return JSONResponse(await self._prepared_at_once(request, TokenizeRequest, _tokens))
 
     async def detokenize(self, request: Request) -> Response:
         """Turn token ids into text."""
-        _, parts = await self._prepared(request, DetokenizeRequest, _text)
-        return JSONResponse(parts)
+        return JSONResponse(await self._prepared_at_once(request, DetokenizeRequest, _text))
 
     async def health(self, _: Request) -> Response:
         """Answer as long as this process runs."""

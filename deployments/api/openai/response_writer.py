@@ -140,6 +140,12 @@ class ResponseWriter:
         return b"".join(parts)
 
 
+def response_failure(error: APIError) -> bytes:
+    """The event that ends a stream after a failure before there is a response."""
+    value = {"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}
+    return b"event: error\ndata: " + encode_json(value) + b"\n\n"
+
+
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 _EVENTS = {
     "message": "response.output_text",
