@@ -1,6 +1,7 @@
 """`RouterIngress`: the router as Ray Serve starts it."""
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -64,7 +65,11 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""
-        return create_api(self._router, self._keys)
+        api = create_api(self._router, self._keys)
+        # The collector's full passes hold up the event loop: what has been loaded by now stays, and is left out of them.
+        gc.collect()
+        gc.freeze()
+        return api
 
     async def _open_channel_when_a_node_joins(self) -> None:
         """Replicas on a node that joins later could not reach loopback."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -43,9 +44,14 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         if took > watch.longest_s:
             watch.longest_s, watch.what = took, what
 
-    with monkeypatch.context() as patch:
-        patch.setattr(asyncio.Handle, "_run", timed)
-        yield watch
+    gc.collect()
+    gc.freeze()  # as routers do: what this process has loaded is not looked through again and again
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.Handle, "_run", timed)
+            yield watch
+    finally:
+        gc.unfreeze()
 
 
 def assistant(**fields: object) -> dict:
