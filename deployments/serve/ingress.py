@@ -66,7 +66,7 @@ class RouterIngress:
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""
         api = create_api(self._router, self._keys)
-        # The collector's full passes hold up the event loop: what has been loaded by now stays, and is left out of them.
+        # A full collection holds up the event loop: what has been loaded by now stays, and is left out.
         gc.collect()
         gc.freeze()
         return api
