@@ -36,7 +36,7 @@ install-dev: $(VENV)/.dev  ## Add what tests, benchmarks and training need
 
 serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1:8000
 	$(BIN)/python -m deployments.check --start $(CONFIG)
-	$(BIN)/serve run $(CONFIG)
+	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.api.send_timeout:proxy_middlewares $(BIN)/serve run $(CONFIG)
 
 system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped
 	command -v chromium && command -v prometheus || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus >/dev/null; }

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from chaos import (
+    client_faults,
     command_faults,
     embedding_faults,
     engine_faults,
@@ -41,6 +42,7 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F14": [verdict_faults.f14_engine_breaks],
     "F15": [verdict_faults.f15_poison_kills, verdict_faults.f15_poison_hangs],
     "F18": [verdict_faults.f18_update_of_the_model],
+    "F21": [client_faults.f21_clients_that_never_read, client_faults.f21_behind_haproxy],
     "F22": [embedding_faults.f22_embedding_hangs],
     "F23": [command_faults.f23_behind_haproxy, command_faults.f23_behind_serves_proxy],
     "F24": [scaling_faults.f24_scaled_to_zero],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.streams import Clients
+from deployments.api.send_timeout import PROXY_VARIABLES
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +44,7 @@ def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
             RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
             RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
         )
+    os.environ.update(PROXY_VARIABLES)
     import ray
     from ray import serve
 

@@ -18,10 +18,13 @@ def server() -> Iterator[Server]:
     import ray
     from ray import serve
 
+    from deployments.api.send_timeout import PROXY_VARIABLES, TIMEOUT_VARIABLE
     from deployments.app import build_app
     from deployments.config import AppConfig
 
     port = free_port()
+    # Serve's proxy is started with these.
+    os.environ.update({**PROXY_VARIABLES, TIMEOUT_VARIABLE: "3"})
     ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local")
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -1,16 +1,24 @@
 """From a turn to an HTTP answer, whole or as server-sent events, in the words of whichever API was asked."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.callers import timing_header
+from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.sse import EventStream, encode_json, until_disconnect
 from deployments.chat.choices import Update
 from deployments.chat.errors import APIError
 from deployments.chat.turn import Turn
+
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_S = 10.0
+"""How often a client that waits for its stream to begin is told that the connection is well."""
+_INLINE_VALUES = 2_000
 
 
 class AnswerWriter(Protocol):
@@ -38,25 +46,85 @@ class AnswerWriter(Protocol):
         ...
 
     def whole(self) -> dict[str, Any]:
-        """The answer, once the turn is complete."""
+        """The answer, once the turn is complete. May be called in a thread."""
+        ...
+
+    @property
+    def num_values(self) -> int:
+        """About how many values the whole answer has."""
         ...
 
 
-async def answer(request: Request, turn: Turn, writer: AnswerWriter, *, is_streamed: bool) -> Response:
-    """The turn in the form that was asked for.
+async def answer(
+    request: Request,
+    start: Coroutine[Any, Any, tuple[Turn, AnswerWriter]],
+    failure: Callable[[APIError], bytes],
+    *,
+    is_streamed: bool,
+) -> Response:
+    """A turn in the form that was asked for.
+
+    A stream that has nothing to say for long begins all the same, with comments that keep the connection open. From
+    then on an error is an event.
+
+    Args:
+        request: its client is who waits.
+        start: starts the turn, and makes its writer.
+        failure: events that end a stream whose turn could not be started.
+        is_streamed: the form.
 
     Raises:
-        APIError: it failed before anything was sent.
+        APIError, LLMError: it failed before anything was sent.
     """
+    if not is_streamed:
+        pieces, headers = await until_disconnect(request.receive, _whole(start))
+        return JSONResponse(pieces, headers)
+    begun = asyncio.create_task(_begun(start))
     try:
-        if is_streamed:
-            await until_disconnect(request.receive, turn.begin())
-            return EventStream(event_stream(turn, writer), writer.failure, timing_header(turn.phases_ms()), turn.cancel)
-        value = await until_disconnect(request.receive, _whole(turn, writer))
+        await until_disconnect(request.receive, asyncio.wait({begun}, timeout=KEEP_ALIVE_S))
+    except BaseException:
+        _give_up(begun)
+        raise
+    if not begun.done():
+        return EventStream(_late_stream(begun), failure, stop=lambda: _give_up(begun))
+    turn, writer = begun.result()
+    return EventStream(event_stream(turn, writer), writer.failure, timing_header(turn.phases_ms()), turn.cancel)
+
+
+async def _begun(start: Coroutine[Any, Any, tuple[Turn, AnswerWriter]]) -> tuple[Turn, AnswerWriter]:
+    """A turn that has something to say.
+
+    Raises:
+        APIError, LLMError: it could not be started, or failed at once.
+    """
+    turn, writer = await start
+    try:
+        await turn.begin()
     except BaseException:
         turn.cancel()
         raise
-    return json_response(value, timing_header(turn.phases_ms()))
+    return turn, writer
+
+
+def _give_up(begun: "asyncio.Task[tuple[Turn, AnswerWriter]]") -> None:
+    """End a turn that may not have begun."""
+    begun.cancel()
+    if begun.done() and not begun.cancelled() and begun.exception() is None:
+        begun.result()[0].cancel()
+
+
+async def _late_stream(begun: "asyncio.Task[tuple[Turn, AnswerWriter]]") -> AsyncGenerator[bytes, None]:
+    """Comments until the turn has begun, then its events, or those of its failure."""
+    while not begun.done():
+        yield KEEP_ALIVE
+        await asyncio.wait({begun}, timeout=KEEP_ALIVE_S)
+    turn, writer = begun.result()
+    try:
+        async with aclosing(event_stream(turn, writer)) as events:
+            async for some in events:
+                yield some
+    except APIError as error:
+        yield writer.failure(error)
 
 
 async def event_stream(turn: Turn, writer: AnswerWriter) -> AsyncGenerator[bytes, None]:
@@ -76,11 +144,20 @@ async def event_stream(turn: Turn, writer: AnswerWriter) -> AsyncGenerator[bytes
             yield events
 
 
-async def _whole(turn: Turn, writer: AnswerWriter) -> dict[str, Any]:
-    while not turn.is_complete:
-        writer.add(await turn.updates())
-    turn.cancel()
-    return writer.whole()
+async def _whole(
+    start: Coroutine[Any, Any, tuple[Turn, AnswerWriter]],
+) -> tuple[list[bytes], dict[str, str]]:
+    """The whole answer, in pieces, and its headers."""
+    turn, writer = await _begun(start)
+    try:
+        while not turn.is_complete:
+            writer.add(await turn.updates())
+    finally:
+        turn.cancel()
+    headers = timing_header(turn.phases_ms())
+    if writer.num_values <= _INLINE_VALUES:
+        return [encode_json(writer.whole())], headers
+    return await asyncio.to_thread(lambda: json_pieces(writer.whole())), headers
 
 
 def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:

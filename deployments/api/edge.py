@@ -1,25 +1,18 @@
 """The outermost layer: limits on what clients do, and an OpenAI-shaped answer to whatever goes wrong inside."""
 
-import asyncio
 import logging
 import time
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.errors import answer_to, too_many_open
+from deployments.api.send_timeout import SendTimeout
 from deployments.api.sse import ClientLeftError
-from deployments.chat.errors import APIError, internal, of_validation
+from deployments.chat.errors import APIError, internal
 from deployments.config import LimitsConfig
 
 logger = logging.getLogger("ray.serve")
-
-Body = TypeVar("Body", bound=BaseModel)
-
-_INLINE_BYTES = 32 << 10
-"""Bodies up to this size are parsed at once; longer ones in a thread."""
 
 
 class Edge:
@@ -32,11 +25,10 @@ class Edge:
     """
 
     def __init__(self, app: ASGIApp, limits: LimitsConfig, max_open_requests: int) -> None:
-        self._app = app
+        self._app = SendTimeout(app, limits.send_timeout_s)
         self._limits = limits
         self._max_open_requests = max_open_requests
-        self._open: set[_Sender] = set()
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 431 or 503, or pass the request on and answer what it raises."""
@@ -48,145 +40,39 @@ class Edge:
             error = APIError(431, f"The headers are larger than {max_header_bytes} bytes", code="headers_too_large")
             await answer_to(scope, error)(scope, receive, send)
             return
-        if len(self._open) >= self._max_open_requests and scope["method"] == "POST":
+        if self._num_open >= self._max_open_requests and scope["method"] == "POST":
             await answer_to(scope, too_many_open())(scope, receive, send)
             return
         scope.setdefault("state", {})["received_at"] = time.monotonic()
-        sender = _Sender(send)
-        self._open.add(sender)
-        if self._sweeper is None:
-            self._sweep()
+        self._num_open += 1
         try:
-            await self._answer(scope, receive, sender)
-        except asyncio.CancelledError:
-            if not sender.was_cut_off:
-                raise
-            sender.task.uncancel()
-            logger.warning("a client of %s took nothing for %g s and was cut off",
-                           scope["path"], self._limits.send_timeout_s)  # fmt: skip
+            await self._answer(scope, receive, send)
         finally:
-            self._open.discard(sender)
+            self._num_open -= 1
 
-    async def _answer(self, scope: Scope, receive: Receive, sender: "_Sender") -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
         try:
-            await self._app(scope, receive, sender)
+            await self._app(scope, receive, send_and_note)
         except (ClientLeftError, ClientDisconnect):
             return
         except APIError as error:
-            if sender.num_started:
+            if has_started:
                 raise
-            await answer_to(scope, error)(scope, receive, sender)
+            await answer_to(scope, error)(scope, receive, send)
         except Exception:  # the edge of a request: logged in full here, not a word of it to the client
             logger.exception("request to %s failed", scope["path"])
-            if sender.num_started:
+            if has_started:
                 raise
-            await answer_to(scope, internal())(scope, receive, sender)
-
-    def _sweep(self) -> None:
-        """Cut off the clients that took nothing since the last sweep, as long as there are requests."""
-        for sender in self._open:
-            sender.cut_off_if_stuck()
-        loop = asyncio.get_running_loop()
-        self._sweeper = loop.call_later(self._limits.send_timeout_s, self._sweep) if self._open else None
-
-
-class _Sender:
-    """Sends one answer; knows whether its client takes it.
-
-    One sweep now and then looks at all of them, because a timer for each event of a stream would cost as much as the
-    event.
-    """
-
-    def __init__(self, send: Send) -> None:
-        self.num_started = 0
-        self.was_cut_off = False
-        self._send = send
-        self._num_sent = 0
-        self._num_sent_last = -1
-        task = asyncio.current_task()
-        assert task is not None, "ASGI applications run in tasks"
-        self.task = task
-
-    async def __call__(self, message: Message) -> None:
-        """Send; this waits while the connection's buffer is full."""
-        self.num_started += 1
-        await self._send(message)
-        self._num_sent += 1
-
-    def cut_off_if_stuck(self) -> None:
-        """Cancel the request if it has been sending the same message since the last call."""
-        is_sending = self.num_started > self._num_sent
-        if is_sending and self._num_sent == self._num_sent_last:
-            self.was_cut_off = True
-            self.task.cancel()
-        self._num_sent_last = self._num_sent if is_sending else -1
-
-
-async def read_body(request: Request, limits: LimitsConfig) -> bytes:
-    """The request's body, which must be JSON by its content type.
-
-    Raises:
-        APIError: 415 for another type or an encoded body, 413 for too many bytes, without reading on, 408 if the client
-            takes too long to send it.
-    """
-    max_bytes = limits.max_body_bytes
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise APIError(415, "The body must be JSON, sent with Content-Type: application/json", code="unsupported_type")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise APIError(415, "Encoded bodies are not supported", code="unsupported_type")
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
-        raise _too_large(max_bytes)
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            return await _read_up_to(request, max_bytes)
-    except TimeoutError:
-        raise APIError(408, f"The body was not sent within {limits.body_timeout_s:g} s", code="body_timeout",
-                       headers={"Connection": "close"}) from None  # fmt: skip
-
-
-async def _read_up_to(request: Request, max_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    num_bytes = 0
-    async for part in request.stream():
-        num_bytes += len(part)
-        if num_bytes > max_bytes:
-            raise _too_large(max_bytes)
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def parse_body(request: Request, model: type[Body], limits: LimitsConfig) -> Body:
-    """Read and check a body.
-
-    Raises:
-        APIError: what is wrong with it.
-    """
-    data = await read_body(request, limits)
-    if len(data) <= _INLINE_BYTES:
-        return validate(model, data)
-    return await asyncio.get_running_loop().run_in_executor(None, validate, model, data)
-
-
-def validate(model: type[Body], data: bytes) -> Body:
-    """Check a body that has been read.
-
-    Raises:
-        APIError: a 400 that names the field at fault.
-    """
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        raise of_validation(error, model) from None
+            await answer_to(scope, internal())(scope, receive, send)
 
 
 def _header_bytes(scope: Scope) -> int:
     headers = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     return headers + len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
-
-
-def _too_large(max_bytes: int) -> APIError:
-    # The rest of the body is still on its way: the connection cannot be used again.
-    return APIError(413, f"The body is larger than {max_bytes} bytes", code="body_too_large",
-                    headers={"Connection": "close"})  # fmt: skip

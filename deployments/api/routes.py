@@ -1,24 +1,26 @@
 """The HTTP API over a router: which path does what, and how it is described in `/docs`."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from deployments.api.answering import answer, json_response
-from deployments.api.anthropic.message_writer import MessageWriter
+from deployments.api.answering import AnswerWriter, answer, json_response
+from deployments.api.anthropic.message_writer import MessageWriter, message_failure
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from deployments.api.auth import KeyGuard
+from deployments.api.bodies import Body, parse, read_body
 from deployments.api.callers import caller_of
-from deployments.api.edge import Edge, parse_body
+from deployments.api.edge import Edge
 from deployments.api.errors import answer_to, model_not_found, unknown_route, wrong_method
+from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.openai.completion_writer import CompletionWriter
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
 from deployments.api.openai.response_requests import ResponsesRequest, echoed
-from deployments.api.openai.response_writer import ResponseWriter
+from deployments.api.openai.response_writer import ResponseWriter, response_failure
 from deployments.api.openai.responses import (
     ChatCompletion,
     Completion,
@@ -38,6 +40,7 @@ from deployments.api.pages import page
 from deployments.api.route_table import Route, describe
 from deployments.api.sse import EventStream, error_events, event, until_disconnect
 from deployments.api.tracing import TraceRequests
+from deployments.chat.encoder import EncodedChat, PromptEncoder
 from deployments.chat.errors import APIError, in_words_of, not_ready, of_engine
 from deployments.chat.requests import (
     ChatRequest,
@@ -45,16 +48,16 @@ from deployments.chat.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from deployments.chat.service import ChatService
+from deployments.chat.service import INLINE_BYTES, ChatService
 from deployments.chat.turn import Turn
 from deployments.errors import NoReplicaError
 from deployments.observe.exposition import CONTENT_TYPE
-from deployments.router.caller import Caller
 from deployments.router.router import Router
 from deployments.version import __version__
 from llm.errors import LLMError
 
 TITLE = "Rayline"
+T = TypeVar("T")
 _EVENT_INTERVAL_S = 0.5
 
 
@@ -150,66 +153,102 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat, whole or as server-sent events."""
-        body = await parse_body(request, ChatRequest, self._limits)
-        self._check_model(body.model)
-        caller = caller_of(request, body.priority)
-        await self._engine_known(request, caller)
-        turn = await self._chats.chat(body, caller)
-        writer = self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
-        return await answer(request, turn, writer, is_streamed=bool(body.stream))
+        body, size = await self._body(request, ChatRequest)
+
+        async def start() -> tuple[Turn, AnswerWriter]:
+            chat = await self._prepared(request, body, size, PromptEncoder.chat)
+            turn = await self._chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
+            return turn, self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
+
+        return await answer(request, start(), error_events, is_streamed=bool(body.stream))
 
     async def completion(self, request: Request) -> Response:
         """Continue a prompt, or several, whole or as server-sent events."""
-        body = await parse_body(request, CompletionRequest, self._limits)
-        self._check_model(body.model)
-        caller = caller_of(request, body.priority)
-        await self._engine_known(request, caller)
-        turn = await self._chats.completion(body, caller)
-        writer = self._completion_writer(
-            turn, body, is_chat=False, wants_logprobs=body.logprobs is not None, num_kept=body.n or 1
-        )
-        return await answer(request, turn, writer, is_streamed=bool(body.stream))
+        body, size = await self._body(request, CompletionRequest)
+
+        async def start() -> tuple[Turn, AnswerWriter]:
+            completion = await self._prepared(request, body, size, PromptEncoder.completion)
+            turn = await self._chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
+            return turn, self._completion_writer(
+                turn, body, is_chat=False, wants_logprobs=body.logprobs is not None, num_kept=body.n or 1
+            )
+
+        return await answer(request, start(), error_events, is_streamed=bool(body.stream))
 
     async def response(self, request: Request) -> Response:
         """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events. Nothing is stored."""
-        body = await parse_body(request, ResponsesRequest, self._limits)
-        turn = await self._turn(request, body)
-        writer = ResponseWriter(turn, model=self._model, echoed=echoed(body))
-        return await answer(request, turn, writer, is_streamed=bool(body.stream))
+        body, size = await self._body(request, ResponsesRequest)
+
+        async def start() -> tuple[Turn, AnswerWriter]:
+            turn = await self._turn(request, body, size)
+            fields = await self._chats.run(size, lambda: echoed(body))
+            return turn, ResponseWriter(turn, model=self._model, echoed=fields)
+
+        return await answer(request, start(), response_failure, is_streamed=bool(body.stream))
 
     async def message(self, request: Request) -> Response:
         """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
-        body = await parse_body(request, MessagesRequest, self._limits)
-        turn = await self._turn(request, body)
-        return await answer(request, turn, MessageWriter(turn, model=self._model), is_streamed=bool(body.stream))
+        body, size = await self._body(request, MessagesRequest)
+
+        async def start() -> tuple[Turn, AnswerWriter]:
+            turn = await self._turn(request, body, size)
+            return turn, MessageWriter(turn, model=self._model)
+
+        return await answer(request, start(), message_failure, is_streamed=bool(body.stream))
 
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens that a message's prompt would have."""
-        body = await parse_body(request, CountTokensRequest, self._limits)
-        self._check_model(body.model)
-        await self._engine_known(request, caller_of(request))
-        with in_words_of(body.FIELDS):
-            ids = await self._chats.encoder.prompt_ids(body.to_chat())
-        return json_response({"input_tokens": len(ids)})
 
-    async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest) -> Turn:
-        """Begin to answer what is a chat in another API's words."""
-        self._check_model(body.model)
-        with in_words_of(body.FIELDS):
-            chat = body.to_chat()
-            caller = caller_of(request, chat.priority)
-            await self._engine_known(request, caller)
-            return await self._chats.chat(chat, caller)
+        def count(encoder: PromptEncoder, body: CountTokensRequest) -> int:
+            with in_words_of(body.FIELDS):
+                return len(encoder.prompt_ids(body.to_chat()))
 
-    async def _engine_known(self, request: Request, caller: Caller) -> None:
-        """Wait until an engine has told its limits, by which requests are checked; a fleet at zero starts one.
+        return json_response({"input_tokens": await self._prepared_at_once(request, CountTokensRequest, count)})
+
+    async def _body(self, request: Request, model: type[Body]) -> tuple[Body, int]:
+        """The request's body, checked, and its size in bytes.
 
         Raises:
-            NoReplicaError, DeadlineError: see `Router.engine_info`.
-            ClientLeftError: the client did not wait for it.
+            APIError: what is wrong with it.
+        """
+        data = await read_body(request, self._limits)
+        body = await self._chats.run(len(data), lambda: parse(model, data))
+        self._check_model(body.model or self._model)
+        return body, len(data)
+
+    async def _prepared(
+        self, request: Request, body: Body, size: int, prepare: Callable[[PromptEncoder, Body], T]
+    ) -> T:
+        """What is made of a body before the engines get it, in a thread if that is long.
+
+        It waits until an engine has told its limits, by which requests are checked; a fleet at zero starts one.
+
+        Raises:
+            APIError, LLMError: what is wrong with the request; or see `Router.engine_info`.
         """
         if not self._router.is_ready:
-            await until_disconnect(request.receive, self._router.engine_info(caller.timeout_s))
+            await self._router.engine_info(caller_of(request).timeout_s)
+        encoder = self._chats.encoder
+        size = max(size, INLINE_BYTES + 1) if body.takes_long else size
+        return await self._chats.run(size, lambda: prepare(encoder, body))
+
+    async def _prepared_at_once(
+        self, request: Request, model: type[Body], prepare: Callable[[PromptEncoder, Body], T]
+    ) -> T:
+        """As `_prepared`, of a request that is answered with it."""
+        body, size = await self._body(request, model)
+        return await until_disconnect(request.receive, self._prepared(request, body, size, prepare))
+
+    async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest, size: int) -> Turn:
+        """Begin to answer what is a chat in another API's words."""
+
+        def encode(encoder: PromptEncoder, body: ResponsesRequest | MessagesRequest) -> tuple[EncodedChat, ChatRequest]:
+            with in_words_of(body.FIELDS):
+                chat = body.to_chat()
+                return encoder.chat(chat), chat
+
+        encoded, chat = await self._prepared(request, body, size, encode)
+        return await self._chats.chat(encoded, chat.stop_strings(), caller_of(request, chat.priority))
 
     def _completion_writer(self, turn: Turn, body: ChatRequest | CompletionRequest, **options: Any) -> CompletionWriter:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -218,15 +257,17 @@ class Endpoints:
 
     async def embeddings(self, request: Request) -> Response:
         """Give the vector of each input: hidden states of the model, pooled, of length 1."""
-        body = await parse_body(request, EmbeddingsRequest, self._limits)
-        self._check_model(body.model)
-        caller = caller_of(request, body.priority)
-        await self._engine_known(request, caller)
-        encoder = self._chats.encoder
-        inputs = [await encoder.input_ids(given) for given in body.inputs()]
-        work = self._router.embed(inputs, body.pooling or "last", caller)
-        vectors = await until_disconnect(request.receive, work)
-        return json_response(embeddings_object(body, self._model, vectors, sum(map(len, inputs))))
+        body, size = await self._body(request, EmbeddingsRequest)
+
+        async def embed() -> tuple[list[list[int]], list[bytes]]:
+            inputs = await self._prepared(request, body, size, lambda encoder, body: encoder.inputs(body.inputs()))
+            caller = caller_of(request, body.priority)
+            return inputs, await self._router.embed(inputs, body.pooling or "last", caller)
+
+        inputs, vectors = await until_disconnect(request.receive, embed())
+        num_tokens = sum(map(len, inputs))
+        write = lambda: json_pieces(embeddings_object(body, self._model, vectors, num_tokens))  # noqa: E731
+        return JSONResponse(await asyncio.to_thread(write))
 
     async def models(self, _: Request) -> Response:
         """List the served model."""
@@ -239,29 +280,11 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """Turn a text or a chat into token ids."""
-        body = await parse_body(request, TokenizeRequest, self._limits)
-        self._check_model(body.model or self._model)
-        await self._engine_known(request, caller_of(request))
-        encoder = self._chats.encoder
-        if body.messages is not None:
-            generation_prompt = body.add_generation_prompt is not False
-            ids = await encoder.chat_ids(body.messages, add_generation_prompt=generation_prompt, variables={})
-        else:
-            ids = await encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-        texts = [self._chats.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-        return json_response(
-            {"count": len(ids), "max_model_len": encoder.info.max_seq_len, "tokens": ids, "token_strs": texts}
-        )
+        return JSONResponse(await self._prepared_at_once(request, TokenizeRequest, _tokens))
 
     async def detokenize(self, request: Request) -> Response:
         """Turn token ids into text."""
-        body = await parse_body(request, DetokenizeRequest, self._limits)
-        self._check_model(body.model or self._model)
-        await self._engine_known(request, caller_of(request))
-        encoder = self._chats.encoder
-        encoder.check_ids(body.tokens, "tokens")
-        text = await encoder.run(len(body.tokens), lambda: self._chats.tokenizer.decode(body.tokens))
-        return json_response({"prompt": text})
+        return JSONResponse(await self._prepared_at_once(request, DetokenizeRequest, _text))
 
     async def health(self, _: Request) -> Response:
         """Answer as long as this process runs."""
@@ -316,6 +339,24 @@ class Endpoints:
             "owned_by": "rayline",
             "max_model_len": info.max_seq_len if info is not None else None,
         }
+
+
+def _tokens(encoder: PromptEncoder, body: TokenizeRequest) -> list[bytes]:
+    """The answer of `/tokenize`."""
+    if body.messages is not None:
+        generation_prompt = body.add_generation_prompt is not False
+        ids = encoder.chat_ids(body.messages, add_generation_prompt=generation_prompt, variables={})
+    else:
+        ids = encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    texts = [encoder.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+    found = {"count": len(ids), "max_model_len": encoder.info.max_seq_len, "tokens": ids, "token_strs": texts}
+    return json_pieces(found)
+
+
+def _text(encoder: PromptEncoder, body: DetokenizeRequest) -> list[bytes]:
+    """The answer of `/detokenize`."""
+    encoder.check_ids(body.tokens, "tokens")
+    return json_pieces({"prompt": encoder.tokenizer.decode(body.tokens)})
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -11,7 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.api.errors import error_body
-from deployments.chat.errors import APIError, internal
+from deployments.chat.errors import APIError, internal, of_engine
+from llm.errors import LLMError
 
 logger = logging.getLogger("ray.serve")
 
@@ -71,7 +72,8 @@ class EventStream(Response):
             async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except APIError as error:
+        except (APIError, LLMError) as raised:
+            error = of_engine(raised) if isinstance(raised, LLMError) else raised
             await send({"type": "http.response.body", "body": self._failure(error), "more_body": True})
         except Exception:  # the edge of a request: logged in full here, not a word of it to the client
             logger.exception("a stream failed")

@@ -141,7 +141,9 @@ class GenerateCall(msgspec.Struct):
         is_suspect: bool = False,
     ) -> "GenerateCall":
         """The call for a request."""
-        fields = request.model_dump(exclude_defaults=True)
+        # The ids of a prompt may be very many: they are referred to, not copied.
+        fields = request.model_dump(exclude_defaults=True, exclude={"prompt_token_ids"})
+        fields["prompt_token_ids"] = request.prompt_token_ids
         # A default that is drawn, not fixed: always sent, so that the request keeps its identity and its noise.
         fields["request_id"], fields["seed"] = request.request_id, request.seed
         return cls(fields, stream_id, channel, fingerprint, is_suspect)

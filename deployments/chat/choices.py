@@ -75,9 +75,18 @@ class Choice:
         error = self._generation.error
         return of_engine(error) if error is not None else None
 
-    def advance(self) -> "Update":
-        """Take the tokens that have come since the last call, which must not have completed the choice."""
-        text, logprobs = self._take_tokens()
+    @property
+    def has_more(self) -> bool:
+        """Whether tokens have come that `advance` has not taken."""
+        return not self.is_complete and self._num_taken < len(self._generation.token_ids)
+
+    def advance(self, max_tokens: int) -> "Update":
+        """Take tokens that have come since the last call, which must not have completed the choice.
+
+        Args:
+            max_tokens: how many at most; `has_more` tells whether some are left.
+        """
+        text, logprobs = self._take_tokens(max_tokens)
         events = self._parser.push(text)
         if self._echo:
             events.insert(0, TextDelta(self._echo))
@@ -90,22 +99,24 @@ class Choice:
                     self.has_calls = True
         return Update(self, events, logprobs)
 
-    def _take_tokens(self) -> tuple[str, list[TokenLogprobs]]:
+    def _take_tokens(self, max_tokens: int) -> tuple[str, list[TokenLogprobs]]:
         """Text that may be shown from now on, and the probabilities of the tokens taken."""
         generation = self._generation
         start, total = self._num_taken, len(generation.token_ids)
-        new_ids = generation.token_ids[start:] if start else generation.token_ids
+        is_all = total - start <= max_tokens
+        if not is_all:
+            total = start + max_tokens
         end = generation.end
         # The token with which the model ends its answer is no part of the text.
-        num_shown = total - 1 if end is not None and end.reason is FinishReason.STOP else total
-        text = self._stream.push(new_ids[: num_shown - start] if num_shown < total else new_ids)
+        num_shown = total - 1 if is_all and end is not None and end.reason is FinishReason.STOP else total
+        text = self._stream.push(generation.token_ids[start:num_shown])
         if self._stream.stop_reason is not None:
             self.finish_reason = "stop"
             self._num_taken = num_shown = self._stream.num_tokens
             generation.cancel()
         else:
             self._num_taken = total
-            if generation.is_over:
+            if is_all and generation.is_over:
                 text += self._finish()
         logprobs = generation.logprobs[start:num_shown] if generation.request.logprobs is not None else []
         return text, logprobs

@@ -1,11 +1,8 @@
 """From a request's body to what the engines run: tokenising, limits, sampling parameters."""
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from deployments.channel.messages import EngineInfo
 from deployments.chat.errors import APIError, invalid
@@ -20,14 +17,10 @@ from deployments.config import LimitsConfig
 from llm.errors import InvalidRequestError
 from llm.models.registry import GenerationDefaults
 from llm.serving.grammar import GrammarCompiler
-from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_seed
+from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_request_id, new_seed
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
-T = TypeVar("T")
-
 DEFAULT_COMPLETION_TOKENS = 16
-_INLINE_CHARS = 2_000
-"""Texts up to this long are tokenised at once: handing them to a thread would take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +43,29 @@ class EncodedChat:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedCompletion:
+    """Prompts to be continued as the engines run them.
+
+    Attributes:
+        requests: one for each answer, those of a prompt side by side.
+        num_prompts: how many prompts there are.
+        echoes: what each prompt's answers begin with, or nothing at all.
+    """
+
+    requests: list[GenerationRequest]
+    num_prompts: int
+    echoes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PromptEncoder:
-    """Makes engine requests of API requests.
+    """Makes engine requests of API requests. Thread-safe; long requests belong in a thread.
 
     Args:
         tokenizer: the checkpoint's.
         defaults: the checkpoint's recommended sampling, for what a request leaves open.
         info: the engines' context and pool.
         limits: bounds on requests.
-        executor: where long texts are tokenised, so that the event loop goes on.
         format: how the model writes calls and thoughts.
         grammars: says which grammars the engines can follow.
     """
@@ -67,11 +74,10 @@ class PromptEncoder:
     defaults: GenerationDefaults
     info: EngineInfo
     limits: LimitsConfig
-    executor: ThreadPoolExecutor
     format: ModelFormat
     grammars: GrammarCompiler
 
-    async def chat(self, body: ChatRequest) -> EncodedChat:
+    def chat(self, body: ChatRequest) -> EncodedChat:
         """One request for each of the `n` answers, and how to read them.
 
         Raises:
@@ -79,13 +85,13 @@ class PromptEncoder:
             InvalidRequestError: the template refuses the messages.
         """
         tools = body.tools or []
-        ids = await self.prompt_ids(body)
+        ids = self.prompt_ids(body)
         self.check_length(ids, "messages")
         bound = grammar_of(body)
         forced = forced_grammar(tools, body.tool_choice, may_be_many=body.parallel_tool_calls is not False)
         if forced is not None and bound is not None:
             raise invalid(f"{bound[0]}: a tool_choice that forces a call leaves no room for it", bound[0])
-        grammar = await self._compiled(("tools", forced) if forced is not None else bound)
+        grammar = self._compiled(("tools", forced) if forced is not None else bound)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = self._requests(body, [ids], body.most_tokens, logprobs, _chat_limit_name(body), grammar, body.n or 1)
         tool_format = self.format.tool_format if tools and body.tool_choice != "none" else None
@@ -97,7 +103,7 @@ class PromptEncoder:
             is_reasoning=self.format.may_reason and grammar is None and opens_reasoning(self.tokenizer, ids),
         )
 
-    async def prompt_ids(self, body: ChatRequest) -> list[int]:
+    def prompt_ids(self, body: ChatRequest) -> list[int]:
         """Tokens of a chat request's prompt.
 
         Raises:
@@ -108,15 +114,15 @@ class PromptEncoder:
             raise invalid(
                 "tools: this model's chat template knows no tools; only tool_choice can force a call", "tools"
             )
-        return await self.chat_ids(
+        return self.chat_ids(
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
             variables={**_effort(body), **(body.chat_template_kwargs or {})},
             tools=[] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools],
         )
 
-    async def completion(self, body: CompletionRequest) -> list[GenerationRequest]:
-        """`num_answers` requests for each prompt, those of a prompt side by side.
+    def completion(self, body: CompletionRequest) -> EncodedCompletion:
+        """`num_answers` requests for each prompt.
 
         Raises:
             APIError: a 400 that says which field is at fault.
@@ -125,52 +131,57 @@ class PromptEncoder:
         num_choices = len(prompts) * body.num_answers
         if num_choices > self.limits.max_choices:
             raise invalid(f"prompt: {num_choices} answers asked for; at most {self.limits.max_choices}", "prompt")
-        batch = []
-        for prompt in prompts:
-            ids = await self.text_ids(prompt) if isinstance(prompt, str) else prompt
+        batch = self._batch(prompts, "prompt")
+        for ids in batch:
             self.check_length(ids, "prompt")
-            self.check_ids(ids, "prompt")
-            batch.append(ids)
         max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        grammar = await self._compiled(grammar_of(body))
+        grammar = self._compiled(grammar_of(body))
         logprobs = body.logprobs
         if logprobs is None and body.num_answers > (body.n or 1):
             logprobs = 0  # the best are found by them
-        return self._requests(body, batch, max_tokens, logprobs, "max_tokens", grammar, body.num_answers)
+        requests = self._requests(body, batch, max_tokens, logprobs, "max_tokens", grammar, body.num_answers)
+        return EncodedCompletion(requests, len(prompts), self._prompt_texts(prompts) if body.echo else ())
 
-    async def prompt_texts(self, body: CompletionRequest) -> list[str]:
+    def _prompt_texts(self, prompts: Sequence[str | list[int]]) -> list[str]:
         """Each prompt as text; special tokens in prompts of ids are left out."""
-        texts = []
-        for prompt in _as_list(body.prompt):
-            if isinstance(prompt, str):
-                texts.append(prompt)
-            else:
-                texts.append(await self.run(len(prompt), partial(self.tokenizer.decode, prompt)))
-        return texts
+        return [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in prompts]
 
-    async def input_ids(self, given: str | list[int]) -> list[int]:
-        """Tokens of an input to be embedded.
+    def inputs(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
+        """Tokens of each input to be embedded.
 
         Raises:
             APIError: a 400.
         """
-        ids = await self.text_ids(given, param="input") if isinstance(given, str) else given
-        self.check_length(ids, "input")
-        self.check_ids(ids, "input")
-        return ids
+        batch = self._batch(inputs, "input")
+        for ids in batch:
+            self.check_length(ids, "input")
+        return batch
 
-    async def text_ids(self, text: str, *, param: str = "prompt", add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a text, off the event loop unless it is short.
+    def text_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text.
 
         Raises:
             APIError: it is past the context for certain; found without tokenising.
         """
-        self._check_text(text, param)
-        return await self.run(
-            len(text), lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        )  # fmt: skip
+        self._check_text(text, "prompt")
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    async def chat_ids(
+    def _batch(self, given: Sequence[str | list[int]], param: str) -> list[list[int]]:
+        """Tokens of texts, or the tokens that were given.
+
+        Raises:
+            APIError: a text is past the context for certain, or an id not in the vocabulary.
+        """
+        texts = [text for text in given if isinstance(text, str)]
+        for text in texts:
+            self._check_text(text, param)
+        encoded = iter(self.tokenizer.encode_all(texts))
+        batch = [next(encoded) if isinstance(item, str) else item for item in given]
+        for ids in batch:
+            self.check_ids(ids, param)
+        return batch
+
+    def chat_ids(
         self,
         messages: Sequence[ChatMessage],
         *,
@@ -178,28 +189,20 @@ class PromptEncoder:
         variables: dict[str, Any],
         tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
-        """Tokens of a chat, off the event loop unless it is short.
+        """Tokens of a chat.
 
         Raises:
-            APIError: it is past the context for certain.
+            APIError: it is past the context for certain; found without tokenising.
             InvalidRequestError: the template refuses it.
         """
-        turns = [message.turn() for message in messages]
-        num_chars = sum(len(turn["content"]) + 20 for turn in turns)
-        for turn in turns:
-            self._check_text(turn["content"], "messages")
-        return await self.run(
-            num_chars + (_INLINE_CHARS if variables or tools else 0),
-            lambda: self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, tools=tools, **_checked_variables(variables)
-            ),
+        chat = self.tokenizer.render_chat(
+            [message.turn() for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **_checked_variables(variables),
         )
-
-    async def run(self, num_chars: int, work: Callable[[], T]) -> T:
-        """Do work on a text of this length without holding up the event loop."""
-        if num_chars <= _INLINE_CHARS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
+        self._check_text(chat.text, "messages")
+        return self.tokenizer.encode_chat(chat)
 
     def check_length(self, ids: Sequence[int], param: str) -> None:
         """Refuse what leaves no room for an answer, in the context or in the whole pool.
@@ -227,7 +230,7 @@ class PromptEncoder:
         if len(text) > most and self.tokenizer.min_num_tokens(text) >= most:
             raise _too_long(f"at least {self.tokenizer.min_num_tokens(text)} tokens", most, param)
 
-    async def _compiled(self, bound: tuple[str, Grammar] | None) -> Grammar | None:
+    def _compiled(self, bound: tuple[str, Grammar] | None) -> Grammar | None:
         """The grammar, once it is known that the engines can follow it.
 
         Raises:
@@ -236,9 +239,8 @@ class PromptEncoder:
         if bound is None:
             return None
         param, grammar = bound
-        loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self.executor, self.grammars.compile, grammar)
+            self.grammars.compile(grammar)
         except InvalidRequestError as error:
             raise grammar_error(error, param) from None
         return grammar
@@ -268,7 +270,7 @@ class PromptEncoder:
             fixed = {"prompt_token_ids": tuple(prompt), "max_new_tokens": most, "logprobs": logprobs, **sampling}
             fixed["grammar"] = grammar
             fixed["min_new_tokens"] = min(sampling["min_new_tokens"], most)
-            requests += [GenerationRequest(seed=_wrapped(seed + i), **fixed) for i in range(num_answers)]
+            requests += _copies(GenerationRequest(seed=seed, **fixed), num_answers)
         return requests
 
     def _sampling(self, body: SamplingFields) -> dict[str, Any]:
@@ -310,9 +312,17 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _wrapped(seed: int) -> int:
-    """`seed` within 64 bits, past the largest on to the smallest."""
-    return seed if seed <= INT64_MAX else seed - 2**64
+def _copies(request: GenerationRequest, number: int) -> list[GenerationRequest]:
+    """Requests for several answers, the i-th with seed + i; past the largest seed the smallest follows.
+
+    They share the prompt: checking it again for each answer, and comparing it, would take seconds where it is long.
+    """
+    seeds = (request.seed + i for i in range(1, number))
+    others = [
+        request.model_copy(update={"request_id": new_request_id(), "seed": s if s <= INT64_MAX else s - 2**64})
+        for s in seeds
+    ]
+    return [request, *others]
 
 
 def _as_list(prompt: Any) -> list[Any]:

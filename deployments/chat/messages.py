@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.chat.errors import invalid
 from deployments.chat.tools import ToolCall
-from deployments.chat.wire_model import WireModel
+from deployments.chat.wire_model import Items, WireModel
 
 MAX_TOOL_CALLS = 128
 
@@ -43,7 +43,7 @@ class ChatMessage(WireModel):
         str | None, BeforeValidator(_check_content, json_schema_input_type=str | list[dict[str, str]] | None)
     ] = None
     name: Annotated[str, Field(max_length=256)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_calls: Annotated[Items[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
     """Of an assistant: what it called."""
     tool_call_id: str | None = None
     """Of a tool: the call that it answers."""

@@ -12,7 +12,7 @@ from deployments.chat.errors import invalid, unsupported
 from deployments.chat.messages import ChatMessage, check_messages
 from deployments.chat.structured import StructuredFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
-from deployments.chat.wire_model import WireModel
+from deployments.chat.wire_model import Items, RequestBody, WireModel
 from deployments.config import MAX_PRIORITY, MIN_PRIORITY
 from llm.serving.schemas import INT64_MAX, MAX_TOP_LOGPROBS
 
@@ -65,7 +65,7 @@ class StreamOptions(WireModel):
     """Accepted, without effect."""
 
 
-class SamplingFields(StructuredFields):
+class SamplingFields(StructuredFields, RequestBody):
     """What chat and plain completions have in common."""
 
     model: str
@@ -75,7 +75,7 @@ class SamplingFields(StructuredFields):
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     """Answers to each prompt; the i-th has seed + i."""
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
-    stop: Annotated[str | list[str] | None, BeforeValidator(_check_stop)] = None
+    stop: Annotated[str | Items[str] | None, BeforeValidator(_check_stop)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -92,7 +92,7 @@ class SamplingFields(StructuredFields):
     """Extension. No stop of any kind before this many tokens."""
     ignore_eos: bool | None = None
     """Extension. Go on past the end of the answer."""
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: Annotated[Items[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     """Extension."""
     priority: Priority | None = None
     """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
@@ -122,6 +122,14 @@ class SamplingFields(StructuredFields):
             raise invalid("top_k: must be at least -1", "top_k")
         return self
 
+    @property
+    def takes_long(self) -> bool:
+        """See `RequestBody`."""
+        free_formats = (None, "text")
+        response_format = self.response_format.type if self.response_format is not None else None
+        guides = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, self.structured_outputs)
+        return response_format not in free_formats or any(guide is not None for guide in guides)
+
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         if self.stop is None:
@@ -132,7 +140,7 @@ class SamplingFields(StructuredFields):
 class ChatRequest(SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens to generate; by default what the context has left."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -144,7 +152,7 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     """Extension. False to leave out what opens the assistant's answer."""
 
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     """Functions that the model may ask for."""
     tool_choice: ToolChoice | None = None
     """`auto` where there are tools: the model decides. `required` and a name force a call by a grammar."""
@@ -154,7 +162,7 @@ class ChatRequest(SamplingFields):
     """Not supported."""
     function_call: Any = None
     """Not supported."""
-    modalities: list[str] | None = None
+    modalities: Items[str] | None = None
     """`["text"]` only."""
     audio: Any = None
     """Not supported."""
@@ -181,6 +189,11 @@ class ChatRequest(SamplingFields):
             if getattr(self, name) not in (None, []):
                 raise unsupported(name)
         return self
+
+    @property
+    def takes_long(self) -> bool:
+        """See `SamplingFields`; templates may do much with tools and variables."""
+        return super().takes_long or bool(self.tools or self.chat_template_kwargs or self.reasoning_effort)
 
     @property
     def most_tokens(self) -> int | None:
@@ -267,12 +280,12 @@ class CompletionRequest(SamplingFields):
         return max(self.n or 1, self.best_of or 1)
 
 
-class TokenizeRequest(WireModel):
+class TokenizeRequest(RequestBody):
     """Body of `POST /tokenize`: a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     """With a prompt: put the beginning-of-sequence token in front where the model has one. True by default."""
     add_generation_prompt: bool | None = None
@@ -294,8 +307,8 @@ def _check_tokens(value: Any) -> Any:
     return value
 
 
-class DetokenizeRequest(WireModel):
+class DetokenizeRequest(RequestBody):
     """Body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[list[int], BeforeValidator(_check_tokens)]
+    tokens: Annotated[Any, BeforeValidator(_check_tokens, json_schema_input_type=list[int])]

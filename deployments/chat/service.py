@@ -1,17 +1,25 @@
 """From a request of an API to a turn that is under way."""
 
+import asyncio
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-from deployments.chat.encoder import PromptEncoder
+from deployments.chat.encoder import EncodedChat, EncodedCompletion, PromptEncoder
 from deployments.chat.errors import not_ready
 from deployments.chat.model_format import find_format
-from deployments.chat.requests import ChatRequest, CompletionRequest
 from deployments.chat.turn import Turn
 from deployments.router.caller import Caller
 from deployments.router.router import Router
 from llm.models.registry import load_generation_defaults, resolve_model_path
 from llm.serving.grammar import GrammarCompiler
 from llm.tokenization.hf_tokenizer import HFTokenizer
+
+T = TypeVar("T")
+
+INLINE_BYTES = 2_000
+"""Requests up to this size are read at once: handing them to a thread would take longer."""
+_LONG_BYTES = 64 << 10
 
 
 class ChatService:
@@ -29,7 +37,8 @@ class ChatService:
         self.tokenizer = HFTokenizer.from_pretrained(directory)
         self._defaults = load_generation_defaults(directory)
         self._router = router
-        self._executor = ThreadPoolExecutor(router.config.router.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._threads = ThreadPoolExecutor(router.config.router.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._thread_for_long = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-long")
         self._encoder: PromptEncoder | None = None
 
     @property
@@ -48,31 +57,38 @@ class ChatService:
                 self._defaults,
                 info,
                 config.limits,
-                self._executor,
                 find_format(self.tokenizer, config.tool_parser, config.reasoning_parser),
                 GrammarCompiler(self.tokenizer, info.vocab_size),
             )
         return self._encoder
 
-    async def chat(self, body: ChatRequest, caller: Caller) -> Turn:
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """Do work on a request of this size without holding up the event loop.
+
+        Args:
+            size: of the request's body, in bytes.
+            work: holds the interpreter's lock for a few milliseconds at a time only.
+        """
+        if size <= INLINE_BYTES:
+            return work()
+        # A request that takes seconds keeps no short one waiting.
+        threads = self._threads if size <= _LONG_BYTES else self._thread_for_long
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+    async def chat(self, chat: EncodedChat, stop: Sequence[str], caller: Caller) -> Turn:
         """Begin to answer a chat.
 
         Raises:
-            APIError, LLMError: see `PromptEncoder.chat` and `Router.start`.
+            LLMError: see `Router.start`.
         """
-        chat = await self.encoder.chat(body)
-        group = self._router.start(chat.requests, caller)
-        return Turn(group, self.tokenizer, body.stop_strings(), chat.parser)
+        group = await self._router.start(chat.requests, caller)
+        return Turn(group, self.tokenizer, stop, chat.parser)
 
-    async def completion(self, body: CompletionRequest, caller: Caller) -> Turn:
+    async def completion(self, completion: EncodedCompletion, stop: Sequence[str], caller: Caller) -> Turn:
         """Begin to continue a prompt, or several.
 
         Raises:
-            APIError, LLMError: see `PromptEncoder.completion` and `Router.start`.
+            LLMError: see `Router.start`.
         """
-        encoder = self.encoder
-        requests = await encoder.completion(body)
-        echoes = await encoder.prompt_texts(body) if body.echo else ()
-        group = self._router.start(requests, caller)
-        num_prompts = len(requests) // body.num_answers
-        return Turn(group, self.tokenizer, body.stop_strings(), echoes=echoes, num_prompts=num_prompts)
+        group = await self._router.start(completion.requests, caller)
+        return Turn(group, self.tokenizer, stop, echoes=completion.echoes, num_prompts=completion.num_prompts)

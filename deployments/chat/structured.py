@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from deployments.chat.errors import APIError, invalid
-from deployments.chat.wire_model import WireModel
+from deployments.chat.wire_model import Items, WireModel
 from llm.errors import InvalidRequestError
 from llm.serving.schemas import Grammar, GrammarKind
 
@@ -41,7 +41,7 @@ class StructuredOutputs(WireModel):
     """A JSON schema, or its text."""
     json_object: bool | None = None
     regex: NonEmpty | None = None
-    choice: Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    choice: Annotated[Items[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: NonEmpty | None = None
 
 
@@ -53,7 +53,7 @@ class StructuredFields(WireModel):
     """Extension. A JSON schema, or its text."""
     guided_regex: NonEmpty | None = None
     """Extension. A regular expression that the whole answer matches."""
-    guided_choice: Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    guided_choice: Annotated[Items[NonEmpty], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     """Extension. Strings, of which the answer is one."""
     guided_grammar: NonEmpty | None = None
     """Extension. A grammar in llguidance's variant of Lark."""

@@ -1,5 +1,6 @@
 """One answer to a request: its choices as events, from which every API writes what it says."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from deployments.chat.choices import Choice, Update
@@ -9,6 +10,9 @@ from deployments.chat.parsers import PlainParser
 from deployments.router.generation import Generation
 from deployments.router.group import GenerationGroup
 from llm.tokenization.tokenizer import Tokenizer
+
+_TOKENS_AT_ONCE = 512
+"""Tokens of a turn that are made text without giving others a turn on the event loop, where so many have gathered."""
 
 
 class Turn:
@@ -48,6 +52,8 @@ class Turn:
         self._group = group
         self._num_left = len(self.choices)
         self._news: list[Generation] = []
+        self._is_behind = False
+        self._tokens_at_once = _TOKENS_AT_ONCE // (1 + (generations[0].request.logprobs or 0))
         self._error: APIError | None = None
 
     @property
@@ -98,13 +104,24 @@ class Turn:
         """
         if self._error is not None:
             raise self._error
+        if self._is_behind:
+            self._is_behind = False
+            await asyncio.sleep(0)
         news, self._news = self._news or await self._group.news(), []
         updates = []
-        for generation in news:
+        num_left = self._tokens_at_once
+        for place, generation in enumerate(news):
             choice = self.choices[generation.index]
             if choice.is_complete:
                 continue
-            update = choice.advance()
+            if num_left <= 0:
+                self._news, self._is_behind = news[place:], True
+                break
+            num_before = choice.num_tokens
+            update = choice.advance(num_left)
+            num_left -= choice.num_tokens - num_before
+            if choice.has_more:
+                self._news, self._is_behind = news[place:], True
             if choice.error is not None:
                 self._error = choice.error
                 break

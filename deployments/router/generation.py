@@ -32,6 +32,8 @@ from llm.serving.schemas import FinishReason, GenerationRequest, TokenLogprobs
 logger = logging.getLogger("ray.serve")
 
 _RESUME_DELAY_S = 0.05
+_INLINE_TOKENS = 4096
+"""Calls with prompts of up to so many tokens are encoded at once; longer ones in a thread."""
 _MAX_DECLINED = 200
 """Times that replicas may decline a request one after the other: it goes where it fits within a few."""
 
@@ -340,10 +342,14 @@ class Generation:
         return Setback(_SETBACKS[reply.failure.kind], reply.failure.message)
 
     async def _send(self, client: EngineClient, call: GenerateCall, ranking: Sequence[str]) -> GenerateReply:
-        if self.request.pooling is None:
-            return decode_reply(await client.generate(encode(call), ranking))
         num_tokens = len(self.request.prompt_token_ids or ())
-        return await self.group.batches.generate(client, call, ranking, num_tokens)
+        if self.request.pooling is not None:
+            return await self.group.batches.generate(client, call, ranking, num_tokens)
+        if num_tokens <= _INLINE_TOKENS:
+            data = encode(call)
+        else:  # many answers to one long prompt are sent at once
+            data = await asyncio.to_thread(encode, call)
+        return decode_reply(await client.generate(data, ranking))
 
     async def _prepare_resume(self, placement: Placement, replica_id: str | None, setback: Setback) -> None:
         """Get ready to go on elsewhere.

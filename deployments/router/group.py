@@ -1,7 +1,7 @@
 """The generations that answer one HTTP request."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from deployments.channel.messages import block_hash
 from deployments.errors import DeadlineError, KeyRevokedError
@@ -25,7 +25,13 @@ class GenerationGroup:
     in between.
     """
 
-    def __init__(self, requests: Sequence[GenerationRequest], caller: Caller, page_size: int) -> None:
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        caller: Caller,
+        page_size: int,
+        hashes: Mapping[int, list[int]] | None = None,
+    ) -> None:
         self.caller = caller
         self.generations = [Generation(self, i, request) for i, request in enumerate(requests)]
         self._news: list[Generation] = []
@@ -37,7 +43,7 @@ class GenerationGroup:
         if self._turns:
             asyncio.get_running_loop().call_soon(self._begin_turn)
         self._begun = {leader: asyncio.Event() for leader in set(self._leaders.values())}
-        self._hashes: dict[int, list[int]] = {}
+        self._hashes = dict(hashes or {})
         self._page_size = page_size
         self._deadline: asyncio.TimerHandle | None = None
         if caller.timeout_s is not None:
@@ -108,12 +114,10 @@ class GenerationGroup:
 
     def block_hashes(self, generation: Generation) -> Sequence[int]:
         """What the replicas' reports call the full pages of a prompt; worked out once for equal prompts."""
-        leader = self._leaders.get(generation.index, generation.index)
-        if leader not in self._hashes:
-            prompt = generation.request.prompt_token_ids or ()
-            hashes = PageHashes(self._page_size, generation.request.cache_salt.encode())
-            self._hashes[leader] = [block_hash(h) for h in hashes.extend(prompt, len(prompt))]
-        return self._hashes[leader]
+        name = id(generation.request.prompt_token_ids)
+        if name not in self._hashes:
+            self._hashes |= prompt_hashes([generation.request], self._page_size)
+        return self._hashes[name]
 
     def revoke(self) -> None:
         """End what still runs, because its API key has been revoked."""
@@ -132,15 +136,29 @@ class GenerationGroup:
             generation.end_with(DeadlineError("the request's timeout is over"))
 
 
+def prompt_hashes(requests: Sequence[GenerationRequest], page_size: int) -> dict[int, list[int]]:
+    """What the replicas' reports call the full pages of each prompt, by the prompt's `id`."""
+    found: dict[int, list[int]] = {}
+    for request in requests:
+        prompt = request.prompt_token_ids or ()
+        if id(prompt) not in found:
+            hashes = PageHashes(page_size, request.cache_salt.encode())
+            found[id(prompt)] = [block_hash(name) for name in hashes.extend(prompt, len(prompt))]
+    return found
+
+
 def _leaders(requests: Sequence[GenerationRequest], min_tokens: int) -> dict[int, int]:
     """For each request whose prompt an earlier one has too, if it is worth sharing, the index of that one."""
     firsts: dict[tuple[int, ...], int] = {}
+    same: dict[int, int] = {}  # by identity: to hash and compare a long prompt for each answer would take seconds
     leaders: dict[int, int] = {}
     for index, request in enumerate(requests):
         prompt = request.prompt_token_ids or ()
         if len(requests) == 1 or len(prompt) < min_tokens:
             continue
-        first = firsts.setdefault(prompt, index)
+        first = same.get(id(prompt))
+        if first is None:
+            first = same[id(prompt)] = firsts.setdefault(prompt, index)
         if first != index:
             leaders[index] = first
     return leaders

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from deployments.channel.messages import ChannelAddress, TokenItem
 from deployments.errors import ShuttingDownError
@@ -71,8 +71,15 @@ class Journal:
         """Generations that a replica runs or that wait for one."""
         return len(self._live)
 
-    def start(self, requests: Sequence[GenerationRequest], caller: Caller) -> GenerationGroup:
+    def start(
+        self, requests: Sequence[GenerationRequest], caller: Caller, hashes: Mapping[int, list[int]] | None = None
+    ) -> GenerationGroup:
         """Begin an HTTP request's generations.
+
+        Args:
+            requests: what to generate.
+            caller: who asks.
+            hashes: what `prompt_hashes` returned for them; None to work it out here, which long prompts should not.
 
         Raises:
             OverloadedError: too much waits already.
@@ -82,7 +89,7 @@ class Journal:
         self.dispatcher.check(sum(self.work_of(request) for request in requests), caller.timeout_s)
         if caller.account is not None:
             caller.account.charge(_num_prompt_tokens(requests))
-        group = GenerationGroup(requests, caller, self.page_size)
+        group = GenerationGroup(requests, caller, self.page_size, hashes)
         self.num_requests += len(requests)
         for generation in group.generations:
             generation.start(self)
@@ -202,6 +209,7 @@ class Journal:
 
 def _num_prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
     """Tokens of the prompts of an HTTP request, as its answer counts them: one that several continue counts once."""
-    pooled = [request.prompt_token_ids or () for request in requests if request.pooling is not None]
-    continued = {request.prompt_token_ids or () for request in requests if request.pooling is None}
-    return sum(map(len, (*pooled, *continued)))
+    pooled = [len(request.prompt_token_ids or ()) for request in requests if request.pooling is not None]
+    # By identity: comparing long prompts would hold up the event loop, and those of one request are one object.
+    continued = {id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests if r.pooling is None}
+    return sum(pooled) + sum(continued.values())

@@ -27,7 +27,7 @@ from deployments.router.access import Access
 from deployments.router.cache_salt import salt_of
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
-from deployments.router.group import GenerationGroup
+from deployments.router.group import GenerationGroup, prompt_hashes
 from deployments.router.journal import Journal
 from llm.models.fingerprint import is_same_version
 from llm.serving.schemas import GenerationRequest, Pooling
@@ -38,6 +38,8 @@ _ENGINE_CHECK_INTERVAL_S = 0.2
 _FIRST_LOOK_S, _OWN_VERSION_CHECK_S = 1.0, 0.05
 _REQUESTS_AT_ONCE = 64
 """Requests that are made in one turn of the event loop."""
+_INLINE_TOKENS = 4096
+"""Prompts of so many tokens together are hashed at once; more of them in a thread."""
 
 
 class Router:
@@ -115,7 +117,7 @@ class Router:
         wakes_up = autoscaling is not None and autoscaling.min_replicas == 0 and not self._watch.has_running
         return wakes_up or (self.is_ready and bool(self.fleet.replica_ids))
 
-    def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
+    async def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
         """Begin to generate.
 
         Raises:
@@ -127,7 +129,13 @@ class Router:
         requests = [
             request.model_copy(update={"cache_salt": salt_of(tenant, request.cache_salt)}) for request in requests
         ]
-        return self.journal.start(requests, caller)
+        page_size = self.journal.page_size
+        num_tokens = sum({id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests}.values())
+        if num_tokens > _INLINE_TOKENS:
+            hashes = await asyncio.to_thread(prompt_hashes, requests, page_size)
+        else:
+            hashes = prompt_hashes(requests, page_size)
+        return self.journal.start(requests, caller, hashes)
 
     async def embed(self, inputs: Sequence[Sequence[int]], pooling: str, caller: Caller | None = None) -> list[bytes]:
         """Make the vector of each input, 32-bit floats. Cancelling gives up all of them.
@@ -141,7 +149,7 @@ class Router:
             requests.append(GenerationRequest(prompt_token_ids=tuple(token_ids), pooling=Pooling(pooling)))
             if len(requests) % _REQUESTS_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        return await self.start(requests, caller).vectors()
+        return await (await self.start(requests, caller)).vectors()
 
     async def wait_for_own_version(self) -> None:
         """Wait until a replica of this router's version of the model is there, if all that are there are of others.

@@ -1,6 +1,7 @@
 """`RouterIngress`: the router as Ray Serve starts it."""
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -81,7 +82,11 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""
-        return create_api(self._router)
+        api = create_api(self._router)
+        # A full collection holds up the event loop: what has been loaded by now stays, and is left out.
+        gc.collect()
+        gc.freeze()
+        return api
 
     async def announcement(self) -> bytes:
         """An encoded `Announcement`; waits for an engine, unless the fleet may be scaled to zero."""

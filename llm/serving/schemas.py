@@ -17,7 +17,8 @@ INT64_MAX = 2**63 - 1
 TokenId = Annotated[int, Field(ge=0, strict=True)]
 
 
-def _new_request_id() -> str:
+def new_request_id() -> str:
+    """Draw an id for a request."""
     return secrets.token_hex(12)
 
 
@@ -68,7 +69,7 @@ class GenerationRequest(StrictModel):
     seed is given one here, so that a resumed request carries it along.
     """
 
-    request_id: str = Field(default_factory=_new_request_id, min_length=1, max_length=256)
+    request_id: str = Field(default_factory=new_request_id, min_length=1, max_length=256)
     prompt: str | None = None
     prompt_token_ids: tuple[TokenId, ...] | None = None
     output_token_ids: tuple[TokenId, ...] = ()

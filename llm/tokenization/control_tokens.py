@@ -6,7 +6,7 @@ still looks like a control token was written by the template, and the stand-ins 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from llm.errors import InvalidRequestError
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _STAND_INS = range(0xD800, 0xDFFF)
 _GUARD = "\udfff"
+_SLICE_CHARS = 1 << 18
 _MARKUP = re.compile(r"<\S+>|\[\S+\]")
 
 
@@ -46,6 +47,7 @@ class ControlTokens:
         self.special_pattern = _any_of(token.text for token in self.by_text.values() if token.is_special)
         self._starts = {text[:end] for text in self.by_text for end in range(1, len(text))}
         self._longest_start = max(map(len, self._starts), default=0)
+        self.longest = self._longest_start + 1
 
     def split(self, text: str) -> Iterator[tuple[int, str, ControlToken | None]]:
         """Cut `text` at its control tokens: (offset of the plain piece, the piece, the token behind it)."""
@@ -102,11 +104,11 @@ class Disguise:
 
     def reveal(self, text: str) -> str:
         """The text as the user wrote it."""
-        originals = {ord(stand_in): original for original, stand_in in self._stand_ins.items()}
-        return text.translate({**originals, ord(_GUARD): ""})
+        originals = {stand_in: original for original, stand_in in self._stand_ins.items()}
+        return replace(_SURROGATE, lambda match: originals.get(match[0], ""), text, 1)
 
     def _text(self, text: str, pattern: re.Pattern[str]) -> str:
-        disguised = pattern.sub(self._stand_in, without_surrogates(text))
+        disguised = replace(pattern, self._stand_in, without_surrogates(text), self._control.longest)
         if self._control.ends_in_start(disguised):
             self.is_used = True
             disguised += _GUARD
@@ -124,7 +126,26 @@ class Disguise:
 
 def without_surrogates(text: str) -> str:
     """`text` with lone surrogates, which no tokenizer can take, replaced by U+FFFD."""
-    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+    return text if text.isascii() else replace(_SURROGATE, lambda _: "\ufffd", text, 1)
+
+
+def replace(pattern: re.Pattern[str], new: Callable[[re.Match[str]], str], text: str, longest: int) -> str:
+    """`pattern.sub(new, text)` in slices, between which other threads get a turn: a search holds the interpreter's lock
+    from its beginning to its end.
+
+    Args:
+        longest: characters of the longest match; a match depends on nothing outside it.
+    """
+    if len(text) <= _SLICE_CHARS:
+        return pattern.sub(new, text)
+    parts = []
+    done = 0
+    for start in range(0, len(text), _SLICE_CHARS):
+        end = start + _SLICE_CHARS
+        while (match := pattern.search(text, max(start, done), end + longest)) and match.start() < end:
+            parts += [text[done : match.start()], new(match)]
+            done = match.end()
+    return "".join([*parts, text[done:]])
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

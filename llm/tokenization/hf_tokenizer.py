@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from llm.tokenization.chat_template import ChatTemplate
 from llm.tokenization.control_tokens import ControlToken, ControlTokens, Disguise, is_markup, without_surrogates
 from llm.tokenization.detokenizer import ByteDecoder, TokenBytes, WindowDecoder, decode_all
 
+_BATCH_TEXTS = 256
 _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -132,6 +134,18 @@ class HFTokenizer:
         """Token ids of `text`, with the checkpoint's beginning-of-sequence token in front unless told otherwise."""
         return [*(self._prefix_ids if add_special_tokens else ()), *self._encode_plain(without_surrogates(text))]
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, of many texts, which takes a fraction of the time where they are short."""
+        batch: list[list[int]] = []
+        for start in range(0, len(texts), _BATCH_TEXTS):
+            some = [without_surrogates(text) for text in texts[start : start + _BATCH_TEXTS]]
+            for text, encoding in zip(some, self._plain.encode_batch_fast(some, add_special_tokens=False), strict=True):
+                ids = encoding.ids
+                if not self._control.ids.isdisjoint(ids):
+                    ids = self._encode_plain(text)
+                batch.append([*self._prefix_ids, *ids])
+        return batch
+
     def min_num_tokens(self, text: str) -> int:
         """A bound from below on `len(encode(text))`, found without encoding, to refuse huge texts early."""
         # A normalizer may compose characters; none of the usual forms shortens a text to less than a quarter.
@@ -177,6 +191,23 @@ class HFTokenizer:
         Raises:
             InvalidRequestError: there is no template, it refuses these messages, or it works too long on them.
         """
+        chat = self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
+        return self.encode_chat(chat)
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> "RenderedChat":
+        """Text of a chat, to be encoded by `encode_chat`; see `apply_chat_template`.
+
+        Raises:
+            InvalidRequestError: there is no template, it refuses these messages, or it works too long on them.
+        """
         template = self._templates.get("tool_use") if tools else None
         template = template or self._templates.get("default")
         if template is None:
@@ -194,6 +225,11 @@ class HFTokenizer:
             tools=disguise.apply(tools) if tools else None,
             variables=disguise.apply(variables),
         )
+        return RenderedChat(text, disguise)
+
+    def encode_chat(self, chat: "RenderedChat") -> list[int]:
+        """Token ids of a chat's text."""
+        text, disguise = chat.text, chat.disguise
         if not disguise.is_used:
             return _encode(self._full, text)
         ids: list[int] = []
@@ -228,6 +264,19 @@ class HFTokenizer:
         bare, whole = (self._full.encode(text, add_special_tokens=special).ids for special in (False, True))
         length = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         return tuple(whole[:length])
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """What a chat template has made of a chat.
+
+    Attributes:
+        text: control tokens of the template as they are, those of the chat's own text disguised.
+        disguise: undoes this.
+    """
+
+    text: str
+    disguise: Disguise
 
 
 def _encode(tokenizer: RustTokenizer, text: str) -> list[int]:

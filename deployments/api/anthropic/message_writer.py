@@ -48,7 +48,7 @@ class MessageWriter:
 
     def failure(self, error: APIError) -> bytes:
         """The event that tells of a failure."""
-        return b"event: error\ndata: " + anthropic_error_body(error) + b"\n\n"
+        return message_failure(error)
 
     def add(self, updates: Sequence[Update]) -> None:
         """Take in what is new."""
@@ -59,6 +59,11 @@ class MessageWriter:
         """The message."""
         blocks = [self._finished_block(block) for block in self._blocks]
         return {**self._message(), "content": blocks, **self._stop(), "usage": self._usage()}
+
+    @property
+    def num_values(self) -> int:
+        """About as many pieces of text as tokens."""
+        return self._turn.num_output_tokens
 
     def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
         """Take in what is new; the events that tell it."""
@@ -129,6 +134,11 @@ class MessageWriter:
             "cache_read_input_tokens": turn.num_cached_tokens,
             "output_tokens": turn.num_output_tokens,
         }
+
+
+def message_failure(error: APIError) -> bytes:
+    """The event that ends a stream after a failure, begun or not."""
+    return b"event: error\ndata: " + anthropic_error_body(error) + b"\n\n"
 
 
 def _written(events: Sequence[Event]) -> bytes:

@@ -12,7 +12,7 @@ from deployments.chat.errors import invalid, of_validation, unsupported
 from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName
-from deployments.chat.wire_model import WireModel, type_tag
+from deployments.chat.wire_model import Items, RequestBody, WireModel, type_tag
 
 MAX_STOP_SEQUENCES = 4
 
@@ -43,7 +43,7 @@ class ToolResultBlock(WireModel):
 
     type: Literal["tool_result"]
     tool_use_id: NonEmpty
-    content: str | list[TextBlock] | None = None
+    content: str | Items[TextBlock] | None = None
     is_error: bool | None = None
     cache_control: Any = None
 
@@ -69,7 +69,7 @@ class InputMessage(WireModel):
     """One turn."""
 
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[Block], Field(min_length=1)]
+    content: str | Annotated[Items[Block], Field(min_length=1)]
 
 
 class AnthropicTool(WireModel):
@@ -123,7 +123,7 @@ class OutputConfig(WireModel):
     format: OutputFormat | None = None
 
 
-class CountTokensRequest(WireModel):
+class CountTokensRequest(RequestBody):
     """Body of `POST /v1/messages/count_tokens`."""
 
     FIELDS: ClassVar = {
@@ -138,9 +138,9 @@ class CountTokensRequest(WireModel):
     """From a chat's fields to those here."""
 
     model: str
-    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: str | list[TextBlock] | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[Items[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | Items[TextBlock] | None = None
+    tools: Annotated[Items[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -163,6 +163,11 @@ class CountTokensRequest(WireModel):
             message = "messages: the last one must be the user's; answers cannot be begun by the client"
             raise invalid(message, "messages")
         return self
+
+    @property
+    def takes_long(self) -> bool:
+        """See `RequestBody`: what it has of tools and formats is known once it is a chat."""
+        return True
 
     def to_chat(self) -> ChatRequest:
         """The same as a chat.
@@ -213,7 +218,7 @@ class MessagesRequest(CountTokensRequest):
     """Body of `POST /v1/messages`."""
 
     max_tokens: Annotated[int, Field(ge=1)]
-    stop_sequences: Annotated[list[NonEmpty], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
+    stop_sequences: Annotated[Items[NonEmpty], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

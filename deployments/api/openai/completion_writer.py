@@ -121,6 +121,12 @@ class CompletionWriter:
         kind = "chat.completion" if self._is_chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
 
+    @property
+    def num_values(self) -> int:
+        """A piece of text a token, and its log probabilities."""
+        num_each = 1 + sum(2 + len(entry.top) for answer in self._answers for entry in answer.logprobs[:1])
+        return self._turn.num_output_tokens * num_each
+
     def _kept(self) -> list[Choice]:
         """The answers to give: of each prompt the best, the best one first, or all."""
         choices, num_each = self._turn.choices, self._turn.answers_a_prompt

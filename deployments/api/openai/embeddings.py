@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from deployments.chat.errors import invalid
-from deployments.chat.requests import Prompt, check_prompt
-from deployments.chat.wire_model import WireModel
+from deployments.chat.requests import Priority, Prompt, check_prompt
+from deployments.chat.wire_model import RequestBody
 
 MAX_INPUTS = 2048
 _BYTES_A_NUMBER = 4
@@ -19,7 +19,7 @@ def _check_input(value: Any) -> Any:
     return check_prompt(value, "input")
 
 
-class EmbeddingsRequest(WireModel):
+class EmbeddingsRequest(RequestBody):
     """Body of `POST /v1/embeddings`."""
 
     model: str
@@ -32,8 +32,9 @@ class EmbeddingsRequest(WireModel):
     user: str | None = None
     pooling: Literal["last", "mean"] | None = None
     """Extension. The last token's hidden state, or the average of all; `last` by default."""
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    """Extension. While requests wait, lower ones go first; 0 where it is not given."""
+    priority: Priority | None = None
+    """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
+    says."""
 
     def inputs(self) -> list[Any]:
         """One entry for each vector.

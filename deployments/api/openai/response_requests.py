@@ -13,7 +13,7 @@ from deployments.chat.messages import ChatMessage
 from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName
-from deployments.chat.wire_model import WireModel, type_tag
+from deployments.chat.wire_model import Items, RequestBody, WireModel, type_tag
 
 
 class TextPart(WireModel):
@@ -30,7 +30,7 @@ class MessageItem(WireModel):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Items[TextPart]
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -53,7 +53,7 @@ class FunctionOutputItem(WireModel):
 
     type: Literal["function_call_output"]
     call_id: NonEmpty
-    output: str | list[TextPart]
+    output: str | Items[TextPart]
     id: str | None = None
     status: str | None = None
 
@@ -69,8 +69,8 @@ class ReasoningItem(WireModel):
     """What the model thought before its next item."""
 
     type: Literal["reasoning"]
-    summary: list[ReasoningText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Items[ReasoningText] | None = None
+    content: Items[ReasoningText] | None = None
     encrypted_content: Any = None
     id: str | None = None
     status: str | None = None
@@ -137,7 +137,7 @@ class ResponseReasoning(WireModel):
     """Accepted, without effect."""
 
 
-class ResponsesRequest(WireModel):
+class ResponsesRequest(RequestBody):
     """Body of `POST /v1/responses`."""
 
     FIELDS: ClassVar = {
@@ -150,14 +150,14 @@ class ResponsesRequest(WireModel):
     """From a chat's fields to those here."""
 
     model: str
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[Items[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     """A system message in front of the conversation."""
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Items[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
@@ -174,7 +174,7 @@ class ResponsesRequest(WireModel):
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
     truncation: Literal["disabled"] | None = None
     stream_options: dict[str, Any] | None = None
 
@@ -202,6 +202,11 @@ class ResponsesRequest(WireModel):
             if getattr(self, name):
                 raise unsupported(name)
         return self
+
+    @property
+    def takes_long(self) -> bool:
+        """See `RequestBody`: what it has of tools and formats is known once it is a chat."""
+        return True
 
     def to_chat(self) -> ChatRequest:
         """The same as a chat.

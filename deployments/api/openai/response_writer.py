@@ -79,6 +79,11 @@ class ResponseWriter:
         self._close_item()
         return self._finished()
 
+    @property
+    def num_values(self) -> int:
+        """About as many pieces of text as tokens."""
+        return self._turn.num_output_tokens
+
     def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
         """Take in what is new; the events that tell it."""
         told: list[Event] = []
@@ -133,6 +138,12 @@ class ResponseWriter:
             self._sequence_number += 1
             parts.append(b"event: " + event["type"].encode() + b"\ndata: " + encode_json(event) + b"\n\n")
         return b"".join(parts)
+
+
+def response_failure(error: APIError) -> bytes:
+    """The event that ends a stream after a failure before there is a response."""
+    value = {"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}
+    return b"event: error\ndata: " + encode_json(value) + b"\n\n"
 
 
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}

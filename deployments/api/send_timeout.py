@@ -1,0 +1,104 @@
+"""Cutting off clients that take nothing of their answer: whoever stands before the router, what waits to be sent to a
+client is bounded, and its generation ends.
+
+Two processes use this. A router does, where it is the one that talks to the client, or to HAProxy, which passes the
+pressure on. Behind Ray Serve's own proxy a router's `send` never waits: the proxy gathers the answer for the client. So
+the proxy does the same as the router; set `PROXY_VARIABLES` in the environment that Ray is started in.
+"""
+
+import asyncio
+import logging
+import os
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger("ray.serve")
+
+TIMEOUT_VARIABLE = "RAYLINE_PROXY_SEND_TIMEOUT_S"
+_DEFAULT_TIMEOUT_S = 25.0
+
+
+class SendTimeout:
+    """ASGI middleware that ends a request whose client takes nothing of its answer.
+
+    One sweep now and then looks at all requests, because a timer for each event of a stream would cost as much as the
+    event.
+
+    Args:
+        app: everything inside. It is cancelled when the client is cut off.
+        timeout_s: how long a client may take nothing; up to twice as long pass until it is noticed.
+    """
+
+    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+        self._app = app
+        self._timeout_s = timeout_s
+        self._open: set[_Sender] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and end it if its client is stuck."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sender = _Sender(send)
+        self._open.add(sender)
+        if self._sweeper is None:
+            self._sweep()
+        try:
+            await self._app(scope, receive, sender)
+        except asyncio.CancelledError:
+            if not sender.was_cut_off:
+                raise
+            sender.task.uncancel()
+        finally:
+            self._open.discard(sender)
+            if sender.was_cut_off:
+                logger.warning("a client of %s took nothing for %g s and was cut off", scope["path"], self._timeout_s)
+
+    def _sweep(self) -> None:
+        """Cut off the clients that took nothing since the last sweep, as long as there are requests."""
+        for sender in self._open:
+            sender.cut_off_if_stuck()
+        loop = asyncio.get_running_loop()
+        self._sweeper = loop.call_later(self._timeout_s, self._sweep) if self._open else None
+
+
+class _Sender:
+    """Sends one answer; knows whether its client takes it."""
+
+    def __init__(self, send: Send) -> None:
+        self.was_cut_off = False
+        self._send = send
+        self._num_started = 0
+        self._num_sent = 0
+        self._num_sent_last = -1
+        task = asyncio.current_task()
+        assert task is not None, "ASGI applications run in tasks"
+        self.task = task
+
+    async def __call__(self, message: Message) -> None:
+        """Send; this waits while the connection's buffer is full."""
+        self._num_started += 1
+        await self._send(message)
+        self._num_sent += 1
+
+    def cut_off_if_stuck(self) -> None:
+        """Cancel the request if it has been sending the same message since the last call."""
+        is_sending = self._num_started > self._num_sent
+        if is_sending and self._num_sent == self._num_sent_last:
+            self.was_cut_off = True
+            self.task.cancel()
+        self._num_sent_last = self._num_sent if is_sending else -1
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Ray Serve's proxy is to put around every request; Serve calls this as the proxy starts."""
+    timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S))
+    return [Middleware(SendTimeout, timeout_s=timeout_s)]
+
+
+PROXY_VARIABLES = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{proxy_middlewares.__module__}:{proxy_middlewares.__name__}"
+}
+"""To be set where Ray is started, so that Serve's proxy cuts off clients too."""
