@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from deployments.channel.messages import (
@@ -19,7 +20,7 @@ from deployments.channel.messages import (
     Refusal,
     end_of,
 )
-from deployments.channel.token_channel import OutgoingStream, TokenSender
+from deployments.channel.sender import OutgoingStream, TokenSender
 from deployments.replica.engine_factory import EmbeddingWork, Engine
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
@@ -27,6 +28,7 @@ from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, St
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 0.1
+_ROUTER_IS_GONE = "the token channel to the router was lost"
 
 Reply = TypeVar("Reply")
 
@@ -230,8 +232,10 @@ class EngineLoop:
         except InvalidRequestError as error:
             resolve(GenerateReply(self._replica_id, refusal=Refusal(str(error), error.param, error.code)))
             return
-        num_output = len(request.output_token_ids)
-        stream = self._sender.open(stream_id, channel, num_output) if channel is not None else None
+        stream = None
+        if channel is not None:
+            on_lost = partial(self._give_up, request.request_id, _ROUTER_IS_GONE)
+            stream = self._sender.open(stream_id, channel, len(request.output_token_ids), on_lost)
         self._open[request.request_id] = _OpenRequest(resolve, list(request.output_token_ids), stream)
 
     def _attach(self, channel: ChannelAddress) -> None:
@@ -272,6 +276,16 @@ class EngineLoop:
         if request.stream is not None:
             request.stream.close()
         request.resolve(GenerateReply(self._replica_id, request.token_ids, end=End(FinishReason.ABORT)))
+
+    def _give_up(self, request_id: str, failure: str) -> None:
+        """Stop generating for a router that is gone; one that lives on all the same may go on elsewhere."""
+        request = self._open.pop(request_id, None)
+        if request is None:
+            return
+        self._engine.abort(request_id)
+        if request.stream is not None:
+            request.stream.close()
+        request.resolve(GenerateReply(self._replica_id, request.token_ids, request.logprobs, failure=failure))
 
     def _report(self) -> None:
         """Tell the routers how things stand, a few times a second."""

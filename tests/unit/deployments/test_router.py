@@ -6,7 +6,7 @@ import json
 import pytest
 from in_process import DEMO, ServiceFactory, emulated_config
 
-from deployments.channel.token_channel import TokenListener
+from deployments.channel.listener import TokenListener
 from deployments.config import AppConfig
 
 pytestmark = pytest.mark.timeout(60)
