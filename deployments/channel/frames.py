@@ -9,7 +9,8 @@ from deployments.channel.messages import Frame
 
 MAX_FRAME_BYTES = 256 << 10
 """A router reads no longer frame, and closes the connection that one begins on."""
-MAX_ACKNOWLEDGEMENT_BYTES = 64
+MAX_ACKNOWLEDGEMENT_BYTES = 1 << 10
+"""More than any has: the messages of the handshake count too."""
 _header = struct.Struct("<QQQ")
 _frame_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 HEADER_BYTES = _header.size

@@ -91,8 +91,8 @@ class TokenListener:
         self._on_report = on_report
         self._port = port
         self._links: dict[int, _Link] = {}
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.ROUTER)
         self._server_key, secret_key = zmq.curve_keypair()
         for option, value in (
             (zmq.CURVE_SERVER, 1),
@@ -103,7 +103,7 @@ class TokenListener:
             (zmq.HANDSHAKE_IVL, _HANDSHAKE_TIMEOUT_MS),
         ):
             self._socket.setsockopt(option, value)
-        self._connections = ConnectionEvents(self._context, self._socket, _EVENTS)
+        self._connections = ConnectionEvents(context, self._socket, _EVENTS)
         self._version = 0
         self.address = self.listen_on(host)
         self._loop = asyncio.get_running_loop()
@@ -131,7 +131,7 @@ class TokenListener:
             for fd in self._fds:
                 self._loop.remove_reader(fd)
             self._connections.close()
-            self._context.destroy(linger=0)
+            self._socket.close()
 
     def _on_readable(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back when ZeroMQ's descriptor `fd` signals, and once now for what came before."""
