@@ -144,7 +144,7 @@ class RouterLink:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             logger.warning("a router sent an acknowledgement that cannot be read")
             return
-        if told.link_id != self.link_id:
+        if told.link_id != self.link_id or told.num_received > self._num_sent:
             return
         while self._unacknowledged and self._oldest <= told.num_received:
             self._num_unacknowledged_bytes -= len(self._unacknowledged.popleft())

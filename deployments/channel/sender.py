@@ -42,7 +42,7 @@ class TokenSender:
 
     def __init__(self, replica_id: str) -> None:
         self._replica_id = replica_id
-        self._context = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._routers: dict[str, _Router] = {}
 
     @property
@@ -98,11 +98,10 @@ class TokenSender:
                 router.link.send(encode(report))
 
     def close(self) -> None:
-        """Drop what is queued and close the sockets."""
+        """Drop what is queued and close the links."""
         for router in self._routers.values():
             router.link.close()
         self._routers.clear()
-        self._context.destroy(linger=0)
 
     def _router(self, channel: ChannelAddress) -> "_Router":
         router = self._routers.get(channel.router_id)
