@@ -8,12 +8,13 @@ import argparse
 import asyncio
 import json
 import logging
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from chaos import engine_faults, faults, nodes, scaling_faults
+from chaos import channel_faults, engine_faults, faults, nodes, scaling_faults
 from chaos.fleet import Outcome, cluster
 
 FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
@@ -28,12 +29,18 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F9": [engine_faults.f9_small_pool],
     "F10": [nodes.f10_nodes_removed],
     "F11": [faults.f11_control_plane],
+    "F16": [channel_faults.f16_router_killed],
+    "F17": [channel_faults.f17_frame_lost],
+    "F19": [channel_faults.f19_router_stuck],
+    "F20": [channel_faults.f20_strangers],
     "F24": [scaling_faults.f24_scaled_to_zero],
 }
 GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F1-GPU": [faults.f1_kill_on_gpus, faults.f1_kill_in_bfloat16]
 }
 """Run only where they are named."""
+BEHIND_HAPROXY = {"F16"}
+"""Run in a process of their own, for which front end there is is decided when Ray is first imported."""
 _NUM_GPUS = 2
 
 
@@ -42,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="F1", help="faults to run; all that need no GPU, if none is named")
     parser.add_argument("--list", action="store_true", help="list the faults")
+    parser.add_argument("--haproxy", action="store_true", help="put HAProxy in front, not Serve's own proxy")
     parser.add_argument("--json", type=Path, help="append one JSON line a fault to this file")
     options = parser.parse_args()
     known = {**FAULTS, **GPU_FAULTS}
@@ -54,9 +62,23 @@ def main() -> None:
         parser.error(f"no such fault: {', '.join(unknown)}; there are {', '.join(known)}")
     logging.disable(logging.WARNING)
     names = options.names or list(FAULTS)
-    with cluster(_NUM_GPUS if any(name in GPU_FAULTS for name in names) else 0) as front_end:
-        results = [_run(name, function, front_end, options.json) for name in names for function in known[name]]
+    elsewhere = [] if options.haproxy else [name for name in names if name in BEHIND_HAPROXY]
+    here = [name for name in names if name not in elsewhere]
+    results = []
+    if here:
+        num_gpus = _NUM_GPUS if any(name in GPU_FAULTS for name in here) else 0
+        with cluster(num_gpus, haproxy=options.haproxy) as front_end:
+            results = [_run(name, function, front_end, options.json) for name in here for function in known[name]]
+    if elsewhere:
+        results.append(_run_behind_haproxy(elsewhere, options.json))
     sys.exit(0 if all(results) else 1)
+
+
+def _run_behind_haproxy(names: list[str], path: Path | None) -> bool:
+    """Run faults in another process, whose front end is HAProxy."""
+    json_option = ["--json", str(path)] if path is not None else []
+    command = [sys.executable, "-m", "chaos", *names, "--haproxy", *json_option]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def _run(name: str, function: Callable[[str], Awaitable[Outcome]], front_end: str, path: Path | None) -> bool:
