@@ -86,7 +86,7 @@ async def f19_router_stuck(_: str, seconds: float = 30, num_streams: int = 128) 
     """A router does not read its channel: steps of others keep their pace, memory is bounded, and it catches up."""
     figures, checks = [], []
     for logprobs in (None, 5):
-        figure, is_ok = await _stick(seconds / 2, num_streams, logprobs)
+        figure, is_ok = await _stick(seconds, num_streams, logprobs)
         figures.append(f"{'with' if logprobs else 'without'} log-probabilities {figure}")
         checks.append(is_ok)
     return Outcome(f"{num_streams} streams of a stuck router: " + "; ".join(figures), *checks)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from live_server import Server
 
-from chaos import engine_faults, faults, scaling_faults
+from chaos import channel_faults, engine_faults, faults, scaling_faults
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -21,9 +21,12 @@ pytestmark = pytest.mark.timeout(120)
         engine_faults.f4_forward_fails,
         partial(faults.f7_disconnects, num_streams=100),
         engine_faults.f9_small_pool,
+        partial(channel_faults.f17_frame_lost, num_streams=16),
+        partial(channel_faults.f19_router_stuck, seconds=3),
+        partial(channel_faults.f20_strangers, seconds=2),
         partial(scaling_faults.f24_scaled_to_zero, start_s=6, no_replica_timeout_s=2),
     ],
-    ids=["F1", "F1 demo", "F2", "F3", "F4", "F7", "F9", "F24"],
+    ids=["F1", "F1 demo", "F2", "F3", "F4", "F7", "F9", "F17", "F19", "F20", "F24"],
 )
 def test_what_must_hold_holds(server: Server, fault):
     outcome = asyncio.run(fault(server.url))
