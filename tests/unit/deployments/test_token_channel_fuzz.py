@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 import resource
+import subprocess
 import sys
 import time
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from test_token_channel import insider
 
 from chaos.strangers import opening
 from deployments.channel.frames import FrameHeader
+from deployments.channel.link import LOST_AFTER_S
 from deployments.channel.messages import End, Report, StepFrame, TokenItem, encode
 from deployments.channel.sender import TokenSender
 from llm.serving.schemas import FinishReason, TokenLogprobs
@@ -130,14 +132,18 @@ async def test_a_router_that_is_stuck_while_strangers_connect_is_not_dead():
     lost: list[bool] = []
     sender.open(1, sink.listener.address, 0, lambda: lost.append(True))
     await wait_for(lambda: sink.reports, sender)
-    strangers = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", MANY_CONNECTIONS, sink.listener.address.endpoint.rpartition(":")[2]
-    )
-    until = time.monotonic() + 5
-    while time.monotonic() < until:
+    port = sink.listener.address.endpoint.rpartition(":")[2]
+    strangers = subprocess.Popen([sys.executable, "-c", MANY_CONNECTIONS, port])
+    until = time.monotonic() + 30
+    while strangers.poll() is None and time.monotonic() < until:
         report(sender)
         time.sleep(0.05)  # and with it the event loop
-    assert await strangers.wait() == 0
+    until = time.monotonic() + LOST_AFTER_S + 3
+    while time.monotonic() < until:
+        report(sender)
+        time.sleep(0.05)
+    strangers.kill()
+    assert strangers.wait() == 0
     await wait_for(lambda: sink.listener.counters.num_refused >= 3000)
     assert not lost
     sender.close()
