@@ -9,12 +9,14 @@ import argparse
 import asyncio
 import json
 import logging
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from chaos import (
+    channel_faults,
     client_faults,
     command_faults,
     embedding_faults,
@@ -41,7 +43,11 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F13": [verdict_faults.f13_steps_fail, verdict_faults.f13_demo],
     "F14": [verdict_faults.f14_engine_breaks],
     "F15": [verdict_faults.f15_poison_kills, verdict_faults.f15_poison_hangs],
+    "F16": [channel_faults.f16_router_killed],
+    "F17": [channel_faults.f17_frame_lost],
     "F18": [verdict_faults.f18_update_of_the_model],
+    "F19": [channel_faults.f19_router_stuck],
+    "F20": [channel_faults.f20_strangers],
     "F21": [client_faults.f21_clients_that_never_read, client_faults.f21_behind_haproxy],
     "F22": [embedding_faults.f22_embedding_hangs],
     "F23": [command_faults.f23_behind_haproxy, command_faults.f23_behind_serves_proxy],
@@ -52,6 +58,8 @@ GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F13-GPU": [verdict_faults.f13_on_a_gpu],
 }
 """Run only where they are named."""
+BEHIND_HAPROXY = {"F16"}
+"""Run in a process of their own, for which front end there is is decided when Ray is first imported."""
 _NUM_GPUS = 2
 
 
@@ -60,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="F1", help="faults to run; all that need no GPU, if none is named")
     parser.add_argument("--list", action="store_true", help="list the faults")
+    parser.add_argument("--haproxy", action="store_true", help="put HAProxy in front, not Serve's own proxy")
     parser.add_argument("--json", type=Path, help="append one JSON line a fault to this file")
     options = parser.parse_args()
     known = {**FAULTS, **GPU_FAULTS}
@@ -72,9 +81,23 @@ def main() -> None:
         parser.error(f"no such fault: {', '.join(unknown)}; there are {', '.join(known)}")
     logging.disable(logging.WARNING)
     names = options.names or list(FAULTS)
-    with cluster(_NUM_GPUS if any(name in GPU_FAULTS for name in names) else 0) as front_end:
-        results = [_run(name, function, front_end, options.json) for name in names for function in known[name]]
+    elsewhere = [] if options.haproxy else [name for name in names if name in BEHIND_HAPROXY]
+    here = [name for name in names if name not in elsewhere]
+    results = []
+    if here:
+        num_gpus = _NUM_GPUS if any(name in GPU_FAULTS for name in here) else 0
+        with cluster(num_gpus, haproxy=options.haproxy) as front_end:
+            results = [_run(name, function, front_end, options.json) for name in here for function in known[name]]
+    if elsewhere:
+        results.append(_run_behind_haproxy(elsewhere, options.json))
     sys.exit(0 if all(results) else 1)
+
+
+def _run_behind_haproxy(names: list[str], path: Path | None) -> bool:
+    """Run faults in another process, whose front end is HAProxy."""
+    json_option = ["--json", str(path)] if path is not None else []
+    command = [sys.executable, "-m", "chaos", *names, "--haproxy", *json_option]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def _run(name: str, function: Callable[[str], Awaitable[Outcome]], front_end: str, path: Path | None) -> bool:

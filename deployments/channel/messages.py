@@ -10,17 +10,20 @@ import msgspec
 
 from llm.serving.schemas import EngineStats, FinishReason, GenerationRequest, StepOutput, TokenLogprobs
 
-SECRET_BYTES = 32
-
 
 class ChannelAddress(msgspec.Struct, frozen=True):
-    """Where a router listens, and what its frames must begin with."""
+    """Where a router listens, and the key to get in. Whoever holds one may connect, so it is never logged."""
 
+    router_id: str
+    """Stays the same, whatever address the router listens on."""
     endpoint: str
-    secret: bytes
+    server_key: bytes
+    """The public half of the router's CURVE key pair, known to the replicas alone."""
+    version: int = 0
+    """Of several addresses of one router the highest is to be used."""
 
     def __repr__(self) -> str:
-        return f"ChannelAddress({self.endpoint})"
+        return f"ChannelAddress({self.router_id}, {self.endpoint}, version {self.version})"
 
 
 class End(msgspec.Struct, array_like=True, gc=False):
@@ -47,7 +50,7 @@ class TokenItem(msgspec.Struct, array_like=True):
     stream_id: int
     """The router's number for this stream and attempt."""
     offset: int
-    """Output tokens before these, counting what an earlier engine generated. A gap means a lost message."""
+    """Output tokens before these, counting what an earlier engine generated."""
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     end: End | None = None
@@ -167,7 +170,7 @@ class FailureKind(StrEnum):
     FAILED = "failed"
     """The engine, or a step of it, failed."""
     LEAVING = "leaving"
-    """The replica is shutting down."""
+    """The replica is shutting down, or has lost its way to the router."""
     DECLINED = "declined"
     """It has not begun it: it runs another model version, was not named, or has tried another suspect until now."""
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from deployments.channel.messages import (
     ChannelAddress,
@@ -19,7 +20,7 @@ from deployments.channel.messages import (
     Refusal,
     end_of,
 )
-from deployments.channel.token_channel import OutgoingStream, TokenSender
+from deployments.channel.sender import OutgoingStream, TokenSender
 from deployments.replica.engine_factory import Engine
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import (
@@ -37,6 +38,7 @@ REPORT_INTERVAL_S = 0.1
 _MAX_FAILED_STEPS = 3
 """Steps that may fail one after the other before the engine counts as broken."""
 _SHUTTING_DOWN = "the replica is shutting down"
+_ROUTER_IS_GONE = "the token channel to the router was lost"
 _PROBE_PROMPT, _PROBE_NEW_TOKENS = (0,), 2
 _SUSPECT_HEAD_START_S = 0.002
 """The report that a suspect has arrived must leave the process before the suspect can end it."""
@@ -314,7 +316,8 @@ class EngineLoop:
             return
         num_output, stream = len(request.output_token_ids), None
         if arrival.channel is not None:
-            stream = self._sender.open(arrival.stream_id, arrival.channel, num_output)
+            on_lost = partial(self._give_up, request.request_id)
+            stream = self._sender.open(arrival.stream_id, arrival.channel, num_output, on_lost)
         self._open[request.request_id] = _OpenRequest(arrival.resolve, list(request.output_token_ids), stream)
         if arrival.is_suspect:
             self._suspect = request.request_id
@@ -343,6 +346,17 @@ class EngineLoop:
         if request.stream is not None:
             request.stream.close()
         request.resolve(GenerateReply(self._replica_id, request.token_ids, end=End(FinishReason.ABORT)))
+
+    def _give_up(self, request_id: str) -> None:
+        """Stop generating for a router that is gone; one that lives on all the same may go on elsewhere."""
+        request = self._forget(request_id)
+        if request is None:
+            return
+        self._engine.abort(request_id)
+        if request.stream is not None:
+            request.stream.close()
+        failure = Failure(FailureKind.LEAVING, _ROUTER_IS_GONE)
+        request.resolve(self._failed(request.token_ids, failure, request.logprobs))
 
     def _report(self) -> None:
         """Tell the routers how things stand, a few times a second."""

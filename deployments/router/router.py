@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from deployments.channel.listener import TokenListener
 from deployments.channel.messages import EngineInfo
-from deployments.channel.token_channel import TokenListener
 from deployments.config import AppConfig, LiveConfig
 from deployments.errors import DeadlineError, ShuttingDownError
 from deployments.fingerprint import fingerprint_of

@@ -52,7 +52,7 @@ class ServeEngineClient:
 
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
         """See `EngineClient`."""
-        await self._call(self._note_queue, channel.endpoint, (replica_id,), num_tokens)
+        await self._call(self._note_queue, channel.router_id, (replica_id,), num_tokens)
 
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         """See `EngineClient`."""

@@ -50,7 +50,7 @@ class LocalClient:
         return decode_info(await self._choose((replica_id,)).attach(encode(channel)))
 
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
-        await self._choose((replica_id,)).note_queue(channel.endpoint, (), num_tokens)
+        await self._choose((replica_id,)).note_queue(channel.router_id, (), num_tokens)
 
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         replica = self._choose(ranking)

@@ -6,7 +6,7 @@ import json
 import pytest
 from in_process import DEMO, Service, ServiceFactory, emulated_config, eventually
 
-from deployments.channel.token_channel import TokenListener
+from deployments.channel.listener import TokenListener
 from deployments.config import AppConfig
 
 
@@ -136,12 +136,12 @@ async def test_lost_messages_lose_nothing(make_service: ServiceFactory, monkeypa
     expected = (await service.post("/v1/completions", prompt="abc", max_tokens=60)).json()["choices"][0]["text"]
     take, num_seen = TokenListener._take, 0
 
-    def lossy(self: TokenListener, data: bytes) -> None:
+    def lossy(self: TokenListener, peer: bytes, data: bytes) -> None:
         nonlocal num_seen
         num_seen += 1
         kept = {"every second frame": num_seen % 2 == 0, "the first frame": num_seen > 1, "everything": False}[lost]
         if kept:
-            take(self, data)
+            take(self, peer, data)
 
     monkeypatch.setattr(TokenListener, "_take", lossy)
     for logprobs in (None, 1):
