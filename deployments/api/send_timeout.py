@@ -102,5 +102,5 @@ PROXY_VARIABLES = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{proxy_middlewares.__module__}:{proxy_middlewares.__name__}",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "45",
 }
-"""To be set where Ray is started, so that what stands before the router cuts off clients too: Serve's proxy, or HAProxy.
+"""To be set where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too.
 Between HAProxy and a router the kernel's buffers take megabytes before the router notices anything."""
