@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from live_server import ROOT, Server, free_port
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BIN = ROOT / ".venv" / "bin"
+BIN = Path(sys.executable).parent
 
 RUN_ELSEWHERE = {
     "make serve": "tests/integration/test_docs_commands.py::test_make_serve",

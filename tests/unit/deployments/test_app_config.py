@@ -80,7 +80,10 @@ def test_urls():
 
 
 def test_the_banner_is_one_block_with_a_line_to_paste():
-    info = EngineInfo("demo", 2048, 65536, 16, 512, 320, "cuda:0", "bfloat16", "triton", 3 << 30, 200 << 20)
+    info = EngineInfo(
+        model="demo", max_seq_len=2048, num_slots=65536, page_size=16, max_step_tokens=512, vocab_size=320,
+        device="cuda:0", dtype="bfloat16", backend="triton", weight_bytes=3 << 30, kv_cache_bytes=200 << 20,
+    )  # fmt: skip
     banner = ready_banner("http://127.0.0.1:8000", Announcement("demo", True, 2, info), {"dashboard": "http://d"})
     first, *rows, command = banner.splitlines()
     assert first == "Rayline is ready: http://127.0.0.1:8000"

@@ -114,9 +114,12 @@ def whole(product: torch.Tensor | ScaledProduct) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65, 513])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), SHAPES, ids=SHAPE_IDS)
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_linear_of_8_bit_weights(num_rows, num_outputs, num_inputs, has_bias):
-    """As good as 16-bit weights for what the 8-bit weights say; many rows lose once more by 8-bit activations."""
+def test_linear_of_8_bit_weights(num_rows, num_outputs, num_inputs):
+    """As good as 16-bit weights for what the 8-bit weights say; many rows lose once more by 8-bit activations.
+
+    With a bias where a sum is cut or not for our kernels.
+    """
+    has_bias = num_outputs in (128, 112)
     torch.manual_seed(num_rows)
     x, weight = random(num_rows, num_inputs), random(num_outputs, num_inputs) / 16
     bias = random(num_outputs) if has_bias else None
