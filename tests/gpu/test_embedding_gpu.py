@@ -58,7 +58,7 @@ def check_alike(vectors: np.ndarray, expected: np.ndarray, least_cosine: float) 
 @pytest.mark.parametrize(
     ("config", "least_cosine"),
     [({}, 0.9995), ({"max_tokens_per_step": 256}, 0.9995), ({"num_speculative_tokens": 4}, 0.9995),
-     ({"deterministic": True}, 0.9995), ({"quantization": "fp8"}, 0.99), ({"kv_cache_dtype": "fp8"}, 0.99)],
+     ({"deterministic": True}, 0.9995), ({"quantization": "fp8"}, 0.95), ({"kv_cache_dtype": "fp8"}, 0.99)],
     ids=["whole", "chunks", "speculation", "deterministic", "fp8 weights", "fp8 cache"],
 )  # fmt: skip
 def test_vectors_are_the_plain_models(name, config, least_cosine, pooling):

@@ -8,7 +8,7 @@ from channel_ends import Sink, wait_for
 from in_process import ServiceFactory, emulated_config
 
 from deployments.channel.listener import TokenListener
-from deployments.channel.messages import GenerateCall, decode_reply, encode
+from deployments.channel.messages import Failure, FailureKind, GenerateCall, decode_reply, encode
 from deployments.replica.engine_replica import EngineReplica
 from llm.serving.schemas import FinishReason, GenerationRequest
 
@@ -35,7 +35,7 @@ async def test_a_lost_frame_costs_a_stream_less_than_a_second(
 ):
     """Fault F17: everything comes, in its order and once, without waiting for the call's reply."""
     service = await make_service(emulated_config(emulation={"tokens_per_s": 100.0, "max_seq_len": 2048}))
-    undisturbed = service.router.start([request(200, logprobs=logprobs)]).generations[0]
+    undisturbed = (await service.router.start([request(200, logprobs=logprobs)])).generations[0]
     await wait_for(lambda: undisturbed.is_over)
     take, num_frames = TokenListener._take, 0
 
@@ -46,7 +46,7 @@ async def test_a_lost_frame_costs_a_stream_less_than_a_second(
             take(self, peer, data)
 
     monkeypatch.setattr(TokenListener, "_take", lossy)
-    group = service.router.start([request(200, logprobs=logprobs)])
+    group = await service.router.start([request(200, logprobs=logprobs)])
     generation, arrivals = group.generations[0], []
     while not generation.is_over:
         await group.news()
@@ -73,8 +73,9 @@ async def test_nothing_is_generated_for_a_dead_router():
     await wait_for(lambda: replica._loop.latest_stats.num_running == 4)
     dead.listener.close()
     assert await wait_for(lambda: replica._loop.latest_stats.num_running == 2) < 5
+    failure = Failure(FailureKind.LEAVING, "the token channel to the router was lost")
     failures = [decode_reply(await call).failure for call in running[:2]]
-    assert failures == ["the token channel to the router was lost"] * 2, "a router that lives after all goes on"
+    assert failures == [failure] * 2, "a router that lives after all goes on"
     replies = [decode_reply(await call) for call in running[2:]]
     assert [(len(r.token_ids), r.end.reason) for r in replies] == [(400, FinishReason.LENGTH)] * 2
     await wait_for(lambda: len(alive.tokens(1)) == 400)
@@ -89,12 +90,12 @@ async def test_a_router_that_listens_on_another_address_hears_each_report_once(m
     service = await make_service(num_replicas=2)
     senders = [replica._loop._sender for replica in service.client.replicas]
     before = service.router.journal.channel
-    open_streams = service.router.start([request(1000) for _ in range(4)])
+    open_streams = await service.router.start([request(1000) for _ in range(4)])
     await open_streams.news()
     service.router.listen_on("127.0.0.1")
     after = service.router.journal.channel
     assert after.endpoint != before.endpoint
-    later = service.router.start([request(20) for _ in range(8)])
+    later = await service.router.start([request(20) for _ in range(8)])
     await wait_for(lambda: all(generation.end for generation in later.generations))
 
     def endpoints() -> set[str]:
