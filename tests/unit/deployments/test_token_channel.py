@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import socket
 import time
 
 import msgspec
@@ -311,6 +312,12 @@ async def test_a_router_whose_node_vanished_is_forgotten_too(sink, sender):
     await relay.close()
 
 
+def is_free(port: int) -> bool:
+    """ZeroMQ gives a closed socket's port back on a thread of its own."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
 async def test_a_router_that_takes_a_dead_ones_port_is_another_one(sink, sender):
     """It has another key, so that the replica does not take it for the dead one."""
     lost: list[bool] = []
@@ -319,6 +326,7 @@ async def test_a_router_that_takes_a_dead_ones_port_is_another_one(sink, sender)
     sink.listener.close()
     reports: list[Report] = []
     port = int(sink.listener.address.endpoint.rpartition(":")[2])
+    await wait_for(lambda: is_free(port))
     successor = TokenListener("127.0.0.1", port, on_items=lambda *_: None, on_report=reports.append)
     await wait_for(lambda: lost, sender)
     assert not reports
