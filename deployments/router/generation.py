@@ -4,8 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Protocol
 
 from deployments.channel.messages import (
@@ -24,6 +22,7 @@ from deployments.fleet.engine_client import EngineClient, is_being_cancelled
 from deployments.observe.finished_request import FinishedRequest, Timeline
 from deployments.router.batch import CallBatches
 from deployments.router.caller import Caller
+from deployments.router.setback import SETBACKS, Setback, SetbackKind
 from deployments.router.suspicion import Part
 from deployments.router.waiting import Ticket
 from llm.errors import EngineError, InvalidRequestError, LLMError
@@ -36,32 +35,6 @@ _INLINE_TOKENS = 4096
 """Calls with prompts of up to so many tokens are encoded at once; longer ones in a thread."""
 _MAX_DECLINED = 200
 """Times that replicas may decline a request one after the other: it goes where it fits within a few."""
-
-
-class SetbackKind(Enum):
-    """Why a request has to go on elsewhere."""
-
-    FAILURE = auto()
-    """The replica failed, stalled or died."""
-    MOVE = auto()
-    """The replica is being taken away."""
-    DECLINED = auto()
-    """The replica has not begun it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setback:
-    """What keeps a replica from finishing a request that another one may go on with."""
-
-    kind: SetbackKind
-    message: str
-
-
-_SETBACKS = {
-    FailureKind.FAILED: SetbackKind.FAILURE,
-    FailureKind.LEAVING: SetbackKind.MOVE,
-    FailureKind.DECLINED: SetbackKind.DECLINED,
-}
 
 
 class Siblings(Protocol):
@@ -339,7 +312,7 @@ class Generation:
             return None
         self.replica_id = reply.replica_id
         self.has_arrived = reply.failure.kind is FailureKind.FAILED
-        return Setback(_SETBACKS[reply.failure.kind], reply.failure.message)
+        return Setback(SETBACKS[reply.failure.kind], reply.failure.message)
 
     async def _send(self, client: EngineClient, call: GenerateCall, ranking: Sequence[str]) -> GenerateReply:
         num_tokens = len(self.request.prompt_token_ids or ())

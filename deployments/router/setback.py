@@ -1,0 +1,33 @@
+"""What keeps a replica from finishing a request that another one may go on with."""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from deployments.channel.messages import FailureKind
+
+
+class SetbackKind(Enum):
+    """Why a request has to go on elsewhere."""
+
+    FAILURE = auto()
+    """The replica failed, stalled or died."""
+    MOVE = auto()
+    """The replica is being taken away."""
+    DECLINED = auto()
+    """The replica has not begun it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setback:
+    """What keeps a replica from finishing a request that another one may go on with."""
+
+    kind: SetbackKind
+    message: str
+
+
+SETBACKS = {
+    FailureKind.FAILED: SetbackKind.FAILURE,
+    FailureKind.LEAVING: SetbackKind.MOVE,
+    FailureKind.DECLINED: SetbackKind.DECLINED,
+}
+"""What a replica's own word for its failure comes to."""
