@@ -29,7 +29,7 @@ MAX_BLOCKS_A_REPORT = 8_192
 FRAME_BYTES = 64 << 10
 """About how long a frame of tokens gets before the next one is begun."""
 _UNKNOWN = Condition()
-_CATCH_UP_PACE = 4
+_CATCH_UP_PACE = 3
 """A stream's backlog leaves at so many times the pace at which its tokens come, so that no step pays for all of it."""
 _POLL_FROM_FRAMES = WINDOW_FRAMES // 2
 _ITEM_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES, _TOP_BYTES = 24, 5, 20, 15
@@ -162,10 +162,9 @@ class OutgoingStream:
     def take(self) -> tuple[TokenItem, int]:
         """What goes with the next frame, and about how many bytes that takes."""
         most = _CATCH_UP_PACE * max(self._num_pushed, 1)
-        token_ids, logprobs = self._token_ids, self._logprobs
-        self._token_ids, self._logprobs = token_ids[most:], logprobs[most:]
-        if self._token_ids:
-            token_ids, logprobs = token_ids[:most], logprobs[:most]
+        token_ids, logprobs = self._token_ids[:most], self._logprobs[:most]
+        # In place: a copy of what stays would cost each step of a long backlog as much as the backlog is long.
+        del self._token_ids[:most], self._logprobs[:most]
         end = None if self._token_ids else self._end
         item = TokenItem(self.stream_id, self._num_sent, token_ids, logprobs or None, end, self._timing)
         self._num_sent += len(token_ids)
