@@ -9,6 +9,7 @@ the proxy does the same as the router; set `PROXY_VARIABLES` in the environment 
 import asyncio
 import logging
 import os
+import socket
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +18,8 @@ logger = logging.getLogger("ray.serve")
 
 TIMEOUT_VARIABLE = "RAYLINE_PROXY_SEND_TIMEOUT_S"
 _DEFAULT_TIMEOUT_S = 25.0
+SEND_BUFFER_BYTES = 128 << 10
+"""What the kernel holds at most for a client that does not read. By itself it takes megabytes, minutes of a stream."""
 
 
 class SendTimeout:
@@ -41,6 +44,7 @@ class SendTimeout:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _bound_send_buffer(send)
         sender = _Sender(send)
         self._open.add(sender)
         if self._sweeper is None:
@@ -62,6 +66,14 @@ class SendTimeout:
             sender.cut_off_if_stuck()
         loop = asyncio.get_running_loop()
         self._sweeper = loop.call_later(self._timeout_s, self._sweep) if self._open else None
+
+
+def _bound_send_buffer(send: Send) -> None:
+    """Have the kernel hold little for this client. ASGI knows no connection, but uvicorn's `send` belongs to one."""
+    transport = getattr(getattr(send, "__self__", None), "transport", None)
+    connection = transport.get_extra_info("socket") if transport is not None else None
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
 class _Sender:
@@ -102,5 +114,5 @@ PROXY_VARIABLES = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{proxy_middlewares.__module__}:{proxy_middlewares.__name__}",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
 }
-"""To be set where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too.
-Between HAProxy and a router the kernel's buffers take megabytes before the router notices anything."""
+"""To be set where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too. Between HAProxy and its client
+the kernel's buffers take megabytes before HAProxy notices anything."""
