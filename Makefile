@@ -49,7 +49,7 @@ test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster, on all cores
 test-integration: $(VENV)/.dev  ## Run the tests of a whole server, which share one Ray cluster
 	$(BIN)/pytest tests/integration tests/e2e tests/gpu
 
-chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (8 minutes)
+chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (20 minutes or so)
 	$(BIN)/python -m chaos
 
 soak: $(VENV)/.dev  ## A long load (MINUTES=60): memory must not grow
