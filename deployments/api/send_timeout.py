@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import socket
+from contextlib import suppress
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -72,7 +73,9 @@ def _bound_send_buffer(send: Send) -> None:
     """Have the kernel hold little for this client. ASGI knows no connection, but uvicorn's `send` belongs to one."""
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     connection = transport.get_extra_info("socket") if transport is not None else None
-    if connection is not None:
+    if connection is None:
+        return
+    with suppress(OSError):  # it has gone already
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
