@@ -19,10 +19,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llm.config import EngineConfig
-from llm.core.constraint import Int32Array, TokenMasks
 from llm.models.decoder import DecoderModel
+from llm.sampling.constraint import Int32Array, TokenMasks
+from llm.sampling.grammar import GrammarCompiler
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.grammar import GrammarCompiler
 from llm.serving.schemas import GenerationRequest, Grammar
 from llm.tokenization.hf_tokenizer import HFTokenizer
 

@@ -16,7 +16,7 @@ from deployments.chat.tools import forced_grammar
 from deployments.config import LimitsConfig
 from llm.errors import InvalidRequestError
 from llm.models.registry import GenerationDefaults
-from llm.serving.grammar import GrammarCompiler
+from llm.sampling.grammar import GrammarCompiler
 from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_request_id, new_seed
 from llm.tokenization.hf_tokenizer import HFTokenizer
 

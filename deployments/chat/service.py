@@ -12,7 +12,7 @@ from deployments.chat.turn import Turn
 from deployments.router.caller import Caller
 from deployments.router.router import Router
 from llm.models.registry import load_generation_defaults, resolve_model_path
-from llm.serving.grammar import GrammarCompiler
+from llm.sampling.grammar import GrammarCompiler
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 T = TypeVar("T")

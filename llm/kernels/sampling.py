@@ -1,4 +1,4 @@
-"""The draw of a step in three launches: equal to `llm.core.sampling`, without sorting, waiting or allocating.
+"""The draw of a step in three launches: equal to `llm.sampling.draw`, without sorting, waiting or allocating.
 
 1. `_prepare`, a program a row: the key of the row's noise, and the lowest logit that top-k, top-p and min-p leave in.
 2. `_best_of_blocks`, a program for each block of each row: the best score of the block by the Gumbel-max trick.
@@ -95,7 +95,7 @@ def draw_tokens(
     out_token_ids: torch.Tensor,
     last_token_ids: torch.Tensor,
 ) -> None:
-    """Draw a token for each row of logits, as `llm.core.sampling.sample` does where a row asks for nothing else.
+    """Draw a token for each row of logits, as `llm.sampling.draw.sample` does where a row asks for nothing else.
 
     The same hash makes the noise, in float32 here and in float64 there, and what the cuts keep is decided in float32
     by either: tokens differ only where two scores, or a cut's probability and `top_p`, are equal up to rounding. Of
@@ -289,7 +289,7 @@ def _log2(x, FAST: tl.constexpr):
 
 @triton.jit
 def _mix32(x):
-    """See `llm.core.sampling`."""
+    """See `llm.sampling.draw`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -297,7 +297,7 @@ def _mix32(x):
 
 @triton.jit
 def _splitmix64(x):
-    """See `llm.core.sampling`."""
+    """See `llm.sampling.draw`."""
     x += 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

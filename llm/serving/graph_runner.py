@@ -10,12 +10,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from llm.core.constraint import Int32Array
 from llm.core.paged_kv_cache import PagedKVCache
-from llm.core.sampling import Draw, draw
 from llm.kernels.sampling import SamplingWorkspace, draw_tokens, mask_logits
 from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
+from llm.sampling.constraint import Int32Array
+from llm.sampling.draw import Draw, draw
 from llm.serving.device_rows import DeviceRows
 from llm.serving.model_runner import DrawMasks, any_constrained, draws_of, sampling_row
 from llm.serving.sequence import ScheduledSequence, StepPlan

@@ -10,10 +10,10 @@ import torch
 
 from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedAttentionBackend, PagedContext
-from llm.core.constraint import Int32Array, TokenMasks
 from llm.core.paged_kv_cache import PagedKVCache
-from llm.core.sampling import Draw, SamplingRow, sample
 from llm.models.decoder import DecoderModel
+from llm.sampling.constraint import Int32Array, TokenMasks
+from llm.sampling.draw import Draw, SamplingRow, sample
 from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
 
 

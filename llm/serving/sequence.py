@@ -7,8 +7,8 @@ from enum import Enum, auto
 
 import msgspec
 
-from llm.core.constraint import Constraint
 from llm.core.prefix_cache import PageHashes
+from llm.sampling.constraint import Constraint
 from llm.serving.prompt_lookup import PromptLookup
 from llm.serving.schemas import FinishReason, GenerationRequest, Pooling
 

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from llm.config import EngineConfig
-from llm.core.sampling import exponential_noise
+from llm.sampling.draw import exponential_noise
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer

@@ -1,12 +1,12 @@
-"""The draw's kernels against `llm.core.sampling` and float64: by Triton's interpreter, or on a GPU."""
+"""The draw's kernels against `llm.sampling.draw` and float64: by Triton's interpreter, or on a GPU."""
 
 import numpy as np
 import pytest
 import torch
 
-from llm.core.sampling import SamplingRow, cut_unlikely, exponential_noise, sample
 from llm.kernels import sampling as kernels
 from llm.kernels.sampling import RowSampling, SamplingWorkspace, draw_tokens, find_thresholds
+from llm.sampling.draw import SamplingRow, cut_unlikely, exponential_noise, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's wrapping and dividing by zero
 

@@ -14,12 +14,12 @@ import torch
 from small_engines import check_idle, create_engine, each_depth, run_steps, tokens_of
 
 from llm.config import EngineConfig
-from llm.core.constraint import TokenMasks
 from llm.errors import InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.serving import grammar as grammar_module
+from llm.sampling import grammar as grammar_module
+from llm.sampling.constraint import TokenMasks
+from llm.sampling.grammar import GrammarCompiler
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.grammar import GrammarCompiler
 from llm.serving.schemas import FinishReason, GenerationRequest, Grammar
 from llm.tokenization.hf_tokenizer import HFTokenizer
 

@@ -1,7 +1,7 @@
 """Structured output: grammars compiled for a tokenizer, by llguidance (https://github.com/guidance-ai/llguidance).
 
 A grammar is compiled in a thread, while its request waits. From then on it allows or forbids tokens draw by draw, see
-`llm.core.constraint`; what it allows is worked out beside the model's forward pass.
+`llm.sampling.constraint`; what it allows is worked out beside the model's forward pass.
 """
 
 import json
@@ -14,8 +14,8 @@ from threading import Lock
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from llm.core.constraint import Constraint
 from llm.errors import InvalidRequestError
+from llm.sampling.constraint import Constraint
 from llm.serving.schemas import Grammar, GrammarKind
 from llm.serving.sequence import Sequence
 from llm.tokenization.hf_tokenizer import HFTokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from llm.core.sampling import Draw, SamplingRow, cut_unlikely, draw, exponential_noise, sample
+from llm.sampling.draw import Draw, SamplingRow, cut_unlikely, draw, exponential_noise, sample
 
 VOCAB = 64
 
