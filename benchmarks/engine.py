@@ -12,7 +12,7 @@ import gc
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ import yaml
 
 from benchmarks.engine_profile import profile
 from benchmarks.engine_rows import (
+    LONG_PROMPTS,
     TEMPERATURE,
     LeastReads,
     Row,
+    Sampling,
     comparable_rows,
     emit,
+    long_rows,
     measure,
     percentile,
     random_prompt,
@@ -74,16 +77,19 @@ class Bench:
         gc.collect()
         gc.freeze()  # as a replica does
 
-    def run(self, input_lens: list[int], output_lens: list[int]) -> float:
+    def run(self, input_lens: list[int], output_lens: list[int], samplings: Sequence[Sampling] | None = None) -> float:
         """Seconds for requests of these lengths, from the first one handed over to the last token."""
         prompts = [self.prompt(length) for length in input_lens]
-        return self.run_prompts(prompts, output_lens)
+        return self.run_prompts(prompts, output_lens, samplings)
 
-    def run_prompts(self, prompts: list[tuple[int, ...]], output_lens: list[int]) -> float:
+    def run_prompts(
+        self, prompts: list[tuple[int, ...]], output_lens: list[int], samplings: Sequence[Sampling] | None = None
+    ) -> float:
         """As `run`, with prompts made already."""
+        samplings = samplings or [{}] * len(prompts)
         start = time.perf_counter()
-        for prompt, length in zip(prompts, output_lens, strict=True):
-            self.add(prompt, length)
+        for prompt, length, sampling in zip(prompts, output_lens, samplings, strict=True):
+            self.add(prompt, length, sampling)
         num_tokens = 0
         while self.engine.scheduler.has_pending_work:
             num_tokens += sum(len(output.token_ids) for output in self.engine.step())
@@ -92,13 +98,14 @@ class Bench:
             raise RuntimeError(f"{num_tokens} tokens came out, {sum(output_lens)} were asked for")
         return seconds
 
-    def add(self, prompt: tuple[int, ...], num_tokens: int) -> str:
+    def add(self, prompt: tuple[int, ...], num_tokens: int, sampling: Sampling | None = None) -> str:
         """Hand a request over."""
         return self.engine.add_request(
             GenerationRequest(
-                prompt_token_ids=prompt, max_new_tokens=num_tokens, temperature=TEMPERATURE, ignore_eos=True
+                prompt_token_ids=prompt, max_new_tokens=num_tokens, temperature=TEMPERATURE, ignore_eos=True,
+                **(sampling or {}),
             )
-        )
+        )  # fmt: skip
 
     def read_prompts(self) -> None:
         """Step until every prompt has been read, and all that is left is to decode."""
@@ -126,6 +133,9 @@ class Bench:
 
     def own_rows(self) -> Iterator[Row]:
         """Rows that need engines of their own."""
+        max_seq_len = self.engine.model.max_seq_len
+        for row in long_rows(self.run, max_seq_len, self._options.scale):
+            yield Row(row.name, lambda measure=row.measure: self._alone(measure))  # type: ignore[misc]
         yield Row("gap: 64 streams while 8000 tokens arrive", self._gap)
         yield Row("prefix: 256 x 2000 in, 90% shared, 64 out", self._prefix)
         yield Row("long: 8 x 32000 in, 256 out", self._long)
@@ -134,6 +144,12 @@ class Bench:
         yield Row("fp8: mixed, 8-bit weights", lambda: self._fp8(quantization="fp8"))
         yield Row("fp8: mixed, 8-bit weights and cache", lambda: self._fp8(quantization="fp8", kv_cache_dtype="fp8"))
         yield Row("deterministic: 256 alone and together, 64 out", self._deterministic)
+
+    def _alone(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A row of one long prompt, in an engine with room for it."""
+        longest = max(LONG_PROMPTS) // self._options.scale + 64
+        self.start(max_seq_len=min(longest, self.engine.model.max_seq_len))
+        return measure()
 
     def _gap(self) -> dict[str, Any]:
         """Gaps between the tokens of running streams from a long prompt's arrival to its first token."""

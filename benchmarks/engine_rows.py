@@ -4,15 +4,38 @@ import json
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
-Run = Callable[[list[int], list[int]], float]
-"""Seconds that an engine takes for requests of these input and output lengths, all handed over at once."""
+Sampling = dict[str, Any]
+"""How one request's tokens are drawn beside `TEMPERATURE`, in words that `GenerationRequest` and vLLM share."""
+
+
+class Run(Protocol):
+    """Seconds that an engine takes for requests of these input and output lengths, all handed over at once."""
+
+    def __call__(
+        self, input_lens: list[int], output_lens: list[int], samplings: Sequence[Sampling] | None = None
+    ) -> float:
+        """Run them."""
+        ...
+
 
 TEMPERATURE = 0.6
+LONG_PROMPTS = 32_000, 100_000
+_PENALISED: Sampling = {"repetition_penalty": 1.05}
+_WITH_LOGPROBS: Sampling = {"logprobs": 5}
+_BIASED: Sampling = {"logit_bias": dict.fromkeys(range(100, 130), 2.0)}
+_ALLOWED: Sampling = {"allowed_token_ids": list(range(0, 10_000, 2))}
+SAMPLINGS: dict[str, list[Sampling]] = {
+    "penalties: 64 x 128 in, 256 out, repetition_penalty 1.05": [_PENALISED],
+    "logprobs: 64 x 128 in, 256 out, 5 of the likeliest": [_WITH_LOGPROBS],
+    "kinds: 64 x 128 in, 256 out, half plain, half of every kind": [
+        {}, _PENALISED, {}, _WITH_LOGPROBS, {}, _BIASED, {}, _ALLOWED,
+    ],
+}  # fmt: skip
 MAX_TOKEN_ID = 10_000
 MODELS = Path(__file__).parent / "models"
 """Configurations of known models, for random weights."""
@@ -82,6 +105,13 @@ def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -
         seconds = run([num_tokens] * num_requests, [1] * num_requests)
         return {"s": round(seconds, 3), "input_tok_s": round(num_requests * num_tokens / seconds)}
 
+    def drawn(samplings: Sequence[Sampling]) -> dict[str, Any]:
+        num_requests, num_out = 64 // scale, 256 // scale
+        every = [samplings[i % len(samplings)] for i in range(num_requests)]
+        run([128] * num_requests, [8] * num_requests, every)
+        seconds = run([128] * num_requests, [num_out] * num_requests, every)
+        return {"s": round(seconds, 3), "output_tok_s": round(num_requests * num_out / seconds)}
+
     run([100] * 8, [16] * 8)
     yield Row("mixed: 256 requests, 100-1024 in, 100-1024 out", mixed)
     yield Row("1000/1000 x384", lambda: throughput([1000 // scale] * (384 // scale), [1000 // scale] * (384 // scale)))
@@ -89,6 +119,21 @@ def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -
         yield Row(f"decode batch {batch}", lambda batch=batch: decode(max(batch // scale, 1)))  # type: ignore[misc]
     yield Row("prefill 1x1024", prefill_one)
     yield Row("prefill 64x2048", prefill_many)
+    for name, samplings in SAMPLINGS.items():
+        yield Row(name, lambda samplings=samplings: drawn(samplings))  # type: ignore[misc]
+
+
+def long_rows(run: Run, max_seq_len: int, scale: int = 1) -> Iterator[Row]:
+    """One long prompt by itself, for each length that the model has room for."""
+
+    def prefill(num_tokens: int) -> dict[str, Any]:
+        run([num_tokens], [1])
+        seconds = min(run([num_tokens], [1]) for _ in range(2))
+        return {"ms": round(seconds * 1e3, 1), "input_tok_s": round(num_tokens / seconds)}
+
+    for num_tokens in LONG_PROMPTS:
+        if num_tokens < max_seq_len:
+            yield Row(f"prefill 1x{num_tokens}", lambda n=num_tokens // scale: prefill(n))  # type: ignore[misc]
 
 
 def measure(rows: Iterator[Row], common: dict[str, Any], out: TextIO | None, wanted: list[str] | None = None) -> bool:

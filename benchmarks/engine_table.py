@@ -26,8 +26,13 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "mixed: 256 requests, 100-1024 in, 100-1024 out": Target("output_tok_s", 1.10, 1.20, True),
-    "1000/1000 x384": Target("output_tok_s", 1.10, 1.20, True),
+    "mixed: 256 requests, 100-1024 in, 100-1024 out": Target("output_tok_s", 1.10, 1.25, True),
+    "1000/1000 x384": Target("output_tok_s", 1.10, 1.15, True),
+    "penalties: 64 x 128 in, 256 out, repetition_penalty 1.05": Target("output_tok_s", 1.10, 1.10, True),
+    "logprobs: 64 x 128 in, 256 out, 5 of the likeliest": Target("output_tok_s", 1.05, 1.05, True),
+    "kinds: 64 x 128 in, 256 out, half plain, half of every kind": Target("output_tok_s", 1.05, 1.05, True),
+    "prefill 1x32000": Target("ms", 1.0, 1.0, False),
+    "prefill 1x100000": Target("ms", 1.0, 1.0, False),
     "decode batch 1": Target("ms_per_step", 0.87, 0.45, False),
     "decode batch 8": Target("ms_per_step", 0.90, 0.60, False),
     "decode batch 32": Target("ms_per_step", 0.90, 0.60, False),

@@ -4,17 +4,22 @@ python -m benchmarks.engine_vllm --model benchmarks/models/llama-3.1-8b [--out F
 """
 
 import argparse
+import json
 import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.engine_rows import (
+    LONG_PROMPTS,
     TEMPERATURE,
+    Sampling,
     comparable_rows,
     emit,
+    long_rows,
     measure,
     random_prompt,
     seconds_since_process_start,
@@ -34,16 +39,20 @@ def main() -> None:
         import vllm  # not a dependency
     except ImportError as error:
         sys.exit(f"vLLM cannot be imported ({error}); install it beside Rayline to run this side of the comparison")
+    config = json.loads((Path(options.model) / "config.json").read_text())
+    max_model_len = min(max(LONG_PROMPTS) + 64, config["max_position_embeddings"])
     llm = vllm.LLM(
-        options.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=4096,
+        options.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_model_len,
         gpu_memory_utilization=0.9, enable_prefix_caching=False,
     )  # fmt: skip
     rng = random.Random(0)
 
-    def run(input_lens: list[int], output_lens: list[int]) -> float:
+    def run(input_lens: list[int], output_lens: list[int], samplings: Sequence[Sampling] | None = None) -> float:
         params = [
-            vllm.SamplingParams(temperature=TEMPERATURE, ignore_eos=True, max_tokens=length, detokenize=False)
-            for length in output_lens
+            vllm.SamplingParams(
+                temperature=TEMPERATURE, ignore_eos=True, max_tokens=length, detokenize=False, **sampling
+            )
+            for length, sampling in zip(output_lens, samplings or [{}] * len(output_lens), strict=True)
         ]
         prompts = [{"prompt_token_ids": list(random_prompt(rng, length))} for length in input_lens]
         start = time.perf_counter()
@@ -56,6 +65,7 @@ def main() -> None:
         run([16], [1])
         emit({**common, "name": "startup", "s": round(seconds_since_process_start(), 1)}, out)
         all_well = measure(comparable_rows(run, options.scale), common, out, options.rows)
+        all_well &= measure(long_rows(run, max_model_len, options.scale), common, out, options.rows)
     sys.exit(0 if all_well else 1)
 
 

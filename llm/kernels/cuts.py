@@ -29,7 +29,7 @@ def row_threshold(
     `candidates` is scratch memory for CAPACITY float32.
     """
     scale = _LOG2_E / temperature
-    below = _key(lowest, SHIFT) - 1
+    below = ordered_key(lowest, SHIFT) - 1
     below = tl.where(below == -1, -2, below)  # -1 is the key of -0.0, which is no less than 0.0
     low = below
     num_found = 0
@@ -44,17 +44,17 @@ def row_threshold(
             candidates, num_found, CAPACITY, TILE, VEC, SHIFT,
         )  # fmt: skip
     # The reference cuts what the temperature has divided, where logits next to each other may have become equal.
-    limit = tl.div_rn(_value(low + 1, SHIFT), temperature)
+    limit = tl.div_rn(value_of_key(low + 1, SHIFT), temperature)
     if min_p > 0:
         limit = tl.maximum(limit, tl.div_rn(highest, temperature) + tl.log(min_p))
     low = below
-    high = _key(highest, SHIFT)
+    high = ordered_key(highest, SHIFT)
     while high - low > 1:
         middle = (low + high) >> 1
-        is_kept = tl.div_rn(_value(middle, SHIFT), temperature) >= limit
+        is_kept = tl.div_rn(value_of_key(middle, SHIFT), temperature) >= limit
         low = tl.where(is_kept, low, middle)
         high = tl.where(is_kept, middle, high)
-    return _value(high, SHIFT)
+    return value_of_key(high, SHIFT)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _find_cut(
     highest key that is too low, the one before the key sought. `num_found`, given and returned, is 0 or the number of
     candidates, which then hold every logit above `low`.
     """
-    high = _key(highest, SHIFT)
+    high = ordered_key(highest, SHIFT)
     num_high = 0
     mass_high = 0.0
     num_beside = 0  # tokens above the bracket that the candidates leave out, and their mass
@@ -103,16 +103,16 @@ def _find_cut(
         reach = 12 * unit  # Most cuts lie within a few units of the highest logit, so that is where to look first.
         while (high - low > 1) & (num_low - tl.where(wants_all, 0, num_high) > CAPACITY):
             # Three thresholds evenly spaced by value find the cut soonest; one halfway by key bounds the passes.
-            top = _value(high, SHIFT)
-            step = tl.minimum(top - _value(low, SHIFT), reach) * 0.25
+            top = value_of_key(high, SHIFT)
+            step = tl.minimum(top - value_of_key(low, SHIFT), reach) * 0.25
             reach = float("inf")
-            key0 = _clamp(_key(top - 3 * step, SHIFT), low, high)
-            key1 = _clamp(_key(top - 2 * step, SHIFT), low, high)
-            key2 = _clamp(_key(top - step, SHIFT), low, high)
+            key0 = _clamp(ordered_key(top - 3 * step, SHIFT), low, high)
+            key1 = _clamp(ordered_key(top - 2 * step, SHIFT), low, high)
+            key2 = _clamp(ordered_key(top - step, SHIFT), low, high)
             key3 = (low + high) >> 1
             n0, m0, n1, m1, n2, m2, n3, m3 = _above(
-                logits, vocab_size, highest, scale, _value(key0, SHIFT), _value(key1, SHIFT), _value(key2, SHIFT),
-                _value(key3, SHIFT), TILE, VEC,
+                logits, vocab_size, highest, scale, value_of_key(key0, SHIFT), value_of_key(key1, SHIFT),
+                value_of_key(key2, SHIFT), value_of_key(key3, SHIFT), TILE, VEC,
             )  # fmt: skip
             low, num_low, mass_low, high, num_high, mass_high = _narrow(
                 low, num_low, mass_low, high, num_high, mass_high, key0, n0, m0, most_tokens, most_mass
@@ -128,25 +128,25 @@ def _find_cut(
             )
         if high - low > 1:
             has_all = num_low <= CAPACITY
-            up_to = tl.where(has_all, highest, _value(high, SHIFT))
+            up_to = tl.where(has_all, highest, value_of_key(high, SHIFT))
             num_beside = tl.where(has_all, 0, num_high)
             mass_beside = tl.where(has_all, 0.0, mass_high)
-            num_found = _gather(logits, vocab_size, _value(low, SHIFT), up_to, candidates, TILE, VEC)
+            num_found = _gather(logits, vocab_size, value_of_key(low, SHIFT), up_to, candidates, TILE, VEC)
     if high - low > 1:
         slot = tl.arange(0, CAPACITY)
         found = tl.load(candidates + slot, mask=slot < num_found, other=-float("inf"))
         weight = tl.exp2((found - highest) * scale)
         while (high - low > 1) & (num_low - num_high > 1):
             middle = (low + high) >> 1
-            is_above = found > _value(middle, SHIFT)
+            is_above = found > value_of_key(middle, SHIFT)
             count = num_beside + tl.sum(is_above.to(tl.int32), 0)
             mass = mass_beside + tl.sum(tl.where(is_above, weight, 0.0), 0)
             low, num_low, mass_low, high, num_high, mass_high = _narrow(
                 low, num_low, mass_low, high, num_high, mass_high, middle, count, mass, most_tokens, most_mass
             )
         if high - low > 1:  # A single token is left between them: the cut is there.
-            token = tl.max(tl.where(found <= _value(high, SHIFT), found, -float("inf")), 0)
-            low = _key(token, SHIFT) - 1
+            token = tl.max(tl.where(found <= value_of_key(high, SHIFT), found, -float("inf")), 0)
+            low = ordered_key(token, SHIFT) - 1
     return low, num_low, mass_low, tl.where(has_all, num_found, 0)
 
 
@@ -220,14 +220,14 @@ def _load_tile(logits, vocab_size, start, TILE: tl.constexpr, VEC: tl.constexpr)
 
 
 @triton.jit
-def _key(value, SHIFT: tl.constexpr):
+def ordered_key(value, SHIFT: tl.constexpr):
     """An int64 ordered as the float32 is; with SHIFT, of the greatest number up to it that has SHIFT low zero bits."""
     bits = value.to(tl.int32, bitcast=True)
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
 
 
 @triton.jit
-def _value(key, SHIFT: tl.constexpr):
+def value_of_key(key, SHIFT: tl.constexpr):
     """The number of a key."""
     bits = (key << SHIFT).to(tl.int32)
     bits = tl.where(bits < 0, bits | ((1 << SHIFT) - 1), bits)

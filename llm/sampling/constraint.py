@@ -12,6 +12,13 @@ from llguidance import LLExecutor, LLMatcher
 Int32Array = npt.NDArray[np.int32]
 
 
+def words_of(token_ids: Sequence[int], vocab_size: int) -> Int32Array:
+    """Token ids as bits: (vocab_size / 32,), the lowest of the first word first."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
 class Constraint:
     """A sequence's grammar at the place that its output has reached.
 

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 
 _GREEDY_BELOW = 1e-5
+NOTHING = -1
+"""The token of a row whose logits hold NaN or +inf, or forbid everything. Other rows are not concerned."""
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -99,13 +101,14 @@ def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draws:
 
     Order of operations: repetition, presence and frequency penalties; bias; banned ids and those not allowed; then for
     rows that are not greedy temperature, top-k, top-p, min-p, and a draw by the Gumbel-max trick. A row's draw depends
-    on nothing in other rows.
+    on nothing in other rows; where there is nothing to draw, the token is `NOTHING`.
 
     Args:
         logits: (rows, vocab_size), any float type. Not changed.
     """
     logits = logits.float()
     adjusted = _adjust(logits, rows)
+    highest = adjusted.amax(-1)  # NaN if there is one
     token_ids = adjusted.argmax(-1)
     random = [i for i, row in enumerate(rows) if not row.is_greedy]
     if random:
@@ -114,12 +117,22 @@ def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draws:
         cut = cut_unlikely(adjusted[index] if len(random) < len(rows) else adjusted, random_rows)
         noise = exponential_noise([(row.seed, row.position) for row in random_rows], logits.shape[1], logits.device)
         token_ids[index] = (cut - noise.log()).argmax(-1)
+    token_ids[~highest.isfinite()] = NOTHING
     if all(row.num_logprobs is None for row in rows):
         return Draws(token_ids)
     logprobs = logits.log_softmax(-1)
     num_top = max(row.num_logprobs or 0 for row in rows)
-    top_logprobs, top_ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
-    return Draws(token_ids, logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1), top_logprobs, top_ids)
+    top_ids = likeliest(logits, min(num_top, logprobs.shape[1]))
+    drawn = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return Draws(token_ids, drawn, logprobs.gather(1, top_ids), top_ids)
+
+
+def likeliest(logits: torch.Tensor, num_top: int) -> torch.Tensor:
+    """Ids of each row's highest logits (rows, vocab_size) float32, highest first, of equal ones the lowest id first."""
+    bits = (logits + 0.0).view(torch.int32).long()  # + 0.0 makes one zero of both
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    keys = (ordered << 32) | (_MASK32 - torch.arange(logits.shape[1], device=logits.device))
+    return keys.topk(num_top, dim=-1).indices
 
 
 def _send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -208,7 +221,7 @@ def cut_unlikely(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
         top_p = _send_floats([rows[i].top_p for i in rows_with_top_p], device).unsqueeze(1)
         # A token stays while the probability before it has not reached top_p; so the first always stays.
         num_kept = (probabilities.cumsum(-1) - probabilities < top_p).sum(-1, keepdim=True)
-        threshold = ordered.gather(1, num_kept - 1)
+        threshold = ordered.gather(1, (num_kept - 1).clamp(min=0))  # none is kept where one is NaN
         scaled[needs_top_p] = part.masked_fill(part < threshold, -torch.inf)
     min_p = [row.min_p for row in rows]
     if any(min_p):

@@ -1,11 +1,12 @@
 """What an engine refuses before it begins."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from llm.config import EngineConfig
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
+from llm.sampling.row_state import MAX_ENTRIES
 from llm.serving.scheduler import Scheduler
 from llm.serving.schemas import GenerationRequest
 
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 def check_request(
     request: GenerationRequest,
     prompt_ids: Sequence[int],
+    end_ids: Collection[int],
     *,
     vocab_size: int,
     max_seq_len: int,
@@ -24,6 +26,7 @@ def check_request(
 
     Args:
         prompt_ids: the prompt's tokens.
+        end_ids: that end its output.
         vocab_size: of the model.
         max_seq_len: tokens that a sequence may have, prompt and output together.
         has_tokenizer: whether the engine knows text.
@@ -32,6 +35,14 @@ def check_request(
         InvalidRequestError: why not.
     """
     _check_ids(request.output_token_ids, vocab_size, "output_token_ids")
+    _check_ids(request.allowed_token_ids or (), vocab_size, "allowed_token_ids")
+    num_entries = len(request.logit_bias) + len(end_ids if request.min_new_tokens else ())
+    if num_entries > MAX_ENTRIES:
+        raise InvalidRequestError(
+            f"logit_bias and the stop ids that min_new_tokens bans are {num_entries} ids together; "
+            f"at most {MAX_ENTRIES} are possible",
+            param="logit_bias",
+        )
     if request.logit_bias and max(request.logit_bias) >= vocab_size:
         raise InvalidRequestError(f"logit_bias names an id past the vocabulary of {vocab_size}", param="logit_bias")
     if request.stop and not has_tokenizer:

@@ -16,7 +16,7 @@ from llm.models.decoder import DecoderModel
 from llm.models.loading import Progress, load_decoder
 from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
-from llm.sampling.draw import Draw
+from llm.sampling.draw import NOTHING, Draw
 from llm.sampling.grammar import CompilingRequests, GrammarCompiler
 from llm.serving import device_health
 from llm.serving.checks import check_request, fit_context_to_pool, longest_context, with_overrides
@@ -186,11 +186,11 @@ class ContinuousBatchingEngine:
         prompt_ids = self._prompt_ids(request)
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        sequence = Sequence(request, prompt_ids, self.eos_token_ids, self.scheduler.pool.page_size)
         check_request(
-            request, prompt_ids,
+            request, prompt_ids, sequence.end_ids,
             vocab_size=self.model.config.vocab_size, max_seq_len=self.max_seq_len, has_tokenizer=bool(self.tokenizer),
         )  # fmt: skip
-        sequence = Sequence(request, prompt_ids, self.eos_token_ids, self.scheduler.pool.page_size)
         if request.grammar is not None:
             self._compiling.add(sequence)
             self.scheduler.held.add(sequence)
@@ -326,6 +326,8 @@ class ContinuousBatchingEngine:
     def _output(self, event: TokenEvent, draw: Draw) -> StepOutput:
         sequence, reason = event.sequence, event.finish_reason
         request = sequence.request
+        if event.token_id == NOTHING:
+            return self._end_with(sequence, "nothing could be drawn: the logits hold NaN or +inf, or all are forbidden")
         if sequence.constraint is not None and sequence.constraint.failure is not None:
             return self._end_with(sequence, f"grammar: {sequence.constraint.failure}")
         num_cached = sequence.num_cached_tokens or 0

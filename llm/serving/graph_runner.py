@@ -11,21 +11,18 @@ import numpy as np
 import torch
 
 from llm.core.paged_kv_cache import PagedKVCache
-from llm.kernels.sampling import SamplingWorkspace, draw_tokens, mask_logits
+from llm.kernels.sampling import DrawnTokens, SamplingWorkspace, draw_tokens
 from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
 from llm.sampling.constraint import Int32Array
-from llm.sampling.draw import Draw, draw
+from llm.sampling.draw import Draw
 from llm.serving.device_rows import DeviceRows
-from llm.serving.model_runner import DrawMasks, any_constrained, draws_of, sampling_row
+from llm.serving.model_runner import Drawing, DrawMasks, draws_of
 from llm.serving.sequence import ScheduledSequence, StepPlan
-from llm.serving.step_inputs import MaskBuffers, StepInputs, fill, ranges
+from llm.serving.step_inputs import StepInputs, fill, ranges
 from llm.serving.vector_rows import VectorRows
 
 logger = logging.getLogger(__name__)
-
-_Drawing = tuple[ScheduledSequence, int, int]
-"""See `draws_of`."""
 
 _STEPS_AHEAD = 1
 _WARM_PREFILLS = 64, 2048
@@ -39,20 +36,28 @@ _NUM_BUFFERS = _STEPS_AHEAD + 2
 
 
 class LaunchedGraphs:
-    """A step on its way through the device."""
+    """A step on its way through the device.
+
+    Args:
+        drawn: memory of the host's that the device copies its draws to.
+        draw_rows: the row of each draw.
+        wanted: draws whose log probabilities were asked for, and how many of the likeliest tokens'.
+        done: happens when the copies are there; None where they are.
+        completed: gives the vectors.
+    """
 
     def __init__(
         self,
-        token_ids: torch.Tensor,
+        drawn: DrawnTokens,
         draw_rows: Int32Array,
+        wanted: SequenceOf[tuple[int, int]],
         done: torch.cuda.Event | None,
-        special: "dict[int, Draw] | Callable[[], dict[int, Draw]]",
         completed: Callable[[], dict[int, bytes]],
     ) -> None:
-        self._token_ids = token_ids
+        self._drawn = drawn
         self._draw_rows = draw_rows
+        self._wanted = wanted
         self._done = done
-        self._special = special
         self._completed = completed
         self._draws: list[Draw] | None = None
 
@@ -61,10 +66,9 @@ class LaunchedGraphs:
         if self._draws is None:
             if self._done is not None:
                 self._done.synchronize()
-            self._draws = list(map(Draw, self._token_ids[: len(self._draw_rows)].tolist()))
-            special = self._special() if callable(self._special) else self._special
-            for index, drawn in special.items():
-                self._draws[index] = drawn
+            self._draws = list(map(Draw, self._drawn.token_ids[: len(self._draw_rows)].tolist()))
+            for index, num_top in self._wanted:
+                self._draws[index] = self._drawn.draw(index, num_top)
         return self._draws
 
     def vectors(self) -> dict[int, bytes]:
@@ -72,9 +76,9 @@ class LaunchedGraphs:
         return self._completed()
 
     def last_token_id(self, row: int) -> int:
-        """The token that this step drew (last) at `row`."""
+        """The token that this step drew (last) at `row`; 0 where nothing could be drawn."""
         index = int(np.flatnonzero(self._draw_rows == row)[-1])
-        return self.draws()[index].token_id
+        return max(self.draws()[index].token_id, 0)
 
 
 class GraphRunner:
@@ -122,7 +126,9 @@ class GraphRunner:
         # what may have to be captured.
         self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
         max_pages = -(-max_seq_len // kv_cache.page_size)
-        self._rows = DeviceRows(max_rows, max_pages, kv_cache.scratch_page, device, _NUM_BUFFERS)
+        self._rows = DeviceRows(
+            max_rows, max_pages, kv_cache.scratch_page, model.config.vocab_size, device, _NUM_BUFFERS
+        )
         most_tokens, most_rows, most_draws = self._token_sizes[-1], self._row_sizes[-1], self._draw_sizes[-1]
         sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), most_tokens)
         sizes |= dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), most_rows)
@@ -137,14 +143,13 @@ class GraphRunner:
         """Of the tokens that are kept: those that draw, then those that are pooled."""
         self._vectors = VectorRows(max_rows + 1, model.hidden_size, device, _NUM_BUFFERS)
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
-        self._token_ids = torch.zeros(most_draws, dtype=torch.int32, device=device)
+        self._drawn = DrawnTokens.allocate(most_draws, device)
         pin = device.type == "cuda"
-        self._host_token_ids = [torch.zeros(most_draws, dtype=torch.int32, pin_memory=pin) for _ in range(_NUM_BUFFERS)]
+        self._host_drawn = [DrawnTokens.allocate(most_draws, "cpu", pin_memory=pin) for _ in range(_NUM_BUFFERS)]
         self._num_steps = 0
         self._graphs: dict[tuple[object, ...], _Captured] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if pin else None
         self._masks = DrawMasks(model.config.vocab_size)
-        self._allowed = MaskBuffers(most_draws, self._masks.num_words, device, _NUM_BUFFERS)
         self._last: LaunchedGraphs | None = None
 
     @property
@@ -161,21 +166,29 @@ class GraphRunner:
         num_draws = len(draw_rows)
         self._run(("model", *shape), partial(self._run_model, *shape))
         completed = self._vectors.add(parts, self._hidden[num_draws:])
-        host = self._host_token_ids[self._num_steps % _NUM_BUFFERS]
+        host = self._host_drawn[self._num_steps % _NUM_BUFFERS]
         self._num_steps += 1
-        special: Callable[[], dict[int, Draw]] | dict[int, Draw] = {}
+        wanted: list[tuple[int, int]] = []
         if num_draws:
-            drawing = [] if all(part.sequence.draws_plainly for part in parts) else draws_of(parts)
-            allowed = self._send_masks(drawing)
+            are_plain = all(part.sequence.draws_plainly for part in parts)
+            if not are_plain:
+                drawing = draws_of(parts)
+                self._bind([draw for draw in drawing if draw[0].sequence.constraint is not None])
+                wanted = [
+                    (index, min(num_top, self.model.config.vocab_size))
+                    for index, (part, _, _) in enumerate(drawing)
+                    if (num_top := part.sequence.request.logprobs) is not None
+                ]
             size = _padded(self._draw_sizes, num_draws)
-            logits = self._run(("draws", size, bool(allowed)), partial(self._run_draws, size, is_masked=bool(allowed)))
-            special = self._draw_specially(logits, drawing, allowed)
-            host[:num_draws].copy_(self._token_ids[:num_draws], non_blocking=True)
+            self._run(("draws", size, are_plain), partial(self._run_draws, size, are_plain=are_plain))
+            host.token_ids[:num_draws].copy_(self._drawn.token_ids[:num_draws], non_blocking=True)
+            if wanted:
+                host.logprobs[:num_draws].copy_(self._drawn.logprobs[:num_draws], non_blocking=True)
         done = None
         if self._graph_pool is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._last = launched = LaunchedGraphs(host, draw_rows, done, special, completed)
+        self._last = launched = LaunchedGraphs(host, draw_rows, wanted, done, completed)
         return launched
 
     @torch.inference_mode()
@@ -184,7 +197,7 @@ class GraphRunner:
         self._inputs.upload_padding(self._rows.padding_row)
         num_tokens = _padded(self._token_sizes, num_tokens)
         self._run_model(num_tokens, self._row_sizes[-1], True, num_tokens)
-        self._run_draws(self._draw_sizes[-1])
+        self._run_draws(self._draw_sizes[-1], are_plain=False)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -207,7 +220,8 @@ class GraphRunner:
             self._run(("model", *shape), partial(self._run_model, *shape))
         self._vectors.warm_up(self._hidden)
         for size in [*self._draw_sizes, *self._draw_sizes]:
-            self._run(("draws", size, False), partial(self._run_draws, size))
+            for are_plain in (True, False):
+                self._run(("draws", size, are_plain), partial(self._run_draws, size, are_plain=are_plain))
 
     def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool, int], Int32Array]:
         """Fill the step's inputs and send them.
@@ -280,60 +294,39 @@ class GraphRunner:
         """Tokens of a step that may have draws behind them."""
         return min(num_parts * self._max_draws_per_row, num_tokens, self._draw_sizes[-1])
 
-    def _run_draws(self, num_draws: int, is_masked: bool = False) -> torch.Tensor:
-        """Draw the tokens of all drawing parts, of those that `_send_masks` sent if `is_masked`; returns the logits.
+    def _run_draws(self, num_draws: int, *, are_plain: bool) -> torch.Tensor:
+        """Draw the tokens of all drawing parts; returns them.
 
         Draws of one row race for its `last_token_ids`. Nobody reads what stays: where a part draws several tokens, the
         host knows them before it launches the row's next step.
         """
-        logits = self._decoder.logits(self._hidden[:num_draws])
         draw_tokens(
-            mask_logits(logits, self._allowed.on_device) if is_masked else logits,
+            self._decoder.logits(self._hidden[:num_draws]),
             self._inputs["draw_rows"][:num_draws],
             self._inputs["draw_positions"][:num_draws],
             self._rows.sampling,
             self._sampling_workspace,
-            self._token_ids,
+            self._drawn,
             self._rows.last_token_ids,
+            are_plain=are_plain,
         )
-        return logits
+        return self._drawn.token_ids
 
-    def _send_masks(self, drawing: SequenceOf[_Drawing]) -> dict[int, Int32Array]:
-        """Send what the step's draws may draw, if a grammar binds any: bits by the places of those it does.
+    def _bind(self, drawing: SequenceOf[Drawing]) -> None:
+        """Say what draws that a grammar binds may draw.
 
         This waits for the last step's tokens, while the device runs this step's model.
         """
-        if not any_constrained(drawing):
-            return {}
-        masks = self._allowed.next_array()
-        masks[: len(drawing)] = -1
-        allowed = self._masks.write_draws(drawing, self._last_token_id, masks)
-        self._allowed.send(len(drawing))
-        return allowed
+        if not drawing:
+            return
+        masks = self._rows.uploads.tensor((len(drawing), self._masks.num_words), torch.int32)
+        self._masks.write_draws(drawing, self._last_token_id, masks.numpy())
+        self._rows.sampling.bind([part.row for part, _, _ in drawing], masks)
 
     def _last_token_id(self, row: int) -> int:
         """The token that the last step drew at `row`; only rows of that step have one that the host has not seen."""
         assert self._last is not None, "a first step's tokens are all known"
         return self._last.last_token_id(row)
-
-    def _draw_specially(
-        self, logits: torch.Tensor, drawing: SequenceOf[_Drawing], allowed: dict[int, Int32Array]
-    ) -> "Callable[[], dict[int, Draw]] | dict[int, Draw]":
-        """Draw again where a request asks for more than the kernels do: penalties, biases, bans, log probabilities."""
-        indices = [
-            i
-            for i, (part, position, _) in enumerate(drawing)
-            if part.sequence.is_special or not part.sequence.may_end_at(position)
-        ]
-        if not indices:
-            return {}
-        rows = [sampling_row(drawing[i][0].sequence, drawing[i][1], allowed.get(i)) for i in indices]
-        index = torch.tensor(indices, device=self._device)
-        draws = draw(logits[index], rows)
-        token_ids = draws.token_ids.int()
-        self._token_ids[index] = token_ids
-        self._rows.last_token_ids[torch.tensor([drawing[i][0].row for i in indices], device=self._device)] = token_ids
-        return lambda: dict(zip(indices, draws.to_host(rows), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

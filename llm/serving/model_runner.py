@@ -12,9 +12,12 @@ from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedAttentionBackend, PagedContext
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.models.decoder import DecoderModel
-from llm.sampling.constraint import Int32Array, TokenMasks
+from llm.sampling.constraint import Int32Array, TokenMasks, words_of
 from llm.sampling.draw import Draw, SamplingRow, sample
-from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
+from llm.serving.sequence import ScheduledSequence, StepPlan
+
+Drawing = tuple[ScheduledSequence, int, int]
+"""A draw of a step: part, position of the token to draw, index in the step of the token before it."""
 
 
 class LaunchedStep(Protocol):
@@ -154,12 +157,12 @@ class EagerRunner:
         drawing_tokens = torch.tensor([index for _, _, index in drawing], device=hidden.device)
         logits = self.model.logits(hidden[drawing_tokens])
         allowed = masks.result() if masks is not None else {}
-        rows = [sampling_row(part.sequence, position, allowed.get(i)) for i, (part, position, _) in enumerate(drawing)]
-        draws = sample(logits, rows)
+        draws = sample(logits, [self._sampling_row(part, position, allowed) for part, position, _ in drawing])
         if self.max_steps_ahead:  # otherwise the host knows every token it launches
             # Of several draws of a row any may stay: the host knows them before the row's next step.
             drawing_rows = torch.tensor([part.row for part, _, _ in drawing], device=hidden.device)
-            self._last_token_ids[drawing_rows] = torch.tensor([draw.token_id for draw in draws], device=hidden.device)
+            token_ids = torch.tensor([max(draw.token_id, 0) for draw in draws], device=hidden.device)
+            self._last_token_ids[drawing_rows] = token_ids
         return _FinishedStep(draws, vectors)
 
     def _pool(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> dict[int, bytes]:
@@ -173,15 +176,44 @@ class EagerRunner:
         rows = [part.row for part in scheduled if part.completes_vector]
         return vector_bytes(self._pooled[rows].cpu(), rows) if rows else {}
 
-    def _start_masks(
-        self, drawing: SequenceOf[tuple[ScheduledSequence, int, int]]
-    ) -> "Future[dict[int, Int32Array]] | None":
-        """Begin to work out what constrained draws may draw, beside the forward pass; None where there are none."""
-        if not any_constrained(drawing):
+    def _start_masks(self, drawing: SequenceOf[Drawing]) -> "Future[dict[int, Int32Array]] | None":
+        """Begin to work out, beside the forward pass, what draws that a grammar binds may draw: bits by row."""
+        bound = [draw for draw in drawing if draw[0].sequence.constraint is not None]
+        if not bound:
             return None
-        masks = np.empty((len(drawing), self._masks.num_words), dtype=np.int32)
-        return self._mask_thread.submit(
-            self._masks.write_draws, drawing, lambda row: int(self._last_token_ids[row]), masks
+        masks = np.empty((len(bound), self._masks.num_words), dtype=np.int32)
+
+        def write() -> dict[int, Int32Array]:
+            self._masks.write_draws(bound, lambda row: int(self._last_token_ids[row]), masks)
+            return {part.row: words for (part, _, _), words in zip(bound, masks, strict=True)}
+
+        return self._mask_thread.submit(write)
+
+    def _sampling_row(self, part: ScheduledSequence, position: int, allowed: Mapping[int, Int32Array]) -> SamplingRow:
+        """What the sampler needs to know to draw a part's token at `position`."""
+        sequence, request = part.sequence, part.sequence.request
+        output_ids = sequence.output_ids if sequence.uses_penalties else []
+        if sequence.uses_penalties and position > len(sequence.tokens):
+            output_ids.append(int(self._last_token_ids[part.row]))  # drawn, but not seen by the host
+        bits = allowed.get(part.row)
+        if request.allowed_token_ids is not None:
+            bits = words_of(request.allowed_token_ids, self.model.config.vocab_size)
+        return SamplingRow(
+            seed=request.seed,
+            position=position,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=request.logit_bias,
+            prompt_ids=sequence.prompt_ids if request.repetition_penalty != 1 else (),
+            output_ids=output_ids,
+            banned_ids=() if sequence.may_end_at(position) else tuple(sequence.end_ids),
+            allowed=bits,
+            num_logprobs=request.logprobs,
         )
 
     def _pack(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[torch.Tensor, PackedBatch]:
@@ -229,8 +261,8 @@ def vector_bytes(sums: torch.Tensor, rows: SequenceOf[int]) -> dict[int, bytes]:
     return {row: vector.tobytes() for row, vector in zip(rows, vectors, strict=True)}
 
 
-def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[tuple[ScheduledSequence, int, int]]:
-    """A step's draws, in order: part, position of the token to draw, index in the step of the token before it."""
+def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[Drawing]:
+    """A step's draws, in order."""
     draws = []
     num_tokens = 0
     for part in scheduled:
@@ -244,55 +276,22 @@ def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[tuple[ScheduledSe
 
 
 class DrawMasks(TokenMasks):
-    """What the constrained draws of a step may draw."""
+    """What the draws of a step may draw where a grammar binds them."""
 
-    def write_draws(
-        self,
-        drawing: SequenceOf[tuple[ScheduledSequence, int, int]],
-        last_token_id: Callable[[int], int],
-        masks: Int32Array,
-    ) -> dict[int, Int32Array]:
-        """Write the rows of the constrained draws; returns these by the draw's place in the step.
+    def write_draws(self, drawing: SequenceOf[Drawing], last_token_id: Callable[[int], int], masks: Int32Array) -> None:
+        """Write a row of bits for each of these draws.
 
         Args:
-            drawing: as `draws_of` gives it.
+            drawing: those that a grammar binds, as `draws_of` gives them.
             last_token_id: gives the token that was drawn last at a row; asked where the host has not seen it yet.
-            masks: (draws or more, num_words); rows of other draws are left alone.
+            masks: (draws, num_words).
         """
         constraints = {}
         for index, (part, position, _) in enumerate(drawing):
             sequence = part.sequence
-            if sequence.constraint is not None:
-                sequence.constraint.advance(sequence.tokens, sequence.num_prompt_tokens)
-                if sequence.num_prompt_tokens + sequence.constraint.num_taken < position:
-                    sequence.constraint.take(last_token_id(part.row))
-                constraints[index] = sequence.constraint
+            assert sequence.constraint is not None, "a grammar binds it"
+            sequence.constraint.advance(sequence.tokens, sequence.num_prompt_tokens)
+            if sequence.num_prompt_tokens + sequence.constraint.num_taken < position:
+                sequence.constraint.take(last_token_id(part.row))
+            constraints[index] = sequence.constraint
         self.write(constraints, masks)
-        return {index: masks[index] for index in constraints}
-
-
-def any_constrained(drawing: SequenceOf[tuple[ScheduledSequence, int, int]]) -> bool:
-    """Whether a grammar binds any of a step's draws."""
-    return any(part.sequence.constraint is not None for part, _, _ in drawing)
-
-
-def sampling_row(sequence: Sequence, position: int, allowed: Int32Array | None = None) -> SamplingRow:
-    """What the sampler needs to know to draw a sequence's token at `position`."""
-    request = sequence.request
-    return SamplingRow(
-        seed=request.seed,
-        position=position,
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        min_p=request.min_p,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias,
-        prompt_ids=sequence.prompt_ids if request.repetition_penalty != 1 else (),
-        output_ids=sequence.output_ids if sequence.uses_penalties else (),
-        banned_ids=() if sequence.may_end_at(position) else tuple(sequence.end_ids),
-        allowed=allowed,
-        num_logprobs=request.logprobs,
-    )

@@ -232,9 +232,7 @@ class Scheduler:
             if num_tokens - start > 1:
                 prefilling.append(sequence)
                 continue
-            # With penalties the draw depends on the tokens before it, all of which the host must know. And a sequence
-            # that the tokens in flight bring to its greatest length has nothing left to draw.
-            if num_in_flight and (sequence.uses_penalties or num_tokens >= sequence.max_tokens):
+            if num_in_flight and num_tokens >= sequence.max_tokens:  # the tokens in flight are its last
                 continue
             if start < len(sequence.pages) * page_size:
                 is_running = sequence.status is SequenceStatus.RUNNING

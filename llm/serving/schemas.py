@@ -102,6 +102,8 @@ class GenerationRequest(StrictModel):
     """Divides positive (multiplies negative) logits of tokens in prompt or output (Keskar et al. 2019)."""
     logit_bias: Mapping[TokenId, float] = Field(default_factory=dict)
     """Added to the logits of these token ids."""
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1)
+    """The only ids that may be drawn; None for all."""
     seed: int = Field(default_factory=new_seed, ge=-INT64_MAX - 1, le=INT64_MAX)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     """None for no log probabilities; else each sampled token's own and this many of the likeliest."""
@@ -123,6 +125,8 @@ class GenerationRequest(StrictModel):
             raise ValueError("output_token_ids holds max_new_tokens already; there is nothing left to generate")
         if self.grammar is not None and (self.ignore_eos or self.min_new_tokens):
             raise ValueError("a grammar says where an output ends: leave out ignore_eos and min_new_tokens")
+        if self.grammar is not None and self.allowed_token_ids is not None:
+            raise ValueError("a grammar says which tokens may come: leave out allowed_token_ids")
         if self.pooling is not None and (self.output_token_ids or self.grammar or self.logprobs is not None):
             raise ValueError("pooling gives a vector: leave out output_token_ids, grammar and logprobs")
         return self
@@ -131,6 +135,13 @@ class GenerationRequest(StrictModel):
     def uses_penalties(self) -> bool:
         """Whether the draw depends on which tokens came before."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def draws_plainly(self) -> bool:
+        """Whether no draw needs more than temperature, cuts and noise."""
+        is_bound = self.grammar is not None or self.allowed_token_ids is not None
+        is_biased = bool(self.logit_bias) or self.min_new_tokens > 0
+        return not (self.uses_penalties or is_biased or is_bound or self.logprobs is not None)
 
 
 class FinishReason(StrEnum):

@@ -83,10 +83,8 @@ class Sequence:
         """Ids that end this sequence."""
         self.uses_penalties = request.uses_penalties
         """Whether its draws depend on which tokens came before."""
-        self.is_special = bool(self.uses_penalties or request.logit_bias or request.logprobs is not None)
-        """Whether each of its draws needs more than temperature, cuts and noise."""
-        self.draws_plainly = not (self.is_special or request.min_new_tokens or request.grammar is not None)
-        """Whether none of its draws does."""
+        self.draws_plainly = request.draws_plainly
+        """Whether none of its draws needs more than temperature, cuts and noise."""
 
     @property
     def request_id(self) -> str:

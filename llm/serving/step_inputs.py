@@ -1,7 +1,6 @@
 """Everything the host tells the device about a step, in one copy."""
 
 from collections.abc import Mapping, Sequence as SequenceOf
-from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -68,44 +67,6 @@ class StepInputs:
             self["query_lens"][:num_parts],
             self["context_lens"][:num_parts],
         )
-
-
-class MaskBuffers:
-    """Bits of the tokens that a step's draws may draw: one tensor on the device, and pinned memory to fill it from.
-
-    Nothing is allocated before it is needed.
-
-    Args:
-        num_draws, num_words: of 32 bits a draw.
-        device: of the tensor.
-        num_buffers: copies that may be under way at once, plus one to fill.
-    """
-
-    def __init__(self, num_draws: int, num_words: int, device: torch.device, num_buffers: int) -> None:
-        self._shape = num_draws, num_words
-        self._device = device
-        self._num_buffers = num_buffers
-        self._next = 0
-
-    @cached_property
-    def on_device(self) -> torch.Tensor:
-        """(draws, num_words) int32, as sent last; every bit is set where nothing was."""
-        return torch.full(self._shape, -1, dtype=torch.int32, device=self._device)
-
-    @cached_property
-    def _host_buffers(self) -> list[torch.Tensor]:
-        pin = self._device.type == "cuda"
-        return [torch.empty(self._shape, dtype=torch.int32, pin_memory=pin) for _ in range(self._num_buffers)]
-
-    def next_array(self) -> Int32Array:
-        """(draws, num_words), to be filled for the next step; it holds what was left in it."""
-        self._next = (self._next + 1) % self._num_buffers
-        array: Int32Array = self._host_buffers[self._next].numpy()
-        return array
-
-    def send(self, num_draws: int) -> None:
-        """Send the first `num_draws` rows of the array that was filled last; steps launched from now on see them."""
-        self.on_device[:num_draws].copy_(self._host_buffers[self._next][:num_draws], non_blocking=True)
 
 
 def ranges(starts: Int32Array, lens: Int32Array) -> Int32Array:

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llm.attention.kernels import decode, prefill, rope
-from llm.kernels import activation, few_rows, norm, quantization
+from llm.kernels import activation, adjust, few_rows, logprobs, norm, quantization, sampling
 from llm.kernels.launch import stages_in
 
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
@@ -24,7 +24,15 @@ NO_SCALES = dict.fromkeys(SCALES)
 
 
 def compile_kernel(
-    name: str, kernel: Any, arguments: dict[str, Any], *, capability: int = 90, num_stages: int = 3, **constants: Any
+    name: str,
+    kernel: Any,
+    arguments: dict[str, Any],
+    *,
+    capability: int = 90,
+    num_stages: int = 3,
+    num_warps: int = 4,
+    maxnreg: int | None = None,
+    **constants: Any,
 ) -> int:
     """Compile for these types of arguments; None, and what is no type, is a constant. Returns its shared memory."""
     is_hopper = capability == 90
@@ -39,7 +47,7 @@ def compile_kernel(
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 4, "num_stages": num_stages, "launch_pdl": is_hopper},
+        options={"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": is_hopper, "maxnreg": maxnreg},
     )  # fmt: skip
     print(name, flush=True)
     return int(compiled.metadata.shared)
@@ -136,7 +144,31 @@ def compile_stages() -> None:
         assert taken <= shared_memory - 1024, (capability, rows, swiglu, taken)
 
 
+def compile_draws() -> None:
+    """Of logits in 16 bits and in 32, for all rows and for either sort."""
+    arguments = {"fields": INT, "rows": INT, "positions": INT, "vocab_size": "i32", "row_stride": "i32"}
+    arguments |= {"scales": FLOAT, "keys": "*i64", "thresholds": FLOAT, "candidates": FLOAT, "counts": INT}
+    arguments |= {"best_scores": FLOAT, "best_ids": INT, "block": "i32", "best_stride": "i32", "num_blocks": "i32"}
+    arguments |= dict.fromkeys(("out_token_ids", "last_token_ids", "token_ids", "entry_ids", "allowed", "output"), INT)
+    arguments |= {"adjusted": FLOAT, "entry_values": FLOAT, "stats": FLOAT, "stats_stride": "i32", "num_words": "i32"}
+    for (logits, size), which in product(((BF16, 2), (FLOAT, 4)), (0, 1, 2)):
+        numbers = {"TILE": 16384 // size, "VEC": 16 // size, "SHIFT": 16 if size == 2 else 0, "WHICH": which}
+        draw = {**arguments, "logits": logits}
+        compile_kernel("cuts", sampling._prepare, {**draw, **numbers}, CAPACITY=4096, num_warps=16, maxnreg=64)
+        best = {**draw, "TILE": 1024, "WHICH": which, "FAST_LOG": True}
+        compile_kernel("best of blocks", sampling._best_of_blocks, best)
+    for counts in (False, True):
+        compile_kernel("best of rows", sampling._best_of_rows, arguments, BLOCKS=256, COUNTS=counts, num_warps=1)
+    for logits in (BF16, FLOAT):
+        draw = {**arguments, "logits": logits}
+        compile_kernel("adjust", adjust._adjust_blocks, draw, BLOCK=4096, num_warps=8)
+        compile_kernel("log probabilities", logprobs._of_blocks, draw, BLOCK=4096, num_warps=8)
+        compile_kernel("log probabilities", logprobs._of_rows, draw, MOST=20, BLOCKS=64)
+    compile_kernel("entries", adjust._apply_entries, arguments, CAPACITY=2048, BLOCK=128)
+
+
 if __name__ == "__main__":
+    compile_draws()
     compile_norms()
     compile_activations()
     compile_rope()

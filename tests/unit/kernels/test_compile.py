@@ -18,4 +18,5 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     compiled = Counter(run.stdout.splitlines())
     expected = {"norm": 6, "activation": 4, "rounding": 1, "rope": 8, "single row": 12, "tile": 12}
+    expected |= {"cuts": 6, "best of blocks": 6, "best of rows": 2, "adjust": 2, "log probabilities": 4, "entries": 1}
     assert compiled == {**expected, "decode": 5, "prefill": 5, "merge": 1, "stages": 12}

@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from llm.kernels import sampling as kernels
-from llm.kernels.sampling import RowSampling, SamplingWorkspace, draw_tokens, find_thresholds
-from llm.sampling.draw import SamplingRow, cut_unlikely, exponential_noise, sample
+from llm.kernels.sampling import DrawnTokens, SamplingWorkspace, draw_tokens, find_thresholds
+from llm.sampling.constraint import words_of
+from llm.sampling.draw import NOTHING, SamplingRow, cut_unlikely, exponential_noise, sample
+from llm.sampling.row_state import RowStart, RowState
+from llm.sampling.uploads import Uploads
+from llm.serving.schemas import GenerationRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's wrapping and dividing by zero
 
@@ -44,52 +48,59 @@ def create_logits(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.flo
     return logits.to(dtype).to(DEVICE)
 
 
+def start_of(place: int, row: SamplingRow) -> RowStart:
+    """The same row as a request's."""
+    allowed = None
+    if row.allowed is not None:
+        allowed = tuple(np.unpackbits(row.allowed.view(np.uint8), bitorder="little").nonzero()[0].tolist())
+    request = GenerationRequest(
+        prompt_token_ids=(0,), max_new_tokens=10_000, seed=row.seed, temperature=row.temperature, top_k=row.top_k,
+        top_p=row.top_p, min_p=row.min_p, presence_penalty=row.presence_penalty, logprobs=row.num_logprobs,
+        frequency_penalty=row.frequency_penalty, repetition_penalty=row.repetition_penalty, logit_bias=row.logit_bias,
+        min_new_tokens=1 if row.banned_ids else 0, allowed_token_ids=allowed,
+    )  # fmt: skip
+    return RowStart(place, request, row.prompt_ids, row.output_ids, frozenset(row.banned_ids), row.position)
+
+
 class Drawing:
     """The arguments of `draw_tokens` for some rows, in scattered places, with everything to be written poisoned."""
 
     def __init__(self, logits: torch.Tensor, rows: list[SamplingRow], capacity: int = 64) -> None:
-        num_draws, num_rows = len(rows), len(rows) + NUM_SPARE_ROWS
+        num_draws, num_rows, vocab_size = len(rows), len(rows) + NUM_SPARE_ROWS, logits.shape[1]
         self.logits = logits
         place = torch.randperm(num_rows, generator=torch.Generator().manual_seed(num_rows))[:num_draws]
         self.rows = place.int().to(DEVICE)
         self.positions = torch.tensor([row.position for row in rows], dtype=torch.int32, device=DEVICE)
-
-        def by_row(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-            tensor = torch.full((num_rows,), POISON, dtype=dtype)
-            tensor[place] = torch.tensor(values, dtype=dtype)
-            return tensor.to(DEVICE)
-
-        self.params = RowSampling(
-            temperature=by_row([row.temperature for row in rows], torch.float32),
-            top_k=by_row([row.top_k or 0 for row in rows], torch.int32),
-            top_p=by_row([row.top_p for row in rows], torch.float32),
-            min_p=by_row([row.min_p for row in rows], torch.float32),
-            seed=by_row([row.seed for row in rows], torch.int64),
-        )
-        self.workspace = SamplingWorkspace.allocate(num_draws, logits.shape[1], DEVICE, capacity=capacity)
-        for name in SamplingWorkspace.__slots__:
-            tensor = getattr(self.workspace, name)
+        self.state = RowState(num_rows, vocab_size, DEVICE, Uploads(DEVICE, 1 << 16, 1))
+        self.state.counts.fill_(POISON)
+        self.state.start([start_of(*pair) for pair in zip(place.tolist(), rows, strict=True)])
+        self.workspace = SamplingWorkspace.allocate(num_draws, vocab_size, DEVICE, capacity=capacity)
+        logprobs = self.workspace.logprobs
+        tensors = [getattr(self.workspace, name) for name in SamplingWorkspace.__slots__ if name != "logprobs"]
+        for tensor in (*tensors, logprobs.stats, logprobs.keys):
             tensor.fill_(float("nan") if tensor.is_floating_point() else POISON)
-        self.out_token_ids = torch.full((num_draws + 1,), POISON, dtype=torch.int32, device=DEVICE)
+        self.output = DrawnTokens.allocate(num_draws + 1, DEVICE)
+        self.output.token_ids.fill_(POISON)
+        self.output.logprobs.fill_(POISON)
         self.last_token_ids = torch.full((num_rows,), POISON, dtype=torch.int32, device=DEVICE)
 
-    def launch(self) -> None:
+    def launch(self, *, are_plain: bool = False) -> None:
         draw_tokens(
-            self.logits, self.rows, self.positions, self.params, self.workspace, self.out_token_ids,
-            self.last_token_ids,
+            self.logits, self.rows, self.positions, self.state, self.workspace, self.output, self.last_token_ids,
+            are_plain=are_plain,
         )  # fmt: skip
 
-    def token_ids(self) -> list[int]:
+    def token_ids(self, *, are_plain: bool = False) -> list[int]:
         """Draw; what must be written is, and nothing else."""
-        self.launch()
-        token_ids = self.out_token_ids.tolist()
+        self.launch(are_plain=are_plain)
+        token_ids = self.output.token_ids.tolist()
         assert token_ids.pop() == POISON
-        assert self.last_token_ids[self.rows.long()].tolist() == token_ids
+        assert self.last_token_ids[self.rows.long()].tolist() == [max(token_id, 0) for token_id in token_ids]
         assert (self.last_token_ids == POISON).sum() == NUM_SPARE_ROWS
         return token_ids
 
     def thresholds(self) -> torch.Tensor:
-        find_thresholds(self.logits, self.rows, self.positions, self.params, self.workspace)
+        find_thresholds(self.logits, self.rows, self.positions, self.state, self.workspace)
         return self.workspace.thresholds
 
 
@@ -248,15 +259,20 @@ def test_extreme_logits(name):
     assert_keeps_what_the_reference_keeps(logits[random], [rows[i] for i in random], thresholds)
 
 
-def test_token_is_valid_whatever_the_logits():
-    """Nothing but -inf gives token 0, as in the reference; NaN and +inf give some token and do not hang."""
-    rows = create_rows(KINDS)
+def test_where_nothing_can_be_drawn_the_token_says_so():
+    """All forbidden, NaN or +inf anywhere: no token, as in the reference; no other row is concerned."""
+    rows = create_rows([*KINDS, *special_kinds(500)])
     logits = create_logits(len(rows), 500)
-    assert Drawing(logits.clone().fill_(-torch.inf), rows).token_ids() == [0] * len(rows)
-    for value in (torch.nan, torch.inf):
-        for some in (logits[:, 7], logits[:, 100:400], logits):
-            some.fill_(value)
-            assert all(0 <= token_id < 500 for token_id in Drawing(logits, rows).token_ids())
+    expected = Drawing(logits, rows).token_ids()
+    for value in (-torch.inf, torch.nan, torch.inf):
+        for some in (slice(7, 8), slice(100, 400), slice(None)):
+            spoiled = logits.clone()
+            spoiled[::2, some] = value
+            token_ids = Drawing(spoiled, rows).token_ids()
+            assert token_ids == [draw.token_id for draw in sample(spoiled.cpu(), rows)]
+            assert token_ids[1::2] == expected[1::2]
+            if some == slice(None):
+                assert token_ids[::2] == [NOTHING] * len(rows[::2])
 
 
 def test_greedy_takes_the_lowest_id_of_the_likeliest():
@@ -318,22 +334,127 @@ def test_draws_in_a_graph():
     for seed in range(3):
         drawing.logits.copy_(create_logits(len(rows), 32000, seed=seed))
         drawing.positions += 1
-        drawing.out_token_ids.fill_(POISON)
+        drawing.output.token_ids.fill_(POISON)
         graph.replay()
         moved = create_rows(KINDS)
         expected = Drawing(drawing.logits, moved, capacity=4096)
         expected.positions.copy_(drawing.positions)
-        assert drawing.out_token_ids[:-1].tolist() == expected.token_ids()
+        assert drawing.output.token_ids[:-1].tolist() == expected.token_ids()
 
 
-@pytest.mark.parametrize("vocab_size", [31, 1000, 8200])
+def words(vocab_size: int, share: float, seed: int = 0) -> np.ndarray:
+    """Bits of some ids, the last of the vocabulary among them."""
+    chosen = torch.rand(vocab_size, generator=torch.Generator().manual_seed(seed)) < share
+    return words_of([*chosen.nonzero().flatten().tolist(), vocab_size - 1], vocab_size)
+
+
+def special_kinds(vocab_size: int) -> list[dict]:
+    """Every adjustment alone, all together, and each with cuts or none; a plain one between them."""
+    ids = torch.randint(0, vocab_size, (400,), generator=torch.Generator().manual_seed(5)).tolist()
+    prompt, output = ids[:200], [*ids[150:], *ids[150:250], ids[-1]]
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": -0.2}
+    biases = {token_id: (i % 7 - 3) * 1.7 for i, token_id in enumerate(dict.fromkeys(ids))}
+    seen = {"prompt_ids": prompt, "output_ids": output}
+    every = {**penalties, **seen, "logit_bias": biases, "banned_ids": ids[:5], "allowed": words(vocab_size, 0.5)}
+    return [
+        {"repetition_penalty": 1.05, **seen},
+        {"repetition_penalty": 0.6, **seen, "temperature": 0.0},
+        {"presence_penalty": 1.1, "output_ids": output, "top_p": 0.9},
+        {"frequency_penalty": 0.3, "output_ids": output, "temperature": 0.0},
+        {"presence_penalty": -2.0, "frequency_penalty": 2.0, "output_ids": []},
+        {"temperature": 0.8, "top_k": 30},
+        {"logit_bias": biases, "temperature": 0.0},
+        {"logit_bias": {vocab_size - 1: 100.0, 0: -100.0}, "top_k": 5, "temperature": 1.5},
+        {"banned_ids": list(range(0, vocab_size, 3)), "temperature": 0.3},
+        {"banned_ids": ids[:3], "logit_bias": dict.fromkeys(ids[:3], 80.0), "temperature": 0.0},
+        {"allowed": words(vocab_size, 0.1), "min_p": 0.02},
+        {"allowed": words(vocab_size, 0.0), "temperature": 0.0},
+        every,
+        {**every, "temperature": 0.0},
+        {**every, "temperature": 1.4, "top_k": 50, "top_p": 0.95, "min_p": 0.001},
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_logits_are_minus_infinity_and_the_others_as_they_were(vocab_size: int, dtype: torch.dtype):
-    logits = create_logits(3, vocab_size, dtype)
-    allowed = torch.rand(5, -(-vocab_size // 32) * 32, generator=torch.Generator().manual_seed(1)) < 0.3
-    words = np.packbits(allowed.numpy(), axis=1, bitorder="little").view(np.int32)
+@pytest.mark.parametrize("vocab_size", [31, 1000, 4100])
+def test_penalties_biases_bans_and_bits_are_the_references(vocab_size: int, dtype: torch.dtype, monkeypatch):
+    """More rows than there is memory for at once; what was drawn is counted where that matters, and only there."""
+    monkeypatch.setattr(kernels, "_MOST_ADJUSTED", 8)
+    rows = create_rows(special_kinds(vocab_size), seed=vocab_size)
+    logits = create_logits(len(rows), vocab_size, dtype, seed=vocab_size)
     before = logits.clone()
-    masked = kernels.mask_logits(logits, torch.from_numpy(words).to(DEVICE))
-    expected = before.masked_fill(~allowed[:3, :vocab_size].to(DEVICE), -torch.inf)
-    assert torch.equal(masked, expected)
+    drawing = Drawing(logits, rows)
+    counts = drawing.state.counts.clone()
+    token_ids = drawing.token_ids()
+    assert_equal_to_reference(logits, rows, token_ids)
     assert torch.equal(logits, before)
+    for place, row, token_id in zip(drawing.rows.tolist(), rows, token_ids, strict=True):
+        is_penalised = row.repetition_penalty != 1 or row.presence_penalty != 0 or row.frequency_penalty != 0
+        counts[place, token_id] += 2 * is_penalised
+    assert torch.equal(drawing.state.counts, counts)
+
+
+def test_drawing_on_counts_what_was_drawn():
+    """Token after token, as the reference does that is told of each."""
+    kinds = [{"repetition_penalty": 1.5, "frequency_penalty": 0.5, "temperature": 0.0}, {"presence_penalty": 2.0}]
+    rows = create_rows(kinds)
+    logits = create_logits(len(rows), 50)
+    drawing = Drawing(logits, rows)
+    outputs: list[list[int]] = [[], []]
+    for _ in range(12):
+        rows = [
+            SamplingRow(row.seed, int(position), **kind, output_ids=output)
+            for row, position, kind, output in zip(rows, drawing.positions, kinds, outputs, strict=True)
+        ]
+        token_ids = drawing.token_ids()
+        assert token_ids == [draw.token_id for draw in sample(logits.cpu(), rows)]
+        for output, token_id in zip(outputs, token_ids, strict=True):
+            output.append(token_id)
+        drawing.positions += 1
+    assert len(set(outputs[0])) > 3
+
+
+def test_a_row_that_is_taken_again_forgets_what_was_before():
+    kinds = [{"repetition_penalty": 1.4, "output_ids": [1, 2, 2], "prompt_ids": [3]}]
+    drawing = Drawing(create_logits(1, 40), create_rows(kinds))
+    drawing.token_ids()
+    place = int(drawing.rows[0])
+    drawing.state.start([start_of(place, create_rows([{"presence_penalty": 1.0, "output_ids": [7, 7, 9]}])[0])])
+    expected = torch.zeros(40, dtype=torch.int32)
+    expected[[7, 9]] = torch.tensor([4, 2], dtype=torch.int32)
+    assert torch.equal(drawing.state.counts[place].cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plain_row_draws_the_same_beside_special_ones(dtype: torch.dtype):
+    """Bit by bit: the general draw looks at the same numbers in the same order."""
+    plain, special = create_rows(KINDS), create_rows(special_kinds(3000))
+    logits = create_logits(len(plain) + len(special), 3000, dtype)
+    alone = Drawing(logits[: len(plain)], plain)
+    together = Drawing(logits, [*plain, *special])
+    assert together.token_ids()[: len(plain)] == alone.token_ids(are_plain=True)
+    assert torch.equal(together.workspace.thresholds[: len(plain)], alone.workspace.thresholds)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [3, 1000, 9000])
+def test_log_probabilities_are_the_references(vocab_size: int, dtype: torch.dtype):
+    """Of the logits before any adjustment; of equal ones the lowest id first; none where none were asked for."""
+    kinds = [{"num_logprobs": num} for num in (0, 1, 5, 20)] + [{}, {"num_logprobs": 2, "logit_bias": {0: 9.0}}]
+    rows = create_rows(kinds)
+    logits = create_logits(len(rows), vocab_size, dtype)
+    logits[3] = logits[3].round()
+    drawing = Drawing(logits, rows)
+    token_ids = drawing.token_ids()
+    expected = sample(logits.cpu(), rows)
+    output = DrawnTokens(drawing.output.token_ids.cpu(), drawing.output.logprobs.cpu())
+    for i, row in enumerate(rows):
+        if row.num_logprobs is None:
+            assert (output.logprobs[i] == POISON).all()
+            continue
+        drawn = output.draw(i, min(row.num_logprobs, vocab_size))
+        assert drawn.token_id == token_ids[i] == expected[i].token_id
+        assert drawn.logprob == pytest.approx(expected[i].logprob, abs=2e-5)
+        assert [token_id for token_id, _ in drawn.top] == [token_id for token_id, _ in expected[i].top]
+        values = [value for _, value in expected[i].top]
+        assert [value for _, value in drawn.top] == pytest.approx(values, abs=2e-5)

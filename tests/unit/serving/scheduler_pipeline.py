@@ -50,7 +50,6 @@ class Device:
         return list(drawn.values())
 
     def _draw(self, part: ScheduledSequence) -> int:
-        assert part.end == len(part.sequence.tokens) or not part.sequence.request.uses_penalties
         in_sight = range(max(part.end - self._window_size, 0), part.end)
         positions, token_ids = zip(*(self._slots[_slot(part, i)] for i in in_sight), strict=True)
         assert positions == tuple(in_sight)

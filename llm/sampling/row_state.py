@@ -1,0 +1,170 @@
+"""What each row's draws depend on, on the device from step to step: the host writes a row when its sequence changes."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from enum import IntFlag
+
+import numpy as np
+import torch
+
+from llm.sampling.constraint import Int32Array, words_of
+from llm.sampling.uploads import Uploads
+from llm.serving.schemas import GenerationRequest
+
+MAX_ENTRIES = 2048
+"""Biases and banned ids of one row, together."""
+
+
+class RowKind(IntFlag):
+    """What a row's logits go through before its cuts, if anything."""
+
+    PENALISED = 1
+    HAS_ENTRIES = 2
+    """Biases, or ids that must not be drawn."""
+    BOUND = 4
+    """There are bits for the ids that may be drawn."""
+
+
+ROW_FIELDS = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("kind", np.int32),
+        ("num_biases", np.int32),
+        ("num_bans", np.int32),
+        ("banned_before", np.int32),
+        ("num_logprobs", np.int32),
+        ("seed", np.int64),
+        ("unused", np.int64),
+    ]
+)
+"""One row's parameters, 16 words of 32 bits. As in `GenerationRequest`, but: `top_k` is 0 for off; `banned_before`
+is the position from which the banned ids may be drawn; `num_logprobs` is one more than was asked for, 0 for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowStart:
+    """A sequence that takes a row: what its draws depend on, as far as the host knows its tokens, which is all of them.
+
+    Attributes:
+        row: which.
+        request: how to draw.
+        prompt_ids: needed for the repetition penalty only.
+        output_ids: needed for penalties only.
+        end_ids: must not be drawn before `request.min_new_tokens`.
+        num_prompt_tokens: where positions of the output begin.
+    """
+
+    row: int
+    request: GenerationRequest
+    prompt_ids: SequenceOf[int]
+    output_ids: SequenceOf[int]
+    end_ids: frozenset[int]
+    num_prompt_tokens: int
+
+
+class RowState:
+    """Parameters, counts of tokens, biases, bans and bits of allowed ids, by row.
+
+    The kernels of the draw read all of it, and count what they draw.
+
+    Args:
+        num_rows: rows, those that nobody draws from included.
+        vocab_size: columns of the logits.
+        device: of the tensors.
+        uploads: how the host's values get there.
+
+    Attributes:
+        fields: (rows, 16) int32, each row a `ROW_FIELDS`.
+        counts: (rows, vocab_size) int32, written for rows with penalties only: twice how often the output holds the id,
+            plus 1 if the prompt does.
+        entry_ids: (rows, MAX_ENTRIES) int32: `num_biases` ids that are biased, then `num_bans` that are banned.
+        entry_values: (rows, MAX_ENTRIES) float32, what is added to the logits of the first.
+        allowed: (rows, vocab_size / 32) int32, a bit an id, the lowest of the first word first; for bound rows only.
+    """
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, uploads: Uploads) -> None:
+        self.vocab_size = vocab_size
+        self._uploads = uploads
+        self._mirror = np.zeros(num_rows, dtype=ROW_FIELDS)
+        self._mirror["top_p"] = 1
+        self.fields = torch.zeros(num_rows, ROW_FIELDS.itemsize // 4, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)
+        self.entry_ids = torch.zeros(num_rows, MAX_ENTRIES, dtype=torch.int32, device=device)
+        self.entry_values = torch.zeros(num_rows, MAX_ENTRIES, dtype=torch.float32, device=device)
+        self.allowed = torch.full((num_rows, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+
+    def start(self, starts: SequenceOf[RowStart]) -> None:
+        """Write the rows of sequences that take them, by copies that later kernels wait for."""
+        if not starts:
+            return
+        for start in starts:
+            request = start.request
+            bans = start.end_ids if request.min_new_tokens else ()
+            if request.logit_bias or bans:
+                self._write_entries(start.row, list(request.logit_bias), list(request.logit_bias.values()), list(bans))
+            if request.allowed_token_ids is not None:
+                words = words_of(request.allowed_token_ids, self.vocab_size)
+                self.bind([start.row], words[None])
+            self._mirror[start.row] = (
+                request.temperature, min(request.top_k or 0, 2**31 - 1), request.top_p, request.min_p,
+                request.repetition_penalty, request.presence_penalty, request.frequency_penalty, row_kind(request),
+                len(request.logit_bias), len(bans), start.num_prompt_tokens + request.min_new_tokens,
+                0 if request.logprobs is None else 1 + request.logprobs, request.seed, 0,
+            )  # fmt: skip
+        sent = self._uploads.send(self._mirror.view(np.int32))
+        self.fields.copy_(sent.view(self.fields.shape))
+        penalised = [start for start in starts if start.request.uses_penalties]
+        if penalised:
+            self._count(penalised)
+
+    def bind(self, rows: SequenceOf[int], words: torch.Tensor | Int32Array) -> None:
+        """Say what these rows may draw from now on.
+
+        Args:
+            words: (rows, vocab_size / 32) int32, an array or memory of `Uploads.tensor`.
+        """
+        index = self._uploads.send(np.asarray(rows, dtype=np.int64))
+        self.allowed.index_copy_(0, index, self._uploads.send(words))
+
+    def _write_entries(self, row: int, ids: list[int], values: list[float], bans: list[int]) -> None:
+        ids = ids + bans
+        self.entry_ids[row, : len(ids)].copy_(self._uploads.send(np.asarray(ids, dtype=np.int32)))
+        if values:
+            sent = self._uploads.send(np.asarray(values, dtype=np.float32))
+            self.entry_values[row, : len(values)].copy_(sent)
+
+    def _count(self, starts: SequenceOf[RowStart]) -> None:
+        """Count the tokens that these rows have already."""
+        counts = self.counts.view(-1)
+        rows = self._uploads.send(np.array([start.row for start in starts], dtype=np.int64))
+        self.counts.index_fill_(0, rows, 0)
+        prompts, outputs = (
+            np.concatenate([start.row * self.vocab_size + np.asarray(ids, dtype=np.int64) for start, ids in parts])
+            for parts in (
+                [(start, start.prompt_ids) for start in starts],
+                [(start, start.output_ids) for start in starts],
+            )
+        )
+        if len(prompts):
+            counts.index_fill_(0, self._uploads.send(prompts), 1)
+        if len(outputs):
+            index = self._uploads.send(outputs)
+            counts.index_add_(0, index, torch.full_like(index, 2, dtype=torch.int32))
+
+
+def row_kind(request: GenerationRequest) -> RowKind:
+    """What the logits of a request's draws go through before its cuts."""
+    kind = RowKind(0)
+    if request.uses_penalties:
+        kind |= RowKind.PENALISED
+    if request.logit_bias or request.min_new_tokens:
+        kind |= RowKind.HAS_ENTRIES
+    if request.grammar is not None or request.allowed_token_ids is not None:
+        kind |= RowKind.BOUND
+    return kind
