@@ -6,6 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+MAX_TOP_LOGPROBS = 20
+"""Most of the likeliest tokens whose log probabilities a request may ask for."""
+
 
 class StrictModel(BaseModel):
     """Frozen pydantic model that refuses unknown keys and says which known one is nearest."""

@@ -14,7 +14,8 @@ from deployments.chat.structured import StructuredFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
 from deployments.chat.wire_model import Items, RequestBody, WireModel
 from deployments.config import MAX_PRIORITY, MIN_PRIORITY
-from llm.serving.schemas import INT64_MAX, MAX_TOP_LOGPROBS
+from llm.config import MAX_TOP_LOGPROBS
+from llm.serving.schemas import INT64_MAX
 
 MAX_N = 128
 MAX_BEST_OF = 20

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.core.row_tensors import MAX_ENTRIES, RowTensors
 from llm.kernels.row_fields import (
     BANNED_BEFORE,
     BOUND,
@@ -18,7 +19,6 @@ from llm.kernels.row_fields import (
     float_field,
     int_field,
 )
-from llm.sampling.row_state import MAX_ENTRIES, RowState
 
 _BLOCK = 4096
 _ENTRIES = 128
@@ -26,7 +26,7 @@ _ENTRIES = 128
 
 
 def adjust_logits(
-    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, state: RowState, adjusted: torch.Tensor
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, state: RowTensors, adjusted: torch.Tensor
 ) -> None:
     """Write the logits of rows of any kind after what `llm.sampling.draw` does to them, operation by operation.
 

@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.config import MAX_TOP_LOGPROBS
+from llm.core.row_tensors import RowTensors
 from llm.kernels.cuts import ordered_key, value_of_key
 from llm.kernels.row_fields import NUM_LOGPROBS, int_field
-from llm.sampling.row_state import RowState
-from llm.serving.schemas import MAX_TOP_LOGPROBS
 
 _BLOCK = 4096
 _CAPACITY = tl.constexpr(triton.next_power_of_2(MAX_TOP_LOGPROBS))
@@ -49,7 +49,7 @@ def find_logprobs(
     logits: torch.Tensor,
     rows: torch.Tensor,
     token_ids: torch.Tensor,
-    state: RowState,
+    state: RowTensors,
     workspace: LogprobWorkspace,
     output: torch.Tensor,
 ) -> None:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llm.sampling.row_state import ROW_FIELDS, RowKind
+from llm.core.row_tensors import ROW_FIELDS, RowKind
 
 
 def _word(name: str) -> tl.constexpr:

@@ -20,13 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.config import MAX_TOP_LOGPROBS
+from llm.core.row_tensors import RowTensors
 from llm.kernels.adjust import adjust_logits
 from llm.kernels.cuts import KEY_SHIFT, row_threshold, softmax_stats
 from llm.kernels.logprobs import LogprobWorkspace, find_logprobs
 from llm.kernels.row_fields import KIND, MIN_P, PENALISED, TEMPERATURE, TOP_K, TOP_P, float_field, int_field, seed_field
-from llm.sampling.draw import Draw
-from llm.sampling.row_state import RowState
-from llm.serving.schemas import MAX_TOP_LOGPROBS
 
 _GREEDY_BELOW = tl.constexpr(1e-5)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -115,23 +114,23 @@ class DrawnTokens:
         shapes = (max_draws,), (max_draws, 1 + 2 * MAX_TOP_LOGPROBS)
         return cls(*(torch.zeros(s, dtype=torch.int32, device=device, pin_memory=pin_memory) for s in shapes))
 
-    def draw(self, index: int, num_top: int) -> Draw:
-        """One of the draws with its log probabilities, once all of it is on the host.
+    def logprobs_of(self, index: int, num_top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+        """Log probabilities of one draw on the host: of its token; and of the likeliest, beside their ids.
 
         Args:
-            num_top: of the likeliest tokens, as many as the vocabulary has at most.
+            num_top: how many of the likeliest, as many as the vocabulary has at most.
         """
         words = self.logprobs[index].numpy()
         numbers = words.view(np.float32)
         top_ids, top = words[1 : 1 + num_top].tolist(), numbers[1 + MAX_TOP_LOGPROBS :][:num_top].tolist()
-        return Draw(int(self.token_ids[index]), float(numbers[0]), tuple(zip(top_ids, top, strict=True)))
+        return float(numbers[0]), tuple(zip(top_ids, top, strict=True))
 
 
 def draw_tokens(
     logits: torch.Tensor,
     rows: torch.Tensor,
     positions: torch.Tensor,
-    state: RowState,
+    state: RowTensors,
     workspace: SamplingWorkspace,
     output: DrawnTokens,
     last_token_ids: torch.Tensor,
@@ -170,7 +169,7 @@ def _draw(
     logits: torch.Tensor,
     rows: torch.Tensor,
     positions: torch.Tensor,
-    state: RowState,
+    state: RowTensors,
     workspace: SamplingWorkspace,
     token_ids: torch.Tensor,
     last_token_ids: torch.Tensor,
@@ -198,7 +197,7 @@ def find_thresholds(
     logits: torch.Tensor,
     rows: torch.Tensor,
     positions: torch.Tensor,
-    state: RowState,
+    state: RowTensors,
     workspace: SamplingWorkspace,
     *,
     which: int = 0,
@@ -220,7 +219,7 @@ def find_thresholds(
 
 
 def _find_best(
-    logits: torch.Tensor, rows: torch.Tensor, state: RowState, workspace: SamplingWorkspace, which: int
+    logits: torch.Tensor, rows: torch.Tensor, state: RowTensors, workspace: SamplingWorkspace, which: int
 ) -> None:
     num_draws, vocab_size = logits.shape
     block = _block_size(num_draws, vocab_size)

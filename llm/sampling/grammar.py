@@ -8,7 +8,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from threading import Lock
 
@@ -17,7 +17,6 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llm.errors import InvalidRequestError
 from llm.sampling.constraint import Constraint
 from llm.serving.schemas import Grammar, GrammarKind
-from llm.serving.sequence import Sequence
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 MAX_GRAMMAR_CHARS = 256 << 10
@@ -74,7 +73,7 @@ class GrammarCompiler:
         if compiled is None:
             compiled = LLMatcher(self._ll_tokenizer, to_llguidance(grammar), limits=_LIMITS)
             if compiled.is_error():
-                raise _invalid(_first_line(compiled.get_error()))
+                raise invalid_grammar(_first_line(compiled.get_error()))
             with self._lock:
                 self._compiled[grammar] = compiled
                 while len(self._compiled) > _MAX_COMPILED:
@@ -89,13 +88,13 @@ class GrammarCompiler:
         constraint = Constraint(self.compile(grammar))
         constraint.advance(output_ids, num_prompt_tokens=0)
         if constraint.failure is not None:
-            raise _invalid("the tokens generated so far do not fit the grammar")
+            raise invalid_grammar("the tokens generated so far do not fit the grammar")
         return constraint
 
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:
         if not self._tokenizer.eos_token_ids:
-            raise _invalid("it needs a model with an end-of-sequence token; this one has none")
+            raise invalid_grammar("it needs a model with an end-of-sequence token; this one has none")
         return LLTokenizer(
             self._tokenizer.definition, n_vocab=self._vocab_size, eos_token=sorted(self._tokenizer.eos_token_ids)
         )
@@ -108,7 +107,7 @@ def to_llguidance(grammar: Grammar) -> str:
         InvalidRequestError: it is too large or too deep, or no JSON where that is what it should be.
     """
     if len(grammar.text) > MAX_GRAMMAR_CHARS:
-        raise _invalid(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
+        raise invalid_grammar(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
             return _from_schema({"type": "object"})
@@ -117,7 +116,7 @@ def to_llguidance(grammar: Grammar) -> str:
         case GrammarKind.CHOICE:
             choices = _parse(grammar.text)
             if not (isinstance(choices, list) and choices and all(isinstance(c, str) and c for c in choices)):
-                raise _invalid("choices must be a list of strings that are not empty")
+                raise invalid_grammar("choices must be a list of strings that are not empty")
             return str(LLMatcher.grammar_from_regex("|".join(map(_literal, choices))))
         case GrammarKind.REGEX:
             return str(LLMatcher.grammar_from_regex(grammar.text))
@@ -127,9 +126,9 @@ def to_llguidance(grammar: Grammar) -> str:
 
 def _from_schema(schema: object) -> str:
     if not isinstance(schema, (dict, bool)):
-        raise _invalid("a JSON schema is an object")
+        raise invalid_grammar("a JSON schema is an object")
     if isinstance(schema, dict) and _depth(schema) > _MAX_DEPTH:
-        raise _invalid(f"the schema is nested more than {_MAX_DEPTH} levels deep")
+        raise invalid_grammar(f"the schema is nested more than {_MAX_DEPTH} levels deep")
     return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))  # type: ignore[arg-type]
 
 
@@ -137,7 +136,7 @@ def _parse(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise _invalid("it is not valid JSON, or nested too deeply") from None
+        raise invalid_grammar("it is not valid JSON, or nested too deeply") from None
 
 
 def _depth(value: object) -> int:
@@ -164,48 +163,6 @@ def _first_line(error: str) -> str:
     return re.split(r"\n|\s{2,}", error.strip())[0][:300]
 
 
-def _invalid(message: str) -> InvalidRequestError:
+def invalid_grammar(message: str) -> InvalidRequestError:
+    """What is raised where a grammar cannot be followed."""
     return InvalidRequestError(f"grammar: {message}", param="grammar", code="invalid_grammar")
-
-
-class CompilingRequests:
-    """Sequences that wait for their grammar.
-
-    Args:
-        compiler: None where there is no tokenizer to compile for.
-    """
-
-    def __init__(self, compiler: GrammarCompiler | None) -> None:
-        self._compiler = compiler
-        self._futures: dict[Sequence, Future[Constraint]] = {}
-
-    def __len__(self) -> int:
-        return len(self._futures)
-
-    def add(self, sequence: Sequence) -> None:
-        """Begin to compile a sequence's grammar.
-
-        Raises:
-            InvalidRequestError: this engine can do no grammars.
-        """
-        if self._compiler is None:
-            raise _invalid("this engine has no tokenizer to follow one with")
-        assert sequence.request.grammar is not None, "asked for"
-        self._futures[sequence] = self._compiler.start(sequence.request.grammar, sequence.request.output_token_ids)
-
-    def discard(self, sequence: Sequence) -> bool:
-        """Forget a sequence; False if it does not wait here."""
-        return self._futures.pop(sequence, None) is not None
-
-    def take(self, timeout_s: float) -> list[tuple[Sequence, str | None]]:
-        """Sequences whose grammar is there, and why not where it could not be compiled; waits for the first one."""
-        done, _ = wait(self._futures.values(), timeout_s, return_when=FIRST_COMPLETED)
-        taken: list[tuple[Sequence, str | None]] = []
-        for sequence, future in list(self._futures.items()):
-            if future in done:
-                del self._futures[sequence]
-                error = future.exception()
-                if error is None:
-                    sequence.constraint = future.result()
-                taken.append((sequence, None if error is None else str(error)))
-        return taken

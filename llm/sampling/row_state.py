@@ -2,49 +2,14 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from enum import IntFlag
 
 import numpy as np
 import torch
 
+from llm.core.row_tensors import ROW_FIELDS, RowKind, RowTensors
 from llm.sampling.constraint import Int32Array, words_of
 from llm.sampling.uploads import Uploads
 from llm.serving.schemas import GenerationRequest
-
-MAX_ENTRIES = 2048
-"""Biases and banned ids of one row, together."""
-
-
-class RowKind(IntFlag):
-    """What a row's logits go through before its cuts, if anything."""
-
-    PENALISED = 1
-    HAS_ENTRIES = 2
-    """Biases, or ids that must not be drawn."""
-    BOUND = 4
-    """There are bits for the ids that may be drawn."""
-
-
-ROW_FIELDS = np.dtype(
-    [
-        ("temperature", np.float32),
-        ("top_k", np.int32),
-        ("top_p", np.float32),
-        ("min_p", np.float32),
-        ("repetition_penalty", np.float32),
-        ("presence_penalty", np.float32),
-        ("frequency_penalty", np.float32),
-        ("kind", np.int32),
-        ("num_biases", np.int32),
-        ("num_bans", np.int32),
-        ("banned_before", np.int32),
-        ("num_logprobs", np.int32),
-        ("seed", np.int64),
-        ("unused", np.int64),
-    ]
-)
-"""One row's parameters, 16 words of 32 bits. As in `GenerationRequest`, but: `top_k` is 0 for off; `banned_before`
-is the position from which the banned ids may be drawn; `num_logprobs` is one more than was asked for, 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +45,7 @@ class RowState:
         uploads: how the host's values get there.
 
     Attributes:
-        fields: (rows, 16) int32, each row a `ROW_FIELDS`.
-        counts: (rows, vocab_size) int32, written for rows with penalties only: twice how often the output holds the id,
-            plus 1 if the prompt does.
-        entry_ids: (rows, MAX_ENTRIES) int32: `num_biases` ids that are biased, then `num_bans` that are banned.
-        entry_values: (rows, MAX_ENTRIES) float32, what is added to the logits of the first.
-        allowed: (rows, vocab_size / 32) int32, a bit an id, the lowest of the first word first; for bound rows only.
+        tensors: what the kernels read.
     """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device, uploads: Uploads) -> None:
@@ -93,11 +53,7 @@ class RowState:
         self._uploads = uploads
         self._mirror = np.zeros(num_rows, dtype=ROW_FIELDS)
         self._mirror["top_p"] = 1
-        self.fields = torch.zeros(num_rows, ROW_FIELDS.itemsize // 4, dtype=torch.int32, device=device)
-        self.counts = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)
-        self.entry_ids = torch.zeros(num_rows, MAX_ENTRIES, dtype=torch.int32, device=device)
-        self.entry_values = torch.zeros(num_rows, MAX_ENTRIES, dtype=torch.float32, device=device)
-        self.allowed = torch.full((num_rows, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        self.tensors = RowTensors.allocate(num_rows, vocab_size, device)
 
     def start(self, starts: SequenceOf[RowStart]) -> None:
         """Write the rows of sequences that take them, by copies that later kernels wait for."""
@@ -118,7 +74,7 @@ class RowState:
                 0 if request.logprobs is None else 1 + request.logprobs, request.seed, 0,
             )  # fmt: skip
         sent = self._uploads.send(self._mirror.view(np.int32))
-        self.fields.copy_(sent.view(self.fields.shape))
+        self.tensors.fields.copy_(sent.view(self.tensors.fields.shape))
         penalised = [start for start in starts if start.request.uses_penalties]
         if penalised:
             self._count(penalised)
@@ -130,20 +86,20 @@ class RowState:
             words: (rows, vocab_size / 32) int32, an array or memory of `Uploads.tensor`.
         """
         index = self._uploads.send(np.asarray(rows, dtype=np.int64))
-        self.allowed.index_copy_(0, index, self._uploads.send(words))
+        self.tensors.allowed.index_copy_(0, index, self._uploads.send(words))
 
     def _write_entries(self, row: int, ids: list[int], values: list[float], bans: list[int]) -> None:
         ids = ids + bans
-        self.entry_ids[row, : len(ids)].copy_(self._uploads.send(np.asarray(ids, dtype=np.int32)))
+        self.tensors.entry_ids[row, : len(ids)].copy_(self._uploads.send(np.asarray(ids, dtype=np.int32)))
         if values:
             sent = self._uploads.send(np.asarray(values, dtype=np.float32))
-            self.entry_values[row, : len(values)].copy_(sent)
+            self.tensors.entry_values[row, : len(values)].copy_(sent)
 
     def _count(self, starts: SequenceOf[RowStart]) -> None:
         """Count the tokens that these rows have already."""
-        counts = self.counts.view(-1)
+        counts = self.tensors.counts.view(-1)
         rows = self._uploads.send(np.array([start.row for start in starts], dtype=np.int64))
-        self.counts.index_fill_(0, rows, 0)
+        self.tensors.counts.index_fill_(0, rows, 0)
         prompts, outputs = (
             np.concatenate([start.row * self.vocab_size + np.asarray(ids, dtype=np.int64) for start, ids in parts])
             for parts in (

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Collection, Sequence
 
 from llm.config import EngineConfig
+from llm.core.row_tensors import MAX_ENTRIES
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.sampling.row_state import MAX_ENTRIES
 from llm.serving.scheduler import Scheduler
 from llm.serving.schemas import GenerationRequest
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 import torch
 
-from llm.sampling.row_state import ROW_FIELDS, RowStart, RowState
+from llm.core.row_tensors import ROW_FIELDS
+from llm.sampling.row_state import RowStart, RowState
 from llm.sampling.uploads import Uploads
 from llm.serving.scheduler import ScheduledSequence
 from llm.serving.sequence import Sequence

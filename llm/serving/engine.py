@@ -17,9 +17,10 @@ from llm.models.loading import Progress, load_decoder
 from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
 from llm.sampling.draw import NOTHING, Draw
-from llm.sampling.grammar import CompilingRequests, GrammarCompiler
+from llm.sampling.grammar import GrammarCompiler
 from llm.serving import device_health
 from llm.serving.checks import check_request, fit_context_to_pool, longest_context, with_overrides
+from llm.serving.compiling import CompilingRequests
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import LaunchedStep
 from llm.serving.offline import Vectors, run_to_end, vectors_of

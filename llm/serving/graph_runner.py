@@ -68,7 +68,8 @@ class LaunchedGraphs:
                 self._done.synchronize()
             self._draws = list(map(Draw, self._drawn.token_ids[: len(self._draw_rows)].tolist()))
             for index, num_top in self._wanted:
-                self._draws[index] = self._drawn.draw(index, num_top)
+                logprob, top = self._drawn.logprobs_of(index, num_top)
+                self._draws[index] = Draw(self._draws[index].token_id, logprob, top)
         return self._draws
 
     def vectors(self) -> dict[int, bytes]:
@@ -304,7 +305,7 @@ class GraphRunner:
             self._decoder.logits(self._hidden[:num_draws]),
             self._inputs["draw_rows"][:num_draws],
             self._inputs["draw_positions"][:num_draws],
-            self._rows.sampling,
+            self._rows.sampling.tensors,
             self._sampling_workspace,
             self._drawn,
             self._rows.last_token_ids,

@@ -9,9 +9,8 @@ from typing import Annotated, Self
 import msgspec
 from pydantic import Field, model_validator
 
-from llm.config import StrictModel
+from llm.config import MAX_TOP_LOGPROBS, StrictModel
 
-MAX_TOP_LOGPROBS = 20
 INT64_MAX = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]

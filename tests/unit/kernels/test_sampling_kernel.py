@@ -71,9 +71,10 @@ class Drawing:
         place = torch.randperm(num_rows, generator=torch.Generator().manual_seed(num_rows))[:num_draws]
         self.rows = place.int().to(DEVICE)
         self.positions = torch.tensor([row.position for row in rows], dtype=torch.int32, device=DEVICE)
-        self.state = RowState(num_rows, vocab_size, DEVICE, Uploads(DEVICE, 1 << 16, 1))
+        self.rows_state = RowState(num_rows, vocab_size, DEVICE, Uploads(DEVICE, 1 << 16, 1))
+        self.state = self.rows_state.tensors
         self.state.counts.fill_(POISON)
-        self.state.start([start_of(*pair) for pair in zip(place.tolist(), rows, strict=True)])
+        self.rows_state.start([start_of(*pair) for pair in zip(place.tolist(), rows, strict=True)])
         self.workspace = SamplingWorkspace.allocate(num_draws, vocab_size, DEVICE, capacity=capacity)
         logprobs = self.workspace.logprobs
         tensors = [getattr(self.workspace, name) for name in SamplingWorkspace.__slots__ if name != "logprobs"]
@@ -419,7 +420,7 @@ def test_a_row_that_is_taken_again_forgets_what_was_before():
     drawing = Drawing(create_logits(1, 40), create_rows(kinds))
     drawing.token_ids()
     place = int(drawing.rows[0])
-    drawing.state.start([start_of(place, create_rows([{"presence_penalty": 1.0, "output_ids": [7, 7, 9]}])[0])])
+    drawing.rows_state.start([start_of(place, create_rows([{"presence_penalty": 1.0, "output_ids": [7, 7, 9]}])[0])])
     expected = torch.zeros(40, dtype=torch.int32)
     expected[[7, 9]] = torch.tensor([4, 2], dtype=torch.int32)
     assert torch.equal(drawing.state.counts[place].cpu(), expected)
@@ -452,9 +453,8 @@ def test_log_probabilities_are_the_references(vocab_size: int, dtype: torch.dtyp
         if row.num_logprobs is None:
             assert (output.logprobs[i] == POISON).all()
             continue
-        drawn = output.draw(i, min(row.num_logprobs, vocab_size))
-        assert drawn.token_id == token_ids[i] == expected[i].token_id
-        assert drawn.logprob == pytest.approx(expected[i].logprob, abs=2e-5)
-        assert [token_id for token_id, _ in drawn.top] == [token_id for token_id, _ in expected[i].top]
-        values = [value for _, value in expected[i].top]
-        assert [value for _, value in drawn.top] == pytest.approx(values, abs=2e-5)
+        logprob, top = output.logprobs_of(i, min(row.num_logprobs, vocab_size))
+        assert token_ids[i] == expected[i].token_id
+        assert logprob == pytest.approx(expected[i].logprob, abs=2e-5)
+        assert [token_id for token_id, _ in top] == [token_id for token_id, _ in expected[i].top]
+        assert [value for _, value in top] == pytest.approx([value for _, value in expected[i].top], abs=2e-5)

@@ -1,0 +1,50 @@
+"""Sequences whose grammar is compiled in a thread while they wait beside the queue."""
+
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+
+from llm.sampling.constraint import Constraint
+from llm.sampling.grammar import GrammarCompiler, invalid_grammar
+from llm.serving.sequence import Sequence
+
+
+class CompilingRequests:
+    """Sequences that wait for their grammar.
+
+    Args:
+        compiler: None where there is no tokenizer to compile for.
+    """
+
+    def __init__(self, compiler: GrammarCompiler | None) -> None:
+        self._compiler = compiler
+        self._futures: dict[Sequence, Future[Constraint]] = {}
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def add(self, sequence: Sequence) -> None:
+        """Begin to compile a sequence's grammar.
+
+        Raises:
+            InvalidRequestError: this engine can do no grammars.
+        """
+        if self._compiler is None:
+            raise invalid_grammar("this engine has no tokenizer to follow one with")
+        assert sequence.request.grammar is not None, "asked for"
+        self._futures[sequence] = self._compiler.start(sequence.request.grammar, sequence.request.output_token_ids)
+
+    def discard(self, sequence: Sequence) -> bool:
+        """Forget a sequence; False if it does not wait here."""
+        return self._futures.pop(sequence, None) is not None
+
+    def take(self, timeout_s: float) -> list[tuple[Sequence, str | None]]:
+        """Sequences whose grammar is there, and why not where it could not be compiled; waits for the first one."""
+        done, _ = wait(self._futures.values(), timeout_s, return_when=FIRST_COMPLETED)
+        taken: list[tuple[Sequence, str | None]] = []
+        for sequence, future in list(self._futures.items()):
+            if future in done:
+                del self._futures[sequence]
+                error = future.exception()
+                if error is None:
+                    sequence.constraint = future.result()
+                taken.append((sequence, None if error is None else str(error)))
+        return taken
