@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from benchmarks.routing_trace import BLOCK_TOKENS, TraceRequest
-from llm.core.slot_pool import SlotPool
+from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats
 
 

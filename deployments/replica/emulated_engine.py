@@ -11,9 +11,9 @@ import numpy as np
 
 from deployments.config import EmulatedFault, EmulationConfig
 from llm.config import EngineConfig
-from llm.core.prefix_cache import PageHashes
-from llm.core.slot_pool import SlotPool
 from llm.errors import EngineError, InvalidRequestError
+from llm.scheduling.prefix_cache import PageHashes
+from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import (
     EngineStats,
     FinishReason,

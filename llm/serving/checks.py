@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from llm.config import EngineConfig
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.serving.scheduler import Scheduler
+from llm.scheduling.scheduler import Scheduler
 from llm.serving.schemas import GenerationRequest
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from llm.kernels.sampling import RowSampling
-from llm.serving.scheduler import ScheduledSequence
-from llm.serving.sequence import Sequence
+from llm.scheduling.scheduler import ScheduledSequence
+from llm.scheduling.sequence import Sequence
 
 _MOST_NEW_PAGES = 4096
 """Of a step, for which there is memory from the start."""

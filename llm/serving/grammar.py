@@ -16,8 +16,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from llm.core.constraint import Constraint
 from llm.errors import InvalidRequestError
+from llm.scheduling.sequence import Sequence
 from llm.serving.schemas import Grammar, GrammarKind
-from llm.serving.sequence import Sequence
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 MAX_GRAMMAR_CHARS = 256 << 10

@@ -16,9 +16,9 @@ from llm.core.sampling import Draw, draw
 from llm.kernels.sampling import SamplingWorkspace, draw_tokens, mask_logits
 from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
+from llm.scheduling.sequence import ScheduledSequence, StepPlan
 from llm.serving.device_rows import DeviceRows
 from llm.serving.model_runner import DrawMasks, any_constrained, draws_of, sampling_row
-from llm.serving.sequence import ScheduledSequence, StepPlan
 from llm.serving.step_inputs import MaskBuffers, StepInputs, fill, ranges
 from llm.serving.vector_rows import VectorRows
 

@@ -14,7 +14,7 @@ from llm.core.constraint import Int32Array, TokenMasks
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.sampling import Draw, SamplingRow, sample
 from llm.models.decoder import DecoderModel
-from llm.serving.sequence import ScheduledSequence, Sequence, StepPlan
+from llm.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 
 
 class LaunchedStep(Protocol):

@@ -4,10 +4,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence as SequenceOf
 from heapq import heappop, heappush
 
-from llm.core.slot_pool import SlotPool
-from llm.serving.prompt_lookup import PromptLookup
-from llm.serving.schemas import Pooling
-from llm.serving.sequence import (
+from llm.scheduling.prompt_lookup import PromptLookup
+from llm.scheduling.sequence import (
     ScheduledSequence,
     Sequence,
     SequenceStatus,
@@ -18,6 +16,8 @@ from llm.serving.sequence import (
     are_worth_guessing,
     next_part,
 )
+from llm.scheduling.slot_pool import SlotPool
+from llm.serving.schemas import Pooling
 
 __all__ = ["ScheduledSequence", "Scheduler", "StepPlan", "TokenEvent"]
 _CROWD = 2

@@ -8,8 +8,8 @@ from enum import Enum, auto
 import msgspec
 
 from llm.core.constraint import Constraint
-from llm.core.prefix_cache import PageHashes
-from llm.serving.prompt_lookup import PromptLookup
+from llm.scheduling.prefix_cache import PageHashes
+from llm.scheduling.prompt_lookup import PromptLookup
 from llm.serving.schemas import FinishReason, GenerationRequest, Pooling
 
 _MOST_PER_GUESS = 8
