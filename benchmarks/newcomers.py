@@ -12,11 +12,11 @@ import random
 from collections import deque
 from typing import Any, NamedTuple
 
-import llm.serving.scheduler as scheduling
+import llm.scheduling.scheduler as scheduling
 from benchmarks.engine_rows import percentile
-from llm.core.slot_pool import SlotPool
+from llm.scheduling.sequence import Sequence, StepPlan
+from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import GenerationRequest
-from llm.serving.sequence import Sequence, StepPlan
 
 _NUM_REQUESTS = 256
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from benchmarks.routing_trace import BLOCK_TOKENS, TraceRequest
-from llm.core.slot_pool import SlotPool
+from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats
 
 
@@ -213,14 +213,9 @@ class SimulatedReplica:
         if len(self._prefilling) + len(self._decoding) >= self.speed.max_rows:
             return False
         trace, pool = request.request, self.pool
-        cached = []
-        for block in trace.block_hashes[: (trace.num_prompt_tokens - 1) // BLOCK_TOKENS]:
-            page = pool.find(block)
-            if page is None:
-                break
-            cached.append(page)
+        cached = pool.find_prefix(trace.block_hashes[: (trace.num_prompt_tokens - 1) // BLOCK_TOKENS])
         num_new = pool.pages_for(trace.num_prompt_tokens + trace.num_output_tokens) - len(cached)
-        if num_new + sum(pool.is_cached(page) for page in cached) > pool.num_available:
+        if num_new + pool.count_cached(cached) > pool.num_available:
             return False
         for page in cached:
             pool.share(page)

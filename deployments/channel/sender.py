@@ -22,7 +22,7 @@ from deployments.channel.messages import (
     block_hash,
     encode,
 )
-from llm.core.slot_pool import ContentChanges
+from llm.scheduling.slot_pool import ContentChanges
 from llm.serving.schemas import EngineStats, TokenLogprobs
 
 MAX_BLOCKS_A_REPORT = 8_192

@@ -11,9 +11,9 @@ import numpy as np
 
 from deployments.config import EmulatedFault, EmulationConfig
 from llm.config import EngineConfig
-from llm.core.prefix_cache import PageHashes
-from llm.core.slot_pool import SlotPool
 from llm.errors import EngineError, InvalidRequestError
+from llm.scheduling.prefix_cache import PageHashes
+from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import (
     EngineStats,
     FinishReason,
@@ -228,13 +228,8 @@ class EmulatedEngine:
         num_pages = min(pool.pages_for(longest), pool.num_pages)
         # At least one token is left to compute, as in a real engine.
         hashes = PageHashes(page_size, row.request.cache_salt.encode()).extend(row.prompt, len(row.prompt) - 1)
-        shared = []
         may_share = self.config.enable_prefix_caching and row.request.pooling is not Pooling.MEAN
-        for content in hashes if may_share else ():
-            page = pool.find(content)
-            if page is None:
-                break
-            shared.append(page)
+        shared = pool.find_prefix(hashes) if may_share else []
         for page in shared:
             pool.share(page)
         if pool.num_available < num_pages - len(shared):

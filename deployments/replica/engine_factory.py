@@ -12,7 +12,7 @@ from deployments.config import AppConfig, DType, EngineKind
 from deployments.fingerprint import fingerprint_of
 from deployments.replica.emulated_engine import EmulatedEngine
 from llm.config import ModelConfig
-from llm.core.slot_pool import SlotPool
+from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats, GenerationRequest, StepOutput
 
 PROGRESS_MARK = "weights loaded, of bytes:"

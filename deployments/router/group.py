@@ -8,8 +8,8 @@ from deployments.errors import DeadlineError, KeyRevokedError
 from deployments.router.batch import CallBatches
 from deployments.router.caller import Caller
 from deployments.router.generation import Generation
-from llm.core.prefix_cache import PageHashes
 from llm.errors import EngineError
+from llm.scheduling.prefix_cache import PageHashes
 from llm.serving.schemas import GenerationRequest
 
 _PAGES_WORTH_SHARING = 2

@@ -1,1 +1,1 @@
-"""Memory of a sequence (caches, pages) and the choice of its next token."""
+"""Keys and values of sequences, and the choice of the next token."""

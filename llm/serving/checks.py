@@ -7,7 +7,7 @@ from llm.config import EngineConfig
 from llm.core.row_tensors import MAX_ENTRIES
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.serving.scheduler import Scheduler
+from llm.scheduling.scheduler import Scheduler
 from llm.serving.schemas import GenerationRequest
 
 logger = logging.getLogger(__name__)

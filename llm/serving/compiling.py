@@ -4,7 +4,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from llm.sampling.constraint import Constraint
 from llm.sampling.grammar import GrammarCompiler, invalid_grammar
-from llm.serving.sequence import Sequence
+from llm.scheduling.sequence import Sequence
 
 
 class CompilingRequests:

@@ -8,8 +8,8 @@ import torch
 from llm.core.row_tensors import ROW_FIELDS
 from llm.sampling.row_state import RowStart, RowState
 from llm.sampling.uploads import Uploads
-from llm.serving.scheduler import ScheduledSequence
-from llm.serving.sequence import Sequence
+from llm.scheduling.scheduler import ScheduledSequence
+from llm.scheduling.sequence import Sequence
 
 _MOST_NEW_TOKENS = 65_536
 """Of a step, in prompts of rows with penalties or in new pages, for which there is memory from the start."""

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from llm.config import EngineConfig
-from llm.core.slot_pool import SlotPool
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
 from llm.models.loading import Progress, load_decoder
@@ -18,6 +17,9 @@ from llm.models.lora import load_lora
 from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
 from llm.sampling.draw import NOTHING, Draw
 from llm.sampling.grammar import GrammarCompiler
+from llm.scheduling.scheduler import Scheduler, StepPlan, TokenEvent
+from llm.scheduling.sequence import Sequence, SequenceStatus, VectorEvent
+from llm.scheduling.slot_pool import SlotPool
 from llm.serving import device_health
 from llm.serving.checks import check_request, fit_context_to_pool, longest_context, with_overrides
 from llm.serving.compiling import CompilingRequests
@@ -25,7 +27,6 @@ from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import LaunchedStep
 from llm.serving.offline import Vectors, run_to_end, vectors_of
 from llm.serving.runners import make_runner
-from llm.serving.scheduler import Scheduler, StepPlan, TokenEvent
 from llm.serving.schemas import (
     EngineStats,
     FinishReason,
@@ -36,7 +37,6 @@ from llm.serving.schemas import (
     StepOutput,
     TokenLogprobs,
 )
-from llm.serving.sequence import Sequence, SequenceStatus, VectorEvent
 from llm.tokenization.hf_tokenizer import HFTokenizer
 from llm.tokenization.text_stream import TextStream
 from llm.tokenization.tokenizer import Tokenizer

@@ -16,9 +16,9 @@ from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
 from llm.sampling.constraint import Int32Array
 from llm.sampling.draw import Draw
+from llm.scheduling.sequence import ScheduledSequence, StepPlan
 from llm.serving.device_rows import DeviceRows
 from llm.serving.model_runner import Drawing, DrawMasks, draws_of
-from llm.serving.sequence import ScheduledSequence, StepPlan
 from llm.serving.step_inputs import StepInputs, fill, ranges
 from llm.serving.vector_rows import VectorRows
 

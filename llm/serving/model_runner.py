@@ -14,7 +14,7 @@ from llm.core.paged_kv_cache import PagedKVCache
 from llm.models.decoder import DecoderModel
 from llm.sampling.constraint import Int32Array, TokenMasks, words_of
 from llm.sampling.draw import Draw, SamplingRow, sample
-from llm.serving.sequence import ScheduledSequence, StepPlan
+from llm.scheduling.sequence import ScheduledSequence, StepPlan
 
 Drawing = tuple[ScheduledSequence, int, int]
 """A draw of a step: part, position of the token to draw, index in the step of the token before it."""

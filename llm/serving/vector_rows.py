@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from llm.kernels.pooling import add_states
+from llm.scheduling.sequence import ScheduledSequence
 from llm.serving.model_runner import vector_bytes
-from llm.serving.sequence import ScheduledSequence
 
 
 class VectorRows:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from deployments.channel.listener import TokenListener
 from deployments.channel.messages import Report, TokenItem
 from deployments.channel.sender import TokenSender
-from llm.core.slot_pool import ContentChanges
+from llm.scheduling.slot_pool import ContentChanges
 from llm.serving.schemas import EngineStats
 
 STATS = EngineStats(1, 2, 3, 4, 5, 6, 15, 16, 0, 7, 8, 9)

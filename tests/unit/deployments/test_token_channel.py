@@ -25,7 +25,7 @@ from deployments.channel.messages import (
     encode,
 )
 from deployments.channel.sender import MAX_BLOCKS_A_REPORT, TokenSender
-from llm.core.slot_pool import ContentChanges
+from llm.scheduling.slot_pool import ContentChanges
 from llm.serving.schemas import FinishReason, TokenLogprobs
 
 pytestmark = pytest.mark.timeout(60)

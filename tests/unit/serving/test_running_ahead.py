@@ -15,8 +15,8 @@ from small_engines import (
     tokens_of,
 )
 
+from llm.scheduling.scheduler import StepPlan
 from llm.serving.model_runner import EagerRunner, LaunchedStep
-from llm.serving.scheduler import StepPlan
 from llm.serving.schemas import FinishReason
 
 

@@ -21,10 +21,10 @@ from small_engines import (
 
 from llm.config import EngineConfig
 from llm.models.decoder import DecoderModel
+from llm.scheduling.scheduler import Scheduler, StepPlan
+from llm.scheduling.sequence import ScheduledSequence, Sequence
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.scheduler import Scheduler, StepPlan
 from llm.serving.schemas import FinishReason, GenerationRequest, GenerationResult
-from llm.serving.sequence import ScheduledSequence, Sequence
 from llm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo"

@@ -100,11 +100,13 @@ class SlotPool:
 
         Pass pages in the order of the sequence: its last ones are then given up first, its head stays longest.
         """
+        num_users, content = self._num_users, self._content
         for page in reversed(list(pages)):
-            assert self._num_users[page] > 0, f"page {page} released more often than taken"
-            self._num_users[page] -= 1
-            if self._num_users[page] == 0:
-                if page in self._content:
+            num_left = num_users[page] - 1
+            assert num_left >= 0, f"page {page} released more often than taken"
+            num_users[page] = num_left
+            if not num_left:
+                if page in content:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
@@ -122,9 +124,19 @@ class SlotPool:
         """The page that holds `content`, used or cached, or None. Changes nothing."""
         return self._page_of.get(content)
 
-    def is_cached(self, page: int) -> bool:
-        """Whether a page has content and no user."""
-        return page in self._cached
+    def find_prefix(self, contents: Iterable[int]) -> list[int]:
+        """The pages that hold `contents` in order, up to the first content that no page holds. Changes nothing."""
+        pages = []
+        for content in contents:
+            page = self._page_of.get(content)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def count_cached(self, pages: Iterable[int]) -> int:
+        """How many of these pages have content and no user."""
+        return sum(map(self._cached.__contains__, pages))
 
     def share(self, page: int) -> None:
         """Become one more user of a page that `find` returned."""

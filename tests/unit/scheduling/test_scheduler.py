@@ -4,9 +4,9 @@ import pytest
 from hypothesis import event, given, settings, strategies as st
 from scheduler_pipeline import PAGE_SIZE, Pipeline, create_scheduler, create_sequence, expected_output
 
-from llm.serving.scheduler import Scheduler, StepPlan
+from llm.scheduling.scheduler import Scheduler, StepPlan
+from llm.scheduling.sequence import Sequence
 from llm.serving.schemas import FinishReason
-from llm.serving.sequence import Sequence
 
 
 def run_step(scheduler: Scheduler, token_id: int = 7) -> list[tuple[Sequence, int, int]]:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llm.serving.prompt_lookup import PromptLookup
+from llm.scheduling.prompt_lookup import PromptLookup
 
 
 def propose(tokens: list[int], max_tokens: int = 4) -> tuple[int, ...]:

@@ -1,19 +1,20 @@
 """`Sequence`: one request as the engine runs it; its parts in steps, and what came of them."""
 
 import time
-from collections.abc import Collection, Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import count
 
 import msgspec
 
-from llm.core.prefix_cache import PageHashes
 from llm.sampling.constraint import Constraint
-from llm.serving.prompt_lookup import PromptLookup
+from llm.scheduling.prefix_cache import PageHashes
+from llm.scheduling.prompt_lookup import PromptLookup
 from llm.serving.schemas import FinishReason, GenerationRequest, Pooling
 
-_MOST_PER_GUESS = 8
-"""Running sequences for each that can guess its next tokens, up to which its guesses are worth a slower step to all."""
+_arrivals = count()
+_MAX_UNINDEXED = 128
+"""Tokens that a prompt lookup takes in at once; before it guesses, a longer prompt is indexed bit by bit."""
 
 
 class SequenceStatus(Enum):
@@ -34,9 +35,10 @@ class Sequence:
     A step is scheduled before the tokens of the steps ahead of it are known, so a sequence may be longer than the host
     can tell: the tokens in flight stand behind `tokens`.
 
-    The scheduler is the only writer; others read.
+    The scheduler and its parts are the only writers (`PageManager`, `Speculation`); others read.
 
     Attributes:
+        arrival: grows with every sequence; who came first goes first, and is preempted last.
         tokens: prompt and output so far, as far as the host has seen them.
         max_tokens: tokens at which the sequence ends, prompt and output together.
         num_in_flight: draws scheduled whose token the host has not seen; 1 while a step completes its vector.
@@ -46,6 +48,7 @@ class Sequence:
         pages: page ids in order of position; a page that fell behind the window is replaced by the scratch page.
         num_dropped_pages: leading pages that fell behind the window.
         num_registered_pages: leading pages whose content is registered in the pool.
+        keep_at: stored tokens with which there is something to do for `PageManager.keep`.
         lookup: guesses its next tokens, None where nobody does.
         is_speculating: whether a step in flight runs such guesses; until its draws are known nobody knows how many of
             the tokens that `num_in_flight` and `num_computed` count in are the sequence's own.
@@ -57,6 +60,7 @@ class Sequence:
     def __init__(
         self, request: GenerationRequest, prompt_ids: tuple[int, ...], eos_ids: frozenset[int], page_size: int
     ) -> None:
+        self.arrival = next(_arrivals)
         self.request = request
         self.num_prompt_tokens = len(prompt_ids)
         self.tokens = [*prompt_ids, *request.output_token_ids]
@@ -72,6 +76,7 @@ class Sequence:
         self.pages: list[int] = []
         self.num_dropped_pages = 0
         self.num_registered_pages = 0
+        self.keep_at = 0
         self.lookup: PromptLookup | None = None
         self.is_speculating = False
         self.constraint: Constraint | None = None
@@ -127,10 +132,17 @@ class Sequence:
         """Whether a token may be drawn before those before it are certain."""
         return not self.uses_penalties and self.constraint is None and self.pooling is None
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether its lookup, which it has, knows enough of its tokens to take in the rest at once."""
+        return self.lookup is not None and self.lookup.num_unindexed <= _MAX_UNINDEXED
+
     def guesses(self) -> tuple[int, ...]:
         """What its next tokens may be. Nothing before it decodes, nor for its first token here, which comes alone."""
         has_begun = self.num_output_tokens > len(self.request.output_token_ids)
-        return self.lookup.propose() if self.lookup is not None and has_begun and self.num_uncomputed <= 1 else ()
+        if self.lookup is None or not has_begun or self.num_uncomputed > 1 or not self.is_indexed:
+            return ()
+        return self.lookup.propose()
 
     def may_end_at(self, position: int) -> bool:
         """Whether the token at `position`, counted from the prompt's first, may end the sequence by a stop id."""
@@ -234,38 +246,3 @@ def next_part(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         sequence, start, num_tokens, False, sequence.row, sequence.num_preemptions,
         num_pooled=num_tokens if sequence.pooling is Pooling.MEAN else int(is_last), completes_vector=is_last,
     )  # fmt: skip
-
-
-def are_worth_guessing(running: Collection[Sequence]) -> bool:
-    """Whether enough running sequences know what may come next, or guesses are being checked already."""
-    if any(sequence.is_speculating for sequence in running):
-        return True
-    num_able = sum(bool(sequence.guesses()) for sequence in running)
-    return 0 < len(running) <= num_able * _MOST_PER_GUESS
-
-
-def accept(part: ScheduledSequence, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
-    """Give a sequence the tokens that its part with guesses drew: right guesses, and the draw behind the last of them.
-
-    The one writing function beside the scheduler, and for it alone.
-
-    Args:
-        token_ids: draws of the step; the part's begin at `first`.
-
-    Returns:
-        At least one event; the last says whether the sequence ends, which may be before all right guesses are in.
-    """
-    sequence = part.sequence
-    sequence.is_speculating = False
-    sequence.num_in_flight -= part.num_draws
-    events = []
-    for index, guess in enumerate((*part.proposed, None), first):
-        token_id = token_ids[index]
-        sequence.tokens.append(token_id)
-        reason = sequence.finish_reason()
-        events.append(TokenEvent(sequence, token_id, reason, index))
-        if token_id != guess or reason is not None:
-            break
-    # Keys and values of wrong guesses are written over before anything attends to them.
-    sequence.num_computed = len(sequence.tokens) - 1
-    return events

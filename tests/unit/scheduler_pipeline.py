@@ -3,10 +3,10 @@
 from collections import deque
 from itertools import count
 
-from llm.core.slot_pool import SlotPool
-from llm.serving.scheduler import ScheduledSequence, Scheduler, StepPlan
+from llm.scheduling.scheduler import ScheduledSequence, Scheduler, StepPlan
+from llm.scheduling.sequence import Sequence
+from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import GenerationRequest
-from llm.serving.sequence import Sequence
 
 PAGE_SIZE = 4
 _ids = count()

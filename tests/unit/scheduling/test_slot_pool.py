@@ -4,9 +4,9 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from llm.core.prefix_cache import PageHashes
-from llm.core.slot_pool import SlotPool
 from llm.errors import CapacityError
+from llm.scheduling.prefix_cache import PageHashes
+from llm.scheduling.slot_pool import SlotPool
 
 
 def test_allocate_takes_all_or_nothing():

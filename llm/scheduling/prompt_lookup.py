@@ -15,7 +15,7 @@ _MAX_FAILURES = 10
 _PATIENCE = _MAX_MATCH - _MIN_MATCH
 """Failures in a row before there are pauses; the longest is `2 ** (_MAX_FAILURES - _PATIENCE)` tokens."""
 _KEY_BITS = 32
-"""Of one token in a key; more than any id has."""
+"""Number of bits one token takes in a key; no token id needs more."""
 _KEY_MASK = (1 << _KEY_BITS * _MIN_MATCH) - 1
 
 
@@ -53,6 +53,28 @@ class PromptLookup:
         self._num_seen = 0
         """Tokens of the sequence when `_proposal` was made."""
 
+    @property
+    def num_unindexed(self) -> int:
+        """Number of the sequence's tokens that the index does not hold yet."""
+        return len(self._tokens) - len(self._earlier_places)
+
+    def index(self, max_tokens: int) -> int:
+        """Take up to `max_tokens` of the unindexed tokens into the index, earliest first; return how many it took.
+
+        `propose` indexes whatever is left, so whoever cannot wait for a long prompt indexes it bit by bit before.
+        """
+        tokens, earlier, last, key = self._tokens, self._earlier_places, self._last_place, self._key
+        first, end = len(earlier), min(len(tokens), len(earlier) + max_tokens)
+        for position in range(first, end):
+            key = (key << _KEY_BITS | tokens[position]) & _KEY_MASK
+            if position < _MIN_MATCH - 1:
+                earlier.append(0)
+            else:
+                earlier.append(last.get(key, 0))
+                last[key] = position
+        self._key = key
+        return end - first
+
     def propose(self) -> tuple[int, ...]:
         """The tokens that probably come next; none where nothing is known of them. The same until the list grows."""
         num_tokens = len(self._tokens)
@@ -63,7 +85,7 @@ class PromptLookup:
         self._num_seen = num_tokens
         self._proposal = ()
         if num_tokens >= max(self._resume_at, _MIN_MATCH):
-            self._index()
+            self.index(self.num_unindexed)
             place = self._best_place()
             if place:
                 self._proposal = self._tokens_after(place)
@@ -86,18 +108,6 @@ class PromptLookup:
             self._num_failures = min(self._num_failures + 1, _MAX_FAILURES)
             if self._num_failures > _PATIENCE:
                 self._resume_at = len(self._tokens) + 2 ** (self._num_failures - _PATIENCE)
-
-    def _index(self) -> None:
-        """Take in the tokens that are new."""
-        tokens, earlier, last, key = self._tokens, self._earlier_places, self._last_place, self._key
-        for position in range(len(earlier), len(tokens)):
-            key = (key << _KEY_BITS | tokens[position]) & _KEY_MASK
-            if position < _MIN_MATCH - 1:
-                earlier.append(0)
-            else:
-                earlier.append(last.get(key, 0))
-                last[key] = position
-        self._key = key
 
     def _best_place(self) -> int:
         """The earlier position whose last tokens are most like the sequence's own; 0 where too few agree."""

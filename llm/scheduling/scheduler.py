@@ -1,0 +1,360 @@
+"""Which tokens of which sequences run in the next step, and on which pages."""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence as SequenceOf
+from heapq import heappop, heappush
+from operator import attrgetter
+
+from llm.errors import CapacityError
+from llm.scheduling.page_manager import PageManager
+from llm.scheduling.sequence import (
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+    StepPlan,
+    TokenEvent,
+    VectorEvent,
+    next_part,
+)
+from llm.scheduling.slot_pool import SlotPool
+from llm.scheduling.speculation import Speculation
+from llm.scheduling.waiting_queue import WaitingQueue
+
+__all__ = ["ScheduledSequence", "Scheduler", "StepPlan", "TokenEvent"]
+_CROWD = 2
+"""So many newcomers for each sequence that decodes are a crowd."""
+_MOST_TOKENS = 2048  # of a step in which fewer get their shares beside decodes
+_TOKEN_MULTIPLE = 128
+"""Tokens of a step with prefills are a multiple of this where there is a choice."""
+_arrival = attrgetter("arrival")
+
+
+class Scheduler:
+    """Fills each step with decodes first, then prefill chunks, under one token budget.
+
+    Sequences are served in order of arrival, whether they run, wait or come back after preemption; `WaitingQueue` says
+    who may pass one that finds no room. When pages run out, the running sequence that arrived last is preempted: its
+    pages go back and it waits in its place to be recomputed. So the oldest always gets on, nobody waits for ever, and
+    nobody loses pages to one that arrived later.
+
+    A plan counts as run once it is made, so the next can be made before its tokens are known: plans may be in flight,
+    and `apply` takes in their tokens, plan by plan in the order they were made. The device must run the steps in that
+    order too. Then a page may go to another sequence while steps in flight still write to it or read it: whatever the
+    new owner writes comes later. Only its name in the prefix cache must wait for `apply`, when the content is there.
+    A plan that fails is not applied: whoever ran it finishes its sequences instead.
+
+    While guesses are checked (see `Speculation`), no plan is made before those in flight are applied. Otherwise
+    everybody runs ahead, a token a step.
+
+    The work of a step grows with the sequences that run and those that are admitted. Whatever grows with the length of
+    a prompt, hashing and indexing, is spread over steps.
+
+    Writes sequences and the queues, and through its `PageManager` the slot pool; nobody else does.
+
+    Args:
+        pool: pages to hand out.
+        max_batch_size: most sequences that run at once; rows are 0 to `max_batch_size - 1`.
+        max_tokens_per_step: token budget of a step.
+        max_prefill_beside_decodes: prefill tokens for each newcomer beside decodes, unless it is a crowd; None for all.
+        max_seq_len: tokens at which a sequence ends.
+        window_size: tokens behind which no layer looks; pages wholly behind go back to the pool. None for no window.
+        enable_prefix_caching: share full pages between sequences that begin alike.
+        num_speculative_tokens: most guesses a sequence and step; 0 for no speculation.
+        max_draws_per_step: draws that the runner has room for, at least `max_batch_size`; None for any number.
+    """
+
+    def __init__(
+        self,
+        pool: SlotPool,
+        *,
+        max_batch_size: int,
+        max_tokens_per_step: int,
+        max_seq_len: int,
+        max_prefill_beside_decodes: int | None = None,
+        window_size: int | None = None,
+        enable_prefix_caching: bool = True,
+        num_speculative_tokens: int = 0,
+        max_draws_per_step: int | None = None,
+    ) -> None:
+        self.pool = pool
+        self.max_batch_size = max_batch_size
+        self.max_tokens_per_step = max_tokens_per_step
+        self.max_prefill_beside_decodes = max_prefill_beside_decodes or max_tokens_per_step
+        self.max_seq_len = max_seq_len
+        self.window_size = window_size
+        self.num_preemptions = 0
+        self._pages = PageManager(
+            pool, window_size=window_size, max_tokens_per_step=max_tokens_per_step,
+            enable_prefix_caching=enable_prefix_caching,
+        )  # fmt: skip
+        self._speculation = Speculation(
+            self._pages, num_tokens=num_speculative_tokens, max_tokens_per_step=max_tokens_per_step,
+            max_draws_per_step=max_draws_per_step or max_tokens_per_step,
+        )  # fmt: skip
+        self._waiting = WaitingQueue()
+        self.held: set[Sequence] = set()
+        """New sequences that cannot be run yet; `add` or `finish` them."""
+        self._running: list[Sequence] = []
+        """In order of arrival."""
+        self._free_rows = list(range(max_batch_size))
+        """A heap: the lowest goes first, so that rows in use lie close together."""
+
+    @property
+    def has_pending_work(self) -> bool:
+        """Whether any sequence is running or waiting."""
+        return bool(self._running or self._waiting or self.held)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a row, preempted ones included."""
+        return len(self._waiting) + len(self.held)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens still to prefill, of waiting and running sequences."""
+        prefilling = (sequence.num_uncomputed for sequence in self._running if sequence.num_uncomputed > 1)
+        return sum(prefilling) + sum(sequence.num_uncomputed for sequence in self._waiting)
+
+    @property
+    def num_proposed_tokens(self) -> int:
+        """Guesses that ran."""
+        return self._speculation.num_proposed_tokens
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Guesses that were right."""
+        return self._speculation.num_accepted_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence, which must leave room for a token. It ends at the latest when it fills the pool.
+
+        Raises:
+            CapacityError: the pool could not hold its tokens and one more even if it ran alone. Nothing is queued.
+        """
+        max_tokens = min(sequence.max_tokens, self.max_seq_len)
+        if self.pages_needed(max_tokens) > self.pool.num_pages:
+            max_tokens = self.pool.num_pages * self.pool.page_size
+        if self.pages_needed(len(sequence.tokens) + 1) > self.pool.num_pages:
+            raise CapacityError(
+                f"the sequence has {len(sequence.tokens)} tokens; the pool holds {max_tokens}, and one is generated"
+            )
+        assert len(sequence.tokens) < max_tokens, "a sequence that cannot grow would never end"
+        self.held.discard(sequence)
+        sequence.max_tokens = max_tokens
+        self._waiting.add(sequence)
+
+    def schedule(self) -> StepPlan:
+        """Choose the next step and take the pages it writes to.
+
+        Empty only where nothing is pending, or everything that is waits for a plan in flight or has a long prompt that
+        is still being looked up in the prefix cache, with which the next call goes on.
+        """
+        may_guess = self._speculation.is_worthwhile(self._running)
+        if may_guess and any(sequence.num_in_flight for sequence in self._running):
+            return StepPlan(())
+        num_preemptions = self.num_preemptions
+        singles, prefilling = self._decodes()
+        budget = self._prefill_budget(len(singles), len(prefilling))
+        chunks = []
+        for sequence in prefilling:
+            num_tokens = min(sequence.num_uncomputed, budget)
+            if num_tokens and sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, num_tokens):
+                chunks.append(next_part(sequence, num_tokens))
+                budget -= num_tokens
+        if self.num_preemptions == num_preemptions:
+            chunks += self._admissions(budget, prefilling)
+            if may_guess:
+                singles, guessing = self._speculation.add_guesses(singles, chunks, len(self._running))
+                chunks += guessing
+        else:
+            # An old sequence may have preempted a younger one that was to run. Nobody is admitted to the pages that
+            # this made free: those who run already need them next.
+            singles = [part for part in singles if part.sequence.status is SequenceStatus.RUNNING]
+        singles += sorted(chunks, key=lambda part: part.num_tokens > 1)
+        for part in singles:
+            sequence = part.sequence
+            sequence.num_computed += part.num_tokens
+            sequence.num_in_flight += part.draws or part.completes_vector
+        return StepPlan(tuple(singles))
+
+    def apply(self, plan: StepPlan, token_ids: SequenceOf[int]) -> list[TokenEvent | VectorEvent]:
+        """Take in what a step computed. Called once for each plan that ran, in the order they were made.
+
+        What concerns a sequence that ended while the step ran is dropped: the price of planning ahead.
+
+        Args:
+            token_ids: the tokens drawn by the parts of the plan that draw, in order.
+        """
+        draw_index = -1
+        events: list[TokenEvent | VectorEvent] = []
+        for part in plan.scheduled:
+            sequence = part.sequence
+            if part.proposed:
+                events += self._apply_guesses(part, token_ids, draw_index + 1)
+                draw_index += part.num_draws
+                continue
+            draw_index += part.draws
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            num_stored = part.start + part.num_tokens
+            if num_stored >= sequence.keep_at and part.num_preemptions == sequence.num_preemptions:
+                self._pages.keep(sequence, num_stored)
+            if part.draws:
+                token_id = token_ids[draw_index]
+                tokens = sequence.tokens
+                tokens.append(token_id)
+                sequence.num_in_flight -= 1
+                may_end = token_id in sequence.end_ids or len(tokens) >= sequence.max_tokens
+                reason = sequence.finish_reason() if may_end else None
+                events.append(TokenEvent(sequence, token_id, reason, draw_index))
+                if reason is not None:
+                    self.finish(sequence)
+            elif part.completes_vector:
+                events.append(VectorEvent(sequence, part.row))
+                self.finish(sequence)
+        return events
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence and give its pages back. Does nothing to one that has ended."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self._release(sequence)
+        else:
+            (self.held if sequence in self.held else self._waiting).remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def pages_needed(self, num_tokens: int) -> int:
+        """Most pages a sequence of `num_tokens` must hold, see `PageManager.num_needed`."""
+        return self._pages.num_needed(num_tokens)
+
+    def check(self) -> None:
+        """Assert the invariants of the pool, the rows and the queues."""
+        self.pool.check()
+        rows = [sequence.row for sequence in self._running] + self._free_rows
+        assert sorted(row for row in rows if row is not None) == list(range(self.max_batch_size)), "rows are torn"
+        assert all(sequence.row is None and not sequence.pages for sequence in self._waiting), "a waiting one holds"
+        for queue in (self._running, list(self._waiting)):
+            assert queue == sorted(queue, key=_arrival), "a sequence is out of its place"
+
+    def _decodes(self) -> tuple[list[ScheduledSequence], list[Sequence]]:
+        """Parts of the running sequences that have one token to run, and those that have more. The hottest loop."""
+        decodes, prefilling = [], []
+        page_size = self.pool.page_size
+        for sequence in self._running.copy():
+            start = sequence.num_computed
+            num_in_flight = sequence.num_in_flight
+            num_tokens = len(sequence.tokens) + num_in_flight
+            if num_tokens - start > 1:
+                prefilling.append(sequence)
+                continue
+            if num_in_flight and num_tokens >= sequence.max_tokens:  # the tokens in flight are its last
+                continue
+            if start < len(sequence.pages) * page_size:
+                is_running = sequence.status is SequenceStatus.RUNNING
+            else:
+                is_running = sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, 1)
+            if is_running:
+                decodes.append(next_part(sequence, 1))
+        return decodes, prefilling
+
+    def _prefill_budget(self, num_decodes: int, num_prefilling: int) -> int:
+        """Tokens that the prefill chunks of a step may have together.
+
+        Newcomers are let in gently, so that those who run hardly notice, at the pace that each would have alone; a
+        crowd, which few would notice, at once. Filled up to what the step's products are padded to anyway.
+        """
+        budget = self.max_tokens_per_step - num_decodes
+        num_newcomers = num_prefilling + min(len(self._waiting), len(self._free_rows))
+        if num_newcomers >= _CROWD * num_decodes:
+            return budget
+        share = self.max_prefill_beside_decodes
+        num_tokens = max(min(num_decodes + num_newcomers * share, _MOST_TOKENS), num_decodes + share)
+        return min(budget, -(-num_tokens // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE - num_decodes)
+
+    def _apply_guesses(self, part: ScheduledSequence, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
+        """`apply` for a part with guesses, whose draws begin at `first`."""
+        sequence = part.sequence
+        if sequence.status is SequenceStatus.FINISHED:
+            return []
+        events = self._speculation.accept(part, token_ids, first)
+        self._pages.keep(sequence, len(sequence.tokens) - 1)
+        if events[-1].finish_reason is not None:
+            self.finish(sequence)
+        return events
+
+    def _admissions(self, budget: int, prefilling: SequenceOf[Sequence]) -> Iterator[ScheduledSequence]:
+        """Parts of waiting sequences for which there is room, in the order in which the queue offers them.
+
+        Args:
+            budget: tokens of the step that are left.
+            prefilling: the running sequences that have taken no pages yet for some of their tokens.
+        """
+        if not (budget and self._free_rows and self._waiting):
+            return
+        self._pages.begin_step()
+        # One page a running sequence is left for what they generate, or admission would lead to preemption at once.
+        num_available = self.pool.num_available - len(self._running)
+        num_available -= sum(self._pages.num_owed(sequence) for sequence in prefilling)
+        for index, sequence in self._waiting.offers():
+            # A preempted sequence is not recomputed before all of its tokens are known.
+            num_pages = None if sequence.num_in_flight else self._admit(sequence, num_available)
+            if num_pages is None:
+                continue
+            self._waiting.admit(index)
+            num_available -= num_pages + 1
+            num_tokens = min(sequence.num_uncomputed, budget)
+            reserved = self._reserve(sequence, num_tokens)
+            assert reserved, "an admitted sequence has its pages"
+            yield next_part(sequence, num_tokens)
+            budget -= num_tokens
+            if not (budget and self._free_rows):
+                return
+
+    def _admit(self, sequence: Sequence, num_available: int) -> int | None:
+        """Give a waiting sequence a row and its cached prefix; returns the pages it counts on, None if too few."""
+        prefix = self._pages.find_prefix(sequence)
+        num_pages = None if prefix is None else self._pages.admit(sequence, prefix, num_available)
+        if prefix is None or num_pages is None:
+            return None
+        sequence.num_computed = len(prefix) * self.pool.page_size
+        sequence.note_admission(min(sequence.num_computed, sequence.num_prompt_tokens))
+        sequence.status = SequenceStatus.RUNNING
+        sequence.row = heappop(self._free_rows)
+        insort(self._running, sequence, key=_arrival)
+        self._speculation.admit(sequence)
+        return num_pages
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Take pages for the next tokens, preempting younger sequences; False if there are none for it in this step."""
+        while not self._pages.extend(sequence, num_tokens):
+            if self._pages.will_drop(sequence):
+                # To preempt now, itself perhaps, would bring it here again once it is recomputed, and so on for ever.
+                return False
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to its place in the queue, to be recomputed."""
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        sequence.status = SequenceStatus.WAITING
+        self._waiting.add(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back a running sequence's row and pages."""
+        assert sequence.row is not None, "a running sequence has a row"
+        del self._running[bisect_left(self._running, sequence.arrival, key=_arrival)]
+        heappush(self._free_rows, sequence.row)
+        sequence.row = None
+        self._pages.release(sequence)
