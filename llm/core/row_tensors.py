@@ -36,11 +36,13 @@ ROW_FIELDS = np.dtype(
         ("banned_before", np.int32),
         ("num_logprobs", np.int32),
         ("seed", np.int64),
-        ("unused", np.int64),
+        ("num_prompt_logprobs", np.int32),
+        ("unused", np.int32),
     ]
 )
 """One row's parameters, 16 words of 32 bits. As in `GenerationRequest`, but: `top_k` is 0 for off; `banned_before`
-is the position from which the banned ids may be drawn; `num_logprobs` is one more than was asked for, 0 for none."""
+is the position from which the banned ids may be drawn; `num_logprobs` and `num_prompt_logprobs` are one more than was
+asked for, 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import triton.language as tl
 from llm.config import MAX_TOP_LOGPROBS
 from llm.core.row_tensors import RowTensors
 from llm.kernels.cuts import ordered_key, value_of_key
-from llm.kernels.row_fields import NUM_LOGPROBS, int_field
+from llm.kernels.row_fields import NUM_LOGPROBS, NUM_PROMPT_LOGPROBS, int_field
 
 _BLOCK = 4096
 _CAPACITY = tl.constexpr(triton.next_power_of_2(MAX_TOP_LOGPROBS))
@@ -52,35 +52,41 @@ def find_logprobs(
     state: RowTensors,
     workspace: LogprobWorkspace,
     output: torch.Tensor,
+    *,
+    of_prompts: bool = False,
 ) -> None:
     """Write the natural-log probabilities that rows ask for, of the logits' own distribution.
 
     Args:
         logits: (draws, vocab_size), bfloat16, float16 or float32; each row contiguous.
         rows: (draws,) int32, index of each in `state`.
-        token_ids: (draws or more,) int32, what was drawn; negative for nothing.
+        token_ids: (draws or more,) int32, what was drawn, or what comes next in a prompt; negative for nothing.
         workspace: allocated for at least as many draws and this vocabulary.
         output: (draws or more, 1 + 2 * MAX_TOP_LOGPROBS) int32, contiguous. Of each row that asks: the float32 of the
             drawn token as bits, then ids of the likeliest, then theirs, likeliest first, as many as it asks for.
+        of_prompts: look at what rows ask of their prompts, not of what is drawn.
     """
     num_draws, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
+    field = (NUM_PROMPT_LOGPROBS if of_prompts else NUM_LOGPROBS).value
     _of_blocks[(num_blocks, num_draws)](
         logits, logits.stride(0), vocab_size, rows, state.fields, workspace.stats, workspace.stats.stride(0),
-        workspace.keys, BLOCK=_BLOCK, num_warps=8,
+        workspace.keys, ASKED=field, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     _of_rows[(num_draws,)](
         logits, logits.stride(0), rows, token_ids, state.fields, workspace.stats, workspace.stats.stride(0),
         workspace.keys, num_blocks, output,
-        MOST=MAX_TOP_LOGPROBS, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=4,
+        ASKED=field, MOST=MAX_TOP_LOGPROBS, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
-def _of_blocks(logits, row_stride, vocab_size, rows, fields, stats, stats_stride, keys, BLOCK: tl.constexpr):
+def _of_blocks(
+    logits, row_stride, vocab_size, rows, fields, stats, stats_stride, keys, ASKED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Program (block, draw)."""
     draw = tl.program_id(1).to(tl.int64)
-    num_top = int_field(fields, tl.load(rows + draw).to(tl.int64), NUM_LOGPROBS) - 1
+    num_top = int_field(fields, tl.load(rows + draw).to(tl.int64), ASKED) - 1
     if num_top < 0:
         return
     token_id = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -102,11 +108,11 @@ def _of_blocks(logits, row_stride, vocab_size, rows, fields, stats, stats_stride
 @triton.jit
 def _of_rows(
     logits, row_stride, rows, token_ids, fields, stats, stats_stride, keys, num_blocks, output,
-    MOST: tl.constexpr, BLOCKS: tl.constexpr,
+    ASKED: tl.constexpr, MOST: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Program: one draw."""
     draw = tl.program_id(0).to(tl.int64)
-    num_top = int_field(fields, tl.load(rows + draw).to(tl.int64), NUM_LOGPROBS) - 1
+    num_top = int_field(fields, tl.load(rows + draw).to(tl.int64), ASKED) - 1
     if num_top < 0:
         return
     block = tl.arange(0, BLOCKS)

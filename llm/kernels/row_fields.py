@@ -15,7 +15,7 @@ def _word(name: str) -> tl.constexpr:
 TEMPERATURE, TOP_K, TOP_P, MIN_P = map(_word, ("temperature", "top_k", "top_p", "min_p"))
 REPETITION, PRESENCE, FREQUENCY = map(_word, ("repetition_penalty", "presence_penalty", "frequency_penalty"))
 KIND, NUM_BIASES, NUM_BANS, BANNED_BEFORE = map(_word, ("kind", "num_biases", "num_bans", "banned_before"))
-NUM_LOGPROBS, SEED = map(_word, ("num_logprobs", "seed"))
+NUM_LOGPROBS, NUM_PROMPT_LOGPROBS, SEED = map(_word, ("num_logprobs", "num_prompt_logprobs", "seed"))
 PENALISED, HAS_ENTRIES, BOUND = (tl.constexpr(int(kind)) for kind in RowKind)
 _WORDS = tl.constexpr(ROW_FIELDS.itemsize // 4)
 

@@ -71,7 +71,8 @@ class RowState:
                 request.temperature, min(request.top_k or 0, 2**31 - 1), request.top_p, request.min_p,
                 request.repetition_penalty, request.presence_penalty, request.frequency_penalty, row_kind(request),
                 len(request.logit_bias), len(bans), start.num_prompt_tokens + request.min_new_tokens,
-                0 if request.logprobs is None else 1 + request.logprobs, request.seed, 0,
+                0 if request.logprobs is None else 1 + request.logprobs, request.seed,
+                0 if request.prompt_logprobs is None else 1 + request.prompt_logprobs, 0,
             )  # fmt: skip
         sent = self._uploads.send(self._mirror.view(np.int32))
         self.tensors.fields.copy_(sent.view(self.tensors.fields.shape))

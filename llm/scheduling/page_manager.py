@@ -4,7 +4,6 @@ import sys
 
 from llm.scheduling.sequence import Sequence
 from llm.scheduling.slot_pool import SlotPool
-from llm.serving.schemas import Pooling
 
 _HASHES_PER_STEP = 1024
 """Pages that the lookups of one step hash at most: about a millisecond's work. Longer prompts are looked up over
@@ -57,7 +56,7 @@ class PageManager:
 
         None where it takes more hashing to know than this step may still do; a later step goes on from there.
         """
-        if not self.enable_prefix_caching or sequence.pooling is Pooling.MEAN:  # which needs every hidden state
+        if not self.enable_prefix_caching or sequence.needs_whole_prompt:
             return []
         num_tokens = len(sequence.tokens) - 1
         num_full = num_tokens // self.pool.page_size

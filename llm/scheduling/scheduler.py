@@ -180,6 +180,8 @@ class Scheduler:
             sequence = part.sequence
             sequence.num_computed += part.num_tokens
             sequence.num_in_flight += part.draws or part.completes_vector
+            if part.num_scored:
+                sequence.num_scored = part.first_scored + part.num_scored
         return StepPlan(tuple(singles))
 
     def apply(self, plan: StepPlan, token_ids: SequenceOf[int]) -> list[TokenEvent | VectorEvent]:

@@ -43,6 +43,8 @@ class Sequence:
         max_tokens: tokens at which the sequence ends, prompt and output together.
         num_in_flight: draws scheduled whose token the host has not seen; 1 while a step completes its vector.
         num_computed: leading tokens whose keys and values are in `pages`, or will be by a step already scheduled.
+        num_scored: leading prompt tokens, the last one excepted, behind which what comes next has been given its log
+            probability, or will be by a step already scheduled; where the request wants those.
         num_preemptions: times it lost its pages; a step planned before the last one says nothing about `pages`.
         row: its place among the sequences that run, None while it does not.
         pages: page ids in order of position; a page that fell behind the window is replaced by the scratch page.
@@ -66,11 +68,12 @@ class Sequence:
         self.tokens = [*prompt_ids, *request.output_token_ids]
         self.pooling = request.pooling
         """Which hidden states make its vector; None where it generates tokens."""
-        # A vector takes the place of one token, after which nothing comes.
-        self.max_tokens = len(prompt_ids) + (request.max_new_tokens if request.pooling is None else 1)
+        # A vector takes the place of one token, after which nothing comes; so does the token that nobody asked for.
+        self.max_tokens = len(prompt_ids) + (max(request.max_new_tokens, 1) if request.pooling is None else 1)
         self.status = SequenceStatus.WAITING
         self.num_in_flight = 0
         self.num_computed = 0
+        self.num_scored = 0
         self.num_preemptions = 0
         self.row: int | None = None
         self.pages: list[int] = []
@@ -128,6 +131,11 @@ class Sequence:
             self.queue_s = time.monotonic() - self._created_at
 
     @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every token of the prompt must run, whatever the prefix cache holds."""
+        return self.pooling is Pooling.MEAN or self.request.prompt_logprobs is not None
+
+    @property
     def may_guess(self) -> bool:
         """Whether a token may be drawn before those before it are certain."""
         return not self.uses_penalties and self.constraint is None and self.pooling is None
@@ -175,6 +183,9 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     proposed: tuple[int, ...] = ()
     """Guesses, the last of the tokens that run. With any, the part draws, behind the one token before them and behind
     each of them; no other step with the sequence is in flight."""
+    first_scored: int = 0
+    num_scored: int = 0
+    """How many of the prompt tokens that run, from `first_scored` on, say how likely the prompt's next token was."""
     num_pooled: int = 0
     """How many of the last tokens that run have hidden states that belong to the sequence's vector."""
     completes_vector: bool = False
@@ -199,6 +210,11 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     def token_ids(self) -> list[int]:
         """What runs, as far as the host knows it."""
         return [*self.sequence.tokens[self.start : self.end], *self.proposed]
+
+    @property
+    def scored_ids(self) -> list[int]:
+        """The tokens behind those that are scored."""
+        return self.sequence.tokens[self.first_scored + 1 : self.first_scored + 1 + self.num_scored]
 
     def with_guesses(self, proposed: tuple[int, ...]) -> "ScheduledSequence":
         """This part, of one token, with guesses behind it."""
@@ -240,6 +256,12 @@ def next_part(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
     assert sequence.row is not None, "a running sequence has a row"
     start = sequence.num_computed
     is_last = start + num_tokens == len(sequence.tokens) + sequence.num_in_flight
+    if sequence.request.prompt_logprobs is not None:
+        first = max(start, sequence.num_scored)
+        num_scored = max(min(start + num_tokens, sequence.num_prompt_tokens - 1) - first, 0)
+        return ScheduledSequence(
+            sequence, start, num_tokens, is_last, sequence.row, sequence.num_preemptions, (), first, num_scored
+        )
     if sequence.pooling is None:
         return ScheduledSequence(sequence, start, num_tokens, is_last, sequence.row, sequence.num_preemptions)
     return ScheduledSequence(

@@ -83,7 +83,7 @@ class ContinuousBatchingEngine:
         self.tokenizer = tokenizer
         if eos_token_ids is None:
             eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model.config.vocab_size)
         context_len = longest_context(model, config)
         pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
         self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
@@ -106,6 +106,7 @@ class ContinuousBatchingEngine:
         self._compiling = CompilingRequests(grammars)
         self._sequences: dict[str, Sequence] = {}
         self._text_streams: dict[str, TextStream] = {}
+        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self._num_generated_tokens = 0
         self._num_prompt_tokens = 0
         self._num_cached_prompt_tokens = 0
@@ -301,10 +302,13 @@ class ContinuousBatchingEngine:
         """Wait for the oldest step in flight and take in what it computed."""
         plan, launched = self._in_flight.popleft()
         try:
-            draws, vectors = launched.draws(), launched.vectors()
+            draws, vectors, scores = launched.draws(), launched.vectors(), launched.scores()
         except Exception as error:  # as in `step`
             logger.exception("a step of %d sequences failed", len(plan.scheduled))
             return self._fail(plan, error)
+        for sequence, entries in scores:
+            if sequence.status is not SequenceStatus.FINISHED:
+                self._prompt_logprobs.setdefault(sequence.request_id, []).extend(entries)
         return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws, vectors)
 
     def _outputs(
@@ -331,9 +335,13 @@ class ContinuousBatchingEngine:
             return self._end_with(sequence, "nothing could be drawn: the logits hold NaN or +inf, or all are forbidden")
         if sequence.constraint is not None and sequence.constraint.failure is not None:
             return self._end_with(sequence, f"grammar: {sequence.constraint.failure}")
-        num_cached = sequence.num_cached_tokens or 0
+        prompt_logprobs = None
         if sequence.num_output_tokens == len(request.output_token_ids) + 1:
             self._count_prompt(sequence)
+            if request.prompt_logprobs is not None:
+                prompt_logprobs = tuple(self._prompt_logprobs.pop(request.request_id, ()))
+        if request.max_new_tokens == 0:
+            return self._end_of_prompt(sequence, prompt_logprobs)
         stop_reason: int | str | None = None
         if reason is FinishReason.STOP and event.token_id in request.stop_token_ids:
             stop_reason = event.token_id
@@ -357,10 +365,11 @@ class ContinuousBatchingEngine:
             token_ids=(event.token_id,),
             text=text,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_reason=stop_reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=num_cached,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
             queue_s=sequence.queue_s,
         )
 
@@ -372,6 +381,14 @@ class ContinuousBatchingEngine:
         return StepOutput(
             sequence.request_id, (), finish_reason=FinishReason.STOP, num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens or 0, queue_s=sequence.queue_s, vector=vector,
+        )  # fmt: skip
+
+    def _end_of_prompt(self, sequence: Sequence, prompt_logprobs: tuple[TokenLogprobs, ...] | None) -> StepOutput:
+        """End a request that only wants its prompt read; what was drawn behind it is dropped."""
+        self._end(sequence)
+        return StepOutput(
+            sequence.request_id, (), prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH,
+            num_prompt_tokens=sequence.num_prompt_tokens, queue_s=sequence.queue_s,
         )  # fmt: skip
 
     def _count_prompt(self, sequence: Sequence) -> None:
@@ -398,4 +415,5 @@ class ContinuousBatchingEngine:
         self.scheduler.finish(sequence)
         self._compiling.discard(sequence)
         self._text_streams.pop(sequence.request_id, None)
+        self._prompt_logprobs.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]

@@ -18,7 +18,8 @@ from llm.sampling.constraint import Int32Array
 from llm.sampling.draw import Draw
 from llm.scheduling.sequence import ScheduledSequence, StepPlan
 from llm.serving.device_rows import DeviceRows
-from llm.serving.model_runner import Drawing, DrawMasks, draws_of
+from llm.serving.model_runner import MAX_SCORED_AT_ONCE, Drawing, DrawMasks, draws_of
+from llm.serving.prompt_scores import PromptScores, Scores
 from llm.serving.step_inputs import StepInputs, fill, ranges
 from llm.serving.vector_rows import VectorRows
 
@@ -44,6 +45,7 @@ class LaunchedGraphs:
         wanted: draws whose log probabilities were asked for, and how many of the likeliest tokens'.
         done: happens when the copies are there; None where they are.
         completed: gives the vectors.
+        scores: gives the log probabilities of prompts.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class LaunchedGraphs:
         wanted: SequenceOf[tuple[int, int]],
         done: torch.cuda.Event | None,
         completed: Callable[[], dict[int, bytes]],
+        scores: Callable[[], Scores],
     ) -> None:
         self._drawn = drawn
         self._draw_rows = draw_rows
         self._wanted = wanted
         self._done = done
         self._completed = completed
+        self._scores = scores
         self._draws: list[Draw] | None = None
 
     def draws(self) -> list[Draw]:
@@ -75,6 +79,10 @@ class LaunchedGraphs:
     def vectors(self) -> dict[int, bytes]:
         """See `LaunchedStep.vectors`."""
         return self._completed()
+
+    def scores(self) -> Scores:
+        """See `LaunchedStep.scores`."""
+        return self._scores()
 
     def last_token_id(self, row: int) -> int:
         """The token that this step drew (last) at `row`; 0 where nothing could be drawn."""
@@ -144,6 +152,10 @@ class GraphRunner:
         """Of the tokens that are kept: those that draw, then those that are pooled."""
         self._vectors = VectorRows(max_rows + 1, model.hidden_size, device, _NUM_BUFFERS)
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
+        self._prompt_scores = PromptScores(
+            most_tokens, min(MAX_SCORED_AT_ONCE, most_draws), self._decoder.logits, self._rows.sampling.tensors,
+            self._sampling_workspace.logprobs, self._rows.uploads, _NUM_BUFFERS,
+        )  # fmt: skip
         self._drawn = DrawnTokens.allocate(most_draws, device)
         pin = device.type == "cuda"
         self._host_drawn = [DrawnTokens.allocate(most_draws, "cpu", pin_memory=pin) for _ in range(_NUM_BUFFERS)]
@@ -167,6 +179,8 @@ class GraphRunner:
         num_draws = len(draw_rows)
         self._run(("model", *shape), partial(self._run_model, *shape))
         completed = self._vectors.add(parts, self._hidden[num_draws:])
+        num_pooled = sum(part.num_pooled for part in parts)
+        scores = self._prompt_scores.find(parts, self._hidden[num_draws + num_pooled :])
         host = self._host_drawn[self._num_steps % _NUM_BUFFERS]
         self._num_steps += 1
         wanted: list[tuple[int, int]] = []
@@ -189,7 +203,7 @@ class GraphRunner:
         if self._graph_pool is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._last = launched = LaunchedGraphs(host, draw_rows, wanted, done, completed)
+        self._last = launched = LaunchedGraphs(host, draw_rows, wanted, done, completed, scores)
         return launched
 
     @torch.inference_mode()
@@ -261,6 +275,10 @@ class GraphRunner:
         num_pooled = np.array([part.num_pooled for part in parts], dtype=np.int32)
         if num_pooled.any():
             kept_tokens = np.concatenate([kept_tokens, ranges(query_ends - num_pooled, num_pooled)])
+        num_scored = np.array([part.num_scored for part in parts], dtype=np.int32)
+        if num_scored.any():
+            first_scored = np.array([part.first_scored for part in parts], dtype=np.int32)
+            kept_tokens = np.concatenate([kept_tokens, ranges(query_ends - ends + first_scored, num_scored)])
         num_kept = self._num_drawing(num_tokens, num_parts)
         num_kept = num_kept if len(kept_tokens) <= num_kept else num_tokens
         fill(arrays["kept_tokens"], kept_tokens, num_kept, 0)

@@ -13,9 +13,12 @@ from llm.attention.paged import PackedBatch, PagedAttentionBackend, PagedContext
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.models.decoder import DecoderModel
 from llm.sampling.constraint import Int32Array, TokenMasks, words_of
-from llm.sampling.draw import Draw, SamplingRow, sample
-from llm.scheduling.sequence import ScheduledSequence, StepPlan
+from llm.sampling.draw import Draw, SamplingRow, likeliest, sample
+from llm.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
+from llm.serving.schemas import TokenLogprobs
 
+MAX_SCORED_AT_ONCE = 256
+"""Prompt tokens whose logits there is memory for at once."""
 Drawing = tuple[ScheduledSequence, int, int]
 """A draw of a step: part, position of the token to draw, index in the step of the token before it."""
 
@@ -32,6 +35,13 @@ class LaunchedStep(Protocol):
 
     def vectors(self) -> Mapping[int, bytes]:
         """The vectors that the step has completed, as in `StepOutput.vector`, by the rows of their parts.
+
+        Called after `draws`.
+        """
+        ...
+
+    def scores(self) -> SequenceOf[tuple[Sequence, list[TokenLogprobs]]]:
+        """How likely the next tokens of prompts were: of each part with `num_scored`, so many entries, in order.
 
         Called after `draws`.
         """
@@ -80,6 +90,7 @@ class _FinishedStep:
 
     results: list[Draw]
     completed: dict[int, bytes]
+    scored: list[tuple[Sequence, list[TokenLogprobs]]]
 
     def draws(self) -> list[Draw]:
         """See `LaunchedStep.draws`."""
@@ -88,6 +99,10 @@ class _FinishedStep:
     def vectors(self) -> dict[int, bytes]:
         """See `LaunchedStep.vectors`."""
         return self.completed
+
+    def scores(self) -> list[tuple[Sequence, list[TokenLogprobs]]]:
+        """See `LaunchedStep.scores`."""
+        return self.scored
 
 
 class EagerRunner:
@@ -152,8 +167,9 @@ class EagerRunner:
         masks = self._start_masks(drawing)
         hidden = self.model.hidden_states(token_ids, batch.positions, context)
         vectors = self._pool(plan.scheduled, hidden)
+        scores = self._score(plan.scheduled, hidden)
         if not drawing:
-            return _FinishedStep([], vectors)
+            return _FinishedStep([], vectors, scores)
         drawing_tokens = torch.tensor([index for _, _, index in drawing], device=hidden.device)
         logits = self.model.logits(hidden[drawing_tokens])
         allowed = masks.result() if masks is not None else {}
@@ -163,7 +179,7 @@ class EagerRunner:
             drawing_rows = torch.tensor([part.row for part, _, _ in drawing], device=hidden.device)
             token_ids = torch.tensor([max(draw.token_id, 0) for draw in draws], device=hidden.device)
             self._last_token_ids[drawing_rows] = token_ids
-        return _FinishedStep(draws, vectors)
+        return _FinishedStep(draws, vectors, scores)
 
     def _pool(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> dict[int, bytes]:
         """Add hidden states (tokens, hidden_size) to the vectors they belong to; returns those that are complete."""
@@ -175,6 +191,26 @@ class EagerRunner:
                 self._pooled[part.row] = state if part.begins_vector else self._pooled[part.row] + state
         rows = [part.row for part in scheduled if part.completes_vector]
         return vector_bytes(self._pooled[rows].cpu(), rows) if rows else {}
+
+    def _score(
+        self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor
+    ) -> list[tuple[Sequence, list[TokenLogprobs]]]:
+        """Log probabilities of the prompts' next tokens, from hidden states (tokens, hidden_size), some at a time."""
+        scores = []
+        begin = 0
+        for part in scheduled:
+            if part.num_scored:
+                first = begin + part.first_scored - part.start
+                targets = torch.tensor(part.scored_ids, device=hidden.device)
+                num_top = min(part.sequence.request.prompt_logprobs or 0, self.model.config.vocab_size)
+                entries: list[TokenLogprobs] = []
+                for i in range(0, part.num_scored, MAX_SCORED_AT_ONCE):
+                    these = slice(i, min(i + MAX_SCORED_AT_ONCE, part.num_scored))
+                    logits = self.model.logits(hidden[first:][these])
+                    entries += token_logprobs(logits, targets[these], num_top)
+                scores.append((part.sequence, entries))
+            begin += part.num_tokens
+        return scores
 
     def _start_masks(self, drawing: SequenceOf[Drawing]) -> "Future[dict[int, Int32Array]] | None":
         """Begin to work out, beside the forward pass, what draws that a grammar binds may draw: bits by row."""
@@ -251,6 +287,16 @@ class EagerRunner:
             indices, rows = torch.tensor(unseen, device=device).unbind(1)
             ids[indices] = self._last_token_ids[rows]
         return ids, batch
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:
+    """Log probabilities of one token in each row of logits (rows, vocab_size), and of the row's likeliest."""
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1)
+    top_ids = likeliest(logits, num_top)
+    own, top = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1), logprobs.gather(1, top_ids)
+    rows = zip(token_ids.tolist(), own.tolist(), top_ids.tolist(), top.tolist(), strict=True)
+    return [TokenLogprobs(token_id, value, tuple(zip(*likely, strict=True))) for token_id, value, *likely in rows]
 
 
 def vector_bytes(sums: torch.Tensor, rows: SequenceOf[int]) -> dict[int, bytes]:

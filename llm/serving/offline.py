@@ -26,12 +26,15 @@ class ResultBuilder:
         self._token_ids = list(request.output_token_ids)
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     def add(self, output: StepOutput) -> GenerationResult | None:
         """Take the next output; the result once it was the last."""
         self._token_ids += output.token_ids
         self._texts.append(output.text)
         self._logprobs += output.logprobs or ()
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
         if output.finish_reason is None:
             return None
         return GenerationResult(
@@ -41,6 +44,7 @@ class ResultBuilder:
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
             logprobs=None if self._request.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=self._prompt_logprobs,
             num_prompt_tokens=output.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
             error=output.error,

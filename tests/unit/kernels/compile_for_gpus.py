@@ -162,8 +162,8 @@ def compile_draws() -> None:
     for logits in (BF16, FLOAT):
         draw = {**arguments, "logits": logits}
         compile_kernel("adjust", adjust._adjust_blocks, draw, BLOCK=4096, num_warps=8)
-        compile_kernel("log probabilities", logprobs._of_blocks, draw, BLOCK=4096, num_warps=8)
-        compile_kernel("log probabilities", logprobs._of_rows, draw, MOST=20, BLOCKS=64)
+        compile_kernel("log probabilities", logprobs._of_blocks, draw, ASKED=11, BLOCK=4096, num_warps=8)
+        compile_kernel("log probabilities", logprobs._of_rows, draw, ASKED=11, MOST=20, BLOCKS=64)
     compile_kernel("entries", adjust._apply_entries, arguments, CAPACITY=2048, BLOCK=128)
 
 
