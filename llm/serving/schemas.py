@@ -219,8 +219,8 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
 class GenerationResult:
     """A whole answer: the sum of a request's step outputs.
 
-    Like them, the answer to a resumed request holds what this engine generated: `token_ids`, `text` and `logprobs` begin
-    behind the request's `output_token_ids`, which the caller has.
+    Like them, the answer to a resumed request holds what this engine generated: `token_ids`, `text` and `logprobs`
+    begin behind the request's `output_token_ids`, which the caller has.
     """
 
     request_id: str

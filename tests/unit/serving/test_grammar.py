@@ -263,6 +263,21 @@ def test_dear_grammars_stall_no_step(tokenizer, name: str):
     assert slowest < 0.05
 
 
+@pytest.mark.parametrize("ids", ["300", "97-300", "^300", "4294967296", "-1"])
+def test_token_ids_past_the_vocabulary_are_no_grammar(tokenizer, ids):
+    compiler = GrammarCompiler(tokenizer, 300)
+    assert compiler.compile(Grammar(kind="lark", text="start: <[299]>"))
+    with pytest.raises(InvalidRequestError, match="grammar: "):
+        compiler.compile(Grammar(kind="lark", text=f"start: <[{ids}]>"))
+
+
+def test_an_end_id_past_the_vocabulary_leaves_the_others(tokenizer):
+    both = HFTokenizer(tokenizer.definition, eos_token_ids=[257, 10**6])
+    assert GrammarCompiler(both, 300).compile(GRAMMARS["regex"])
+    with pytest.raises(InvalidRequestError, match="end-of-sequence"):
+        GrammarCompiler(HFTokenizer(tokenizer.definition, eos_token_ids=[10**6]), 300).compile(GRAMMARS["regex"])
+
+
 def test_tokens_that_do_not_fit_the_grammar_cannot_be_resumed(model, tokenizer):
     engine = create_engine(model, tokenizer=tokenizer)
     (result,) = engine.generate([request(GRAMMARS["regex"], output_token_ids=(100,))], progress=False)
