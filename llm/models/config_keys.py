@@ -110,12 +110,11 @@ class ReadKeys(Mapping[str, Any]):
         Raises:
             ConfigError: the key, its value, and what to do.
         """
-        for key in self._content.keys() - self._read:
-            value = self._content[key]
-            if value is None or key in _HARMLESS or _HARMLESS_NAMES.fullmatch(key):
+        for key, value in self._content.items():
+            if value is None or key in self._read or key in _HARMLESS or _HARMLESS_NAMES.fullmatch(key):
                 continue
             if key not in _NEUTRAL:
-                near = get_close_matches(key, self._read, n=1)
+                near = get_close_matches(key, sorted(self._read), n=1)
                 raise ConfigError(
                     f"{key!r} ({shown(value)}) is not a known key of {architecture} and may change what the model "
                     f"computes; {f'did you mean {near[0]!r}? Else ' if near else ''}"
