@@ -70,8 +70,8 @@ class GenerationDefaults(StrictModel):
     max_new_tokens: int | None = Field(default=None, ge=1)
     min_new_tokens: int | None = Field(default=None, ge=0)
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    suppress_tokens: tuple[TokenId, ...] = ()
-    """Ids that are never generated."""
+    suppress_tokens: tuple[TokenId, ...] = Field(default=(), max_length=512)
+    """Ids that are never generated; few enough to leave room for a request's own biases."""
     eos_token_ids: frozenset[TokenId] = frozenset()
     bos_token_id: int | None = None
     warnings: tuple[str, ...] = ()

@@ -234,7 +234,7 @@ def test_ids_that_the_model_does_not_have_are_left_out_with_a_warning(tmp_path):
     [
         {"temperature": "hot"}, {"top_p": 2}, {"eos_token_id": [[1]]}, {"eos_token_id": "x"}, {"eos_token_id": True},
         {"eos_token_id": [1.0]}, {"suppress_tokens": [False]}, {"min_p": True}, {"top_k": "5"}, {"stop_strings": [""]},
-        {"max_new_tokens": 0},
+        {"max_new_tokens": 0}, {"suppress_tokens": list(range(600))},
     ],
 )  # fmt: skip
 def test_bad_generation_defaults_name_the_file(tmp_path, bad):

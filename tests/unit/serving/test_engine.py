@@ -108,7 +108,9 @@ def test_the_result_of_a_resumed_request_holds_what_is_new(num_done):
     assert len(result.text) == len(result.token_ids) == 20 - num_done
 
 
-@pytest.mark.parametrize("field", ["prompt_token_ids", "output_token_ids", "stop_token_ids", "logit_bias"])
+@pytest.mark.parametrize(
+    "field", ["prompt_token_ids", "output_token_ids", "stop_token_ids", "logit_bias", "allowed_token_ids"]
+)
 @pytest.mark.parametrize("token_id", [-1, True, False, 1.0, "1", None])
 def test_what_is_no_token_id_is_refused(field, token_id):
     given = {token_id: 1.0} if field == "logit_bias" else (token_id,)
@@ -245,6 +247,7 @@ def test_guide_loop_runs_as_written():
         ({"prompt": "text"}, "prompt", "no tokenizer"),
         ({"prompt_token_ids": (1,), "stop": ("x",)}, "stop", "need an engine with a tokenizer"),
         ({"prompt_token_ids": (1,), "logit_bias": {99: 1.0}}, "logit_bias", "id 99 is past the vocabulary of 48"),
+        ({"prompt_token_ids": (1,), "allowed_token_ids": (3, 48)}, "allowed_token_ids", "id 48 is past the vocabulary"),
         ({"prompt_token_ids": (1,), "stop_token_ids": (3, 48)}, "stop_token_ids", "id 48 is past the vocabulary of 48"),
         ({"prompt_token_ids": (1,), "output_token_ids": (2**31,)}, "output_token_ids", "id 2147483648 is past"),
         ({"prompt_token_ids": (2**63,)}, "prompt", "id 9223372036854775808 is past"),
