@@ -21,6 +21,8 @@ from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_reque
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+_SUPPRESSED = -1e9
+"""Bias under which no token is drawn, unless a grammar leaves nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class PromptEncoder:
         """
         tools = body.tools or []
         ids = self.prompt_ids(body)
+        self.check_ids(ids, "messages")
         self.check_length(ids, "messages")
         bound = grammar_of(body)
         forced = forced_grammar(tools, body.tool_choice, may_be_many=body.parallel_tool_calls is not False)
@@ -266,10 +269,10 @@ class PromptEncoder:
         requests = []
         for prompt in prompts:
             room = self.info.max_seq_len - len(prompt)
-            most = room if max_tokens is None else min(max_tokens, room)
+            most = min(_first(max_tokens, self.defaults.max_new_tokens, room), room)
             fixed = {"prompt_token_ids": tuple(prompt), "max_new_tokens": most, "logprobs": logprobs, **sampling}
             fixed["grammar"] = grammar
-            fixed["min_new_tokens"] = min(sampling["min_new_tokens"], most)
+            fixed["min_new_tokens"] = min(sampling["min_new_tokens"], most) if grammar is None else 0
             requests += _copies(GenerationRequest(seed=seed, **fixed), num_answers)
         return requests
 
@@ -287,12 +290,12 @@ class PromptEncoder:
             "temperature": _first(body.temperature, defaults.temperature, 1.0),
             "top_p": _first(body.top_p, defaults.top_p, 1.0),
             "top_k": top_k if top_k is not None and top_k > 0 else None,
-            "min_p": _first(body.min_p, 0.0),
+            "min_p": _first(body.min_p, defaults.min_p, 0.0),
             "presence_penalty": _first(body.presence_penalty, 0.0),
             "frequency_penalty": _first(body.frequency_penalty, 0.0),
             "repetition_penalty": _first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
-            "logit_bias": bias,
-            "min_new_tokens": _first(body.min_tokens, 0),
+            "logit_bias": {**dict.fromkeys(defaults.suppress_tokens, _SUPPRESSED), **bias},
+            "min_new_tokens": _first(body.min_tokens, defaults.min_new_tokens, 0),
             "stop_token_ids": tuple(stop_ids),
             "ignore_eos": bool(body.ignore_eos),
             "cache_salt": body.cache_salt or "",

@@ -288,7 +288,7 @@ class TokenizeRequest(RequestBody):
     prompt: str | None = None
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
-    """With a prompt: put the beginning-of-sequence token in front where the model has one. True by default."""
+    """With a prompt: put the special tokens around it that the model's tokenizer does. True by default."""
     add_generation_prompt: bool | None = None
     """With messages: end with what opens the assistant's answer. True by default."""
     return_token_strs: bool | None = None

@@ -1,6 +1,7 @@
 """From a request of an API to a turn that is under way."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -16,6 +17,8 @@ from llm.sampling.grammar import GrammarCompiler
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 INLINE_BYTES = 2_000
 """Requests up to this size are read at once: handing them to a thread would take longer."""
@@ -36,6 +39,8 @@ class ChatService:
         directory = resolve_model_path(router.config.model)
         self.tokenizer = HFTokenizer.from_pretrained(directory)
         self._defaults = load_generation_defaults(directory)
+        for warning in self._defaults.warnings:
+            logger.warning(warning)
         self._router = router
         self._threads = ThreadPoolExecutor(router.config.router.tokenizer_threads, thread_name_prefix="tokenizer")
         self._thread_for_long = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-long")
@@ -82,7 +87,7 @@ class ChatService:
             LLMError: see `Router.start`.
         """
         group = await self._router.start(chat.requests, caller)
-        return Turn(group, self.tokenizer, stop, chat.parser)
+        return Turn(group, self.tokenizer, stop or self._defaults.stop_strings, chat.parser)
 
     async def completion(self, completion: EncodedCompletion, stop: Sequence[str], caller: Caller) -> Turn:
         """Begin to continue a prompt, or several.
@@ -91,4 +96,10 @@ class ChatService:
             LLMError: see `Router.start`.
         """
         group = await self._router.start(completion.requests, caller)
-        return Turn(group, self.tokenizer, stop, echoes=completion.echoes, num_prompts=completion.num_prompts)
+        return Turn(
+            group,
+            self.tokenizer,
+            stop or self._defaults.stop_strings,
+            echoes=completion.echoes,
+            num_prompts=completion.num_prompts,
+        )

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from deployments.cli.output import make_console
@@ -15,7 +16,7 @@ from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
 from llm.config import ModelConfig
 from llm.errors import ConfigError
-from llm.models.registry import load_model_config
+from llm.models.registry import load_generation_defaults, load_model_config
 
 _GIB = 1 << 30
 _WORKSPACE_GIB = 2.0
@@ -48,6 +49,8 @@ def check(
             )
             continue
         model = load_model_config(app.model)
+        for warning in load_generation_defaults(app.model).warnings:
+            console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
         if app.engine_kind is EngineKind.TORCH:
             console.print(_memory(app, model, sizes))
         console.print(_checklist(app, model))

@@ -19,7 +19,7 @@ from deployments.observe.terminal import TERMINAL_VARIABLE
 from deployments.serve.config_file import BUILDER, read_config_file
 from deployments.serve.ports import claimed_ports
 from llm.errors import ConfigError
-from llm.models.registry import resolve_model_path
+from llm.models.registry import load_generation_defaults, resolve_model_path
 
 _ROOT = Path(__file__).parents[2]
 _LOCAL = "127.0.0.1"
@@ -141,6 +141,8 @@ def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
         config = resolve_paths(apps[str(application.get("name") or "default")])
         args = application.setdefault("args", {})
         args["model"] = str(resolve_model_path(config.model).resolve())
+        for warning in load_generation_defaults(args["model"]).warnings:
+            print(f"rayline: warning: {warning}", file=sys.stderr)
         args["served_model_name"] = config.served_model_name
         if config.lora is not None:
             if not Path(config.lora).is_dir():

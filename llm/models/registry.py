@@ -1,18 +1,21 @@
 """What a Hugging Face directory says about its model: which architecture, what shape, how to sample.
 
-To add an architecture of the family, add a line to `ARCHITECTURES`.
+To add an architecture of the family, add a line to `ARCHITECTURES`. A key of config.json that nobody here reads is
+refused unless `llm.models.config_keys` knows it as harmless.
 """
 
 import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from llm.config import ModelConfig, RopeScaling, RopeScalingType, StrictModel, describe
+from llm.config import ModelConfig, StrictModel, describe
 from llm.errors import CheckpointError, ConfigError
+from llm.models.config_keys import ReadKeys, not_applied, shown
+from llm.models.rope_keys import read_rope
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 _HUB_TIMEOUT_S = 5
@@ -42,17 +45,37 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture(qk_norm=True, reads_biases=True, reads_window=True, has_window_switch=True),
 }
 
+_TAKEN_AS_IS = ("top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens")
+_APPLIED = frozenset({
+    *_TAKEN_AS_IS, "do_sample", "temperature", "top_k", "stop_strings", "suppress_tokens", "eos_token_id",
+    "bos_token_id",
+})  # fmt: skip
+"""Keys of generation_config.json that count."""
+
+
+TokenId = Annotated[int, Field(ge=0)]
+
 
 class GenerationDefaults(StrictModel):
-    """What a checkpoint recommends for sampling, for requests that say nothing; None where it does not."""
+    """What a checkpoint recommends for generation, for requests that say nothing; None where it does not."""
+
+    model_config = ConfigDict(strict=True)
 
     temperature: float | None = Field(default=None, ge=0)
     """0 where the checkpoint says `do_sample: false`."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0)
-    eos_token_ids: frozenset[int] = frozenset()
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    min_new_tokens: int | None = Field(default=None, ge=0)
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    suppress_tokens: tuple[TokenId, ...] = Field(default=(), max_length=512)
+    """Ids that are never generated; few enough to leave room for a request's own biases."""
+    eos_token_ids: frozenset[TokenId] = frozenset()
     bos_token_id: int | None = None
+    warnings: tuple[str, ...] = ()
+    """What the checkpoint recommends and this engine does not do, each in one line that names the file."""
 
 
 def resolve_model_path(model: str) -> Path:
@@ -102,49 +125,62 @@ def load_model_config(directory: str | Path) -> ModelConfig:
 
     Raises:
         CheckpointError: the architecture is not one of `ARCHITECTURES`, or the weights are quantized.
-        ConfigError: config.json is missing, or holds something that cannot be used.
+        ConfigError: config.json is missing, or holds something that cannot be used or is not understood.
     """
     path = Path(directory) / "config.json"
-    config = read_json(path)
-    architecture = _find_architecture(config, path)
-    _refuse_unsupported(config, path)
+    config = ReadKeys(read_json(path))
+    name = _find_architecture(config, path)
+    _refuse_quantized(config, path)
     try:
-        rope_theta, rope_scaling, max_seq_len = _rope(config)
-        window_size, window_layers = _window(config, architecture)
-        reads_biases = architecture.reads_biases
-        attention_bias = bool(reads_biases and config.get("attention_bias"))
-        return ModelConfig(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config.get("num_key_value_heads"),
-            head_dim=config.get("head_dim"),
-            max_seq_len=max_seq_len,
-            window_size=window_size,
-            window_layers=window_layers,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            qk_norm=architecture.qk_norm,
-            attention_bias=architecture.has_qkv_bias or attention_bias,
-            attention_output_bias=attention_bias,
-            mlp_bias=bool(reads_biases and config.get("mlp_bias")),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
+        model = _model_config(config, ARCHITECTURES[name], name)
+        config.refuse_unread(model, name)
     except KeyError as error:
         raise ConfigError(
             f"{path}: {error.args[0]!r} is missing; download the checkpoint's config.json again"
         ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}; correct it") from error
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: a value has the wrong type ({error}); correct it") from error
+    return model
+
+
+def _model_config(config: ReadKeys, architecture: Architecture, name: str) -> ModelConfig:
+    """What the keys say; the caller turns what this raises into an error that names the file."""
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ConfigError(f"hidden_act {activation!r} is not supported; only silu is")
+    rope_theta, rope_scaling, max_seq_len = read_rope(config)
+    window_size, window_layers = _window(config, architecture, name)
+    has_bias = (architecture.reads_biases and config.get("attention_bias")) or False
+    return ModelConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config.get("num_key_value_heads"),
+        head_dim=config.get("head_dim"),
+        max_seq_len=max_seq_len,
+        window_size=window_size,
+        window_layers=window_layers,
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        qk_norm=architecture.qk_norm,
+        attention_bias=architecture.has_qkv_bias or has_bias,
+        attention_output_bias=has_bias,
+        mlp_bias=(architecture.reads_biases and config.get("mlp_bias")) or False,
+        tie_embeddings=config.get("tie_word_embeddings") or False,
+    )
 
 
 def load_generation_defaults(directory: str | Path) -> GenerationDefaults:
-    """Sampling defaults of the checkpoint in `directory`: generation_config.json, and config.json for token ids.
+    """What the checkpoint in `directory` recommends: generation_config.json, and config.json for token ids.
+
+    Ids that the model cannot generate, because they are not in its vocabulary, are left out with a warning.
 
     Raises:
         ConfigError: one of the files holds something that cannot be used. Missing ones are fine.
@@ -153,22 +189,43 @@ def load_generation_defaults(directory: str | Path) -> GenerationDefaults:
     path, config_path = directory / "generation_config.json", directory / "config.json"
     found = read_json(path) if path.exists() else {}
     config = read_json(config_path) if config_path.exists() else {}
-    eos = found.get("eos_token_id")
-    eos = config.get("eos_token_id") if eos is None else eos
-    bos = found.get("bos_token_id")
-    top_k = found.get("top_k")
+    ids = {key: config.get(key) if found.get(key) is None else found[key] for key in ("eos_token_id", "bos_token_id")}
+    warnings = [f"{path}: {what} is not applied: the engine cannot do it" for what in not_applied(found, _APPLIED)]
+    vocab_size = load_vocab_size(directory)
+    known: dict[str, list[Any]] = {}
+    for key, value in (("eos_token_id", ids["eos_token_id"]), ("suppress_tokens", found.get("suppress_tokens"))):
+        known[key], unknown = _split_ids(value, vocab_size)
+        if unknown:
+            warnings.append(f"{path}: {key} {shown(unknown)} is left out: the model has {vocab_size} ids")
+    top_k, stop = found.get("top_k"), found.get("stop_strings")
     try:
         return GenerationDefaults(
+            **{key: found.get(key) for key in _TAKEN_AS_IS},
             temperature=0.0 if found.get("do_sample") is False else found.get("temperature"),
-            top_p=found.get("top_p"),
             top_k=None if top_k in (0, -1) else top_k,
-            repetition_penalty=found.get("repetition_penalty"),
-            eos_token_ids=frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos]),
-            bos_token_id=config.get("bos_token_id") if bos is None else bos,
+            stop_strings=() if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
+            suppress_tokens=tuple(known["suppress_tokens"]),
+            eos_token_ids=frozenset(known["eos_token_id"]),
+            bos_token_id=ids["bos_token_id"],
+            warnings=tuple(warnings),
         )
     except (ValidationError, TypeError) as error:
         reason = describe(error) if isinstance(error, ValidationError) else str(error)
         raise ConfigError(f"{path}: {reason}; correct or remove it") from error
+
+
+def load_vocab_size(directory: str | Path) -> int | None:
+    """Ids of the model in `directory`, below which are all tokens that it can draw; None where nothing says so."""
+    path = Path(directory) / "config.json"
+    size = read_json(path).get("vocab_size") if path.exists() else None
+    return size if isinstance(size, int) else None
+
+
+def _split_ids(value: Any, vocab_size: int | None) -> tuple[list[Any], list[Any]]:
+    """Ids that a model can draw, and those that it cannot; what is no id counts as one, to be refused later."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    unknown = [i for i in ids if isinstance(i, int) and not 0 <= i < (vocab_size or i + 1)]
+    return [i for i in ids if i not in unknown], unknown
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -188,65 +245,46 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _find_architecture(config: dict[str, Any], path: Path) -> Architecture:
+def _find_architecture(config: ReadKeys, path: Path) -> str:
     names = config.get("architectures") or []
-    for name in names if isinstance(names, list) else [names]:
+    names = names if isinstance(names, list) else [names]
+    for name in names:
         if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
+            return str(name)
     raise CheckpointError(
         f"{path}: architecture {', '.join(map(str, names)) or 'not named'} is not supported; "
         f"supported: {', '.join(ARCHITECTURES)}"
     )
 
 
-def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ConfigError(f"{path}: hidden_act {activation!r} is not supported; only silu is")
-    if config.get("quantization_config"):
+def _refuse_quantized(config: ReadKeys, path: Path) -> None:
+    if config.get("quantization_config") or config.get("compression_config"):
         raise CheckpointError(f"{path}: quantized weights are not supported; use the checkpoint in bfloat16 or float16")
 
 
-def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None, int]:
-    """RoPE base, scaling, and the context length that scaling gives, from either generation of config.json."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = found.get("rope_theta", config.get("rope_theta", 10000.0))
-    trained_len: int = config["max_position_embeddings"]
-    if found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise TypeError("partial_rotary_factor other than 1 is not supported")
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind == "default":
-        return theta, None, trained_len
-    if kind not in set(RopeScalingType):
-        supported = ", ".join(["default", *RopeScalingType])
-        raise TypeError(f"rope type {str(kind)[:80]!r} is not supported; supported: {supported}")
-    fields = {key: found[key] for key in RopeScaling.model_fields if found.get(key) is not None}
-    fields |= {"rope_type": kind}
-    fields.setdefault("original_max_position_embeddings", trained_len)
-    scaling = RopeScaling(**fields)
-    match scaling.rope_type:
-        case RopeScalingType.LINEAR:
-            return theta, scaling, int(trained_len * scaling.factor)
-        case RopeScalingType.YARN:
-            original_len = scaling.original_max_position_embeddings or trained_len
-            return theta, scaling, max(trained_len, int(original_len * scaling.factor))
-        case RopeScalingType.LLAMA3:
-            return theta, scaling, trained_len
-
-
-def _window(config: dict[str, Any], architecture: Architecture) -> tuple[int | None, tuple[int, ...] | None]:
+def _window(config: ReadKeys, architecture: Architecture, name: str) -> tuple[int | None, tuple[int, ...] | None]:
     """Sliding window in tokens and the layers that have it (None for all)."""
-    window_size = config.get("sliding_window")
-    if not architecture.reads_window or window_size is None:
-        return None, None
-    if architecture.has_window_switch and not config.get("use_sliding_window", False):
-        return None, None
+    window_size, is_on = config.get("sliding_window"), config.get("use_sliding_window")
+    if is_on is False or (is_on is None and architecture.has_window_switch):
+        window_size = None
     num_layers: int = config["num_hidden_layers"]
     kinds = config.get("layer_types")
     if kinds is not None:
         unknown = set(kinds) - {"full_attention", "sliding_attention"}
         if unknown or len(kinds) != num_layers:
-            raise TypeError(f"layer_types must hold {num_layers} of full_attention and sliding_attention")
+            raise ConfigError(f"layer_types must hold {num_layers} of full_attention and sliding_attention; correct it")
+        if "sliding_attention" in kinds and window_size is None:
+            raise ConfigError("layer_types names sliding_attention, but there is no sliding_window; correct one")
+    if window_size is None:
+        return None, None
+    if not architecture.reads_window:
+        if window_size >= config["max_position_embeddings"]:
+            return None, None
+        raise ConfigError(
+            f"'sliding_window' is {shown(window_size)}, which {name} does not have; remove it if the model was "
+            "trained without it"
+        )
+    if kinds is not None:
         layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     elif architecture.has_window_switch:
         layers = tuple(range(min(config.get("max_window_layers", num_layers), num_layers), num_layers))

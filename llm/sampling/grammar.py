@@ -93,11 +93,10 @@ class GrammarCompiler:
 
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:
-        if not self._tokenizer.eos_token_ids:
+        eos_ids = sorted(i for i in self._tokenizer.eos_token_ids if i < self._vocab_size)
+        if not eos_ids:
             raise invalid_grammar("it needs a model with an end-of-sequence token; this one has none")
-        return LLTokenizer(
-            self._tokenizer.definition, n_vocab=self._vocab_size, eos_token=sorted(self._tokenizer.eos_token_ids)
-        )
+        return LLTokenizer(self._tokenizer.definition, n_vocab=self._vocab_size, eos_token=eos_ids)
 
 
 def to_llguidance(grammar: Grammar) -> str:

@@ -12,6 +12,9 @@ from llm.serving.schemas import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+_ID_FIELDS = ("output_token_ids", "stop_token_ids", "logit_bias", "allowed_token_ids")
+"""Fields of a request, beside its prompt, that hold token ids: one past the vocabulary would fail a whole step."""
+
 
 def check_request(
     request: GenerationRequest,
@@ -34,8 +37,8 @@ def check_request(
     Raises:
         InvalidRequestError: why not.
     """
-    _check_ids(request.output_token_ids, vocab_size, "output_token_ids")
-    _check_ids(request.allowed_token_ids or (), vocab_size, "allowed_token_ids")
+    for field in _ID_FIELDS:
+        _check_ids(getattr(request, field) or (), vocab_size, field)
     num_entries = len(request.logit_bias) + len(end_ids if request.min_new_tokens else ())
     if num_entries > MAX_ENTRIES:
         raise InvalidRequestError(
@@ -43,8 +46,6 @@ def check_request(
             f"at most {MAX_ENTRIES} are possible",
             param="logit_bias",
         )
-    if request.logit_bias and max(request.logit_bias) >= vocab_size:
-        raise InvalidRequestError(f"logit_bias names an id past the vocabulary of {vocab_size}", param="logit_bias")
     if request.stop and not has_tokenizer:
         raise InvalidRequestError("stop strings need an engine with a tokenizer; use stop_token_ids", param="stop")
     check_prompt(prompt_ids, len(request.output_token_ids), vocab_size=vocab_size, max_seq_len=max_seq_len)
@@ -72,9 +73,9 @@ def check_prompt(prompt_ids: Sequence[int], num_output: int = 0, *, vocab_size: 
         )
 
 
-def _check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+def _check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
     if ids and max(ids) >= vocab_size:
-        raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size}", param=param)
+        raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size} ids", param=param)
 
 
 def longest_context(model: DecoderModel, config: EngineConfig) -> int:

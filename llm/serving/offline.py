@@ -23,7 +23,7 @@ class ResultBuilder:
 
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
-        self._token_ids = list(request.output_token_ids)
+        self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

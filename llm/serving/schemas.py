@@ -14,6 +14,8 @@ from llm.config import MAX_TOP_LOGPROBS, StrictModel
 INT64_MAX = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]
+Bias = Annotated[float, Field(ge=-1e9, le=1e9, strict=True)]
+"""At its ends it decides alone, and no sum of it with a logit is past a float32."""
 
 
 def new_request_id() -> str:
@@ -99,7 +101,7 @@ class GenerationRequest(StrictModel):
     """Taken off the logit of a token once for each time that the output holds it."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides positive (multiplies negative) logits of tokens in prompt or output (Keskar et al. 2019)."""
-    logit_bias: Mapping[TokenId, float] = Field(default_factory=dict)
+    logit_bias: Mapping[TokenId, Bias] = Field(default_factory=dict)
     """Added to the logits of these token ids."""
     allowed_token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1)
     """The only ids that may be drawn; None for all."""
@@ -224,16 +226,19 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A whole answer: the sum of a request's step outputs."""
+    """A whole answer: the sum of a request's step outputs.
+
+    Like them, the answer to a resumed request holds what this engine generated: `token_ids`, `text` and `logprobs`
+    begin behind the request's `output_token_ids`, which the caller has.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
-    """Everything generated, what an earlier engine had generated included."""
     text: str
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    """One entry for each token that this engine generated, where the request asked for them."""
+    """One entry for each of `token_ids`, where the request asked for them."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """One entry for each token of the prompt but the first, where the request asked for them."""
     num_prompt_tokens: int = 0

@@ -11,7 +11,7 @@ from typing import Any, Self
 from tokenizers import Tokenizer as RustTokenizer
 
 from llm.errors import CheckpointError, InvalidRequestError
-from llm.models.registry import load_generation_defaults, read_json
+from llm.models.registry import load_generation_defaults, load_vocab_size, read_json
 from llm.tokenization.chat_template import ChatTemplate
 from llm.tokenization.control_tokens import ControlToken, ControlTokens, Disguise, is_markup, without_surrogates
 from llm.tokenization.detokenizer import ByteDecoder, TokenBytes, WindowDecoder, decode_all
@@ -30,8 +30,10 @@ class HFTokenizer:
     Args:
         definition: the content of `tokenizer.json`.
         named_tokens: `bos_token`, `eos_token`, … with their text.
-        add_bos_token: whether encoding begins with `bos_token`; None for what `tokenizer.json` does.
+        add_bos_token, add_eos_token: whether `bos_token` goes in front of texts and `eos_token` behind them, where
+            `tokenizer.json` has no post-processor, which else says so.
         eos_token_ids: ids with which the model ends an answer, beside `eos_token`'s.
+        model_vocab_size: ids of the model, which never ends an answer with one past them; None for no limit.
         templates: chat templates by name: `default`, and `tool_use` where tools need another.
     """
 
@@ -40,8 +42,10 @@ class HFTokenizer:
         definition: str,
         *,
         named_tokens: dict[str, str] | None = None,
-        add_bos_token: bool | None = None,
+        add_bos_token: bool = False,
+        add_eos_token: bool = False,
         eos_token_ids: Sequence[int] = (),
+        model_vocab_size: int | None = None,
         templates: dict[str, ChatTemplate] | None = None,
     ) -> None:
         named_tokens = named_tokens or {}
@@ -60,9 +64,13 @@ class HFTokenizer:
         except ValueError:
             self._token_bytes = None
         self._longest_token = max(map(len, self._full.get_vocab(with_added_tokens=True)), default=1)
-        self._prefix_ids = self._find_prefix(named_tokens.get("bos_token"), add_bos_token)
-        eos_id = self._full.token_to_id(named_tokens["eos_token"]) if "eos_token" in named_tokens else None
-        self._eos_token_ids = frozenset(eos_token_ids) | ({eos_id} if eos_id is not None else set())
+        bos_ids, eos_ids = (self._named_ids(named_tokens.get(name)) for name in ("bos_token", "eos_token"))
+        self._prefix_ids, self._suffix_ids = self._find_special_ids(
+            bos_ids if add_bos_token else (), eos_ids if add_eos_token else ()
+        )
+        self._eos_token_ids = frozenset(
+            i for i in (*eos_token_ids, *eos_ids) if model_vocab_size is None or i < model_vocab_size
+        )
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -96,8 +104,10 @@ class HFTokenizer:
             return cls(
                 definition,
                 named_tokens=named_tokens,
-                add_bos_token=config.get("add_bos_token"),
+                add_bos_token=config.get("add_bos_token") is True,
+                add_eos_token=config.get("add_eos_token") is True,
                 eos_token_ids=tuple(defaults.eos_token_ids),
+                model_vocab_size=load_vocab_size(directory),
                 templates=templates,
             )
         except Exception as error:
@@ -131,8 +141,9 @@ class HFTokenizer:
         return "default" in self._templates
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the checkpoint's beginning-of-sequence token in front unless told otherwise."""
-        return [*(self._prefix_ids if add_special_tokens else ()), *self._encode_plain(without_surrogates(text))]
+        """Token ids of `text`, with the special tokens that the checkpoint puts around a text unless told otherwise."""
+        ids = self._encode_plain(without_surrogates(text))
+        return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, of many texts, which takes a fraction of the time where they are short."""
@@ -143,7 +154,7 @@ class HFTokenizer:
                 ids = encoding.ids
                 if not self._control.ids.isdisjoint(ids):
                     ids = self._encode_plain(text)
-                batch.append([*self._prefix_ids, *ids])
+                batch.append([*self._prefix_ids, *ids, *self._suffix_ids])
         return batch
 
     def min_num_tokens(self, text: str) -> int:
@@ -255,15 +266,35 @@ class HFTokenizer:
             start = cut
         return ids + _encode(self._plain_inner if start else self._plain, text[start:])
 
-    def _find_prefix(self, bos_token: str | None, add_bos_token: bool | None) -> tuple[int, ...]:
-        """Ids that go in front of every text."""
-        if add_bos_token is not None or self._full.post_processor is None:
-            bos_id = self._full.token_to_id(bos_token) if bos_token and add_bos_token else None
-            return () if bos_id is None else (bos_id,)
-        text = "a"
-        bare, whole = (self._full.encode(text, add_special_tokens=special).ids for special in (False, True))
-        length = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        return tuple(whole[:length])
+    def _named_ids(self, token: str | None) -> tuple[int, ...]:
+        """The id of a token, if there is one."""
+        token_id = self._full.token_to_id(token) if token else None
+        return () if token_id is None else (token_id,)
+
+    def _find_special_ids(
+        self, prefix: tuple[int, ...], suffix: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids that go in front of every text and behind it, by the post-processor of `tokenizer.json`.
+
+        Args:
+            prefix, suffix: where it has none.
+
+        Raises:
+            ValueError: it does something else with a text than to put tokens around it.
+        """
+        if self._full.post_processor is None:
+            return prefix, suffix
+        for sample in ("a", *self._full.get_vocab()):
+            bare, whole = (self._full.encode(sample, add_special_tokens=special) for special in (False, True))
+            if bare.ids:
+                break
+        # The mask has 1 for each token that the post-processor put there.
+        is_special = whole.special_tokens_mask
+        start = is_special.index(0) if 0 in is_special else len(is_special)
+        end = start + len(bare.ids)
+        if is_special != [*[1] * start, *[0] * len(bare.ids), *[1] * (len(whole.ids) - end)]:
+            raise ValueError("its post-processor does more than to put tokens around a text, which is not supported")
+        return tuple(whole.ids[:start]), tuple(whole.ids[end:])
 
 
 @dataclass(frozen=True, slots=True)

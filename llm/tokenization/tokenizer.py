@@ -29,7 +29,8 @@ class Tokenizer(Protocol):
         """Token ids of `text`. Text that looks like a control token stays text.
 
         Args:
-            add_special_tokens: put the beginning-of-sequence token in front where the model was trained with one.
+            add_special_tokens: put those special tokens around the text that the checkpoint's tokenizer does: often the
+                beginning-of-sequence token in front, sometimes the end-of-sequence token behind.
         """
         ...
 

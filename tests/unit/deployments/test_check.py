@@ -45,6 +45,10 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
             save_file(tensors, weights)
         case "shape":
             (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 700}))
+        case "unknown key":
+            (directory / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+        case "sampling":
+            (directory / "generation_config.json").write_text(json.dumps({"min_p": 7}))
         case "architecture":
             (directory / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
     return directory
@@ -59,6 +63,8 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
         ("missing tensor", "lacks model.norm.weight"),
         ("shape", r"down_proj.weight has shape \(256, 704\), config.json asks for \(256, 700\)"),
         ("architecture", "GPT2LMHeadModel"),
+        ("unknown key", r"config.json: 'final_logit_softcapping' is 30.0, .* not supported for LlamaForCausalLM"),
+        ("sampling", "generation_config.json: min_p"),
         ("tokenizer", "tokenizer.json"),
     ],
 )

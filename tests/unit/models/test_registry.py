@@ -7,7 +7,12 @@ import pytest
 
 from llm.config import RopeScalingType
 from llm.errors import CheckpointError, ConfigError
-from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
+from llm.models.registry import (
+    GenerationDefaults,
+    load_generation_defaults,
+    load_model_config,
+    resolve_model_path,
+)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,7 +86,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
     [
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, 64, None),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, None, None),
-        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 64}, None, None),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 64, "use_sliding_window": False}, None, None),
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 131072}, None, None),
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 64, "use_sliding_window": False}, None, None),
         ({**QWEN2, "use_sliding_window": False}, None, None),
         (QWEN2, None, None),
         ({**QWEN2, "use_sliding_window": True, "max_window_layers": 3}, 64, (3,)),
@@ -129,6 +136,10 @@ def test_biases_and_qk_norm(tmp_path, changes, biases, qk_norm):
         ({"rope_scaling": {"type": "yarn"}}, ConfigError, "factor"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ConfigError, "partial_rotary_factor"),
         ({**QWEN2, "use_sliding_window": True, "layer_types": ["odd"] * 4}, ConfigError, "layer_types must hold 4"),
+        ({**QWEN2, "layer_types": [SLIDING] * 4}, ConfigError, "there is no sliding_window"),
+        ({"sliding_window": 64}, ConfigError, "'sliding_window' is 64, which LlamaForCausalLM does not have"),
+        ({"tie_word_embeddings": "perhaps"}, ConfigError, "tie_embeddings"),
+        ({"compression_config": {"bits": 8}}, CheckpointError, "quantized weights are not supported"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_that_names_the_file(tmp_path, changes, error, reason):
@@ -160,7 +171,72 @@ def test_generation_defaults(tmp_path):
     assert load_generation_defaults(tmp_path).temperature == 0
 
 
-@pytest.mark.parametrize("bad", [{"temperature": "hot"}, {"top_p": 2}, {"eos_token_id": [[1]]}, {"eos_token_id": "x"}])
+def generation(directory: Path, **found: object) -> GenerationDefaults:
+    (write(directory) / "generation_config.json").write_text(json.dumps(found))
+    return load_generation_defaults(directory)
+
+
+def test_everything_the_engine_can_do_is_taken(tmp_path):
+    defaults = generation(
+        tmp_path, min_p=0.05, suppress_tokens=[7, 3], repetition_penalty=1.05, max_new_tokens=2048, min_new_tokens=1,
+        stop_strings="###",
+    )  # fmt: skip
+    assert (defaults.min_p, defaults.suppress_tokens, defaults.repetition_penalty) == (0.05, (7, 3), 1.05)
+    assert (defaults.max_new_tokens, defaults.min_new_tokens, defaults.stop_strings) == (2048, 1, ("###",))
+    assert defaults.warnings == ()
+
+
+NOT_DONE = {
+    "begin_suppress_tokens": [220], "no_repeat_ngram_size": 3, "bad_words_ids": [[5]], "forced_eos_token_id": 2,
+    "forced_bos_token_id": 1, "typical_p": 0.9, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "num_beams": 4,
+    "guidance_scale": 1.5, "watermarking_config": {"bias": 2}, "exponential_decay_length_penalty": [10, 1.1],
+    "sequence_bias": [[[5], 2.0]], "top_h": 0.4, "chat_format": "chatml", "max_time": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NOT_DONE)
+def test_what_the_engine_cannot_do_is_named(tmp_path, key):
+    (warning,) = generation(tmp_path, temperature=0.6, **{key: NOT_DONE[key]}).warnings
+    assert warning.startswith(str(tmp_path / "generation_config.json"))
+    assert f"{key}={NOT_DONE[key]!r}" in warning
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"_from_model_config": True, "bos_token_id": 1, "do_sample": True, "eos_token_id": [128001, 128009],
+         "pad_token_id": 0, "temperature": 0.6, "max_length": 4096, "top_p": 0.9, "transformers_version": "4.32.0"},
+        {"bos_token_id": 5, "pad_token_id": 5, "do_sample": True, "eos_token_id": [6, 5], "repetition_penalty": 1.05,
+         "temperature": 0.7, "top_p": 0.8, "top_k": 20, "transformers_version": "4.37.0"},
+        {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None, "use_cache": True,
+         "epsilon_cutoff": 0.0, "encoder_repetition_penalty": 1.0, "cache_implementation": "static"},
+    ],
+)  # fmt: skip
+def test_real_files_and_neutral_values_warn_of_nothing(tmp_path, found):
+    assert generation(tmp_path, **found).warnings == ()
+
+
+def test_ids_that_the_model_does_not_have_are_left_out_with_a_warning(tmp_path):
+    """Those between the tokenizer's last and the padded vocabulary's end are the model's own."""
+    defaults = generation(tmp_path, eos_token_id=[2, 128255, 128256, -1, 2**40], suppress_tokens=[5, 10**9])
+    assert defaults.eos_token_ids == {2, 128255}
+    assert defaults.suppress_tokens == (5,)
+    assert [warning.split(": ")[1] for warning in defaults.warnings] == [
+        "eos_token_id [128256, -1, 1099511627776] is left out", "suppress_tokens [1000000000] is left out",
+    ]  # fmt: skip
+    (tmp_path / "generation_config.json").unlink()
+    write(tmp_path, eos_token_id=128256)
+    assert load_generation_defaults(tmp_path).eos_token_ids == frozenset()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": "hot"}, {"top_p": 2}, {"eos_token_id": [[1]]}, {"eos_token_id": "x"}, {"eos_token_id": True},
+        {"eos_token_id": [1.0]}, {"suppress_tokens": [False]}, {"min_p": True}, {"top_k": "5"}, {"stop_strings": [""]},
+        {"max_new_tokens": 0}, {"suppress_tokens": list(range(600))},
+    ],
+)  # fmt: skip
 def test_bad_generation_defaults_name_the_file(tmp_path, bad):
     (tmp_path / "generation_config.json").write_text(json.dumps(bad))
     with pytest.raises(ConfigError, match=r"generation_config\.json: "):

@@ -68,3 +68,19 @@ def test_an_engine_of_ids_ends_where_one_with_text_does(tmp_path):
     assert result.finish_reason is FinishReason.STOP
     assert result.token_ids == expected.token_ids
     assert ids_only.tokenizer is None
+
+
+def test_end_ids_that_the_model_does_not_have_fail_no_step(tmp_path, engine):
+    """A checkpoint that names some beside its own: the same answers, also where no end is allowed for a while."""
+    shutil.copytree(DEMO, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "model" / name
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "eos_token_id": [content["eos_token_id"], 264, 2**31, -1]}))
+    other = ContinuousBatchingEngine.from_pretrained(tmp_path / "model", device="cpu", progress=False)
+    requests = [create_request(engine, "What is 17 + 25?", min_new_tokens=n, max_new_tokens=20) for n in (0, 10)]
+    expected, found = (each.generate(requests, progress=False) for each in (engine, other))
+    assert [(result.text, result.finish_reason) for result in found] == [
+        (result.text, result.finish_reason) for result in expected
+    ]
+    assert found[0].text == "42"

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from pydantic import ValidationError
 from small_engines import (
     CONFIGS,
     MODELS,
@@ -90,6 +91,50 @@ def test_resumed_equals_uninterrupted(sampling, num_done, max_steps_ahead):
     outputs = run_steps(engine)
     assert tokens_of(outputs, request) == whole.token_ids[num_done:]
     assert outputs[-1].finish_reason is whole.finish_reason
+
+
+@pytest.mark.parametrize("num_done", [0, 1, 7, 19])
+def test_the_result_of_a_resumed_request_holds_what_is_new(num_done):
+    """Tokens, text and log probabilities alike: joined with what the caller had, they are the uninterrupted answer."""
+    tokenizer = SimpleCharacterTokenizer([chr(97 + i) for i in range(VOCAB_SIZE - 1)])
+    (request,) = create_requests(1, logprobs=1, ignore_eos=True)
+    (whole,) = create_engine(tokenizer=tokenizer).generate([request], progress=False)
+    done = whole.token_ids[:num_done]
+    resumed = request.model_copy(update={"output_token_ids": done})
+    (result,) = create_engine(tokenizer=tokenizer).generate([resumed], progress=False)
+    assert done + result.token_ids == whole.token_ids
+    assert tokenizer.decode(done) + result.text == whole.text
+    assert [entry.token_id for entry in result.logprobs] == list(result.token_ids)
+    assert len(result.text) == len(result.token_ids) == 20 - num_done
+
+
+@pytest.mark.parametrize(
+    "field", ["prompt_token_ids", "output_token_ids", "stop_token_ids", "logit_bias", "allowed_token_ids"]
+)
+@pytest.mark.parametrize("token_id", [-1, True, False, 1.0, "1", None])
+def test_what_is_no_token_id_is_refused(field, token_id):
+    given = {token_id: 1.0} if field == "logit_bias" else (token_id,)
+    with pytest.raises(ValidationError, match=field):
+        GenerationRequest(**{"prompt_token_ids": (1,), field: given})
+
+
+@pytest.mark.parametrize("bias", [1e10, -1e10, float("inf"), float("nan"), True])
+def test_a_bias_that_no_logit_bears_is_refused(bias):
+    with pytest.raises(ValidationError, match="logit_bias"):
+        GenerationRequest(prompt_token_ids=(1,), logit_bias={1: bias})
+
+
+@each_depth
+def test_one_past_the_vocabulary_among_others_harms_none(max_steps_ahead):
+    """A request whose stop id no token has is refused, and those beside it end as if alone."""
+    good = create_requests(3, min_new_tokens=4, stop_token_ids=(VOCAB_SIZE - 1,))
+    engine = create_engine(max_steps_ahead=max_steps_ahead)
+    for request in good:
+        engine.add_request(request)
+    with pytest.raises(InvalidRequestError):
+        engine.add_request(good[0].model_copy(update={"request_id": "bad", "stop_token_ids": (VOCAB_SIZE,)}))
+    outputs = run_steps(engine)
+    assert [tokens_of(outputs, request) for request in good] == [run_alone(request).token_ids for request in good]
 
 
 def test_request_without_seed_gets_one():
@@ -201,7 +246,11 @@ def test_guide_loop_runs_as_written():
         ({"prompt_token_ids": (1, VOCAB_SIZE)}, "prompt", "token id 48 is past the vocabulary of 48"),
         ({"prompt": "text"}, "prompt", "no tokenizer"),
         ({"prompt_token_ids": (1,), "stop": ("x",)}, "stop", "need an engine with a tokenizer"),
-        ({"prompt_token_ids": (1,), "logit_bias": {99: 1.0}}, "logit_bias", "past the vocabulary"),
+        ({"prompt_token_ids": (1,), "logit_bias": {99: 1.0}}, "logit_bias", "id 99 is past the vocabulary of 48"),
+        ({"prompt_token_ids": (1,), "allowed_token_ids": (3, 48)}, "allowed_token_ids", "id 48 is past the vocabulary"),
+        ({"prompt_token_ids": (1,), "stop_token_ids": (3, 48)}, "stop_token_ids", "id 48 is past the vocabulary of 48"),
+        ({"prompt_token_ids": (1,), "output_token_ids": (2**31,)}, "output_token_ids", "id 2147483648 is past"),
+        ({"prompt_token_ids": (2**63,)}, "prompt", "id 9223372036854775808 is past"),
     ],
 )
 def test_requests_that_can_never_be_served_are_refused(request_fields, param, message):

@@ -139,7 +139,7 @@ def test_resumed_elsewhere_it_goes_on_the_same(model, tokenizer, kind: str):
     for cut in range(1, len(whole.token_ids)):
         resumed = request(GRAMMARS[kind], 3, output_token_ids=whole.token_ids[:cut])
         (result,) = create_engine(model, tokenizer=tokenizer).generate([resumed], progress=False)
-        assert result.token_ids == whole.token_ids
+        assert result.token_ids == whole.token_ids[cut:]
 
 
 def test_free_rows_do_not_notice_constrained_ones(model, tokenizer):
@@ -261,6 +261,21 @@ def test_dear_grammars_stall_no_step(tokenizer, name: str):
         allowed = np.flatnonzero(np.unpackbits(bits[0].view(np.uint8), bitorder="little"))
         constraint.take(int(rng.choice(allowed)))
     assert slowest < 0.05
+
+
+@pytest.mark.parametrize("ids", ["300", "97-300", "^300", "4294967296", "-1"])
+def test_token_ids_past_the_vocabulary_are_no_grammar(tokenizer, ids):
+    compiler = GrammarCompiler(tokenizer, 300)
+    assert compiler.compile(Grammar(kind="lark", text="start: <[299]>"))
+    with pytest.raises(InvalidRequestError, match="grammar: "):
+        compiler.compile(Grammar(kind="lark", text=f"start: <[{ids}]>"))
+
+
+def test_an_end_id_past_the_vocabulary_leaves_the_others(tokenizer):
+    both = HFTokenizer(tokenizer.definition, eos_token_ids=[257, 10**6])
+    assert GrammarCompiler(both, 300).compile(GRAMMARS["regex"])
+    with pytest.raises(InvalidRequestError, match="end-of-sequence"):
+        GrammarCompiler(HFTokenizer(tokenizer.definition, eos_token_ids=[10**6]), 300).compile(GRAMMARS["regex"])
 
 
 def test_tokens_that_do_not_fit_the_grammar_cannot_be_resumed(model, tokenizer):

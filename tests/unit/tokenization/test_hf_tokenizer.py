@@ -5,11 +5,13 @@ import random
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from llm.errors import CheckpointError, ConfigError
@@ -33,6 +35,86 @@ def test_ordinary_text_encodes_as_in_transformers(tokenizers, checkpoints, kind,
     theirs = PreTrainedTokenizerFast.from_pretrained(checkpoints[kind])
     assert tokenizers[kind].encode(text) == theirs.encode(text)
     assert tokenizers[kind].encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+
+
+def around(single: str, *names: str) -> Callable[[Tokenizer], processors.PostProcessor]:
+    return lambda tokenizer: processors.TemplateProcessing(
+        single=single, pair=None, special_tokens=[(name, tokenizer.token_to_id(name)) for name in names]
+    )
+
+
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+POST_PROCESSORS: dict[str, Callable[[Tokenizer], processors.PostProcessor]] = {
+    "behind": around(f"$A {END}", END),
+    "both sides": around(f"{BEGIN} $A {END}", BEGIN, END),
+    "twice": around(f"{BEGIN} $A:0 {END}:0 {END}:0", BEGIN, END),
+    "none": around("$A"),
+    "bert": lambda t: processors.BertProcessing((END, t.token_to_id(END)), (BEGIN, t.token_to_id(BEGIN))),
+    "roberta": lambda t: processors.RobertaProcessing(
+        (END, t.token_to_id(END)), (BEGIN, t.token_to_id(BEGIN)), trim_offsets=False
+    ),
+    "bytes alone": lambda _: processors.ByteLevel(trim_offsets=False),
+    "sequence": lambda t: processors.Sequence([processors.ByteLevel(), around(f"$A {END}", END)(t)]),
+    "sequence in a sequence": lambda t: processors.Sequence(
+        [processors.Sequence([processors.ByteLevel(), around(f"{BEGIN} $A {END}", BEGIN, END)(t)])]
+    ),
+}
+
+
+def with_post_processor(source: Path, target: Path, make: Callable[[Tokenizer], object], **settings: object) -> Path:
+    """A copy of a checkpoint with another post-processor, None for none, and settings of tokenizer_config.json."""
+    directory = shutil.copytree(source, target)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.post_processor = make(tokenizer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return directory
+
+
+@pytest.mark.parametrize("name", POST_PROCESSORS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"add_bos_token": False, "add_eos_token": False}, {"add_bos_token": True, "add_eos_token": True}]
+)
+def test_special_tokens_stand_where_the_library_puts_them(checkpoints, tmp_path, name, settings):
+    """In front of a text and behind it, also where tokenizer_config.json says something else, as in transformers."""
+    directory = with_post_processor(checkpoints["llama3"], tmp_path / "t", POST_PROCESSORS[name], **settings)
+    ours, library = HFTokenizer.from_pretrained(directory), Tokenizer.from_file(str(directory / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast.from_pretrained(directory)
+    expected = [library.encode(text).ids for text in TEXTS]
+    assert [ours.encode(text) for text in TEXTS] == expected == [theirs.encode(text) for text in TEXTS]
+    assert ours.encode_all(TEXTS) == expected
+    messages = [{"role": "user", "content": "hi"}]
+    chat = ours.apply_chat_template(messages)
+    assert chat == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat.count(library.token_to_id(BEGIN)) == 1
+    assert library.token_to_id(END) not in chat
+
+
+@pytest.mark.parametrize(
+    ("settings", "around_it"),
+    [
+        ({}, ((), ())),
+        ({"add_bos_token": True}, ((BEGIN,), ())),
+        ({"add_bos_token": True, "add_eos_token": True}, ((BEGIN,), ("<|eot_id|>",))),
+        ({"add_bos_token": False, "add_eos_token": None}, ((), ())),
+    ],
+)
+def test_without_a_post_processor_the_settings_say_what_stands_around_a_text(
+    checkpoints, tmp_path, settings, around_it
+):
+    directory = with_post_processor(checkpoints["llama3"], tmp_path / "t", lambda _: None, **settings)
+    library = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    before, behind = ([library.token_to_id(name) for name in names] for names in around_it)
+    ours = HFTokenizer.from_pretrained(directory)
+    assert ours.encode("some text") == [*before, *library.encode("some text").ids, *behind]
+    assert ours.encode("some text", add_special_tokens=False) == library.encode("some text").ids
+
+
+def test_a_post_processor_that_repeats_the_text_is_refused(checkpoints, tmp_path):
+    directory = with_post_processor(checkpoints["llama3"], tmp_path / "t", around(f"$A {END} $A", END))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json .*post-processor does more"):
+        HFTokenizer.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen", "llama2", "mistral", "metaspace"])
@@ -106,6 +188,15 @@ def test_eos_ids_come_from_both_files(checkpoints, tmp_path):
     assert HFTokenizer.from_pretrained(directory).eos_token_ids == {im_end, endoftext}
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [im_end, 7]}))
     assert HFTokenizer.from_pretrained(directory).eos_token_ids == {im_end, 7}
+
+
+def test_an_end_id_that_the_model_does_not_have_is_none(checkpoints, tmp_path):
+    """The tokenizer's own end token was added behind the model's last id: the model never draws it."""
+    directory = shutil.copytree(checkpoints["qwen"], tmp_path / "q")
+    (im_end,) = HFTokenizer.from_pretrained(directory).eos_token_ids
+    for vocab_size, expected in ((im_end + 1, {3, im_end}), (im_end, {3})):
+        (directory / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "eos_token_id": [3, 10**6]}))
+        assert HFTokenizer.from_pretrained(directory).eos_token_ids == expected
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(checkpoints, tmp_path):

@@ -1,0 +1,72 @@
+"""What a config.json says of rotary position embeddings, and what of it is understood."""
+
+from typing import Any
+
+from llm.config import RopeScaling, RopeScalingType
+from llm.errors import ConfigError
+from llm.models.config_keys import ReadKeys, shown
+
+_KNOWN_UNSCALED = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+_KNOWN_SCALED = {*_KNOWN_UNSCALED, *RopeScaling.model_fields, "finetuned"}
+
+
+def read_rope(config: ReadKeys) -> tuple[float, RopeScaling | None, int]:
+    """RoPE base, scaling, and the context length that scaling gives, from either generation of config.json.
+
+    Raises:
+        ConfigError: it is a kind that is not supported, or not the same for all layers.
+        KeyError, TypeError, ValidationError: a value is missing or of the wrong type.
+    """
+    found = _rope_set(config)
+    top_level = {key: config.get(key, default) for key, default in (("rope_theta", 1e4), ("partial_rotary_factor", 1))}
+    theta = found.get("rope_theta", top_level["rope_theta"])
+    trained_len: int = config["max_position_embeddings"]
+    partial = found.get("partial_rotary_factor", top_level["partial_rotary_factor"])
+    if partial not in (None, 1):
+        raise ConfigError(f"'partial_rotary_factor' is {shown(partial)}; only 1 is supported")
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind != "default" and kind not in set(RopeScalingType):
+        supported = ", ".join(["default", *RopeScalingType])
+        raise ConfigError(f"rope type {shown(kind)} is not supported; supported: {supported}")
+    known = _KNOWN_UNSCALED if kind == "default" else _KNOWN_SCALED
+    for key, value in found.items():
+        if key not in known and value not in (None, 1):
+            raise ConfigError(f"{key!r} ({shown(value)}) means nothing to RoPE of type {kind!r}; correct or remove it")
+    if kind == "default":
+        return theta, None, trained_len
+    fields = {key: found[key] for key in RopeScaling.model_fields if found.get(key) is not None}
+    fields |= {"rope_type": kind}
+    fields.setdefault("original_max_position_embeddings", trained_len)
+    scaling = RopeScaling(**fields)
+    match scaling.rope_type:
+        case RopeScalingType.LINEAR:
+            return theta, scaling, int(trained_len * scaling.factor)
+        case RopeScalingType.YARN:
+            original_len = scaling.original_max_position_embeddings or trained_len
+            return theta, scaling, max(trained_len, int(original_len * scaling.factor))
+        case RopeScalingType.LLAMA3:
+            return theta, scaling, trained_len
+
+
+def _rope_set(config: ReadKeys) -> dict[str, Any]:
+    """RoPE's parameters, the same for all layers: `rope_parameters` (transformers 5) or `rope_scaling` (4).
+
+    Raises:
+        ConfigError: there are several.
+    """
+    given = [(key, value) for key in ("rope_parameters", "rope_scaling") if (value := config.get(key))]
+    if not given:
+        return {}
+    name, found = given[0]
+    if any(value != found for _, value in given):
+        raise ConfigError("rope_parameters and rope_scaling differ; keep the one that the model was trained with")
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name!r} ({shown(found)}) must be an object; correct or remove it")
+    sets = list(found.values())
+    if not any(isinstance(item, dict) for item in sets):
+        return found
+    if any(item != sets[0] for item in sets):
+        raise ConfigError(
+            f"{name!r} differs by layer ({shown(found)}), which is not supported; use a checkpoint with one set"
+        )
+    return dict(sets[0])

@@ -1,0 +1,147 @@
+"""The config.json files of well-known checkpoints, as published: whatever stands in one of them must load."""
+
+from typing import Any
+
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "initializer_range": 0.02, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "hidden_size": 4096, "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False, "use_cache": True,
+}  # fmt: skip
+_LLAMA_3: dict[str, Any] = {
+    **_LLAMA, "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001,
+    "intermediate_size": 14336, "num_key_value_heads": 8, "pretraining_tp": 1, "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16", "vocab_size": 128256,
+}  # fmt: skip
+_MISTRAL: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "model_type": "mistral",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+}  # fmt: skip
+_QWEN: dict[str, Any] = {
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+    "initializer_range": 0.02, "max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+_QWEN_2: dict[str, Any] = {
+    **_QWEN, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584,
+    "intermediate_size": 18944, "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28,
+    "num_key_value_heads": 4, "sliding_window": 131072, "tie_word_embeddings": False,
+    "transformers_version": "4.43.1",
+}  # fmt: skip
+_QWEN_3: dict[str, Any] = {
+    **_QWEN, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128,
+    "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rope_scaling": None,
+    "sliding_window": None, "tie_word_embeddings": True, "transformers_version": "4.51.0",
+}  # fmt: skip
+
+REAL_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-7b": {
+        **_LLAMA, "bos_token_id": 1, "eos_token_id": 2, "intermediate_size": 11008, "max_position_embeddings": 2048,
+        "max_sequence_length": 2048, "pad_token_id": 0, "rms_norm_eps": 1e-06, "torch_dtype": "float16",
+        "transformers_version": "4.28.0.dev0", "vocab_size": 32000,
+    },
+    "Llama-2-7b-chat-hf": {
+        **_LLAMA, "_name_or_path": "meta-llama/Llama-2-7b-chat-hf", "bos_token_id": 1, "eos_token_id": 2,
+        "intermediate_size": 11008, "max_position_embeddings": 4096, "num_key_value_heads": 32, "pretraining_tp": 1,
+        "rope_scaling": None, "torch_dtype": "float16", "transformers_version": "4.32.0.dev0", "vocab_size": 32000,
+    },
+    "CodeLlama-7b-hf": {
+        **_LLAMA, "_name_or_path": "codellama/CodeLlama-7b-hf", "bos_token_id": 1, "eos_token_id": 2,
+        "intermediate_size": 11008, "max_position_embeddings": 16384, "num_key_value_heads": 32, "pretraining_tp": 1,
+        "rope_scaling": None, "rope_theta": 1000000, "torch_dtype": "bfloat16", "vocab_size": 32016,
+    },
+    "Meta-Llama-3-8B-Instruct": {
+        **_LLAMA_3, "eos_token_id": 128009, "max_position_embeddings": 8192, "rope_scaling": None,
+        "transformers_version": "4.40.0.dev0",
+    },
+    "Llama-3.1-8B-Instruct": {
+        **_LLAMA_3, "eos_token_id": [128001, 128008, 128009], "max_position_embeddings": 131072, "mlp_bias": False,
+        "rope_scaling": LLAMA3_ROPE, "transformers_version": "4.42.3",
+    },
+    "Llama-3.2-1B-Instruct": {
+        **_LLAMA_3, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_size": 2048,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "num_hidden_layers": 16,
+        "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}, "tie_word_embeddings": True,
+        "transformers_version": "4.45.0.dev0",
+    },
+    "SmolLM2-135M-Instruct": {
+        **_LLAMA, "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536,
+        "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9,
+        "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1,
+        "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "transformers_version": "4.42.3", "vocab_size": 49152,
+    },
+    "Falcon3-1B-Instruct": {
+        **_LLAMA, "activation": "swiglu", "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 11,
+        "head_dim": 256, "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 8192,
+        "mlp_bias": False, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 4,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000042,
+        "torch_dtype": "bfloat16", "transformers_version": "4.46.1", "vocab_size": 131072,
+    },
+    "deepseek-coder-6.7b-instruct": {
+        **_LLAMA, "bos_token_id": 32013, "eos_token_id": 32021, "intermediate_size": 11008,
+        "max_position_embeddings": 16384, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"factor": 4.0, "type": "linear"}, "rope_theta": 100000, "torch_dtype": "bfloat16",
+        "transformers_version": "4.33.1", "vocab_size": 32256,
+    },
+    "Llama-3.2-3B-Instruct by Unsloth": {
+        **_LLAMA_3, "eos_token_id": 128009, "head_dim": 128, "hidden_size": 3072, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 24, "num_hidden_layers": 28,
+        "pad_token_id": 128004, "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}, "tie_word_embeddings": True,
+        "transformers_version": "4.47.1", "unsloth_fixed": True,
+    },
+    "Mistral-7B-Instruct-v0.1": {
+        **_MISTRAL, "max_position_embeddings": 32768, "rope_theta": 10000.0, "sliding_window": 4096,
+        "transformers_version": "4.34.0.dev0", "vocab_size": 32000,
+    },
+    "Mistral-7B-Instruct-v0.3": {
+        **_MISTRAL, "attention_dropout": 0.0, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+        "sliding_window": None, "transformers_version": "4.42.0.dev0", "vocab_size": 32768,
+    },
+    "Mistral-Nemo-Instruct-2407": {
+        **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "hidden_size": 5120, "max_position_embeddings": 131072,
+        "num_hidden_layers": 40, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 131072,
+    },
+    "Ministral-8B-Instruct-2410": {
+        **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "intermediate_size": 12288,
+        "max_position_embeddings": 32768, "num_hidden_layers": 36, "rope_theta": 100000000.0, "sliding_window": 32768,
+        "vocab_size": 131072,
+    },
+    "Qwen2-7B-Instruct": {**_QWEN_2, "vocab_size": 152064},
+    "Qwen2.5-0.5B-Instruct": {
+        **_QWEN_2, "hidden_size": 896, "intermediate_size": 4864, "max_window_layers": 21, "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "sliding_window": 32768, "tie_word_embeddings": True,
+    },
+    "Qwen2.5-7B-Instruct with YaRN as its card says": {
+        **_QWEN_2, "vocab_size": 152064,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    },
+    "DeepSeek-R1-Distill-Qwen-1.5B": {
+        **_QWEN_2, "eos_token_id": 151643, "hidden_size": 1536, "intermediate_size": 8960, "max_window_layers": 21,
+        "max_position_embeddings": 131072, "num_attention_heads": 12, "num_key_value_heads": 2, "rope_theta": 10000,
+        "sliding_window": 4096, "use_mrope": False,
+    },
+    "Qwen3-0.6B": _QWEN_3,
+    "Qwen3-32B": {
+        **_QWEN_3, "hidden_size": 5120, "intermediate_size": 25600, "max_window_layers": 64,
+        "num_attention_heads": 64, "num_hidden_layers": 64, "tie_word_embeddings": False,
+    },
+    "Qwen3-Embedding-0.6B": {**_QWEN_3, "eos_token_id": 151643, "max_position_embeddings": 32768, "vocab_size": 151669},
+    "Qwen3-8B as transformers 5 writes it": {
+        **{key: value for key, value in _QWEN_3.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")},
+        "dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "pad_token_id": None,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "transformers_version": "5.24.0",
+    },
+}  # fmt: skip

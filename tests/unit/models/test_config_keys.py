@@ -1,0 +1,142 @@
+"""Every key of a config.json is read, known as harmless, or refused at load by its name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_configs import LLAMA3_ROPE, REAL_CONFIGS
+from transformers import AutoConfig
+
+from llm.errors import ConfigError
+from llm.models.registry import load_model_config
+
+LLAMA = REAL_CONFIGS["Llama-3.1-8B-Instruct"]
+QWEN3 = REAL_CONFIGS["Qwen3-0.6B"]
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def write(directory: Path, config: dict[str, Any], **changes: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+    return directory
+
+
+@pytest.mark.parametrize("name", REAL_CONFIGS)
+def test_real_checkpoints_load_with_all_their_keys(tmp_path, name):
+    config = load_model_config(write(tmp_path, REAL_CONFIGS[name]))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (config.rope_scaling is None) == (theirs.rope_parameters["rope_type"] == "default")
+    assert config.window_size == theirs.to_dict().get("sliding_window")
+
+
+@pytest.mark.parametrize("name", REAL_CONFIGS)
+def test_what_transformers_makes_of_them_loads_to_the_same_model(tmp_path, name):
+    """transformers 5 writes its own defaults and moves RoPE's parameters; the model stays what it is."""
+    ours = load_model_config(write(tmp_path, REAL_CONFIGS[name]))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    again = load_model_config(tmp_path)
+    assert (again.head_size, again.kv_heads) == (ours.head_size, ours.kv_heads)
+    filled = {"head_dim": ours.head_size, "num_kv_heads": ours.kv_heads}
+    assert again.model_copy(update=filled) == ours.model_copy(update=filled)
+
+
+NEUTRAL = {
+    "activation": "swiglu", "attention_multiplier": 128**-0.5, "attn_logit_softcapping": None, "auto_map": {},
+    "embedding_multiplier": 1.0, "final_logit_softcapping": None, "is_causal": True, "logits_scaling": 1,
+    "no_rope_layers": [1] * 32, "num_experts": 0, "partial_rotary_factor": 1.0, "qk_layernorm": False,
+    "query_pre_attn_scalar": 128, "residual_multiplier": 1.0, "rope_interleaved": False, "use_mrope": False,
+    "layer_types": [FULL] * 32, "sliding_window": None, "never_heard_of": None, "hidden_act": "swish",
+    "attention_probs_dropout_prob": 0.1, "_anything": 1, "use_sliding_window": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NEUTRAL)
+def test_values_that_change_nothing_are_fine(tmp_path, key):
+    assert load_model_config(write(tmp_path, LLAMA, **{key: NEUTRAL[key]})) == load_model_config(write(tmp_path, LLAMA))
+
+
+REFUSED = {
+    "activation": "gelu", "alibi": True, "attention_multiplier": 0.015, "attn_logit_softcapping": 50.0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_mine.Model"}, "dual_chunk_attention_config": {"chunk_size": 1},
+    "embedding_multiplier": 12.0, "final_logit_softcapping": 30.0, "hidden_act": "gelu", "is_causal": False,
+    "layer_types": [FULL] * 31 + ["linear_attention"], "logits_scaling": 8.0, "no_rope_layers": [1, 1, 1, 0] * 8,
+    "num_local_experts": 8, "partial_rotary_factor": 0.5, "qk_layernorm": True, "query_pre_attn_scalar": 256,
+    "residual_multiplier": 0.22, "rope_interleaved": True, "sliding_window": 4096, "use_bidirectional_attention": True,
+    "rope_parameters": {FULL: {"rope_theta": 1e6}, SLIDING: {"rope_theta": 1e4}}, "rope_scaling": {"factor": 2.0},
+    "never_heard_of": False, "log_scale": False, "rope_thetta": 5e5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_whatever_may_change_the_mathematics_is_refused_by_name(tmp_path, key):
+    """One line that names the file, the key, and its value."""
+    base = {name: value for name, value in LLAMA.items() if name != "rope_scaling"}
+    with pytest.raises(ConfigError) as caught:
+        load_model_config(write(tmp_path, base, **{key: REFUSED[key]}))
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "config.json"))
+    assert "\n" not in message
+    assert key in message or (key == "rope_scaling" and "'factor'" in message)
+    assert any(word in message for word in ("remove", "only", "correct", "use a"))
+
+
+def test_a_misspelt_key_gets_the_right_one(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'rope_theta'"):
+        load_model_config(write(tmp_path, LLAMA, rope_thetta=1e6))
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (LLAMA, "use_sliding_window", True),
+        (QWEN3, "qk_layernorm", False),
+        ({**QWEN3, "use_sliding_window": True}, "layer_types", [SLIDING] * 28),
+        (QWEN3, "layer_types", [SLIDING] * 28),
+    ],
+)
+def test_keys_are_judged_by_family_and_together(tmp_path, config, key, value):
+    """A window for each layer without a size, a switch without a window to switch, a norm that Qwen3 has."""
+    if key == "use_sliding_window":
+        assert load_model_config(write(tmp_path, config, **{key: value})).window_size is None
+        return
+    with pytest.raises(ConfigError, match=key):
+        load_model_config(write(tmp_path, config, **{key: value}))
+
+
+ROPE = {"rope_theta": 7.0, "rope_type": "default"}
+
+
+def test_rope_parameters_for_each_layer_type(tmp_path):
+    """The same set for every layer is that set; sets that differ, or none for some layers, are refused."""
+    base = {name: value for name, value in LLAMA.items() if name not in ("rope_scaling", "rope_theta")}
+    for nested in ({FULL: ROPE}, {FULL: ROPE, SLIDING: dict(ROPE)}):
+        assert load_model_config(write(tmp_path, base, rope_parameters=nested)).rope_theta == 7
+    for nested in ({FULL: ROPE, SLIDING: {**ROPE, "rope_theta": 8.0}}, {FULL: ROPE, SLIDING: None}):
+        with pytest.raises(ConfigError, match="'rope_parameters' differs by layer"):
+            load_model_config(write(tmp_path, base, rope_parameters=nested))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_scaling": LLAMA3_ROPE, "rope_parameters": ROPE}, "rope_parameters and rope_scaling differ"),
+        ({"rope_scaling": 4.0}, "'rope_scaling' .4.0. must be an object"),
+        ({"rope_scaling": {"factor": 4.0}}, "'factor' .4.0. means nothing to RoPE of type 'default'"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "'mrope_section'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "alpha": 1000.0}}, "'alpha'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope type 'longrope' is not supported"),
+    ],
+)
+def test_rope_that_is_not_understood(tmp_path, changes, reason):
+    with pytest.raises(ConfigError, match=reason):
+        load_model_config(write(tmp_path, LLAMA, **changes))
+
+
+def test_a_trained_length_beside_rope_scaling_must_agree_with_it(tmp_path):
+    """Only some of transformers' families read it there, and these do not."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    directory = write(tmp_path, QWEN3, rope_scaling=scaling, original_max_position_embeddings=4096)
+    assert load_model_config(directory).rope_scaling is not None
+    with pytest.raises(ConfigError, match="'original_max_position_embeddings' is 8192"):
+        load_model_config(write(tmp_path, QWEN3, rope_scaling=scaling, original_max_position_embeddings=8192))
