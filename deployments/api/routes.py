@@ -170,7 +170,13 @@ class Endpoints:
             completion = await self._prepared(request, body, size, PromptEncoder.completion)
             turn = await self._chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
             return turn, self._completion_writer(
-                turn, body, is_chat=False, wants_logprobs=body.logprobs is not None, num_kept=body.n or 1
+                turn,
+                body,
+                is_chat=False,
+                wants_logprobs=body.logprobs is not None,
+                num_kept=body.n or 1,
+                echoes=bool(body.echo),
+                wants_prompt=body.prompt_logprobs is not None,
             )
 
         return await answer(request, start(), error_events, is_streamed=bool(body.stream))

@@ -3,6 +3,7 @@
 All of it is msgpack, written and checked by msgspec, so that it costs microseconds and carries no code.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -198,9 +199,22 @@ class GenerateReply(msgspec.Struct):
     timing: EngineTiming | None = None
     vector: bytes | None = None
     """Of a request that is pooled, as in `StepOutput`. It comes with the reply alone; the channel tells of the end."""
+    prompt_logprobs: bytes | None = None
+    """Where the request asked for them, what `pack_logprobs` made of them. They come with the reply alone, too."""
+
+
+def pack_logprobs(entries: Sequence[TokenLogprobs]) -> bytes:
+    """Log probabilities as bytes, which cost those who only pass them on nothing."""
+    return _encoder.encode(entries)
+
+
+def unpack_logprobs(data: bytes) -> list[TokenLogprobs]:
+    """What `pack_logprobs` was given."""
+    return _logprobs_decoder.decode(data)
 
 
 _encoder = msgspec.msgpack.Encoder()
+_logprobs_decoder = msgspec.msgpack.Decoder(list[TokenLogprobs])
 _info_decoder = msgspec.msgpack.Decoder(EngineInfo)
 _address_decoder = msgspec.msgpack.Decoder(ChannelAddress)
 _call_decoder = msgspec.msgpack.Decoder(GenerateCall)

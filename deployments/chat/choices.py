@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from deployments.channel.messages import unpack_logprobs
 from deployments.chat.errors import SERVER_ERROR, APIError, of_engine
 from deployments.chat.output import OutputEvent, OutputParser, TextDelta, ToolCallStart
 from deployments.router.generation import Generation
@@ -69,6 +70,16 @@ class Choice:
         """Prompt tokens that came from the prefix cache; 0 until the end."""
         end = self._generation.end
         return end.num_cached_tokens if end is not None else 0
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """Tokens of the prompt."""
+        return self._generation.request.prompt_token_ids or ()
+
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        """Of each token of the prompt but the first, once the choice is complete; for which the request must ask."""
+        packed = self._generation.prompt_logprobs
+        return unpack_logprobs(packed) if packed is not None else []
 
     def failure(self) -> APIError | None:
         """What went wrong with the generation, looked up without taking its tokens."""

@@ -259,9 +259,9 @@ class PromptEncoder:
         num_answers: int,
     ) -> list[GenerationRequest]:
         """Put sampling parameters and seeds to the prompts."""
-        for name in ("ignore_eos", "min_tokens"):
+        for name in ("ignore_eos", "min_tokens", "allowed_token_ids"):
             if grammar is not None and getattr(body, name):
-                raise invalid(f"{name}: the answer's format says where it ends", name)
+                raise invalid(f"{name}: the answer's format says which tokens may come and where it ends", name)
         sampling = self._sampling(body)
         seed = new_seed() if body.seed is None else body.seed
         if max_tokens is not None and max_tokens > self.info.max_seq_len:
@@ -272,6 +272,7 @@ class PromptEncoder:
             most = min(_first(max_tokens, self.defaults.max_new_tokens, room), room)
             fixed = {"prompt_token_ids": tuple(prompt), "max_new_tokens": most, "logprobs": logprobs, **sampling}
             fixed["grammar"] = grammar
+            fixed["prompt_logprobs"] = body.num_prompt_logprobs
             fixed["min_new_tokens"] = min(sampling["min_new_tokens"], most) if grammar is None else 0
             requests += _copies(GenerationRequest(seed=seed, **fixed), num_answers)
         return requests
@@ -283,6 +284,7 @@ class PromptEncoder:
         stop_ids, bias = body.stop_token_ids or [], body.logit_bias or {}
         self.check_ids(stop_ids, "stop_token_ids")
         self.check_ids(list(bias), "logit_bias")
+        self.check_ids(body.allowed_token_ids or [], "allowed_token_ids")
         for text in body.stop_strings():
             if len(text) > self.limits.max_stop_chars:
                 raise invalid(f"stop: at most {self.limits.max_stop_chars} characters each", "stop")
@@ -295,6 +297,7 @@ class PromptEncoder:
             "frequency_penalty": _first(body.frequency_penalty, 0.0),
             "repetition_penalty": _first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
             "logit_bias": {**dict.fromkeys(defaults.suppress_tokens, _SUPPRESSED), **bias},
+            "allowed_token_ids": tuple(body.allowed_token_ids) if body.allowed_token_ids else None,
             "min_new_tokens": _first(body.min_tokens, defaults.min_new_tokens, 0),
             "stop_token_ids": tuple(stop_ids),
             "ignore_eos": bool(body.ignore_eos),

@@ -57,6 +57,15 @@ def _check_logit_bias(value: Any) -> Any:
     return bias
 
 
+def _check_allowed(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value:
+        raise invalid("allowed_token_ids: must be an array of at least one token id", "allowed_token_ids")
+    check_token_ids(value, "allowed_token_ids")
+    return value
+
+
 class StreamOptions(WireModel):
     """Options of a streamed answer."""
 
@@ -82,6 +91,8 @@ class SamplingFields(StructuredFields, RequestBody):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_check_logit_bias)] = None
+    allowed_token_ids: Annotated[Items[int] | None, BeforeValidator(_check_allowed)] = None
+    """Extension. The only token ids that may be drawn."""
 
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """Extension. 0 or -1 for all tokens."""
@@ -130,6 +141,11 @@ class SamplingFields(StructuredFields, RequestBody):
         response_format = self.response_format.type if self.response_format is not None else None
         guides = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, self.structured_outputs)
         return response_format not in free_formats or any(guide is not None for guide in guides)
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many likeliest tokens are asked for in the place of each of the prompt's; None for no such."""
+        return None
 
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
@@ -252,13 +268,16 @@ class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`."""
 
     prompt: Annotated[Any, BeforeValidator(check_prompt, json_schema_input_type=Prompt)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens to generate; 16 by default."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Most tokens to generate; 16 by default. 0 to have the prompt read only."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    """Log probabilities of the tokens generated, and with `echo` of the prompt's."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Extension. Log probabilities of the prompt's tokens, and of so many likeliest in the place of each."""
     best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = None
     """Answers to make of each prompt; the `n` with the highest mean log probability of a token are given."""
     echo: bool | None = None
-    """Begin each answer with its prompt; not with `logprobs`."""
+    """Begin each answer with its prompt."""
     suffix: str | None = None
     """Not supported."""
 
@@ -269,11 +288,22 @@ class CompletionRequest(SamplingFields):
             raise invalid("best_of: must be at least n", "best_of")
         if self.best_of is not None and self.best_of > n and self.stream:
             raise invalid("best_of: which answers are the best is known at the end only; leave out stream", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise unsupported("echo", "echo together with logprobs, the prompt's log probabilities,")
+        if self.max_tokens == 0 and (self.stream or self.num_answers > 1):
+            raise invalid("max_tokens: 0 gives nothing to stream or to choose from; leave out stream, n and best_of",
+                          "max_tokens")  # fmt: skip
+        if self.num_prompt_logprobs is not None and self.stream:
+            raise invalid("stream: log probabilities of the prompt come at the end only; leave out stream", "stream")
         if self.suffix:
             raise unsupported("suffix")
         return self
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are asked for in the place of each of the prompt's; None for no such."""
+        asked = [self.prompt_logprobs] if self.prompt_logprobs is not None else []
+        asked += [self.logprobs] if self.echo and self.logprobs is not None else []
+        asked += [0] if self.max_tokens == 0 else []  # there is no other way to have a prompt read only
+        return max(asked, default=None)
 
     @property
     def num_answers(self) -> int:

@@ -19,6 +19,7 @@ from deployments.channel.messages import (
     GenerateReply,
     Refusal,
     end_of,
+    pack_logprobs,
 )
 from deployments.channel.sender import OutgoingStream, TokenSender
 from deployments.replica.engine_factory import Engine
@@ -52,6 +53,7 @@ class _OpenRequest:
     token_ids: list[int]
     stream: OutgoingStream | None
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: bytes | None = None
     received_at: float = field(default_factory=time.monotonic)
     timing: EngineTiming | None = None
 
@@ -261,6 +263,8 @@ class EngineLoop:
             if request.logprobs is None:
                 request.logprobs = []
             request.logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            request.prompt_logprobs = pack_logprobs(output.prompt_logprobs)
         end = end_of(output)
         timing = None
         if request.timing is None and (output.token_ids or output.vector):
@@ -294,7 +298,13 @@ class EngineLoop:
             request.stream.close()
         request.resolve(
             GenerateReply(
-                self._replica_id, request.token_ids, request.logprobs, end, timing=request.timing, vector=vector
+                self._replica_id,
+                request.token_ids,
+                request.logprobs,
+                end,
+                timing=request.timing,
+                vector=vector,
+                prompt_logprobs=request.prompt_logprobs,
             )
         )
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from deployments.api.openai.chat_message import Message, delta_of
 from deployments.api.openai.chunks import ChunkWriter
-from deployments.api.openai.logprobs import chat_logprobs, completion_logprobs
+from deployments.api.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from deployments.api.sse import DONE, error_events, event
 from deployments.chat.choices import Choice, Update
 from deployments.chat.errors import APIError
 from deployments.chat.output import TextDelta
 from deployments.chat.turn import Turn
+from llm.config import MAX_TOP_LOGPROBS
 from llm.serving.schemas import TokenLogprobs
 from llm.tokenization.tokenizer import Tokenizer
 
@@ -39,6 +40,8 @@ class CompletionWriter:
         is_chat: chat or plain completion.
         wants_logprobs: whether log probabilities were asked for.
         include_usage: end a stream with a chunk of token counts.
+        echoes: whether log probabilities of the prompt come before those of the answer.
+        wants_prompt: whether log probabilities of the prompt were asked for by themselves.
         num_kept: answers to give of each prompt, the best ones; None for all. Streams give all.
     """
 
@@ -50,6 +53,8 @@ class CompletionWriter:
         model: str,
         is_chat: bool,
         wants_logprobs: bool = False,
+        echoes: bool = False,
+        wants_prompt: bool = False,
         include_usage: bool = False,
         num_kept: int | None = None,
     ) -> None:
@@ -57,6 +62,8 @@ class CompletionWriter:
         self._tokenizer = tokenizer
         self._is_chat = is_chat
         self._wants_logprobs = wants_logprobs
+        self._echoes = echoes
+        self._wants_prompt = wants_prompt
         self._include_usage = include_usage
         self._num_kept = num_kept
         self._head = {
@@ -125,7 +132,11 @@ class CompletionWriter:
     def num_values(self) -> int:
         """A piece of text a token, and its log probabilities."""
         num_each = 1 + sum(2 + len(entry.top) for answer in self._answers for entry in answer.logprobs[:1])
-        return self._turn.num_output_tokens * num_each
+        num_tokens = self._turn.num_output_tokens
+        if self._wants_prompt or (self._echoes and self._wants_logprobs):
+            num_tokens += sum(choice.num_prompt_tokens for choice in self._turn.choices)
+            num_each += 2 * MAX_TOP_LOGPROBS
+        return num_tokens * num_each
 
     def _kept(self) -> list[Choice]:
         """The answers to give: of each prompt the best, the best one first, or all."""
@@ -140,11 +151,19 @@ class CompletionWriter:
 
     def _choice_object(self, choice: Choice, index: int) -> dict[str, Any]:
         answer = self._answers[choice.index]
-        logprobs = self._logprobs(answer, answer.logprobs) if self._wants_logprobs else None
+        of_prompt = choice.prompt_logprobs() if self._wants_prompt or self._echoes else []
+        logprobs = None
+        if self._wants_logprobs and self._echoes:
+            logprobs, _ = completion_logprobs([*of_prompt, *answer.logprobs], self._tokenizer, 0, choice.prompt_ids[:1])
+        elif self._wants_logprobs:
+            logprobs = self._logprobs(answer, answer.logprobs)
         content: dict[str, Any] = (
             {"message": answer.message.as_dict()} if self._is_chat else {"text": answer.message.content}
         )
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": _finish_reason(choice)}
+        written = {"index": index, **content, "logprobs": logprobs, "finish_reason": _finish_reason(choice)}
+        if self._wants_prompt:
+            written["prompt_logprobs"] = prompt_logprobs(of_prompt, self._tokenizer)
+        return written
 
     def _logprobs(self, answer: _Answer, entries: list[TokenLogprobs]) -> dict[str, Any]:
         if self._is_chat:

@@ -148,12 +148,22 @@ class ChatCompletionChunk(ResponseModel):
     """With `stream_options.include_usage`: None in every chunk but the last, which has no choices."""
 
 
+class PromptLogprob(ResponseModel):
+    """How likely a token was in one place of a prompt."""
+
+    logprob: float
+    rank: int | None
+    """Among the likeliest, from 1; None where it is none of those asked for."""
+    decoded_token: str
+
+
 class CompletionLogprobs(ResponseModel):
     """Log probabilities of a completion choice."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None for the first token of a prompt that is echoed."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -163,6 +173,8 @@ class CompletionChoice(ResponseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    """Where asked for: of each token of the prompt, by token id; None for the first."""
     finish_reason: FinishReasonName | None
 
 
