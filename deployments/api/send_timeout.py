@@ -117,5 +117,5 @@ PROXY_VARIABLES = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{proxy_middlewares.__module__}:{proxy_middlewares.__name__}",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
 }
-"""To be set where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too. Between HAProxy and its
-client the kernel's buffers take megabytes before HAProxy notices anything."""
+"""To be set where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too. For HAProxy see also
+`deployments.serve.haproxy`: as it is, the kernel takes megabytes for a client before HAProxy notices anything."""
