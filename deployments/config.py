@@ -249,7 +249,7 @@ class LimitsConfig(StrictModel):
     body_timeout_s: float = Field(default=30.0, gt=0)
     """Time to send a body; then 408."""
     send_timeout_s: float = Field(default=25.0, gt=0)
-    """A client that takes nothing of its answer for so long, or up to twice as long, is cut off. Serve's proxy has
+    """A client that takes nothing of its answer for so long, or up to a fifth longer, is cut off. Serve's proxy has
     a time of its own: see docs/operations.md."""
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_header_bytes: int = Field(default=64 << 10, ge=1024)
