@@ -82,6 +82,7 @@ async def f16_router_stopped(front_end: str, num_streams: int = 64, seconds: flo
                 lambda stats: sum(replica["num_running"] for replica in stats["replicas"].values()) < num_streams,
                 seconds,
                 "nothing is generated for the stopped router",
+                answer_timeout_s=0.5,
             )
             await asyncio.sleep(began + seconds - time.monotonic())
         finally:

@@ -117,9 +117,21 @@ class Fleet:
         return pid
 
     async def wait_for(
-        self, clients: Clients, condition: Callable[[dict[str, Any]], bool], timeout_s: float, what: str
+        self,
+        clients: Clients,
+        condition: Callable[[dict[str, Any]], bool],
+        timeout_s: float,
+        what: str,
+        answer_timeout_s: float = 5,
     ) -> float:
         """Wait until `condition` holds for `/rayline/stats`; returns the seconds that it took.
+
+        Args:
+            clients: ask for it.
+            condition: of what they get.
+            timeout_s: for all.
+            what: it waits for, for people.
+            answer_timeout_s: for one answer; then it asks again, another router perhaps.
 
         Raises:
             TimeoutError: it does not.
@@ -127,7 +139,7 @@ class Fleet:
         started = time.monotonic()
         while True:
             with contextlib.suppress(Exception):  # the server may be what has just been hurt
-                if condition(await asyncio.wait_for(clients.get("/rayline/stats"), 5)):
+                if condition(await asyncio.wait_for(clients.get("/rayline/stats"), answer_timeout_s)):
                     return time.monotonic() - started
             if time.monotonic() - started > timeout_s:
                 raise TimeoutError(f"{what} within {timeout_s:g} s")
