@@ -23,6 +23,8 @@ _SETTINGS = f"global\n    tune.sndbuf.client {SEND_BUFFER_BYTES}\n"
 def write_haproxy(directory: Path) -> Mapping[str, str]:
     """Write the program and its configuration file.
 
+    It runs the HAProxy that the environment names already, else the one that comes with Ray.
+
     Args:
         directory: where; as long as the cluster runs, because Ray Serve runs the program again for each change of its
             configuration.
