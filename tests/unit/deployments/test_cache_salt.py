@@ -64,9 +64,9 @@ async def test_a_salt_is_no_other_salt_without_keys_either(make_service: Service
 async def test_a_request_without_a_salt_goes_on_as_it_is(make_service: ServiceFactory):
     """A request for many answers is not copied for each of them."""
     service = await make_service()
-    request = GenerationRequest(prompt_token_ids=(1, 2, 3), max_new_tokens=1)
-    group = await service.router.start([request] * 3)
-    assert all(generation.request is request for generation in group.generations)
-    salted = await service.router.start([request.model_copy(update={"cache_salt": "mine"})])
+    requests = [GenerationRequest(prompt_token_ids=(1, 2, 3), max_new_tokens=1) for _ in range(3)]
+    group = await service.router.start(requests)
+    assert all(generation.request is request for generation, request in zip(group.generations, requests, strict=True))
+    salted = await service.router.start([requests[0].model_copy(update={"cache_salt": "mine", "request_id": "other"})])
     assert salted.generations[0].request.cache_salt == salt_of("", "mine")
     await eventually(lambda: all(g.is_over for g in (*group.generations, *salted.generations)))
