@@ -43,7 +43,7 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F13": [verdict_faults.f13_steps_fail, verdict_faults.f13_demo],
     "F14": [verdict_faults.f14_engine_breaks],
     "F15": [verdict_faults.f15_poison_kills, verdict_faults.f15_poison_hangs],
-    "F16": [channel_faults.f16_router_killed],
+    "F16": [channel_faults.f16_router_killed, channel_faults.f16_router_stopped],
     "F17": [channel_faults.f17_frame_lost],
     "F18": [verdict_faults.f18_update_of_the_model],
     "F19": [channel_faults.f19_router_stuck],

@@ -65,6 +65,44 @@ async def f16_router_killed(front_end: str, num_streams: int = 64) -> Outcome:
         return Outcome(figure, is_whole, is_back, 0 < len(cut) < num_streams, num_open > 0, free_s < 5)
 
 
+async def f16_router_stopped(front_end: str, num_streams: int = 64, seconds: float = 6) -> Outcome:
+    """SIGSTOP one of two routers behind HAProxy, SIGCONT after 6 s: all streams whole, and it serves as before."""
+    args = emulated(2)
+    args["router"]["num_replicas"] = 2
+    async with running(front_end, "f16-stopped", args) as (fleet, clients):
+        texts = await undisturbed(clients, 600)
+        asking = [asyncio.create_task(clients.ask(PROMPTS[i % len(PROMPTS)], 600)) for i in range(num_streams)]
+        await asyncio.sleep(2)
+        stopped = fleet.router_pids()[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            free_s = await fleet.wait_for(
+                clients,
+                lambda stats: sum(replica["num_running"] for replica in stats["replicas"].values()) < num_streams,
+                seconds,
+                "nothing is generated for the stopped router",
+                answer_timeout_s=0.5,
+            )
+            await asyncio.sleep(began + seconds - time.monotonic())
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        stories = list(await asyncio.gather(*asking))
+        paused = [story for story in stories if story.longest_pause_s > seconds - 1]
+        others = [story for story in stories if story not in paused]
+        text, is_whole = summary(stories, texts)
+        most_s = max(story.longest_pause_s for story in others)
+        again = list(await asyncio.gather(*(clients.ask(prompt, 100) for prompt in PROMPTS * 4)))
+        answer, is_back = summary(again)
+        await fleet.wait_until_idle(clients)
+        is_same = stopped in fleet.router_pids()
+        figure = (
+            f"one stopped for {seconds:g} s, with {len(paused)} streams: nothing was generated for them after "
+            f"{free_s:.1f} s; {text}; longest pause of the other's {most_s:.2f} s; asked afterwards: {answer}"
+        )
+        return Outcome(figure, is_whole, is_back, is_same, 0 < len(paused) < num_streams, most_s < 1)
+
+
 async def f17_frame_lost(_: str, num_streams: int = 64) -> Outcome:
     """One frame of the token channel in fifty is lost: short pauses, nothing missing, nothing twice."""
     router = _LossyRouter()

@@ -29,7 +29,7 @@ async def f21_clients_that_never_read(front_end: str) -> Outcome:
         before_mb = _resident_mb([*fleet.router_pids(), *proxy_pids()])
         with ExitStack() as stack:
             for _ in range(_NUM_CLIENTS):
-                _ask_and_never_read(stack, fleet.url)
+                ask_and_never_read(stack, fleet.url)
             await fleet.wait_for(clients, lambda stats: stats["router"]["num_live"] > 0, 30, "they begin")
             started = time.monotonic()
             waiting = asyncio.create_task(fleet.wait_until_idle(clients, 2 * _MOST_S))
@@ -56,7 +56,7 @@ async def f21_behind_haproxy(_: str) -> Outcome:
     return Outcome(f"behind HAProxy: {figures[0] if figures else 'it could not be tried'}", process.returncode == 0)
 
 
-def _ask_and_never_read(stack: ExitStack, url: str) -> None:
+def ask_and_never_read(stack: ExitStack, url: str) -> None:
     """Ask for four answers of 4,000 tokens, some 3 MB, on a connection that has next to no buffer."""
     address = urlsplit(url)
     wanted = {"model": "demo", "prompt": "a", "max_tokens": 4000, "n": 4, "ignore_eos": True, "stream": True}

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from chaos.streams import Clients
 from deployments.api.send_timeout import PROXY_VARIABLES
+from deployments.serve.haproxy import write_haproxy
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,13 +40,21 @@ def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
         num_gpus: GPUs that Ray counts, whether they exist or not.
         haproxy: HAProxy in front, not Serve's own proxy. Decided when Ray is first imported.
     """
-    if haproxy:
-        os.environ.update(
-            RAY_SERVE_ENABLE_HA_PROXY="1",
-            RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
-            RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
-        )
-    os.environ.update(PROXY_VARIABLES)
+    with tempfile.TemporaryDirectory(prefix="rayline-") as directory:
+        if haproxy:
+            os.environ.update(
+                write_haproxy(Path(directory)),
+                RAY_SERVE_ENABLE_HA_PROXY="1",
+                RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
+                RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
+            )
+        os.environ.update(PROXY_VARIABLES)
+        with _ray_and_serve(num_gpus) as front_end:
+            yield front_end
+
+
+@contextlib.contextmanager
+def _ray_and_serve(num_gpus: int) -> Iterator[str]:
     import ray
     from ray import serve
 
@@ -107,9 +117,21 @@ class Fleet:
         return pid
 
     async def wait_for(
-        self, clients: Clients, condition: Callable[[dict[str, Any]], bool], timeout_s: float, what: str
+        self,
+        clients: Clients,
+        condition: Callable[[dict[str, Any]], bool],
+        timeout_s: float,
+        what: str,
+        answer_timeout_s: float = 5,
     ) -> float:
         """Wait until `condition` holds for `/rayline/stats`; returns the seconds that it took.
+
+        Args:
+            clients: ask for it.
+            condition: of what they get.
+            timeout_s: for all.
+            what: it waits for, for people.
+            answer_timeout_s: for one answer; then it asks again, another router perhaps.
 
         Raises:
             TimeoutError: it does not.
@@ -117,7 +139,7 @@ class Fleet:
         started = time.monotonic()
         while True:
             with contextlib.suppress(Exception):  # the server may be what has just been hurt
-                if condition(await asyncio.wait_for(clients.get("/rayline/stats"), 5)):
+                if condition(await asyncio.wait_for(clients.get("/rayline/stats"), answer_timeout_s)):
                     return time.monotonic() - started
             if time.monotonic() - started > timeout_s:
                 raise TimeoutError(f"{what} within {timeout_s:g} s")

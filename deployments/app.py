@@ -23,6 +23,8 @@ _HEALTH_CHECK_PERIOD_S = 1
 _HEALTH_CHECK_TIMEOUT_S = 8
 """Serve gives a replica up after three strikes: 24 s."""
 _METRICS_INTERVAL_S, _LOOK_BACK_S = 0.5, 1.0
+_SMALLEST_AMOUNT = 0.0001
+"""Of a resource; Ray counts in these."""
 _RUNTIME_ENV = {"env_vars": {"MALLOC_ARENA_MAX": "2"}}
 """Of every replica, set before its process starts. Else glibc spreads its 40 threads over 8 arenas a core, and free
 memory collects in each: a router comes to hold some 20 MB more, with the same amount in use."""
@@ -46,7 +48,9 @@ def build_app(args: AppConfig) -> Application:
         # A replica without a GPU of its own still sees those of its node.
         config = config.model_copy(update={"device": "cpu"})
     engines = _engine_deployment(config, num_gpus).bind(config)
-    accountant = _accountant_deployment().bind(config.router.num_replicas) if _needs_accountant(config, keys) else None
+    accountant = (
+        _accountant_deployment(config).bind(config.router.num_replicas) if _needs_accountant(config, keys) else None
+    )
     return _router_deployment(config).bind(config, keys, engines, accountant)
 
 
@@ -56,11 +60,14 @@ def _needs_accountant(config: AppConfig, keys: KeySource) -> bool:
     return config.router.num_replicas > 1 and (has_limits or keys.path is not None)
 
 
-def _accountant_deployment() -> Any:
+def _accountant_deployment(config: AppConfig) -> Any:
+    # Where routers run, not on a node that is scaled down once no replica needs it. It takes next to nothing of what
+    # they take there.
+    resources = {name: min(amount, _SMALLEST_AMOUNT) for name, amount in config.router.resources.items()}
     return serve.deployment(AccountantReplica).options(
         name="Accountant",
         num_replicas=1,
-        ray_actor_options={"num_gpus": 0, "num_cpus": 0, "runtime_env": _RUNTIME_ENV},
+        ray_actor_options={"num_gpus": 0, "num_cpus": 0, "resources": resources, "runtime_env": _RUNTIME_ENV},
         max_ongoing_requests=1024,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,

@@ -171,7 +171,8 @@ class RouterConfig(StrictModel):
     """CPUs that Ray sets aside for each router. A busy router uses one core in full."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom Ray resources that each router takes, so that only nodes which offer them (`ray start --resources`) run
-    routers: `{rayline_router: 0.001}` keeps routers off GPU nodes, which can then be scaled down."""
+    routers: `{rayline_router: 0.001}` keeps routers off GPU nodes, which can then be scaled down. The accountant of
+    several routers' limits takes 0.0001 of each, so offer more than the routers need."""
     max_ongoing_requests: int = Field(default=4096, ge=1)
     """Open HTTP requests of one router; streams count until their end. More get 503 with `Retry-After`."""
     max_surge_percent: int = Field(default=100, ge=0, le=100)
@@ -248,7 +249,7 @@ class LimitsConfig(StrictModel):
     body_timeout_s: float = Field(default=30.0, gt=0)
     """Time to send a body; then 408."""
     send_timeout_s: float = Field(default=25.0, gt=0)
-    """A client that takes nothing of its answer for so long, or up to twice as long, is cut off. Serve's proxy has
+    """A client that takes nothing of its answer for so long, or up to a fifth longer, is cut off. Serve's proxy has
     a time of its own: see docs/operations.md."""
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_header_bytes: int = Field(default=64 << 10, ge=1024)

@@ -7,24 +7,19 @@ it is called. How long it takes depends on the number of values, far more than o
 import asyncio
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
 from deployments.chat.errors import APIError, invalid, of_validation
+from deployments.chat.json_size import json_size, too_complex
 from deployments.chat.wire_model import RequestBody
 from deployments.config import LimitsConfig
 
 Body = TypeVar("Body", bound=RequestBody)
 
-MAX_VALUES = 300_000
-"""Numbers, strings and so on in one body; enough for two prompts of 128,000 token ids."""
-MAX_STRUCTURE = 65_536
-"""Objects, arrays and keys in one body."""
 MAX_KEYS = 2_048
 """Keys of one object."""
-_SLICE_BYTES = 1 << 18
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:
@@ -83,46 +78,10 @@ def parse(model: type[Body], data: bytes) -> Body:
 
 def _check_size(data: bytes) -> int:
     """Refuse a body of too many values; returns an upper bound on its objects, arrays and keys."""
-    # What stands in strings counts here, which is quick. Few bodies come near the bounds even so.
-    num_values, num_structure = data.count(b","), sum(map(data.count, (b"[", b"{", b":")))
-    if num_values > MAX_VALUES or num_structure > MAX_STRUCTURE:
-        num_values, num_structure = _count_outside_strings(data)
-    if num_values > MAX_VALUES or num_structure > MAX_STRUCTURE:
-        raise invalid(
-            f"The body holds too much: at most {MAX_VALUES} values, and {MAX_STRUCTURE} objects, arrays and keys",
-            code="body_too_complex",
-        )
-    return num_structure
-
-
-def _count_outside_strings(data: bytes) -> tuple[int, int]:
-    """Commas, and opening brackets and colons together, that belong to the JSON's structure."""
-    num_values = num_structure = 0
-    is_inside = False
-    start = 0
-    while start < len(data):
-        end = min(start + _SLICE_BYTES, len(data))
-        while end < len(data) and data[end - 1] == ord("\\"):  # an escape is not cut in two
-            end += 1
-        slice_ = np.frombuffer(data, np.uint8, end - start, start)
-        quotes = (slice_ == ord('"')) & ~_is_escaped(slice_)
-        outside = ~(np.logical_xor.accumulate(quotes) ^ is_inside)
-        is_inside ^= bool(np.count_nonzero(quotes) % 2)
-        num_values += int(np.count_nonzero((slice_ == ord(",")) & outside))
-        opens = (slice_ == ord("[")) | (slice_ == ord("{")) | (slice_ == ord(":"))
-        num_structure += int(np.count_nonzero(opens & outside))
-        start = end
-    return num_values, num_structure
-
-
-def _is_escaped(slice_: "np.ndarray[Any, np.dtype[np.uint8]]") -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    """For each byte whether an odd number of backslashes stands right before it."""
-    is_backslash = slice_ == ord("\\")
-    places = np.arange(len(slice_))
-    last_other = np.maximum.accumulate(np.where(is_backslash, -1, places))
-    is_escaped = np.zeros(len(slice_), np.bool_)
-    is_escaped[1:] = ((places - last_other) % 2 == 1)[:-1]
-    return is_escaped
+    size = json_size(data)
+    if size.is_too_much:
+        raise too_complex("The body holds")
+    return size.num_structure
 
 
 def _check_keys(value: Any) -> None:

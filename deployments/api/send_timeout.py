@@ -19,6 +19,8 @@ logger = logging.getLogger("ray.serve")
 
 TIMEOUT_VARIABLE = "RAYLINE_PROXY_SEND_TIMEOUT_S"
 _DEFAULT_TIMEOUT_S = 25.0
+_SWEEPS = 5
+"""Looks at each request while its client takes nothing, before it is cut off."""
 SEND_BUFFER_BYTES = 128 << 10
 """What the kernel holds at most for a client that does not read. By itself it takes megabytes, minutes of a stream."""
 
@@ -31,7 +33,7 @@ class SendTimeout:
 
     Args:
         app: everything inside. It is cancelled when the client is cut off.
-        timeout_s: how long a client may take nothing; up to twice as long pass until it is noticed.
+        timeout_s: how long a client may take nothing; up to a fifth more passes until it is noticed.
     """
 
     def __init__(self, app: ASGIApp, timeout_s: float) -> None:
@@ -62,11 +64,11 @@ class SendTimeout:
                 logger.warning("a client of %s took nothing for %g s and was cut off", scope["path"], self._timeout_s)
 
     def _sweep(self) -> None:
-        """Cut off the clients that took nothing since the last sweep, as long as there are requests."""
+        """Cut off the clients that took nothing during the last sweeps, as long as there are requests."""
         for sender in self._open:
             sender.cut_off_if_stuck()
         loop = asyncio.get_running_loop()
-        self._sweeper = loop.call_later(self._timeout_s, self._sweep) if self._open else None
+        self._sweeper = loop.call_later(self._timeout_s / _SWEEPS, self._sweep) if self._open else None
 
 
 def _bound_send_buffer(send: Send) -> None:
@@ -88,6 +90,7 @@ class _Sender:
         self._num_started = 0
         self._num_sent = 0
         self._num_sent_last = -1
+        self._num_sweeps_stuck = 0
         task = asyncio.current_task()
         assert task is not None, "ASGI applications run in tasks"
         self.task = task
@@ -99,12 +102,16 @@ class _Sender:
         self._num_sent += 1
 
     def cut_off_if_stuck(self) -> None:
-        """Cancel the request if it has been sending the same message since the last call."""
+        """Cancel the request if it has been sending the same message for `_SWEEPS` calls after the first."""
         is_sending = self._num_started > self._num_sent
         if is_sending and self._num_sent == self._num_sent_last:
+            self._num_sweeps_stuck += 1
+        else:
+            self._num_sweeps_stuck = 0
+        self._num_sent_last = self._num_sent if is_sending else -1
+        if self._num_sweeps_stuck == _SWEEPS:
             self.was_cut_off = True
             self.task.cancel()
-        self._num_sent_last = self._num_sent if is_sending else -1
 
 
 def proxy_middlewares() -> list[Middleware]:
@@ -117,5 +124,5 @@ PROXY_VARIABLES = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{proxy_middlewares.__module__}:{proxy_middlewares.__name__}",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
 }
-"""To be set where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too. Between HAProxy and its
-client the kernel's buffers take megabytes before HAProxy notices anything."""
+"""To be set where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too. For HAProxy see also
+`deployments.serve.haproxy`: as it is, the kernel takes megabytes for a client before HAProxy notices anything."""

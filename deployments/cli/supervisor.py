@@ -101,9 +101,9 @@ def _stop(process: "subprocess.Popen[str] | None", news: "queue.Queue[object]", 
     """Have the server end its requests and then itself; returns the exit code, 130 if it had to be killed."""
     if process is None or not screen.is_ready:
         return 130  # nobody has been served yet
-    screen.say("Stopping: open requests end now. Ctrl-C again to stop at once.")
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     try:
+        screen.say("Stopping: open requests end now. Ctrl-C again to stop at once.")
         process.send_signal(signal.SIGTERM)
         while (remaining := deadline - time.monotonic()) > 0:
             with suppress(queue.Empty):

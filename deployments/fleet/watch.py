@@ -22,6 +22,8 @@ from llm.serving.schemas import EngineStats
 logger = logging.getLogger("ray.serve")
 
 _CHECK_INTERVAL_S = 0.2
+_ABSENT_AFTER_S = 0.5
+"""A check that comes later than this after the one before: the router itself did not run meanwhile."""
 _ATTACH_TIMEOUT_S = 5.0
 _ATTACH_RETRY_S = 0.3
 _FORGET_AFTER_S = 10.0
@@ -114,6 +116,12 @@ class _Replica:
     def silence_s(self, now: float) -> float:
         return now - (self.since if self.heard_at is None else self.heard_at)
 
+    def forgive(self, absence_s: float, now: float) -> None:
+        """Whoever listens was away for so long: that was no silence."""
+        self.since = min(self.since + absence_s, now)
+        if self.heard_at is not None:
+            self.heard_at = min(self.heard_at + absence_s, now)
+
 
 class FleetWatch:
     """Keeps a router's `Fleet` true. Lives on the router's event loop.
@@ -150,6 +158,7 @@ class FleetWatch:
         self.config = config
         self._num_expected = num_expected
         self._clock = clock
+        self._checked_at = clock()
         self.fingerprint = fingerprint
         self._running: frozenset[str] = frozenset()
         self._replicas: dict[str, _Replica] = {}
@@ -307,7 +316,10 @@ class FleetWatch:
 
     def _check(self) -> None:
         now = self._clock()
+        absence_s, self._checked_at = now - self._checked_at - _CHECK_INTERVAL_S, now
         for replica_id, replica in list(self._replicas.items()):
+            if absence_s > _ABSENT_AFTER_S:  # all replicas would look dead at once to a process that was stopped
+                replica.forgive(absence_s, now)
             self._review(replica_id)
             is_left = replica.delisted_at is not None and not self._work.is_on(replica_id)
             if is_left and replica.silence_s(now) > _FORGET_AFTER_S:

@@ -4,10 +4,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 from deployments.channel.messages import (
-    ChannelAddress,
     End,
     EngineTiming,
     FailureKind,
@@ -20,9 +18,8 @@ from deployments.channel.messages import (
 from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import EngineClient, is_being_cancelled
 from deployments.observe.finished_request import FinishedRequest, Timeline
-from deployments.router.batch import CallBatches
-from deployments.router.caller import Caller
 from deployments.router.setback import SETBACKS, Setback, SetbackKind
+from deployments.router.surroundings import Placement, Siblings
 from deployments.router.suspicion import Part
 from deployments.router.waiting import Ticket
 from llm.errors import EngineError, InvalidRequestError, LLMError
@@ -30,93 +27,13 @@ from llm.serving.schemas import FinishReason, GenerationRequest, TokenLogprobs
 
 logger = logging.getLogger("ray.serve")
 
+_Placement = Placement["Generation"]
+
 _RESUME_DELAY_S = 0.05
 _INLINE_TOKENS = 4096
 """Calls with prompts of up to so many tokens are encoded at once; longer ones in a thread."""
 _MAX_DECLINED = 200
 """Times that replicas may decline a request one after the other: it goes where it fits within a few."""
-
-
-class Siblings(Protocol):
-    """The generations that answer the same HTTP request, as one of them sees the group."""
-
-    @property
-    def caller(self) -> Caller:
-        """Who sent the HTTP request."""
-        ...
-
-    def wake_up(self, generation: "Generation") -> None:
-        """Tell the group's reader that a generation has news."""
-        ...
-
-    @property
-    def batches(self) -> CallBatches:
-        """Takes the calls of those that are pooled."""
-        ...
-
-    def must_wait(self, generation: "Generation") -> bool:
-        """Whether the generation lets others go first."""
-        ...
-
-    async def wait_for_turn(self, generation: "Generation") -> None:
-        """Wait for those that go first: they are many, or one of them prefills the generation's prompt."""
-        ...
-
-    def note_begun(self, generation: "Generation") -> None:
-        """The generation has its first token, or never will."""
-        ...
-
-    def block_hashes(self, generation: "Generation") -> Sequence[int]:
-        """What the replicas' reports call the full pages of the generation's prompt."""
-        ...
-
-
-class Placement(Protocol):
-    """How a generation gets to the engine replicas."""
-
-    @property
-    def client(self) -> EngineClient:
-        """Calls the replicas."""
-        ...
-
-    @property
-    def channel(self) -> ChannelAddress | None:
-        """Where tokens come in; None to live on replies alone."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model version that requests are made for."""
-        ...
-
-    @property
-    def max_resumes(self) -> int:
-        """How often a request may go on elsewhere after a failure."""
-        ...
-
-    def claim(self, generation: "Generation") -> Ticket:
-        """Begin an attempt: a number for its tokens, and a place among those that wait for a replica."""
-        ...
-
-    def release(self, generation: "Generation", ticket: Ticket) -> None:
-        """End an attempt."""
-        ...
-
-    def note_failure(self, generation: "Generation", replica_id: str) -> Part:
-        """A replica has failed while it had the generation.
-
-        Returns:
-            What the generation had to do with it.
-        """
-        ...
-
-    def note_move(self, replica_id: str | None, *, is_failure: bool) -> None:
-        """A stream of this replica goes on elsewhere."""
-        ...
-
-    def note_over(self, generation: "Generation") -> None:
-        """The generation is over, in whatever way."""
-        ...
 
 
 class Generation:
@@ -140,7 +57,7 @@ class Generation:
         timeline: when things happened.
     """
 
-    def __init__(self, group: Siblings, index: int, request: GenerationRequest) -> None:
+    def __init__(self, group: "Siblings[Generation]", index: int, request: GenerationRequest) -> None:
         self.group = group
         self.index = index
         self.request = request
@@ -171,7 +88,7 @@ class Generation:
         """Whether nothing more will come."""
         return self.end is not None or self.error is not None
 
-    def start(self, placement: Placement) -> None:
+    def start(self, placement: _Placement) -> None:
         """Send it to a replica, once one has room."""
         if not self.group.must_wait(self):
             self._ticket = placement.claim(self)  # now, so that what is admitted next counts it
@@ -256,7 +173,7 @@ class Generation:
         """The group's reader has this generation in hand; later news is announced again."""
         self._is_announced = False
 
-    async def _drive(self, placement: Placement) -> None:
+    async def _drive(self, placement: _Placement) -> None:
         """Call replicas until the request is over."""
         try:
             await self.group.wait_for_turn(self)
@@ -268,7 +185,7 @@ class Generation:
             logger.exception("request %s failed", self.request.request_id)
             self._fail(EngineError(f"the request failed ({type(error).__name__})"))
 
-    async def _attempt(self, placement: Placement) -> None:
+    async def _attempt(self, placement: _Placement) -> None:
         """One call to one replica. Returns with the request over, or ready to go on elsewhere."""
         if self._ticket is None:
             self._ticket = placement.claim(self)
@@ -285,7 +202,7 @@ class Generation:
         if setback is not None and not self.is_over:
             await self._prepare_resume(placement, last_replica_id, setback)
 
-    async def _run_on(self, placement: Placement, stream_id: int, ranking: Sequence[str]) -> Setback | None:
+    async def _run_on(self, placement: _Placement, stream_id: int, ranking: Sequence[str]) -> Setback | None:
         """Run on the first replica that takes it; returns why the request has to go on elsewhere, if it has to."""
         call = GenerateCall.of(
             self._remaining_request(),
@@ -324,7 +241,7 @@ class Generation:
             data = await asyncio.to_thread(encode, call)
         return decode_reply(await client.generate(data, ranking))
 
-    async def _prepare_resume(self, placement: Placement, replica_id: str | None, setback: Setback) -> None:
+    async def _prepare_resume(self, placement: _Placement, replica_id: str | None, setback: Setback) -> None:
         """Get ready to go on elsewhere.
 
         Raises:
@@ -356,7 +273,7 @@ class Generation:
             raise EngineError("no engine replica takes the request")
         await asyncio.sleep(_RESUME_DELAY_S)
 
-    def _take_part(self, placement: Placement, replica_id: str) -> None:
+    def _take_part(self, placement: _Placement, replica_id: str) -> None:
         """A replica has failed while it had this request.
 
         Raises:
@@ -373,7 +290,7 @@ class Generation:
             self.failed_on |= {replica_id}
             self.is_suspect = True
 
-    def _end(self, placement: Placement) -> None:
+    def _end(self, placement: _Placement) -> None:
         self._release(placement)
         self._charge()
         placement.note_over(self)
@@ -388,7 +305,7 @@ class Generation:
             account.charge(len(self.token_ids) - self._num_charged)
             self._num_charged = len(self.token_ids)
 
-    def _release(self, placement: Placement) -> None:
+    def _release(self, placement: _Placement) -> None:
         """Give up what was claimed for the present attempt."""
         if self._ticket is not None:
             placement.release(self, self._ticket)

@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from deployments.channel.messages import block_hash
 from deployments.errors import DeadlineError, KeyRevokedError
 from deployments.router.batch import CallBatches
 from deployments.router.caller import Caller
 from deployments.router.generation import Generation
+from deployments.router.prompts import leaders, prompt_hashes
 from llm.errors import EngineError
-from llm.scheduling.prefix_cache import PageHashes
 from llm.serving.schemas import GenerationRequest
 
 _PAGES_WORTH_SHARING = 2
@@ -36,7 +35,7 @@ class GenerationGroup:
         self.generations = [Generation(self, i, request) for i, request in enumerate(requests)]
         self._news: list[Generation] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._leaders = _leaders(requests, _PAGES_WORTH_SHARING * page_size)
+        self._leaders = leaders(requests, _PAGES_WORTH_SHARING * page_size)
         self.batches = CallBatches()
         self._turns = [asyncio.Event() for _ in range(_NUM_AT_ONCE, len(requests), _NUM_AT_ONCE)]
         self._num_turns = 0
@@ -134,31 +133,3 @@ class GenerationGroup:
     def _expire(self) -> None:
         for generation in self.generations:
             generation.end_with(DeadlineError("the request's timeout is over"))
-
-
-def prompt_hashes(requests: Sequence[GenerationRequest], page_size: int) -> dict[int, list[int]]:
-    """What the replicas' reports call the full pages of each prompt, by the prompt's `id`."""
-    found: dict[int, list[int]] = {}
-    for request in requests:
-        prompt = request.prompt_token_ids or ()
-        if id(prompt) not in found:
-            hashes = PageHashes(page_size, request.cache_salt.encode())
-            found[id(prompt)] = [block_hash(name) for name in hashes.extend(prompt, len(prompt))]
-    return found
-
-
-def _leaders(requests: Sequence[GenerationRequest], min_tokens: int) -> dict[int, int]:
-    """For each request whose prompt an earlier one has too, if it is worth sharing, the index of that one."""
-    firsts: dict[tuple[int, ...], int] = {}
-    same: dict[int, int] = {}  # by identity: to hash and compare a long prompt for each answer would take seconds
-    leaders: dict[int, int] = {}
-    for index, request in enumerate(requests):
-        prompt = request.prompt_token_ids or ()
-        if len(requests) == 1 or len(prompt) < min_tokens:
-            continue
-        first = same.get(id(prompt))
-        if first is None:
-            first = same[id(prompt)] = firsts.setdefault(prompt, index)
-        if first != index:
-            leaders[index] = first
-    return leaders

@@ -14,6 +14,7 @@ from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.generation import Generation
 from deployments.router.group import GenerationGroup
+from deployments.router.prompts import num_prompt_tokens
 from deployments.router.suspicion import Part, assign_parts, part_of
 from deployments.router.waiting import Ticket
 from llm.serving.schemas import GenerationRequest
@@ -88,7 +89,7 @@ class Journal:
         self._check_is_up()
         self.dispatcher.check(sum(self.work_of(request) for request in requests), caller.timeout_s)
         if caller.account is not None:
-            caller.account.charge(_num_prompt_tokens(requests))
+            caller.account.charge(num_prompt_tokens(requests))
         group = GenerationGroup(requests, caller, self.page_size, hashes)
         self.num_requests += len(requests)
         for generation in group.generations:
@@ -205,11 +206,3 @@ class Journal:
                     generation.clear()
                     self.dispatcher.clear(item.stream_id)
                     self.dispatcher.pump()
-
-
-def _num_prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
-    """Tokens of the prompts of an HTTP request, as its answer counts them: one that several continue counts once."""
-    pooled = [len(request.prompt_token_ids or ()) for request in requests if request.pooling is not None]
-    # By identity: comparing long prompts would hold up the event loop, and those of one request are one object.
-    continued = {id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests if r.pooling is None}
-    return sum(pooled) + sum(continued.values())

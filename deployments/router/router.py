@@ -27,8 +27,9 @@ from deployments.router.access import Access
 from deployments.router.cache_salt import salt_of
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
-from deployments.router.group import GenerationGroup, prompt_hashes
+from deployments.router.group import GenerationGroup
 from deployments.router.journal import Journal
+from deployments.router.prompts import num_prompt_tokens, prompt_hashes
 from llm.models.fingerprint import is_same_version
 from llm.serving.schemas import GenerationRequest, Pooling
 
@@ -126,12 +127,9 @@ class Router:
         """
         caller = caller or Caller()
         tenant = caller.tenant if self.config.prefix_cache_per_key else ""
-        requests = [
-            request.model_copy(update={"cache_salt": salt_of(tenant, request.cache_salt)}) for request in requests
-        ]
+        requests = [_salted(request, tenant) for request in requests]
         page_size = self.journal.page_size
-        num_tokens = sum({id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests}.values())
-        if num_tokens > _INLINE_TOKENS:
+        if num_prompt_tokens(requests) > _INLINE_TOKENS:
             hashes = await asyncio.to_thread(prompt_hashes, requests, page_size)
         else:
             hashes = prompt_hashes(requests, page_size)
@@ -283,6 +281,12 @@ class Router:
 
     def _take_report(self, report: Any) -> None:
         self._watch.take_report(report)
+
+
+def _salted(request: GenerationRequest, tenant: str) -> GenerationRequest:
+    """The request as engines get it: its salt also keeps tenants apart. The same object where there is none."""
+    salt = salt_of(tenant, request.cache_salt)
+    return request if salt == request.cache_salt else request.model_copy(update={"cache_salt": salt})
 
 
 class _Work:

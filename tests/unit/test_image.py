@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from image_tree import DOCKERFILE, clean_environment, copy_tree, install, instructions, is_ignored, tracked_files
 
+from deployments.api.send_timeout import PROXY_VARIABLES
 from deployments.bench.command import app as bench
+from deployments.serve.haproxy import BINARY_VARIABLE
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -58,6 +60,20 @@ def test_the_configuration_in_the_image_is_checked(image: tuple[Path, Path]):
 def test_the_pages_are_in_the_image(image: tuple[Path, Path]):
     tree, _ = image
     assert (tree / "deployments" / "api" / "pages" / "chat.html").is_file()
+
+
+def test_proxies_in_the_image_cut_off_clients_that_take_nothing(image: tuple[Path, Path], tmp_path: Path):
+    """Also where something else than `rayline serve` starts Ray, as on Kubernetes."""
+    tree, bin_directory = image
+    variables = dict(words.split("=", 1) for name, words in instructions() if name == "ENV" and "RAY_SERVE" in words)
+    (program,) = (words.split() for name, words in instructions() if name == "RUN" and "haproxy" in words)
+    assert program[0] == "python"
+    made = subprocess.run(
+        [bin_directory / "python", *program[1:-1], tmp_path], cwd=tree, env=clean_environment(), capture_output=True,
+        text=True, timeout=120, check=True,
+    ).stdout.strip()  # fmt: skip
+    assert made == f"{BINARY_VARIABLE}={tmp_path / 'haproxy'}"
+    assert variables == {**PROXY_VARIABLES, BINARY_VARIABLE: f"{program[-1]}/haproxy"}
 
 
 def test_the_image_leaves_out_what_it_does_not_need():

@@ -16,13 +16,14 @@ STATS = EngineStats(1, 2, 3, 4, 5, 6, 15, 16, 0, 7, 8, 9)
 class Sink:
     """A router's end that keeps what comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica_id: str = "replica") -> None:
+        self._replica_id = replica_id
         self.items: list[TokenItem] = []
         self.reports: list[Report] = []
         self.listener = TokenListener("127.0.0.1", 0, on_items=self.take, on_report=self.reports.append)
 
     def take(self, replica_id: str, items: list[TokenItem]) -> None:
-        assert replica_id == "replica"
+        assert replica_id == self._replica_id
         self.items += items
 
     def tokens(self, stream_id: int) -> list[int]:

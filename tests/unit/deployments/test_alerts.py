@@ -85,9 +85,13 @@ FAULTS: dict[str, tuple[str, Fault]] = {
         "RaylineErrors",
         set_all('vllm:request_success_total{finished_reason="error"', lambda step: step),
     ),
+    "wrong keys": ("RaylineKeysFileWrong", set_all("rayline:api_keys_file_wrong", lambda step: step > 5)),
+    "no accountant": ("RaylineAccountantAway", set_all("rayline:accountant_away", lambda step: step > 5)),
     "pool full": ("RaylinePoolFull", set_all('vllm:kv_cache_usage_perc{engine="replica-0"', lambda _: 0.97)),
 }
 GOOD_STATES: dict[str, Fault] = {
+    "keys file put in place in two steps": set_all("rayline:api_keys_file_wrong", lambda step: step in (10, 11)),
+    "accountant replaced": set_all("rayline:accountant_away", lambda step: step in (10, 11)),
     "under load": lambda samples: None,
     "idle": stop_counting,
     "scaled to zero": together(

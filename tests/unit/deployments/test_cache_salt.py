@@ -3,11 +3,12 @@
 import hashlib
 
 from hypothesis import given, strategies as st
-from in_process import Service, ServiceFactory, emulated_config
+from in_process import Service, ServiceFactory, emulated_config, eventually
 
 from deployments.config import KeyLimits
 from deployments.router.cache_salt import salt_of
 from deployments.router.keys import ApiKey
+from llm.serving.schemas import GenerationRequest
 
 NAMES = st.text(alphabet="a/\0:é", max_size=6) | st.text(max_size=12)
 
@@ -58,3 +59,14 @@ async def test_a_salt_is_no_other_salt_without_keys_either(make_service: Service
     assert await cached(cache_salt=salt_of("", "mine")) == 0
     assert await cached() == 0
     assert await cached(cache_salt="mine") == 48
+
+
+async def test_a_request_without_a_salt_goes_on_as_it_is(make_service: ServiceFactory):
+    """A request for many answers is not copied for each of them."""
+    service = await make_service()
+    requests = [GenerationRequest(prompt_token_ids=(1, 2, 3), max_new_tokens=1) for _ in range(3)]
+    group = await service.router.start(requests)
+    assert all(generation.request is request for generation, request in zip(group.generations, requests, strict=True))
+    salted = await service.router.start([requests[0].model_copy(update={"cache_salt": "mine", "request_id": "other"})])
+    assert salted.generations[0].request.cache_salt == salt_of("", "mine")
+    await eventually(lambda: all(g.is_over for g in (*group.generations, *salted.generations)))

@@ -51,13 +51,23 @@ def test_nodes_may_join_where_rays_launcher_made_the_head(monkeypatch, tmp_path)
     assert may_nodes_join()
 
 
-def test_the_application_asks_ray_for_it(monkeypatch):
+def test_the_application_asks_ray_for_it(monkeypatch, tmp_path):
     """On a cluster without GPUs to which some may come, the deployment itself waits for one."""
     monkeypatch.setenv("RAY_CLUSTER_NAME", "rayline")
-    config = AppConfig.model_validate({"router": {"resources": {"rayline_router": 0.001}}})
+    (tmp_path / "keys.yaml").write_text("- {name: team, key: sk-one}\n")
+    config = AppConfig.model_validate(
+        {
+            "api_keys_file": str(tmp_path / "keys.yaml"),
+            "router": {"num_replicas": 2, "resources": {"rayline_router": 0.001}},
+        }
+    )
     router = build_app(config)._bound_deployment
-    engines = next(arg for arg in router.init_args if isinstance(arg, Application))._bound_deployment
+    bound = [arg._bound_deployment for arg in router.init_args if isinstance(arg, Application)]
+    engines, accountant = bound
+    assert [deployment.name for deployment in bound] == ["EngineReplica", "Accountant"]
     assert engines.ray_actor_options["num_gpus"] == 1
     assert router.ray_actor_options["num_gpus"] == 0
     assert router.ray_actor_options["resources"] == {"rayline_router": 0.001}
     assert "resources" not in engines.ray_actor_options
+    assert accountant.ray_actor_options["num_gpus"] == 0
+    assert accountant.ray_actor_options["resources"] == {"rayline_router": 0.0001}, "it runs where routers do"

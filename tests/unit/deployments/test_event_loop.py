@@ -11,10 +11,12 @@ import pytest
 from in_process import ServiceFactory, emulated_config
 
 from deployments.api import bodies
-from deployments.api.bodies import MAX_STRUCTURE, MAX_VALUES, parse
+from deployments.api.bodies import parse
 from deployments.api.json_parts import json_pieces
 from deployments.api.openai.response_requests import ResponsesRequest
+from deployments.chat import messages
 from deployments.chat.errors import APIError
+from deployments.chat.json_size import MAX_STRUCTURE, MAX_VALUES
 from deployments.chat.requests import ChatRequest, CompletionRequest
 
 MOST_S = 0.05
@@ -157,6 +159,36 @@ def test_a_body_of_too_many_values_is_refused_without_parsing_it(data: bytes, mo
     with pytest.raises(APIError) as raised:
         parse(ChatRequest, data)
     assert raised.value.code == "body_too_complex"
+
+
+def with_calls(arguments: list[str]) -> bytes:
+    calls = [{**CALL, "function": {"name": "a", "arguments": text}} for text in arguments]
+    return json.dumps({"model": "demo", **assistant(tool_calls=calls)}).encode()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [json.dumps({"a": [1] * (MAX_VALUES + 10)})],
+        [json.dumps({"a": [[]] * (MAX_STRUCTURE // 64)})] * 65,
+        [json.dumps({"a": "x" * 100, "b": [{}] * (MAX_STRUCTURE + 10)})],
+    ],
+    ids=["numbers", "lists of many calls", "objects"],
+)
+def test_arguments_of_too_many_values_are_refused_without_parsing_them(arguments: list[str], monkeypatch):
+    """They are JSON inside a string of the body, which counts as one value there."""
+    data = with_calls(arguments)
+    monkeypatch.setattr(messages.json, "loads", lambda _: pytest.fail("they were parsed"))
+    with pytest.raises(APIError) as raised:
+        parse(ChatRequest, data)
+    assert (raised.value.code, raised.value.param) == ("body_too_complex", "messages")
+
+
+def test_text_in_arguments_does_not_count():
+    """An agent's history is full of programs that it wrote to files."""
+    arguments = [json.dumps({"path": "a.py", "content": 'f(a, b, {"c": [1, 2]}); ' * 2_000})] * 64
+    body = parse(ChatRequest, with_calls(arguments))
+    assert len(body.messages[1].tool_calls) == 64
 
 
 @pytest.mark.parametrize("text", ["[{:," * 400_000, '\\"[' * 300_000, "\\\\" * 300_000 + '"['])

@@ -1,11 +1,15 @@
 """What `rayline serve` shows of all that its server prints."""
 
 import logging
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from deployments.cli.supervisor import _Screen
+from deployments.cli.supervisor import _STOP_TIMEOUT_S, _Screen
 from deployments.observe.terminal import TERMINAL_VARIABLE, show_warnings
 
 RAYS_LINE = "\x1b[36m(ServeController pid=7)\x1b[0m   • Direct ingress enabled\n"
@@ -60,3 +64,38 @@ def test_the_banner_goes_to_standard_output(capsys: pytest.CaptureFixture[str]):
     assert not screen.show({"ready": "Rayline is ready: here"})
     assert screen.is_ready
     assert capsys.readouterr().out == "Rayline is ready: here\n"
+
+
+# A server that has started and does not end when it is told to, with a process of its own.
+_STUBBORN = """
+import json, os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+with os.fdopen(int(sys.argv[-1]), "w") as events:
+    print(json.dumps({"ready": f"{os.getpid()} {child.pid}"}), file=events, flush=True)
+    time.sleep(300)
+"""
+_COMMAND = """
+import subprocess, sys
+from pathlib import Path
+from deployments.cli import supervisor
+start = subprocess.Popen
+subprocess.Popen = lambda command, **options: start([sys.executable, "-c", sys.argv[1], *command[-2:]], **options)
+sys.exit(supervisor.run_server(Path("nowhere"), {}, is_verbose=False))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_everything_at_once(how: signal.Signals):
+    """Also what the server has started, and where it does not react to the first."""
+    command = [sys.executable, "-c", _COMMAND, _STUBBORN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 2
+        process.send_signal(how)
+        assert "Ctrl-C again" in process.stderr.readline()
+        again_at = time.monotonic()
+        process.send_signal(how)
+        assert process.wait(30) == 130
+        assert time.monotonic() - again_at < _STOP_TIMEOUT_S / 2, "it waited for the server"
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []

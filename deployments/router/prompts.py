@@ -1,0 +1,46 @@
+"""The prompts of one HTTP request's generations, of which many may be one and the same.
+
+Equal prompts are known by identity: hashing and comparing long ones again and again would hold up the event loop, and
+those of one HTTP request are one object.
+"""
+
+from collections.abc import Sequence
+
+from deployments.channel.messages import block_hash
+from llm.scheduling.prefix_cache import PageHashes
+from llm.serving.schemas import GenerationRequest
+
+
+def num_prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
+    """Tokens of the prompts of an HTTP request, as its answer counts them: one that several continue counts once."""
+    pooled = [len(request.prompt_token_ids or ()) for request in requests if request.pooling is not None]
+    continued = {id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests if r.pooling is None}
+    return sum(pooled) + sum(continued.values())
+
+
+def prompt_hashes(requests: Sequence[GenerationRequest], page_size: int) -> dict[int, list[int]]:
+    """What the replicas' reports call the full pages of each prompt, by the prompt's `id`."""
+    found: dict[int, list[int]] = {}
+    for request in requests:
+        prompt = request.prompt_token_ids or ()
+        if id(prompt) not in found:
+            hashes = PageHashes(page_size, request.cache_salt.encode())
+            found[id(prompt)] = [block_hash(name) for name in hashes.extend(prompt, len(prompt))]
+    return found
+
+
+def leaders(requests: Sequence[GenerationRequest], min_tokens: int) -> dict[int, int]:
+    """For each request whose prompt an earlier one has too, if it is worth sharing, the index of that one."""
+    firsts: dict[tuple[int, ...], int] = {}
+    same: dict[int, int] = {}
+    found: dict[int, int] = {}
+    for index, request in enumerate(requests):
+        prompt = request.prompt_token_ids or ()
+        if len(requests) == 1 or len(prompt) < min_tokens:
+            continue
+        first = same.get(id(prompt))
+        if first is None:
+            first = same[id(prompt)] = firsts.setdefault(prompt, index)
+        if first != index:
+            found[index] = first
+    return found
