@@ -48,6 +48,7 @@ class Generation:
         token_ids: all tokens so far.
         logprobs: one entry for each of `token_ids` where the request asks for them.
         vector: of a request that is pooled, once it is there; as in `StepOutput`.
+        prompt_logprobs: of a request that asks for them, once they are there; as in `GenerateReply`.
         end: how it ended, None while it runs.
         error: what went wrong, with no further tokens to come. `end` stays None.
         replica_id: where it runs, as far as known; None while it waits.
@@ -64,6 +65,7 @@ class Generation:
         self.token_ids: list[int] = list(request.output_token_ids)
         self.logprobs: list[TokenLogprobs] = []
         self.vector: bytes | None = None
+        self.prompt_logprobs: bytes | None = None
         self.end: End | None = None
         self.error: LLMError | None = None
         self.replica_id: str | None = None
@@ -146,7 +148,8 @@ class Generation:
     def take_item(self, item: TokenItem, replica_id: str) -> None:
         """Add what the token channel brought. After a gap only the reply can fill, later items are left out."""
         self.replica_id = replica_id
-        if self.request.pooling is not None:  # the reply brings its vector, and with it the end
+        # The reply brings what the channel does not, and with it the end.
+        if self.request.pooling is not None or self.request.prompt_logprobs is not None:
             return
         known = len(self.token_ids)
         skip = known - item.offset
@@ -247,7 +250,7 @@ class Generation:
         Raises:
             EngineError: it must not.
         """
-        if len(self.token_ids) >= self.request.max_new_tokens:  # only the news of the end was lost
+        if 0 < self.request.max_new_tokens <= len(self.token_ids):  # only the news of the end was lost
             self._finish(End(FinishReason.LENGTH))
             self.announce()
             return
@@ -327,6 +330,8 @@ class Generation:
                 self.logprobs.extend(reply.logprobs[-missing:])
         if reply.vector is not None:
             self.vector = reply.vector
+        if reply.prompt_logprobs is not None:
+            self.prompt_logprobs = reply.prompt_logprobs
         if (missing > 0 or reply.vector is not None) and self.timeline.first_token_at is None:
             self._note_first_token(reply.timing)
         if self.end is None and (missing > 0 or reply.end is not None):

@@ -118,9 +118,8 @@ async def test_what_clients_send_without_harm_is_accepted(make_service: ServiceF
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 21}, "best_of"),
         ({"best_of": 3, "stream": True}, "best_of"),
-        ({"echo": True, "logprobs": 0}, "echo"),
         ({"suffix": "x"}, "suffix"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
     ],
 )
 async def test_completion_fields_are_refused_by_name(make_service: ServiceFactory, changes: dict, param: str):
