@@ -264,14 +264,23 @@ def main() -> None:
         bench.start()
         bench.run([16], [1])
         emit({**common, "name": "startup", "s": round(seconds_since_process_start(), 1)}, out)
-        emit({**common, "name": "pool", "tokens": bench.engine.num_slots}, out)
+        emit({**common, "name": "pool", "tokens": bench.engine.num_slots, **_memory_in_use()}, out)
         if options.profile is not None:
             profile(bench, options.profile or [1, 64, 256], options.context, scale=options.scale)
             return
         rows = comparable_rows(bench.run, options.scale, bench.least_reads())
         all_well = measure(rows, common, out, options.rows)
+        emit({**common, "name": "memory", **_memory_in_use()}, out)
         all_well &= measure(bench.own_rows(), common, out, options.rows)
     sys.exit(0 if all_well else 1)
+
+
+def _memory_in_use() -> dict[str, float]:
+    """Share of the GPU's memory that is taken, by whomever."""
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"memory_in_use": round(1 - free / total, 4)}
 
 
 def _parse() -> argparse.Namespace:

@@ -211,8 +211,10 @@ class GraphRunner:
         """See `ModelRunner.run_largest`."""
         self._inputs.upload_padding(self._rows.padding_row)
         num_tokens = _padded(self._token_sizes, num_tokens)
-        self._run_model(num_tokens, self._row_sizes[-1], True, num_tokens)
-        self._run_draws(self._draw_sizes[-1], are_plain=False)
+        shape = num_tokens, self._row_sizes[-1], True, num_tokens
+        self._run(("model", *shape), partial(self._run_model, *shape))
+        size = self._draw_sizes[-1]
+        self._run(("draws", size, False), partial(self._run_draws, size, are_plain=False))
 
     @torch.inference_mode()
     def warm_up(self) -> None:

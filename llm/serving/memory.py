@@ -42,16 +42,20 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
 
 
 def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
-    """Bytes of GPU memory for the pool, after a trial of the largest step on a pool of one page."""
+    """Bytes of GPU memory for the pool, after a trial of the largest step on a pool of one page.
+
+    What counts is what the allocator has taken from the device: what lies unused between its blocks, and what captured
+    graphs keep for themselves, is not there for pages either.
+    """
     prepare_weights(model, config)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
+    before = torch.cuda.memory_reserved(model.device)
     runner = make_runner(model, config, num_pages=1, context_len=context_len)
-    runner.run_largest(min(config.token_budget(model.device.type), context_len))
+    runner.run_largest(config.token_budget(model.device.type))
     del runner
     torch.cuda.synchronize(model.device)
-    needed = torch.cuda.max_memory_allocated(model.device) - before
+    needed = torch.cuda.max_memory_reserved(model.device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     in_use = total - free

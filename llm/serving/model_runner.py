@@ -67,7 +67,8 @@ class ModelRunner(Protocol):
         ...
 
     def run_largest(self, num_tokens: int) -> None:
-        """Run the largest step there can be, with `num_tokens` tokens: the memory it takes is what any may take."""
+        """Run the largest step there can be, with `num_tokens` tokens of several sequences, and capture it where steps
+        are captured: the memory it takes is what any may take."""
         ...
 
     def warm_up(self) -> None:
@@ -150,7 +151,7 @@ class EagerRunner:
     @torch.inference_mode()
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`."""
-        positions = torch.arange(num_tokens, device=self.model.device)
+        positions = torch.arange(num_tokens, device=self.model.device) % self.model.max_seq_len
         context = DenseContext(self._windows)
         hidden = self.model.hidden_states(torch.zeros_like(positions).unsqueeze(0), positions, context)
         self.model.logits(hidden[0, : self._max_rows]).float().sort(dim=-1)
