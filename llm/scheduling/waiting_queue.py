@@ -83,9 +83,8 @@ class WaitingQueue:
     def _num_tokens_that_may_pass(self) -> int:
         """Number of tokens that sequences which pass the first may still have."""
         first = self._sequences[0]
-        if (
-            first.num_in_flight
-        ):  # It was preempted a moment ago, and can be admitted as soon as all its tokens are known.
+        # One that was preempted a moment ago may have room as soon as all its tokens are known.
+        if first.num_in_flight:
             return 0
         passers = self._passed_by.get(first)
         return first.num_tokens - (passers.count_tokens() if passers is not None else 0)
