@@ -101,7 +101,7 @@ def test_a_decode_takes_few_calls():
 
 
 def test_a_queue_without_room_costs_no_more_than_its_head():
-    """A step with a thousand waiting prompts that find no pages is little longer than without, and with five thousand."""
+    """A thousand waiting prompts that find no pages make a step little longer, and so do five thousand."""
     calls = []
     for num_waiting in (1000, 5000):
         scheduler = create_scheduler(8)
