@@ -217,8 +217,7 @@ class SimulatedReplica:
         num_new = pool.pages_for(trace.num_prompt_tokens + trace.num_output_tokens) - len(cached)
         if num_new + pool.count_cached(cached) > pool.num_available:
             return False
-        for page in cached:
-            pool.share(page)
+        pool.share(cached)
         request.pages = cached + pool.allocate(num_new)
         request.num_registered = len(cached)
         request.num_cached_tokens = request.num_computed = len(cached) * BLOCK_TOKENS

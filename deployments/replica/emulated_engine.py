@@ -230,8 +230,7 @@ class EmulatedEngine:
         hashes = PageHashes(page_size, row.request.cache_salt.encode()).extend(row.prompt, len(row.prompt) - 1)
         may_share = self.config.enable_prefix_caching and row.request.pooling is not Pooling.MEAN
         shared = pool.find_prefix(hashes) if may_share else []
-        for page in shared:
-            pool.share(page)
+        pool.share(shared)
         if pool.num_available < num_pages - len(shared):
             pool.release(shared)
             return False

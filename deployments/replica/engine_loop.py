@@ -41,6 +41,8 @@ _MAX_FAILED_STEPS = 3
 _SHUTTING_DOWN = "the replica is shutting down"
 _ROUTER_IS_GONE = "the token channel to the router was lost"
 _PROBE_PROMPT, _PROBE_NEW_TOKENS = (0,), 2
+_MAX_NEW_TOKENS_BETWEEN_STEPS = 65_536
+"""Prompt tokens after which further requests begin only after the next step, so that those that run do not wait."""
 _SUSPECT_HEAD_START_S = 0.002
 """The report that a suspect has arrived must leave the process before the suspect can end it."""
 
@@ -118,6 +120,8 @@ class EngineLoop:
         self._broken: Failure | None = None
         self._num_probes = 0
         self._commands = _Commands()
+        self._num_new_tokens = 0
+        """Prompt tokens of the requests that have begun since the last step."""
         self._is_stopping = False
         self._next_report_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -201,8 +205,13 @@ class EngineLoop:
         self._sender.close()
 
     def _obey(self) -> None:
+        """Do what other threads ask, in order; what comes behind many new prompt tokens waits for the next time."""
         self._commands.wake_up.clear()
+        self._num_new_tokens = 0
         while self._commands.pending:
+            if self._num_new_tokens >= _MAX_NEW_TOKENS_BETWEEN_STEPS:
+                self._commands.wake_up.set()
+                break
             self._commands.pending.popleft()()
         while self._waiting_suspects and self._suspect is None:
             self._begin(self._waiting_suspects.popleft())
@@ -319,6 +328,7 @@ class EngineLoop:
     def _begin(self, arrival: _Arrival) -> None:
         """Give a request to the engine; routers are told that a suspect has arrived before it can do anything."""
         request = arrival.request
+        self._num_new_tokens += len(request.prompt_token_ids or request.prompt or ())
         try:
             self._engine.add_request(request)
         except InvalidRequestError as error:

@@ -5,9 +5,10 @@ import sys
 from llm.scheduling.sequence import Sequence
 from llm.scheduling.slot_pool import SlotPool
 
-_HASHES_PER_STEP = 1024
-"""Pages that the lookups of one step hash at most: about a millisecond's work. Longer prompts are looked up over
-several steps."""
+_HASHES_PER_STEP = 768
+"""Pages that the lookups of one step hash at most, about a millisecond's work: longer prompts take several steps."""
+_PAGES_PER_HASH = 8
+"""Pages found in the prefix cache that cost as much as hashing one."""
 _NEVER = sys.maxsize
 
 
@@ -63,15 +64,16 @@ class PageManager:
         known = sequence.hashes.known
         pages: list[int] = []
         while len(pages) < num_full:
+            if self._num_hashes_left <= 0:
+                return None
             if len(pages) == len(known):
-                if not self._num_hashes_left:
-                    return None
                 num_new = min(max(len(known), 1), self._num_hashes_left, num_full - len(known))
                 self._num_hashes_left -= num_new
                 sequence.hashes.extend(sequence.tokens, num_tokens, num_new)
             pages += self.pool.find_prefix(known[len(pages) : num_full])
             if len(pages) < min(len(known), num_full):
                 break
+        self._num_hashes_left -= len(pages) // _PAGES_PER_HASH
         return pages
 
     def admit(self, sequence: Sequence, prefix: list[int], num_available: int) -> int | None:
@@ -90,8 +92,7 @@ class PageManager:
         num_new = max(self.num_needed(len(sequence.tokens)) - len(shared), 0) + self.pool.count_cached(shared)
         if num_new > num_available:
             return None
-        for page in shared:
-            self.pool.share(page)
+        self.pool.share(shared)
         sequence.pages = [self.pool.scratch_page] * num_behind + shared
         sequence.num_dropped_pages = num_behind
         sequence.num_registered_pages = len(prefix)

@@ -179,7 +179,8 @@ class Scheduler:
         for part in singles:
             sequence = part.sequence
             sequence.num_computed += part.num_tokens
-            sequence.num_in_flight += part.draws or part.completes_vector
+            if part.draws or part.completes_vector:
+                sequence.num_in_flight += 1
             if part.num_scored:
                 sequence.num_scored = part.first_scored + part.num_scored
         return StepPlan(tuple(singles))
@@ -194,25 +195,28 @@ class Scheduler:
         """
         draw_index = -1
         events: list[TokenEvent | VectorEvent] = []
+        finished = SequenceStatus.FINISHED
         for part in plan.scheduled:
             sequence = part.sequence
             if part.proposed:
                 events += self._apply_guesses(part, token_ids, draw_index + 1)
                 draw_index += part.num_draws
                 continue
-            draw_index += part.draws
-            if sequence.status is SequenceStatus.FINISHED:
+            draws = part.draws
+            draw_index += draws
+            if sequence.status is finished:
                 continue
             num_stored = part.start + part.num_tokens
             if num_stored >= sequence.keep_at and part.num_preemptions == sequence.num_preemptions:
                 self._pages.keep(sequence, num_stored)
-            if part.draws:
+            if draws:
                 token_id = token_ids[draw_index]
+                sequence.num_in_flight -= 1
                 tokens = sequence.tokens
                 tokens.append(token_id)
-                sequence.num_in_flight -= 1
-                may_end = token_id in sequence.end_ids or len(tokens) >= sequence.max_tokens
-                reason = sequence.finish_reason() if may_end else None
+                reason = None
+                if token_id in sequence.end_ids or len(tokens) >= sequence.max_tokens:
+                    reason = sequence.finish_reason()
                 events.append(TokenEvent(sequence, token_id, reason, draw_index))
                 if reason is not None:
                     self.finish(sequence)
@@ -246,8 +250,9 @@ class Scheduler:
 
     def _decodes(self) -> tuple[list[ScheduledSequence], list[Sequence]]:
         """Parts of the running sequences that have one token to run, and those that have more. The hottest loop."""
-        decodes, prefilling = [], []
-        page_size = self.pool.page_size
+        decodes: list[ScheduledSequence] = []
+        prefilling = []
+        page_size, running = self.pool.page_size, SequenceStatus.RUNNING
         for sequence in self._running.copy():
             start = sequence.num_computed
             num_in_flight = sequence.num_in_flight
@@ -257,11 +262,14 @@ class Scheduler:
                 continue
             if num_in_flight and num_tokens >= sequence.max_tokens:  # the tokens in flight are its last
                 continue
-            if start < len(sequence.pages) * page_size:
-                is_running = sequence.status is SequenceStatus.RUNNING
+            if sequence.status is not running or (
+                start >= len(sequence.pages) * page_size and not self._reserve(sequence, 1)
+            ):
+                continue
+            row = sequence.row
+            if row is not None and sequence.pooling is None:  # `next_part` without the call
+                decodes.append(ScheduledSequence(sequence, start, 1, True, row, sequence.num_preemptions))
             else:
-                is_running = sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, 1)
-            if is_running:
                 decodes.append(next_part(sequence, 1))
         return decodes, prefilling
 

@@ -3,6 +3,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 from llm.errors import CapacityError
 
@@ -126,22 +127,20 @@ class SlotPool:
 
     def find_prefix(self, contents: Iterable[int]) -> list[int]:
         """The pages that hold `contents` in order, up to the first content that no page holds. Changes nothing."""
-        pages = []
-        for content in contents:
-            page = self._page_of.get(content)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+        pages = list(map(self._page_of.get, contents))
+        return cast(list[int], pages[: pages.index(None)] if None in pages else pages)
 
     def count_cached(self, pages: Iterable[int]) -> int:
         """How many of these pages have content and no user."""
         return sum(map(self._cached.__contains__, pages))
 
-    def share(self, page: int) -> None:
-        """Become one more user of a page that `find` returned."""
-        self._cached.pop(page, None)
-        self._num_users[page] += 1
+    def share(self, pages: Iterable[int]) -> None:
+        """Become one more user of pages that `find` or `find_prefix` returned."""
+        num_users, cached = self._num_users, self._cached
+        for page in pages:
+            if not num_users[page]:
+                del cached[page]
+            num_users[page] += 1
 
     def take_changes(self) -> ContentChanges:
         """What has been registered and given up since the last call; the first call gives everything registered."""

@@ -9,8 +9,8 @@ from llm.scheduling.sequence import ScheduledSequence, Sequence, SequenceStatus,
 
 _MAX_RUNNING_PER_GUESSER = 8
 """Running sequences for each that can guess its next tokens, up to which its guesses are worth a slower step to all."""
-_INDEXED_PER_STEP = 4096
-"""Prompt tokens that one step indexes at most: about a millisecond's work."""
+_INDEXED_PER_STEP = 1024
+"""Prompt tokens that one step indexes at most: well under a millisecond's work."""
 
 
 class Speculation:

@@ -7,6 +7,8 @@ from operator import attrgetter
 
 from llm.scheduling.sequence import Sequence, SequenceStatus
 
+_PASSING_SHARE = 1.0
+"""Tokens of those that pass a sequence, for each of its own."""
 _MAX_INSPECTED = 1024
 """Sequences that a step looks at while the first of the queue finds no room."""
 _MAX_OFFERED = 32
@@ -54,7 +56,7 @@ class WaitingQueue:
         Before it asks for the next one, the caller passes the place to `admit` if there is room for the sequence.
         """
         index = num_offered = 0
-        num_tokens_left: int | None = None
+        num_tokens_left: float | None = None
         while index < min(len(self._sequences), _MAX_INSPECTED) and num_offered < _MAX_OFFERED:
             sequence = self._sequences[index]
             if index:
@@ -80,15 +82,14 @@ class WaitingQueue:
         if index:
             self._passed_by.setdefault(self._sequences[0], _Passers()).add(sequence)
 
-    def _num_tokens_that_may_pass(self) -> int:
+    def _num_tokens_that_may_pass(self) -> float:
         """Number of tokens that sequences which pass the first may still have."""
         first = self._sequences[0]
-        if (
-            first.num_in_flight
-        ):  # It was preempted a moment ago, and can be admitted as soon as all its tokens are known.
+        # One that was preempted a moment ago may have room as soon as all its tokens are known.
+        if first.num_in_flight:
             return 0
         passers = self._passed_by.get(first)
-        return first.num_tokens - (passers.count_tokens() if passers is not None else 0)
+        return _PASSING_SHARE * first.num_tokens - (passers.count_tokens() if passers is not None else 0)
 
 
 class _Passers:

@@ -26,3 +26,15 @@ def test_more_tokens_of_newcomers_in_a_step_wait_less_and_make_longer_gaps():
 def test_threads_that_take_turns_sooner_make_shorter_steps():
     python, ours = rows_of("benchmarks.interpreter_share", "--intervals-ms", "2", "0.2", "--steps", "10")
     assert ours["ms_per_step"] < python["ms_per_step"]
+
+
+def test_small_requests_wait_less_where_they_may_pass_and_large_ones_a_bounded_time_more():
+    in_order, passing = rows_of("benchmarks.large_requests", "--shares", "0", "1", "--seconds", "40")
+    assert passing["small_ttft_p99_s"] < 0.6 * in_order["small_ttft_p99_s"]
+    assert in_order["large_ttft_max_s"] < passing["large_ttft_max_s"] < 3 * in_order["large_ttft_max_s"]
+
+
+def test_the_share_of_the_host_of_a_step_is_measured():
+    rows = rows_of("benchmarks.host_step", "--rows", "8", "--long", "2000")
+    assert len(rows) == 3 + 4
+    assert all(value > 0 for row in rows for name, value in row.items() if name != "measurement")

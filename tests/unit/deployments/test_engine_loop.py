@@ -168,3 +168,28 @@ async def test_suspects_that_have_not_begun_are_handed_back_unblamed(loop: Engin
     tried, *waiting = await asyncio.gather(*(loop.generate(request(), is_suspect=True) for _ in range(3)))
     assert tried.failure.kind is FailureKind.FAILED
     assert [reply.failure.kind for reply in waiting] == [FailureKind.DECLINED] * 2
+
+
+async def test_long_prompts_that_come_together_begin_one_a_step():
+    """Whoever runs gets a token between any two of them; short ones that come with the first do not wait."""
+    calls: list[str] = []
+
+    class Engine(EmulatedEngine):
+        def add_request(self, request: GenerationRequest) -> str:
+            calls.append("long" if len(request.prompt_token_ids) > 1000 else "short")
+            return super().add_request(request)
+
+        def step(self) -> list[StepOutput]:
+            calls.append("step")
+            return super().step()
+
+    emulation = EmulationConfig(tokens_per_s=500.0, prefill_tokens_per_s=1e9, max_seq_len=200_000)
+    loop = EngineLoop(Engine(EngineConfig(max_batch_size=8, num_pages=40_000), emulation, vocab_size=264), "replica")
+    prompts = [(1, 2, 3), (1, 2, 3), *[(i,) * 70_000 for i in range(4)]]
+    tasks = [asyncio.ensure_future(loop.generate(request(prompt_token_ids=prompt))) for prompt in prompts]
+    await asyncio.sleep(0)
+    loop.start()
+    replies = await asyncio.gather(*tasks)
+    await asyncio.to_thread(loop.stop)
+    assert all(len(reply.token_ids) == 10 for reply in replies)
+    assert calls[:9] == ["short", "short", "long", "step", "long", "step", "long", "step", "long"]

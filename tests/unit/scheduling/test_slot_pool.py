@@ -47,7 +47,7 @@ def test_shared_page_stays_used_until_its_last_user_leaves():
     pool = SlotPool(num_pages=1, page_size=16)
     (page,) = pool.allocate(1)
     pool.register(page, content=7)
-    pool.share(page)
+    pool.share([page])
     pool.release([page])
     assert pool.num_used == 1
     pool.release([page])
@@ -92,7 +92,7 @@ class PoolMachine(RuleBasedStateMachine):
     def share(self, content: int) -> None:
         page = self.pool.find(content)
         if page is not None:
-            self.pool.share(page)
+            self.pool.share([page])
             self.held.append(page)
 
     @precondition(lambda self: self.held)
