@@ -67,7 +67,7 @@ def _looking_up(numpy_type_of: Callable[[tl.dtype], np.dtype]) -> Callable[[tl.d
 
 @cache
 def _shape_of(sizes: tuple[int, ...]) -> tuple[tl.tuple, int, tl.tuple, tl.constexpr]:
-    """Sizes and number of elements, for a type and for a tensor. Nobody changes a shape, so all of one size share it."""
+    """Sizes and number of elements, for a type and for a tensor: nobody changes them, so all of a shape share them."""
     num_elements = validate_block_shape(sizes)
     constants = [tl.constexpr(size) for size in sizes]
     return tl.tuple(sizes), num_elements, tl.tuple(constants), tl.constexpr(num_elements)

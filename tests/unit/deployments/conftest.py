@@ -38,6 +38,19 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
         yield make
 
 
+@pytest.fixture(scope="module")
+def small_ray() -> Iterator[None]:
+    """Ray for what connects to it, as `build_app` does, without the dashboard of a cluster that it starts itself."""
+    import ray
+
+    ray.init(
+        num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local",
+        object_store_memory=100 << 20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
 class _Records(logging.Handler):
     """Keeps what is logged."""
 
