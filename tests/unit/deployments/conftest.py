@@ -38,17 +38,10 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
         yield make
 
 
-@pytest.fixture(scope="module")
-def small_ray() -> Iterator[None]:
-    """Ray for what connects to it, as `build_app` does, without the dashboard of a cluster that it starts itself."""
-    import ray
-
-    ray.init(
-        num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local",
-        object_store_memory=100 << 20,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `build_app` finds where Serve does not run. Asking would start a cluster, which integration tests have."""
+    monkeypatch.setattr("deployments.app.find_front_end", lambda: None)
 
 
 class _Records(logging.Handler):

@@ -22,6 +22,8 @@ def create_model(**shape) -> DecoderModel:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 
