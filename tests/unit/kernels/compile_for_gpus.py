@@ -137,7 +137,7 @@ def compile_stages() -> None:
     arguments = {"x": BF16, "output": BF16, "weight": BF16, "scales": None, "bias": None, "num_outputs": "i32"}
     arguments |= {"num_inputs": "i32", "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
     arguments |= {"OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": 1, "IS_SHARED": False, "ADDS": False, "IS_EVEN": True}
-    for (capability, shared_memory), (rows, swiglu) in product(SHARED_MEMORY.items(), ((32, True), (64, False))):
+    for (capability, shared_memory), (rows, swiglu) in product(SHARED_MEMORY.items(), ((32, False), (64, True))):
         num_stages = min(5, stages_in(shared_memory, (64 * (1 + swiglu) + rows) * 128 * 2, capability // 10))
         tile = {**arguments, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True}
         taken = compile_kernel("stages", few_rows.tile_product, tile, capability=capability, num_stages=num_stages)
