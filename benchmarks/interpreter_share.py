@@ -16,7 +16,7 @@ import torch
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 
-_NUM_ROWS, _NUM_WARM_STEPS = 8, 20
+_NUM_ROWS, _NUM_WARM_STEPS = 8, 5
 
 
 def ms_per_step(engine: ContinuousBatchingEngine, num_steps: int) -> float:

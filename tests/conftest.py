@@ -10,7 +10,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import triton_interpreter
 from live_server import APP_NAME, ROOT, Server, free_port, wait_until_ready
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    triton_interpreter.quicken()
 
 
 @pytest.fixture(scope="session")

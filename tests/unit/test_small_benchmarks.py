@@ -24,7 +24,7 @@ def test_more_tokens_of_newcomers_in_a_step_wait_less_and_make_longer_gaps():
 
 
 def test_threads_that_take_turns_sooner_make_shorter_steps():
-    python, ours = rows_of("benchmarks.interpreter_share", "--intervals-ms", "2", "0.2", "--steps", "10")
+    python, ours = rows_of("benchmarks.interpreter_share", "--intervals-ms", "2", "0.2", "--steps", "4")
     assert ours["ms_per_step"] < python["ms_per_step"]
 
 

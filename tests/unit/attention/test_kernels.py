@@ -98,18 +98,22 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype,
     assert output[6:].isnan().all(), "what belongs to no part is left alone"
 
 
-@CASES
+PREFILLS = [
+    (None, False, False),
+    (1, False, False),
+    (50, False, False),
+    (130, False, True),
+    (None, False, True),
+    (None, True, False),
+    (50, True, False),
+]
+
+
 @pytest.mark.parametrize(
-    ("window", "is_split", "is_large"),
-    [
-        (None, False, False),
-        (1, False, False),
-        (50, False, False),
-        (130, False, True),
-        (None, False, True),
-        (None, True, False),
-        (50, True, False),
-    ],
+    ("num_heads", "num_kv_heads", "head_dim", "dtype", "window", "is_split", "is_large"),
+    [(*SHAPES[s], DTYPES[s % 2], *prefill) for i, prefill in enumerate(PREFILLS) for s in ((1, 2) if i % 2 else (0, 3))]
+    if DEVICE.type == "cpu"  # each shape with windows, splits and large tiles
+    else [(*shape, dtype, *prefill) for shape in SHAPES for dtype in DTYPES for prefill in PREFILLS],
 )
 def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_split, is_large, dtype, monkeypatch):
     """Whole prompts, later chunks of prompts, and decodes beside them that are somebody else's business.

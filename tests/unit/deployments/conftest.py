@@ -38,6 +38,12 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
         yield make
 
 
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `build_app` finds where Serve does not run. Asking would start a cluster, which integration tests have."""
+    monkeypatch.setattr("deployments.app.find_front_end", lambda: None)
+
+
 class _Records(logging.Handler):
     """Keeps what is logged."""
 

@@ -115,18 +115,21 @@ def test_the_configurations_that_we_ship_are_valid(path: Path):
         assert not is_open or args.api_keys_env or args.api_keys_file, "open to everyone"
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_build_app_finds_mistakes_in_the_checkpoint_at_once(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(CheckpointError, match="BertModel is not supported"):
         build_app(AppConfig(model=str(tmp_path)))
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_there_is_an_app_for_serve_build():
     import deployments.app
 
     assert isinstance(deployments.app.app, Application)
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_every_deployment_starts_with_few_malloc_arenas():
     """With glibc's default of eight a core, free memory collects in each of them (F12)."""
     router = build_app(AppConfig())._bound_deployment
@@ -150,6 +153,7 @@ def deployments_of(args: dict) -> dict[str, Any]:
 LIMITED = {"limits": {"per_key": {"requests_per_min": 5}}}
 
 
+@pytest.mark.usefixtures("no_cluster")
 @pytest.mark.parametrize(
     ("args", "has_accountant"),
     [
@@ -168,6 +172,7 @@ def test_an_accountant_is_bound_where_several_routers_may_share_limits(args, has
     assert ("Accountant" in deployments_of(args)) == has_accountant
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_nothing_that_is_bound_holds_a_key(tmp_path, monkeypatch):
     (tmp_path / "keys.yaml").write_text("- {name: team, key: sk-in-file, requests_per_min: 5}\n")
     monkeypatch.setenv("RAYLINE_TEST_KEYS", "sk-in-variable")

@@ -51,6 +51,7 @@ def test_nodes_may_join_where_rays_launcher_made_the_head(monkeypatch, tmp_path)
     assert may_nodes_join()
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_the_application_asks_ray_for_it(monkeypatch, tmp_path):
     """On a cluster without GPUs to which some may come, the deployment itself waits for one."""
     monkeypatch.setenv("RAY_CLUSTER_NAME", "rayline")

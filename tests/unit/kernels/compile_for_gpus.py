@@ -73,11 +73,13 @@ def compile_activations() -> None:
 
 
 def compile_rope() -> None:
-    """Keys and values in 16 bits and in 8, with and without QK-norm."""
+    """Keys and values in 16 bits and in 8, with and without QK-norm, of a product to be scaled: every two of them."""
     arguments = {"qkv": BF16, "query": BF16, "rope_table": FLOAT, "norm_eps": "fp32"}
     arguments |= {"page_tables": INT, "token_rows": INT, "positions": INT, "table_stride": "i32", "sin_offset": "i32"}
     sizes = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_HEADS": 2, "PAGE_SIZE": 16}
-    for pages, scales, weight in product((BF16, FP8), (NO_SCALES, SCALES), (None, BF16)):
+    for is_narrow, is_scaled in product((False, True), repeat=2):
+        pages, scales = FP8 if is_narrow else BF16, SCALES if is_scaled else NO_SCALES
+        weight = BF16 if is_narrow == is_scaled else None
         more = {"keys": pages, "values": pages, "query_norm": weight, "key_norm": weight, **scales}
         compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes)
 
@@ -114,19 +116,20 @@ def compile_attention() -> None:
 
 
 def compile_products() -> None:
-    """A row and a tile of them, into rows and into the stream, of weights of 16 bits and of 8, sums cut and whole."""
+    """A row and a tile of them, into rows and into the stream, of weights of 16 bits and of 8, sums cut and whole.
+
+    Every two of these together: norms of a row and cuts of a tile take turns.
+    """
     arguments = {"x": BF16, "output": BF16, "bias": None, "num_outputs": "i32", "num_inputs": "i32"}
-    for (weight, scales), (swiglu, adds) in product(
-        ((BF16, None), (FP8, FLOAT)), ((False, False), (False, True), (True, False))
-    ):
+    kinds = product(((BF16, None), (FP8, FLOAT)), ((False, False), (False, True), (True, False)))
+    for i, ((weight, scales), (swiglu, adds)) in enumerate(kinds):
         common = {**arguments, "weight": weight, "scales": scales, "SWIGLU": swiglu, "ADDS": adds}
-        for weights_of_norm in (None, BF16):
-            row = {**common, "norm": weights_of_norm, "norm_eps": "fp32", "OUTPUTS": 4, "TILE_K": 1024}
-            compile_kernel("single row", few_rows.single_row_product, row)
-        for num_parts in (1, 2):
-            tile = {**common, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
-            tile |= {"ROWS": 16, "OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": num_parts, "IS_SHARED": num_parts > 1}
-            compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+        row = {**common, "norm": BF16 if i % 2 else None, "norm_eps": "fp32", "OUTPUTS": 4, "TILE_K": 1024}
+        compile_kernel("single row", few_rows.single_row_product, row)
+        num_parts = 1 + i % 2
+        tile = {**common, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
+        tile |= {"ROWS": 16, "OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": num_parts, "IS_SHARED": num_parts > 1}
+        compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
 
 
 def compile_stages() -> None:
@@ -134,9 +137,7 @@ def compile_stages() -> None:
     arguments = {"x": BF16, "output": BF16, "weight": BF16, "scales": None, "bias": None, "num_outputs": "i32"}
     arguments |= {"num_inputs": "i32", "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
     arguments |= {"OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": 1, "IS_SHARED": False, "ADDS": False, "IS_EVEN": True}
-    for (capability, shared_memory), (rows, swiglu) in product(
-        SHARED_MEMORY.items(), ((32, False), (32, True), (64, False), (64, True))
-    ):
+    for (capability, shared_memory), (rows, swiglu) in product(SHARED_MEMORY.items(), ((32, False), (64, True))):
         num_stages = min(5, stages_in(shared_memory, (64 * (1 + swiglu) + rows) * 128 * 2, capability // 10))
         tile = {**arguments, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True}
         taken = compile_kernel("stages", few_rows.tile_product, tile, capability=capability, num_stages=num_stages)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    """Those of attention and products, in every combination of formats that an engine can ask for; no GPU is needed."""
+    """Those of attention and products, every two formats together that an engine can ask for; no GPU is needed."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_for_gpus.py")
     run = subprocess.run(
@@ -17,6 +17,6 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     compiled = Counter(run.stdout.splitlines())
-    expected = {"norm": 6, "activation": 4, "rounding": 1, "rope": 8, "single row": 12, "tile": 12}
+    expected = {"norm": 6, "activation": 4, "rounding": 1, "rope": 4, "single row": 6, "tile": 6}
     expected |= {"cuts": 6, "best of blocks": 6, "best of rows": 2, "adjust": 2, "log probabilities": 4, "entries": 1}
-    assert compiled == {**expected, "decode": 5, "prefill": 5, "merge": 1, "stages": 12}
+    assert compiled == {**expected, "decode": 5, "prefill": 5, "merge": 1, "stages": 6}

@@ -75,10 +75,10 @@ def test_row_of_a_product_does_not_depend_on_the_others(num_outputs, num_inputs,
     whole = linear(x, weights)
     assert relative_error(whole, F.linear(x.double(), weight.double(), bias.double())) < TOLERANCE[dtype]
     for size in sizes[:-1]:
-        for first in (0, 41):
-            if first + size <= len(x):
-                alone = linear(x[first : first + size].contiguous(), weights)
-                assert torch.equal(alone, whole[first : first + size]), f"{size} rows from {first}"
+        # At another place of the tile than among all rows; what costs little at the same place too.
+        for first in (0, 41) if size < 32 else (41,):
+            alone = linear(x[first : first + size].contiguous(), weights)
+            assert torch.equal(alone, whole[first : first + size]), f"{size} rows from {first}"
 
 
 def test_mlp_of_a_row_does_not_depend_on_the_others():

@@ -325,12 +325,12 @@ def test_graph_runner_equals_the_reference(model, tokenizer):
         config = EngineConfig(attention_backend=backend, max_batch_size=4, max_tokens_per_step=32, num_pages=64)
         engine = ContinuousBatchingEngine(copy.deepcopy(model), tokenizer, device, config=config)
         requests = [
-            request(grammar, seed, max_new_tokens=12, temperature=seed % 2)
+            request(grammar, seed, max_new_tokens=5, temperature=seed % 2)
             for seed, grammar in enumerate([*GRAMMARS.values(), None, GRAMMARS["regex"]])
         ]
         requests += [
-            request(GRAMMARS["regex"], 20, max_new_tokens=12, logprobs=2),
-            request(GRAMMARS["schema"], 21, max_new_tokens=12, logit_bias={100: 5.0}),
+            request(GRAMMARS["regex"], 20, max_new_tokens=5, logprobs=2),
+            request(GRAMMARS["schema"], 21, max_new_tokens=5, logit_bias={100: 5.0}),
         ]
         results = engine.generate(requests, progress=False)
         check_idle(engine)
