@@ -62,6 +62,8 @@ class PageManager:
         num_tokens = len(sequence.tokens) - 1
         num_full = num_tokens // self.pool.page_size
         known = sequence.hashes.known
+        if self.window_size is not None:
+            return self._find_last_window(sequence, num_full)
         pages: list[int] = []
         while len(pages) < num_full:
             if self._num_hashes_left <= 0:
@@ -75,6 +77,27 @@ class PageManager:
                 break
         self._num_hashes_left -= len(pages) // _PAGES_PER_HASH
         return pages
+
+    def _find_last_window(self, sequence: Sequence, num_full: int) -> list[int] | None:
+        """The longest prefix whose last pages, all that a window reaches, are there; others may have been given up."""
+        known = sequence.hashes.known
+        if len(known) < num_full:
+            num_new = min(num_full - len(known), self._num_hashes_left)
+            self._num_hashes_left -= num_new
+            sequence.hashes.extend(sequence.tokens, len(sequence.tokens) - 1, num_new)
+            if len(known) < num_full:
+                return None
+        found = self.pool.find_each(known[:num_full])
+        self._num_hashes_left -= num_full // _PAGES_PER_HASH
+        first = num_pages = 0  # of the pages that are there without a gap
+        for end, page in enumerate(found, 1):
+            if page is None:
+                first = end
+            elif first <= self._num_behind_window(end * self.pool.page_size):
+                num_pages = end
+        num_behind = self._num_behind_window(num_pages * self.pool.page_size)
+        scratch = self.pool.scratch_page
+        return [scratch if page is None or i < num_behind else page for i, page in enumerate(found[:num_pages])]
 
     def admit(self, sequence: Sequence, prefix: list[int], num_available: int) -> int | None:
         """Give a waiting sequence the pages of its cached prefix, if the pool can hold all of its tokens.

@@ -125,9 +125,13 @@ class SlotPool:
         """The page that holds `content`, used or cached, or None. Changes nothing."""
         return self._page_of.get(content)
 
+    def find_each(self, contents: Iterable[int]) -> list[int | None]:
+        """The page that holds each of `contents`, None where none does. Changes nothing."""
+        return list(map(self._page_of.get, contents))
+
     def find_prefix(self, contents: Iterable[int]) -> list[int]:
         """The pages that hold `contents` in order, up to the first content that no page holds. Changes nothing."""
-        pages = list(map(self._page_of.get, contents))
+        pages = self.find_each(contents)
         return cast(list[int], pages[: pages.index(None)] if None in pages else pages)
 
     def count_cached(self, pages: Iterable[int]) -> int:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import event, given, settings, strategies as st
 from scheduler_pipeline import PAGE_SIZE, Pipeline, create_scheduler, create_sequence, expected_output
 
+from llm.scheduling.prefix_cache import PageHashes
 from llm.scheduling.scheduler import Scheduler, StepPlan
 from llm.scheduling.sequence import Sequence
 from llm.serving.schemas import FinishReason
@@ -173,6 +174,27 @@ def test_cached_pages_behind_the_window_are_not_taken():
     scheduler.add(longer)
     assert run_step(scheduler) == [(longer, 40, 16)]
     run_to_end(scheduler)
+
+
+def test_a_cached_prompt_needs_its_last_window_only():
+    """Its first pages are the first to be given up, and no layer looks at them any more."""
+    scheduler = create_scheduler(num_pages=12, window_size=8)
+    tokens = list(range(1, 41))
+    assert num_cached(scheduler, tokens) == 0
+    num_cached(scheduler, list(range(500, 512)))
+    assert scheduler.pool.find_prefix(PageHashes(PAGE_SIZE).extend(tokens, PAGE_SIZE)) == [], "the first page is gone"
+    assert num_cached(scheduler, tokens) == 40 - PAGE_SIZE
+    assert num_cached(scheduler, [*tokens[:36], 7, 7, 7]) == 36
+    num_cached(scheduler, list(range(700, 748)))
+    assert num_cached(scheduler, tokens) == 0
+
+
+def num_cached(scheduler: Scheduler, tokens: list[int]) -> int | None:
+    """Run a prompt to its end alone; tokens of it that were in the prefix cache."""
+    sequence = create_sequence(tokens=tokens)
+    scheduler.add(sequence)
+    run_to_end(scheduler)
+    return sequence.num_cached_tokens
 
 
 def test_abort_at_any_time_frees_everything():
