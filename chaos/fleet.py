@@ -77,12 +77,19 @@ class Fleet:
     Args:
         front_end: address of Serve's front end.
         name: of the application, and its path.
+
+    Attributes:
+        url: where it answers.
+        name: of the application in Serve.
+        path: below the front end's address.
+        args: what it was deployed with last.
     """
 
     def __init__(self, front_end: str, name: str) -> None:
         self.url = f"{front_end}/{name}"
-        self._name = f"chaos-{os.getpid()}-{name}"
-        self._path = f"/{name}"
+        self.args: dict[str, Any] = {}
+        self.name = f"chaos-{os.getpid()}-{name}"
+        self.path = f"/{name}"
 
     def deploy(self, args: dict[str, Any]) -> None:
         """Start it, or bring it to other arguments; returns when Serve says that it runs."""
@@ -94,21 +101,27 @@ class Fleet:
         from deployments.config import AppConfig
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.run(build_app(AppConfig.model_validate(args)), name=self._name, route_prefix=self._path)
+        self.args = args
+        serve.run(build_app(AppConfig.model_validate(args)), name=self.name, route_prefix=self.path)
+
+    @property
+    def num_replicas(self) -> int:
+        """Engine replicas that it was deployed with."""
+        return int(self.args["replicas"]["num_replicas"])
 
     def delete(self) -> None:
         """Take it away."""
         from ray import serve
 
-        serve.delete(self._name)
+        serve.delete(self.name)
 
     def replica_pids(self) -> list[int]:
         """Processes of its engine replicas."""
-        return _pids(f"ray::ServeReplica:{self._name}:EngineReplica")
+        return _pids(f"ray::ServeReplica:{self.name}:EngineReplica")
 
     def router_pids(self) -> list[int]:
         """Processes of its routers."""
-        return _pids(f"ray::ServeReplica:{self._name}:Router")
+        return _pids(f"ray::ServeReplica:{self.name}:Router")
 
     def hurt_one(self, how: signal.Signals) -> int:
         """Send a signal to one of its replicas; returns the process."""
@@ -156,17 +169,37 @@ class Fleet:
         return await self.wait_for(clients, _is_idle, timeout_s, "no request is live and no page in use")
 
 
+Place = str | Fleet
+"""Where to try a fault: the address of a front end, for a fleet of its own; or a fleet that runs already, as it is."""
+
+
 @contextlib.asynccontextmanager
-async def running(front_end: str, name: str, args: dict[str, Any]) -> AsyncIterator[tuple[Fleet, Clients]]:
-    """A fleet with all its replicas serving, and clients for it."""
-    fleet = Fleet(front_end, name)
+async def running(place: Place, name: str, args: dict[str, Any]) -> AsyncIterator[tuple[Fleet, Clients]]:
+    """A fleet with all its replicas serving, and clients for it.
+
+    Args:
+        place: a fleet that runs already is neither changed nor taken away.
+        name: of a fleet that is started.
+        args: what it is started with.
+    """
+    if isinstance(place, Fleet):
+        async with _serving(place) as clients:
+            yield place, clients
+        return
+    fleet = Fleet(place, name)
     await asyncio.to_thread(fleet.deploy, args)
     try:
-        async with Clients(fleet.url) as clients:
-            await fleet.wait_until_serving(clients, args["replicas"]["num_replicas"])
+        async with _serving(fleet) as clients:
             yield fleet, clients
     finally:
         await asyncio.to_thread(fleet.delete)
+
+
+@contextlib.asynccontextmanager
+async def _serving(fleet: Fleet) -> AsyncIterator[Clients]:
+    async with Clients(fleet.url) as clients:
+        await fleet.wait_until_serving(clients, fleet.num_replicas)
+        yield clients
 
 
 def num_serving(stats: dict[str, Any]) -> int:
