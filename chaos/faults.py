@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from typing import Any
 
 from chaos.fleet import Fleet, Outcome, Place, emulated, num_serving, proxy_pids, running
 from chaos.streams import Clients, Story, percentile
@@ -110,24 +111,25 @@ def _last_number(prompt: str) -> str:
 
 
 async def f2_nobody_left(front_end: str) -> Outcome:
-    """The only replica dies with failover off, then with failover on and nobody to go to."""
-    figures, checks = [], []
-    for name, router, admission in (
-        ("off", {"num_cpus": 0.1, "max_resumes": 0}, {}),
-        ("on", {"num_cpus": 0.1}, {"no_replica_timeout_s": 0.5}),
-    ):
-        args = emulated(1, router=router, admission=admission)
-        async with running(front_end, f"f2{name}", args) as (fleet, clients):
-            asking = [asyncio.create_task(clients.ask(prompt, 2000)) for prompt in PROMPTS]
-            await asyncio.sleep(0.7)
-            killed_at = time.monotonic()
-            fleet.hurt_one(signal.SIGKILL)
-            stories = await asyncio.gather(*asking)
-            told = [story for story in stories if story.error in ("engine_error", "no_replica")]
-            slowest = max(story.ended_at for story in stories) - killed_at
-            figures.append(f"failover {name}: {len(told)} of {len(stories)} told by an error event in {slowest:.2f} s")
-            checks += [len(told) == len(stories), slowest < 5]
-    return Outcome("; ".join(figures), *checks)
+    """The only replica dies with failover off, and another one with failover on and nobody to go to."""
+    outcomes = await asyncio.gather(
+        _kill_the_only_one(front_end, "off", router={"num_cpus": 0.1, "max_resumes": 0}),
+        _kill_the_only_one(front_end, "on", admission={"no_replica_timeout_s": 0.5}),
+    )
+    return Outcome("; ".join(outcome.figure for outcome in outcomes), *(outcome.is_ok for outcome in outcomes))
+
+
+async def _kill_the_only_one(front_end: str, failover: str, **changes: Any) -> Outcome:
+    async with running(front_end, f"f2{failover}", emulated(1, **changes)) as (fleet, clients):
+        asking = [asyncio.create_task(clients.ask(prompt, 2000)) for prompt in PROMPTS]
+        await asyncio.sleep(0.7)
+        killed_at = time.monotonic()
+        fleet.hurt_one(signal.SIGKILL)
+        stories = await asyncio.gather(*asking)
+    told = [story for story in stories if story.error in ("engine_error", "no_replica")]
+    slowest = max(story.ended_at for story in stories) - killed_at
+    figure = f"failover {failover}: {len(told)} of {len(stories)} told by an error event in {slowest:.2f} s"
+    return Outcome(figure, len(told) == len(stories), slowest < 5)
 
 
 async def f3_before_the_first_byte(place: Place) -> Outcome:
@@ -135,10 +137,10 @@ async def f3_before_the_first_byte(place: Place) -> Outcome:
     args = emulated(2, emulation={"tokens_per_s": 50.0, "max_seq_len": 4096, "prefill_tokens_per_s": 100.0})
     async with running(place, "f3", args) as (fleet, clients):
         resumed = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
-        # The letters of each prompt take a second.
-        filler = "wait for it, " * int(fleet.args["emulation"]["prefill_tokens_per_s"] / len("wait for it, "))
+        # The letters of each prompt take 0.4 s: long enough to be killed, and all of a replica's no stall.
+        filler = "wait for it, " * max(1, int(0.4 * fleet.args["emulation"]["prefill_tokens_per_s"] / 13))
         asking = [asyncio.create_task(clients.ask(prompt + filler, 20)) for prompt in PROMPTS[:8]]
-        await asyncio.sleep(0.5)
+        await fleet.wait_for(clients, lambda stats: stats["router"]["num_live"] == 8, 5, "all are live")
         num_begun = sum(1 for task in asking if task.done())
         fleet.hurt_one(signal.SIGKILL)
         stories = list(await asyncio.gather(*asking))

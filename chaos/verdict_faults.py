@@ -5,6 +5,7 @@ import contextlib
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,10 +216,12 @@ async def f18_update_of_the_model(front_end: str, rate: float = 8, num_replicas:
     num_new = sum(story.text == new_texts[story.prompt] for story in stories)
     pauses = [story.longest_pause_s for story in stories]
     firsts = [story.arrivals[0] - story.started_at for story in stories if story.arrivals]
+    cut = Counter(story.error for story in stories if not story.is_complete)
     figure = (
         f"{num_replicas} replicas updated in {update_s:.0f} s: {num_old} answers of the old version, {num_new} of the "
         f"new, {len(stories) - num_old - num_new} of neither or not whole, of {len(stories)}; longest pause p99 "
         f"{percentile(pauses, 0.99):.2f} s, first token p99 {percentile(firsts, 0.99):.2f} s"
+        + "".join(f"; {number} ended with {error}" for error, number in cut.items())
     )
     return Outcome(figure, num_old + num_new == len(stories), num_old > 0, num_new > 0, is_new_text)
 

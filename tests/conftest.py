@@ -69,8 +69,8 @@ def fleet(server: Server, tmp_path_factory: pytest.TempPathFactory) -> "Fleet":
         "fault_dir": str(tmp_path_factory.mktemp("faults")), "poison_token_id": POISON, "poison": "hang",
     }  # fmt: skip
     args = emulated(3, emulation=emulation)
-    args["replicas"] |= {"stall_timeout_s": 2, "graceful_shutdown_timeout_s": 5}
-    args["router"] |= {"stall_timeout_s": 2, "graceful_shutdown_timeout_s": 5}
+    args["replicas"] |= {"stall_timeout_s": 3, "graceful_shutdown_timeout_s": 5}
+    args["router"] |= {"stall_timeout_s": 3, "graceful_shutdown_timeout_s": 5}
     fleet = Fleet(server.url, "fleet")
     fleet.deploy(args)
     return fleet  # it ends with the cluster

@@ -33,9 +33,11 @@ class Deployed(Fleet):
 
 @pytest.fixture
 def deployed(server: Server) -> Iterator[Deployed]:
+    from ray import serve
+
     deployed = Deployed(server.url, "live")
     yield deployed
-    deployed.delete()
+    serve.delete(deployed.name, _blocking=False)  # Serve waits for two seconds
 
 
 async def statuses(url: str) -> list[int]:
