@@ -14,7 +14,9 @@ from typing import Any
 
 from chaos.streams import Clients
 from deployments.api.send_timeout import PROXY_VARIABLES
+from deployments.serve.front_end import FrontEnd
 from deployments.serve.haproxy import write_haproxy
+from deployments.serve.ports import claimed_ports
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +42,13 @@ def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
         num_gpus: GPUs that Ray counts, whether they exist or not.
         haproxy: HAProxy in front, not Serve's own proxy. Decided when Ray is first imported.
     """
-    with tempfile.TemporaryDirectory(prefix="rayline-") as directory:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    with (
+        tempfile.TemporaryDirectory(prefix="rayline-") as directory,
+        claimed_ports(FrontEnd("127.0.0.1", port), haproxy=haproxy) as ports,
+    ):
         if haproxy:
             os.environ.update(
                 write_haproxy(Path(directory)),
@@ -48,19 +56,16 @@ def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
                 RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
                 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
             )
-        os.environ.update(PROXY_VARIABLES)
-        with _ray_and_serve(num_gpus) as front_end:
+        os.environ.update({**PROXY_VARIABLES, **ports})
+        with _ray_and_serve(num_gpus, port) as front_end:
             yield front_end
 
 
 @contextlib.contextmanager
-def _ray_and_serve(num_gpus: int) -> Iterator[str]:
+def _ray_and_serve(num_gpus: int, port: int) -> Iterator[str]:
     import ray
     from ray import serve
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
     ray.init(num_cpus=8, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False, namespace="serve",
              address="local", logging_level="ERROR")  # fmt: skip
     try:

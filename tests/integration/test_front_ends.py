@@ -14,6 +14,7 @@ import pytest
 import yaml
 from live_server import ROOT, Server, free_port, replica_pids, wait_until_ready
 
+from deployments.serve.ports import HAPROXY_PORTS
 from llm.errors import ConfigError
 
 HAPROXY = {
@@ -64,7 +65,8 @@ class MakeServe:
 @pytest.fixture(scope="module")
 def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MakeServe, Server]]:
     args = {"device": "cpu", "api_keys_env": "RAYLINE_KEYS", "replicas": {"torch_threads": 1}}
-    run = MakeServe(tmp_path_factory.mktemp("haproxy"), args, **HAPROXY, RAYLINE_KEYS=KEY)
+    ports = {name: str(free_port()) for name in HAPROXY_PORTS}
+    run = MakeServe(tmp_path_factory.mktemp("haproxy"), args, **HAPROXY, **ports, RAYLINE_KEYS=KEY)
     server = Server(run.url, num_replicas=1)
     server.http.headers["authorization"] = f"Bearer {KEY}"
     server.openai = openai.OpenAI(base_url=f"{run.url}/v1", api_key=KEY, max_retries=0, timeout=60)
