@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from deployments.serve.haproxy import write_haproxy
 from deployments.serve.ports import claimed_ports
 
 ROOT = Path(__file__).parent.parent
+_deploying = threading.Lock()
+"""Ray Serve deploys from one thread at a time."""
 
 
 def emulated(num_replicas: int, tokens_per_s: float = 50.0, **changes: Any) -> dict[str, Any]:
@@ -107,7 +110,8 @@ class Fleet:
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         self.args = args
-        serve.run(build_app(AppConfig.model_validate(args)), name=self.name, route_prefix=self.path)
+        with _deploying:
+            serve.run(build_app(AppConfig.model_validate(args)), name=self.name, route_prefix=self.path)
 
     @property
     def num_replicas(self) -> int:
