@@ -5,7 +5,8 @@
 
 Each server is started, and waited for; then `rayline bench run` sends the mixed row's requests all at once, twice, and
 those of one client after that. One JSON line a server. A model without weights gets random ones, kept in `--work-dir`,
-which vLLM does not read. vLLM has to be installed beside, or in the Python that `--vllm-python` names.
+which vLLM does not read. vLLM has to be installed beside, or in the Python that `--vllm-python` names. With `--url`, a
+server that runs already is measured.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class OverHTTP:
     def __init__(self, options: argparse.Namespace, checkpoint: Path) -> None:
         self._options = options
         self._checkpoint = checkpoint
-        self._url = f"http://127.0.0.1:{options.port}"
+        self._url: str = options.url or f"http://127.0.0.1:{options.port}"
 
     def measure(self, server: str) -> dict[str, Any]:
         """One server's row.
@@ -61,7 +62,8 @@ class OverHTTP:
                 for i in range(1, 3)
             ]
             lens = ["--input-tokens", "512", "--output-tokens", "128"]
-            one = self._load(server, "one", 1, _ONE_CLIENT_REQUESTS, [*lens, "--warmup", "2", "--seed", "9"])
+            one_requests = min(_ONE_CLIENT_REQUESTS, requests)
+            one = self._load(server, "one", 1, one_requests, [*lens, "--warmup", "2", "--seed", "9"])
         return {
             "server": server,
             "model": self._options.model.name,
@@ -76,8 +78,11 @@ class OverHTTP:
     @contextlib.contextmanager
     def _running(self, server: str) -> Iterator[None]:
         """The server, ready for requests; ended behind."""
+        if self._options.url is not None:
+            yield
+            return
         log = self._options.work_dir / f"{server}.log"
-        command = self._rayline() if server == "rayline" else self._vllm()
+        command = self.rayline_command() if server == "rayline" else self._vllm_command()
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
@@ -90,7 +95,8 @@ class OverHTTP:
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
 
-    def _rayline(self) -> list[str]:
+    def rayline_command(self) -> list[str]:
+        """What starts ours."""
         settings = {
             "engine.max_seq_len": min(_MAX_SEQ_LEN, load_model_config(self._checkpoint).max_seq_len),
             "router.num_replicas": self._options.routers,
@@ -100,7 +106,7 @@ class OverHTTP:
         port = ["--port", str(self._options.port)]
         return [sys.executable, "-c", _CLI, "serve", str(self._checkpoint), *port, *defaults, *given]
 
-    def _vllm(self) -> list[str]:
+    def _vllm_command(self) -> list[str]:
         return [
             self._options.vllm_python, "-m", "vllm.entrypoints.cli.main", "serve", str(self._checkpoint),
             "--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", str(_MAX_SEQ_LEN),
@@ -133,7 +139,7 @@ class OverHTTP:
 
 def main() -> None:
     """Measure each server, and print."""
-    options = _parse()
+    options = parse()
     options.work_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = options.model.resolve()
     if not any(checkpoint.glob("*.safetensors")):
@@ -149,7 +155,8 @@ def main() -> None:
                 out.write(line + "\n")
 
 
-def _parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with what it leaves out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory with a config.json (and weights)")
     parser.add_argument("--servers", nargs="+", default=["rayline"], choices=["rayline", "vllm"])
@@ -160,9 +167,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of `rayline serve`")
     parser.add_argument("--vllm-python", default=sys.executable, help="a Python that has vLLM")
     parser.add_argument("--port", type=int, default=8100)
+    parser.add_argument("--url", help="a server that runs already; none is started")
     parser.add_argument("--work-dir", type=Path, default=Path("over_http"), help="for random weights, logs and results")
     parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks.scaling_cores import CoreMeter
 from benchmarks.scaling_prediction import emulated_speed, predict
-from chaos.fleet import Fleet, cluster, emulated, num_serving
+from chaos.fleet import Fleet, Place, cluster, emulated, num_serving
 from chaos.streams import Clients
 from deployments.config import EmulationConfig, PolicyName
 
@@ -41,6 +41,8 @@ _PARTS = ("throughput", "trace", "faults", "autoscaling")
 _KILL_EVERY_S = 20.0
 _GOODPUT = "ttft:500,tpot:25"
 _START_TIMEOUT_S = 300.0
+_NAME = "demo"
+"""What clients call the model, whichever it is."""
 
 
 class ScalingRun:
@@ -48,14 +50,20 @@ class ScalingRun:
 
     Args:
         options: the command line.
-        front_end: address of Serve's HTTP front end.
+        place: address of the front end behind which the fleets are started; or one that runs, which is measured at
+            each number of replicas, for tests.
     """
 
-    def __init__(self, options: argparse.Namespace, front_end: str) -> None:
+    def __init__(self, options: argparse.Namespace, place: Place) -> None:
         self._options = options
-        self._front_end = front_end
+        self._place = place
         self._rows: list[dict[str, Any]] = []
         self._num_fleets = 0
+
+    def run(self) -> None:
+        """Measure the parts that were asked for."""
+        for part in self._options.parts:
+            getattr(self, part)()
 
     def throughput(self) -> None:
         """Tokens a second at each number of replicas."""
@@ -81,19 +89,20 @@ class ScalingRun:
             for policy in self._options.policies:
                 num_requests = max(1, round(capacity * load * self._options.seconds))
                 with self._fleet(count, router_policy=policy) as fleet:
+                    before = _prompt_tokens(fleet)
                     speed = capacity * load / self._trace_rate(num_requests)
                     result = self._bench(
                         fleet, *self._trace(speed), "--num-requests", num_requests, "--goodput", _GOODPUT
                     )  # fmt: skip
-                    hits = self._prefix_hits(fleet)
+                    found, total = (after - former for after, former in zip(_prompt_tokens(fleet), before, strict=True))
                 predicted = predict(
                     self._options.trace, num_requests=num_requests, time_scale=1 / speed, policy=policy,
                     num_replicas=count, num_routers=_num_routers(count), speed=self._speed(),
                     max_prompt=self._options.max_input_tokens,
                 )  # fmt: skip
                 self._emit("trace", count, policy=str(policy), load=load, requests_per_s=result["request_throughput"],
-                           goodput=result["request_goodput"], hit_rate=hits, **_latencies(result),
-                           predicted=predicted)  # fmt: skip
+                           goodput=result["request_goodput"], hit_rate=round(found / max(1, total), 3),
+                           **_latencies(result), predicted=predicted)  # fmt: skip
 
     def faults(self) -> None:
         """A replica killed every 20 s."""
@@ -144,8 +153,11 @@ class ScalingRun:
         self, count: int, *, router_policy: PolicyName = PolicyName.COST, autoscaling: dict[str, Any] | None = None
     ) -> Iterator[Fleet]:
         """A fleet that serves, taken away afterwards."""
+        if isinstance(self._place, Fleet):
+            yield self._place
+            return
         self._num_fleets += 1
-        fleet = Fleet(self._front_end, f"f{self._num_fleets}")
+        fleet = Fleet(self._place, f"f{self._num_fleets}")
         fleet.deploy(self._arguments(count, router_policy, autoscaling))
         try:
             asyncio.run(_wait_for_replicas(fleet, 1 if autoscaling else count))
@@ -157,7 +169,7 @@ class ScalingRun:
         options = self._options
         replicas = {"num_replicas": count, "num_cpus": 0.1, "num_gpus": 1, "autoscaling": autoscaling}
         router = {"num_replicas": _num_routers(count), "num_cpus": 0.1, "policy": policy}
-        shared = {"served_model_name": "m", "replicas": replicas, "router": router,
+        shared = {"served_model_name": _NAME, "replicas": replicas, "router": router,
                   "admission": {"max_queue_s": 3600.0}}  # fmt: skip
         if options.emulated:
             pace = EmulationConfig(
@@ -201,7 +213,7 @@ class ScalingRun:
         out = Path(tempfile.mkdtemp(prefix="scaling-")) / "result.json"
         token_ids = "97-122" if self._options.emulated else "10-9999"
         self._num_fleets += 1  # another seed for each run: no prompt is in a prefix cache by accident
-        command = [sys.executable, "-m", "deployments.bench", "run", "--url", f"{fleet.url}/v1", "--model", "m",
+        command = [sys.executable, "-m", "deployments.bench", "run", "--url", f"{fleet.url}/v1", "--model", _NAME,
                    "--token-ids", token_ids, "--ignore-eos", "--processes", str(self._options.clients),
                    "--seed", str(self._num_fleets), "--out", str(out), *(str(a) for a in arguments)]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -234,11 +246,6 @@ class ScalingRun:
             over.set()
             thread.join()
 
-    def _prefix_hits(self, fleet: Fleet) -> float:
-        replicas = _stats(fleet)["replicas"].values()
-        found = sum(replica["num_cached_prompt_tokens"] for replica in replicas)
-        return round(found / max(1, sum(replica["num_prompt_tokens"] for replica in replicas)), 3)
-
     def _speed(self) -> Any:
         """What the simulator is to assume of a replica; None for an 8B model on an H200."""
         options = self._options
@@ -251,6 +258,13 @@ class ScalingRun:
         print(json.dumps(row), flush=True)
         with self._options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _prompt_tokens(fleet: Fleet) -> tuple[int, int]:
+    """Tokens of prompts so far that were found in prefix caches, and all of them."""
+    replicas = _stats(fleet)["replicas"].values()
+    found = sum(replica["num_cached_prompt_tokens"] for replica in replicas)
+    return found, sum(replica["num_prompt_tokens"] for replica in replicas)
 
 
 def _stats(fleet: Fleet) -> dict[str, Any]:
@@ -319,8 +333,8 @@ def _num_gpus() -> int:
     return len(listed.stdout.splitlines())
 
 
-def main() -> None:
-    """Measure, or draw."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with what it leaves out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="checkpoint to serve")
     parser.add_argument(
@@ -346,22 +360,28 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("scaling.jsonl"))
     parser.add_argument("--plot", type=Path, metavar="RESULTS", help="draw these results instead of measuring")
     parser.add_argument("--out", type=Path, default=Path("scaling.png"), help="of --plot")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.plot is not None:
+        return options
+    if not options.emulated and options.model is None:
+        parser.error("give --model DIR, or --emulated")
+    options.num_gpus = max(options.counts or [1]) if options.emulated else _num_gpus()
+    if not options.num_gpus:
+        parser.error("there is no GPU here; --emulated measures everything but the engines")
+    options.counts = options.counts or _default_counts(options.num_gpus)
+    if options.trace is None and "trace" in options.parts:
+        options.parts.remove("trace")
+    return options
+
+
+def main() -> None:
+    """Measure, or draw."""
+    options = parse()
     if options.plot is not None:
         plot(options.plot, options.out)
         return
-    if not options.emulated and options.model is None:
-        parser.error("give --model DIR, or --emulated")
-    num_gpus = max(options.counts or [1]) if options.emulated else _num_gpus()
-    if not num_gpus:
-        parser.error("there is no GPU here; --emulated measures everything but the engines")
-    options.counts = options.counts or _default_counts(num_gpus)
-    if options.trace is None and "trace" in options.parts:
-        options.parts.remove("trace")
-    with cluster(num_gpus, haproxy=not options.plain_proxy) as front_end:
-        run = ScalingRun(options, front_end)
-        for part in options.parts:
-            getattr(run, part)()
+    with cluster(options.num_gpus, haproxy=not options.plain_proxy) as front_end:
+        ScalingRun(options, front_end).run()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from chaos import (
     embedding_faults,
     engine_faults,
     faults,
+    input_faults,
     nodes,
     scaling_faults,
     verdict_faults,
@@ -52,6 +53,7 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F22": [embedding_faults.f22_embedding_hangs],
     "F23": [command_faults.f23_behind_haproxy, command_faults.f23_behind_serves_proxy],
     "F24": [scaling_faults.f24_scaled_to_zero],
+    "INPUTS": [input_faults.bad_inputs],
 }
 GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F1-GPU": [faults.f1_kill_on_gpus, faults.f1_kill_in_bfloat16],

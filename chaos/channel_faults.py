@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from itertools import pairwise
 
 from chaos.faults import PROMPTS, summary, undisturbed
@@ -103,11 +103,11 @@ async def f16_router_stopped(front_end: str, num_streams: int = 64, seconds: flo
         return Outcome(figure, is_whole, is_back, is_same, 0 < len(paused) < num_streams, most_s < 1)
 
 
-async def f17_frame_lost(_: str, num_streams: int = 64) -> Outcome:
+async def f17_frame_lost(_: str, num_streams: int = 64, num_tokens: int = 400) -> Outcome:
     """One frame of the token channel in fifty is lost: short pauses, nothing missing, nothing twice."""
     router = _LossyRouter()
     async with _engine_loop(num_streams) as loop:
-        requests = [_request(400, i) for i in range(num_streams)]
+        requests = [_request(num_tokens, i) for i in range(num_streams)]
         calls = [loop.generate(request, i, router.listener.address) for i, request in enumerate(requests)]
         replies = await asyncio.gather(*calls)
         await asyncio.sleep(0.5)
@@ -121,12 +121,14 @@ async def f17_frame_lost(_: str, num_streams: int = 64) -> Outcome:
     return Outcome(figure, same == num_streams, router.num_lost > 0, max(pauses) < 1)
 
 
-async def f19_router_stuck(_: str, seconds: float = 30, num_streams: int = 128) -> Outcome:
+async def f19_router_stuck(
+    _: str, seconds: float = 30, num_streams: int = 128, logprobs: Sequence[int | None] = (None, 5)
+) -> Outcome:
     """A router does not read its channel: steps of others keep their pace, memory is bounded, and it catches up."""
     figures, checks = [], []
-    for logprobs in (None, 5):
-        figure, is_ok = await _stick(seconds, num_streams, logprobs)
-        figures.append(f"{'with' if logprobs else 'without'} log-probabilities {figure}")
+    for num_logprobs in logprobs:
+        figure, is_ok = await _stick(seconds, num_streams, num_logprobs)
+        figures.append(f"{'with' if num_logprobs else 'without'} log-probabilities {figure}")
         checks.append(is_ok)
     return Outcome(f"{num_streams} streams of a stuck router: " + "; ".join(figures), *checks)
 

@@ -9,8 +9,9 @@ import os
 import random
 import signal
 import time
+from typing import Any
 
-from chaos.fleet import Fleet, Outcome, emulated, num_serving, proxy_pids, running
+from chaos.fleet import Fleet, Outcome, Place, emulated, num_serving, proxy_pids, running
 from chaos.streams import Clients, Story, percentile
 
 PROMPTS = [f"{word} number {i}" for i, word in enumerate(("alpha", "beta", "gamma", "delta") * 4)]
@@ -35,22 +36,22 @@ def summary(stories: list[Story], texts: dict[str, str] | None = None) -> tuple[
     return text, len(same) == len(stories)
 
 
-async def kill_replicas(fleet: Fleet, clients: Clients, num_kills: int, num_replicas: int) -> None:
+async def kill_replicas(fleet: Fleet, clients: Clients, num_kills: int) -> None:
     """SIGKILL one, wait until all serve again, and so on."""
     for _ in range(num_kills):
         await asyncio.sleep(1)
         fleet.hurt_one(signal.SIGKILL)
-        await fleet.wait_for(clients, lambda stats: num_serving(stats) < num_replicas, 10, "the death is noticed")
-        await fleet.wait_until_serving(clients, num_replicas)
+        await fleet.wait_for(clients, lambda stats: num_serving(stats) < fleet.num_replicas, 10, "the death is noticed")
+        await fleet.wait_until_serving(clients, fleet.num_replicas)
 
 
-async def f1_kill_replicas(front_end: str, num_kills: int = 20) -> Outcome:
+async def f1_kill_replicas(place: Place, num_kills: int = 20, num_clients: int = 64) -> Outcome:
     """SIGKILL one of four replicas with 64 streams open, again and again."""
-    async with running(front_end, "f1", emulated(4)) as (fleet, clients):
+    async with running(place, "f1", emulated(4)) as (fleet, clients):
         texts = await undisturbed(clients, 200)
         is_over = False
-        asking = asyncio.create_task(clients.keep_asking(PROMPTS, 200, 64, lambda: is_over))
-        await kill_replicas(fleet, clients, num_kills, num_replicas=4)
+        asking = asyncio.create_task(clients.keep_asking(PROMPTS, 200, num_clients, lambda: is_over))
+        await kill_replicas(fleet, clients, num_kills)
         is_over = True
         stories = await asking
         text, is_whole = summary(stories, texts)
@@ -93,7 +94,7 @@ async def _kill_on_gpus(front_end: str, *, deterministic: bool) -> Outcome:
         texts = {prompt: (await clients.ask(prompt, 1000, chat=True)).text for prompt in prompts}
         is_over = False
         asking = asyncio.create_task(clients.keep_asking(prompts, 1000, 64, lambda: is_over, chat=True))
-        await kill_replicas(fleet, clients, num_kills=3, num_replicas=2)
+        await kill_replicas(fleet, clients, num_kills=3)
         is_over = True
         stories = await asking
         moved = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
@@ -110,38 +111,43 @@ def _last_number(prompt: str) -> str:
 
 
 async def f2_nobody_left(front_end: str) -> Outcome:
-    """The only replica dies with failover off, then with failover on and nobody to go to."""
-    figures, checks = [], []
-    for name, router, admission in (
-        ("off", {"num_cpus": 0.1, "max_resumes": 0}, {}),
-        ("on", {"num_cpus": 0.1}, {"no_replica_timeout_s": 0.5}),
-    ):
-        args = emulated(1, router=router, admission=admission)
-        async with running(front_end, f"f2{name}", args) as (fleet, clients):
-            asking = [asyncio.create_task(clients.ask(prompt, 2000)) for prompt in PROMPTS]
-            await asyncio.sleep(0.7)
-            killed_at = time.monotonic()
-            fleet.hurt_one(signal.SIGKILL)
-            stories = await asyncio.gather(*asking)
-            told = [story for story in stories if story.error in ("engine_error", "no_replica")]
-            slowest = max(story.ended_at for story in stories) - killed_at
-            figures.append(f"failover {name}: {len(told)} of {len(stories)} told by an error event in {slowest:.2f} s")
-            checks += [len(told) == len(stories), slowest < 5]
-    return Outcome("; ".join(figures), *checks)
+    """The only replica dies with failover off, and another one with failover on and nobody to go to."""
+    outcomes = await asyncio.gather(
+        _kill_the_only_one(front_end, "off", router={"num_cpus": 0.1, "max_resumes": 0}),
+        _kill_the_only_one(front_end, "on", admission={"no_replica_timeout_s": 0.5}),
+    )
+    return Outcome("; ".join(outcome.figure for outcome in outcomes), *(outcome.is_ok for outcome in outcomes))
 
 
-async def f3_before_the_first_byte(front_end: str) -> Outcome:
+async def _kill_the_only_one(front_end: str, failover: str, **changes: Any) -> Outcome:
+    async with running(front_end, f"f2{failover}", emulated(1, **changes)) as (fleet, clients):
+        asking = [asyncio.create_task(clients.ask(prompt, 2000)) for prompt in PROMPTS]
+        await asyncio.sleep(0.7)
+        killed_at = time.monotonic()
+        fleet.hurt_one(signal.SIGKILL)
+        stories = await asyncio.gather(*asking)
+    told = [story for story in stories if story.error in ("engine_error", "no_replica")]
+    slowest = max(story.ended_at for story in stories) - killed_at
+    figure = f"failover {failover}: {len(told)} of {len(stories)} told by an error event in {slowest:.2f} s"
+    return Outcome(figure, len(told) == len(stories), slowest < 5)
+
+
+async def f3_before_the_first_byte(place: Place) -> Outcome:
     """A replica dies while it computes prompts: no client sees an error."""
     args = emulated(2, emulation={"tokens_per_s": 50.0, "max_seq_len": 4096, "prefill_tokens_per_s": 100.0})
-    async with running(front_end, "f3", args) as (fleet, clients):
-        asking = [asyncio.create_task(clients.ask("wait for it, " * 8 + prompt, 20)) for prompt in PROMPTS[:8]]
-        await asyncio.sleep(0.5)
+    async with running(place, "f3", args) as (fleet, clients):
+        resumed = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
+        # The letters of each prompt take 0.4 s: long enough to be killed, and all of a replica's no stall.
+        filler = "wait for it, " * max(1, int(0.4 * fleet.args["emulation"]["prefill_tokens_per_s"] / 13))
+        asking = [asyncio.create_task(clients.ask(prompt + filler, 20)) for prompt in PROMPTS[:8]]
+        await fleet.wait_for(clients, lambda stats: stats["router"]["num_live"] == 8, 5, "all are live")
         num_begun = sum(1 for task in asking if task.done())
         fleet.hurt_one(signal.SIGKILL)
         stories = list(await asyncio.gather(*asking))
         text, is_whole = summary(stories)
         statuses = {story.status for story in stories}
-        moved = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
+        moved = (await clients.get("/rayline/stats"))["router"]["num_resumes"] - resumed
+        await fleet.wait_until_serving(clients, fleet.num_replicas)
         return Outcome(
             f"{text}; {moved} begun anew; HTTP {statuses}", is_whole, statuses == {200}, moved > 0, num_begun == 0
         )
@@ -189,11 +195,11 @@ async def f6_update_and_scale(front_end: str) -> Outcome:
         return Outcome(f"update, 4 → 1 → 4 replicas: {text}", is_whole)
 
 
-async def f7_disconnects(front_end: str, num_streams: int = 1000) -> Outcome:
+async def f7_disconnects(place: Place, num_streams: int = 1000) -> Outcome:
     """Clients leave at random tokens; everything that was theirs is free at once."""
     draws = random.Random(7)
     waits = []
-    async with running(front_end, "f7", emulated(2, tokens_per_s=100.0)) as (fleet, clients):
+    async with running(place, "f7", emulated(2, tokens_per_s=100.0)) as (fleet, clients):
         for _ in range(-(-num_streams // 50)):
             asking = [clients.ask(draws.choice(PROMPTS), 3000, most_pieces=draws.randint(1, 100)) for _ in range(50)]
             await asyncio.gather(*asking)

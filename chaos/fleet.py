@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,13 @@ from typing import Any
 
 from chaos.streams import Clients
 from deployments.api.send_timeout import PROXY_VARIABLES
+from deployments.serve.front_end import FrontEnd
 from deployments.serve.haproxy import write_haproxy
+from deployments.serve.ports import claimed_ports
 
 ROOT = Path(__file__).parent.parent
+_deploying = threading.Lock()
+"""Ray Serve deploys from one thread at a time."""
 
 
 def emulated(num_replicas: int, tokens_per_s: float = 50.0, **changes: Any) -> dict[str, Any]:
@@ -40,7 +45,13 @@ def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
         num_gpus: GPUs that Ray counts, whether they exist or not.
         haproxy: HAProxy in front, not Serve's own proxy. Decided when Ray is first imported.
     """
-    with tempfile.TemporaryDirectory(prefix="rayline-") as directory:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    with (
+        tempfile.TemporaryDirectory(prefix="rayline-") as directory,
+        claimed_ports(FrontEnd("127.0.0.1", port), haproxy=haproxy) as ports,
+    ):
         if haproxy:
             os.environ.update(
                 write_haproxy(Path(directory)),
@@ -48,19 +59,16 @@ def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
                 RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
                 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
             )
-        os.environ.update(PROXY_VARIABLES)
-        with _ray_and_serve(num_gpus) as front_end:
+        os.environ.update({**PROXY_VARIABLES, **ports})
+        with _ray_and_serve(num_gpus, port) as front_end:
             yield front_end
 
 
 @contextlib.contextmanager
-def _ray_and_serve(num_gpus: int) -> Iterator[str]:
+def _ray_and_serve(num_gpus: int, port: int) -> Iterator[str]:
     import ray
     from ray import serve
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
     ray.init(num_cpus=8, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False, namespace="serve",
              address="local", logging_level="ERROR")  # fmt: skip
     try:
@@ -77,12 +85,19 @@ class Fleet:
     Args:
         front_end: address of Serve's front end.
         name: of the application, and its path.
+
+    Attributes:
+        url: where it answers.
+        name: of the application in Serve.
+        path: below the front end's address.
+        args: what it was deployed with last.
     """
 
     def __init__(self, front_end: str, name: str) -> None:
         self.url = f"{front_end}/{name}"
-        self._name = f"chaos-{os.getpid()}-{name}"
-        self._path = f"/{name}"
+        self.args: dict[str, Any] = {}
+        self.name = f"chaos-{os.getpid()}-{name}"
+        self.path = f"/{name}"
 
     def deploy(self, args: dict[str, Any]) -> None:
         """Start it, or bring it to other arguments; returns when Serve says that it runs."""
@@ -94,21 +109,28 @@ class Fleet:
         from deployments.config import AppConfig
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.run(build_app(AppConfig.model_validate(args)), name=self._name, route_prefix=self._path)
+        self.args = args
+        with _deploying:
+            serve.run(build_app(AppConfig.model_validate(args)), name=self.name, route_prefix=self.path)
+
+    @property
+    def num_replicas(self) -> int:
+        """Engine replicas that it was deployed with."""
+        return int(self.args["replicas"]["num_replicas"])
 
     def delete(self) -> None:
         """Take it away."""
         from ray import serve
 
-        serve.delete(self._name)
+        serve.delete(self.name)
 
     def replica_pids(self) -> list[int]:
         """Processes of its engine replicas."""
-        return _pids(f"ray::ServeReplica:{self._name}:EngineReplica")
+        return _pids(f"ray::ServeReplica:{self.name}:EngineReplica")
 
     def router_pids(self) -> list[int]:
         """Processes of its routers."""
-        return _pids(f"ray::ServeReplica:{self._name}:Router")
+        return _pids(f"ray::ServeReplica:{self.name}:Router")
 
     def hurt_one(self, how: signal.Signals) -> int:
         """Send a signal to one of its replicas; returns the process."""
@@ -156,17 +178,37 @@ class Fleet:
         return await self.wait_for(clients, _is_idle, timeout_s, "no request is live and no page in use")
 
 
+Place = str | Fleet
+"""Where to try a fault: the address of a front end, for a fleet of its own; or a fleet that runs already, as it is."""
+
+
 @contextlib.asynccontextmanager
-async def running(front_end: str, name: str, args: dict[str, Any]) -> AsyncIterator[tuple[Fleet, Clients]]:
-    """A fleet with all its replicas serving, and clients for it."""
-    fleet = Fleet(front_end, name)
+async def running(place: Place, name: str, args: dict[str, Any]) -> AsyncIterator[tuple[Fleet, Clients]]:
+    """A fleet with all its replicas serving, and clients for it.
+
+    Args:
+        place: a fleet that runs already is neither changed nor taken away.
+        name: of a fleet that is started.
+        args: what it is started with.
+    """
+    if isinstance(place, Fleet):
+        async with _serving(place) as clients:
+            yield place, clients
+        return
+    fleet = Fleet(place, name)
     await asyncio.to_thread(fleet.deploy, args)
     try:
-        async with Clients(fleet.url) as clients:
-            await fleet.wait_until_serving(clients, args["replicas"]["num_replicas"])
+        async with _serving(fleet) as clients:
             yield fleet, clients
     finally:
         await asyncio.to_thread(fleet.delete)
+
+
+@contextlib.asynccontextmanager
+async def _serving(fleet: Fleet) -> AsyncIterator[Clients]:
+    async with Clients(fleet.url) as clients:
+        await fleet.wait_until_serving(clients, fleet.num_replicas)
+        yield clients
 
 
 def num_serving(stats: dict[str, Any]) -> int:

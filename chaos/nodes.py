@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,8 +89,11 @@ if __name__ == "__main__":
     _workers: list[Any] = []
     ray.init(address=_cluster.address, namespace="serve", log_to_driver=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": 18431}, proxy_location="HeadOnly")
-        outcome = asyncio.run(_remove_nodes("http://127.0.0.1:18431", int(sys.argv[1])))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+        outcome = asyncio.run(_remove_nodes(f"http://127.0.0.1:{port}", int(sys.argv[1])))
         print(json.dumps({"figure": outcome.figure, "is_ok": outcome.is_ok}), flush=True)
     finally:
         serve.shutdown()

@@ -5,12 +5,13 @@ import contextlib
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from chaos.faults import PROMPTS, summary, undisturbed
-from chaos.fleet import ROOT, Fleet, Outcome, emulated, running
+from chaos.fleet import ROOT, Fleet, Outcome, Place, emulated, running
 from chaos.streams import Clients, Story, percentile
 
 _NUM_TOKENS = 200
@@ -22,9 +23,10 @@ def _emulation(**changes: Any) -> dict[str, Any]:
     return {"tokens_per_s": 50.0, "max_seq_len": 4096, **changes}
 
 
-def _break_one(fleet: Fleet, directory: Path, how: str) -> int:
+def _break_one(fleet: Fleet, how: str) -> int:
     """Have the engine of one replica break from now on; returns its process."""
     pid = fleet.replica_pids()[0]
+    directory = Path(fleet.args["emulation"]["fault_dir"])
     part = directory / f"{pid}.part"
     part.write_text(how)
     part.rename(directory / str(pid))
@@ -33,6 +35,22 @@ def _break_one(fleet: Fleet, directory: Path, how: str) -> int:
 
 def _states(stats: dict[str, Any]) -> dict[str, str]:
     return {replica_id: replica["state"] for replica_id, replica in stats["replicas"].items()}
+
+
+async def _serving_ids(clients: Clients) -> set[str]:
+    """Replicas that get requests. Others may still be told of that are gone since an earlier fault."""
+    replicas = (await clients.get("/rayline/stats"))["replicas"]
+    return {replica_id for replica_id, replica in replicas.items() if replica["is_serving"]}
+
+
+async def _wait_until_out(fleet: Fleet, clients: Clients, before: set[str]) -> float:
+    """Wait until one of these replicas is known to be broken; returns the seconds that it took."""
+    return await fleet.wait_for(
+        clients,
+        lambda stats: any(_states(stats).get(i, "gone") in ("broken", "gone") for i in before),
+        10,
+        "it is out",
+    )
 
 
 async def _wait_until_replaced(fleet: Fleet, pid: int, num_replicas: int, timeout_s: float = 60) -> float:
@@ -49,24 +67,25 @@ def _num_errors(stories: list[Story]) -> int:
     return sum(story.status != 200 or story.error is not None for story in stories)
 
 
-async def _break_under_load(front_end: str, name: str, how: str, num_clients: int) -> Outcome:
+async def _break_under_load(place: Place, name: str, how: str, num_clients: int) -> Outcome:
     with tempfile.TemporaryDirectory() as directory:
         args = emulated(4, emulation=_emulation(fault_dir=directory))
-        async with running(front_end, name, args) as (fleet, clients):
+        async with running(place, name, args) as (fleet, clients):
             texts = await undisturbed(clients, _NUM_TOKENS)
             is_over = False
             asking = asyncio.create_task(clients.keep_asking(PROMPTS, _NUM_TOKENS, num_clients, lambda: is_over))
             await asyncio.sleep(2)
-            pid = _break_one(fleet, Path(directory), how)
-            out_s = await fleet.wait_for(
-                clients, lambda stats: set(_states(stats).values()) & {"broken", "gone"} != set(), 10, "it is out"
-            )
-            resumed = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
-            replaced_s = await _wait_until_replaced(fleet, pid, 4)
-            await fleet.wait_until_serving(clients, 4)
+            before = await _serving_ids(clients)
+            resumed_before = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
+            pid = _break_one(fleet, how)
+            out_s = await _wait_until_out(fleet, clients, before)
+            resumed = (await clients.get("/rayline/stats"))["router"]["num_resumes"] - resumed_before
+            replaced_s = await _wait_until_replaced(fleet, pid, fleet.num_replicas)
+            await fleet.wait_until_serving(clients, fleet.num_replicas)
             is_over = True
             stories = await asking
-            resumed_later = (await clients.get("/rayline/stats"))["router"]["num_resumes"] - resumed
+            router = (await clients.get("/rayline/stats"))["router"]
+            resumed_later = router["num_resumes"] - resumed_before - resumed
         text, is_whole = summary(stories, texts)
         p99 = percentile([story.longest_pause_s for story in stories], 0.99)
         figure = (
@@ -76,14 +95,14 @@ async def _break_under_load(front_end: str, name: str, how: str, num_clients: in
         return Outcome(figure, is_whole, out_s < 2, p99 < 3, resumed > 0, resumed_later == 0)
 
 
-async def f13_steps_fail(front_end: str, num_clients: int = 64) -> Outcome:
+async def f13_steps_fail(place: Place, num_clients: int = 64) -> Outcome:
     """Every step of one of four replicas fails from now on, while it looks idle: no client is told."""
-    return await _break_under_load(front_end, "f13", "fail", num_clients)
+    return await _break_under_load(place, "f13", "fail", num_clients)
 
 
-async def f14_engine_breaks(front_end: str, num_clients: int = 64) -> Outcome:
+async def f14_engine_breaks(place: Place, num_clients: int = 64) -> Outcome:
     """The engine of one of four replicas breaks down: its streams go on elsewhere at the first attempt."""
-    return await _break_under_load(front_end, "f14", "break", num_clients)
+    return await _break_under_load(place, "f14", "break", num_clients)
 
 
 async def f15_poison_kills(front_end: str, num_streams: int = 32) -> Outcome:
@@ -144,10 +163,9 @@ async def _lose_device(front_end: str, device: str) -> Outcome:
             is_over = False
             asking = asyncio.create_task(clients.keep_asking(prompts, 1000, 8, lambda: is_over, chat=True))
             await asyncio.sleep(2)
-            pid = _break_one(fleet, Path(directory), "")
-            out_s = await fleet.wait_for(
-                clients, lambda stats: set(_states(stats).values()) & {"broken", "gone"} != set(), 10, "it is out"
-            )
+            before = await _serving_ids(clients)
+            pid = _break_one(fleet, "")
+            out_s = await _wait_until_out(fleet, clients, before)
             replaced_s = await _wait_until_replaced(fleet, pid, 2, 120)
             await fleet.wait_until_serving(clients, 2, 120)
             is_over = True
@@ -198,10 +216,12 @@ async def f18_update_of_the_model(front_end: str, rate: float = 8, num_replicas:
     num_new = sum(story.text == new_texts[story.prompt] for story in stories)
     pauses = [story.longest_pause_s for story in stories]
     firsts = [story.arrivals[0] - story.started_at for story in stories if story.arrivals]
+    cut = Counter(story.error for story in stories if not story.is_complete)
     figure = (
         f"{num_replicas} replicas updated in {update_s:.0f} s: {num_old} answers of the old version, {num_new} of the "
         f"new, {len(stories) - num_old - num_new} of neither or not whole, of {len(stories)}; longest pause p99 "
         f"{percentile(pauses, 0.99):.2f} s, first token p99 {percentile(firsts, 0.99):.2f} s"
+        + "".join(f"; {number} ended with {error}" for error, number in cut.items())
     )
     return Outcome(figure, num_old + num_new == len(stories), num_old > 0, num_new > 0, is_new_text)
 

@@ -1,7 +1,8 @@
-"""One Ray cluster for the session, with the demo model on two CPU replicas behind one router, reached over HTTP."""
+"""One Ray cluster for the session, with two applications: the demo model, and engines that tests may break."""
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,9 +17,13 @@ from live_server import APP_NAME, ROOT, Server, free_port, wait_until_ready
 if os.environ.get("TRITON_INTERPRET") == "1":
     triton_interpreter.quicken()
 
+if TYPE_CHECKING:
+    from chaos.fleet import Fleet
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
+    """The demo model on two CPU replicas behind one router."""
     import ray
     from ray import serve
 
@@ -48,3 +53,24 @@ def server() -> Iterator[Server]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def fleet(server: Server, tmp_path_factory: pytest.TempPathFactory) -> "Fleet":
+    """Three emulated engines behind one router, for faults that leave it as they found it: a start takes long.
+
+    Each engine breaks when its file in the fault directory says so, or when it embeds the poisonous token.
+    """
+    from chaos.embedding_faults import POISON
+    from chaos.fleet import Fleet, emulated
+
+    emulation = {
+        "tokens_per_s": 50.0, "prefill_tokens_per_s": 2000.0, "max_seq_len": 4096,
+        "fault_dir": str(tmp_path_factory.mktemp("faults")), "poison_token_id": POISON, "poison": "hang",
+    }  # fmt: skip
+    args = emulated(3, emulation=emulation)
+    args["replicas"] |= {"stall_timeout_s": 3, "graceful_shutdown_timeout_s": 5}
+    args["router"] |= {"stall_timeout_s": 3, "graceful_shutdown_timeout_s": 5}
+    fleet = Fleet(server.url, "fleet")
+    fleet.deploy(args)
+    return fleet  # it ends with the cluster

@@ -5,25 +5,21 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
-import yaml
-from live_server import ROOT, Server, free_port
+from live_server import ROOT, Server
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
 
 RUN_ELSEWHERE = {
-    "make serve": "tests/integration/test_docs_commands.py::test_make_serve",
+    "make serve": "tests/integration/test_front_ends.py::test_it_answers_behind_haproxy",
     "make test": ".ci/run",
     "make bench-scaling": "tests/integration/test_scaling_benchmark.py::test_all_parts_run_with_emulated_engines",
-    ".venv/bin/python -m benchmarks.over_http": "tests/integration/test_over_http.py::test_our_server_is_measured",
+    ".venv/bin/python -m benchmarks.over_http": "tests/integration/test_over_http.py::test_a_server_is_measured",
     "rayline serve": "tests/integration/test_command_line.py::test_serve_chat_status",
     "rayline chat": "tests/integration/test_command_line.py::test_serve_chat_status",
     "rayline status": "tests/integration/test_command_line.py::test_serve_chat_status",
@@ -101,33 +97,3 @@ def test_command(server: Server, folder: Path, line: str):
     printed = run(small(line, server), folder)
     if line.startswith("curl"):
         assert json.loads(printed)["choices"][0]["message"]["content"] == "42"
-
-
-def test_make_serve(tmp_path: Path):
-    """As README's first command, on another port."""
-    port = free_port()
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    config["http_options"] = {"host": "127.0.0.1", "port": port}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            ["make", "serve", f"CONFIG={tmp_path / 'config.yaml'}"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and server.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            pytest.fail((tmp_path / "log").read_text()[-3000:])
-        assert Server(f"http://127.0.0.1:{port}").ask() == "42"
-    finally:
-        os.killpg(server.pid, signal.SIGINT)
-        try:
-            server.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)

@@ -1,11 +1,11 @@
-"""`serve run` with a config file, with HAProxy and the throughput flag and without, and what stops a start."""
+"""`make serve`, README's first command, with HAProxy and the throughput flag, and what stops a start."""
 
 import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -14,7 +14,9 @@ import pytest
 import yaml
 from live_server import ROOT, Server, free_port, replica_pids, wait_until_ready
 
-SERVE = Path(sys.executable).with_name("serve")
+from deployments.serve.ports import HAPROXY_PORTS
+from llm.errors import ConfigError
+
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -23,46 +25,48 @@ HAPROXY = {
 KEY = "sk-integration"
 
 
-class ServeRun:
-    """A `serve run` process on a cluster of its own, and what it prints."""
+class MakeServe:
+    """`make serve` on a cluster of its own with our configuration file, changed as told, and what it prints."""
 
     def __init__(self, directory: Path, args: dict, host: str = "127.0.0.1", **environment: str) -> None:
         port = free_port()
         self.app_name = f"rayline-front-{port}"
         self.url = f"http://127.0.0.1:{port}"
-        config = {
-            "http_options": {"host": host, "port": port},
-            "applications": [
-                {"name": self.app_name, "route_prefix": "/", "import_path": "deployments.app:build_app", "args": args}
-            ],
-        }
+        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+        config["http_options"] = {"host": host, "port": port}
+        (application,) = config["applications"]
+        application["name"] = self.app_name
+        application["args"] |= args
         (directory / "serve.yaml").write_text(yaml.safe_dump(config))
         self._log = directory / "serve.log"
-        self._process = subprocess.Popen(
-            [SERVE, "run", str(directory / "serve.yaml")],
-            stdout=self._log.open("w"),
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["make", "serve", f"CONFIG={directory / 'serve.yaml'}"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | environment,
+                start_new_session=True,
+            )
 
     @property
     def output(self) -> str:
         return re.sub(r"\x1b\[[0-9;]*m", "", self._log.read_text(errors="replace"))
 
     def stop(self) -> None:
-        self._process.send_signal(signal.SIGINT)
+        """As Ctrl-C does, which reaches `make` and what it runs."""
+        os.killpg(self.process.pid, signal.SIGINT)
         try:
-            self._process.wait(60)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServeRun, Server]]:
-    args = {"model": "configs/demo", "device": "cpu", "api_keys_env": "RAYLINE_KEYS", "replicas": {"torch_threads": 1}}
-    run = ServeRun(tmp_path_factory.mktemp("haproxy"), args, **HAPROXY, RAYLINE_KEYS=KEY)
+def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MakeServe, Server]]:
+    args = {"device": "cpu", "api_keys_env": "RAYLINE_KEYS", "replicas": {"torch_threads": 1}}
+    ports = {name: str(free_port()) for name in HAPROXY_PORTS}
+    run = MakeServe(tmp_path_factory.mktemp("haproxy"), args, **HAPROXY, **ports, RAYLINE_KEYS=KEY)
     server = Server(run.url, num_replicas=1)
     server.http.headers["authorization"] = f"Bearer {KEY}"
     server.openai = openai.OpenAI(base_url=f"{run.url}/v1", api_key=KEY, max_retries=0, timeout=60)
@@ -73,7 +77,7 @@ def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServeRun
         run.stop()
 
 
-def test_it_answers_behind_haproxy(haproxy: tuple[ServeRun, Server]):
+def test_it_answers_behind_haproxy(haproxy: tuple[MakeServe, Server]):
     _, server = haproxy
     server.check_healthy()
     stream = server.openai.chat.completions.create(
@@ -82,7 +86,7 @@ def test_it_answers_behind_haproxy(haproxy: tuple[ServeRun, Server]):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "42"
 
 
-def test_errors_are_openais_behind_haproxy(haproxy: tuple[ServeRun, Server]):
+def test_errors_are_openais_behind_haproxy(haproxy: tuple[MakeServe, Server]):
     _, server = haproxy
     assert server.http.get("/v1/nothing").json()["error"]["code"] == "unknown_route"
     json_type = {"content-type": "application/json"}
@@ -91,7 +95,7 @@ def test_errors_are_openais_behind_haproxy(haproxy: tuple[ServeRun, Server]):
     server.check_healthy()
 
 
-def test_leaving_frees_the_pages_behind_haproxy(haproxy: tuple[ServeRun, Server]):
+def test_leaving_frees_the_pages_behind_haproxy(haproxy: tuple[MakeServe, Server]):
     _, server = haproxy
     stream = server.openai.completions.create(
         model="demo", prompt="a", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
@@ -104,7 +108,7 @@ def test_leaving_frees_the_pages_behind_haproxy(haproxy: tuple[ServeRun, Server]
     assert server.num_generated_tokens() - generated_before < 1900, "it was generated to its end"
 
 
-def test_a_stream_survives_its_only_replica_behind_haproxy(haproxy: tuple[ServeRun, Server]):
+def test_a_stream_survives_its_only_replica_behind_haproxy(haproxy: tuple[MakeServe, Server]):
     """Ray Serve starts another replica; the stream goes on in it, after a pause."""
     run, server = haproxy
     request = {"model": "demo", "prompt": "Once", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
@@ -120,7 +124,7 @@ def test_a_stream_survives_its_only_replica_behind_haproxy(haproxy: tuple[ServeR
     server.check_healthy()
 
 
-def test_keys_are_asked_for(haproxy: tuple[ServeRun, Server]):
+def test_keys_are_asked_for(haproxy: tuple[MakeServe, Server]):
     run, _ = haproxy
     with pytest.raises(openai.AuthenticationError) as refused:
         openai.OpenAI(base_url=f"{run.url}/v1", api_key="wrong", max_retries=0).models.list()
@@ -130,7 +134,7 @@ def test_keys_are_asked_for(haproxy: tuple[ServeRun, Server]):
     assert KEY not in run.output
 
 
-def test_the_banner_tells_what_to_paste(haproxy: tuple[ServeRun, Server]):
+def test_the_banner_tells_what_to_paste(haproxy: tuple[MakeServe, Server]):
     run, server = haproxy
     server.wait_for(lambda: "Rayline is ready" in run.output, 10, "no banner")
     server.wait_for(lambda: f"curl {run.url}/v1/chat/completions" in run.output, 10, "it is cut off")
@@ -139,11 +143,21 @@ def test_the_banner_tells_what_to_paste(haproxy: tuple[ServeRun, Server]):
     assert re.search(r"context +2,048 tokens", banner)
 
 
-def test_an_open_port_without_keys_is_refused(tmp_path: Path, haproxy: tuple[ServeRun, Server]):
-    _, server = haproxy
-    run = ServeRun(tmp_path, {"model": "configs/demo"}, host="0.0.0.0")
-    try:
-        server.wait_for(lambda: "allow_open_without_keys" in run.output, 60, "it did not say why it does not start")
-        assert httpx.get(run.url, trust_env=False).status_code in (404, 500, 503)
-    finally:
-        run.stop()
+def test_an_open_port_without_keys_is_refused_before_ray_starts(tmp_path: Path):
+    run = MakeServe(tmp_path, {}, host="0.0.0.0")
+    assert run.process.wait(60) != 0
+    assert "allow_open_without_keys" in run.output
+    assert "Started a local Ray instance" not in run.output
+
+
+def test_an_application_without_keys_is_refused_behind_an_open_port(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """`serve run` and `serve deploy` ask nobody else: the builder looks where Serve really listens."""
+    from deployments import app
+    from deployments.config import AppConfig
+
+    front_end = app.find_front_end()
+    assert front_end.url == server.url
+    everywhere = replace(front_end, host="0.0.0.0")
+    monkeypatch.setattr(app, "find_front_end", lambda: everywhere)
+    with pytest.raises(ConfigError, match="allow_open_without_keys"):
+        app.build_app(AppConfig(model="configs/demo"))

@@ -1,29 +1,39 @@
-"""The benchmark of whole servers: ours is started, loaded and stopped."""
+"""The benchmark of whole servers on one that runs, and the command by which it would start its own."""
 
 import json
-import os
+import socket
 import subprocess
-import sys
 from pathlib import Path
 
-from live_server import ROOT, free_port
+from live_server import ROOT, Server
+
+from benchmarks.over_http import OverHTTP, parse
+
+DEMO = ROOT / "configs" / "demo"
 
 
-def test_our_server_is_measured(tmp_path: Path):
-    command = [
-        sys.executable, "-m", "benchmarks.over_http", "--model", "configs/demo", "--routers", 1, "--requests", 8,
-        "--lens", "8-16", "--token-ids", "97-122", "--port", free_port(), "--work-dir", tmp_path,
-        "--out", tmp_path / "http.jsonl",
-    ]  # fmt: skip
-    own_cluster = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=240, env=own_cluster, check=False
-    )
-    log = tmp_path / "rayline.log"
-    assert done.returncode == 0, done.stderr[-2000:] + log.read_text()[-2000:]
-    row = json.loads((tmp_path / "http.jsonl").read_text())
+def test_a_server_is_measured(server: Server, tmp_path: Path):
+    options = parse(
+        ["--model", str(DEMO), "--url", server.url, "--requests", "4", "--lens", "8-16", "--token-ids", "97-122",
+         "--work-dir", str(tmp_path)]
+    )  # fmt: skip
+    row = OverHTTP(options, DEMO).measure("rayline")
     assert (row["server"], row["model"]) == ("rayline", "demo")
     assert len(row["output_tok_s"]) == 2
     assert min(row["output_tok_s"]) > 0
     assert row["one_client"]["ttft_p50_ms"] > 0
-    assert "Stopping" in log.read_text()
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rayline-*.json"))]
+    assert [result["completed"] for result in results] == [4, 4, 4]
+
+
+def test_its_own_server_would_start(tmp_path: Path):
+    """`rayline serve` takes the command whole: the port is all that it has against it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        options = parse(["--model", str(DEMO), "--port", str(port), "--work-dir", str(tmp_path)])
+        command = OverHTTP(options, DEMO).rayline_command()
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"rayline: port {port} of 127.0.0.1 is in use by another program")

@@ -42,14 +42,14 @@ def fleet(server: Server) -> Iterator[Server]:
         wait_until_ready(fleet, num_replicas=2)
         yield fleet
     finally:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)  # Serve waits for two seconds
 
 
 @pytest.fixture
 def prometheus(fleet: Server, tmp_path: Path) -> Iterator[httpx.Client]:
     """Prometheus with our configuration, but for the address and pace of scraping."""
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "1s"}
     address, _, prefix = fleet.url.removeprefix("http://").partition("/")
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [address]
     config["scrape_configs"][0]["metrics_path"] = f"/{prefix}{config['scrape_configs'][0]['metrics_path']}"

@@ -58,7 +58,7 @@ def limited(server: Server, keys_file: Path) -> Iterator[Server]:
     limited = Server(f"{server.url}/limits", num_replicas=1)
     limited.wait_for(lambda: limited.http.get("/ready").status_code == 200, 60, "not ready")
     yield limited
-    serve.delete(NAME)
+    serve.delete(NAME, _blocking=False)  # Serve waits for two seconds
 
 
 def ask(server: Server, secret: str, num_tokens: int = 1) -> int:
