@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
+from llm.attention.kernels import hopper_prefill
 from llm.attention.kernels.decode import PagedDecode
 from llm.attention.kernels.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
 from llm.attention.kernels.rope import rope_and_store
@@ -89,9 +92,40 @@ class FusedDecoder:
         self._prefill_items = WorkItems.allocate(
             num_prefill_items(max_tokens, max_parts, block_tokens, self._min_prefill_len), max_parts, device
         )
+        self._long_prefill = None
+        has_windows = any(window is not None for window in self._windows)
+        if not (deterministic or has_windows) and hopper_prefill.can_run(model.dtype, config.head_size, device):
+            max_seq_len = page_tables.shape[1] * kv_cache.page_size
+            self._long_prefill = hopper_prefill.HopperPrefill(
+                config.num_heads,
+                config.kv_heads,
+                config.head_size,
+                max_context=max_seq_len + max_tokens,  # the end of one long prompt, and others behind it
+                max_parts=max_parts,
+                dtype=model.dtype,
+                device=device,
+            )
+
+    @property
+    def may_gather(self) -> bool:
+        """Whether there are steps for which `num_gathered_tokens` is not 0."""
+        return self._long_prefill is not None
+
+    def num_gathered_tokens(self, query_lens: npt.NDArray[np.int32], context_lens: npt.NDArray[np.int32]) -> int:
+        """Tokens of context that a step of such parts is to copy out of their pages; 0 where that does not pay."""
+        if self._long_prefill is None:
+            return 0
+        return self._long_prefill.num_gathered_tokens(query_lens, context_lens)
 
     def hidden_states(
-        self, tokens: StepTokens, parts: StepParts, kept: torch.Tensor, output: torch.Tensor, *, has_prefills: bool
+        self,
+        tokens: StepTokens,
+        parts: StepParts,
+        kept: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        has_prefills: bool,
+        num_gathered: int = 0,
     ) -> None:
         """Run a step and write the final hidden states, normalised, of the tokens that are asked for.
 
@@ -102,6 +136,7 @@ class FusedDecoder:
             kept: (num_kept,) int32, indices of the tokens that are asked for.
             output: (num_kept, hidden_size), contiguous.
             has_prefills: whether any part has more than one new token.
+            num_gathered: as `num_gathered_tokens` says for these parts.
         """
         config = self.model.config
         if self._deterministic:  # every token through the same kernel, in tiles of one size
@@ -111,7 +146,11 @@ class FusedDecoder:
             block_tokens = prefill_block_tokens(config.num_heads, config.kv_heads, len(tokens.positions))
             for window, items in self._decode_items.items():
                 plan_decodes(parts, items, window)
-        if has_prefills:
+        if num_gathered:
+            assert self._long_prefill is not None
+            page_size = self.kv_cache.page_size
+            self._long_prefill.plan(parts, self._page_tables, page_size, num_gathered, self._prefill_items)
+        elif has_prefills:
             plan_prefills(parts, self._prefill_items, block_tokens, self._min_prefill_len)
         model = self.model
         stream = ResidualStream(output.new_empty(len(tokens.positions), model.hidden_size))
@@ -119,7 +158,7 @@ class FusedDecoder:
         for layer in self._layers:
             attention, mlp = layer.attention, layer.mlp
             qkv = self._linear.of_norm(stream, _norm(layer.attention_norm), _weights(attention.qkv_proj))
-            attended = self._attend(attention, qkv, tokens, parts, has_prefills)
+            attended = self._attend(attention, qkv, tokens, parts, has_prefills, num_gathered)
             if layer is self._layers[-1]:
                 stream, attended = keep_tokens(stream, attended, kept)
             self._linear.add(stream, attended, _weights(attention.o_proj))
@@ -138,6 +177,7 @@ class FusedDecoder:
         tokens: StepTokens,
         parts: StepParts,
         has_prefills: bool,
+        num_gathered: int,
     ) -> torch.Tensor:
         """Heads' queries, keys and values → their outputs, (tokens, num_heads * head_dim)."""
         kv_pages = self.kv_cache.layers[attention.layer]
@@ -153,7 +193,10 @@ class FusedDecoder:
         window = self._windows[attention.layer]
         if not self._deterministic:
             self._decode(query, kv_pages, self._page_tables, parts, self._decode_items[window], window, output)
-        if has_prefills or self._deterministic:
+        if num_gathered:
+            assert self._long_prefill is not None
+            self._long_prefill(query, kv_pages, parts, self._prefill_items, num_gathered, output)
+        elif has_prefills or self._deterministic:
             paged_prefill(
                 query, kv_pages, self._page_tables, parts, self._prefill_items, window, output,
                 self._prefill_scratch, deterministic=self._deterministic,

@@ -97,7 +97,8 @@ class GraphRunner:
     padded number of tokens and parts; then logits and draws, captured for each padded number of draws. The first step
     of a size runs kernel by kernel and is captured on the way. On a CPU (Triton's interpreter, in tests) every step
     runs kernel by kernel. Where more tokens are pooled than could draw, the model's graph is another one, which keeps
-    every token's hidden state.
+    every token's hidden state. Steps so long that launches hide behind them, whose contexts are copied out of their
+    pages, run kernel by kernel every time.
 
     Args:
         model: in evaluation mode, on its device.
@@ -175,9 +176,12 @@ class GraphRunner:
         """See `ModelRunner.launch`."""
         parts = plan.scheduled
         self._rows.update(parts)
-        shape, draw_rows = self._pack(parts)
+        shape, draw_rows, num_gathered = self._pack(parts)
         num_draws = len(draw_rows)
-        self._run(("model", *shape), partial(self._run_model, *shape))
+        if num_gathered:
+            self._run_model(*shape, num_gathered)
+        else:
+            self._run(("model", *shape), partial(self._run_model, *shape))
         completed = self._vectors.add(parts, self._hidden[num_draws:])
         num_pooled = sum(part.num_pooled for part in parts)
         scores = self._prompt_scores.find(parts, self._hidden[num_draws + num_pooled :])
@@ -235,17 +239,20 @@ class GraphRunner:
         for tokens, parts, has_prefills in [*shapes, *small]:  # these twice: to capture, and to replay
             shape = tokens, parts, has_prefills, self._num_drawing(tokens, parts)
             self._run(("model", *shape), partial(self._run_model, *shape))
+        if self._decoder.may_gather:  # what is not captured has to be compiled
+            for parts in self._part_sizes:
+                self._run_model(fewest, parts, True, self._num_drawing(fewest, parts), num_gathered=1)
         self._vectors.warm_up(self._hidden)
         for size in [*self._draw_sizes, *self._draw_sizes]:
             for are_plain in (True, False):
                 self._run(("draws", size, are_plain), partial(self._run_draws, size, are_plain=are_plain))
 
-    def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool, int], Int32Array]:
+    def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool, int], Int32Array, int]:
         """Fill the step's inputs and send them.
 
         Returns:
-            Padded tokens, padded parts, whether any part prefills, padded tokens that are kept; and the row of each
-            draw.
+            Padded tokens, padded parts, whether any part prefills, padded tokens that are kept; the row of each draw;
+            and tokens of context to copy out of their pages.
         """
         token_ids: list[int] = []
         for part in parts:
@@ -289,7 +296,8 @@ class GraphRunner:
             fill(arrays["draw_rows"], draw_rows, size, padding_row)
             fill(arrays["draw_positions"], ranges(ends - num_draws + 1, num_draws), size, 0)
         self._inputs.upload()
-        return (num_tokens, num_parts, has_prefills, num_kept), draw_rows
+        shape = num_tokens, num_parts, has_prefills, num_kept
+        return shape, draw_rows, self._decoder.num_gathered_tokens(lens, ends)
 
     def _run(self, key: tuple[object, ...], run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Replay the graph of `key`; where there is none yet, run kernel by kernel, then capture for next time."""
@@ -305,10 +313,14 @@ class GraphRunner:
             self._graphs[key] = _Captured(graph, captured_output)
         return output
 
-    def _run_model(self, num_tokens: int, num_parts: int, has_prefills: bool, num_kept: int) -> torch.Tensor:
+    def _run_model(
+        self, num_tokens: int, num_parts: int, has_prefills: bool, num_kept: int, num_gathered: int = 0
+    ) -> torch.Tensor:
         kept, hidden = self._inputs["kept_tokens"][:num_kept], self._hidden[:num_kept]
         tokens, parts = self._inputs.tokens(num_tokens), self._inputs.parts(num_parts)
-        self._decoder.hidden_states(tokens, parts, kept, hidden, has_prefills=has_prefills)
+        self._decoder.hidden_states(
+            tokens, parts, kept, hidden, has_prefills=has_prefills, num_gathered=num_gathered
+        )
         return hidden
 
     def _num_drawing(self, num_tokens: int, num_parts: int) -> int:

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from llm.attention.kernels import decode, prefill, rope
+from llm.attention.kernels import decode, gather, hopper_prefill, prefill, rope
 from llm.kernels import activation, adjust, few_rows, logprobs, norm, quantization, sampling
 from llm.kernels.launch import stages_in
 
@@ -32,6 +34,7 @@ def compile_kernel(
     num_stages: int = 3,
     num_warps: int = 4,
     maxnreg: int | None = None,
+    source: type[ASTSource] = ASTSource,
     **constants: Any,
 ) -> int:
     """Compile for these types of arguments; None, and what is no type, is a constant. Returns its shared memory."""
@@ -46,7 +49,7 @@ def compile_kernel(
         if is_type[name] and (values[name].startswith("*") or name in ALIGNED)
     }
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", capability, 32),
+        source(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": is_hopper, "maxnreg": maxnreg},
     )  # fmt: skip
     print(name, flush=True)
@@ -115,6 +118,30 @@ def compile_attention() -> None:
     compile_kernel("merge", decode._merge_chunks, {**arguments, **common}, GROUP_BLOCK=4, HEAD_DIM=80, HEAD_BLOCK=128)
 
 
+def compile_long_prefill() -> None:
+    """Copies of contexts in 16 bits and in 8, and attention over them."""
+    arguments = dict.fromkeys(("part_rows", "query_lens", "context_lens", "page_tables", "starts", "slots"), INT)
+    arguments |= dict.fromkeys(("num_parts", "num_tokens", "table_stride"), "i32")
+    blocks = {"PAGE_SIZE": 16, "MIN_QUERY_LEN": 2, "BLOCK": 512, "TOKEN_BLOCK": 32}
+    compile_kernel("plan of copies", gather._plan_gather, arguments, num_warps=8, **blocks)
+    for pages in (BF16, FP8):
+        tokens = {**arguments, "keys": pages, "values": pages, "to_keys": BF16, "to_values": BF16}
+        sizes = {"WIDTH": 1024, "WIDTH_BLOCK": 1024, "TOKEN_BLOCK": 8, "INDEX": tl.int64}
+        compile_kernel("copies", gather._gather, tokens, **sizes)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    fields = ("query_starts", "query_lens", "context_lens", "kv_starts", "item_parts", "item_chunks", "summary")
+    for dtype, head_dim in (("bf16", 128), ("fp16", 64)):
+        copies = f"tensordesc<{dtype}[128, {head_dim}],{layout!r}>"
+        arguments = {**dict.fromkeys(fields, INT), "keys": copies, "values": copies, "scale_log2": "fp32"}
+        arguments |= {"query": f"*{dtype}", "output": f"*{dtype}"}
+        shared_memory = compile_kernel(
+            "long prefill", hopper_prefill._hopper_prefill, arguments, source=GluonASTSource, NUM_KV_HEADS=4, GROUP=7,
+            TILE_TOKENS=18, HEAD_DIM=head_dim, BLOCK=128, STAGES=2, ROWS=64, CONSUMER_REGISTERS=240,
+            PRODUCER_REGISTERS=24,
+        )  # fmt: skip
+        assert shared_memory <= SHARED_MEMORY[90] - 1024, (head_dim, shared_memory)
+
+
 def compile_products() -> None:
     """A row and a tile of them, into rows and into the stream, of weights of 16 bits and of 8, sums cut and whole.
 
@@ -174,5 +201,6 @@ if __name__ == "__main__":
     compile_activations()
     compile_rope()
     compile_attention()
+    compile_long_prefill()
     compile_products()
     compile_stages()

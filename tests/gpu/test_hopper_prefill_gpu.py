@@ -1,0 +1,87 @@
+"""Attention of long chunks on Hopper: against float32, and in engines against the reference backend."""
+
+import pytest
+import torch
+from known_shapes import SHAPES
+from test_shapes_gpu import create_model, create_requests, generate
+from torch.nn.functional import scaled_dot_product_attention
+
+from llm.attention.kernels.hopper_prefill import HopperPrefill
+from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
+
+PAGE_SIZE = 16
+CASES = {
+    "a tile": [(100, 300)],
+    "a whole prompt": [(3000, 3000)],
+    "a chunk behind a context": [(2000, 9001)],
+    "several, beside decodes": [(1, 900), (2000, 5011), (700, 1500), (1, 1), (2, 2), (129, 4097), (1900, 1901)],
+}
+
+
+@pytest.mark.parametrize("lens", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(32, 8, 128), (28, 4, 128), (5, 5, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_8_bits", [False, True])
+def test_attention_equals_float32(lens, num_heads, num_kv_heads, head_dim, dtype, has_8_bits):
+    """Parts on scattered pages; what belongs to decodes is left alone."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    query_lens, context_lens = zip(*lens, strict=True)
+    num_tokens, num_columns = sum(query_lens), -(-max(context_lens) // PAGE_SIZE)
+    kv_pages = torch.randn(2, len(lens) * num_columns, PAGE_SIZE, num_kv_heads, head_dim, device=device).to(dtype)
+    kv_pages = kv_pages.to(torch.float8_e4m3fn) if has_8_bits else kv_pages
+    tables = torch.randperm(len(lens) * num_columns, device=device).view(len(lens), num_columns).int()
+    starts = [sum(query_lens[:i]) for i in range(len(lens))]
+    fields = [*range(len(lens))], starts, query_lens, context_lens
+    parts = StepParts(*(torch.tensor(field, dtype=torch.int32, device=device) for field in fields))
+    query = torch.randn(num_tokens, num_heads, head_dim, device=device).to(dtype)
+    output = torch.full_like(query, torch.nan)
+
+    num_gathered = sum(context for new, context in lens if new > 1)
+    prefill = HopperPrefill(
+        num_heads, num_kv_heads, head_dim, max_context=num_gathered + 5, max_parts=len(lens), dtype=dtype, device=device
+    )
+    items = WorkItems.allocate(num_prefill_items(num_tokens, len(lens), 8), len(lens), device)
+    prefill.plan(parts, tables, PAGE_SIZE, num_gathered, items)
+    prefill(query, kv_pages, parts, items, num_gathered, output)
+
+    for row, (start, new, context) in enumerate(zip(starts, query_lens, context_lens, strict=True)):
+        part = slice(start, start + new)
+        if new == 1:
+            assert output[part].isnan().all()
+            continue
+        keys, values = kv_pages[:, tables[row].long()].flatten(1, 2)[:, :context].float().transpose(1, 2)
+        position = torch.arange(context - new, context, device=device)
+        mask = torch.arange(context, device=device)[None, :] <= position[:, None]
+        expected = scaled_dot_product_attention(
+            query[part].float().transpose(0, 1)[None], keys[None], values[None], mask, enable_gqa=True
+        )[0].transpose(0, 1)
+        error = (output[part].float() - expected).norm() / expected.norm()
+        assert error < {torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+
+
+@pytest.mark.parametrize("lens", [[9000], [100, 5000, 9000, 600, 700]], ids=["one", "several"])
+@pytest.mark.parametrize("config", [{}, {"kv_cache_dtype": "fp8"}], ids=["16 bits", "cache of 8 bits"])
+def test_log_probabilities_equal_those_from_pages(lens, config, monkeypatch):
+    """An engine whose long chunks go this way, and one whose chunks are read from their pages."""
+    model = create_model(SHAPES["llama-3.1-8b"], torch.bfloat16, max_seq_len=10_000)
+    options = {"max_seq_len": 10_000, "num_pages": 2000, "max_tokens_per_step": 4096, **config}
+    requests = create_requests(lens, max_new_tokens=2, logprobs=0, output_token_ids=(7,))
+    num_runs = 0
+    run = HopperPrefill.__call__
+
+    def counted(*args: object) -> None:
+        nonlocal num_runs
+        num_runs += 1
+        run(*args)
+
+    monkeypatch.setattr(HopperPrefill, "__call__", counted)
+    ours = generate(model, "triton", requests, **options)
+    assert num_runs >= 2 * model.num_layers, "warming up runs it, and so do the long chunks"
+    monkeypatch.setattr("llm.attention.kernels.hopper_prefill.can_run", lambda *_: False)
+    expected = generate(model, "triton", requests, **options)
+    ours, expected = (torch.tensor([result.logprobs[0].logprob for result in x]) for x in (ours, expected))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
