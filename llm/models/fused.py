@@ -101,15 +101,16 @@ class FusedDecoder:
                 config.kv_heads,
                 config.head_size,
                 max_context=max_seq_len + max_tokens,  # the end of one long prompt, and others behind it
+                max_tokens=max_tokens,
                 max_parts=max_parts,
                 dtype=model.dtype,
                 device=device,
             )
 
     @property
-    def may_gather(self) -> bool:
-        """Whether there are steps for which `num_gathered_tokens` is not 0."""
-        return self._long_prefill is not None
+    def fewest_gathered(self) -> int:
+        """The least that `num_gathered_tokens` gives beside 0: what one graph does for. 0 where it never gives more."""
+        return 0 if self._long_prefill is None else self._long_prefill.few_tokens
 
     def num_gathered_tokens(self, query_lens: npt.NDArray[np.int32], context_lens: npt.NDArray[np.int32]) -> int:
         """Tokens of context that a step of such parts is to copy out of their pages; 0 where that does not pay."""

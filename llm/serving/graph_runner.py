@@ -97,8 +97,8 @@ class GraphRunner:
     padded number of tokens and parts; then logits and draws, captured for each padded number of draws. The first step
     of a size runs kernel by kernel and is captured on the way. On a CPU (Triton's interpreter, in tests) every step
     runs kernel by kernel. Where more tokens are pooled than could draw, the model's graph is another one, which keeps
-    every token's hidden state. Steps so long that launches hide behind them, whose contexts are copied out of their
-    pages, run kernel by kernel every time.
+    every token's hidden state. So it is where contexts are copied out of their pages; and where those are long,
+    launches hide behind the step, which runs kernel by kernel every time.
 
     Args:
         model: in evaluation mode, on its device.
@@ -178,10 +178,10 @@ class GraphRunner:
         self._rows.update(parts)
         shape, draw_rows, num_gathered = self._pack(parts)
         num_draws = len(draw_rows)
-        if num_gathered:
+        if num_gathered > self._decoder.fewest_gathered:
             self._run_model(*shape, num_gathered)
         else:
-            self._run(("model", *shape), partial(self._run_model, *shape))
+            self._run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
         completed = self._vectors.add(parts, self._hidden[num_draws:])
         num_pooled = sum(part.num_pooled for part in parts)
         scores = self._prompt_scores.find(parts, self._hidden[num_draws + num_pooled :])
@@ -238,14 +238,22 @@ class GraphRunner:
         small = [shape for shape in shapes if shape[0] <= _REPLAYED_TOKENS]
         for tokens, parts, has_prefills in [*shapes, *small]:  # these twice: to capture, and to replay
             shape = tokens, parts, has_prefills, self._num_drawing(tokens, parts)
-            self._run(("model", *shape), partial(self._run_model, *shape))
-        if self._decoder.may_gather:  # what is not captured has to be compiled
-            for parts in self._part_sizes:
-                self._run_model(fewest, parts, True, self._num_drawing(fewest, parts), num_gathered=1)
+            self._run(("model", *shape, 0), partial(self._run_model, *shape))
+        self._warm_up_gathering()
         self._vectors.warm_up(self._hidden)
         for size in [*self._draw_sizes, *self._draw_sizes]:
             for are_plain in (True, False):
                 self._run(("draws", size, are_plain), partial(self._run_draws, size, are_plain=are_plain))
+
+    def _warm_up_gathering(self) -> None:
+        """Capture the largest step of few long prompts, and compile what those beside many decodes run."""
+        num_gathered = self._decoder.fewest_gathered
+        if num_gathered:
+            tokens, parts = self._token_sizes[-1], self._part_sizes[0]
+            shape = tokens, parts, True, self._num_drawing(tokens, parts)
+            self._run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
+            for parts in self._part_sizes[1:]:
+                self._run_model(parts, parts, True, parts, num_gathered)
 
     def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool, int], Int32Array, int]:
         """Fill the step's inputs and send them.
@@ -318,9 +326,7 @@ class GraphRunner:
     ) -> torch.Tensor:
         kept, hidden = self._inputs["kept_tokens"][:num_kept], self._hidden[:num_kept]
         tokens, parts = self._inputs.tokens(num_tokens), self._inputs.parts(num_parts)
-        self._decoder.hidden_states(
-            tokens, parts, kept, hidden, has_prefills=has_prefills, num_gathered=num_gathered
-        )
+        self._decoder.hidden_states(tokens, parts, kept, hidden, has_prefills=has_prefills, num_gathered=num_gathered)
         return hidden
 
     def _num_drawing(self, num_tokens: int, num_parts: int) -> int:

@@ -42,8 +42,9 @@ def test_attention_equals_float32(lens, num_heads, num_kv_heads, head_dim, dtype
 
     num_gathered = sum(context for new, context in lens if new > 1)
     prefill = HopperPrefill(
-        num_heads, num_kv_heads, head_dim, max_context=num_gathered + 5, max_parts=len(lens), dtype=dtype, device=device
-    )
+        num_heads, num_kv_heads, head_dim, max_context=num_gathered + 5,
+        max_tokens=num_tokens, max_parts=len(lens), dtype=dtype, device=device,
+    )  # fmt: skip
     items = WorkItems.allocate(num_prefill_items(num_tokens, len(lens), 8), len(lens), device)
     prefill.plan(parts, tables, PAGE_SIZE, num_gathered, items)
     prefill(query, kv_pages, parts, items, num_gathered, output)
@@ -63,25 +64,23 @@ def test_attention_equals_float32(lens, num_heads, num_kv_heads, head_dim, dtype
         assert error < {torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
 
 
-@pytest.mark.parametrize("lens", [[9000], [100, 5000, 9000, 600, 700]], ids=["one", "several"])
 @pytest.mark.parametrize("config", [{}, {"kv_cache_dtype": "fp8"}], ids=["16 bits", "cache of 8 bits"])
-def test_log_probabilities_equal_those_from_pages(lens, config, monkeypatch):
-    """An engine whose long chunks go this way, and one whose chunks are read from their pages."""
-    model = create_model(SHAPES["llama-3.1-8b"], torch.bfloat16, max_seq_len=10_000)
-    options = {"max_seq_len": 10_000, "num_pages": 2000, "max_tokens_per_step": 4096, **config}
-    requests = create_requests(lens, max_new_tokens=2, logprobs=0, output_token_ids=(7,))
-    num_runs = 0
+def test_log_probabilities_equal_those_from_pages(config, monkeypatch):
+    """An engine whose long chunks go this way, and one that reads them from their pages: they differ by rounding."""
+    model = create_model(SHAPES["llama-3.1-8b"], torch.bfloat16, max_seq_len=21_000)
+    options = {"max_seq_len": 21_000, "num_pages": 2000, "max_tokens_per_step": 8192, **config}
+    requests = create_requests([20_000, 100, 5000, 600, 700], max_new_tokens=2, logprobs=0, output_token_ids=(7,))
+    gathered = set()
     run = HopperPrefill.__call__
 
-    def counted(*args: object) -> None:
-        nonlocal num_runs
-        num_runs += 1
-        run(*args)
+    def noted(self: HopperPrefill, *args: torch.Tensor | int) -> None:
+        gathered.add(args[4])
+        run(self, *args)
 
-    monkeypatch.setattr(HopperPrefill, "__call__", counted)
+    monkeypatch.setattr(HopperPrefill, "__call__", noted)
     ours = generate(model, "triton", requests, **options)
-    assert num_runs >= 2 * model.num_layers, "warming up runs it, and so do the long chunks"
+    assert len(gathered) > 1, "by a graph, and kernel by kernel"
     monkeypatch.setattr("llm.attention.kernels.hopper_prefill.can_run", lambda *_: False)
     expected = generate(model, "triton", requests, **options)
     ours, expected = (torch.tensor([result.logprobs[0].logprob for result in x]) for x in (ours, expected))
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.08)

@@ -30,7 +30,13 @@ class GatheredContexts:
     """
 
     def __init__(
-        self, max_tokens: int, max_parts: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        max_tokens: int,
+        max_parts: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.max_tokens = max_tokens
         # Zeroed, for what lies behind the last context is read and masked, and 0 * NaN is NaN.
@@ -44,7 +50,7 @@ class GatheredContexts:
 
         Args:
             page_tables: (rows, pages a row) int32.
-            num_tokens: of the contexts that are to be copied, in all; `max_tokens` at most.
+            num_tokens: of the contexts that are to be copied, in all, or more; `max_tokens` at most.
         """
         _plan_gather[(triton.cdiv(num_tokens, _PLANNED_TOKENS_A_PROGRAM),)](
             parts.rows, parts.query_lens, parts.context_lens, page_tables, self.starts, self._slots, len(parts),
@@ -58,7 +64,7 @@ class GatheredContexts:
 
         Args:
             kv_pages: (2, pages, page_size, num_kv_heads, head_dim).
-            num_tokens: as planned.
+            num_tokens: as planned. Where those were more than there are, the rest of the copies is anybody's.
         """
         width = self.keys[0].numel()
         _gather[(triton.cdiv(num_tokens, _TOKENS_A_PROGRAM),)](

@@ -36,6 +36,8 @@ _MIN_TILES = 128
 """Fewer do not fill the chip."""
 _MIN_PAIRS_A_TOKEN = 512
 """Pairs of query and key for each token of context from which on its copy pays."""
+_MANY_TOKENS, _MANY_PAIRS = 4096, 1 << 26
+"""Tokens, or pairs of query and key, of a step from which on it is worth a graph of its own, or none at all."""
 
 
 def can_run(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
@@ -45,16 +47,27 @@ def can_run(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
 
 
 def num_gathered_tokens(
-    query_lens: npt.NDArray[np.int32], context_lens: npt.NDArray[np.int32], num_heads: int, max_tokens: int
+    query_lens: npt.NDArray[np.int32],
+    context_lens: npt.NDArray[np.int32],
+    num_heads: int,
+    *,
+    few_tokens: int,
+    max_tokens: int,
 ) -> int:
-    """Tokens of context to copy in a step of such parts; 0 where it does not pay, or more than `max_tokens`."""
+    """Tokens of context to copy in a step of such parts.
+
+    0 where it does not pay or there are more than `max_tokens`. Up to `few_tokens` of them are padded to `few_tokens`,
+    so that one graph does for all; more only where the step takes so long that kernel after kernel may be launched.
+    """
     is_prefill = query_lens > 1
     queries, contexts = (lens[is_prefill].astype(np.int64) for lens in (query_lens, context_lens))
-    num_context_tokens = int(contexts.sum())
+    num_new, num_context_tokens = int(queries.sum()), int(contexts.sum())
     num_pairs = int((queries * (contexts - queries // 2)).sum())
-    is_large = queries.sum() * num_heads >= _MIN_TILES * _TILE_ROWS
-    pays = is_large and num_pairs >= _MIN_PAIRS_A_TOKEN * num_context_tokens
-    return num_context_tokens if pays and num_context_tokens <= max_tokens else 0
+    if num_new * num_heads < _MIN_TILES * _TILE_ROWS or num_pairs < _MIN_PAIRS_A_TOKEN * num_context_tokens:
+        return 0
+    if num_context_tokens <= few_tokens:
+        return few_tokens if num_new >= _MANY_TOKENS or num_pairs >= _MANY_PAIRS else 0
+    return num_context_tokens if num_pairs >= _MANY_PAIRS and num_context_tokens <= max_tokens else 0
 
 
 class HopperPrefill:
@@ -63,6 +76,7 @@ class HopperPrefill:
     Args:
         num_heads, num_kv_heads, head_dim: shape of the model's attention.
         max_context: tokens of context for which there is to be room, if they fit into a gigabyte.
+        max_tokens: most new tokens a step.
         max_parts: most parts a step.
         dtype: of queries.
         device: of everything.
@@ -75,14 +89,17 @@ class HopperPrefill:
         head_dim: int,
         *,
         max_context: int,
+        max_tokens: int,
         max_parts: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._num_heads = num_heads
         self._tile_tokens = _TILE_ROWS // (num_heads // num_kv_heads)
-        max_tokens = min(max_context, _MOST_BYTES // (2 * num_kv_heads * head_dim * dtype.itemsize))
-        self._contexts = GatheredContexts(max_tokens, max_parts, num_kv_heads, head_dim, dtype, device)
+        room = min(max_context, _MOST_BYTES // (2 * num_kv_heads * head_dim * dtype.itemsize))
+        self.few_tokens = min(max_tokens, room)
+        """Tokens of context that whole prompts have together, as many as a step can have."""
+        self._contexts = GatheredContexts(room, max_parts, num_kv_heads, head_dim, dtype, device)
         layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         self._descriptors = [
             TensorDescriptor.from_tensor(copies.flatten(1), [_BLOCK_TOKENS, head_dim], layout)
@@ -91,7 +108,9 @@ class HopperPrefill:
 
     def num_gathered_tokens(self, query_lens: npt.NDArray[np.int32], context_lens: npt.NDArray[np.int32]) -> int:
         """Tokens of context that a step of such parts is to give to `plan`; 0 for a step that is not worth it."""
-        return num_gathered_tokens(query_lens, context_lens, self._num_heads, self._contexts.max_tokens)
+        return num_gathered_tokens(
+            query_lens, context_lens, self._num_heads, few_tokens=self.few_tokens, max_tokens=self._contexts.max_tokens
+        )
 
     def plan(
         self, parts: StepParts, page_tables: torch.Tensor, page_size: int, num_gathered: int, items: WorkItems
@@ -121,7 +140,7 @@ class HopperPrefill:
         num_tokens, num_heads, head_dim = query.shape
         num_kv_heads = kv_pages.shape[3]
         num_items = num_prefill_items(num_tokens, len(parts), self._tile_tokens)
-        _hopper_prefill[(num_kv_heads, num_items)](
+        _hopper_prefill[(num_items, num_kv_heads)](
             query, *self._descriptors, parts.query_starts, parts.query_lens, parts.context_lens,
             self._contexts.starts, items.parts, items.chunks, items.summary, output, head_dim**-0.5 * _LOG2_E,
             NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, TILE_TOKENS=self._tile_tokens,
@@ -137,9 +156,10 @@ def _hopper_prefill(
     BLOCK: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Program (kv head, item): a tile of one part's new tokens, all heads of a group, against what they see."""
-    kv_head = gl.program_id(0)
-    item = gl.program_id(1)
+    """Program (item, kv head): a tile of one part's new tokens, all heads of a group, against what they see."""
+    # One head's keys and values at a time are all that programs which run together read: they find them in the cache.
+    item = gl.program_id(0)
+    kv_head = gl.program_id(1)
     if item >= gl.load(summary):
         return
     part = gl.load(item_parts + item)
@@ -238,7 +258,7 @@ def _attend(
     q, ring, tile, blocks, output, scale_log2, FIRST_ROW: gl.constexpr, GROUP: gl.constexpr, NUM_HEADS: gl.constexpr
 ):  # fmt: skip
     """A group of warps that computes: the tile's rows from FIRST_ROW on."""
-    k_tiles, v_tiles, k_ready, v_ready, k_free, v_free = ring
+    k_tiles, v_tiles, k_ready, v_ready, k_free, _ = ring
     num_blocks, num_masked, first_position = blocks
     ROWS: gl.constexpr = q.shape[0]
     HEAD_DIM: gl.constexpr = q.shape[1]

@@ -60,10 +60,13 @@ def test_a_plan_of_no_contexts_is_empty():
     ("lens", "expected"),
     [
         ([(8192, 8192)], 8192),
+        ([(5000, 5000)], 8192),  # padded
+        ([(1024, 1024)], 0),  # such small steps have graphs of their own
+        ([(5000, 10_000)], 0),  # too short to be launched kernel by kernel
         ([(8192, 98_304)], 98_304),
         ([(1696, 100_000)], 100_000),
         ([(2048, 2048)] * 4, 8192),
-        ([(1, 5000), (8000, 8000)], 8000),
+        ([(1, 5000), (8000, 8000)], 8192),
         ([(192, 100_000)], 0),  # too few rows to fill the chip without sharing the context
         ([(200, 2000)] * 40, 0),  # the copies would take longer than they save
         ([(1, 30_000)] * 100, 0),
@@ -72,4 +75,4 @@ def test_a_plan_of_no_contexts_is_empty():
 )
 def test_contexts_are_copied_where_it_pays(lens, expected):
     queries, contexts = np.array(lens, dtype=np.int32).T
-    assert num_gathered_tokens(queries, contexts, num_heads=32, max_tokens=139_264) == expected
+    assert num_gathered_tokens(queries, contexts, 32, few_tokens=8192, max_tokens=139_264) == expected
