@@ -97,8 +97,8 @@ class GraphRunner:
     padded number of tokens and parts; then logits and draws, captured for each padded number of draws. The first step
     of a size runs kernel by kernel and is captured on the way. On a CPU (Triton's interpreter, in tests) every step
     runs kernel by kernel. Where more tokens are pooled than could draw, the model's graph is another one, which keeps
-    every token's hidden state. So it is where contexts are copied out of their pages; and where those are long,
-    launches hide behind the step, which runs kernel by kernel every time.
+    every token's hidden state. Steps that copy contexts out of their pages have graphs of their own, too; where those
+    contexts are long, they run kernel by kernel every time, for the launches hide behind them.
 
     Args:
         model: in evaluation mode, on its device.
