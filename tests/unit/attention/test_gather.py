@@ -69,6 +69,7 @@ def test_a_plan_of_no_contexts_is_empty():
         ([(1, 5000), (8000, 8000)], 8192),
         ([(192, 100_000)], 0),  # too few rows to fill the chip without sharing the context
         ([(200, 2000)] * 40, 0),  # the copies would take longer than they save
+        ([(150, 150)] * 40, 0),
         ([(1, 30_000)] * 100, 0),
         ([(8192, 150_000)], 0),  # more than there is room for
     ],
