@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from llm.core.row_tensors import ROW_FIELDS, RowKind, RowTensors
+from llm.core.uploads import Uploads
 from llm.sampling.constraint import Int32Array, words_of
-from llm.sampling.uploads import Uploads
 from llm.serving.schemas import GenerationRequest
 
 

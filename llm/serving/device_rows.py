@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from llm.core.row_tensors import ROW_FIELDS
+from llm.core.uploads import Uploads
 from llm.sampling.row_state import RowStart, RowState
-from llm.sampling.uploads import Uploads
 from llm.scheduling.scheduler import ScheduledSequence
 from llm.scheduling.sequence import Sequence
 

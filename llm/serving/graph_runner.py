@@ -16,11 +16,12 @@ from llm.models.decoder import DecoderModel
 from llm.models.fused import FusedDecoder
 from llm.sampling.constraint import Int32Array
 from llm.sampling.draw import Draw
-from llm.scheduling.sequence import ScheduledSequence, StepPlan
+from llm.scheduling.sequence import StepPlan
 from llm.serving.device_rows import DeviceRows
 from llm.serving.model_runner import MAX_SCORED_AT_ONCE, Drawing, DrawMasks, draws_of
 from llm.serving.prompt_scores import PromptScores, Scores
-from llm.serving.step_inputs import StepInputs, fill, ranges
+from llm.serving.step_arrays import StepArrays
+from llm.serving.step_inputs import StepInputs, fill
 from llm.serving.vector_rows import VectorRows
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class GraphRunner:
         )  # fmt: skip
         self._hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)
         """Of the tokens that are kept: those that draw, then those that are pooled."""
-        self._vectors = VectorRows(max_rows + 1, model.hidden_size, device, _NUM_BUFFERS)
+        self._vectors = VectorRows(max_rows + 1, model.hidden_size, device, self._rows.uploads, _NUM_BUFFERS)
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
         self._prompt_scores = PromptScores(
             most_tokens, min(MAX_SCORED_AT_ONCE, most_draws), self._decoder.logits, self._rows.sampling.tensors,
@@ -176,15 +177,16 @@ class GraphRunner:
         """See `ModelRunner.launch`."""
         parts = plan.scheduled
         self._rows.update(parts)
-        shape, draw_rows, num_gathered = self._pack(parts)
-        num_draws = len(draw_rows)
+        arrays = StepArrays.of(parts)
+        shape = self._send(arrays)
+        num_gathered = self._decoder.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
+        num_draws = len(arrays.draw_rows)
         if num_gathered > self._decoder.fewest_gathered:
             self._run_model(*shape, num_gathered)
         else:
             self._run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
         completed = self._vectors.add(parts, self._hidden[num_draws:])
-        num_pooled = sum(part.num_pooled for part in parts)
-        scores = self._prompt_scores.find(parts, self._hidden[num_draws + num_pooled :])
+        scores = self._prompt_scores.find(parts, self._hidden[num_draws + len(arrays.pooled_tokens) :])
         host = self._host_drawn[self._num_steps % _NUM_BUFFERS]
         self._num_steps += 1
         wanted: list[tuple[int, int]] = []
@@ -195,7 +197,7 @@ class GraphRunner:
                 self._bind([draw for draw in drawing if draw[0].sequence.constraint is not None])
                 wanted = [
                     (index, min(num_top, self.model.config.vocab_size))
-                    for index, (part, _, _) in enumerate(drawing)
+                    for index, (part, _) in enumerate(drawing)
                     if (num_top := part.sequence.request.logprobs) is not None
                 ]
             size = _padded(self._draw_sizes, num_draws)
@@ -207,7 +209,7 @@ class GraphRunner:
         if self._graph_pool is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._last = launched = LaunchedGraphs(host, draw_rows, wanted, done, completed, scores)
+        self._last = launched = LaunchedGraphs(host, arrays.draw_rows, wanted, done, completed, scores)
         return launched
 
     @torch.inference_mode()
@@ -255,57 +257,31 @@ class GraphRunner:
             for parts in self._part_sizes[1:]:
                 self._run_model(parts, parts, True, parts, num_gathered)
 
-    def _pack(self, parts: SequenceOf[ScheduledSequence]) -> tuple[tuple[int, int, bool, int], Int32Array, int]:
-        """Fill the step's inputs and send them.
+    def _send(self, arrays: StepArrays) -> tuple[int, int, bool, int]:
+        """Send a step's arrays, padded.
 
         Returns:
-            Padded tokens, padded parts, whether any part prefills, padded tokens that are kept; the row of each draw;
-            and tokens of context to copy out of their pages.
+            Padded tokens, padded parts, whether any part prefills, padded tokens whose hidden states are kept.
         """
-        token_ids: list[int] = []
-        for part in parts:
-            tokens = part.sequence.tokens
-            if part.num_tokens == 1:
-                token_ids.append(tokens[part.start] if part.start < len(tokens) else -1)
-            else:
-                token_ids += part.token_ids
-        rows = np.array([part.row for part in parts], dtype=np.int32)
-        starts = np.array([part.start for part in parts], dtype=np.int32)
-        lens = np.array([part.num_tokens for part in parts], dtype=np.int32)
-        num_draws = np.array([part.draws and 1 + len(part.proposed) for part in parts], dtype=np.int32)
-        ends, query_ends = starts + lens, lens.cumsum(dtype=np.int32)
-        has_prefills = len(token_ids) > len(parts)
-        num_parts = _padded(self._part_sizes if has_prefills else self._row_sizes, len(parts))
-        num_tokens = _padded(self._token_sizes, len(token_ids)) if has_prefills else num_parts
-        padding_row = self._rows.padding_row
-        arrays = self._inputs.next_arrays()
-        fill(arrays["token_ids"], token_ids, num_tokens, 0)
-        fill(arrays["positions"], ranges(starts, lens), num_tokens, 0)
-        fill(arrays["token_rows"], rows.repeat(lens), num_tokens, padding_row)
-        fill(arrays["part_rows"], rows, num_parts, padding_row)
-        fill(arrays["query_starts"], query_ends - lens, num_parts, 0)
-        fill(arrays["query_lens"], lens, num_parts, 0)
-        fill(arrays["context_lens"], ends, num_parts, 0)
-        draw_rows = rows.repeat(num_draws)
-        # Behind each of the last tokens of a part, as many as it draws.
-        kept_tokens = ranges(query_ends - num_draws, num_draws)
-        num_pooled = np.array([part.num_pooled for part in parts], dtype=np.int32)
-        if num_pooled.any():
-            kept_tokens = np.concatenate([kept_tokens, ranges(query_ends - num_pooled, num_pooled)])
-        num_scored = np.array([part.num_scored for part in parts], dtype=np.int32)
-        if num_scored.any():
-            first_scored = np.array([part.first_scored for part in parts], dtype=np.int32)
-            kept_tokens = np.concatenate([kept_tokens, ranges(query_ends - ends + first_scored, num_scored)])
-        num_kept = self._num_drawing(num_tokens, num_parts)
+        has_prefills = arrays.has_prefills
+        num_parts = _padded(self._part_sizes if has_prefills else self._row_sizes, len(arrays.part_rows))
+        num_tokens = _padded(self._token_sizes, len(arrays.token_ids)) if has_prefills else num_parts
+        num_draws = _padded(self._draw_sizes, len(arrays.draw_rows)) if len(arrays.draw_rows) else 0
+        kept_tokens, num_kept = arrays.kept_tokens, self._num_drawing(num_tokens, num_parts)
         num_kept = num_kept if len(kept_tokens) <= num_kept else num_tokens
-        fill(arrays["kept_tokens"], kept_tokens, num_kept, 0)
-        if len(draw_rows):
-            size = _padded(self._draw_sizes, len(draw_rows))
-            fill(arrays["draw_rows"], draw_rows, size, padding_row)
-            fill(arrays["draw_positions"], ranges(ends - num_draws + 1, num_draws), size, 0)
+        inputs, padding_row = self._inputs.next_arrays(), self._rows.padding_row
+        fill(inputs["token_ids"], arrays.token_ids, num_tokens, 0)
+        fill(inputs["positions"], arrays.positions, num_tokens, 0)
+        fill(inputs["token_rows"], arrays.token_rows, num_tokens, padding_row)
+        fill(inputs["part_rows"], arrays.part_rows, num_parts, padding_row)
+        fill(inputs["query_starts"], arrays.query_starts, num_parts, 0)
+        fill(inputs["query_lens"], arrays.query_lens, num_parts, 0)
+        fill(inputs["context_lens"], arrays.context_lens, num_parts, 0)
+        fill(inputs["kept_tokens"], kept_tokens, num_kept, 0)
+        fill(inputs["draw_rows"], arrays.draw_rows, num_draws, padding_row)
+        fill(inputs["draw_positions"], arrays.draw_positions, num_draws, 0)
         self._inputs.upload()
-        shape = num_tokens, num_parts, has_prefills, num_kept
-        return shape, draw_rows, self._decoder.num_gathered_tokens(lens, ends)
+        return num_tokens, num_parts, has_prefills, num_kept
 
     def _run(self, key: tuple[object, ...], run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Replay the graph of `key`; where there is none yet, run kernel by kernel, then capture for next time."""
@@ -360,7 +336,7 @@ class GraphRunner:
             return
         masks = self._rows.uploads.tensor((len(drawing), self._masks.num_words), torch.int32)
         self._masks.write_draws(drawing, self._last_token_id, masks.numpy())
-        self._rows.sampling.bind([part.row for part, _, _ in drawing], masks)
+        self._rows.sampling.bind([part.row for part, _ in drawing], masks)
 
     def _last_token_id(self, row: int) -> int:
         """The token that the last step drew at `row`; only rows of that step have one that the host has not seen."""

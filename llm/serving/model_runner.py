@@ -16,11 +16,12 @@ from llm.sampling.constraint import Int32Array, TokenMasks, words_of
 from llm.sampling.draw import Draw, SamplingRow, likeliest, sample
 from llm.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 from llm.serving.schemas import TokenLogprobs
+from llm.serving.step_arrays import UNSEEN, StepArrays
 
 MAX_SCORED_AT_ONCE = 256
 """Prompt tokens whose logits there is memory for at once."""
-Drawing = tuple[ScheduledSequence, int, int]
-"""A draw of a step: part, position of the token to draw, index in the step of the token before it."""
+Drawing = tuple[ScheduledSequence, int]
+"""A draw of a step: part, and position of the token to draw."""
 
 
 class LaunchedStep(Protocol):
@@ -162,55 +163,48 @@ class EagerRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """See `ModelRunner.launch`."""
-        token_ids, batch = self._pack(plan.scheduled)
+        arrays = StepArrays.of(plan.scheduled)
+        token_ids, batch = self._send(plan.scheduled, arrays)
         context = PagedContext(self.backend, self.kv_cache, batch, self._windows)
         drawing = draws_of(plan.scheduled)
         masks = self._start_masks(drawing)
         hidden = self.model.hidden_states(token_ids, batch.positions, context)
-        vectors = self._pool(plan.scheduled, hidden)
-        scores = self._score(plan.scheduled, hidden)
+        vectors = self._pool(plan.scheduled, hidden[arrays.pooled_tokens])
+        scores = self._score(plan.scheduled, hidden[arrays.scored_tokens])
         if not drawing:
             return _FinishedStep([], vectors, scores)
-        drawing_tokens = torch.tensor([index for _, _, index in drawing], device=hidden.device)
-        logits = self.model.logits(hidden[drawing_tokens])
+        logits = self.model.logits(hidden[arrays.draw_tokens])
         allowed = masks.result() if masks is not None else {}
-        draws = sample(logits, [self._sampling_row(part, position, allowed) for part, position, _ in drawing])
+        draws = sample(logits, [self._sampling_row(part, position, allowed) for part, position in drawing])
         if self.max_steps_ahead:  # otherwise the host knows every token it launches
             # Of several draws of a row any may stay: the host knows them before the row's next step.
-            drawing_rows = torch.tensor([part.row for part, _, _ in drawing], device=hidden.device)
-            token_ids = torch.tensor([max(draw.token_id, 0) for draw in draws], device=hidden.device)
-            self._last_token_ids[drawing_rows] = token_ids
+            drawn = torch.tensor([max(draw.token_id, 0) for draw in draws], device=hidden.device)
+            self._last_token_ids[arrays.draw_rows] = drawn
         return _FinishedStep(draws, vectors, scores)
 
     def _pool(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> dict[int, bytes]:
-        """Add hidden states (tokens, hidden_size) to the vectors they belong to; returns those that are complete."""
-        end = 0
-        for part in scheduled:
-            end += part.num_tokens
-            if part.num_pooled:
-                state = hidden[end - part.num_pooled : end].float().sum(0)
-                self._pooled[part.row] = state if part.begins_vector else self._pooled[part.row] + state
+        """Add hidden states (pooled, hidden_size) to the vectors they belong to; returns those that are complete."""
+        pooled = [part for part in scheduled if part.num_pooled]
+        for part, states in zip(pooled, hidden.split_with_sizes([p.num_pooled for p in pooled]), strict=True):
+            state = states.float().sum(0)
+            self._pooled[part.row] = state if part.begins_vector else self._pooled[part.row] + state
         rows = [part.row for part in scheduled if part.completes_vector]
         return vector_bytes(self._pooled[rows].cpu(), rows) if rows else {}
 
     def _score(
         self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor
     ) -> list[tuple[Sequence, list[TokenLogprobs]]]:
-        """Log probabilities of the prompts' next tokens, from hidden states (tokens, hidden_size), some at a time."""
+        """Log probabilities of the prompts' next tokens, from hidden states (scored, hidden_size), some at a time."""
         scores = []
-        begin = 0
-        for part in scheduled:
-            if part.num_scored:
-                first = begin + part.first_scored - part.start
-                targets = torch.tensor(part.scored_ids, device=hidden.device)
-                num_top = min(part.sequence.request.prompt_logprobs or 0, self.model.config.vocab_size)
-                entries: list[TokenLogprobs] = []
-                for i in range(0, part.num_scored, MAX_SCORED_AT_ONCE):
-                    these = slice(i, min(i + MAX_SCORED_AT_ONCE, part.num_scored))
-                    logits = self.model.logits(hidden[first:][these])
-                    entries += token_logprobs(logits, targets[these], num_top)
-                scores.append((part.sequence, entries))
-            begin += part.num_tokens
+        scored = [part for part in scheduled if part.num_scored]
+        for part, states in zip(scored, hidden.split_with_sizes([p.num_scored for p in scored]), strict=True):
+            targets = torch.tensor(part.scored_ids, device=hidden.device)
+            num_top = min(part.sequence.request.prompt_logprobs or 0, self.model.config.vocab_size)
+            entries: list[TokenLogprobs] = []
+            for i in range(0, part.num_scored, MAX_SCORED_AT_ONCE):
+                these = slice(i, i + MAX_SCORED_AT_ONCE)
+                entries += token_logprobs(self.model.logits(states[these]), targets[these], num_top)
+            scores.append((part.sequence, entries))
         return scores
 
     def _start_masks(self, drawing: SequenceOf[Drawing]) -> "Future[dict[int, Int32Array]] | None":
@@ -222,7 +216,7 @@ class EagerRunner:
 
         def write() -> dict[int, Int32Array]:
             self._masks.write_draws(bound, lambda row: int(self._last_token_ids[row]), masks)
-            return {part.row: words for (part, _, _), words in zip(bound, masks, strict=True)}
+            return {part.row: words for (part, _), words in zip(bound, masks, strict=True)}
 
         return self._mask_thread.submit(write)
 
@@ -253,41 +247,27 @@ class EagerRunner:
             num_logprobs=request.logprobs,
         )
 
-    def _pack(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[torch.Tensor, PackedBatch]:
+    def _send(self, scheduled: SequenceOf[ScheduledSequence], arrays: StepArrays) -> tuple[torch.Tensor, PackedBatch]:
         """Token ids (tokens,) of the step and where they belong."""
-        page_size = self.kv_cache.page_size
-        token_ids: list[int] = []
-        unseen: list[tuple[int, int]] = []
-        """(index in the step, row) of the tokens that the host does not know yet."""
-        positions: list[int] = []
-        slots: list[int] = []
-        for part in scheduled:
-            span = range(part.start, part.end)
-            pages = part.sequence.pages
-            known_ids = part.token_ids
-            if not known_ids:
-                unseen.append((len(token_ids), part.row))
-                known_ids = [0]
-            token_ids += known_ids
-            positions += span
-            slots += [pages[i // page_size] * page_size + i % page_size for i in span]
-        num_columns = max(-(-part.end // page_size) for part in scheduled)
+        device, page_size = self.model.device, self.kv_cache.page_size
+        num_columns = int((-(-arrays.context_lens // page_size)).max())
         tables = [part.sequence.pages[:num_columns] for part in scheduled]
-        tables = [pages + [self.kv_cache.scratch_page] * (num_columns - len(pages)) for pages in tables]
-        device = self.model.device
+        scratch = self.kv_cache.scratch_page
+        page_tables = torch.tensor([pages + [scratch] * (num_columns - len(pages)) for pages in tables], device=device)
+        positions, token_rows = (torch.from_numpy(a).to(device) for a in (arrays.positions, arrays.token_rows))
+        parts = torch.arange(len(scheduled), device=device)
+        parts = parts.repeat_interleave(torch.from_numpy(arrays.query_lens).to(device))
+        positions = positions.long()
         batch = PackedBatch(
-            query_lens=tuple(part.num_tokens for part in scheduled),
-            context_lens=tuple(part.end for part in scheduled),
-            page_tables=torch.tensor(tables, device=device),
-            slots=torch.tensor(slots, device=device),
-            positions=torch.tensor(positions, device=device),
+            query_lens=tuple(arrays.query_lens.tolist()),
+            context_lens=tuple(arrays.context_lens.tolist()),
+            page_tables=page_tables,
+            slots=page_tables[parts, positions // page_size] * page_size + positions % page_size,
+            positions=positions,
             page_size=page_size,
         )
-        ids = torch.tensor(token_ids, device=device)
-        if unseen:
-            indices, rows = torch.tensor(unseen, device=device).unbind(1)
-            ids[indices] = self._last_token_ids[rows]
-        return ids, batch
+        token_ids = torch.from_numpy(arrays.token_ids).to(device).long()
+        return torch.where(token_ids == UNSEEN, self._last_token_ids[token_rows.long()], token_ids), batch
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:
@@ -310,16 +290,7 @@ def vector_bytes(sums: torch.Tensor, rows: SequenceOf[int]) -> dict[int, bytes]:
 
 def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[Drawing]:
     """A step's draws, in order."""
-    draws = []
-    num_tokens = 0
-    for part in scheduled:
-        num_tokens += part.num_tokens
-        if part.proposed:
-            num_behind = len(part.proposed)
-            draws += [(part, part.end - i, num_tokens - 1 - i) for i in range(num_behind, -1, -1)]
-        elif part.draws:
-            draws.append((part, part.start + part.num_tokens, num_tokens - 1))
-    return draws
+    return [(part, part.end + 1 - i) for part in scheduled for i in range(part.num_draws, 0, -1)]
 
 
 class DrawMasks(TokenMasks):
@@ -334,7 +305,7 @@ class DrawMasks(TokenMasks):
             masks: (draws, num_words).
         """
         constraints = {}
-        for index, (part, position, _) in enumerate(drawing):
+        for index, (part, position) in enumerate(drawing):
             sequence = part.sequence
             assert sequence.constraint is not None, "a grammar binds it"
             sequence.constraint.advance(sequence.tokens, sequence.num_prompt_tokens)

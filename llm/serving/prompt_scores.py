@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from llm.core.row_tensors import RowTensors
+from llm.core.uploads import Uploads
 from llm.kernels.logprobs import LogprobWorkspace, find_logprobs
 from llm.kernels.sampling import DrawnTokens
-from llm.sampling.uploads import Uploads
 from llm.scheduling.sequence import ScheduledSequence, Sequence
 from llm.serving.schemas import TokenLogprobs
 

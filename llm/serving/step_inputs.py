@@ -1,16 +1,13 @@
 """Everything the host tells the device about a step, in one copy."""
 
-from collections.abc import Mapping, Sequence as SequenceOf
+from collections.abc import Mapping
 from itertools import accumulate
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from llm.attention.kernels.work import StepParts
 from llm.models.fused import StepTokens
-
-Int32Array = npt.NDArray[np.int32]
+from llm.serving.step_arrays import Int32Array
 
 
 class StepInputs:
@@ -69,14 +66,7 @@ class StepInputs:
         )
 
 
-def ranges(starts: Int32Array, lens: Int32Array) -> Int32Array:
-    """`lens[0]` numbers from `starts[0]` on, then `lens[1]` from `starts[1]` on, and so forth."""
-    ends = lens.cumsum(dtype=np.int32)
-    numbers: Int32Array = np.arange(ends[-1], dtype=np.int32) + (starts - ends + lens).repeat(lens)
-    return numbers
-
-
-def fill(array: Int32Array, values: SequenceOf[int] | Int32Array, padded_len: int, padding: int) -> None:
+def fill(array: Int32Array, values: Int32Array, padded_len: int, padding: int) -> None:
     """Write `values`, then `padding` up to `padded_len`."""
     array[: len(values)] = values
     array[len(values) : padded_len] = padding

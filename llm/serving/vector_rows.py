@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from llm.core.uploads import Uploads
 from llm.kernels.pooling import add_states
 from llm.scheduling.sequence import ScheduledSequence
 from llm.serving.model_runner import vector_bytes
@@ -18,11 +19,15 @@ class VectorRows:
         num_rows: rows that the scheduler gives out, and one that nobody reads.
         hidden_size: of the model.
         device: where the hidden states are.
+        uploads: how the host's values get there.
         num_buffers: steps that may be in flight, plus one.
     """
 
-    def __init__(self, num_rows: int, hidden_size: int, device: torch.device, num_buffers: int) -> None:
+    def __init__(
+        self, num_rows: int, hidden_size: int, device: torch.device, uploads: Uploads, num_buffers: int
+    ) -> None:
         self._sums = torch.zeros(num_rows, hidden_size, dtype=torch.float32, device=device)
+        self._uploads = uploads
         self._num_buffers = num_buffers
         self._next = 0
 
@@ -31,12 +36,6 @@ class VectorRows:
         pin = self._sums.is_cuda
         shape = self._sums.shape
         return [torch.empty(shape, dtype=torch.float32, pin_memory=pin) for _ in range(self._num_buffers)]
-
-    @cached_property
-    def _host_parts(self) -> list[torch.Tensor]:
-        num_rows = len(self._sums)
-        pin = self._sums.is_cuda
-        return [torch.empty(4 * num_rows, dtype=torch.int32, pin_memory=pin) for _ in range(self._num_buffers)]
 
     def warm_up(self, hidden: torch.Tensor) -> None:
         """Compile the kernel, on a row that nobody reads."""
@@ -58,11 +57,10 @@ class VectorRows:
         if not pooled:
             return dict
         self._next = (self._next + 1) % self._num_buffers
-        host_parts = self._host_parts[self._next][: 4 * len(pooled)].view(4, -1)
         lens = np.array([part.num_pooled for part in pooled], dtype=np.int32)
         rows = [part.row for part in pooled]
-        host_parts.numpy()[:] = lens.cumsum() - lens, rows, lens, [part.begins_vector for part in pooled]
-        parts = host_parts.to(hidden.device, non_blocking=True)
+        begins = [part.begins_vector for part in pooled]
+        parts = self._uploads.send(np.array([lens.cumsum() - lens, rows, lens, begins], dtype=np.int32))
         add_states(hidden, parts, self._sums)
         host = self._host_sums[self._next][: len(pooled)]
         host.copy_(self._sums.index_select(0, parts[1]), non_blocking=True)

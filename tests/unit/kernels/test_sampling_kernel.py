@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from llm.core.uploads import Uploads
 from llm.kernels import sampling as kernels
 from llm.kernels.sampling import DrawnTokens, SamplingWorkspace, draw_tokens, find_thresholds
 from llm.sampling.constraint import words_of
 from llm.sampling.draw import NOTHING, SamplingRow, cut_unlikely, exponential_noise, sample
 from llm.sampling.row_state import RowStart, RowState
-from llm.sampling.uploads import Uploads
 from llm.serving.schemas import GenerationRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's wrapping and dividing by zero

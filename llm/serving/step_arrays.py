@@ -1,0 +1,95 @@
+"""`StepArrays`: a step as arrays of integers, before it is anything else. Pure, the same for every runner."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.scheduling.sequence import ScheduledSequence
+
+Int32Array = npt.NDArray[np.int32]
+UNSEEN = -1
+"""In place of a token that the host has not seen: the one that was drawn last at its row."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """What a step runs and draws, int32 each. Tokens of a part are adjacent, in order of position; so are draws.
+
+    Attributes:
+        token_ids: (tokens,), `UNSEEN` for one that only the device knows.
+        positions: (tokens,), in their sequences.
+        token_rows: (tokens,), of their sequences.
+        part_rows: (parts,), the same for the parts.
+        query_starts: (parts,), the first token of each.
+        query_lens: (parts,), tokens that run.
+        context_lens: (parts,), tokens of the sequence once they have run.
+        draw_rows: (draws,), the row of each draw.
+        draw_positions: (draws,), of the token to be drawn.
+        draw_tokens: (draws,), the token of the step behind which it is drawn.
+        pooled_tokens: (pooled,), tokens whose hidden states belong to vectors.
+        scored_tokens: (scored,), tokens behind which the prompt's next one is given its log probability.
+    """
+
+    token_ids: Int32Array
+    positions: Int32Array
+    token_rows: Int32Array
+    part_rows: Int32Array
+    query_starts: Int32Array
+    query_lens: Int32Array
+    context_lens: Int32Array
+    draw_rows: Int32Array
+    draw_positions: Int32Array
+    draw_tokens: Int32Array
+    pooled_tokens: Int32Array
+    scored_tokens: Int32Array
+
+    @classmethod
+    def of(cls, parts: SequenceOf[ScheduledSequence]) -> Self:
+        """Those of the parts of a plan, at least one, as far as the host knows their tokens."""
+        token_ids: list[int] = []
+        for part in parts:
+            tokens = part.sequence.tokens
+            if part.num_tokens == 1:
+                token_ids.append(tokens[part.start] if part.start < len(tokens) else UNSEEN)
+            else:
+                token_ids += part.token_ids
+        fields = [
+            (part.row, part.start, part.num_tokens, part.num_draws, part.num_pooled, part.first_scored, part.num_scored)
+            for part in parts
+        ]
+        rows, starts, lens, num_draws, num_pooled, first_scored, num_scored = np.array(fields, dtype=np.int32).T
+        ends, query_ends = starts + lens, lens.cumsum(dtype=np.int32)
+        return cls(
+            token_ids=np.array(token_ids, dtype=np.int32),
+            positions=ranges(starts, lens),
+            token_rows=rows.repeat(lens),
+            part_rows=rows,
+            query_starts=query_ends - lens,
+            query_lens=lens,
+            context_lens=ends,
+            draw_rows=rows.repeat(num_draws),
+            draw_positions=ranges(ends - num_draws + 1, num_draws),
+            draw_tokens=ranges(query_ends - num_draws, num_draws),
+            pooled_tokens=ranges(query_ends - num_pooled, num_pooled),
+            scored_tokens=ranges(query_ends - ends + first_scored, num_scored),
+        )
+
+    @property
+    def has_prefills(self) -> bool:
+        """Whether any part has more than one token."""
+        return len(self.token_ids) > len(self.part_rows)
+
+    @property
+    def kept_tokens(self) -> Int32Array:
+        """Tokens whose hidden states are wanted: those that draw, those that are pooled, those that are scored."""
+        return np.concatenate([self.draw_tokens, self.pooled_tokens, self.scored_tokens])
+
+
+def ranges(starts: Int32Array, lens: Int32Array) -> Int32Array:
+    """`lens[0]` numbers from `starts[0]` on, then `lens[1]` from `starts[1]` on, and so forth."""
+    ends = lens.cumsum(dtype=np.int32)
+    numbers: Int32Array = np.arange(ends[-1], dtype=np.int32) + (starts - ends + lens).repeat(lens)
+    return numbers
