@@ -191,7 +191,7 @@ class Scheduler:
         What concerns a sequence that ended while the step ran is dropped: the price of planning ahead.
 
         Args:
-            token_ids: the tokens drawn by the parts of the plan that draw, in order.
+            token_ids: the tokens drawn by the parts of the plan that draw, in order; negative where nothing could be.
         """
         draw_index = -1
         events: list[TokenEvent | VectorEvent] = []
@@ -214,6 +214,8 @@ class Scheduler:
                 sequence.num_in_flight -= 1
                 tokens = sequence.tokens
                 tokens.append(token_id)
+                if token_id < 0:  # nothing could be drawn: the keys and values may be spoiled
+                    self.pool.forget(sequence.pages)
                 reason = None
                 if token_id in sequence.end_ids or len(tokens) >= sequence.max_tokens:
                     reason = sequence.finish_reason()

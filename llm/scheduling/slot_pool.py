@@ -121,6 +121,16 @@ class SlotPool:
             if self._changes is not None:
                 self._changes.add(content)
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Say that the content of used pages is not what it was said to be. Nobody finds them any more."""
+        for page in pages:
+            content = self._content.pop(page, None)
+            if content is not None:
+                assert self._num_users[page] > 0, f"page {page} is forgotten by nobody who uses it"
+                del self._page_of[content]
+                if self._changes is not None:
+                    self._changes.remove(content)
+
     def find(self, content: int) -> int | None:
         """The page that holds `content`, used or cached, or None. Changes nothing."""
         return self._page_of.get(content)

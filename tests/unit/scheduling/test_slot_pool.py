@@ -18,6 +18,20 @@ def test_allocate_takes_all_or_nothing():
     assert pool.num_free == 1
 
 
+def test_forgotten_content_is_found_by_nobody():
+    """Its pages are free as soon as their users give them back."""
+    pool = SlotPool(4, 16)
+    first, second = pool.allocate(2)
+    pool.register(first, content=1)
+    pool.take_changes()
+    pool.forget([first, second])
+    assert pool.find(1) is None
+    assert pool.take_changes().removed == {1}
+    pool.release([first, second])
+    assert (pool.num_free, pool.num_cached) == (4, 0)
+    pool.check()
+
+
 def test_released_content_is_found_until_its_page_is_needed():
     """A released page with content becomes cached; the one released first is given up first."""
     pool = SlotPool(num_pages=2, page_size=16)

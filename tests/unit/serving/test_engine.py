@@ -20,9 +20,11 @@ from small_engines import (
     tokens_of,
 )
 
+from llm.config import EngineConfig
 from llm.core.kv_cache import KVCache
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
+from llm.scheduling.prefix_cache import PageHashes
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import FinishReason, GenerationRequest
 from llm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
@@ -277,6 +279,40 @@ def test_pool_smaller_than_the_context_becomes_the_context():
         engine.add_request(GenerationRequest(prompt_token_ids=(1,) * 20))
     result = engine.generate([GenerationRequest(prompt_token_ids=(1,) * 15, max_new_tokens=50, ignore_eos=True)])[0]
     assert len(result.token_ids) == 5
+
+
+@each_depth
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}]
+)
+def test_logits_that_are_no_numbers_end_their_own_request_alone(backend, max_steps_ahead, params):
+    """A spoiled row of the embeddings, say: the others' tokens are as ever, and nobody finds its keys and values."""
+    if backend == "triton" and max_steps_ahead == 0:
+        pytest.skip("it always runs ahead")
+    model = create_model(num_layers=1)
+    spoiled = GenerationRequest(prompt_token_ids=(*range(1, 20), VOCAB_SIZE - 1), max_new_tokens=4, seed=1, **params)
+    never = {VOCAB_SIZE - 1: -1e9}
+    others = create_requests(3, max_new_tokens=4, ignore_eos=True, logit_bias=never, **params)
+    others = [r for r in others if VOCAB_SIZE - 1 not in (r.prompt_token_ids or ())]
+    with torch.no_grad():
+        model.embed_tokens.weight[VOCAB_SIZE - 1] = torch.nan
+    if backend == "triton":
+        config = EngineConfig(attention_backend="triton", max_batch_size=4, num_pages=32, page_size=16, max_seq_len=64)
+        engine = ContinuousBatchingEngine(model, config=config)
+    else:
+        engine = create_engine(model, max_steps_ahead=max_steps_ahead)
+    first, *results = engine.generate([spoiled, *others], progress=False)
+    assert first.finish_reason is FinishReason.ERROR
+    assert "NaN" in (first.error or "")
+    assert first.token_ids == ()
+    assert others
+    for request, result in zip(others, results, strict=True):
+        assert result.finish_reason is FinishReason.LENGTH
+        assert result.token_ids == run_alone(request, model).token_ids
+    hashes = PageHashes(engine.config.page_size).extend(spoiled.prompt_token_ids or (), 16)
+    assert engine.scheduler.pool.find_prefix(hashes) == []
+    check_idle(engine)
 
 
 @each_depth
