@@ -71,6 +71,6 @@ def fleet(server: Server, tmp_path_factory: pytest.TempPathFactory) -> "Fleet":
     args = emulated(3, emulation=emulation)
     args["replicas"] |= {"stall_timeout_s": 3, "graceful_shutdown_timeout_s": 5}
     args["router"] |= {"stall_timeout_s": 3, "graceful_shutdown_timeout_s": 5}
-    fleet = Fleet(server.url, "fleet")
+    fleet = Fleet(server.url, "breakable")  # /fleet is a page of the server
     fleet.deploy(args)
     return fleet  # it ends with the cluster
