@@ -5,6 +5,7 @@ it is called. How long it takes depends on the number of values, far more than o
 """
 
 import asyncio
+from codecs import BOM_UTF8
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -12,6 +13,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from deployments.chat.errors import APIError, invalid, of_validation
+from deployments.chat.ignored import IgnoredFields
 from deployments.chat.json_size import json_size, too_complex
 from deployments.chat.wire_model import RequestBody
 from deployments.config import LimitsConfig
@@ -57,12 +59,19 @@ async def _read_up_to(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def parse(model: type[Body], data: bytes) -> Body:
+def parse(model: type[Body], data: bytes, *, is_strict: bool = False) -> tuple[Body, list[str]]:
     """Check a body that has been read.
+
+    Args:
+        is_strict: refuse unknown fields.
+
+    Returns:
+        The body, and the places of fields in it that were ignored.
 
     Raises:
         APIError: a 400 that names the field at fault, or says that the body holds too much.
     """
+    data = data.removeprefix(BOM_UTF8)
     num_structure = _check_size(data)
     try:
         value = from_json(data)
@@ -70,10 +79,12 @@ def parse(model: type[Body], data: bytes) -> Body:
         raise invalid(f"The body is not valid JSON: {error}") from None
     if num_structure > MAX_KEYS:
         _check_keys(value)
+    ignored = IgnoredFields(is_strict=is_strict)
     try:
-        return model.model_validate(value)
+        body = model.model_validate(value, context=ignored)
     except ValidationError as error:
         raise of_validation(error, model) from None
+    return body, ignored.paths(value)
 
 
 def _check_size(data: bytes) -> int:

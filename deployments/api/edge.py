@@ -6,6 +6,7 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.api.answer_headers import with_added_headers
 from deployments.api.errors import answer_to, too_many_open
 from deployments.api.send_timeout import SendTimeout
 from deployments.api.sse import ClientLeftError
@@ -56,7 +57,7 @@ class Edge:
         async def send_and_note(message: Message) -> None:
             nonlocal has_started
             has_started = True
-            await send(message)
+            await send(with_added_headers(scope, message))
 
         try:
             await self._app(scope, receive, send_and_note)
@@ -65,7 +66,7 @@ class Edge:
         except APIError as error:
             if has_started:
                 raise
-            await answer_to(scope, error)(scope, receive, send)
+            await answer_to(scope, error)(scope, receive, send_and_note)
         except Exception:  # the edge of a request: logged in full here, not a word of it to the client
             logger.exception("request to %s failed", scope["path"])
             if has_started:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from deployments.chat.wire_model import UNSUPPORTED
 from deployments.errors import (
     AccountantAwayError,
     DeadlineError,
@@ -53,7 +54,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def unsupported(param: str, what: str | None = None) -> APIError:
-    """A field of OpenAI's API that this server does not have."""
+    """A field that would change the answer, and that this server does not have."""
     return APIError(400, f"{what or param} is not supported by this server", param=param, code="unsupported_parameter")
 
 
@@ -128,6 +129,8 @@ def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
     if first["type"] == "model_type":
         return invalid("The body must be a JSON object")
     param = _param(first["loc"])
+    if first["type"] == UNSUPPORTED and param is not None:
+        return unsupported(param)
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])[:80]
         hint = _nearest(key, model, first["loc"])

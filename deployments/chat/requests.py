@@ -1,18 +1,17 @@
 """Requests of the OpenAI API as they come over the wire: strict types, every bound written down.
 
-Fields that OpenAI has and this server does not are listed in `_Unsupported…`, so that they are refused by name.
-Fields without effect on the answer (`user`, `metadata`, …) are accepted.
+See `wire_model` for what becomes of fields without effect, of those this server lacks, and of unknown ones.
 """
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from deployments.chat.errors import invalid, unsupported
+from deployments.chat.errors import invalid
 from deployments.chat.messages import ChatMessage, check_messages
 from deployments.chat.structured import StructuredFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
-from deployments.chat.wire_model import Items, RequestBody, WireModel
+from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel, whole_numbers
 from deployments.config import MAX_PRIORITY, MIN_PRIORITY
 from llm.config import MAX_TOP_LOGPROBS
 from llm.serving.schemas import INT64_MAX
@@ -62,8 +61,7 @@ def _check_allowed(value: Any) -> Any:
         return None
     if not isinstance(value, list) or not value:
         raise invalid("allowed_token_ids: must be an array of at least one token id", "allowed_token_ids")
-    check_token_ids(value, "allowed_token_ids")
-    return value
+    return checked_token_ids(value, "allowed_token_ids")
 
 
 class StreamOptions(WireModel):
@@ -71,8 +69,7 @@ class StreamOptions(WireModel):
 
     include_usage: bool | None = None
     """Send token counts in a last chunk without choices."""
-    include_obfuscation: bool | None = None
-    """Accepted, without effect."""
+    include_obfuscation: NoEffect = None
 
 
 class SamplingFields(StructuredFields, RequestBody):
@@ -113,13 +110,13 @@ class SamplingFields(StructuredFields, RequestBody):
     cache_salt: Annotated[str, Field(max_length=128)] | None = None
     """Extension. Share cached prompts with requests of the same salt only."""
 
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    user: NoEffect = None
+    metadata: NoEffect = None
+    store: NoEffect = None
+    service_tier: NoEffect = None
+    safety_identifier: NoEffect = None
+    prompt_cache_key: NoEffect = None
+    prompt_cache_retention: NoEffect = None
 
     chat_template: Any = Field(default=None, json_schema_extra={"deprecated": True})
     """Refused: the template is the model's."""
@@ -175,21 +172,21 @@ class ChatRequest(SamplingFields):
     """`auto` where there are tools: the model decides. `required` and a name force a call by a grammar."""
     parallel_tool_calls: bool | None = None
     """False for one call at most where calls are forced."""
-    functions: Any = None
-    """Not supported."""
-    function_call: Any = None
-    """Not supported."""
-    modalities: Items[str] | None = None
+    functions: Annotated[Any, Unsupported()] = None
+    """Not supported: use `tools`."""
+    function_call: Annotated[Any, Unsupported("none", "auto")] = None
+    """Not supported: use `tool_choice`."""
+    modalities: Annotated[Any, Unsupported(["text"])] = None
     """`["text"]` only."""
-    audio: Any = None
+    audio: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    prediction: Any = None
+    prediction: Annotated[Any, Unsupported()] = None
     """Not supported."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """Given to the chat template, as `reasoning_effort`, and as `enable_thinking: false` for `none`."""
-    verbosity: Any = None
-    """Not supported."""
-    web_search_options: Any = None
+    verbosity: NoEffect = None
+    """The model decides how much it says."""
+    web_search_options: Annotated[Any, Unsupported()] = None
     """Not supported."""
 
     @model_validator(mode="after")
@@ -198,13 +195,8 @@ class ChatRequest(SamplingFields):
             raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs: only with logprobs set to true", "top_logprobs")
-        if self.modalities not in (None, ["text"]):
-            raise unsupported("modalities", "modalities other than text")
         check_tools(self.tools, self.tool_choice)
         check_messages(self.messages)
-        for name in _UNSUPPORTED_IN_CHAT:
-            if getattr(self, name) not in (None, []):
-                raise unsupported(name)
         return self
 
     @property
@@ -217,10 +209,6 @@ class ChatRequest(SamplingFields):
         """The limit on output tokens under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-
-_UNSUPPORTED_IN_CHAT = (
-    "functions", "function_call", "audio", "prediction", "verbosity", "web_search_options",
-)  # fmt: skip
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
@@ -244,24 +232,25 @@ def check_prompt(value: Any, param: str = "prompt") -> Any:
         if not all(isinstance(item, str) and item for item in value):
             raise invalid(f"{param}: each must be a string that is not empty", param)
     elif isinstance(first, list):
-        for item in value:
-            if not isinstance(item, list) or not item:
-                raise invalid(f"{param}: each must be a list of token ids that is not empty", param)
-            check_token_ids(item, param)
+        if not all(isinstance(item, list) and item for item in value):
+            raise invalid(f"{param}: each must be a list of token ids that is not empty", param)
+        return [checked_token_ids(item, param) for item in value]
     else:
-        check_token_ids(value, param)
+        return checked_token_ids(value, param)
     return value
 
 
-def check_token_ids(ids: list[Any], param: str) -> None:
-    """Each must be a whole number from 0 up; booleans and fractions are none.
+def checked_token_ids(ids: list[Any], param: str) -> list[int]:
+    """The ids, each of which must be a whole number from 0 up; booleans and fractions are none.
 
     Raises:
         APIError: one is not.
     """
+    ids = whole_numbers(ids)
     for token_id in ids:
         if type(token_id) is not int or token_id < 0:
             raise invalid(f"{param}: token ids must be whole numbers from 0 up", param)
+    return ids
 
 
 class CompletionRequest(SamplingFields):
@@ -278,7 +267,7 @@ class CompletionRequest(SamplingFields):
     """Answers to make of each prompt; the `n` with the highest mean log probability of a token are given."""
     echo: bool | None = None
     """Begin each answer with its prompt."""
-    suffix: str | None = None
+    suffix: Annotated[Any, Unsupported()] = None
     """Not supported."""
 
     @model_validator(mode="after")
@@ -293,8 +282,6 @@ class CompletionRequest(SamplingFields):
                           "max_tokens")  # fmt: skip
         if self.num_prompt_logprobs is not None and self.stream:
             raise invalid("stream: log probabilities of the prompt come at the end only; leave out stream", "stream")
-        if self.suffix:
-            raise unsupported("suffix")
         return self
 
     @property
@@ -334,8 +321,7 @@ class TokenizeRequest(RequestBody):
 def _check_tokens(value: Any) -> Any:
     if not isinstance(value, list):
         raise invalid("tokens: must be a list of token ids", "tokens")
-    check_token_ids(value, "tokens")
-    return value
+    return checked_token_ids(value, "tokens")
 
 
 class DetokenizeRequest(RequestBody):

@@ -95,7 +95,7 @@ CASES: dict[str, tuple[int, str | None, dict[str, Any]]] = {
     "one word of 10 MB": (413, None, chat(messages=[{"role": "user", "content": "a" * (10 << 20)}])),
     # 7: limits
     **{f"max_tokens {value}": (400, "max_tokens", number("max_tokens", value))
-       for value in ("0", "-1", "1e18", "1000000000000000000", '"5"', "true", "1.0")},
+       for value in ("0", "-1", "1e18", "1000000000000000000", '"5"', "true", "1.5")},
     "limits differ": (400, "max_completion_tokens", chat(max_tokens=5, max_completion_tokens=6)),
     # 8: sampling
     **{f"{field} {value}": (400, field, number(field, value))

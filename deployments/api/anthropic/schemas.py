@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from deployments.chat.errors import invalid, of_validation, unsupported
+from deployments.chat.errors import invalid, of_validation
 from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName
-from deployments.chat.wire_model import Items, RequestBody, WireModel, type_tag
+from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel, type_tag
 
 MAX_STOP_SEQUENCES = 4
 
@@ -22,9 +22,9 @@ class TextBlock(WireModel):
 
     type: Literal["text"]
     text: str
-    cache_control: Any = None
-    """Accepted: what prompts share is always cached."""
-    citations: Any = None
+    cache_control: NoEffect = None
+    """What prompts share is always cached."""
+    citations: NoEffect = None
 
 
 class ToolUseBlock(WireModel):
@@ -34,8 +34,8 @@ class ToolUseBlock(WireModel):
     id: NonEmpty
     name: ToolName
     input: dict[str, Any]
-    cache_control: Any = None
-    caller: Any = None
+    cache_control: NoEffect = None
+    caller: NoEffect = None
 
 
 class ToolResultBlock(WireModel):
@@ -44,8 +44,8 @@ class ToolResultBlock(WireModel):
     type: Literal["tool_result"]
     tool_use_id: NonEmpty
     content: str | Items[TextBlock] | None = None
-    is_error: bool | None = None
-    cache_control: Any = None
+    is_error: NoEffect = None
+    cache_control: NoEffect = None
 
 
 class ThinkingBlock(WireModel):
@@ -53,7 +53,7 @@ class ThinkingBlock(WireModel):
 
     type: Literal["thinking"]
     thinking: str
-    signature: str | None = None
+    signature: NoEffect = None
 
 
 Block = Annotated[
@@ -79,10 +79,10 @@ class AnthropicTool(WireModel):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
-    strict: bool | None = None
-    cache_control: Any = None
-    eager_input_streaming: bool | None = None
-    """Accepted: arguments always come as they are made."""
+    strict: NoEffect = None
+    cache_control: NoEffect = None
+    eager_input_streaming: NoEffect = None
+    """Arguments always come as they are made."""
 
 
 class AnthropicToolChoice(WireModel):
@@ -103,9 +103,8 @@ class Thinking(WireModel):
     """Whether to think first."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
-    """Accepted, without effect."""
-    display: str | None = None
+    budget_tokens: NoEffect = None
+    display: NoEffect = None
 
 
 class OutputFormat(WireModel):
@@ -144,21 +143,17 @@ class CountTokensRequest(RequestBody):
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    cache_control: Any = None
-    speed: Literal["standard"] | None = None
+    cache_control: NoEffect = None
+    speed: NoEffect = None
+    context_management: NoEffect = None
 
-    container: Any = None
+    container: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    context_management: Any = None
-    """Not supported."""
-    mcp_servers: Any = None
+    mcp_servers: Annotated[Any, Unsupported()] = None
     """Not supported."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("container", "context_management", "mcp_servers"):
-            if getattr(self, name) not in (None, []):
-                raise unsupported(name)
         if self.messages[-1].role == "assistant":
             message = "messages: the last one must be the user's; answers cannot be begun by the client"
             raise invalid(message, "messages")
@@ -226,9 +221,9 @@ class MessagesRequest(CountTokensRequest):
     priority: Priority | None = None
     """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
     says."""
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
-    inference_geo: str | None = None
+    metadata: NoEffect = None
+    service_tier: NoEffect = None
+    inference_geo: NoEffect = None
 
     def _sampling(self) -> dict[str, Any]:
         return {

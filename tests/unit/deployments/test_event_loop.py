@@ -187,13 +187,15 @@ def test_arguments_of_too_many_values_are_refused_without_parsing_them(arguments
 def test_text_in_arguments_does_not_count():
     """An agent's history is full of programs that it wrote to files."""
     arguments = [json.dumps({"path": "a.py", "content": 'f(a, b, {"c": [1, 2]}); ' * 2_000})] * 64
-    body = parse(ChatRequest, with_calls(arguments))
+    body, _ = parse(ChatRequest, with_calls(arguments))
     assert len(body.messages[1].tool_calls) == 64
 
 
 @pytest.mark.parametrize("text", ["[{:," * 400_000, '\\"[' * 300_000, "\\\\" * 300_000 + '"['])
 def test_what_stands_in_a_text_does_not_count(text: str):
-    body = parse(ChatRequest, json.dumps({"model": "demo", "messages": [{"role": "user", "content": text}]}).encode())
+    body, _ = parse(
+        ChatRequest, json.dumps({"model": "demo", "messages": [{"role": "user", "content": text}]}).encode()
+    )
     assert body.messages[0].content == text
 
 

@@ -148,9 +148,7 @@ async def test_forced_calls(make_service: ServiceFactory, tmp_path: Path):
         {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
         {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}},
         {"tool_choice": {"type": "tool"}},
-        {"unknown": 1},
         {"container": "c"},
-        {"context_management": {"edits": []}},
         {"messages": [*HI, {"role": "assistant", "content": "The answer is"}]},
     ],
 )

@@ -41,7 +41,7 @@ def check_error(response, status: int) -> dict:
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
-        ({"max_tokens": 1.0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 10**18}, "max_tokens"),
         ({"n": 129}, "n"),
         ({"top_logprobs": 3}, "top_logprobs"),
@@ -61,19 +61,12 @@ def check_error(response, status: int) -> dict:
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
-        ({"temprature": 1}, "temprature"),
     ],
 )  # fmt: skip
 async def test_chat_fields_are_refused_by_name(make_service: ServiceFactory, changes: dict, param: str):
     service = await make_service()
     error = check_error(await service.post("/v1/chat/completions", **{**CHAT, **changes}), 400)
     assert error["param"] == param
-
-
-async def test_unknown_fields_get_a_hint(make_service: ServiceFactory):
-    service = await make_service()
-    error = check_error(await service.post("/v1/chat/completions", **CHAT, temprature=1), 400)
-    assert "did you mean 'temperature'?" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,6 @@ async def test_formats_and_forced_calls(make_service: ServiceFactory, tmp_path: 
         ({"tool_choice": {"type": "function", "name": "other"}, "tools": [TOOL]}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"inputs": "x"}, "inputs"),
     ],
 )  # fmt: skip
 async def test_what_is_wrong_is_400(make_service: ServiceFactory, tmp_path: Path, changes: dict, param: str):
