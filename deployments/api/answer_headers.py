@@ -1,5 +1,6 @@
 """Headers that an answer gets whatever becomes of the request: whole, streamed or an error."""
 
+import secrets
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -9,6 +10,7 @@ IGNORED_HEADER = "X-Rayline-Ignored"
 """Fields of the request's body that were ignored, separated by commas."""
 
 _KEY = "added_headers"
+_ANTHROPIC_REQUEST_ID = "request-id"
 
 
 def add_header(scope: MutableMapping[str, Any], name: str, value: str) -> None:
@@ -22,3 +24,9 @@ def with_added_headers(scope: MutableMapping[str, Any], message: Message) -> Mes
     if not added or message["type"] != "http.response.start":
         return message
     return {**message, "headers": [*message.get("headers", ()), *added]}
+
+
+def add_request_id(scope: MutableMapping[str, Any]) -> None:
+    """Give the answer the header in which Anthropic's clients look for a request's id: its own, or a new one."""
+    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+    add_header(scope, _ANTHROPIC_REQUEST_ID, given[:128] or f"req_{secrets.token_hex(12)}")

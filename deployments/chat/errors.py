@@ -22,6 +22,7 @@ from llm.errors import EngineError, InvalidRequestError, LLMError
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+CONTEXT_EXCEEDED = "context_length_exceeded"
 
 _MAX_MESSAGE_CHARS = 500
 
@@ -46,6 +47,31 @@ class APIError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+
+class PromptTooLongError(APIError):
+    """A prompt that leaves no room for an answer.
+
+    The words are those by which clients recognize this error, and shorten the conversation by themselves.
+
+    Args:
+        num_tokens: the prompt's length, or "at least" so many.
+        most: tokens that prompt and answer may have together.
+        param: the field at fault.
+
+    Attributes:
+        anthropic_message: what clients of Anthropic's API look for.
+    """
+
+    def __init__(self, num_tokens: str, most: int, param: str) -> None:
+        super().__init__(
+            400,
+            f"This model's maximum context length is {most} tokens, the answer included. However, your prompt has "
+            f"{num_tokens} tokens. Please shorten it",
+            param=param,
+            code=CONTEXT_EXCEEDED,
+        )
+        self.anthropic_message = f"prompt is too long: {num_tokens} tokens > {most} maximum"
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from deployments.chat.errors import invalid
 from deployments.chat.messages import ChatMessage, check_messages
 from deployments.chat.structured import StructuredFields
-from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
+from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, allowed_tools, check_tools
 from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel, whole_numbers
 from deployments.config import MAX_PRIORITY, MIN_PRIORITY
 from llm.config import MAX_TOP_LOGPROBS
@@ -18,7 +18,7 @@ from llm.serving.schemas import INT64_MAX
 
 MAX_N = 128
 MAX_BEST_OF = 20
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 64
 MAX_COMPLETION_LOGPROBS = 5
 MAX_STOP_TOKEN_IDS = 128
 MAX_MESSAGES = 4096
@@ -27,7 +27,7 @@ Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 
 
 def _check_stop(value: Any) -> Any:
-    """A string, or a list of up to four."""
+    """A string, or a list of strings."""
     if value is None or (isinstance(value, str) and value):
         return value
     if isinstance(value, str):
@@ -79,12 +79,15 @@ class SamplingFields(StructuredFields, RequestBody):
     """Name of the served model, as `/v1/models` gives it."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    """Without effect on an answer that is not streamed."""
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     """Answers to each prompt; the i-th has seed + i."""
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     stop: Annotated[str | Items[str] | None, BeforeValidator(_check_stop)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """0 for the likeliest token, as with `temperature: 0`."""
+
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_check_logit_bias)] = None
@@ -125,8 +128,6 @@ class SamplingFields(StructuredFields, RequestBody):
     def _check_common(self) -> Self:
         if self.chat_template is not None:
             raise invalid("chat_template: a request cannot bring its own chat template", "chat_template")
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options: only with stream set to true", "stream_options")
         if self.top_k is not None and self.top_k < -1:
             raise invalid("top_k: must be at least -1", "top_k")
         return self
@@ -165,6 +166,8 @@ class ChatRequest(SamplingFields):
     """Extension. Variables for the model's chat template, such as `enable_thinking`."""
     add_generation_prompt: bool | None = None
     """Extension. False to leave out what opens the assistant's answer."""
+    continue_final_message: bool | None = None
+    """Extension. The answer goes on with the last message, an assistant's, where that one ends."""
 
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     """Functions that the model may ask for."""
@@ -182,7 +185,7 @@ class ChatRequest(SamplingFields):
     """Not supported."""
     prediction: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """Given to the chat template, as `reasoning_effort`, and as `enable_thinking: false` for `none`."""
     verbosity: NoEffect = None
     """The model decides how much it says."""
@@ -193,11 +196,23 @@ class ChatRequest(SamplingFields):
     def _check_chat(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs: only with logprobs set to true", "top_logprobs")
+        if self.continue_final_message:
+            self._check_continued()
         check_tools(self.tools, self.tool_choice)
+        self.tools, self.tool_choice = allowed_tools(self.tools, self.tool_choice)
         check_messages(self.messages)
         return self
+
+    def _check_continued(self) -> None:
+        last = self.messages[-1]
+        if last.role != "assistant" or not last.content or last.calls:
+            raise invalid("continue_final_message: the last message must be the assistant's, with a text and no calls",
+                          "continue_final_message")  # fmt: skip
+        if self.add_generation_prompt:
+            raise invalid("continue_final_message: goes on with the last message; leave out add_generation_prompt",
+                          "continue_final_message")  # fmt: skip
 
     @property
     def takes_long(self) -> bool:

@@ -160,6 +160,11 @@ def note_ignored(info: ValidationInfo, kind: str, owner: dict[str, Any], name: s
         info.context.note(kind, owner, name)
 
 
+def is_strict(info: ValidationInfo) -> bool:
+    """Whether a validator of its own must refuse unknown fields."""
+    return isinstance(info.context, IgnoredFields) and info.context.is_strict
+
+
 def whole_numbers(values: list[Any]) -> list[Any]:
     """The same list with integers in place of floats that have no fraction."""
     if not any(type(value) is float for value in values):
