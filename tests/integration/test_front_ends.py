@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,11 @@ import pytest
 import yaml
 from live_server import ROOT, Server, free_port, replica_pids, wait_until_ready
 
+from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import HAPROXY_PORTS
 from llm.errors import ConfigError
 
 HAPROXY = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # with 1 an HAProxy may stay behind, and keep its ports
 }
 KEY = "sk-integration"
@@ -66,7 +66,13 @@ class MakeServe:
 def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MakeServe, Server]]:
     args = {"device": "cpu", "api_keys_env": "RAYLINE_KEYS", "replicas": {"torch_threads": 1}}
     ports = {name: str(free_port()) for name in HAPROXY_PORTS}
-    run = MakeServe(tmp_path_factory.mktemp("haproxy"), args, **HAPROXY, **ports, RAYLINE_KEYS=KEY)
+    with tempfile.TemporaryDirectory(prefix="rayline-") as directory:  # short, for HAProxy's sockets
+        files = haproxy_environment(Path(directory))
+        run = MakeServe(tmp_path_factory.mktemp("haproxy"), args, **files, **HAPROXY, **ports, RAYLINE_KEYS=KEY)
+        yield from _until_it_ends(run)
+
+
+def _until_it_ends(run: MakeServe) -> Iterator[tuple[MakeServe, Server]]:
     server = Server(run.url, num_replicas=1)
     server.http.headers["authorization"] = f"Bearer {KEY}"
     server.openai = openai.OpenAI(base_url=f"{run.url}/v1", api_key=KEY, max_retries=0, timeout=60)
