@@ -187,8 +187,11 @@ def _two_versions() -> Iterator[tuple[Path, Path]]:
         yield versions
 
 
-async def f18_update_of_the_model(front_end: str, rate: float = 8, num_replicas: int = 3) -> Outcome:
-    """A rolling update to another model version under load: every answer is one version's, from first to last token."""
+async def f18_update_of_the_model(front_end: str, rate: float = 8, num_replicas: int = 2) -> Outcome:
+    """A rolling update to another model version under load: every answer is one version's, from first to last token.
+
+    Two replicas are the hardest case: Ray Serve takes the last old one away as soon as the first new one runs.
+    """
     with _two_versions() as (old, new):
         args = emulated(num_replicas, model=str(old), served_model_name="demo")
         args["router"]["drain_after_s"] = 2
