@@ -19,7 +19,6 @@ from chaos.fleet import (
     num_serving,
     proxy_pids,
     running,
-    serving_ids,
 )
 from chaos.streams import Clients, Story, percentile
 
@@ -49,7 +48,7 @@ async def kill_replicas(fleet: Fleet, clients: Clients, num_kills: int) -> None:
     """SIGKILL one, wait until as many serve again with another one in its place, and so on."""
     for _ in range(num_kills):
         await asyncio.sleep(1)
-        before = serving_ids(await clients.get("/rayline/stats"))
+        before = await fleet.all_serving(clients)
         fleet.hurt_one(signal.SIGKILL)
         await fleet.wait_until_replaced(clients, before)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import claimed_ports
 
 ROOT = Path(__file__).parent.parent
+_numbers = itertools.count(1)
 _deploying = threading.Lock()
 """Ray Serve deploys from one thread at a time."""
 
@@ -89,10 +91,11 @@ class Fleet:
     """
 
     def __init__(self, front_end: str, name: str) -> None:
-        self.url = f"{front_end}/{name}"
         self.args: dict[str, Any] = {}
+        name = f"{name}-{next(_numbers)}"  # the one before may not be gone yet
         self.name = f"chaos-{os.getpid()}-{name}"
         self.path = f"/{name}"
+        self.url = f"{front_end}{self.path}"
 
     def deploy(self, args: dict[str, Any]) -> None:
         """Start it, or bring it to other arguments; returns when Serve says that it runs."""
@@ -113,11 +116,11 @@ class Fleet:
         """Engine replicas that it was deployed with."""
         return int(self.args["replicas"]["num_replicas"])
 
-    def delete(self) -> None:
-        """Take it away."""
+    def delete(self, *, wait: bool = True) -> None:
+        """Take it away, which goes on for some seconds whether one waits for it or not."""
         from ray import serve
 
-        serve.delete(self.name)
+        serve.delete(self.name, _blocking=wait)
 
     def replica_pids(self) -> list[int]:
         """Processes of its engine replicas."""
@@ -168,6 +171,18 @@ class Fleet:
             clients, lambda stats: num_serving(stats) == num_replicas, timeout_s, f"{num_replicas} replicas serve"
         )
 
+    async def all_serving(self, clients: Clients) -> set[str]:
+        """Wait until all replicas get requests; returns their ids."""
+        serving: set[str] = set()
+
+        def do_all(stats: dict[str, Any]) -> bool:
+            serving.clear()
+            serving.update(serving_ids(stats))
+            return len(serving) == self.num_replicas
+
+        await self.wait_for(clients, do_all, 60, f"{self.num_replicas} replicas serve")
+        return serving
+
     async def wait_until_replaced(self, clients: Clients, before: set[str], timeout_s: float = 60) -> float:
         """Wait until as many replicas get requests as `before`, and not the same ones.
 
@@ -208,7 +223,7 @@ async def running(place: Place, name: str, args: dict[str, Any]) -> AsyncIterato
         async with _serving(fleet) as clients:
             yield fleet, clients
     finally:
-        await asyncio.to_thread(fleet.delete)
+        await asyncio.to_thread(fleet.delete, wait=False)
 
 
 @contextlib.asynccontextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.faults import PROMPTS, summary, undisturbed
-from chaos.fleet import Outcome, emulated, running, serving_ids
+from chaos.fleet import Outcome, emulated, running
 
 _NUM_WORKERS, _NUM_REPLICAS = 4, 3
 
@@ -49,7 +49,7 @@ async def _remove_nodes(front_end: str, num_removals: int) -> Outcome:
             await asyncio.sleep(2)
             node = _workers.pop(0)
             is_used = _has_replica(node.node_id)
-            before = serving_ids(await clients.get("/rayline/stats"))
+            before = await fleet.all_serving(clients)
             _cluster.remove_node(node, allow_graceful=False)
             _workers.append(_cluster.add_node(num_cpus=1, num_gpus=1))
             if is_used:

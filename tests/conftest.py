@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from chaos.fleet import Fleet
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes, have one run all tests of the session's cluster; each of the other files is apart."""
     for item in items:
