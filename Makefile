@@ -48,8 +48,9 @@ test: test-unit test-integration  ## Run every test that needs no GPU
 test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster, on all cores
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/unit --numprocesses auto --maxprocesses 8 --dist worksteal
 
-test-integration: $(VENV)/.dev  ## Run the tests of a whole server, which share one Ray cluster
-	$(BIN)/pytest tests/integration tests/e2e tests/gpu
+# One process runs what shares a Ray cluster; the other, tests that start servers of their own.
+test-integration: $(VENV)/.dev  ## Run the tests of whole servers
+	$(BIN)/pytest tests/integration tests/e2e tests/gpu --numprocesses 2 --dist loadgroup
 
 chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (20 minutes or so)
 	$(BIN)/python -m chaos
