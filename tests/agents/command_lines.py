@@ -1,0 +1,78 @@
+"""The agents' own programs, pointed at a server: as docs/agents.md says, with homes that are empty."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAMS = Path(__file__).parent / "node_modules" / ".bin"
+TIMEOUT_S = 60
+
+
+def install_hint() -> str | None:
+    """What to do before the agents can be run; None where they are there."""
+    if all((PROGRAMS / name).exists() for name in ("claude", "codex")):
+        return None
+    if shutil.which("npm") is None:
+        return "the agents are not installed: install Node.js 18 or newer with npm, then run `make agents`"
+    return "the agents are not installed: run `make agents`"
+
+
+@dataclass
+class Run:
+    """What a program wrote: its events, one JSON object a line."""
+
+    returncode: int
+    events: list[dict]
+    stderr: str
+
+    def of_type(self, *kinds: str) -> list[dict]:
+        return [event for event in self.events if event["type"] in kinds]
+
+
+class Agents:
+    """Runs the agents against the server at `url`; what they leave behind is in `directory`."""
+
+    def __init__(self, url: str, directory: Path) -> None:
+        self._url = url
+        self._home = directory / "home"
+        self.work = directory / "work"
+        for path in (self._home, self.work):
+            path.mkdir()
+
+    def claude_code(self, prompt: str, *options: str, **environment: str) -> Run:
+        """One prompt to Claude Code; `environment` goes over what the documentation says to set."""
+        variables = {
+            "ANTHROPIC_BASE_URL": self._url, "ANTHROPIC_API_KEY": "unused", "ANTHROPIC_MODEL": "demo",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "CLAUDE_CODE_MAX_RETRIES": "0", **environment,
+        }  # fmt: skip
+        command = ["claude", "--print", "--output-format", "stream-json", "--verbose", *options, "--", prompt]
+        return self._run(command, {name: value for name, value in variables.items() if value})
+
+    def codex(self, prompt: str, *options: str, **settings: object) -> Run:
+        """One prompt to Codex; `settings` are lines of its configuration."""
+        provider = {
+            "name": "Rayline", "base_url": f"{self._url}/v1", "wire_api": "responses", "env_key": "RAYLINE_API_KEY",
+            "request_max_retries": 0, "stream_max_retries": 0,
+        }  # fmt: skip
+        config = {"model": "demo", "model_provider": "rayline", **settings}
+        table = "\n[model_providers.rayline]\n" + _toml(provider)
+        (self._home / "config.toml").write_text(_toml(config) + table)
+        command = ["codex", "exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access", *options]
+        return self._run([*command, "--", prompt], {"CODEX_HOME": str(self._home), "RAYLINE_API_KEY": "unused"})
+
+    def _run(self, command: list[str], variables: dict[str, str]) -> Run:
+        done = subprocess.run(
+            [str(PROGRAMS / command[0]), *command[1:]],
+            env={"HOME": str(self._home), "PATH": os.environ["PATH"], **variables},
+            cwd=self.work, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+        events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        return Run(done.returncode, events, done.stderr)
+
+
+def _toml(table: dict[str, object]) -> str:
+    """Strings and numbers are written in TOML as in JSON."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
