@@ -17,7 +17,7 @@ def test_a_turn_with_a_call_and_its_result(server: AgentServer, agents: Agents):
     assert run.returncode == 0, (run.stderr, run.events[-1:])
     blocks = [block for event in run.of_type("assistant") for block in event["message"]["content"]]
     assert [block["type"] for block in blocks] == ["text", "tool_use", "text"]
-    (result,) = [event for event in run.of_type("user")]
+    (result,) = run.of_type("user")
     assert result["message"]["content"][0]["content"] == "nineteen-42"
     (end,) = run.of_type("result")
     assert (end["subtype"], end["is_error"], end["result"]) == ("success", False, "It is 42.")
