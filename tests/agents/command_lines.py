@@ -7,6 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripted_model import KEY
+
 PROGRAMS = Path(__file__).parent / "node_modules" / ".bin"
 TIMEOUT_S = 60
 
@@ -45,23 +47,23 @@ class Agents:
     def claude_code(self, prompt: str, *options: str, **environment: str) -> Run:
         """One prompt to Claude Code; `environment` goes over what the documentation says to set."""
         variables = {
-            "ANTHROPIC_BASE_URL": self._url, "ANTHROPIC_API_KEY": "unused", "ANTHROPIC_MODEL": "demo",
+            "ANTHROPIC_BASE_URL": self._url, "ANTHROPIC_API_KEY": KEY, "ANTHROPIC_MODEL": "demo",
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "CLAUDE_CODE_MAX_RETRIES": "0", **environment,
         }  # fmt: skip
         command = ["claude", "--print", "--output-format", "stream-json", "--verbose", *options, "--", prompt]
         return self._run(command, {name: value for name, value in variables.items() if value})
 
-    def codex(self, prompt: str, *options: str, **settings: object) -> Run:
-        """One prompt to Codex; `settings` are lines of its configuration."""
+    def codex(self, prompt: str, *, command: tuple[str, ...] = (), key: str = KEY, **settings: object) -> Run:
+        """One prompt to Codex; `settings` go into its configuration, `command` says what else to do than begin."""
         provider = {
             "name": "Rayline", "base_url": f"{self._url}/v1", "wire_api": "responses", "env_key": "RAYLINE_API_KEY",
             "request_max_retries": 0, "stream_max_retries": 0,
         }  # fmt: skip
-        config = {"model": "demo", "model_provider": "rayline", **settings}
-        table = "\n[model_providers.rayline]\n" + _toml(provider)
-        (self._home / "config.toml").write_text(_toml(config) + table)
-        command = ["codex", "exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access", *options]
-        return self._run([*command, "--", prompt], {"CODEX_HOME": str(self._home), "RAYLINE_API_KEY": "unused"})
+        config = _toml({"model": "demo", "model_provider": "rayline", **settings})
+        (self._home / "config.toml").write_text(f"{config}\n[model_providers.rayline]\n{_toml(provider)}")
+        options = ["--json", "--skip-git-repo-check", "--sandbox", "danger-full-access"]
+        variables = {"CODEX_HOME": str(self._home), "RAYLINE_API_KEY": key}
+        return self._run(["codex", "exec", *options, *command, "--", prompt], variables)
 
     def _run(self, command: list[str], variables: dict[str, str]) -> Run:
         done = subprocess.run(

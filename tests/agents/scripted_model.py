@@ -1,6 +1,7 @@
 """A server as coding agents meet it: real HTTP, router, template and parsers; what the model writes is a script."""
 
 import asyncio
+import hashlib
 import json
 import socket
 import threading
@@ -16,6 +17,10 @@ from scripted_engine import ScriptedEngine, model_config
 from deployments.config import AppConfig
 from deployments.replica import engine_factory
 from deployments.replica.engine_replica import EngineReplica
+from deployments.router.keys import ApiKey
+
+KEY = "sk-agents"
+"""What every client must bring."""
 
 CONTEXT = 2**17
 """Tokens; the demo checkpoint's tokenizer makes one of each byte, and an agent's first request has 90 kB."""
@@ -132,7 +137,8 @@ class AgentServer:
             raise self._failure
 
     async def _serve(self) -> None:
-        service = Service(self._config, LocalClient([EngineReplica(self._config, "replica")]))
+        key = ApiKey("agents", hashlib.sha256(KEY.encode()).digest())
+        service = Service(self._config, LocalClient([EngineReplica(self._config, "replica")]), (key,))
         await service.router.wait_until_ready()
         server = self._server = uvicorn.Server(uvicorn.Config(service.api, lifespan="off", log_level="warning"))
         self._ready.set()

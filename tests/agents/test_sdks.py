@@ -11,7 +11,7 @@ import pytest
 from agents import Agent, Runner, function_tool
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
-from scripted_model import CONTEXT, AgentServer, called
+from scripted_model import CONTEXT, KEY, AgentServer, called
 
 QUESTION = {"role": "user", "content": "What is 17 + 25?"}
 PARAMETERS = {
@@ -41,7 +41,7 @@ def url(server: AgentServer) -> str:
 
 @pytest.fixture
 def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
 
 
 def check_history(server: AgentServer) -> None:
@@ -113,7 +113,7 @@ def test_openai_responses_go_on_from_the_last(server: AgentServer, client: opena
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_anthropic_messages_echo_their_blocks(server: AgentServer, url: str, streamed: bool):
-    messages = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0).messages
+    messages = anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0).messages
     asked: dict[str, Any] = {"model": "demo", "max_tokens": 500, "tools": [ANTHROPIC_TOOL]}
     if streamed:
         with messages.stream(messages=[QUESTION], **asked) as stream:
@@ -133,7 +133,7 @@ def test_anthropic_runs_tools_itself(url: str):
         """Adds."""
         return str(a + b)
 
-    client = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0)
+    client = anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0)
     runner = client.beta.messages.tool_runner(
         model="demo", max_tokens=500, tools=[add], messages=[QUESTION], betas=["context-management-2025-06-27"],
         context_management={"edits": [{"type": "clear_tool_uses_20250919"}]},
@@ -146,7 +146,7 @@ def test_anthropic_runs_tools_itself(url: str):
 def test_litellm_echoes_messages(url: str, provider: str, streamed: bool):
     base = f"{url}/v1" if provider == "openai" else url
     asked: dict[str, Any] = {
-        "model": f"{provider}/demo", "api_base": base, "api_key": "unused", "tools": [TOOL], "max_retries": 0
+        "model": f"{provider}/demo", "api_base": base, "api_key": KEY, "tools": [TOOL], "max_retries": 0
     }  # fmt: skip
     answer = litellm.completion(messages=[QUESTION], stream=streamed, **asked)
     if streamed:
@@ -163,7 +163,7 @@ def test_litellm_knows_an_overlong_prompt(url: str, provider: str):
     base = f"{url}/v1" if provider == "openai" else url
     with pytest.raises(litellm.ContextWindowExceededError):
         litellm.completion(
-            model=f"{provider}/demo", api_base=base, api_key="unused", max_retries=0,
+            model=f"{provider}/demo", api_base=base, api_key=KEY, max_retries=0,
             messages=[{"role": "user", "content": "x" * CONTEXT}],
         )  # fmt: skip
 
@@ -172,13 +172,10 @@ def test_litellm_knows_an_overlong_prompt(url: str, provider: str):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_langchain_echoes_messages(server: AgentServer, url: str, api: str, streamed: bool):
     model = ChatOpenAI(
-        model="demo", base_url=f"{url}/v1", api_key="unused", max_retries=0, use_responses_api=api == "responses"
+        model="demo", base_url=f"{url}/v1", api_key=KEY, max_retries=0, use_responses_api=api == "responses"
     ).bind_tools([TOOL])
     turns: list[Any] = [HumanMessage("What is 17 + 25?")]
-    if streamed:
-        message = sum(model.stream(turns), start=AIMessageChunk(""))
-    else:
-        message = model.invoke(turns)
+    message = sum(model.stream(turns), start=AIMessageChunk("")) if streamed else model.invoke(turns)
     (call,) = message.tool_calls
     assert (call["name"], call["args"]) == ("add", {"a": 17, "b": 25})
     answer = model.invoke([*turns, message, ToolMessage("42", tool_call_id=call["id"])])
@@ -195,7 +192,7 @@ async def test_openai_agents_run_tools(server: AgentServer, url: str, model_clas
         return str(a + b)
 
     agents_sdk.set_tracing_disabled(True)  # it would report to another server
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
         agent = Agent(name="Adder", instructions="You add.", tools=[add], model=model_class("demo", client))
         if streamed:
             run = Runner.run_streamed(agent, "What is 17 + 25?")
