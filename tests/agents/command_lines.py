@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripted_model import KEY
+from agent_server import KEY
 
 PROGRAMS = Path(__file__).parent / "node_modules" / ".bin"
 TIMEOUT_S = 60

@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from agent_server import AgentServer
 from command_lines import Agents, install_hint
-from scripted_model import AgentServer, agent_server
+from scripted_model import scripted_model
 
 
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentServer]:
-    with pytest.MonkeyPatch.context() as patch, agent_server(tmp_path_factory.mktemp("model"), patch) as server:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        AgentServer(*scripted_model(tmp_path_factory.mktemp("model"), patch)) as server,
+    ):
         yield server
 
 

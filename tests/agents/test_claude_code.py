@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from agent_server import KEY, AgentServer
 from command_lines import Agents, Run
 from png import write_png
-from scripted_model import CONTEXT, KEY, AgentServer, called
+from scripted_model import CONTEXT, called
 
 QUESTION = "What is 17 + 25?"
 SHELL_CALL = called("Bash", command="echo nineteen-$((17 + 25))", description="Adds")

@@ -8,10 +8,11 @@ import anthropic
 import litellm
 import openai
 import pytest
+from agent_server import KEY, AgentServer
 from agents import Agent, Runner, function_tool
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
-from scripted_model import CONTEXT, KEY, AgentServer, called
+from scripted_model import CONTEXT, called
 
 QUESTION = {"role": "user", "content": "What is 17 + 25?"}
 PARAMETERS = {

@@ -1,26 +1,15 @@
-"""A server as coding agents meet it: real HTTP, router, template and parsers; what the model writes is a script."""
+"""A model that writes what a script says of its prompt, behind the real template, router and parsers."""
 
-import asyncio
-import hashlib
 import json
-import socket
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import uvicorn
-from in_process import LocalClient, Service, end_service
 from scripted_engine import ScriptedEngine, model_config
 
 from deployments.config import AppConfig
 from deployments.replica import engine_factory
-from deployments.replica.engine_replica import EngineReplica
-from deployments.router.keys import ApiKey
-
-KEY = "sk-agents"
-"""What every client must bring."""
 
 CONTEXT = 2**17
 """Tokens; the demo checkpoint's tokenizer makes one of each byte, and an agent's first request has 90 kB."""
@@ -96,58 +85,10 @@ class _Engine(ScriptedEngine):
         return self._answers[row.request.request_id]
 
 
-class AgentServer:
-    """Serves a scripted model on a real socket, in a thread; run it as a context manager.
-
-    Attributes:
-        model: its script may change between two requests.
-        url: where it answers.
-    """
-
-    def __init__(self, config: AppConfig, model: ScriptedModel) -> None:
-        self.model = model
-        self._config = config
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        self._failure: BaseException | None = None
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run_to_end)
-
-    def __enter__(self) -> "AgentServer":
-        self._thread.start()
-        self._ready.wait()
-        self._raise_failure()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-        self._raise_failure()
-
-    def _run_to_end(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:  # noqa: BLE001 - the thread's edge: raised again in the test's thread
-            self._failure = error
-        finally:
-            self._ready.set()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    async def _serve(self) -> None:
-        key = ApiKey("agents", hashlib.sha256(KEY.encode()).digest())
-        service = Service(self._config, LocalClient([EngineReplica(self._config, "replica")]), (key,))
-        await service.router.wait_until_ready()
-        server = self._server = uvicorn.Server(uvicorn.Config(service.api, lifespan="off", log_level="warning"))
-        self._ready.set()
-        await server.serve([self._listening])
-        await end_service(service)
-
-
-def agent_server(directory: Path, monkeypatch: pytest.MonkeyPatch, template: str = TEMPLATE) -> AgentServer:
-    """A server of a model with this chat template and a context that agents need."""
+def scripted_model(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, template: str = TEMPLATE
+) -> tuple[AppConfig, ScriptedModel]:
+    """A service of a model with this chat template and the context that agents need, and the model."""
     model = ScriptedModel()
     monkeypatch.setattr(engine_factory, "EmulatedEngine", type("Scripted", (_Engine,), {"model": model}))
     config = model_config(
@@ -155,4 +96,4 @@ def agent_server(directory: Path, monkeypatch: pytest.MonkeyPatch, template: str
         engine={"max_batch_size": 8, "num_pages": 2 * CONTEXT // 16},
         emulation={"tokens_per_s": 5000.0, "prefill_tokens_per_s": 1e7, "max_seq_len": CONTEXT},
     )  # fmt: skip
-    return AgentServer(config, model)
+    return config, model
