@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from agent_server import KEY
 
 PROGRAMS = Path(__file__).parent / "node_modules" / ".bin"
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 
 def install_hint() -> str | None:
@@ -66,13 +67,20 @@ class Agents:
         return self._run(["codex", "exec", *options, *command, "--", prompt], variables)
 
     def _run(self, command: list[str], variables: dict[str, str]) -> Run:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [str(PROGRAMS / command[0]), *command[1:]],
             env={"HOME": str(self._home), "PATH": os.environ["PATH"], **variables},
-            cwd=self.work, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+            cwd=self.work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )  # fmt: skip
-        events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        return Run(done.returncode, events, done.stderr)
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT_S)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
+            process.communicate()
+            raise
+        events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        return Run(process.returncode, events, errors)
 
 
 def _toml(table: dict[str, object]) -> str:
