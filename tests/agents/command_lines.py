@@ -1,7 +1,8 @@
-"""The agents' own programs, pointed at a server: as docs/agents.md says, with homes that are empty."""
+"""The agents' own programs, pointed at a server: set up as docs/agents.md says."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from agent_server import KEY
 
 PROGRAMS = Path(__file__).parent / "node_modules" / ".bin"
+PAGE = Path(__file__).parents[2] / "docs" / "agents.md"
+"""What users are told to set."""
 TIMEOUT_S = 120
 
 
@@ -39,30 +42,28 @@ class Agents:
     """Runs the agents against the server at `url`; what they leave behind is in `directory`."""
 
     def __init__(self, url: str, directory: Path) -> None:
-        self._url = url
         self._home = directory / "home"
         self.work = directory / "work"
         for path in (self._home, self.work):
             path.mkdir()
+        page = PAGE.read_text().replace("http://localhost:8000", url).replace("my-model", "demo")
+        self._exports = dict(re.findall(r"([A-Z_]+)=(\S+)", page[page.index("$ export ANTHROPIC_") :].split("```")[0]))
+        (self._home / "config.toml").write_text(page.partition("```toml\n")[2].split("```")[0])
 
     def claude_code(self, prompt: str, *options: str, **environment: str) -> Run:
-        """One prompt to Claude Code; `environment` goes over what the documentation says to set."""
-        variables = {
-            "ANTHROPIC_BASE_URL": self._url, "ANTHROPIC_API_KEY": KEY, "ANTHROPIC_MODEL": "demo",
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "CLAUDE_CODE_MAX_RETRIES": "0", **environment,
-        }  # fmt: skip
+        """One prompt to Claude Code; `environment` goes over what the documentation says to export."""
+        variables = {**self._exports, "ANTHROPIC_AUTH_TOKEN": KEY, "CLAUDE_CODE_MAX_RETRIES": "0", **environment}
         command = ["claude", "--print", "--output-format", "stream-json", "--verbose", *options, "--", prompt]
         return self._run(command, {name: value for name, value in variables.items() if value})
 
     def codex(self, prompt: str, *, command: tuple[str, ...] = (), key: str = KEY, **settings: object) -> Run:
-        """One prompt to Codex; `settings` go into its configuration, `command` says what else to do than begin."""
-        provider = {
-            "name": "Rayline", "base_url": f"{self._url}/v1", "wire_api": "responses", "env_key": "RAYLINE_API_KEY",
-            "request_max_retries": 0, "stream_max_retries": 0,
-        }  # fmt: skip
-        config = _toml({"model": "demo", "model_provider": "rayline", **settings})
-        (self._home / "config.toml").write_text(f"{config}\n[model_providers.rayline]\n{_toml(provider)}")
-        options = ["--json", "--skip-git-repo-check", "--sandbox", "danger-full-access"]
+        """One prompt to Codex; `settings` go over what the documentation says to configure.
+
+        `command` says what else to do than begin a conversation.
+        """
+        changes = {"model_providers.rayline.request_max_retries": 0, "model_providers.rayline.stream_max_retries": 0}
+        overrides = [f"--config={name}={json.dumps(value)}" for name, value in {**changes, **settings}.items()]
+        options = ["--json", "--skip-git-repo-check", "--sandbox", "danger-full-access", *overrides]
         variables = {"CODEX_HOME": str(self._home), "RAYLINE_API_KEY": key}
         return self._run(["codex", "exec", *options, *command, "--", prompt], variables)
 
@@ -81,8 +82,3 @@ class Agents:
             raise
         events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         return Run(process.returncode, events, errors)
-
-
-def _toml(table: dict[str, object]) -> str:
-    """Strings and numbers are written in TOML as in JSON."""
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())

@@ -54,12 +54,12 @@ def test_the_second_request_finds_the_first_in_the_prefix_cache(server: AgentSer
     assert usage["cache_read_input_tokens"] >= len(first) - 16
 
 
-def test_a_bearer_token_does_as_well_as_a_key(server: AgentServer, agents: Agents):
-    assert final_text(agents.claude_code("Hi", ANTHROPIC_API_KEY="", ANTHROPIC_AUTH_TOKEN=KEY)) == "Hello."
+def test_a_key_does_as_well_as_a_bearer_token(server: AgentServer, agents: Agents):
+    assert final_text(agents.claude_code("Hi", ANTHROPIC_API_KEY=KEY, ANTHROPIC_AUTH_TOKEN="")) == "Hello."
 
 
 def test_a_wrong_key_is_named_as_such(server: AgentServer, agents: Agents):
-    (end,) = agents.claude_code("Hi", ANTHROPIC_API_KEY="sk-other").of_type("result")
+    (end,) = agents.claude_code("Hi", ANTHROPIC_AUTH_TOKEN="sk-other").of_type("result")
     assert end["is_error"]
     assert end["api_error_status"] == 401, end
     assert not server.model.prompts
