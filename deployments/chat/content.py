@@ -37,7 +37,7 @@ def _part_text(part: Any, role: str | None, info: ValidationInfo) -> str | None:
         return part
     if not isinstance(part, dict):
         raise ValueError("each part must be an object")
-    kind = part.get("type", "text")
+    kind = part.get("type") or "text"
     field = _TEXTS.get(kind) if isinstance(kind, str) else None
     text = part.get(field) if field is not None else None
     if isinstance(text, str):

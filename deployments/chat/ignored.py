@@ -71,7 +71,8 @@ def _places(body: Any, wanted: set[int]) -> dict[int, _Place | None]:
         if id(value) in wanted:
             found[id(value)] = place
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        left.extend(((place, key), item) for key, item in items if isinstance(item, (dict, list)))
+        inner = [((place, key), item) for key, item in items if type(item) is dict or type(item) is list]
+        left.extend(reversed(inner))  # so that the first of many is met first
     return found
 
 

@@ -86,6 +86,20 @@ _TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
 """Roles that templates know under another name."""
 
 
+def check_continued(messages: Sequence[ChatMessage] | None, add_generation_prompt: bool | None) -> None:
+    """Refuse to go on with a last message that is no text of the assistant's, or behind which something is to come.
+
+    Raises:
+        APIError: a 400.
+    """
+    name = "continue_final_message"
+    last = messages[-1] if messages else None
+    if last is None or last.role != "assistant" or not last.content or last.calls:
+        raise invalid(f"{name}: the last message must be the assistant's, with a text and no calls", name)
+    if add_generation_prompt:
+        raise invalid(f"{name}: goes on with the last message; leave out add_generation_prompt", name)
+
+
 def check_messages(messages: Sequence[ChatMessage]) -> None:
     """Refuse calls whose arguments hold too much, and answers of tools that nobody called.
 

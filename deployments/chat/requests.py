@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.chat.errors import invalid
-from deployments.chat.messages import ChatMessage, check_messages
+from deployments.chat.messages import ChatMessage, check_continued, check_messages
 from deployments.chat.structured import StructuredFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, allowed_tools, check_tools
-from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel, whole_numbers
+from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
 from deployments.config import MAX_PRIORITY, MIN_PRIORITY
 from llm.config import MAX_TOP_LOGPROBS
 from llm.serving.schemas import INT64_MAX
@@ -50,6 +50,8 @@ def _check_logit_bias(value: Any) -> Any:
     for key, weight in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 9):
             raise invalid("logit_bias: keys must be token ids", "logit_bias")
+        if weight is None:
+            continue
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not -100 <= weight <= 100:
             raise invalid("logit_bias: values must be numbers from -100 to 100", "logit_bias")
         bias[int(key)] = float(weight)
@@ -61,7 +63,8 @@ def _check_allowed(value: Any) -> Any:
         return None
     if not isinstance(value, list) or not value:
         raise invalid("allowed_token_ids: must be an array of at least one token id", "allowed_token_ids")
-    return checked_token_ids(value, "allowed_token_ids")
+    check_token_ids(value, "allowed_token_ids")
+    return value
 
 
 class StreamOptions(WireModel):
@@ -199,20 +202,11 @@ class ChatRequest(SamplingFields):
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs: only with logprobs set to true", "top_logprobs")
         if self.continue_final_message:
-            self._check_continued()
+            check_continued(self.messages, self.add_generation_prompt)
         check_tools(self.tools, self.tool_choice)
         self.tools, self.tool_choice = allowed_tools(self.tools, self.tool_choice)
         check_messages(self.messages)
         return self
-
-    def _check_continued(self) -> None:
-        last = self.messages[-1]
-        if last.role != "assistant" or not last.content or last.calls:
-            raise invalid("continue_final_message: the last message must be the assistant's, with a text and no calls",
-                          "continue_final_message")  # fmt: skip
-        if self.add_generation_prompt:
-            raise invalid("continue_final_message: goes on with the last message; leave out add_generation_prompt",
-                          "continue_final_message")  # fmt: skip
 
     @property
     def takes_long(self) -> bool:
@@ -247,25 +241,24 @@ def check_prompt(value: Any, param: str = "prompt") -> Any:
         if not all(isinstance(item, str) and item for item in value):
             raise invalid(f"{param}: each must be a string that is not empty", param)
     elif isinstance(first, list):
-        if not all(isinstance(item, list) and item for item in value):
-            raise invalid(f"{param}: each must be a list of token ids that is not empty", param)
-        return [checked_token_ids(item, param) for item in value]
+        for item in value:
+            if not isinstance(item, list) or not item:
+                raise invalid(f"{param}: each must be a list of token ids that is not empty", param)
+            check_token_ids(item, param)
     else:
-        return checked_token_ids(value, param)
+        check_token_ids(value, param)
     return value
 
 
-def checked_token_ids(ids: list[Any], param: str) -> list[int]:
-    """The ids, each of which must be a whole number from 0 up; booleans and fractions are none.
+def check_token_ids(ids: list[Any], param: str) -> None:
+    """Each must be a whole number from 0 up; booleans and fractions are none.
 
     Raises:
         APIError: one is not.
     """
-    ids = whole_numbers(ids)
     for token_id in ids:
         if type(token_id) is not int or token_id < 0:
             raise invalid(f"{param}: token ids must be whole numbers from 0 up", param)
-    return ids
 
 
 class CompletionRequest(SamplingFields):
@@ -323,6 +316,12 @@ class TokenizeRequest(RequestBody):
     """With a prompt: put the special tokens around it that the model's tokenizer does. True by default."""
     add_generation_prompt: bool | None = None
     """With messages: end with what opens the assistant's answer. True by default."""
+    continue_final_message: bool | None = None
+    """With messages: end where the last message, an assistant's, ends."""
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    """With messages: functions that the model is told of."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """With messages: variables for the model's chat template."""
     return_token_strs: bool | None = None
     """Give each token's text too."""
 
@@ -330,13 +329,23 @@ class TokenizeRequest(RequestBody):
     def _check(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise invalid("give exactly one of prompt and messages", "prompt")
+        if self.continue_final_message:
+            check_continued(self.messages, self.add_generation_prompt)
+        check_tools(self.tools, None)
+        check_messages(self.messages or [])
         return self
+
+    @property
+    def takes_long(self) -> bool:
+        """See `RequestBody`; templates may do much with tools and variables."""
+        return bool(self.tools or self.chat_template_kwargs)
 
 
 def _check_tokens(value: Any) -> Any:
     if not isinstance(value, list):
         raise invalid("tokens: must be a list of token ids", "tokens")
-    return checked_token_ids(value, "tokens")
+    check_token_ids(value, "tokens")
+    return value
 
 
 class DetokenizeRequest(RequestBody):

@@ -18,7 +18,8 @@ def render_turns(
     """The chat's text.
 
     Templates differ in what they refuse. Where one refuses the turns as they are, they are told in another form: with
-    arguments that are no JSON object inside one, and with all system messages as one in front.
+    arguments that are no JSON object inside one, with all system messages as one in front, and with the text of these
+    in front of the user's.
 
     Args:
         turns: as templates know them, the first one first.
@@ -66,6 +67,9 @@ def _forms(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
     merged = _with_one_system_turn(with_objects)
     if merged != with_objects:
         yield merged
+    if len(merged) > 1 and [turn["role"] for turn in merged[:2]] == ["system", "user"]:
+        system, user, *rest = merged
+        yield [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def _with_objects(turn: Turn) -> Turn:

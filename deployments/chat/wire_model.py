@@ -2,7 +2,7 @@
 
 At every depth of a body:
 
-- `null` is absence, of a field and of an item in a list.
+- `null` is absence, of a field and of an item in a list, but not of a token id in a list of these.
 - A field that no model declares is ignored, and so is one declared as `NoEffect`. An `IgnoredFields` given as the
   validation's context collects them; if it is strict, undeclared fields are refused.
 - A field declared as `Unsupported` is refused with its name, unless its value asks for nothing.
@@ -70,29 +70,28 @@ class _Fields:
         unsupported: fields that are refused unless they ask for nothing.
         no_effect: fields that are always ignored.
         numbers: fields that hold a whole number.
-        lists: fields that may hold a list, and whether it is one of whole numbers.
+        lists: fields that may hold a list of anything but numbers.
     """
 
     plain: frozenset[str]
     unsupported: Mapping[str, Unsupported]
     no_effect: frozenset[str]
     numbers: tuple[str, ...]
-    lists: tuple[tuple[str, bool], ...]
+    lists: tuple[str, ...]
 
 
 def _treatment(model: type[BaseModel]) -> _Fields:
     markers: dict[str, Any] = {}
     numbers: list[str] = []
-    lists: list[tuple[str, bool]] = []
+    lists: list[str] = []
     for key, field in model.model_fields.items():
         name = field.alias or key
         markers[name] = next((mark for mark in field.metadata if isinstance(mark, (_NoEffect, Unsupported))), None)
         forms = _forms(field.annotation)
         if int in forms and float not in forms:
             numbers.append(name)
-        found = [form for form in forms if get_origin(form) is list]
-        if found:
-            lists.append((name, all(int in _forms(get_args(form)[0]) for form in found)))
+        if any(get_origin(form) is list and int not in _forms(get_args(form)[0]) for form in forms):
+            lists.append(name)
     return _Fields(
         frozenset(name for name, mark in markers.items() if mark is None),
         {name: mark for name, mark in markers.items() if isinstance(mark, Unsupported)},
@@ -139,7 +138,7 @@ class WireModel(BaseModel):
         kept = value
         if not value.keys() <= fields.plain or None in value.values():
             kept = _kept(value, fields, cls.__name__, info.context)
-        changed = _normalized(kept, fields)
+        changed = _normalized(kept, fields) if fields.numbers or fields.lists else None
         return {**kept, **changed} if changed else kept
 
 
@@ -163,13 +162,6 @@ def note_ignored(info: ValidationInfo, kind: str, owner: dict[str, Any], name: s
 def is_strict(info: ValidationInfo) -> bool:
     """Whether a validator of its own must refuse unknown fields."""
     return isinstance(info.context, IgnoredFields) and info.context.is_strict
-
-
-def whole_numbers(values: list[Any]) -> list[Any]:
-    """The same list with integers in place of floats that have no fraction."""
-    if not any(type(value) is float for value in values):
-        return values
-    return [int(value) if type(value) is float and value.is_integer() else value for value in values]
 
 
 def type_tag(value: Any, default: str = "") -> str:
@@ -205,12 +197,8 @@ def _normalized(value: dict[str, Any], fields: _Fields) -> dict[str, Any]:
         number = value.get(name)
         if type(number) is float and number.is_integer():
             changed[name] = int(number)
-    for name, is_of_numbers in fields.lists:
+    for name in fields.lists:
         items = value.get(name)
-        if type(items) is not list:
-            continue
-        if None in items:
-            items = changed[name] = [item for item in items if item is not None]
-        if is_of_numbers:
-            changed[name] = whole_numbers(items)
+        if type(items) is list and None in items:
+            changed[name] = [item for item in items if item is not None]
     return changed

@@ -111,3 +111,22 @@ async def test_what_asks_for_nothing_special_is_taken(make_service: ServiceFacto
     service = await make_service()
     answer = await service.post(CHAT, **{"messages": HI, "max_tokens": 3, **fields})
     assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [A, B]},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [*HI, {"role": "assistant", "content": "It is "}], "continue_final_message": True},
+        {"messages": [*HI, {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "a"}}]},
+                      {"role": "tool", "tool_call_id": "c", "content": "18"}], "tools": [A]},
+    ],
+)  # fmt: skip
+async def test_tokenizing_counts_the_prompt_of_the_chat(make_service: ServiceFactory, tmp_path: Path, fields: dict):
+    service = await make_service(model_config(tmp_path, THINK_TEMPLATE))
+    body = {"messages": HI, **fields}
+    tokens = await service.post("/tokenize", **body)
+    plain = await service.post("/tokenize", messages=HI)
+    chat = await service.post(CHAT, max_tokens=1, **body)
+    assert tokens.json()["count"] == chat.json()["usage"]["prompt_tokens"] != plain.json()["count"]

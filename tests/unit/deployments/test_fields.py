@@ -127,11 +127,9 @@ def test_null_is_absence_at_every_depth():
 
 
 def test_whole_numbers_may_be_written_as_floats():
-    parsed, _ = parse(ChatRequest, body(max_tokens=3.0, n=2.0, seed=-1.0, stop_token_ids=[5.0], temperature=1))
-    assert (parsed.max_tokens, parsed.n, parsed.seed, parsed.stop_token_ids) == (3, 2, -1, [5])
+    parsed, _ = parse(ChatRequest, body(max_tokens=3.0, n=2.0, seed=-1.0, temperature=1))
+    assert (parsed.max_tokens, parsed.n, parsed.seed) == (3, 2, -1)
     assert type(parsed.max_tokens) is int
-    completion, _ = parse(CompletionRequest, body(prompt=[[1.0, 2], [3]]))
-    assert completion.prompt == [[1, 2], [3]]
     for wrong in ({"max_tokens": 3.5}, {"max_tokens": "3"}, {"max_tokens": True}, {"max_tokens": 1e18 + 0.0, "n": 1.5}):
         with pytest.raises(APIError):
             ignored(**wrong)

@@ -126,6 +126,16 @@ def test_templates_that_want_the_system_message_first_get_it_there(tokenizer):
     assert text == "system: Be brief.\nuser: hi\nsystem: Be kind.\nuser: and?\n", "it stays in its place where it may"
 
 
+def test_templates_without_system_messages_get_their_text_with_the_users(tokenizer):
+    """As Gemma 2's, which agents could not use else."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    text = render_turns(tokenizer(template), [{"role": "system", "content": "Be brief."}, HI, BROKEN]).text
+    assert text == "user: Be brief.\n\nhi\nassistant: \n"
+
+
 def test_what_a_template_refuses_for_good_is_told_in_its_own_words(tokenizer):
     template = "{{ raise_exception('Roles must alternate.') }}"
     with pytest.raises(InvalidRequestError, match=r"^Roles must alternate\.$"):
