@@ -98,7 +98,10 @@ def _keys_given(scope: Scope) -> list[bytes]:
     given = []
     for name, value in scope["headers"]:
         if name == b"authorization":
-            given.append(value[7:].strip() if value[:7].lower() == b"bearer " else b"")
+            scheme, _, token = value.strip().partition(b" ")
+            is_bearer = scheme.lower() == b"bearer"
+            if not is_bearer or token:  # some clients send the word with nothing behind it, beside another header
+                given.append(token.strip() if is_bearer else b"")
         elif name == b"x-api-key":
             given.append(value.strip())
     return given

@@ -18,8 +18,8 @@ def render_turns(
     """The chat's text.
 
     Templates differ in what they refuse. Where one refuses the turns as they are, they are told in another form: with
-    arguments that are no JSON object inside one, with all system messages as one in front, and with the text of these
-    in front of the user's.
+    arguments that are no JSON object inside one, with all system messages as one in front, with what the user says
+    several times in a row as one turn, and with the system's text in front of the user's.
 
     Args:
         turns: as templates know them, the first one first.
@@ -57,27 +57,23 @@ def _cut(chat: RenderedChat, mark: str) -> RenderedChat:
     return RenderedChat(text, chat.disguise)
 
 
-def _forms(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
-    """The turns, then those other forms that differ from them, the closest first."""
-    yield turns
-    with_objects = [_with_objects(turn) for turn in turns]
-    has_texts = with_objects != list(turns)
-    if has_texts:
-        yield with_objects
-    merged = _with_one_system_turn(with_objects)
-    if merged != with_objects:
-        yield merged
-    if len(merged) > 1 and [turn["role"] for turn in merged[:2]] == ["system", "user"]:
-        system, user, *rest = merged
-        yield [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+def _forms(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
+    """The turns, then those other forms that differ from them, the closest first; each change stays in what follows."""
+    form = list(turns)
+    yield form
+    for change in (_with_objects, _with_one_system_turn, _with_alternating_turns, _without_system_turn):
+        changed = change(form)
+        if changed != form:
+            form = changed
+            yield form
 
 
-def _with_objects(turn: Turn) -> Turn:
-    """The turn with the arguments of each call as an object."""
-    calls = turn.get("tool_calls", ())
-    if all(isinstance(call["function"]["arguments"], dict) for call in calls):
-        return turn
-    return {**turn, "tool_calls": [_with_object(call) for call in calls]}
+def _with_objects(turns: list[Turn]) -> list[Turn]:
+    """The arguments of each call are an object: a text goes into one."""
+    return [
+        {**turn, "tool_calls": [_with_object(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
+        for turn in turns
+    ]
 
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:
@@ -88,9 +84,27 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_one_system_turn(turns: list[Turn]) -> list[Turn]:
-    """The turns with the texts of all system messages in front."""
-    system = [turn for turn in turns if turn["role"] == "system"]
-    if not system or (len(system) == 1 and turns[0] is system[0]):
+    """The texts of all system messages stand in front, in one."""
+    texts = [turn["content"] for turn in turns if turn["role"] == "system"]
+    if not texts:
         return turns
-    content = "\n\n".join(turn["content"] for turn in system)
-    return [{"role": "system", "content": content}, *(turn for turn in turns if turn["role"] != "system")]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *(turn for turn in turns if turn["role"] != "system")]
+
+
+def _with_alternating_turns(turns: list[Turn]) -> list[Turn]:
+    """What the user says several times in a row is one turn."""
+    merged: list[Turn] = []
+    for turn in turns:
+        if merged and turn["role"] == merged[-1]["role"] == "user":
+            merged[-1] = {**merged[-1], "content": f"{merged[-1]['content']}\n\n{turn['content']}"}
+        else:
+            merged.append(turn)
+    return merged
+
+
+def _without_system_turn(turns: list[Turn]) -> list[Turn]:
+    """The text of the system message stands in front of the user's."""
+    if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+        return turns
+    system, user, *rest = turns
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]

@@ -93,6 +93,10 @@ CASES: dict[str, tuple[str, dict]] = {
     "a million ids": (COMPLETIONS, {"prompt": [97] * 1_000_000, "max_tokens": 2}),
     "log probabilities": (CHAT, {"messages": HI, "n": 8, "max_tokens": 400, "logprobs": True, "top_logprobs": 20}),
     "long answers": (COMPLETIONS, {"prompt": "a", "n": 16, "max_tokens": 500, "stop": ["zzzz", "yyyy"]}),
+    "many stop strings": (COMPLETIONS, {
+        "prompt": "a", "n": 16, "max_tokens": 500, "stop": [f"{'z' * 20}{i}" for i in range(64)]}),
+    "many marks": ("/v1/messages", {"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "a b", "cache_control": {"type": "ephemeral"}}] * 10_000}], "max_tokens": 2}),
     "tokenize": ("/tokenize", {"prompt": "a b" * 30_000, "return_token_strs": True}),
     "detokenize": ("/detokenize", {"tokens": [97] * 250_000}),
     "responses": ("/v1/responses", {"input": "a " * (SEVEN_MB // 2)}),

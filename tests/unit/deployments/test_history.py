@@ -126,6 +126,17 @@ def test_templates_that_want_the_system_message_first_get_it_there(tokenizer):
     assert text == "system: Be brief.\nuser: hi\nsystem: Be kind.\nuser: and?\n", "it stays in its place where it may"
 
 
+def test_templates_that_want_turns_to_alternate_get_the_users_as_one(tokenizer):
+    """Agents put what they know of their surroundings into a message of its own."""
+    template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    text = render_turns(tokenizer(template), [HI, BY, {"role": "assistant", "content": "yes"}, HI]).text
+    assert text == "user: hi\n\nand?\nassistant: yes\nuser: hi\n"
+
+
 def test_templates_without_system_messages_get_their_text_with_the_users(tokenizer):
     """As Gemma 2's, which agents could not use else."""
     template = (

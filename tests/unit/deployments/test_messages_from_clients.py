@@ -224,6 +224,10 @@ async def test_a_key_may_come_in_both_headers(make_service: ServiceFactory):
     for bearer, key, status in (("sk-1", "sk-1", 200), ("sk-1", "other", 401), ("other", "sk-1", 401)):
         headers = {"authorization": f"Bearer {bearer}", "x-api-key": key}
         assert (await service.http.post("/v1/messages", json=body, headers=headers)).status_code == status
+    for empty in ("Bearer ", "Bearer"):
+        headers = {"authorization": empty, "x-api-key": "sk-1"}
+        assert (await service.http.post("/v1/messages", json=body, headers=headers)).status_code == 200
+        assert (await service.http.post("/v1/messages", json=body, headers={"authorization": empty})).status_code == 401
 
 
 def test_a_request_as_agents_send_it_has_its_ignored_fields_named():
