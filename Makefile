@@ -51,7 +51,7 @@ test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster, on all cores
 
 # One process runs what shares a Ray cluster; the other, tests that start servers of their own.
 test-integration: $(VENV)/.dev  ## Run the tests of whole servers
-	$(BIN)/pytest tests/integration tests/e2e tests/gpu --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest tests/integration tests/e2e tests/gpu --numprocesses 2 --dist loadfile
 
 # Both programs come as binaries in npm packages; no script of theirs is run but the one that puts the binary in place.
 $(AGENTS)/.installed: tests/agents/package-lock.json

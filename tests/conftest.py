@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,13 +22,23 @@ if TYPE_CHECKING:
     from chaos.fleet import Fleet
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, have one run all tests of the session's cluster; each of the other files is apart."""
-    for item in items:
-        if "unit" not in item.path.relative_to(ROOT).parts:
-            uses_cluster = "server" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("cluster" if uses_cluster else item.path.name))
+_ALONE = {"test_behind_haproxy.py", "test_command_line.py", "test_engine_faults.py", "test_front_ends.py"}
+"""Integration tests that start servers of their own, or need none."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes and `--dist loadfile`, have one run all that uses the session's cluster."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(super()._split_scope(nodeid))
+            return str(path) if path.name in _ALONE or "gpu" in path.parts else "cluster"
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from live_server import Server
 
-from chaos import channel_faults, embedding_faults, engine_faults, faults, scaling_faults, verdict_faults
+from chaos import embedding_faults, faults, scaling_faults, verdict_faults
 from chaos.fleet import Fleet, Outcome
 
 pytestmark = pytest.mark.timeout(120)
@@ -45,18 +45,3 @@ def test_a_fleet_outlives(fleet: Fleet, fault):
 )
 def test_a_fleet_of_its_own(server: Server, fault):
     check(asyncio.run(fault(server.url)))
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        engine_faults.f4_forward_fails,
-        partial(engine_faults.f9_small_pool, num_requests=16, num_tokens=60),
-        partial(channel_faults.f17_frame_lost, num_streams=16, num_tokens=150),
-        partial(channel_faults.f19_router_stuck, seconds=3, logprobs=(5,)),
-        partial(channel_faults.f20_strangers, seconds=2),
-    ],
-    ids=["F4", "F9", "F17", "F19", "F20"],
-)
-def test_what_needs_no_cluster(fault):
-    check(asyncio.run(fault("")))

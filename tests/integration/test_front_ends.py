@@ -1,4 +1,4 @@
-"""`make serve`, README's first command, with HAProxy and the throughput flag, and what stops a start."""
+"""`make serve`, with HAProxy and the throughput flag, and what stops a start."""
 
 import os
 import re
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,7 +17,6 @@ from live_server import ROOT, Server, free_port, replica_pids, wait_until_ready
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import claimed_ports
-from llm.errors import ConfigError
 
 HAPROXY = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # with 1 an HAProxy may stay behind, and keep its ports
@@ -157,16 +155,3 @@ def test_an_open_port_without_keys_is_refused_before_ray_starts(tmp_path: Path):
     assert run.process.wait(60) != 0
     assert "allow_open_without_keys" in run.output
     assert "Started a local Ray instance" not in run.output
-
-
-def test_an_application_without_keys_is_refused_behind_an_open_port(server: Server, monkeypatch: pytest.MonkeyPatch):
-    """`serve run` and `serve deploy` ask nobody else: the builder looks where Serve really listens."""
-    from deployments import app
-    from deployments.config import AppConfig
-
-    front_end = app.find_front_end()
-    assert front_end.url == server.url
-    everywhere = replace(front_end, host="0.0.0.0")
-    monkeypatch.setattr(app, "find_front_end", lambda: everywhere)
-    with pytest.raises(ConfigError, match="allow_open_without_keys"):
-        app.build_app(AppConfig(model="configs/demo"))

@@ -1,7 +1,8 @@
-"""A changed `user_config` of the router takes effect, and restarts nothing."""
+"""What is decided as an application is deployed: a changed `user_config` restarts nothing, an open port needs keys."""
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ import pytest
 from live_server import Server
 
 from chaos.fleet import Fleet, emulated
+from llm.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -58,3 +60,16 @@ def test_user_config_changes_a_running_router(server: Server, deployed: Deployed
         lambda: asyncio.run(statuses(deployed.url)) == [200] * 3 + [429] * 2, what="the new bound has no effect"
     )
     assert (deployed.router_pids(), deployed.replica_pids()) == before, "something was restarted"
+
+
+def test_an_application_without_keys_is_refused_behind_an_open_port(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """`serve run` and `serve deploy` ask nobody else: the builder looks where Serve really listens."""
+    from deployments import app
+    from deployments.config import AppConfig
+
+    front_end = app.find_front_end()
+    assert front_end.url == server.url
+    everywhere = replace(front_end, host="0.0.0.0")
+    monkeypatch.setattr(app, "find_front_end", lambda: everywhere)
+    with pytest.raises(ConfigError, match="allow_open_without_keys"):
+        app.build_app(AppConfig(model="configs/demo"))

@@ -74,6 +74,17 @@ async def test_a_start_that_is_given_up_ends_the_waiting(empty: Service):
     assert (await asking).json()["error"]["code"] == "no_replica"
 
 
+async def test_a_controller_that_answers_no_more_keeps_nobody_waiting(empty: Service, monkeypatch):
+    """Its last word was that a replica is starting; that counts for a while."""
+    monkeypatch.setattr("deployments.fleet.watch._STARTING_LIFETIME_S", 2.0)
+    empty.client.starting = 1
+    asking = ask(empty)
+    await asyncio.sleep(3 * TIMEOUT_S)
+    assert not asking.done()
+    monkeypatch.setattr(empty.client, "num_starting", asyncio.Event().wait)
+    assert (await asking).json()["error"]["code"] == "no_replica"
+
+
 async def test_the_clients_own_timeout_counts(empty: Service):
     empty.client.starting = 1
     answer = await ask(empty, **{"X-Request-Timeout": "0.3"})
