@@ -112,6 +112,10 @@ class CountTokensRequest(RequestBody):
     """Not supported."""
     mcp_servers: Annotated[Any, Unsupported()] = None
     """Not supported."""
+    compaction: Annotated[Any, Unsupported()] = None
+    """Not supported: asks for a summary in place of an answer."""
+    thread: Annotated[Any, Unsupported()] = None
+    """Not supported: no conversation is kept. Anthropic's clients then send all of it each time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -162,7 +162,7 @@ async def test_errors_have_anthropics_shape(make_service: ServiceFactory, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"max_tokens": 10**6}, "max_tokens"),
+        ({"max_tokens": 10**10}, "max_tokens"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
         ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "tools[0].input_schema"),
