@@ -10,6 +10,7 @@ from scripted_engine import ScriptedEngine, model_config
 
 from deployments.config import AppConfig
 from deployments.replica import engine_factory
+from llm.serving.schemas import StepOutput
 
 CONTEXT = 2**17
 """Tokens; the demo checkpoint's tokenizer makes one of each byte, and an agent's first request has 90 kB."""
@@ -79,10 +80,12 @@ class _Engine(ScriptedEngine):
         super().__init__(*args, **options)
         self._answers: dict[str, bytes] = {}
 
-    def answer(self, row) -> bytes:
-        if row.request.request_id not in self._answers:
-            self._answers[row.request.request_id] = self.model.answer(row.prompt)
-        return self._answers[row.request.request_id]
+    def _advance(self, row) -> StepOutput:
+        request_id = row.request.request_id
+        if request_id not in self._answers:
+            self._answers[request_id] = self.model.answer(row.prompt)
+        self.script = self._answers[request_id]
+        return super()._advance(row)
 
 
 def scripted_model(
