@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from in_process import Service, ServiceFactory
-from scripted_model import ScriptedModel, called, scripted_model
+from scripted_model import ScriptedModel, called, scripted_model, told_name
 
 Start = Callable[[], Awaitable[tuple[Service, ScriptedModel]]]
 
@@ -258,8 +258,7 @@ async def test_codex_functions_keep_their_namespace(start: Start):
     service, model = await start()
 
     def delegate(prompt: str) -> str:
-        tool = next(line for line in prompt.splitlines() if "spawn_agent" in line)
-        return "Done." if "<tool_response>" in prompt else called(json.loads(tool)["function"]["name"], message="Go.")
+        return "Done." if "<tool_response>" in prompt else called(told_name(prompt, "spawn_agent"), message="Go.")
 
     model.follow(delegate)
     (item,) = (await response(service, codex()))["output"]
