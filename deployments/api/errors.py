@@ -10,6 +10,8 @@ from starlette.responses import Response
 from deployments.chat.errors import INVALID_REQUEST, SERVER_ERROR, APIError, PromptTooLongError
 
 _MESSAGES_PATH = "/v1/messages"
+_NO_THREADS = "thread_unsupported_request"
+"""By this code Anthropic's clients know that they must do without a conversation kept for them, and try again."""
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -54,7 +56,9 @@ def anthropic_error_body(error: APIError) -> bytes:
     message = error.message if is_named else f"{error.param}: {error.message}"
     if isinstance(error, PromptTooLongError):
         message = error.anthropic_message
-    detail = {"type": _ANTHROPIC_TYPES.get(error.status, default), "message": message}
+    detail: dict[str, Any] = {"type": _ANTHROPIC_TYPES.get(error.status, default), "message": message}
+    if error.param == "thread":
+        detail["details"] = {"error_code": _NO_THREADS}
     return msgspec.json.encode({"type": "error", "error": detail})
 
 

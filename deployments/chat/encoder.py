@@ -22,6 +22,9 @@ from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_reque
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+_MOST_TOKENS = 2**31 - 1
+"""Largest limit that a request may set. One that is larger than the room in the context, as those of clients often are
+that do not know the context, stands for that room."""
 _SUPPRESSED = -1e9
 """Bias under which no token is drawn, unless a grammar leaves nothing else."""
 
@@ -269,8 +272,8 @@ class PromptEncoder:
                 raise invalid(f"{name}: the answer's format says which tokens may come and where it ends", name)
         sampling = self._sampling(body)
         seed = new_seed() if body.seed is None else body.seed
-        if max_tokens is not None and max_tokens > self.info.max_seq_len:
-            raise invalid(f"{param}: at most the context length, {self.info.max_seq_len} tokens", param)
+        if max_tokens is not None and max_tokens > _MOST_TOKENS:
+            raise invalid(f"{param}: at most {_MOST_TOKENS}", param)
         requests = []
         for prompt in prompts:
             room = self.info.max_seq_len - len(prompt)

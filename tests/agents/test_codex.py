@@ -1,12 +1,10 @@
 """Codex, the real one, against the server."""
 
-import json
-
 import pytest
 from agent_server import AgentServer
 from command_lines import Agents, Run
 from png import write_png
-from scripted_model import CONTEXT, called
+from scripted_model import CONTEXT, called, told_name
 
 QUESTION = "What is 17 + 25?"
 SHELL_CALL = called("exec_command", cmd="echo nineteen-$((17 + 25))")
@@ -69,21 +67,17 @@ def test_two_calls_at_once(server: AgentServer, agents: Agents):
 
 def test_a_function_of_a_namespace_is_found_again(server: AgentServer, agents: Agents):
     """Codex runs such a call only if its namespace comes with it."""
-    name = "spawn_agent"
 
     def delegate(prompt: str) -> str:
         if "<tool_response>" in prompt:
             return "It is under way."
-        if f'"{name}"' in prompt and QUESTION in prompt:
-            tool = next(line for line in prompt.splitlines() if name in line and line.startswith("{"))
-            return called(json.loads(tool)["function"]["name"], message="Say hello.")
-        return "Hello."
+        return called(told_name(prompt, "spawn_agent"), message="Say hello.") if QUESTION in prompt else "Hello."
 
     server.model.follow(delegate)
     run = agents.codex(QUESTION)
     assert "It is under way." in texts(run)
     (call,) = items(run, "collab_tool_call")
-    assert (call["tool"], call["status"], len(call["receiver_thread_ids"])) == (name, "completed", 1)
+    assert (call["tool"], call["status"], len(call["receiver_thread_ids"])) == ("spawn_agent", "completed", 1)
 
 
 @pytest.mark.parametrize(

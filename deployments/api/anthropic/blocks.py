@@ -158,12 +158,14 @@ def _told(block: Block) -> str:
 
 
 def _text_in(block: OtherBlock) -> str | None:
-    """The text of a document or of a search result, if it has one."""
+    """The text of a document or of a search result, or the name of a tool that was found, if it has one."""
     source = block.get("source")
     if block.get("type") == "document" and isinstance(source, dict):
         found = source.get("data") if source.get("type") == "text" else source.get("content")
     elif block.get("type") == "search_result":
         found = block.get("content")
+    elif block.get("type") == "tool_reference":
+        found = block.get("tool_name")
     else:
         return None
     parts = found if isinstance(found, list) else [found]

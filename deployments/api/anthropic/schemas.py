@@ -5,14 +5,15 @@ After https://docs.anthropic.com/en/api/messages.
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from deployments.api.anthropic.blocks import Block, TextBlock, assistant_turn, check_block, system_text, user_turns
 from deployments.chat.errors import invalid, of_validation
 from deployments.chat.requests import MAX_MESSAGES, MAX_STOP_STRINGS, ChatRequest, Priority
+from deployments.chat.skipped import AnySkipped
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName
-from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
+from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel, type_tag
 
 
 class InputMessage(WireModel):
@@ -41,6 +42,13 @@ class AnthropicTool(WireModel):
     cache_control: NoEffect = None
     eager_input_streaming: NoEffect = None
     """Arguments always come as they are made."""
+
+
+def _tool_tag(value: Any) -> str:
+    return "[custom]" if type_tag(value, "custom") in ("[custom]", "") else "[skipped]"
+
+
+AnyTool = Annotated[Annotated[AnthropicTool, Tag("[custom]")] | AnySkipped, Discriminator(_tool_tag)]
 
 
 class AnthropicToolChoice(WireModel):
@@ -98,7 +106,8 @@ class CountTokensRequest(RequestBody):
     model: str
     messages: Annotated[Items[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: str | Items[TextBlock] | None = None
-    tools: Annotated[Items[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Items[AnyTool], Field(max_length=MAX_TOOLS)] | None = None
+    """Tools of other types than `custom` are ignored: Anthropic's servers run them, or its models know them."""
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -112,6 +121,10 @@ class CountTokensRequest(RequestBody):
     """Not supported."""
     mcp_servers: Annotated[Any, Unsupported()] = None
     """Not supported."""
+    compaction: Annotated[Any, Unsupported()] = None
+    """Not supported: asks for a summary in place of an answer."""
+    thread: Annotated[Any, Unsupported()] = None
+    """Not supported: no conversation is kept. Anthropic's clients then send all of it each time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -140,13 +153,14 @@ class CountTokensRequest(RequestBody):
         last = messages[-1]
         if last["role"] == "assistant" and last.get("content") and "tool_calls" not in last:
             chat["continue_final_message"] = True
-        if self.tools:
+        tools = [tool for tool in self.tools or () if isinstance(tool, AnthropicTool)]
+        if tools:
             chat["tools"] = [
                 {"type": "function", "function": {"name": tool.name, "description": tool.description,
                                                   "parameters": tool.input_schema}}
-                for tool in self.tools
+                for tool in tools
             ]  # fmt: skip
-        if self.tool_choice is not None:
+        if self.tool_choice is not None and (tools or self.tool_choice.type != "auto"):
             choice = self.tool_choice
             named = {"type": "function", "function": {"name": choice.name}}
             chat["tool_choice"] = {"any": "required", "tool": named}.get(choice.type, choice.type)

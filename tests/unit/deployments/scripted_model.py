@@ -10,6 +10,7 @@ from scripted_engine import ScriptedEngine, model_config
 
 from deployments.config import AppConfig
 from deployments.replica import engine_factory
+from llm.serving.schemas import StepOutput
 
 CONTEXT = 2**17
 """Tokens; the demo checkpoint's tokenizer makes one of each byte, and an agent's first request has 90 kB."""
@@ -19,7 +20,7 @@ TEMPLATE = """
 {%- if tools %}{{ '<|system|>' }}
     {%- if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
     {{- '# Tools\n<tools>' }}{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ '\n</tools>' }}
-    {{- '\nCall one as <tool_call>{"name": …, "arguments": {…}}</tool_call><|end|>' }}
+    {{- '\nCall one as <tool_call>\n{"name": …, "arguments": {…}}\n</tool_call><|end|>' }}
 {%- elif messages[0].role == 'system' %}{{ '<|system|>' + messages[0].content + '<|end|>' }}
 {%- endif %}
 {%- for message in messages %}
@@ -31,8 +32,8 @@ TEMPLATE = """
         {%- if message.reasoning_content %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif %}
         {{- message.content }}
         {%- for call in message.tool_calls or [] %}
-            {{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- call.function.arguments | tojson }}{{ '}</tool_call>' }}
+            {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson }}{{ '}\n</tool_call>' }}
         {%- endfor %}{{ '<|end|>' }}
     {%- endif %}
 {%- endfor %}
@@ -45,7 +46,13 @@ Script = Callable[[str], str]
 
 def called(name: str, **arguments: object) -> str:
     """A call in the format of the model's template."""
-    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def told_name(prompt: str, name: str) -> str:
+    """What the prompt calls the function that a client knows by this name, or by this name in a namespace."""
+    tools = [json.loads(line)["function"]["name"] for line in prompt.splitlines() if line.startswith('{"type":')]
+    return next(tool for tool in tools if tool.endswith(name))
 
 
 @dataclass
@@ -79,10 +86,12 @@ class _Engine(ScriptedEngine):
         super().__init__(*args, **options)
         self._answers: dict[str, bytes] = {}
 
-    def answer(self, row) -> bytes:
-        if row.request.request_id not in self._answers:
-            self._answers[row.request.request_id] = self.model.answer(row.prompt)
-        return self._answers[row.request.request_id]
+    def _advance(self, row) -> StepOutput:
+        request_id = row.request.request_id
+        if request_id not in self._answers:
+            self._answers[request_id] = self.model.answer(row.prompt)
+        self.script = self._answers[request_id]
+        return super()._advance(row)
 
 
 def scripted_model(

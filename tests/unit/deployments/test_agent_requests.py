@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from in_process import Service, ServiceFactory
-from scripted_model import ScriptedModel, called, scripted_model
+from scripted_model import ScriptedModel, called, scripted_model, told_name
 
 Start = Callable[[], Awaitable[tuple[Service, ScriptedModel]]]
 
@@ -160,6 +160,18 @@ async def test_claude_code_asks_for_more_than_fits(start: Start):
     await message(service, {**claude_code(), "max_tokens": 10**6})
 
 
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+async def test_anthropics_clients_learn_that_no_conversation_is_kept(start: Start, thread: dict[str, str]):
+    """They ask for it unasked, and from then on bring only what is new, unless this code tells them not to."""
+    service, _ = await start()
+    answer = await service.post(
+        "/v1/messages", messages=[{"role": "user", "content": "hi"}], max_tokens=5, thread=thread
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+    assert "thread" in answer.json()["error"]["message"]
+
+
 FUNCTION = {"type": "function", "name": "exec_command", "description": "Runs", "strict": False, "parameters": SCHEMA}
 SPAWN = {"type": "function", "name": "spawn_agent", "strict": False, "parameters": {"type": "object", "properties": {}}}
 GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: /x/"}
@@ -246,8 +258,7 @@ async def test_codex_functions_keep_their_namespace(start: Start):
     service, model = await start()
 
     def delegate(prompt: str) -> str:
-        tool = next(line for line in prompt.splitlines() if "spawn_agent" in line)
-        return "Done." if "<tool_response>" in prompt else called(json.loads(tool)["function"]["name"], message="Go.")
+        return "Done." if "<tool_response>" in prompt else called(told_name(prompt, "spawn_agent"), message="Go.")
 
     model.follow(delegate)
     (item,) = (await response(service, codex()))["output"]

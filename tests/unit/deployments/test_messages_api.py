@@ -144,7 +144,8 @@ async def test_forced_calls(make_service: ServiceFactory, tmp_path: Path):
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "none"}]}]},
         {"temperature": 1.5},
         {"tools": [{"name": "no spaces", "input_schema": {}}]},
-        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "any"}},
+        {"tools": [{"type": 5, "name": "web_search"}]},
         {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}},
         {"tool_choice": {"type": "tool"}},
         {"container": "c"},
@@ -162,7 +163,7 @@ async def test_errors_have_anthropics_shape(make_service: ServiceFactory, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"max_tokens": 10**6}, "max_tokens"),
+        ({"max_tokens": 10**10}, "max_tokens"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
         ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "tools[0].input_schema"),

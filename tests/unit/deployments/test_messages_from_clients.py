@@ -74,7 +74,7 @@ def test_the_line_that_changes_each_time_is_left_out(system: str | list[dict]):
         ([{"type": "document", "title": "A", "source": {"type": "text", "data": "words"}}], "A\nwords"),
         ([{"type": "search_result", "title": "A", "source": "http://x", "content": [{"type": "text", "text": "b"}]}],
          "A\nb"),
-        ([{"type": "tool_reference", "tool_name": "x"}], "[tool_reference]"),
+        ([{"type": "tool_reference", "tool_name": "x"}], "x"),
         ([{"x": 1}], "[None]"),
     ],
 )  # fmt: skip

@@ -144,7 +144,7 @@ async def test_formats_and_forced_calls(make_service: ServiceFactory, tmp_path: 
         ({"tools": [{**TOOL, "parameters": {"type": "string"}}]}, "tools[0].parameters"),
         ({"tools": [TOOL, TOOL]}, "tools[1].name"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "wizard"}}}}, "text.format"),
-        ({"max_output_tokens": 10**6}, "max_output_tokens"),
+        ({"max_output_tokens": 10**10}, "max_output_tokens"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tool_choice": {"type": "function", "name": "other"}, "tools": [TOOL]}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
