@@ -1,23 +1,20 @@
-"""The HTTP API over a router: which path does what, and how it is described in `/docs`."""
+"""The HTTP API over a router: which path does what."""
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.answer_headers import IGNORED_HEADER, add_header
 from deployments.api.answering import AnswerWriter, answer, json_response
 from deployments.api.anthropic.message_writer import MessageWriter, message_failure
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
-from deployments.api.auth import KeyGuard
 from deployments.api.bodies import Body, parse, read_body
 from deployments.api.callers import caller_of
-from deployments.api.edge import Edge
-from deployments.api.errors import answer_to, model_not_found, unknown_route, wrong_method
+from deployments.api.errors import model_not_found
 from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.openai.completion_writer import CompletionWriter
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
@@ -39,11 +36,10 @@ from deployments.api.openai.responses import (
     Version,
 )
 from deployments.api.pages import page
-from deployments.api.route_table import Route, describe
+from deployments.api.route_table import EVENT_STREAM, Route
 from deployments.api.sse import EventStream, error_events, event, until_disconnect
-from deployments.api.tracing import TraceRequests
 from deployments.chat.encoder import EncodedChat, PromptEncoder
-from deployments.chat.errors import APIError, in_words_of, not_ready, of_engine
+from deployments.chat.errors import in_words_of, not_ready, of_engine
 from deployments.chat.ignored import header_value
 from deployments.chat.requests import (
     ChatRequest,
@@ -57,44 +53,11 @@ from deployments.errors import NoReplicaError
 from deployments.observe.exposition import CONTENT_TYPE
 from deployments.router.router import Router
 from deployments.version import __version__
-from llm.errors import LLMError
 
 logger = logging.getLogger("ray.serve")
 
-TITLE = "Rayline"
 T = TypeVar("T")
 _EVENT_INTERVAL_S = 0.5
-
-
-def create_api(router: Router) -> FastAPI:
-    """The HTTP application of a router, whose keys it asks for.
-
-    Raises:
-        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
-    """
-    config = router.config
-    table = Endpoints(router).table()
-    api = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, redoc_url=None)
-    for route in table:
-        api.add_api_route(
-            route.path, route.handler, methods=[route.method], summary=route.summary, response_model=None,
-            description=route.handler.__doc__, openapi_extra=route.operation(), response_class=Response,
-        )  # fmt: skip
-    api.openapi = lambda: describe(api, table)  # type: ignore[method-assign]
-    api.add_exception_handler(APIError, _on_api_error)
-    api.add_exception_handler(LLMError, _on_llm_error)
-    api.add_exception_handler(HTTPException, _on_http_error)
-    # The last one added is the outermost.
-    api.add_middleware(
-        KeyGuard,
-        access=router.access,
-        open_paths=[route.path for route in table if route.is_open],
-        metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
-    )
-    api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
-    if router.tracer is not None:
-        api.add_middleware(TraceRequests, tracer=router.tracer)
-    return api
 
 
 class Endpoints:
@@ -151,7 +114,7 @@ class Endpoints:
                 "/rayline/events",
                 self.events,
                 "State of router and replicas, twice a second",
-                "text/event-stream",
+                EVENT_STREAM,
             ),
             Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas", Stats),
         ]
@@ -377,21 +340,3 @@ def _text(encoder: PromptEncoder, body: DetokenizeRequest) -> list[bytes]:
     """The answer of `/detokenize`."""
     encoder.check_ids(body.tokens, "tokens")
     return json_pieces({"prompt": encoder.tokenizer.decode(body.tokens)})
-
-
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, APIError), "registered for it"
-    return answer_to(request.scope, error)
-
-
-async def _on_llm_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, LLMError), "registered for it"
-    return answer_to(request.scope, of_engine(error))
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses."""
-    assert isinstance(error, HTTPException), "registered for it"
-    known = {404: unknown_route(), 405: wrong_method(error.headers)}
-    other = APIError(error.status_code, str(error.detail), headers=error.headers)
-    return answer_to(request.scope, known.get(error.status_code, other))

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
-from deployments.api.routes import create_api
+from deployments.api.application import create_api
+from deployments.api.upgrades import decline_upgrades
 from deployments.config import AppConfig, LiveConfig
 from deployments.observe.exposition import RouterFigures
 from deployments.observe.terminal import show_warnings
@@ -49,6 +50,7 @@ class RouterIngress:
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         show_warnings()
+        decline_upgrades()  # where clients reach the routers without Serve's proxy
         shared = ServeAccountantClient(accountant) if accountant is not None else None
         self._router = Router(
             config,

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.routes import create_api
+from deployments.api.application import create_api
 from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.config import AppConfig
 from deployments.errors import ReplicaLostError

@@ -9,6 +9,7 @@ from in_process import ServiceFactory, emulated_config
 
 from deployments.api.errors import ErrorResponse
 from deployments.api.openai import responses
+from deployments.api.pages.description import DOCS_PATHS
 from deployments.router.keys import ApiKey
 
 KEY = "sk-test-key"
@@ -177,7 +178,7 @@ async def test_bodies_and_headers_that_are_too_large(make_service: ServiceFactor
 
 async def test_unknown_routes_models_and_methods(make_service: ServiceFactory):
     service = await make_service()
-    for path in ("/v1", "/v1/nothing", "/v1/models/", "/health/", "http://server//health"):
+    for path in ("/v1", "/v1/nothing", "/health/x", "http://server//healthy"):
         check_error(await service.http.get(path), 404)
     assert "POST" in (await service.http.get("/v1/completions")).headers["allow"]
     check_error(await service.http.get("/v1/completions"), 405)
@@ -249,8 +250,8 @@ async def test_with_keys_every_route_is_closed_but_the_open_ones(make_service: S
     service = await make_service(keys=KEYS)
     schema_paths = [route.path for route in service.api.routes]
     closed = {path for path in schema_paths if (await service.http.get(path)).status_code == 401}
-    assert set(schema_paths) - closed == {"/", "/fleet", "/health", "/ready"}
-    for path in ("/nothing", "/health/../v1/models", "/health/", "//v1/models", "/v1/models?x=/health", "/%68ealth/x"):
+    assert set(schema_paths) - closed == {"/", "/fleet", "/health", "/ready", "/openapi.json", *DOCS_PATHS}
+    for path in ("/nothing", "/health/../v1/models", "/health//x", "/v1/models?x=/health", "/%68ealth/x"):
         check_error(await service.http.get(path), 401)
     two = [("authorization", f"Bearer {KEY}"), ("authorization", "Bearer other")]
     check_error(await service.http.get("/v1/models", headers=two), 401)
