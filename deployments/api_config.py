@@ -39,3 +39,15 @@ class CorsConfig(StrictModel):
     def is_on(self) -> bool:
         """Whether any other origin is allowed."""
         return bool(self.allow_origins) or self.allow_origin_regex is not None
+
+
+class ResponsesConfig(StrictModel):
+    """Responses of `/v1/responses` that are kept, unless a request says `store: false`: for `previous_response_id`,
+    and to be read again. The bounds hold for all API keys together; the oldest responses go first."""
+
+    path: str | None = None
+    """File that they are kept in (SQLite), so that they outlast the server; None for memory. One process has it, the
+    router's or, with several routers, one of their own that may run on any node which runs routers."""
+    max_responses: int = Field(default=10_000, ge=0)
+    """0 to keep none."""
+    max_bytes: int = Field(default=128 << 20, ge=1024)

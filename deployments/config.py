@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from deployments.api_config import CorsConfig
+from deployments.api_config import CorsConfig, ResponsesConfig
 from llm.config import EngineConfig, StrictModel
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
@@ -302,6 +302,7 @@ class AppConfig(StrictModel):
     admission: AdmissionConfig = AdmissionConfig()
     limits: LimitsConfig = LimitsConfig()
     cors: CorsConfig = CorsConfig()
+    responses: ResponsesConfig = ResponsesConfig()
     token_channel: ChannelConfig = ChannelConfig()
     tracing: TracingConfig = TracingConfig()
     prefix_cache_per_key: bool = False

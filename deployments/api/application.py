@@ -12,6 +12,7 @@ from deployments.api.auth import KeyGuard
 from deployments.api.callers import REQUEST_ID_HEADER, TIMING_HEADER
 from deployments.api.edge import Edge
 from deployments.api.errors import answer_to, unknown_route, wrong_method
+from deployments.api.openai.response_store import ResponseStore
 from deployments.api.pages.description import DOCS_PATHS, add_docs
 from deployments.api.route_table import EVENT_STREAM, Route, describe
 from deployments.api.routes import Endpoints
@@ -27,14 +28,18 @@ TITLE = "Rayline"
 _OPENAPI_PATH = "/openapi.json"
 
 
-def create_api(router: Router) -> FastAPI:
+def create_api(router: Router, store: ResponseStore | None = None) -> FastAPI:
     """The HTTP application of a router, whose keys it asks for.
+
+    Args:
+        router: generates.
+        store: where responses are kept; None for nowhere.
 
     Raises:
         CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
     """
     config = router.config
-    table = Endpoints(router).table()
+    table = Endpoints(router, store).table()
     api = FastAPI(
         title=TITLE, version=__version__, openapi_url=_OPENAPI_PATH, docs_url=None, redoc_url=None,
         redirect_slashes=False,

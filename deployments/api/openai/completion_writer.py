@@ -109,6 +109,9 @@ class CompletionWriter:
                 events.append(chunks.finish(_finish_reason(choice)))
         return b"".join(events)
 
+    async def settle(self) -> None:
+        """Nothing: nothing is kept."""
+
     def end(self) -> bytes:
         """Token counts, if they were asked for, and the end."""
         usage = event({**self._head, "choices": [], "usage": self._usage()}) if self._include_usage else b""

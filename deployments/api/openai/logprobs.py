@@ -71,6 +71,38 @@ def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {name: values + second[name] for name, values in first.items()}
 
 
+class TextLogprobs:
+    """Finds the tokens that a piece of a model's output was made of, where pieces come in order and markup is left out.
+
+    Args:
+        tokenizer: the output is made by its decoder.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.new_decoder()
+        self._text = ""
+        self._tokens: list[tuple[int, TokenLogprobs]] = []
+
+    def push(self, entries: Sequence[TokenLogprobs]) -> None:
+        """Take in the next tokens."""
+        for entry in entries:
+            self._tokens.append((len(self._text), entry))
+            self._text += self._decoder.step(entry.token_id)
+
+    def pop(self, piece: str) -> list[dict[str, Any]]:
+        """The tokens that begin in the next piece, as the parts of a response have them; what is before is dropped."""
+        start = self._text.find(piece)
+        end = start + len(piece)
+        if start < 0 or not piece:
+            return []
+        found = [entry for place, entry in self._tokens if start <= place < end]
+        self._tokens = [(place - end, entry) for place, entry in self._tokens if place >= end]
+        self._text = self._text[end:]
+        content: list[dict[str, Any]] = chat_logprobs(found, self._tokenizer)["content"]
+        return content
+
+
 def prompt_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
     """`prompt_logprobs` of a completion choice: for each token its own and the likeliest, by id; None for the first."""
     written: list[dict[str, Any] | None] = [None]
