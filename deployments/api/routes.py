@@ -256,13 +256,7 @@ class Endpoints:
 def _tokens(encoder: PromptEncoder, body: TokenizeRequest) -> list[bytes]:
     """The answer of `/tokenize`."""
     if body.messages is not None:
-        ids = encoder.chat_ids(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            variables=body.chat_template_kwargs or {},
-            tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
-            is_continued=bool(body.continue_final_message),
-        )
+        ids = encoder.prompt_ids(body.to_chat())
     else:
         ids = encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
     texts = [encoder.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import httpx
 import pytest
 from in_process import ServiceFactory, emulated_config
+from scripted_engine import THINK_TEMPLATE, model_config
 
 from deployments.api.errors import ErrorResponse
 from deployments.api.openai import responses
@@ -216,6 +218,40 @@ async def test_tokenize_and_back(make_service: ServiceFactory):
     assert check_error(await service.post("/detokenize", tokens=[1, "a"]), 400)["param"] == "tokens"
     assert check_error(await service.post("/detokenize", tokens=[10**6]), 400)["param"] == "tokens"
     check_error(await service.post("/tokenize"), 400)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"reasoning_effort": "none"},
+        {"messages": [*CHAT["messages"], {"role": "assistant", "content": "So"}], "continue_final_message": True,
+         "add_generation_prompt": False},
+    ],
+)  # fmt: skip
+async def test_tokenize_gives_the_prompt_of_a_chat(make_service: ServiceFactory, tmp_path: Path, fields: dict):
+    service = await make_service(model_config(tmp_path, THINK_TEMPLATE))
+    tokens = (await service.post("/tokenize", **{**CHAT, **fields})).json()["tokens"]
+    chat = await service.post("/v1/chat/completions", **{**CHAT, **fields}, max_tokens=1)
+    assert len(tokens) == chat.json()["usage"]["prompt_tokens"]
+    plain = (await service.post("/tokenize", **CHAT)).json()["tokens"]
+    assert (tokens == plain) == ("tool_choice" in fields)
+
+
+async def test_tokenize_refuses_what_a_chat_would(make_service: ServiceFactory):
+    service = await make_service()
+    for fields, param in (
+        ({"prompt": "a", "tools": TOOLS}, "tools"),
+        ({**CHAT, "tools": [{"type": "function"}]}, "tools[0].function"),
+        ({**CHAT, "tools": [*TOOLS, *TOOLS]}, "tools[1].function.name"),
+        ({**CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ):
+        assert check_error(await service.post("/tokenize", **fields), 400)["param"] == param
 
 
 async def test_control_tokens_typed_by_a_user_stay_text(make_service: ServiceFactory):

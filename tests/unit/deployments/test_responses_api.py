@@ -151,6 +151,7 @@ async def test_tools_of_other_kinds_are_named_and_left_out(make_service: Service
     assert [tool["type"] for tool in answer.json()["tools"]] == ["function", "namespace"]
     only = await respond(service, tools=others, tool_choice="auto")
     assert only["status"] == "completed"
+    (tmp_path / "strict").mkdir()
     strict = await make_service(model_config(tmp_path / "strict", TOOL_TEMPLATE, strict_fields=True))
     refused = await strict.post("/v1/responses", input="hi", tools=others)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools[0]")
