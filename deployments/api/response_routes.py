@@ -16,7 +16,7 @@ from deployments.api.openai.responses import DeletedResponse, ResponseItems, Res
 from deployments.api.request_reader import RequestReader
 from deployments.api.route_table import Route
 from deployments.api.sse import until_disconnect
-from deployments.chat.errors import invalid
+from deployments.chat.errors import invalid, unsupported
 from deployments.chat.service import ChatService
 from deployments.chat.turn import Turn
 
@@ -76,7 +76,10 @@ class ResponseEndpoints:
 
     async def read(self, request: Request) -> Response:
         """Give a response that is stored."""
-        return json_response(await self._conversations.read(tenant_of(request), request.path_params["response_id"]))
+        if request.query_params.get("stream", "false") not in ("", "0", "false"):
+            raise unsupported("stream", "Streaming of a stored response")
+        found = await self._conversations.read(tenant_of(request), request.path_params["response_id"])
+        return Response(found, media_type="application/json")
 
     async def delete(self, request: Request) -> Response:
         """Let a stored response go."""
@@ -94,4 +97,4 @@ class ResponseEndpoints:
             tenant_of(request), request.path_params["response_id"],
             limit=int(limit), is_ascending=order == "asc", after=query.get("after"),
         )  # fmt: skip
-        return json_response(page)
+        return Response(page, media_type="application/json")

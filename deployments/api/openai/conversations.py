@@ -1,5 +1,6 @@
 """Conversations of the Responses API that go on: what a request refers to, and what is kept of its response."""
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from deployments.api.openai.response_requests import ResponsesRequest
 from deployments.api.openai.response_store import ResponseStore, StoredItem, StoredResponse
 from deployments.api.sse import encode_json
 from deployments.chat.errors import APIError, invalid
+from deployments.chat.service import INLINE_BYTES
 from deployments.errors import StoreAwayError
 
 logger = logging.getLogger("ray.serve")
 
 MAX_PAGE_ITEMS = 100
-_items_of = TypeAdapter(list[InputItem]).validate_python
-_decode = msgspec.json.decode
+_as_item = TypeAdapter(InputItem).validate_python
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Conversations:
         new = [referred[item.id] if isinstance(item, ItemReference) else item for item in body.items()]
         if not earlier and not referred:
             return Conversation(body, (), new)
-        items = [*_items_of([_decode(item.data) for item in earlier]), *new]
+        items = [*await _items([item.data for item in earlier]), *new]
         return Conversation(body.model_copy(update={"input": items}), earlier, new)
 
     async def keep(self, owner: str, conversation: Conversation, response: dict[str, Any]) -> None:
@@ -77,20 +78,20 @@ class Conversations:
         """
         assert self._store is not None, "asked before"
         try:
-            if not await self._store.put(owner, _stored(conversation, response)):
+            if not await self._store.put(owner, await asyncio.to_thread(_stored, conversation, response)):
                 logger.warning("%s is not stored: it is larger than responses.max_bytes", response["id"])
         except StoreAwayError as error:
             logger.warning("%s is not stored: %s", response["id"], error)
 
-    async def read(self, owner: str, response_id: str) -> dict[str, Any]:
-        """A response that is stored.
+    async def read(self, owner: str, response_id: str) -> bytes:
+        """A response that is stored, in JSON.
 
         Raises:
             APIError: 404, it is not.
             StoreAwayError: that cannot be found out.
         """
         stored = await self._find(owner, response_id)
-        return {**_decode(stored.head), "output": [_decode(item.data) for item in stored.output]}
+        return stored.head[:-1] + b',"output":' + _list_of(stored.output) + b"}"
 
     async def delete(self, owner: str, response_id: str) -> dict[str, Any]:
         """Let a response go.
@@ -105,8 +106,8 @@ class Conversations:
 
     async def input_items(
         self, owner: str, response_id: str, *, limit: int, is_ascending: bool, after: str | None
-    ) -> dict[str, Any]:
-        """A page of what a stored response was made of, from the conversation's beginning or from its end.
+    ) -> bytes:
+        """A page of what a stored response was made of, in JSON, from the conversation's beginning or from its end.
 
         Raises:
             APIError: 404, the response is not stored; 400, no item has the id `after`.
@@ -120,13 +121,13 @@ class Conversations:
                 raise invalid(f"after: the response has no item with id {after[:80]!r}", "after")
             items = items[places[0] + 1 :]
         page = items[:limit]
-        return {
+        head = {
             "object": "list",
-            "data": [_decode(item.data) for item in page],
             "first_id": page[0].id if page else None,
             "last_id": page[-1].id if page else None,
             "has_more": len(items) > limit,
         }
+        return encode_json(head)[:-1] + b',"data":' + _list_of(page) + b"}"
 
     async def _find(self, owner: str, response_id: str) -> StoredResponse:
         stored = await self._store.get(owner, response_id) if self._store is not None else None
@@ -150,7 +151,20 @@ class Conversations:
         for item_id in item_ids:
             if item_id not in found:
                 raise invalid(f"input: Item with id {item_id[:80]!r} not found", "input", "item_not_found")
-        return dict(zip(found, _items_of([_decode(data) for data in found.values()]), strict=True))
+        return dict(zip(found, await _items(list(found.values())), strict=True))
+
+
+async def _items(stored: Sequence[bytes]) -> list[Any]:
+    """Stored items as they are understood in a request; one after the other, in a thread where they are long."""
+
+    def understood() -> list[Any]:
+        return [_as_item(msgspec.json.decode(data)) for data in stored]
+
+    return understood() if sum(map(len, stored)) <= INLINE_BYTES else await asyncio.to_thread(understood)
+
+
+def _list_of(items: Sequence[StoredItem]) -> bytes:
+    return b"[" + b",".join(item.data for item in items) + b"]"
 
 
 def _stored(conversation: Conversation, response: dict[str, Any]) -> StoredResponse:

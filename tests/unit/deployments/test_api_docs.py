@@ -25,7 +25,7 @@ COMPARISON = [
 
 async def test_every_endpoint_is_there(make_service: ServiceFactory):
     service = await make_service()
-    named = {path.replace(":path", "") for path in re.findall(r"`(?:GET|POST) (/[^`]*)`", TEXT)}
+    named = {path.replace(":path", "") for path in re.findall(r"`(?:GET|POST|DELETE) (/[^`]*)`", TEXT)}
     served = {route.path.replace(":path", "") for route in service.api.routes}
     assert served - named == set(DOCS_PATHS[1:])
     assert named <= served

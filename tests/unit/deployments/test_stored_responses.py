@@ -98,6 +98,8 @@ async def test_read_list_and_delete(make_service: ServiceFactory):
     path = f"/v1/responses/{response['id']}"
     stored = await service.http.get(path)
     assert stored.json() == response
+    streamed = await service.http.get(path, params={"stream": "true"})
+    assert (streamed.status_code, streamed.json()["error"]["param"]) == (400, "stream")
     Response.model_validate_json(stored.content, strict=True)
     texts = [item["content"][0]["text"] for item in (await service.http.get(f"{path}/input_items")).json()["data"]]
     assert texts == [f"number {i}" for i in (4, 3, 2, 1, 0)], "the newest first"
