@@ -46,8 +46,8 @@ class ResponsesConfig(StrictModel):
     and to be read again. The bounds hold for all API keys together; the oldest responses go first."""
 
     path: str | None = None
-    """File that they are kept in (SQLite), so that they outlast the server; None for memory. One process has it, the
-    router's or, with several routers, one of their own that may run on any node which runs routers."""
+    """File that they are kept in (SQLite, on no network file system), so that they outlast the server; None for memory.
+    The router has it or, with several routers, a process of its own on one of their nodes."""
     max_responses: int = Field(default=10_000, ge=0)
     """0 to keep none."""
     max_bytes: int = Field(default=128 << 20, ge=1024)

@@ -28,6 +28,8 @@ _ROW_BYTES = 128
 """About what a row takes beside its content."""
 _BUSY_TIMEOUT_S = 5.0
 _SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS responses (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, id TEXT NOT NULL, head BLOB NOT NULL,
     UNIQUE (owner, id));
