@@ -10,11 +10,12 @@ from deployments.api.openai.response_tools import (
     ResponseTool,
     ResponseToolChoice,
     Skipped,
+    at_own_place,
     chat_tools,
     echoed_tool,
     functions_of,
 )
-from deployments.chat.errors import invalid, of_validation
+from deployments.chat.errors import APIError, invalid, of_validation
 from deployments.chat.messages import ChatMessage
 from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
 from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
@@ -55,7 +56,6 @@ class ResponsesRequest(RequestBody):
         "messages.*": "input",
         "max_completion_tokens": "max_output_tokens",
         "response_format.*": "text.format",
-        r"(tools\[\d+\])\.function(.*)": r"\1\2",
         "reasoning_effort": "reasoning.effort",
     }
     """From a chat's fields to those here."""
@@ -118,7 +118,8 @@ class ResponsesRequest(RequestBody):
         Raises:
             APIError: a 400 with the field at fault.
         """
-        tools, choice = chat_tools(self.tools or (), self.tool_choice)
+        functions = functions_of(self.tools or ())
+        tools, choice = chat_tools(functions, self.tool_choice)
         chat = {
             "model": self.model,
             "messages": self._messages(),
@@ -137,7 +138,9 @@ class ResponsesRequest(RequestBody):
         try:
             return ChatRequest.model_validate(chat)
         except ValidationError as error:
-            raise of_validation(error, ChatRequest) from None
+            raise at_own_place(of_validation(error, ChatRequest), functions) from None
+        except APIError as error:
+            raise at_own_place(error, functions) from None
 
     def _messages(self) -> list[ChatMessage]:
         turns = [{"role": "system", "content": self.instructions}] if self.instructions else []
@@ -156,7 +159,7 @@ class ResponsesRequest(RequestBody):
     @property
     def function_names(self) -> FunctionNames:
         """What the client calls the functions."""
-        return FunctionNames({function.chat_name: function for function, _ in functions_of(self.tools or ())})
+        return FunctionNames.of(functions_of(self.tools or ()))
 
     @property
     def wants_logprobs(self) -> bool:

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, PlainValidator, Tag, ValidationInfo
 
+from deployments.chat.errors import APIError
 from deployments.chat.ignored import IgnoredFields
 from deployments.chat.tools import ToolName
 from deployments.chat.wire_model import Items, NoEffect, WireModel, note_ignored, type_tag
@@ -138,10 +139,30 @@ class FunctionId:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferedFunction:
+    """A function that the model is told of.
+
+    Attributes:
+        id: what the client calls it.
+        function: what it takes.
+        place: where it stands in the request, such as `tools[2].tools[0]`.
+    """
+
+    id: FunctionId
+    function: ResponseFunction
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
 class FunctionNames:
     """Finds the functions of a request by what the model calls them."""
 
     ids: dict[str, FunctionId] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, functions: Iterable[OfferedFunction]) -> Self:
+        """Of these functions."""
+        return cls({offered.id.chat_name: offered.id for offered in functions})
 
     def find(self, name: str) -> FunctionId:
         """The function that a model's call names. Models leave out namespaces: a name that only one has is that one."""
@@ -156,38 +177,54 @@ class FunctionNames:
         return {"type": "function", "function": {"name": name}}
 
 
-def functions_of(tools: Iterable[Any]) -> list[tuple[FunctionId, ResponseFunction]]:
-    """The functions that the model is told of."""
+def functions_of(tools: Iterable[Any], place: str = "tools", namespace: str | None = None) -> list[OfferedFunction]:
+    """The functions that the model is told of.
+
+    Args:
+        tools: with those that are left out.
+        place: where they stand in the request.
+        namespace: what they are grouped under.
+    """
     found = []
-    for tool in tools:
+    for i, tool in enumerate(tools):
         if isinstance(tool, ResponseFunction):
-            found.append((FunctionId(tool.name), tool))
+            found.append(OfferedFunction(FunctionId(tool.name, namespace), tool, f"{place}[{i}]"))
         elif isinstance(tool, ResponseNamespace):
-            found += [
-                (FunctionId(function.name, tool.name), function) for _, function in functions_of(tool.tools or ())
-            ]
+            found += functions_of(tool.tools or (), f"{place}[{i}].tools", tool.name)
     return found
 
 
-def chat_tools(tools: Sequence[Any], choice: Any) -> tuple[list[dict[str, Any]], Any]:
+def chat_tools(functions: Sequence[OfferedFunction], choice: Any) -> tuple[list[dict[str, Any]], Any]:
     """The `tools` and the `tool_choice` of a chat."""
-    functions = functions_of(tools)
-    names = FunctionNames({function_id.chat_name: function_id for function_id, _ in functions})
+    names = FunctionNames.of(functions)
     if isinstance(choice, AllowedTools):
         allowed = {"mode": choice.mode, "tools": [names.chosen(tool) for tool in choice.tools]}
         choice = {"type": "allowed_tools", "allowed_tools": allowed}
     elif isinstance(choice, NamedChoice):
         choice = names.chosen(choice)
     written = [
-        {"type": "function", "function": {**function.model_dump(exclude={"type"}), "name": function_id.chat_name}}
-        for function_id, function in functions
+        {
+            "type": "function",
+            "function": {**offered.function.model_dump(exclude={"type"}), "name": offered.id.chat_name},
+        }
+        for offered in functions
     ]
     return written, choice
+
+
+def at_own_place(error: APIError, functions: Sequence[OfferedFunction]) -> APIError:
+    """An error about one of a chat's tools, told of the tool's place in the request that the chat was made of."""
+    found = re.match(r"tools\[(\d+)\]", error.param or "")
+    if found is not None and error.param is not None and int(found[1]) < len(functions):
+        old, place = error.param, functions[int(found[1])].place
+        error.param = place + old[found.end() :].replace(".function", "", 1)
+        error.message = error.message.replace(old, error.param)
+    return error
 
 
 def echoed_tool(tool: Any) -> dict[str, Any]:
     """A tool as its response repeats it."""
     if isinstance(tool, ResponseNamespace):
-        tools = [echoed_tool(function) for _, function in functions_of(tool.tools or ())]
+        tools = [echoed_tool(offered.function) for offered in functions_of(tool.tools or ())]
         return {"type": "namespace", "name": tool.name, "description": tool.description or "", "tools": tools}
     return {"strict": None, **tool.model_dump(exclude={"defer_loading", "output_schema"})}

@@ -316,6 +316,8 @@ async def test_log_probabilities_of_the_text(make_service: ServiceFactory, monke
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{**TOOL, "parameters": {"type": "string"}}]}, "tools[0].parameters"),
         ({"tools": [TOOL, TOOL]}, "tools[1].name"),
+        ({"tools": [{"type": "web_search"}, TOOL, {**SEARCH, "tools": [{**TOOL, "parameters": {"type": "string"}}]}]},
+         "tools[2].tools[0].parameters"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "wizard"}}}}, "text.format"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"tools": [{"name": "a"}]}, "tools[0]"),
