@@ -12,36 +12,15 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, PlainValidator, Tag, ValidationInfo
+from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, ValidationInfo
 
 from deployments.api.openai.response_tools import FunctionId, Skipped, skip
+from deployments.chat.content import placeholder, text_of
 from deployments.chat.structured import NonEmpty
-from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
+from deployments.chat.wire_model import NoEffect, WireModel, type_tag
 
 _THOUGHTS_MARK = "rayline-1:"
 """What encrypted contents of ours begin with."""
-
-
-class TextPart(WireModel):
-    """A piece of a message."""
-
-    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
-    text: str
-    annotations: NoEffect = None
-    logprobs: NoEffect = None
-
-
-class RefusalPart(WireModel):
-    """A piece of an answer that declines."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-MessagePart = Annotated[
-    Annotated[TextPart, Tag("[text]")] | Annotated[RefusalPart, Tag("[refusal]")],
-    Discriminator(lambda value: "[refusal]" if type_tag(value) == "[refusal]" else "[text]"),
-]
 
 
 class MessageItem(WireModel):
@@ -49,7 +28,9 @@ class MessageItem(WireModel):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[MessagePart] | None = None
+    content: Annotated[
+        str | None, BeforeValidator(text_of, json_schema_input_type=str | list[dict[str, Any]] | None)
+    ] = None
     id: Any = None
     status: NoEffect = None
     phase: NoEffect = None
@@ -84,7 +65,7 @@ def _part_text(part: Any) -> str:
     if isinstance(text, str):
         return text
     if isinstance(kind, str):
-        return f"[{kind.removeprefix('input_').removeprefix('output_')[:40]}]"
+        return placeholder(kind)
     return json.dumps(part, ensure_ascii=False)
 
 
@@ -102,8 +83,8 @@ class ReasoningItem(WireModel):
     """What the model thought before its next item."""
 
     type: Literal["reasoning"]
-    summary: Items[TextPart] | None = None
-    content: Items[TextPart] | None = None
+    summary: Any = None
+    content: Any = None
     encrypted_content: Any = None
     """Of this server's responses: the thoughts, for clients that give nothing else back."""
     id: Any = None
@@ -112,7 +93,7 @@ class ReasoningItem(WireModel):
     @property
     def text(self) -> str:
         """The thoughts, or what is left of them."""
-        return _text(self.content) or open_thoughts(self.encrypted_content) or _text(self.summary)
+        return _texts(self.content) or open_thoughts(self.encrypted_content) or _texts(self.summary)
 
 
 class ItemReference(WireModel):
@@ -177,9 +158,9 @@ def chat_turns(items: Sequence[Any]) -> list[dict[str, Any]]:
                 thoughts += [item.text] if item.text else []
                 continue
             case MessageItem(role="assistant"):
-                _assistant_turn(turns, thoughts, without="content")["content"] = _text(item.content)
+                _assistant_turn(turns, thoughts, without="content")["content"] = item.content or ""
             case MessageItem():
-                turns.append({"role": item.role, "content": _text(item.content)})
+                turns.append({"role": item.role, "content": item.content or ""})
             case FunctionCallItem():
                 name = FunctionId(item.name, item.namespace).chat_name
                 _add_call(turns, thoughts, item.call_id, name, item.arguments)
@@ -232,10 +213,12 @@ def _add_exchange(turns: list[dict[str, Any]], thoughts: list[str], value: dict[
         turns.append({"role": "tool", "tool_call_id": value["call_id"], "content": content})
 
 
-def _text(content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
+def _texts(parts: Any) -> str:
+    """The texts of parts; nothing for what has none."""
+    if isinstance(parts, str):
+        return parts
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 _PREFIXES = {
@@ -253,7 +236,7 @@ def stored_item(item: Any) -> dict[str, Any]:
     item_id = given if isinstance(given, str) and given else f"{_PREFIXES[type(item)]}_{secrets.token_hex(12)}"
     match item:
         case MessageItem():
-            part: dict[str, Any] = {"type": "input_text", "text": _text(item.content)}
+            part: dict[str, Any] = {"type": "input_text", "text": item.content or ""}
             if item.role == "assistant":
                 part |= {"type": "output_text", "annotations": [], "logprobs": []}
             return {"id": item_id, "type": "message", "role": item.role, "status": "completed", "content": [part]}
