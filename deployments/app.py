@@ -18,6 +18,7 @@ from deployments.serve.engine_deployment import ServeEngineReplica
 from deployments.serve.front_end import check_open, find_front_end
 from deployments.serve.ingress import RouterIngress
 from deployments.serve.request_router import RankedRequestRouter
+from deployments.serve.response_store import ResponseStoreReplica
 
 _HEALTH_CHECK_PERIOD_S = 1
 _HEALTH_CHECK_TIMEOUT_S = 8
@@ -51,7 +52,8 @@ def build_app(args: AppConfig) -> Application:
     accountant = (
         _accountant_deployment(config).bind(config.router.num_replicas) if _needs_accountant(config, keys) else None
     )
-    return _router_deployment(config).bind(config, keys, engines, accountant)
+    store = _store_deployment(config).bind(config.responses) if _needs_store(config) else None
+    return _router_deployment(config).bind(config, keys, engines, accountant, store)
 
 
 def _needs_accountant(config: AppConfig, keys: KeySource) -> bool:
@@ -60,12 +62,26 @@ def _needs_accountant(config: AppConfig, keys: KeySource) -> bool:
     return config.router.num_replicas > 1 and (has_limits or keys.path is not None)
 
 
+def _needs_store(config: AppConfig) -> bool:
+    """Whether several routers have stored responses to share; a single one keeps them itself."""
+    return config.router.num_replicas > 1 and config.responses.max_responses > 0
+
+
 def _accountant_deployment(config: AppConfig) -> Any:
+    return _shared_deployment(config, AccountantReplica, "Accountant")
+
+
+def _store_deployment(config: AppConfig) -> Any:
+    return _shared_deployment(config, ResponseStoreReplica, "ResponseStore")
+
+
+def _shared_deployment(config: AppConfig, deployed: type, name: str) -> Any:
+    """A deployment of one replica that all routers ask."""
     # Where routers run, not on a node that is scaled down once no replica needs it. It takes next to nothing of what
     # they take there.
-    resources = {name: min(amount, _SMALLEST_AMOUNT) for name, amount in config.router.resources.items()}
-    return serve.deployment(AccountantReplica).options(
-        name="Accountant",
+    resources = {kind: min(amount, _SMALLEST_AMOUNT) for kind, amount in config.router.resources.items()}
+    return serve.deployment(deployed).options(
+        name=name,
         num_replicas=1,
         ray_actor_options={"num_gpus": 0, "num_cpus": 0, "resources": resources, "runtime_env": _RUNTIME_ENV},
         max_ongoing_requests=1024,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, model_validator
 
+from deployments.api_config import CorsConfig, ResponsesConfig
 from llm.config import EngineConfig, StrictModel
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
@@ -300,6 +301,8 @@ class AppConfig(StrictModel):
     router: RouterConfig = RouterConfig()
     admission: AdmissionConfig = AdmissionConfig()
     limits: LimitsConfig = LimitsConfig()
+    cors: CorsConfig = CorsConfig()
+    responses: ResponsesConfig = ResponsesConfig()
     token_channel: ChannelConfig = ChannelConfig()
     tracing: TracingConfig = TracingConfig()
     prefix_cache_per_key: bool = False

@@ -36,3 +36,7 @@ class AccountantAwayError(LLMError):
 
 class KeyRevokedError(LLMError):
     """The API key of a request was revoked while the request was open."""
+
+
+class StoreAwayError(LLMError):
+    """Stored responses cannot be read or written."""

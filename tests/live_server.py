@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import openai
 
 ROOT = Path(__file__).parents[1]
+HTTP2_OFFER = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}
+"""Headers of the first request on each connection of Java's HTTP client."""
 APP_NAME = f"rayline-test-{os.getpid()}"
 
 

@@ -22,8 +22,8 @@ _INLINE_VALUES = 2_000
 
 
 class AnswerWriter(Protocol):
-    """Writes a turn in the words of one API: either as events (`begin`, `write`, `end`, or `failure`), or whole (`add`,
-    then `whole`)."""
+    """Writes a turn in the words of one API: either as events (`begin`, `write`, `settle`, `end`, or `failure`), or
+    whole (`add`, `settle`, `whole`)."""
 
     def begin(self) -> bytes:
         """Events that come before anything is known."""
@@ -31,6 +31,10 @@ class AnswerWriter(Protocol):
 
     def write(self, updates: Sequence[Update]) -> bytes:
         """Events that tell what is new."""
+        ...
+
+    async def settle(self) -> None:
+        """Do what is to be done before the client is told that the turn is complete."""
         ...
 
     def end(self) -> bytes:
@@ -138,6 +142,7 @@ async def event_stream(turn: Turn, writer: AnswerWriter) -> AsyncGenerator[bytes
     while True:
         events = writer.write(await turn.updates())
         if turn.is_complete:
+            await writer.settle()
             yield events + writer.end()
             return
         if events:
@@ -152,6 +157,7 @@ async def _whole(
     try:
         while not turn.is_complete:
             writer.add(await turn.updates())
+        await writer.settle()
     finally:
         turn.cancel()
     headers = timing_header(turn.phases_ms())

@@ -49,6 +49,8 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
     except TimeoutError:
         raise APIError(408, f"The body was not sent within {limits.body_timeout_s:g} s", code="body_timeout",
                        headers={"Connection": "close"}) from None  # fmt: skip
+    if not data and "upgrade" in request.headers:
+        raise _body_lost()
     if encoding == "identity":
         return data
     try:
@@ -117,6 +119,12 @@ def _check_keys(value: Any) -> None:
             left.extend(item.values())
         elif isinstance(item, list):
             left.extend(inner for inner in item if isinstance(inner, (dict, list)))
+
+
+def _body_lost() -> APIError:
+    """A front end has dropped a body because its request offers another protocol: see `deployments.api.upgrades`."""
+    message = "The body is missing: the request offers another protocol, so send it without an Upgrade header"
+    return APIError(400, message, code="body_missing", headers={"Connection": "close"})
 
 
 def _too_large(max_bytes: int) -> APIError:

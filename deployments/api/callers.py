@@ -33,6 +33,12 @@ def caller_of(request: Request, priority: int | None = None) -> Caller:
     )
 
 
+def tenant_of(request: Request) -> str:
+    """The name of the API key that the request brought; empty where none is asked for."""
+    tenant: str = request.scope.get("state", {}).get("tenant", "")
+    return tenant
+
+
 def _priority(asked: int | None, account: Account | None) -> int:
     """The request's priority: what it asks for, as far as its key may."""
     if account is None:

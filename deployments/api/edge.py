@@ -17,7 +17,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Edge:
-    """ASGI middleware: refuses what is too much, and answers exceptions that nothing else answered.
+    """ASGI middleware: refuses what is too much, tidies up paths, answers exceptions that nothing else answered.
 
     Args:
         app: everything inside.
@@ -36,6 +36,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": _plain_path(scope)}
         if asks_for_messages(scope):
             add_request_id(scope)
         max_header_bytes = self._limits.max_header_bytes
@@ -74,6 +75,16 @@ class Edge:
             if has_started:
                 raise
             await answer_to(scope, internal())(scope, receive, send)
+
+
+def _plain_path(scope: Scope) -> str:
+    """The path with single slashes and none at the end. Clients put base addresses and paths together carelessly.
+
+    Whatever looks at paths is inside of this layer, so that all see the same one.
+    """
+    path: str = scope["path"]
+    plain = "/" + "/".join(part for part in path.split("/") if part)
+    return plain + "/" if plain == scope.get("root_path") else plain
 
 
 def _header_bytes(scope: Scope) -> int:

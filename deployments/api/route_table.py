@@ -23,6 +23,7 @@ from deployments.api.openai.responses import (
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+EVENT_STREAM = "text/event-stream"
 _EVENT = {"type": "string", "description": "Server-sent events"}
 
 
@@ -48,7 +49,7 @@ class Route:
             contents = {"application/json": {"schema": _ref(self.answer)}}
             if self.answer in _STREAMED:
                 event = _STREAMED[self.answer]
-                contents["text/event-stream"] = {"schema": _EVENT if event is None else _ref(event)}
+                contents[EVENT_STREAM] = {"schema": _EVENT if event is None else _ref(event)}
         error = {"description": "Error", "content": {"application/json": {"schema": _ref(ErrorResponse)}}}
         operation: dict[str, Any] = {
             "responses": {"200": {"description": "Success", "content": contents}, "4XX": error, "5XX": error}
@@ -71,8 +72,17 @@ _STREAMED: dict[type[BaseModel], type[BaseModel] | None] = {
 }
 
 
-def describe(api: FastAPI, table: Sequence[Route]) -> dict[str, Any]:
-    """The API's description, made once, with the bodies that handlers read and write themselves."""
+_SECURITY = {"type": "http", "scheme": "bearer", "description": "An API key"}
+
+
+def describe(api: FastAPI, table: Sequence[Route], *, needs_key: bool = False) -> dict[str, Any]:
+    """The API's description, made once, with the bodies that handlers read and write themselves.
+
+    Args:
+        api: has the routes.
+        table: the routes.
+        needs_key: whether those that are not open ask for a key.
+    """
     if api.openapi_schema is None:
         schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
         models: list[type[BaseModel]] = [ErrorResponse, ChatCompletionChunk]
@@ -82,7 +92,13 @@ def describe(api: FastAPI, table: Sequence[Route]) -> dict[str, Any]:
             [(model, "validation") for model in dict.fromkeys(models)],
             ref_template="#/components/schemas/{model}",
         )
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        components = schema.setdefault("components", {})
+        components.setdefault("schemas", {}).update(definitions["$defs"])
+        if needs_key:
+            components["securitySchemes"] = {"key": _SECURITY}
+            for route in table:
+                if not route.is_open:
+                    schema["paths"][route.path.replace(":path", "")][route.method.lower()]["security"] = [{"key": []}]
         api.openapi_schema = schema
     return api.openapi_schema
 

@@ -1,28 +1,20 @@
-"""The HTTP API over a router: which path does what, and how it is described in `/docs`."""
+"""The HTTP API over a router: which path does what."""
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Any
 
-from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.api.answer_headers import IGNORED_HEADER, add_header
 from deployments.api.answering import AnswerWriter, answer, json_response
 from deployments.api.anthropic.message_writer import MessageWriter, message_failure
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
-from deployments.api.auth import KeyGuard
-from deployments.api.bodies import Body, parse, read_body
 from deployments.api.callers import caller_of
-from deployments.api.edge import Edge
-from deployments.api.errors import answer_to, model_not_found, unknown_route, wrong_method
 from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.openai.completion_writer import CompletionWriter
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
-from deployments.api.openai.response_requests import ResponsesRequest, echoed
-from deployments.api.openai.response_writer import ResponseWriter, response_failure
+from deployments.api.openai.response_store import ResponseStore
 from deployments.api.openai.responses import (
     ChatCompletion,
     Completion,
@@ -31,7 +23,6 @@ from deployments.api.openai.responses import (
     MessageObject,
     ModelList,
     ModelObject,
-    ResponseObject,
     Stats,
     Status,
     Text,
@@ -39,62 +30,26 @@ from deployments.api.openai.responses import (
     Version,
 )
 from deployments.api.pages import page
-from deployments.api.route_table import Route, describe
+from deployments.api.request_reader import RequestReader
+from deployments.api.response_routes import ResponseEndpoints
+from deployments.api.route_table import EVENT_STREAM, Route
 from deployments.api.sse import EventStream, error_events, event, until_disconnect
-from deployments.api.tracing import TraceRequests
-from deployments.chat.encoder import EncodedChat, PromptEncoder
-from deployments.chat.errors import APIError, in_words_of, not_ready, of_engine
-from deployments.chat.ignored import header_value
+from deployments.chat.encoder import PromptEncoder
+from deployments.chat.errors import in_words_of, not_ready, of_engine
 from deployments.chat.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
-from deployments.chat.service import INLINE_BYTES, ChatService
+from deployments.chat.service import ChatService
 from deployments.chat.turn import Turn
 from deployments.errors import NoReplicaError
 from deployments.observe.exposition import CONTENT_TYPE
 from deployments.router.router import Router
 from deployments.version import __version__
-from llm.errors import LLMError
 
-logger = logging.getLogger("ray.serve")
-
-TITLE = "Rayline"
-T = TypeVar("T")
 _EVENT_INTERVAL_S = 0.5
-
-
-def create_api(router: Router) -> FastAPI:
-    """The HTTP application of a router, whose keys it asks for.
-
-    Raises:
-        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
-    """
-    config = router.config
-    table = Endpoints(router).table()
-    api = FastAPI(title=TITLE, version=__version__, redirect_slashes=False, redoc_url=None)
-    for route in table:
-        api.add_api_route(
-            route.path, route.handler, methods=[route.method], summary=route.summary, response_model=None,
-            description=route.handler.__doc__, openapi_extra=route.operation(), response_class=Response,
-        )  # fmt: skip
-    api.openapi = lambda: describe(api, table)  # type: ignore[method-assign]
-    api.add_exception_handler(APIError, _on_api_error)
-    api.add_exception_handler(LLMError, _on_llm_error)
-    api.add_exception_handler(HTTPException, _on_http_error)
-    # The last one added is the outermost.
-    api.add_middleware(
-        KeyGuard,
-        access=router.access,
-        open_paths=[route.path for route in table if route.is_open],
-        metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
-    )
-    api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
-    if router.tracer is not None:
-        api.add_middleware(TraceRequests, tracer=router.tracer)
-    return api
 
 
 class Endpoints:
@@ -102,23 +57,25 @@ class Endpoints:
 
     Args:
         router: what generates.
+        store: where responses are kept; None for nowhere.
 
     Raises:
         CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
     """
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, store: ResponseStore | None = None) -> None:
         self._router = router
         self._chats = ChatService(router)
+        self._requests = RequestReader(router, self._chats)
+        self._responses = ResponseEndpoints(self._chats, self._requests, store, router.config.model_name)
         self._model = router.config.model_name
-        self._limits = router.config.limits
 
     def table(self) -> list[Route]:
         """Every route there is."""
         return [
             Route("POST", "/v1/chat/completions", self.chat, "Chat completion", ChatCompletion, ChatRequest),
             Route("POST", "/v1/completions", self.completion, "Completion", Completion, CompletionRequest),
-            Route("POST", "/v1/responses", self.response, "Response", ResponseObject, ResponsesRequest),
+            *self._responses.table(),
             Route(
                 "POST",
                 "/v1/messages",
@@ -151,17 +108,17 @@ class Endpoints:
                 "/rayline/events",
                 self.events,
                 "State of router and replicas, twice a second",
-                "text/event-stream",
+                EVENT_STREAM,
             ),
             Route("GET", "/rayline/stats", self.stats, "State of this router and of the replicas", Stats),
         ]
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat, whole or as server-sent events."""
-        body, size = await self._body(request, ChatRequest)
+        body, size = await self._requests.body(request, ChatRequest)
 
         async def start() -> tuple[Turn, AnswerWriter]:
-            chat = await self._prepared(request, body, size, PromptEncoder.chat)
+            chat = await self._requests.prepared(request, body, size, PromptEncoder.chat)
             turn = await self._chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
             return turn, self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
 
@@ -169,10 +126,10 @@ class Endpoints:
 
     async def completion(self, request: Request) -> Response:
         """Continue a prompt, or several, whole or as server-sent events."""
-        body, size = await self._body(request, CompletionRequest)
+        body, size = await self._requests.body(request, CompletionRequest)
 
         async def start() -> tuple[Turn, AnswerWriter]:
-            completion = await self._prepared(request, body, size, PromptEncoder.completion)
+            completion = await self._requests.prepared(request, body, size, PromptEncoder.completion)
             turn = await self._chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
             return turn, self._completion_writer(
                 turn,
@@ -186,23 +143,12 @@ class Endpoints:
 
         return await answer(request, start(), error_events, is_streamed=bool(body.stream))
 
-    async def response(self, request: Request) -> Response:
-        """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events. Nothing is stored."""
-        body, size = await self._body(request, ResponsesRequest)
-
-        async def start() -> tuple[Turn, AnswerWriter]:
-            turn = await self._turn(request, body, size)
-            fields = await self._chats.run(size, lambda: echoed(body))
-            return turn, ResponseWriter(turn, model=self._model, echoed=fields)
-
-        return await answer(request, start(), response_failure, is_streamed=bool(body.stream))
-
     async def message(self, request: Request) -> Response:
         """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
-        body, size = await self._body(request, MessagesRequest)
+        body, size = await self._requests.body(request, MessagesRequest)
 
         async def start() -> tuple[Turn, AnswerWriter]:
-            turn = await self._turn(request, body, size)
+            turn = await self._requests.turn(request, body, size)
             return turn, MessageWriter(turn, model=self._model)
 
         return await answer(request, start(), message_failure, is_streamed=bool(body.stream))
@@ -214,56 +160,9 @@ class Endpoints:
             with in_words_of(body.FIELDS):
                 return len(encoder.prompt_ids(body.to_chat()))
 
-        return json_response({"input_tokens": await self._prepared_at_once(request, CountTokensRequest, count)})
-
-    async def _body(self, request: Request, model: type[Body]) -> tuple[Body, int]:
-        """The request's body, checked, and its size in bytes.
-
-        Raises:
-            APIError: what is wrong with it.
-        """
-        data = await read_body(request, self._limits)
-        is_strict = self._router.config.strict_fields
-        body, ignored = await self._chats.run(len(data), lambda: parse(model, data, is_strict=is_strict))
-        if ignored:
-            add_header(request.scope, IGNORED_HEADER, header_value(ignored))
-            logger.debug("fields ignored: %s", header_value(ignored))
-        self._check_model(body.model or self._model)
-        return body, len(data)
-
-    async def _prepared(
-        self, request: Request, body: Body, size: int, prepare: Callable[[PromptEncoder, Body], T]
-    ) -> T:
-        """What is made of a body before the engines get it, in a thread if that is long.
-
-        It waits until an engine has told its limits, by which requests are checked; a fleet at zero starts one.
-
-        Raises:
-            APIError, LLMError: what is wrong with the request; or see `Router.engine_info`.
-        """
-        if not self._router.is_ready:
-            await self._router.engine_info(caller_of(request).timeout_s)
-        encoder = self._chats.encoder
-        size = max(size, INLINE_BYTES + 1) if body.takes_long else size
-        return await self._chats.run(size, lambda: prepare(encoder, body))
-
-    async def _prepared_at_once(
-        self, request: Request, model: type[Body], prepare: Callable[[PromptEncoder, Body], T]
-    ) -> T:
-        """As `_prepared`, of a request that is answered with it."""
-        body, size = await self._body(request, model)
-        return await until_disconnect(request.receive, self._prepared(request, body, size, prepare))
-
-    async def _turn(self, request: Request, body: ResponsesRequest | MessagesRequest, size: int) -> Turn:
-        """Begin to answer what is a chat in another API's words."""
-
-        def encode(encoder: PromptEncoder, body: ResponsesRequest | MessagesRequest) -> tuple[EncodedChat, ChatRequest]:
-            with in_words_of(body.FIELDS):
-                chat = body.to_chat()
-                return encoder.chat(chat), chat
-
-        encoded, chat = await self._prepared(request, body, size, encode)
-        return await self._chats.chat(encoded, chat.stop_strings(), caller_of(request, chat.priority))
+        return json_response(
+            {"input_tokens": await self._requests.prepared_at_once(request, CountTokensRequest, count)}
+        )
 
     def _completion_writer(self, turn: Turn, body: ChatRequest | CompletionRequest, **options: Any) -> CompletionWriter:
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -272,10 +171,12 @@ class Endpoints:
 
     async def embeddings(self, request: Request) -> Response:
         """Give the vector of each input: hidden states of the model, pooled, of length 1."""
-        body, size = await self._body(request, EmbeddingsRequest)
+        body, size = await self._requests.body(request, EmbeddingsRequest)
 
         async def embed() -> tuple[list[list[int]], list[bytes]]:
-            inputs = await self._prepared(request, body, size, lambda encoder, body: encoder.inputs(body.inputs()))
+            inputs = await self._requests.prepared(
+                request, body, size, lambda encoder, body: encoder.inputs(body.inputs())
+            )
             caller = caller_of(request, body.priority)
             return inputs, await self._router.embed(inputs, body.pooling or "last", caller)
 
@@ -290,16 +191,16 @@ class Endpoints:
 
     async def model(self, request: Request) -> Response:
         """Describe the served model."""
-        self._check_model(request.path_params["model"])
+        self._requests.check_model(request.path_params["model"])
         return json_response(self._model_object())
 
     async def tokenize(self, request: Request) -> Response:
         """Turn a text or a chat into token ids."""
-        return JSONResponse(await self._prepared_at_once(request, TokenizeRequest, _tokens))
+        return JSONResponse(await self._requests.prepared_at_once(request, TokenizeRequest, _tokens))
 
     async def detokenize(self, request: Request) -> Response:
         """Turn token ids into text."""
-        return JSONResponse(await self._prepared_at_once(request, DetokenizeRequest, _text))
+        return JSONResponse(await self._requests.prepared_at_once(request, DetokenizeRequest, _text))
 
     async def health(self, _: Request) -> Response:
         """Answer as long as this process runs."""
@@ -341,10 +242,6 @@ class Endpoints:
             yield event(self._router.fleet_event())
             await asyncio.sleep(_EVENT_INTERVAL_S)
 
-    def _check_model(self, name: str) -> None:
-        if name != self._model:
-            raise model_not_found(name)
-
     def _model_object(self) -> dict[str, Any]:
         info = self._router.info
         return {
@@ -359,13 +256,7 @@ class Endpoints:
 def _tokens(encoder: PromptEncoder, body: TokenizeRequest) -> list[bytes]:
     """The answer of `/tokenize`."""
     if body.messages is not None:
-        ids = encoder.chat_ids(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            variables=body.chat_template_kwargs or {},
-            tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
-            is_continued=bool(body.continue_final_message),
-        )
+        ids = encoder.prompt_ids(body.to_chat())
     else:
         ids = encoder.text_ids(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
     texts = [encoder.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
@@ -377,21 +268,3 @@ def _text(encoder: PromptEncoder, body: DetokenizeRequest) -> list[bytes]:
     """The answer of `/detokenize`."""
     encoder.check_ids(body.tokens, "tokens")
     return json_pieces({"prompt": encoder.tokenizer.decode(body.tokens)})
-
-
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, APIError), "registered for it"
-    return answer_to(request.scope, error)
-
-
-async def _on_llm_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, LLMError), "registered for it"
-    return answer_to(request.scope, of_engine(error))
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses."""
-    assert isinstance(error, HTTPException), "registered for it"
-    known = {404: unknown_route(), 405: wrong_method(error.headers)}
-    other = APIError(error.status_code, str(error.detail), headers=error.headers)
-    return answer_to(request.scope, known.get(error.status_code, other))

@@ -15,6 +15,8 @@ from contextlib import suppress
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.api.upgrades import decline_upgrades
+
 logger = logging.getLogger("ray.serve")
 
 TIMEOUT_VARIABLE = "RAYLINE_PROXY_SEND_TIMEOUT_S"
@@ -115,7 +117,8 @@ class _Sender:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Ray Serve's proxy is to put around every request; Serve calls this as the proxy starts."""
+    """What Ray Serve's proxy is to put around every request; Serve calls this before the proxy's HTTP server starts."""
+    decline_upgrades()
     timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S))
     return [Middleware(SendTimeout, timeout_s=timeout_s)]
 

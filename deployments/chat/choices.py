@@ -27,6 +27,7 @@ class Choice:
         finish_reason: "stop" or "length" once the choice is complete.
         error: what to tell the client instead of a finish.
         has_calls: whether a call of a tool has begun.
+        num_echoed_chars: length of `echo`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Choice:
         self._stream = TextStream(tokenizer, stop, request.min_new_tokens)
         self._parser = parser
         self._echo = echo
+        self.num_echoed_chars = len(echo)
         self._num_taken = 0
         self._num_chars = self._num_reasoning_chars = 0
 

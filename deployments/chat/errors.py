@@ -17,6 +17,7 @@ from deployments.errors import (
     NoReplicaError,
     OverloadedError,
     ShuttingDownError,
+    StoreAwayError,
 )
 from llm.errors import EngineError, InvalidRequestError, LLMError
 
@@ -112,6 +113,9 @@ def of_engine(error: LLMError) -> APIError:
         return APIError(503, str(error), type=SERVER_ERROR, code="shutting_down", headers={"Retry-After": "10"})
     if isinstance(error, AccountantAwayError):
         return APIError(503, str(error), type=SERVER_ERROR, code="limits_unavailable", headers={"Retry-After": "2"})
+    if isinstance(error, StoreAwayError):
+        message = f"Stored responses cannot be reached at the moment: {error}"
+        return APIError(503, message, type=SERVER_ERROR, code="store_unavailable", headers={"Retry-After": "2"})
     if isinstance(error, KeyRevokedError):
         return APIError(401, str(error), code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
     if isinstance(error, DeadlineError):
@@ -152,9 +156,9 @@ def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
         return cause
     if first["type"] == "json_invalid":
         return invalid(f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    if first["type"] == "model_type":
-        return invalid("The body must be a JSON object")
     param = _param(first["loc"])
+    if first["type"] == "model_type":
+        return invalid(f"{param}: must be an object" if param else "The body must be a JSON object", param)
     if first["type"] == UNSUPPORTED and param is not None:
         return unsupported(param)
     if first["type"] == "extra_forbidden":

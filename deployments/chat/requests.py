@@ -5,9 +5,9 @@ See `wire_model` for what becomes of fields without effect, of those this server
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from deployments.chat.errors import invalid
+from deployments.chat.errors import invalid, of_validation
 from deployments.chat.messages import ChatMessage, check_continued, check_messages
 from deployments.chat.structured import StructuredFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, allowed_tools, check_tools
@@ -23,6 +23,7 @@ MAX_COMPLETION_LOGPROBS = 5
 MAX_STOP_TOKEN_IDS = 128
 MAX_MESSAGES = 4096
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 
 
@@ -188,7 +189,7 @@ class ChatRequest(SamplingFields):
     """Not supported."""
     prediction: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Effort | None = None
     """Given to the chat template, as `reasoning_effort`, and as `enable_thinking: false` for `none`."""
     verbosity: NoEffect = None
     """The model decides how much it says."""
@@ -317,11 +318,12 @@ class TokenizeRequest(RequestBody):
     add_generation_prompt: bool | None = None
     """With messages: end with what opens the assistant's answer. True by default."""
     continue_final_message: bool | None = None
-    """With messages: end where the last message, an assistant's, ends."""
+    """With messages: as in a chat."""
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    """With messages: functions that the model is told of."""
+    """With messages: as in a chat, as are the next three."""
+    tool_choice: ToolChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    """With messages: variables for the model's chat template."""
+    reasoning_effort: Effort | None = None
     return_token_strs: bool | None = None
     """Give each token's text too."""
 
@@ -329,16 +331,30 @@ class TokenizeRequest(RequestBody):
     def _check(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise invalid("give exactly one of prompt and messages", "prompt")
-        if self.continue_final_message:
-            check_continued(self.messages, self.add_generation_prompt)
-        check_tools(self.tools, None)
-        check_messages(self.messages or [])
+        for name in _OF_CHATS:
+            if self.messages is None and getattr(self, name) is not None:
+                raise invalid(f"{name}: only with messages", name)
         return self
 
     @property
     def takes_long(self) -> bool:
-        """See `RequestBody`; templates may do much with tools and variables."""
-        return bool(self.tools or self.chat_template_kwargs)
+        """See `RequestBody`; as in `ChatRequest`."""
+        return bool(self.tools or self.chat_template_kwargs or self.reasoning_effort)
+
+    def to_chat(self) -> ChatRequest:
+        """The chat whose prompt is asked for; only with messages.
+
+        Raises:
+            APIError: a 400 with the field at fault.
+        """
+        fields = {name: getattr(self, name) for name in ("messages", "add_generation_prompt", *_OF_CHATS)}
+        try:
+            return ChatRequest.model_validate({"model": self.model or "", **fields})
+        except ValidationError as error:
+            raise of_validation(error, ChatRequest) from None
+
+
+_OF_CHATS = ("continue_final_message", "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort")
 
 
 def _check_tokens(value: Any) -> Any:

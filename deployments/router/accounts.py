@@ -12,6 +12,9 @@ from deployments.router.keys import ApiKey
 from deployments.router.leases import Claim, Grant, Holding, Quota
 from deployments.router.purse import Pace, Purse, resized
 
+LIMIT_HEADERS = tuple(
+    f"x-ratelimit-{what}-{name}" for name in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+)
 _ROUNDING = 1e-6
 
 
@@ -204,7 +207,7 @@ class Account:
         return None
 
     def headers(self) -> dict[str, str]:
-        """What is left, in OpenAI's headers (https://platform.openai.com/docs/guides/rate-limits)."""
+        """What is left, in OpenAI's headers, `LIMIT_HEADERS` (https://platform.openai.com/docs/guides/rate-limits)."""
         now, headers = self._clock(), {}
         for name, purse in self._purses():
             capacity, remaining = purse.alone.capacity, purse.remaining(now)

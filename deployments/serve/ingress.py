@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
-from deployments.api.routes import create_api
+from deployments.api.application import create_api
+from deployments.api.openai.response_store import ResponseStore, own_store
+from deployments.api.upgrades import decline_upgrades
 from deployments.config import AppConfig, LiveConfig
 from deployments.observe.exposition import RouterFigures
 from deployments.observe.terminal import show_warnings
@@ -21,6 +23,7 @@ from deployments.router.router import Router
 from deployments.serve.accountant import ServeAccountantClient
 from deployments.serve.banner import Announcement, ready_banner
 from deployments.serve.engine_client import ServeEngineClient
+from deployments.serve.response_store import ServeResponseStore
 from deployments.serve.router_peers import ServePeers
 from llm.config import describe
 from llm.errors import ConfigError
@@ -40,15 +43,17 @@ class RouterIngress:
         keys: where those come from that clients may use.
         engines: handle of the `EngineReplica` deployment.
         accountant: handle of the `Accountant` deployment; None where there is none.
+        store: handle of the `ResponseStore` deployment; None where this router keeps responses itself.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: AppConfig, keys: KeySource, engines: Any, accountant: Any = None
+        self, config: AppConfig, keys: KeySource, engines: Any, accountant: Any = None, store: Any = None
     ) -> None:
         # Asynchronous, so that it runs on the event loop of the requests: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         show_warnings()
+        decline_upgrades()  # where clients reach the routers without Serve's proxy
         shared = ServeAccountantClient(accountant) if accountant is not None else None
         self._router = Router(
             config,
@@ -56,6 +61,9 @@ class RouterIngress:
             channel_host(config.token_channel.host),
             ServePeers(),
             Access(keys, shared, config.limits.when_accountant_is_away),
+        )
+        self._store: ResponseStore | None = (
+            ServeResponseStore(store) if store is not None else own_store(config.responses)
         )
         await self._router.wait_for_own_version()
         loop = asyncio.get_running_loop()
@@ -82,7 +90,7 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""
-        api = create_api(self._router)
+        api = create_api(self._router, self._store)
         # A full collection holds up the event loop: what has been loaded by now stays, and is left out.
         gc.collect()
         gc.freeze()

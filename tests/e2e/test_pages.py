@@ -140,3 +140,9 @@ def test_the_fleet_page_shows_a_replica_die_and_its_streams_move(page: Page, ser
         assert text.endswith("149 150")
     expect(page.locator("#news")).to_contain_text(re.compile("streams? of replica .* goe?s? on elsewhere"))
     expect(page.locator('.replica[data-state="serving"]')).to_have_count(2, timeout=60_000)
+
+
+def test_the_description_asks_no_other_server(page: Page, server: Server):
+    """Swagger UI, from the server's own files; `page` fails on a request to anywhere else."""
+    page.goto(f"{server.url}/docs")
+    expect(page.get_by_text("/v1/chat/completions").first).to_be_visible()

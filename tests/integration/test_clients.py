@@ -6,6 +6,7 @@ from typing import Literal
 
 import anthropic
 import litellm
+import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI as LangChainCompletion
@@ -82,6 +83,22 @@ def test_openai_responses(server: Server):
         model="demo", input="hi", tools=[tool], tool_choice={"type": "function", "name": "get_weather"}
     )
     check_arguments(called.output[0].arguments)
+
+
+def test_openai_responses_that_are_stored(server: Server):
+    """Every method of the client for them; only what the model is told tells whether the conversation went on."""
+    responses = server.openai.responses
+    first = responses.create(model="demo", input="What is 17 + 25?", temperature=0)
+    second = responses.create(model="demo", input="And 2 + 2?", previous_response_id=first.id, temperature=0)
+    assert second.usage.input_tokens > 2 * first.usage.input_tokens
+    assert responses.retrieve(second.id).output_text == second.output_text
+    items = list(responses.input_items.list(second.id, order="asc", limit=2))
+    assert [item.content[0].text for item in items] == ["What is 17 + 25?", "42", "And 2 + 2?"]
+    responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError, match=first.id):
+        responses.retrieve(first.id)
+    with pytest.raises(openai.BadRequestError, match=first.id):
+        responses.create(model="demo", input="And?", previous_response_id=first.id)
 
 
 def test_openai_embeddings(server: Server):

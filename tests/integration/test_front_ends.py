@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 import yaml
-from live_server import ROOT, Server, free_port, replica_pids, wait_until_ready
+from live_server import HTTP2_OFFER, ROOT, Server, free_port, replica_pids, wait_until_ready
 
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.haproxy import haproxy_environment
@@ -102,6 +102,15 @@ def test_errors_are_openais_behind_haproxy(haproxy: tuple[MakeServe, Server]):
     server.check_healthy()
 
 
+def test_javas_offer_of_http2_and_careless_paths_behind_haproxy(haproxy: tuple[MakeServe, Server]):
+    run, server = haproxy
+    completion = {"model": "demo", "prompt": "a", "max_tokens": 2}
+    for path in ("/v1/completions", "//v1//completions/"):
+        answer = server.http.post(f"{run.url}{path}", json=completion, headers=HTTP2_OFFER)
+        assert answer.status_code == 200, answer.text
+    assert httpx.head(f"{run.url}/health").status_code == 200
+
+
 def test_leaving_frees_the_pages_behind_haproxy(haproxy: tuple[MakeServe, Server]):
     _, server = haproxy
     stream = server.openai.completions.create(
@@ -137,7 +146,8 @@ def test_keys_are_asked_for(haproxy: tuple[MakeServe, Server]):
         openai.OpenAI(base_url=f"{run.url}/v1", api_key="wrong", max_retries=0).models.list()
     assert refused.value.code == "invalid_api_key"
     assert httpx.get(f"{run.url}/health").status_code == 200
-    assert httpx.get(f"{run.url}/docs").status_code == 401
+    assert httpx.get(f"{run.url}/docs").status_code == 200
+    assert httpx.get(f"{run.url}/metrics").status_code == 401
     assert KEY not in run.output
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from live_server import Server, replica_pids
+from live_server import HTTP2_OFFER, Server, replica_pids
 
 MESSAGES = [{"role": "user", "content": "What is 17 + 25?"}]
 
@@ -151,3 +151,20 @@ def test_a_killed_replica_loses_nothing(server: Server):
 
 def busy(server: Server) -> list[str]:
     return [name for name, replica in server.stats()["replicas"].items() if replica["num_running"]]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "//v1//completions/"])
+def test_javas_offer_of_http2_and_careless_paths(server: Server, path: str):
+    completion = {"model": "demo", "prompt": "a", "max_tokens": 2}
+    for _ in range(2):
+        answer = server.http.post(f"{server.url}{path}", json=completion, headers=HTTP2_OFFER)
+        assert answer.status_code == 200, answer.text
+    stream = {**completion, "stream": True}
+    assert server.http.post(f"{server.url}{path}", json=stream, headers=HTTP2_OFFER).text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/docs"])
+def test_head_is_answered_without_a_body(server: Server, path: str):
+    head = server.http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert server.http.get("/health").json() == {"status": "ok"}, "the connection goes on"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from live_server import APP_NAME, ROOT, Server
@@ -115,3 +116,26 @@ def test_two_routers_share_limits_and_follow_the_keys(limited: Server, keys_file
     write_keys(keys_file, minute=MINUTE, next=NEXT)
     limited.wait_for(lambda: set(ask_at_once(limited, SINGLE, 10)) == {401}, 5, "the key still works")
     limited.wait_for(lambda: set(ask_at_once(limited, NEXT, 10)) == {200}, 5, "the new key does not work")
+
+
+def test_responses_are_found_whichever_router_is_asked(limited: Server):
+    """One deployment keeps them for both routers; a key finds its own only."""
+
+    def request(method: str, path: str, secret: str, **options: Any) -> httpx.Response:
+        # A connection of its own, so that either router may get it.
+        headers = {"authorization": f"Bearer {secret}"}
+        return httpx.request(method, f"{limited.url}{path}", headers=headers, timeout=60, **options)
+
+    body = {"model": "demo", "max_output_tokens": 2}
+    first = request("POST", "/v1/responses", MINUTE, json={**body, "input": "one"}).json()["id"]
+    path = f"/v1/responses/{first}"
+    asked = at_once(8, lambda: request("GET", path, MINUTE))
+    assert [(answer.status_code, answer.json().get("id")) for answer in asked] == [(200, first)] * 8
+    assert {answer.status_code for answer in at_once(4, lambda: request("GET", path, SINGLE))} == {404}
+    going_on = {**body, "input": "two", "previous_response_id": first}
+    second = request("POST", "/v1/responses", MINUTE, json=going_on)
+    assert second.status_code == 200, second.text
+    items = request("GET", f"/v1/responses/{second.json()['id']}/input_items", MINUTE).json()["data"]
+    assert [item["role"] for item in items] == ["user", "assistant", "user"]
+    assert request("DELETE", path, MINUTE).json()["deleted"]
+    assert {answer.status_code for answer in at_once(8, lambda: request("GET", path, MINUTE))} == {404}

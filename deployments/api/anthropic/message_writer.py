@@ -41,6 +41,9 @@ class MessageWriter:
         """The events that tell what is new."""
         return _written([event for update in updates for event in self._take(update.events)])
 
+    async def settle(self) -> None:
+        """Nothing: nothing is kept."""
+
     def end(self) -> bytes:
         """The events that close the last block and the message."""
         last = {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}

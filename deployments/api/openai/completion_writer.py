@@ -7,7 +7,7 @@ from typing import Any
 
 from deployments.api.openai.chat_message import Message, delta_of
 from deployments.api.openai.chunks import ChunkWriter
-from deployments.api.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
+from deployments.api.openai.logprobs import TextOffsets, chat_logprobs, completion_logprobs, joined, prompt_logprobs
 from deployments.api.sse import DONE, error_events, event
 from deployments.chat.choices import Choice, Update
 from deployments.chat.errors import APIError
@@ -23,9 +23,9 @@ class _Answer:
     """What has been written, or gathered, of a choice."""
 
     chunks: ChunkWriter
+    offsets: TextOffsets
+    """Of the tokens that were generated."""
     is_open: bool = False
-    num_chars: int = 0
-    """Characters of tokens with log probabilities so far, for completions' `text_offset`."""
     message: Message = field(default_factory=Message)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -73,7 +73,10 @@ class CompletionWriter:
             "model": model,
         }
         self._answers = [
-            _Answer(ChunkWriter(self._head, choice.index, is_chat=is_chat, with_usage=include_usage))
+            _Answer(
+                ChunkWriter(self._head, choice.index, is_chat=is_chat, with_usage=include_usage),
+                TextOffsets(tokenizer, choice.num_echoed_chars),
+            )
             for choice in turn.choices
         ]
 
@@ -105,6 +108,9 @@ class CompletionWriter:
             if choice.finish_reason is not None:
                 events.append(chunks.finish(_finish_reason(choice)))
         return b"".join(events)
+
+    async def settle(self) -> None:
+        """Nothing: nothing is kept."""
 
     def end(self) -> bytes:
         """Token counts, if they were asked for, and the end."""
@@ -153,10 +159,12 @@ class CompletionWriter:
         answer = self._answers[choice.index]
         of_prompt = choice.prompt_logprobs() if self._wants_prompt or self._echoes else []
         logprobs = None
-        if self._wants_logprobs and self._echoes:
-            logprobs, _ = completion_logprobs([*of_prompt, *answer.logprobs], self._tokenizer, 0, choice.prompt_ids[:1])
-        elif self._wants_logprobs:
+        if self._wants_logprobs:
             logprobs = self._logprobs(answer, answer.logprobs)
+            if self._echoes:
+                offsets = TextOffsets(self._tokenizer, end=choice.num_echoed_chars)
+                echoed = completion_logprobs(of_prompt, self._tokenizer, offsets, choice.prompt_ids[:1])
+                logprobs = joined(echoed, logprobs)
         content: dict[str, Any] = (
             {"message": answer.message.as_dict()} if self._is_chat else {"text": answer.message.content}
         )
@@ -168,8 +176,7 @@ class CompletionWriter:
     def _logprobs(self, answer: _Answer, entries: list[TokenLogprobs]) -> dict[str, Any]:
         if self._is_chat:
             return chat_logprobs(entries, self._tokenizer)
-        logprobs, answer.num_chars = completion_logprobs(entries, self._tokenizer, answer.num_chars)
-        return logprobs
+        return completion_logprobs(entries, self._tokenizer, answer.offsets)
 
     def _usage(self) -> dict[str, Any]:
         turn = self._turn

@@ -18,27 +18,42 @@ def chat_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dic
     return {"content": content, "refusal": None}
 
 
+class TextOffsets:
+    """Where in a text its tokens begin, in characters; a token that continues a character begins where that does.
+
+    Args:
+        tokenizer: the text is made by its decoder.
+        start: characters before the first token.
+        end: no token begins further on; None for no such bound.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, end: int | None = None) -> None:
+        self._decoder = tokenizer.new_decoder()
+        self._offset = start
+        self._end = end
+
+    def next(self, token_id: int) -> int:
+        """Where this token begins, which comes after all that were asked for before."""
+        offset = self._offset if self._end is None else min(self._offset, self._end)
+        self._offset += len(self._decoder.step(token_id))
+        return offset
+
+
 def completion_logprobs(
-    entries: Sequence[TokenLogprobs], tokenizer: Tokenizer, offset: int, first_ids: Sequence[int] = ()
-) -> tuple[dict[str, Any], int]:
+    entries: Sequence[TokenLogprobs], tokenizer: Tokenizer, offsets: TextOffsets, first_ids: Sequence[int] = ()
+) -> dict[str, Any]:
     """`logprobs` of a completion choice.
 
     Args:
+        entries: of tokens that follow one another.
+        tokenizer: for their texts.
+        offsets: of the tokens, `first_ids` included.
         first_ids: tokens before the entries that have no log probability: the first of a prompt.
-        offset: characters before the first entry.
-
-    Returns:
-        The object, and the number of characters before the next entry.
     """
-    tokens, offsets = [], []
     nothing = [None] * len(first_ids)
-    for token_id in [*first_ids, *(entry.token_id for entry in entries)]:
-        text = tokenizer.token_text(token_id)
-        tokens.append(text)
-        offsets.append(offset)
-        offset += len(text)
-    logprobs = {
-        "tokens": tokens,
+    token_ids = [*first_ids, *(entry.token_id for entry in entries)]
+    return {
+        "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
         "token_logprobs": [*nothing, *(_finite(entry.logprob) for entry in entries)],
         "top_logprobs": [
             *nothing,
@@ -47,9 +62,45 @@ def completion_logprobs(
                 for entry in entries
             ),
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.next(token_id) for token_id in token_ids],
     }
-    return logprobs, offset
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """`logprobs` of a completion choice whose tokens come in two parts."""
+    return {name: values + second[name] for name, values in first.items()}
+
+
+class TextLogprobs:
+    """Finds the tokens that a piece of a model's output was made of, where pieces come in order and markup is left out.
+
+    Args:
+        tokenizer: the output is made by its decoder.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.new_decoder()
+        self._text = ""
+        self._tokens: list[tuple[int, TokenLogprobs]] = []
+
+    def push(self, entries: Sequence[TokenLogprobs]) -> None:
+        """Take in the next tokens."""
+        for entry in entries:
+            self._tokens.append((len(self._text), entry))
+            self._text += self._decoder.step(entry.token_id)
+
+    def pop(self, piece: str) -> list[dict[str, Any]]:
+        """The tokens that begin in the next piece, as the parts of a response have them; what is before is dropped."""
+        start = self._text.find(piece)
+        end = start + len(piece)
+        if start < 0 or not piece:
+            return []
+        found = [entry for place, entry in self._tokens if start <= place < end]
+        self._tokens = [(place - end, entry) for place, entry in self._tokens if place >= end]
+        self._text = self._text[end:]
+        content: list[dict[str, Any]] = chat_logprobs(found, self._tokenizer)["content"]
+        return content
 
 
 def prompt_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:

@@ -1,112 +1,25 @@
-"""Requests of OpenAI's Responses API, and the chats that they stand for.
+"""Requests of OpenAI's Responses API, and the chats that they stand for."""
 
-Nothing is stored: each request brings the whole conversation. Fields that need a store are refused by name.
-"""
-
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError
+from pydantic import Field, ValidationError
 
-from deployments.chat.errors import invalid, of_validation
+from deployments.api.openai.response_items import InputItem, MessageItem, chat_turns
+from deployments.api.openai.response_tools import (
+    FunctionNames,
+    ResponseTool,
+    ResponseToolChoice,
+    Skipped,
+    at_own_place,
+    chat_tools,
+    echoed_tool,
+    functions_of,
+)
+from deployments.chat.errors import APIError, invalid, of_validation
 from deployments.chat.messages import ChatMessage
 from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
-from deployments.chat.structured import NonEmpty
-from deployments.chat.tools import MAX_TOOLS, ToolName
-from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel, type_tag
-
-
-class TextPart(WireModel):
-    """A piece of a message."""
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: NoEffect = None
-    logprobs: NoEffect = None
-
-
-class MessageItem(WireModel):
-    """A message of the conversation."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[TextPart]
-    id: NoEffect = None
-    status: NoEffect = None
-    phase: NoEffect = None
-
-
-class FunctionCallItem(WireModel):
-    """A call that the model made."""
-
-    type: Literal["function_call"]
-    call_id: NonEmpty
-    name: ToolName
-    arguments: str
-    id: NoEffect = None
-    status: NoEffect = None
-    namespace: str | None = None
-
-
-class FunctionOutputItem(WireModel):
-    """What came of a call."""
-
-    type: Literal["function_call_output"]
-    call_id: NonEmpty
-    output: str | Items[TextPart]
-    id: NoEffect = None
-    status: NoEffect = None
-
-
-class ReasoningText(WireModel):
-    """A piece of the model's thoughts."""
-
-    type: Literal["reasoning_text", "summary_text"]
-    text: str
-
-
-class ReasoningItem(WireModel):
-    """What the model thought before its next item."""
-
-    type: Literal["reasoning"]
-    summary: Items[ReasoningText] | None = None
-    content: Items[ReasoningText] | None = None
-    encrypted_content: NoEffect = None
-    id: NoEffect = None
-    status: NoEffect = None
-
-
-def _item_type(value: Any) -> str:
-    return type_tag(value, default="message")
-
-
-InputItem = Annotated[
-    Annotated[MessageItem, Tag("[message]")]
-    | Annotated[FunctionCallItem, Tag("[function_call]")]
-    | Annotated[FunctionOutputItem, Tag("[function_call_output]")]
-    | Annotated[ReasoningItem, Tag("[reasoning]")],
-    Discriminator(
-        _item_type, "item_type",
-        "the type of an item must be message, function_call, function_call_output or reasoning",
-    ),
-]  # fmt: skip
-
-
-class ResponseTool(WireModel):
-    """A function that the model may ask for."""
-
-    type: Literal["function"]
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ResponseToolChoice(WireModel):
-    """This function, and no other."""
-
-    type: Literal["function"]
-    name: ToolName
+from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
+from llm.config import MAX_TOP_LOGPROBS
 
 
 class ResponseTextFormat(WireModel):
@@ -143,7 +56,6 @@ class ResponsesRequest(RequestBody):
         "messages.*": "input",
         "max_completion_tokens": "max_output_tokens",
         "response_format.*": "text.format",
-        r"(tools\[\d+\])\.function(.*)": r"\1\2",
         "reasoning_effort": "reasoning.effort",
     }
     """From a chat's fields to those here."""
@@ -156,8 +68,9 @@ class ResponsesRequest(RequestBody):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    tools: Annotated[Items[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    tools: Items[ResponseTool] | None = None
+    """Functions, by themselves or in a namespace; tools of other kinds are ignored."""
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
     reasoning: ResponseReasoning | None = None
@@ -165,8 +78,13 @@ class ResponsesRequest(RequestBody):
     """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
     says."""
 
-    store: NoEffect = None
-    """Nothing is stored."""
+    store: bool | None = None
+    """Keep the response, for `previous_response_id` and `GET /v1/responses/{id}`. True by default."""
+    previous_response_id: str | None = None
+    """The response whose conversation goes on; `input` is what is new."""
+    include: Items[str] | None = None
+    """`reasoning.encrypted_content`, `message.output_text.logprobs`; others are ignored."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     metadata: dict[str, Any] | None = None
     """Given back with the response."""
     user: str | None = None
@@ -175,23 +93,18 @@ class ResponsesRequest(RequestBody):
     service_tier: NoEffect = None
     prompt_cache_key: NoEffect = None
     prompt_cache_retention: NoEffect = None
-    include: NoEffect = None
     truncation: NoEffect = None
     """A conversation that is too long is an error."""
     stream_options: NoEffect = None
 
-    previous_response_id: Annotated[Any, Unsupported()] = None
-    """Not supported: nothing is stored."""
     conversation: Annotated[Any, Unsupported()] = None
-    """Not supported: nothing is stored."""
+    """Not supported: use `previous_response_id`."""
     background: Annotated[Any, Unsupported()] = None
-    """False only: nothing is stored."""
+    """False only."""
     prompt: Annotated[Any, Unsupported()] = None
     """Not supported."""
     max_tool_calls: NoEffect = None
     """This server calls no tools itself."""
-    top_logprobs: Annotated[Any, Unsupported(0)] = None
-    """Not supported."""
     context_management: NoEffect = None
 
     @property
@@ -205,14 +118,18 @@ class ResponsesRequest(RequestBody):
         Raises:
             APIError: a 400 with the field at fault.
         """
+        functions = functions_of(self.tools or ())
+        tools, choice = chat_tools(functions, self.tool_choice)
         chat = {
             "model": self.model,
             "messages": self._messages(),
             "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "tools": [_chat_tool(tool) for tool in self.tools or ()],
-            "tool_choice": _chat_choice(self.tool_choice) if self.tools or self.tool_choice != "auto" else None,
+            "tools": tools,
+            "tool_choice": choice,
+            "logprobs": self.wants_logprobs,
+            "top_logprobs": (self.top_logprobs or 0) if self.wants_logprobs else None,
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": _chat_format(self.text.format if self.text is not None else None),
             "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,
@@ -221,60 +138,38 @@ class ResponsesRequest(RequestBody):
         try:
             return ChatRequest.model_validate(chat)
         except ValidationError as error:
-            raise of_validation(error, ChatRequest) from None
+            raise at_own_place(of_validation(error, ChatRequest), functions) from None
+        except APIError as error:
+            raise at_own_place(error, functions) from None
 
     def _messages(self) -> list[ChatMessage]:
-        turns: list[dict[str, Any]] = []
-        if self.instructions:
-            turns.append({"role": "system", "content": self.instructions})
-        if isinstance(self.input, str):
-            turns.append({"role": "user", "content": self.input})
-        else:
-            for item in self.input:
-                _add_item(turns, item)
+        turns = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        turns += chat_turns(self.items())
+        if not turns:
+            raise invalid("input: holds nothing that a model could be told", "input")
         try:
             return [ChatMessage.model_validate(turn) for turn in turns]
-        except ValidationError:
-            raise invalid("input: reasoning must be followed by a message or a call", "input") from None
+        except ValidationError as error:
+            raise invalid(f"input: {error.errors()[0]['msg'].removeprefix('Value error, ')}", "input") from None
 
+    def items(self) -> list[Any]:
+        """`input` as items."""
+        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
-def _add_item(turns: list[dict[str, Any]], item: InputItem) -> None:
-    """Add an item: thoughts, text and calls that follow one another are one turn of the assistant."""
-    match item:
-        case MessageItem(role="assistant"):
-            turn = _assistant_turn(turns, without="content")
-            turn["content"] = _text(item.content)
-        case MessageItem():
-            turns.append({"role": item.role, "content": _text(item.content)})
-        case FunctionCallItem():
-            function = {"name": item.name, "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            _assistant_turn(turns).setdefault("tool_calls", []).append(call)
-        case FunctionOutputItem():
-            turns.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
-        case ReasoningItem():
-            thoughts = "\n".join(part.text for part in item.content or item.summary or ())
-            if thoughts:
-                turns.append({"role": "assistant", "reasoning_content": thoughts})
+    @property
+    def function_names(self) -> FunctionNames:
+        """What the client calls the functions."""
+        return FunctionNames.of(functions_of(self.tools or ()))
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the tokens' log probabilities are asked for."""
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
-def _assistant_turn(turns: list[dict[str, Any]], without: str | None = None) -> dict[str, Any]:
-    """The assistant's turn that goes on, or a new one; new too if it has the field `without` already."""
-    if not turns or turns[-1]["role"] != "assistant" or without in turns[-1] or (without and "tool_calls" in turns[-1]):
-        turns.append({"role": "assistant"})
-    return turns[-1]
-
-
-def _text(content: str | list[TextPart]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
-
-
-def _chat_tool(tool: ResponseTool) -> dict[str, Any]:
-    return {"type": "function", "function": tool.model_dump(exclude={"type"})}
-
-
-def _chat_choice(choice: str | ResponseToolChoice | None) -> Any:
-    return {"type": "function", "function": {"name": choice.name}} if isinstance(choice, ResponseToolChoice) else choice
+    @property
+    def wants_sealed_thoughts(self) -> bool:
+        """Whether reasoning items are to hold what a client without memory gives back."""
+        return "reasoning.encrypted_content" in (self.include or ())
 
 
 def _chat_format(text_format: ResponseTextFormat | None) -> dict[str, Any] | None:
@@ -288,21 +183,27 @@ def _chat_format(text_format: ResponseTextFormat | None) -> dict[str, Any] | Non
     return {"type": "json_schema", "json_schema": schema}
 
 
-def echoed(body: ResponsesRequest) -> dict[str, Any]:
-    """Fields of the request that its response repeats."""
+def echoed(body: ResponsesRequest, *, is_stored: bool) -> dict[str, Any]:
+    """Fields of the request that its response repeats.
+
+    Args:
+        body: the request.
+        is_stored: whether the response is going to be stored.
+    """
     choice = body.tool_choice
     return {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": None,
+        "previous_response_id": body.previous_response_id,
         "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
-        "store": False,
+        "store": is_stored,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": _echoed_format(body)},
-        "tool_choice": json.loads(choice.model_dump_json()) if isinstance(choice, WireModel) else choice or "auto",
-        "tools": [{"strict": None, **tool.model_dump()} for tool in body.tools or ()],
+        "tool_choice": choice.model_dump(exclude_none=True) if isinstance(choice, WireModel) else choice or "auto",
+        "tools": [echoed_tool(tool) for tool in body.tools or () if not isinstance(tool, Skipped)],
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "user": body.user,

@@ -5,13 +5,16 @@ After OpenAI's reference, https://platform.openai.com/docs/api-reference/respons
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from deployments.api.openai.logprobs import TextLogprobs
+from deployments.api.openai.response_items import seal_thoughts
+from deployments.api.openai.response_tools import FunctionNames
 from deployments.api.sse import encode_json
 from deployments.chat.choices import Update
 from deployments.chat.errors import APIError
-from deployments.chat.output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
+from deployments.chat.output import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallStart
 from deployments.chat.turn import Turn
 
 Event = dict[str, Any]
@@ -24,10 +27,28 @@ class ResponseWriter:
         turn: begun, or about to.
         model: name to give.
         echoed: fields of the request that the response repeats.
+        names: what the client calls the functions.
+        logprobs: finds the tokens of the text; None where no log probabilities are asked for.
+        seals_thoughts: whether reasoning comes as `encrypted_content` too.
+        keep: stores the response; None where it is not to be stored.
     """
 
-    def __init__(self, turn: Turn, *, model: str, echoed: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        turn: Turn,
+        *,
+        model: str,
+        echoed: dict[str, Any],
+        names: FunctionNames,
+        logprobs: TextLogprobs | None = None,
+        seals_thoughts: bool = False,
+        keep: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
+    ) -> None:
         self._turn = turn
+        self._names = names
+        self._logprobs = logprobs
+        self._seals_thoughts = seals_thoughts
+        self._keep = keep
         self._items: list[_Item] = []
         self._sequence_number = 0
         self._response: dict[str, Any] = {
@@ -52,12 +73,17 @@ class ResponseWriter:
 
     def write(self, updates: Sequence[Update]) -> bytes:
         """The events that tell what is new."""
-        return self._written([event for update in updates for event in self._take(update.events)])
+        return self._written([event for update in updates for event in self._take(update)])
+
+    async def settle(self) -> None:
+        """Store the response, so that the client's next request finds it."""
+        if self._keep is not None:
+            await self._keep(self.response())
 
     def end(self) -> bytes:
         """The events that close the last item and the response."""
         last = self._close_item()
-        response = self._finished()
+        response = self.response()
         return self._written([*last, {"type": f"response.{response['status']}", "response": response}])
 
     def failure(self, error: APIError) -> bytes:
@@ -70,39 +96,47 @@ class ResponseWriter:
     def add(self, updates: Sequence[Update]) -> None:
         """Take in what is new."""
         for update in updates:
-            self._take(update.events)
+            self._take(update)
 
     def whole(self) -> dict[str, Any]:
         """The response object."""
         self._close_item()
-        return self._finished()
+        return self.response()
 
     @property
     def num_values(self) -> int:
         """About as many pieces of text as tokens."""
         return self._turn.num_output_tokens
 
-    def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
+    def _take(self, update: Update) -> list[Event]:
         """Take in what is new; the events that tell it."""
+        if self._logprobs is not None:
+            self._logprobs.push(update.logprobs)
         told: list[Event] = []
-        for event in events:
+        for event in update.events:
             match event:
                 case TextDelta(text):
-                    told += self._open_item("message") + self._items[-1].add_text(text)
+                    told += self._open_item("message") + self._items[-1].add_text(text, self._logprobs_of(text))
                 case ReasoningDelta(text):
                     told += self._open_item("reasoning") + self._items[-1].add_text(text)
+                    self._logprobs_of(text)
                 case ToolCallStart(_, call_id, name):
-                    told += self._close_item() + self._open_item("function_call", call_id=call_id, name=name)
+                    names = self._names.find(name).fields()
+                    told += self._close_item() + self._open_item("function_call", call_id=call_id, **names)
                 case ToolCallArguments(_, text):
                     told += self._items[-1].add_text(text)
         return told
+
+    def _logprobs_of(self, text: str) -> list[dict[str, Any]]:
+        """Log probabilities of the tokens that begin in the next piece of text, if they are asked for."""
+        return self._logprobs.pop(text) if self._logprobs is not None else []
 
     def _open_item(self, kind: str, **fields: str) -> list[Event]:
         """Begin an item of this kind, unless it is the one that goes on."""
         if self._items and self._items[-1].is_open and self._items[-1].kind == kind:
             return []
         told = self._close_item()
-        self._items.append(_Item(kind, len(self._items), fields))
+        self._items.append(_Item(kind, len(self._items), fields, seals=self._seals_thoughts))
         return told + self._items[-1].opening()
 
     def _close_item(self) -> list[Event]:
@@ -112,7 +146,8 @@ class ResponseWriter:
     def _status(self) -> str:
         return "incomplete" if self._turn.choices[0].finish_reason == "length" else "completed"
 
-    def _finished(self) -> dict[str, Any]:
+    def response(self) -> dict[str, Any]:
+        """The response object, once the turn is complete."""
         turn = self._turn
         usage = {
             "input_tokens": turn.num_prompt_tokens,
@@ -151,11 +186,13 @@ _EVENTS = {
 class _Item:
     """One item of a response's output, with its text as it grows."""
 
-    def __init__(self, kind: str, index: int, fields: dict[str, str]) -> None:
+    def __init__(self, kind: str, index: int, fields: dict[str, str], *, seals: bool) -> None:
         self.kind = kind
         self.is_open = True
         self._fields = fields
+        self._seals = seals
         self._texts: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
         self._id = f"{_PREFIXES[kind]}_{secrets.token_hex(12)}"
         self._place: Event = {"item_id": self._id, "output_index": index}
         if kind != "function_call":
@@ -169,17 +206,18 @@ class _Item:
             return [added]
         return [added, {"type": "response.content_part.added", **self._place, "part": self._part("")}]
 
-    def add_text(self, text: str) -> list[Event]:
+    def add_text(self, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
         """More of its text, or of its arguments."""
         self._texts.append(text)
-        return [{"type": f"{_EVENTS[self.kind]}.delta", **self._place, "delta": text, **self._logprobs}]
+        self._logprobs += logprobs
+        return [{"type": f"{_EVENTS[self.kind]}.delta", **self._place, "delta": text, **self._told(logprobs)}]
 
     def closing(self, status: str) -> list[Event]:
         """The events that end it."""
         self.is_open = False
         text = "".join(self._texts)
         if self._has_parts:
-            told = [{"type": f"{_EVENTS[self.kind]}.done", **self._place, "text": text, **self._logprobs},
+            told = [{"type": f"{_EVENTS[self.kind]}.done", **self._place, "text": text, **self._told(self._logprobs)},
                     {"type": "response.content_part.done", **self._place, "part": self._part(text)}]  # fmt: skip
         else:
             done = {**self._place, "name": self._fields["name"], "arguments": text}
@@ -194,12 +232,12 @@ class _Item:
         if self.kind == "message":
             return {**item, "role": "assistant", "content": [self._part(text)]}
         if self.kind == "reasoning":
-            return {**item, "summary": [], "content": [self._part(text)]}
+            sealed = {"encrypted_content": seal_thoughts(text)} if self._seals else {}
+            return {**item, "summary": [], "content": [self._part(text)], **sealed}
         return {**item, **self._fields, "arguments": text}
 
-    @property
-    def _logprobs(self) -> dict[str, Any]:
-        return {"logprobs": []} if self.kind == "message" else {}
+    def _told(self, logprobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {"logprobs": list(logprobs)} if self.kind == "message" else {}
 
     @property
     def _has_parts(self) -> bool:
@@ -208,4 +246,4 @@ class _Item:
     def _part(self, text: str) -> dict[str, Any]:
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self._logprobs)}

@@ -212,6 +212,24 @@ class ResponseObject(BaseModel):
     incomplete_details: dict[str, Any] | None
 
 
+class DeletedResponse(ResponseModel):
+    """Answer of `DELETE /v1/responses/{response_id}`."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class ResponseItems(ResponseModel):
+    """Answer of `GET /v1/responses/{response_id}/input_items`."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 class MessageObject(ResponseModel):
     """Answer of `POST /v1/messages`; streamed as events with a `type`."""
 

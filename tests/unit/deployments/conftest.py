@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from in_process import LocalClient, Service, ServiceFactory, emulated_config, end_service
 
+from deployments.api.openai.response_store import ResponseStore
 from deployments.config import AppConfig
 from deployments.observe.metrics import RouterPeers
 from deployments.replica.engine_replica import EngineReplica
@@ -24,10 +25,11 @@ async def make_service() -> AsyncIterator[ServiceFactory]:
             keys: tuple[ApiKey, ...] = (),
             peers: RouterPeers | None = None,
             access: Access | None = None,
+            store: ResponseStore | None = None,
         ) -> Service:
             config = config or emulated_config()
             replicas = [EngineReplica(config, f"replica-{i}") for i in range(num_replicas)]
-            service = Service(config, LocalClient(replicas), keys, peers, access)
+            service = Service(config, LocalClient(replicas), keys, peers, access, store)
             stack.push_async_callback(end_service, service)
             await service.router.wait_until_ready()
             async with asyncio.timeout(60):

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api.routes import create_api
+from deployments.api.application import create_api
+from deployments.api.openai.response_store import ResponseStore, own_store
 from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.config import AppConfig
 from deployments.errors import ReplicaLostError
@@ -140,10 +141,12 @@ class Service:
         keys: tuple[ApiKey, ...] = (),
         peers: RouterPeers | None = None,
         access: Access | None = None,
+        store: ResponseStore | None = None,
     ) -> None:
         self.client = client
         self.router = Router(config, client, peers=peers, access=access or Access(KeySource(keys)))
-        self.api = create_api(self.router)
+        self.store = store if store is not None else own_store(config.responses)
+        self.api = create_api(self.router, self.store)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.api, raise_app_exceptions=False), base_url="http://test", timeout=30
         )

@@ -173,6 +173,15 @@ def test_an_accountant_is_bound_where_several_routers_may_share_limits(args, has
 
 
 @pytest.mark.usefixtures("no_cluster")
+@pytest.mark.parametrize(
+    ("num_routers", "max_responses", "has_store"), [(1, 100, False), (2, 100, True), (2, 0, False)]
+)
+def test_a_store_is_bound_where_several_routers_share_responses(num_routers, max_responses, has_store):
+    args = {"router": {"num_replicas": num_routers}, "responses": {"max_responses": max_responses}}
+    assert ("ResponseStore" in deployments_of(args)) == has_store
+
+
+@pytest.mark.usefixtures("no_cluster")
 def test_nothing_that_is_bound_holds_a_key(tmp_path, monkeypatch):
     (tmp_path / "keys.yaml").write_text("- {name: team, key: sk-in-file, requests_per_min: 5}\n")
     monkeypatch.setenv("RAYLINE_TEST_KEYS", "sk-in-variable")

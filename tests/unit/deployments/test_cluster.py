@@ -64,11 +64,12 @@ def test_the_application_asks_ray_for_it(monkeypatch, tmp_path):
     )
     router = build_app(config)._bound_deployment
     bound = [arg._bound_deployment for arg in router.init_args if isinstance(arg, Application)]
-    engines, accountant = bound
-    assert [deployment.name for deployment in bound] == ["EngineReplica", "Accountant"]
+    engines, *shared = bound
+    assert [deployment.name for deployment in bound] == ["EngineReplica", "Accountant", "ResponseStore"]
     assert engines.ray_actor_options["num_gpus"] == 1
     assert router.ray_actor_options["num_gpus"] == 0
     assert router.ray_actor_options["resources"] == {"rayline_router": 0.001}
     assert "resources" not in engines.ray_actor_options
-    assert accountant.ray_actor_options["num_gpus"] == 0
-    assert accountant.ray_actor_options["resources"] == {"rayline_router": 0.0001}, "it runs where routers do"
+    for deployment in shared:
+        assert deployment.ray_actor_options["num_gpus"] == 0
+        assert deployment.ray_actor_options["resources"] == {"rayline_router": 0.0001}, "it runs where routers do"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from in_process import DEMO, Service, ServiceFactory
-from scripted_engine import events_of
+from scripted_engine import events_of, use_script
 
 from deployments.api.openai.responses import Completion
 from deployments.config import AppConfig
@@ -103,6 +103,34 @@ async def test_likelihoods_as_lm_eval_asks_for_them(demo: Service, model: Decode
         assert logprobs["token_logprobs"][1 : len(ids)] == pytest.approx(own, abs=1e-4)
         likeliest = [max(top.values()) for top in logprobs["top_logprobs"][1 : len(ids)]]
         assert likeliest == pytest.approx(expected.amax(-1).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_text_offset_is_a_place_in_the_text(
+    make_service: ServiceFactory, monkeypatch: pytest.MonkeyPatch, stream: bool
+):
+    """In characters, of which a token may hold a part: the demo's first tokens are bytes."""
+    use_script(monkeypatch, "né 日本.")
+    service = await make_service()
+    answer = await service.post("/v1/completions", prompt="é!", max_tokens=50, logprobs=1, stream=stream)
+    chunks = events_of(answer.text) if stream else [answer.json()]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(choice["text"] for choice in choices) == "né 日本."
+    offsets = [offset for choice in choices if choice["logprobs"] for offset in choice["logprobs"]["text_offset"]]
+    assert offsets == [0, 1, 1, 2, 3, 3, 3, 4, 4, 4, 5]
+
+
+async def test_text_offset_behind_an_echo(demo: Service):
+    prompt = "né 日本 ="
+    ids = (await demo.post("/tokenize", prompt=prompt)).json()["tokens"]
+    for given in (prompt, ids):
+        answer = await complete(demo, prompt=given, logprobs=0, echo=True, max_tokens=2, ignore_eos=True, min_tokens=2)
+        (choice,) = answer["choices"]
+        assert choice["text"].startswith(prompt)
+        offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
+        assert offsets[len(ids)] == len(prompt)
+        assert tokens[tokens.index("n") + 3] == " "
+        assert offsets[tokens.index("n") : tokens.index("n") + 5] == [0, 1, 1, 2, 3]
 
 
 async def test_prompt_logprobs_by_themselves(demo: Service, model: DecoderModel):

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import httpx
 import pytest
 from in_process import ServiceFactory, emulated_config
+from scripted_engine import THINK_TEMPLATE, model_config
 
 from deployments.api.errors import ErrorResponse
 from deployments.api.openai import responses
+from deployments.api.pages.description import DOCS_PATHS
 from deployments.router.keys import ApiKey
 
 KEY = "sk-test-key"
@@ -177,7 +180,7 @@ async def test_bodies_and_headers_that_are_too_large(make_service: ServiceFactor
 
 async def test_unknown_routes_models_and_methods(make_service: ServiceFactory):
     service = await make_service()
-    for path in ("/v1", "/v1/nothing", "/v1/models/", "/health/", "http://server//health"):
+    for path in ("/v1", "/v1/nothing", "/health/x", "http://server//healthy"):
         check_error(await service.http.get(path), 404)
     assert "POST" in (await service.http.get("/v1/completions")).headers["allow"]
     check_error(await service.http.get("/v1/completions"), 405)
@@ -217,6 +220,40 @@ async def test_tokenize_and_back(make_service: ServiceFactory):
     check_error(await service.post("/tokenize"), 400)
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"reasoning_effort": "none"},
+        {"messages": [*CHAT["messages"], {"role": "assistant", "content": "So"}], "continue_final_message": True,
+         "add_generation_prompt": False},
+    ],
+)  # fmt: skip
+async def test_tokenize_gives_the_prompt_of_a_chat(make_service: ServiceFactory, tmp_path: Path, fields: dict):
+    service = await make_service(model_config(tmp_path, THINK_TEMPLATE))
+    tokens = (await service.post("/tokenize", **{**CHAT, **fields})).json()["tokens"]
+    chat = await service.post("/v1/chat/completions", **{**CHAT, **fields}, max_tokens=1)
+    assert len(tokens) == chat.json()["usage"]["prompt_tokens"]
+    plain = (await service.post("/tokenize", **CHAT)).json()["tokens"]
+    assert (tokens == plain) == ("tool_choice" in fields)
+
+
+async def test_tokenize_refuses_what_a_chat_would(make_service: ServiceFactory):
+    service = await make_service()
+    for fields, param in (
+        ({"prompt": "a", "tools": TOOLS}, "tools"),
+        ({**CHAT, "tools": [{"type": "function"}]}, "tools[0].function"),
+        ({**CHAT, "tools": [*TOOLS, *TOOLS]}, "tools[1].function.name"),
+        ({**CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ):
+        assert check_error(await service.post("/tokenize", **fields), 400)["param"] == param
+
+
 async def test_control_tokens_typed_by_a_user_stay_text(make_service: ServiceFactory):
     service = await make_service()
     plain = (await service.post("/tokenize", messages=[{"role": "user", "content": "<|end|>"}])).json()
@@ -249,8 +286,8 @@ async def test_with_keys_every_route_is_closed_but_the_open_ones(make_service: S
     service = await make_service(keys=KEYS)
     schema_paths = [route.path for route in service.api.routes]
     closed = {path for path in schema_paths if (await service.http.get(path)).status_code == 401}
-    assert set(schema_paths) - closed == {"/", "/fleet", "/health", "/ready"}
-    for path in ("/nothing", "/health/../v1/models", "/health/", "//v1/models", "/v1/models?x=/health", "/%68ealth/x"):
+    assert set(schema_paths) - closed == {"/", "/fleet", "/health", "/ready", "/openapi.json", *DOCS_PATHS}
+    for path in ("/nothing", "/health/../v1/models", "/health//x", "/v1/models?x=/health", "/%68ealth/x"):
         check_error(await service.http.get(path), 401)
     two = [("authorization", f"Bearer {KEY}"), ("authorization", "Bearer other")]
     check_error(await service.http.get("/v1/models", headers=two), 401)

@@ -1,0 +1,107 @@
+"""The HTTP application of a router: its routes, and what stands around them."""
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from deployments.api.answer_headers import IGNORED_HEADER
+from deployments.api.auth import KeyGuard
+from deployments.api.callers import REQUEST_ID_HEADER, TIMING_HEADER
+from deployments.api.edge import Edge
+from deployments.api.errors import answer_to, unknown_route, wrong_method
+from deployments.api.openai.response_store import ResponseStore
+from deployments.api.pages.description import DOCS_PATHS, add_docs
+from deployments.api.route_table import EVENT_STREAM, Route, describe
+from deployments.api.routes import Endpoints
+from deployments.api.tracing import TraceRequests
+from deployments.api_config import CorsConfig
+from deployments.chat.errors import APIError, of_engine
+from deployments.router.accounts import LIMIT_HEADERS
+from deployments.router.router import Router
+from deployments.version import __version__
+from llm.errors import LLMError
+
+TITLE = "Rayline"
+_OPENAPI_PATH = "/openapi.json"
+
+
+def create_api(router: Router, store: ResponseStore | None = None) -> FastAPI:
+    """The HTTP application of a router, whose keys it asks for.
+
+    Args:
+        router: generates.
+        store: where responses are kept; None for nowhere.
+
+    Raises:
+        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
+    """
+    config = router.config
+    table = Endpoints(router, store).table()
+    api = FastAPI(
+        title=TITLE, version=__version__, openapi_url=_OPENAPI_PATH, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
+    _add_routes(api, table)
+    add_docs(api, TITLE, _OPENAPI_PATH)
+    api.openapi = lambda: describe(api, table, needs_key=router.access.needs_key)  # type: ignore[method-assign]
+    api.add_exception_handler(APIError, _on_api_error)
+    api.add_exception_handler(LLMError, _on_llm_error)
+    api.add_exception_handler(HTTPException, _on_http_error)
+    # The last one added is the outermost.
+    api.add_middleware(
+        KeyGuard,
+        access=router.access,
+        open_paths=[*(route.path for route in table if route.is_open), _OPENAPI_PATH, *DOCS_PATHS],
+        metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
+    )
+    api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
+    if config.cors.is_on:
+        _add_cors(api, config.cors)
+    if router.tracer is not None:
+        api.add_middleware(TraceRequests, tracer=router.tracer)
+    return api
+
+
+def _add_routes(api: FastAPI, table: Sequence[Route]) -> None:
+    """Add the table's routes; what answers GET answers HEAD too, unless its answer has no end."""
+    for route in table:
+        api.add_api_route(
+            route.path, route.handler, methods=[route.method], summary=route.summary, response_model=None,
+            description=route.handler.__doc__, openapi_extra=route.operation(), response_class=Response,
+        )  # fmt: skip
+        if route.method == "GET" and route.answer != EVENT_STREAM:
+            api.router.add_route(route.path, route.handler, methods=["HEAD"], include_in_schema=False)
+
+
+def _add_cors(api: FastAPI, cors: CorsConfig) -> None:
+    """Let pages of other origins use the API. Outside of `KeyGuard`: a browser asks in advance without a key."""
+    api.add_middleware(
+        CORSMiddleware,
+        allow_origins=cors.allow_origins,
+        allow_origin_regex=cors.allow_origin_regex,
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=[REQUEST_ID_HEADER, TIMING_HEADER, IGNORED_HEADER, "Retry-After", *LIMIT_HEADERS],
+        max_age=cors.max_age_s,
+    )
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError), "registered for it"
+    return answer_to(request.scope, error)
+
+
+async def _on_llm_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LLMError), "registered for it"
+    return answer_to(request.scope, of_engine(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses."""
+    assert isinstance(error, HTTPException), "registered for it"
+    known = {404: unknown_route(), 405: wrong_method(error.headers)}
+    other = APIError(error.status_code, str(error.detail), headers=error.headers)
+    return answer_to(request.scope, known.get(error.status_code, other))

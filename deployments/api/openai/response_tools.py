@@ -1,0 +1,230 @@
+"""Tools of OpenAI's Responses API, and the functions of a chat that they stand for.
+
+After https://platform.openai.com/docs/api-reference/responses/create. A `namespace` groups functions: Codex offers the
+tools of each MCP server so. A model knows one list of functions, in which such a function is called
+`<namespace>__<name>`; its calls come back as the client knows them, with name and namespace apart. Tools that a server
+would have to run itself (`web_search`, `mcp`, …) and those that are no functions (`custom`, …) are left out.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, PlainValidator, Tag, ValidationInfo
+
+from deployments.chat.errors import APIError
+from deployments.chat.ignored import IgnoredFields
+from deployments.chat.tools import ToolName
+from deployments.chat.wire_model import Items, NoEffect, WireModel, note_ignored, type_tag
+
+_MAX_NAME_CHARS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A tool or an item of a kind that this server does not have, as it came."""
+
+    value: dict[str, Any]
+
+
+def skip(value: Any, info: ValidationInfo) -> Skipped:
+    """Take in what is left out, and note that it is ignored.
+
+    Raises:
+        ValueError: it has no type, or the request is to be checked strictly.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise ValueError("must be an object with a type")
+    if isinstance(info.context, IgnoredFields) and info.context.is_strict:
+        raise ValueError(f"the type {value['type'][:40]!r} is not supported by this server")
+    note_ignored(info, f"type {value['type'][:40]}", value, "type")
+    return Skipped(value)
+
+
+class ResponseFunction(WireModel):
+    """A function that the model may ask for."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: NoEffect = None
+    """The model is told of every function at once."""
+    output_schema: NoEffect = None
+
+
+def _function_tag(value: Any) -> str:
+    return tag if (tag := type_tag(value, "function")) == "[function]" else "[skipped]"
+
+
+AnySkipped = Annotated[Skipped, PlainValidator(skip, json_schema_input_type=dict[str, Any]), Tag("[skipped]")]
+NamespacedTool = Annotated[Annotated[ResponseFunction, Tag("[function]")] | AnySkipped, Discriminator(_function_tag)]
+
+
+class ResponseNamespace(WireModel):
+    """Functions under a common name."""
+
+    type: Literal["namespace"]
+    name: str
+    description: str | None = None
+    tools: Items[NamespacedTool] | None = None
+
+
+def _tool_tag(value: Any) -> str:
+    return tag if (tag := type_tag(value)) in ("[function]", "[namespace]") else "[skipped]"
+
+
+ResponseTool = Annotated[
+    Annotated[ResponseFunction, Tag("[function]")] | Annotated[ResponseNamespace, Tag("[namespace]")] | AnySkipped,
+    Discriminator(_tool_tag),
+]
+
+
+class NamedChoice(WireModel):
+    """This function, and no other."""
+
+    type: Literal["function"]
+    name: str
+    namespace: str | None = None
+
+
+class AllowedTools(WireModel):
+    """Only these of the tools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Items[NamedChoice]
+
+
+def _choice_tag(value: Any) -> str:
+    return "[mode]" if isinstance(value, str) else type_tag(value)
+
+
+ResponseToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("[mode]")]
+    | Annotated[NamedChoice, Tag("[function]")]
+    | Annotated[AllowedTools, Tag("[allowed_tools]")],
+    Discriminator(
+        _choice_tag, "choice_type", "must be none, auto, required, a function, or allowed_tools; tools of other kinds "
+        "cannot be chosen",
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionId:
+    """What a client calls a function."""
+
+    name: str
+    namespace: str | None = None
+
+    @property
+    def chat_name(self) -> str:
+        """What the model calls it: at most 128 characters, none that tool names may not have."""
+        if self.namespace is None:
+            return self.name
+        joint = "" if self.namespace.endswith("__") else "__"
+        name = re.sub(r"[^a-zA-Z0-9_-]", "_", f"{self.namespace}{joint}{self.name}")
+        if len(name) <= _MAX_NAME_CHARS:
+            return name
+        digest = sha256(f"{self.namespace}\0{self.name}".encode(errors="surrogatepass")).hexdigest()[:8]
+        return f"{name[: _MAX_NAME_CHARS - 9]}_{digest}"
+
+    def fields(self) -> dict[str, str]:
+        """Its name as an item has it."""
+        return {"name": self.name} | ({"namespace": self.namespace} if self.namespace is not None else {})
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedFunction:
+    """A function that the model is told of.
+
+    Attributes:
+        id: what the client calls it.
+        function: what it takes.
+        place: where it stands in the request, such as `tools[2].tools[0]`.
+    """
+
+    id: FunctionId
+    function: ResponseFunction
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionNames:
+    """Finds the functions of a request by what the model calls them."""
+
+    ids: dict[str, FunctionId] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, functions: Iterable[OfferedFunction]) -> Self:
+        """Of these functions."""
+        return cls({offered.id.chat_name: offered.id for offered in functions})
+
+    def find(self, name: str) -> FunctionId:
+        """The function that a model's call names. Models leave out namespaces: a name that only one has is that one."""
+        if name in self.ids:
+            return self.ids[name]
+        same = [function for function in self.ids.values() if function.name == name]
+        return same[0] if len(same) == 1 else FunctionId(name)
+
+    def chosen(self, choice: NamedChoice) -> dict[str, Any]:
+        """A function that the client has chosen, as a chat chooses it."""
+        name = self.find(FunctionId(choice.name, choice.namespace).chat_name).chat_name
+        return {"type": "function", "function": {"name": name}}
+
+
+def functions_of(tools: Iterable[Any], place: str = "tools", namespace: str | None = None) -> list[OfferedFunction]:
+    """The functions that the model is told of.
+
+    Args:
+        tools: with those that are left out.
+        place: where they stand in the request.
+        namespace: what they are grouped under.
+    """
+    found = []
+    for i, tool in enumerate(tools):
+        if isinstance(tool, ResponseFunction):
+            found.append(OfferedFunction(FunctionId(tool.name, namespace), tool, f"{place}[{i}]"))
+        elif isinstance(tool, ResponseNamespace):
+            found += functions_of(tool.tools or (), f"{place}[{i}].tools", tool.name)
+    return found
+
+
+def chat_tools(functions: Sequence[OfferedFunction], choice: Any) -> tuple[list[dict[str, Any]], Any]:
+    """The `tools` and the `tool_choice` of a chat."""
+    names = FunctionNames.of(functions)
+    if isinstance(choice, AllowedTools):
+        allowed = {"mode": choice.mode, "tools": [names.chosen(tool) for tool in choice.tools]}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    elif isinstance(choice, NamedChoice):
+        choice = names.chosen(choice)
+    written = [
+        {
+            "type": "function",
+            "function": {**offered.function.model_dump(exclude={"type"}), "name": offered.id.chat_name},
+        }
+        for offered in functions
+    ]
+    return written, choice
+
+
+def at_own_place(error: APIError, functions: Sequence[OfferedFunction]) -> APIError:
+    """An error about one of a chat's tools, told of the tool's place in the request that the chat was made of."""
+    found = re.match(r"tools\[(\d+)\]", error.param or "")
+    if found is not None and error.param is not None and int(found[1]) < len(functions):
+        old, place = error.param, functions[int(found[1])].place
+        error.param = place + old[found.end() :].replace(".function", "", 1)
+        error.message = error.message.replace(old, error.param)
+    return error
+
+
+def echoed_tool(tool: Any) -> dict[str, Any]:
+    """A tool as its response repeats it."""
+    if isinstance(tool, ResponseNamespace):
+        tools = [echoed_tool(offered.function) for offered in functions_of(tool.tools or ())]
+        return {"type": "namespace", "name": tool.name, "description": tool.description or "", "tools": tools}
+    return {"strict": None, **tool.model_dump(exclude={"defer_loading", "output_schema"})}
