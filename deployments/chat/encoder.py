@@ -7,14 +7,14 @@ from typing import Any
 from deployments.channel.messages import EngineInfo
 from deployments.chat.errors import PromptTooLongError, invalid
 from deployments.chat.messages import ChatMessage
-from deployments.chat.model_format import ModelFormat, opens_reasoning
+from deployments.chat.model_format import ModelFormat, prompt_reasoning
 from deployments.chat.output import OutputParser
-from deployments.chat.parsers import make_parser
+from deployments.chat.parsers import AnswerForm, make_parser
 from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFields
 from deployments.chat.structured import grammar_error, grammar_of
 from deployments.chat.template_turns import render_turns
 from deployments.chat.tools import forced_grammar
-from deployments.config import LimitsConfig
+from deployments.config import LimitsConfig, ToolParserName
 from llm.errors import InvalidRequestError
 from llm.models.registry import GenerationDefaults
 from llm.sampling.grammar import GrammarCompiler
@@ -32,17 +32,15 @@ class EncodedChat:
 
     Attributes:
         requests: one for each answer.
-        tool_format, may_reason, is_reasoning: see `make_parser`.
+        form: how the answers are to be read.
     """
 
     requests: list[GenerationRequest]
-    tool_format: str | None = None
-    may_reason: bool = False
-    is_reasoning: bool = False
+    form: AnswerForm
 
     def parser(self) -> OutputParser:
         """A parser for one of the answers."""
-        return make_parser(self.tool_format, may_reason=self.may_reason, is_reasoning=self.is_reasoning)
+        return make_parser(self.form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +96,21 @@ class PromptEncoder:
         grammar = self._compiled(("tools", forced) if forced is not None else bound)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = self._requests(body, [ids], body.most_tokens, logprobs, _chat_limit_name(body), grammar, body.n or 1)
-        tool_format = self.format.tool_format if tools and body.tool_choice != "none" else None
-        # A grammar holds from the first token on: there are no thoughts, and calls are bare JSON.
-        return EncodedChat(
-            requests,
-            tool_format="llama3" if forced is not None else None if grammar is not None else tool_format,
-            may_reason=self.format.may_reason and grammar is None and not body.continue_final_message,
-            is_reasoning=self.format.may_reason and grammar is None and opens_reasoning(self.tokenizer, ids),
+        return EncodedChat(requests, self._form(body, ids, is_forced=forced is not None, is_bound=bound is not None))
+
+    def _form(self, body: ChatRequest, ids: list[int], *, is_forced: bool, is_bound: bool) -> AnswerForm:
+        """How the answers to a request are to be read."""
+        tools = body.tools or []
+        tool_parser = self.format.tool_parser if tools and body.tool_choice != "none" and not is_bound else None
+        if is_forced:
+            tool_parser = tool_parser or ToolParserName.LLAMA3
+        reasoning = None if is_forced or is_bound else self.format.reasoning_parser
+        return AnswerForm(
+            tool_parser,
+            is_forced,
+            reasoning,
+            prompt_reasoning(self.tokenizer, reasoning, ids) is True,
+            {tool.function.name: tool.function.parameters or {} for tool in tools},
         )
 
     def prompt_ids(self, body: ChatRequest) -> list[int]:
@@ -114,7 +120,7 @@ class PromptEncoder:
             APIError, InvalidRequestError: as `chat`.
         """
         tools = body.tools or []
-        if tools and body.tool_choice in (None, "auto") and self.format.tool_format is None:
+        if tools and body.tool_choice in (None, "auto") and not self.format.is_teaching:
             raise invalid(
                 "tools: this model's chat template knows no tools; only tool_choice can force a call", "tools"
             )
@@ -203,10 +209,10 @@ class PromptEncoder:
         """
         chat = render_turns(
             self.tokenizer,
-            [message.turn() for message in messages],
+            self.format.history.messages([message.turn() for message in messages]),
             is_continued=is_continued,
             add_generation_prompt=add_generation_prompt,
-            tools=tools,
+            tools=self.format.history.tools(tools),
             **_checked_variables(variables),
         )
         self._check_text(chat.text, "messages")

@@ -12,15 +12,21 @@ from deployments.replica.emulated_engine import EmulatedEngine
 from llm.serving.schemas import FinishReason, StepOutput, TokenLogprobs
 
 END = 257
-TOOL_TEMPLATE = (
-    "{% if tools %}<tool_call>-style tools: {{ tools | tojson }}\n{% endif %}"
+_TURNS = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }} "
-    "{{ call.function.arguments | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
+    "{% for call in message.tool_calls or [] %}OPEN{{ call.function.name }} "
+    "{{ call.function.arguments | tojson }}CLOSE{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+TOOL_TEMPLATE = (
+    """{% if tools %}Write <tool_call>{"name": ..., "arguments": ...}</tool_call>: {{ tools | tojson }}\n{% endif %}"""
+    + _TURNS.replace("OPEN", "<tool_call>").replace("CLOSE", "</tool_call>")
+)
 THINK_TEMPLATE = TOOL_TEMPLATE + "{% if enable_thinking is not false %}<think>\n{% else %}<think></think>{% endif %}"
-LLAMA_TEMPLATE = TOOL_TEMPLATE.replace("<tool_call>", "").replace("</tool_call>", "") + "{# parameters #}"
+LLAMA_TEMPLATE = (
+    """{% if tools %}Write {"name": function name, "parameters": its arguments}: {{ tools | tojson }}\n{% endif %}"""
+    + _TURNS.replace("OPEN", "").replace("CLOSE", "")
+)
 
 
 class ScriptedEngine(EmulatedEngine):
