@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -134,6 +134,17 @@ class HFTokenizer:
     def template_sources(self) -> str:
         """Jinja text of all chat templates, to see what they know."""
         return "\n".join(template.source for template in self._templates.values())
+
+    def split_special(self, text: str) -> Iterator[tuple[int, str, int | None]]:
+        """Cut a text at the special tokens in it: (offset of the plain piece, the piece, the id of the token behind it).
+
+        Texts of users must not get here: their special tokens are none.
+        """
+        offset = 0
+        for match in self._control.special_pattern.finditer(text):
+            yield offset, text[offset : match.start()], self._control.by_text[match[0]].token_id
+            offset = match.end()
+        yield offset, text[offset:], None
 
     def templates_read(self, name: str) -> bool:
         """Whether a chat template reads a variable of that name."""
