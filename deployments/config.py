@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SecretStr, model_validator
 
 from llm.config import EngineConfig, StrictModel
+from llm.errors import ConfigError
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """Bounds of a request's `priority`."""
@@ -310,6 +311,9 @@ class AppConfig(StrictModel):
     """The name clients use; None for the directory's name or the Hub id."""
     lora: str | None = None
     """Directory of a PEFT adapter that is merged into the weights."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """File with a chat template in Jinja, used in place of the checkpoint's; or the template itself. It says how tools
+    are told to the model, too."""
     dtype: DType = DType.AUTO
     device: str | None = None
     """Torch device of the replicas; None for the GPU where a replica has one, else the CPU."""
@@ -364,15 +368,37 @@ class AppConfig(StrictModel):
 def resolve_paths(config: AppConfig) -> AppConfig:
     """The same configuration with relative directories made absolute, so that every worker reads the same ones.
 
-    What is no directory here is left alone: it may be a Hub id, or a path of the replicas' nodes.
+    What is no directory here is left alone: it may be a Hub id, or a path of the replicas' nodes. A chat template is
+    read here, for nodes that do not have the file.
+
+    Raises:
+        ConfigError: the chat template's file cannot be read.
     """
     changes: dict[str, Any] = {}
     for name in ("model", "lora"):
         directory = _find_directory(getattr(config, name))
         if directory is not None:
             changes[name] = str(directory)
+    changes["chat_template"] = read_chat_template(config)
     resolved = config.model_copy(update=changes)
     return resolved.model_copy(update={"served_model_name": resolved.model_name})
+
+
+def read_chat_template(config: AppConfig) -> str | None:
+    """The text of the chat template that the configuration names; None where the checkpoint's is used.
+
+    Raises:
+        ConfigError: its file cannot be read.
+    """
+    given = config.chat_template
+    if given is None or "{" in given:
+        return given
+    path = Path(given).expanduser()
+    beside_code = Path(__file__).parent.parent / path
+    try:
+        return (path if path.exists() else beside_code).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template: {path} cannot be read: {error}; name a file with Jinja text") from None
 
 
 def _find_directory(value: str | None) -> Path | None:

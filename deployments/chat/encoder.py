@@ -1,5 +1,6 @@
 """From a request's body to what the engines run: tokenising, limits, sampling parameters."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +10,16 @@ from deployments.chat.errors import PromptTooLongError, invalid
 from deployments.chat.messages import ChatMessage
 from deployments.chat.model_format import ModelFormat, prompt_reasoning
 from deployments.chat.output import OutputParser
-from deployments.chat.parsers import AnswerForm, make_parser
+from deployments.chat.parsers import AnswerForm, make_parser, preamble_of
 from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFields
 from deployments.chat.structured import grammar_error, grammar_of
 from deployments.chat.template_turns import render_turns
-from deployments.chat.tools import forced_grammar
+from deployments.chat.tools import arguments_schema, forced_grammar, strict_grammar
 from deployments.config import LimitsConfig, ToolParserName
 from llm.errors import InvalidRequestError
 from llm.models.registry import GenerationDefaults
 from llm.sampling.grammar import GrammarCompiler
-from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_request_id, new_seed
+from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, GrammarKind, new_request_id, new_seed
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -85,18 +86,36 @@ class PromptEncoder:
             APIError: a 400 that says which field is at fault.
             InvalidRequestError: the template refuses the messages.
         """
-        tools = body.tools or []
         ids = self.prompt_ids(body)
         self.check_ids(ids, "messages")
         self.check_length(ids, "messages")
         bound = grammar_of(body)
-        forced = forced_grammar(tools, body.tool_choice, may_be_many=body.parallel_tool_calls is not False)
-        if forced is not None and bound is not None:
+        calls = self._calls_grammar(body)
+        is_forced = calls is not None and calls.kind is not GrammarKind.CALLS
+        if is_forced and bound is not None:
             raise invalid(f"{bound[0]}: a tool_choice that forces a call leaves no room for it", bound[0])
-        grammar = self._compiled(("tools", forced) if forced is not None else bound)
+        form = self._form(body, ids, is_forced=is_forced, is_bound=bound is not None)
+        grammar = self._compiled(("tools", calls) if calls is not None and bound is None else bound, form)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = self._requests(body, [ids], body.most_tokens, logprobs, _chat_limit_name(body), grammar, body.n or 1)
-        return EncodedChat(requests, self._form(body, ids, is_forced=forced is not None, is_bound=bound is not None))
+        return EncodedChat(requests, form)
+
+    def _calls_grammar(self, body: ChatRequest) -> Grammar | None:
+        """What calls in the answers must look like; None where none must come and no tool is strict.
+
+        Raises:
+            APIError: a strict tool's schema cannot be followed.
+        """
+        tools, may_be_many = body.tools or [], body.parallel_tool_calls is not False
+        grammar = forced_grammar(tools, body.tool_choice, may_be_many=may_be_many)
+        if grammar is None and body.tool_choice != "none" and self.format.markup is not None:
+            grammar = strict_grammar(tools, self.format.markup, may_be_many=may_be_many)
+        if grammar is not None:
+            for i, tool in enumerate(tools):
+                if tool.function.strict:
+                    schema = Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(arguments_schema(tool)))
+                    self._compiled((f"tools[{i}].function.parameters", schema))
+        return grammar
 
     def _form(self, body: ChatRequest, ids: list[int], *, is_forced: bool, is_bound: bool) -> AnswerForm:
         """How the answers to a request are to be read."""
@@ -104,12 +123,11 @@ class PromptEncoder:
         tool_parser = self.format.tool_parser if tools and body.tool_choice != "none" and not is_bound else None
         if is_forced:
             tool_parser = tool_parser or ToolParserName.LLAMA3
-        reasoning = None if is_forced or is_bound else self.format.reasoning_parser
         return AnswerForm(
             tool_parser,
             is_forced,
-            reasoning,
-            prompt_reasoning(self.tokenizer, reasoning, ids) is True,
+            self.format.reasoning_parser,
+            prompt_reasoning(self.tokenizer, self.format.reasoning_parser, ids),
             {tool.function.name: tool.function.parameters or {} for tool in tools},
         )
 
@@ -122,7 +140,9 @@ class PromptEncoder:
         tools = body.tools or []
         if tools and body.tool_choice in (None, "auto") and not self.format.is_teaching:
             raise invalid(
-                "tools: this model's chat template knows no tools; only tool_choice can force a call", "tools"
+                "tools: this model's chat template knows no tools; only tool_choice can force a call, unless whoever "
+                "runs the server gives a chat_template that does",
+                "tools",
             )
         return self.chat_ids(
             body.messages,
@@ -244,8 +264,8 @@ class PromptEncoder:
         if len(text) > most and self.tokenizer.min_num_tokens(text) >= most:
             raise PromptTooLongError(f"at least {self.tokenizer.min_num_tokens(text)}", most, param)
 
-    def _compiled(self, bound: tuple[str, Grammar] | None) -> Grammar | None:
-        """The grammar, once it is known that the engines can follow it.
+    def _compiled(self, bound: tuple[str, Grammar] | None, form: AnswerForm | None = None) -> Grammar | None:
+        """The grammar, once it is known that the engines can follow it; behind the thoughts of a chat.
 
         Raises:
             APIError: it is wrong, under the name of its field.
@@ -253,6 +273,8 @@ class PromptEncoder:
         if bound is None:
             return None
         param, grammar = bound
+        if form is not None and (preamble := preamble_of(form)) is not None:
+            grammar = grammar.model_copy(update={"preamble": preamble})
         try:
             self.grammars.compile(grammar)
         except InvalidRequestError as error:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from deployments.chat.history import HistoryStyle, find_style
 from deployments.chat.parsers import THOUGHT_TAGS
+from deployments.chat.tool_formats.markup import CallMarkup
 from deployments.chat.tool_formats.table import TOOL_FORMATS
 from deployments.config import ReasoningParserName, ToolParserName
 from llm.tokenization.hf_tokenizer import HFTokenizer
@@ -20,6 +21,7 @@ class ModelFormat:
         reasoning_parser: how it marks thoughts; None where it has none.
         is_teaching: its chat template tells it of tools, or the configuration says that it knows them.
         history: how earlier calls are put into the template.
+        markup: what is around a call's arguments, where a grammar can bind them.
         warning: what whoever runs the server should know.
     """
 
@@ -27,6 +29,7 @@ class ModelFormat:
     reasoning_parser: ReasoningParserName | None = None
     is_teaching: bool = False
     history: HistoryStyle = field(default_factory=HistoryStyle)
+    markup: CallMarkup | None = None
     warning: str | None = None
 
 
@@ -49,7 +52,8 @@ def find_format(
     if reasoning_parser in (ReasoningParserName.NONE, ReasoningParserName.AUTO):
         reasoning = _thoughts(templates, tools) if reasoning_parser is ReasoningParserName.AUTO else None
     history = find_style(tokenizer, tools) if tokenizer.has_chat_template else HistoryStyle()
-    return ModelFormat(tools, reasoning, is_teaching or tools is tool_parser, history, warning)
+    markup = TOOL_FORMATS[tools].markup(templates) if tools is not None else None
+    return ModelFormat(tools, reasoning, is_teaching or tools is tool_parser, history, markup, warning)
 
 
 def prompt_reasoning(tokenizer: HFTokenizer, form: ReasoningParserName | None, prompt_ids: list[int]) -> bool | None:

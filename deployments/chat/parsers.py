@@ -13,6 +13,7 @@ from deployments.chat.tool_formats import harmony, kimi, llama_json
 from deployments.chat.tool_formats.source import Reading, Source, SourceParser
 from deployments.chat.tool_formats.table import TOOL_FORMATS
 from deployments.config import ReasoningParserName, ToolParserName
+from llm.serving.schemas import Preamble
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,14 @@ class AnswerForm:
         tool_parser: how calls are written; None where none may come.
         is_forced: the answer consists of calls as bare JSON, whatever the model's own form is.
         reasoning_parser: how thoughts are marked; None where none may come.
-        is_reasoning: the prompt opens the thoughts, so the answer begins with them.
+        is_reasoning: whether the prompt ends within thoughts (True), behind them (False) or without any (None).
         parameters: JSON schemas of the tools' parameters, by the tools' names.
     """
 
     tool_parser: ToolParserName | None = None
     is_forced: bool = False
     reasoning_parser: ReasoningParserName | None = None
-    is_reasoning: bool = False
+    is_reasoning: bool | None = None
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -142,6 +143,18 @@ def make_parser(form: AnswerForm) -> OutputParser:
     return calls if thoughts is None else ChainedParser(thoughts, calls)
 
 
+def preamble_of(form: AnswerForm) -> Preamble | None:
+    """What an answer may begin with before a grammar binds it; None where that is nothing."""
+    if form.reasoning_parser is ReasoningParserName.HARMONY:
+        return harmony.PREAMBLE
+    if form.reasoning_parser is None or form.is_reasoning is False:
+        return None
+    tags = THOUGHT_TAGS[form.reasoning_parser]
+    if form.is_reasoning:
+        return Preamble(closing=tags.behind)
+    return Preamble(opening=tags.before, closing=tags.behind, is_optional=True)
+
+
 def _read_calls(source: Source, form: AnswerForm) -> Reading[None]:
     assert form.tool_parser is not None, "asked for"
     return TOOL_FORMATS[form.tool_parser].read(source, form.parameters)
@@ -157,7 +170,7 @@ def _thoughts_parser(form: AnswerForm) -> OutputParser | None:
     if form.reasoning_parser is None:
         return None
     tags = THOUGHT_TAGS[form.reasoning_parser]
-    return SourceParser(Source(), partial(_read_thoughts, tags=tags, is_open=form.is_reasoning))
+    return SourceParser(Source(), partial(_read_thoughts, tags=tags, is_open=form.is_reasoning is True))
 
 
 def _read_thoughts(source: Source, tags: ThoughtTags, is_open: bool) -> Reading[None]:

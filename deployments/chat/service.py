@@ -10,6 +10,7 @@ from deployments.chat.encoder import EncodedChat, EncodedCompletion, PromptEncod
 from deployments.chat.errors import not_ready
 from deployments.chat.model_format import find_format
 from deployments.chat.turn import Turn
+from deployments.config import read_chat_template
 from deployments.router.caller import Caller
 from deployments.router.router import Router
 from llm.models.registry import load_generation_defaults, resolve_model_path
@@ -37,7 +38,7 @@ class ChatService:
 
     def __init__(self, router: Router) -> None:
         directory = resolve_model_path(router.config.model)
-        self.tokenizer = HFTokenizer.from_pretrained(directory)
+        self.tokenizer = HFTokenizer.from_pretrained(directory, chat_template=read_chat_template(router.config))
         self._defaults = load_generation_defaults(directory)
         for warning in self._defaults.warnings:
             logger.warning(warning)

@@ -18,6 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llm.sampling.constraint import Constraint
 from llm.sampling.json_schema import invalid_grammar, parse_json, prepare
 from llm.sampling.large_integers import write_out
+from llm.sampling.tagged_calls import TaggedCall, TaggedCalls, write_rules
 from llm.serving.schemas import Grammar, GrammarKind, Preamble
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
@@ -112,14 +113,14 @@ def to_llguidance(grammar: Grammar, tokenizer: HFTokenizer) -> str:
     """
     if len(grammar.text) > MAX_GRAMMAR_CHARS:
         raise invalid_grammar(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
-    grammars = _grammars(grammar)
+    grammars = _grammars(grammar, tokenizer)
     if grammar.preamble is not None:
         grammars.insert(0, {"name": "whole", "lark_grammar": _preamble_lark(grammar.preamble, tokenizer)})
         grammars[1]["name"] = "bound"
     return json.dumps({"grammars": grammars})
 
 
-def _grammars(grammar: Grammar) -> list[dict[str, Any]]:
+def _grammars(grammar: Grammar, tokenizer: HFTokenizer) -> list[dict[str, Any]]:
     """What binds the output, the grammar to begin with first."""
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
@@ -138,6 +139,8 @@ def _grammars(grammar: Grammar) -> list[dict[str, Any]]:
         case GrammarKind.LARK:
             _check_text(grammar.text)
             return [{"lark_grammar": grammar.text}]
+        case GrammarKind.CALLS:
+            return _from_calls(TaggedCalls.model_validate(parse_json(grammar.text)), tokenizer)
 
 
 def _from_regex(regex: str) -> dict[str, Any]:
@@ -145,10 +148,24 @@ def _from_regex(regex: str) -> dict[str, Any]:
     return {key: value for key, value in grammar.items() if value is not None}
 
 
-def _from_schema(schema: object, grammar: Grammar) -> list[dict[str, Any]]:
+def _from_schema(schema: object, grammar: Grammar, prefix: str = "") -> list[dict[str, Any]]:
     options = {**_JSON_OPTIONS, "lenient": grammar.is_lenient}
     prepared = prepare(schema, is_lenient=grammar.is_lenient)
-    return write_out(prepared, options) or [{"json_schema": {**prepared, "x-guidance": options}}]
+    return write_out(prepared, options, prefix) or [{"json_schema": {**prepared, "x-guidance": options}}]
+
+
+def _from_calls(form: TaggedCalls, tokenizer: HFTokenizer) -> list[dict[str, Any]]:
+    grammars: list[dict[str, Any]] = []
+
+    def args(call: TaggedCall) -> str:
+        name = f"args{len(grammars)}"
+        schema = Grammar(kind=GrammarKind.JSON_SCHEMA, is_lenient=not call.is_strict)
+        first, *others = _from_schema(call.parameters, schema, prefix=f"{name}_")
+        grammars.extend([{**first, "name": name}, *others])
+        return f"@{name}"
+
+    lark = write_rules(form, lambda text: _pieces(text, tokenizer), args, _literal)
+    return [{"lark_grammar": lark}, *grammars]
 
 
 def _preamble_lark(preamble: Preamble, tokenizer: HFTokenizer) -> str:

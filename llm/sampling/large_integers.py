@@ -22,17 +22,18 @@ _KINDS: dict[type, set[str]] = {
 }  # fmt: skip
 
 
-def write_out(schema: Schema, options: Schema) -> list[dict[str, Any]]:
+def write_out(schema: Schema, options: Schema, prefix: str = "") -> list[dict[str, Any]]:
     """A grammar for the schema, and those that it refers to; none where llguidance follows the schema exactly.
 
     Args:
         schema: as `prepare` gives it.
         options: of llguidance's schema compiler.
+        prefix: of the names of the grammars.
 
     Raises:
         InvalidRequestError: there is a large integer where this cannot be done.
     """
-    writer = _Writer(schema, options)
+    writer = _Writer(schema, options, prefix)
     if not writer.reaches_large(schema):
         return []
     start = writer.rule(schema)
@@ -46,17 +47,19 @@ class _Writer:
     Args:
         root: the whole schema.
         options: of llguidance's schema compiler.
+        prefix: of the names of the leaves.
 
     Attributes:
         rules: lines of the Lark grammar.
         leaves: grammars that the rules refer to.
     """
 
-    def __init__(self, root: Schema, options: Schema) -> None:
+    def __init__(self, root: Schema, options: Schema, prefix: str) -> None:
         self.rules: list[str] = []
         self.leaves: list[dict[str, Any]] = []
         self._root = root
         self._options = options
+        self._prefix = prefix
         self._num_rules = 0
         self._references: dict[str, str] = {}
 
@@ -104,7 +107,7 @@ class _Writer:
         return name
 
     def _leaf(self, schema: object) -> str:
-        name = f"leaf{len(self.leaves)}"
+        name = f"{self._prefix}leaf{len(self.leaves)}"
         definitions = {"root": relocated(self._root, "#/$defs/root"), "leaf": relocated(schema, "#/$defs/root")}
         leaf = {"$ref": "#/$defs/leaf", "$defs": definitions, "x-guidance": self._options}
         self.leaves.append({"name": name, "json_schema": leaf})

@@ -41,6 +41,8 @@ class GrammarKind(StrEnum):
     """As a JSON list of strings, of which the output is one."""
     LARK = "lark"
     """In llguidance's variant of Lark."""
+    CALLS = "calls"
+    """As JSON of `llm.sampling.tagged_calls.TaggedCalls`: free text, and calls of tools by their schemas."""
 
 
 class Preamble(StrictModel):

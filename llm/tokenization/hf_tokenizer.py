@@ -73,8 +73,12 @@ class HFTokenizer:
         )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
+    def from_pretrained(cls, directory: str | Path, *, chat_template: str | None = None) -> Self:
         """Read a checkpoint directory's tokenizer, its chat templates and its end-of-sequence ids.
+
+        Args:
+            directory: of the checkpoint.
+            chat_template: Jinja text to use in place of all of the checkpoint's templates.
 
         Raises:
             CheckpointError, ConfigError: a file is missing or cannot be used; one line with its name and the fix.
@@ -96,9 +100,12 @@ class HFTokenizer:
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             ) from error
         defaults = load_generation_defaults(directory)
+        sources = _template_sources(directory, config)
+        if chat_template is not None:
+            sources = {"default": (chat_template, "chat_template")}
         templates = {
             name: ChatTemplate(source, origin=origin, special_tokens=named_tokens)
-            for name, (source, origin) in _template_sources(directory, config).items()
+            for name, (source, origin) in sources.items()
         }
         try:
             return cls(
@@ -136,7 +143,7 @@ class HFTokenizer:
         return "\n".join(template.source for template in self._templates.values())
 
     def split_special(self, text: str) -> Iterator[tuple[int, str, int | None]]:
-        """Cut a text at the special tokens in it: (offset of the plain piece, the piece, the id of the token behind it).
+        """Cut a text at its special tokens: (offset of the plain piece, the piece, the id of the token behind it).
 
         Texts of users must not get here: their special tokens are none.
         """

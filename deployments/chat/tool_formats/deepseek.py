@@ -7,12 +7,24 @@ deepseek-ai/DeepSeek-R1-Distill-Qwen-32B, and vLLM's examples/tool_chat_template
 """
 
 from deployments.chat.tool_formats.json_text import pass_json
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import is_name
 
 OPEN, CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 FENCE = "```"
+MARKUPS = (
+    CallMarkup(
+        FENCE,
+        OPEN,
+        (f"{CALL}function{SEPARATOR}{NAME}\n{FENCE}json\n",),
+        f"\n{FENCE}{CALL_END}",
+        separator="\n",
+        close=CLOSE,
+    ),
+    CallMarkup("", OPEN, (CALL + NAME + SEPARATOR,), CALL_END, separator="", close=CLOSE),
+)
 
 
 def read(source: Source) -> Reading[None]:

@@ -4,9 +4,11 @@ Source: the chat template of ibm-granite/granite-3.3-2b-instruct. Granite 4 writ
 """
 
 from deployments.chat.tool_formats.json_text import pass_calls
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 
 OPEN = "<|tool_call|>"
+MARKUPS = (CallMarkup("", OPEN, (f'{{"name": "{NAME}", "arguments": ',), "}", open="[", separator=", ", close="]"),)
 
 
 def read(source: Source) -> Reading[None]:

@@ -8,9 +8,18 @@ Source: https://cookbook.openai.com/articles/openai-harmony.
 import re
 
 from deployments.chat.tool_formats.source import Reading, Source
+from llm.serving.schemas import Preamble
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
+
+PREAMBLE = Preamble(
+    opening=f"{CHANNEL}analysis{MESSAGE}",
+    closing=f"{ENDS[0]}{START}assistant",
+    lead=f"{CHANNEL}final{MESSAGE}",
+    is_optional=True,
+)
+"""What comes before an answer that a grammar binds."""
 
 _BEGINNINGS = (START, CHANNEL, " to=", "to=")
 _RECIPIENT = re.compile(r"(?:^|\s)to=([^\s<]+)")

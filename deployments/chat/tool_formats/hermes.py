@@ -5,9 +5,11 @@ ibm-granite/granite-4.0-h-small.
 """
 
 from deployments.chat.tool_formats.json_text import pass_call
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MARKUPS = (CallMarkup("", OPEN, (f'\n{{"name": "{NAME}", "arguments": ',), "}\n" + CLOSE),)
 
 
 def read(source: Source) -> Reading[None]:

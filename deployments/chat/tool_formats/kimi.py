@@ -6,11 +6,22 @@ moonshotai/Kimi-K2-Instruct and the tool call guidance in that repository.
 """
 
 from deployments.chat.tool_formats.json_text import pass_json
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import is_name
 
 OPEN, CLOSE = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 CALL, ARGUMENTS, CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+MARKUPS = (
+    CallMarkup(
+        "",
+        OPEN,
+        tuple(f"{CALL}functions.{NAME}:{i}{ARGUMENTS}" for i in range(100)),
+        CALL_END,
+        separator="",
+        close=CLOSE,
+    ),
+)
 
 
 def read(source: Source) -> Reading[None]:

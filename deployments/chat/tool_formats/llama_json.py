@@ -5,9 +5,11 @@ meta-llama/Llama-3.1-8B-Instruct and https://www.llama.com/docs/model-cards-and-
 """
 
 from deployments.chat.tool_formats.json_text import pass_call
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 
 TAG = "<|python_tag|>"
+MARKUPS = (CallMarkup("", "", (f'{{"name": "{NAME}", "parameters": ',), "}", separator="; "),)
 
 
 def read(source: Source) -> Reading[None]:

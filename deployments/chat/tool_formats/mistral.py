@@ -8,11 +8,16 @@ and the chat templates of mistralai/Mistral-Nemo-Instruct-2407 and mistralai/Mis
 import re
 
 from deployments.chat.tool_formats.json_text import pass_calls, pass_json
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import is_name
 
 OPEN, CALL_ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 ID_LENGTH = 9
+MARKUPS = (
+    CallMarkup(ARGUMENTS, OPEN, (NAME + ARGUMENTS,)),
+    CallMarkup("", OPEN, (f'{{"name": "{NAME}", "arguments": ',), "}", open="[", separator=", ", close="]"),
+)
 
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
 

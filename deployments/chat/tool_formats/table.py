@@ -17,6 +17,7 @@ from deployments.chat.tool_formats import (
     pythonic,
     qwen3_coder,
 )
+from deployments.chat.tool_formats.markup import CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import Parameters
 from deployments.config import ToolParserName
@@ -31,12 +32,18 @@ class ToolFormat:
         signs: regular expressions, all of which a chat template matches that teaches this format.
         tags: what the reader looks for; where one is a special token, its text is shown to the reader.
         id_length: see `Source`.
+        markups: spellings by which a grammar can bind calls, the more special first; none where arguments are no JSON.
     """
 
     read: Callable[[Source, Parameters], Reading[None]]
     signs: tuple[str, ...]
     tags: tuple[str, ...]
     id_length: int | None = None
+    markups: tuple[CallMarkup, ...] = ()
+
+    def markup(self, template: str) -> CallMarkup | None:
+        """The spelling that a chat template teaches."""
+        return next((each for each in self.markups if each.sign in template), None)
 
     def is_taught(self, template: str) -> bool:
         """Whether a chat template teaches it."""
@@ -57,11 +64,13 @@ TOOL_FORMATS: Mapping[ToolParserName, ToolFormat] = {
         _plain(kimi.read),
         (r"<\|tool_calls_section_begin\|>", r"<\|tool_call_argument_begin\|>"),
         (kimi.OPEN, kimi.CLOSE, kimi.CALL, kimi.ARGUMENTS, kimi.CALL_END),
+        markups=kimi.MARKUPS,
     ),
     ToolParserName.DEEPSEEK: ToolFormat(
         _plain(deepseek.read),
         ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"),
         (deepseek.OPEN, deepseek.CLOSE, deepseek.CALL, deepseek.CALL_END, deepseek.SEPARATOR),
+        markups=deepseek.MARKUPS,
     ),
     ToolParserName.GLM: ToolFormat(
         glm.read,
@@ -76,10 +85,16 @@ TOOL_FORMATS: Mapping[ToolParserName, ToolFormat] = {
         (r"\[TOOL_CALLS\]",),
         (mistral.OPEN, mistral.CALL_ID, mistral.ARGUMENTS),
         id_length=mistral.ID_LENGTH,
+        markups=mistral.MARKUPS,
     ),
-    ToolParserName.GRANITE: ToolFormat(_plain(granite.read), (r"<\|tool_call\|>",), (granite.OPEN,)),
+    ToolParserName.GRANITE: ToolFormat(
+        _plain(granite.read), (r"<\|tool_call\|>",), (granite.OPEN,), markups=granite.MARKUPS
+    ),
     ToolParserName.HERMES: ToolFormat(
-        _plain(hermes.read), (r'<tool_call>(?:\\n|[^<>\w]){0,60}\{\s*\\?"name\\?"',), (hermes.OPEN, hermes.CLOSE)
+        _plain(hermes.read),
+        (r'<tool_call>(?:\\n|[^<>\w]){0,60}\{\s*\\?"name\\?"',),
+        (hermes.OPEN, hermes.CLOSE),
+        markups=hermes.MARKUPS,
     ),
     ToolParserName.PYTHONIC: ToolFormat(
         pythonic.read,
@@ -87,7 +102,10 @@ TOOL_FORMATS: Mapping[ToolParserName, ToolFormat] = {
         (*pythonic.TAGS, pythonic.END),
     ),
     ToolParserName.LLAMA3: ToolFormat(
-        _plain(llama_json.read), (r'\{"name": [^{}\'"]{1,60}, "parameters": ',), (llama_json.TAG,)
+        _plain(llama_json.read),
+        (r'\{"name": [^{}\'"]{1,60}, "parameters": ',),
+        (llama_json.TAG,),
+        markups=llama_json.MARKUPS,
     ),
 }
 """In the order in which a template is tried against them: what is more special comes first."""

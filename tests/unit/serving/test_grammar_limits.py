@@ -94,7 +94,9 @@ def test_large_integers_are_exact(compiler: GrammarCompiler, name: str):
 
 BOUNDS: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
     "of 64 bits": (
-        {"type": "integer", "minimum": -(2**63), "maximum": 2**63}, [0, 7, -7, BIG, 2**63 - 1024], [2**63 + 1, -(2**64)],
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**63},
+        [0, 7, -7, BIG, 2**63 - 1024],
+        [2**63 + 1, -(2**64)],
     ),
     "of 64 bits, exclusive": (
         {"type": "integer", "exclusiveMinimum": -(2**63), "exclusiveMaximum": 2**63}, [0, BIG], [2**63, -(2**63)],
