@@ -68,8 +68,9 @@ class HistoryStyle:
         adapted = dict(call)
         if self.has_short_ids:
             adapted["id"] = _short_id(adapted["id"])
-        if self.has_text_arguments:
-            text = json.dumps(adapted["function"]["arguments"], ensure_ascii=False)
+        arguments = adapted["function"]["arguments"]
+        if self.has_text_arguments and not isinstance(arguments, str):
+            text = json.dumps(arguments, ensure_ascii=False)
             adapted["function"] = {**adapted["function"], "arguments": text}
         return adapted
 

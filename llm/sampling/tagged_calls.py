@@ -71,5 +71,5 @@ def write_rules(
     else:
         tagged = " ".join(["text", *tag[1:], "calls"])
         rules.append(f"text[lazy]: /(?s:.*){tag_regex(json.loads(tag[0]))}/")
-    start = f"start: ({tagged}){'?' if form.is_single else '*'} TEXT"
-    return "\n".join([start, *rules, "TEXT: /(?s:.*)/"])
+    start = f"{tagged} | TEXT" if form.is_single else f"({tagged})* TEXT"
+    return "\n".join([f"start: {start}", *rules, "TEXT: /(?s:.*)/"])

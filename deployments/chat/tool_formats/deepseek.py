@@ -6,7 +6,7 @@ V3.1: `<｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁e
 deepseek-ai/DeepSeek-R1-Distill-Qwen-32B, and vLLM's examples/tool_chat_template_deepseekv3.jinja.
 """
 
-from deployments.chat.tool_formats.json_text import pass_json
+from deployments.chat.tool_formats.json_text import pass_arguments
 from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import is_name
@@ -68,7 +68,7 @@ def _pass_call(source: Source) -> Reading[bool]:
     if not is_name(name.strip()):
         return False
     source.start_call(name.strip())
-    yield from pass_json(source, source.arguments)
+    yield from pass_arguments(source)
     yield from source.skip_space()
     if (yield from source.passes(FENCE)):
         yield from source.skip_space()

@@ -60,6 +60,15 @@ def pass_json(source: Source, take: Callable[[str], None], depth: int = 0) -> Re
         yield
 
 
+def pass_arguments(source: Source) -> Reading[None]:
+    """Give the object here as the last call's arguments, as it comes; an empty one without white space in it."""
+    text = source.skip(1)
+    while (char := (yield from source.peek())) and char.isspace():
+        text += source.skip(1)
+    source.arguments(text.rstrip() if char == "}" else text)
+    yield from pass_json(source, source.arguments, depth=1)
+
+
 def pass_call(source: Source, *, is_marked: bool) -> Reading[bool]:
     """Give the call that the JSON object here describes; whether it is one. If not, some of it may be passed.
 
@@ -74,7 +83,7 @@ def pass_call(source: Source, *, is_marked: bool) -> Reading[bool]:
         if head is not None:
             source.start_call(json.loads(head[1], strict=False))
             source.skip(head.end())
-            yield from pass_json(source, source.arguments)
+            yield from pass_arguments(source)
             yield from pass_json(source, lambda _: None, depth=1)
             return True
         end = nesting.find_end(rest[num_seen:])

@@ -5,7 +5,7 @@ writes in front of the arguments is the call's id, which its template wants back
 moonshotai/Kimi-K2-Instruct and the tool call guidance in that repository.
 """
 
-from deployments.chat.tool_formats.json_text import pass_json
+from deployments.chat.tool_formats.json_text import pass_arguments
 from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import is_name
@@ -50,7 +50,7 @@ def _pass_call(source: Source) -> Reading[bool]:
     if not tag or not is_name(name) or (yield from source.skip_space()) != "{":
         return False
     source.start_call(name, call_id if ":" in call_id else None)
-    yield from pass_json(source, source.arguments)
+    yield from pass_arguments(source)
     yield from source.skip_space()
     yield from source.passes(CALL_END)
     return True

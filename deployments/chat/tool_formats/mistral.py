@@ -7,7 +7,7 @@ and the chat templates of mistralai/Mistral-Nemo-Instruct-2407 and mistralai/Mis
 
 import re
 
-from deployments.chat.tool_formats.json_text import pass_calls, pass_json
+from deployments.chat.tool_formats.json_text import pass_arguments, pass_calls
 from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import is_name
@@ -47,5 +47,5 @@ def _pass_named(source: Source) -> Reading[bool]:
     if not is_name(name.strip()) or (yield from source.skip_space()) != "{":
         return False
     source.start_call(name.strip(), call_id if _ID.fullmatch(call_id) else None)
-    yield from pass_json(source, source.arguments)
+    yield from pass_arguments(source)
     return True
