@@ -123,11 +123,15 @@ class PromptEncoder:
         tool_parser = self.format.tool_parser if tools and body.tool_choice != "none" and not is_bound else None
         if is_forced:
             tool_parser = tool_parser or ToolParserName.LLAMA3
+        reasoning = self.format.reasoning_parser
+        is_reasoning = prompt_reasoning(self.tokenizer, reasoning, ids)
+        if body.continue_final_message and not is_reasoning:
+            reasoning = None  # the answer has begun, so the thoughts are over
         return AnswerForm(
             tool_parser,
             is_forced,
-            self.format.reasoning_parser,
-            prompt_reasoning(self.tokenizer, self.format.reasoning_parser, ids),
+            reasoning,
+            is_reasoning,
             {tool.function.name: tool.function.parameters or {} for tool in tools},
         )
 
