@@ -277,7 +277,8 @@ class PromptEncoder:
         if bound is None:
             return None
         param, grammar = bound
-        if form is not None and (preamble := preamble_of(form)) is not None:
+        if form is not None and grammar.preamble is None:
+            preamble = preamble_of(form, may_call=grammar.kind is GrammarKind.CALLS)
             grammar = grammar.model_copy(update={"preamble": preamble})
         try:
             self.grammars.compile(grammar)

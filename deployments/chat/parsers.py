@@ -143,10 +143,14 @@ def make_parser(form: AnswerForm) -> OutputParser:
     return calls if thoughts is None else ChainedParser(thoughts, calls)
 
 
-def preamble_of(form: AnswerForm) -> Preamble | None:
-    """What an answer may begin with before a grammar binds it; None where that is nothing."""
+def preamble_of(form: AnswerForm, *, may_call: bool) -> Preamble | None:
+    """What an answer may begin with before a grammar binds it; None where that is nothing.
+
+    Args:
+        may_call: the grammar tells an answer from calls by itself.
+    """
     if form.reasoning_parser is ReasoningParserName.HARMONY:
-        return harmony.PREAMBLE
+        return harmony.PREAMBLE.model_copy(update={"lead": ""}) if may_call else harmony.PREAMBLE
     if form.reasoning_parser is None or form.is_reasoning is False:
         return None
     tags = THOUGHT_TAGS[form.reasoning_parser]

@@ -219,6 +219,9 @@ def strict_grammar(tools: Sequence[Tool], markup: CallMarkup, *, may_be_many: bo
         separator=markup.separator,
         close=markup.close,
         is_single=not may_be_many,
+        argument=markup.argument,
+        lead=markup.lead,
+        note=markup.note,
     )
     return Grammar(kind=GrammarKind.CALLS, text=json.dumps(form.model_dump()))
 

@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llm.sampling.constraint import Constraint
 from llm.sampling.json_schema import invalid_grammar, parse_json, prepare
 from llm.sampling.large_integers import write_out
-from llm.sampling.tagged_calls import TaggedCall, TaggedCalls, write_rules
+from llm.sampling.tagged_calls import RuleWriter, TaggedCalls
 from llm.serving.schemas import Grammar, GrammarKind, Preamble
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
@@ -157,14 +157,14 @@ def _from_schema(schema: object, grammar: Grammar, prefix: str = "") -> list[dic
 def _from_calls(form: TaggedCalls, tokenizer: HFTokenizer) -> list[dict[str, Any]]:
     grammars: list[dict[str, Any]] = []
 
-    def args(call: TaggedCall) -> str:
+    def refer(schema: dict[str, Any], is_strict: bool) -> str:
         name = f"args{len(grammars)}"
-        schema = Grammar(kind=GrammarKind.JSON_SCHEMA, is_lenient=not call.is_strict)
-        first, *others = _from_schema(call.parameters, schema, prefix=f"{name}_")
+        kind = Grammar(kind=GrammarKind.JSON_SCHEMA, is_lenient=not is_strict)
+        first, *others = _from_schema(schema, kind, prefix=f"{name}_")
         grammars.extend([{**first, "name": name}, *others])
         return f"@{name}"
 
-    lark = write_rules(form, lambda text: _pieces(text, tokenizer), args, _literal)
+    lark = RuleWriter(form, lambda text: _pieces(text, tokenizer), _literal, refer).lark()
     return [{"lark_grammar": lark}, *grammars]
 
 

@@ -3,12 +3,17 @@
 Texts are plain, everything else is JSON. Source: the chat templates of zai-org/GLM-4.6 and zai-org/GLM-4.7-Flash.
 """
 
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import Arguments, Parameters, is_name
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 KEY, KEY_END = "<arg_key>", "</arg_key>"
 VALUE, VALUE_END = "<arg_value>", "</arg_value>"
+MARKUPS = (
+    CallMarkup(KEY_END + VALUE, OPEN, (NAME,), CLOSE, argument=(KEY + NAME + KEY_END + VALUE, VALUE_END)),
+    CallMarkup("", OPEN, (f"{NAME}\n",), CLOSE, argument=(f"{KEY}{NAME}{KEY_END}\n{VALUE}", f"{VALUE_END}\n")),
+)
 
 
 def read(source: Source, parameters: Parameters) -> Reading[None]:

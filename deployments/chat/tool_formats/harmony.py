@@ -7,6 +7,7 @@ Source: https://cookbook.openai.com/articles/openai-harmony.
 
 import re
 
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from llm.serving.schemas import Preamble
 
@@ -20,6 +21,20 @@ PREAMBLE = Preamble(
     is_optional=True,
 )
 """What comes before an answer that a grammar binds."""
+
+MARKUPS = (
+    CallMarkup(
+        "",
+        "",
+        (
+            f"{CHANNEL}commentary to=functions.{NAME} {CONSTRAIN}json{MESSAGE}",
+            f" to=functions.{NAME}{CHANNEL}commentary {CONSTRAIN}json{MESSAGE}",
+            f" to=functions.{NAME}{CHANNEL}commentary json{MESSAGE}",
+        ),
+        lead=PREAMBLE.lead,
+        note=(f"{CHANNEL}commentary{MESSAGE}", f"{ENDS[0]}{START}assistant"),
+    ),
+)
 
 _BEGINNINGS = (START, CHANNEL, " to=", "to=")
 _RECIPIENT = re.compile(r"(?:^|\s)to=([^\s<]+)")

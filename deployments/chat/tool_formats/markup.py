@@ -1,4 +1,4 @@
-"""What stands around a call's arguments where they are JSON, so that a grammar can bind them."""
+"""What stands around a call's arguments, to the letter, so that a grammar can bind them."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,10 @@ class CallMarkup:
 
     Attributes:
         sign: part of the chat templates that teach this spelling; empty for any.
-        tag, open, separator, close: around and between calls.
+        tag, open, separator, close, lead, note: around and between calls.
         begins: in front of the arguments, any of these.
         end: behind the arguments.
+        argument: around each argument, where they are written one by one; `NAME` stands for its name here.
     """
 
     sign: str
@@ -24,3 +25,6 @@ class CallMarkup:
     open: str = ""
     separator: str | None = None
     close: str = ""
+    argument: tuple[str, str] | None = None
+    lead: str | None = None
+    note: tuple[str, str] | None = None

@@ -4,12 +4,22 @@ Values are plain text without quotes, with a line break on either side. Source: 
 Qwen/Qwen3-Coder-30B-A3B-Instruct.
 """
 
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import Arguments, Parameters, is_name
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_ENDS = "<parameter=", ("\n</parameter>", "</parameter>")
+MARKUPS = (
+    CallMarkup(
+        "",
+        OPEN,
+        (f"\n{FUNCTION}{NAME}>\n",),
+        f"{FUNCTION_END}\n{CLOSE}",
+        argument=(f"{PARAMETER}{NAME}>\n", PARAMETER_ENDS[0] + "\n"),
+    ),
+)
 
 
 def read(source: Source, parameters: Parameters) -> Reading[None]:

@@ -32,7 +32,7 @@ class ToolFormat:
         signs: regular expressions, all of which a chat template matches that teaches this format.
         tags: what the reader looks for; where one is a special token, its text is shown to the reader.
         id_length: see `Source`.
-        markups: spellings by which a grammar can bind calls, the more special first; none where arguments are no JSON.
+        markups: spellings by which a grammar can bind calls, the more special first; none where it cannot.
     """
 
     read: Callable[[Source, Parameters], Reading[None]]
@@ -59,6 +59,7 @@ TOOL_FORMATS: Mapping[ToolParserName, ToolFormat] = {
         _plain(partial(harmony.read, has_calls=True, has_reasoning=True)),
         (r"<\|channel\|>", r"<\|message\|>", r"<\|call\|>"),
         (harmony.START, harmony.CHANNEL, harmony.CONSTRAIN, harmony.MESSAGE, *harmony.ENDS),
+        markups=harmony.MARKUPS,
     ),
     ToolParserName.KIMI: ToolFormat(
         _plain(kimi.read),
@@ -76,9 +77,13 @@ TOOL_FORMATS: Mapping[ToolParserName, ToolFormat] = {
         glm.read,
         ("<tool_call>", "<arg_key>", "<arg_value>"),
         (glm.OPEN, glm.CLOSE, glm.KEY, glm.KEY_END, glm.VALUE, glm.VALUE_END),
+        markups=glm.MARKUPS,
     ),
     ToolParserName.QWEN3_CODER: ToolFormat(
-        qwen3_coder.read, ("<tool_call>", "<function=", "<parameter="), (qwen3_coder.OPEN, qwen3_coder.CLOSE)
+        qwen3_coder.read,
+        ("<tool_call>", "<function=", "<parameter="),
+        (qwen3_coder.OPEN, qwen3_coder.CLOSE),
+        markups=qwen3_coder.MARKUPS,
     ),
     ToolParserName.MISTRAL: ToolFormat(
         _plain(mistral.read),

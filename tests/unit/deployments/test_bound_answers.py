@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 from in_process import Service, ServiceFactory
 from scripted_engine import THINK_TEMPLATE, TOOL_TEMPLATE, model_config, use_script
-from test_real_templates import source_of
+from test_output_parsers import parse
+from test_real_templates import DEMO, source_of
 from test_tools import CLOCK, WEATHER, chat, message_of, streamed
+
+from deployments.chat.parsers import AnswerForm, make_parser
+from deployments.chat.tool_formats.table import TOOL_FORMATS
+from deployments.chat.tools import Tool, strict_grammar
+from deployments.config import ToolParserName
+from llm.sampling.grammar import GrammarCompiler
+from llm.tokenization.hf_tokenizer import HFTokenizer
 
 OPEN, SEPARATOR = 262, 263
 ROOM = {"tokens_per_s": 5000.0, "max_seq_len": 8192}
@@ -234,3 +242,94 @@ async def test_an_enum_of_a_large_integer_gives_it(
     schema = {"type": "object", "properties": {"id": {"enum": [1234567890123456789]}}, "required": ["id"]}
     message, _ = await message_of(service, guided_json=schema)
     assert message["content"] == (answer if is_allowed else MISFIT)
+
+
+PARIS = '{"city": "Paris", "days": 2}'
+V3 = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n" + PARIS + "\n```<｜tool▁call▁end｜>"
+KIMI = "<|tool_call_begin|>functions.get_weather:7<|tool_call_argument_begin|>" + PARIS + "<|tool_call_end|>"
+CODER = (
+    "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+# Of each family and spelling: where a call stands in place of text, then a call.
+SPELLINGS: dict[str, tuple[str, int, str]] = {
+    "hermes": ("hermes", 0, GOOD_CALL),
+    "llama3": ("llama3", 0, f'{{"name": "get_weather", "parameters": {PARIS}}}'),
+    "mistral, names": ("mistral", 0, f"[TOOL_CALLS]get_weather[ARGS]{PARIS}"),
+    "mistral, a list": ("mistral", 1, f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {PARIS}}}]'),
+    "granite": ("granite", 0, f'<|tool_call|>[{{"name": "get_weather", "arguments": {PARIS}}}]'),
+    "deepseek v3": ("deepseek", 0, f"<｜tool▁calls▁begin｜>{V3}\n{V3}<｜tool▁calls▁end｜>"),
+    "deepseek v3.1": (
+        "deepseek",
+        1,
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{PARIS}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    "kimi": ("kimi", 0, f"<|tool_calls_section_begin|>{KIMI}{KIMI.replace(':7', ':8')}<|tool_calls_section_end|>"),
+    "qwen3_coder": ("qwen3_coder", 0, CODER),
+    "glm, on one line": (
+        "glm",
+        0,
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value><arg_key>days</arg_key>"
+        "<arg_value>2</arg_value></tool_call>",
+    ),
+    "glm": (
+        "glm",
+        1,
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
+        "<arg_value>2</arg_value>\n</tool_call>",
+    ),
+    "harmony": (
+        "harmony",
+        0,
+        f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{PARIS}",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    """Of a tokenizer that has none of the families' special tokens, so the tags are text."""
+    definition = (DEMO / "tokenizer.json").read_text().replace("<|end|>", "<|demo_end|>")
+    return GrammarCompiler(HFTokenizer(definition, eos_token_ids=[257]))
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_strict_tool_binds_calls_in_the_models_own_form(compiler: GrammarCompiler, name: str):
+    """The grammar allows what the parser reads as the call, and nothing that the tool's schema does not allow."""
+    family, place, call = SPELLINGS[name]
+    parser, markup = ToolParserName(family), TOOL_FORMATS[ToolParserName(family)].markups[place]
+    tools = [Tool.model_validate(STRICT), Tool.model_validate(CLOCK)]
+
+    def allows(text: str, *, may_be_many: bool = True) -> bool:
+        grammar = strict_grammar(tools, markup, may_be_many=may_be_many)
+        matcher = compiler.compile(grammar)
+        ids = list(text.encode())
+        return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
+
+    form = AnswerForm(parser, parameters={"get_weather": WEATHER["function"]["parameters"]})
+    _, _, calls = parse(make_parser(form), [call])
+    assert {(each, arguments) for each, arguments in calls} == {("get_weather", PARIS)}
+    assert allows(call)
+    for wrong in (call.replace("2", "20"), call.replace("Paris", "Berlin"), call.replace("get_weather", "other"),
+                  call.replace("days", "day")):  # fmt: skip
+        assert not allows(wrong), wrong
+    text = "3 < 4, [1] and a <tag>."
+    lead = "<|channel|>final<|message|>" if family == "harmony" else ""
+    assert allows(lead + text)
+    if not markup.tag:
+        return
+    assert allows(f"{text}\n{call}")
+    assert allows(call + call)
+    assert not allows(call + call, may_be_many=False)
+
+
+async def test_a_strict_tool_binds_behind_special_tokens(make_service: ServiceFactory, monkeypatch, tmp_path: Path):
+    template = "[TOOL_CALLS][ARGS]{{ tools }}"
+    for arguments, is_allowed in ((PARIS, True), (PARIS.replace("2", "20"), False)):
+        use_script(monkeypatch, [*b"I look.", OPEN, *b"get_weather", SEPARATOR, *arguments.encode()])
+        config = model_config(
+            tmp_path / str(is_allowed), template, special_tokens=["[TOOL_CALLS]", "[ARGS]"], emulation=ROOM
+        )
+        message, _ = await message_of(await make_service(config), tools=[STRICT])
+        assert (message["content"] != MISFIT) is is_allowed
+        assert bool(message.get("tool_calls")) is is_allowed
