@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from deployments.api_config import CorsConfig, ResponsesConfig
 from llm.config import EngineConfig, StrictModel
+from llm.errors import ConfigError
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """Bounds of a request's `priority`."""
@@ -49,9 +50,25 @@ class ToolParserName(StrEnum):
     AUTO = "auto"
     """As its chat template shows."""
     HERMES = "hermes"
-    """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen."""
+    """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen2.5, Qwen3, Granite 4."""
+    QWEN3_CODER = "qwen3_coder"
+    """`<tool_call><function=…><parameter=…>…`: Qwen3-Coder, Qwen3.5."""
     LLAMA3 = "llama3"
     """`{"name": …, "parameters": {…}}`: Llama 3."""
+    PYTHONIC = "pythonic"
+    """`[name(key="value")]`: Llama 3.2, Llama 4."""
+    MISTRAL = "mistral"
+    """`[TOOL_CALLS]…`: Mistral."""
+    DEEPSEEK = "deepseek"
+    """`<｜tool▁calls▁begin｜>…`: DeepSeek V3, V3.1 and R1."""
+    GLM = "glm"
+    """`<tool_call>name<arg_key>…`: GLM-4.5 to 4.7."""
+    KIMI = "kimi"
+    """`<|tool_calls_section_begin|>…`: Kimi K2."""
+    GRANITE = "granite"
+    """`<|tool_call|>[…]`: Granite 3."""
+    HARMONY = "harmony"
+    """`<|channel|>commentary to=functions.name…`: gpt-oss."""
     NONE = "none"
     """Not at all."""
 
@@ -62,7 +79,11 @@ class ReasoningParserName(StrEnum):
     AUTO = "auto"
     """As its chat template shows."""
     THINK = "think"
-    """`<think>…</think>`: Qwen3, DeepSeek R1 and others."""
+    """`<think>…</think>`: Qwen3, DeepSeek, GLM, Kimi and others."""
+    MISTRAL = "mistral"
+    """`[THINK]…[/THINK]`: Magistral, Ministral."""
+    HARMONY = "harmony"
+    """`<|channel|>analysis…`: gpt-oss."""
     NONE = "none"
     """Not at all."""
 
@@ -291,6 +312,9 @@ class AppConfig(StrictModel):
     """The name clients use; None for the directory's name or the Hub id."""
     lora: str | None = None
     """Directory of a PEFT adapter that is merged into the weights."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """File with a chat template in Jinja, used in place of the checkpoint's; or the template itself. It says how tools
+    are told to the model, too."""
     dtype: DType = DType.AUTO
     device: str | None = None
     """Torch device of the replicas; None for the GPU where a replica has one, else the CPU."""
@@ -347,15 +371,37 @@ class AppConfig(StrictModel):
 def resolve_paths(config: AppConfig) -> AppConfig:
     """The same configuration with relative directories made absolute, so that every worker reads the same ones.
 
-    What is no directory here is left alone: it may be a Hub id, or a path of the replicas' nodes.
+    What is no directory here is left alone: it may be a Hub id, or a path of the replicas' nodes. A chat template is
+    read here, for nodes that do not have the file.
+
+    Raises:
+        ConfigError: the chat template's file cannot be read.
     """
     changes: dict[str, Any] = {}
     for name in ("model", "lora"):
         directory = _find_directory(getattr(config, name))
         if directory is not None:
             changes[name] = str(directory)
+    changes["chat_template"] = read_chat_template(config)
     resolved = config.model_copy(update=changes)
     return resolved.model_copy(update={"served_model_name": resolved.model_name})
+
+
+def read_chat_template(config: AppConfig) -> str | None:
+    """The text of the chat template that the configuration names; None where the checkpoint's is used.
+
+    Raises:
+        ConfigError: its file cannot be read.
+    """
+    given = config.chat_template
+    if given is None or "{" in given:
+        return given
+    path = Path(given).expanduser()
+    beside_code = Path(__file__).parent.parent / path
+    try:
+        return (path if path.exists() else beside_code).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template: {path} cannot be read: {error}; name a file with Jinja text") from None
 
 
 def _find_directory(value: str | None) -> Path | None:

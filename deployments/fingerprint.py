@@ -1,6 +1,6 @@
 """The fingerprint of a model version, worked out alike by routers and replicas."""
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, read_chat_template
 from llm.models.fingerprint import fingerprint
 from llm.models.registry import resolve_model_path
 
@@ -11,16 +11,19 @@ def fingerprint_of(config: AppConfig) -> str:
     Settings that change no text, such as batch sizes, limits and the name that clients use, do not count.
 
     Raises:
-        CheckpointError: the checkpoint is not there.
+        CheckpointError, ConfigError: the checkpoint or the chat template is not there.
     """
     directories = [resolve_model_path(config.model)]
     if config.lora is not None:
         directories.append(resolve_model_path(config.lora))
     engine = config.engine
-    settings = {
+    settings: dict[str, object] = {
         "engine": config.engine_kind,
         "dtype": config.dtype,
         "quantization": engine.quantization,
         "kv_cache_dtype": engine.kv_cache_dtype,
     }
+    template = read_chat_template(config)
+    if template is not None:
+        settings["chat_template"] = template
     return fingerprint(directories, [f"{name}={value}" for name, value in settings.items()])

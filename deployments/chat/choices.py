@@ -22,6 +22,7 @@ class Choice:
         stop: stop strings.
         parser: tells reasoning, text and calls apart.
         echo: what the text begins with.
+        shown_ids: special tokens that the parser is to see.
 
     Attributes:
         finish_reason: "stop" or "length" once the choice is complete.
@@ -31,7 +32,13 @@ class Choice:
     """
 
     def __init__(
-        self, generation: Generation, tokenizer: Tokenizer, stop: Sequence[str], parser: OutputParser, echo: str = ""
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        parser: OutputParser,
+        echo: str = "",
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         request = generation.request
         self.index = generation.index
@@ -40,7 +47,7 @@ class Choice:
         self.has_calls = False
         self.num_prompt_tokens = len(request.prompt_token_ids or ())
         self._generation = generation
-        self._stream = TextStream(tokenizer, stop, request.min_new_tokens)
+        self._stream = TextStream(tokenizer, stop, request.min_new_tokens, shown_ids)
         self._parser = parser
         self._echo = echo
         self.num_echoed_chars = len(echo)

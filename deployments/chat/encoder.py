@@ -1,5 +1,6 @@
 """From a request's body to what the engines run: tokenising, limits, sampling parameters."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,18 +8,18 @@ from typing import Any
 from deployments.channel.messages import EngineInfo
 from deployments.chat.errors import PromptTooLongError, invalid
 from deployments.chat.messages import ChatMessage
-from deployments.chat.model_format import ModelFormat, opens_reasoning
+from deployments.chat.model_format import ModelFormat, prompt_reasoning
 from deployments.chat.output import OutputParser
-from deployments.chat.parsers import make_parser
+from deployments.chat.parsers import AnswerForm, make_parser, preamble_of
 from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFields
 from deployments.chat.structured import grammar_error, grammar_of
 from deployments.chat.template_turns import render_turns
-from deployments.chat.tools import forced_grammar
-from deployments.config import LimitsConfig
+from deployments.chat.tools import arguments_schema, forced_grammar, strict_grammar
+from deployments.config import LimitsConfig, ToolParserName
 from llm.errors import InvalidRequestError
 from llm.models.registry import GenerationDefaults
 from llm.sampling.grammar import GrammarCompiler
-from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_request_id, new_seed
+from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, GrammarKind, new_request_id, new_seed
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -35,17 +36,15 @@ class EncodedChat:
 
     Attributes:
         requests: one for each answer.
-        tool_format, may_reason, is_reasoning: see `make_parser`.
+        form: how the answers are to be read.
     """
 
     requests: list[GenerationRequest]
-    tool_format: str | None = None
-    may_reason: bool = False
-    is_reasoning: bool = False
+    form: AnswerForm
 
     def parser(self) -> OutputParser:
         """A parser for one of the answers."""
-        return make_parser(self.tool_format, may_reason=self.may_reason, is_reasoning=self.is_reasoning)
+        return make_parser(self.form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +89,53 @@ class PromptEncoder:
             APIError: a 400 that says which field is at fault.
             InvalidRequestError: the template refuses the messages.
         """
-        tools = body.tools or []
         ids = self.prompt_ids(body)
         self.check_ids(ids, "messages")
         self.check_length(ids, "messages")
         bound = grammar_of(body)
-        forced = forced_grammar(tools, body.tool_choice, may_be_many=body.parallel_tool_calls is not False)
-        if forced is not None and bound is not None:
+        calls = self._calls_grammar(body)
+        is_forced = calls is not None and calls.kind is not GrammarKind.CALLS
+        if is_forced and bound is not None:
             raise invalid(f"{bound[0]}: a tool_choice that forces a call leaves no room for it", bound[0])
-        grammar = self._compiled(("tools", forced) if forced is not None else bound)
+        form = self._form(body, ids, is_forced=is_forced, is_bound=bound is not None)
+        grammar = self._compiled(("tools", calls) if calls is not None and bound is None else bound, form)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         requests = self._requests(body, [ids], body.most_tokens, logprobs, _chat_limit_name(body), grammar, body.n or 1)
-        tool_format = self.format.tool_format if tools and body.tool_choice != "none" else None
-        # A grammar holds from the first token on: there are no thoughts, and calls are bare JSON.
-        return EncodedChat(
-            requests,
-            tool_format="llama3" if forced is not None else None if grammar is not None else tool_format,
-            may_reason=self.format.may_reason and grammar is None and not body.continue_final_message,
-            is_reasoning=self.format.may_reason and grammar is None and opens_reasoning(self.tokenizer, ids),
+        return EncodedChat(requests, form)
+
+    def _calls_grammar(self, body: ChatRequest) -> Grammar | None:
+        """What calls in the answers must look like; None where none must come and no tool is strict.
+
+        Raises:
+            APIError: a strict tool's schema cannot be followed.
+        """
+        tools, may_be_many = body.tools or [], body.parallel_tool_calls is not False
+        grammar = forced_grammar(tools, body.tool_choice, may_be_many=may_be_many)
+        if grammar is None and body.tool_choice != "none" and self.format.markup is not None:
+            grammar = strict_grammar(tools, self.format.markup, may_be_many=may_be_many)
+        if grammar is not None:
+            for i, tool in enumerate(tools):
+                if tool.function.strict:
+                    schema = Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps(arguments_schema(tool)))
+                    self._compiled((f"tools[{i}].function.parameters", schema))
+        return grammar
+
+    def _form(self, body: ChatRequest, ids: list[int], *, is_forced: bool, is_bound: bool) -> AnswerForm:
+        """How the answers to a request are to be read."""
+        tools = body.tools or []
+        tool_parser = self.format.tool_parser if tools and body.tool_choice != "none" and not is_bound else None
+        if is_forced:
+            tool_parser = tool_parser or ToolParserName.LLAMA3
+        reasoning = self.format.reasoning_parser
+        is_reasoning = prompt_reasoning(self.tokenizer, reasoning, ids)
+        if body.continue_final_message and not is_reasoning:
+            reasoning = None  # the answer has begun, so the thoughts are over
+        return AnswerForm(
+            tool_parser,
+            is_forced,
+            reasoning,
+            is_reasoning,
+            {tool.function.name: tool.function.parameters or {} for tool in tools},
         )
 
     def prompt_ids(self, body: ChatRequest) -> list[int]:
@@ -117,9 +145,11 @@ class PromptEncoder:
             APIError, InvalidRequestError: as `chat`.
         """
         tools = body.tools or []
-        if tools and body.tool_choice in (None, "auto") and self.format.tool_format is None:
+        if tools and body.tool_choice in (None, "auto") and not self.format.is_teaching:
             raise invalid(
-                "tools: this model's chat template knows no tools; only tool_choice can force a call", "tools"
+                "tools: this model's chat template knows no tools; only tool_choice can force a call, unless whoever "
+                "runs the server gives a chat_template that does",
+                "tools",
             )
         return self.chat_ids(
             body.messages,
@@ -206,10 +236,10 @@ class PromptEncoder:
         """
         chat = render_turns(
             self.tokenizer,
-            [message.turn() for message in messages],
+            self.format.history.messages([message.turn() for message in messages]),
             is_continued=is_continued,
             add_generation_prompt=add_generation_prompt,
-            tools=tools,
+            tools=self.format.history.tools(tools),
             **_checked_variables(variables),
         )
         self._check_text(chat.text, "messages")
@@ -241,8 +271,8 @@ class PromptEncoder:
         if len(text) > most and self.tokenizer.min_num_tokens(text) >= most:
             raise PromptTooLongError(f"at least {self.tokenizer.min_num_tokens(text)}", most, param)
 
-    def _compiled(self, bound: tuple[str, Grammar] | None) -> Grammar | None:
-        """The grammar, once it is known that the engines can follow it.
+    def _compiled(self, bound: tuple[str, Grammar] | None, form: AnswerForm | None = None) -> Grammar | None:
+        """The grammar, once it is known that the engines can follow it; behind the thoughts of a chat.
 
         Raises:
             APIError: it is wrong, under the name of its field.
@@ -250,6 +280,9 @@ class PromptEncoder:
         if bound is None:
             return None
         param, grammar = bound
+        if form is not None and grammar.preamble is None:
+            preamble = preamble_of(form, may_call=grammar.kind is GrammarKind.CALLS)
+            grammar = grammar.model_copy(update={"preamble": preamble})
         try:
             self.grammars.compile(grammar)
         except InvalidRequestError as error:

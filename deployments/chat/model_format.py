@@ -1,43 +1,72 @@
-"""How a model writes calls and thoughts, as its configuration or its chat template says."""
+"""How a model writes calls and thoughts, and what its chat template wants: by the template itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from deployments.chat.history import HistoryStyle, find_style
+from deployments.chat.parsers import THOUGHT_TAGS
+from deployments.chat.tool_formats.markup import CallMarkup
+from deployments.chat.tool_formats.table import TOOL_FORMATS
 from deployments.config import ReasoningParserName, ToolParserName
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
-_TAIL_TOKENS = 8
+_TAIL_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFormat:
-    """What to look for in a model's text.
+    """What to look for in a model's text, and how to tell it what it once wrote.
 
     Attributes:
-        tool_format: `hermes` or `llama3`; None where the model can call no tools.
-        may_reason: answers may begin with `<think>`.
+        tool_parser: how it writes calls; None where that is not known.
+        reasoning_parser: how it marks thoughts; None where it has none.
+        is_teaching: its chat template tells it of tools, or the configuration says that it knows them.
+        history: how earlier calls are put into the template.
+        markup: what is around a call's arguments, where a grammar can bind them.
+        warning: what whoever runs the server should know.
     """
 
-    tool_format: str | None
-    may_reason: bool
+    tool_parser: ToolParserName | None = None
+    reasoning_parser: ReasoningParserName | None = None
+    is_teaching: bool = False
+    history: HistoryStyle = field(default_factory=HistoryStyle)
+    markup: CallMarkup | None = None
+    warning: str | None = None
 
 
 def find_format(
     tokenizer: HFTokenizer, tool_parser: ToolParserName, reasoning_parser: ReasoningParserName
 ) -> ModelFormat:
-    """The model's format, where it is `auto` by what its chat templates hold."""
+    """The model's format, where it is `auto` by what its chat templates hold. Nothing is guessed."""
     templates = tokenizer.template_sources
-    tool_format: str | None = str(tool_parser)
-    if tool_parser is ToolParserName.NONE or (tool_parser is ToolParserName.AUTO and "tools" not in templates):
-        tool_format = None
-    elif tool_parser is ToolParserName.AUTO:
-        is_llama = "<tool_call>" not in templates and ("python_tag" in templates or "parameters" in templates)
-        tool_format = str(ToolParserName.LLAMA3 if is_llama else ToolParserName.HERMES)
-    may_reason = reasoning_parser is ReasoningParserName.THINK
-    if reasoning_parser is ReasoningParserName.AUTO:
-        may_reason = "</think>" in templates
-    return ModelFormat(tool_format, may_reason)
+    is_teaching = tool_parser is not ToolParserName.NONE and tokenizer.templates_read("tools")
+    tools: ToolParserName | None = tool_parser if tool_parser in TOOL_FORMATS else None
+    warning = None
+    if tool_parser is ToolParserName.AUTO:
+        tools = next((name for name, each in TOOL_FORMATS.items() if each.is_taught(templates)), None)
+        if tools is None and is_teaching:
+            warning = (
+                "the chat template teaches a form of tool calls that is not known here: answers to requests with tools "
+                "stay text; where it is one of those that tool_parser can name, name it"
+            )
+    reasoning: ReasoningParserName | None = reasoning_parser
+    if reasoning_parser in (ReasoningParserName.NONE, ReasoningParserName.AUTO):
+        reasoning = _thoughts(templates, tools) if reasoning_parser is ReasoningParserName.AUTO else None
+    history = find_style(tokenizer, tools) if tokenizer.has_chat_template else HistoryStyle()
+    markup = TOOL_FORMATS[tools].markup(templates) if tools is not None else None
+    return ModelFormat(tools, reasoning, is_teaching or tools is tool_parser, history, markup, warning)
 
 
-def opens_reasoning(tokenizer: HFTokenizer, prompt_ids: list[int]) -> bool:
-    """Whether a prompt ends with `<think>`, so that the answer begins with thoughts."""
-    return tokenizer.decode(prompt_ids[-_TAIL_TOKENS:]).rstrip().endswith("<think>")
+def prompt_reasoning(tokenizer: HFTokenizer, form: ReasoningParserName | None, prompt_ids: list[int]) -> bool | None:
+    """Whether a prompt ends within thoughts (True), behind them (False), or without any (None)."""
+    if form is None or form not in THOUGHT_TAGS:
+        return None
+    tags = THOUGHT_TAGS[form]
+    shown_ids = tokenizer.special_ids({tags.before, tags.behind})
+    tail = tokenizer.decode(prompt_ids[-_TAIL_TOKENS:], shown_ids=shown_ids).rstrip()
+    return True if tail.endswith(tags.before) else False if tail.endswith(tags.behind) else None
+
+
+def _thoughts(templates: str, tools: ToolParserName | None) -> ReasoningParserName | None:
+    if tools is ToolParserName.HARMONY:
+        return ReasoningParserName.HARMONY
+    return next((name for name, tags in THOUGHT_TAGS.items() if tags.behind in templates), None)

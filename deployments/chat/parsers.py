@@ -3,10 +3,71 @@
 What looks like markup but is none is given back as content, so nothing that the model wrote is lost.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from deployments.chat.output import OutputEvent, OutputParser, ReasoningDelta, TextDelta, num_held
-from deployments.chat.tool_parsers import HermesToolParser, JsonToolParser
+from deployments.chat.output import OutputEvent, OutputParser, TextDelta
+from deployments.chat.tool_formats import harmony, kimi, llama_json
+from deployments.chat.tool_formats.source import Reading, Source, SourceParser
+from deployments.chat.tool_formats.table import TOOL_FORMATS
+from deployments.config import ReasoningParserName, ToolParserName
+from llm.serving.schemas import Preamble
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtTags:
+    """What a model puts around its thoughts.
+
+    Attributes:
+        before, behind: the tags.
+        interrupts: what ends thoughts as well, and belongs to what follows.
+    """
+
+    before: str
+    behind: str
+    interrupts: tuple[str, ...] = ()
+
+
+THOUGHT_TAGS: Mapping[ReasoningParserName, ThoughtTags] = {
+    # Kimi K2 Thinking calls tools out of its thoughts without closing them.
+    ReasoningParserName.THINK: ThoughtTags("<think>", "</think>", (kimi.OPEN,)),
+    ReasoningParserName.MISTRAL: ThoughtTags("[THINK]", "[/THINK]"),
+}
+"""Of Qwen3, DeepSeek, GLM and Kimi, and of Mistral's reasoning models, as their chat templates show them."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """How an answer is to be read.
+
+    Attributes:
+        tool_parser: how calls are written; None where none may come.
+        is_forced: the answer consists of calls as bare JSON, whatever the model's own form is.
+        reasoning_parser: how thoughts are marked; None where none may come.
+        is_reasoning: whether the prompt ends within thoughts (True), behind them (False) or without any (None).
+        parameters: JSON schemas of the tools' parameters, by the tools' names.
+    """
+
+    tool_parser: ToolParserName | None = None
+    is_forced: bool = False
+    reasoning_parser: ReasoningParserName | None = None
+    is_reasoning: bool | None = None
+    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """What the parser looks for, which must reach it as text where it is a special token."""
+        tags: set[str] = set()
+        if self.tool_parser is not None and not self.is_forced:
+            tags |= {*TOOL_FORMATS[self.tool_parser].tags}
+        if self.reasoning_parser is ReasoningParserName.HARMONY or self.tool_parser is ToolParserName.HARMONY:
+            tags |= {*TOOL_FORMATS[ToolParserName.HARMONY].tags}
+        elif self.reasoning_parser is not None:
+            thoughts = THOUGHT_TAGS[self.reasoning_parser]
+            tags |= {thoughts.before, thoughts.behind}
+        return frozenset(tags)
 
 
 class PlainParser:
@@ -21,79 +82,113 @@ class PlainParser:
         return []
 
 
-class ReasoningParser:
-    """Reasoning up to `</think>`, what `rest` makes of it behind.
+class ChainedParser:
+    """What is content to one parser is read by another.
 
     Args:
-        rest: parser of the answer proper.
-        is_open: the prompt ends with `<think>`, so the model begins inside.
+        first: takes the text.
+        second: takes the first one's content.
     """
 
-    _OPEN, _CLOSE = "<think>", "</think>"
-
-    def __init__(self, rest: OutputParser, *, is_open: bool) -> None:
-        self._rest = rest
-        self._is_open = is_open
-        self._is_settled = is_open
-        self._is_over = False
-        self._has_content = False
-        self._held = ""
+    def __init__(self, first: OutputParser, second: OutputParser) -> None:
+        self._first = first
+        self._second = second
 
     def push(self, text: str) -> list[OutputEvent]:
         """See `OutputParser`."""
-        if self._is_over:
-            return self._content(text)
-        self._held += text
-        if not self._is_settled:
-            start = self._held.lstrip()
-            if not start or (self._OPEN.startswith(start) and start != self._OPEN):
-                return []
-            self._is_settled = True
-            if not start.startswith(self._OPEN):
-                self._is_over = True
-                return self._flush()
-            self._held, self._is_open = start[len(self._OPEN) :], True
-        end = self._held.find(self._CLOSE)
-        if end < 0:
-            return self._reasoning(len(self._held) - num_held(self._held, self._CLOSE))
-        events = self._reasoning(end)
-        self._held = self._held[len(self._CLOSE) :]
-        self._is_over = True
-        return events + self._flush()
+        return self._passed_on(self._first.push(text))
 
     def finish(self) -> list[OutputEvent]:
         """See `OutputParser`."""
-        events = self._reasoning(len(self._held)) if self._is_settled and not self._is_over else self._flush()
-        return events + self._rest.finish()
+        return self._passed_on(self._first.finish()) + self._second.finish()
 
-    def _reasoning(self, num_chars: int) -> list[OutputEvent]:
-        text, self._held = self._held[:num_chars], self._held[num_chars:]
-        if self._is_open:
-            text = text.lstrip("\n")
-            self._is_open = not text
-        return [ReasoningDelta(text)] if text else []
-
-    def _flush(self) -> list[OutputEvent]:
-        held, self._held = self._held, ""
-        return self._content(held)
-
-    def _content(self, text: str) -> list[OutputEvent]:
-        if self._is_settled and not self._has_content:  # the blank lines between the two belong to neither
-            text = text.lstrip("\n")
-            self._has_content = bool(text)
-        return self._rest.push(text) if text else []
+    def _passed_on(self, events: Sequence[OutputEvent]) -> list[OutputEvent]:
+        passed: list[OutputEvent] = []
+        for event in events:
+            passed += self._second.push(event.text) if isinstance(event, TextDelta) else [event]
+        return passed
 
 
-_TOOL_PARSERS: dict[str, Callable[[], OutputParser]] = {"hermes": HermesToolParser, "llama3": JsonToolParser}
-
-
-def make_parser(tool_format: str | None, *, may_reason: bool, is_reasoning: bool) -> OutputParser:
-    """A parser for one answer.
+class CallsOnlyParser:
+    """Leaves out content: of an answer that consists of calls, which a limit may cut before the first has a name.
 
     Args:
-        tool_format: `hermes` or `llama3`; None where no tool may be called.
-        may_reason: the model may begin with `<think>`.
-        is_reasoning: the prompt ends with `<think>`.
+        calls: finds them.
     """
-    parser: OutputParser = PlainParser() if tool_format is None else _TOOL_PARSERS[tool_format]()
-    return ReasoningParser(parser, is_open=is_reasoning) if may_reason or is_reasoning else parser
+
+    def __init__(self, calls: OutputParser) -> None:
+        self._calls = calls
+
+    def push(self, text: str) -> list[OutputEvent]:
+        """See `OutputParser`."""
+        return [event for event in self._calls.push(text) if not isinstance(event, TextDelta)]
+
+    def finish(self) -> list[OutputEvent]:
+        """See `OutputParser`."""
+        return [event for event in self._calls.finish() if not isinstance(event, TextDelta)]
+
+
+def make_parser(form: AnswerForm) -> OutputParser:
+    """A parser for one answer."""
+    thoughts = _thoughts_parser(form)
+    if form.tool_parser is None or (form.tool_parser is ToolParserName.HARMONY and not form.is_forced):
+        return thoughts or PlainParser()
+    tool_format = TOOL_FORMATS[form.tool_parser]
+    source = Source(tool_format.id_length)
+    calls: OutputParser
+    if form.is_forced:
+        calls = CallsOnlyParser(SourceParser(source, llama_json.read))
+    else:
+        calls = SourceParser(source, partial(_read_calls, form=form))
+    return calls if thoughts is None else ChainedParser(thoughts, calls)
+
+
+def preamble_of(form: AnswerForm, *, may_call: bool) -> Preamble | None:
+    """What an answer may begin with before a grammar binds it; None where that is nothing.
+
+    Args:
+        may_call: the grammar tells an answer from calls by itself.
+    """
+    if form.reasoning_parser is ReasoningParserName.HARMONY:
+        return harmony.PREAMBLE.model_copy(update={"lead": ""}) if may_call else harmony.PREAMBLE
+    if form.reasoning_parser is None or form.is_reasoning is False:
+        return None
+    tags = THOUGHT_TAGS[form.reasoning_parser]
+    if form.is_reasoning:
+        return Preamble(closing=tags.behind)
+    return Preamble(opening=tags.before, closing=tags.behind, is_optional=True)
+
+
+def _read_calls(source: Source, form: AnswerForm) -> Reading[None]:
+    assert form.tool_parser is not None, "asked for"
+    return TOOL_FORMATS[form.tool_parser].read(source, form.parameters)
+
+
+def _thoughts_parser(form: AnswerForm) -> OutputParser | None:
+    """What tells thoughts from the rest, and in gpt-oss's format calls as well."""
+    is_harmony = form.tool_parser is ToolParserName.HARMONY
+    if is_harmony or form.reasoning_parser is ReasoningParserName.HARMONY:
+        has_reasoning = form.reasoning_parser is ReasoningParserName.HARMONY
+        has_calls = is_harmony and not form.is_forced
+        return SourceParser(Source(), partial(harmony.read, has_calls=has_calls, has_reasoning=has_reasoning))
+    if form.reasoning_parser is None:
+        return None
+    tags = THOUGHT_TAGS[form.reasoning_parser]
+    return SourceParser(Source(), partial(_read_thoughts, tags=tags, is_open=form.is_reasoning is True))
+
+
+def _read_thoughts(source: Source, tags: ThoughtTags, is_open: bool) -> Reading[None]:
+    """Read an answer that begins with thoughts, or may."""
+    if not is_open:
+        source.mark()
+        yield from source.skip_space()
+        if not (yield from source.passes(tags.before)):
+            source.rewind()
+            return
+        source.unmark()
+    # The blank lines between thoughts and answer belong to neither.
+    yield from source.skip_space("\n")
+    tag = yield from source.until([tags.behind, *tags.interrupts], source.reasoning)
+    if tag in tags.interrupts:
+        source.back(len(tag))
+    yield from source.skip_space("\n")

@@ -10,6 +10,7 @@ from deployments.chat.encoder import EncodedChat, EncodedCompletion, PromptEncod
 from deployments.chat.errors import not_ready
 from deployments.chat.model_format import find_format
 from deployments.chat.turn import Turn
+from deployments.config import read_chat_template
 from deployments.router.caller import Caller
 from deployments.router.router import Router
 from llm.models.registry import load_generation_defaults, resolve_model_path
@@ -37,10 +38,13 @@ class ChatService:
 
     def __init__(self, router: Router) -> None:
         directory = resolve_model_path(router.config.model)
-        self.tokenizer = HFTokenizer.from_pretrained(directory)
+        self.tokenizer = HFTokenizer.from_pretrained(directory, chat_template=read_chat_template(router.config))
         self._defaults = load_generation_defaults(directory)
         for warning in self._defaults.warnings:
             logger.warning(warning)
+        self._format = find_format(self.tokenizer, router.config.tool_parser, router.config.reasoning_parser)
+        if self._format.warning is not None:
+            logger.warning(self._format.warning)
         self._router = router
         self._threads = ThreadPoolExecutor(router.config.router.tokenizer_threads, thread_name_prefix="tokenizer")
         self._thread_for_long = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-long")
@@ -62,7 +66,7 @@ class ChatService:
                 self._defaults,
                 info,
                 config.limits,
-                find_format(self.tokenizer, config.tool_parser, config.reasoning_parser),
+                self._format,
                 GrammarCompiler(self.tokenizer, info.vocab_size),
             )
         return self._encoder
@@ -87,7 +91,8 @@ class ChatService:
             LLMError: see `Router.start`.
         """
         group = await self._router.start(chat.requests, caller)
-        return Turn(group, self.tokenizer, stop or self._defaults.stop_strings, chat.parser)
+        shown_ids = self.tokenizer.special_ids(chat.form.tags)
+        return Turn(group, self.tokenizer, stop or self._defaults.stop_strings, chat.parser, shown_ids=shown_ids)
 
     async def completion(self, completion: EncodedCompletion, stop: Sequence[str], caller: Caller) -> Turn:
         """Begin to continue a prompt, or several.

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from deployments.chat.errors import invalid
+from deployments.chat.tool_formats.markup import NAME, CallMarkup
 from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
+from llm.sampling.json_schema import relocated
+from llm.sampling.tagged_calls import TaggedCall, TaggedCalls
 from llm.serving.schemas import Grammar, GrammarKind
 
 MAX_TOOLS = 1024
@@ -34,7 +37,7 @@ class FunctionDefinition(WireModel):
     parameters: dict[str, Any] | None = None
     """JSON schema of its arguments, an object; none for any object."""
     strict: bool | None = None
-    """Accepted. Calls that are forced by `tool_choice` always keep to the schema."""
+    """Calls that the model decides on keep to the schema as well, and a schema that cannot be followed is refused."""
 
 
 class Tool(WireModel):
@@ -189,8 +192,49 @@ def forced_grammar(tools: Sequence[Tool], choice: ToolChoice | None, *, may_be_m
         schema |= {} if may_be_many else {"maxItems": 1}
     else:
         return None
-    definitions = {tool.function.name: _moved(tool.function.parameters or {}, tool.function.name) for tool in chosen}
-    return Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps({**schema, "$defs": definitions}))
+    definitions = {
+        tool.function.name: relocated(arguments_schema(tool), f"#/$defs/{tool.function.name}") for tool in chosen
+    }
+    # Tools that are strict are checked by themselves.
+    return Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps({**schema, "$defs": definitions}), is_lenient=True)
+
+
+def strict_grammar(tools: Sequence[Tool], markup: CallMarkup, *, may_be_many: bool) -> Grammar | None:
+    """Free text in which calls keep to the schemas; None where no tool is strict."""
+    if not any(tool.function.strict for tool in tools):
+        return None
+    calls = [
+        TaggedCall(
+            begins=tuple(begin.replace(NAME, tool.function.name) for begin in markup.begins),
+            parameters=arguments_schema(tool),
+            is_strict=bool(tool.function.strict),
+            end=markup.end,
+        )
+        for tool in tools
+    ]
+    form = TaggedCalls(
+        tag=markup.tag,
+        open=markup.open,
+        calls=tuple(calls),
+        separator=markup.separator,
+        close=markup.close,
+        is_single=not may_be_many,
+        argument=markup.argument,
+        lead=markup.lead,
+        note=markup.note,
+    )
+    return Grammar(kind=GrammarKind.CALLS, text=json.dumps(form.model_dump()))
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """What a tool's arguments must look like: an object, an empty one where there are no parameters."""
+    parameters = tool.function.parameters or {}
+    if not parameters.get("properties") and not parameters.keys() - _DESCRIBING:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object", **parameters}
+
+
+_DESCRIBING = frozenset({"$id", "$schema", "description", "properties", "required", "strict", "title", "type"})
 
 
 def _call_schema(tool: Tool) -> dict[str, Any]:
@@ -201,20 +245,3 @@ def _call_schema(tool: Tool) -> dict[str, Any]:
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-
-
-def _moved(parameters: dict[str, Any], name: str) -> dict[str, Any]:
-    """A tool's schema under `$defs`, with its references within itself made to fit the new place."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, list):
-            return [move(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        moved = {key: move(item) for key, item in value.items()}
-        reference = value.get("$ref")
-        if isinstance(reference, str) and reference.startswith("#"):
-            moved["$ref"] = f"#/$defs/{name}{reference[1:]}"
-        return moved
-
-    return {"type": "object", **move(parameters)}

@@ -23,6 +23,7 @@ class Turn:
         tokenizer: turns tokens into text.
         stop: stop strings.
         parser: makes a parser for each choice's text.
+        shown_ids: special tokens that the parsers are to see.
         echoes: for each prompt what its choices begin with, or nothing at all.
         num_prompts: prompts in the request; each has the same number of choices.
 
@@ -39,6 +40,7 @@ class Turn:
         stop: Sequence[str],
         parser: Callable[[], OutputParser] = PlainParser,
         *,
+        shown_ids: frozenset[int] = frozenset(),
         echoes: Sequence[str] = (),
         num_prompts: int = 1,
     ) -> None:
@@ -46,7 +48,9 @@ class Turn:
         self.answers_a_prompt = max(1, len(generations) // num_prompts)
         self.generation_id = generations[0].request.request_id
         self.choices = [
-            Choice(generation, tokenizer, stop, parser(), echoes[i // self.answers_a_prompt] if echoes else "")
+            Choice(
+                generation, tokenizer, stop, parser(), echoes[i // self.answers_a_prompt] if echoes else "", shown_ids
+            )
             for i, generation in enumerate(generations)
         ]
         self._group = group

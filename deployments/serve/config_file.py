@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from deployments.config import AppConfig, EngineKind, resolve_paths
+from deployments.config import AppConfig, EngineKind, read_chat_template, resolve_paths
 from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
 from llm.config import describe
@@ -77,7 +77,7 @@ def check_model(config: AppConfig) -> None:
         check_checkpoint(config.model)
     else:
         load_model_config(config.model)
-    HFTokenizer.from_pretrained(config.model)
+    HFTokenizer.from_pretrained(config.model, chat_template=read_chat_template(config))
 
 
 def _content(path: Path) -> dict[str, Any]:

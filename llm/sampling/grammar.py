@@ -11,16 +11,18 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from threading import Lock
+from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
-from llm.errors import InvalidRequestError
 from llm.sampling.constraint import Constraint
-from llm.serving.schemas import Grammar, GrammarKind
+from llm.sampling.json_schema import invalid_grammar, parse_json, prepare
+from llm.sampling.large_integers import write_out
+from llm.sampling.tagged_calls import RuleWriter, TaggedCalls
+from llm.serving.schemas import Grammar, GrammarKind, Preamble
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 MAX_GRAMMAR_CHARS = 256 << 10
-_MAX_DEPTH = 64
 _MAX_COMPILED = 128
 _COMPILE_THREADS = 2
 _JSON_OPTIONS = {
@@ -28,6 +30,7 @@ _JSON_OPTIONS = {
     "whitespace_flexible": True,
     "whitespace_pattern": r"( |\n {0,40})?",
 }
+_FREE = "(?s:.*)"
 _LIMITS = LLParserLimits(
     # What one row may cost a step: about 4 ms of lexing and 1 ms of parsing, by the speeds in llguidance's
     # documentation. A request whose grammar needs more ends with an error.
@@ -71,7 +74,7 @@ class GrammarCompiler:
             if compiled is not None:
                 self._compiled.move_to_end(grammar)
         if compiled is None:
-            compiled = LLMatcher(self._ll_tokenizer, to_llguidance(grammar), limits=_LIMITS)
+            compiled = LLMatcher(self._ll_tokenizer, to_llguidance(grammar, self._tokenizer), limits=_LIMITS)
             if compiled.is_error():
                 raise invalid_grammar(_first_line(compiled.get_error()))
             with self._lock:
@@ -99,57 +102,102 @@ class GrammarCompiler:
         return LLTokenizer(self._tokenizer.definition, n_vocab=self._vocab_size, eos_token=eos_ids)
 
 
-def to_llguidance(grammar: Grammar) -> str:
+def to_llguidance(grammar: Grammar, tokenizer: HFTokenizer) -> str:
     """The grammar in llguidance's own form.
+
+    Args:
+        tokenizer: knows special tokens.
 
     Raises:
         InvalidRequestError: it is too large or too deep, or no JSON where that is what it should be.
     """
     if len(grammar.text) > MAX_GRAMMAR_CHARS:
         raise invalid_grammar(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
+    grammars = _grammars(grammar, tokenizer)
+    if grammar.preamble is not None:
+        grammars.insert(0, {"name": "whole", "lark_grammar": _preamble_lark(grammar.preamble, tokenizer)})
+        grammars[1]["name"] = "bound"
+    return json.dumps({"grammars": grammars})
+
+
+def _grammars(grammar: Grammar, tokenizer: HFTokenizer) -> list[dict[str, Any]]:
+    """What binds the output, the grammar to begin with first."""
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            return _from_schema({"type": "object"})
+            return _from_schema({"type": "object"}, grammar)
         case GrammarKind.JSON_SCHEMA:
-            return _from_schema(_parse(grammar.text))
+            return _from_schema(parse_json(grammar.text), grammar)
         case GrammarKind.CHOICE:
-            choices = _parse(grammar.text)
+            choices = parse_json(grammar.text)
             if not (isinstance(choices, list) and choices and all(isinstance(c, str) and c for c in choices)):
                 raise invalid_grammar("choices must be a list of strings that are not empty")
-            return str(LLMatcher.grammar_from_regex("|".join(map(_literal, choices))))
+            return [_from_regex("|".join(map(_literal, choices)))]
         case GrammarKind.REGEX:
-            return str(LLMatcher.grammar_from_regex(grammar.text))
+            _check_text(grammar.text)
+            # As in JSON schemas, whose dialect is ECMA-262: digits and word characters are ASCII's.
+            return [_from_regex(regex_to_lark(grammar.text, "dw"))]
         case GrammarKind.LARK:
-            return str(LLMatcher.grammar_from_lark(grammar.text))
+            _check_text(grammar.text)
+            return [{"lark_grammar": grammar.text}]
+        case GrammarKind.CALLS:
+            return _from_calls(TaggedCalls.model_validate(parse_json(grammar.text)), tokenizer)
 
 
-def _from_schema(schema: object) -> str:
-    if not isinstance(schema, (dict, bool)):
-        raise invalid_grammar("a JSON schema is an object")
-    if isinstance(schema, dict) and _depth(schema) > _MAX_DEPTH:
-        raise invalid_grammar(f"the schema is nested more than {_MAX_DEPTH} levels deep")
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))  # type: ignore[arg-type]
+def _from_regex(regex: str) -> dict[str, Any]:
+    (grammar,) = json.loads(LLMatcher.grammar_from_regex(regex))["grammars"]
+    return {key: value for key, value in grammar.items() if value is not None}
 
 
-def _parse(text: str) -> object:
+def _from_schema(schema: object, grammar: Grammar, prefix: str = "") -> list[dict[str, Any]]:
+    options = {**_JSON_OPTIONS, "lenient": grammar.is_lenient}
+    prepared = prepare(schema, is_lenient=grammar.is_lenient)
+    return write_out(prepared, options, prefix) or [{"json_schema": {**prepared, "x-guidance": options}}]
+
+
+def _from_calls(form: TaggedCalls, tokenizer: HFTokenizer) -> list[dict[str, Any]]:
+    grammars: list[dict[str, Any]] = []
+
+    def refer(schema: dict[str, Any], is_strict: bool) -> str:
+        name = f"args{len(grammars)}"
+        kind = Grammar(kind=GrammarKind.JSON_SCHEMA, is_lenient=not is_strict)
+        first, *others = _from_schema(schema, kind, prefix=f"{name}_")
+        grammars.extend([{**first, "name": name}, *others])
+        return f"@{name}"
+
+    lark = RuleWriter(form, lambda text: _pieces(text, tokenizer), _literal, refer).lark()
+    return [{"lark_grammar": lark}, *grammars]
+
+
+def _preamble_lark(preamble: Preamble, tokenizer: HFTokenizer) -> str:
+    """Free text and then the grammar `bound`."""
+    opening, closing, lead = (_pieces(text, tokenizer) for text in (preamble.opening, preamble.closing, preamble.lead))
+    if closing[0].startswith("<"):
+        free, rules = " ".join(["TEXT", *closing]), [f"TEXT: /{_FREE}/"]
+    else:
+        # Ended by the first place where the tag stands, wherever the borders of tokens fall.
+        tag = _literal(json.loads(closing[0]))
+        free, rules = " ".join(["text", *closing[1:]]), [f"text[lazy]: /{_FREE}{tag}/"]
+    free = " ".join([*opening, free])
+    begin = f"({free} BLANK?)?" if preamble.is_optional else f"{free} BLANK?"
+    return "\n".join([" ".join(["start:", begin, *lead, "@bound"]), r"BLANK: /\n{1,2}/", *rules])
+
+
+def _pieces(text: str, tokenizer: HFTokenizer) -> list[str]:
+    """Lark for a text that special tokens may be part of, which only their ids stand for."""
+    pieces = []
+    for _, piece, token in tokenizer.split_special(text):
+        if piece:
+            pieces.append(json.dumps(piece))
+        if token is not None:
+            pieces.append(f"<[{token}]>")
+    return pieces
+
+
+def _check_text(text: str) -> None:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise invalid_grammar("it is not valid JSON, or nested too deeply") from None
-
-
-def _depth(value: object) -> int:
-    """Levels of nesting, counted without recursion."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return depth
+        text.encode()
+    except UnicodeEncodeError:
+        raise invalid_grammar("it holds half of a surrogate pair") from None
 
 
 def _literal(text: str) -> str:
@@ -160,8 +208,3 @@ def _literal(text: str) -> str:
 def _first_line(error: str) -> str:
     """llguidance's message without the grammar that it repeats."""
     return re.split(r"\n|\s{2,}", error.strip())[0][:300]
-
-
-def invalid_grammar(message: str) -> InvalidRequestError:
-    """What is raised where a grammar cannot be followed."""
-    return InvalidRequestError(f"grammar: {message}", param="grammar", code="invalid_grammar")

@@ -3,7 +3,8 @@
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from llm.sampling.constraint import Constraint
-from llm.sampling.grammar import GrammarCompiler, invalid_grammar
+from llm.sampling.grammar import GrammarCompiler
+from llm.sampling.json_schema import invalid_grammar
 from llm.scheduling.sequence import Sequence
 
 

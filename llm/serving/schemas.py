@@ -41,6 +41,24 @@ class GrammarKind(StrEnum):
     """As a JSON list of strings, of which the output is one."""
     LARK = "lark"
     """In llguidance's variant of Lark."""
+    CALLS = "calls"
+    """As JSON of `llm.sampling.tagged_calls.TaggedCalls`: free text, and calls of tools by their schemas."""
+
+
+class Preamble(StrictModel):
+    """Free text in front of what a grammar binds: what a model thinks before it answers.
+
+    Tags may hold special tokens, written as their names.
+    """
+
+    opening: str = ""
+    """Tag that begins it; empty where the prompt has begun it."""
+    closing: str = Field(min_length=1)
+    """Tag that ends it. Up to two line breaks may follow."""
+    lead: str = ""
+    """What stands in front of the bound part in any case."""
+    is_optional: bool = False
+    """It may be left out as a whole."""
 
 
 class Grammar(StrictModel):
@@ -51,6 +69,10 @@ class Grammar(StrictModel):
 
     kind: GrammarKind
     text: str = ""
+    is_lenient: bool = False
+    """Leave out keywords of a JSON schema that cannot be followed, instead of refusing them."""
+    preamble: Preamble | None = None
+    """What comes before the part that is bound."""
 
 
 class Pooling(StrEnum):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import CallBlock
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -51,6 +52,10 @@ class ChatTemplate:
             self._template = self._environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"{origin}: the chat template is not valid Jinja: {error}; fix or remove it") from error
+
+    def reads(self, name: str) -> bool:
+        """Whether it reads a variable of that name."""
+        return name in find_undeclared_variables(self._environment.parse(self.source))
 
     def render(
         self,

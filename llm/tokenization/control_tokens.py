@@ -82,12 +82,12 @@ class Disguise:
         self.is_used = False
 
     def messages(self, messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Copy of chat messages with disguised strings; keys without a value are left out."""
+        """Copy of chat messages with disguised strings; keys without a value are left out, but for `content`."""
         return [
             {
                 key: self.apply(value, self._control.special_pattern if message.get("role") == "assistant" else None)
                 for key, value in message.items()
-                if value is not None
+                if value is not None or key == "content"
             }
             for message in messages
         ]

@@ -64,17 +64,25 @@ class TokenBytes(dict[int, bytes]):
 
 
 class ByteDecoder:
-    """Decodes one sequence by its tokens' bytes. Bytes that are not UTF-8 become U+FFFD as soon as that is certain."""
+    """Decodes one sequence by its tokens' bytes. Bytes that are not UTF-8 become U+FFFD as soon as that is certain.
 
-    __slots__ = ("_at_start", "_decode", "_token_bytes")
+    Args:
+        token_bytes: of each token.
+        shown_ids: special tokens that are not left out.
+    """
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
+    __slots__ = ("_at_start", "_decode", "_shown_ids", "_token_bytes")
+
+    def __init__(self, token_bytes: TokenBytes, shown_ids: frozenset[int] = frozenset()) -> None:
         self._token_bytes = token_bytes
+        self._shown_ids = shown_ids
         self._decode = _NEW_UTF8_DECODER(errors="replace").decode
         self._at_start = token_bytes.strips_one_space or token_bytes.strips_first_token
 
     def step(self, token_id: int) -> str:
         """Take the next token; return the characters it completes."""
+        if token_id in self._shown_ids:
+            return self._decode(self._token_bytes.raw(token_id))
         piece = self._token_bytes[token_id]
         if self._at_start and piece:
             self._at_start = False
@@ -87,15 +95,25 @@ class ByteDecoder:
 
 
 class WindowDecoder:
-    """Decodes one sequence by asking the library for the text of the last tokens, with the ones before as context."""
+    """Decodes one sequence by asking the library for the text of the last tokens, with the ones before as context.
 
-    def __init__(self, tokenizer: RustTokenizer) -> None:
+    Args:
+        tokenizer: the library's.
+        shown_ids: special tokens that are not left out.
+    """
+
+    def __init__(self, tokenizer: RustTokenizer, shown_ids: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown_ids
         self._shown_ids: list[int] = []
         self._new_ids: list[int] = []
 
     def step(self, token_id: int) -> str:
         """Take the next token; return the characters it completes."""
+        if token_id in self._shown:
+            text = self._pending() + (self._tokenizer.id_to_token(token_id) or "")
+            self._shown_ids, self._new_ids = [], []
+            return text
         self._new_ids.append(token_id)
         text = self._pending()
         if not text or text.endswith("\ufffd"):

@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -73,8 +73,12 @@ class HFTokenizer:
         )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
+    def from_pretrained(cls, directory: str | Path, *, chat_template: str | None = None) -> Self:
         """Read a checkpoint directory's tokenizer, its chat templates and its end-of-sequence ids.
+
+        Args:
+            directory: of the checkpoint.
+            chat_template: Jinja text to use in place of all of the checkpoint's templates.
 
         Raises:
             CheckpointError, ConfigError: a file is missing or cannot be used; one line with its name and the fix.
@@ -96,9 +100,12 @@ class HFTokenizer:
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             ) from error
         defaults = load_generation_defaults(directory)
+        sources = _template_sources(directory, config)
+        if chat_template is not None:
+            sources = {"default": (chat_template, "chat_template")}
         templates = {
             name: ChatTemplate(source, origin=origin, special_tokens=named_tokens)
-            for name, (source, origin) in _template_sources(directory, config).items()
+            for name, (source, origin) in sources.items()
         }
         try:
             return cls(
@@ -135,6 +142,21 @@ class HFTokenizer:
         """Jinja text of all chat templates, to see what they know."""
         return "\n".join(template.source for template in self._templates.values())
 
+    def split_special(self, text: str) -> Iterator[tuple[int, str, int | None]]:
+        """Cut a text at its special tokens: (offset of the plain piece, the piece, the id of the token behind it).
+
+        Texts of users must not get here: their special tokens are none.
+        """
+        offset = 0
+        for match in self._control.special_pattern.finditer(text):
+            yield offset, text[offset : match.start()], self._control.by_text[match[0]].token_id
+            offset = match.end()
+        yield offset, text[offset:], None
+
+    def templates_read(self, name: str) -> bool:
+        """Whether a chat template reads a variable of that name."""
+        return any(template.reads(name) for template in self._templates.values())
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can work."""
@@ -163,9 +185,18 @@ class HFTokenizer:
         shrinkage = 4 if self._full.normalizer is not None else 1
         return len(text) // (self._longest_token * shrinkage)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a whole sequence, special tokens left out; an incomplete character becomes U+FFFD."""
-        return decode_all(self.new_decoder(), token_ids)
+    def decode(self, token_ids: Sequence[int], *, shown_ids: frozenset[int] = frozenset()) -> str:
+        """Text of a whole sequence; an incomplete character becomes U+FFFD.
+
+        Args:
+            shown_ids: special tokens that are not left out.
+        """
+        return decode_all(self.new_decoder(shown_ids), token_ids)
+
+    def special_ids(self, texts: Collection[str]) -> frozenset[int]:
+        """Ids of those of the texts that are special tokens, which decoding leaves out."""
+        found = (self._control.by_text.get(text) for text in texts)
+        return frozenset(token.token_id for token in found if token is not None and token.is_special)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token; a special token's name, U+FFFD for bytes that are no character by themselves."""
@@ -178,9 +209,15 @@ class HFTokenizer:
         text: str = self._full.decode([token_id], skip_special_tokens=False)
         return text.encode()
 
-    def new_decoder(self) -> ByteDecoder | WindowDecoder:
-        """A decoder for a fresh sequence."""
-        return ByteDecoder(self._token_bytes) if self._token_bytes is not None else WindowDecoder(self._full)
+    def new_decoder(self, shown_ids: frozenset[int] = frozenset()) -> ByteDecoder | WindowDecoder:
+        """A decoder for a fresh sequence.
+
+        Args:
+            shown_ids: special tokens that are not left out.
+        """
+        if self._token_bytes is not None:
+            return ByteDecoder(self._token_bytes, shown_ids)
+        return WindowDecoder(self._full, shown_ids)
 
     def apply_chat_template(
         self,

@@ -57,8 +57,8 @@ class SimpleCharacterTokenizer:
         """UTF-8 bytes of `token_text`."""
         return self.token_text(token_id).encode()
 
-    def new_decoder(self) -> "SimpleDecoder":
-        """A decoder for a fresh sequence."""
+    def new_decoder(self, shown_ids: frozenset[int] = frozenset()) -> "SimpleDecoder":  # noqa: ARG002
+        """A decoder for a fresh sequence. There are no special tokens to show."""
         return SimpleDecoder(self)
 
 

@@ -15,16 +15,23 @@ class TextStream:
     Args:
         stop: stop strings, none of them empty.
         min_tokens: stop strings completed before this many tokens are ordinary text.
+        shown_ids: special tokens that are not left out.
 
     Attributes:
         stop_reason: the stop string that ended the text, or None.
         num_tokens: tokens taken; after a stop, up to and including the one that completed the stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self.stop_reason: str | None = None
         self.num_tokens = 0
-        self._step = tokenizer.new_decoder().step
+        self._step = tokenizer.new_decoder(shown_ids).step
         # Longest first, so that it wins where several end on one character.
         self._matchers = [_Matcher(pattern) for pattern in sorted(set(stop), key=len, reverse=True)]
         self._min_tokens = min_tokens

@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
         """UTF-8 bytes of one token on its own, which may be part of a character; a special token's name."""
         ...
 
-    def new_decoder(self) -> TokenDecoder:
-        """A decoder for a fresh sequence."""
+    def new_decoder(self, shown_ids: frozenset[int] = frozenset()) -> TokenDecoder:
+        """A decoder for a fresh sequence.
+
+        Args:
+            shown_ids: special tokens that are not left out.
+        """
         ...

@@ -54,7 +54,7 @@ def encoder() -> PromptEncoder:
         device="none", dtype="none", backend="none",
     )  # fmt: skip
     grammars = GrammarCompiler(tokenizer, info.vocab_size)
-    return PromptEncoder(tokenizer, DEFAULTS, info, LimitsConfig(), ModelFormat(None, False), grammars)
+    return PromptEncoder(tokenizer, DEFAULTS, info, LimitsConfig(), ModelFormat(), grammars)
 
 
 def chat(encoder: PromptEncoder, **fields: object) -> GenerationRequest:

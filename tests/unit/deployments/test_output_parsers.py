@@ -13,7 +13,8 @@ from deployments.chat.output import (
     ToolCallArguments,
     ToolCallStart,
 )
-from deployments.chat.parsers import make_parser
+from deployments.chat.parsers import AnswerForm, make_parser
+from deployments.config import ReasoningParserName, ToolParserName
 
 
 def parse(parser: OutputParser, pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
@@ -89,7 +90,7 @@ CASES = {
 def test_whole_and_letter_by_letter(name: str):
     tool_format, text, content, calls = CASES[name]
     for pieces in ([text], list(text)):
-        parser = make_parser(tool_format, may_reason=False, is_reasoning=False)
+        parser = make_parser(AnswerForm(ToolParserName(tool_format)))
         assert parse(parser, pieces) == (content, "", calls)
 
 
@@ -98,13 +99,13 @@ def test_any_cut_gives_the_same(data: st.DataObject):
     tool_format, text, content, calls = CASES[data.draw(st.sampled_from(sorted(CASES)))]
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    parser = make_parser(tool_format, may_reason=False, is_reasoning=False)
+    parser = make_parser(AnswerForm(ToolParserName(tool_format)))
     assert parse(parser, pieces) == (content, "", calls)
 
 
 @given(st.text(alphabet='<>/_tolcal{}"[]:, \nname', max_size=80), st.sampled_from(["hermes", "llama3"]))
 def test_what_is_no_call_is_not_lost(text: str, tool_format: str):
-    parser = make_parser(tool_format, may_reason=False, is_reasoning=False)
+    parser = make_parser(AnswerForm(ToolParserName(tool_format)))
     content, _, calls = parse(parser, list(text))
     if not calls:
         assert content.strip() == text.strip()
@@ -114,7 +115,7 @@ def test_what_is_no_call_is_not_lost(text: str, tool_format: str):
 def test_arguments_come_back_as_they_were(arguments: dict):
     written = json.dumps(arguments)
     call = json.dumps({"name": "f", "arguments": arguments})
-    parser = make_parser("hermes", may_reason=False, is_reasoning=False)
+    parser = make_parser(AnswerForm(ToolParserName.HERMES))
     assert parse(parser, list(f"<tool_call>{call}</tool_call>")) == ("", "", [("f", written)])
 
 
@@ -134,11 +135,11 @@ THINKING = {
 def test_reasoning_is_split_off(name: str):
     is_open, text, content, reasoning = THINKING[name]
     for pieces in ([text], list(text)):
-        parser = make_parser(None, may_reason=True, is_reasoning=is_open)
+        parser = make_parser(AnswerForm(reasoning_parser=ReasoningParserName.THINK, is_reasoning=is_open))
         assert parse(parser, pieces) == (content, reasoning, [])
 
 
 def test_reasoning_then_a_call():
-    parser = make_parser("hermes", may_reason=True, is_reasoning=True)
+    parser = make_parser(AnswerForm(ToolParserName.HERMES, False, ReasoningParserName.THINK, True))
     text = f"I should add.</think>\n\n<tool_call>\n{CALL}\n</tool_call>"
     assert parse(parser, list(text)) == ("", "I should add.", [("add", ARGUMENTS)])

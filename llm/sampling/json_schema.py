@@ -1,0 +1,272 @@
+"""JSON schemas made into what llguidance can follow: an answer that it allows is always inside the schema.
+
+llguidance (https://github.com/guidance-ai/llguidance, docs/json_schema.md) keeps numbers as doubles and ranges of
+integers in 64 bits, and does not notice a reference that leads back to itself alone.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llguidance import LLMatcher
+
+from llm.errors import InvalidRequestError
+
+MAX_DEPTH = 64
+_MAX_STEPS = 200_000
+_EXACT = 2**53
+"""Doubles hold every integer up to this one."""
+_LARGEST_BOUND = 2.0**63 - 1024
+"""The largest double that 64 bits with a sign hold."""
+
+_ONE_SCHEMA = frozenset(
+    {"additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
+     "unevaluatedItems", "unevaluatedProperties"}
+)  # fmt: skip
+_MANY_SCHEMAS = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
+_NAMED_SCHEMAS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+
+Schema = dict[str, Any]
+
+
+def invalid_grammar(message: str) -> InvalidRequestError:
+    """What is raised where a grammar cannot be followed."""
+    return InvalidRequestError(f"grammar: {message}", param="grammar", code="invalid_grammar")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        InvalidRequestError: it is none, nested too deeply, or holds what JSON does not know or UTF-8 cannot say.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise invalid_grammar("it holds half of a surrogate pair") from None
+    except (ValueError, RecursionError):
+        raise invalid_grammar("it is not valid JSON, or nested too deeply") from None
+    return value
+
+
+def prepare(schema: object, *, is_lenient: bool = False) -> Schema:
+    """The schema as llguidance can follow it, with answers that are all inside the one given.
+
+    Args:
+        schema: as `parse_json` gives it.
+        is_lenient: leave out patterns that cannot be followed; whoever compiles the schema leaves out other keywords.
+
+    Raises:
+        InvalidRequestError: it is no schema, or no answer fits it.
+    """
+    if not isinstance(schema, (dict, bool)):
+        raise invalid_grammar("a JSON schema is an object")
+    if depth_of(schema) > MAX_DEPTH:
+        raise invalid_grammar(f"the schema is nested more than {MAX_DEPTH} levels deep")
+    found = _Productive(schema)
+    if not found.holds(schema):
+        raise invalid_grammar("no answer fits the schema, or none that ends")
+    if schema is True:
+        return {}
+
+    def change(node: Schema) -> object:
+        if not found.holds(node):
+            return False
+        node = _with_safe_bounds(node)
+        if is_lenient and isinstance(node.get("pattern"), str) and not _is_pattern(node["pattern"]):
+            del node["pattern"]
+        named = node.get("patternProperties")
+        if is_lenient and isinstance(named, dict):
+            node["patternProperties"] = {key: value for key, value in named.items() if _is_pattern(key)}
+        return node
+
+    changed = _changed(schema, change)
+    assert isinstance(changed, dict), "an object that an answer fits"
+    changed.pop("x-guidance", None)  # options of the compiler are not for requests
+    return changed
+
+
+def children(schema: Schema) -> Iterator[object]:
+    """The schemas directly within a schema."""
+    for key, value in schema.items():
+        if key in _MANY_SCHEMAS and isinstance(value, list):
+            yield from value
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            yield from value.values()
+        elif key in _ONE_SCHEMA:
+            yield value
+
+
+def resolve(root: object, reference: str) -> object:
+    """What a JSON pointer within `root` (`#/…`) refers to; None where it refers to nothing, or is none."""
+    if reference != "#" and not reference.startswith("#/"):
+        return None
+    value = root
+    for part in reference.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
+
+
+def relocated(schema: object, place: str) -> Any:
+    """A copy whose references within itself fit once it stands at another place.
+
+    Args:
+        place: JSON pointer of that place, such as `#/$defs/name`.
+    """
+
+    def move(node: Schema) -> Schema:
+        reference = node.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            node["$ref"] = place + reference[1:]
+        return node
+
+    return _changed(schema, move)
+
+
+def depth_of(value: object) -> int:
+    """Levels of nesting, counted without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
+
+
+def _changed(schema: object, change: Callable[[Schema], object]) -> object:
+    """A copy with `change` made to every schema in it, from outside inwards."""
+    if not isinstance(schema, dict):
+        return schema
+    changed = change(dict(schema))
+    if not isinstance(changed, dict):
+        return changed
+    for key, value in changed.items():
+        if key in _MANY_SCHEMAS and isinstance(value, list):
+            changed[key] = [_changed(each, change) for each in value]
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            changed[key] = {name: _changed(each, change) for name, each in value.items()}
+        elif key in _ONE_SCHEMA:
+            changed[key] = _changed(value, change)
+    return changed
+
+
+class _Productive:
+    """Which schemas some finite answer fits, as far as references, `false` and what is required decide it.
+
+    The least fixed point: a reference counts once what it refers to does, however the two contain each other.
+
+    Args:
+        root: what references are within.
+
+    Raises:
+        InvalidRequestError: there are too many references to tell.
+    """
+
+    def __init__(self, root: object) -> None:
+        self._root = root
+        self._productive: set[str] = set()
+        self._num_steps = 0
+        references = sorted(set(_references(root)))
+        is_growing = True
+        while is_growing:
+            is_growing = False
+            for reference in [*references, *reversed(references)]:
+                if reference not in self._productive and self.holds(resolve(root, reference)):
+                    self._productive.add(reference)
+                    is_growing = True
+
+    def holds(self, schema: object) -> bool:
+        """Whether some answer fits."""
+        self._num_steps += 1
+        if self._num_steps > _MAX_STEPS:
+            raise invalid_grammar("the schema's references are too many to follow")
+        if not isinstance(schema, dict):
+            return schema is not False
+        reference = schema.get("$ref")
+        is_local = isinstance(reference, str) and resolve(self._root, reference) is not None
+        if is_local and reference not in self._productive:
+            return False
+        every, some = schema.get("allOf"), [schema.get(key) for key in ("anyOf", "oneOf")]
+        if isinstance(every, list) and not all(map(self.holds, every)):
+            return False
+        if any(isinstance(options, list) and not any(map(self.holds, options)) for options in some):
+            return False
+        return self._has_productive_parts(schema)
+
+    def _has_productive_parts(self, schema: Schema) -> bool:
+        """Whether what an object or array of this schema must hold can be there."""
+        kinds = schema.get("type")
+        properties, required = schema.get("properties"), schema.get("required")
+        if kinds in ("object", ["object"]) and isinstance(properties, dict) and isinstance(required, list):
+            names = [name for name in required if isinstance(name, str)]
+            return all(self.holds(properties.get(name, True)) for name in names)
+        num_items = schema.get("minItems", 0)
+        if kinds in ("array", ["array"]) and isinstance(num_items, int) and num_items > 0:
+            first, rest = schema.get("prefixItems"), schema.get("items", True)
+            if not isinstance(first, list):
+                first = rest if isinstance(rest, list) else []
+            needed = [*first[:num_items], *([rest] if num_items > len(first) and not isinstance(rest, list) else [])]
+            return all(map(self.holds, needed))
+        return True
+
+
+def _references(schema: object) -> Iterator[str]:
+    stack = [schema]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                yield node["$ref"]
+            stack += children(node)
+
+
+def _with_safe_bounds(schema: Schema) -> Schema:
+    """Bounds of numbers that doubles hold, none wider than the ones given."""
+    for side, sign in (("minimum", 1), ("maximum", -1)):
+        exclusive = f"exclusive{side.capitalize()}"
+        bounds = {key: schema[key] for key in (side, exclusive) if _is_number(schema.get(key))}
+        if all(abs(bound) <= _EXACT for bound in bounds.values()):
+            continue
+        # Turned round, the largest number allowed is the smallest.
+        tightest = max(_inward(sign * bound, is_exclusive=key == exclusive) for key, bound in bounds.items())
+        if tightest > _LARGEST_BOUND:
+            raise invalid_grammar(f"{side}: no number of at most 64 bits is {'above' if sign > 0 else 'below'} it")
+        for key in bounds:
+            del schema[key]
+        schema[side] = sign * max(int(tightest) if tightest.is_integer() else tightest, -int(_LARGEST_BOUND))
+        if tightest > _EXACT:  # the next power of ten may be past 64 bits
+            other = "maximum" if sign > 0 else "minimum"
+            schema.setdefault(other, sign * int(_LARGEST_BOUND))
+    return schema
+
+
+def _inward(bound: float, *, is_exclusive: bool) -> float:
+    """The smallest double that is not below a bound; above it where that is exclusive."""
+    try:
+        rounded = float(bound)
+    except OverflowError:
+        return math.inf if bound > 0 else -_LARGEST_BOUND
+    is_outside = rounded <= bound if is_exclusive else rounded < bound
+    return math.nextafter(rounded, math.inf) if is_outside else rounded
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_pattern(pattern: str) -> bool:
+    """Whether llguidance can follow a regular expression in a schema."""
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "pattern": pattern}))
+    return not LLMatcher.validate_grammar(grammar)
