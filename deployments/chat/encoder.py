@@ -14,8 +14,8 @@ from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFi
 from deployments.chat.structured import grammar_error, grammar_of
 from deployments.chat.tools import forced_grammar
 from deployments.config import LimitsConfig
+from llm.checkpoint.generation_defaults import GenerationDefaults
 from llm.errors import InvalidRequestError
-from llm.models.registry import GenerationDefaults
 from llm.sampling.grammar import GrammarCompiler
 from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, new_request_id, new_seed
 from llm.tokenization.hf_tokenizer import HFTokenizer

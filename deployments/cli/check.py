@@ -14,9 +14,9 @@ from deployments.replica.engine_factory import slot_bytes
 from deployments.serve.config_file import check_config_file
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
+from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.config import ModelConfig
 from llm.errors import ConfigError
-from llm.models.registry import load_generation_defaults, load_model_config
 
 _GIB = 1 << 30
 _WORKSPACE_GIB = 2.0
@@ -48,6 +48,8 @@ def check(
                 f"  {app.model} is no directory here: its checkpoint is checked where it is loaded", style="dim"
             )
             continue
+        from llm.checkpoint.model_config import load_model_config  # brings PyTorch, which `rayline --help` does without
+
         model = load_model_config(app.model)
         for warning in load_generation_defaults(app.model).warnings:
             console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)

@@ -16,7 +16,7 @@ from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.events import News
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.verdict import Evidence, Limits, Standing, Verdict, judge
-from llm.models.fingerprint import is_same_version
+from llm.checkpoint.fingerprint import is_same_version
 from llm.serving.schemas import EngineStats
 
 logger = logging.getLogger("ray.serve")

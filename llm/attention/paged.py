@@ -1,11 +1,11 @@
 """Attention over the engine's packed steps: sequences of different lengths, keys and values in pages."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from llm.attention.spec import AttentionSpec
 from llm.core.paged_kv_cache import PagedKVCache
 
 
@@ -66,22 +66,17 @@ class PagedAttentionBackend(Protocol):
 class PagedContext:
     """`AttentionContext` of one engine step: stores the new keys and values, then asks the backend."""
 
-    def __init__(
-        self,
-        backend: PagedAttentionBackend,
-        kv_cache: PagedKVCache,
-        batch: PackedBatch,
-        windows: Sequence[int | None],
-    ) -> None:
+    def __init__(self, backend: PagedAttentionBackend, kv_cache: PagedKVCache, batch: PackedBatch) -> None:
         self._backend = backend
         self._kv_cache = kv_cache
         self._batch = batch
-        self._windows = windows
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """See `AttentionContext.attend`; here there is one leading dimension, the step's tokens."""
         kv_pages = self._kv_cache.layers[layer]
         slots = kv_pages.flatten(1, 2)
         slots[0].index_copy_(0, self._batch.slots, key)
         slots[1].index_copy_(0, self._batch.slots, value)
-        return self._backend.attend(query, key, value, kv_pages, self._batch, self._windows[layer])
+        return self._backend.attend(query, key, value, kv_pages, self._batch, spec.window)

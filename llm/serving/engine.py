@@ -9,12 +9,14 @@ from typing import Self
 import numpy as np
 import torch
 
+from llm.checkpoint.adapter import load_lora
+from llm.checkpoint.generation_defaults import load_generation_defaults
+from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.loading import Progress, load_decoder
+from llm.checkpoint.model_config import load_model_config
 from llm.config import EngineConfig
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.models.loading import Progress, load_decoder
-from llm.models.lora import load_lora
-from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
 from llm.sampling.draw import NOTHING, Draw
 from llm.sampling.grammar import GrammarCompiler
 from llm.scheduling.scheduler import Scheduler, StepPlan, TokenEvent

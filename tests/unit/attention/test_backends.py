@@ -6,6 +6,8 @@ import torch
 from llm.attention.backends import choose_backend, make_backend
 from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedContext
+from llm.attention.rope import RotaryEmbedding
+from llm.attention.spec import AttentionSpec
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 
@@ -62,12 +64,13 @@ def test_backend_equals_dense_attention(name, num_heads, num_kv_heads, window, l
     generator = torch.Generator().manual_seed(0)
     batch = create_batch(lens, num_pages=150, generator=generator)
     kv_cache = create_kv_cache(150, num_kv_heads)
-    context = PagedContext(make_backend(name), kv_cache, batch, [window])
+    context = PagedContext(make_backend(name), kv_cache, batch)
+    spec = AttentionSpec(num_heads, num_kv_heads, HEAD_DIM, RotaryEmbedding(HEAD_DIM, 512, 1e4), window)
     num_tokens = sum(batch.query_lens)
     query = torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator)
     key, value = torch.randn(2, num_tokens, num_kv_heads, HEAD_DIM, generator=generator)
 
-    output = context.attend(0, query, key, value)
+    output = context.attend(0, spec, query, key, value)
 
     start = 0
     for i, (num_new, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
@@ -76,7 +79,7 @@ def test_backend_equals_dense_attention(name, num_heads, num_kv_heads, window, l
         assert torch.equal(keys[-num_new:], key[start : start + num_new]), "the new keys are stored"
         padded = torch.zeros(context_len, num_heads, HEAD_DIM)
         padded[-num_new:] = query[start : start + num_new]
-        expected = DenseContext([window]).attend(0, padded[None], keys[None], values[None])[0, -num_new:]
+        expected = DenseContext().attend(0, spec, padded[None], keys[None], values[None])[0, -num_new:]
         torch.testing.assert_close(output[start : start + num_new], expected, rtol=1e-5, atol=1e-5)
         start += num_new
 

@@ -13,8 +13,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from llm.attention.kernels import decode, gather, hopper_prefill, prefill, rope
 from llm.kernels import activation, adjust, few_rows, logprobs, norm, quantization, sampling
+from llm.kernels.attention import decode, gather, hopper_prefill, prefill, rope
 from llm.kernels.launch import stages_in
 
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
