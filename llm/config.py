@@ -146,11 +146,6 @@ class ModelConfig(StrictModel):
         """Sliding window of one layer in tokens, or None where it attends to everything."""
         return self.window_size if self.window_layers is None or layer in self.window_layers else None
 
-    @property
-    def pool_window(self) -> int | None:
-        """Tokens behind which no layer looks: the window if every layer has it, else None."""
-        return self.window_size if all(self.layer_window(i) for i in range(self.num_layers)) else None
-
 
 class EngineConfig(StrictModel):
     """How one engine runs a model: memory, batching, numerics."""

@@ -103,9 +103,9 @@ def _checklist(app: AppConfig, model: ModelConfig) -> Table:
             f"{group} query heads share keys and values" if group > 1 else "this model has none",
         ),
         (
-            model.pool_window is not None,
+            model.window_size is not None,
             "sliding window",
-            f"{model.pool_window:,} tokens; pages behind it go back" if model.pool_window else "this model has none",
+            f"{model.window_size:,} tokens; pages behind it go back" if model.window_size else "this model has none",
         ),
         (app.dtype != "float32", "16-bit numbers", "on a GPU" if app.dtype == "auto" else str(app.dtype)),
         (app.lora is not None, "LoRA merged", str(app.lora) if app.lora else "no adapter given"),

@@ -13,6 +13,7 @@ from llm.attention.interface import AttentionContext
 from llm.attention.spec import AttentionSpec
 from llm.config import ModelConfig, describe
 from llm.core.kv_cache import KVCache
+from llm.core.page_groups import PageGroup, group_layers
 from llm.errors import CapacityError, ConfigError
 from llm.models.family import Layer
 from llm.models.layers import RMSNorm
@@ -82,6 +83,11 @@ class DecoderModel(nn.Module):
     def attention_specs(self) -> list[AttentionSpec]:
         """What each layer's attention is."""
         return [cast(Layer, layer).spec for layer in self.layers]
+
+    @property
+    def page_groups(self) -> list[PageGroup]:
+        """Which layers share pages."""
+        return group_layers([spec.window for spec in self.attention_specs])
 
     @property
     def num_heads(self) -> int:

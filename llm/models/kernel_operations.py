@@ -70,7 +70,7 @@ class KernelWorkspace:
     Args:
         specs: of every layer's attention, all of one shape.
         kv_cache: memory of the slot pool.
-        page_tables: (rows, pages a row) int32, each row's pages in order of position.
+        page_tables: (groups, rows, pages a row) int32, for each group of layers each row's pages in order of position.
         last_token_ids: (rows,) int32, the token that each row drew last.
         dtype: of the activations.
         max_tokens: most tokens a step.
@@ -116,7 +116,7 @@ class KernelWorkspace:
         )
         self.long_prefill = None
         if windows == {None} and not deterministic and hopper_prefill.can_run(dtype, spec.head_dim, device):
-            max_seq_len = page_tables.shape[1] * kv_cache.page_size
+            max_seq_len = page_tables.shape[2] * kv_cache.page_size
             self.long_prefill = hopper_prefill.HopperPrefill(
                 *shape,
                 max_context=max_seq_len + max_tokens,  # the end of one long prompt, and others behind it
@@ -153,7 +153,7 @@ class KernelWorkspace:
         if step.num_gathered:
             assert self.long_prefill is not None, "it asks for this"
             self.long_prefill.plan(
-                step.parts, self.page_tables, self.kv_cache.page_size, step.num_gathered, self.prefill_items
+                step.parts, self.page_tables[0], self.kv_cache.page_size, step.num_gathered, self.prefill_items
             )
         elif step.has_prefills or self.deterministic:
             plan_prefills(step.parts, self.prefill_items, block_tokens, self._min_prefill_len)
@@ -194,7 +194,8 @@ class KernelOperations:
     ) -> torch.Tensor:
         """See `Operations.attend`."""
         workspace, tokens = self._workspace, self._step.tokens
-        kv_pages, page_tables = workspace.kv_cache.layers[layer], workspace.page_tables
+        kv_cache = workspace.kv_cache
+        kv_pages, page_tables = kv_cache.layers[layer], workspace.page_tables[kv_cache.group_of[layer]]
         shape = len(tokens.positions), spec.num_heads, spec.head_dim
         query, output = (self._output.new_empty(shape, dtype=workspace.dtype) for _ in range(2))
         norms, eps = None, 0.0
@@ -202,24 +203,31 @@ class KernelOperations:
             norms, eps = (qk_norms[0].weight, qk_norms[1].weight), qk_norms[0].eps
         rope_table = spec.rope.table(query.device)
         rope_and_store(qkv, query, kv_pages, page_tables, tokens.rows, tokens.positions, rope_table, norms, eps)
-        self._attend(query, kv_pages, spec.window, output)
+        self._attend(query, kv_pages, page_tables, spec.window, output)
         attended = output.flatten(1)
         if layer == workspace.last_layer:
             self._stream, attended = keep_tokens(self._stream, attended, self._step.kept)
         return attended
 
-    def _attend(self, query: torch.Tensor, kv_pages: torch.Tensor, window: int | None, output: torch.Tensor) -> None:
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_pages: torch.Tensor,
+        page_tables: torch.Tensor,
+        window: int | None,
+        output: torch.Tensor,
+    ) -> None:
         """Write what the step's queries find in the pages to `output`."""
         workspace, parts = self._workspace, self._step.parts
         if not workspace.deterministic:
             items = workspace.decode_items[window]
-            workspace.decode(query, kv_pages, workspace.page_tables, parts, items, window, output)
+            workspace.decode(query, kv_pages, page_tables, parts, items, window, output)
         if self._step.num_gathered:
             assert workspace.long_prefill is not None, "it has asked for this"
             workspace.long_prefill(query, kv_pages, parts, workspace.prefill_items, self._step.num_gathered, output)
         elif self._step.has_prefills or workspace.deterministic:
             paged_prefill(
-                query, kv_pages, workspace.page_tables, parts, workspace.prefill_items, window, output,
+                query, kv_pages, page_tables, parts, workspace.prefill_items, window, output,
                 workspace.prefill_scratch, deterministic=workspace.deterministic,
             )  # fmt: skip
 

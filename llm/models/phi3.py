@@ -11,6 +11,7 @@ from llm.models.window_keys import read_windows
 
 def _read_config(config: ReadKeys, name: str) -> ModelConfig:
     window_size, window_layers = read_windows(config)
+    config.get("auto_map")  # the code that it points to is what transformers, and this file, have made of it since
     return ModelConfig(
         **common_fields(config, has_partial_rope=True),
         architecture=name,

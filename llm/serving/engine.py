@@ -95,7 +95,7 @@ class ContinuousBatchingEngine:
             max_tokens_per_step=config.token_budget(model.device.type),
             max_prefill_beside_decodes=config.prefill_beside_decodes(model.device.type),
             max_seq_len=context_len,
-            window_size=model.config.pool_window,
+            windows=[group.window for group in model.page_groups],
             enable_prefix_caching=config.enable_prefix_caching,
             num_speculative_tokens=config.num_speculative_tokens,
             max_draws_per_step=self.runner.max_draws_per_step,
@@ -173,8 +173,8 @@ class ContinuousBatchingEngine:
 
     @property
     def num_slots(self) -> int:
-        """Tokens whose keys and values the pool holds."""
-        return self.scheduler.pool.num_pages * self.scheduler.pool.page_size
+        """Tokens whose keys and values the pool holds in every layer; more where layers have windows."""
+        return self.scheduler.pool.num_pages // len(self.scheduler.windows) * self.scheduler.pool.page_size
 
     @property
     def attention_backend(self) -> str:
@@ -273,15 +273,17 @@ class ContinuousBatchingEngine:
 
     def stats(self) -> EngineStats:
         """State between two steps."""
-        pool = self.scheduler.pool
+        pool, num_groups = self.scheduler.pool, len(self.scheduler.windows)
+        # In pages of all layers, as others know them.
+        num_pages, num_free, num_cached = (n // num_groups for n in (pool.num_pages, pool.num_free, pool.num_cached))
         return EngineStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_waiting_tokens=self.scheduler.num_waiting_tokens,
-            num_free_pages=pool.num_free,
-            num_used_pages=pool.num_used,
-            num_cached_pages=pool.num_cached,
-            num_pages=pool.num_pages,
+            num_free_pages=num_free,
+            num_used_pages=num_pages - num_free - num_cached,
+            num_cached_pages=num_cached,
+            num_pages=num_pages,
             page_size=pool.page_size,
             num_preemptions=self.scheduler.num_preemptions,
             num_generated_tokens=self._num_generated_tokens,

@@ -138,8 +138,9 @@ class GraphRunner:
         self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
         max_pages = -(-max_seq_len // kv_cache.page_size)
         self._rows = DeviceRows(
-            max_rows, max_pages, kv_cache.scratch_page, model.config.vocab_size, device, _NUM_BUFFERS
-        )
+            max_rows, max_pages, kv_cache.num_groups, kv_cache.scratch_page, model.config.vocab_size, device,
+            _NUM_BUFFERS,
+        )  # fmt: skip
         most_tokens, most_rows, most_draws = self._token_sizes[-1], self._row_sizes[-1], self._draw_sizes[-1]
         sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), most_tokens)
         sizes |= dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), most_rows)

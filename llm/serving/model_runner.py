@@ -254,9 +254,14 @@ class EagerRunner:
         """Token ids (tokens,) of the step and where they belong."""
         device, page_size = self.model.device, self.kv_cache.page_size
         num_columns = int((-(-arrays.context_lens // page_size)).max())
-        tables = [part.sequence.pages[:num_columns] for part in scheduled]
-        scratch = self.kv_cache.scratch_page
-        page_tables = torch.tensor([pages + [scratch] * (num_columns - len(pages)) for pages in tables], device=device)
+        padding = [self.kv_cache.scratch_page] * num_columns
+        page_tables = torch.tensor(
+            [
+                [(part.sequence.pages[group] + padding)[:num_columns] for part in scheduled]
+                for group in range(self.kv_cache.num_groups)
+            ],
+            device=device,
+        )
         positions, token_rows = (torch.from_numpy(a).to(device) for a in (arrays.positions, arrays.token_rows))
         parts = torch.arange(len(scheduled), device=device)
         parts = parts.repeat_interleave(torch.from_numpy(arrays.query_lens).to(device))
@@ -265,7 +270,7 @@ class EagerRunner:
             query_lens=tuple(arrays.query_lens.tolist()),
             context_lens=tuple(arrays.context_lens.tolist()),
             page_tables=page_tables,
-            slots=page_tables[parts, positions // page_size] * page_size + positions % page_size,
+            slots=page_tables[:, parts, positions // page_size] * page_size + positions % page_size,
             positions=positions,
             page_size=page_size,
         )
