@@ -8,9 +8,10 @@ BENCH_PYTHON ?= $(BIN)/python
 UNIT_PLUGINS := -p pytest_asyncio.plugin -p pytest_timeout -p xdist.plugin
 VENV := .venv
 BIN := $(VENV)/bin
+AGENTS := tests/agents/node_modules
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages serve chaos soak fuzz docs test test-unit test-integration lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling clean
+.PHONY: help install install-dev system-packages serve chaos soak fuzz docs test test-unit test-integration agents test-agents lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -40,7 +41,7 @@ serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1
 	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.api.send_timeout:proxy_middlewares $(BIN)/serve run $(CONFIG)
 
 system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped
-	command -v chromium && command -v prometheus || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus >/dev/null; }
+	command -v chromium && command -v prometheus && command -v npm || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus $$(command -v npm >/dev/null || echo npm) >/dev/null; }
 
 test: test-unit test-integration  ## Run every test that needs no GPU
 
@@ -48,8 +49,21 @@ test: test-unit test-integration  ## Run every test that needs no GPU
 test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster, on all cores
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/unit --numprocesses auto --maxprocesses 8 --dist worksteal
 
-test-integration: $(VENV)/.dev  ## Run the tests of a whole server, which share one Ray cluster
-	$(BIN)/pytest tests/integration tests/e2e tests/gpu
+# One process runs what shares a Ray cluster; the other, tests that start servers of their own.
+test-integration: $(VENV)/.dev  ## Run the tests of whole servers
+	$(BIN)/pytest tests/integration tests/e2e tests/gpu --numprocesses 2 --dist loadgroup
+
+# Both programs come as binaries in npm packages; no script of theirs is run but the one that puts the binary in place.
+$(AGENTS)/.installed: tests/agents/package-lock.json
+	@command -v npm >/dev/null || { echo 'The agents come from npm: install Node.js 18 or newer (Debian: apt-get install npm)' >&2; exit 1; }
+	npm ci --prefix tests/agents --ignore-scripts --no-audit --no-fund --loglevel error
+	node $(AGENTS)/@anthropic-ai/claude-code/install.cjs
+	touch $@
+
+agents: $(AGENTS)/.installed  ## Get the coding agents that test-agents runs (needs npm)
+
+test-agents: $(VENV)/.dev $(AGENTS)/.installed  ## Run coding agents and SDKs against a server
+	$(BIN)/pytest tests/agents
 
 chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (20 minutes or so)
 	$(BIN)/python -m chaos
@@ -111,4 +125,4 @@ bench-routing: $(VENV)/.dev  ## Routing policies on simulated replicas (TRACES="
 	$(BIN)/python -m benchmarks.routing_sim $(TRACES)
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) bench-gpu.*.jsonl build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(AGENTS) bench-gpu.*.jsonl build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from chaos import (
@@ -62,6 +63,8 @@ GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
 """Run only where they are named."""
 BEHIND_HAPROXY = {"F16"}
 """Run in a process of their own, for which front end there is is decided when Ray is first imported."""
+SIDE_BY_SIDE = {"F21", "F24"}
+"""Run at the same time, last: all that they do for most of a minute is wait."""
 _NUM_GPUS = 2
 
 
@@ -89,7 +92,11 @@ def main() -> None:
     if here:
         num_gpus = _NUM_GPUS if any(name in GPU_FAULTS for name in here) else 0
         with cluster(num_gpus, haproxy=options.haproxy) as front_end:
-            results = [_run(name, function, front_end, options.json) for name in here for function in known[name]]
+            alone = [(name, function) for name in here if name not in SIDE_BY_SIDE for function in known[name]]
+            results = [_run(name, function, front_end, options.json) for name, function in alone]
+            waiting = [(name, function) for name in here if name in SIDE_BY_SIDE for function in known[name]]
+            with ThreadPoolExecutor(len(waiting) or 1) as pool:
+                results += pool.map(lambda fault: _run(*fault, front_end, options.json), waiting)
     if elsewhere:
         results.append(_run_behind_haproxy(elsewhere, options.json))
     sys.exit(0 if all(results) else 1)

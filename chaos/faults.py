@@ -9,9 +9,17 @@ import os
 import random
 import signal
 import time
-from typing import Any
 
-from chaos.fleet import Fleet, Outcome, Place, emulated, num_serving, proxy_pids, running
+from chaos.fleet import (
+    Fleet,
+    Outcome,
+    Place,
+    controller_stopped,
+    emulated,
+    num_serving,
+    proxy_pids,
+    running,
+)
 from chaos.streams import Clients, Story, percentile
 
 PROMPTS = [f"{word} number {i}" for i, word in enumerate(("alpha", "beta", "gamma", "delta") * 4)]
@@ -37,12 +45,12 @@ def summary(stories: list[Story], texts: dict[str, str] | None = None) -> tuple[
 
 
 async def kill_replicas(fleet: Fleet, clients: Clients, num_kills: int) -> None:
-    """SIGKILL one, wait until all serve again, and so on."""
+    """SIGKILL one, wait until as many serve again with another one in its place, and so on."""
     for _ in range(num_kills):
         await asyncio.sleep(1)
+        before = await fleet.all_serving(clients)
         fleet.hurt_one(signal.SIGKILL)
-        await fleet.wait_for(clients, lambda stats: num_serving(stats) < fleet.num_replicas, 10, "the death is noticed")
-        await fleet.wait_until_serving(clients, fleet.num_replicas)
+        await fleet.wait_until_replaced(clients, before)
 
 
 async def f1_kill_replicas(place: Place, num_kills: int = 20, num_clients: int = 64) -> Outcome:
@@ -111,21 +119,30 @@ def _last_number(prompt: str) -> str:
 
 
 async def f2_nobody_left(front_end: str) -> Outcome:
-    """The only replica dies with failover off, and another one with failover on and nobody to go to."""
-    outcomes = await asyncio.gather(
-        _kill_the_only_one(front_end, "off", router={"num_cpus": 0.1, "max_resumes": 0}),
-        _kill_the_only_one(front_end, "on", admission={"no_replica_timeout_s": 0.5}),
-    )
+    """The only replica dies with failover off, and another one with failover on and nobody to go to.
+
+    Serve's controller stands still meanwhile: else it may have begun a replacement by the time that the router asks,
+    and requests rightly wait for one that is starting.
+    """
+    async with (
+        running(front_end, "f2off", emulated(1, router={"num_cpus": 0.1, "max_resumes": 0})) as without,
+        running(front_end, "f2on", emulated(1, admission={"no_replica_timeout_s": 0.5})) as with_failover,
+        asyncio.timeout(60),
+    ):
+        outcomes = []
+        for failover, (fleet, clients) in (("off", without), ("on", with_failover)):
+            with controller_stopped():
+                outcomes.append(await _kill_the_only_one(failover, fleet, clients))
     return Outcome("; ".join(outcome.figure for outcome in outcomes), *(outcome.is_ok for outcome in outcomes))
 
 
-async def _kill_the_only_one(front_end: str, failover: str, **changes: Any) -> Outcome:
-    async with running(front_end, f"f2{failover}", emulated(1, **changes)) as (fleet, clients):
-        asking = [asyncio.create_task(clients.ask(prompt, 2000)) for prompt in PROMPTS]
-        await asyncio.sleep(0.7)
-        killed_at = time.monotonic()
-        fleet.hurt_one(signal.SIGKILL)
-        stories = await asyncio.gather(*asking)
+async def _kill_the_only_one(failover: str, fleet: Fleet, clients: Clients) -> Outcome:
+    asking = [asyncio.create_task(clients.ask(prompt, 2000)) for prompt in PROMPTS]
+    await fleet.wait_for(clients, lambda stats: stats["router"]["num_live"] == len(PROMPTS), 30, "all are live")
+    await asyncio.sleep(0.5)
+    killed_at = time.monotonic()
+    fleet.hurt_one(signal.SIGKILL)
+    stories = await asyncio.gather(*asking)
     told = [story for story in stories if story.error in ("engine_error", "no_replica")]
     slowest = max(story.ended_at for story in stories) - killed_at
     figure = f"failover {failover}: {len(told)} of {len(stories)} told by an error event in {slowest:.2f} s"

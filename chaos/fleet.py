@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -16,10 +17,11 @@ from typing import Any
 from chaos.streams import Clients
 from deployments.api.send_timeout import PROXY_VARIABLES
 from deployments.serve.front_end import FrontEnd
-from deployments.serve.haproxy import write_haproxy
+from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import claimed_ports
 
 ROOT = Path(__file__).parent.parent
+_numbers = itertools.count(1)
 _deploying = threading.Lock()
 """Ray Serve deploys from one thread at a time."""
 
@@ -53,12 +55,7 @@ def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
         claimed_ports(FrontEnd("127.0.0.1", port), haproxy=haproxy) as ports,
     ):
         if haproxy:
-            os.environ.update(
-                write_haproxy(Path(directory)),
-                RAY_SERVE_ENABLE_HA_PROXY="1",
-                RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
-                RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
-            )
+            os.environ.update(haproxy_environment(Path(directory)), RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1")
         os.environ.update({**PROXY_VARIABLES, **ports})
         with _ray_and_serve(num_gpus, port) as front_end:
             yield front_end
@@ -94,10 +91,11 @@ class Fleet:
     """
 
     def __init__(self, front_end: str, name: str) -> None:
-        self.url = f"{front_end}/{name}"
         self.args: dict[str, Any] = {}
+        name = f"{name}-{next(_numbers)}"  # the one before may not be gone yet
         self.name = f"chaos-{os.getpid()}-{name}"
         self.path = f"/{name}"
+        self.url = f"{front_end}{self.path}"
 
     def deploy(self, args: dict[str, Any]) -> None:
         """Start it, or bring it to other arguments; returns when Serve says that it runs."""
@@ -118,11 +116,11 @@ class Fleet:
         """Engine replicas that it was deployed with."""
         return int(self.args["replicas"]["num_replicas"])
 
-    def delete(self) -> None:
-        """Take it away."""
+    def delete(self, *, wait: bool = True) -> None:
+        """Take it away, which goes on for some seconds whether one waits for it or not."""
         from ray import serve
 
-        serve.delete(self.name)
+        serve.delete(self.name, _blocking=wait)
 
     def replica_pids(self) -> list[int]:
         """Processes of its engine replicas."""
@@ -173,6 +171,30 @@ class Fleet:
             clients, lambda stats: num_serving(stats) == num_replicas, timeout_s, f"{num_replicas} replicas serve"
         )
 
+    async def all_serving(self, clients: Clients) -> set[str]:
+        """Wait until all replicas get requests; returns their ids."""
+        serving: set[str] = set()
+
+        def do_all(stats: dict[str, Any]) -> bool:
+            serving.clear()
+            serving.update(serving_ids(stats))
+            return len(serving) == self.num_replicas
+
+        await self.wait_for(clients, do_all, 60, f"{self.num_replicas} replicas serve")
+        return serving
+
+    async def wait_until_replaced(self, clients: Clients, before: set[str], timeout_s: float = 60) -> float:
+        """Wait until as many replicas get requests as `before`, and not the same ones.
+
+        A replacement may come before anybody sees that fewer serve.
+        """
+
+        def is_replaced(stats: dict[str, Any]) -> bool:
+            now = serving_ids(stats)
+            return len(now) == len(before) and now != before
+
+        return await self.wait_for(clients, is_replaced, timeout_s, "another replica serves in its place")
+
     async def wait_until_idle(self, clients: Clients, timeout_s: float = 10) -> float:
         """Wait until no request is live and no page in use."""
         return await self.wait_for(clients, _is_idle, timeout_s, "no request is live and no page in use")
@@ -201,7 +223,7 @@ async def running(place: Place, name: str, args: dict[str, Any]) -> AsyncIterato
         async with _serving(fleet) as clients:
             yield fleet, clients
     finally:
-        await asyncio.to_thread(fleet.delete)
+        await asyncio.to_thread(fleet.delete, wait=False)
 
 
 @contextlib.asynccontextmanager
@@ -211,9 +233,27 @@ async def _serving(fleet: Fleet) -> AsyncIterator[Clients]:
         yield clients
 
 
-def num_serving(stats: dict[str, Any]) -> int:
+def serving_ids(stats: dict[str, Any]) -> set[str]:
     """Replicas that get requests."""
-    return sum(replica["is_serving"] for replica in stats["replicas"].values())
+    return {replica_id for replica_id, replica in stats["replicas"].items() if replica["is_serving"]}
+
+
+def num_serving(stats: dict[str, Any]) -> int:
+    """How many replicas get requests."""
+    return len(serving_ids(stats))
+
+
+@contextlib.contextmanager
+def controller_stopped() -> Iterator[None]:
+    """Serve's controller stands still: nothing is started, replaced, deployed or taken away until the end."""
+    pids = [pid for pid in _pids("ray::ServeController") if _is_ours(pid)]
+    assert len(pids) == 1, "one cluster has one controller"
+    with _deploying:  # a deployment that is on its way needs it
+        os.kill(pids[0], signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pids[0], signal.SIGCONT)
 
 
 def proxy_pids() -> list[int]:

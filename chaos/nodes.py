@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.faults import PROMPTS, summary, undisturbed
-from chaos.fleet import Outcome, emulated, num_serving, running
+from chaos.fleet import Outcome, emulated, running
 
 _NUM_WORKERS, _NUM_REPLICAS = 4, 3
 
@@ -49,12 +49,11 @@ async def _remove_nodes(front_end: str, num_removals: int) -> Outcome:
             await asyncio.sleep(2)
             node = _workers.pop(0)
             is_used = _has_replica(node.node_id)
+            before = await fleet.all_serving(clients)
             _cluster.remove_node(node, allow_graceful=False)
-            if is_used:
-                await fleet.wait_for(
-                    clients, lambda stats: num_serving(stats) < _NUM_REPLICAS, 15, "the loss is noticed"
-                )
             _workers.append(_cluster.add_node(num_cpus=1, num_gpus=1))
+            if is_used:
+                await fleet.wait_until_replaced(clients, before)
             await fleet.wait_until_serving(clients, _NUM_REPLICAS)
         is_over = True
         text, is_whole = summary(await asking, texts)

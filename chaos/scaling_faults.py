@@ -28,7 +28,7 @@ async def f24_scaled_to_zero(front_end: str, start_s: float = 65, no_replica_tim
             started = time.monotonic()
             stories = await asyncio.gather(*(clients.ask(prompt, 20) for prompt in PROMPTS * 2))
     finally:
-        await asyncio.to_thread(fleet.delete)
+        await asyncio.to_thread(fleet.delete, wait=False)
     whole = [story for story in stories if story.is_complete]
     waits = [story.arrivals[0] - started for story in whole]
     kept = [story for story in whole if story.num_comments > 0]

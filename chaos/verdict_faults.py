@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.faults import PROMPTS, summary, undisturbed
-from chaos.fleet import ROOT, Fleet, Outcome, Place, emulated, running
+from chaos.fleet import ROOT, Fleet, Outcome, Place, emulated, running, serving_ids
 from chaos.streams import Clients, Story, percentile
 
 _NUM_TOKENS = 200
@@ -35,12 +35,6 @@ def _break_one(fleet: Fleet, how: str) -> int:
 
 def _states(stats: dict[str, Any]) -> dict[str, str]:
     return {replica_id: replica["state"] for replica_id, replica in stats["replicas"].items()}
-
-
-async def _serving_ids(clients: Clients) -> set[str]:
-    """Replicas that get requests. Others may still be told of that are gone since an earlier fault."""
-    replicas = (await clients.get("/rayline/stats"))["replicas"]
-    return {replica_id for replica_id, replica in replicas.items() if replica["is_serving"]}
 
 
 async def _wait_until_out(fleet: Fleet, clients: Clients, before: set[str]) -> float:
@@ -75,7 +69,7 @@ async def _break_under_load(place: Place, name: str, how: str, num_clients: int)
             is_over = False
             asking = asyncio.create_task(clients.keep_asking(PROMPTS, _NUM_TOKENS, num_clients, lambda: is_over))
             await asyncio.sleep(2)
-            before = await _serving_ids(clients)
+            before = serving_ids(await clients.get("/rayline/stats"))
             resumed_before = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
             pid = _break_one(fleet, how)
             out_s = await _wait_until_out(fleet, clients, before)
@@ -163,7 +157,7 @@ async def _lose_device(front_end: str, device: str) -> Outcome:
             is_over = False
             asking = asyncio.create_task(clients.keep_asking(prompts, 1000, 8, lambda: is_over, chat=True))
             await asyncio.sleep(2)
-            before = await _serving_ids(clients)
+            before = serving_ids(await clients.get("/rayline/stats"))
             pid = _break_one(fleet, "")
             out_s = await _wait_until_out(fleet, clients, before)
             replaced_s = await _wait_until_replaced(fleet, pid, 2, 120)
@@ -193,8 +187,11 @@ def _two_versions() -> Iterator[tuple[Path, Path]]:
         yield versions
 
 
-async def f18_update_of_the_model(front_end: str, rate: float = 8, num_replicas: int = 3) -> Outcome:
-    """A rolling update to another model version under load: every answer is one version's, from first to last token."""
+async def f18_update_of_the_model(front_end: str, rate: float = 8, num_replicas: int = 2) -> Outcome:
+    """A rolling update to another model version under load: every answer is one version's, from first to last token.
+
+    Two replicas are the hardest case: Ray Serve takes the last old one away as soon as the first new one runs.
+    """
     with _two_versions() as (old, new):
         args = emulated(num_replicas, model=str(old), served_model_name="demo")
         args["router"]["drain_after_s"] = 2

@@ -305,6 +305,9 @@ class AppConfig(StrictModel):
     prefix_cache_per_key: bool = False
     """Share cached prompts only among requests with the same API key, so that nobody can tell by the time to the first
     token what others have asked."""
+    strict_fields: bool = False
+    """Refuse requests that hold a field which this server does not know, with 400. Else such fields are ignored, and
+    named in the answer's header `X-Rayline-Ignored`."""
     tool_parser: ToolParserName = ToolParserName.AUTO
     """What becomes a `tool_call` in answers to requests with tools."""
     reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO

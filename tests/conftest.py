@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from chaos.fleet import Fleet
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, have one run all tests of the session's cluster; each of the other files is apart."""
+    for item in items:
+        if "unit" not in item.path.relative_to(ROOT).parts:
+            uses_cluster = "server" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("cluster" if uses_cluster else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The demo model on two CPU replicas behind one router."""

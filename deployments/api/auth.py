@@ -19,7 +19,8 @@ from deployments.router.keys import ApiKey
 class KeyGuard:
     """ASGI middleware that lets requests through that carry a known key, as often as the key's limits allow.
 
-    The key comes as `Authorization: Bearer <key>`, or as `x-api-key: <key>`, which is what Anthropic's clients send.
+    The key comes as `Authorization: Bearer <key>`, or as `x-api-key: <key>`, which is what Anthropic's clients send, or
+    as both if they agree.
     The guard looks at the path that the routes look at, so no header changes which route is guarded.
 
     Args:
@@ -83,8 +84,8 @@ class KeyGuard:
             account.leave()
 
     def _find(self, given: Sequence[bytes]) -> ApiKey | None:
-        """The known key that was given."""
-        if len(given) != 1:
+        """The known key that was given, once or in several headers."""
+        if len(set(given)) != 1:
             return None
         digest = hashlib.sha256(given[0]).digest()
         # Every key is compared, so that the time tells nothing about which one came near.

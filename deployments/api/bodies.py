@@ -5,13 +5,16 @@ it is called. How long it takes depends on the number of values, far more than o
 """
 
 import asyncio
+from codecs import BOM_UTF8
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
+from deployments.api.inflate import ENCODINGS, InflateError, TooLargeError, inflate
 from deployments.chat.errors import APIError, invalid, of_validation
+from deployments.chat.ignored import IgnoredFields
 from deployments.chat.json_size import json_size, too_complex
 from deployments.chat.wire_model import RequestBody
 from deployments.config import LimitsConfig
@@ -26,24 +29,34 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
     """The request's body, which must be JSON by its content type.
 
     Raises:
-        APIError: 415 for another type or an encoded body, 413 for too many bytes, without reading on, 408 if the client
-            takes too long to send it.
+        APIError: 415 for another type or an unknown encoding, 413 for too many bytes, as sent or once inflated, without
+            going on, 408 if the client takes too long to send it, 400 if it cannot be inflated.
     """
     max_bytes = limits.max_body_bytes
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise APIError(415, "The body must be JSON, sent with Content-Type: application/json", code="unsupported_type")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise APIError(415, "Encoded bodies are not supported", code="unsupported_type")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", *ENCODINGS):
+        raise APIError(415, "The body's Content-Encoding is not supported; send gzip, deflate or none",
+                       code="unsupported_type", headers={"Accept-Encoding": "gzip, deflate"})  # fmt: skip
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(limits.body_timeout_s):
-            return await _read_up_to(request, max_bytes)
+            data = await _read_up_to(request, max_bytes)
     except TimeoutError:
         raise APIError(408, f"The body was not sent within {limits.body_timeout_s:g} s", code="body_timeout",
                        headers={"Connection": "close"}) from None  # fmt: skip
+    if encoding == "identity":
+        return data
+    try:
+        return await asyncio.to_thread(inflate, data, encoding, max_bytes)
+    except InflateError:
+        raise invalid(f"The body is not valid {encoding}") from None
+    except TooLargeError:
+        raise _too_large(max_bytes) from None
 
 
 async def _read_up_to(request: Request, max_bytes: int) -> bytes:
@@ -57,12 +70,19 @@ async def _read_up_to(request: Request, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def parse(model: type[Body], data: bytes) -> Body:
+def parse(model: type[Body], data: bytes, *, is_strict: bool = False) -> tuple[Body, list[str]]:
     """Check a body that has been read.
+
+    Args:
+        is_strict: refuse unknown fields.
+
+    Returns:
+        The body, and the places of fields in it that were ignored.
 
     Raises:
         APIError: a 400 that names the field at fault, or says that the body holds too much.
     """
+    data = data.removeprefix(BOM_UTF8)
     num_structure = _check_size(data)
     try:
         value = from_json(data)
@@ -70,10 +90,12 @@ def parse(model: type[Body], data: bytes) -> Body:
         raise invalid(f"The body is not valid JSON: {error}") from None
     if num_structure > MAX_KEYS:
         _check_keys(value)
+    ignored = IgnoredFields(is_strict=is_strict)
     try:
-        return model.model_validate(value)
+        body = model.model_validate(value, context=ignored)
     except ValidationError as error:
         raise of_validation(error, model) from None
+    return body, ignored.paths(value)
 
 
 def _check_size(data: bytes) -> int:

@@ -6,7 +6,8 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api.errors import answer_to, too_many_open
+from deployments.api.answer_headers import add_request_id, with_added_headers
+from deployments.api.errors import answer_to, asks_for_messages, too_many_open
 from deployments.api.send_timeout import SendTimeout
 from deployments.api.sse import ClientLeftError
 from deployments.chat.errors import APIError, internal
@@ -35,6 +36,8 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if asks_for_messages(scope):
+            add_request_id(scope)
         max_header_bytes = self._limits.max_header_bytes
         if _header_bytes(scope) > max_header_bytes:
             error = APIError(431, f"The headers are larger than {max_header_bytes} bytes", code="headers_too_large")
@@ -56,7 +59,7 @@ class Edge:
         async def send_and_note(message: Message) -> None:
             nonlocal has_started
             has_started = True
-            await send(message)
+            await send(with_added_headers(scope, message))
 
         try:
             await self._app(scope, receive, send_and_note)
@@ -65,7 +68,7 @@ class Edge:
         except APIError as error:
             if has_started:
                 raise
-            await answer_to(scope, error)(scope, receive, send)
+            await answer_to(scope, error)(scope, receive, send_and_note)
         except Exception:  # the edge of a request: logged in full here, not a word of it to the client
             logger.exception("request to %s failed", scope["path"])
             if has_started:

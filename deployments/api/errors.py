@@ -7,7 +7,7 @@ import msgspec
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from deployments.chat.errors import INVALID_REQUEST, SERVER_ERROR, APIError
+from deployments.chat.errors import INVALID_REQUEST, SERVER_ERROR, APIError, PromptTooLongError
 
 _MESSAGES_PATH = "/v1/messages"
 _ANTHROPIC_TYPES = {
@@ -52,13 +52,20 @@ def anthropic_error_body(error: APIError) -> bytes:
     # There is no field for the name of the field at fault.
     is_named = error.param is None or error.param in error.message
     message = error.message if is_named else f"{error.param}: {error.message}"
+    if isinstance(error, PromptTooLongError):
+        message = error.anthropic_message
     detail = {"type": _ANTHROPIC_TYPES.get(error.status, default), "message": message}
     return msgspec.json.encode({"type": "error", "error": detail})
 
 
+def asks_for_messages(scope: Mapping[str, Any]) -> bool:
+    """Whether a request is one of Anthropic's API."""
+    return _MESSAGES_PATH in scope["path"]
+
+
 def answer_to(scope: Mapping[str, Any], error: APIError) -> Response:
     """The HTTP answer that tells the client of this request what is wrong, in the words of the API that it asked."""
-    body = anthropic_error_body(error) if _MESSAGES_PATH in scope["path"] else error_body(error)
+    body = anthropic_error_body(error) if asks_for_messages(scope) else error_body(error)
     return Response(body, error.status, error.headers, media_type="application/json")
 
 

@@ -1,6 +1,7 @@
 """The HTTP API over a router: which path does what, and how it is described in `/docs`."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from deployments.api.answer_headers import IGNORED_HEADER, add_header
 from deployments.api.answering import AnswerWriter, answer, json_response
 from deployments.api.anthropic.message_writer import MessageWriter, message_failure
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
@@ -42,6 +44,7 @@ from deployments.api.sse import EventStream, error_events, event, until_disconne
 from deployments.api.tracing import TraceRequests
 from deployments.chat.encoder import EncodedChat, PromptEncoder
 from deployments.chat.errors import APIError, in_words_of, not_ready, of_engine
+from deployments.chat.ignored import header_value
 from deployments.chat.requests import (
     ChatRequest,
     CompletionRequest,
@@ -55,6 +58,8 @@ from deployments.observe.exposition import CONTENT_TYPE
 from deployments.router.router import Router
 from deployments.version import __version__
 from llm.errors import LLMError
+
+logger = logging.getLogger("ray.serve")
 
 TITLE = "Rayline"
 T = TypeVar("T")
@@ -218,7 +223,11 @@ class Endpoints:
             APIError: what is wrong with it.
         """
         data = await read_body(request, self._limits)
-        body = await self._chats.run(len(data), lambda: parse(model, data))
+        is_strict = self._router.config.strict_fields
+        body, ignored = await self._chats.run(len(data), lambda: parse(model, data, is_strict=is_strict))
+        if ignored:
+            add_header(request.scope, IGNORED_HEADER, header_value(ignored))
+            logger.debug("fields ignored: %s", header_value(ignored))
         self._check_model(body.model or self._model)
         return body, len(data)
 

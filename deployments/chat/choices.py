@@ -6,7 +6,7 @@ import msgspec
 
 from deployments.channel.messages import unpack_logprobs
 from deployments.chat.errors import SERVER_ERROR, APIError, of_engine
-from deployments.chat.output import OutputEvent, OutputParser, TextDelta, ToolCallStart
+from deployments.chat.output import OutputEvent, OutputParser, ReasoningDelta, TextDelta, ToolCallStart
 from deployments.router.generation import Generation
 from llm.serving.schemas import FinishReason, TokenLogprobs
 from llm.tokenization.text_stream import TextStream
@@ -43,6 +43,7 @@ class Choice:
         self._parser = parser
         self._echo = echo
         self._num_taken = 0
+        self._num_chars = self._num_reasoning_chars = 0
 
     @property
     def is_complete(self) -> bool:
@@ -58,6 +59,11 @@ class Choice:
     def num_tokens(self) -> int:
         """Output tokens so far that count, including the one that ended it."""
         return self._num_taken
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Output tokens of thoughts, an estimate by the share of the text: the parser knows text only."""
+        return round(self._num_taken * self._num_reasoning_chars / max(self._num_chars, 1))
 
     @property
     def mean_logprob(self) -> float:
@@ -104,10 +110,12 @@ class Choice:
             self._echo = ""
         if self.finish_reason is not None:
             events += self._parser.finish()
-        if not self.has_calls:
-            for event in events:
-                if type(event) is ToolCallStart:
-                    self.has_calls = True
+        for event in events:
+            if isinstance(event, ToolCallStart):
+                self.has_calls = True
+            else:
+                self._num_chars += len(event.text)
+                self._num_reasoning_chars += len(event.text) if isinstance(event, ReasoningDelta) else 0
         return Update(self, events, logprobs)
 
     def _take_tokens(self, max_tokens: int) -> tuple[str, list[TokenLogprobs]]:

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.channel.messages import EngineInfo
-from deployments.chat.errors import APIError, invalid
+from deployments.chat.errors import PromptTooLongError, invalid
 from deployments.chat.messages import ChatMessage
 from deployments.chat.model_format import ModelFormat, opens_reasoning
 from deployments.chat.output import OutputParser
 from deployments.chat.parsers import make_parser
 from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFields
 from deployments.chat.structured import grammar_error, grammar_of
+from deployments.chat.template_turns import render_turns
 from deployments.chat.tools import forced_grammar
 from deployments.config import LimitsConfig
 from llm.checkpoint.generation_defaults import GenerationDefaults
@@ -102,7 +103,7 @@ class PromptEncoder:
         return EncodedChat(
             requests,
             tool_format="llama3" if forced is not None else None if grammar is not None else tool_format,
-            may_reason=self.format.may_reason and grammar is None,
+            may_reason=self.format.may_reason and grammar is None and not body.continue_final_message,
             is_reasoning=self.format.may_reason and grammar is None and opens_reasoning(self.tokenizer, ids),
         )
 
@@ -122,6 +123,7 @@ class PromptEncoder:
             add_generation_prompt=body.add_generation_prompt is not False,
             variables={**_effort(body), **(body.chat_template_kwargs or {})},
             tools=[] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools],
+            is_continued=bool(body.continue_final_message),
         )
 
     def completion(self, body: CompletionRequest) -> EncodedCompletion:
@@ -191,15 +193,18 @@ class PromptEncoder:
         add_generation_prompt: bool,
         variables: dict[str, Any],
         tools: Sequence[dict[str, Any]] = (),
+        is_continued: bool = False,
     ) -> list[int]:
-        """Tokens of a chat.
+        """Tokens of a chat; see `render_turns`.
 
         Raises:
             APIError: it is past the context for certain; found without tokenising.
             InvalidRequestError: the template refuses it.
         """
-        chat = self.tokenizer.render_chat(
+        chat = render_turns(
+            self.tokenizer,
             [message.turn() for message in messages],
+            is_continued=is_continued,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             **_checked_variables(variables),
@@ -217,7 +222,7 @@ class PromptEncoder:
             raise invalid(f"{param}: holds no tokens", param)
         most = min(self.info.max_seq_len, self.info.num_slots)
         if len(ids) >= most:
-            raise _too_long(f"{len(ids)} tokens", most, param)
+            raise PromptTooLongError(str(len(ids)), most, param)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse ids that are not in the vocabulary.
@@ -231,7 +236,7 @@ class PromptEncoder:
     def _check_text(self, text: str, param: str) -> None:
         most = min(self.info.max_seq_len, self.info.num_slots)
         if len(text) > most and self.tokenizer.min_num_tokens(text) >= most:
-            raise _too_long(f"at least {self.tokenizer.min_num_tokens(text)} tokens", most, param)
+            raise PromptTooLongError(f"at least {self.tokenizer.min_num_tokens(text)}", most, param)
 
     def _compiled(self, bound: tuple[str, Grammar] | None) -> Grammar | None:
         """The grammar, once it is known that the engines can follow it.
@@ -289,8 +294,8 @@ class PromptEncoder:
             if len(text) > self.limits.max_stop_chars:
                 raise invalid(f"stop: at most {self.limits.max_stop_chars} characters each", "stop")
         return {
-            "temperature": _first(body.temperature, defaults.temperature, 1.0),
-            "top_p": _first(body.top_p, defaults.top_p, 1.0),
+            "temperature": 0.0 if body.top_p == 0 else _first(body.temperature, defaults.temperature, 1.0),
+            "top_p": _first(body.top_p or None, defaults.top_p, 1.0),
             "top_k": top_k if top_k is not None and top_k > 0 else None,
             "min_p": _first(body.min_p, defaults.min_p, 0.0),
             "presence_penalty": _first(body.presence_penalty, 0.0),
@@ -303,14 +308,6 @@ class PromptEncoder:
             "ignore_eos": bool(body.ignore_eos),
             "cache_salt": body.cache_salt or "",
         }
-
-
-def _too_long(what: str, most: int, param: str) -> APIError:
-    return invalid(
-        f"The prompt has {what}; this model's context is {most} tokens, the answer included",
-        param,
-        "context_length_exceeded",
-    )
 
 
 def _first(*values: Any) -> Any:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from deployments.chat.wire_model import UNSUPPORTED
 from deployments.errors import (
     AccountantAwayError,
     DeadlineError,
@@ -21,6 +22,7 @@ from llm.errors import EngineError, InvalidRequestError, LLMError
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+CONTEXT_EXCEEDED = "context_length_exceeded"
 
 _MAX_MESSAGE_CHARS = 500
 
@@ -47,13 +49,38 @@ class APIError(Exception):
         self.headers = dict(headers or {})
 
 
+class PromptTooLongError(APIError):
+    """A prompt that leaves no room for an answer.
+
+    The words are those by which clients recognize this error, and shorten the conversation by themselves.
+
+    Args:
+        num_tokens: the prompt's length, or "at least" so many.
+        most: tokens that prompt and answer may have together.
+        param: the field at fault.
+
+    Attributes:
+        anthropic_message: what clients of Anthropic's API look for.
+    """
+
+    def __init__(self, num_tokens: str, most: int, param: str) -> None:
+        super().__init__(
+            400,
+            f"This model's maximum context length is {most} tokens, the answer included. However, your prompt has "
+            f"{num_tokens} tokens. Please shorten it",
+            param=param,
+            code=CONTEXT_EXCEEDED,
+        )
+        self.anthropic_message = f"prompt is too long: {num_tokens} tokens > {most} maximum"
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
     """A request that is wrong in itself."""
     return APIError(400, message, param=param, code=code)
 
 
 def unsupported(param: str, what: str | None = None) -> APIError:
-    """A field of OpenAI's API that this server does not have."""
+    """A field that would change the answer, and that this server does not have."""
     return APIError(400, f"{what or param} is not supported by this server", param=param, code="unsupported_parameter")
 
 
@@ -128,6 +155,8 @@ def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
     if first["type"] == "model_type":
         return invalid("The body must be a JSON object")
     param = _param(first["loc"])
+    if first["type"] == UNSUPPORTED and param is not None:
+        return unsupported(param)
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])[:80]
         hint = _nearest(key, model, first["loc"])

@@ -1,25 +1,24 @@
 """Requests of the OpenAI API as they come over the wire: strict types, every bound written down.
 
-Fields that OpenAI has and this server does not are listed in `_Unsupported…`, so that they are refused by name.
-Fields without effect on the answer (`user`, `metadata`, …) are accepted.
+See `wire_model` for what becomes of fields without effect, of those this server lacks, and of unknown ones.
 """
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from deployments.chat.errors import invalid, unsupported
+from deployments.chat.errors import invalid
 from deployments.chat.messages import ChatMessage, check_messages
 from deployments.chat.structured import StructuredFields
-from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
-from deployments.chat.wire_model import Items, RequestBody, WireModel
+from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, allowed_tools, check_tools
+from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel, whole_numbers
 from deployments.config import MAX_PRIORITY, MIN_PRIORITY
 from llm.config import MAX_TOP_LOGPROBS
 from llm.serving.schemas import INT64_MAX
 
 MAX_N = 128
 MAX_BEST_OF = 20
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 64
 MAX_COMPLETION_LOGPROBS = 5
 MAX_STOP_TOKEN_IDS = 128
 MAX_MESSAGES = 4096
@@ -28,7 +27,7 @@ Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 
 
 def _check_stop(value: Any) -> Any:
-    """A string, or a list of up to four."""
+    """A string, or a list of strings."""
     if value is None or (isinstance(value, str) and value):
         return value
     if isinstance(value, str):
@@ -62,8 +61,7 @@ def _check_allowed(value: Any) -> Any:
         return None
     if not isinstance(value, list) or not value:
         raise invalid("allowed_token_ids: must be an array of at least one token id", "allowed_token_ids")
-    check_token_ids(value, "allowed_token_ids")
-    return value
+    return checked_token_ids(value, "allowed_token_ids")
 
 
 class StreamOptions(WireModel):
@@ -71,8 +69,7 @@ class StreamOptions(WireModel):
 
     include_usage: bool | None = None
     """Send token counts in a last chunk without choices."""
-    include_obfuscation: bool | None = None
-    """Accepted, without effect."""
+    include_obfuscation: NoEffect = None
 
 
 class SamplingFields(StructuredFields, RequestBody):
@@ -82,12 +79,15 @@ class SamplingFields(StructuredFields, RequestBody):
     """Name of the served model, as `/v1/models` gives it."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    """Without effect on an answer that is not streamed."""
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     """Answers to each prompt; the i-th has seed + i."""
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     stop: Annotated[str | Items[str] | None, BeforeValidator(_check_stop)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """0 for the likeliest token, as with `temperature: 0`."""
+
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_check_logit_bias)] = None
@@ -113,13 +113,13 @@ class SamplingFields(StructuredFields, RequestBody):
     cache_salt: Annotated[str, Field(max_length=128)] | None = None
     """Extension. Share cached prompts with requests of the same salt only."""
 
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    user: NoEffect = None
+    metadata: NoEffect = None
+    store: NoEffect = None
+    service_tier: NoEffect = None
+    safety_identifier: NoEffect = None
+    prompt_cache_key: NoEffect = None
+    prompt_cache_retention: NoEffect = None
 
     chat_template: Any = Field(default=None, json_schema_extra={"deprecated": True})
     """Refused: the template is the model's."""
@@ -128,8 +128,6 @@ class SamplingFields(StructuredFields, RequestBody):
     def _check_common(self) -> Self:
         if self.chat_template is not None:
             raise invalid("chat_template: a request cannot bring its own chat template", "chat_template")
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options: only with stream set to true", "stream_options")
         if self.top_k is not None and self.top_k < -1:
             raise invalid("top_k: must be at least -1", "top_k")
         return self
@@ -168,6 +166,8 @@ class ChatRequest(SamplingFields):
     """Extension. Variables for the model's chat template, such as `enable_thinking`."""
     add_generation_prompt: bool | None = None
     """Extension. False to leave out what opens the assistant's answer."""
+    continue_final_message: bool | None = None
+    """Extension. The answer goes on with the last message, an assistant's, where that one ends."""
 
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     """Functions that the model may ask for."""
@@ -175,37 +175,44 @@ class ChatRequest(SamplingFields):
     """`auto` where there are tools: the model decides. `required` and a name force a call by a grammar."""
     parallel_tool_calls: bool | None = None
     """False for one call at most where calls are forced."""
-    functions: Any = None
-    """Not supported."""
-    function_call: Any = None
-    """Not supported."""
-    modalities: Items[str] | None = None
+    functions: Annotated[Any, Unsupported()] = None
+    """Not supported: use `tools`."""
+    function_call: Annotated[Any, Unsupported("none", "auto")] = None
+    """Not supported: use `tool_choice`."""
+    modalities: Annotated[Any, Unsupported(["text"])] = None
     """`["text"]` only."""
-    audio: Any = None
+    audio: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    prediction: Any = None
+    prediction: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """Given to the chat template, as `reasoning_effort`, and as `enable_thinking: false` for `none`."""
-    verbosity: Any = None
-    """Not supported."""
-    web_search_options: Any = None
+    verbosity: NoEffect = None
+    """The model decides how much it says."""
+    web_search_options: Annotated[Any, Unsupported()] = None
     """Not supported."""
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs: only with logprobs set to true", "top_logprobs")
-        if self.modalities not in (None, ["text"]):
-            raise unsupported("modalities", "modalities other than text")
+        if self.continue_final_message:
+            self._check_continued()
         check_tools(self.tools, self.tool_choice)
+        self.tools, self.tool_choice = allowed_tools(self.tools, self.tool_choice)
         check_messages(self.messages)
-        for name in _UNSUPPORTED_IN_CHAT:
-            if getattr(self, name) not in (None, []):
-                raise unsupported(name)
         return self
+
+    def _check_continued(self) -> None:
+        last = self.messages[-1]
+        if last.role != "assistant" or not last.content or last.calls:
+            raise invalid("continue_final_message: the last message must be the assistant's, with a text and no calls",
+                          "continue_final_message")  # fmt: skip
+        if self.add_generation_prompt:
+            raise invalid("continue_final_message: goes on with the last message; leave out add_generation_prompt",
+                          "continue_final_message")  # fmt: skip
 
     @property
     def takes_long(self) -> bool:
@@ -217,10 +224,6 @@ class ChatRequest(SamplingFields):
         """The limit on output tokens under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-
-_UNSUPPORTED_IN_CHAT = (
-    "functions", "function_call", "audio", "prediction", "verbosity", "web_search_options",
-)  # fmt: skip
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
@@ -244,24 +247,25 @@ def check_prompt(value: Any, param: str = "prompt") -> Any:
         if not all(isinstance(item, str) and item for item in value):
             raise invalid(f"{param}: each must be a string that is not empty", param)
     elif isinstance(first, list):
-        for item in value:
-            if not isinstance(item, list) or not item:
-                raise invalid(f"{param}: each must be a list of token ids that is not empty", param)
-            check_token_ids(item, param)
+        if not all(isinstance(item, list) and item for item in value):
+            raise invalid(f"{param}: each must be a list of token ids that is not empty", param)
+        return [checked_token_ids(item, param) for item in value]
     else:
-        check_token_ids(value, param)
+        return checked_token_ids(value, param)
     return value
 
 
-def check_token_ids(ids: list[Any], param: str) -> None:
-    """Each must be a whole number from 0 up; booleans and fractions are none.
+def checked_token_ids(ids: list[Any], param: str) -> list[int]:
+    """The ids, each of which must be a whole number from 0 up; booleans and fractions are none.
 
     Raises:
         APIError: one is not.
     """
+    ids = whole_numbers(ids)
     for token_id in ids:
         if type(token_id) is not int or token_id < 0:
             raise invalid(f"{param}: token ids must be whole numbers from 0 up", param)
+    return ids
 
 
 class CompletionRequest(SamplingFields):
@@ -278,7 +282,7 @@ class CompletionRequest(SamplingFields):
     """Answers to make of each prompt; the `n` with the highest mean log probability of a token are given."""
     echo: bool | None = None
     """Begin each answer with its prompt."""
-    suffix: str | None = None
+    suffix: Annotated[Any, Unsupported()] = None
     """Not supported."""
 
     @model_validator(mode="after")
@@ -293,8 +297,6 @@ class CompletionRequest(SamplingFields):
                           "max_tokens")  # fmt: skip
         if self.num_prompt_logprobs is not None and self.stream:
             raise invalid("stream: log probabilities of the prompt come at the end only; leave out stream", "stream")
-        if self.suffix:
-            raise unsupported("suffix")
         return self
 
     @property
@@ -334,8 +336,7 @@ class TokenizeRequest(RequestBody):
 def _check_tokens(value: Any) -> Any:
     if not isinstance(value, list):
         raise invalid("tokens: must be a list of token ids", "tokens")
-    check_token_ids(value, "tokens")
-    return value
+    return checked_token_ids(value, "tokens")
 
 
 class DetokenizeRequest(RequestBody):

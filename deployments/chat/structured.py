@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from deployments.chat.errors import APIError, invalid
-from deployments.chat.wire_model import Items, WireModel
+from deployments.chat.wire_model import Items, NoEffect, WireModel
 from llm.errors import InvalidRequestError
 from llm.serving.schemas import Grammar, GrammarKind
 
@@ -19,11 +19,11 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 class JsonSchemaFormat(WireModel):
     """A schema and its name."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None
+    name: NoEffect = None
+    description: NoEffect = None
     schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
-    strict: bool | None = None
-    """Accepted: answers always keep to the schema."""
+    strict: NoEffect = None
+    """Answers always keep to the schema."""
 
 
 class ResponseFormat(WireModel):

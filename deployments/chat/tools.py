@@ -4,15 +4,26 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from deployments.chat.errors import invalid
-from deployments.chat.wire_model import WireModel
+from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
 from llm.serving.schemas import Grammar, GrammarKind
 
-MAX_TOOLS = 128
+MAX_TOOLS = 1024
 
-ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+
+
+def _check_tool_type(value: Any) -> Any:
+    if isinstance(value, str) and value != "function":
+        raise ValueError(f"tools of the type {value[:40]!r} are not supported by this server; only functions are")
+    return value
+
+
+def _as_text(value: Any) -> Any:
+    """Arguments as text, which some servers and clients give as an object."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class FunctionDefinition(WireModel):
@@ -29,7 +40,7 @@ class FunctionDefinition(WireModel):
 class Tool(WireModel):
     """A tool."""
 
-    type: Literal["function"]
+    type: Annotated[Literal["function"], BeforeValidator(_check_tool_type, json_schema_input_type=str)] = "function"
     function: FunctionDefinition
 
 
@@ -46,23 +57,83 @@ class NamedToolChoice(WireModel):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
+class AllowedTools(WireModel):
+    """Some of the tools, by their names."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[Items[NamedToolChoice], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedToolsChoice(WireModel):
+    """Only these: the model is told of no others."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice_tag(value: Any) -> str:
+    return "[word]" if isinstance(value, str) else type_tag(value)
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("[word]")]
+    | Annotated[NamedToolChoice, Tag("[function]")]
+    | Annotated[AllowedToolsChoice, Tag("[allowed_tools]")],
+    Discriminator(
+        _choice_tag,
+        "tool_choice_type",
+        "must be none, auto, required, a function by its name, or allowed_tools with functions by their names",
+    ),
+]
 
 
 class FunctionCall(WireModel):
-    """What a call asks for."""
+    """What a call asks for, as the model wrote it."""
 
-    name: ToolName
-    arguments: str
-    """A JSON object, as text."""
+    name: str = ""
+    arguments: Annotated[str, BeforeValidator(_as_text, json_schema_input_type=Any)] = ""
+    """A JSON object, as text, if the model made no mistake."""
+
+
+class CustomCall(WireModel):
+    """A call with plain text in place of arguments."""
+
+    name: str = ""
+    input: Annotated[str, BeforeValidator(_as_text, json_schema_input_type=Any)] = ""
 
 
 class ToolCall(WireModel):
     """A call that the model made in an earlier turn."""
 
-    id: Annotated[str, Field(min_length=1, max_length=256)]
-    type: Literal["function"] = "function"
-    function: FunctionCall
+    id: str = ""
+    type: str | None = None
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
+    index: NoEffect = None
+    """The call's number in a stream, from which it was put together."""
+
+    @property
+    def arguments(self) -> str:
+        """What the model wrote as arguments."""
+        if self.function is not None:
+            return self.function.arguments
+        return self.custom.input if self.custom is not None else ""
+
+    def turn(self) -> dict[str, Any]:
+        """As chat templates know it, with arguments as an object, or as text if they are none."""
+        called = self.function or self.custom
+        function = {"name": called.name if called is not None else "", "arguments": _object_or_text(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+def _object_or_text(text: str) -> dict[str, Any] | str:
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> None:
@@ -79,10 +150,29 @@ def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> None
         names.add(name)
         if parameters and parameters.get("type", "object") != "object":
             raise invalid("tools: parameters must describe an object", f"tools[{i}].function.parameters")
-    if choice not in (None, "none") and not names:
+    if choice not in (None, "none", "auto") and not names:
         raise invalid("tool_choice: there are no tools to choose from", "tool_choice")
-    if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
-        raise invalid(f"tool_choice: there is no tool {choice.function.name!r}", "tool_choice")
+    for name in _chosen_names(choice):
+        if name not in names:
+            raise invalid(f"tool_choice: there is no tool {name!r}", "tool_choice")
+
+
+def _chosen_names(choice: ToolChoice | None) -> list[str]:
+    if isinstance(choice, AllowedToolsChoice):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, NamedToolChoice) else []
+
+
+def allowed_tools(
+    tools: Sequence[Tool] | None, choice: ToolChoice | None
+) -> tuple[list[Tool] | None, Literal["none", "auto", "required"] | NamedToolChoice | None]:
+    """The tools that the model may be told of, and the choice among these."""
+    if not tools:
+        return None, None
+    if not isinstance(choice, AllowedToolsChoice):
+        return list(tools), choice
+    names = set(_chosen_names(choice))
+    return [tool for tool in tools if tool.function.name in names], choice.allowed_tools.mode
 
 
 def forced_grammar(tools: Sequence[Tool], choice: ToolChoice | None, *, may_be_many: bool) -> Grammar | None:

@@ -76,6 +76,11 @@ class Turn:
         """Tokens of all choices."""
         return sum(choice.num_tokens for choice in self.choices)
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of these, tokens of thoughts; an estimate."""
+        return sum(choice.num_reasoning_tokens for choice in self.choices)
+
     def phases_ms(self) -> dict[str, float]:
         """Where the time went so far, of the first choice."""
         return self._group.generations[0].timeline.phases_ms()

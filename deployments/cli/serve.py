@@ -17,7 +17,7 @@ from deployments.cli.supervisor import run_server
 from deployments.config import AppConfig, resolve_paths
 from deployments.observe.terminal import TERMINAL_VARIABLE
 from deployments.serve.config_file import BUILDER, read_config_file
-from deployments.serve.haproxy import write_haproxy
+from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import claimed_ports
 from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.hub import resolve_model_path
@@ -71,7 +71,7 @@ def serve(
             "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
         }
         if with_haproxy:
-            environment |= _haproxy_environment(directory)
+            environment |= haproxy_environment(directory)
         _find_models(content, server.apps)
         _write(content, path)
         if "RAY_ADDRESS" in os.environ:
@@ -160,17 +160,3 @@ def _scratch_directory() -> Path:
 
 def _write(content: dict[str, Any], path: Path) -> None:
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-
-
-def _haproxy_environment(directory: Path) -> dict[str, str]:
-    """Have Serve put HAProxy in front, with files that no other HAProxy on this machine uses."""
-    return {
-        **write_haproxy(directory),
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
-    }

@@ -8,7 +8,10 @@ from deployments.channel.messages import ChannelAddress, EngineInfo
 
 
 class EngineClient(Protocol):
-    """Calls to engine replicas, each to the first of a ranking of replica ids that is there; to any, if none is."""
+    """Calls to engine replicas, each to the first of a ranking of replica ids that is there; to any, if none is.
+
+    A replica that is being taken away is there for those that name it.
+    """
 
     def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
         """Tell the ids of the running replicas whenever these change, on the event loop of the caller."""
@@ -28,6 +31,14 @@ class EngineClient(Protocol):
 
     async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
         """Have a replica report its state to this channel; returns what it is.
+
+        Raises:
+            ReplicaLostError: it is gone.
+        """
+        ...
+
+    async def stay(self, replica_id: str, duration_s: float) -> None:
+        """Have a replica that Ray Serve is taking away stay for so long; returns when that is over.
 
         Raises:
             ReplicaLostError: it is gone.

@@ -33,6 +33,8 @@ class Standing(StrEnum):
     """It runs another version of the model than this router was made for."""
     LEAVING = "leaving"
     """It is being taken away, and finishes what it has."""
+    STAYING = "staying"
+    """It is being taken away, but it is the last of the router's version: it is asked to stay."""
     GONE = "gone"
 
 
@@ -49,6 +51,7 @@ class Evidence:
         condition: what it says of itself.
         call_failed_s: seconds since a call to it failed; None for never.
         delisted_s: seconds since Ray Serve took it off its list; None while it is listed.
+        is_last: it is not listed, and those that are run, or may run, another version than the router's.
     """
 
     is_listed: bool
@@ -59,6 +62,7 @@ class Evidence:
     condition: Condition = field(default_factory=Condition)
     call_failed_s: float | None = None
     delisted_s: float | None = None
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
         return Verdict(Standing.SILENT, f"it has been silent for {silence_s:.1f} s")
     if condition.num_failed_steps:
         return Verdict(Standing.DOUBTFUL, f"its last {condition.num_failed_steps} steps failed")
-    if evidence.call_failed_s is not None and evidence.call_failed_s - silence_s < _PROOF_S:
+    if _has_just_failed(evidence):
         return Verdict(Standing.DOUBTFUL, "a call to it has just failed")
     if not evidence.has_joined or evidence.is_same_version is None:
         return Verdict(Standing.STARTING, "it has not told yet what its prefix cache holds")
@@ -120,9 +124,18 @@ def _failed(standing: Standing, why: str) -> Verdict:
     return Verdict(standing, why, may_keep=False, must_be_replaced=True, is_failure=True)
 
 
+def _has_just_failed(evidence: Evidence) -> bool:
+    """Whether a call to the replica has failed, and it has not proven itself since."""
+    return evidence.call_failed_s is not None and evidence.call_failed_s - evidence.silence_s < _PROOF_S
+
+
 def _judge_leaving(evidence: Evidence, delisted_s: float, limits: Limits) -> Verdict:
     """Ray Serve takes the replica away."""
-    may_keep = delisted_s <= limits.drain_after_s
+    may_keep, condition = delisted_s <= limits.drain_after_s, evidence.condition
     if evidence.silence_s > _GONE_AFTER_S:
         return Verdict(Standing.GONE, "Ray Serve has taken it away", may_keep=may_keep)
+    if evidence.is_last and evidence.is_same_version and condition.failure is None:
+        is_well = not condition.num_failed_steps and not _has_just_failed(evidence)
+        why = "Ray Serve is taking it away; it stays for this router, which has no other one of its version"
+        return Verdict(Standing.STAYING, why, may_get_new=is_well and evidence.has_joined)
     return Verdict(Standing.LEAVING, "Ray Serve is taking it away; it finishes what it has", may_keep=may_keep)

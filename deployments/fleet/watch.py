@@ -4,18 +4,20 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from deployments.channel.messages import ChannelAddress, Condition, EngineInfo, Report
+from deployments.channel.messages import ChannelAddress, Condition, Report
 from deployments.config import RouterConfig
 from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.events import News
 from deployments.fleet.fleet import Fleet
+from deployments.fleet.succession import Succession
 from deployments.fleet.verdict import Evidence, Limits, Standing, Verdict, judge
+from deployments.fleet.work import Prospects, Work
 from llm.checkpoint.fingerprint import is_same_version
 from llm.serving.schemas import EngineStats
 
@@ -31,85 +33,28 @@ _DELIBERATE_S = 1.0
 """A replica that was well when Ray Serve took it off its list, and is lost no sooner than this, was taken away."""
 _QUEUE_NEWS_INTERVAL_S = 0.5
 _STARTING_INTERVAL_S = 1.0
+_STARTING_LIFETIME_S = 10.0
+"""How long Ray Serve's word counts that a replica is starting; it does not answer where its controller hangs."""
+_STAY_INTERVAL_S, _STAY_S = 1.0, 3.0
+"""How often a replica is asked to stay, and for how long each time."""
 _TROUBLE = frozenset({Standing.DOUBTFUL, Standing.SILENT, Standing.STALLED, Standing.BROKEN})
-
-
-@dataclass(frozen=True, slots=True)
-class Prospects:
-    """Where requests may hope to go.
-
-    Attributes:
-        replica_ids: replicas of the router's version that serve, or may serve soon.
-        is_one_coming: whether another one is to replace one that failed, or is missing.
-        is_starting: whether Ray Serve says that one is being started.
-    """
-
-    replica_ids: frozenset[str]
-    is_one_coming: bool
-    is_starting: bool = False
-
-
-class Work(Protocol):
-    """A router's requests, as far as they depend on the fleet."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that no replica has yet."""
-        ...
-
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Tokens that these have to prefill."""
-        ...
-
-    def fleet_changed(self) -> None:
-        """Send on what has room now."""
-        ...
-
-    @property
-    def is_engine_wanted(self) -> bool:
-        """Whether any request waits for a replica to start or to say what its engine is."""
-        ...
-
-    def learn(self, info: EngineInfo) -> None:
-        """A replica has said what its engine is."""
-        ...
-
-    def tick(self, prospects: Prospects) -> None:
-        """Give up what has waited too long, or waits for nothing; called a few times a second."""
-        ...
-
-    def note_arrivals(self, stream_ids: Sequence[int]) -> None:
-        """Streams have arrived at the replica that they were sent to."""
-        ...
-
-    def is_on(self, replica_id: str) -> bool:
-        """Whether any request runs on a replica."""
-        ...
-
-    def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
-        """Have what runs on a replica go on elsewhere, if failover is on.
-
-        Args:
-            replica_id: where it runs.
-            why: in a sentence about the replica.
-            is_failure: the replica failed; else it is being taken away.
-        """
-        ...
 
 
 @dataclass(slots=True)
 class _Replica:
     """What is known of one replica. Times are those of the watch's clock; None for never."""
 
+    joined_at: float
     since: float
     delisted_at: float | None = None
-    was_serving: bool = False
     """When it was taken off the list."""
+    was_serving: bool = False
+    """Whether it got new requests then."""
     heard_at: float | None = None
     stats: EngineStats | None = None
     condition: Condition = field(default_factory=Condition)
     call_failed_at: float | None = None
+    asked_to_stay_at: float = -math.inf
     standing: Standing = Standing.STARTING
     """As last told in the news."""
 
@@ -166,7 +111,11 @@ class FleetWatch:
         self._waking: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
         self._num_starting = 0
-        self._asked_at = -math.inf
+        self._asked_at = self._told_at = -math.inf
+        self._succession = Succession()
+        self._is_without_own = False
+        """Whether no replica of the router's version is on Serve's list, in an update or what may be one."""
+        self._staying: set[asyncio.Task[None]] = set()
         self._telling: asyncio.Task[None] | None = None
         self._queue_news_at = 0.0
         self.news = News()
@@ -237,17 +186,24 @@ class FleetWatch:
             replica.delisted_at, replica.was_serving = now, replica_id in self._fleet.replica_ids
             self.news.add(f"Replica {replica_id} left", is_bad=True)
         for replica_id in joined:
-            self._replicas.setdefault(replica_id, _Replica(now)).delisted_at = None
+            self._replicas.setdefault(replica_id, _Replica(now, now)).delisted_at = None
             self.news.add(f"Replica {replica_id} joined")
+        if replica_ids:
+            self._succession.begin(now)
+        self._is_without_own = self._lacks_own_version()
         for replica_id in (*left, *joined):
             self._review(replica_id)
+        self._ask_to_stay(now)
         self._work.fleet_changed()
 
     def take_report(self, report: Report) -> None:
         """A replica has told its state."""
         replica_id, now = report.replica_id, self._clock()
-        replica = self._replicas.setdefault(replica_id, _Replica(now, delisted_at=now))
+        replica = self._replicas.setdefault(replica_id, _Replica(now, now, delisted_at=now))
         replica.heard_at, replica.stats, replica.condition = now, report.stats, report.condition
+        if replica.delisted_at is None:
+            self._succession.note(replica.joined_at, is_own=self._is_own_version(replica))
+            self._is_without_own = self._lacks_own_version()
         is_complete = report.is_snapshot or replica_id in self._fleet.replica_ids
         if is_complete and self._judge(replica_id, replica, has_joined=True).may_get_new:
             self._fleet.report(
@@ -264,24 +220,38 @@ class FleetWatch:
 
     def close(self) -> None:
         """Stop watching."""
-        for task in (self._task, self._waking, self._asking, self._telling, *self._attaching.values()):
+        for task in (self._task, self._waking, self._asking, self._telling, *self._staying, *self._attaching.values()):
             if task is not None:
                 task.cancel()
 
     def _judge(self, replica_id: str, replica: _Replica, *, has_joined: bool | None = None) -> Verdict:
         now, config = self._clock(), self.config
-        version = replica.condition.fingerprint if replica.heard_at is not None else None
         evidence = Evidence(
             is_listed=replica.delisted_at is None,
             has_joined=replica_id in self._fleet.replica_ids if has_joined is None else has_joined,
-            is_same_version=None if version is None else is_same_version(self.fingerprint, version),
+            is_same_version=None if replica.heard_at is None else self._is_own_version(replica),
             silence_s=replica.silence_s(now),
             has_reported=replica.heard_at is not None,
             condition=replica.condition,
             call_failed_s=None if replica.call_failed_at is None else now - replica.call_failed_at,
             delisted_s=None if replica.delisted_at is None else now - replica.delisted_at,
+            is_last=replica.delisted_at is not None and self._is_without_own,
         )
         return judge(evidence, Limits(config.silence_timeout_s, config.stall_timeout_s, config.drain_after_s))
+
+    def _is_own_version(self, replica: _Replica) -> bool:
+        return is_same_version(self.fingerprint, replica.condition.fingerprint)
+
+    def _lacks_own_version(self) -> bool:
+        """Whether no replica on Serve's list is of the router's version, and at least one is or may be of a later."""
+        is_unknown = False
+        for replica_id in self._running:
+            replica = self._replicas[replica_id]
+            if replica.heard_at is None:
+                is_unknown = True
+            elif self._is_own_version(replica) and not self._judge(replica_id, replica).must_be_replaced:
+                return False
+        return is_unknown or self._succession.is_over
 
     def _review(self, replica_id: str) -> None:
         """Judge a replica anew and do what was decided."""
@@ -291,7 +261,7 @@ class FleetWatch:
             if replica_id in self._fleet.replica_ids:
                 self._fleet.remove(replica_id)
                 self._work.fleet_changed()
-            if replica_id in self._running:
+            if replica_id in self._running or verdict.standing is Standing.STAYING:
                 self._attach(replica_id)
         if verdict.standing is not replica.standing:
             self._tell_standing(replica_id, replica.standing, verdict)
@@ -317,6 +287,7 @@ class FleetWatch:
     def _check(self) -> None:
         now = self._clock()
         absence_s, self._checked_at = now - self._checked_at - _CHECK_INTERVAL_S, now
+        self._is_without_own = self._lacks_own_version()
         for replica_id, replica in list(self._replicas.items()):
             if absence_s > _ABSENT_AFTER_S:  # all replicas would look dead at once to a process that was stopped
                 replica.forgive(absence_s, now)
@@ -324,6 +295,7 @@ class FleetWatch:
             is_left = replica.delisted_at is not None and not self._work.is_on(replica_id)
             if is_left and replica.silence_s(now) > _FORGET_AFTER_S:
                 del self._replicas[replica_id]
+        self._ask_to_stay(now)
         self._wake_up()
         self._ask_who_starts(now)
         self._work.tick(self._prospects())
@@ -336,8 +308,22 @@ class FleetWatch:
             for replica_id, verdict in verdicts.items()
             if not verdict.must_be_replaced and verdict.standing is not Standing.OTHER_VERSION
         }
+        hopeful |= {i for i, replica in self._replicas.items() if replica.standing is Standing.STAYING}
+        if self._succession.is_over:
+            return Prospects(frozenset(hopeful), is_one_coming=False, is_outdated=not hopeful)
         is_one_coming = len(hopeful) < max(self._num_expected, len(verdicts))
-        return Prospects(frozenset(hopeful), is_one_coming, is_starting=self._num_starting > 0)
+        is_starting = self._num_starting > 0 and self._clock() - self._told_at < _STARTING_LIFETIME_S
+        return Prospects(frozenset(hopeful), is_one_coming, is_starting)
+
+    def _ask_to_stay(self, now: float) -> None:
+        """Keep what Serve is taking away while this router has nothing else; new routers take over in a moment."""
+        for replica_id, replica in self._replicas.items():
+            if replica.standing is Standing.STAYING and now - replica.asked_to_stay_at >= _STAY_INTERVAL_S:
+                replica.asked_to_stay_at = now
+                call = _unless_lost(self._client.stay(replica_id, _STAY_S))
+                task = asyncio.get_running_loop().create_task(call)
+                self._staying.add(task)
+                task.add_done_callback(self._staying.discard)
 
     def _attach(self, replica_id: str) -> None:
         """Have a replica report here, with everything its prefix cache holds; until it does, nothing goes there."""
@@ -355,7 +341,8 @@ class FleetWatch:
             except Exception:
                 logger.exception("replica %s cannot be asked to report; trying again", replica_id)
             await asyncio.sleep(_ATTACH_RETRY_S)
-            if replica_id not in self._running or replica_id in self._fleet.replica_ids:
+            is_staying = replica_id in self._replicas and self._replicas[replica_id].standing is Standing.STAYING
+            if not (replica_id in self._running or is_staying) or replica_id in self._fleet.replica_ids:
                 return
 
     def _wake_up(self) -> None:
@@ -378,6 +365,7 @@ class FleetWatch:
     async def _count_starting(self) -> None:
         try:
             self._num_starting = await self._client.num_starting()
+            self._told_at = self._clock()
         except Exception:
             logger.exception("Serve cannot be asked which replicas are starting; trying again")
 

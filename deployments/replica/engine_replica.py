@@ -66,6 +66,11 @@ class EngineReplica:
         self._loop.attach(decode_address(channel))
         return encode(self._info)
 
+    async def stay(self, duration_s: float, ranking: Sequence[str]) -> None:
+        """Do nothing for so long: Ray Serve lets a replica that it takes away finish its calls."""
+        if self.replica_id in ranking:
+            await asyncio.sleep(duration_s)
+
     async def note_queue(self, router: str, ranking: Sequence[str], num_tokens: int) -> None:  # noqa: ARG002
         """Count what a router holds back in this replica's autoscaling statistics, until its next word or a while."""
         self._queues[router] = num_tokens, time.monotonic()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from deployments.config import AdmissionConfig
 from deployments.errors import NoReplicaError, OverloadedError
 from deployments.fleet.fleet import Fleet
-from deployments.fleet.watch import Prospects
+from deployments.fleet.work import Prospects
 from deployments.router.waiting import Ticket, WaitingQueue
 from llm.errors import EngineError, LLMError
 
@@ -15,6 +15,8 @@ _ROWS_AHEAD = 1.25
 """Requests that a replica may hold for each of its rows: the next ones are there when rows become free."""
 _HOPELESS_AFTER_S = 0.5
 """The news of a replica's end, and that another one is to come, take a moment."""
+_OUTDATED_AFTER_S = 3.0
+"""What an outdated router cannot begin for so long it never will: the client had better ask a new router."""
 _SUSPECTS_A_REPLICA = 2
 """Suspects that a replica is sent at a time: one that it tries, and one that follows without a pause. The others wait
 here, where they can still go to another replica."""
@@ -40,6 +42,7 @@ class Dispatcher:
         self._rate = _Rate(clock)
         self._max_step_tokens = math.inf
         self._empty_since: float | None = clock()
+        self._is_outdated = False
 
     @property
     def num_waiting(self) -> int:
@@ -110,6 +113,7 @@ class Dispatcher:
         failed it. To be called about once a second.
         """
         self._note_emptiness()
+        self._is_outdated = prospects.is_outdated
         if prospects.is_starting and self._empty_since is not None:
             self._empty_since = self._clock()
         for ticket in list(self._waiting):
@@ -122,10 +126,14 @@ class Dispatcher:
         """Whether there has been no replica, and none on its way, for too long for what waits since then."""
         if self._empty_since is None:
             return False
-        return self._clock() - max(since, self._empty_since) > self.config.no_replica_timeout_s
+        timeout_s = self.config.no_replica_timeout_s
+        patience_s = min(timeout_s, _OUTDATED_AFTER_S) if self._is_outdated else timeout_s
+        return self._clock() - max(since, self._empty_since) > patience_s
 
     def no_replica(self) -> NoReplicaError:
         """What a request ends with for which it is hopeless."""
+        if self._is_outdated:
+            return NoReplicaError("the server has just been updated to another model; try again")
         timeout_s = self.config.no_replica_timeout_s
         return NoReplicaError(f"no engine replica has been running or starting for {timeout_s:g} s")
 

@@ -18,7 +18,8 @@ from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.engine_use import replica_use, targets_of
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import make_policy
-from deployments.fleet.watch import FleetWatch, Prospects
+from deployments.fleet.watch import FleetWatch
+from deployments.fleet.work import Prospects
 from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.metrics import NoPeers, RouterMetrics, RouterPeers
 from deployments.observe.request_log import log_request

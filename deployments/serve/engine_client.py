@@ -24,6 +24,7 @@ class ServeEngineClient:
         self._handle = handle
         self._wake = handle.wake
         self._attach = handle.attach
+        self._stay = handle.stay
         self._note_queue = handle.note_queue
         self._generate = handle.generate
         self._generate_batch = handle.generate_batch
@@ -49,6 +50,10 @@ class ServeEngineClient:
     async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
         """See `EngineClient`."""
         return decode_info(await self._call(self._attach, encode(channel), (replica_id,)))
+
+    async def stay(self, replica_id: str, duration_s: float) -> None:
+        """See `EngineClient`."""
+        await self._call(self._stay, duration_s, (replica_id,))
 
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
         """See `EngineClient`."""

@@ -7,20 +7,57 @@ program to run. So this module writes a program that runs HAProxy with a second 
 `python -m deployments.serve.haproxy DIRECTORY` writes it for a cluster that something else starts.
 """
 
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from deployments.api.send_timeout import SEND_BUFFER_BYTES
+
+logger = logging.getLogger("ray.serve")
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 """Where Ray Serve finds the program."""
 _SETTINGS = f"global\n    tune.sndbuf.client {SEND_BUFFER_BYTES}\n"
 
 
-def write_haproxy(directory: Path) -> Mapping[str, str]:
+def haproxy_environment(directory: Path) -> dict[str, str]:
+    """Have Serve put HAProxy in front, with a program and files that no other HAProxy on this machine uses.
+
+    By itself Serve keeps HAProxy's files in a directory in `/tmp`, where a second user cannot write.
+
+    Args:
+        directory: for the files, as long as the cluster runs. HAProxy's sockets go there, whose paths may not be longer
+            than about 100 characters.
+
+    Returns:
+        The environment variables that the cluster has to be started with.
+
+    Raises:
+        FileNotFoundError: there is no HAProxy.
+    """
+    program = write_haproxy(directory)
+    if program is None:
+        logger.warning(
+            "nothing in %s can be executed (is it mounted noexec?): HAProxy runs without small buffers, and a client "
+            "that does not read holds minutes of its stream. To change that, run `python -m deployments.serve.haproxy "
+            "DIRECTORY` with a directory where programs can run, and set the variable that it prints",
+            directory,
+        )
+    return {
+        **({BINARY_VARIABLE: str(program)} if program is not None else {}),
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+    }
+
+
+def write_haproxy(directory: Path) -> Path | None:
     """Write the program and its configuration file.
 
     It runs the HAProxy that the environment names already, else the one that comes with Ray.
@@ -30,8 +67,7 @@ def write_haproxy(directory: Path) -> Mapping[str, str]:
             configuration.
 
     Returns:
-        The environment variables that have Ray Serve run it. None where nothing in `directory` can be executed, as on a
-        file system mounted `noexec`: Ray Serve then runs HAProxy as it is.
+        The program; None where nothing in `directory` can be executed, as on a file system mounted `noexec`.
 
     Raises:
         FileNotFoundError: there is no HAProxy.
@@ -44,7 +80,7 @@ def write_haproxy(directory: Path) -> Mapping[str, str]:
     # `exec`, because Ray Serve signals HAProxy by the id of the process that it started. What it adds comes last.
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(binary)} -f {shlex.quote(str(settings))} "$@"\n')
     program.chmod(0o755)
-    return {BINARY_VARIABLE: str(program)} if os.access(program, os.X_OK) else {}
+    return program if os.access(program, os.X_OK) else None
 
 
 def main() -> None:
@@ -53,11 +89,10 @@ def main() -> None:
         raise SystemExit("usage: python -m deployments.serve.haproxy DIRECTORY")
     directory = Path(sys.argv[1]).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    variables = write_haproxy(directory)
-    if not variables:
+    program = write_haproxy(directory)
+    if program is None:
         raise SystemExit(f"nothing in {directory} can be executed: choose another directory")
-    for name, value in variables.items():
-        print(f"{name}={value}")
+    print(f"{BINARY_VARIABLE}={program}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from llm.errors import ConfigError, InvalidRequestError
 
 MAX_RENDERED_CHARS = 32 << 20
 MAX_RENDER_CPU_S = 5.0
+LIMIT_EXCEEDED = "chat_template_limit"
+"""Code of the error for messages on which the template works too long or writes too much."""
 
 _MAX_MESSAGE_CHARS = 300
 _OPERATIONS_PER_CLOCK_READ = 256
@@ -78,7 +80,8 @@ class ChatTemplate:
             with self._environment.budget:
                 return self._join(self._template.generate(context))
         except _LimitExceededError as error:
-            raise InvalidRequestError(f"the chat template {error}; shorten the messages", param="messages") from error
+            message = f"the chat template {error}; shorten the messages"
+            raise InvalidRequestError(message, param="messages", code=LIMIT_EXCEEDED) from error
         except jinja2.TemplateError as error:
             raise InvalidRequestError(_shortened(error.message or "refused"), param="messages") from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:

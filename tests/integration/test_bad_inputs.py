@@ -95,14 +95,14 @@ CASES: dict[str, tuple[int, str | None, dict[str, Any]]] = {
     "one word of 10 MB": (413, None, chat(messages=[{"role": "user", "content": "a" * (10 << 20)}])),
     # 7: limits
     **{f"max_tokens {value}": (400, "max_tokens", number("max_tokens", value))
-       for value in ("0", "-1", "1e18", "1000000000000000000", '"5"', "true", "1.0")},
+       for value in ("0", "-1", "1e18", "1000000000000000000", '"5"', "true", "1.5")},
     "limits differ": (400, "max_completion_tokens", chat(max_tokens=5, max_completion_tokens=6)),
     # 8: sampling
     **{f"{field} {value}": (400, field, number(field, value))
        for field, values in {
            "n": ("0", "129"),
            "temperature": ("NaN", "Infinity", "-0.1", "2.1"),
-           "top_p": ("0", "1.1"),
+           "top_p": ("-0.1", "1.1"),
            "top_k": ("-2",),
            "min_p": ("2",),
            "presence_penalty": ("2.1", "-2.1"),
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[int, str | None, dict[str, Any]]] = {
     "best_of below n": (400, "best_of", completion(best_of=1, n=2)),
     "best_of over 20": (400, "best_of", completion(best_of=21)),
     # 9: the rest
-    "5 stops": (400, "stop", chat(stop=["a"] * 5)),
+    "65 stops": (400, "stop", chat(stop=[f"a{i}" for i in range(65)])),
     "stop empty": (400, "stop", chat(stop="")),
     "stop of 1 MB": (400, "stop", chat(stop="a" * (1 << 20))),
     "top_logprobs 21": (400, "top_logprobs", chat(logprobs=True, top_logprobs=21)),

@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Command]:
+def command() -> Iterator[Command]:
     options = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
     # The usual 30 s would make this test longer, and show nothing more.
     environment = {**os.environ, "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S)}
@@ -45,8 +45,8 @@ def server() -> Iterator[Command]:
 
 
 @pytest.fixture
-def http(server: Command) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+def http(command: Command) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=command.url, timeout=60, trust_env=False) as client:
         yield client
 
 
@@ -93,16 +93,16 @@ def test_each_scrape_tells_of_all_routers_and_no_counter_falls(http: httpx.Clien
     assert sum(value > 0 for value in last.values()) > 1, "HAProxy spreads the requests"
 
 
-def test_clients_that_never_read_are_aborted_and_others_are_not(server: Command, http: httpx.Client):
+def test_clients_that_never_read_are_aborted_and_others_are_not(command: Command, http: httpx.Client):
     """Fault F21: what the kernel holds for them is filled within seconds, not with their whole answers."""
     with ExitStack() as stack:
         for _ in range(8):
-            ask_and_never_read(stack, server.url)
+            ask_and_never_read(stack, command.url)
         wait_for(lambda: num_running(http) >= 32, 30, "they do not begin")
         generated = sum(r["num_generated_tokens"] for r in http.get("/rayline/stats").json()["replicas"].values())
 
         async def read_all() -> bool:
-            async with Clients(server.url) as clients:
+            async with Clients(command.url) as clients:
                 return (await clients.ask("still there?", 400)).is_complete
 
         assert asyncio.run(read_all())
@@ -112,13 +112,13 @@ def test_clients_that_never_read_are_aborted_and_others_are_not(server: Command,
     assert generated < 32 * 3000, "they were generated to their ends"
 
 
-async def test_a_router_that_is_stopped_for_a_while_finishes_its_streams(server: Command):
+async def test_a_router_that_is_stopped_for_a_while_finishes_its_streams(command: Command):
     """Fault F16: it counts as dead after 3.5 s, and takes its streams up again when it goes on."""
     routers = [
-        pid for pid in descendants(server.process.pid) if re.match("ray::ServeReplica:[^:]*:Router", command_line(pid))
+        pid for pid in descendants(command.process.pid) if re.match("ray::ServeReplica:[^:]*:Router", command_line(pid))
     ]
     assert len(routers) == NUM_ROUTERS
-    async with Clients(server.url) as clients:
+    async with Clients(command.url) as clients:
         asking = [asyncio.create_task(clients.ask(f"stream {i % 4}", 900)) for i in range(16)]
         await asyncio.sleep(1)
         os.kill(routers[0], signal.SIGSTOP)

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,12 @@ import pytest
 import yaml
 from live_server import ROOT, Server, free_port, replica_pids, wait_until_ready
 
-from deployments.serve.ports import HAPROXY_PORTS
+from deployments.serve.front_end import FrontEnd
+from deployments.serve.haproxy import haproxy_environment
+from deployments.serve.ports import claimed_ports
 from llm.errors import ConfigError
 
 HAPROXY = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # with 1 an HAProxy may stay behind, and keep its ports
 }
 KEY = "sk-integration"
@@ -28,8 +29,10 @@ KEY = "sk-integration"
 class MakeServe:
     """`make serve` on a cluster of its own with our configuration file, changed as told, and what it prints."""
 
-    def __init__(self, directory: Path, args: dict, host: str = "127.0.0.1", **environment: str) -> None:
-        port = free_port()
+    def __init__(
+        self, directory: Path, args: dict, port: int | None = None, host: str = "127.0.0.1", **environment: str
+    ) -> None:
+        port = port or free_port()
         self.app_name = f"rayline-front-{port}"
         self.url = f"http://127.0.0.1:{port}"
         config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
@@ -41,7 +44,8 @@ class MakeServe:
         self._log = directory / "serve.log"
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                ["make", "serve", f"CONFIG={directory / 'serve.yaml'}"],
+                # Where the tests run in a shell's background, it would inherit that Ctrl-C is ignored.
+                ["env", "--default-signal=INT", "make", "serve", f"CONFIG={directory / 'serve.yaml'}"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
@@ -65,16 +69,21 @@ class MakeServe:
 @pytest.fixture(scope="module")
 def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MakeServe, Server]]:
     args = {"device": "cpu", "api_keys_env": "RAYLINE_KEYS", "replicas": {"torch_threads": 1}}
-    ports = {name: str(free_port()) for name in HAPROXY_PORTS}
-    run = MakeServe(tmp_path_factory.mktemp("haproxy"), args, **HAPROXY, **ports, RAYLINE_KEYS=KEY)
-    server = Server(run.url, num_replicas=1)
-    server.http.headers["authorization"] = f"Bearer {KEY}"
-    server.openai = openai.OpenAI(base_url=f"{run.url}/v1", api_key=KEY, max_retries=0, timeout=60)
-    try:
-        wait_until_ready(server, num_replicas=1)
-        yield run, server
-    finally:
-        run.stop()
+    port = free_port()
+    with (
+        tempfile.TemporaryDirectory(prefix="rayline-") as directory,  # a short path, for HAProxy's sockets
+        claimed_ports(FrontEnd("127.0.0.1", port), haproxy=True) as ports,
+    ):
+        environment = {**haproxy_environment(Path(directory)), **ports, **HAPROXY, "RAYLINE_KEYS": KEY}
+        run = MakeServe(tmp_path_factory.mktemp("haproxy"), args, port, **environment)
+        server = Server(run.url, num_replicas=1)
+        server.http.headers["authorization"] = f"Bearer {KEY}"
+        server.openai = openai.OpenAI(base_url=f"{run.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        try:
+            wait_until_ready(server, num_replicas=1)
+            yield run, server
+        finally:
+            run.stop()
 
 
 def test_it_answers_behind_haproxy(haproxy: tuple[MakeServe, Server]):

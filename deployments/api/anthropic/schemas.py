@@ -3,73 +3,31 @@
 After https://docs.anthropic.com/en/api/messages.
 """
 
-import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from deployments.chat.errors import invalid, of_validation, unsupported
-from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
+from deployments.api.anthropic.blocks import Block, TextBlock, assistant_turn, check_block, system_text, user_turns
+from deployments.chat.errors import invalid, of_validation
+from deployments.chat.requests import MAX_MESSAGES, MAX_STOP_STRINGS, ChatRequest, Priority
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName
-from deployments.chat.wire_model import Items, RequestBody, WireModel, type_tag
-
-MAX_STOP_SEQUENCES = 4
-
-
-class TextBlock(WireModel):
-    """Text."""
-
-    type: Literal["text"]
-    text: str
-    cache_control: Any = None
-    """Accepted: what prompts share is always cached."""
-    citations: Any = None
-
-
-class ToolUseBlock(WireModel):
-    """A call that the model made."""
-
-    type: Literal["tool_use"]
-    id: NonEmpty
-    name: ToolName
-    input: dict[str, Any]
-    cache_control: Any = None
-    caller: Any = None
-
-
-class ToolResultBlock(WireModel):
-    """What came of a call."""
-
-    type: Literal["tool_result"]
-    tool_use_id: NonEmpty
-    content: str | Items[TextBlock] | None = None
-    is_error: bool | None = None
-    cache_control: Any = None
-
-
-class ThinkingBlock(WireModel):
-    """What the model thought."""
-
-    type: Literal["thinking"]
-    thinking: str
-    signature: str | None = None
-
-
-Block = Annotated[
-    Annotated[TextBlock, Tag("[text]")]
-    | Annotated[ToolUseBlock, Tag("[tool_use]")]
-    | Annotated[ToolResultBlock, Tag("[tool_result]")]
-    | Annotated[ThinkingBlock, Tag("[thinking]")],
-    Discriminator(type_tag, "block_type", "the type of a block must be text, tool_use, tool_result or thinking"),
-]
+from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
 
 
 class InputMessage(WireModel):
     """One turn."""
 
-    role: Literal["user", "assistant"]
-    content: str | Annotated[Items[Block], Field(min_length=1)]
+    role: Literal["user", "assistant", "system"]
+    content: str | Items[Block] | None = None
+
+    def turns(self) -> list[dict[str, Any]]:
+        """As chats have it."""
+        if self.role == "system":
+            return [{"role": "system", "content": system_text(self.content)}]
+        if self.content is None or isinstance(self.content, str):
+            return [{"role": self.role, "content": self.content or ""}]
+        return [assistant_turn(self.content)] if self.role == "assistant" else user_turns(self.content)
 
 
 class AnthropicTool(WireModel):
@@ -79,17 +37,17 @@ class AnthropicTool(WireModel):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
-    strict: bool | None = None
-    cache_control: Any = None
-    eager_input_streaming: bool | None = None
-    """Accepted: arguments always come as they are made."""
+    strict: NoEffect = None
+    cache_control: NoEffect = None
+    eager_input_streaming: NoEffect = None
+    """Arguments always come as they are made."""
 
 
 class AnthropicToolChoice(WireModel):
     """Whether and what to call."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: ToolName | None = None
+    name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
@@ -102,10 +60,10 @@ class AnthropicToolChoice(WireModel):
 class Thinking(WireModel):
     """Whether to think first."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
-    """Accepted, without effect."""
-    display: str | None = None
+    type: str
+    """`disabled` for not at all; else the model decides, as with `enabled` and `adaptive`."""
+    budget_tokens: NoEffect = None
+    display: NoEffect = None
 
 
 class OutputFormat(WireModel):
@@ -118,8 +76,8 @@ class OutputFormat(WireModel):
 class OutputConfig(WireModel):
     """How the answer is to be."""
 
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    """Given to the chat template as `reasoning_effort`."""
+    effort: str | None = None
+    """Given to the chat template as `reasoning_effort`: `low`, `medium`, `high`, `xhigh` or `max`."""
     format: OutputFormat | None = None
 
 
@@ -144,24 +102,25 @@ class CountTokensRequest(RequestBody):
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    cache_control: Any = None
-    speed: Literal["standard"] | None = None
+    output_format: OutputFormat | None = None
+    """Older name of `output_config.format`."""
+    cache_control: NoEffect = None
+    speed: NoEffect = None
+    context_management: NoEffect = None
 
-    container: Any = None
+    container: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    context_management: Any = None
-    """Not supported."""
-    mcp_servers: Any = None
+    mcp_servers: Annotated[Any, Unsupported()] = None
     """Not supported."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("container", "context_management", "mcp_servers"):
-            if getattr(self, name) not in (None, []):
-                raise unsupported(name)
-        if self.messages[-1].role == "assistant":
-            message = "messages: the last one must be the user's; answers cannot be begun by the client"
-            raise invalid(message, "messages")
+        for i, message in enumerate(self.messages):
+            if message.content is None and message.role != "assistant":
+                raise invalid(f"messages[{i}].content: is missing", f"messages[{i}].content")
+            if isinstance(message.content, list):
+                for j, block in enumerate(message.content):
+                    check_block(block, message.role, f"messages[{i}].content[{j}]")
         return self
 
     @property
@@ -175,7 +134,11 @@ class CountTokensRequest(RequestBody):
         Raises:
             APIError: a 400 with the field at fault.
         """
-        chat: dict[str, Any] = {"model": self.model, "messages": self._messages(), **self._sampling()}
+        messages = self._messages()
+        chat: dict[str, Any] = {"model": self.model, "messages": messages, **self._sampling()}
+        last = messages[-1]
+        if last["role"] == "assistant" and last.get("content") and "tool_calls" not in last:
+            chat["continue_final_message"] = True
         if self.tools:
             chat["tools"] = [
                 {"type": "function", "function": {"name": tool.name, "description": tool.description,
@@ -190,8 +153,8 @@ class CountTokensRequest(RequestBody):
         effort = self.output_config.effort if self.output_config is not None else None
         if self.thinking is not None and self.thinking.type == "disabled":
             chat["reasoning_effort"] = "none"
-        elif effort is not None:
-            chat["reasoning_effort"] = "xhigh" if effort == "max" else effort
+        elif effort in _EFFORTS:
+            chat["reasoning_effort"] = _EFFORTS[effort]
         try:
             return ChatRequest.model_validate(chat)
         except ValidationError as error:
@@ -201,34 +164,30 @@ class CountTokensRequest(RequestBody):
         return {}
 
     def _messages(self) -> list[dict[str, Any]]:
-        turns: list[dict[str, Any]] = []
-        if self.system:
-            turns.append({"role": "system", "content": _text(self.system)})
-        for i, message in enumerate(self.messages):
-            if isinstance(message.content, str):
-                turns.append({"role": message.role, "content": message.content})
-            elif message.role == "assistant":
-                turns.append(_assistant_turn(message.content, f"messages[{i}].content"))
-            else:
-                turns += _user_turns(message.content, f"messages[{i}].content")
-        return turns
+        system = system_text(self.system)
+        turns = [{"role": "system", "content": system}] if system else []
+        return turns + [turn for message in self.messages for turn in message.turns()]
+
+
+_EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "xhigh"}
+"""From efforts here to those of chats; others change nothing."""
 
 
 class MessagesRequest(CountTokensRequest):
     """Body of `POST /v1/messages`."""
 
     max_tokens: Annotated[int, Field(ge=1)]
-    stop_sequences: Annotated[Items[NonEmpty], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
+    stop_sequences: Annotated[Items[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     priority: Priority | None = None
     """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
     says."""
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
-    inference_geo: str | None = None
+    metadata: NoEffect = None
+    service_tier: NoEffect = None
+    inference_geo: NoEffect = None
 
     def _sampling(self) -> dict[str, Any]:
         return {
@@ -242,46 +201,8 @@ class MessagesRequest(CountTokensRequest):
         }
 
     def _response_format(self) -> dict[str, Any] | None:
-        if self.output_config is None or self.output_config.format is None:
+        newer = self.output_config.format if self.output_config is not None else None
+        output_format = newer or self.output_format
+        if output_format is None:
             return None
-        schema = self.output_config.format.schema_
-        return {"type": "json_schema", "json_schema": {"name": "output", "schema": schema}}
-
-
-def _assistant_turn(blocks: list[Block], param: str) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": "assistant"}
-    for block in blocks:
-        match block:
-            case TextBlock():
-                turn["content"] = turn.get("content", "") + block.text
-            case ThinkingBlock():
-                turn["reasoning_content"] = turn.get("reasoning_content", "") + block.thinking
-            case ToolUseBlock():
-                function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
-                call = {"id": block.id, "type": "function", "function": function}
-                turn.setdefault("tool_calls", []).append(call)
-            case ToolResultBlock():
-                raise invalid(f"{param}: a tool_result belongs to the user", param)
-    if "tool_calls" not in turn:
-        turn.setdefault("content", "")
-    return turn
-
-
-def _user_turns(blocks: list[Block], param: str) -> list[dict[str, Any]]:
-    """Results of tools, each a turn of its own, then the text."""
-    turns: list[dict[str, Any]] = []
-    texts = []
-    for block in blocks:
-        match block:
-            case TextBlock():
-                texts.append(block.text)
-            case ToolResultBlock():
-                content = _text(block.content or "")
-                turns.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
-            case _:
-                raise invalid(f"{param}: {block.type} belongs to the assistant", param)
-    return [*turns, {"role": "user", "content": "\n".join(texts)}] if texts else turns
-
-
-def _text(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)
+        return {"type": "json_schema", "json_schema": {"schema": output_format.schema_}}

@@ -178,6 +178,7 @@ class CompletionWriter:
             "completion_tokens": turn.num_output_tokens,
             "total_tokens": turn.num_prompt_tokens + turn.num_output_tokens,
             "prompt_tokens_details": {"cached_tokens": turn.num_cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": turn.num_reasoning_tokens},
         }
 
 

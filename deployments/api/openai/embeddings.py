@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from deployments.chat.errors import invalid
 from deployments.chat.requests import Priority, Prompt, check_prompt
-from deployments.chat.wire_model import RequestBody
+from deployments.chat.wire_model import NoEffect, RequestBody
 
 MAX_INPUTS = 2048
 _BYTES_A_NUMBER = 4
@@ -29,7 +29,7 @@ class EmbeddingsRequest(RequestBody):
     """`base64` for little-endian 32-bit floats."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
     """The model's own number only."""
-    user: str | None = None
+    user: NoEffect = None
     pooling: Literal["last", "mean"] | None = None
     """Extension. The last token's hidden state, or the average of all; `last` by default."""
     priority: Priority | None = None

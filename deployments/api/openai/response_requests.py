@@ -4,16 +4,16 @@ Nothing is stored: each request brings the whole conversation. Fields that need 
 """
 
 import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError
 
-from deployments.chat.errors import invalid, of_validation, unsupported
+from deployments.chat.errors import invalid, of_validation
 from deployments.chat.messages import ChatMessage
 from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
 from deployments.chat.structured import NonEmpty
 from deployments.chat.tools import MAX_TOOLS, ToolName
-from deployments.chat.wire_model import Items, RequestBody, WireModel, type_tag
+from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel, type_tag
 
 
 class TextPart(WireModel):
@@ -21,8 +21,8 @@ class TextPart(WireModel):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: Any = None
-    logprobs: Any = None
+    annotations: NoEffect = None
+    logprobs: NoEffect = None
 
 
 class MessageItem(WireModel):
@@ -31,9 +31,9 @@ class MessageItem(WireModel):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Items[TextPart]
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
+    id: NoEffect = None
+    status: NoEffect = None
+    phase: NoEffect = None
 
 
 class FunctionCallItem(WireModel):
@@ -43,8 +43,8 @@ class FunctionCallItem(WireModel):
     call_id: NonEmpty
     name: ToolName
     arguments: str
-    id: str | None = None
-    status: str | None = None
+    id: NoEffect = None
+    status: NoEffect = None
     namespace: str | None = None
 
 
@@ -54,8 +54,8 @@ class FunctionOutputItem(WireModel):
     type: Literal["function_call_output"]
     call_id: NonEmpty
     output: str | Items[TextPart]
-    id: str | None = None
-    status: str | None = None
+    id: NoEffect = None
+    status: NoEffect = None
 
 
 class ReasoningText(WireModel):
@@ -71,9 +71,9 @@ class ReasoningItem(WireModel):
     type: Literal["reasoning"]
     summary: Items[ReasoningText] | None = None
     content: Items[ReasoningText] | None = None
-    encrypted_content: Any = None
-    id: str | None = None
-    status: str | None = None
+    encrypted_content: NoEffect = None
+    id: NoEffect = None
+    status: NoEffect = None
 
 
 def _item_type(value: Any) -> str:
@@ -123,18 +123,17 @@ class ResponseText(WireModel):
     """How the text is to be."""
 
     format: ResponseTextFormat | None = None
-    verbosity: None = None
-    """Not supported."""
+    verbosity: NoEffect = None
+    """The model decides how much it says."""
 
 
 class ResponseReasoning(WireModel):
     """How long to think."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    summary: str | None = None
-    """Accepted: thoughts are given whole."""
-    generate_summary: str | None = None
-    """Accepted, without effect."""
+    summary: NoEffect = None
+    """Thoughts are given whole."""
+    generate_summary: NoEffect = None
 
 
 class ResponsesRequest(RequestBody):
@@ -156,7 +155,7 @@ class ResponsesRequest(RequestBody):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     tools: Annotated[Items[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -166,42 +165,34 @@ class ResponsesRequest(RequestBody):
     """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
     says."""
 
-    store: bool | None = None
-    """Accepted: nothing is stored."""
-    metadata: dict[str, str] | None = None
+    store: NoEffect = None
+    """Nothing is stored."""
+    metadata: dict[str, Any] | None = None
+    """Given back with the response."""
     user: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    include: Items[str] | None = None
-    truncation: Literal["disabled"] | None = None
-    stream_options: dict[str, Any] | None = None
+    """Given back with the response."""
+    safety_identifier: NoEffect = None
+    service_tier: NoEffect = None
+    prompt_cache_key: NoEffect = None
+    prompt_cache_retention: NoEffect = None
+    include: NoEffect = None
+    truncation: NoEffect = None
+    """A conversation that is too long is an error."""
+    stream_options: NoEffect = None
 
-    previous_response_id: Any = None
+    previous_response_id: Annotated[Any, Unsupported()] = None
     """Not supported: nothing is stored."""
-    conversation: Any = None
+    conversation: Annotated[Any, Unsupported()] = None
     """Not supported: nothing is stored."""
-    background: bool | None = None
+    background: Annotated[Any, Unsupported()] = None
     """False only: nothing is stored."""
-    prompt: Any = None
+    prompt: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    max_tool_calls: Any = None
-    """Not supported: this server calls no tools itself."""
-    top_logprobs: Any = None
+    max_tool_calls: NoEffect = None
+    """This server calls no tools itself."""
+    top_logprobs: Annotated[Any, Unsupported(0)] = None
     """Not supported."""
-    context_management: Any = None
-    """Not supported."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in ("previous_response_id", "conversation"):
-            if getattr(self, name) is not None:
-                raise unsupported(name, f"{name}: responses are not stored, send the whole conversation as input; it")
-        for name in ("background", "prompt", "max_tool_calls", "top_logprobs", "context_management"):
-            if getattr(self, name):
-                raise unsupported(name)
-        return self
+    context_management: NoEffect = None
 
     @property
     def takes_long(self) -> bool:

@@ -29,8 +29,6 @@ class ResponseWriter:
     def __init__(self, turn: Turn, *, model: str, echoed: dict[str, Any]) -> None:
         self._turn = turn
         self._items: list[_Item] = []
-        self._num_reasoning_chars = 0
-        self._num_chars = 0
         self._sequence_number = 0
         self._response: dict[str, Any] = {
             "id": f"resp_{turn.generation_id}",
@@ -93,12 +91,10 @@ class ResponseWriter:
                     told += self._open_item("message") + self._items[-1].add_text(text)
                 case ReasoningDelta(text):
                     told += self._open_item("reasoning") + self._items[-1].add_text(text)
-                    self._num_reasoning_chars += len(text)
                 case ToolCallStart(_, call_id, name):
                     told += self._close_item() + self._open_item("function_call", call_id=call_id, name=name)
                 case ToolCallArguments(_, text):
                     told += self._items[-1].add_text(text)
-            self._num_chars += len(getattr(event, "text", ""))
         return told
 
     def _open_item(self, kind: str, **fields: str) -> list[Event]:
@@ -118,13 +114,11 @@ class ResponseWriter:
 
     def _finished(self) -> dict[str, Any]:
         turn = self._turn
-        # An estimate by the share of the text: which token closes the thoughts is known to the parser as text only.
-        num_reasoning = round(turn.num_output_tokens * self._num_reasoning_chars / max(self._num_chars, 1))
         usage = {
             "input_tokens": turn.num_prompt_tokens,
             "input_tokens_details": {"cached_tokens": turn.num_cached_tokens, "cache_write_tokens": 0},
             "output_tokens": turn.num_output_tokens,
-            "output_tokens_details": {"reasoning_tokens": num_reasoning},
+            "output_tokens_details": {"reasoning_tokens": turn.num_reasoning_tokens},
             "total_tokens": turn.num_prompt_tokens + turn.num_output_tokens,
         }
         incomplete = {"reason": "max_output_tokens"} if self._status == "incomplete" else None

@@ -21,6 +21,13 @@ class PromptTokensDetails(ResponseModel):
     """From the prefix cache."""
 
 
+class CompletionTokensDetails(ResponseModel):
+    """What the output tokens are."""
+
+    reasoning_tokens: int
+    """Thoughts; an estimate by the share of the text."""
+
+
 class Usage(ResponseModel):
     """Token counts of a whole request."""
 
@@ -28,6 +35,7 @@ class Usage(ResponseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(ResponseModel):

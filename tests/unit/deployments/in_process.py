@@ -22,7 +22,10 @@ DEMO = Path(__file__).parents[3] / "configs" / "demo"
 
 
 class LocalClient:
-    """`EngineClient` for replicas in this process. `kill` does what losing a node does, `drain` scaling down."""
+    """`EngineClient` for replicas in this process. `kill` does what losing a node does, `drain` scaling down.
+
+    A replica that is drained takes calls that name it, until `end`.
+    """
 
     def __init__(self, replicas: list[EngineReplica]) -> None:
         self.replicas = replicas
@@ -31,6 +34,8 @@ class LocalClient:
         self.starting = 0
         self._by_id = {replica.replica_id: replica for replica in replicas}
         self._running = set(self._by_id)
+        self._leaving: set[str] = set()
+        self.stays: list[str] = []
         self._calls: dict[str, set[asyncio.Task[bytes]]] = {replica_id: set() for replica_id in self._by_id}
         self._on_replicas: Callable[[frozenset[str]], None] = lambda _: None
 
@@ -48,6 +53,10 @@ class LocalClient:
 
     async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
         return decode_info(await self._choose((replica_id,)).attach(encode(channel)))
+
+    async def stay(self, replica_id: str, duration_s: float) -> None:
+        self.stays.append(replica_id)
+        await self._choose((replica_id,)).stay(duration_s, (replica_id,))
 
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
         await self._choose((replica_id,)).note_queue(channel.router_id, (), num_tokens)
@@ -87,10 +96,17 @@ class LocalClient:
         for task in calls:
             task.cancel()
         self.drain(index)
+        self.end(index)
 
     def drain(self, index: int) -> None:
         self._running.discard(self.replicas[index].replica_id)
+        self._leaving.add(self.replicas[index].replica_id)
         self._on_replicas(frozenset(self._running))
+
+    def end(self, index: int) -> None:
+        """What Serve does once a replica that it takes away has no call left: it stops."""
+        self._leaving.discard(self.replicas[index].replica_id)
+        self.replicas[index].stop()
 
     def start(self, index: int) -> None:
         self._running.add(self.replicas[index].replica_id)
@@ -108,10 +124,10 @@ class LocalClient:
         self._by_id.clear()
 
     def _choose(self, ranking: Sequence[str]) -> EngineReplica:
-        if not self._running:
+        named = next((i for i in ranking if i in self._running | self._leaving), None)
+        if named is None and not self._running:
             raise ReplicaLostError("nobody left")
-        chosen = next((i for i in ranking if i in self._running), min(self._running))
-        return self._by_id[chosen]
+        return self._by_id[named if named is not None else min(self._running)]
 
 
 class Service:

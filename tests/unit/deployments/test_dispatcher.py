@@ -8,7 +8,7 @@ from deployments.config import AdmissionConfig
 from deployments.errors import NoReplicaError, OverloadedError
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import CostPolicy
-from deployments.fleet.watch import Prospects
+from deployments.fleet.work import Prospects
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.waiting import Ticket
 from llm.errors import EngineError
@@ -99,6 +99,19 @@ async def test_no_replica_for_too_long_is_an_error():
     with pytest.raises(NoReplicaError, match="60 s"):
         await early
     assert not late.done(), "it has waited for 11 seconds only"
+
+
+async def test_a_router_that_an_update_has_left_behind_keeps_nobody_waiting():
+    """The replica that is starting is of the next version: the client had better ask a new router."""
+    setup = Setup(no_replica_timeout_s=60)
+    waiting = setup.place(1)
+    setup.clock.now += 2
+    setup.dispatcher.tick(Prospects(frozenset(), is_one_coming=False, is_outdated=True))
+    assert not waiting.done(), "the last of its version may just be coming back"
+    setup.clock.now += 2
+    setup.dispatcher.tick(Prospects(frozenset(), is_one_coming=False, is_outdated=True))
+    with pytest.raises(NoReplicaError, match="updated"):
+        await waiting
 
 
 async def test_more_than_may_wait_is_refused():

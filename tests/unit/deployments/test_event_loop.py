@@ -14,7 +14,7 @@ from deployments.api import bodies
 from deployments.api.bodies import parse
 from deployments.api.json_parts import json_pieces
 from deployments.api.openai.response_requests import ResponsesRequest
-from deployments.chat import messages
+from deployments.chat import tools
 from deployments.chat.errors import APIError
 from deployments.chat.json_size import MAX_STRUCTURE, MAX_VALUES
 from deployments.chat.requests import ChatRequest, CompletionRequest
@@ -178,7 +178,7 @@ def with_calls(arguments: list[str]) -> bytes:
 def test_arguments_of_too_many_values_are_refused_without_parsing_them(arguments: list[str], monkeypatch):
     """They are JSON inside a string of the body, which counts as one value there."""
     data = with_calls(arguments)
-    monkeypatch.setattr(messages.json, "loads", lambda _: pytest.fail("they were parsed"))
+    monkeypatch.setattr(tools.json, "loads", lambda _: pytest.fail("they were parsed"))
     with pytest.raises(APIError) as raised:
         parse(ChatRequest, data)
     assert (raised.value.code, raised.value.param) == ("body_too_complex", "messages")
@@ -187,13 +187,15 @@ def test_arguments_of_too_many_values_are_refused_without_parsing_them(arguments
 def test_text_in_arguments_does_not_count():
     """An agent's history is full of programs that it wrote to files."""
     arguments = [json.dumps({"path": "a.py", "content": 'f(a, b, {"c": [1, 2]}); ' * 2_000})] * 64
-    body = parse(ChatRequest, with_calls(arguments))
+    body, _ = parse(ChatRequest, with_calls(arguments))
     assert len(body.messages[1].tool_calls) == 64
 
 
 @pytest.mark.parametrize("text", ["[{:," * 400_000, '\\"[' * 300_000, "\\\\" * 300_000 + '"['])
 def test_what_stands_in_a_text_does_not_count(text: str):
-    body = parse(ChatRequest, json.dumps({"model": "demo", "messages": [{"role": "user", "content": text}]}).encode())
+    body, _ = parse(
+        ChatRequest, json.dumps({"model": "demo", "messages": [{"role": "user", "content": text}]}).encode()
+    )
     assert body.messages[0].content == text
 
 

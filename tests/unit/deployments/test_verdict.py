@@ -10,6 +10,7 @@ from deployments.fleet.verdict import Evidence, Limits, Standing, judge
 LIMITS = Limits(silence_timeout_s=2.0, stall_timeout_s=15.0, drain_after_s=10.0)
 WELL = Evidence(is_listed=True, has_joined=True, is_same_version=True, silence_s=0.1)
 LEAVING = replace(WELL, is_listed=False, delisted_s=1.0)
+LAST = replace(LEAVING, is_last=True, delisted_s=11.0)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,13 @@ LEAVING = replace(WELL, is_listed=False, delisted_s=1.0)
         (replace(LEAVING, delisted_s=11.0), Standing.LEAVING, False, False, False),
         (replace(LEAVING, silence_s=3.0), Standing.GONE, False, True, False),
         (replace(LEAVING, silence_s=16.0), Standing.GONE, False, False, True),
+        (LAST, Standing.STAYING, True, True, False),
+        (replace(LAST, has_joined=False), Standing.STAYING, False, True, False),
+        (replace(LAST, condition=Condition("f", num_failed_steps=1)), Standing.STAYING, False, True, False),
+        (replace(LAST, call_failed_s=0.2), Standing.STAYING, False, True, False),
+        (replace(LAST, silence_s=3.0), Standing.GONE, False, False, False),
+        (replace(LAST, is_same_version=False), Standing.LEAVING, False, False, False),
+        (replace(LAST, condition=Condition("f", failure="lost")), Standing.LEAVING, False, False, False),
     ],
 )  # fmt: skip
 def test_what_the_evidence_comes_to(evidence, standing, may_get_new, may_keep, must_be_replaced):
