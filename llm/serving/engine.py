@@ -274,14 +274,16 @@ class ContinuousBatchingEngine:
     def stats(self) -> EngineStats:
         """State between two steps."""
         pool, num_groups = self.scheduler.pool, len(self.scheduler.windows)
-        # In pages of all layers, as others know them.
-        num_pages, num_free, num_cached = (n // num_groups for n in (pool.num_pages, pool.num_free, pool.num_cached))
+        # In pages of all groups of layers together; one that is used in part counts as used.
+        num_pages = pool.num_pages // num_groups
+        num_used = min(-(-pool.num_used // num_groups), num_pages)
+        num_cached = min(pool.num_cached // num_groups, num_pages - num_used)
         return EngineStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_waiting_tokens=self.scheduler.num_waiting_tokens,
-            num_free_pages=num_free,
-            num_used_pages=num_pages - num_free - num_cached,
+            num_free_pages=num_pages - num_used - num_cached,
+            num_used_pages=num_used,
             num_cached_pages=num_cached,
             num_pages=num_pages,
             page_size=pool.page_size,
