@@ -76,7 +76,7 @@ def compile_activations() -> None:
 
 
 def compile_rope() -> None:
-    """Keys and values in 16 bits and in 8, QK-norm, a product to be scaled, heads that turn in part: every two of them."""
+    """Keys and values in 16 bits and in 8, QK-norm, a product to be scaled or of heads that turn in part: every two."""
     arguments = {"qkv": BF16, "query": BF16, "rope_table": FLOAT, "norm_eps": "fp32"}
     arguments |= {"page_tables": INT, "token_rows": INT, "positions": INT, "table_stride": "i32", "sin_offset": "i32"}
     sizes = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_HEADS": 2, "PAGE_SIZE": 16}
