@@ -122,8 +122,8 @@ class Bench:
         weights = sum(weight.nbytes for weight in model.parameters())
         if model.lm_head is not None:  # otherwise the embeddings are the head's weights, too
             weights -= model.embed_tokens.weight.nbytes
-        slot = PagedKVCache.bytes_per_page(
-            num_layers=model.num_layers,
+        slot = len(model.page_groups) * PagedKVCache.bytes_per_page(
+            model.page_groups,
             page_size=1,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.config.head_size,

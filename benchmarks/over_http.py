@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from benchmarks.random_checkpoint import write_checkpoint
-from llm.models.registry import load_model_config
+from llm.checkpoint.model_config import load_model_config
 
 _CLI = "from deployments.cli import main; main()"
 _START_TIMEOUT_S = 600.0

@@ -1,8 +1,8 @@
 """The fingerprint of a model version, worked out alike by routers and replicas."""
 
 from deployments.config import AppConfig, read_chat_template
-from llm.models.fingerprint import fingerprint
-from llm.models.registry import resolve_model_path
+from llm.checkpoint.fingerprint import fingerprint
+from llm.checkpoint.hub import resolve_model_path
 
 
 def fingerprint_of(config: AppConfig) -> str:

@@ -74,8 +74,10 @@ class RopeScaling(StrictModel):
 
 
 class ModelConfig(StrictModel):
-    """Shape of a decoder of the Llama family. Everything `DecoderModel` needs, nothing about serving."""
+    """Shape of a decoder. Everything `DecoderModel` needs, nothing about serving."""
 
+    architecture: str = "LlamaForCausalLM"
+    """The family, by the name that transformers has for its class."""
     vocab_size: int = Field(default=32000, gt=0)
     hidden_size: int = Field(default=512, gt=0)
     intermediate_size: int | None = Field(default=None, gt=0)
@@ -96,6 +98,8 @@ class ModelConfig(StrictModel):
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+    """Share of each head that RoPE turns, from its beginning."""
     qk_norm: bool = False
     """RMSNorm over each head's query and key before RoPE (Qwen3)."""
     attention_bias: bool = False
@@ -112,8 +116,8 @@ class ModelConfig(StrictModel):
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
-        if self.head_size % 2:
-            raise ValueError(f"head_dim {self.head_size} is odd; rotary embedding needs pairs")
+        if self.rotary_size % 2 or self.head_size % 2:
+            raise ValueError(f"head_dim {self.head_size} is odd, or what turns of it; rotary embedding needs pairs")
         if self.window_layers and not all(0 <= layer < self.num_layers for layer in self.window_layers):
             raise ValueError(f"window_layers {self.window_layers} names a layer past num_layers {self.num_layers}")
         return self
@@ -122,6 +126,11 @@ class ModelConfig(StrictModel):
     def head_size(self) -> int:
         """Width of one head."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Numbers of a head that RoPE turns."""
+        return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def kv_heads(self) -> int:
@@ -136,11 +145,6 @@ class ModelConfig(StrictModel):
     def layer_window(self, layer: int) -> int | None:
         """Sliding window of one layer in tokens, or None where it attends to everything."""
         return self.window_size if self.window_layers is None or layer in self.window_layers else None
-
-    @property
-    def pool_window(self) -> int | None:
-        """Tokens behind which no layer looks: the window if every layer has it, else None."""
-        return self.window_size if all(self.layer_window(i) for i in range(self.num_layers)) else None
 
 
 class EngineConfig(StrictModel):

@@ -16,8 +16,8 @@ from deployments.chat.structured import grammar_error, grammar_of
 from deployments.chat.template_turns import render_turns
 from deployments.chat.tools import arguments_schema, forced_grammar, strict_grammar
 from deployments.config import LimitsConfig, ToolParserName
+from llm.checkpoint.generation_defaults import GenerationDefaults
 from llm.errors import InvalidRequestError
-from llm.models.registry import GenerationDefaults
 from llm.sampling.grammar import GrammarCompiler
 from llm.serving.schemas import INT64_MAX, GenerationRequest, Grammar, GrammarKind, new_request_id, new_seed
 from llm.tokenization.hf_tokenizer import HFTokenizer

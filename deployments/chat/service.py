@@ -13,7 +13,8 @@ from deployments.chat.turn import Turn
 from deployments.config import read_chat_template
 from deployments.router.caller import Caller
 from deployments.router.router import Router
-from llm.models.registry import load_generation_defaults, resolve_model_path
+from llm.checkpoint.generation_defaults import load_generation_defaults
+from llm.checkpoint.hub import resolve_model_path
 from llm.sampling.grammar import GrammarCompiler
 from llm.tokenization.hf_tokenizer import HFTokenizer
 

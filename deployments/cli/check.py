@@ -14,9 +14,9 @@ from deployments.replica.engine_factory import slot_bytes
 from deployments.serve.config_file import check_config_file
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
+from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.config import ModelConfig
 from llm.errors import ConfigError
-from llm.models.registry import load_generation_defaults, load_model_config
 
 _GIB = 1 << 30
 _WORKSPACE_GIB = 2.0
@@ -48,6 +48,8 @@ def check(
                 f"  {app.model} is no directory here: its checkpoint is checked where it is loaded", style="dim"
             )
             continue
+        from llm.checkpoint.model_config import load_model_config  # brings PyTorch, which `rayline --help` does without
+
         model = load_model_config(app.model)
         for warning in load_generation_defaults(app.model).warnings:
             console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
@@ -101,9 +103,9 @@ def _checklist(app: AppConfig, model: ModelConfig) -> Table:
             f"{group} query heads share keys and values" if group > 1 else "this model has none",
         ),
         (
-            model.pool_window is not None,
+            model.window_size is not None,
             "sliding window",
-            f"{model.pool_window:,} tokens; pages behind it go back" if model.pool_window else "this model has none",
+            f"{model.window_size:,} tokens; pages behind it go back" if model.window_size else "this model has none",
         ),
         (app.dtype != "float32", "16-bit numbers", "on a GPU" if app.dtype == "auto" else str(app.dtype)),
         (app.lora is not None, "LoRA merged", str(app.lora) if app.lora else "no adapter given"),

@@ -19,8 +19,9 @@ from deployments.observe.terminal import TERMINAL_VARIABLE
 from deployments.serve.config_file import BUILDER, read_config_file
 from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import claimed_ports
+from llm.checkpoint.generation_defaults import load_generation_defaults
+from llm.checkpoint.hub import resolve_model_path
 from llm.errors import ConfigError
-from llm.models.registry import load_generation_defaults, resolve_model_path
 
 _ROOT = Path(__file__).parents[2]
 _LOCAL = "127.0.0.1"

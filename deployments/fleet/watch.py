@@ -18,7 +18,7 @@ from deployments.fleet.fleet import Fleet
 from deployments.fleet.succession import Succession
 from deployments.fleet.verdict import Evidence, Limits, Standing, Verdict, judge
 from deployments.fleet.work import Prospects, Work
-from llm.models.fingerprint import is_same_version
+from llm.checkpoint.fingerprint import is_same_version
 from llm.serving.schemas import EngineStats
 
 logger = logging.getLogger("ray.serve")

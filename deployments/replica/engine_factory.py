@@ -95,10 +95,11 @@ def make_engine(config: AppConfig) -> tuple[Engine, EngineInfo]:
 
 
 def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
-    from llm.models.registry import load_model_config, resolve_model_path
+    from llm.checkpoint.generation_defaults import load_vocab_size
+    from llm.checkpoint.hub import resolve_model_path
 
     time.sleep(config.emulation.start_s)
-    vocab_size = load_model_config(resolve_model_path(config.model)).vocab_size
+    vocab_size = load_vocab_size(resolve_model_path(config.model))
     fingerprint = fingerprint_of(config)
     version = zlib.crc32(fingerprint.encode())
     engine = EmulatedEngine(config.engine, config.emulation, vocab_size=vocab_size, version=version)

@@ -19,8 +19,8 @@ from deployments.channel.messages import (
 from deployments.config import AppConfig
 from deployments.replica.engine_factory import Engine, make_engine
 from deployments.replica.engine_loop import EngineLoop
+from llm.checkpoint.fingerprint import is_same_version
 from llm.errors import ConfigError, EngineError
-from llm.models.fingerprint import is_same_version
 from llm.serving.schemas import EngineStats, GenerationRequest
 
 logger = logging.getLogger("ray.serve")

@@ -31,7 +31,7 @@ from deployments.router.dispatcher import Dispatcher
 from deployments.router.group import GenerationGroup
 from deployments.router.journal import Journal
 from deployments.router.prompts import num_prompt_tokens, prompt_hashes
-from llm.models.fingerprint import is_same_version
+from llm.checkpoint.fingerprint import is_same_version
 from llm.serving.schemas import GenerationRequest, Pooling
 
 logger = logging.getLogger("ray.serve")

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from deployments.config import AppConfig, EngineKind, read_chat_template, resolve_paths
 from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
+from llm.checkpoint.generation_defaults import load_vocab_size
 from llm.config import describe
 from llm.errors import ConfigError
-from llm.models.registry import load_model_config
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 BUILDER = "deployments.app:build_app"
@@ -72,11 +72,11 @@ def check_model(config: AppConfig) -> None:
     if not Path(config.model).is_dir():
         return
     if config.engine_kind is EngineKind.TORCH:
-        from llm.models.loading import check_checkpoint  # brings PyTorch, which the rest does without
+        from llm.checkpoint.loading import check_checkpoint  # brings PyTorch, which the rest does without
 
         check_checkpoint(config.model)
     else:
-        load_model_config(config.model)
+        load_vocab_size(config.model)
     HFTokenizer.from_pretrained(config.model, chat_template=read_chat_template(config))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from llm.attention.spec import AttentionSpec
 from llm.core.kv_cache import KVCache
 
 
@@ -12,22 +13,22 @@ class DenseContext:
     """`AttentionContext` of one forward pass over (batch, seq, …) tensors.
 
     Args:
-        windows: sliding window of each layer in tokens, None where it attends to everything.
         kv_caches: one cache a layer, appended to; None for attention among the new tokens alone.
     """
 
-    def __init__(self, windows: Sequence[int | None], kv_caches: Sequence[KVCache] | None = None) -> None:
-        self._windows = windows
+    def __init__(self, kv_caches: Sequence[KVCache] | None = None) -> None:
         self._caches = kv_caches
         self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """See `AttentionContext.attend`; here the leading dimensions are (batch, seq)."""
         if self._caches is None:
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
         else:
             keys, values = self._caches[layer].append(key, value)
-        mask = self._mask(query.shape[1], keys.shape[2], self._windows[layer], query.device)
+        mask = self._mask(query.shape[1], keys.shape[2], spec.window, query.device)
         output = F.scaled_dot_product_attention(
             query.transpose(1, 2), keys, values, mask, enable_gqa=query.shape[2] != keys.shape[1]
         )

@@ -8,20 +8,25 @@ from typing import Protocol
 
 import torch
 
+from llm.attention.spec import AttentionSpec
+
 
 class AttentionContext(Protocol):
     """Causal attention for one forward pass. Stores what later passes need of the keys and values."""
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """Attention output of one layer's new tokens.
 
         Args:
-            layer: index of the layer, from 0; it decides the cache and the sliding window.
+            layer: index of the layer, from 0; it decides the cache.
+            spec: shape and reach of the layer's attention.
             query: (…, num_heads, head_dim), RoPE applied.
-            key: (…, num_kv_heads, head_dim), RoPE applied. Each serves `num_heads / num_kv_heads` query heads.
+            key: (…, num_kv_heads, head_dim), RoPE applied.
             value: (…, num_kv_heads, head_dim).
 
         Returns:
-            Same shape as `query`. The softmax scale is `head_dim ** -0.5`.
+            Same shape as `query`.
         """
         ...

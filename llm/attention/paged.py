@@ -1,11 +1,11 @@
 """Attention over the engine's packed steps: sequences of different lengths, keys and values in pages."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from llm.attention.spec import AttentionSpec
 from llm.core.paged_kv_cache import PagedKVCache
 
 
@@ -16,8 +16,9 @@ class PackedBatch:
     Attributes:
         query_lens: new tokens of each sequence; sequences with one come first.
         context_lens: tokens of each sequence once the new ones are stored.
-        page_tables: (sequences, max pages) int64, each sequence's pages in order of position, the scratch page behind.
-        slots: (tokens,) int64, the slot that each new token's key and value go to.
+        page_tables: (groups, sequences, max pages) int64, for each group of layers each sequence's pages in order of
+            position, the scratch page behind.
+        slots: (groups, tokens) int64, the slot that each new token's key and value go to.
         positions: (tokens,) int64, position of each new token in its sequence.
         page_size: slots a page.
     """
@@ -47,6 +48,7 @@ class PagedAttentionBackend(Protocol):
         value: torch.Tensor,
         kv_pages: torch.Tensor,
         batch: PackedBatch,
+        group: int,
         window: int | None,
     ) -> torch.Tensor:
         """Attention output of the new tokens, whose keys and values are stored in `kv_pages` already.
@@ -55,7 +57,8 @@ class PagedAttentionBackend(Protocol):
             query: (tokens, num_heads, head_dim).
             key, value: (tokens, num_kv_heads, head_dim), the new tokens' own.
             kv_pages: (2, pages, page_size, num_kv_heads, head_dim), keys first.
-            window: a token attends to itself and the `window - 1` tokens before it; None for all.
+            group: index of the layer's group.
+            window: of the group: a token attends to itself and the `window - 1` tokens before it; None for all.
 
         Returns:
             (tokens, num_heads, head_dim).
@@ -66,22 +69,17 @@ class PagedAttentionBackend(Protocol):
 class PagedContext:
     """`AttentionContext` of one engine step: stores the new keys and values, then asks the backend."""
 
-    def __init__(
-        self,
-        backend: PagedAttentionBackend,
-        kv_cache: PagedKVCache,
-        batch: PackedBatch,
-        windows: Sequence[int | None],
-    ) -> None:
+    def __init__(self, backend: PagedAttentionBackend, kv_cache: PagedKVCache, batch: PackedBatch) -> None:
         self._backend = backend
         self._kv_cache = kv_cache
         self._batch = batch
-        self._windows = windows
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """See `AttentionContext.attend`; here there is one leading dimension, the step's tokens."""
-        kv_pages = self._kv_cache.layers[layer]
+        kv_pages, group = self._kv_cache.layers[layer], self._kv_cache.group_of[layer]
         slots = kv_pages.flatten(1, 2)
-        slots[0].index_copy_(0, self._batch.slots, key)
-        slots[1].index_copy_(0, self._batch.slots, value)
-        return self._backend.attend(query, key, value, kv_pages, self._batch, self._windows[layer])
+        slots[0].index_copy_(0, self._batch.slots[group], key)
+        slots[1].index_copy_(0, self._batch.slots[group], value)
+        return self._backend.attend(query, key, value, kv_pages, self._batch, group, spec.window)

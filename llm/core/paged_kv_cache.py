@@ -1,20 +1,29 @@
-"""The slot pool's memory: one tensor a layer."""
+"""The slot pool's memory."""
+
+from collections.abc import Sequence
 
 import torch
+
+from llm.core.page_groups import PageGroup
 
 
 class PagedKVCache:
     """Keys and values of every slot, in pages; in the activations' format or in 8 bits (E4M3), unscaled.
 
+    Args:
+        groups: of all layers. The layers of a group have memory of their own; the first of one group shares its memory
+            with the first of every other, and so forth, for a page belongs to one group at a time.
+
     Attributes:
         layers: for each layer (2, num_pages + 1, page_size, num_kv_heads, head_dim), keys first. The page behind the
             last, `scratch_page`, takes writes that nobody reads.
+        group_of: for each layer the index of its group.
     """
 
     def __init__(
         self,
+        groups: Sequence[PageGroup],
         *,
-        num_layers: int,
         num_pages: int,
         page_size: int,
         num_kv_heads: int,
@@ -24,11 +33,24 @@ class PagedKVCache:
     ) -> None:
         shape = (2, num_pages + 1, page_size, num_kv_heads, head_dim)
         # Zeroed, for slots that no token was written to are read and masked, and 0 * NaN is NaN.
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+        memory = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers_per_page(groups))]
+        places = {
+            layer: (index, place) for index, group in enumerate(groups) for place, layer in enumerate(group.layers)
+        }
+        self.layers = [memory[places[layer][1]] for layer in range(len(places))]
+        self.group_of = [places[layer][0] for layer in range(len(places))]
+        self.num_groups = len(groups)
         self.page_size = page_size
         self.scratch_page = num_pages
 
     @staticmethod
-    def bytes_per_page(*, num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Memory of one page in all layers, in bytes."""
-        return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
+    def bytes_per_page(
+        groups: Sequence[PageGroup], *, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Memory of one page in all layers of a group, in bytes."""
+        return 2 * layers_per_page(groups) * page_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def layers_per_page(groups: Sequence[PageGroup]) -> int:
+    """Layers whose keys and values a page holds."""
+    return max(len(group.layers) for group in groups)

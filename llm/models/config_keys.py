@@ -1,8 +1,7 @@
-"""Which keys of a checkpoint's files count.
+"""Which keys of a config.json count.
 
 A model is refused if its config.json holds a key that nobody here read and that may change what the model computes:
-better no answer than a wrong one. Sampling that generation_config.json recommends and the engine cannot do is named,
-not refused, since the model itself computes the same.
+better no answer than a wrong one.
 """
 
 import re
@@ -19,11 +18,12 @@ _HARMLESS_NAMES = re.compile(r"_.*|unsloth_.*|transformers\.js_config|.*dropout.
 """transformers' own notes, tools' notes, and what only training does."""
 
 
-def _names(text: str) -> frozenset[str]:
+def key_names(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
-_HARMLESS = _names("""
+_HARMLESS = key_names("""
     architectures model_type name_or_path torch_dtype dtype transformers_version tokenizer_class model_max_length
     finetuning_task task_specific_params problem_type id2label label2id num_labels prefix is_llama_config
     use_cache cache_implementation attn_implementation use_flash_attn gradient_checkpointing initializer_range
@@ -125,50 +125,6 @@ class ReadKeys(Mapping[str, Any]):
                     f"{key!r} is {shown(value)}, which changes what the model computes and is not supported for "
                     f"{architecture}; use another checkpoint, or remove the key if the model was trained without it"
                 )
-
-
-_WITHOUT_EFFECT = re.compile(r"_.*|output_.*|assistant_.*|.*cache.*|.*compile.*|transformers_version|trust_remote_code")
-_GENERATION_HARMLESS = _names("""
-    pad_token_id decoder_start_token_id return_dict_in_generate num_return_sequences low_memory max_length
-    renormalize_logits remove_invalid_values prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens
-    num_assistant_tokens_schedule is_assistant target_lookbehind prefill_chunk_size speculation_type use_mtp
-    early_stopping length_penalty num_beam_groups diversity_penalty
-""")
-"""Without effect on a default request: notes, ways to be faster, beams' details without beams, and `max_length`, since
-answers end at the context's end where nothing else is asked for."""
-
-_GENERATION_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "guidance_scale": (1,),
-    "min_length": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beams": (1,),
-    "penalty_alpha": (0,),
-    "sequence_bias": ([], {}),
-    "token_healing": (False,),
-    "typical_p": (1,),
-}
-"""What the engine cannot do, with the values at which there is nothing to do."""
-
-
-def not_applied(found: Mapping[str, Any], applied: frozenset[str]) -> list[str]:
-    """Names and values of what a generation_config.json recommends beside the keys in `applied`, as `key=value`."""
-    return [
-        f"{key}={shown(value)}"
-        for key, value in found.items()
-        if not (
-            value is None
-            or key in applied
-            or key in _GENERATION_HARMLESS
-            or _WITHOUT_EFFECT.fullmatch(key)
-            or value in _GENERATION_NEUTRAL.get(key, ())
-        )
-    ]
 
 
 def shown(value: object) -> str:

@@ -1,7 +1,7 @@
-"""`DecoderModel`: one decoder for the whole Llama family, shaped by `ModelConfig`."""
+"""`DecoderModel`: a decoder of any family, shaped by `ModelConfig`."""
 
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,37 +10,24 @@ from torch import nn
 
 from llm.attention.dense import DenseContext
 from llm.attention.interface import AttentionContext
+from llm.attention.spec import AttentionSpec
 from llm.config import ModelConfig, describe
 from llm.core.kv_cache import KVCache
+from llm.core.page_groups import PageGroup, group_layers
 from llm.errors import CapacityError, ConfigError
-from llm.models.attention import Attention
-from llm.models.layers import MLP, RMSNorm, RotaryEmbedding
+from llm.models.family import Layer
+from llm.models.layers import RMSNorm
 from llm.models.lora import merge_lora
+from llm.models.operations import Operations, TorchOperations
+from llm.models.registry import FAMILIES
 
 _INIT_STD = 0.02
-
-
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind its own norm and around a residual."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], context: AttentionContext
-    ) -> torch.Tensor:
-        """(…, hidden_size) → (…, hidden_size)."""
-        x = x + self.attention(self.attention_norm(x), rotary, context)
-        output: torch.Tensor = x + self.mlp(self.mlp_norm(x))
-        return output
+Product = Callable[[torch.Tensor, nn.Module], torch.Tensor]
+"""Multiplies rows (…, in) with a module's weight (out, in)."""
 
 
 class DecoderModel(nn.Module):
-    """Decoder-only transformer with random weights; `llm.models.loading` fills it from a checkpoint.
+    """Decoder-only transformer with random weights; `llm.checkpoint.loading` fills it from a checkpoint.
 
     Args:
         device: where the parameters live; "meta" for shapes without memory.
@@ -57,12 +44,14 @@ class DecoderModel(nn.Module):
             self.config = config = ModelConfig(**shape)
         except ValidationError as error:
             raise ConfigError(describe(error)) from error
+        family = FAMILIES.get(config.architecture)
+        if family is None:
+            raise ConfigError(f"architecture {config.architecture!r} is unknown; known: {', '.join(FAMILIES)}")
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-            self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+            self.layers = nn.ModuleList(family.make_layers(config))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
-        self.rotary = RotaryEmbedding(config)
         self.to(dtype)
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
@@ -89,6 +78,16 @@ class DecoderModel(nn.Module):
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return self.config.num_layers
+
+    @property
+    def attention_specs(self) -> list[AttentionSpec]:
+        """What each layer's attention is."""
+        return [cast(Layer, layer).spec for layer in self.layers]
+
+    @property
+    def page_groups(self) -> list[PageGroup]:
+        """Which layers share pages."""
+        return group_layers([spec.window for spec in self.attention_specs])
 
     @property
     def num_heads(self) -> int:
@@ -150,25 +149,39 @@ class DecoderModel(nn.Module):
         end = start + token_ids.shape[1]
         if end > self.max_seq_len:
             raise CapacityError(f"{end} tokens exceed the model's max_seq_len={self.max_seq_len}")
-        context = DenseContext([self.config.layer_window(i) for i in range(self.num_layers)], caches)
         positions = torch.arange(start, end, device=self.device)
-        return self.logits(self.hidden_states(token_ids, positions, context))
+        return self.logits(self.hidden_states(token_ids, positions, DenseContext(caches)))
+
+    def run(self, operations: Operations[Any]) -> torch.Tensor:
+        """State a forward pass in operations; gives the final hidden states of the tokens that are asked for."""
+        operations.embed(self.embed_tokens)
+        for layer in self.layers:
+            layer(operations)
+        return operations.norm(self.norm)
 
     def hidden_states(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, context: AttentionContext
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        context: AttentionContext,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Final hidden states, (…, hidden_size), of `token_ids` (…) at `positions`, which broadcasts to them."""
-        rotary = self.rotary(positions)
-        x: torch.Tensor = self.embed_tokens(token_ids)
-        for layer in self.layers:
-            x = layer(x, rotary, context)
-        normed: torch.Tensor = self.norm(x)
-        return normed
+        """Final hidden states, (…, hidden_size), of `token_ids` (…) at `positions`, which broadcasts to them.
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (…, hidden_size) → logits (…, vocab_size)."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        Args:
+            kept: (kept,) indices into (tokens,) token ids: the hidden states of those alone are given. None for all.
+        """
+        return self.run(TorchOperations(token_ids, positions, context, kept=kept, last_layer=self.num_layers - 1))
+
+    def logits(
+        self, hidden: torch.Tensor, product: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Hidden states (…, hidden_size) → logits (…, vocab_size).
+
+        Args:
+            product: multiplies rows with a module's weight; None for PyTorch's.
+        """
+        return (product or _product)(hidden, self.embed_tokens if self.lm_head is None else self.lm_head)
 
     def make_kv_caches(self, max_batch_size: int, max_seq_len: int | None = None) -> list[KVCache]:
         """Caches that fit this model, each layer with its own sliding window, so that windowed ones stay O(window)."""
@@ -176,13 +189,13 @@ class DecoderModel(nn.Module):
             KVCache(
                 max_batch_size,
                 max_seq_len or self.max_seq_len,
-                self.num_kv_heads,
-                self.config.head_size,
+                spec.num_kv_heads,
+                spec.head_dim,
                 self.device,
                 self.dtype,
-                self.config.layer_window(layer),
+                spec.window,
             )
-            for layer in range(self.num_layers)
+            for spec in self.attention_specs
         ]
 
     def merge_lora(self) -> Self:
@@ -204,3 +217,7 @@ class DecoderModel(nn.Module):
         ):
             raise ValueError(f"input_ids holds an id outside the vocabulary of {self.config.vocab_size} tokens")
         return token_ids.long()
+
+
+def _product(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    return F.linear(hidden, module.get_parameter("weight"))

@@ -1,45 +1,8 @@
-"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) as PEFT saves them, on the fused products of `DecoderModel`."""
-
-from __future__ import annotations
-
-import math
-import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) on the products of a model."""
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
-
-from llm.errors import CheckpointError, ConfigError
-from llm.models.registry import read_json
-from llm.models.weight_map import Destination, destinations
-
-if TYPE_CHECKING:
-    from llm.models.decoder import DecoderModel
-
-Number = TypeVar("Number", int, float)
-
-_TENSOR_NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
-_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-# Settings of PEFT that change what an adapter computes, and what each must be.
-_UNSUPPORTED = (
-    "use_dora",
-    "modules_to_save",
-    "lora_bias",
-    "fan_in_fan_out",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-)
-_INITS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "loftq", "corda")
 
 
 class LoRALinear(nn.Linear):
@@ -83,145 +46,14 @@ class LoRALinear(nn.Linear):
         return plain
 
 
-def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
-    """Put a PEFT adapter on `model`; with several, their effects add up. The weights stay as they are.
-
-    Raises:
-        ConfigError: adapter_config.json asks for something that is not supported; nothing is changed.
-        CheckpointError: the weights are missing, damaged, or do not fit the model; nothing is changed.
-    """
-    directory = Path(adapter_dir)
-    config_path = directory / "adapter_config.json"
-    config = _Config.read(config_path)
-    path = directory / "adapter_model.safetensors"
-    places = destinations(model.config)
-    adapters = [_fit(model, places, config, path, module, factors) for module, factors in _read_factors(path).items()]
-    for factor_a, factor_b, place, scaling in adapters:
-        layer = model.get_submodule(place.module)
-        if not isinstance(layer, LoRALinear):
-            assert isinstance(layer, nn.Linear), "adapters go on linear layers"
-            layer = LoRALinear(layer)
-            _replace(model, place.module, layer)
-        layer.add(factor_a, factor_b, place.rows, scaling)
-
-
 def merge_lora(model: nn.Module) -> None:
     """Fold every adapter of `model` into the weights, so that it costs nothing. Does nothing the second time."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            _replace(model, name, layer.merged())
+            replace_module(model, name, layer.merged())
 
 
-@dataclass(frozen=True, slots=True)
-class _Config:
-    """What adapter_config.json says about scaling."""
-
-    rank: int
-    alpha: float
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    is_rank_stabilized: bool
-
-    @classmethod
-    def read(cls, path: Path) -> _Config:
-        config = read_json(path)
-        _refuse_unsupported(config, path)
-        try:
-            return cls(
-                rank=int(config["r"]),
-                alpha=float(config["lora_alpha"]),
-                rank_pattern=dict(config.get("rank_pattern") or {}),
-                alpha_pattern=dict(config.get("alpha_pattern") or {}),
-                is_rank_stabilized=bool(config.get("use_rslora")),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{path}: r and lora_alpha must be numbers ({error!r}); save the adapter again"
-            ) from error
-
-    def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern, module, self.rank)
-
-    def scaling_of(self, module: str) -> float:
-        """`alpha / r`, or `alpha / √r` (rank-stabilized, Kalajdzievski 2023, arXiv:2312.03732)."""
-        rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (
-            math.sqrt(rank) if self.is_rank_stabilized else rank
-        )
-
-
-def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Number:
-    """The value of the first pattern that the module's name ends with, as PEFT matches them."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ConfigError(f"{path}: peft_type {kind!r} is not supported; only LORA is")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise ConfigError(f"{path}: {key} is not supported; train the adapter without it or merge it with PEFT")
-    if config.get("bias", "none") != "none":
-        raise ConfigError(f"{path}: bias {config['bias']!r} is not supported; only 'none' is")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_MODEL):
-        raise ConfigError(
-            f"{path}: adapters initialised with {init!r} also change the model's weights; "
-            "save it with PEFT's path_initial_model_for_weight_conversion"
-        )
-
-
-def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The factors A and B by module."""
-    if not path.exists() and path.with_suffix(".bin").exists():
-        raise CheckpointError(f"{path.with_suffix('.bin')} is a pickle and is not read; save it as safetensors")
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
-                match = _TENSOR_NAME.fullmatch(name)
-                if match is None:
-                    raise CheckpointError(f"{path} holds {name}, which is no LoRA factor of a linear layer")
-                factors.setdefault(match["module"], {})[match["part"]] = file.get_tensor(name)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; is {path.parent} a PEFT adapter?") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); save the adapter again") from error
-    if not factors:
-        raise CheckpointError(f"{path} holds no LoRA factors; save the adapter again")
-    return factors
-
-
-def _fit(
-    model: DecoderModel,
-    places: dict[str, Destination],
-    config: _Config,
-    path: Path,
-    module: str,
-    factors: dict[str, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, Destination, float]:
-    """Check one adapter against the module it is for: A, B, the place, the scaling."""
-    place = places.get(module)
-    if place is None or module.rpartition(".")[2] not in _PROJECTIONS:
-        raise CheckpointError(
-            f"{path}: an adapter on {module} is not supported for this model; "
-            f"supported: {', '.join(sorted(_PROJECTIONS))}"
-        )
-    if factors.keys() != {"A", "B"}:
-        raise CheckpointError(f"{path}: {module} has only one of lora_A and lora_B; save the adapter again")
-    weight = model.get_submodule(place.module).get_parameter("weight")
-    rank = config.rank_of(module)
-    wanted = ((rank, weight.shape[1]), (weight[place.rows].shape[0], rank))
-    found = (tuple(factors["A"].shape), tuple(factors["B"].shape))
-    if found != wanted:
-        raise CheckpointError(
-            f"{path}: {module} has lora_A and lora_B of shapes {found[0]} and {found[1]}, the model asks for "
-            f"{wanted[0]} and {wanted[1]}; was the adapter trained on this model?"
-        )
-    return factors["A"], factors["B"], place, config.scaling_of(module)
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` where `model` has the module of this dotted name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)

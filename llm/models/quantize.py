@@ -1,4 +1,4 @@
-"""A `DecoderModel`'s weights in 8 bits, for the fused forward pass."""
+"""A `DecoderModel`'s weights in 8 bits, for `KernelOperations`."""
 
 from typing import cast
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from llm.kernels.quantization import FP8, quantize_weight
-from llm.models.decoder import DecoderLayer, DecoderModel
+from llm.models.decoder import DecoderModel
 
 _MULTIPLE = 16
 """Sizes that 8-bit products of many rows take are multiples of this (`torch._scaled_mm`)."""
@@ -18,20 +18,19 @@ def quantize_weights(model: DecoderModel) -> None:
 
     Embeddings, norms, biases and the output head keep their format, and so do projections with a size that is not a
     multiple of 16. One weight at a time, so that memory never holds more than one of them in both formats. After this
-    only `FusedDecoder` can run the model.
+    only `KernelOperations` can run the model.
     """
-    for layer in model.layers:
-        for projection in _projections(cast(DecoderLayer, layer)):
-            if projection.weight.dtype == FP8 or any(size % _MULTIPLE for size in projection.weight.shape):
-                continue
-            weight, scales = quantize_weight(projection.weight)
-            projection.weight = nn.Parameter(weight, requires_grad=False)
-            projection.register_buffer("weight_scales", scales, persistent=False)
+    for projection in _projections(model):
+        if projection.weight.dtype == FP8 or any(size % _MULTIPLE for size in projection.weight.shape):
+            continue
+        weight, scales = quantize_weight(projection.weight)
+        projection.weight = nn.Parameter(weight, requires_grad=False)
+        projection.register_buffer("weight_scales", scales, persistent=False)
 
 
 def is_quantized(model: DecoderModel) -> bool:
     """Whether `quantize_weights` has changed the model."""
-    return any(p.weight.dtype == FP8 for layer in model.layers for p in _projections(cast(DecoderLayer, layer)))
+    return any(projection.weight.dtype == FP8 for projection in _projections(model))
 
 
 def weight_scales(projection: nn.Linear) -> torch.Tensor | None:
@@ -39,5 +38,5 @@ def weight_scales(projection: nn.Linear) -> torch.Tensor | None:
     return cast(torch.Tensor, projection.weight_scales) if projection.weight.dtype == FP8 else None
 
 
-def _projections(layer: DecoderLayer) -> tuple[nn.Linear, ...]:
-    return layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
+def _projections(model: DecoderModel) -> list[nn.Linear]:
+    return [module for module in model.layers.modules() if isinstance(module, nn.Linear)]

@@ -1,6 +1,6 @@
 """What a config.json says of rotary position embeddings, and what of it is understood."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm.config import RopeScaling, RopeScalingType
 from llm.errors import ConfigError
@@ -10,8 +10,27 @@ _KNOWN_UNSCALED = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "
 _KNOWN_SCALED = {*_KNOWN_UNSCALED, *RopeScaling.model_fields, "finetuned"}
 
 
-def read_rope(config: ReadKeys) -> tuple[float, RopeScaling | None, int]:
-    """RoPE base, scaling, and the context length that scaling gives, from either generation of config.json.
+class RopeKeys(NamedTuple):
+    """What config.json says of rotary position embeddings.
+
+    Attributes:
+        theta: base of the angles.
+        scaling: None for none.
+        context_len: tokens, as the scaling stretches them.
+        partial_factor: share of each head that turns.
+    """
+
+    theta: float
+    scaling: RopeScaling | None
+    context_len: int
+    partial_factor: float
+
+
+def read_rope(config: ReadKeys, *, can_be_partial: bool = False) -> RopeKeys:
+    """RoPE's parameters and the context length, from either generation of config.json.
+
+    Args:
+        can_be_partial: whether the family can turn a part of each head alone.
 
     Raises:
         ConfigError: it is a kind that is not supported, or not the same for all layers.
@@ -21,8 +40,8 @@ def read_rope(config: ReadKeys) -> tuple[float, RopeScaling | None, int]:
     top_level = {key: config.get(key, default) for key, default in (("rope_theta", 1e4), ("partial_rotary_factor", 1))}
     theta = found.get("rope_theta", top_level["rope_theta"])
     trained_len: int = config["max_position_embeddings"]
-    partial = found.get("partial_rotary_factor", top_level["partial_rotary_factor"])
-    if partial not in (None, 1):
+    partial = found.get("partial_rotary_factor", top_level["partial_rotary_factor"]) or 1
+    if partial != 1 and not can_be_partial:
         raise ConfigError(f"'partial_rotary_factor' is {shown(partial)}; only 1 is supported")
     kind = found.get("rope_type", found.get("type", "default"))
     if kind != "default" and kind not in set(RopeScalingType):
@@ -33,19 +52,24 @@ def read_rope(config: ReadKeys) -> tuple[float, RopeScaling | None, int]:
         if key not in known and value not in (None, 1):
             raise ConfigError(f"{key!r} ({shown(value)}) means nothing to RoPE of type {kind!r}; correct or remove it")
     if kind == "default":
-        return theta, None, trained_len
+        return RopeKeys(theta, None, trained_len, partial)
     fields = {key: found[key] for key in RopeScaling.model_fields if found.get(key) is not None}
     fields |= {"rope_type": kind}
     fields.setdefault("original_max_position_embeddings", trained_len)
     scaling = RopeScaling(**fields)
+    return RopeKeys(theta, scaling, _stretched(trained_len, scaling), partial)
+
+
+def _stretched(trained_len: int, scaling: RopeScaling) -> int:
+    """Context length in tokens."""
     match scaling.rope_type:
         case RopeScalingType.LINEAR:
-            return theta, scaling, int(trained_len * scaling.factor)
+            return int(trained_len * scaling.factor)
         case RopeScalingType.YARN:
             original_len = scaling.original_max_position_embeddings or trained_len
-            return theta, scaling, max(trained_len, int(original_len * scaling.factor))
+            return max(trained_len, int(original_len * scaling.factor))
         case RopeScalingType.LLAMA3:
-            return theta, scaling, trained_len
+            return trained_len
 
 
 def _rope_set(config: ReadKeys) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """`PageManager`: how many pages a sequence needs, which of them exist already, and when it gives them back."""
 
 import sys
+from bisect import bisect_right
+from collections.abc import Sequence as SequenceOf
 
 from llm.scheduling.sequence import Sequence
-from llm.scheduling.slot_pool import SlotPool
+from llm.scheduling.slot_pool import GROUP_BITS, SlotPool
 
 _HASHES_PER_STEP = 768
 """Pages that the lookups of one step hash at most, about a millisecond's work: longer prompts take several steps."""
@@ -13,24 +15,30 @@ _NEVER = sys.maxsize
 
 
 class PageManager:
-    """Takes pages for sequences and gives them back, by what their tokens and the attention window need.
+    """Takes pages for sequences and gives them back, by what their tokens and the attention windows need.
+
+    Layers form groups (`llm.core.page_groups`), and a sequence has a list of pages for each, all equally long: a page
+    at the same place of each list holds the same tokens. They are taken for all groups or for none.
 
     It writes the `pages` and the `num_…_pages` of sequences, and the slot pool; nobody else does.
 
     Args:
-        pool: the pages to hand out.
-        window_size: number of tokens that each token attends to, itself included; pages wholly behind the window go
-            back to the pool. None where every token attends to all before it.
+        pool: the pages to hand out, which any group may take.
+        windows: for each group the number of tokens that each token attends to, itself included; pages wholly behind it
+            go back to the pool. None where every token attends to all before it. Such groups come first.
         max_tokens_per_step: token budget of a step.
         enable_prefix_caching: share full pages between sequences that begin alike.
     """
 
     def __init__(
-        self, pool: SlotPool, *, window_size: int | None, max_tokens_per_step: int, enable_prefix_caching: bool
+        self, pool: SlotPool, *, windows: SequenceOf[int | None], max_tokens_per_step: int, enable_prefix_caching: bool
     ) -> None:
         self.pool = pool
-        self.window_size = window_size
         self.enable_prefix_caching = enable_prefix_caching
+        self._windows = list(enumerate(windows))
+        self._num_groups = len(self._windows)
+        self._num_whole = sum(window is None for window in windows)
+        """Groups whose tokens attend to all before them."""
         self._max_tokens_per_step = max_tokens_per_step
         self._num_hashes_left = _HASHES_PER_STEP
 
@@ -43,63 +51,42 @@ class PageManager:
 
         With plans in flight it may hold the tokens of these too, where the pool has room.
         """
-        if self.window_size is not None:
-            num_tokens = min(num_tokens, self.window_size + self._max_tokens_per_step + self.pool.page_size)
-        return self.pool.pages_for(num_tokens)
+        return sum(self._num_needed_by(window, num_tokens) for _, window in self._windows)
+
+    def most_tokens(self, max_tokens: int) -> int:
+        """Tokens of the longest sequence that the pool holds if it runs alone, at most `max_tokens`; 0 for none."""
+        if self.num_needed(max_tokens) <= self.pool.num_pages:
+            return max_tokens
+        page_size = self.pool.page_size
+        ends = range(page_size, max_tokens + page_size, page_size)
+        return min(page_size * bisect_right(ends, self.pool.num_pages, key=self.num_needed), max_tokens)
 
     def num_owed(self, sequence: Sequence) -> int:
         """Pages that a running sequence will still take for tokens it has already."""
-        num_held = len(sequence.pages) - sequence.num_dropped_pages
-        return max(self.num_needed(sequence.num_tokens) - num_held, 0)
+        num_tokens = sequence.num_tokens
+        return sum(
+            max(self._num_needed_by(window, num_tokens) - len(pages) + num_dropped, 0)
+            for (_, window), pages, num_dropped in zip(
+                self._windows, sequence.pages, sequence.num_dropped_pages, strict=True
+            )
+        )
 
-    def find_prefix(self, sequence: Sequence) -> list[int] | None:
+    def find_prefix(self, sequence: Sequence) -> list[list[int]] | None:
         """Pages that hold a waiting sequence's first tokens already; never its last token, which must run to draw.
 
-        None where it takes more hashing to know than this step may still do; a later step goes on from there.
+        Returns:
+            A list for each group, all equally long, with the scratch page for what fell behind a window. None where it
+            takes more hashing to know than this step may still do; a later step goes on from there.
         """
         if not self.enable_prefix_caching or sequence.needs_whole_prompt:
-            return []
+            return [[] for _ in self._windows]
         num_tokens = len(sequence.tokens) - 1
-        num_full = num_tokens // self.pool.page_size
-        known = sequence.hashes.known
-        if self.window_size is not None:
-            return self._find_last_window(sequence, num_full)
-        pages: list[int] = []
-        while len(pages) < num_full:
-            if self._num_hashes_left <= 0:
-                return None
-            if len(pages) == len(known):
-                num_new = min(max(len(known), 1), self._num_hashes_left, num_full - len(known))
-                self._num_hashes_left -= num_new
-                sequence.hashes.extend(sequence.tokens, num_tokens, num_new)
-            pages += self.pool.find_prefix(known[len(pages) : num_full])
-            if len(pages) < min(len(known), num_full):
-                break
-        self._num_hashes_left -= len(pages) // _PAGES_PER_HASH
-        return pages
+        found = self._find_whole(sequence, num_tokens) if self._num_whole else self._hash_all(sequence, num_tokens)
+        if found is None or self._num_whole == self._num_groups:
+            return found
+        return self._find_windows(sequence.hashes.known, found)
 
-    def _find_last_window(self, sequence: Sequence, num_full: int) -> list[int] | None:
-        """The longest prefix whose last pages, all that a window reaches, are there; others may have been given up."""
-        known = sequence.hashes.known
-        if len(known) < num_full:
-            num_new = min(num_full - len(known), self._num_hashes_left)
-            self._num_hashes_left -= num_new
-            sequence.hashes.extend(sequence.tokens, len(sequence.tokens) - 1, num_new)
-            if len(known) < num_full:
-                return None
-        found = self.pool.find_each(known[:num_full])
-        self._num_hashes_left -= num_full // _PAGES_PER_HASH
-        first = num_pages = 0  # of the pages that are there without a gap
-        for end, page in enumerate(found, 1):
-            if page is None:
-                first = end
-            elif first <= self._num_behind_window(end * self.pool.page_size):
-                num_pages = end
-        num_behind = self._num_behind_window(num_pages * self.pool.page_size)
-        scratch = self.pool.scratch_page
-        return [scratch if page is None or i < num_behind else page for i, page in enumerate(found[:num_pages])]
-
-    def admit(self, sequence: Sequence, prefix: list[int], num_available: int) -> int | None:
+    def admit(self, sequence: Sequence, prefix: list[list[int]], num_available: int) -> int | None:
         """Give a waiting sequence the pages of its cached prefix, if the pool can hold all of its tokens.
 
         Args:
@@ -110,21 +97,25 @@ class PageManager:
         Returns:
             How many of these pages the sequence counts on; None if they are too few, and then nothing has changed.
         """
-        num_behind = self._num_behind_window(len(prefix) * self.pool.page_size)
-        shared = prefix[num_behind:]
-        num_new = max(self.num_needed(len(sequence.tokens)) - len(shared), 0) + self.pool.count_cached(shared)
+        num_found, num_new = len(prefix[0]), 0
+        behind = [self._num_behind(window, num_found * self.pool.page_size) for _, window in self._windows]
+        for (_, window), pages, num_behind in zip(self._windows, prefix, behind, strict=True):
+            shared = pages[num_behind:]
+            num_new += max(self._num_needed_by(window, len(sequence.tokens)) - len(shared), 0)
+            num_new += self.pool.count_cached(shared)
         if num_new > num_available:
             return None
-        self.pool.share(shared)
-        sequence.pages = [self.pool.scratch_page] * num_behind + shared
-        sequence.num_dropped_pages = num_behind
-        sequence.num_registered_pages = len(prefix)
+        for pages, num_behind in zip(prefix, behind, strict=True):
+            self.pool.share(pages[num_behind:])
+        sequence.pages = [list(pages) for pages in prefix]
+        sequence.num_dropped_pages = behind
+        sequence.num_registered_pages = num_found
         sequence.keep_at = 0
         return num_new
 
     def room(self, sequence: Sequence) -> int:
         """Tokens behind its computed ones that the pages of a sequence have room for."""
-        return len(sequence.pages) * self.pool.page_size - sequence.num_computed
+        return sequence.num_pages * self.pool.page_size - sequence.num_computed
 
     def extend(self, sequence: Sequence, num_tokens: int, *, num_spared: int = 0) -> bool:
         """Take the pages that the next tokens of a running sequence lack; False, and none taken, if there are too few.
@@ -134,19 +125,23 @@ class PageManager:
             num_tokens: tokens behind its computed ones.
             num_spared: pages of the pool that must stay available.
         """
-        num_pages = self.pool.pages_for(sequence.num_computed + num_tokens) - len(sequence.pages)
+        num_pages = self.pool.pages_for(sequence.num_computed + num_tokens) - sequence.num_pages
         if num_pages > 0:
-            if num_pages > self.pool.num_available - num_spared:
+            if num_pages * self._num_groups > self.pool.num_available - num_spared:
                 return False
-            sequence.pages += self.pool.allocate(num_pages)
+            for pages in sequence.pages:
+                pages += self.pool.allocate(num_pages)
         return True
 
     def will_drop(self, sequence: Sequence) -> bool:
-        """Whether plans in flight will give back pages of this sequence that fall behind the window."""
-        return self._num_behind_window(sequence.num_computed) > sequence.num_dropped_pages
+        """Whether plans in flight will give back pages of this sequence that fall behind a window."""
+        return any(
+            self._num_behind(window, sequence.num_computed) > sequence.num_dropped_pages[group]
+            for group, window in self._windows[self._num_whole :]
+        )
 
     def keep(self, sequence: Sequence, num_tokens: int) -> None:
-        """Now that the first `num_tokens` are stored: make full pages findable, and give back those behind the window.
+        """Now that the first `num_tokens` are stored: make full pages findable, and give back those behind the windows.
 
         Later plans in flight attend from position `num_tokens` on, so they do not look at pages given back here. Sets
         `sequence.keep_at`: with fewer tokens than that there is nothing to do.
@@ -157,31 +152,100 @@ class PageManager:
             num_full = num_tokens // page_size
             if num_full > sequence.num_registered_pages:
                 hashes = sequence.hashes.extend(sequence.tokens, num_tokens)
-                for index in range(sequence.num_registered_pages, num_full):
-                    self.pool.register(sequence.pages[index], hashes[index])
+                for group, _ in self._windows:
+                    pages, bits = sequence.pages[group], group << GROUP_BITS
+                    for index in range(sequence.num_registered_pages, num_full):
+                        self.pool.register(pages[index], hashes[index] | bits)
                 sequence.num_registered_pages = num_full
             sequence.keep_at = (sequence.num_registered_pages + 1) * page_size
-        if self.window_size is not None:
-            self._drop_behind_window(sequence, num_tokens)
-            next_drop = (sequence.num_dropped_pages + 1) * page_size + self.window_size - 1
+        for group, window in self._windows[self._num_whole :]:
+            assert window is not None, "those without come first"
+            self._drop_behind(sequence, group, self._num_behind(window, num_tokens))
+            next_drop = (sequence.num_dropped_pages[group] + 1) * page_size + window - 1
             sequence.keep_at = min(sequence.keep_at, next_drop)
 
     def release(self, sequence: Sequence) -> None:
         """Give back all pages of a sequence."""
-        self.pool.release(sequence.pages[sequence.num_dropped_pages :])
-        sequence.pages = []
-        sequence.num_dropped_pages = sequence.num_registered_pages = 0
+        for pages, num_dropped in zip(sequence.pages, sequence.num_dropped_pages, strict=True):
+            self.pool.release(pages[num_dropped:])
+        sequence.pages, sequence.num_dropped_pages = [], []
+        sequence.num_registered_pages = 0
 
-    def _drop_behind_window(self, sequence: Sequence, num_tokens: int) -> None:
-        num_behind = self._num_behind_window(num_tokens)
-        if num_behind > sequence.num_dropped_pages:
-            behind = slice(sequence.num_dropped_pages, num_behind)
-            self.pool.release(sequence.pages[behind])
-            sequence.pages[behind] = [self.pool.scratch_page] * (num_behind - sequence.num_dropped_pages)
-            sequence.num_dropped_pages = num_behind
+    def forget(self, sequence: Sequence) -> None:
+        """Have nobody find the content of a sequence's pages any more."""
+        for pages in sequence.pages:
+            self.pool.forget(pages)
 
-    def _num_behind_window(self, num_computed: int) -> int:
+    def _find_whole(self, sequence: Sequence, num_tokens: int) -> list[list[int]] | None:
+        """The longest prefix that all groups without a window hold: their pages, of as many as there are groups."""
+        num_full = num_tokens // self.pool.page_size
+        known = sequence.hashes.known
+        found: list[list[int]] = [[] for _ in range(self._num_whole)]
+        while len(found[0]) < num_full:
+            if self._num_hashes_left <= 0:
+                return None
+            num_pages = len(found[0])
+            if num_pages == len(known):
+                num_new = min(max(len(known), 1), self._num_hashes_left, num_full - len(known))
+                self._num_hashes_left -= num_new
+                sequence.hashes.extend(sequence.tokens, num_tokens, num_new)
+            for group, pages in enumerate(found):
+                pages += self.pool.find_prefix(self._names(known[num_pages:num_full], group))
+            num_pages = min(map(len, found))
+            found = [pages[:num_pages] for pages in found]
+            if num_pages < min(len(known), num_full):
+                break
+        self._num_hashes_left -= self._num_whole * len(found[0]) // _PAGES_PER_HASH
+        return found
+
+    def _hash_all(self, sequence: Sequence, num_tokens: int) -> list[list[int]] | None:
+        """Hash the whole prompt, for where every group has a window its first pages may be gone: no pages yet."""
+        num_new = min(num_tokens // self.pool.page_size - len(sequence.hashes.known), self._num_hashes_left)
+        if num_new > 0:
+            self._num_hashes_left -= num_new
+            sequence.hashes.extend(sequence.tokens, num_tokens, num_new)
+        return [] if len(sequence.hashes.known) >= num_tokens // self.pool.page_size else None
+
+    def _find_windows(self, known: list[int], whole: list[list[int]]) -> list[list[int]]:
+        """The longest prefix of which groups with a window hold the last pages too: all that the window reaches."""
+        page_size, scratch = self.pool.page_size, self.pool.scratch_page
+        num_pages = len(whole[0]) if whole else len(known)
+        found = [self.pool.find_each(self._names(known[:num_pages], group)) for group, _ in self._windows[len(whole) :]]
+        windows = [window for _, window in self._windows[len(whole) :]]
+        self._num_hashes_left -= len(found) * num_pages // _PAGES_PER_HASH
+        firsts, best = [0] * len(found), 0  # of the pages that are there without a gap
+        for end in range(1, num_pages + 1):
+            for i, pages in enumerate(found):
+                if pages[end - 1] is None:
+                    firsts[i] = end
+            if all(
+                first <= self._num_behind(window, end * page_size) and first < end
+                for first, window in zip(firsts, windows, strict=True)
+            ):
+                best = end
+        prefix = [pages[:best] for pages in whole]
+        for window, pages in zip(windows, found, strict=True):
+            num_behind = self._num_behind(window, best * page_size)
+            prefix.append([scratch if page is None or i < num_behind else page for i, page in enumerate(pages[:best])])
+        return prefix
+
+    def _names(self, hashes: list[int], group: int) -> list[int]:
+        """What pages of a group are registered as in the pool."""
+        return [content | group << GROUP_BITS for content in hashes] if group else hashes
+
+    def _num_needed_by(self, window: int | None, num_tokens: int) -> int:
+        if window is not None:
+            num_tokens = min(num_tokens, window + self._max_tokens_per_step + self.pool.page_size)
+        return self.pool.pages_for(num_tokens)
+
+    def _drop_behind(self, sequence: Sequence, group: int, num_behind: int) -> None:
+        """Give back a group's first pages, as far as that has not been done."""
+        num_dropped, pages = sequence.num_dropped_pages[group], sequence.pages[group]
+        if num_behind > num_dropped:
+            self.pool.release(pages[num_dropped:num_behind])
+            pages[num_dropped:num_behind] = [self.pool.scratch_page] * (num_behind - num_dropped)
+            sequence.num_dropped_pages[group] = num_behind
+
+    def _num_behind(self, window: int | None, num_computed: int) -> int:
         """Leading pages that no token from position `num_computed` on attends to."""
-        if self.window_size is None:
-            return 0
-        return max(num_computed - self.window_size + 1, 0) // self.pool.page_size
+        return 0 if window is None else max(num_computed - window + 1, 0) // self.pool.page_size

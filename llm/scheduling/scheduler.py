@@ -57,7 +57,7 @@ class Scheduler:
         max_tokens_per_step: token budget of a step.
         max_prefill_beside_decodes: prefill tokens for each newcomer beside decodes, unless it is a crowd; None for all.
         max_seq_len: tokens at which a sequence ends.
-        window_size: tokens behind which no layer looks; pages wholly behind go back to the pool. None for no window.
+        windows: of the groups of layers, see `PageManager`.
         enable_prefix_caching: share full pages between sequences that begin alike.
         num_speculative_tokens: most guesses a sequence and step; 0 for no speculation.
         max_draws_per_step: draws that the runner has room for, at least `max_batch_size`; None for any number.
@@ -71,7 +71,7 @@ class Scheduler:
         max_tokens_per_step: int,
         max_seq_len: int,
         max_prefill_beside_decodes: int | None = None,
-        window_size: int | None = None,
+        windows: SequenceOf[int | None] = (None,),
         enable_prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
         max_draws_per_step: int | None = None,
@@ -81,10 +81,10 @@ class Scheduler:
         self.max_tokens_per_step = max_tokens_per_step
         self.max_prefill_beside_decodes = max_prefill_beside_decodes or max_tokens_per_step
         self.max_seq_len = max_seq_len
-        self.window_size = window_size
+        self.windows = tuple(windows)
         self.num_preemptions = 0
         self._pages = PageManager(
-            pool, window_size=window_size, max_tokens_per_step=max_tokens_per_step,
+            pool, windows=windows, max_tokens_per_step=max_tokens_per_step,
             enable_prefix_caching=enable_prefix_caching,
         )  # fmt: skip
         self._speculation = Speculation(
@@ -136,9 +136,7 @@ class Scheduler:
         Raises:
             CapacityError: the pool could not hold its tokens and one more even if it ran alone. Nothing is queued.
         """
-        max_tokens = min(sequence.max_tokens, self.max_seq_len)
-        if self.pages_needed(max_tokens) > self.pool.num_pages:
-            max_tokens = self.pool.num_pages * self.pool.page_size
+        max_tokens = self.most_tokens(min(sequence.max_tokens, self.max_seq_len))
         if self.pages_needed(len(sequence.tokens) + 1) > self.pool.num_pages:
             raise CapacityError(
                 f"the sequence has {len(sequence.tokens)} tokens; the pool holds {max_tokens}, and one is generated"
@@ -215,7 +213,7 @@ class Scheduler:
                 tokens = sequence.tokens
                 tokens.append(token_id)
                 if token_id < 0:  # nothing could be drawn: the keys and values may be spoiled
-                    self.pool.forget(sequence.pages)
+                    self._pages.forget(sequence)
                 reason = None
                 if token_id in sequence.end_ids or len(tokens) >= sequence.max_tokens:
                     reason = sequence.finish_reason()
@@ -241,6 +239,10 @@ class Scheduler:
         """Most pages a sequence of `num_tokens` must hold, see `PageManager.num_needed`."""
         return self._pages.num_needed(num_tokens)
 
+    def most_tokens(self, max_tokens: int) -> int:
+        """Tokens of the longest sequence that the pool holds, see `PageManager.most_tokens`."""
+        return self._pages.most_tokens(max_tokens)
+
     def check(self) -> None:
         """Assert the invariants of the pool, the rows and the queues."""
         self.pool.check()
@@ -265,7 +267,7 @@ class Scheduler:
             if num_in_flight and num_tokens >= sequence.max_tokens:  # the tokens in flight are its last
                 continue
             if sequence.status is not running or (
-                start >= len(sequence.pages) * page_size and not self._reserve(sequence, 1)
+                start >= len(sequence.pages[0]) * page_size and not self._reserve(sequence, 1)
             ):
                 continue
             row = sequence.row
@@ -334,7 +336,7 @@ class Scheduler:
         num_pages = None if prefix is None else self._pages.admit(sequence, prefix, num_available)
         if prefix is None or num_pages is None:
             return None
-        sequence.num_computed = len(prefix) * self.pool.page_size
+        sequence.num_computed = sequence.num_pages * self.pool.page_size
         sequence.note_admission(min(sequence.num_computed, sequence.num_prompt_tokens))
         sequence.status = SequenceStatus.RUNNING
         sequence.row = heappop(self._free_rows)

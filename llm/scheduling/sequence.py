@@ -47,9 +47,10 @@ class Sequence:
             probability, or will be by a step already scheduled; where the request wants those.
         num_preemptions: times it lost its pages; a step planned before the last one says nothing about `pages`.
         row: its place among the sequences that run, None while it does not.
-        pages: page ids in order of position; a page that fell behind the window is replaced by the scratch page.
-        num_dropped_pages: leading pages that fell behind the window.
-        num_registered_pages: leading pages whose content is registered in the pool.
+        pages: for each group of layers its page ids in order of position, as many as the others'; one that fell behind
+            the group's window is replaced by the scratch page. Empty while it does not run.
+        num_dropped_pages: for each group the leading pages that fell behind its window.
+        num_registered_pages: leading pages whose content is registered in the pool, of each group.
         keep_at: stored tokens with which there is something to do for `PageManager.keep`.
         lookup: guesses its next tokens, None where nobody does.
         is_speculating: whether a step in flight runs such guesses; until its draws are known nobody knows how many of
@@ -76,8 +77,8 @@ class Sequence:
         self.num_scored = 0
         self.num_preemptions = 0
         self.row: int | None = None
-        self.pages: list[int] = []
-        self.num_dropped_pages = 0
+        self.pages: list[list[int]] = []
+        self.num_dropped_pages: list[int] = []
         self.num_registered_pages = 0
         self.keep_at = 0
         self.lookup: PromptLookup | None = None
@@ -103,6 +104,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output so far, tokens in flight included."""
         return len(self.tokens) + self.num_in_flight
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of each group."""
+        return len(self.pages[0]) if self.pages else 0
 
     @property
     def num_uncomputed(self) -> int:

@@ -7,16 +7,24 @@ from typing import cast
 
 from llm.errors import CapacityError
 
+GROUP_BITS = 128
+"""Names of content are 128-bit hashes, with the index of the layers' group above them."""
+
 
 @dataclass(slots=True)
 class ContentChanges:
-    """What a pool's registered content gained and lost since somebody last looked."""
+    """What a pool's registered content gained and lost since somebody last looked, in the first group of layers.
+
+    What the other groups hold is left out: they hold the same tokens, and no prefix is found without the first.
+    """
 
     added: set[int] = field(default_factory=set)
     removed: set[int] = field(default_factory=set)
 
     def add(self, content: int) -> None:
         """It is registered now."""
+        if content >> GROUP_BITS:
+            return
         if content in self.removed:
             self.removed.remove(content)
         else:
@@ -24,6 +32,8 @@ class ContentChanges:
 
     def remove(self, content: int) -> None:
         """It has been given up."""
+        if content >> GROUP_BITS:
+            return
         if content in self.added:
             self.added.remove(content)
         else:
@@ -39,7 +49,7 @@ class SlotPool:
 
     Args:
         num_pages: pages in all; ids are 0 to `num_pages - 1`.
-        page_size: slots a page; a slot holds one token's keys and values in every layer.
+        page_size: slots a page; a slot holds one token's keys and values in every layer of one group.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -158,7 +168,9 @@ class SlotPool:
 
     def take_changes(self) -> ContentChanges:
         """What has been registered and given up since the last call; the first call gives everything registered."""
-        changes = ContentChanges(set(self.content)) if self._changes is None else self._changes
+        changes = self._changes
+        if changes is None:
+            changes = ContentChanges({content for content in self.content if not content >> GROUP_BITS})
         self._changes = ContentChanges()
         return changes
 

@@ -97,19 +97,21 @@ def fit_context_to_pool(scheduler: Scheduler) -> None:
     Raises:
         ConfigError: the pool does not even hold a window and a step.
     """
-    if scheduler.pages_needed(scheduler.max_seq_len) <= scheduler.pool.num_pages:
+    most_tokens, pool = scheduler.most_tokens(scheduler.max_seq_len), scheduler.pool
+    if most_tokens == scheduler.max_seq_len:
         return
-    num_slots = scheduler.pool.num_pages * scheduler.pool.page_size
-    if scheduler.window_size is not None and scheduler.max_seq_len > scheduler.window_size:
+    windows = [window for window in scheduler.windows if window is not None]
+    if not most_tokens or (len(windows) == len(scheduler.windows) and scheduler.max_seq_len > min(windows)):
         raise ConfigError(
-            f"a pool of {num_slots} slots is too small for a window of {scheduler.window_size} tokens and "
-            f"steps of {scheduler.max_tokens_per_step}; raise num_pages or lower max_tokens_per_step"
+            f"a pool of {pool.num_pages} pages of {pool.page_size} slots is too small for a window of "
+            f"{max(windows)} tokens and steps of {scheduler.max_tokens_per_step} in {len(scheduler.windows)} group(s) "
+            "of layers; raise num_pages or lower max_tokens_per_step"
         )
     logger.warning(
         "the pool's %d slots hold less than one sequence of max_seq_len=%d; context reduced to %d tokens",
-        num_slots, scheduler.max_seq_len, num_slots,
+        pool.num_pages * pool.page_size, scheduler.max_seq_len, most_tokens,
     )  # fmt: skip
-    scheduler.max_seq_len = num_slots
+    scheduler.max_seq_len = most_tokens
 
 
 def with_overrides(config: EngineConfig, max_batch_size: int | None, max_seq_len: int | None) -> EngineConfig:

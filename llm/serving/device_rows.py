@@ -23,22 +23,31 @@ class DeviceRows:
     Args:
         num_rows: rows that the scheduler gives out.
         max_pages: pages of the longest sequence.
+        num_groups: of layers with page tables of their own.
         scratch_page: page whose content nobody reads.
         vocab_size: columns of the logits.
         num_buffers: steps that may be in flight, plus one.
 
     Attributes:
-        page_tables: (rows, pages) int32.
+        page_tables: (groups, rows, pages) int32.
         last_token_ids: (rows,) int32, which the draw writes.
         sampling: what draws depend on.
         uploads: memory for what a step sends.
     """
 
     def __init__(
-        self, num_rows: int, max_pages: int, scratch_page: int, vocab_size: int, device: torch.device, num_buffers: int
+        self,
+        num_rows: int,
+        max_pages: int,
+        num_groups: int,
+        scratch_page: int,
+        vocab_size: int,
+        device: torch.device,
+        num_buffers: int,
     ) -> None:
         self.padding_row = num_rows
-        self.page_tables = torch.full((num_rows + 1, max_pages), scratch_page, dtype=torch.int32, device=device)
+        shape = num_groups, num_rows + 1, max_pages
+        self.page_tables = torch.full(shape, scratch_page, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         num_bytes = (num_rows + 1) * (ROW_FIELDS.itemsize + vocab_size // 8 + 8) + 8 * _MOST_NEW_TOKENS
         self.uploads = Uploads(device, num_bytes, num_buffers)
@@ -53,18 +62,19 @@ class DeviceRows:
         starts = []
         indices: list[int] = []
         pages: list[int] = []
-        table_len = self.page_tables.shape[1]
+        _, num_rows, table_len = self.page_tables.shape
         for part in parts:
             row, sequence = part.row, part.sequence
             if self._owners[row] is not sequence or self._num_preemptions[row] != part.num_preemptions:
                 self._owners[row], self._num_preemptions[row] = sequence, part.num_preemptions
                 self._num_pages[row] = 0
                 starts.append(_start(row, sequence))
-            num_pages = len(sequence.pages)
-            if num_pages > self._num_pages[row]:
-                first, num_known = row * table_len, self._num_pages[row]
-                indices += range(first + num_known, first + num_pages)
-                pages += sequence.pages[num_known:]
+            num_pages, num_known = sequence.num_pages, self._num_pages[row]
+            if num_pages > num_known:
+                for group, group_pages in enumerate(sequence.pages):
+                    first = (group * num_rows + row) * table_len
+                    indices += range(first + num_known, first + num_pages)
+                    pages += group_pages[num_known:]
                 self._num_pages[row] = num_pages
         if indices:
             index, value = self.uploads.send(np.array([indices, pages], dtype=np.int64))

@@ -9,12 +9,14 @@ from typing import Self
 import numpy as np
 import torch
 
+from llm.checkpoint.adapter import load_lora
+from llm.checkpoint.generation_defaults import load_generation_defaults
+from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.loading import Progress, load_decoder
+from llm.checkpoint.model_config import load_model_config
 from llm.config import EngineConfig
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.models.loading import Progress, load_decoder
-from llm.models.lora import load_lora
-from llm.models.registry import load_generation_defaults, load_model_config, resolve_model_path
 from llm.sampling.draw import NOTHING, Draw
 from llm.sampling.grammar import GrammarCompiler
 from llm.scheduling.scheduler import Scheduler, StepPlan, TokenEvent
@@ -93,7 +95,7 @@ class ContinuousBatchingEngine:
             max_tokens_per_step=config.token_budget(model.device.type),
             max_prefill_beside_decodes=config.prefill_beside_decodes(model.device.type),
             max_seq_len=context_len,
-            window_size=model.config.pool_window,
+            windows=[group.window for group in model.page_groups],
             enable_prefix_caching=config.enable_prefix_caching,
             num_speculative_tokens=config.num_speculative_tokens,
             max_draws_per_step=self.runner.max_draws_per_step,
@@ -171,8 +173,8 @@ class ContinuousBatchingEngine:
 
     @property
     def num_slots(self) -> int:
-        """Tokens whose keys and values the pool holds."""
-        return self.scheduler.pool.num_pages * self.scheduler.pool.page_size
+        """Tokens whose keys and values the pool holds in every layer; more where layers have windows."""
+        return self.scheduler.pool.num_pages // len(self.scheduler.windows) * self.scheduler.pool.page_size
 
     @property
     def attention_backend(self) -> str:
@@ -271,15 +273,19 @@ class ContinuousBatchingEngine:
 
     def stats(self) -> EngineStats:
         """State between two steps."""
-        pool = self.scheduler.pool
+        pool, num_groups = self.scheduler.pool, len(self.scheduler.windows)
+        # In pages of all groups of layers together; one that is used in part counts as used.
+        num_pages = pool.num_pages // num_groups
+        num_used = min(-(-pool.num_used // num_groups), num_pages)
+        num_cached = min(pool.num_cached // num_groups, num_pages - num_used)
         return EngineStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_waiting_tokens=self.scheduler.num_waiting_tokens,
-            num_free_pages=pool.num_free,
-            num_used_pages=pool.num_used,
-            num_cached_pages=pool.num_cached,
-            num_pages=pool.num_pages,
+            num_free_pages=num_pages - num_used - num_cached,
+            num_used_pages=num_used,
+            num_cached_pages=num_cached,
+            num_pages=num_pages,
             page_size=pool.page_size,
             num_preemptions=self.scheduler.num_preemptions,
             num_generated_tokens=self._num_generated_tokens,

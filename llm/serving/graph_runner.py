@@ -13,7 +13,7 @@ import torch
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.kernels.sampling import DrawnTokens, SamplingWorkspace, draw_tokens
 from llm.models.decoder import DecoderModel
-from llm.models.fused import FusedDecoder
+from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep
 from llm.sampling.constraint import Int32Array
 from llm.sampling.draw import Draw
 from llm.scheduling.sequence import StepPlan
@@ -109,7 +109,7 @@ class GraphRunner:
         max_seq_len: longest sequence in tokens.
         max_draws_per_row: tokens that a row may draw in one step, 1 plus its guesses. A step has room for so many of
             every row; that of rows which draw less may be used by others.
-        deterministic: see `FusedDecoder`.
+        deterministic: see `KernelWorkspace`.
     """
 
     attention_backend = "triton"
@@ -138,16 +138,17 @@ class GraphRunner:
         self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
         max_pages = -(-max_seq_len // kv_cache.page_size)
         self._rows = DeviceRows(
-            max_rows, max_pages, kv_cache.scratch_page, model.config.vocab_size, device, _NUM_BUFFERS
-        )
+            max_rows, max_pages, kv_cache.num_groups, kv_cache.scratch_page, model.config.vocab_size, device,
+            _NUM_BUFFERS,
+        )  # fmt: skip
         most_tokens, most_rows, most_draws = self._token_sizes[-1], self._row_sizes[-1], self._draw_sizes[-1]
         sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), most_tokens)
         sizes |= dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), most_rows)
         sizes |= dict.fromkeys(("draw_rows", "draw_positions"), most_draws)
         most_kept = sizes["kept_tokens"] = max(most_draws, most_tokens)
         self._inputs = StepInputs(sizes, device, _NUM_BUFFERS)
-        self._decoder = FusedDecoder(
-            model, kv_cache, self._rows.page_tables, self._rows.last_token_ids,
+        self._workspace = KernelWorkspace(
+            model.attention_specs, kv_cache, self._rows.page_tables, self._rows.last_token_ids, model.dtype,
             max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic,
         )  # fmt: skip
         self._hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)
@@ -155,7 +156,7 @@ class GraphRunner:
         self._vectors = VectorRows(max_rows + 1, model.hidden_size, device, self._rows.uploads, _NUM_BUFFERS)
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
         self._prompt_scores = PromptScores(
-            most_tokens, min(MAX_SCORED_AT_ONCE, most_draws), self._decoder.logits, self._rows.sampling.tensors,
+            most_tokens, min(MAX_SCORED_AT_ONCE, most_draws), self._logits, self._rows.sampling.tensors,
             self._sampling_workspace.logprobs, self._rows.uploads, _NUM_BUFFERS,
         )  # fmt: skip
         self._drawn = DrawnTokens.allocate(most_draws, device)
@@ -179,9 +180,9 @@ class GraphRunner:
         self._rows.update(parts)
         arrays = StepArrays.of(parts)
         shape = self._send(arrays)
-        num_gathered = self._decoder.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
+        num_gathered = self._workspace.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
         num_draws = len(arrays.draw_rows)
-        if num_gathered > self._decoder.fewest_gathered:
+        if num_gathered > self._workspace.fewest_gathered:
             self._run_model(*shape, num_gathered)
         else:
             self._run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
@@ -249,7 +250,7 @@ class GraphRunner:
 
     def _warm_up_gathering(self) -> None:
         """Capture the largest step of few long prompts, and compile what those beside many decodes run."""
-        num_gathered = self._decoder.fewest_gathered
+        num_gathered = self._workspace.fewest_gathered
         if num_gathered:
             tokens, parts = self._token_sizes[-1], self._part_sizes[0]
             shape = tokens, parts, True, self._num_drawing(tokens, parts)
@@ -300,10 +301,15 @@ class GraphRunner:
     def _run_model(
         self, num_tokens: int, num_parts: int, has_prefills: bool, num_kept: int, num_gathered: int = 0
     ) -> torch.Tensor:
-        kept, hidden = self._inputs["kept_tokens"][:num_kept], self._hidden[:num_kept]
-        tokens, parts = self._inputs.tokens(num_tokens), self._inputs.parts(num_parts)
-        self._decoder.hidden_states(tokens, parts, kept, hidden, has_prefills=has_prefills, num_gathered=num_gathered)
-        return hidden
+        step = PackedStep(
+            self._inputs.tokens(num_tokens), self._inputs.parts(num_parts), self._inputs["kept_tokens"][:num_kept],
+            has_prefills, num_gathered,
+        )  # fmt: skip
+        return self.model.run(KernelOperations(self._workspace, step, self._hidden[:num_kept]))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, hidden_size) → (rows, vocab_size), in the model's dtype."""
+        return self.model.logits(hidden, self._workspace.product)
 
     def _num_drawing(self, num_tokens: int, num_parts: int) -> int:
         """Tokens of a step that may have draws behind them."""
@@ -316,7 +322,7 @@ class GraphRunner:
         host knows them before it launches the row's next step.
         """
         draw_tokens(
-            self._decoder.logits(self._hidden[:num_draws]),
+            self._logits(self._hidden[:num_draws]),
             self._inputs["draw_rows"][:num_draws],
             self._inputs["draw_positions"][:num_draws],
             self._rows.sampling.tensors,

@@ -22,7 +22,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
     if config.num_pages is not None:
         return config.num_pages
     bytes_per_page = PagedKVCache.bytes_per_page(
-        num_layers=model.num_layers,
+        model.page_groups,
         page_size=config.page_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.config.head_size,
@@ -31,7 +31,8 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
     if model.device.type == "cuda":
         num_pages = (_gpu_budget(model, config, context_len) // bytes_per_page) - 1
     else:
-        most_useful = config.batch_size("cpu") * -(-context_len // config.page_size)
+        pages_a_row = len(model.page_groups) * -(-context_len // config.page_size)
+        most_useful = config.batch_size("cpu") * pages_a_row
         num_pages = min(config.cpu_pool_bytes // bytes_per_page, most_useful)
     if num_pages < 1:
         raise ConfigError(

@@ -131,7 +131,6 @@ class EagerRunner:
         self.kv_cache = kv_cache
         self.backend = backend
         self.max_steps_ahead = max_steps_ahead
-        self._windows = [model.config.layer_window(layer) for layer in range(model.num_layers)]
         self._max_rows = max_rows
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
         self._pooled = torch.zeros(max_rows, model.hidden_size, dtype=torch.float32, device=model.device)
@@ -153,7 +152,7 @@ class EagerRunner:
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`."""
         positions = torch.arange(num_tokens, device=self.model.device) % self.model.max_seq_len
-        context = DenseContext(self._windows)
+        context = DenseContext()
         hidden = self.model.hidden_states(torch.zeros_like(positions).unsqueeze(0), positions, context)
         self.model.logits(hidden[0, : self._max_rows]).float().sort(dim=-1)
 
@@ -165,21 +164,25 @@ class EagerRunner:
         """See `ModelRunner.launch`."""
         arrays = StepArrays.of(plan.scheduled)
         token_ids, batch = self._send(plan.scheduled, arrays)
-        context = PagedContext(self.backend, self.kv_cache, batch, self._windows)
+        context = PagedContext(self.backend, self.kv_cache, batch)
         drawing = draws_of(plan.scheduled)
         masks = self._start_masks(drawing)
-        hidden = self.model.hidden_states(token_ids, batch.positions, context)
-        vectors = self._pool(plan.scheduled, hidden[arrays.pooled_tokens])
-        scores = self._score(plan.scheduled, hidden[arrays.scored_tokens])
+        kept = torch.from_numpy(arrays.kept_tokens).to(token_ids.device)
+        hidden = self.model.hidden_states(token_ids, batch.positions, context, kept)
+        drawn, pooled, scored = hidden.split_with_sizes(
+            [len(drawing), len(arrays.pooled_tokens), len(arrays.scored_tokens)]
+        )
+        vectors = self._pool(plan.scheduled, pooled)
+        scores = self._score(plan.scheduled, scored)
         if not drawing:
             return _FinishedStep([], vectors, scores)
-        logits = self.model.logits(hidden[arrays.draw_tokens])
+        logits = self.model.logits(drawn)
         allowed = masks.result() if masks is not None else {}
         draws = sample(logits, [self._sampling_row(part, position, allowed) for part, position in drawing])
         if self.max_steps_ahead:  # otherwise the host knows every token it launches
             # Of several draws of a row any may stay: the host knows them before the row's next step.
-            drawn = torch.tensor([max(draw.token_id, 0) for draw in draws], device=hidden.device)
-            self._last_token_ids[arrays.draw_rows] = drawn
+            token_ids = torch.tensor([max(draw.token_id, 0) for draw in draws], device=hidden.device)
+            self._last_token_ids[arrays.draw_rows] = token_ids
         return _FinishedStep(draws, vectors, scores)
 
     def _pool(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> dict[int, bytes]:
@@ -251,9 +254,14 @@ class EagerRunner:
         """Token ids (tokens,) of the step and where they belong."""
         device, page_size = self.model.device, self.kv_cache.page_size
         num_columns = int((-(-arrays.context_lens // page_size)).max())
-        tables = [part.sequence.pages[:num_columns] for part in scheduled]
-        scratch = self.kv_cache.scratch_page
-        page_tables = torch.tensor([pages + [scratch] * (num_columns - len(pages)) for pages in tables], device=device)
+        padding = [self.kv_cache.scratch_page] * num_columns
+        page_tables = torch.tensor(
+            [
+                [(part.sequence.pages[group] + padding)[:num_columns] for part in scheduled]
+                for group in range(self.kv_cache.num_groups)
+            ],
+            device=device,
+        )
         positions, token_rows = (torch.from_numpy(a).to(device) for a in (arrays.positions, arrays.token_rows))
         parts = torch.arange(len(scheduled), device=device)
         parts = parts.repeat_interleave(torch.from_numpy(arrays.query_lens).to(device))
@@ -262,7 +270,7 @@ class EagerRunner:
             query_lens=tuple(arrays.query_lens.tolist()),
             context_lens=tuple(arrays.context_lens.tolist()),
             page_tables=page_tables,
-            slots=page_tables[parts, positions // page_size] * page_size + positions % page_size,
+            slots=page_tables[:, parts, positions // page_size] * page_size + positions % page_size,
             positions=positions,
             page_size=page_size,
         )

@@ -20,7 +20,7 @@ def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, co
     backend = choose_backend(config.attention_backend, model.device)
     prepare_weights(model, config)
     kv_cache = PagedKVCache(
-        num_layers=model.num_layers,
+        model.page_groups,
         num_pages=num_pages,
         page_size=config.page_size,
         num_kv_heads=model.num_kv_heads,

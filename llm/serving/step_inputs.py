@@ -5,8 +5,8 @@ from itertools import accumulate
 
 import torch
 
-from llm.attention.kernels.work import StepParts
-from llm.models.fused import StepTokens
+from llm.kernels.attention.work import StepParts
+from llm.models.kernel_operations import StepTokens
 from llm.serving.step_arrays import Int32Array
 
 

@@ -10,8 +10,9 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer as RustTokenizer
 
+from llm.checkpoint.generation_defaults import find_vocab_size, load_generation_defaults
+from llm.checkpoint.json_files import read_json
 from llm.errors import CheckpointError, InvalidRequestError
-from llm.models.registry import load_generation_defaults, load_vocab_size, read_json
 from llm.tokenization.chat_template import ChatTemplate
 from llm.tokenization.control_tokens import ControlToken, ControlTokens, Disguise, is_markup, without_surrogates
 from llm.tokenization.detokenizer import ByteDecoder, TokenBytes, WindowDecoder, decode_all
@@ -114,7 +115,7 @@ class HFTokenizer:
                 add_bos_token=config.get("add_bos_token") is True,
                 add_eos_token=config.get("add_eos_token") is True,
                 eos_token_ids=tuple(defaults.eos_token_ids),
-                model_vocab_size=load_vocab_size(directory),
+                model_vocab_size=find_vocab_size(directory),
                 templates=templates,
             )
         except Exception as error:

@@ -14,6 +14,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral with a window": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8, "window_size": 256,
     },
+    "phi-4-mini": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_heads": 24, "num_kv_heads": 8, "tie_embeddings": True,
+        "partial_rotary_factor": 0.75,
+    },
     "mqa, heads of 80": {"hidden_size": 640, "num_heads": 8, "num_kv_heads": 1},
     "heads of 256": {"hidden_size": 1024, "num_heads": 4, "num_kv_heads": 4, "head_dim": 256},
     "odd sizes, window in one layer": {

@@ -36,12 +36,11 @@ def create_prompts(lengths: list[int] = LENGTHS) -> list[tuple[int, ...]]:
 @torch.inference_mode()
 def expected_vectors(model: DecoderModel, prompts: list[tuple[int, ...]], pooling: Pooling) -> np.ndarray:
     """The oracle: one dense forward pass a prompt."""
-    windows = [model.config.layer_window(layer) for layer in range(model.num_layers)]
     vectors = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device="cuda")
         positions = torch.arange(len(prompt), device="cuda")
-        states = model.hidden_states(ids, positions, DenseContext(windows))[0].float()
+        states = model.hidden_states(ids, positions, DenseContext())[0].float()
         state = states.mean(0) if pooling is Pooling.MEAN else states[-1]
         vectors.append((state / state.norm()).cpu().numpy())
     return np.stack(vectors)

@@ -24,10 +24,8 @@ def create_model(shape: dict, *, is_rounded: bool = False) -> DecoderModel:
     torch.manual_seed(0)
     model = DecoderModel(vocab_size=4000, num_layers=2, max_seq_len=4096, device="cuda", dtype=torch.bfloat16, **shape)
     if is_rounded:
-        for layer in model.layers:
-            for projection in (
-                layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj,
-            ):  # fmt: skip
+        for projection in model.layers.modules():
+            if isinstance(projection, torch.nn.Linear):
                 quantized, scales = quantize_weight(projection.weight.data)
                 projection.weight.data = (quantized.float() * scales[:, None]).bfloat16()
     return model

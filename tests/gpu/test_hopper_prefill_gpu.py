@@ -6,8 +6,8 @@ from known_shapes import SHAPES
 from test_shapes_gpu import create_model, create_requests, generate
 from torch.nn.functional import scaled_dot_product_attention
 
-from llm.attention.kernels.hopper_prefill import HopperPrefill
-from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items
+from llm.kernels.attention.hopper_prefill import HopperPrefill
+from llm.kernels.attention.work import StepParts, WorkItems, num_prefill_items
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
@@ -80,7 +80,7 @@ def test_log_probabilities_equal_those_from_pages(config, monkeypatch):
     monkeypatch.setattr(HopperPrefill, "__call__", noted)
     ours = generate(model, "triton", requests, **options)
     assert len(gathered) > 1, "by a graph, and kernel by kernel"
-    monkeypatch.setattr("llm.attention.kernels.hopper_prefill.can_run", lambda *_: False)
+    monkeypatch.setattr("llm.kernels.attention.hopper_prefill.can_run", lambda *_: False)
     expected = generate(model, "triton", requests, **options)
     ours, expected = (torch.tensor([result.logprobs[0].logprob for result in x]) for x in (ours, expected))
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.08)

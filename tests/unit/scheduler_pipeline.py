@@ -27,15 +27,16 @@ def create_sequence(
 
 
 class Device:
-    """Runs plans in order of launching. A slot holds (position, token); a draw is a function of the tokens in sight.
+    """Runs plans in order of launching. A slot holds (group of layers, position, token); a draw is a function of the
+    tokens in sight.
 
     Pages that went to another too early, tokens of another row, cached pages that hold something else: all show in
     what is drawn.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self._window_size = scheduler.window_size or scheduler.max_seq_len
-        self._slots: dict[int, tuple[int, int]] = {}
+        self._windows = scheduler.windows
+        self._slots: dict[int, tuple[int, int, int]] = {}
         self._last_token_ids: dict[int, int] = {}
 
     def launch(self, plan: StepPlan) -> list[int]:
@@ -44,16 +45,33 @@ class Device:
             assert part.start < len(known_ids) or part.num_tokens == 1
             for i in range(part.start, part.end):
                 token_id = known_ids[i] if i < len(known_ids) else self._last_token_ids[part.row]
-                self._slots[_slot(part, i)] = (i, token_id)
+                self.store(part, i, token_id)
         drawn = {part.row: self._draw(part) for part in plan.scheduled if part.draws}
         self._last_token_ids |= drawn
         return list(drawn.values())
 
+    def store(self, part: ScheduledSequence, position: int, token_id: int) -> None:
+        """Write a token's keys and values, in each group of layers."""
+        for group in range(len(self._windows)):
+            self._slots[_slot(part, group, position)] = (group, position, token_id)
+
+    def seen(self, part: ScheduledSequence, end: int) -> tuple[int, ...]:
+        """What the groups of layers find for the token before `end`, one behind the other."""
+        token_ids = []
+        for group, window in enumerate(self._windows):
+            for position in range(max(end - (window or end), 0), end):
+                *place, token_id = self._slots[_slot(part, group, position)]
+                assert place == [group, position]
+                token_ids.append(token_id)
+        return tuple(token_ids)
+
     def _draw(self, part: ScheduledSequence) -> int:
-        in_sight = range(max(part.end - self._window_size, 0), part.end)
-        positions, token_ids = zip(*(self._slots[_slot(part, i)] for i in in_sight), strict=True)
-        assert positions == tuple(in_sight)
-        return draw_after(token_ids)
+        return draw_after(self.seen(part, part.end))
+
+
+def in_sight(tokens: list[int], scheduler: Scheduler) -> tuple[int, ...]:
+    """What the groups of layers see of a sequence's tokens."""
+    return tuple(token for window in scheduler.windows for token in tokens[-(window or len(tokens)) :])
 
 
 def draw_after(token_ids: tuple[int, ...]) -> int:
@@ -66,7 +84,7 @@ def expected_output(sequence: Sequence, scheduler: Scheduler) -> list[int]:
     request = sequence.request
     tokens = list(sequence.prompt_ids)
     while True:
-        tokens.append(draw_after(tuple(tokens[-(scheduler.window_size or len(tokens)) :])))
+        tokens.append(draw_after(in_sight(tokens, scheduler)))
         num_output = len(tokens) - len(sequence.prompt_ids)
         is_stop = tokens[-1] == 0 and num_output > request.min_new_tokens
         if is_stop or num_output == request.max_new_tokens or len(tokens) == scheduler.max_seq_len:
@@ -100,5 +118,5 @@ class Pipeline:
         raise AssertionError("did not finish")
 
 
-def _slot(part: ScheduledSequence, position: int) -> int:
-    return part.sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+def _slot(part: ScheduledSequence, group: int, position: int) -> int:
+    return part.sequence.pages[group][position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE

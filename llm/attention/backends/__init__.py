@@ -11,7 +11,7 @@ from llm.attention.paged import PagedAttentionBackend
 from llm.errors import ConfigError
 
 TRITON = "triton"
-"""Our own kernels, which come with a forward pass of their own (`llm.models.fused`) instead of a class here."""
+"""Our own kernels, which run by `llm.models.kernel_operations` instead of a class here."""
 
 _EAGER_BACKENDS: dict[str, type[PagedAttentionBackend]] = {"reference": ReferenceBackend, "sdpa": SdpaBackend}
 

@@ -18,6 +18,7 @@ class ReferenceBackend:
         value: torch.Tensor,
         kv_pages: torch.Tensor,
         batch: PackedBatch,
+        group: int,
         window: int | None,
     ) -> torch.Tensor:
         """See `PagedAttentionBackend.attend`."""
@@ -25,7 +26,7 @@ class ReferenceBackend:
         outputs = []
         start = 0
         for i, (num_new, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-            pages = batch.page_tables[i, : -(-context_len // batch.page_size)]
+            pages = batch.page_tables[group, i, : -(-context_len // batch.page_size)]
             keys, values = kv_pages[:, pages].flatten(1, 2)[:, :context_len].float()
             outputs.append(_attend_one(query[start : start + num_new].float(), keys, values, window))
             start += num_new

@@ -24,7 +24,7 @@ class SdpaBackend:
         # operating system.
         self._scratch: torch.Tensor | None = None
         self._planned_batch: PackedBatch | None = None
-        self._decode_plans: dict[int | None, list[_DecodeBucket]] = {}
+        self._decode_plans: dict[int, list[_DecodeBucket]] = {}
 
     def attend(
         self,
@@ -33,11 +33,12 @@ class SdpaBackend:
         value: torch.Tensor,
         kv_pages: torch.Tensor,
         batch: PackedBatch,
+        group: int,
         window: int | None,
     ) -> torch.Tensor:
         """See `PagedAttentionBackend.attend`."""
         output = torch.empty_like(query)
-        for bucket in self._decode_plan(batch, window):
+        for bucket in self._decode_plan(batch, group, window):
             if bucket.rows is None:
                 output[: batch.num_decodes] = self._decode(query[: batch.num_decodes], kv_pages, bucket)
             else:
@@ -48,21 +49,21 @@ class SdpaBackend:
             if batch.context_lens[i] == batch.query_lens[i]:
                 keys, values = key[part], value[part]
             else:
-                pages = batch.page_tables[i, : -(-batch.context_lens[i] // batch.page_size)]
+                pages = batch.page_tables[group, i, : -(-batch.context_lens[i] // batch.page_size)]
                 keys, values = self._gather(kv_pages, pages).flatten(1, 2)[:, : batch.context_lens[i]]
             output[part] = _prefill(query[part], keys, values, window)
             start = part.stop
         return output
 
-    def _decode_plan(self, batch: PackedBatch, window: int | None) -> list["_DecodeBucket"]:
-        """Buckets of the batch's decoding rows, made once a step and window, not once a layer."""
+    def _decode_plan(self, batch: PackedBatch, group: int, window: int | None) -> list["_DecodeBucket"]:
+        """Buckets of the batch's decoding rows, made once a step and group, not once a layer."""
         if self._planned_batch is not batch:
             self._planned_batch = batch
             self._decode_plans = {}
-        if window not in self._decode_plans:
+        if group not in self._decode_plans:
             buckets = _bucket_rows(batch.context_lens[: batch.num_decodes])
-            self._decode_plans[window] = [_make_bucket(batch, rows, window) for rows in buckets]
-        return self._decode_plans[window]
+            self._decode_plans[group] = [_make_bucket(batch, rows, group, window) for rows in buckets]
+        return self._decode_plans[group]
 
     def _decode(self, query: torch.Tensor, kv_pages: torch.Tensor, bucket: "_DecodeBucket") -> torch.Tensor:
         """One new token a row: query (rows, num_heads, head_dim). A group of heads stands in the sequence's place."""
@@ -116,7 +117,7 @@ def _bucket_rows(context_lens: tuple[int, ...]) -> list[list[int]]:
     return [order[start:end] for start, end in pairwise([*borders, len(order)])]
 
 
-def _make_bucket(batch: PackedBatch, rows: list[int], window: int | None) -> _DecodeBucket:
+def _make_bucket(batch: PackedBatch, rows: list[int], group: int, window: int | None) -> _DecodeBucket:
     page_size, device = batch.page_size, batch.page_tables.device
     ends = [batch.context_lens[row] for row in rows]
     starts = [0 if window is None else max(end - window, 0) for end in ends]
@@ -125,7 +126,8 @@ def _make_bucket(batch: PackedBatch, rows: list[int], window: int | None) -> _De
     num_slots = max(offset_ends)
     num_pages = -(-num_slots // page_size)
     row_ids = None if rows == list(range(batch.num_decodes)) else torch.tensor(rows, device=device)
-    tables = batch.page_tables[: batch.num_decodes] if row_ids is None else batch.page_tables[row_ids]
+    tables = batch.page_tables[group]
+    tables = tables[: batch.num_decodes] if row_ids is None else tables[row_ids]
     if any(first_pages):
         columns = torch.tensor(first_pages, device=device).unsqueeze(1) + torch.arange(num_pages, device=device)
         tables = tables.gather(1, columns.clamp_max(tables.shape[1] - 1))

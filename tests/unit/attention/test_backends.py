@@ -6,6 +6,9 @@ import torch
 from llm.attention.backends import choose_backend, make_backend
 from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedContext
+from llm.attention.rope import RotaryEmbedding
+from llm.attention.spec import AttentionSpec
+from llm.core.page_groups import PageGroup
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 
@@ -13,7 +16,7 @@ PAGE_SIZE, HEAD_DIM = 4, 16
 
 
 def create_batch(lens: list[tuple[int, int]], num_pages: int, generator: torch.Generator) -> PackedBatch:
-    """A step of sequences (new tokens, context), on pages scattered over the pool."""
+    """A step of sequences (new tokens, context), on pages scattered over the pool; the first group's are none."""
     lens = sorted(lens, key=lambda pair: pair[0] > 1)
     pages = torch.randperm(num_pages, generator=generator).tolist()
     num_columns = max(-(-context // PAGE_SIZE) for _, context in lens)
@@ -27,8 +30,8 @@ def create_batch(lens: list[tuple[int, int]], num_pages: int, generator: torch.G
     return PackedBatch(
         query_lens=tuple(num_new for num_new, _ in lens),
         context_lens=tuple(context for _, context in lens),
-        page_tables=torch.tensor(tables),
-        slots=torch.tensor(slots),
+        page_tables=torch.stack([torch.full((len(lens), num_columns), num_pages), torch.tensor(tables)]),
+        slots=torch.stack([torch.full((len(slots),), num_pages * PAGE_SIZE), torch.tensor(slots)]),
         positions=torch.tensor(positions),
         page_size=PAGE_SIZE,
     )
@@ -37,7 +40,7 @@ def create_batch(lens: list[tuple[int, int]], num_pages: int, generator: torch.G
 def create_kv_cache(num_pages: int, num_kv_heads: int) -> PagedKVCache:
     """A pool full of noise, so that reading a slot that was never written shows."""
     cache = PagedKVCache(
-        num_layers=1,
+        [PageGroup(None, (0,)), PageGroup(8, (1,))],
         num_pages=num_pages,
         page_size=PAGE_SIZE,
         num_kv_heads=num_kv_heads,
@@ -62,21 +65,23 @@ def test_backend_equals_dense_attention(name, num_heads, num_kv_heads, window, l
     generator = torch.Generator().manual_seed(0)
     batch = create_batch(lens, num_pages=150, generator=generator)
     kv_cache = create_kv_cache(150, num_kv_heads)
-    context = PagedContext(make_backend(name), kv_cache, batch, [window])
+    layer = 1
+    context = PagedContext(make_backend(name), kv_cache, batch)
+    spec = AttentionSpec(num_heads, num_kv_heads, HEAD_DIM, RotaryEmbedding(HEAD_DIM, 512, 1e4), window)
     num_tokens = sum(batch.query_lens)
     query = torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator)
     key, value = torch.randn(2, num_tokens, num_kv_heads, HEAD_DIM, generator=generator)
 
-    output = context.attend(0, query, key, value)
+    output = context.attend(layer, spec, query, key, value)
 
     start = 0
     for i, (num_new, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        pages = batch.page_tables[i, : -(-context_len // PAGE_SIZE)]
-        keys, values = kv_cache.layers[0][:, pages].flatten(1, 2)[:, :context_len]
+        pages = batch.page_tables[1, i, : -(-context_len // PAGE_SIZE)]
+        keys, values = kv_cache.layers[layer][:, pages].flatten(1, 2)[:, :context_len]
         assert torch.equal(keys[-num_new:], key[start : start + num_new]), "the new keys are stored"
         padded = torch.zeros(context_len, num_heads, HEAD_DIM)
         padded[-num_new:] = query[start : start + num_new]
-        expected = DenseContext([window]).attend(0, padded[None], keys[None], values[None])[0, -num_new:]
+        expected = DenseContext().attend(0, spec, padded[None], keys[None], values[None])[0, -num_new:]
         torch.testing.assert_close(output[start : start + num_new], expected, rtol=1e-5, atol=1e-5)
         start += num_new
 

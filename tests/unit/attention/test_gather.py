@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm.attention.kernels.gather import GatheredContexts
-from llm.attention.kernels.hopper_prefill import num_gathered_tokens
-from llm.attention.kernels.work import StepParts
+from llm.kernels.attention.gather import GatheredContexts
+from llm.kernels.attention.hopper_prefill import num_gathered_tokens
+from llm.kernels.attention.work import StepParts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_ROWS, NUM_COLUMNS, PAGE_SIZE = 6, 10, 16

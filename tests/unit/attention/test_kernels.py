@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from llm.attention.dense import causal_mask
-from llm.attention.kernels.decode import PagedDecode
-from llm.attention.kernels.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
-from llm.attention.kernels.rope import rope_and_store
-from llm.attention.kernels.work import (
+from llm.attention.rope import apply_rotary
+from llm.kernels.attention.decode import PagedDecode
+from llm.kernels.attention.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
+from llm.kernels.attention.rope import rope_and_store
+from llm.kernels.attention.work import (
     StepParts,
     WorkItems,
     num_decode_items,
@@ -15,7 +16,7 @@ from llm.attention.kernels.work import (
     plan_decodes,
     plan_prefills,
 )
-from llm.models.layers import RMSNorm, apply_rotary
+from llm.models.layers import RMSNorm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.float16]
@@ -80,7 +81,7 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype,
 
     In memory for many more parts than there are: where parts are few, so are programs.
     """
-    monkeypatch.setattr("llm.attention.kernels.work._SPARE_ITEMS", 2)
+    monkeypatch.setattr("llm.kernels.attention.work._SPARE_ITEMS", 2)
     max_parts = 100
     torch.manual_seed(num_heads)
     parts = create_parts([(1, 1), (1, 17), (1, 300), (1, 640), (1, 128), (1, 129)])
@@ -120,7 +121,7 @@ def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_sp
 
     In tiles for small steps and for large ones, alone and with programs that share a tile's context.
     """
-    monkeypatch.setattr("llm.attention.kernels.prefill._MANY_TOKENS", 1 if is_large else 10_000)
+    monkeypatch.setattr("llm.kernels.attention.prefill._MANY_TOKENS", 1 if is_large else 10_000)
     torch.manual_seed(num_heads)
     lens = [(1, 33), (1, 5), (2, 2), (70, 70), (33, 200), (129, 130), (2, 300)]
     parts = create_parts(lens)
@@ -133,7 +134,7 @@ def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_sp
     plan_prefills(parts, items, block_tokens)
     scratch = None
     if is_split:
-        monkeypatch.setattr("llm.attention.kernels.prefill._MIN_SPLIT_BLOCKS", 1)
+        monkeypatch.setattr("llm.kernels.attention.prefill._MIN_SPLIT_BLOCKS", 1)
         scratch = PrefillScratch(num_heads, num_kv_heads, head_dim, torch.device(DEVICE))
         scratch.partial.fill_(torch.nan)
         scratch.partial_lse.fill_(torch.nan)
@@ -160,14 +161,16 @@ def test_decode_work_covers_every_context_once(window, max_parts):
 
 @CASES
 @pytest.mark.parametrize("has_norm", [False, True])
-def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has_norm, dtype):
+@pytest.mark.parametrize("rotary_share", [1, 0.75])
+def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has_norm, rotary_share, dtype):
     """Queries rotated, keys rotated and values as they are in their slots, nothing else touched."""
+    dim = int(head_dim * rotary_share) // 2 * 2
     torch.manual_seed(head_dim)
     positions = torch.tensor([0, 5, 639, 16, 31], dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([3, 1, 0, 11, 12], dtype=torch.int32, device=DEVICE)
     kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
     qkv = torch.randn(5, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
-    angles = torch.outer(torch.arange(640), 10000 ** -(torch.arange(0, head_dim, 2) / head_dim)).to(DEVICE)
+    angles = torch.outer(torch.arange(640), 10000 ** -(torch.arange(0, dim, 2) / dim)).to(DEVICE)
     rope_table = torch.stack([angles.cos(), angles.sin()])
     norms = [RMSNorm(head_dim, 1e-6).to(DEVICE, dtype) for _ in range(2)]
     for norm in norms:

@@ -7,8 +7,8 @@ from scripted_engine import events_of, use_script
 
 from deployments.api.openai.responses import Completion
 from deployments.config import AppConfig
+from llm.checkpoint.loading import load_decoder
 from llm.models.decoder import DecoderModel
-from llm.models.loading import load_decoder
 
 PROMPTS = ["17 + 25 =", "3 + 4 ="]
 

@@ -17,7 +17,7 @@ from deployments.cli import app
 from deployments.cli.serve import _find_models
 from deployments.config import AppConfig, LimitsConfig
 from deployments.serve.config_file import read_config_file
-from llm.models.registry import GenerationDefaults
+from llm.checkpoint.generation_defaults import GenerationDefaults
 from llm.sampling.grammar import GrammarCompiler
 from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer

@@ -13,8 +13,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from llm.attention.kernels import decode, gather, hopper_prefill, prefill, rope
 from llm.kernels import activation, adjust, few_rows, logprobs, norm, quantization, sampling
+from llm.kernels.attention import decode, gather, hopper_prefill, prefill, rope
 from llm.kernels.launch import stages_in
 
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
@@ -76,7 +76,7 @@ def compile_activations() -> None:
 
 
 def compile_rope() -> None:
-    """Keys and values in 16 bits and in 8, with and without QK-norm, of a product to be scaled: every two of them."""
+    """Keys and values in 16 bits and in 8, QK-norm, a product to be scaled or of heads that turn in part: every two."""
     arguments = {"qkv": BF16, "query": BF16, "rope_table": FLOAT, "norm_eps": "fp32"}
     arguments |= {"page_tables": INT, "token_rows": INT, "positions": INT, "table_stride": "i32", "sin_offset": "i32"}
     sizes = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_HEADS": 2, "PAGE_SIZE": 16}
@@ -84,7 +84,8 @@ def compile_rope() -> None:
         pages, scales = FP8 if is_narrow else BF16, SCALES if is_scaled else NO_SCALES
         weight = BF16 if is_narrow == is_scaled else None
         more = {"keys": pages, "values": pages, "query_norm": weight, "key_norm": weight, **scales}
-        compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes)
+        num_pairs = 48 if is_scaled else 64
+        compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes, NUM_PAIRS=num_pairs)
 
 
 def compile_attention() -> None:

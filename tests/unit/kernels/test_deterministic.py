@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from llm.attention.kernels.prefill import paged_prefill, prefill_block_tokens
-from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items, plan_prefills
 from llm.core.paged_kv_cache import PagedKVCache
+from llm.kernels.attention.prefill import paged_prefill, prefill_block_tokens
+from llm.kernels.attention.work import StepParts, WorkItems, num_prefill_items, plan_prefills
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream
 from llm.models.decoder import DecoderModel
-from llm.models.fused import FusedDecoder, StepTokens
+from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep, StepTokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
@@ -157,11 +157,12 @@ def test_logits_do_not_depend_on_chunks_and_company():
     def last_logits(steps: list[list[tuple[int, int, int]]]) -> torch.Tensor:
         """Logits of row 0's last token, after steps of parts (row, start, end)."""
         kv_cache = PagedKVCache(
-            num_layers=2, num_pages=8, page_size=8, num_kv_heads=2, head_dim=16, device=DEVICE, dtype=HALF
+            model.page_groups, num_pages=8, page_size=8, num_kv_heads=2, head_dim=16, device=DEVICE, dtype=HALF
         )
-        decoder = FusedDecoder(
-            model, kv_cache, ints([[3, 1], [0, 5]]), ints([0, 0]), max_tokens=64, max_parts=4, deterministic=True
-        )
+        workspace = KernelWorkspace(
+            model.attention_specs, kv_cache, ints([[[3, 1], [0, 5]]]), ints([0, 0]), HALF,
+            max_tokens=64, max_parts=4, deterministic=True,
+        )  # fmt: skip
         for step in steps:
             tokens = StepTokens(
                 ints([ids[row][i] for row, start, end in step for i in range(start, end)]),
@@ -176,8 +177,9 @@ def test_logits_do_not_depend_on_chunks_and_company():
             part = [row for row, _, _ in step].index(0)
             last = ints([starts[part] + query_lens[part] - 1])
             hidden = torch.empty(1, 64, dtype=HALF, device=DEVICE)
-            decoder.hidden_states(tokens, parts, last, hidden, has_prefills=max(query_lens) > 1)
-        return decoder.logits(hidden)
+            step = PackedStep(tokens, parts, last, has_prefills=max(query_lens) > 1)
+            model.run(KernelOperations(workspace, step, hidden))
+        return model.logits(hidden, workspace.product)
 
     with torch.inference_mode():
         alone = last_logits([[(0, i, i + 1)] for i in range(10)])

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm.attention.kernels.rope import rope_and_store
 from llm.kernels.activation import silu_mul
+from llm.kernels.attention.rope import rope_and_store
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import FP8, LARGEST, EightBitRows, ScaledProduct, quantize_rows, quantize_weight

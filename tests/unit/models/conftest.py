@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -56,6 +57,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "mistral": lambda: MistralConfig(**{**SHAPE, "sliding_window": None, "head_dim": 16}),
     "mistral_window": lambda: MistralConfig(**{**SHAPE, "sliding_window": 17}),
+    "phi3": lambda: Phi3Config(**{**SHAPE, "sliding_window": None}),
+    "phi3_partial": lambda: Phi3Config(
+        **{**SHAPE, "hidden_size": 96, "partial_rotary_factor": 0.5, "tie_word_embeddings": True}
+    ),
+    "phi3_window": lambda: Phi3Config(**{**SHAPE, "sliding_window": 17}),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen2_tied": lambda: Qwen2Config(**{**SHAPE, "tie_word_embeddings": True}),
     "qwen2_window": lambda: Qwen2Config(

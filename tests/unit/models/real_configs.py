@@ -26,6 +26,11 @@ _MISTRAL: dict[str, Any] = {
     "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
 }  # fmt: skip
+_PHI: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0,
+    "hidden_act": "silu", "initializer_range": 0.02, "model_type": "phi3", "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+}  # fmt: skip
 _QWEN: dict[str, Any] = {
     "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
     "initializer_range": 0.02, "max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
@@ -118,6 +123,22 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "intermediate_size": 12288,
         "max_position_embeddings": 32768, "num_hidden_layers": 36, "rope_theta": 100000000.0, "sliding_window": 32768,
         "vocab_size": 131072,
+    },
+    "Phi-3-mini-4k-instruct": {
+        **_PHI, "_name_or_path": "Phi-3-mini-4k-instruct", "bos_token_id": 1, "eos_token_id": 32000,
+        "auto_map": {
+            "AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+        "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000, "rope_theta": 10000.0, "sliding_window": 2047, "transformers_version": "4.40.2",
+        "vocab_size": 32064,
+    },
+    "phi-4": {
+        **_PHI, "bos_token_id": 100257, "eos_token_id": 100265, "hidden_size": 5120, "intermediate_size": 17920,
+        "max_position_embeddings": 16384, "num_attention_heads": 40, "num_hidden_layers": 40,
+        "num_key_value_heads": 10, "original_max_position_embeddings": 16384, "pad_token_id": 100349,
+        "rope_theta": 250000, "sliding_window": None, "transformers_version": "4.47.0", "vocab_size": 100352,
     },
     "Qwen2-7B-Instruct": {**_QWEN_2, "vocab_size": 152064},
     "Qwen2.5-0.5B-Instruct": {

@@ -8,8 +8,8 @@ import pytest
 from real_configs import LLAMA3_ROPE, REAL_CONFIGS
 from transformers import AutoConfig
 
+from llm.checkpoint.model_config import load_model_config
 from llm.errors import ConfigError
-from llm.models.registry import load_model_config
 
 LLAMA = REAL_CONFIGS["Llama-3.1-8B-Instruct"]
 QWEN3 = REAL_CONFIGS["Qwen3-0.6B"]

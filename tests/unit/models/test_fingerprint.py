@@ -8,7 +8,7 @@ import pytest
 
 from deployments.config import AppConfig
 from deployments.fingerprint import fingerprint_of
-from llm.models.fingerprint import fingerprint, is_same_version
+from llm.checkpoint.fingerprint import fingerprint, is_same_version
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo"
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm.checkpoint.loading import load_checkpoint, load_decoder
+from llm.checkpoint.model_config import load_model_config
 from llm.config import ModelConfig
 from llm.errors import CheckpointError, LLMError
 from llm.models.decoder import DecoderModel
-from llm.models.loading import load_checkpoint, load_decoder
-from llm.models.registry import load_model_config
-from llm.models.weight_map import destinations
+from llm.models.registry import destinations
 
 
 @pytest.fixture

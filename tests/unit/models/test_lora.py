@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from llm.checkpoint.adapter import load_lora
+from llm.checkpoint.loading import load_decoder
 from llm.errors import CheckpointError, ConfigError, LLMError
-from llm.models.loading import load_decoder
-from llm.models.lora import LoRALinear, load_lora, merge_lora
+from llm.models.lora import LoRALinear, merge_lora
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Weights as small as real ones: wild ones would magnify the rounding of float32 past 1e-5.
@@ -94,14 +95,14 @@ def test_merging_in_half_precision_rounds_once(checkpoints, tmp_path):
     """bfloat16 weights plus the update, computed in float32, rounded at the end."""
     make_adapter(checkpoints, tmp_path, target_modules=["o_proj"])
     model = load_decoder(checkpoints("qwen3", **CALM)[0], dtype=torch.bfloat16, progress=False)
-    before = model.layers[0].attention.o_proj.weight.float()
+    before = model.layers[0].o_proj.weight.float()
     load_lora(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.self_attn.o_proj.lora_{}.weight"
     factor_a, factor_b = (tensors[name.format(part)].bfloat16().float() for part in "AB")
     model.merge_lora()
     expected = (before + factor_b @ factor_a * 1.5).bfloat16()
-    assert torch.equal(model.layers[0].attention.o_proj.weight, expected)
+    assert torch.equal(model.layers[0].o_proj.weight, expected)
 
 
 def test_an_adapter_moves_with_its_model(checkpoints, tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from llm.checkpoint.loading import load_decoder
 from llm.core.kv_cache import KVCache
 from llm.models.decoder import DecoderModel
-from llm.models.loading import load_decoder
-from llm.models.registry import ARCHITECTURES
+from llm.models.registry import FAMILIES
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 
@@ -28,6 +28,9 @@ KINDS = [
     "llama_yarn_mscale",
     "mistral",
     "mistral_window",
+    "phi3",
+    "phi3_partial",
+    "phi3_window",
     "qwen2",
     "qwen2_tied",
     "qwen2_window",
@@ -73,7 +76,7 @@ def load(directory: Path) -> DecoderModel:
 
 
 def test_every_architecture_is_tested(checkpoints):
-    assert {checkpoints(kind)[1].config.architectures[0] for kind in KINDS} == set(ARCHITECTURES)
+    assert {checkpoints(kind)[1].config.architectures[0] for kind in KINDS} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("kind", KINDS)

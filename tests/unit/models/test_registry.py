@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from llm.checkpoint.generation_defaults import GenerationDefaults, load_generation_defaults
+from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.model_config import load_model_config
 from llm.config import RopeScalingType
 from llm.errors import CheckpointError, ConfigError
-from llm.models.registry import (
-    GenerationDefaults,
-    load_generation_defaults,
-    load_model_config,
-    resolve_model_path,
-)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

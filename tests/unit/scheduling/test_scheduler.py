@@ -7,6 +7,7 @@ from scheduler_pipeline import PAGE_SIZE, Pipeline, create_scheduler, create_seq
 from llm.scheduling.prefix_cache import PageHashes
 from llm.scheduling.scheduler import Scheduler, StepPlan
 from llm.scheduling.sequence import Sequence
+from llm.scheduling.slot_pool import GROUP_BITS
 from llm.serving.schemas import FinishReason
 
 
@@ -16,9 +17,9 @@ def run_step(scheduler: Scheduler, token_id: int = 7) -> list[tuple[Sequence, in
     parts = [(part.sequence, part.start, part.num_tokens) for part in plan.scheduled]
     assert plan.num_tokens <= scheduler.max_tokens_per_step
     for part in plan.scheduled:
-        held = [page for page in part.sequence.pages if page != scheduler.pool.scratch_page]
+        held = [page for pages in part.sequence.pages for page in pages if page != scheduler.pool.scratch_page]
         assert len(set(held)) == len(held)
-        assert len(part.sequence.pages) * PAGE_SIZE >= part.end
+        assert all(len(pages) * PAGE_SIZE >= part.end for pages in part.sequence.pages)
     scheduler.apply(plan, draws_of(plan, token_id))
     scheduler.check()
     return parts
@@ -137,7 +138,36 @@ def test_shared_prefix_is_not_computed_again():
     scheduler.add(second)
     assert (second, 8, 5) in run_step(scheduler)
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 8)
-    assert first.pages[:2] == second.pages[:2]
+    assert first.pages[0][:2] == second.pages[0][:2]
+
+
+def test_layers_with_a_window_keep_no_more_than_it_beside_those_without():
+    """90 tokens: all pages for the layers that see everything, 7 at most for each group with a window of 8."""
+    scheduler = create_scheduler(num_pages=40, windows=[None, 8, 8])
+    sequence = create_sequence(70, max_new_tokens=20)
+    scheduler.add(sequence)
+    most_used = 0
+    while scheduler.has_pending_work:
+        run_step(scheduler)
+        most_used = max(most_used, scheduler.pool.num_used)
+    assert sequence.num_output_tokens == 20
+    assert most_used <= scheduler.pages_needed(90) == 23 + 2 * 7
+
+
+def test_a_cached_prompt_needs_all_pages_of_some_layers_and_the_last_window_of_others():
+    """The pages that the window has passed are given up first, and the prompt is found all the same."""
+    scheduler = create_scheduler(num_pages=24, windows=[None, 8])
+    tokens = list(range(1, 41))
+    assert num_cached(scheduler, tokens) == 0
+    assert num_cached(scheduler, tokens) == 40 - PAGE_SIZE
+    first = PageHashes(PAGE_SIZE).extend(tokens, PAGE_SIZE)[0]
+    assert num_cached(scheduler, list(range(500, 516))) == 0
+    assert scheduler.pool.find(first | 1 << GROUP_BITS) is None, "the windowed layers' first page is gone"
+    assert num_cached(scheduler, tokens) == 40 - PAGE_SIZE
+    changes = scheduler.pool.take_changes()
+    assert not any(content >> GROUP_BITS for content in changes.added), "others are told of the first group alone"
+    num_cached(scheduler, list(range(700, 748)))
+    assert num_cached(scheduler, tokens) == 0
 
 
 def test_fully_cached_prompt_still_runs_its_last_token():
@@ -153,7 +183,7 @@ def test_fully_cached_prompt_still_runs_its_last_token():
 
 def test_pages_behind_the_window_go_back_while_it_runs():
     """A sequence of 90 tokens with a window of 8 holds the window, one step and a page at most."""
-    scheduler = create_scheduler(num_pages=12, window_size=8)
+    scheduler = create_scheduler(num_pages=12, windows=[8])
     sequence = create_sequence(70, max_new_tokens=20)
     scheduler.add(sequence)
     most_used = 0
@@ -166,7 +196,7 @@ def test_pages_behind_the_window_go_back_while_it_runs():
 
 def test_cached_pages_behind_the_window_are_not_taken():
     """A prefix longer than the pool could hold beside the next chunk is used all the same: only its window is held."""
-    scheduler = create_scheduler(num_pages=12, window_size=8)
+    scheduler = create_scheduler(num_pages=12, windows=[8])
     tokens = list(range(1, 41))
     scheduler.add(create_sequence(tokens=tokens))
     run_to_end(scheduler)
@@ -178,7 +208,7 @@ def test_cached_pages_behind_the_window_are_not_taken():
 
 def test_a_cached_prompt_needs_its_last_window_only():
     """Its first pages are the first to be given up, and no layer looks at them any more."""
-    scheduler = create_scheduler(num_pages=12, window_size=8)
+    scheduler = create_scheduler(num_pages=12, windows=[8])
     tokens = list(range(1, 41))
     assert num_cached(scheduler, tokens) == 0
     num_cached(scheduler, list(range(500, 512)))
@@ -318,7 +348,7 @@ def test_window_waits_for_its_own_pages():
 
     Preempted it would come here again, and never end.
     """
-    scheduler = create_scheduler(num_pages=7, window_size=8, enable_prefix_caching=False)
+    scheduler = create_scheduler(num_pages=7, windows=[8], enable_prefix_caching=False)
     assert scheduler.pages_needed(90) == 7
     sequence = create_sequence(70, max_new_tokens=20)
     scheduler.add(sequence)
@@ -347,14 +377,15 @@ def test_any_load_finishes_in_full(data, max_steps_ahead):
 
     Everybody gets the tokens that it would get alone, up to its abort, and no page and no row leaks.
     """
+    windows = data.draw(st.sampled_from([[None], [3], [8], [None, 8], [None, 8, 8], [8, 3]]))
     options = {
         "max_batch_size": data.draw(st.integers(1, 6)),
         "max_tokens_per_step": data.draw(st.integers(6, 20)),
         "enable_prefix_caching": data.draw(st.booleans()),
-        "window_size": data.draw(st.sampled_from([None, 3, 8])),
+        "windows": windows,
     }
-    scheduler = create_scheduler(num_pages=data.draw(st.integers(8, 30)), **options)
-    scheduler.max_seq_len = min(scheduler.max_seq_len, scheduler.pool.num_pages * PAGE_SIZE)
+    scheduler = create_scheduler(num_pages=data.draw(st.integers(8, 30)) * len(windows), **options)
+    scheduler.max_seq_len = scheduler.most_tokens(scheduler.max_seq_len)
     pipeline = Pipeline(scheduler, max_steps_ahead)
     # One seed for the details: drawn one by one they come out small, and a small load never runs out of pages.
     rng = data.draw(st.randoms(use_true_random=True))

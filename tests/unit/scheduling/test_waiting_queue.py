@@ -178,7 +178,7 @@ def test_nobody_starves_beside_an_endless_load(rng: random.Random, max_steps_ahe
     num_pages, most_new = rng.randint(12, 25), rng.choice([10, 40])
     scheduler = create_scheduler(
         num_pages=num_pages, max_batch_size=rng.randint(4, 8), max_tokens_per_step=rng.randint(12, 40),
-        max_seq_len=num_pages * PAGE_SIZE, window_size=window_size,
+        max_seq_len=num_pages * PAGE_SIZE, windows=[window_size],
     )  # fmt: skip
     pipeline = Pipeline(scheduler, max_steps_ahead)
     sequences: list[Sequence] = []

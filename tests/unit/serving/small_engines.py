@@ -27,8 +27,12 @@ def create_model(**shape) -> DecoderModel:
 def create_engine(
     model: DecoderModel | None = None, *, tokenizer=None, max_steps_ahead: int = 0, **config
 ) -> ContinuousBatchingEngine:
+    """`num_pages` are those of each group of layers."""
+    model = model or create_model()
     defaults = {"max_batch_size": 8, "max_tokens_per_step": 64, "page_size": 4}
-    engine = ContinuousBatchingEngine(model or create_model(), tokenizer, config=EngineConfig(**{**defaults, **config}))
+    if "num_pages" in config:
+        config["num_pages"] *= len(model.page_groups)
+    engine = ContinuousBatchingEngine(model, tokenizer, config=EngineConfig(**{**defaults, **config}))
     runner = engine.runner
     assert isinstance(runner, EagerRunner)
     engine.runner = EagerRunner(

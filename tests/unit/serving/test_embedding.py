@@ -32,9 +32,8 @@ def create_prompts(lengths: list[int] = LENGTHS) -> list[tuple[int, ...]]:
 @torch.inference_mode()
 def expected_vector(model: DecoderModel, prompt: tuple[int, ...], pooling: Pooling) -> np.ndarray:
     """The oracle: one dense forward pass."""
-    windows = [model.config.layer_window(layer) for layer in range(model.num_layers)]
     ids = torch.tensor([prompt], device=model.device)
-    states = model.hidden_states(ids, torch.arange(len(prompt), device=model.device), DenseContext(windows))[0].float()
+    states = model.hidden_states(ids, torch.arange(len(prompt), device=model.device), DenseContext())[0].float()
     state = states.mean(0) if pooling is Pooling.MEAN else states[-1]
     return (state / state.norm()).cpu().numpy()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import event, given, settings, strategies as st
-from scheduler_pipeline import PAGE_SIZE, Pipeline, create_scheduler, create_sequence
+from scheduler_pipeline import Device, Pipeline, create_scheduler, create_sequence, in_sight
 from small_engines import (
     MODELS,
     check_idle,
@@ -22,7 +22,7 @@ from small_engines import (
 from llm.config import EngineConfig
 from llm.models.decoder import DecoderModel
 from llm.scheduling.scheduler import Scheduler, StepPlan
-from llm.scheduling.sequence import ScheduledSequence, Sequence
+from llm.scheduling.sequence import Sequence
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import FinishReason, GenerationRequest, GenerationResult
 from llm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
@@ -276,16 +276,11 @@ def test_demo_model_answers_alike_in_fewer_steps():
     assert steps < plain_steps
 
 
-class GuessingDevice:
+class GuessingDevice(Device):
     """As the pipeline's device, but draws behind each guess too, and its language repeats itself.
 
-    A slot holds (position, token): keys and values of wrong guesses that anything attends to show in what is drawn.
+    Keys and values of wrong guesses that anything attends to show in what is drawn.
     """
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._window_size = scheduler.window_size or scheduler.max_seq_len
-        self._slots: dict[int, tuple[int, int]] = {}
-        self._last_token_ids: dict[int, int] = {}
 
     def launch(self, plan: StepPlan) -> list[int]:
         drawn = []
@@ -294,23 +289,16 @@ class GuessingDevice:
             assert len(token_ids) == part.num_tokens
             assert not part.proposed or not part.sequence.uses_penalties
             for position, token_id in enumerate(token_ids, part.start):
-                self._slots[slot_of(part, position)] = (position, token_id)
+                self.store(part, position, token_id)
             for end in range(part.end - part.num_draws + 1, part.end + 1):
-                positions = range(max(end - self._window_size, 0), end)
-                seen = [self._slots[slot_of(part, position)] for position in positions]
-                assert [position for position, _ in seen] == list(positions)
-                drawn.append(draw_after([token_id for _, token_id in seen], end))
+                drawn.append(draw_after(self.seen(part, end), end))
                 self._last_token_ids[part.row] = drawn[-1]
         return drawn
 
 
-def slot_of(part: ScheduledSequence, position: int) -> int:
-    return part.sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-
-
-def draw_after(token_ids: list[int], position: int) -> int:
+def draw_after(token_ids: tuple[int, ...], position: int) -> int:
     """Mostly the token five places back; now and then another, which depends on all in sight; 0 ends a sequence."""
-    noise = hash((tuple(token_ids), position))
+    noise = hash((token_ids, position))
     return token_ids[-5] if noise % 8 and len(token_ids) >= 5 else noise // 8 % 90
 
 
@@ -318,7 +306,7 @@ def expected_output(sequence: Sequence, scheduler: Scheduler) -> list[int]:
     """What the device says to a sequence that runs alone to its end, a token a step."""
     tokens = list(sequence.prompt_ids)
     while True:
-        tokens.append(draw_after(tokens[-(scheduler.window_size or len(tokens)) :], len(tokens)))
+        tokens.append(draw_after(in_sight(tokens, scheduler), len(tokens)))
         num_output = len(tokens) - sequence.num_prompt_tokens
         if tokens[-1] == 0 and num_output > sequence.request.min_new_tokens:
             return tokens[sequence.num_prompt_tokens :]
@@ -334,16 +322,17 @@ def test_any_load_finishes_in_full(data, max_steps_ahead):
     A page that has a name in the prefix cache holds what the name says, or somebody who shares it draws nonsense.
     """
     max_batch_size = data.draw(st.integers(1, 6))
+    windows = data.draw(st.sampled_from([[None], [6], [9], [None, 6], [9, 6]]))
     scheduler = create_scheduler(
-        num_pages=data.draw(st.integers(8, 30)),
+        num_pages=data.draw(st.integers(8, 30)) * len(windows),
         max_batch_size=max_batch_size,
         max_tokens_per_step=data.draw(st.integers(6, 30)),
         enable_prefix_caching=data.draw(st.booleans()),
-        window_size=data.draw(st.sampled_from([None, 6, 9])),
+        windows=windows,
         num_speculative_tokens=data.draw(st.integers(1, 9)),
         max_draws_per_step=data.draw(st.sampled_from([None, max_batch_size, max_batch_size + 5])),
     )
-    scheduler.max_seq_len = min(scheduler.max_seq_len, scheduler.pool.num_pages * PAGE_SIZE)
+    scheduler.max_seq_len = scheduler.most_tokens(scheduler.max_seq_len)
     pipeline = Pipeline(scheduler, max_steps_ahead)
     pipeline._device = GuessingDevice(scheduler)
     rng = data.draw(st.randoms(use_true_random=True))

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.attention.kernels.work import StepParts, WorkItems, num_decode_items, product_type, slot_index_type
+from llm.kernels.attention.work import StepParts, WorkItems, num_decode_items, product_type, slot_index_type
 from llm.kernels.launch import launch_options, wait_for_inputs
 
 _LOG2_E = 1.4426950408889634

@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from llm.attention.kernels.gather import GatheredContexts
-from llm.attention.kernels.work import StepParts, WorkItems, num_prefill_items, plan_prefills
+from llm.kernels.attention.gather import GatheredContexts
+from llm.kernels.attention.work import StepParts, WorkItems, num_prefill_items, plan_prefills
 
 _LOG2_E = 1.4426950408889634
 _TILE_ROWS = 128

@@ -30,7 +30,7 @@ def rope_and_store(
             largest number.
         page_tables: (rows, pages a row) int32.
         token_rows, positions: (tokens,) int32, row and position of each token's sequence.
-        rope_table: (2, max_seq_len, head_dim / 2) float32, cosines then sines.
+        rope_table: (2, max_seq_len, pairs) float32, cosines then sines: the first 2 pairs numbers of a head turn.
         norm_weights: of QK-norm over each head, (head_dim,) for queries and for keys; None for none.
     """
     num_tokens, num_heads, head_dim = query.shape
@@ -40,7 +40,7 @@ def rope_and_store(
     _rope_and_store[(num_tokens, (num_heads + 2 * num_kv_heads) // block_heads)](
         unscaled(qkv), query, kv_pages[0], kv_pages[1], page_tables, token_rows, positions, rope_table, query_norm,
         key_norm, norm_eps, page_tables.stride(0), rope_table.stride(0), **scale_arguments(qkv),
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, NUM_PAIRS=rope_table.shape[2],
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2), BLOCK_HEADS=block_heads, PAGE_SIZE=kv_pages.shape[2],
         num_warps=2, **launch_options(query.device),
     )  # fmt: skip
@@ -50,21 +50,26 @@ def rope_and_store(
 def _rope_and_store(
     qkv, query, keys, values, page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
     table_stride, sin_offset, row_scales, scales, bias,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, PDL: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, NUM_PAIRS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, block of heads): each head as its two halves, which rotate into each other."""
+    """Program (token, block of heads): each head as two halves, of which the numbers that turn do so in pairs."""
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     first_head = tl.program_id(1) * BLOCK_HEADS
     head = first_head + tl.arange(0, BLOCK_HEADS)
     dim = tl.arange(0, HALF_BLOCK)
     mask = (dim[None, :] < HALF) & (head[:, None] >= 0)
-    column = head[:, None] * (2 * HALF) + dim[None, :]
-    source = token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF) + column
+    first_dim, second_dim = dim, dim + HALF
+    if NUM_PAIRS < HALF:  # the first 2 NUM_PAIRS numbers in pairs, then the others in pairs that stay as they are
+        first_dim = tl.where(dim < NUM_PAIRS, dim, dim + NUM_PAIRS)
+        second_dim = tl.where(dim < NUM_PAIRS, dim + NUM_PAIRS, dim + HALF)
+    column = head[:, None] * (2 * HALF) + first_dim[None, :]
+    second_column = head[:, None] * (2 * HALF) + second_dim[None, :]
+    source = token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF)
     dtype: tl.constexpr = query.dtype.element_ty
-    first = load_product(qkv, source, mask, token, column, row_scales, scales, bias, dtype)
-    second = load_product(qkv, source + HALF, mask, token, column + HALF, row_scales, scales, bias, dtype)
+    first = load_product(qkv, source + column, mask, token, column, row_scales, scales, bias, dtype)
+    second = load_product(qkv, source + second_column, mask, token, second_column, row_scales, scales, bias, dtype)
     position = tl.load(positions + token)
     is_query = first_head < NUM_HEADS
     is_value = first_head >= NUM_HEADS + NUM_KV_HEADS
@@ -75,26 +80,26 @@ def _rope_and_store(
             mean_square = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
             inverse = tl.rsqrt(mean_square + norm_eps)[:, None]
             # Rounded before and after the weight, as `RMSNorm` does.
-            weight_1 = tl.load(norm + dim, mask=dim < HALF, other=0.0)[None, :]
-            weight_2 = tl.load(norm + HALF + dim, mask=dim < HALF, other=0.0)[None, :]
+            weight_1 = tl.load(norm + first_dim, mask=dim < HALF, other=0.0)[None, :]
+            weight_2 = tl.load(norm + second_dim, mask=dim < HALF, other=0.0)[None, :]
             first = ((first * inverse).to(dtype) * weight_1).to(dtype).to(tl.float32)
             second = ((second * inverse).to(dtype) * weight_2).to(dtype).to(tl.float32)
-        angle = rope_table + position.to(tl.int64) * HALF + dim
-        cos = tl.load(angle, mask=dim < HALF, other=0.0)[None, :]
-        sin = tl.load(angle + sin_offset, mask=dim < HALF, other=0.0)[None, :]
+        angle = rope_table + position.to(tl.int64) * NUM_PAIRS + dim
+        cos = tl.load(angle, mask=dim < NUM_PAIRS, other=1.0)[None, :]
+        sin = tl.load(angle + sin_offset, mask=dim < NUM_PAIRS, other=0.0)[None, :]
         rotated = first * cos - second * sin
         second = (second * cos + first * sin).to(dtype)
         first = rotated.to(dtype)
     if is_query:
-        rotated_query = query + token * (NUM_HEADS * 2 * HALF) + column
-        tl.store(rotated_query, first, mask=mask)
-        tl.store(rotated_query + HALF, second, mask=mask)
+        rotated_query = query + token * (NUM_HEADS * 2 * HALF)
+        tl.store(rotated_query + column, first, mask=mask)
+        tl.store(rotated_query + second_column, second, mask=mask)
     else:
         row = tl.load(token_rows + token).to(tl.int64)
         page = tl.load(page_tables + row * table_stride + position // PAGE_SIZE).to(tl.int64)
         slot = page * PAGE_SIZE + position % PAGE_SIZE
         pages = values if is_value else keys
         kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
-        target = pages + (slot * NUM_KV_HEADS + kv_head[:, None]) * (2 * HALF) + dim[None, :]
-        tl.store(target, to_format(first, keys.dtype.element_ty), mask=mask)
-        tl.store(target + HALF, to_format(second, keys.dtype.element_ty), mask=mask)
+        target = pages + (slot * NUM_KV_HEADS + kv_head[:, None]) * (2 * HALF)
+        tl.store(target + first_dim[None, :], to_format(first, keys.dtype.element_ty), mask=mask)
+        tl.store(target + second_dim[None, :], to_format(second, keys.dtype.element_ty), mask=mask)

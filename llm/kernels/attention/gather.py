@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.attention.kernels.work import StepParts, slot_index_type
+from llm.kernels.attention.work import StepParts, slot_index_type
 from llm.kernels.launch import launch_options, wait_for_inputs
 
 _TOKENS_A_PROGRAM = 8

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress as ProgressBar, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 
+from llm.checkpoint.json_files import read_json
+from llm.checkpoint.model_config import load_model_config
 from llm.config import ModelConfig
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
-from llm.models.registry import load_model_config, read_json
-from llm.models.weight_map import destinations
+from llm.models.registry import destinations
 
 Progress = bool | Callable[[int, int], None]
 """Whether to show a progress bar; or what to call with the bytes done and their total."""

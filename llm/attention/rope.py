@@ -1,0 +1,102 @@
+"""Rotary position embedding, and how its angles are stretched past the trained context."""
+
+import math
+
+import torch
+
+from llm.config import RopeScaling, RopeScalingType
+
+
+class RotaryEmbedding:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as Hugging Face does.
+
+    The table of angles is float32 and made on first use on the device asked for, so that a model built on the meta
+    device, or moved, needs no care.
+
+    Args:
+        dim: leading numbers of a head that turn; even. The others stay as they are (GPT-J's partial rotary embedding).
+        max_seq_len: positions in the table.
+        theta: base of the angles.
+        scaling: how the angles are stretched; None for not at all.
+    """
+
+    def __init__(self, dim: int, max_seq_len: int, theta: float, scaling: RopeScaling | None = None) -> None:
+        self.dim = dim
+        self.max_seq_len = max_seq_len
+        self._theta, self._scaling = theta, scaling
+        self._table: torch.Tensor | None = None
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of `positions` (…) int64: two tensors (…, 1, dim / 2), to broadcast over heads."""
+        cos, sin = self.table(positions.device)[:, positions].unsqueeze(-2)
+        return cos, sin
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        """Cosines, then sines, of every position: (2, max_seq_len, dim / 2) float32."""
+        if self._table is None or self._table.device != device:
+            with torch.device("cpu"):
+                frequencies, scale = rope_frequencies(self.dim, self._theta, self._scaling, self.max_seq_len)
+                angles = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float32), frequencies)
+            self._table = (torch.stack([angles.cos(), angles.sin()]) * scale).to(device)
+        return self._table
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn heads (…, heads, head_dim) by the angles of their positions; in float32, returned in x's dtype."""
+    num_pairs = cos.shape[-1]
+    first, second, rest = x.tensor_split((num_pairs, 2 * num_pairs), dim=-1)
+    return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), rest], dim=-1)
+
+
+def rope_frequencies(
+    dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int
+) -> tuple[torch.Tensor, float]:
+    """Angle a token turns per dimension pair, (dim / 2,) float32, and the factor on cos and sin."""
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if scaling is None:
+        return frequencies, 1.0
+    original_len = scaling.original_max_position_embeddings or max_seq_len
+    match scaling.rope_type:
+        case RopeScalingType.LINEAR:
+            return frequencies / scaling.factor, 1.0
+        case RopeScalingType.LLAMA3:
+            return _llama3_frequencies(frequencies, scaling, original_len), 1.0
+        case RopeScalingType.YARN:
+            return _yarn_frequencies(frequencies, theta, scaling, original_len), _yarn_attention_factor(scaling)
+
+
+def _llama3_frequencies(frequencies: torch.Tensor, scaling: RopeScaling, original_len: int) -> torch.Tensor:
+    """Long wavelengths divided by `factor`, short ones kept, a smooth blend between."""
+    rotations = original_len * frequencies / (2 * math.pi)
+    keep = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def _yarn_frequencies(frequencies: torch.Tensor, theta: float, scaling: RopeScaling, original_len: int) -> torch.Tensor:
+    """Interpolate slow dimensions, keep fast ones, blend linearly between (YaRN, section 3.2)."""
+    num_pairs = len(frequencies)
+
+    def pair_with_rotations(rotations: float) -> float:
+        return num_pairs * math.log(original_len / (rotations * 2 * math.pi)) / math.log(theta)
+
+    low, high = pair_with_rotations(scaling.beta_fast), pair_with_rotations(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * num_pairs - 1)
+    ramp = (torch.arange(num_pairs, dtype=torch.float32) - low) / max(high - low, 0.001)
+    interpolate = ramp.clamp(0, 1)
+    return interpolate * frequencies / scaling.factor + (1 - interpolate) * frequencies
+
+
+def _yarn_attention_factor(scaling: RopeScaling) -> float:
+    """Temperature of the attention logits, as a factor on cos and sin (YaRN, section 3.4)."""
+
+    def factor_for(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return factor_for(scaling.mscale) / factor_for(scaling.mscale_all_dim)
+    return factor_for(1.0)

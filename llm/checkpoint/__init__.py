@@ -1,0 +1,1 @@
+"""Reading checkpoints: files of weights, configurations, adapters, generation defaults, the Hub."""

@@ -1,0 +1,55 @@
+"""What a checkpoint's config.json says of its model."""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from llm.checkpoint.json_files import read_json
+from llm.config import ModelConfig, describe
+from llm.errors import CheckpointError, ConfigError
+from llm.models.config_keys import ReadKeys
+from llm.models.registry import FAMILIES
+
+
+def load_model_config(directory: str | Path) -> ModelConfig:
+    """Shape of the checkpoint in `directory`, from its config.json, as transformers 4 or 5 wrote it.
+
+    Raises:
+        CheckpointError: the architecture is not one of `FAMILIES`, or the weights are quantized.
+        ConfigError: config.json is missing, or holds something that cannot be used or is not understood.
+    """
+    path = Path(directory) / "config.json"
+    config = ReadKeys(read_json(path))
+    name = _find_architecture(config, path)
+    _refuse_quantized(config, path)
+    try:
+        model = FAMILIES[name].read_config(config, name)
+        config.refuse_unread(model, name)
+    except KeyError as error:
+        raise ConfigError(
+            f"{path}: {error.args[0]!r} is missing; download the checkpoint's config.json again"
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error)}; correct it") from error
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: a value has the wrong type ({error}); correct it") from error
+    return model
+
+
+def _find_architecture(config: ReadKeys, path: Path) -> str:
+    names = config.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
+    for name in names:
+        if name in FAMILIES:
+            return str(name)
+    raise CheckpointError(
+        f"{path}: architecture {', '.join(map(str, names)) or 'not named'} is not supported; "
+        f"supported: {', '.join(FAMILIES)}"
+    )
+
+
+def _refuse_quantized(config: ReadKeys, path: Path) -> None:
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise CheckpointError(f"{path}: quantized weights are not supported; use the checkpoint in bfloat16 or float16")

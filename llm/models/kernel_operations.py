@@ -1,0 +1,254 @@
+"""The operations that models are stated in, by our own kernels, over an engine's packed steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from llm.attention.spec import AttentionSpec
+from llm.core.paged_kv_cache import PagedKVCache
+from llm.kernels.attention import hopper_prefill
+from llm.kernels.attention.decode import PagedDecode
+from llm.kernels.attention.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
+from llm.kernels.attention.rope import rope_and_store
+from llm.kernels.attention.work import (
+    StepParts,
+    WorkItems,
+    num_decode_items,
+    num_prefill_items,
+    plan_decodes,
+    plan_prefills,
+)
+from llm.kernels.linear import Linear, Weights
+from llm.kernels.norm import Norm, ResidualStream, embed_tokens, keep_tokens, rms_norm
+from llm.kernels.quantization import ScaledProduct
+from llm.models.layers import RMSNorm
+from llm.models.quantize import weight_scales
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """The step's tokens, (tokens,) int32 each. Those of a part are adjacent, in order of position.
+
+    Attributes:
+        token_ids: negative for the token that the row drew last.
+        positions: in their sequences.
+        rows: of their sequences.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """What a step runs.
+
+    Attributes:
+        tokens: all of them.
+        parts: the parts of the tokens; tokens of none have to be on a row that nobody reads.
+        kept: (kept,) int32, indices of the tokens that are asked for.
+        has_prefills: whether any part has more than one new token.
+        num_gathered: as `KernelWorkspace.num_gathered_tokens` says for these parts.
+    """
+
+    tokens: StepTokens
+    parts: StepParts
+    kept: torch.Tensor
+    has_prefills: bool
+    num_gathered: int = 0
+
+
+class KernelWorkspace:
+    """What the passes of one engine share: pages, their tables, and the kernels' own memory.
+
+    Args:
+        specs: of every layer's attention, all of one shape.
+        kv_cache: memory of the slot pool.
+        page_tables: (groups, rows, pages a row) int32, for each group of layers each row's pages in order of position.
+        last_token_ids: (rows,) int32, the token that each row drew last.
+        dtype: of the activations.
+        max_tokens: most tokens a step.
+        max_parts: most parts a step.
+        deterministic: a token's result, bit by bit, depends on the tokens before it in its sequence alone: not on what
+            else is in the step, nor on the steps and chunks in which those came.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        kv_cache: PagedKVCache,
+        page_tables: torch.Tensor,
+        last_token_ids: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        max_tokens: int,
+        max_parts: int,
+        deterministic: bool = False,
+    ) -> None:
+        device, spec = page_tables.device, specs[0]
+        self.kv_cache = kv_cache
+        self.page_tables = page_tables
+        self.last_token_ids = last_token_ids
+        self.dtype = dtype
+        self.deterministic = deterministic
+        self.linear = Linear(device, deterministic=deterministic)
+        self.last_layer = len(specs) - 1
+        shape = self._shape = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        assert all((s.num_heads, s.num_kv_heads, s.head_dim) == shape for s in specs), "layers of several shapes"
+        for layer_spec in specs:
+            layer_spec.rope.table(device)  # now, and not while a graph is captured
+        windows = {layer_spec.window for layer_spec in specs}
+        self.decode = PagedDecode(max_parts, *shape, device)
+        self.decode_items = {
+            window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in windows
+        }
+        self.prefill_scratch = None if deterministic else PrefillScratch(*shape, device)
+        self._min_prefill_len = 1 if deterministic else 2
+        block_tokens = prefill_block_tokens(spec.num_heads, spec.num_kv_heads)
+        self.prefill_items = WorkItems.allocate(
+            num_prefill_items(max_tokens, max_parts, block_tokens, self._min_prefill_len), max_parts, device
+        )
+        self.long_prefill = None
+        if windows == {None} and not deterministic and hopper_prefill.can_run(dtype, spec.head_dim, device):
+            max_seq_len = page_tables.shape[2] * kv_cache.page_size
+            self.long_prefill = hopper_prefill.HopperPrefill(
+                *shape,
+                max_context=max_seq_len + max_tokens,  # the end of one long prompt, and others behind it
+                max_tokens=max_tokens,
+                max_parts=max_parts,
+                dtype=dtype,
+                device=device,
+            )
+
+    @property
+    def fewest_gathered(self) -> int:
+        """The least that `num_gathered_tokens` gives beside 0: what one graph does for. 0 where it never gives more."""
+        return 0 if self.long_prefill is None else self.long_prefill.few_tokens
+
+    def num_gathered_tokens(self, query_lens: npt.NDArray[np.int32], context_lens: npt.NDArray[np.int32]) -> int:
+        """Tokens of context that a step of such parts is to copy out of their pages; 0 where that does not pay."""
+        if self.long_prefill is None:
+            return 0
+        return self.long_prefill.num_gathered_tokens(query_lens, context_lens)
+
+    def product(self, rows: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """Rows (rows, in), contiguous, by a module's weight in the rows' dtype, (out, in): (rows, out)."""
+        return cast(torch.Tensor, self.linear(rows, Weights(module.get_parameter("weight"))))
+
+    def plan(self, step: PackedStep) -> None:
+        """Share the step's attention out among programs; every layer goes by that."""
+        num_heads, num_kv_heads, _ = self._shape
+        if self.deterministic:  # every token through the same kernel, in tiles of one size
+            block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+        else:
+            block_tokens = prefill_block_tokens(num_heads, num_kv_heads, len(step.tokens.positions))
+            for window, items in self.decode_items.items():
+                plan_decodes(step.parts, items, window)
+        if step.num_gathered:
+            assert self.long_prefill is not None, "it asks for this"
+            self.long_prefill.plan(
+                step.parts, self.page_tables[0], self.kv_cache.page_size, step.num_gathered, self.prefill_items
+            )
+        elif step.has_prefills or self.deterministic:
+            plan_prefills(step.parts, self.prefill_items, block_tokens, self._min_prefill_len)
+
+
+class KernelOperations:
+    """`Operations` of one step by few kernels; equal to `TorchOperations` up to rounding.
+
+    Args:
+        workspace: of the engine.
+        step: what runs.
+        output: (kept, hidden_size), contiguous, which the final norm is written to.
+    """
+
+    def __init__(self, workspace: KernelWorkspace, step: PackedStep, output: torch.Tensor) -> None:
+        self._workspace = workspace
+        self._step = step
+        self._output = output
+        self._stream: ResidualStream
+        workspace.plan(step)
+
+    def embed(self, table: nn.Embedding) -> None:
+        """See `Operations.embed`."""
+        tokens = self._step.tokens
+        self._stream = ResidualStream(self._output.new_empty(len(tokens.positions), table.embedding_dim))
+        embed_tokens(tokens.token_ids, self._workspace.last_token_ids, tokens.rows, table.weight, self._stream.total)
+
+    def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor | ScaledProduct:
+        """See `Operations.product_of_norm`."""
+        return self._workspace.linear.of_norm(self._stream, _norm(norm), _weights(projection))
+
+    def attend(
+        self,
+        layer: int,
+        spec: AttentionSpec,
+        qkv: torch.Tensor | ScaledProduct,
+        qk_norms: tuple[RMSNorm, RMSNorm] | None = None,
+    ) -> torch.Tensor:
+        """See `Operations.attend`."""
+        workspace, tokens = self._workspace, self._step.tokens
+        kv_cache = workspace.kv_cache
+        kv_pages, page_tables = kv_cache.layers[layer], workspace.page_tables[kv_cache.group_of[layer]]
+        shape = len(tokens.positions), spec.num_heads, spec.head_dim
+        query, output = (self._output.new_empty(shape, dtype=workspace.dtype) for _ in range(2))
+        norms, eps = None, 0.0
+        if qk_norms is not None:
+            norms, eps = (qk_norms[0].weight, qk_norms[1].weight), qk_norms[0].eps
+        rope_table = spec.rope.table(query.device)
+        rope_and_store(qkv, query, kv_pages, page_tables, tokens.rows, tokens.positions, rope_table, norms, eps)
+        self._attend(query, kv_pages, page_tables, spec.window, output)
+        attended = output.flatten(1)
+        if layer == workspace.last_layer:
+            self._stream, attended = keep_tokens(self._stream, attended, self._step.kept)
+        return attended
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_pages: torch.Tensor,
+        page_tables: torch.Tensor,
+        window: int | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Write what the step's queries find in the pages to `output`."""
+        workspace, parts = self._workspace, self._step.parts
+        if not workspace.deterministic:
+            items = workspace.decode_items[window]
+            workspace.decode(query, kv_pages, page_tables, parts, items, window, output)
+        if self._step.num_gathered:
+            assert workspace.long_prefill is not None, "it has asked for this"
+            workspace.long_prefill(query, kv_pages, parts, workspace.prefill_items, self._step.num_gathered, output)
+        elif self._step.has_prefills or workspace.deterministic:
+            paged_prefill(
+                query, kv_pages, page_tables, parts, workspace.prefill_items, window, output,
+                workspace.prefill_scratch, deterministic=workspace.deterministic,
+            )  # fmt: skip
+
+    def add_product(self, rows: torch.Tensor | ScaledProduct, projection: nn.Linear) -> None:
+        """See `Operations.add_product`."""
+        assert isinstance(rows, torch.Tensor), "what attention gives"
+        self._workspace.linear.add(self._stream, rows, _weights(projection))
+
+    def add_gated_mlp(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
+        """See `Operations.add_gated_mlp`."""
+        self._workspace.linear.mlp(self._stream, _norm(norm), _weights(gate_up), _weights(down))
+
+    def norm(self, norm: RMSNorm) -> torch.Tensor:
+        """See `Operations.norm`."""
+        rms_norm(self._stream, _norm(norm), self._output)
+        return self._output
+
+
+def _norm(norm: RMSNorm) -> Norm:
+    return Norm(norm.weight, norm.eps)
+
+
+def _weights(projection: nn.Linear) -> Weights:
+    return Weights(projection.weight, projection.bias, weight_scales(projection))

@@ -1,0 +1,135 @@
+"""The operations that models are stated in, and what they are in plain PyTorch.
+
+A family's layers say what they compute by these operations and by nothing else, once. Two sets of them exist:
+`TorchOperations` here, which is the reference, runs on any device and can be trained through; and `KernelOperations`
+(`llm.models.kernel_operations`), which runs an engine's packed steps by our own kernels.
+"""
+
+from typing import Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm.attention.interface import AttentionContext
+from llm.attention.rope import RotaryEmbedding, apply_rotary
+from llm.attention.spec import AttentionSpec
+from llm.models.layers import RMSNorm
+
+RowsT = TypeVar("RowsT")
+"""What a product gives for the tokens of a pass: a tensor, or numbers that are still to be scaled."""
+
+
+class Operations(Protocol[RowsT]):
+    """One forward pass over some tokens, whose residual stream it holds.
+
+    Called in a model's order: `embed`, then the layers' operations, then `norm`.
+    """
+
+    def embed(self, table: nn.Embedding) -> None:
+        """Begin the residual stream with the tokens' embeddings."""
+        ...
+
+    def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> RowsT:
+        """Project the norm of the residual stream."""
+        ...
+
+    def attend(
+        self, layer: int, spec: AttentionSpec, qkv: RowsT, qk_norms: tuple[RMSNorm, RMSNorm] | None = None
+    ) -> RowsT:
+        """Store the tokens' keys and values, and give their attention's outputs, (tokens, `spec.output_size`).
+
+        Behind the last layer's attention, tokens that nobody asked for end: what is given, and the residual stream, is
+        then of the others alone.
+
+        Args:
+            layer: index of the layer, from 0.
+            qkv: queries, keys and values, (tokens, `spec.qkv_size`).
+            qk_norms: norms of each head's queries and of its keys, before they turn; None for none.
+        """
+        ...
+
+    def add_product(self, rows: RowsT, projection: nn.Linear) -> None:
+        """Add a projection of `rows` to the residual stream."""
+        ...
+
+    def add_gated_mlp(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
+        """Add a SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202) of the stream's norm to the stream.
+
+        Args:
+            gate_up: the gate's rows, then those of what is gated.
+        """
+        ...
+
+    def norm(self, norm: RMSNorm) -> torch.Tensor:
+        """The norm of the residual stream, (tokens, hidden_size)."""
+        ...
+
+
+class TorchOperations:
+    """`Operations` in plain PyTorch, on tensors with any leading dimensions.
+
+    Args:
+        token_ids: (…) int64.
+        positions: int64, broadcast to `token_ids`.
+        context: where keys and values are kept and found.
+        kept: (kept,) indices of the tokens that are asked for, of (tokens,) in all; None for all.
+        last_layer: behind whose attention the others end; needed with `kept`.
+    """
+
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        context: AttentionContext,
+        *,
+        kept: torch.Tensor | None = None,
+        last_layer: int = 0,
+    ) -> None:
+        self._token_ids = token_ids
+        self._positions = positions
+        self._context = context
+        self._kept = kept
+        self._last_layer = last_layer
+        self._angles: dict[RotaryEmbedding, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stream: torch.Tensor
+
+    def embed(self, table: nn.Embedding) -> None:
+        """See `Operations.embed`."""
+        self._stream = table(self._token_ids)
+
+    def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
+        """See `Operations.product_of_norm`."""
+        product: torch.Tensor = projection(norm(self._stream))
+        return product
+
+    def attend(
+        self, layer: int, spec: AttentionSpec, qkv: torch.Tensor, qk_norms: tuple[RMSNorm, RMSNorm] | None = None
+    ) -> torch.Tensor:
+        """See `Operations.attend`."""
+        heads = qkv.view(*qkv.shape[:-1], -1, spec.head_dim)
+        query, key, value = heads.split_with_sizes((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=-2)
+        if qk_norms is not None:
+            query, key = qk_norms[0](query), qk_norms[1](key)
+        if spec.rope not in self._angles:
+            self._angles[spec.rope] = spec.rope.angles(self._positions)
+        cos, sin = self._angles[spec.rope]
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        output = self._context.attend(layer, spec, query, key, value).flatten(-2)
+        if layer == self._last_layer and self._kept is not None:
+            self._stream, output = self._stream[self._kept], output[self._kept]
+        return output
+
+    def add_product(self, rows: torch.Tensor, projection: nn.Linear) -> None:
+        """See `Operations.add_product`."""
+        self._stream = self._stream + projection(rows)
+
+    def add_gated_mlp(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
+        """See `Operations.add_gated_mlp`."""
+        gate, up = gate_up(norm(self._stream)).chunk(2, dim=-1)
+        self._stream = self._stream + down(F.silu(gate) * up)
+
+    def norm(self, norm: RMSNorm) -> torch.Tensor:
+        """See `Operations.norm`."""
+        normed: torch.Tensor = norm(self._stream)
+        return normed
