@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from deployments.chat.content import WRITTEN_BY_MODELS, text_of
 from deployments.chat.errors import invalid
 from deployments.chat.json_size import json_size, too_complex
-from deployments.chat.tools import FunctionCall, ToolCall
+from deployments.chat.tools import FunctionCall, ToolCall, Written
 from deployments.chat.wire_model import Items, NoEffect, Unsupported, WireModel
 
 MAX_TOOL_CALLS = 4096
@@ -35,7 +35,7 @@ class ChatMessage(WireModel):
     name: str | None = None
     tool_calls: Annotated[Items[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
     """Of an assistant: what it called."""
-    tool_call_id: str | None = None
+    tool_call_id: Written | None = None
     """Of a tool: the call that it answers."""
     reasoning_content: Thoughts = None
     """Of an assistant: what it thought. What becomes of it is the chat template's affair."""

@@ -1,12 +1,13 @@
 """A chat's turns, told to a model's chat template in a form that it takes."""
 
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deployments.chat.errors import invalid
 from llm.errors import InvalidRequestError
-from llm.tokenization.chat_template import LIMIT_EXCEEDED
+from llm.tokenization.chat_template import LIMIT_EXCEEDED, MAX_RENDER_CPU_S
 from llm.tokenization.hf_tokenizer import HFTokenizer, RenderedChat
 
 Turn = dict[str, Any]
@@ -35,12 +36,13 @@ def render_turns(
         turns = [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + mark}]
         options["add_generation_prompt"] = False
     refused: InvalidRequestError | None = None
+    started = time.thread_time()
     for form in _forms(turns):
         try:
             chat = tokenizer.render_chat(form, **options)
         except InvalidRequestError as error:
             refused = refused or error
-            if error.code == LIMIT_EXCEEDED:
+            if error.code == LIMIT_EXCEEDED or time.thread_time() - started > MAX_RENDER_CPU_S:
                 break
         else:
             return _cut(chat, mark) if is_continued else chat

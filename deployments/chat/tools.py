@@ -25,8 +25,12 @@ def _check_tool_type(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """Arguments as text, which some servers and clients give as an object."""
+    """Text for anything, such as arguments, which some servers and clients give as an object."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+Written = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=Any)]
+"""What a model, or the server that ran it, once wrote. It should be a string."""
 
 
 class FunctionDefinition(WireModel):
@@ -93,23 +97,23 @@ ToolChoice = Annotated[
 class FunctionCall(WireModel):
     """What a call asks for, as the model wrote it."""
 
-    name: str = ""
-    arguments: Annotated[str, BeforeValidator(_as_text, json_schema_input_type=Any)] = ""
+    name: Written = ""
+    arguments: Written = ""
     """A JSON object, as text, if the model made no mistake."""
 
 
 class CustomCall(WireModel):
     """A call with plain text in place of arguments."""
 
-    name: str = ""
-    input: Annotated[str, BeforeValidator(_as_text, json_schema_input_type=Any)] = ""
+    name: Written = ""
+    input: Written = ""
 
 
 class ToolCall(WireModel):
     """A call that the model made in an earlier turn."""
 
-    id: str = ""
-    type: str | None = None
+    id: Written = ""
+    type: Written = "function"
     function: FunctionCall | None = None
     custom: CustomCall | None = None
     index: NoEffect = None

@@ -12,6 +12,7 @@ from pydantic import Discriminator, Tag
 
 from deployments.chat.content import placeholder
 from deployments.chat.errors import invalid
+from deployments.chat.tools import Written
 from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
 
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
@@ -33,8 +34,8 @@ class ToolUseBlock(WireModel):
     """A call that the model made."""
 
     type: Literal["tool_use"]
-    id: str = ""
-    name: str = ""
+    id: Written = ""
+    name: Written = ""
     input: Any = None
     """An object, if the model made no mistake."""
     cache_control: NoEffect = None
@@ -71,7 +72,7 @@ class ToolResultBlock(WireModel):
     """What came of a call."""
 
     type: Literal["tool_result"]
-    tool_use_id: str = ""
+    tool_use_id: Written = ""
     content: (
         str
         | Items[
@@ -109,7 +110,7 @@ def check_block(block: Block, role: str, param: str) -> None:
     Raises:
         APIError: a 400 that names the block.
     """
-    if role == "assistant" and isinstance(block, ToolResultBlock):
+    if role != "user" and isinstance(block, ToolResultBlock):
         raise invalid(f"{param}: a tool_result belongs to the user", param)
     if role != "assistant" and isinstance(block, (ToolUseBlock, ThinkingBlock)):
         raise invalid(f"{param}: {block.type} belongs to the assistant", param)

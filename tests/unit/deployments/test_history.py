@@ -42,6 +42,8 @@ async def prompt(service: Service, *messages: dict) -> str:
         ([call(name="add")], "add {}"),
         ([call(name="a tool.of/odd\nname", arguments="{}"), RESULT], "a tool.of/odd\nname"),
         ([call(name="x" * 500, arguments="{}")], "x" * 500),
+        ([{"role": "assistant", "tool_calls": [{"id": 7, "type": 7, "function": {"name": 7, "arguments": 7}}]},
+          {"role": "tool", "tool_call_id": 7, "content": "18"}], '7 "7"'),
         ([{"role": "assistant", "tool_calls": [{"index": 0, "id": None, "type": None, "function": {"name": "f"}}]},
           {"role": "tool", "content": "18"}], "tool: 18"),
         ([{"role": "assistant", "tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": "x"}}]}],

@@ -115,6 +115,24 @@ def test_broken_calls_are_told_as_they_are(fields: dict, arguments: object):
     assert called["function"] == {"name": "odd name", "arguments": arguments}
 
 
+@pytest.mark.parametrize(
+    ("role", "block"),
+    [
+        ("system", {"type": "tool_result", "tool_use_id": "t"}),
+        ("assistant", {"type": "tool_result", "tool_use_id": "t"}),
+        ("system", {"type": "tool_use", "id": "t", "name": "add"}),
+        ("user", {"type": "thinking", "thinking": "hm"}),
+        ("user", {"x": 1}),
+        ("system", {"type": "document", "source": {"type": "url", "url": "http://x"}}),
+    ],
+)
+async def test_blocks_in_the_wrong_place_are_named(make_service: ServiceFactory, role: str, block: dict):
+    service = await make_service()
+    answer = await service.post("/v1/messages", messages=[HI, {"role": role, "content": [block]}], max_tokens=5)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("messages[1].content[0]: ")
+
+
 async def test_images_of_the_user_are_refused_by_name(make_service: ServiceFactory):
     service = await make_service()
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
