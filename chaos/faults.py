@@ -130,8 +130,7 @@ async def f2_nobody_left(front_end: str) -> Outcome:
     ):
         outcomes = []
         for failover, (fleet, clients) in (("off", without), ("on", with_failover)):
-            with controller_stopped():
-                outcomes.append(await _kill_the_only_one(failover, fleet, clients))
+            outcomes.append(await _kill_the_only_one(failover, fleet, clients))
     return Outcome("; ".join(outcome.figure for outcome in outcomes), *(outcome.is_ok for outcome in outcomes))
 
 
@@ -139,9 +138,10 @@ async def _kill_the_only_one(failover: str, fleet: Fleet, clients: Clients) -> O
     asking = [asyncio.create_task(clients.ask(prompt, 3800)) for prompt in PROMPTS]
     await fleet.wait_for(clients, lambda stats: stats["router"]["num_live"] == len(PROMPTS), 60, "all are live")
     await asyncio.sleep(0.5)
-    killed_at = time.monotonic()
-    fleet.hurt_one(signal.SIGKILL)
-    stories = await asyncio.gather(*asking)
+    with controller_stopped():
+        killed_at = time.monotonic()
+        fleet.hurt_one(signal.SIGKILL)
+        stories = await asyncio.gather(*asking)
     told = [story for story in stories if story.error in ("engine_error", "no_replica")]
     slowest = max(story.ended_at for story in stories) - killed_at
     figure = f"failover {failover}: {len(told)} of {len(stories)} told by an error event in {slowest:.2f} s"
