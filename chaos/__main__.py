@@ -88,15 +88,17 @@ def main() -> None:
     names = options.names or list(FAULTS)
     elsewhere = [] if options.haproxy else [name for name in names if name in BEHIND_HAPROXY]
     here = [name for name in names if name not in elsewhere]
-    results = []
+    results: list[bool] = []
     if here:
         num_gpus = _NUM_GPUS if any(name in GPU_FAULTS for name in here) else 0
         with cluster(num_gpus, haproxy=options.haproxy) as front_end:
-            alone = [(name, function) for name in here if name not in SIDE_BY_SIDE for function in known[name]]
-            results = [_run(name, function, front_end, options.json) for name, function in alone]
-            waiting = [(name, function) for name in here if name in SIDE_BY_SIDE for function in known[name]]
-            with ThreadPoolExecutor(len(waiting) or 1) as pool:
-                results += pool.map(lambda fault: _run(*fault, front_end, options.json), waiting)
+            for name in here:
+                if name not in SIDE_BY_SIDE:
+                    results += _run_all(name, front_end, options.json)
+            waiting = [name for name in here if name in SIDE_BY_SIDE]
+            with ThreadPoolExecutor(len(SIDE_BY_SIDE)) as pool:
+                for several in pool.map(lambda name: _run_all(name, front_end, options.json), waiting):
+                    results += several
     if elsewhere:
         results.append(_run_behind_haproxy(elsewhere, options.json))
     sys.exit(0 if all(results) else 1)
@@ -107,6 +109,11 @@ def _run_behind_haproxy(names: list[str], path: Path | None) -> bool:
     json_option = ["--json", str(path)] if path is not None else []
     command = [sys.executable, "-m", "chaos", *names, "--haproxy", *json_option]
     return subprocess.run(command, check=False).returncode == 0
+
+
+def _run_all(name: str, front_end: str, path: Path | None) -> list[bool]:
+    """Run the functions of one fault, one after the other."""
+    return [_run(name, function, front_end, path) for function in {**FAULTS, **GPU_FAULTS}[name]]
 
 
 def _run(name: str, function: Callable[[str], Awaitable[Outcome]], front_end: str, path: Path | None) -> bool:

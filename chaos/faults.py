@@ -127,22 +127,21 @@ async def f2_nobody_left(front_end: str) -> Outcome:
     async with (
         running(front_end, "f2off", emulated(1, router={"num_cpus": 0.1, "max_resumes": 0})) as without,
         running(front_end, "f2on", emulated(1, admission={"no_replica_timeout_s": 0.5})) as with_failover,
-        asyncio.timeout(60),
     ):
         outcomes = []
         for failover, (fleet, clients) in (("off", without), ("on", with_failover)):
-            with controller_stopped():
-                outcomes.append(await _kill_the_only_one(failover, fleet, clients))
+            outcomes.append(await _kill_the_only_one(failover, fleet, clients))
     return Outcome("; ".join(outcome.figure for outcome in outcomes), *(outcome.is_ok for outcome in outcomes))
 
 
 async def _kill_the_only_one(failover: str, fleet: Fleet, clients: Clients) -> Outcome:
-    asking = [asyncio.create_task(clients.ask(prompt, 2000)) for prompt in PROMPTS]
-    await fleet.wait_for(clients, lambda stats: stats["router"]["num_live"] == len(PROMPTS), 30, "all are live")
+    asking = [asyncio.create_task(clients.ask(prompt, 3800)) for prompt in PROMPTS]
+    await fleet.wait_for(clients, lambda stats: stats["router"]["num_live"] == len(PROMPTS), 60, "all are live")
     await asyncio.sleep(0.5)
-    killed_at = time.monotonic()
-    fleet.hurt_one(signal.SIGKILL)
-    stories = await asyncio.gather(*asking)
+    with controller_stopped():
+        killed_at = time.monotonic()
+        fleet.hurt_one(signal.SIGKILL)
+        stories = await asyncio.gather(*asking)
     told = [story for story in stories if story.error in ("engine_error", "no_replica")]
     slowest = max(story.ended_at for story in stories) - killed_at
     figure = f"failover {failover}: {len(told)} of {len(stories)} told by an error event in {slowest:.2f} s"
