@@ -62,7 +62,8 @@ def test_two_calls_at_once(server: AgentServer, agents: Agents):
     server.model.follow(lambda prompt: "Both." if "two-42" in prompt else "\n".join(calls))
     run = agents.codex(QUESTION)
     assert texts(run) == ["Both."]
-    assert [item["aggregated_output"] for item in items(run, "command_execution")] == ["one-42\n", "two-42\n"]
+    outputs = [item["aggregated_output"] for item in items(run, "command_execution")]
+    assert sorted(outputs) == ["one-42\n", "two-42\n"]  # whichever ended first
 
 
 def test_a_function_of_a_namespace_is_found_again(server: AgentServer, agents: Agents):

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, ValidationInfo
 
-from deployments.api.openai.response_tools import FunctionId, Skipped, skip
+from deployments.api.openai.response_tools import FunctionId
 from deployments.chat.content import placeholder, text_of
+from deployments.chat.skipped import Skipped, skip
 from deployments.chat.structured import NonEmpty
 from deployments.chat.wire_model import NoEffect, WireModel, type_tag
 

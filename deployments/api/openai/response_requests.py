@@ -9,7 +9,6 @@ from deployments.api.openai.response_tools import (
     FunctionNames,
     ResponseTool,
     ResponseToolChoice,
-    Skipped,
     at_own_place,
     chat_tools,
     echoed_tool,
@@ -18,6 +17,7 @@ from deployments.api.openai.response_tools import (
 from deployments.chat.errors import APIError, invalid, of_validation
 from deployments.chat.messages import ChatMessage
 from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
+from deployments.chat.skipped import Skipped
 from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
 from llm.config import MAX_TOP_LOGPROBS
 

@@ -12,35 +12,14 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, PlainValidator, Tag, ValidationInfo
+from pydantic import Discriminator, Tag
 
 from deployments.chat.errors import APIError
-from deployments.chat.ignored import IgnoredFields
+from deployments.chat.skipped import AnySkipped
 from deployments.chat.tools import ToolName
-from deployments.chat.wire_model import Items, NoEffect, WireModel, note_ignored, type_tag
+from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
 
 _MAX_NAME_CHARS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A tool or an item of a kind that this server does not have, as it came."""
-
-    value: dict[str, Any]
-
-
-def skip(value: Any, info: ValidationInfo) -> Skipped:
-    """Take in what is left out, and note that it is ignored.
-
-    Raises:
-        ValueError: it has no type, or the request is to be checked strictly.
-    """
-    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        raise ValueError("must be an object with a type")
-    if isinstance(info.context, IgnoredFields) and info.context.is_strict:
-        raise ValueError(f"the type {value['type'][:40]!r} is not supported by this server")
-    note_ignored(info, f"type {value['type'][:40]}", value, "type")
-    return Skipped(value)
 
 
 class ResponseFunction(WireModel):
@@ -60,7 +39,6 @@ def _function_tag(value: Any) -> str:
     return tag if (tag := type_tag(value, "function")) == "[function]" else "[skipped]"
 
 
-AnySkipped = Annotated[Skipped, PlainValidator(skip, json_schema_input_type=dict[str, Any]), Tag("[skipped]")]
 NamespacedTool = Annotated[Annotated[ResponseFunction, Tag("[function]")] | AnySkipped, Discriminator(_function_tag)]
 
 
