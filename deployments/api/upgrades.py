@@ -26,8 +26,10 @@ class PlainHttpProtocol(HttpToolsProtocol):
     @property
     def declines(self) -> bool:
         """Whether the request whose headers have been read offers what nobody here takes."""
+        if not self.parser.should_upgrade():
+            return False
         offered = [value.lower() for name, value in self.headers if name == b"upgrade"]
-        return self.parser.should_upgrade() and bool(offered) and b"websocket" not in offered
+        return bool(offered) and b"websocket" not in offered
 
     def head_without_offer(self) -> bytes:
         """The head of the request just read, as it would be without the offer."""

@@ -1,4 +1,5 @@
-"""Two routers and one accountant on Ray: limits are counted once, survive the accountant, and keys can be revoked."""
+"""Two routers on Ray and what they share: limits are counted once, survive the accountant, and keys can be revoked;
+stored responses are found by either."""
 
 import hashlib
 import os
@@ -17,7 +18,7 @@ from live_server import APP_NAME, ROOT, Server
 pytestmark = pytest.mark.timeout(240)
 
 NAME = f"{APP_NAME}-limits"
-MINUTE, SINGLE, NEXT = "sk-minute", "sk-single", "sk-next"
+MINUTE, SINGLE, NEXT, OTHER = "sk-minute", "sk-single", "sk-next", "sk-other"
 PER_MIN = 20
 
 
@@ -30,14 +31,14 @@ def write_keys(path: Path, **secrets: str) -> None:
     path.write_text(yaml.safe_dump(entries))
 
 
-@pytest.fixture
-def keys_file(tmp_path: Path) -> Path:
-    path = tmp_path / "keys.yaml"
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "keys.yaml"
     write_keys(path, minute=MINUTE, single=SINGLE)
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def limited(server: Server, keys_file: Path) -> Iterator[Server]:
     """Another application beside the session's: two routers with keys, in front of one emulated engine."""
     from ray import serve
@@ -118,8 +119,11 @@ def test_two_routers_share_limits_and_follow_the_keys(limited: Server, keys_file
     limited.wait_for(lambda: set(ask_at_once(limited, NEXT, 10)) == {200}, 5, "the new key does not work")
 
 
-def test_responses_are_found_whichever_router_is_asked(limited: Server):
+def test_responses_are_found_whichever_router_is_asked(limited: Server, keys_file: Path):
     """One deployment keeps them for both routers; a key finds its own only."""
+    write_keys(keys_file, next=NEXT, other=OTHER)
+    for secret in (NEXT, OTHER):
+        limited.wait_for(lambda secret=secret: set(ask_at_once(limited, secret, 10)) == {200}, 10, "no key yet")
 
     def request(method: str, path: str, secret: str, **options: Any) -> httpx.Response:
         # A connection of its own, so that either router may get it.
@@ -127,15 +131,15 @@ def test_responses_are_found_whichever_router_is_asked(limited: Server):
         return httpx.request(method, f"{limited.url}{path}", headers=headers, timeout=60, **options)
 
     body = {"model": "demo", "max_output_tokens": 2}
-    first = request("POST", "/v1/responses", MINUTE, json={**body, "input": "one"}).json()["id"]
+    first = request("POST", "/v1/responses", NEXT, json={**body, "input": "one"}).json()["id"]
     path = f"/v1/responses/{first}"
-    asked = at_once(8, lambda: request("GET", path, MINUTE))
+    asked = at_once(8, lambda: request("GET", path, NEXT))
     assert [(answer.status_code, answer.json().get("id")) for answer in asked] == [(200, first)] * 8
-    assert {answer.status_code for answer in at_once(4, lambda: request("GET", path, SINGLE))} == {404}
+    assert {answer.status_code for answer in at_once(4, lambda: request("GET", path, OTHER))} == {404}
     going_on = {**body, "input": "two", "previous_response_id": first}
-    second = request("POST", "/v1/responses", MINUTE, json=going_on)
+    second = request("POST", "/v1/responses", NEXT, json=going_on)
     assert second.status_code == 200, second.text
-    items = request("GET", f"/v1/responses/{second.json()['id']}/input_items", MINUTE).json()["data"]
+    items = request("GET", f"/v1/responses/{second.json()['id']}/input_items", NEXT).json()["data"]
     assert [item["role"] for item in items] == ["user", "assistant", "user"]
-    assert request("DELETE", path, MINUTE).json()["deleted"]
-    assert {answer.status_code for answer in at_once(8, lambda: request("GET", path, MINUTE))} == {404}
+    assert request("DELETE", path, NEXT).json()["deleted"]
+    assert {answer.status_code for answer in at_once(8, lambda: request("GET", path, NEXT))} == {404}

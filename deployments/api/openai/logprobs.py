@@ -7,6 +7,8 @@ from llm.serving.schemas import TokenLogprobs
 from llm.tokenization.tokenizer import Tokenizer
 
 _LOWEST_LOGPROB = -9999.0
+_ENDS_OF_MARKUP = frozenset(">]}\n ")
+"""Characters of which one ends what models put between thoughts, text and calls."""
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class TextLogprobs:
 
     def pop(self, piece: str) -> list[dict[str, Any]]:
         """The tokens that begin in the next piece, as the parts of a response have them; what is before is dropped."""
-        start = self._text.find(piece)
+        start = self._find(piece)
         end = start + len(piece)
         if start < 0 or not piece:
             return []
@@ -101,6 +103,13 @@ class TextLogprobs:
         self._text = self._text[end:]
         content: list[dict[str, Any]] = chat_logprobs(found, self._tokenizer)["content"]
         return content
+
+    def _find(self, piece: str) -> int:
+        """Where the piece begins: at once, or else behind markup, whose own letters may look the same."""
+        first = start = self._text.find(piece)
+        while start > 0 and self._text[start - 1] not in _ENDS_OF_MARKUP:
+            start = self._text.find(piece, start + 1)
+        return start if start >= 0 else first
 
 
 def prompt_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:

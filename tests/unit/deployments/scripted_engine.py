@@ -61,7 +61,7 @@ class ScriptedEngine(EmulatedEngine):
         if reason is not None:
             del self._running[row.request.request_id]
             self.pool.release(row.pages)
-        logprobs = (TokenLogprobs(token_id, -0.5, ()),) if row.request.logprobs is not None else None
+        logprobs = (TokenLogprobs(token_id, -float(row.num_output), ()),) if row.request.logprobs is not None else None
         return StepOutput(
             row.request.request_id, (token_id,), logprobs=logprobs, finish_reason=reason,
             num_prompt_tokens=len(row.prompt), num_cached_tokens=row.num_cached,

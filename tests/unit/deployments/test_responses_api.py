@@ -282,13 +282,15 @@ async def test_thoughts_survive_a_client_without_memory(make_service: ServiceFac
 )
 async def test_log_probabilities_of_the_text(make_service: ServiceFactory, monkeypatch, tmp_path: Path, fields: dict):
     """Of the tokens of the text alone, thoughts and markup left out."""
-    use_script(monkeypatch, f"An é.</think>né!{CALL}")
+    thoughts = "A né! so.</think>"
+    use_script(monkeypatch, f"{thoughts}né!{CALL}")
     service = await make_service(model_config(tmp_path, THINK_TEMPLATE))
     response = await respond(service, tools=[TOOL], **fields)
     (part,) = response["output"][1]["content"]
     assert part["text"] == "né!"
     assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]) == "né!".encode()
-    assert part["logprobs"][0]["logprob"] == -0.5
+    places = [-entry["logprob"] - len(thoughts.encode()) for entry in part["logprobs"]]
+    assert places == [1, 2, 3, 4], "the script's engine gives each token its number"
     events = await streamed(service, tools=[TOOL], **fields)
     deltas = [entry for event in events if event["type"] == "response.output_text.delta" for entry in event["logprobs"]]
     done = next(event for event in events if event["type"] == "response.output_text.done")

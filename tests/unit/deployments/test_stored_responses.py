@@ -149,6 +149,7 @@ async def test_nobody_finds_what_another_key_has_stored(make_service: ServiceFac
                  {"input": [{"type": "item_reference", "id": item_id}]}):  # fmt: skip
         answer = await service.http.post("/v1/responses", json={"model": "demo", **body}, headers=other)
         assert answer.status_code == 400
+        assert answer.json()["error"]["code"] in ("previous_response_not_found", "item_not_found")
     assert (await service.http.get(path)).status_code == 401
     own = {"Authorization": f"Bearer {FIRST}"}
     assert (await service.http.get(path, headers=own)).json() == response
