@@ -65,7 +65,7 @@ $(AGENTS)/.installed: tests/agents/package-lock.json
 agents: $(AGENTS)/.installed  ## Get the coding agents that test-agents runs (needs npm)
 
 test-agents: $(VENV)/.dev $(AGENTS)/.installed  ## Run coding agents and SDKs against a server
-	$(BIN)/pytest tests/agents
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/agents
 
 chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (20 minutes or so)
 	$(BIN)/python -m chaos

@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# When it is imported, litellm asks the network for prices, three times and with pauses, unless it is told not to.
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
 import triton_interpreter
 from live_server import APP_NAME, ROOT, Server, free_port, wait_until_ready
 
