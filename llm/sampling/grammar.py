@@ -77,6 +77,8 @@ class GrammarCompiler:
             compiled = LLMatcher(self._ll_tokenizer, to_llguidance(grammar, self._tokenizer), limits=_LIMITS)
             if compiled.is_error():
                 raise invalid_grammar(_first_line(compiled.get_error()))
+            if not compiled.deep_copy().compute_bitmask().strip(b"\0"):
+                raise invalid_grammar("no answer fits it")
             with self._lock:
                 self._compiled[grammar] = compiled
                 while len(self._compiled) > _MAX_COMPILED:

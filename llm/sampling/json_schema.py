@@ -30,6 +30,28 @@ _NAMED_SCHEMAS = frozenset({"$defs", "definitions", "dependentSchemas", "pattern
 Schema = dict[str, Any]
 
 
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 and value == value // 1
+
+
+_SHAPES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "$ref": (lambda value: isinstance(value, str), "a text"),
+    "type": (lambda value: isinstance(value, str) or _is_texts(value), "the name of a type, or a list of such"),
+    "enum": (lambda value: isinstance(value, list), "a list"),
+    "required": (_is_texts, "a list of texts"),
+    "pattern": (lambda value: isinstance(value, str), "a text"),
+    **{key: (lambda value: isinstance(value, dict), "an object") for key in _NAMED_SCHEMAS},
+    **{key: (lambda value: isinstance(value, list), "a list") for key in _MANY_SCHEMAS - {"items"}},
+    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength"), (_is_count, "a number of 0 or more")),
+}
+_MEANT = frozenset({"$ref", "type"})
+"""Keywords that are never left out."""
+
+
 def invalid_grammar(message: str) -> InvalidRequestError:
     """What is raised where a grammar cannot be followed."""
     return InvalidRequestError(f"grammar: {message}", param="grammar", code="invalid_grammar")
@@ -56,7 +78,8 @@ def prepare(schema: object, *, is_lenient: bool = False) -> Schema:
 
     Args:
         schema: as `parse_json` gives it.
-        is_lenient: leave out patterns that cannot be followed; whoever compiles the schema leaves out other keywords.
+        is_lenient: leave out patterns that cannot be followed and keywords with a value that they cannot have; whoever
+            compiles the schema leaves out other keywords.
 
     Raises:
         InvalidRequestError: it is no schema, or no answer fits it.
@@ -74,11 +97,12 @@ def prepare(schema: object, *, is_lenient: bool = False) -> Schema:
     def change(node: Schema) -> object:
         if not found.holds(node):
             return False
+        _check_shapes(node, is_lenient)
         node = _with_safe_bounds(node)
-        if is_lenient and isinstance(node.get("pattern"), str) and not _is_pattern(node["pattern"]):
+        if is_lenient and "pattern" in node and not _is_pattern(node["pattern"]):
             del node["pattern"]
         named = node.get("patternProperties")
-        if is_lenient and isinstance(named, dict):
+        if is_lenient and named is not None:
             node["patternProperties"] = {key: value for key, value in named.items() if _is_pattern(key)}
         return node
 
@@ -101,7 +125,7 @@ def children(schema: Schema) -> Iterator[object]:
 
 def resolve(root: object, reference: str) -> object:
     """What a JSON pointer within `root` (`#/…`) refers to; None where it refers to nothing, or is none."""
-    if reference != "#" and not reference.startswith("#/"):
+    if reference not in ("", "#") and not reference.startswith("#/"):
         return None
     value = root
     for part in reference.split("/")[1:]:
@@ -230,6 +254,16 @@ def _references(schema: object) -> Iterator[str]:
             if isinstance(node.get("$ref"), str):
                 yield node["$ref"]
             stack += children(node)
+
+
+def _check_shapes(schema: Schema, is_lenient: bool) -> None:
+    """Refuse keywords whose value they cannot have, or leave them out. One without a value is absent."""
+    for key, (has_shape, shape) in _SHAPES.items():
+        if key not in schema or has_shape(schema[key]):
+            continue
+        if schema[key] is not None and (not is_lenient or key in _MEANT):
+            raise invalid_grammar(f"{key} must be {shape}")
+        del schema[key]
 
 
 def _with_safe_bounds(schema: Schema) -> Schema:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from llm.config import StrictModel
-from llm.sampling.json_schema import Schema, relocated, resolve
+from llm.sampling.json_schema import Schema, prepare, relocated, resolve
 
 KEY = "\0"
 """Stands for the name of an argument."""
@@ -116,8 +116,8 @@ class RuleWriter:
         """Arguments one by one, in the schema's order. What a schema says of a text beside its choices is not bound."""
         assert self._form.argument is not None, "the form has them"
         before, behind = self._form.argument
-        root = call.parameters
-        properties = root.get("properties", {})
+        root = prepare(call.parameters, is_lenient=not call.is_strict)
+        properties = {name: each for name, each in root.get("properties", {}).items() if each is not False}
         required = [name for name in root.get("required", ()) if name not in properties]
         parts = []
         for name, schema in [*properties.items(), *((name, True) for name in required)]:

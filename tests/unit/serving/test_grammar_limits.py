@@ -159,6 +159,7 @@ def crossed(levels: int) -> dict[str, Any]:
 
 REFUSED: dict[str, Grammar] = {
     "a reference to itself": from_schema({"$ref": "#"}),
+    "an empty reference": from_schema({"$ref": ""}),
     "a loop": from_schema(looping(3)),
     "a long loop": from_schema(looping(2000)),
     "references without number": from_schema(crossed(300)),
@@ -182,6 +183,11 @@ REFUSED: dict[str, Grammar] = {
     "unique items": from_schema({"type": "array", "uniqueItems": True}),
     "unknown format": from_schema({"type": "string", "format": "zip"}),
     "a number as a schema": from_schema(5),
+    "an enum that is no list": from_schema({"enum": BIG}),
+    "required, but what": from_schema({"type": "object", "properties": {"a": {"const": BIG, "required": True}}}),
+    "a reference that is no text": from_schema({"anyOf": [{"$ref": [1]}]}),
+    "properties that are a list": from_schema({"properties": ["a"]}),
+    "a number of items below nothing": from_schema({"type": "array", "minItems": -1}),
     "a text as a schema": Grammar(kind="json_schema", text='"NaN"'),
 }
 
@@ -225,6 +231,7 @@ def test_options_of_the_compiler_are_not_for_requests(compiler: GrammarCompiler)
         {"dependentRequired": {"a": ["b"]}},
         {"oneOf": [{"type": "integer"}, {"type": "number"}]},
         {"unevaluatedProperties": False},
+        {"required": True},
     ],
 )
 def test_leniently_what_cannot_be_followed_is_left_out(compiler: GrammarCompiler, keywords: dict[str, Any]):
