@@ -97,17 +97,19 @@ class PageManager:
         Returns:
             How many of these pages the sequence counts on; None if they are too few, and then nothing has changed.
         """
-        num_found, num_new = len(prefix[0]), 0
-        behind = [self._num_behind(window, num_found * self.pool.page_size) for _, window in self._windows]
-        for (_, window), pages, num_behind in zip(self._windows, prefix, behind, strict=True):
-            shared = pages[num_behind:]
-            num_new += max(self._num_needed_by(window, len(sequence.tokens)) - len(shared), 0)
-            num_new += self.pool.count_cached(shared)
+        num_found, num_new, behind = len(prefix[0]), 0, []
+        for group, window in self._windows:
+            num_behind = self._num_behind(window, num_found * self.pool.page_size)
+            num_new += max(self._num_needed_by(window, len(sequence.tokens)) - num_found + num_behind, 0)
+            if num_found:
+                num_new += self.pool.count_cached(prefix[group][num_behind:])
+            behind.append(num_behind)
         if num_new > num_available:
             return None
-        for pages, num_behind in zip(prefix, behind, strict=True):
-            self.pool.share(pages[num_behind:])
-        sequence.pages = [list(pages) for pages in prefix]
+        if num_found:
+            for pages, num_behind in zip(prefix, behind, strict=True):
+                self.pool.share(pages[num_behind:])
+        sequence.pages = prefix
         sequence.num_dropped_pages = behind
         sequence.num_registered_pages = num_found
         sequence.keep_at = 0
@@ -192,7 +194,8 @@ class PageManager:
             for group, pages in enumerate(found):
                 pages += self.pool.find_prefix(self._names(known[num_pages:num_full], group))
             num_pages = min(map(len, found))
-            found = [pages[:num_pages] for pages in found]
+            if self._num_whole > 1:
+                found = [pages[:num_pages] for pages in found]
             if num_pages < min(len(known), num_full):
                 break
         self._num_hashes_left -= self._num_whole * len(found[0]) // _PAGES_PER_HASH

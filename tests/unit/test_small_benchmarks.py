@@ -38,3 +38,10 @@ def test_the_share_of_the_host_of_a_step_is_measured():
     rows = rows_of("benchmarks.host_step", "--rows", "8", "--long", "2000")
     assert len(rows) == 3 + 4
     assert all(value > 0 for row in rows for name, value in row.items() if name != "measurement")
+
+
+def test_groups_of_layers_hold_no_more_than_their_windows():
+    rows = {row["model"]: row for row in rows_of("benchmarks.page_groups", "--tokens", "8192", "--step", "1024")}
+    assert rows["llama-3.1-8b"]["while decoding"] == 1
+    assert 0.5 < rows["gpt-oss-20b"]["while decoding"] < 0.53
+    assert 1 / 6 < rows["gemma-3-270m"]["while decoding"] < 0.25
