@@ -2,8 +2,8 @@
 
     python -m benchmarks.page_groups [--tokens 32768] [--step 8192]
 
-No model runs. One JSON line a model: groups, layers in a page, and the share of the memory that is left while the prompt
-is read (at most) and while the sequence decodes.
+No model runs. One JSON line a model: groups, layers in a page, and the share of the memory that is left, at most while
+the prompt is read and while the sequence decodes.
 """
 
 import argparse
