@@ -154,6 +154,13 @@ async def test_claude_code_searches_the_web(start: Start):
     assert model.prompts == ["Search for x."]
 
 
+async def test_claude_code_counts_before_it_asks(start: Start):
+    service, _ = await start()
+    counted = await service.post("/v1/messages/count_tokens?beta=true", **claude_code())
+    usage = (await message(service, claude_code())).json()["usage"]
+    assert counted.json()["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+
 async def test_claude_code_asks_for_more_than_fits(start: Start):
     """It does not know the context, so what the answer may have is what is left of it."""
     service, _ = await start()
