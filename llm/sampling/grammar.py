@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llm.sampling.constraint import Constraint
 from llm.sampling.json_schema import invalid_grammar, parse_json, prepare
 from llm.sampling.large_integers import write_out
-from llm.sampling.tagged_calls import RuleWriter, TaggedCalls
+from llm.sampling.tagged_calls import Pieces, RuleWriter, TaggedCalls
 from llm.serving.schemas import Grammar, GrammarKind, Preamble
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
@@ -74,7 +74,7 @@ class GrammarCompiler:
             if compiled is not None:
                 self._compiled.move_to_end(grammar)
         if compiled is None:
-            compiled = LLMatcher(self._ll_tokenizer, to_llguidance(grammar, self._tokenizer), limits=_LIMITS)
+            compiled = LLMatcher(self._ll_tokenizer, to_llguidance(grammar, self._pieces), limits=_LIMITS)
             if compiled.is_error():
                 raise invalid_grammar(_first_line(compiled.get_error()))
             if not compiled.deep_copy().compute_bitmask().strip(b"\0"):
@@ -96,6 +96,21 @@ class GrammarCompiler:
             raise invalid_grammar("the tokens generated so far do not fit the grammar")
         return constraint
 
+    def _pieces(self, text: str) -> list[str]:
+        """Lark for a text that control tokens may be part of.
+
+        llguidance takes special tokens and all added ones in angle brackets to be no text, so their ids stand for them.
+        """
+        pieces = []
+        for piece, token_id in self._tokenizer.split_control(text):
+            if piece:
+                pieces.append(json.dumps(piece))
+            if token_id is not None and self._ll_tokenizer.is_special_token(token_id):
+                pieces.append(f"<[{token_id}]>")
+            elif token_id is not None:
+                pieces.append(json.dumps(self._tokenizer.token_text(token_id)))
+        return pieces
+
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:
         eos_ids = sorted(i for i in self._tokenizer.eos_token_ids if i < self._vocab_size)
@@ -104,25 +119,25 @@ class GrammarCompiler:
         return LLTokenizer(self._tokenizer.definition, n_vocab=self._vocab_size, eos_token=eos_ids)
 
 
-def to_llguidance(grammar: Grammar, tokenizer: HFTokenizer) -> str:
+def to_llguidance(grammar: Grammar, pieces: Pieces) -> str:
     """The grammar in llguidance's own form.
 
     Args:
-        tokenizer: knows special tokens.
+        pieces: Lark for a text that control tokens may be part of.
 
     Raises:
         InvalidRequestError: it is too large or too deep, or no JSON where that is what it should be.
     """
     if len(grammar.text) > MAX_GRAMMAR_CHARS:
         raise invalid_grammar(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
-    grammars = _grammars(grammar, tokenizer)
+    grammars = _grammars(grammar, pieces)
     if grammar.preamble is not None:
-        grammars.insert(0, {"name": "whole", "lark_grammar": _preamble_lark(grammar.preamble, tokenizer)})
+        grammars.insert(0, {"name": "whole", "lark_grammar": _preamble_lark(grammar.preamble, pieces)})
         grammars[1]["name"] = "bound"
     return json.dumps({"grammars": grammars})
 
 
-def _grammars(grammar: Grammar, tokenizer: HFTokenizer) -> list[dict[str, Any]]:
+def _grammars(grammar: Grammar, pieces: Pieces) -> list[dict[str, Any]]:
     """What binds the output, the grammar to begin with first."""
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
@@ -142,7 +157,7 @@ def _grammars(grammar: Grammar, tokenizer: HFTokenizer) -> list[dict[str, Any]]:
             _check_text(grammar.text)
             return [{"lark_grammar": grammar.text}]
         case GrammarKind.CALLS:
-            return _from_calls(TaggedCalls.model_validate(parse_json(grammar.text)), tokenizer)
+            return _from_calls(TaggedCalls.model_validate(parse_json(grammar.text)), pieces)
 
 
 def _from_regex(regex: str) -> dict[str, Any]:
@@ -156,7 +171,7 @@ def _from_schema(schema: object, grammar: Grammar, prefix: str = "") -> list[dic
     return write_out(prepared, options, prefix) or [{"json_schema": {**prepared, "x-guidance": options}}]
 
 
-def _from_calls(form: TaggedCalls, tokenizer: HFTokenizer) -> list[dict[str, Any]]:
+def _from_calls(form: TaggedCalls, pieces: Pieces) -> list[dict[str, Any]]:
     grammars: list[dict[str, Any]] = []
 
     def refer(schema: dict[str, Any], is_strict: bool) -> str:
@@ -166,13 +181,13 @@ def _from_calls(form: TaggedCalls, tokenizer: HFTokenizer) -> list[dict[str, Any
         grammars.extend([{**first, "name": name}, *others])
         return f"@{name}"
 
-    lark = RuleWriter(form, lambda text: _pieces(text, tokenizer), _literal, refer).lark()
+    lark = RuleWriter(form, pieces, _literal, refer).lark()
     return [{"lark_grammar": lark}, *grammars]
 
 
-def _preamble_lark(preamble: Preamble, tokenizer: HFTokenizer) -> str:
+def _preamble_lark(preamble: Preamble, pieces: Pieces) -> str:
     """Free text and then the grammar `bound`."""
-    opening, closing, lead = (_pieces(text, tokenizer) for text in (preamble.opening, preamble.closing, preamble.lead))
+    opening, closing, lead = (pieces(text) for text in (preamble.opening, preamble.closing, preamble.lead))
     if closing[0].startswith("<"):
         free, rules = " ".join(["TEXT", *closing]), [f"TEXT: /{_FREE}/"]
     else:
@@ -182,17 +197,6 @@ def _preamble_lark(preamble: Preamble, tokenizer: HFTokenizer) -> str:
     free = " ".join([*opening, free])
     begin = f"({free} BLANK?)?" if preamble.is_optional else f"{free} BLANK?"
     return "\n".join([" ".join(["start:", begin, *lead, "@bound"]), r"BLANK: /\n{1,2}/", *rules])
-
-
-def _pieces(text: str, tokenizer: HFTokenizer) -> list[str]:
-    """Lark for a text that special tokens may be part of, which only their ids stand for."""
-    pieces = []
-    for _, piece, token in tokenizer.split_special(text):
-        if piece:
-            pieces.append(json.dumps(piece))
-        if token is not None:
-            pieces.append(f"<[{token}]>")
-    return pieces
 
 
 def _check_text(text: str) -> None:

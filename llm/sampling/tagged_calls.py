@@ -17,7 +17,7 @@ KEY = "\0"
 """Stands for the name of an argument."""
 
 Pieces = Callable[[str], list[str]]
-"""Lark for a text that may hold special tokens, piece by piece."""
+"""Lark for a text that may hold control tokens, piece by piece. Texts of clients are not for it: theirs are none."""
 
 
 class TaggedCall(StrictModel):
@@ -122,7 +122,9 @@ class RuleWriter:
         parts = []
         for name, schema in [*properties.items(), *((name, True) for name in required)]:
             value = self._value(schema, root, call.is_strict)
-            field = _joined(self._pieces(before.replace(KEY, name)), value or "value")
+            in_front, _, behind_key = before.partition(KEY)
+            key = [*self._pieces(in_front), json.dumps(name), *self._pieces(behind_key)]
+            field = _joined(key, value or "value")
             if value is not None:
                 field = _joined(field, self._pieces(behind))
             parts.append(field if name in root.get("required", ()) else f"({field})?")
@@ -139,7 +141,7 @@ class RuleWriter:
             return None
         choices = target.get("enum", [target["const"]] if "const" in target else None)
         if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
-            return f"({' | '.join(_joined(self._pieces(choice)) or EMPTY for choice in choices)})"
+            return f"({' | '.join(map(json.dumps, choices))})"
         kinds = target.get("type")
         if kinds is None or "string" in ([kinds] if isinstance(kinds, str) else kinds):
             return None
@@ -147,7 +149,6 @@ class RuleWriter:
         return self._refer({"$ref": "#/$defs/leaf", "$defs": leaf}, is_strict)
 
 
-EMPTY = '""'
 _MAX_REFERENCES = 8
 
 

@@ -143,16 +143,13 @@ class HFTokenizer:
         """Jinja text of all chat templates, to see what they know."""
         return "\n".join(template.source for template in self._templates.values())
 
-    def split_special(self, text: str) -> Iterator[tuple[int, str, int | None]]:
-        """Cut a text at its special tokens: (offset of the plain piece, the piece, the id of the token behind it).
+    def split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Cut a text at its control tokens: each plain piece, and the id of the token behind it.
 
-        Texts of users must not get here: their special tokens are none.
+        Texts of users must not get here: their control tokens are none.
         """
-        offset = 0
-        for match in self._control.special_pattern.finditer(text):
-            yield offset, text[offset : match.start()], self._control.by_text[match[0]].token_id
-            offset = match.end()
-        yield offset, text[offset:], None
+        for _, piece, token in self._control.split(text):
+            yield piece, None if token is None else token.token_id
 
     def templates_read(self, name: str) -> bool:
         """Whether a chat template reads a variable of that name."""

@@ -38,7 +38,8 @@ class AnthropicTool(WireModel):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
-    strict: NoEffect = None
+    strict: bool | None = None
+    """As in chats."""
     cache_control: NoEffect = None
     eager_input_streaming: NoEffect = None
     """Arguments always come as they are made."""
@@ -157,7 +158,7 @@ class CountTokensRequest(RequestBody):
         if tools:
             chat["tools"] = [
                 {"type": "function", "function": {"name": tool.name, "description": tool.description,
-                                                  "parameters": tool.input_schema}}
+                                                  "parameters": tool.input_schema, "strict": tool.strict}}
                 for tool in tools
             ]  # fmt: skip
         if self.tool_choice is not None and (tools or self.tool_choice.type != "auto"):

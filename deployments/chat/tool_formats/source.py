@@ -168,8 +168,15 @@ class Source:
         Args:
             keeps_cut: a tag that is cut off by the end is text, too, unless it stands right behind a call.
         """
+        beginnings = {tag[0] for tag in tags}
         while True:
             rest = self.rest
+            if beginnings.isdisjoint(rest):
+                take(self.skip(len(rest)))
+                if self.is_over:
+                    return ""
+                yield
+                continue
             found = min(((rest.find(tag), tag) for tag in tags if tag in rest), default=None)
             if found is not None:
                 take(self.skip(found[0]))

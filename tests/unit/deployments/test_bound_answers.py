@@ -152,6 +152,21 @@ async def test_strict_tools_allow_no_other_call(make_service: ServiceFactory, mo
     assert message["content"] != MISFIT, "without strict the model writes freely"
 
 
+async def test_strict_tools_bind_in_every_api(make_service: ServiceFactory, monkeypatch, tmp_path: Path):
+    use_script(monkeypatch, BAD_CALL)
+    service = await make_service(model_config(tmp_path, TOOL_TEMPLATE))
+    function = WEATHER["function"]
+    for is_strict in (True, False):
+        tool = {"name": function["name"], "strict": is_strict}
+        responses = {"input": "hi", "tools": [{**tool, "type": "function", "parameters": function["parameters"]}]}
+        messages = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 300,
+                    "tools": [{**tool, "input_schema": function["parameters"]}]}  # fmt: skip
+        for path, body in (("/v1/responses", responses), ("/v1/messages", messages)):
+            answer = await service.post(path, **body)
+            assert answer.status_code == 200, answer.text
+            assert (MISFIT in answer.text) is is_strict
+
+
 async def test_one_call_at_most(make_service: ServiceFactory, monkeypatch, tmp_path: Path):
     use_script(monkeypatch, GOOD_CALL * 2)
     service = await make_service(model_config(tmp_path, TOOL_TEMPLATE))

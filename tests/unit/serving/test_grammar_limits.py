@@ -280,3 +280,17 @@ def test_thoughts_between_special_tokens(compiler: GrammarCompiler):
     assert allows(compiler, bound, [262, *b"final", *b"{}"])
     assert not allows(compiler, bound, list(b"{}"))
     assert not allows(compiler, bound, list(b"<|reserved_0|>final{}"))
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_added_tokens_stand_for_their_text(is_special: bool):
+    """Qwen3 has `<think>` as tokens that are not marked special, DeepSeek as special ones; neither is text."""
+    definition = json.loads((DEMO / "tokenizer.json").read_text())
+    for token, text in zip(definition["added_tokens"][-2:], ("<think>", "</think>"), strict=True):
+        token |= {"content": text, "special": is_special}
+    compiler = GrammarCompiler(HFTokenizer(json.dumps(definition), eos_token_ids=[257]))
+    bound = Grammar(kind=GrammarKind.JSON_OBJECT, preamble=THOUGHTS)
+    assert allows(compiler, bound, [262, *b"Hm.", 263, *b"\n\n{}"])
+    assert allows(compiler, bound, "{}")
+    assert not allows(compiler, bound, [262, *b"Hm.", 263, *b"x"])
+    assert not allows(compiler, bound, [262, *b"Hm.", 262, 263, *b"{}"])
