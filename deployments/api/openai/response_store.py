@@ -9,8 +9,8 @@ import asyncio
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -130,16 +130,10 @@ class ResponseDatabase:
         least = len(response.head) + _ROW_BYTES + sum(len(item.data) + 2 * _ROW_BYTES for item, _ in items)
         if least > self._max_bytes or not self._max_responses:
             return False
-        with self._lock, closing(self._database.cursor()) as cursor:
-            cursor.execute("BEGIN IMMEDIATE")
-            try:
-                num_bytes = self._insert(cursor, owner, response, items)
-                self._count(cursor, 1, num_bytes)
-                self._make_room(cursor)
-            except BaseException:
-                cursor.execute("ROLLBACK")
-                raise
-            cursor.execute("COMMIT")
+        with self._transaction() as cursor:
+            num_bytes = self._insert(cursor, owner, response, items)
+            self._count(cursor, 1, num_bytes)
+            self._make_room(cursor)
         return True
 
     def get(self, owner: str, response_id: str) -> StoredResponse | None:
@@ -161,14 +155,12 @@ class ResponseDatabase:
 
     def delete(self, owner: str, response_id: str) -> bool:
         """See `ResponseStore`."""
-        with self._lock, closing(self._database.cursor()) as cursor:
-            cursor.execute("BEGIN IMMEDIATE")
+        with self._transaction() as cursor:
             found = cursor.execute(
                 "SELECT seq FROM responses WHERE owner = ? AND id = ?", (owner, response_id)
             ).fetchone()
             if found is not None:
                 self._count(cursor, -1, -self._remove(cursor, found[0]))
-            cursor.execute("COMMIT")
         return found is not None
 
     def find_items(self, owner: str, item_ids: Sequence[str]) -> dict[str, bytes]:
@@ -192,6 +184,18 @@ class ResponseDatabase:
     def close(self) -> None:
         """Let go of the file, or of the memory."""
         self._database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Cursor]:
+        """A change that is made as a whole or not at all."""
+        with self._lock, closing(self._database.cursor()) as cursor:
+            cursor.execute("BEGIN IMMEDIATE")
+            try:
+                yield cursor
+            except BaseException:
+                cursor.execute("ROLLBACK")
+                raise
+            cursor.execute("COMMIT")
 
     def _insert(
         self, cursor: sqlite3.Cursor, owner: str, response: StoredResponse, items: Sequence[tuple[StoredItem, bool]]
