@@ -51,11 +51,11 @@ class Host:
     def step(self) -> None:
         """Plan a step, and take in the one before it."""
         plan = self._timed("schedule", self.scheduler.schedule)
-        if plan.scheduled:
+        if plan.parts:
             self._in_flight.append(plan)
-        if self._in_flight and (len(self._in_flight) > 1 or not plan.scheduled):
+        if self._in_flight and (len(self._in_flight) > 1 or not plan.parts):
             oldest = self._in_flight.popleft()
-            token_ids = [self._rng.randrange(1, 100_000)] * sum(part.num_draws for part in oldest.scheduled)
+            token_ids = [self._rng.randrange(1, 100_000)] * sum(part.num_draws for part in oldest.parts)
             self._timed("apply", lambda: self.scheduler.apply(oldest, token_ids))
 
     def begin(self, num_rows: int) -> None:

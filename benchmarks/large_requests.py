@@ -54,13 +54,13 @@ def simulate(step_time: StepTime, requests: deque[tuple[float, int, int]]) -> di
             arrived[sequence] = at
             scheduler.add(sequence)
         plan = scheduler.schedule()
-        if plan.scheduled:
+        if plan.parts:
             now += step_time.of(plan) / 1e3
             in_flight.append(plan)
             if len(in_flight) < 2:
                 continue
         oldest = in_flight.popleft()
-        for event in scheduler.apply(oldest, [0] * sum(part.num_draws for part in oldest.scheduled)):
+        for event in scheduler.apply(oldest, [0] * sum(part.num_draws for part in oldest.parts)):
             num_out += 1
             if event.sequence in arrived:
                 waits[event.sequence.num_prompt_tokens >= _LARGE].append(now - arrived.pop(event.sequence))

@@ -34,8 +34,8 @@ class StepTime(NamedTuple):
 
     def of(self, plan: StepPlan) -> float:
         """What this step takes."""
-        decodes = [part for part in plan.scheduled if part.num_tokens == 1]
-        is_prefilling = len(decodes) < len(plan.scheduled)
+        decodes = [part for part in plan.parts if part.num_tokens == 1]
+        is_prefilling = len(decodes) < len(plan.parts)
         each_token = self.each_token if is_prefilling else self.each_decode
         tokens = max(plan.num_tokens - 64, 0)
         return self.least + each_token * tokens + self.each_context_token * sum(part.start for part in decodes)
@@ -70,13 +70,13 @@ def simulate(step_time: StepTime, arrive_within_s: float, beside: int) -> dict[s
             arrived[request.request_id] = at
             scheduler.add(Sequence(request, (1,) * num_in, frozenset(), 16))
         plan = scheduler.schedule()
-        if plan.scheduled:
+        if plan.parts:
             now += step_time.of(plan) / 1e3
             in_flight.append(plan)
             if len(in_flight) < 2:
                 continue
         oldest = in_flight.popleft()
-        for event in scheduler.apply(oldest, [0] * sum(part.num_draws for part in oldest.scheduled)):
+        for event in scheduler.apply(oldest, [0] * sum(part.num_draws for part in oldest.parts)):
             name = event.sequence.request.request_id
             (gaps if name in last else first_tokens).append(now - last.get(name, arrived[name]))
             last[name] = now

@@ -51,7 +51,7 @@ def main() -> None:
             plan = scheduler.schedule()
             last = pool.num_used
             most = max(most, last)
-            scheduler.apply(plan, [1] * sum(part.num_draws for part in plan.scheduled))
+            scheduler.apply(plan, [1] * sum(part.num_draws for part in plan.parts))
         shares = {name: pages * _PAGE_SIZE * layers_per_page(groups) / whole for name, pages in
                   (("while read", most), ("while decoding", last))}  # fmt: skip
         print(

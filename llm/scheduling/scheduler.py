@@ -8,9 +8,9 @@ from operator import attrgetter
 from llm.errors import CapacityError
 from llm.scheduling.page_manager import PageManager
 from llm.scheduling.sequence import (
-    ScheduledSequence,
     Sequence,
     SequenceStatus,
+    StepPart,
     StepPlan,
     TokenEvent,
     VectorEvent,
@@ -20,7 +20,7 @@ from llm.scheduling.slot_pool import SlotPool
 from llm.scheduling.speculation import Speculation
 from llm.scheduling.waiting_queue import WaitingQueue
 
-__all__ = ["ScheduledSequence", "Scheduler", "StepPlan", "TokenEvent"]
+__all__ = ["Scheduler", "StepPart", "StepPlan", "TokenEvent"]
 _CROWD = 2
 """So many newcomers for each sequence that decodes are a crowd."""
 _MOST_TOKENS = 2048  # of a step in which fewer get their shares beside decodes
@@ -92,8 +92,8 @@ class Scheduler:
             max_draws_per_step=max_draws_per_step or max_tokens_per_step,
         )  # fmt: skip
         self._waiting = WaitingQueue()
-        self.held: set[Sequence] = set()
-        """New sequences that cannot be run yet; `add` or `finish` them."""
+        self.compiling: set[Sequence] = set()
+        """New sequences whose grammar is being compiled; `add` or `finish` them."""
         self._running: list[Sequence] = []
         """In order of arrival."""
         self._free_rows = list(range(max_batch_size))
@@ -102,7 +102,7 @@ class Scheduler:
     @property
     def has_pending_work(self) -> bool:
         """Whether any sequence is running or waiting."""
-        return bool(self._running or self._waiting or self.held)
+        return bool(self._running or self._waiting or self.compiling)
 
     @property
     def num_running(self) -> int:
@@ -112,7 +112,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a row, preempted ones included."""
-        return len(self._waiting) + len(self.held)
+        return len(self._waiting) + len(self.compiling)
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -142,7 +142,7 @@ class Scheduler:
                 f"the sequence has {len(sequence.tokens)} tokens; the pool holds {max_tokens}, and one is generated"
             )
         assert len(sequence.tokens) < max_tokens, "a sequence that cannot grow would never end"
-        self.held.discard(sequence)
+        self.compiling.discard(sequence)
         sequence.max_tokens = max_tokens
         self._waiting.add(sequence)
 
@@ -194,7 +194,7 @@ class Scheduler:
         draw_index = -1
         events: list[TokenEvent | VectorEvent] = []
         finished = SequenceStatus.FINISHED
-        for part in plan.scheduled:
+        for part in plan.parts:
             sequence = part.sequence
             if part.proposed:
                 events += self._apply_guesses(part, token_ids, draw_index + 1)
@@ -232,7 +232,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._release(sequence)
         else:
-            (self.held if sequence in self.held else self._waiting).remove(sequence)
+            (self.compiling if sequence in self.compiling else self._waiting).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def pages_needed(self, num_tokens: int) -> int:
@@ -252,9 +252,9 @@ class Scheduler:
         for queue in (self._running, list(self._waiting)):
             assert queue == sorted(queue, key=_arrival), "a sequence is out of its place"
 
-    def _decodes(self) -> tuple[list[ScheduledSequence], list[Sequence]]:
+    def _decodes(self) -> tuple[list[StepPart], list[Sequence]]:
         """Parts of the running sequences that have one token to run, and those that have more. The hottest loop."""
-        decodes: list[ScheduledSequence] = []
+        decodes: list[StepPart] = []
         prefilling = []
         page_size, running = self.pool.page_size, SequenceStatus.RUNNING
         for sequence in self._running.copy():
@@ -272,7 +272,7 @@ class Scheduler:
                 continue
             row = sequence.row
             if row is not None and sequence.pooling is None:  # `next_part` without the call
-                decodes.append(ScheduledSequence(sequence, start, 1, True, row, sequence.num_preemptions))
+                decodes.append(StepPart(sequence, start, 1, True, row, sequence.num_preemptions))
             else:
                 decodes.append(next_part(sequence, 1))
         return decodes, prefilling
@@ -291,7 +291,7 @@ class Scheduler:
         num_tokens = max(min(num_decodes + num_newcomers * share, _MOST_TOKENS), num_decodes + share)
         return min(budget, -(-num_tokens // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE - num_decodes)
 
-    def _apply_guesses(self, part: ScheduledSequence, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
+    def _apply_guesses(self, part: StepPart, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
         """`apply` for a part with guesses, whose draws begin at `first`."""
         sequence = part.sequence
         if sequence.status is SequenceStatus.FINISHED:
@@ -302,7 +302,7 @@ class Scheduler:
             self.finish(sequence)
         return events
 
-    def _admissions(self, budget: int, prefilling: SequenceOf[Sequence]) -> Iterator[ScheduledSequence]:
+    def _admissions(self, budget: int, prefilling: SequenceOf[Sequence]) -> Iterator[StepPart]:
         """Parts of waiting sequences for which there is room, in the order in which the queue offers them.
 
         Args:

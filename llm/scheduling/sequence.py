@@ -170,7 +170,7 @@ class Sequence:
         return FinishReason.LENGTH if num_tokens >= self.max_tokens else None
 
 
-class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
+class StepPart(msgspec.Struct, frozen=True, gc=False):
     """A sequence's part in a step: tokens `start` to `start + num_tokens - 1` run through the model.
 
     A part with `start >= len(sequence.tokens)` when it is launched runs the one token that was drawn last at its row
@@ -222,7 +222,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         """The tokens behind those that are scored."""
         return self.sequence.tokens[self.first_scored + 1 : self.first_scored + 1 + self.num_scored]
 
-    def with_guesses(self, proposed: tuple[int, ...]) -> "ScheduledSequence":
+    def with_guesses(self, proposed: tuple[int, ...]) -> "StepPart":
         """This part, of one token, with guesses behind it."""
         return msgspec.structs.replace(self, num_tokens=1 + len(proposed), proposed=proposed)
 
@@ -231,12 +231,12 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
 class StepPlan:
     """One step of the model. Parts with a single token come first."""
 
-    scheduled: tuple[ScheduledSequence, ...]
+    parts: tuple[StepPart, ...]
 
     @property
     def num_tokens(self) -> int:
         """Tokens that run through the model."""
-        return sum(part.num_tokens for part in self.scheduled)
+        return sum(part.num_tokens for part in self.parts)
 
 
 class VectorEvent(msgspec.Struct, frozen=True, gc=False):
@@ -257,7 +257,7 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """Which of the step's draws it was."""
 
 
-def next_part(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+def next_part(sequence: Sequence, num_tokens: int) -> StepPart:
     """A running sequence's next tokens as a part of a step."""
     assert sequence.row is not None, "a running sequence has a row"
     start = sequence.num_computed
@@ -265,12 +265,12 @@ def next_part(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
     if sequence.request.prompt_logprobs is not None:
         first = max(start, sequence.num_scored)
         num_scored = max(min(start + num_tokens, sequence.num_prompt_tokens - 1) - first, 0)
-        return ScheduledSequence(
+        return StepPart(
             sequence, start, num_tokens, is_last, sequence.row, sequence.num_preemptions, (), first, num_scored
         )
     if sequence.pooling is None:
-        return ScheduledSequence(sequence, start, num_tokens, is_last, sequence.row, sequence.num_preemptions)
-    return ScheduledSequence(
+        return StepPart(sequence, start, num_tokens, is_last, sequence.row, sequence.num_preemptions)
+    return StepPart(
         sequence, start, num_tokens, False, sequence.row, sequence.num_preemptions,
         num_pooled=num_tokens if sequence.pooling is Pooling.MEAN else int(is_last), completes_vector=is_last,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence as SequenceOf
 
 from llm.scheduling.page_manager import PageManager
 from llm.scheduling.prompt_lookup import PromptLookup
-from llm.scheduling.sequence import ScheduledSequence, Sequence, SequenceStatus, TokenEvent
+from llm.scheduling.sequence import Sequence, SequenceStatus, StepPart, TokenEvent
 
 _MAX_RUNNING_PER_GUESSER = 8
 """Running sequences for each that can guess its next tokens, up to which its guesses are worth a slower step to all."""
@@ -64,8 +64,8 @@ class Speculation:
         return 0 < len(running) <= num_able * _MAX_RUNNING_PER_GUESSER
 
     def add_guesses(
-        self, decodes: list[ScheduledSequence], chunks: SequenceOf[ScheduledSequence], num_running: int
-    ) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
+        self, decodes: list[StepPart], chunks: SequenceOf[StepPart], num_running: int
+    ) -> tuple[list[StepPart], list[StepPart]]:
         """Let decodes run guesses too, as far as there is room beside `chunks`; returns those without and those with.
 
         A page is left to each of the `num_running` sequences, for tokens that are more certain.
@@ -87,7 +87,7 @@ class Speculation:
         self.num_proposed_tokens += sum(len(part.proposed) for part in guessing)
         return without, guessing
 
-    def accept(self, part: ScheduledSequence, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
+    def accept(self, part: StepPart, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
         """Give a sequence the tokens that its part with guesses drew: right guesses, and the draw behind the last.
 
         Args:

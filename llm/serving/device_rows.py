@@ -8,7 +8,7 @@ import torch
 from llm.core.row_tensors import ROW_FIELDS
 from llm.core.uploads import Uploads
 from llm.sampling.row_state import RowStart, RowState
-from llm.scheduling.scheduler import ScheduledSequence
+from llm.scheduling.scheduler import StepPart
 from llm.scheduling.sequence import Sequence
 
 _MOST_NEW_TOKENS = 65_536
@@ -56,7 +56,7 @@ class DeviceRows:
         self._num_preemptions = [0] * num_rows
         self._num_pages = [0] * num_rows
 
-    def update(self, parts: SequenceOf[ScheduledSequence]) -> None:
+    def update(self, parts: SequenceOf[StepPart]) -> None:
         """Begin a step: bring the rows of its parts up to date, by copies that later kernels wait for."""
         self.uploads.begin_step()
         starts = []

@@ -197,7 +197,7 @@ class ContinuousBatchingEngine:
         )  # fmt: skip
         if request.grammar is not None:
             self._compiling.add(sequence)
-            self.scheduler.held.add(sequence)
+            self.scheduler.compiling.add(sequence)
         else:
             self.scheduler.add(sequence)
         if self.tokenizer is not None and request.pooling is None:
@@ -220,11 +220,11 @@ class ContinuousBatchingEngine:
 
     def _step(self) -> list[StepOutput]:
         plan = self.scheduler.schedule()
-        if plan.scheduled:
+        if plan.parts:
             try:
                 self._in_flight.append((plan, self.runner.launch(plan)))
             except Exception as error:  # the edge of a step: whatever it is concerns these requests only
-                logger.exception("a step of %d sequences could not be launched", len(plan.scheduled))
+                logger.exception("a step of %d sequences could not be launched", len(plan.parts))
                 return self._fail(plan, error)
             if len(self._in_flight) <= self.runner.max_steps_ahead:
                 return []
@@ -310,7 +310,7 @@ class ContinuousBatchingEngine:
         try:
             draws, vectors, scores = launched.draws(), launched.vectors(), launched.scores()
         except Exception as error:  # as in `step`
-            logger.exception("a step of %d sequences failed", len(plan.scheduled))
+            logger.exception("a step of %d sequences failed", len(plan.parts))
             return self._fail(plan, error)
         for sequence, entries in scores:
             if sequence.status is not SequenceStatus.FINISHED:
@@ -404,7 +404,7 @@ class ContinuousBatchingEngine:
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         """End every request of a step that failed."""
-        sequences = [part.sequence for part in plan.scheduled if part.sequence.status is not SequenceStatus.FINISHED]
+        sequences = [part.sequence for part in plan.parts if part.sequence.status is not SequenceStatus.FINISHED]
         message = f"{type(error).__name__}: {error}"
         failure = StepFailure.DEVICE if device_health.is_lost(self.model.device) else StepFailure.STEP
         return [self._end_with(sequence, message, failure) for sequence in sequences]

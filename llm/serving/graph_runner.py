@@ -176,7 +176,7 @@ class GraphRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedGraphs:
         """See `ModelRunner.launch`."""
-        parts = plan.scheduled
+        parts = plan.parts
         self._rows.update(parts)
         arrays = StepArrays.of(parts)
         shape = self._send(arrays)

@@ -14,13 +14,13 @@ from llm.core.paged_kv_cache import PagedKVCache
 from llm.models.decoder import DecoderModel
 from llm.sampling.constraint import Int32Array, TokenMasks, words_of
 from llm.sampling.draw import Draw, SamplingRow, likeliest, sample
-from llm.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
+from llm.scheduling.sequence import Sequence, StepPart, StepPlan
 from llm.serving.schemas import TokenLogprobs
 from llm.serving.step_arrays import UNSEEN, StepArrays
 
 MAX_SCORED_AT_ONCE = 256
 """Prompt tokens whose logits there is memory for at once."""
-Drawing = tuple[ScheduledSequence, int]
+Drawing = tuple[StepPart, int]
 """A draw of a step: part, and position of the token to draw."""
 
 
@@ -80,7 +80,7 @@ class ModelRunner(Protocol):
         """Start a step, which has at least one part.
 
         Everything that the host says of it (tokens, pages, requests) is read before this returns. A token that the
-        host does not know yet (see `ScheduledSequence`) is the one drawn last at the part's row. If this raises, there
+        host does not know yet (see `StepPart`) is the one drawn last at the part's row. If this raises, there
         are no draws of this step; those launched before it are not concerned.
         """
         ...
@@ -162,18 +162,18 @@ class EagerRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """See `ModelRunner.launch`."""
-        arrays = StepArrays.of(plan.scheduled)
-        token_ids, batch = self._send(plan.scheduled, arrays)
+        arrays = StepArrays.of(plan.parts)
+        token_ids, batch = self._send(plan.parts, arrays)
         context = PagedContext(self.backend, self.kv_cache, batch)
-        drawing = draws_of(plan.scheduled)
+        drawing = draws_of(plan.parts)
         masks = self._start_masks(drawing)
         kept = torch.from_numpy(arrays.kept_tokens).to(token_ids.device)
         hidden = self.model.hidden_states(token_ids, batch.positions, context, kept)
         drawn, pooled, scored = hidden.split_with_sizes(
             [len(drawing), len(arrays.pooled_tokens), len(arrays.scored_tokens)]
         )
-        vectors = self._pool(plan.scheduled, pooled)
-        scores = self._score(plan.scheduled, scored)
+        vectors = self._pool(plan.parts, pooled)
+        scores = self._score(plan.parts, scored)
         if not drawing:
             return _FinishedStep([], vectors, scores)
         logits = self.model.logits(drawn)
@@ -185,21 +185,19 @@ class EagerRunner:
             self._last_token_ids[arrays.draw_rows] = token_ids
         return _FinishedStep(draws, vectors, scores)
 
-    def _pool(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> dict[int, bytes]:
+    def _pool(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> dict[int, bytes]:
         """Add hidden states (pooled, hidden_size) to the vectors they belong to; returns those that are complete."""
-        pooled = [part for part in scheduled if part.num_pooled]
+        pooled = [part for part in parts if part.num_pooled]
         for part, states in zip(pooled, hidden.split_with_sizes([p.num_pooled for p in pooled]), strict=True):
             state = states.float().sum(0)
             self._pooled[part.row] = state if part.begins_vector else self._pooled[part.row] + state
-        rows = [part.row for part in scheduled if part.completes_vector]
+        rows = [part.row for part in parts if part.completes_vector]
         return vector_bytes(self._pooled[rows].cpu(), rows) if rows else {}
 
-    def _score(
-        self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor
-    ) -> list[tuple[Sequence, list[TokenLogprobs]]]:
+    def _score(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> list[tuple[Sequence, list[TokenLogprobs]]]:
         """Log probabilities of the prompts' next tokens, from hidden states (scored, hidden_size), some at a time."""
         scores = []
-        scored = [part for part in scheduled if part.num_scored]
+        scored = [part for part in parts if part.num_scored]
         for part, states in zip(scored, hidden.split_with_sizes([p.num_scored for p in scored]), strict=True):
             targets = torch.tensor(part.scored_ids, device=hidden.device)
             num_top = min(part.sequence.request.prompt_logprobs or 0, self.model.config.vocab_size)
@@ -223,7 +221,7 @@ class EagerRunner:
 
         return self._mask_thread.submit(write)
 
-    def _sampling_row(self, part: ScheduledSequence, position: int, allowed: Mapping[int, Int32Array]) -> SamplingRow:
+    def _sampling_row(self, part: StepPart, position: int, allowed: Mapping[int, Int32Array]) -> SamplingRow:
         """What the sampler needs to know to draw a part's token at `position`."""
         sequence, request = part.sequence, part.sequence.request
         output_ids = sequence.output_ids if sequence.uses_penalties else []
@@ -250,27 +248,27 @@ class EagerRunner:
             num_logprobs=request.logprobs,
         )
 
-    def _send(self, scheduled: SequenceOf[ScheduledSequence], arrays: StepArrays) -> tuple[torch.Tensor, PackedBatch]:
+    def _send(self, parts: SequenceOf[StepPart], arrays: StepArrays) -> tuple[torch.Tensor, PackedBatch]:
         """Token ids (tokens,) of the step and where they belong."""
         device, page_size = self.model.device, self.kv_cache.page_size
         num_columns = int((-(-arrays.context_lens // page_size)).max())
         padding = [self.kv_cache.scratch_page] * num_columns
         page_tables = torch.tensor(
             [
-                [(part.sequence.pages[group] + padding)[:num_columns] for part in scheduled]
+                [(part.sequence.pages[group] + padding)[:num_columns] for part in parts]
                 for group in range(self.kv_cache.num_groups)
             ],
             device=device,
         )
         positions, token_rows = (torch.from_numpy(a).to(device) for a in (arrays.positions, arrays.token_rows))
-        parts = torch.arange(len(scheduled), device=device)
-        parts = parts.repeat_interleave(torch.from_numpy(arrays.query_lens).to(device))
+        part_of = torch.arange(len(parts), device=device)
+        part_of = part_of.repeat_interleave(torch.from_numpy(arrays.query_lens).to(device))
         positions = positions.long()
         batch = PackedBatch(
             query_lens=tuple(arrays.query_lens.tolist()),
             context_lens=tuple(arrays.context_lens.tolist()),
             page_tables=page_tables,
-            slots=page_tables[:, parts, positions // page_size] * page_size + positions % page_size,
+            slots=page_tables[:, part_of, positions // page_size] * page_size + positions % page_size,
             positions=positions,
             page_size=page_size,
         )
@@ -296,9 +294,9 @@ def vector_bytes(sums: torch.Tensor, rows: SequenceOf[int]) -> dict[int, bytes]:
     return {row: vector.tobytes() for row, vector in zip(rows, vectors, strict=True)}
 
 
-def draws_of(scheduled: SequenceOf[ScheduledSequence]) -> list[Drawing]:
+def draws_of(parts: SequenceOf[StepPart]) -> list[Drawing]:
     """A step's draws, in order."""
-    return [(part, part.end + 1 - i) for part in scheduled for i in range(part.num_draws, 0, -1)]
+    return [(part, part.end + 1 - i) for part in parts for i in range(part.num_draws, 0, -1)]
 
 
 class DrawMasks(TokenMasks):

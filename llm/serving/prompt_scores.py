@@ -10,7 +10,7 @@ from llm.core.row_tensors import RowTensors
 from llm.core.uploads import Uploads
 from llm.kernels.logprobs import LogprobWorkspace, find_logprobs
 from llm.kernels.sampling import DrawnTokens
-from llm.scheduling.sequence import ScheduledSequence, Sequence
+from llm.scheduling.sequence import Sequence, StepPart
 from llm.serving.schemas import TokenLogprobs
 
 Scores = list[tuple[Sequence, list[TokenLogprobs]]]
@@ -57,17 +57,17 @@ class PromptScores:
         pin = self._rows.fields.is_cuda
         return [DrawnTokens.allocate(self._max_tokens, "cpu", pin_memory=pin) for _ in range(self._num_buffers)]
 
-    def find(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> Callable[[], Scores]:
+    def find(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> Callable[[], Scores]:
         """Work out a step's; does not wait for the device.
 
         Args:
-            scheduled: the step's parts.
+            parts: the step's parts.
             hidden: (scored tokens or more, hidden_size), those of the parts' scored tokens first, in order.
 
         Returns:
             Gives them. To be called once the step is over.
         """
-        scored = [part for part in scheduled if part.num_scored]
+        scored = [part for part in parts if part.num_scored]
         if not scored:
             return list
         lens = [part.num_scored for part in scored]
@@ -86,7 +86,7 @@ class PromptScores:
         host.logprobs[:num_scored].copy_(self._on_device.logprobs[:num_scored], non_blocking=True)
         return lambda: self._entries(scored, targets.tolist(), host)
 
-    def _entries(self, scored: SequenceOf[ScheduledSequence], targets: list[int], host: DrawnTokens) -> Scores:
+    def _entries(self, scored: SequenceOf[StepPart], targets: list[int], host: DrawnTokens) -> Scores:
         scores: Scores = []
         first, vocab_size = 0, self._rows.counts.shape[1]
         for part in scored:

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from llm.scheduling.sequence import ScheduledSequence
+from llm.scheduling.sequence import StepPart
 
 Int32Array = npt.NDArray[np.int32]
 UNSEEN = -1
@@ -47,7 +47,7 @@ class StepArrays:
     scored_tokens: Int32Array
 
     @classmethod
-    def of(cls, parts: SequenceOf[ScheduledSequence]) -> Self:
+    def of(cls, parts: SequenceOf[StepPart]) -> Self:
         """Those of the parts of a plan, at least one, as far as the host knows their tokens."""
         token_ids: list[int] = []
         for part in parts:

@@ -8,7 +8,7 @@ import torch
 
 from llm.core.uploads import Uploads
 from llm.kernels.pooling import add_states
-from llm.scheduling.sequence import ScheduledSequence
+from llm.scheduling.sequence import StepPart
 from llm.serving.model_runner import vector_bytes
 
 
@@ -43,26 +43,26 @@ class VectorRows:
         parts[1] = len(self._sums) - 1
         add_states(hidden, parts, self._sums)
 
-    def add(self, scheduled: SequenceOf[ScheduledSequence], hidden: torch.Tensor) -> Callable[[], dict[int, bytes]]:
+    def add(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> Callable[[], dict[int, bytes]]:
         """Add a step's hidden states to the vectors they belong to; does not wait for the device.
 
         Args:
-            scheduled: the step's parts.
+            parts: the step's parts.
             hidden: (pooled tokens or more, hidden_size), those of the parts' pooled tokens first, in order.
 
         Returns:
             Gives the vectors that are complete, by row. To be called once the step is over.
         """
-        pooled = [part for part in scheduled if part.num_pooled]
+        pooled = [part for part in parts if part.num_pooled]
         if not pooled:
             return dict
         self._next = (self._next + 1) % self._num_buffers
         lens = np.array([part.num_pooled for part in pooled], dtype=np.int32)
         rows = [part.row for part in pooled]
         begins = [part.begins_vector for part in pooled]
-        parts = self._uploads.send(np.array([lens.cumsum() - lens, rows, lens, begins], dtype=np.int32))
-        add_states(hidden, parts, self._sums)
+        sent = self._uploads.send(np.array([lens.cumsum() - lens, rows, lens, begins], dtype=np.int32))
+        add_states(hidden, sent, self._sums)
         host = self._host_sums[self._next][: len(pooled)]
-        host.copy_(self._sums.index_select(0, parts[1]), non_blocking=True)
+        host.copy_(self._sums.index_select(0, sent[1]), non_blocking=True)
         completed = [i for i, part in enumerate(pooled) if part.completes_vector]
         return lambda: vector_bytes(host[completed], [rows[i] for i in completed])

@@ -3,7 +3,7 @@
 from collections import deque
 from itertools import count
 
-from llm.scheduling.scheduler import ScheduledSequence, Scheduler, StepPlan
+from llm.scheduling.scheduler import Scheduler, StepPart, StepPlan
 from llm.scheduling.sequence import Sequence
 from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import GenerationRequest
@@ -40,22 +40,22 @@ class Device:
         self._last_token_ids: dict[int, int] = {}
 
     def launch(self, plan: StepPlan) -> list[int]:
-        for part in plan.scheduled:
+        for part in plan.parts:
             known_ids = part.sequence.tokens
             assert part.start < len(known_ids) or part.num_tokens == 1
             for i in range(part.start, part.end):
                 token_id = known_ids[i] if i < len(known_ids) else self._last_token_ids[part.row]
                 self.store(part, i, token_id)
-        drawn = {part.row: self._draw(part) for part in plan.scheduled if part.draws}
+        drawn = {part.row: self._draw(part) for part in plan.parts if part.draws}
         self._last_token_ids |= drawn
         return list(drawn.values())
 
-    def store(self, part: ScheduledSequence, position: int, token_id: int) -> None:
+    def store(self, part: StepPart, position: int, token_id: int) -> None:
         """Write a token's keys and values, in each group of layers."""
         for group in range(len(self._windows)):
             self._slots[_slot(part, group, position)] = (group, position, token_id)
 
-    def seen(self, part: ScheduledSequence, end: int) -> tuple[int, ...]:
+    def seen(self, part: StepPart, end: int) -> tuple[int, ...]:
         """What the groups of layers find for the token before `end`, one behind the other."""
         token_ids = []
         for group, window in enumerate(self._windows):
@@ -65,7 +65,7 @@ class Device:
                 token_ids.append(token_id)
         return tuple(token_ids)
 
-    def _draw(self, part: ScheduledSequence) -> int:
+    def _draw(self, part: StepPart) -> int:
         return draw_after(self.seen(part, part.end))
 
 
@@ -103,10 +103,10 @@ class Pipeline:
     def step(self) -> None:
         plan = self._scheduler.schedule()
         assert plan.num_tokens <= self._scheduler.max_tokens_per_step
-        assert plan.scheduled or self._in_flight, "pending work, but nothing was scheduled"
-        if plan.scheduled:
+        assert plan.parts or self._in_flight, "pending work, but nothing was scheduled"
+        if plan.parts:
             self._in_flight.append((plan, self._device.launch(plan)))
-        if not plan.scheduled or len(self._in_flight) > self._max_steps_ahead:
+        if not plan.parts or len(self._in_flight) > self._max_steps_ahead:
             self._scheduler.apply(*self._in_flight.popleft())
         self._scheduler.check()
 
@@ -118,5 +118,5 @@ class Pipeline:
         raise AssertionError("did not finish")
 
 
-def _slot(part: ScheduledSequence, group: int, position: int) -> int:
+def _slot(part: StepPart, group: int, position: int) -> int:
     return part.sequence.pages[group][position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE

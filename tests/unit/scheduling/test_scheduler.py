@@ -14,9 +14,9 @@ from llm.serving.schemas import FinishReason
 def run_step(scheduler: Scheduler, token_id: int = 7) -> list[tuple[Sequence, int, int]]:
     """One step in which the model always says `token_id`; returns (sequence, start, num_tokens) of its parts."""
     plan = scheduler.schedule()
-    parts = [(part.sequence, part.start, part.num_tokens) for part in plan.scheduled]
+    parts = [(part.sequence, part.start, part.num_tokens) for part in plan.parts]
     assert plan.num_tokens <= scheduler.max_tokens_per_step
-    for part in plan.scheduled:
+    for part in plan.parts:
         held = [page for pages in part.sequence.pages for page in pages if page != scheduler.pool.scratch_page]
         assert len(set(held)) == len(held)
         assert all(len(pages) * PAGE_SIZE >= part.end for pages in part.sequence.pages)
@@ -26,7 +26,7 @@ def run_step(scheduler: Scheduler, token_id: int = 7) -> list[tuple[Sequence, in
 
 
 def draws_of(plan: StepPlan, token_id: int = 7) -> list[int]:
-    return [token_id] * sum(part.draws for part in plan.scheduled)
+    return [token_id] * sum(part.draws for part in plan.parts)
 
 
 def run_to_end(scheduler: Scheduler, limit: int = 2000) -> int:
@@ -247,7 +247,7 @@ def test_next_step_is_planned_before_the_token_is_known():
     sequence = create_sequence(5)
     scheduler.add(sequence)
     first, second = scheduler.schedule(), scheduler.schedule()
-    (prefill,), (decode,) = first.scheduled, second.scheduled
+    (prefill,), (decode,) = first.parts, second.parts
     assert [(part.start, part.end, part.draws) for part in (prefill, decode)] == [(0, 5, True), (5, 6, True)]
     assert decode.start == len(sequence.tokens) == sequence.num_tokens - 2
     for plan, token_id in ((first, 21), (second, 22)):
@@ -262,7 +262,7 @@ def test_end_by_length_wastes_no_step(max_seq_len):
     scheduler = create_scheduler(max_seq_len=max_seq_len)
     scheduler.add(create_sequence(5, max_new_tokens=3 if max_seq_len == 100 else 50))
     plans = [scheduler.schedule() for _ in range(5)]
-    assert [len(plan.scheduled) for plan in plans] == [1, 1, 1, 0, 0]
+    assert [len(plan.parts) for plan in plans] == [1, 1, 1, 0, 0]
     reasons = [event.finish_reason for plan in plans for event in scheduler.apply(plan, draws_of(plan))]
     assert reasons == [None, None, FinishReason.LENGTH]
     assert not scheduler.has_pending_work
@@ -287,7 +287,7 @@ def test_penalties_wait_for_nobody():
     scheduler = create_scheduler()
     scheduler.add(create_sequence(frequency_penalty=0.5))
     scheduler.schedule()
-    assert scheduler.schedule().scheduled
+    assert scheduler.schedule().parts
 
 
 def test_preempted_with_a_draw_in_flight():
@@ -298,10 +298,10 @@ def test_preempted_with_a_draw_in_flight():
     scheduler.add(young)
     run_step(scheduler)
     plans = [scheduler.schedule(), scheduler.schedule()]
-    assert [len(plan.scheduled) for plan in plans] == [2, 1]
+    assert [len(plan.parts) for plan in plans] == [2, 1]
     assert (young.num_preemptions, young.num_in_flight, young.row) == (1, 1, None)
     scheduler.finish(old)
-    assert not scheduler.schedule().scheduled, "there is room, but not all of its tokens are known"
+    assert not scheduler.schedule().parts, "there is room, but not all of its tokens are known"
     num_registered = scheduler.pool.num_cached
     scheduler.apply(plans[0], [7, 8])
     assert (young.output_ids, young.num_in_flight) == ([7, 8], 0)
@@ -322,7 +322,7 @@ def test_plans_from_before_a_preemption_name_no_pages():
     assert (young.num_preemptions, young.num_in_flight) == (1, 0)
     scheduler.finish(old)
     last = scheduler.schedule()
-    assert [(part.sequence, part.end) for part in last.scheduled] == [(young, 3)]
+    assert [(part.sequence, part.end) for part in last.parts] == [(young, 3)]
     for plan in (*plans, last):
         scheduler.apply(plan, draws_of(plan))
         assert young.num_registered_pages == 0

@@ -16,9 +16,9 @@ from llm.scheduling.sequence import Sequence, SequenceStatus
 def run_step(scheduler: Scheduler) -> list[Sequence]:
     """One step in which the model says token 7; returns who ran."""
     plan = scheduler.schedule()
-    scheduler.apply(plan, [7] * sum(part.num_draws for part in plan.scheduled))
+    scheduler.apply(plan, [7] * sum(part.num_draws for part in plan.parts))
     scheduler.check()
-    return [part.sequence for part in plan.scheduled]
+    return [part.sequence for part in plan.parts]
 
 
 def run_until(scheduler: Scheduler, is_over: Callable[[], bool], limit: int = 5000) -> int:
@@ -150,7 +150,7 @@ def test_one_that_waits_for_its_last_token_is_not_passed():
     scheduler.finish(old)
     small = create_sequence(2)
     scheduler.add(small)
-    assert not scheduler.schedule().scheduled
+    assert not scheduler.schedule().parts
     scheduler.apply(plans[0], [7, 8])
     assert run_step(scheduler) == [young, small]
 

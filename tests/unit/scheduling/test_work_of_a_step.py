@@ -32,7 +32,7 @@ def create_sequence(num_tokens: int, seed: int = 0, max_new_tokens: int = 1000) 
 
 def step(scheduler: Scheduler) -> None:
     plan = scheduler.schedule()
-    scheduler.apply(plan, [7] * sum(part.num_draws for part in plan.scheduled))
+    scheduler.apply(plan, [7] * sum(part.num_draws for part in plan.parts))
 
 
 def count_calls(call: Callable[[], object]) -> int:

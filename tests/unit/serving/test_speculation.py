@@ -284,7 +284,7 @@ class GuessingDevice(Device):
 
     def launch(self, plan: StepPlan) -> list[int]:
         drawn = []
-        for part in plan.scheduled:
+        for part in plan.parts:
             token_ids = part.token_ids or [self._last_token_ids[part.row]]
             assert len(token_ids) == part.num_tokens
             assert not part.proposed or not part.sequence.uses_penalties

@@ -2,7 +2,7 @@
 
 from hypothesis import given, strategies as st
 
-from llm.scheduling.sequence import ScheduledSequence, Sequence, next_part
+from llm.scheduling.sequence import Sequence, StepPart, next_part
 from llm.serving.schemas import GenerationRequest
 from llm.serving.step_arrays import UNSEEN, StepArrays
 
@@ -47,7 +47,7 @@ def test_a_step_of_every_kind_of_part():
     assert not StepArrays.of(parts[:2]).has_prefills
 
 
-def naive(parts: list[ScheduledSequence]) -> dict[str, list[int]]:
+def naive(parts: list[StepPart]) -> dict[str, list[int]]:
     names = ("token_ids", "positions", "token_rows", "draw_rows", "draw_positions", "draw_tokens", "pooled_tokens",
              "scored_tokens")  # fmt: skip
     arrays: dict[str, list[int]] = {name: [] for name in names}
