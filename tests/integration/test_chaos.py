@@ -39,7 +39,7 @@ def test_a_fleet_outlives(fleet: Fleet, fault):
     [
         faults.f2_nobody_left,
         partial(verdict_faults.f18_update_of_the_model, rate=4),
-        partial(scaling_faults.f24_scaled_to_zero, start_s=6, no_replica_timeout_s=2),
+        partial(scaling_faults.f24_scaled_to_zero, start_s=9, no_replica_timeout_s=6),
     ],
     ids=["F2", "F18", "F24"],
 )
