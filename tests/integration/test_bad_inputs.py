@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import itertools
 import json
 import socket
 from collections.abc import Iterator
