@@ -99,7 +99,8 @@ async def test_open_requests_of_a_key(make_service: ServiceFactory):
     [
         ({"x-api-key": KEY}, 200),
         ({"x-api-key": OTHER}, 401),
-        ({"x-api-key": KEY, "authorization": f"Bearer {KEY}"}, 401),
+        ({"x-api-key": KEY, "authorization": f"Bearer {KEY}"}, 200),
+        ({"x-api-key": KEY, "authorization": f"Bearer {OTHER}"}, 401),
         ({"authorization": KEY}, 401),
         ({"authorization": "Basic c2VjcmV0"}, 401),
     ],
