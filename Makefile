@@ -51,9 +51,8 @@ test: test-unit test-integration  ## Run every test that needs no GPU
 test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster, on all cores
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/unit --numprocesses $(UNIT_PROCESSES) --dist worksteal
 
-# One process runs what shares a Ray cluster; the other, tests that start servers of their own.
-test-integration: $(VENV)/.dev  ## Run the tests of whole servers
-	$(BIN)/pytest tests/integration tests/e2e tests/gpu --numprocesses 2 --dist loadfile
+test-integration: $(VENV)/.dev  ## Run the tests of a whole server, which share one Ray cluster
+	$(BIN)/pytest tests/integration tests/e2e tests/gpu
 
 # Both programs come as binaries in npm packages; no script of theirs is run but the one that puts the binary in place.
 $(AGENTS)/.installed: tests/agents/package-lock.json

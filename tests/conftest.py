@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,25 +22,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 if TYPE_CHECKING:
     from chaos.fleet import Fleet
-
-
-_ALONE = {"test_behind_haproxy.py", "test_command_line.py", "test_engine_faults.py", "test_front_ends.py"}
-"""Integration tests that start servers of their own, or need none."""
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes and `--dist loadfile`, have one run all that uses the session's cluster."""
-    if config.getvalue("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            path = Path(super()._split_scope(nodeid))
-            return str(path) if path.name in _ALONE or "gpu" in path.parts else "cluster"
-
-    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
