@@ -5,8 +5,6 @@ CONFIG ?= serve_config.yaml
 MODELS ?= llama-3.1-8b qwen3-0.6b
 MINUTES ?= 60
 BENCH_PYTHON ?= $(BIN)/python
-# Half of what unit tests take is waiting, so there are more processes than cores.
-UNIT_PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 6 ? cores * 3 / 2 : 8)))
 UNIT_PLUGINS := -p pytest_asyncio.plugin -p pytest_timeout -p xdist.plugin
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,7 +47,7 @@ test: test-unit test-integration  ## Run every test that needs no GPU
 
 # Plugins that come with other packages cost each process seconds to load and rewrite, and no unit test needs them.
 test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster, on all cores
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/unit --numprocesses $(UNIT_PROCESSES) --dist worksteal
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/unit --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-integration: $(VENV)/.dev  ## Run the tests of a whole server, which share one Ray cluster
 	$(BIN)/pytest tests/integration tests/e2e tests/gpu
