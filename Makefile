@@ -64,7 +64,7 @@ agents: $(AGENTS)/.installed  ## Get the coding agents that test-agents runs (ne
 test-agents: $(VENV)/.dev $(AGENTS)/.installed  ## Run coding agents and SDKs against a server
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/agents
 
-chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (18 minutes or so)
+chaos: $(VENV)/.dev  ## Faults on purpose: kill, hang, drown and update a fleet on this machine (20 minutes or so)
 	$(BIN)/python -m chaos
 
 soak: $(VENV)/.dev  ## A long load (MINUTES=60): memory must not grow
