@@ -23,10 +23,12 @@ def test_more_tokens_of_newcomers_in_a_step_wait_less_and_make_longer_gaps():
     assert few["gap_p99_ms"] < many["gap_p99_ms"] < 4 * few["gap_p99_ms"]
 
 
-def test_threads_that_take_turns_sooner_make_no_longer_steps():
-    """How much shorter they are, the benchmark says on an idle machine; here others take turns too."""
-    python, ours = rows_of("benchmarks.interpreter_share", "--intervals-ms", "2", "0.2", "--steps", "4")
-    assert ours["ms_per_step"] < 2 * python["ms_per_step"]
+def test_threads_that_take_turns_sooner_make_shorter_steps():
+    """In turn and for seconds: on a busy machine, where both differ little, single steps say nothing."""
+    python, ours = rows_of(
+        "benchmarks.interpreter_share", "--intervals-ms", "2", "0.2", "--steps", "1", "--seconds", "1", "--rounds", "4"
+    )
+    assert ours["ms_per_step"] < python["ms_per_step"]
 
 
 def test_small_requests_wait_less_where_they_may_pass_and_large_ones_a_bounded_time_more():
