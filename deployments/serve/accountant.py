@@ -1,15 +1,13 @@
 """The accountant of several routers: a deployment of one replica, and how routers reach it."""
 
-import asyncio
-import contextvars
 from typing import Any
 
 import msgspec
 
 from deployments.errors import AccountantAwayError
-from deployments.fleet.engine_client import is_being_cancelled
 from deployments.router.accountant import Accountant
 from deployments.router.leases import Ask, Reply
+from deployments.serve.calls import call
 
 _encode = msgspec.msgpack.Encoder().encode
 _ask_decoder = msgspec.msgpack.Decoder(Ask)
@@ -45,18 +43,4 @@ class ServeAccountantClient:
 
     async def exchange(self, ask: Ask) -> Reply:
         """See `AccountantClient`."""
-        import grpc  # type: ignore[import-untyped]
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
-        # Outside any HTTP request's context, as in `ServeEngineClient`.
-        response = contextvars.Context().run(self._exchange.remote, _encode(ask))
-        try:
-            return _reply_decoder.decode(await response)
-        except asyncio.CancelledError:
-            if not is_being_cancelled():  # but cancelled at the other end: the accountant is being taken away
-                raise AccountantAwayError("it is being replaced") from None
-            response.cancel()
-            raise
-        except (RayError, RayServeException, grpc.RpcError) as error:
-            raise AccountantAwayError(f"it cannot be reached: {type(error).__name__}") from error
+        return _reply_decoder.decode(await call(self._exchange, _encode(ask), away=AccountantAwayError))

@@ -1,7 +1,5 @@
 """The responses that several routers share: a deployment of one replica, and how routers reach it."""
 
-import asyncio
-import contextvars
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +8,7 @@ import msgspec
 from deployments.api.openai.response_store import ResponseDatabase, StoredResponse
 from deployments.api_config import ResponsesConfig
 from deployments.errors import StoreAwayError
-from deployments.fleet.engine_client import is_being_cancelled
+from deployments.serve.calls import call
 
 _TIMEOUT_S = 5.0
 _encode = msgspec.msgpack.Encoder().encode
@@ -75,27 +73,4 @@ class ServeResponseStore:
 
 
 async def _result(method: Any, *arguments: Any) -> Any:
-    """What a call of the deployment returns.
-
-    Raises:
-        StoreAwayError: it cannot be reached, or takes too long.
-    """
-    import grpc  # type: ignore[import-untyped]
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
-    # Outside any HTTP request's context, as in `ServeEngineClient`.
-    response = contextvars.Context().run(method.remote, *arguments)
-    try:
-        async with asyncio.timeout(_TIMEOUT_S):
-            return await response
-    except TimeoutError:
-        response.cancel()
-        raise StoreAwayError(f"it did not answer within {_TIMEOUT_S:g} s") from None
-    except asyncio.CancelledError:
-        if not is_being_cancelled():  # but cancelled at the other end: the deployment is being taken away
-            raise StoreAwayError("it is being replaced") from None
-        response.cancel()
-        raise
-    except (RayError, RayServeException, grpc.RpcError) as error:
-        raise StoreAwayError(f"it cannot be reached: {type(error).__name__}") from error
+    return await call(method, *arguments, away=StoreAwayError, timeout_s=_TIMEOUT_S)
