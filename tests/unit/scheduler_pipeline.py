@@ -1,7 +1,9 @@
 """A scheduler with a device that shows every mistake in its pages and rows, and no model."""
 
 from collections import deque
+from collections.abc import Callable
 from itertools import count
+from random import Random
 
 from llm.scheduling.scheduler import Scheduler, StepPart, StepPlan
 from llm.scheduling.sequence import Sequence
@@ -95,27 +97,55 @@ class Pipeline:
     """Scheduler and device as an engine runs them: a plan is applied when `max_steps_ahead` more are launched."""
 
     def __init__(self, scheduler: Scheduler, max_steps_ahead: int) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._device = Device(scheduler)
         self._max_steps_ahead = max_steps_ahead
         self._in_flight: deque[tuple[StepPlan, list[int]]] = deque()
 
     def step(self) -> None:
-        plan = self._scheduler.schedule()
-        assert plan.num_tokens <= self._scheduler.max_tokens_per_step
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= self.scheduler.max_tokens_per_step
         assert plan.parts or self._in_flight, "pending work, but nothing was scheduled"
         if plan.parts:
             self._in_flight.append((plan, self._device.launch(plan)))
         if not plan.parts or len(self._in_flight) > self._max_steps_ahead:
-            self._scheduler.apply(*self._in_flight.popleft())
-        self._scheduler.check()
+            self.scheduler.apply(*self._in_flight.popleft())
+        self.scheduler.check()
 
     def run_to_end(self, limit: int = 2000) -> None:
         for _ in range(limit):
-            if not self._scheduler.has_pending_work:
+            if not self.scheduler.has_pending_work:
                 return
             self.step()
         raise AssertionError("did not finish")
+
+
+def run_random_load(
+    pipeline: Pipeline, rng: Random, tokens_of: Callable[[int], list[int] | None]
+) -> tuple[list[Sequence], list[Sequence]]:
+    """Sequences that come while others run, some of which are aborted: all of them, and the aborted ones.
+
+    Args:
+        tokens_of: gives a prompt of so many tokens; None for one that nobody else has.
+    """
+    scheduler = pipeline.scheduler
+    sequences: list[Sequence] = []
+    aborted: list[Sequence] = []
+    for _ in range(rng.randint(2, 12)):
+        num_prompt = rng.choice([rng.randint(1, 8), rng.randint(1, 30)])
+        tokens = tokens_of(num_prompt)
+        params = rng.choice([{}, {"min_new_tokens": 20}, {"presence_penalty": 1.0}])
+        sequences.append(create_sequence(num_prompt, rng.randint(1, 80), tokens, **params))
+        scheduler.add(sequences[-1])
+        for _ in range(rng.choice([0, 0, 1, 5])):
+            if scheduler.has_pending_work:
+                pipeline.step()
+        if rng.random() < 0.1:
+            aborted.append(rng.choice(sequences))
+            scheduler.finish(aborted[-1])
+            scheduler.check()
+    pipeline.run_to_end()
+    return sequences, aborted
 
 
 def _slot(part: StepPart, group: int, position: int) -> int:

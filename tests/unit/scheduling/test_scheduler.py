@@ -2,7 +2,7 @@
 
 import pytest
 from hypothesis import event, given, settings, strategies as st
-from scheduler_pipeline import PAGE_SIZE, Pipeline, create_scheduler, create_sequence, expected_output
+from scheduler_pipeline import PAGE_SIZE, Pipeline, create_scheduler, create_sequence, expected_output, run_random_load
 
 from llm.scheduling.prefix_cache import PageHashes
 from llm.scheduling.scheduler import Scheduler, StepPlan
@@ -35,6 +35,18 @@ def run_to_end(scheduler: Scheduler, limit: int = 2000) -> int:
             return step
         assert run_step(scheduler), "pending work, but nothing was scheduled"
     raise AssertionError("did not finish")
+
+
+def most_pages_of_90_tokens(scheduler: Scheduler) -> int:
+    """Most pages in use while a sequence runs that ends with so many tokens."""
+    sequence = create_sequence(70, max_new_tokens=20)
+    scheduler.add(sequence)
+    most_used = 0
+    while scheduler.has_pending_work:
+        run_step(scheduler)
+        most_used = max(most_used, scheduler.pool.num_used)
+    assert sequence.num_output_tokens == 20
+    return most_used
 
 
 def test_prefill_is_cut_to_the_budget_and_decodes_ride_along():
@@ -144,14 +156,7 @@ def test_shared_prefix_is_not_computed_again():
 def test_layers_with_a_window_keep_no_more_than_it_beside_those_without():
     """90 tokens: all pages for the layers that see everything, 7 at most for each group with a window of 8."""
     scheduler = create_scheduler(num_pages=40, windows=[None, 8, 8])
-    sequence = create_sequence(70, max_new_tokens=20)
-    scheduler.add(sequence)
-    most_used = 0
-    while scheduler.has_pending_work:
-        run_step(scheduler)
-        most_used = max(most_used, scheduler.pool.num_used)
-    assert sequence.num_output_tokens == 20
-    assert most_used <= scheduler.pages_needed(90) == 23 + 2 * 7
+    assert most_pages_of_90_tokens(scheduler) <= scheduler.pages_needed(90) == 23 + 2 * 7
 
 
 def test_a_cached_prompt_needs_all_pages_of_some_layers_and_the_last_window_of_others():
@@ -184,14 +189,7 @@ def test_fully_cached_prompt_still_runs_its_last_token():
 def test_pages_behind_the_window_go_back_while_it_runs():
     """A sequence of 90 tokens with a window of 8 holds the window, one step and a page at most."""
     scheduler = create_scheduler(num_pages=12, windows=[8])
-    sequence = create_sequence(70, max_new_tokens=20)
-    scheduler.add(sequence)
-    most_used = 0
-    while scheduler.has_pending_work:
-        run_step(scheduler)
-        most_used = max(most_used, scheduler.pool.num_used)
-    assert sequence.num_output_tokens == 20
-    assert most_used <= scheduler.pages_needed(90) == 7
+    assert most_pages_of_90_tokens(scheduler) <= scheduler.pages_needed(90) == 7
 
 
 def test_cached_pages_behind_the_window_are_not_taken():
@@ -389,22 +387,7 @@ def test_any_load_finishes_in_full(data, max_steps_ahead):
     pipeline = Pipeline(scheduler, max_steps_ahead)
     # One seed for the details: drawn one by one they come out small, and a small load never runs out of pages.
     rng = data.draw(st.randoms(use_true_random=True))
-    sequences: list[Sequence] = []
-    aborted: list[Sequence] = []
-    for _ in range(rng.randint(2, 12)):
-        num_prompt = rng.choice([rng.randint(1, 8), rng.randint(1, 30)])
-        tokens = list(range(1, 1 + num_prompt)) if rng.random() < 0.3 else None
-        params = rng.choice([{}, {"min_new_tokens": 20}, {"presence_penalty": 1.0}])
-        sequences.append(create_sequence(num_prompt, rng.randint(1, 80), tokens, **params))
-        scheduler.add(sequences[-1])
-        for _ in range(rng.choice([0, 0, 1, 5])):
-            if scheduler.has_pending_work:
-                pipeline.step()
-        if rng.random() < 0.1:
-            aborted.append(rng.choice(sequences))
-            scheduler.finish(aborted[-1])
-            scheduler.check()
-    pipeline.run_to_end()
+    sequences, aborted = run_random_load(pipeline, rng, lambda n: list(range(1, 1 + n)) if rng.random() < 0.3 else None)
     event(f"preemptions: {scheduler.num_preemptions > 0}")
     for sequence in sequences:
         expected = expected_output(sequence, scheduler)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import event, given, settings, strategies as st
-from scheduler_pipeline import Device, Pipeline, create_scheduler, create_sequence, in_sight
+from scheduler_pipeline import Device, Pipeline, create_scheduler, in_sight, run_random_load
 from small_engines import (
     MODELS,
     check_idle,
@@ -336,22 +336,9 @@ def test_any_load_finishes_in_full(data, max_steps_ahead):
     pipeline = Pipeline(scheduler, max_steps_ahead)
     pipeline._device = GuessingDevice(scheduler)
     rng = data.draw(st.randoms(use_true_random=True))
-    sequences: list[Sequence] = []
-    aborted: list[Sequence] = []
-    for _ in range(rng.randint(2, 12)):
-        num_prompt = rng.choice([rng.randint(1, 8), rng.randint(1, 30)])
-        tokens = [1 + i % 5 for i in range(num_prompt)] if rng.random() < 0.5 else None
-        params = rng.choice([{}, {"min_new_tokens": 20}, {"presence_penalty": 1.0}])
-        sequences.append(create_sequence(num_prompt, rng.randint(1, 80), tokens, **params))
-        scheduler.add(sequences[-1])
-        for _ in range(rng.choice([0, 0, 1, 5])):
-            if scheduler.has_pending_work:
-                pipeline.step()
-        if rng.random() < 0.1:
-            aborted.append(rng.choice(sequences))
-            scheduler.finish(aborted[-1])
-            scheduler.check()
-    pipeline.run_to_end()
+    sequences, aborted = run_random_load(
+        pipeline, rng, lambda n: [1 + i % 5 for i in range(n)] if rng.random() < 0.5 else None
+    )
     event(f"preemptions: {scheduler.num_preemptions > 0}, accepted: {scheduler.num_accepted_tokens > 0}")
     for sequence in sequences:
         expected = expected_output(sequence, scheduler)
