@@ -1,8 +1,10 @@
 """`GraphRunner`: steps as CUDA graphs, launched before the last step's tokens are read."""
 
+import gc
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -151,12 +153,14 @@ class GraphRunner:
             model.attention_specs, kv_cache, self._rows.page_tables, self._rows.last_token_ids, model.dtype,
             max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic,
         )  # fmt: skip
+        self._to_logits = partial(model.logits, product=self._workspace.product)
+        """Hidden states (rows, hidden_size) → logits (rows, vocab_size), in the model's dtype."""
         self._hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)
         """Of the tokens that are kept: those that draw, then those that are pooled."""
         self._vectors = VectorRows(max_rows + 1, model.hidden_size, device, self._rows.uploads, _NUM_BUFFERS)
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
         self._prompt_scores = PromptScores(
-            most_tokens, min(MAX_SCORED_AT_ONCE, most_draws), self._logits, self._rows.sampling.tensors,
+            most_tokens, min(MAX_SCORED_AT_ONCE, most_draws), self._to_logits, self._rows.sampling.tensors,
             self._sampling_workspace.logprobs, self._rows.uploads, _NUM_BUFFERS,
         )  # fmt: skip
         self._drawn = DrawnTokens.allocate(most_draws, device)
@@ -293,7 +297,10 @@ class GraphRunner:
         output = run()
         if self._graph_pool is not None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+            with (
+                _no_garbage_collection(),
+                torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"),
+            ):
                 captured_output = run()
             self._graphs[key] = _Captured(graph, captured_output)
         return output
@@ -307,10 +314,6 @@ class GraphRunner:
         )  # fmt: skip
         return self.model.run(KernelOperations(self._workspace, step, self._hidden[:num_kept]))
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden_size) → (rows, vocab_size), in the model's dtype."""
-        return self.model.logits(hidden, self._workspace.product)
-
     def _num_drawing(self, num_tokens: int, num_parts: int) -> int:
         """Tokens of a step that may have draws behind them."""
         return min(num_parts * self._max_draws_per_row, num_tokens, self._draw_sizes[-1])
@@ -322,7 +325,7 @@ class GraphRunner:
         host knows them before it launches the row's next step.
         """
         draw_tokens(
-            self._logits(self._hidden[:num_draws]),
+            self._to_logits(self._hidden[:num_draws]),
             self._inputs["draw_rows"][:num_draws],
             self._inputs["draw_positions"][:num_draws],
             self._rows.sampling.tensors,
@@ -348,6 +351,18 @@ class GraphRunner:
         """The token that the last step drew at `row`; only rows of that step have one that the host has not seen."""
         assert self._last is not None, "a first step's tokens are all known"
         return self._last.last_token_id(row)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect nothing meanwhile: a graph of an engine that was given up, destroyed now, would spoil the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

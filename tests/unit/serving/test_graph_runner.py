@@ -3,6 +3,9 @@
 On a CPU the kernels run in Triton's interpreter, one by one, without graphs; on a GPU as they are.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -105,3 +108,17 @@ def test_log_probabilities_equal_the_reference():
             assert drawn.token_id == wanted.token_id
             assert drawn.logprob == pytest.approx(wanted.logprob, abs=1e-4)
             assert [i for i, _ in drawn.top] == [i for i, _ in wanted.top]
+
+
+def test_an_engine_that_is_given_up_is_gone_at_once():
+    """Nothing of it waits for the garbage collector, with its share of the GPU's memory."""
+    engine = create_engine(create_model(), "triton")
+    run(engine, create_requests(2, prompt_logprobs=1))
+    runner = weakref.ref(engine.runner)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert runner() is None
+    finally:
+        gc.enable()
