@@ -65,6 +65,16 @@ class Clients:
         async with self._session.get(self._url + path) as response:
             return await response.json()
 
+    async def time_gets(self, path: str, is_over: asyncio.Event) -> list[float]:
+        """Seconds that each of ten GETs a second takes, meanwhile."""
+        seconds = []
+        while not is_over.is_set():
+            start = time.monotonic()
+            await self.get(path)
+            seconds.append(time.monotonic() - start)
+            await asyncio.sleep(0.1)
+        return seconds
+
     async def embed(self, inputs: list[list[int]]) -> tuple[int, list[list[float]]]:
         """HTTP status and vectors of some inputs; no vectors where the status is not 200."""
         assert self._session is not None, "entered"
