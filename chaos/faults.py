@@ -16,6 +16,7 @@ from chaos.fleet import (
     Place,
     controller_stopped,
     emulated,
+    every_replica_works,
     num_serving,
     proxy_pids,
     running,
@@ -156,7 +157,7 @@ async def f3_before_the_first_byte(place: Place) -> Outcome:
         # The letters of each prompt take 0.4 s: long enough to be killed, and all of a replica's no stall.
         filler = "wait for it, " * max(1, int(0.4 * fleet.args["emulation"]["prefill_tokens_per_s"] / 13))
         asking = [asyncio.create_task(clients.ask(prompt + filler, 20)) for prompt in PROMPTS[:8]]
-        await fleet.wait_for(clients, lambda stats: stats["router"]["num_live"] == 8, 5, "all are live")
+        await fleet.wait_for(clients, every_replica_works, 5, "each replica has some of them")
         num_begun = sum(1 for task in asking if task.done())
         fleet.hurt_one(signal.SIGKILL)
         stories = list(await asyncio.gather(*asking))

@@ -243,6 +243,12 @@ def num_serving(stats: dict[str, Any]) -> int:
     return len(serving_ids(stats))
 
 
+def every_replica_works(stats: dict[str, Any]) -> bool:
+    """Whether each of the replicas that get requests says that it has some."""
+    serving = [stats["replicas"][replica_id] for replica_id in serving_ids(stats)]
+    return all(replica["num_running"] + replica["num_waiting"] for replica in serving)
+
+
 @contextlib.contextmanager
 def controller_stopped() -> Iterator[None]:
     """Serve's controller stands still: nothing is started, replaced, deployed or taken away until the end."""

@@ -2,8 +2,10 @@
 stored responses are found by either."""
 
 import hashlib
+import math
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +80,11 @@ def ask_at_once(server: Server, secret: str, num: int, num_tokens: int = 1) -> C
     return Counter(at_once(num, lambda: ask(server, secret, num_tokens)))
 
 
+def filled_up_since(started: float) -> int:
+    """Requests that the limit a minute may have let through since then, one that was almost due included."""
+    return math.ceil((time.monotonic() - started) * PER_MIN / 60) + 1
+
+
 def accountant_pids() -> set[int]:
     pids = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -96,9 +103,10 @@ def router_states(server: Server, secret: str) -> list[dict]:
 
 
 def test_two_routers_share_limits_and_follow_the_keys(limited: Server, keys_file: Path):
+    started = time.monotonic()
     got = ask_at_once(limited, MINUTE, 2 * PER_MIN)
     assert got[200] + got[429] == 2 * PER_MIN
-    assert PER_MIN <= got[200] <= PER_MIN + 3, f"more than the limit, and what a busy machine lets fill up: {got}"
+    assert PER_MIN <= got[200] <= PER_MIN + filled_up_since(started), got
     assert router_states(limited, MINUTE)[0]["num_requests"] < got[200], "one router had them all"
 
     assert ask_at_once(limited, SINGLE, 6, num_tokens=40) == {200: 1, 429: 5}
@@ -111,8 +119,9 @@ def test_two_routers_share_limits_and_follow_the_keys(limited: Server, keys_file
         lambda: not any(state["is_accountant_away"] for state in router_states(limited, MINUTE)), 60, "still away"
     )
     ask_at_once(limited, MINUTE, PER_MIN)
+    started = time.monotonic()
     got = ask_at_once(limited, MINUTE, PER_MIN)
-    assert got[200] <= 3, "a new accountant gives no second allowance"
+    assert got[200] <= filled_up_since(started), "a new accountant gives no second allowance"
 
     write_keys(keys_file, minute=MINUTE, next=NEXT)
     limited.wait_for(lambda: set(ask_at_once(limited, SINGLE, 10)) == {401}, 5, "the key still works")
