@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SecretStr, model_validator
 
 from deployments.api_config import CorsConfig, ResponsesConfig
+from llm.checkpoint.hub import is_gguf
 from llm.config import EngineConfig, StrictModel
 from llm.errors import ConfigError
 
@@ -306,10 +307,10 @@ class AppConfig(StrictModel):
     """Everything `build_app` takes."""
 
     model: str = Field(default="configs/demo", min_length=1)
-    """Directory of a Hugging Face checkpoint, or a Hub id. A relative path counts from the working
+    """Directory of a Hugging Face checkpoint, a GGUF file, or a Hub id. A relative path counts from the working
     directory, else from this repository."""
     served_model_name: str | None = Field(default=None, min_length=1, max_length=256)
-    """The name clients use; None for the directory's name or the Hub id."""
+    """The name clients use; None for the directory's name, the file's without its suffix, or the Hub id."""
     lora: str | None = None
     """Directory of a PEFT adapter that is merged into the weights."""
     chat_template: str | None = Field(default=None, min_length=1)
@@ -365,13 +366,15 @@ class AppConfig(StrictModel):
         if self.served_model_name is not None:
             return self.served_model_name
         path = Path(self.model).expanduser()
-        return path.resolve().name if path.is_dir() else self.model
+        if path.is_dir():
+            return path.resolve().name
+        return path.name.removesuffix(".gguf") if is_gguf(path) else self.model
 
 
 def resolve_paths(config: AppConfig) -> AppConfig:
-    """The same configuration with relative directories made absolute, so that every worker reads the same ones.
+    """The same configuration with relative paths made absolute, so that every worker reads the same files.
 
-    What is no directory here is left alone: it may be a Hub id, or a path of the replicas' nodes. A chat template is
+    What is not here is left alone: it may be a Hub id, or a path of the replicas' nodes. A chat template is
     read here, for nodes that do not have the file.
 
     Raises:
@@ -379,9 +382,9 @@ def resolve_paths(config: AppConfig) -> AppConfig:
     """
     changes: dict[str, Any] = {}
     for name in ("model", "lora"):
-        directory = _find_directory(getattr(config, name))
-        if directory is not None:
-            changes[name] = str(directory)
+        place = _find_place(getattr(config, name))
+        if place is not None:
+            changes[name] = str(place)
     changes["chat_template"] = read_chat_template(config)
     resolved = config.model_copy(update=changes)
     return resolved.model_copy(update={"served_model_name": resolved.model_name})
@@ -404,13 +407,17 @@ def read_chat_template(config: AppConfig) -> str | None:
         raise ConfigError(f"chat_template: {path} cannot be read: {error}; name a file with Jinja text") from None
 
 
-def _find_directory(value: str | None) -> Path | None:
-    """An existing directory by this name, looked for where we are and beside the code."""
+def _find_place(value: str | None) -> Path | None:
+    """An existing directory or GGUF file by this name, looked for where we are and beside the code."""
     if value is None:
         return None
     path = Path(value).expanduser()
-    candidates = (path, Path(__file__).parent.parent / path)
-    return next((candidate.resolve() for candidate in candidates if candidate.is_dir()), None)
+    for candidate in (path, Path(__file__).parent.parent / path):
+        if candidate.is_dir():
+            return candidate.resolve()
+        if is_gguf(candidate):
+            return candidate.absolute()  # what a link of the Hub's cache points to has another name
+    return None
 
 
 def without_secrets(config: AppConfig) -> AppConfig:

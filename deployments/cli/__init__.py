@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deployments.bench.command import app as bench
-from deployments.cli import chat, check, doctor, serve, status
+from deployments.cli import chat, check, convert, doctor, pull, serve, status
 from deployments.version import __version__
 from llm.errors import LLMError
 
@@ -21,7 +21,9 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(chat.chat)
 app.command()(check.check)
+app.command()(convert.convert)
 app.command()(doctor.doctor)
+app.command()(pull.pull)
 app.command()(status.status)
 app.add_typer(bench, name="bench")
 

@@ -15,6 +15,7 @@ from deployments.serve.config_file import check_config_file
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
 from llm.checkpoint.generation_defaults import load_generation_defaults
+from llm.checkpoint.hub import find_local_checkpoint
 from llm.config import ModelConfig
 from llm.errors import ConfigError
 
@@ -43,15 +44,17 @@ def check(
     _print_port(console, server.front_end)
     for app in map(resolve_paths, server.apps.values()):
         console.print(f"[green]✓[/] {config}: model [bold]{app.model_name}[/], {app.replicas.most_replicas} replica(s)")
-        if not Path(app.model).is_dir():
+        directory = find_local_checkpoint(app.model)
+        if directory is None:
             console.print(
-                f"  {app.model} is no directory here: its checkpoint is checked where it is loaded", style="dim"
+                f"  {app.model} is no directory and no GGUF file here: its checkpoint is checked where it is loaded",
+                style="dim",
             )
             continue
         from llm.checkpoint.model_config import load_model_config  # brings PyTorch, which `rayline --help` does without
 
-        model = load_model_config(app.model)
-        for warning in load_generation_defaults(app.model).warnings:
+        model = load_model_config(directory)
+        for warning in load_generation_defaults(directory).warnings:
             console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
         if app.engine_kind is EngineKind.TORCH:
             console.print(_memory(app, model, sizes))

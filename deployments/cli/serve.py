@@ -20,7 +20,8 @@ from deployments.serve.config_file import BUILDER, read_config_file
 from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import claimed_ports
 from llm.checkpoint.generation_defaults import load_generation_defaults
-from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.hub import is_gguf, resolve_model_path
+from llm.checkpoint.packaged_models import PACKAGED_MODELS
 from llm.errors import ConfigError
 
 _ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ _LOCAL = "127.0.0.1"
 
 def serve(
     model: Annotated[
-        str | None, typer.Argument(help="Directory of a checkpoint, or a Hub id; else the file's.")
+        str | None, typer.Argument(help="Directory of a checkpoint, a GGUF file or a Hub id; else the file's.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Configuration file; else serve_config.yaml, here or ours.")
@@ -51,6 +52,7 @@ def serve(
 
         rayline serve
         rayline serve ~/models/Qwen3-0.6B --port 9000
+        rayline serve ~/models/Qwen3-0.6B-Q8_0.gguf
         rayline serve my-model --set engine.quantization=fp8 --replicas 2
     """
     content = _content(config or _find_config())
@@ -132,7 +134,7 @@ def _override(
 
 
 def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
-    """Put directories in place of all models, with what has to come from the Hub downloaded.
+    """Put paths in place of all models, with what has to come from the Hub downloaded.
 
     Raises:
         CheckpointError, ConfigError: a model or an adapter is nowhere.
@@ -142,8 +144,11 @@ def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
             continue
         config = resolve_paths(apps[str(application.get("name") or "default")])
         args = application.setdefault("args", {})
-        args["model"] = str(resolve_model_path(config.model).resolve())
-        for warning in load_generation_defaults(args["model"]).warnings:
+        directory = resolve_model_path(config.model).resolve()
+        # Other nodes have the file, but not what this one's cache holds of it.
+        is_made_here = is_gguf(config.model) or config.model in PACKAGED_MODELS
+        args["model"] = config.model if is_made_here else str(directory)
+        for warning in load_generation_defaults(directory).warnings:
             print(f"rayline: warning: {warning}", file=sys.stderr)
         args["served_model_name"] = config.served_model_name
         if config.lora is not None:

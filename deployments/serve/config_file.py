@@ -11,6 +11,7 @@ from deployments.config import AppConfig, EngineKind, read_chat_template, resolv
 from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
 from llm.checkpoint.generation_defaults import load_vocab_size
+from llm.checkpoint.hub import find_local_checkpoint
 from llm.config import describe
 from llm.errors import ConfigError
 from llm.tokenization.hf_tokenizer import HFTokenizer
@@ -69,15 +70,16 @@ def check_model(config: AppConfig) -> None:
     Raises:
         CheckpointError, ConfigError: the checkpoint is here, and cannot be used.
     """
-    if not Path(config.model).is_dir():
+    directory = find_local_checkpoint(config.model)
+    if directory is None:
         return
     if config.engine_kind is EngineKind.TORCH:
         from llm.checkpoint.loading import check_checkpoint  # brings PyTorch, which the rest does without
 
-        check_checkpoint(config.model)
+        check_checkpoint(directory)
     else:
-        load_vocab_size(config.model)
-    HFTokenizer.from_pretrained(config.model, chat_template=read_chat_template(config))
+        load_vocab_size(directory)
+    HFTokenizer.from_pretrained(directory, chat_template=read_chat_template(config))
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""Where a checkpoint's files are: a directory, or a repository of the Hugging Face Hub."""
+"""Where a checkpoint's files are: a directory, a GGUF file, or a repository of the Hugging Face Hub."""
 
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm.checkpoint.packaged_models import PACKAGED_MODELS, find_packaged_model
 from llm.errors import CheckpointError
 
 _FILES = ("*.safetensors", "*.json", "*.jinja")
 _FILES_LEFT_OUT = ("original/*", "onnx/*", "consolidated*.safetensors")
+_GGUF_MAGIC = b"GGUF"
 _TIMEOUT_S = 5
 """For the Hub to answer at all; files have more."""
 
@@ -15,17 +17,61 @@ _TIMEOUT_S = 5
 def resolve_model_path(model: str) -> Path:
     """Directory of a checkpoint: `model` itself, or a download of the Hub repository of that name (or its cache).
 
+    A GGUF file, and a directory that holds nothing else, becomes a directory of the cache. The names of
+    `PACKAGED_MODELS` stand for their files, once these are there.
+
     Raises:
-        CheckpointError: neither is there; one line with the fix.
+        CheckpointError: none of these is there, or a GGUF file cannot be read; one line with the fix.
+    """
+    found = find_local_checkpoint(model)
+    if found is not None:
+        return found
+    if Path(model).expanduser().exists():
+        raise CheckpointError(
+            f"{model} is a file, and no GGUF; give the directory that holds config.json and the weights"
+        )
+    if model in PACKAGED_MODELS:
+        raise CheckpointError(f"{model} is not here yet; get it with: rayline pull {model}")
+    if Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise CheckpointError(
+            f"{model}: no such directory; give a checkpoint's directory, a GGUF file or a Hub id such as org/name"
+        )
+    return _download(model)
+
+
+def find_local_checkpoint(model: str) -> Path | None:
+    """Directory of a checkpoint that is here already; None where `model` names none.
+
+    Raises:
+        CheckpointError: a GGUF file cannot be read.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{model} is a file; give the directory that holds config.json and the weights")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"{model}: no such directory; give a checkpoint's directory or a Hub id such as org/name")
-    return _download(model)
+    file = path if is_gguf(path) else _only_gguf(path) if path.is_dir() else find_packaged_model(model)
+    if file is not None:
+        from llm.checkpoint.gguf_directory import as_directory  # brings NumPy
+
+        return as_directory(file)
+    return path if path.is_dir() else None
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether there is a file of this name that begins as GGUF files do, whatever its suffix."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except OSError:
+        return False
+
+
+def _only_gguf(directory: Path) -> Path | None:
+    """The GGUF file of a directory without a configuration."""
+    if (directory / "config.json").exists():
+        return None
+    found = sorted(directory.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:3])
+        raise CheckpointError(f"{directory} holds several GGUF files ({names}); name one of them")
+    return found[0] if found else None
 
 
 def _download(model: str) -> Path:

@@ -1,4 +1,4 @@
-"""Fills a `DecoderModel` from safetensors files, tensor by tensor, straight into its memory."""
+"""Fills a `DecoderModel` from files of weights, tensor by tensor, straight into its memory."""
 
 import logging
 import re
@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress as ProgressBar, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 
+from llm.checkpoint.gguf_directory import find_weights
+from llm.checkpoint.gguf_weights import GGUFWeights
+from llm.checkpoint.hub import is_gguf
 from llm.checkpoint.json_files import read_json
 from llm.checkpoint.model_config import load_model_config
 from llm.config import ModelConfig
@@ -191,11 +194,14 @@ def _check_tensor(copy: _Copy) -> None:
 def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
     """The files to read, each with the tensors to take from it: None for all of them."""
     index_path, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index_path.exists():
+    gguf_path = find_weights(directory)
+    if gguf_path is not None:
+        files: dict[Path, list[str] | None] = {gguf_path: None}
+    elif index_path.exists():
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index_path} has no weight_map; {_DOWNLOAD}")
-        files: dict[Path, list[str] | None] = {}
+        files = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointError(f"{index_path} puts {name} in {file!r}, which is no file name; {_DOWNLOAD}")
@@ -222,6 +228,8 @@ def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _open(path: Path) -> Any:
+    if is_gguf(path):
+        return GGUFWeights(path)
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

