@@ -149,7 +149,7 @@ class GraphRunner:
         self._inputs = StepInputs(sizes, device, _NUM_BUFFERS)
         self._workspace = KernelWorkspace(
             model.attention_specs, kv_cache, self._rows.page_tables, self._rows.last_token_ids, model.dtype,
-            max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic,
+            max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic, experts=model.experts,
         )  # fmt: skip
         self._hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)
         """Of the tokens that are kept: those that draw, then those that are pooled."""
