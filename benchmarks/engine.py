@@ -38,6 +38,7 @@ from benchmarks.engine_rows import (
 )
 from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
+from llm.models.experts import ExpertProjections
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.runners import kv_cache_dtype
 from llm.serving.schemas import GenerationRequest
@@ -120,6 +121,10 @@ class Bench:
         """What a decode step of the engine reads at least."""
         model = self.engine.model
         weights = sum(weight.nbytes for weight in model.parameters())
+        if model.config.num_experts:  # those of one token at least
+            stacked = [module for module in model.modules() if isinstance(module, ExpertProjections)]
+            unread = 1 - model.config.num_experts_per_token / model.config.num_experts
+            weights -= round(unread * sum(module.weight.nbytes for module in stacked))
         if model.lm_head is not None:  # otherwise the embeddings are the head's weights, too
             weights -= model.embed_tokens.weight.nbytes
         slot = len(model.page_groups) * PagedKVCache.bytes_per_page(

@@ -109,6 +109,16 @@ class ModelConfig(StrictModel):
     mlp_bias: bool = False
     tie_embeddings: bool = False
     """The output head shares the token embedding's weight."""
+    num_experts: int = Field(default=0, ge=0)
+    """Experts that a layer has in place of an MLP; 0 for a model without."""
+    num_experts_per_token: int = Field(default=2, gt=0)
+    """Experts that a token goes to."""
+    expert_size: int = Field(default=0, ge=0)
+    """Width of an expert's SwiGLU."""
+    normalize_expert_weights: bool = True
+    """The weights of a token's experts add up to 1."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with an MLP in a model with experts."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -118,6 +128,13 @@ class ModelConfig(StrictModel):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.rotary_size % 2 or self.head_size % 2:
             raise ValueError(f"head_dim {self.head_size} is odd, or what turns of it; rotary embedding needs pairs")
+        if self.num_experts:
+            if not self.expert_size:
+                raise ValueError("expert_size is missing; a model with experts needs it")
+            if self.num_experts_per_token > self.num_experts:
+                raise ValueError(
+                    f"num_experts_per_token {self.num_experts_per_token} is above num_experts {self.num_experts}"
+                )
         if self.window_layers and not all(0 <= layer < self.num_layers for layer in self.window_layers):
             raise ValueError(f"window_layers {self.window_layers} names a layer past num_layers {self.num_layers}")
         return self
@@ -141,6 +158,10 @@ class ModelConfig(StrictModel):
     def mlp_size(self) -> int:
         """Width of the MLP."""
         return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 64) * 64
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of an MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     def layer_window(self, layer: int) -> int | None:
         """Sliding window of one layer in tokens, or None where it attends to everything."""

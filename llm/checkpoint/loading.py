@@ -173,7 +173,7 @@ def _targets(model: DecoderModel) -> dict[str, torch.Tensor]:
         for leaf in ("weight", "bias"):
             parameter = getattr(module, leaf, None)
             if parameter is not None:
-                targets[f"{theirs}.{leaf}"] = parameter.detach()[destination.rows]
+                targets[f"{theirs}.{leaf}"] = destination.part_of(parameter.detach())
     return targets
 
 

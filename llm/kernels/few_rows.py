@@ -127,19 +127,29 @@ def tile_product(
 
 @triton.jit
 def single_row_product(
-    x, norm, weight, scales, bias, output, num_outputs, num_inputs, norm_eps,
+    x, norm, weight, scales, bias, output, experts, num_outputs, num_inputs, norm_eps,
     OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, ADDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program: a block of outputs of one row, without tensor cores, which would idle.
+    """Program (block of outputs of one row, one of `experts`), without tensor cores, which would idle.
 
+    With `experts` the weights are a stack of several products', of which each row of the output gets one.
     With a norm's weights it is the product of RMSNorm(x): each program works out the mean square for itself, which it
     reads all of x for anyway, and divides by its root in the end.
     """
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, TILE_K)
+    if experts is not None:
+        wait_for_inputs(PDL)
+        expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
+        num_rows = (2 if SWIGLU else 1) * num_outputs
+        weight += expert * num_rows * num_inputs
+        output += tl.program_id(1) * num_outputs
+        if scales is not None:
+            scales += expert * num_rows
     gate_row = weight + out[:, None].to(tl.int64) * num_inputs
     up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
-    wait_for_inputs(PDL)
+    if experts is None:
+        wait_for_inputs(PDL)
     acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
     up = tl.zeros([OUTPUTS, TILE_K], tl.float32)
     squares = tl.zeros([TILE_K], tl.float32)

@@ -200,7 +200,7 @@ class Linear:
     ) -> torch.Tensor:  # fmt: skip
         num_outputs, num_inputs = output.shape[1], x.shape[1]
         single_row_product[(num_outputs // _SINGLE_OUTPUTS,)](
-            x, None if norm is None else norm.weight, weights.weight, weights.scales, weights.bias, output,
+            x, None if norm is None else norm.weight, weights.weight, weights.scales, weights.bias, output, None,
             num_outputs, num_inputs, 0.0 if norm is None else norm.eps,
             OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), SWIGLU=swiglu, ADDS=adds,
             num_warps=4, **launch_options(self._device),

@@ -88,12 +88,12 @@ def destination(rows: torch.Tensor | EightBitRows) -> tuple[torch.Tensor, torch.
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a weight (out, in) to 8 bits; returns it and the scale of each output, (out,) float32.
+    """Round a weight (…, out, in) to 8 bits; returns it and the scale of each output, (…, out) float32.
 
-    weight ≈ quantized * scales[:, None], each number to within 1/16 of itself or 1/1024 of its scale.
+    weight ≈ quantized * scales[…, None], each number to within 1/16 of itself or 1/1024 of its scale.
     """
-    scales = (weight.abs().amax(1).float() / LARGEST).clamp_min(_SMALLEST_SCALE)
-    return (weight.float() / scales[:, None]).clamp(-LARGEST, LARGEST).to(FP8), scales
+    scales = (weight.abs().amax(-1).float() / LARGEST).clamp_min(_SMALLEST_SCALE)
+    return (weight.float() / scales[..., None]).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
 def quantize_rows(x: torch.Tensor) -> EightBitRows:

@@ -15,6 +15,7 @@ from llm.config import ModelConfig, describe
 from llm.core.kv_cache import KVCache
 from llm.core.page_groups import PageGroup, group_layers
 from llm.errors import CapacityError, ConfigError
+from llm.models.experts import Experts
 from llm.models.family import Layer
 from llm.models.layers import RMSNorm
 from llm.models.lora import merge_lora
@@ -88,6 +89,11 @@ class DecoderModel(nn.Module):
     def page_groups(self) -> list[PageGroup]:
         """Which layers share pages."""
         return group_layers([spec.window for spec in self.attention_specs])
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of the first layer that has some, whose shape is every such layer's; None for none."""
+        return next((module for module in self.layers.modules() if isinstance(module, Experts)), None)
 
     @property
     def num_heads(self) -> int:

@@ -1,9 +1,10 @@
 """`Family`: everything that is particular to a family of models."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from llm.attention.spec import AttentionSpec
@@ -35,10 +36,18 @@ class Destination:
     Attributes:
         module: dotted name of ours.
         rows: of it.
+        expert: whose rows they are, in a module that holds those of all experts; None for other modules.
+        layers: those that have it; None for all.
     """
 
     module: str
     rows: slice = field(default_factory=lambda: slice(None))
+    expert: int | None = None
+    layers: Container[int] | None = None
+
+    def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The part of the module's weight or bias that is meant, a view."""
+        return (parameter if self.expert is None else parameter[self.expert])[self.rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,12 @@ from llm.kernels.attention.work import (
     plan_decodes,
     plan_prefills,
 )
+from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream, embed_tokens, keep_tokens, rms_norm
 from llm.kernels.quantization import ScaledProduct
+from llm.kernels.routing import ExpertShape
+from llm.models.experts import ExpertProjections, Experts
 from llm.models.layers import RMSNorm
 from llm.models.quantize import weight_scales
 
@@ -77,6 +80,7 @@ class KernelWorkspace:
         max_parts: most parts a step.
         deterministic: a token's result, bit by bit, depends on the tokens before it in its sequence alone: not on what
             else is in the step, nor on the steps and chunks in which those came.
+        experts: those of a layer, as all layers with experts have them; None for a model without.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class KernelWorkspace:
         max_tokens: int,
         max_parts: int,
         deterministic: bool = False,
+        experts: Experts | None = None,
     ) -> None:
         device, spec = page_tables.device, specs[0]
         self.kv_cache = kv_cache
@@ -98,17 +103,21 @@ class KernelWorkspace:
         self.dtype = dtype
         self.deterministic = deterministic
         self.linear = Linear(device, deterministic=deterministic)
+        self.experts = None
+        if experts is not None:
+            shape = _expert_shape(experts)
+            self.experts = ExpertMixture(shape, max_tokens, dtype, device, deterministic=deterministic)
         self.last_layer = len(specs) - 1
-        shape = self._shape = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        assert all((s.num_heads, s.num_kv_heads, s.head_dim) == shape for s in specs), "layers of several shapes"
+        heads = self._shape = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        assert all((s.num_heads, s.num_kv_heads, s.head_dim) == heads for s in specs), "layers of several shapes"
         for layer_spec in specs:
             layer_spec.rope.table(device)  # now, and not while a graph is captured
         windows = {layer_spec.window for layer_spec in specs}
-        self.decode = PagedDecode(max_parts, *shape, device)
+        self.decode = PagedDecode(max_parts, *heads, device)
         self.decode_items = {
             window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in windows
         }
-        self.prefill_scratch = None if deterministic else PrefillScratch(*shape, device)
+        self.prefill_scratch = None if deterministic else PrefillScratch(*heads, device)
         self._min_prefill_len = 1 if deterministic else 2
         block_tokens = prefill_block_tokens(spec.num_heads, spec.num_kv_heads)
         self.prefill_items = WorkItems.allocate(
@@ -118,7 +127,7 @@ class KernelWorkspace:
         if windows == {None} and not deterministic and hopper_prefill.can_run(dtype, spec.head_dim, device):
             max_seq_len = page_tables.shape[2] * kv_cache.page_size
             self.long_prefill = hopper_prefill.HopperPrefill(
-                *shape,
+                *heads,
                 max_context=max_seq_len + max_tokens,  # the end of one long prompt, and others behind it
                 max_tokens=max_tokens,
                 max_parts=max_parts,
@@ -240,6 +249,13 @@ class KernelOperations:
         """See `Operations.add_gated_mlp`."""
         self._workspace.linear.mlp(self._stream, _norm(norm), _weights(gate_up), _weights(down))
 
+    def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
+        """See `Operations.add_experts`."""
+        mixture = self._workspace.experts
+        assert mixture is not None, "a workspace for a model with experts"
+        gate_up, down = _weights(experts.gate_up_proj), _weights(experts.down_proj)
+        mixture(self._stream, _norm(norm), experts.router.weight, gate_up, down)
+
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""
         rms_norm(self._stream, _norm(norm), self._output)
@@ -250,5 +266,10 @@ def _norm(norm: RMSNorm) -> Norm:
     return Norm(norm.weight, norm.eps)
 
 
-def _weights(projection: nn.Linear) -> Weights:
+def _expert_shape(experts: Experts) -> ExpertShape:
+    router = experts.router
+    return ExpertShape(experts.num_experts, router.per_token, experts.size, router.weight.shape[1], router.normalizes)
+
+
+def _weights(projection: nn.Linear | ExpertProjections) -> Weights:
     return Weights(projection.weight, projection.bias, weight_scales(projection))

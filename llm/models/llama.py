@@ -4,7 +4,7 @@ Each layer is grouped-query attention and a SwiGLU, each behind its own RMSNorm.
 values are one product, and so are those of gate and up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from llm.models.operations import Operations
 from llm.models.window_keys import read_windows, refuse_windows
 
 
-class LlamaLayer(Layer):
-    """Attention, then the feed-forward.
+class AttentionLayer(Layer):
+    """What the layers of all these families begin with: attention, then the norm in front of the feed-forward.
 
     Args:
         index: of the layer, from 0.
@@ -34,33 +34,50 @@ class LlamaLayer(Layer):
         self.spec = spec = AttentionSpec(
             config.num_heads, config.kv_heads, config.head_size, rope, config.layer_window(index)
         )
-        hidden_size, mlp_size, eps = config.hidden_size, config.mlp_size, config.rms_norm_eps
+        hidden_size, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden_size, eps)
         self.qkv_proj = nn.Linear(hidden_size, spec.qkv_size, bias=config.attention_bias)
         self.q_norm = RMSNorm(spec.head_dim, eps) if config.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, eps) if config.qk_norm else None
         self.o_proj = nn.Linear(spec.output_size, hidden_size, bias=config.attention_output_bias)
         self.mlp_norm = RMSNorm(hidden_size, eps)
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * mlp_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(mlp_size, hidden_size, bias=config.mlp_bias)
 
-    def forward(self, operations: Operations[Any]) -> None:
-        """See `Layer.forward`."""
+    def add_attention(self, operations: Operations[Any]) -> None:
+        """Add what attention finds to the residual stream."""
         qk_norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         qkv = operations.product_of_norm(self.attention_norm, self.qkv_proj)
         attended = operations.attend(self.index, self.spec, qkv, qk_norms)
         operations.add_product(attended, self.o_proj)
+
+
+class LlamaLayer(AttentionLayer):
+    """Attention, then the feed-forward. See `AttentionLayer`."""
+
+    def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
+        super().__init__(config, index, rope)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.mlp_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, operations: Operations[Any]) -> None:
+        """See `Layer.forward`."""
+        self.add_attention(operations)
         operations.add_gated_mlp(self.mlp_norm, self.gate_up_proj, self.down_proj)
+
+
+def make_rope(config: ModelConfig) -> RotaryEmbedding:
+    """The rotary embedding that all layers of a model share."""
+    return RotaryEmbedding(config.rotary_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
 
 
 def make_layers(config: ModelConfig) -> list[Layer]:
     """The layers of a model of this shape."""
-    rope = RotaryEmbedding(config.rotary_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
+    rope = make_rope(config)
     return [LlamaLayer(config, index, rope) for index in range(config.num_layers)]
 
 
-def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
-    query, key_value, mlp = config.num_heads * config.head_size, config.kv_heads * config.head_size, config.mlp_size
+def attention_weights(config: ModelConfig) -> dict[str, Destination]:
+    """Destinations within an `AttentionLayer`."""
+    query, key_value = config.num_heads * config.head_size, config.kv_heads * config.head_size
     norms = {"q_norm": "q_norm", "k_norm": "k_norm"} if config.qk_norm else {}
     return {
         "input_layernorm": Destination("attention_norm"),
@@ -70,10 +87,21 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
         **{f"self_attn.{theirs}": Destination(ours) for theirs, ours in norms.items()},
         "self_attn.o_proj": Destination("o_proj"),
         "post_attention_layernorm": Destination("mlp_norm"),
-        "mlp.gate_proj": Destination("gate_up_proj", slice(0, mlp)),
-        "mlp.up_proj": Destination("gate_up_proj", slice(mlp, 2 * mlp)),
-        "mlp.down_proj": Destination("down_proj"),
     }
+
+
+def mlp_weights(config: ModelConfig, layers: Container[int] | None = None) -> dict[str, Destination]:
+    """Destinations of a feed-forward, in these layers; None for all."""
+    mlp = config.mlp_size
+    return {
+        "mlp.gate_proj": Destination("gate_up_proj", slice(0, mlp), layers=layers),
+        "mlp.up_proj": Destination("gate_up_proj", slice(mlp, 2 * mlp), layers=layers),
+        "mlp.down_proj": Destination("down_proj", layers=layers),
+    }
+
+
+def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
+    return attention_weights(config) | mlp_weights(config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch import nn
 from llm.attention.interface import AttentionContext
 from llm.attention.rope import RotaryEmbedding, apply_rotary
 from llm.attention.spec import AttentionSpec
+from llm.models.experts import Experts
 from llm.models.layers import RMSNorm
 
 RowsT = TypeVar("RowsT")
@@ -59,6 +60,10 @@ class Operations(Protocol[RowsT]):
         Args:
             gate_up: the gate's rows, then those of what is gated.
         """
+        ...
+
+    def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
+        """Add what its experts make of each token's norm to the stream."""
         ...
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
@@ -128,6 +133,10 @@ class TorchOperations:
         """See `Operations.add_gated_mlp`."""
         gate, up = gate_up(norm(self._stream)).chunk(2, dim=-1)
         self._stream = self._stream + down(F.silu(gate) * up)
+
+    def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
+        """See `Operations.add_experts`."""
+        self._stream = self._stream + experts(norm(self._stream))
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from llm.kernels.quantization import FP8, quantize_weight
 from llm.models.decoder import DecoderModel
+from llm.models.experts import ExpertProjections
 
 _MULTIPLE = 16
 """Sizes that 8-bit products of many rows take are multiples of this (`torch._scaled_mm`)."""
@@ -16,12 +17,12 @@ _MULTIPLE = 16
 def quantize_weights(model: DecoderModel) -> None:
     """Round the weights of all layers' projections to 8 bits in place; those that are already stay as they are.
 
-    Embeddings, norms, biases and the output head keep their format, and so do projections with a size that is not a
-    multiple of 16. One weight at a time, so that memory never holds more than one of them in both formats. After this
-    only `KernelOperations` can run the model.
+    Embeddings, norms, routers of experts, biases and the output head keep their format, and so do projections with a
+    size that is not a multiple of 16. One weight at a time, so that memory never holds more than one of them in both
+    formats. After this only `KernelOperations` can run the model.
     """
     for projection in _projections(model):
-        if projection.weight.dtype == FP8 or any(size % _MULTIPLE for size in projection.weight.shape):
+        if projection.weight.dtype == FP8 or any(size % _MULTIPLE for size in projection.weight.shape[-2:]):
             continue
         weight, scales = quantize_weight(projection.weight)
         projection.weight = nn.Parameter(weight, requires_grad=False)
@@ -33,10 +34,10 @@ def is_quantized(model: DecoderModel) -> bool:
     return any(projection.weight.dtype == FP8 for projection in _projections(model))
 
 
-def weight_scales(projection: nn.Linear) -> torch.Tensor | None:
-    """Scale of each output of an 8-bit weight, (out,) float32; None for other weights."""
+def weight_scales(projection: nn.Linear | ExpertProjections) -> torch.Tensor | None:
+    """Scale of each output of an 8-bit weight, (…, out) float32; None for other weights."""
     return cast(torch.Tensor, projection.weight_scales) if projection.weight.dtype == FP8 else None
 
 
-def _projections(model: DecoderModel) -> list[nn.Linear]:
-    return [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
+def _projections(model: DecoderModel) -> list[nn.Linear | ExpertProjections]:
+    return [module for module in model.layers.modules() if isinstance(module, nn.Linear | ExpertProjections)]

@@ -4,17 +4,23 @@ To add one, write its file as `llm.models.llama` is written, and add a line here
 tests/unit/models.
 """
 
+from dataclasses import replace
+
 from llm.config import ModelConfig
 from llm.models.family import Destination, Family
 from llm.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from llm.models.mixtral import MIXTRAL
 from llm.models.phi3 import PHI3
+from llm.models.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
+    "MixtralForCausalLM": MIXTRAL,
     "Phi3ForCausalLM": PHI3,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
 
 _OUTSIDE_LAYERS = {"model.embed_tokens": "embed_tokens", "model.norm": "norm", "lm_head": "lm_head"}
@@ -30,5 +36,7 @@ def destinations(config: ModelConfig) -> dict[str, Destination]:
     inside = FAMILIES[config.architecture].layer_weights(config)
     for layer in range(config.num_layers):
         for theirs, place in inside.items():
-            found[f"model.layers.{layer}.{theirs}"] = Destination(f"layers.{layer}.{place.module}", place.rows)
+            if place.layers is None or layer in place.layers:
+                ours = replace(place, module=f"layers.{layer}.{place.module}")
+                found[f"model.layers.{layer}.{theirs}"] = ours
     return found

@@ -151,7 +151,7 @@ class GraphRunner:
         self._inputs = StepInputs(sizes, device, _NUM_BUFFERS)
         self._workspace = KernelWorkspace(
             model.attention_specs, kv_cache, self._rows.page_tables, self._rows.last_token_ids, model.dtype,
-            max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic,
+            max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic, experts=model.experts,
         )  # fmt: skip
         self._to_logits = partial(model.logits, product=self._workspace.product)
         """Hidden states (rows, hidden_size) → logits (rows, vocab_size), in the model's dtype."""

@@ -18,6 +18,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 3072, "intermediate_size": 8192, "num_heads": 24, "num_kv_heads": 8, "tie_embeddings": True,
         "partial_rotary_factor": 0.75,
     },
+    "qwen3-30b-a3b": {
+        "architecture": "Qwen3MoeForCausalLM", "hidden_size": 2048, "num_heads": 32, "num_kv_heads": 4, "head_dim": 128,
+        "qk_norm": True, "num_experts": 128, "num_experts_per_token": 8, "expert_size": 768,
+    },
+    "mixtral, narrow, an mlp in one layer": {
+        "architecture": "Qwen3MoeForCausalLM", "hidden_size": 1024, "num_heads": 8, "num_kv_heads": 8,
+        "num_experts": 8, "expert_size": 3584, "dense_layers": (1,), "intermediate_size": 1000,
+    },
     "mqa, heads of 80": {"hidden_size": 640, "num_heads": 8, "num_kv_heads": 1},
     "heads of 256": {"hidden_size": 1024, "num_heads": 4, "num_kv_heads": 4, "head_dim": 256},
     "odd sizes, window in one layer": {

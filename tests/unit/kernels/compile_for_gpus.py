@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from llm.kernels import activation, adjust, few_rows, logprobs, norm, quantization, sampling
+from llm.kernels import activation, adjust, experts, few_rows, logprobs, norm, quantization, routing, sampling
 from llm.kernels.attention import decode, gather, hopper_prefill, prefill, rope
 from llm.kernels.launch import stages_in
 
@@ -153,11 +153,39 @@ def compile_products() -> None:
     for i, ((weight, scales), (swiglu, adds)) in enumerate(kinds):
         common = {**arguments, "weight": weight, "scales": scales, "SWIGLU": swiglu, "ADDS": adds}
         row = {**common, "norm": BF16 if i % 2 else None, "norm_eps": "fp32", "OUTPUTS": 4, "TILE_K": 1024}
-        compile_kernel("single row", few_rows.single_row_product, row)
+        compile_kernel("single row", few_rows.single_row_product, {**row, "experts": INT if swiglu else None})
         num_parts = 1 + i % 2
         tile = {**common, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
         tile |= {"ROWS": 16, "OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": num_parts, "IS_SHARED": num_parts > 1}
         compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+
+
+def compile_experts() -> None:
+    """Routes, and products of few and many tokens with weights of 16 bits and of 8."""
+    arguments = {"x": BF16, "router": BF16, "experts": INT, "weights": FLOAT, "partial": FLOAT, "arrivals": INT}
+    arguments |= {"num_tokens": "i32", "num_inputs": "i32", "inputs_per_part": "i32", "norm_eps": "fp32"}
+    arguments |= {"order": INT, "starts": INT, "num_pairs": "i32"}
+    for num_experts, weight, rows in ((128, BF16, 16), (128, None, 64), (8, None, 16)):
+        router = {**arguments, "norm": weight, "NUM_EXPERTS": num_experts, "EXPERT_BLOCK": max(num_experts, 16)}
+        router |= {"PER_TOKEN": 6, "SLOTS": 8, "NORMALIZES": rows == 16, "ROWS": rows, "TILE_K": 128, "NUM_PARTS": 8}
+        compile_kernel("routes", routing._route, router, IS_SHARED=rows == 16)
+    compile_kernel("order of pairs", routing._order_pairs, arguments, BLOCK=4096, num_warps=8)
+    sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
+    arguments |= {"output": BF16, "pair_weights": FLOAT, "num_outputs": "i32", **sizes}
+    kinds = product(((BF16, None), (FP8, FLOAT)), (512, 16_384), (False, True))
+    for (weight, scales), num_pairs, swiglu in kinds:
+        tile = experts.expert_tile(num_pairs, 128, 2, False, swiglu)
+        cut = {"weight": weight, "scales": scales, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k}
+        taken = compile_kernel(
+            "experts", experts._expert_product, {**arguments, **cut}, SWIGLU=swiglu, IS_EVEN=True,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        assert taken <= SHARED_MEMORY[90] - 1024, (tile, weight, taken)
+    arguments |= {"made": BF16, "total": BF16, "activated": BF16, "HIDDEN": 2048, "BLOCK": 1024}
+    compile_kernel("sum of experts", experts._add_pairs, arguments)
+    for weight, scales in ((BF16, None), (FP8, FLOAT)):
+        single = {**arguments, "weight": weight, "scales": scales, "SIZE": 768, "OUTPUTS": 4, "TILE_K": 1024}
+        compile_kernel("single sum", experts._single_sum, single)
 
 
 def compile_stages() -> None:
@@ -204,4 +232,5 @@ if __name__ == "__main__":
     compile_attention()
     compile_long_prefill()
     compile_products()
+    compile_experts()
     compile_stages()

@@ -144,11 +144,14 @@ def test_attention_of_a_token_does_not_depend_on_its_chunk(num_heads, num_kv_hea
     assert relative_error(whole, fast) < 2 * TOLERANCE[dtype]
 
 
-def test_logits_do_not_depend_on_chunks_and_company():
+@pytest.mark.parametrize(
+    "kind", [{}, {"architecture": "Qwen3MoeForCausalLM", "num_experts": 6, "expert_size": 32}], ids=["mlp", "experts"]
+)
+def test_logits_do_not_depend_on_chunks_and_company(kind):
     """A sequence token by token and alone, and at once beside another: the same logits for its last token."""
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    model = DecoderModel(vocab_size=80, max_seq_len=64, device=DEVICE, dtype=HALF, qk_norm=True, **shape)
+    model = DecoderModel(vocab_size=80, max_seq_len=64, device=DEVICE, dtype=HALF, qk_norm=True, **shape, **kind)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -161,7 +164,7 @@ def test_logits_do_not_depend_on_chunks_and_company():
         )
         workspace = KernelWorkspace(
             model.attention_specs, kv_cache, ints([[[3, 1], [0, 5]]]), ints([0, 0]), HALF,
-            max_tokens=64, max_parts=4, deterministic=True,
+            max_tokens=64, max_parts=4, deterministic=True, experts=model.experts,
         )  # fmt: skip
         for step in steps:
             tokens = StepTokens(

@@ -160,6 +160,19 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64, "num_hidden_layers": 64, "tie_word_embeddings": False,
     },
     "Qwen3-Embedding-0.6B": {**_QWEN_3, "eos_token_id": 151643, "max_position_embeddings": 32768, "vocab_size": 151669},
+    "Qwen3-30B-A3B": {
+        **_QWEN_3, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "decoder_sparse_step": 1,
+        "hidden_size": 2048, "intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": [],
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001, "tie_word_embeddings": False,
+    },
+    "Mixtral-8x7B-Instruct-v0.1": {
+        **_MISTRAL, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "attention_dropout": 0.0,
+        "max_position_embeddings": 32768, "num_experts_per_tok": 2, "num_local_experts": 8,
+        "output_router_logits": False, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+        "transformers_version": "4.36.0.dev0", "vocab_size": 32000,
+    },
     "Qwen3-8B as transformers 5 writes it": {
         **{key: value for key, value in _QWEN_3.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")},
         "dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "pad_token_id": None,

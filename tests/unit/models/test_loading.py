@@ -81,16 +81,23 @@ def test_loading_inside_and_outside_inference_mode(single, inference):
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"num_kv_heads": 2, "qk_norm": True}, {"tie_embeddings": True, "attention_bias": True, "mlp_bias": True}],
-)
+    [
+        {}, {"num_kv_heads": 2, "qk_norm": True}, {"tie_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        {
+            "architecture": "Qwen3MoeForCausalLM", "num_experts": 3, "num_experts_per_token": 1, "expert_size": 8,
+            "dense_layers": (1,),
+        },
+        {"architecture": "MixtralForCausalLM", "num_experts": 3, "expert_size": 8},
+    ],
+)  # fmt: skip
 def test_the_map_covers_every_row_of_every_parameter_once(shape):
     config = ModelConfig(hidden_size=32, num_heads=4, num_layers=2, vocab_size=11, **shape)
     model = DecoderModel.from_config(config)
-    counts = {name: torch.zeros(parameter.shape[0]) for name, parameter in model.named_parameters()}
+    counts = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
     for place in destinations(config).values():
         for leaf in ("weight", "bias"):
             if f"{place.module}.{leaf}" in counts:
-                counts[f"{place.module}.{leaf}"][place.rows] += 1
+                place.part_of(counts[f"{place.module}.{leaf}"]).add_(1)
     assert all(bool((count == 1).all()) for count in counts.values())
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llm.checkpoint.loading import load_decoder
+from llm.config import EngineConfig
 from llm.core.kv_cache import KVCache
 from llm.models.decoder import DecoderModel
 from llm.models.registry import FAMILIES
@@ -28,6 +29,8 @@ KINDS = [
     "llama_yarn_mscale",
     "mistral",
     "mistral_window",
+    "mixtral",
+    "mixtral_window",
     "phi3",
     "phi3_partial",
     "phi3_window",
@@ -37,6 +40,8 @@ KINDS = [
     "qwen2_yarn",
     "qwen3",
     "qwen3_tied",
+    "qwen3_moe",
+    "qwen3_moe_dense",
 ]
 
 
@@ -126,6 +131,35 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
     for request, tokens in zip(requests[:2], expected, strict=False):
         alone = fresh.generate([request.model_copy(update={"request_id": "alone"})], progress=False)
         assert list(alone[0].token_ids) == tokens
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe_dense"])
+@torch.inference_mode()
+def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind):
+    """64 tokens each: in chunks, preempted, from the prefix cache, and resumed from a part of the output."""
+    lengths = (90, 17, 5)
+    expected = [greedy_of_transformers(kind, length) for length in lengths]
+    requests = [
+        GenerationRequest(
+            prompt_token_ids=tuple(prompt(length)[0].tolist()),
+            max_new_tokens=NUM_GREEDY,
+            temperature=0,
+            ignore_eos=True,
+        )
+        for length in lengths
+    ]
+    config = EngineConfig(max_batch_size=3, max_seq_len=256, max_tokens_per_step=24, num_pages=14)
+    engine = ContinuousBatchingEngine(load(checkpoints(kind)[0]), config=config)
+    assert [list(result.token_ids) for result in engine.generate(requests, progress=False)] == expected
+    assert engine.stats().num_preemptions > 0
+    again = [
+        request.model_copy(update={"request_id": str(i), "output_token_ids": tuple(tokens[: 7 * i])})
+        for i, (request, tokens) in enumerate(zip(requests, expected, strict=True))
+    ]
+    num_cached = engine.stats().num_cached_prompt_tokens
+    results = engine.generate(again, progress=False)
+    assert [list(result.token_ids) for result in results] == [tokens[7 * i :] for i, tokens in enumerate(expected)]
+    assert engine.stats().num_cached_prompt_tokens > num_cached
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_tied"])

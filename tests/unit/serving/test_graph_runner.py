@@ -60,8 +60,9 @@ def create_requests(num: int = 4, **params) -> list[GenerationRequest]:
 @pytest.mark.parametrize(
     "shape",
     [{}, {"qk_norm": True, "tie_embeddings": True}, {"attention_bias": True, "num_kv_heads": 1}, {"window_size": 6},
-     {"window_size": 6, "window_layers": (1,)}, {"mlp_bias": True, "attention_output_bias": True, "num_kv_heads": 4}],
-    ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases"],
+     {"window_size": 6, "window_layers": (1,)}, {"mlp_bias": True, "attention_output_bias": True, "num_kv_heads": 4},
+     {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "dense_layers": (0,)}],
+    ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts"],
 )  # fmt: skip
 def test_greedy_tokens_equal_the_reference(shape):
     """Prompts in chunks beside decodes, more requests than rows, shared prefixes."""

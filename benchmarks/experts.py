@@ -1,0 +1,154 @@
+"""A layer's experts alone on one GPU: microseconds by number of tokens, of each part, and of other shapes of tiles.
+
+    python -m benchmarks.experts [--model benchmarks/models/qwen3-30b-a3b] [--tokens 1 16 256] [--no-sweep] [--fp8]
+
+One JSON line each. Weights are random and of several layers in turn, so that none is in the second-level cache.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from llm.checkpoint.model_config import load_model_config
+from llm.kernels.experts import ExpertMixture, ExpertTile, expert_tile
+from llm.kernels.linear import Weights
+from llm.kernels.norm import Norm, ResidualStream, rms_norm
+from llm.kernels.quantization import quantize_weight
+from llm.kernels.routing import ExpertShape, order_pairs, route
+
+_NUM_LAYERS = 4
+_FEW = [
+    (outputs, k, num_warps, num_stages)
+    for outputs, k, num_warps, num_stages in (
+        (64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 6), (128, 64, 4, 3),
+        (128, 64, 8, 4), (128, 128, 8, 3), (64, 256, 4, 2),
+    )
+]  # fmt: skip
+_MANY = [
+    (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 4, 4), (128, 64, 128, 8, 3),
+    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 64, 64, 8, 3),
+    (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
+]  # fmt: skip
+
+
+class Bench:
+    """Experts of `_NUM_LAYERS` layers, and the tokens of one step.
+
+    Args:
+        shape: of each layer.
+        is_fp8: whether the weights are of 8 bits.
+    """
+
+    def __init__(self, shape: ExpertShape, max_tokens: int, *, is_fp8: bool) -> None:
+        self.shape, self.device, dtype = shape, torch.device("cuda"), torch.bfloat16
+        self.mixture = ExpertMixture(shape, max_tokens, dtype, self.device)
+        self.norm = Norm(torch.ones(shape.hidden_size, dtype=dtype, device=self.device), 1e-6)
+        self.x = torch.randn(max_tokens, shape.hidden_size, dtype=dtype, device=self.device)
+        self.layers = []
+        for _ in range(_NUM_LAYERS):
+            router = self._random(shape.num_experts, shape.hidden_size)
+            gate_up = self._random(shape.num_experts, 2 * shape.size, shape.hidden_size)
+            down = self._random(shape.num_experts, shape.hidden_size, shape.size)
+            weights = [
+                Weights(weight[0], None, weight[1]) if is_fp8 else Weights(weight)
+                for weight in ((quantize_weight(w) if is_fp8 else w) for w in (gate_up, down))
+            ]
+            self.layers.append((router, *weights))
+
+    def _random(self, *sizes: int) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
+
+    def microseconds(self, run: Callable[[int], object]) -> float:
+        """Of `run(layer)`, in a graph of all layers in turn."""
+        run(0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(2):
+                for layer in range(_NUM_LAYERS):
+                    run(layer)
+        graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(3):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return round(start.elapsed_time(end) * 1e3 / (3 * 2 * _NUM_LAYERS), 1)
+
+    def parts(self, num_tokens: int) -> dict[str, float]:
+        """Microseconds of the whole and of its parts."""
+        x, routes = self.x[:num_tokens], self.mixture._routes
+        stream, normed = ResidualStream(x.clone()), torch.empty_like(x)
+        found = {"all": self.microseconds(lambda layer: self.mixture(stream, self.norm, *self.layers[layer]))}
+        stream = ResidualStream(x)
+        found["norm"] = self.microseconds(lambda _: rms_norm(stream, self.norm, normed))
+        found["route"] = self.microseconds(lambda layer: route(normed, self.layers[layer][0], routes))
+        found["order"] = self.microseconds(lambda _: order_pairs(routes, num_tokens))
+        for name, swiglu in (("gate_up", True), ("down", False)):
+            found[name] = self.microseconds(partial(self.product, num_tokens, swiglu, None))
+        return found
+
+    def product(self, num_tokens: int, swiglu: bool, tile: ExpertTile | None, layer: int) -> None:
+        """One of the two products, of the pairs as they were ordered last."""
+        mixture, (_, gate_up, down) = self.mixture, self.layers[layer]
+        if swiglu:
+            mixture.product(self.x[:num_tokens], gate_up, mixture._activated, num_tokens, swiglu=True, tile=tile)
+        else:
+            mixture.product(mixture._activated, down, mixture._made, num_tokens, swiglu=False, tile=tile)
+
+    def tiles(self, num_tokens: int) -> Iterator[ExpertTile]:
+        """Shapes to try."""
+        num_pairs = num_tokens * self.shape.per_token
+        rows = expert_tile(num_pairs, self.shape.num_experts, 2, False, True).rows
+        if rows <= 32:
+            yield from (ExpertTile(rows, *more) for more in _FEW)
+        else:
+            yield from (ExpertTile(*sizes) for sizes in _MANY)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="benchmarks/models/qwen3-30b-a3b")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 2048, 8192])
+    parser.add_argument("--sweep", nargs="*", type=int, default=[16, 256, 8192], help="tokens to try tiles for")
+    parser.add_argument("--fp8", action="store_true")
+    options = parser.parse_args()
+    config = load_model_config(options.model)
+    shape = ExpertShape(
+        config.num_experts, config.num_experts_per_token, config.expert_size, config.hidden_size,
+        config.normalize_expert_weights,
+    )  # fmt: skip
+    begin = time.perf_counter()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        bench = Bench(shape, max([*options.tokens, *options.sweep]), is_fp8=options.fp8)
+        itemsize = 1 if options.fp8 else 2
+        for num_tokens in options.tokens:
+            parts = bench.parts(num_tokens)
+            num_used = int((bench.mixture._routes.starts.diff() > 0).sum())
+            num_bytes = min(num_used, num_tokens * shape.per_token) * 3 * shape.size * shape.hidden_size * itemsize
+            flops = 6 * num_tokens * shape.per_token * shape.size * shape.hidden_size
+            rates = {"gb_s": round(num_bytes / parts["all"] / 1e3), "tflops": round(flops / parts["all"] / 1e6)}
+            line = {"tokens": num_tokens, "experts_used": num_used, **parts, **rates}
+            print(json.dumps({**line, "s": round(time.perf_counter() - begin)}), flush=True)
+        for num_tokens in options.sweep:
+            bench.parts(num_tokens)
+            for name, swiglu in (("gate_up", True), ("down", False)):
+                for tile in bench.tiles(num_tokens):
+                    try:
+                        us: object = bench.microseconds(partial(bench.product, num_tokens, swiglu, tile))
+                    except Exception as error:  # noqa: BLE001  # a shape that does not fit is a result too
+                        us = type(error).__name__
+                    line = {"tokens": num_tokens, "product": name, "us": us}
+                    sizes = [tile.rows, tile.outputs, tile.k, tile.num_warps, tile.num_stages]
+                    print(json.dumps({**line, "tile": sizes, "s": round(time.perf_counter() - begin)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Mixtures of experts: each expert's products with the tokens that it gets, all experts in one launch.
+
+One token's products read each chosen expert's weights once, without tensor cores. Of more tokens the pairs of token and
+expert are ordered by expert, and a tile of pairs is multiplied with a block of one expert's outputs; the kernel finds
+out which by itself, so that shapes of launches depend on nothing but the number of tokens. Few tokens make tiles that
+are as good as empty: these are bound by reading weights, like products of few rows.
+
+What a token gets depends on nothing but that token as long as sums are cut alike: each pair's result is written by
+itself, and added up in the order of the token's experts.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from llm.kernels.activation import swiglu
+from llm.kernels.few_rows import single_row_product
+from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
+from llm.kernels.linear import Weights
+from llm.kernels.norm import Norm, ResidualStream, rms_norm
+from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
+
+_SINGLE_OUTPUTS = 4
+_SINGLE_MOST_TILE_K = 1024
+_SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTile:
+    """How an expert's product is cut up.
+
+    Attributes:
+        rows, outputs, k: size of a tile; of a SwiGLU, `outputs` of the gate and as many of what it gates.
+    """
+
+    rows: int
+    outputs: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+class ExpertMixture:
+    """The experts of all layers of a model on one device, with their scratch memory. Not thread-safe.
+
+    Args:
+        shape: of every layer's experts.
+        max_tokens: most tokens at once.
+        dtype: of the activations.
+        device: of all tensors.
+        deterministic: a token's result, bit by bit, depends on nothing but that token and the weights.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        self._shape = shape
+        self._deterministic = deterministic
+        self._device = device
+        self._routes = Routes.allocate(shape, max_tokens, device)
+        num_pairs = max_tokens * shape.per_token
+        self._activated = torch.empty(num_pairs, shape.size, dtype=dtype, device=device)
+        """In the order of experts."""
+        self._made = torch.empty(num_pairs, shape.hidden_size, dtype=dtype, device=device)
+        """Of each pair, in the order of tokens."""
+
+    def __call__(
+        self, stream: ResidualStream, norm: Norm, router: torch.Tensor, gate_up: Weights, down: Weights
+    ) -> None:
+        """Add what its experts make of each token's norm to the stream.
+
+        Args:
+            router: (num_experts, hidden_size).
+            gate_up: of (num_experts, 2 size, hidden_size), each expert's gate first.
+            down: of (num_experts, hidden_size, size).
+        """
+        total, shape = stream.total, self._shape
+        if self._is_single(stream):
+            self._single(total, norm, router, gate_up, down)
+            return
+        num_tokens = len(total)
+        normed = torch.empty_like(total)
+        rms_norm(stream, norm, normed)
+        route(normed, router, self._routes)
+        order_pairs(self._routes, num_tokens)
+        self.product(normed, gate_up, self._activated, num_tokens, swiglu=True)
+        self.product(self._activated, down, self._made, num_tokens, swiglu=False)
+        block = min(triton.next_power_of_2(shape.hidden_size), _SUM_BLOCK)
+        _add_pairs[(num_tokens, triton.cdiv(shape.hidden_size, block))](
+            self._made, total, HIDDEN=shape.hidden_size, PER_TOKEN=shape.per_token, BLOCK=block, num_warps=4,
+            **launch_options(self._device),
+        )  # fmt: skip
+
+    def product(
+        self,
+        x: torch.Tensor,
+        weights: Weights,
+        output: torch.Tensor,
+        num_tokens: int,
+        *,
+        swiglu: bool,
+        tile: ExpertTile | None = None,
+    ) -> None:
+        """Multiply each pair's row with its expert's weights, once the pairs are ordered.
+
+        Args:
+            x: with SwiGLU the tokens, (tokens, in); else a row for each pair in the order of experts.
+            output: (pairs, out): with SwiGLU in the order of experts; else in the order of tokens, and weighted.
+            tile: None for one that is fast.
+        """
+        shape, routes = self._shape, self._routes
+        num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
+        if tile is None:
+            tile = expert_tile(num_pairs, shape.num_experts, x.dtype.itemsize, self._deterministic, swiglu)
+        most_tiles = (num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs)
+        bytes_a_stage = ((2 if swiglu else 1) * tile.outputs + tile.rows) * tile.k * x.dtype.itemsize
+        _expert_product[(triton.cdiv(num_outputs, tile.outputs), min(most_tiles, num_pairs))](
+            x, weights.weight, weights.scales, routes.order, routes.starts, routes.weights, output, num_outputs,
+            num_inputs, NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
+            PER_TOKEN=shape.per_token, ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, SWIGLU=swiglu,
+            IS_EVEN=num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0, num_warps=tile.num_warps,
+            num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)), **launch_options(self._device),
+        )  # fmt: skip
+
+    def _is_single(self, stream: ResidualStream) -> bool:
+        shape = self._shape
+        return (
+            len(stream.total) == 1
+            and not self._deterministic
+            and stream.pending is None
+            and shape.hidden_size % 64 == 0
+            and shape.size % _SINGLE_OUTPUTS == 0
+        )
+
+    def _single(self, total: torch.Tensor, norm: Norm, router: torch.Tensor, gate_up: Weights, down: Weights) -> None:
+        """Add what the experts make of one token's norm, reading each one's weights once."""
+        shape, routes, options = self._shape, self._routes, launch_options(self._device)
+        route(total, router, routes, norm)
+        hidden_size, size = shape.hidden_size, shape.size
+        single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](
+            total, norm.weight, gate_up.weight, gate_up.scales, None, self._activated, routes.experts, size,
+            hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(_SINGLE_MOST_TILE_K, hidden_size & -hidden_size),
+            SWIGLU=True, ADDS=False, num_warps=4, **options,
+        )  # fmt: skip
+        tile_k = min(_SINGLE_MOST_TILE_K, triton.next_power_of_2(size))
+        _single_sum[(hidden_size // _SINGLE_OUTPUTS,)](
+            self._activated, down.weight, down.scales, routes.experts, routes.weights, total, hidden_size,
+            SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k, num_warps=4, **options,
+        )  # fmt: skip
+
+
+@cache
+def expert_tile(num_pairs: int, num_experts: int, itemsize: int, deterministic: bool, swiglu: bool) -> ExpertTile:
+    """What is fast where pairs spread evenly over experts. Deterministic: `k`, which orders sums, never changes."""
+    if itemsize == 4:  # without tensor cores: no shape is fast
+        return ExpertTile(16 if num_pairs < 32 * num_experts else 32, 32, 32, 4, 2)
+    pairs_an_expert = num_pairs / num_experts
+    if pairs_an_expert <= 64:
+        rows = min(max(triton.next_power_of_2(int(1.5 * pairs_an_expert) + 1), 16), 64)
+        return ExpertTile(rows, 64, 64 if deterministic else 128, 4, 3)
+    return ExpertTile(128, 128 if swiglu else 256, 64, 8, 4)
+
+
+@triton.jit
+def _expert_product(
+    x, weight, scales, order, starts, pair_weights, output, num_outputs, num_inputs,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`."""
+    wait_for_inputs(PDL)
+    tile = tl.program_id(1)
+    expert = tl.arange(0, EXPERT_BLOCK)
+    exists = expert < NUM_EXPERTS
+    first = tl.load(starts + expert, mask=exists, other=0)
+    last = tl.load(starts + expert + 1, mask=exists, other=0)
+    num_tiles = tl.cdiv(last - first, ROWS)
+    last_tile = tl.cumsum(num_tiles, 0)
+    mine = tl.sum((last_tile <= tile).to(tl.int32), 0)  # every expert before this one ends before this tile
+    if mine >= EXPERT_BLOCK:
+        return
+    is_mine = expert == mine
+    first = tl.sum(tl.where(is_mine, first + (tile - last_tile + num_tiles) * ROWS, 0), 0)
+    last = tl.sum(tl.where(is_mine, last, 0), 0)
+
+    place = first + tl.arange(0, ROWS)
+    is_pair = place < last
+    pair = tl.load(order + place, mask=is_pair, other=0)
+    source = pair // PER_TOKEN if SWIGLU else tl.where(is_pair, place, first)
+    column_of = x + source[None, :].to(tl.int64) * num_inputs
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    # Outputs past the last one read its weights, and are not written.
+    weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
+    num_rows = (2 if SWIGLU else 1) * num_outputs
+    gate_row = weight + mine.to(tl.int64) * num_rows * num_inputs + weight_row[:, None] * num_inputs
+    up_row = gate_row + num_outputs * num_inputs
+    k = tl.arange(0, TILE_K)
+    acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    up = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for start in range(0, num_inputs, TILE_K):
+        column = start + k
+        if IS_EVEN:
+            columns = tl.load(column_of + column[:, None])
+            gate = tl.load(gate_row + column[None, :])
+        else:
+            is_input = column < num_inputs
+            columns = tl.load(column_of + column[:, None], mask=is_input[:, None], other=0.0)
+            gate = tl.load(gate_row + column[None, :], mask=is_input[None, :], other=0.0)
+        acc = tl.dot(gate.to(columns.dtype), columns, acc, input_precision="ieee")
+        if SWIGLU:
+            if IS_EVEN:
+                more = tl.load(up_row + column[None, :])
+            else:
+                more = tl.load(up_row + column[None, :], mask=(column < num_inputs)[None, :], other=0.0)
+            up = tl.dot(more.to(columns.dtype), columns, up, input_precision="ieee")
+    if scales is not None:
+        scale = scales + mine * num_rows + weight_row
+        acc *= tl.load(scale)[:, None]
+        if SWIGLU:
+            up *= tl.load(scale + num_outputs)[:, None]
+    dtype: tl.constexpr = output.dtype.element_ty
+    if SWIGLU:
+        result = swiglu(acc, up, dtype)
+        to = place
+    else:
+        result = (acc * tl.load(pair_weights + pair, mask=is_pair, other=0.0)[None, :]).to(dtype)
+        to = pair
+    mask = is_pair[None, :]
+    if not IS_EVEN:
+        mask &= out[:, None] < num_outputs
+    tl.store(output + to[None, :].to(tl.int64) * num_outputs + out[:, None], result, mask=mask)
+
+
+@triton.jit
+def _add_pairs(
+    made, total, HIDDEN: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Program (token, block of numbers): add up its pairs, from the best expert on, and add that to the stream."""
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    dim = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = dim < HIDDEN
+    acc = tl.zeros([BLOCK], tl.float32)
+    for slot in tl.static_range(PER_TOKEN):
+        acc += tl.load(made + (token * PER_TOKEN + slot) * HIDDEN + dim, mask=mask, other=0.0).to(tl.float32)
+    before = tl.load(total + token * HIDDEN + dim, mask=mask, other=0.0)
+    tl.store(total + token * HIDDEN + dim, (before.to(tl.float32) + acc).to(before.dtype), mask=mask)
+
+
+@triton.jit
+def _single_sum(
+    activated, weight, scales, experts, weights, total, num_outputs,
+    SIZE: tl.constexpr, PER_TOKEN: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program: a block of outputs of one token, which all its experts add to."""
+    wait_for_inputs(PDL)
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
+    for slot in tl.static_range(PER_TOKEN):
+        expert = tl.load(experts + slot).to(tl.int64)
+        share = tl.load(weights + slot)
+        row = weight + expert * num_outputs * SIZE + out[:, None] * SIZE
+        scale = 1.0 if scales is None else tl.load(scales + expert * num_outputs + out)[:, None]
+        for start in tl.static_range(0, SIZE, TILE_K):
+            column = start + tl.arange(0, TILE_K)
+            mask = column < SIZE
+            values = tl.load(activated + slot * SIZE + column, mask=mask, other=0.0).to(tl.float32)
+            products = tl.load(row + column[None, :], mask=mask[None, :], other=0.0).to(tl.float32) * scale
+            acc += products * (values * share)[None, :]
+    before = tl.load(total + out)
+    tl.store(total + out, (before.to(tl.float32) + tl.sum(acc, 1)).to(before.dtype))

@@ -1,0 +1,94 @@
+"""Qwen3 MoE: Qwen3's attention, and experts in place of the feed-forward of all layers or of some."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llm.attention.rope import RotaryEmbedding
+from llm.config import ModelConfig
+from llm.models.config_keys import ReadKeys
+from llm.models.experts import Experts
+from llm.models.family import Destination, Family, Layer, common_fields
+from llm.models.llama import AttentionLayer, LlamaLayer, attention_weights, make_rope, mlp_weights
+from llm.models.operations import Operations
+from llm.models.window_keys import read_windows
+
+
+class ExpertsLayer(AttentionLayer):
+    """Attention, then experts. See `AttentionLayer`."""
+
+    def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
+        super().__init__(config, index, rope)
+        self.experts = Experts(
+            config.hidden_size,
+            config.expert_size,
+            config.num_experts,
+            config.num_experts_per_token,
+            normalizes=config.normalize_expert_weights,
+        )
+
+    def forward(self, operations: Operations[Any]) -> None:
+        """See `Layer.forward`."""
+        self.add_attention(operations)
+        operations.add_experts(self.mlp_norm, self.experts)
+
+
+def make_layers(config: ModelConfig) -> list[Layer]:
+    """The layers of a model of this shape, with experts where it has them."""
+    rope = make_rope(config)
+    kinds: list[Callable[[ModelConfig, int, RotaryEmbedding], Layer]] = [
+        ExpertsLayer if config.has_experts(index) else LlamaLayer for index in range(config.num_layers)
+    ]
+    return [kind(config, index, rope) for index, kind in enumerate(kinds)]
+
+
+def experts_weights(config: ModelConfig, block: str, gate: str, up: str, down: str) -> dict[str, Destination]:
+    """Destinations of the experts within an `ExpertsLayer`.
+
+    Args:
+        block: name that a checkpoint gives to the router and the experts of a layer.
+        gate, up, down: names that it gives to the projections of an expert.
+    """
+    size, layers = config.expert_size, [i for i in range(config.num_layers) if config.has_experts(i)]
+    found = {f"{block}.gate": Destination("experts.router", layers=layers)}
+    for i in range(config.num_experts):
+        expert = f"{block}.experts.{i}"
+        found[f"{expert}.{gate}"] = Destination("experts.gate_up_proj", slice(0, size), i, layers)
+        found[f"{expert}.{up}"] = Destination("experts.gate_up_proj", slice(size, 2 * size), i, layers)
+        found[f"{expert}.{down}"] = Destination("experts.down_proj", expert=i, layers=layers)
+    return found
+
+
+def _read_config(config: ReadKeys, name: str) -> ModelConfig:
+    # A window counts where it is switched on, and then for all layers: `max_window_layers` is never asked.
+    window_size, window_layers = read_windows(config)
+    if not config.get("use_sliding_window"):
+        window_size, window_layers = None, None
+    num_layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
+    listed = config.get("mlp_only_layers") or ()
+    num_experts = config["num_experts" if "num_experts" in config else "num_local_experts"]  # transformers 4, 5
+    has_bias = config.get("attention_bias") or False
+    return ModelConfig(
+        **common_fields(config),
+        architecture=name,
+        window_size=window_size,
+        window_layers=window_layers,
+        qk_norm=True,
+        attention_bias=has_bias,
+        attention_output_bias=has_bias,
+        num_experts=num_experts,
+        num_experts_per_token=config["num_experts_per_tok"],
+        expert_size=config["moe_intermediate_size"],
+        normalize_expert_weights=config.get("norm_topk_prob") or False,
+        dense_layers=tuple(i for i in range(num_layers) if i in listed or (i + 1) % step),
+    )
+
+
+def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
+    return {
+        **attention_weights(config),
+        **mlp_weights(config, config.dense_layers),
+        **experts_weights(config, "mlp", "gate_proj", "up_proj", "down_proj"),
+    }
+
+
+QWEN3_MOE = Family(_read_config, make_layers, _layer_weights)

@@ -1,0 +1,99 @@
+"""Experts on a GPU, in the shape of Qwen3-30B-A3B, against the plain layer on fresh random inputs."""
+
+import pytest
+import torch
+
+from llm.kernels.experts import ExpertMixture
+from llm.kernels.linear import Weights
+from llm.kernels.norm import Norm, ResidualStream
+from llm.kernels.quantization import quantize_weight
+from llm.kernels.routing import ExpertShape
+from llm.models.experts import Experts
+from llm.models.layers import RMSNorm
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SHAPE = ExpertShape(num_experts=128, per_token=8, size=768, hidden_size=2048, normalizes=True)
+MAX_TOKENS = 8192
+
+
+class Layer:
+    """A layer of experts, as the plain modules and as the kernels have it."""
+
+    def __init__(self, *, is_rounded: bool = False, deterministic: bool = False) -> None:
+        with torch.device("cuda"):
+            self.experts = Experts(2048, 768, 128, 8, normalizes=True).bfloat16()
+            self.norm = RMSNorm(2048, 1e-6).bfloat16()
+        for parameter in self.experts.parameters():
+            parameter.data.normal_(std=0.03)
+        self.norm.weight.data.uniform_(0.5, 1.5)
+        self.mixture = ExpertMixture(
+            SHAPE, MAX_TOKENS, torch.bfloat16, torch.device("cuda"), deterministic=deterministic
+        )
+        self.weights = []
+        for projections in (self.experts.gate_up_proj, self.experts.down_proj):
+            weights = Weights(projections.weight.data)
+            if is_rounded:
+                rounded, scales = quantize_weight(projections.weight.data)
+                weights = Weights(rounded, None, scales)
+                projections.weight.data = (rounded.float() * scales[..., None]).bfloat16()
+            self.weights.append(weights)
+
+    def add(self, total: torch.Tensor) -> None:
+        """By the kernels, in place."""
+        norm = Norm(self.norm.weight, self.norm.eps)
+        self.mixture(ResidualStream(total), norm, self.experts.router.weight, *self.weights)
+
+    def error(self, total: torch.Tensor, after: torch.Tensor) -> float:
+        """‖what the kernels added − what the layer adds‖ / ‖what the layer adds‖."""
+        made = self.experts(self.norm(total)).float()
+        return float((after.float() - total.float() - made).norm() / made.norm())
+
+
+@pytest.mark.parametrize("is_rounded", [False, True], ids=["bf16", "fp8"])
+@torch.inference_mode()
+def test_mixture_equals_the_layer(is_rounded):
+    """From one token to the largest step, wherever another shape of tile begins."""
+    torch.manual_seed(0)
+    layer = Layer(is_rounded=is_rounded)
+    for num_tokens in (1, 2, 16, 17, 64, 130, 256, 300, 700, 1024, 1025, 2048, MAX_TOKENS):
+        total = torch.randn(num_tokens, 2048, device="cuda").bfloat16()
+        after = total.clone()
+        layer.add(after)
+        assert layer.error(total, after) < 2e-2, num_tokens
+
+
+@torch.inference_mode()
+def test_a_captured_step_goes_where_its_tokens_go():
+    """Replayed with other tokens a graph goes by their experts, all of them in one place included."""
+    torch.manual_seed(0)
+    layer = Layer()
+    for num_tokens in (1, 48, 900):
+        total = torch.randn(num_tokens, 2048, device="cuda").bfloat16()
+        layer.add(total.clone())
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layer.add(total)
+        for same in (False, True):
+            before = torch.randn(1 if same else num_tokens, 2048, device="cuda").bfloat16().expand(num_tokens, 2048)
+            total.copy_(before)
+            graph.replay()
+            assert layer.error(before, total) < 2e-2, (num_tokens, same)
+
+
+@pytest.mark.parametrize("is_rounded", [False, True], ids=["bf16", "fp8"])
+@torch.inference_mode()
+def test_deterministic_tokens_do_not_depend_on_each_other(is_rounded):
+    """Bit by bit, whatever tiles the number of tokens asks for."""
+    torch.manual_seed(0)
+    layer = Layer(is_rounded=is_rounded, deterministic=True)
+    total = torch.randn(4000, 2048, device="cuda").bfloat16()
+    whole = total.clone()
+    layer.add(whole)
+    assert layer.error(total, whole) < 2e-2
+    for size in (1, 2, 16, 17, 64, 130, 256, 700, 1100):
+        for first in (0, 129):
+            part = total[first : first + size].clone()
+            layer.add(part)
+            assert torch.equal(part, whole[first : first + size]), f"{size} tokens from {first}"

@@ -1,0 +1,137 @@
+"""Mixtures of experts against the plain layer: by Triton's interpreter, or on a GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from llm.kernels.experts import ExpertMixture
+from llm.kernels.linear import Weights
+from llm.kernels.norm import Norm, ResidualStream
+from llm.kernels.quantization import quantize_weight
+from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
+from llm.models.experts import Experts, Router
+from llm.models.layers import RMSNorm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖; NaN where something was not written."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def all_to_few(router: torch.Tensor) -> None:
+    """Two experts whose logits are larger than all others, whatever the token; the others get none."""
+    router[:] = 0
+    router[1, 0], router[4, 0] = 1000, 900
+
+
+def all_apart(router: torch.Tensor) -> None:
+    router.mul_(3)
+
+
+def create_experts(shape: ExpertShape, dtype: torch.dtype, spread: Callable[[torch.Tensor], None]) -> Experts:
+    experts = Experts(shape.hidden_size, shape.size, shape.num_experts, shape.per_token, normalizes=shape.normalizes)
+    for parameter in experts.to(DEVICE, dtype).parameters():
+        parameter.data.normal_(std=0.2)
+    spread(experts.router.weight.data)
+    return experts
+
+
+SHAPES = pytest.mark.parametrize(
+    "shape",
+    [
+        ExpertShape(8, 2, 64, 128, True),
+        ExpertShape(16, 3, 96, 256, False),
+        ExpertShape(5, 2, 40, 104, True),
+        ExpertShape(6, 6, 24, 64, False),
+    ],
+    ids=["powers of two", "odd number each", "odd shape", "all of them"],
+)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 17, 70])
+@SHAPES
+def test_routes_equal_the_layers(num_tokens, shape):
+    """Experts and weights of each token, and the tokens of each expert, some of which have none."""
+    torch.manual_seed(num_tokens)
+    router = Router(shape.hidden_size, shape.num_experts, shape.per_token, normalizes=shape.normalizes).to(DEVICE)
+    router.weight.data.normal_(std=0.2)
+    x = random(num_tokens, shape.hidden_size)
+    weights, experts = router(x)
+    routes = Routes.allocate(shape, 100, DEVICE)
+    for _ in range(2):  # the second call finds the scratch memory as the first left it
+        route(x, router.weight, routes)
+        order_pairs(routes, num_tokens)
+    num_pairs = num_tokens * shape.per_token
+    assert torch.equal(routes.experts[:num_pairs].view_as(experts), experts.int())
+    torch.testing.assert_close(routes.weights[:num_pairs].view_as(weights), weights, rtol=1e-4, atol=1e-6)
+    assert torch.equal(routes.order[:num_pairs].long(), experts.flatten().argsort(stable=True))
+    counts = experts.flatten().bincount(minlength=shape.num_experts)
+    assert routes.starts.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize("spread", [all_apart, all_to_few])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize(("num_tokens", "deterministic"), [(1, False), (1, True), (2, False), (35, True), (140, False)])
+@SHAPES
+def test_mixture_equals_the_layer(shape, num_tokens, deterministic, dtype, spread):
+    """One token and many, where some experts get no token and where two get all."""
+    torch.manual_seed(num_tokens)
+    experts, norm = create_experts(shape, dtype, spread), RMSNorm(shape.hidden_size, 1e-5).to(DEVICE, dtype)
+    norm.weight.data.uniform_(0.5, 1.5)
+    total = random(num_tokens, shape.hidden_size, dtype=dtype)
+    if spread is all_to_few:
+        total[:, 0] = total[:, 0].abs() + 1
+    mixture = ExpertMixture(shape, 140, dtype, DEVICE, deterministic=deterministic)
+    stream = ResidualStream(total.clone())
+    weights = Weights(experts.gate_up_proj.weight), Weights(experts.down_proj.weight)
+    with torch.inference_mode():
+        mixture(stream, Norm(norm.weight, norm.eps), experts.router.weight, *weights)
+        made = experts.float()(norm(total).float())  # the norm as it is rounded, or nearly tied experts change places
+    assert relative_error(stream.total.float() - total, made) < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_experts_of_8_bits_equal_what_8_bits_leave_of_them(num_tokens):
+    torch.manual_seed(0)
+    shape = ExpertShape(8, 2, 64, 128, True)
+    experts, norm = create_experts(shape, HALF, all_apart), RMSNorm(shape.hidden_size, 1e-5).to(DEVICE, HALF)
+    weights = []
+    for projections in (experts.gate_up_proj, experts.down_proj):
+        quantized, scales = quantize_weight(projections.weight.data)
+        weights.append(Weights(quantized, None, scales))
+        projections.weight.data = quantized.float() * scales[..., None]
+    total = random(num_tokens, shape.hidden_size, dtype=HALF)
+    stream = ResidualStream(total.clone())
+    with torch.inference_mode():
+        ExpertMixture(shape, 16, HALF, DEVICE)(stream, Norm(norm.weight, norm.eps), experts.router.weight, *weights)
+        made = experts.float()(norm(total).float())
+    assert relative_error(stream.total.float() - total, made) < 3 * TOLERANCE[HALF]
+
+
+def test_logits_that_are_not_numbers_harm_nobody_else():
+    """A token that holds NaN goes to experts that exist, and the others get what they would without it."""
+    torch.manual_seed(0)
+    shape = ExpertShape(5, 2, 40, 104, True)
+    experts = create_experts(shape, torch.float32, all_apart)
+    weights = Weights(experts.gate_up_proj.weight), Weights(experts.down_proj.weight)
+    norm = Norm(torch.ones(shape.hidden_size, device=DEVICE), 1e-5)
+    total = random(6, shape.hidden_size)
+    results = []
+    for value in (0.0, torch.nan):
+        stream = ResidualStream(total.clone())
+        stream.total[2] = value
+        with torch.inference_mode():
+            ExpertMixture(shape, 8, torch.float32, DEVICE)(stream, norm, experts.router.weight, *weights)
+        results.append(stream.total)
+    others = [0, 1, 3, 4, 5]
+    assert results[1][2].isnan().all()
+    torch.testing.assert_close(results[1][others], results[0][others])
