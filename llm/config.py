@@ -1,5 +1,6 @@
 """Configuration as data: frozen, bounded, validated once. Unknown keys are refused with the nearest known name."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Literal, Self
@@ -29,10 +30,18 @@ class StrictModel(BaseModel):
         return data
 
 
-def describe(error: ValidationError) -> str:
-    """One line on what pydantic found wrong."""
+def describe(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
+    """One line on what pydantic found wrong.
+
+    Args:
+        names: of those fields that have another name where the value is from.
+    """
+    renamed = names or {}
     return "; ".join(
-        f"{'.'.join(map(str, item['loc']))}: {item['msg']}" if item["loc"] else item["msg"] for item in error.errors()
+        f"{'.'.join(renamed.get(str(part), str(part)) for part in item['loc'])}: {item['msg']}"
+        if item["loc"]
+        else item["msg"]
+        for item in error.errors()
     )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from llm.checkpoint.json_files import read_json
+from llm.checkpoint.json_files import read_json, read_json_if_there, wrong_type
 from llm.config import StrictModel, describe
 from llm.errors import ConfigError
 from llm.models.config_keys import key_names, shown
@@ -23,6 +23,8 @@ _APPLIED = frozenset({
 })  # fmt: skip
 """Keys of generation_config.json that count."""
 
+
+_ID_KEYS = ("eos_token_id", "bos_token_id", "suppress_tokens")
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -44,7 +46,7 @@ class GenerationDefaults(StrictModel):
     suppress_tokens: tuple[TokenId, ...] = Field(default=(), max_length=512)
     """Ids that are never generated; few enough to leave room for a request's own biases."""
     eos_token_ids: frozenset[TokenId] = frozenset()
-    bos_token_id: int | None = None
+    bos_token_id: TokenId | None = None
     warnings: tuple[str, ...] = ()
     """What the checkpoint recommends and this engine does not do, each in one line that names the file."""
 
@@ -103,38 +105,57 @@ def load_generation_defaults(directory: str | Path) -> GenerationDefaults:
     """
     directory = Path(directory)
     path, config_path = directory / "generation_config.json", directory / "config.json"
-    found = read_json(path) if path.exists() else {}
-    config = read_json(config_path) if config_path.exists() else {}
-    ids = {key: config.get(key) if found.get(key) is None else found[key] for key in ("eos_token_id", "bos_token_id")}
+    found, config = read_json_if_there(path), read_json_if_there(config_path)
     warnings = [f"{path}: {what} is not applied: the engine cannot do it" for what in _not_applied(found)]
     vocab_size = find_vocab_size(directory)
-    known: dict[str, list[Any]] = {}
-    for key, value in (("eos_token_id", ids["eos_token_id"]), ("suppress_tokens", found.get("suppress_tokens"))):
-        known[key], unknown = _split_ids(value, vocab_size)
+    ids: dict[str, list[int]] = {}
+    for key in _ID_KEYS:
+        is_older = found.get(key) is None and key != "suppress_tokens"
+        given, origin = (config, config_path) if is_older else (found, path)
+        ids[key], unknown = _split_ids(_read_ids(origin, key, given.get(key)), vocab_size)
         if unknown:
-            warnings.append(f"{path}: {key} {shown(unknown)} is left out: the model has {vocab_size} ids")
-    top_k, stop = found.get("top_k"), found.get("stop_strings")
+            warnings.append(f"{origin}: {key} {shown(unknown)} is left out: the model has {vocab_size} ids")
+    fields = {key: found.get(key) for key in _TAKEN_AS_IS}
     try:
         return GenerationDefaults(
-            **{key: found.get(key) for key in _TAKEN_AS_IS},
-            temperature=0.0 if found.get("do_sample") is False else found.get("temperature"),
-            top_k=None if top_k in (0, -1) else top_k,
-            stop_strings=() if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
-            suppress_tokens=tuple(known["suppress_tokens"]),
-            eos_token_ids=frozenset(known["eos_token_id"]),
-            bos_token_id=ids["bos_token_id"],
+            **{**fields, **_sampling(found, path)},
+            suppress_tokens=tuple(ids["suppress_tokens"]),
+            eos_token_ids=frozenset(ids["eos_token_id"]),
+            bos_token_id=next(iter(ids["bos_token_id"]), None),
             warnings=tuple(warnings),
         )
-    except (ValidationError, TypeError) as error:
-        reason = describe(error) if isinstance(error, ValidationError) else str(error)
-        raise ConfigError(f"{path}: {reason}; correct or remove it") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error)}; correct or remove it") from error
+
+
+def _sampling(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Fields that the file words in another way than `GenerationDefaults`."""
+    do_sample, top_k, stop = (found.get(key) for key in ("do_sample", "top_k", "stop_strings"))
+    if do_sample is not None and not isinstance(do_sample, bool):
+        raise wrong_type(path, "do_sample", do_sample, "true or false")
+    if isinstance(top_k, bool):
+        raise wrong_type(path, "top_k", top_k, "a whole number")
+    if stop is not None and not isinstance(stop, (str, list)):
+        raise wrong_type(path, "stop_strings", stop, "text, or a list of texts")
+    fields: dict[str, Any] = {"top_k": None if top_k in (0, -1) else top_k}
+    fields["temperature"] = 0.0 if do_sample is False else found.get("temperature")
+    fields["stop_strings"] = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    return fields
 
 
 def find_vocab_size(directory: str | Path) -> int | None:
-    """Ids of the model in `directory`, below which are all tokens that it can draw; None where nothing says so."""
+    """Ids of the model in `directory`, below which are all tokens that it can draw; None where nothing says so.
+
+    Raises:
+        ConfigError: config.json cannot be read, or says something else than a number.
+    """
     path = Path(directory) / "config.json"
-    size = read_json(path).get("vocab_size") if path.exists() else None
-    return size if isinstance(size, int) else None
+    size = read_json_if_there(path).get("vocab_size")
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise wrong_type(path, "vocab_size", size, "a whole number")
+    return size
 
 
 def load_vocab_size(directory: str | Path) -> int:
@@ -144,14 +165,22 @@ def load_vocab_size(directory: str | Path) -> int:
         ConfigError: config.json is missing, or does not say it.
     """
     path = Path(directory) / "config.json"
-    size = read_json(path).get("vocab_size")
-    if not isinstance(size, int):
+    read_json(path)
+    size = find_vocab_size(directory)
+    if size is None:
         raise ConfigError(f"{path}: 'vocab_size' is missing; download the checkpoint's config.json again")
     return size
 
 
-def _split_ids(value: Any, vocab_size: int | None) -> tuple[list[Any], list[Any]]:
-    """Ids that a model can draw, and those that it cannot; what is no id counts as one, to be refused later."""
+def _read_ids(path: Path, key: str, value: Any) -> list[int]:
+    """An id, or a list of them, as a list."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    unknown = [i for i in ids if isinstance(i, int) and not 0 <= i < (vocab_size or i + 1)]
-    return [i for i in ids if i not in unknown], unknown
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise wrong_type(path, key, value, "a token's id, or a list of them")
+    return ids
+
+
+def _split_ids(ids: list[int], vocab_size: int | None) -> tuple[list[int], list[int]]:
+    """Ids that a model can draw, and those that it cannot."""
+    known = [i for i in ids if 0 <= i < (vocab_size or i + 1)]
+    return known, [i for i in ids if i not in known]

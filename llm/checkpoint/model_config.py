@@ -10,6 +10,16 @@ from llm.errors import CheckpointError, ConfigError
 from llm.models.config_keys import ReadKeys
 from llm.models.registry import FAMILIES
 
+_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_seq_len": "max_position_embeddings",
+    "window_size": "sliding_window",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""Keys of config.json whose fields of `ModelConfig` have other names."""
+
 
 def load_model_config(directory: str | Path) -> ModelConfig:
     """Shape of the checkpoint in `directory`, from its config.json, as transformers 4 or 5 wrote it.
@@ -20,19 +30,19 @@ def load_model_config(directory: str | Path) -> ModelConfig:
     """
     path = Path(directory) / "config.json"
     config = ReadKeys(read_json(path))
-    name = _find_architecture(config, path)
-    _refuse_quantized(config, path)
     try:
+        name = _find_architecture(config, path)
+        _refuse_quantized(config, path)
         model = FAMILIES[name].read_config(config, name)
         config.refuse_unread(model, name)
     except KeyError as error:
         raise ConfigError(
-            f"{path}: {error.args[0]!r} is missing; download the checkpoint's config.json again"
+            f"{path}: {error.args[0]!r} is missing, or null; download the checkpoint's config.json again"
         ) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error)}; correct it") from error
+        raise ConfigError(f"{path}: {describe(error, _KEYS)}; correct it") from error
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: a value has the wrong type ({error}); correct it") from error
     return model

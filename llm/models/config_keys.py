@@ -42,6 +42,58 @@ _HARMLESS = key_names("""
 generation_config.json's. Whether there are biases is seen from the weights, which are refused if one has no place.
 `max_window_layers` says nothing without a window that can be switched."""
 
+_MAX_INT = 2**31 - 1
+_KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
+    (
+        "a whole number",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_INT,
+        key_names("""
+            vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+            max_position_embeddings original_max_position_embeddings sliding_window max_window_layers
+        """),
+    ),
+    (
+        "a number",
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+        key_names("""
+            rms_norm_eps rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor
+            beta_fast beta_slow mscale mscale_all_dim
+        """),
+    ),
+    (
+        "true or false",
+        lambda value: isinstance(value, bool),
+        key_names("tie_word_embeddings attention_bias mlp_bias use_sliding_window truncate"),
+    ),
+    ("text", lambda value: isinstance(value, str), key_names("hidden_act rope_type type model_type")),
+    ("an object", lambda value: isinstance(value, dict), key_names("rope_scaling rope_parameters")),
+    (
+        "a list of words",
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+        key_names("layer_types"),
+    ),
+    (
+        "a list of words",
+        lambda value: isinstance(value, str) or (isinstance(value, list) and all(isinstance(i, str) for i in value)),
+        key_names("architectures"),
+    ),
+)
+"""What the values of keys must be, those inside RoPE's parameters included: the kind, how it is told, its keys."""
+
+_KIND_OF = {key: (kind, is_kind) for kind, is_kind, keys in _KINDS for key in keys}
+
+
+def check_kind(key: str, value: Any) -> None:
+    """Refuse a value of another type than its key's. Null is no value, and has none.
+
+    Raises:
+        ConfigError: the key, its value, and what it must be.
+    """
+    kind, is_kind = _KIND_OF.get(key, ("", None))
+    if value is not None and is_kind is not None and not is_kind(value):
+        raise ConfigError(f"{key!r} is {shown(value)}, but must be {kind}; correct it")
+
+
 Neutral = Callable[[Any, ModelConfig], bool]
 
 
@@ -84,7 +136,10 @@ _NEUTRAL: dict[str, Neutral] = {
 
 
 class ReadKeys(Mapping[str, Any]):
-    """A configuration that remembers which of its keys were looked at."""
+    """A configuration that remembers which of its keys were looked at, and gives values of the right type alone.
+
+    A key whose value is null counts as one that is not there.
+    """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._content = content
@@ -92,13 +147,17 @@ class ReadKeys(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         self._read.add(key)
-        return self._content[key]
+        value = self._content[key]
+        if value is None:
+            raise KeyError(key)
+        check_kind(key, value)
+        return value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._content)
+        return (key for key, value in self._content.items() if value is not None)
 
     def __len__(self) -> int:
-        return len(self._content)
+        return sum(1 for _ in self)
 
     def refuse_unread(self, model: ModelConfig, architecture: str) -> None:
         """Refuse a key that nobody has looked at and that may change what the model computes.
@@ -120,11 +179,18 @@ class ReadKeys(Mapping[str, Any]):
                     f"computes; {f'did you mean {near[0]!r}? Else ' if near else ''}"
                     "remove it if the model computes the same without it"
                 )
-            if not _NEUTRAL[key](value, model):
+            if not _is_neutral(key, value, model):
                 raise ConfigError(
                     f"{key!r} is {shown(value)}, which changes what the model computes and is not supported for "
                     f"{architecture}; use another checkpoint, or remove the key if the model was trained without it"
                 )
+
+
+def _is_neutral(key: str, value: Any, model: ModelConfig) -> bool:
+    try:
+        return _NEUTRAL[key](value, model)
+    except TypeError:  # a value of another type changes whatever it likes
+        return False
 
 
 def shown(value: object) -> str:

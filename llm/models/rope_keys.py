@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from llm.config import RopeScaling, RopeScalingType
 from llm.errors import ConfigError
-from llm.models.config_keys import ReadKeys, shown
+from llm.models.config_keys import ReadKeys, check_kind, shown
 
 _KNOWN_UNSCALED = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 _KNOWN_SCALED = {*_KNOWN_UNSCALED, *RopeScaling.model_fields, "finetuned"}
@@ -37,13 +37,15 @@ def read_rope(config: ReadKeys, *, can_be_partial: bool = False) -> RopeKeys:
         KeyError, TypeError, ValidationError: a value is missing or of the wrong type.
     """
     found = _rope_set(config)
+    for key, value in found.items():
+        check_kind(key, value)
     top_level = {key: config.get(key, default) for key, default in (("rope_theta", 1e4), ("partial_rotary_factor", 1))}
-    theta = found.get("rope_theta", top_level["rope_theta"])
+    theta = top_level["rope_theta"] if found.get("rope_theta") is None else found["rope_theta"]
     trained_len: int = config["max_position_embeddings"]
     partial = found.get("partial_rotary_factor", top_level["partial_rotary_factor"]) or 1
     if partial != 1 and not can_be_partial:
         raise ConfigError(f"'partial_rotary_factor' is {shown(partial)}; only 1 is supported")
-    kind = found.get("rope_type", found.get("type", "default"))
+    kind = found.get("rope_type") or found.get("type") or "default"
     if kind != "default" and kind not in set(RopeScalingType):
         supported = ", ".join(["default", *RopeScalingType])
         raise ConfigError(f"rope type {shown(kind)} is not supported; supported: {supported}")
@@ -81,11 +83,10 @@ def _rope_set(config: ReadKeys) -> dict[str, Any]:
     given = [(key, value) for key in ("rope_parameters", "rope_scaling") if (value := config.get(key))]
     if not given:
         return {}
-    name, found = given[0]
-    if any(value != found for _, value in given):
+    name = given[0][0]
+    found: dict[str, Any] = given[0][1]
+    if not _agree([value for _, value in given]):
         raise ConfigError("rope_parameters and rope_scaling differ; keep the one that the model was trained with")
-    if not isinstance(found, dict):
-        raise ConfigError(f"{name!r} ({shown(found)}) must be an object; correct or remove it")
     sets = list(found.values())
     if not any(isinstance(item, dict) for item in sets):
         return found
@@ -94,3 +95,14 @@ def _rope_set(config: ReadKeys) -> dict[str, Any]:
             f"{name!r} differs by layer ({shown(found)}), which is not supported; use a checkpoint with one set"
         )
     return dict(sets[0])
+
+
+def _agree(given: list[dict[str, Any]]) -> bool:
+    """Whether both say the same; `rope_theta` may stand in one of them alone, and `type` is an older `rope_type`."""
+    renamed = [
+        {"rope_type" if key == "type" else key: value for key, value in found.items() if value is not None}
+        for found in given
+    ]
+    thetas = [found.pop("rope_theta") for found in renamed if "rope_theta" in found]
+    scalings = [{"rope_type": "default", **found} for found in renamed]
+    return all(theta == thetas[0] for theta in thetas) and all(scaling == scalings[0] for scaling in scalings)

@@ -121,7 +121,7 @@ def test_rope_parameters_for_each_layer_type(tmp_path):
     ("changes", "reason"),
     [
         ({"rope_scaling": LLAMA3_ROPE, "rope_parameters": ROPE}, "rope_parameters and rope_scaling differ"),
-        ({"rope_scaling": 4.0}, "'rope_scaling' .4.0. must be an object"),
+        ({"rope_scaling": 4.0}, "'rope_scaling' is 4.0, but must be an object"),
         ({"rope_scaling": {"factor": 4.0}}, "'factor' .4.0. means nothing to RoPE of type 'default'"),
         ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "'mrope_section'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "alpha": 1000.0}}, "'alpha'"),
@@ -131,6 +131,17 @@ def test_rope_parameters_for_each_layer_type(tmp_path):
 def test_rope_that_is_not_understood(tmp_path, changes, reason):
     with pytest.raises(ConfigError, match=reason):
         load_model_config(write(tmp_path, LLAMA, **changes))
+
+
+def test_both_generations_of_rope_may_stand_side_by_side_where_they_agree(tmp_path):
+    """`type` is the older word for `rope_type`, and `rope_theta` moved into the newer one."""
+    base = {name: value for name, value in LLAMA.items() if name not in ("rope_scaling", "rope_theta")}
+    older = {**{key: value for key, value in LLAMA3_ROPE.items() if key != "rope_type"}, "type": "llama3"}
+    newer = {**LLAMA3_ROPE, "rope_theta": 5e5}
+    config = load_model_config(write(tmp_path, base, rope_scaling=older, rope_parameters=newer))
+    assert config == load_model_config(write(tmp_path, LLAMA))
+    with pytest.raises(ConfigError, match="rope_parameters and rope_scaling differ"):
+        load_model_config(write(tmp_path, base, rope_scaling={**older, "factor": 4.0}, rope_parameters=newer))
 
 
 def test_a_trained_length_beside_rope_scaling_must_agree_with_it(tmp_path):
