@@ -2,15 +2,17 @@
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from llm.checkpoint.json_files import read_json
+from llm.checkpoint.weight_names import canonical_names
+from llm.config import ModelConfig, describe
 from llm.errors import CheckpointError, ConfigError
 from llm.models.decoder import DecoderModel
 from llm.models.family import Destination
@@ -49,12 +51,12 @@ def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
     config_path = directory / "adapter_config.json"
     config = _Config.read(config_path)
     path = directory / "adapter_model.safetensors"
-    places = {
-        name: place
-        for name, place in destinations(model.config).items()
-        if place.module.startswith("layers.") and isinstance(model.get_submodule(place.module), nn.Linear)
-    }
-    adapters = [_fit(model, places, config, path, module, factors) for module, factors in _read_factors(path).items()]
+    places = _places(model)
+    factors_of = _read_factors(path)
+    names = canonical_names(factors_of, places)
+    adapters = [
+        _fit(model, places.get(names[module]), config, path, module, factors) for module, factors in factors_of.items()
+    ]
     for factor_a, factor_b, place, scaling in adapters:
         layer = model.get_submodule(place.module)
         if not isinstance(layer, LoRALinear):
@@ -64,42 +66,64 @@ def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
         layer.add(factor_a, factor_b, place.rows, scaling)
 
 
-@dataclass(frozen=True, slots=True)
-class _Config:
+def _places(model: DecoderModel) -> dict[str, Destination]:
+    """Destination of each module that an adapter may be on, by its name in checkpoints."""
+    return {
+        name: place
+        for name, place in destinations(model.config).items()
+        if place.module.startswith("layers.") and isinstance(model.get_submodule(place.module), nn.Linear)
+    }
+
+
+def check_lora(config: ModelConfig, adapter_dir: str | Path) -> None:
+    """See that an adapter can be put on a model of this shape.
+
+    Raises:
+        CheckpointError, ConfigError: it cannot; see `load_lora`.
+    """
+    load_lora(DecoderModel.from_config(config, device="meta"), adapter_dir)
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Rank = Annotated[int, Field(gt=0)]
+
+
+class _Config(BaseModel):
     """What adapter_config.json says about scaling."""
 
-    rank: int
-    alpha: float
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    is_rank_stabilized: bool
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    r: Rank
+    lora_alpha: float
+    rank_pattern: dict[Pattern, Rank] | None = None
+    alpha_pattern: dict[Pattern, float] | None = None
+    use_rslora: bool | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
         config = read_json(path)
         _refuse_unsupported(config, path)
         try:
-            return cls(
-                rank=int(config["r"]),
-                alpha=float(config["lora_alpha"]),
-                rank_pattern=dict(config.get("rank_pattern") or {}),
-                alpha_pattern=dict(config.get("alpha_pattern") or {}),
-                is_rank_stabilized=bool(config.get("use_rslora")),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{path}: r and lora_alpha must be numbers ({error!r}); save the adapter again"
-            ) from error
+            return cls.model_validate(config)
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {describe(error)}; correct it, or save the adapter again") from error
 
     def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return _by_pattern(self.rank_pattern or {}, module, self.r)
 
     def scaling_of(self, module: str) -> float:
         """`alpha / r`, or `alpha / √r` (rank-stabilized, Kalajdzievski 2023, arXiv:2312.03732)."""
         rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (
-            math.sqrt(rank) if self.is_rank_stabilized else rank
-        )
+        alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Number:
@@ -147,16 +171,15 @@ def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def _fit(
     model: DecoderModel,
-    places: dict[str, Destination],
+    place: Destination | None,
     config: _Config,
     path: Path,
     module: str,
     factors: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, Destination, float]:
     """Check one adapter against the module it is for: A, B, the place, the scaling."""
-    place = places.get(module)
     if place is None:
-        names = sorted({name.rpartition(".")[2] for name in places})
+        names = sorted({name.rpartition(".")[2] for name in _places(model)})
         raise CheckpointError(
             f"{path}: an adapter on {module} is not supported for this model; supported: {', '.join(names)}"
         )

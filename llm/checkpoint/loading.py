@@ -1,9 +1,8 @@
 """Fills a `DecoderModel` from files of weights, tensor by tensor, straight into its memory."""
 
 import logging
-import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress as ProgressBar, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 
-from llm.checkpoint.gguf_directory import find_weights
 from llm.checkpoint.gguf_weights import GGUFWeights
 from llm.checkpoint.hub import is_gguf
-from llm.checkpoint.json_files import read_json
 from llm.checkpoint.model_config import load_model_config
+from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
+from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_buffer
 from llm.config import ModelConfig
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
@@ -32,9 +31,24 @@ logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 4
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_NOT_OUR_WEIGHTS = ("consolidated", "adapter_")
-_DOWNLOAD = "download the checkpoint again"
+_ROWS_COMPARED = 4096
+
+
+class _OtherHeadError(CheckpointError):
+    """The configuration ties the output head to the embeddings, but the files hold another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedCheckpoint:
+    """What can be known of a checkpoint without reading its weights.
+
+    Attributes:
+        config: shape of its model, as its files hold it.
+        warnings: where its files disagree, each in one line.
+    """
+
+    config: ModelConfig
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +71,7 @@ class _Copy:
             with torch.inference_mode(self.target.is_inference()):
                 self.target.copy_(self.file.get_tensor(self.name))
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: {self.name} cannot be read ({error}); {_DOWNLOAD}") from error
+            raise CheckpointError(f"{self.path}: {self.name} cannot be read ({error}); {DOWNLOAD}") from error
         return self.num_bytes
 
 
@@ -78,26 +92,33 @@ def load_decoder(
     Raises:
         CheckpointError, ConfigError: what is wrong with which file, in one line.
     """
-    config = load_model_config(directory)
-    _weight_files(Path(directory))  # before memory is taken: are they all there?
-    model = DecoderModel.from_config(config, device="meta", dtype=dtype).to_empty(device=device)
+    checked = check_checkpoint(directory)  # before memory is taken: is everything there?
+    for warning in checked.warnings:
+        logger.warning(warning)
+    model = DecoderModel.from_config(checked.config, device="meta", dtype=dtype).to_empty(device=device)
     load_checkpoint(model, directory, progress=progress)
     return model.eval().requires_grad_(False)
 
 
-def check_checkpoint(directory: str | Path) -> ModelConfig:
-    """See that a directory can be loaded, by its configuration and the headers of its files; no weight is read.
+def check_checkpoint(directory: str | Path) -> CheckedCheckpoint:
+    """See that a directory can be loaded, by its configuration and the headers of its files.
+
+    No weight is read, but those of an output head that `tie_word_embeddings` says is not there: one that differs from
+    the embeddings is what the model was trained with, and is used.
 
     Raises:
         CheckpointError, ConfigError: what is wrong with which file, in one line.
     """
     directory = Path(directory)
     config = load_model_config(directory)
-    names_by_file = _weight_files(directory)
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_open(path)) for path in names_by_file}
-        _plan(DecoderModel.from_config(config, device="meta"), directory, names_by_file, files)
-    return config
+    with ExitStack() as files:
+        try:
+            _find_weights(DecoderModel.from_config(config, device="meta"), directory, files)
+        except _OtherHeadError as error:
+            untied = config.model_copy(update={"tie_embeddings": False})
+            _find_weights(DecoderModel.from_config(untied, device="meta"), directory, files)
+            return CheckedCheckpoint(untied, (f"{error}; it is used: set tie_word_embeddings to false",))
+    return CheckedCheckpoint(config)
 
 
 @torch.no_grad()
@@ -112,13 +133,12 @@ def load_checkpoint(model: DecoderModel, directory: str | Path, *, progress: Pro
     """
     directory = Path(directory)
     start = time.perf_counter()
-    names_by_file = _weight_files(directory)
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_open(path)) for path in names_by_file}
-        copies = _plan(model, directory, names_by_file, files)
+    with ExitStack() as files:
+        copies = _find_weights(model, directory, files)
         num_bytes = _run(copies, directory.name, progress=progress)
     elapsed = time.perf_counter() - start
-    logger.info("loaded %s: %.2f GB from %d files in %.1f s", directory, num_bytes / 1e9, len(files), elapsed)
+    num_files = len({copy.path for copy in copies})
+    logger.info("loaded %s: %.2f GB from %d files in %.1f s", directory, num_bytes / 1e9, num_files, elapsed)
 
 
 def _run(copies: list[_Copy], title: str, *, progress: Progress) -> int:
@@ -139,30 +159,75 @@ def _run(copies: list[_Copy], title: str, *, progress: Progress) -> int:
     return num_bytes
 
 
-def _plan(
-    model: DecoderModel, directory: Path, names_by_file: dict[Path, list[str] | None], files: dict[Path, Any]
-) -> list[_Copy]:
-    """Pair each tensor of the files with its place; each place is filled exactly once."""
+def _find_weights(model: DecoderModel, directory: Path, files: ExitStack) -> list[_Copy]:
+    """Pair each tensor of the first files that hold them all with its place.
+
+    Args:
+        files: keeps them open.
+
+    Raises:
+        CheckpointError: there are no such files; what is wrong with the likeliest ones.
+    """
+    failure: CheckpointError | None = None
+    for candidate in candidate_files(directory):
+        try:
+            return _plan(model, directory, candidate, files)
+        except _OtherHeadError:
+            raise
+        except CheckpointError as error:
+            failure = failure or error
+    assert failure is not None, "there is a candidate"
+    raise failure
+
+
+def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitStack) -> list[_Copy]:
+    """Pair each tensor of some files with its place; each place is filled exactly once."""
     targets = _targets(model)
+    found = [(path, file, name) for path, file, names in _open_all(candidate, files) for name in names]
+    names = canonical_names((name for _, _, name in found), targets)
     copies: dict[str, _Copy] = {}
-    for path, listed in names_by_file.items():
-        file = files[path]
-        held = file.keys()
-        absent = set(listed or ()).difference(held)
-        if absent:
-            raise CheckpointError(f"{path} lacks {_some(absent)}, which its index lists; {_DOWNLOAD}")
-        for name in held if listed is None else listed:
-            if name in targets:
-                if name in copies:
-                    raise CheckpointError(f"{path} and {copies[name].path.name} both hold {name}; remove one of them")
-                copies[name] = _Copy(file, path, name, targets[name])
-                _check_tensor(copies[name])
-            elif not _IGNORED.fullmatch(name) and not (name == "lm_head.weight" and model.lm_head is None):
-                raise CheckpointError(f"{path} holds {name}, which config.json gives no place; is it the right one?")
+    head: _Copy | None = None
+    for path, file, name in found:
+        place = names[name]
+        if place in targets:
+            if place in copies:
+                raise CheckpointError(f"{path} and {copies[place].path.name} both hold {name}; remove one of them")
+            copies[place] = _Copy(file, path, name, targets[place])
+            _check_tensor(copies[place])
+        elif place == HEAD and model.lm_head is None:
+            head = _Copy(file, path, name, targets[EMBEDDINGS])
+        elif not is_buffer(place):
+            raise CheckpointError(f"{path} holds {name}, which config.json gives no place; is it the right one?")
+    if head is not None:
+        _settle_head(head, copies)
     missing = targets.keys() - copies.keys()
     if missing:
-        raise CheckpointError(f"{directory} lacks {_some(missing)}; {_DOWNLOAD}")
+        raise CheckpointError(f"{directory} lacks {_some(missing)}; {DOWNLOAD}")
     return list(copies.values())
+
+
+def _settle_head(head: _Copy, copies: dict[str, _Copy]) -> None:
+    """See to an output head in the files of a model that has none of its own: embeddings that are missing are there.
+
+    Raises:
+        _OtherHeadError: it differs from the embeddings.
+    """
+    if EMBEDDINGS not in copies:
+        _check_tensor(head)
+        copies[EMBEDDINGS] = head
+    elif _differ(head, copies[EMBEDDINGS]):
+        raise _OtherHeadError(
+            f"{head.path} holds {head.name}, which differs from the embeddings that config.json ties it to"
+        )
+
+
+def _differ(one: _Copy, other: _Copy) -> bool:
+    """Whether two matrices of files are not the same."""
+    first, second = (copy.file.get_tensor(copy.name) for copy in (one, other))
+    return first.shape != second.shape or any(
+        not torch.equal(rows.to(torch.float32), others.to(torch.float32))
+        for rows, others in zip(first.split(_ROWS_COMPARED), second.split(_ROWS_COMPARED), strict=True)
+    )
 
 
 def _targets(model: DecoderModel) -> dict[str, torch.Tensor]:
@@ -191,40 +256,18 @@ def _check_tensor(copy: _Copy) -> None:
         )
 
 
-def _weight_files(directory: Path) -> dict[Path, list[str] | None]:
-    """The files to read, each with the tensors to take from it: None for all of them."""
-    index_path, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    gguf_path = find_weights(directory)
-    if gguf_path is not None:
-        files: dict[Path, list[str] | None] = {gguf_path: None}
-    elif index_path.exists():
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index_path} has no weight_map; {_DOWNLOAD}")
-        files = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{index_path} puts {name} in {file!r}, which is no file name; {_DOWNLOAD}")
-            names = files.setdefault(directory / file, [])
-            assert names is not None
-            names.append(name)
-    elif single.exists():
-        files = {single: None}
-    else:
-        found = sorted(directory.glob("*.safetensors"))
-        files = {path: None for path in found if not path.name.startswith(_NOT_OUR_WEIGHTS)}
-    for path in files:
+def _open_all(candidate: Files, files: ExitStack) -> Iterator[tuple[Path, Any, list[str]]]:
+    """Open files; each comes with the names of the tensors to take from it."""
+    for path in candidate:
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {_DOWNLOAD}")
-    if not files:
-        pickles = [path for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
-        if pickles:
-            raise CheckpointError(
-                f"{pickles[0]} is a pickle, which can run code when loaded and is not read; convert the checkpoint to "
-                "safetensors with transformers' save_pretrained"
-            )
-        raise CheckpointError(f"{directory} holds no .safetensors file; {_DOWNLOAD}")
-    return files
+            raise CheckpointError(f"{path} is missing; {DOWNLOAD}")
+    for path, listed in candidate.items():
+        file = files.enter_context(_open(path))
+        held = file.keys()
+        absent = set(listed or ()).difference(held)
+        if absent:
+            raise CheckpointError(f"{path} lacks {_some(absent)}, which its index lists; {DOWNLOAD}")
+        yield path, file, held if listed is None else listed
 
 
 def _open(path: Path) -> Any:
@@ -233,7 +276,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); {_DOWNLOAD}") from error
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); {DOWNLOAD}") from error
 
 
 def _some(names: Iterable[str]) -> str:

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from llm.checkpoint.loading import load_checkpoint, load_decoder
+from llm.checkpoint.loading import check_checkpoint, load_checkpoint, load_decoder
 from llm.checkpoint.model_config import load_model_config
 from llm.config import ModelConfig
 from llm.errors import CheckpointError, LLMError
@@ -101,17 +103,121 @@ def test_the_map_covers_every_row_of_every_parameter_once(shape):
     assert all(bool((count == 1).all()) for count in counts.values())
 
 
-def test_old_rotary_buffers_and_a_tied_head_are_passed_over(checkpoints, tmp_path):
-    directory = Path(shutil.copytree(checkpoints("qwen2_tied")[0], tmp_path / "tied"))
-    tensors = load_file(directory / "model.safetensors")
-    change_tensors(
-        directory / "model.safetensors",
-        **{
-            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-            "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-        },
-    )
-    load_decoder(directory, progress=False)
+def rename_tensors(path: Path, rename: Callable[[str], str]) -> None:
+    """Give the tensors of a file other names."""
+    save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def assert_same(one: DecoderModel, other: DecoderModel) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("body", "head"),
+    [
+        ("", "lm_head."),
+        ("transformer.", "lm_head."),
+        ("language_model.model.", "language_model.lm_head."),
+        ("model.language_model.", "lm_head."),
+        ("module.model.", "module.lm_head."),
+        ("_orig_mod.model.", "_orig_mod.lm_head."),
+    ],
+)
+def test_names_with_anything_in_front(checkpoints, single, body, head):
+    """Saved without the head's class, from a wrapper, or beside another modality's layers."""
+    plain = load_decoder(checkpoints("qwen3")[0], progress=False)
+    path = single / "model.safetensors"
+    rename_tensors(path, lambda name: name.replace("model.", body, 1).replace("lm_head.", head))
+    assert_same(load_decoder(single, progress=False), plain)
+    change_tensors(path, **{"vision_tower.encoder.layers.0.mlp.up_proj.weight": torch.ones(2, 2)})
+    assert "holds vision_tower.encoder.layers.0.mlp.up_proj.weight, which config.json gives no place" in refusal(single)
+
+
+def test_names_with_anything_in_front_in_shards(checkpoints, sharded):
+    plain = load_decoder(checkpoints("qwen3")[0], progress=False)
+    for path in sharded.glob("*.safetensors"):
+        rename_tensors(path, lambda name: name.removeprefix("model."))
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model.', '"'))
+    assert_same(load_decoder(sharded, progress=False), plain)
+
+
+def test_one_whole_file_wins_over_an_index(single, sharded):
+    """As in transformers: the index is of shards that are gone, or of an older version of the model."""
+    plain = load_decoder(single, progress=False)
+    for path in sharded.glob("*.safetensors"):
+        shutil.copy(path, single)
+    shutil.copy(sharded / "model.safetensors.index.json", single)
+    for path in single.glob("model-*.safetensors"):
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    assert_same(load_decoder(single, progress=False), plain)
+    for path in single.glob("model-*.safetensors"):
+        path.unlink()
+    assert_same(load_decoder(single, progress=False), plain)
+
+
+def test_shards_whose_names_are_newer_than_their_index(single, sharded):
+    plain = load_decoder(single, progress=False)
+    for path in sharded.glob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace("model-", "weights-")))
+    assert_same(load_decoder(sharded, progress=False), plain)
+
+
+def test_a_part_that_is_named_like_the_whole_is_no_checkpoint(single, sharded):
+    """The index wins where `model.safetensors` does not hold everything."""
+    plain = load_decoder(single, progress=False)
+    save_file({"model.norm.weight": torch.ones(64)}, sharded / "model.safetensors")
+    assert_same(load_decoder(sharded, progress=False), plain)
+
+
+BUFFERS = [
+    "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "rotary_emb.inv_freq",
+    "model.layers.1.self_attn.rotary_emb.cos_cached", "model.rotary_emb.original_inv_freq",
+    "model.layers.0.self_attn.masked_bias", "model.embeddings.position_ids",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_that_older_versions_saved_are_passed_over(checkpoints, single, name):
+    plain = load_decoder(checkpoints("qwen3")[0], progress=False)
+    change_tensors(single / "model.safetensors", **{name: torch.ones(4)})
+    assert_same(load_decoder(single, progress=False), plain)
+
+
+@pytest.fixture
+def tied(checkpoints, tmp_path) -> Path:
+    """A checkpoint whose output head is its embeddings, to be changed."""
+    return Path(shutil.copytree(checkpoints("qwen2_tied")[0], tmp_path / "tied"))
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_tied_head_may_stand_beside_the_embeddings_or_in_their_place(checkpoints, tied, is_alone):
+    plain = load_decoder(checkpoints("qwen2_tied")[0], progress=False)
+    path = tied / "model.safetensors"
+    embeddings = load_file(path)["model.embed_tokens.weight"].clone()
+    change_tensors(path, lm_head__weight=embeddings)
+    if is_alone:
+        change_tensors(path, model__embed_tokens__weight=None)
+    checked = check_checkpoint(tied)
+    assert (checked.warnings, checked.config.tie_embeddings) == ((), True)
+    assert_same(load_decoder(tied, progress=False), plain)
+
+
+@torch.inference_mode()
+def test_a_head_that_differs_from_the_embeddings_is_used_with_a_warning(tied, caplog):
+    """As in transformers, whatever `tie_word_embeddings` says."""
+    path = tied / "model.safetensors"
+    change_tensors(path, lm_head__weight=load_file(path)["model.embed_tokens.weight"].flip(0).contiguous())
+    ours, theirs = load_decoder(tied, progress=False), AutoModelForCausalLM.from_pretrained(tied)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    (warning,) = check_checkpoint(tied).warnings
+    assert warning in caplog.messages
+    assert warning.startswith(f"{path} holds lm_head.weight, which differs from the embeddings")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight, which differs"):
+        load_checkpoint(DecoderModel.from_config(load_model_config(tied)), tied, progress=False)
 
 
 def test_a_missing_shard(sharded):

@@ -71,6 +71,19 @@ def test_unmerged_equals_peft_and_merged_equals_unmerged(checkpoints, tmp_path, 
 
 
 @torch.inference_mode()
+def test_an_adapter_of_a_model_with_other_names_in_front(checkpoints, tmp_path):
+    """Trained beside another modality, or on the model without its head."""
+    make_adapter(checkpoints, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    factors = load_file(path)
+    plain, renamed = (load_decoder(checkpoints("qwen3", **CALM)[0], progress=False) for _ in range(2))
+    load_lora(plain, tmp_path)
+    save_file({name.replace("model.layers", "model.language_model.layers"): factors[name] for name in factors}, path)
+    load_lora(renamed, tmp_path)
+    assert torch.equal(plain(IDS), renamed(IDS))
+
+
+@torch.inference_mode()
 def test_merging_without_an_adapter_changes_nothing(checkpoints):
     model = load_decoder(checkpoints("llama", **CALM)[0], progress=False)
     before = model(IDS)
@@ -124,7 +137,9 @@ def test_an_adapter_moves_with_its_model(checkpoints, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is not supported"),
         ({"init_lora_weights": "pissa"}, "also change the model's weights"),
-        ({"r": None}, "r and lora_alpha must be numbers"),
+        ({"r": None}, "adapter_config.json: r: "),
+        ({"alpha_pattern": {"q_proj": "x"}}, "adapter_config.json: alpha_pattern.q_proj: "),
+        ({"rank_pattern": {"(": 2}}, "no regular expression"),
         ({"r": 8}, "lora_A and lora_B of shapes"),
     ],
 )

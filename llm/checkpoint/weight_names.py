@@ -1,0 +1,44 @@
+"""Names of tensors as checkpoints have them, whatever stands in front of them.
+
+The same tensor is `model.layers.0.mlp.up_proj.weight` in most checkpoints, `layers.0.mlp.up_proj.weight` in one that
+was saved without its output head, `model.language_model.layers.0.…` or `language_model.model.layers.0.…` beside the
+weights of another modality, and `module.model.layers.0.…` in one saved from a wrapper. Families name the first form.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+_BODY = "model."
+_HEAD_MODULE = "lm_head."
+_IN_LAYER = re.compile(r"((?:.*?\.)?)layers\.\d+\.")
+_BUFFERS = re.compile(r"(?:.+\.)?(?:rotary_emb\.\w+|masked_bias|position_ids)")
+
+
+def canonical_names(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+    """The name that families have for each name of a checkpoint; the name itself where it is in no model of theirs.
+
+    Args:
+        names: of tensors or of modules, all that the checkpoint has.
+        wanted: those that the model has places for, as families name them.
+    """
+    held = set(names)
+    inner = [name.removeprefix(_BODY) for name in wanted if name.startswith(_BODY)]
+    prefixes = sorted({match[1] for name in held if (match := _IN_LAYER.match(name))})
+    # What stands in front of most of the model's names; other parts of a checkpoint may have layers, too.
+    prefix = max(prefixes, key=lambda each: sum(each + name in held for name in inner), default=_BODY)
+    heads = [prefix[:end] + _HEAD_MODULE for end in range(len(prefix) + 1) if end == 0 or prefix[end - 1] == "."]
+    return {name: _canonical(name, prefix, heads) for name in held}
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that older versions of transformers saved and that follows from the configuration."""
+    return _BUFFERS.fullmatch(name) is not None
+
+
+def _canonical(name: str, prefix: str, heads: Iterable[str]) -> str:
+    for head in heads:
+        if name.startswith(head):
+            return _HEAD_MODULE + name.removeprefix(head)
+    return _BODY + name.removeprefix(prefix) if name.startswith(prefix) else name
