@@ -25,6 +25,7 @@ from llm.sampling.grammar import GrammarCompiler
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest, Grammar
 from llm.tokenization.hf_tokenizer import HFTokenizer
+from llm.tokenization.special_tokens import SpecialTokens
 
 SCHEMA = {
     "type": "object",
@@ -52,7 +53,7 @@ def make_tokenizer(vocab_size: int) -> HFTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
-    return HFTokenizer(tokenizer.to_str(), named_tokens={"eos_token": "<end>"})
+    return HFTokenizer(tokenizer.to_str(), special_tokens=SpecialTokens(named={"eos_token": "<end>"}))
 
 
 def time_masks(tokenizer: HFTokenizer, num_rows: int, num_steps: int = 100) -> dict[str, Any]:

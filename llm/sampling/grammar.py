@@ -105,9 +105,11 @@ class GrammarCompiler:
         for piece, token_id in self._tokenizer.split_control(text):
             if piece:
                 pieces.append(json.dumps(piece))
-            if token_id is not None and self._ll_tokenizer.is_special_token(token_id):
+            if token_id is None:
+                continue
+            if token_id < self._vocab_size and self._ll_tokenizer.is_special_token(token_id):
                 pieces.append(f"<[{token_id}]>")
-            elif token_id is not None:
+            else:
                 pieces.append(json.dumps(self._tokenizer.token_text(token_id)))
         return pieces
 
@@ -116,7 +118,9 @@ class GrammarCompiler:
         eos_ids = sorted(i for i in self._tokenizer.eos_token_ids if i < self._vocab_size)
         if not eos_ids:
             raise invalid_grammar("it needs a model with an end-of-sequence token; this one has none")
-        return LLTokenizer(self._tokenizer.definition, n_vocab=self._vocab_size, eos_token=eos_ids)
+        return LLTokenizer(
+            self._tokenizer.cut_definition(self._vocab_size), n_vocab=self._vocab_size, eos_token=eos_ids
+        )
 
 
 def to_llguidance(grammar: Grammar, pieces: Pieces) -> str:

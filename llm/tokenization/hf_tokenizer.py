@@ -1,8 +1,6 @@
 """`HFTokenizer`: the tokenizer and chat template of a Hugging Face checkpoint, through the `tokenizers` library."""
 
-import json
 import re
-import secrets
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,14 @@ from typing import Any, Self
 from tokenizers import Tokenizer as RustTokenizer
 
 from llm.checkpoint.generation_defaults import find_vocab_size, load_generation_defaults
-from llm.checkpoint.json_files import read_json
+from llm.checkpoint.json_files import read_json_if_there
 from llm.errors import CheckpointError, InvalidRequestError
 from llm.tokenization.chat_template import ChatTemplate
 from llm.tokenization.control_tokens import ControlToken, ControlTokens, Disguise, is_markup, without_surrogates
+from llm.tokenization.definitions import with_ids_below, without_control_tokens
 from llm.tokenization.detokenizer import ByteDecoder, TokenBytes, WindowDecoder, decode_all
+from llm.tokenization.special_tokens import CONFIG, SpecialTokens, read_special_tokens
+from llm.tokenization.template_files import find_templates
 
 _BATCH_TEXTS = 256
 _ROLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -30,7 +31,7 @@ class HFTokenizer:
 
     Args:
         definition: the content of `tokenizer.json`.
-        named_tokens: `bos_token`, `eos_token`, … with their text.
+        special_tokens: `bos_token`, `eos_token`, … and what else other files say; None for nothing.
         add_bos_token, add_eos_token: whether `bos_token` goes in front of texts and `eos_token` behind them, where
             `tokenizer.json` has no post-processor, which else says so.
         eos_token_ids: ids with which the model ends an answer, beside `eos_token`'s.
@@ -42,17 +43,19 @@ class HFTokenizer:
         self,
         definition: str,
         *,
-        named_tokens: dict[str, str] | None = None,
+        special_tokens: SpecialTokens | None = None,
         add_bos_token: bool = False,
         add_eos_token: bool = False,
         eos_token_ids: Sequence[int] = (),
         model_vocab_size: int | None = None,
         templates: dict[str, ChatTemplate] | None = None,
     ) -> None:
-        named_tokens = named_tokens or {}
+        special = special_tokens or SpecialTokens()
         self._full = _without_limits(RustTokenizer.from_str(definition))
-        self._control = _control_tokens(self._full, set(named_tokens.values()))
-        plain = _without_control_tokens(definition, self._control, self._full.get_vocab(with_added_tokens=False))
+        if special.add_to(self._full):
+            definition = str(self._full.to_str())
+        self._control = _control_tokens(self._full, special.texts)
+        plain = without_control_tokens(definition, self._control.ids, self._full.get_vocab(with_added_tokens=False))
         self._plain = RustTokenizer.from_str(plain)
         # A piece that does not begin the text must not get the space that SentencePiece puts in front of one.
         inner = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
@@ -65,7 +68,7 @@ class HFTokenizer:
         except ValueError:
             self._token_bytes = None
         self._longest_token = max(map(len, self._full.get_vocab(with_added_tokens=True)), default=1)
-        bos_ids, eos_ids = (self._named_ids(named_tokens.get(name)) for name in ("bos_token", "eos_token"))
+        bos_ids, eos_ids = (self._named_ids(special.named.get(name)) for name in ("bos_token", "eos_token"))
         self._prefix_ids, self._suffix_ids = self._find_special_ids(
             bos_ids if add_bos_token else (), eos_ids if add_eos_token else ()
         )
@@ -86,32 +89,20 @@ class HFTokenizer:
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
-        config_path = directory / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.exists() else {}
-        named_tokens = {
-            key: token if isinstance(token, str) else token["content"]
-            for key, token in config.items()
-            if key.endswith("_token") and (isinstance(token, str) or (isinstance(token, dict) and "content" in token))
-        }
-        try:
-            definition = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}); save one with transformers' "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            ) from error
-        defaults = load_generation_defaults(directory)
-        sources = _template_sources(directory, config)
+        config = read_json_if_there(directory / CONFIG)
+        special = read_special_tokens(directory, config)
+        sources = find_templates(directory, config)
         if chat_template is not None:
             sources = {"default": (chat_template, "chat_template")}
         templates = {
-            name: ChatTemplate(source, origin=origin, special_tokens=named_tokens)
+            name: ChatTemplate(source, origin=origin, special_tokens=special.named)
             for name, (source, origin) in sources.items()
         }
+        defaults = load_generation_defaults(directory)
         try:
             return cls(
-                definition,
-                named_tokens=named_tokens,
+                _read_definition(path),
+                special_tokens=special,
                 add_bos_token=config.get("add_bos_token") is True,
                 add_eos_token=config.get("add_eos_token") is True,
                 eos_token_ids=tuple(defaults.eos_token_ids),
@@ -135,8 +126,17 @@ class HFTokenizer:
 
     @property
     def definition(self) -> str:
-        """The content of `tokenizer.json`, in JSON."""
+        """The content of `tokenizer.json`, in JSON, with what other files add to it."""
         return str(self._full.to_str())
+
+    def cut_definition(self, num_ids: int) -> str:
+        """The same with the tokens below an id alone, for a model that has no others."""
+        return self.definition if self._vocab_size <= num_ids else with_ids_below(self.definition, num_ids)
+
+    @property
+    def template_origin(self) -> str:
+        """Where the chat template is from that is used without tools."""
+        return self._templates["default"].origin if self.has_chat_template else ""
 
     @property
     def template_sources(self) -> str:
@@ -351,13 +351,23 @@ def _encode(tokenizer: RustTokenizer, text: str) -> list[int]:
     return ids
 
 
+def _read_definition(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); save one with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        ) from error
+
+
 def _without_limits(tokenizer: RustTokenizer) -> RustTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _control_tokens(tokenizer: RustTokenizer, named: set[str]) -> ControlTokens:
+def _control_tokens(tokenizer: RustTokenizer, named: Collection[str]) -> ControlTokens:
     """Special tokens and markup of a tokenizer."""
     added = tokenizer.get_added_tokens_decoder()
     return ControlTokens(
@@ -365,36 +375,3 @@ def _control_tokens(tokenizer: RustTokenizer, named: set[str]) -> ControlTokens:
         for token_id, token in added.items()
         if token.special or token.content in named or is_markup(token.content)
     )
-
-
-def _without_control_tokens(definition: str, control: ControlTokens, model_vocab: dict[str, int]) -> str:
-    """The tokenizer's definition with control tokens that no text matches.
-
-    The library numbers added tokens in order, so those past the model's own vocabulary are renamed, not removed.
-    """
-    changed = json.loads(definition)
-    secret = secrets.token_hex(16)
-    changed["added_tokens"] = [
-        {**token, "content": f"{secret}-{token['id']}"} if token["id"] in control.ids else token
-        for token in changed["added_tokens"]
-        if token["id"] not in control.ids or token["content"] not in model_vocab
-    ]
-    changed |= {"post_processor": None, "truncation": None, "padding": None}
-    return json.dumps(changed)
-
-
-def _template_sources(directory: Path, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Chat templates by name, each with the file it came from. Files of their own win over `tokenizer_config.json`."""
-    origin = str(directory / "tokenizer_config.json")
-    found = config.get("chat_template")
-    sources: dict[str, tuple[str, str]] = {}
-    if isinstance(found, str):
-        sources["default"] = found, origin
-    elif isinstance(found, list):
-        sources |= {item["name"]: (item["template"], origin) for item in found}
-    files = {"default": directory / "chat_template.jinja"}
-    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    for name, path in files.items():
-        if path.is_file():
-            sources[name] = path.read_text(encoding="utf-8"), str(path)
-    return sources
