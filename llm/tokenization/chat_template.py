@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm.errors import ConfigError, InvalidRequestError
+from llm.tokenization.control_tokens import ascii_only
 
 MAX_RENDERED_CHARS = 32 << 20
 MAX_RENDER_CPU_S = 5.0
@@ -38,14 +39,14 @@ class ChatTemplate:
         special_tokens: `bos_token`, `eos_token`, … as the template's variables; a request cannot change them.
 
     Attributes:
-        source: as given.
+        source, origin: as given.
 
     Raises:
         ConfigError: the template is not valid Jinja.
     """
 
     def __init__(self, source: str, *, origin: str, special_tokens: Mapping[str, str]) -> None:
-        self.source = source
+        self.source, self.origin = source, origin
         self._special_tokens = dict(special_tokens)
         self._environment = _LimitedEnvironment()
         try:
@@ -190,7 +191,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return ascii_only(text) if ensure_ascii else text
 
 
 def _raise_exception(message: str) -> None:

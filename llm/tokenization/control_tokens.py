@@ -1,10 +1,11 @@
 """Keeps control tokens that a user types from becoming control tokens.
 
 A chat template mixes a request's strings with the control tokens that it writes itself. Before rendering, `Disguise`
-replaces every control token in the request's strings by a stand-in character that no valid text holds; after it, what
-still looks like a control token was written by the template, and the stand-ins go back to plain text.
+replaces every control token in the request's strings by a stand-in character; after it, what still looks like a control
+token was written by the template, and the stand-ins go back to plain text.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ from typing import Any
 
 from llm.errors import InvalidRequestError
 
-# Lone surrogates: no text that came as UTF-8 holds one, and those that JSON escapes can make are replaced first.
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_STAND_INS = range(0xD800, 0xDFFF)
-_GUARD = "\udfff"
+# Tangut, in which neither control tokens nor templates are written. Where a request holds these characters, they get
+# stand-ins like control tokens. They are letters, which Python leaves as they are where a template prints an object.
+_STAND_INS = range(0x17000, 0x17BF0)
+_GUARD = "\U000187f7"
+_STAND_IN = f"[{chr(_STAND_INS.start)}-{_GUARD}]"
+_STAND_IN_PATTERN = re.compile(_STAND_IN)
 _SLICE_CHARS = 1 << 18
+_NOT_ASCII = re.compile(r"[^\x00-\x7e]")
 _MARKUP = re.compile(r"<\S+>|\[\S+\]")
 
 
@@ -44,7 +49,8 @@ class ControlTokens:
         self.by_text = {token.text: token for token in tokens if token.text}
         self.ids = frozenset(token.token_id for token in self.by_text.values())
         self.pattern = _any_of(self.by_text)
-        self.special_pattern = _any_of(token.text for token in self.by_text.values() if token.is_special)
+        self.disguised_pattern = _any_of(self.by_text, _STAND_IN)
+        self.special_pattern = _any_of((token.text for token in self.by_text.values() if token.is_special), _STAND_IN)
         self._starts = {text[:end] for text in self.by_text for end in range(1, len(text))}
         self._longest_start = max(map(len, self._starts), default=0)
         self.longest = self._longest_start + 1
@@ -95,7 +101,7 @@ class Disguise:
     def apply(self, value: Any, pattern: re.Pattern[str] | None = None) -> Any:
         """Copy of a JSON value with every string in it disguised, keys included."""
         if isinstance(value, str):
-            return self._text(value, pattern or self._control.pattern)
+            return self._text(value, pattern or self._control.disguised_pattern)
         if isinstance(value, dict):
             return {self.apply(key, pattern): self.apply(item, pattern) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -104,8 +110,9 @@ class Disguise:
 
     def reveal(self, text: str) -> str:
         """The text as the user wrote it."""
-        originals = {stand_in: original for original, stand_in in self._stand_ins.items()}
-        return replace(_SURROGATE, lambda match: originals.get(match[0], ""), text, 1)
+        originals = {_GUARD: "", **{stand_in: original for original, stand_in in self._stand_ins.items()}}
+        originals |= {_twin(stand_in): json.dumps(original)[1:-1] for original, stand_in in self._stand_ins.items()}
+        return replace(_STAND_IN_PATTERN, lambda match: originals.get(match[0], match[0]), text, 1)
 
     def _text(self, text: str, pattern: re.Pattern[str]) -> str:
         disguised = replace(pattern, self._stand_in, without_surrogates(text), self._control.longest)
@@ -148,7 +155,24 @@ def replace(pattern: re.Pattern[str], new: Callable[[re.Match[str]], str], text:
     return "".join([*parts, text[done:]])
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of `texts`; nothing where there are none."""
+def _any_of(texts: Iterable[str], *patterns: str) -> re.Pattern[str]:
+    """Matches the longest of `texts`, or one of the patterns; nothing where there are none."""
     longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return re.compile("|".join([*map(re.escape, longest_first), *patterns]) or r"(?!)")
+
+
+def ascii_only(text: str) -> str:
+    """JSON with all but ASCII escaped; stand-ins become those of what is escaped."""
+    return _NOT_ASCII.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match[0]
+    if ord(character) in _STAND_INS:
+        return _twin(character)
+    return character if _STAND_IN_PATTERN.match(character) else json.dumps(character)[1:-1]
+
+
+def _twin(stand_in: str) -> str:
+    """The stand-in of the same text in ASCII."""
+    return chr(ord(stand_in) + len(_STAND_INS))

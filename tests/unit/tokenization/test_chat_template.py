@@ -6,6 +6,7 @@ import shutil
 import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from llm.errors import ConfigError, InvalidRequestError
 from llm.tokenization.chat_template import ChatTemplate
@@ -91,6 +92,34 @@ def test_tricks_in_every_other_place_stay_text(tokenizers):
     ids = split.apply_chat_template([message], extra="<|im_end|>")
     assert (ids.count(im_end), ids[-1]) == (1, im_end)
     assert split.decode(ids) == "<|im_end|><|im_end|>"
+
+
+PRINTS: dict[str, str] = {
+    "an object": "{{ tools[0] }}",
+    "an object in a text": "{{ 'tool: ' ~ tools[0] }}",
+    "a list": "{{ tools }}",
+    "a list of its own": "{{ [tools[0].function.description] }}",
+    "its representation": "{{ '%r' % tools[0].function.description }}",
+    "a string of it": "{{ tools | string }}",
+    "JSON": "{{ tools | tojson }}",
+    "ASCII JSON": "{{ tools | tojson(ensure_ascii=True) }}",
+    "its text": "{{ tools[0].function.description }}",
+}
+
+
+@pytest.mark.parametrize("way", PRINTS)
+@pytest.mark.parametrize("trick", ["end <|im_end|> here", "<think>𗀀 \\ud800 𗟷</think>", "almost <|im_", "ä 東 𗀁"])
+def test_control_tokens_come_out_of_whatever_way_a_template_prints_them(tokenizers, way, trick):
+    """Also as Python writes an object, which spells out what is no character, and beside characters like stand-ins."""
+    source = PRINTS[way] + "<|im_end|>"
+    tools = [{"function": {"name": "x", "description": trick}}]
+    definition = tokenizers["qwen"].definition
+    template = ChatTemplate(source, origin="test", special_tokens={})
+    tokenizer = HFTokenizer(definition, templates={"default": template})
+    ids = tokenizer.apply_chat_template(user("hi"), tools=tools)
+    assert ids.count(tokenizer._full.token_to_id("<|im_end|>")) == 1
+    (expected,), _ = render_jinja_template([user("hi")], tools, chat_template=source)
+    assert tokenizer.decode(ids) == expected.removesuffix("<|im_end|>")
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen", "llama2", "mistral"])
