@@ -8,15 +8,10 @@ from typing import TypeVar
 
 from deployments.chat.encoder import EncodedChat, EncodedCompletion, PromptEncoder
 from deployments.chat.errors import not_ready
-from deployments.chat.model_format import find_format
+from deployments.chat.model_text import ModelText
 from deployments.chat.turn import Turn
-from deployments.config import read_chat_template
 from deployments.router.caller import Caller
 from deployments.router.router import Router
-from llm.checkpoint.generation_defaults import load_generation_defaults
-from llm.checkpoint.hub import resolve_model_path
-from llm.sampling.grammar import GrammarCompiler
-from llm.tokenization.hf_tokenizer import HFTokenizer
 
 T = TypeVar("T")
 
@@ -38,14 +33,10 @@ class ChatService:
     """
 
     def __init__(self, router: Router) -> None:
-        directory = resolve_model_path(router.config.model)
-        self.tokenizer = HFTokenizer.from_pretrained(directory, chat_template=read_chat_template(router.config))
-        self._defaults = load_generation_defaults(directory)
-        for warning in self._defaults.warnings:
+        self._text = ModelText.load(router.config)
+        self.tokenizer, self._defaults = self._text.tokenizer, self._text.defaults
+        for warning in self._text.warnings:
             logger.warning(warning)
-        self._format = find_format(self.tokenizer, router.config.tool_parser, router.config.reasoning_parser)
-        if self._format.warning is not None:
-            logger.warning(self._format.warning)
         self._router = router
         self._threads = ThreadPoolExecutor(router.config.router.tokenizer_threads, thread_name_prefix="tokenizer")
         self._thread_for_long = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-long")
@@ -62,14 +53,7 @@ class ChatService:
         if info is None:
             raise not_ready()
         if self._encoder is None:
-            self._encoder = PromptEncoder(
-                self.tokenizer,
-                self._defaults,
-                info,
-                config.limits,
-                self._format,
-                GrammarCompiler(self.tokenizer, info.vocab_size),
-            )
+            self._encoder = self._text.encoder(config, info)
         return self._encoder
 
     async def run(self, size: int, work: Callable[[], T]) -> T:

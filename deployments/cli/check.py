@@ -9,12 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from deployments.cli.output import make_console
-from deployments.config import AppConfig, EngineKind, resolve_paths
+from deployments.config import AppConfig, resolve_paths
 from deployments.replica.engine_factory import slot_bytes
-from deployments.serve.config_file import check_config_file
+from deployments.serve.config_file import check_model, read_config_file
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
-from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.hub import find_local_checkpoint
 from llm.config import ModelConfig
 from llm.errors import ConfigError
@@ -40,25 +39,22 @@ def check(
     except ValueError:
         raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory") from None
     console = make_console()
-    server = check_config_file(config)
+    server = read_config_file(config)
     _print_port(console, server.front_end)
     for app in map(resolve_paths, server.apps.values()):
+        report = check_model(app)
         console.print(f"[green]✓[/] {config}: model [bold]{app.model_name}[/], {app.replicas.most_replicas} replica(s)")
-        directory = find_local_checkpoint(app.model)
-        if directory is None:
+        if find_local_checkpoint(app.model) is None:
             console.print(
                 f"  {app.model} is no directory and no GGUF file here: its checkpoint is checked where it is loaded",
                 style="dim",
             )
             continue
-        from llm.checkpoint.model_config import load_model_config  # brings PyTorch, which `rayline --help` does without
-
-        model = load_model_config(directory)
-        for warning in load_generation_defaults(directory).warnings:
+        for warning in report.warnings:
             console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
-        if app.engine_kind is EngineKind.TORCH:
-            console.print(_memory(app, model, sizes))
-        console.print(_checklist(app, model))
+        if report.model is not None:
+            console.print(_memory(app, report.model, sizes))
+            console.print(_checklist(app, report.model))
 
 
 def _print_port(console: Console, front_end: FrontEnd) -> None:

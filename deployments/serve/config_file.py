@@ -7,14 +7,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from deployments.config import AppConfig, EngineKind, read_chat_template, resolve_paths
+from deployments.config import AppConfig, EngineKind, resolve_paths
 from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
 from llm.checkpoint.generation_defaults import load_vocab_size
 from llm.checkpoint.hub import find_local_checkpoint
-from llm.config import describe
+from llm.config import ModelConfig, describe
 from llm.errors import ConfigError
-from llm.tokenization.hf_tokenizer import HFTokenizer
 
 BUILDER = "deployments.app:build_app"
 
@@ -64,22 +63,50 @@ def check_config_file(path: Path) -> ServerConfig:
     return server
 
 
-def check_model(config: AppConfig) -> None:
-    """Find mistakes here, in one line, that would else stop every replica after a while.
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """What was found in a model's directory.
+
+    Attributes:
+        model: its shape; None where its weights are not loaded, or are not here.
+        warnings: what whoever runs the server should know, each in one line.
+    """
+
+    model: ModelConfig | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def check_model(config: AppConfig) -> ModelReport:
+    """Find mistakes here, in one line, that would else stop every replica after a while, or fail every request.
 
     Raises:
-        CheckpointError, ConfigError: the checkpoint is here, and cannot be used.
+        CheckpointError, ConfigError: the checkpoint or its adapter is here, and cannot be served as configured.
     """
+    if config.lora is not None and not Path(config.lora).is_dir():
+        raise ConfigError(f"lora: {config.lora} is no directory; give the one that holds adapter_config.json")
     directory = find_local_checkpoint(config.model)
     if directory is None:
-        return
-    if config.engine_kind is EngineKind.TORCH:
-        from llm.checkpoint.loading import check_checkpoint  # brings PyTorch, which the rest does without
+        return ModelReport()
+    from deployments.chat.model_text import ModelText  # brings grammars, which `rayline --help` does without
 
-        check_checkpoint(directory)
-    else:
-        load_vocab_size(directory)
-    HFTokenizer.from_pretrained(directory, chat_template=read_chat_template(config))
+    report = _check_weights(config, directory) if config.engine_kind is EngineKind.TORCH else ModelReport()
+    vocab_size = load_vocab_size(directory) if report.model is None else report.model.vocab_size
+    text = ModelText.load(config)
+    text.check(config, vocab_size)
+    return ModelReport(report.model, (*report.warnings, *text.warnings))
+
+
+def _check_weights(config: AppConfig, directory: Path) -> ModelReport:
+    """What the engines will load."""
+    from llm.checkpoint.adapter import check_lora  # these bring PyTorch, which the rest does without
+    from llm.checkpoint.loading import check_checkpoint
+    from llm.serving.checks import longest_context
+
+    checked = check_checkpoint(directory)
+    longest_context(checked.config, config.engine)
+    if config.lora is not None:
+        check_lora(checked.config, config.lora)
+    return ModelReport(checked.config, checked.warnings)
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 import logging
 from collections.abc import Collection, Sequence
 
-from llm.config import EngineConfig
+from llm.config import EngineConfig, ModelConfig
 from llm.core.row_tensors import MAX_ENTRIES
 from llm.errors import ConfigError, InvalidRequestError
-from llm.models.decoder import DecoderModel
 from llm.scheduling.scheduler import Scheduler
 from llm.serving.schemas import GenerationRequest
 
@@ -78,7 +77,7 @@ def _check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
         raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size} ids", param=param)
 
 
-def longest_context(model: DecoderModel, config: EngineConfig) -> int:
+def longest_context(model: ModelConfig, config: EngineConfig) -> int:
     """Longest sequence in tokens; never longer than the model's own context.
 
     Raises:

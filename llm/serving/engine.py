@@ -86,7 +86,7 @@ class ContinuousBatchingEngine:
         if eos_token_ids is None:
             eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model.config.vocab_size)
-        context_len = longest_context(model, config)
+        context_len = longest_context(model.config, config)
         pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
         self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
         self.scheduler = Scheduler(

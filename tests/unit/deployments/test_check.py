@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from deployments.check import check_config_file
+from deployments.cli.check import check
 from llm.errors import LLMError
 
 ROOT = Path(__file__).parents[3]
@@ -39,6 +41,8 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
         case "missing shard":
             index = {"weight_map": dict.fromkeys(load_file(weights), "model-00002-of-00002.safetensors")}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+            save_file({"model.norm.weight": torch.ones(256)}, directory / "model-00001-of-00002.safetensors")
+            weights.unlink()
         case "missing tensor":
             tensors = load_file(weights)
             del tensors["model.norm.weight"]
@@ -49,6 +53,27 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
             (directory / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
         case "sampling":
             (directory / "generation_config.json").write_text(json.dumps({"min_p": 7}))
+        case "template that fails":
+            (directory / "chat_template.jinja").write_text("{{ messages[5].content.nothing() }}")
+        case "template that is no Jinja":
+            (directory / "chat_template.jinja").write_text("{% if %}")
+        case "template that is no text":
+            (directory / "chat_template.jinja").write_bytes(b"\xff")
+        case "template past the vocabulary":
+            (directory / "added_tokens.json").write_text(json.dumps({"<|late|>": 264}))
+            (directory / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<|late|>"]}))
+            (directory / "chat_template.jinja").write_text("<|late|>{{ messages[0].content }}")
+        case "template list":
+            (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": ["x"]}))
+        case "tokenizer_config":
+            (directory / "tokenizer_config.json").write_text("[")
+        case "tokenizer of another model":
+            content = json.loads((directory / "tokenizer.json").read_text())
+            letter = next(text for text, i in content["model"]["vocab"].items() if i == ord("W"))
+            content["model"]["vocab"][letter] = 5000
+            (directory / "tokenizer.json").write_text(json.dumps(content))
+        case "architectures":
+            (directory / "config.json").write_text(json.dumps({**config, "architectures": 5}))
         case "architecture":
             (directory / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
     return directory
@@ -66,6 +91,14 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
         ("unknown key", r"config.json: 'final_logit_softcapping' is 30.0, .* not supported for LlamaForCausalLM"),
         ("sampling", "generation_config.json: min_p"),
         ("tokenizer", "tokenizer.json"),
+        ("template that fails", r"chat_template.jinja: the chat template makes nothing of a plain chat"),
+        ("template that is no Jinja", r"chat_template.jinja: the chat template is not valid Jinja"),
+        ("template that is no text", r"chat_template.jinja cannot be read"),
+        ("template past the vocabulary", r"chat_template.jinja: .* token ids must be below the vocabulary's 264"),
+        ("template list", r"tokenizer_config.json: 'chat_template' is \['x'\], but must be"),
+        ("tokenizer_config", "tokenizer_config.json cannot be read as JSON"),
+        ("tokenizer of another model", r"tokenizer.json: is it this model's\? .* below the vocabulary's 264"),
+        ("architectures", r"config.json: 'architectures' is 5, but must be a list of words"),
     ],
 )
 def test_broken_checkpoints_are_found_without_loading(tmp_path, damage, message):
@@ -73,6 +106,56 @@ def test_broken_checkpoints_are_found_without_loading(tmp_path, damage, message)
     with pytest.raises(LLMError, match=message) as caught:
         check_config_file(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["torch", "emulated"])
+def test_a_template_of_the_configuration_is_tried_too(tmp_path, kind):
+    config = write_config(tmp_path, chat_template="{{ messages[0].nothing.at_all }}", engine_kind=kind)
+    with pytest.raises(LLMError, match="chat_template: the chat template makes nothing of a plain chat"):
+        check_config_file(config)
+
+
+def test_a_context_past_the_models_is_found_without_loading(tmp_path):
+    config = write_config(tmp_path, engine={"max_seq_len": 4096})
+    with pytest.raises(LLMError, match="max_seq_len 4096 is past the model's context of 2048 tokens"):
+        check_config_file(config)
+
+
+def write_adapter(directory: Path, rank: int = 2, **changes: object) -> Path:
+    """An adapter on a layer of the demo model."""
+    directory.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **changes}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    factors = {name.format("A"): torch.zeros(rank, 256), name.format("B"): torch.zeros(256, rank)}
+    save_file(factors, directory / "adapter_model.safetensors")
+    return directory
+
+
+def test_adapters_are_tried(tmp_path):
+    assert check_config_file(write_config(tmp_path, lora=str(write_adapter(tmp_path / "fine"))))
+    for name, changes, message in (
+        ("missing", None, "lora: .*missing is no directory"),
+        ("rank", {"rank": 3}, "adapter_model.safetensors: .* has lora_A and lora_B of shapes"),
+        ("kind", {"peft_type": "IA3"}, "adapter_config.json: peft_type 'IA3' is not supported"),
+        ("type", {"lora_alpha": "4"}, "adapter_config.json: lora_alpha: "),
+    ):
+        if changes is not None:
+            write_adapter(tmp_path / name, **changes)
+        with pytest.raises(LLMError, match=message) as caught:
+            check_config_file(write_config(tmp_path, lora=str(tmp_path / name)))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_differs_from_the_embeddings_is_told(tmp_path, capsys):
+    """The command prints what the checkpoint's own files say wrongly, and passes."""
+    directory = tmp_path / "model"
+    shutil.copytree(ROOT / "configs" / "demo", directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, directory / "model.safetensors")
+    check(write_config(tmp_path, model=str(directory)), "24")
+    assert "holds lm_head.weight, which differs from the embeddings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", [ROOT / "serve_config.yaml", ROOT / "configs" / "demo-two-replicas.yaml"])

@@ -1,0 +1,90 @@
+"""What a router reads of a model's directory: its tokenizer, what it recommends, and how it writes."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from deployments.channel.messages import EngineInfo
+from deployments.chat.encoder import PromptEncoder
+from deployments.chat.errors import APIError
+from deployments.chat.model_format import ModelFormat, find_format
+from deployments.chat.requests import ChatRequest
+from deployments.config import AppConfig, read_chat_template
+from llm.checkpoint.generation_defaults import GenerationDefaults, load_generation_defaults
+from llm.checkpoint.hub import resolve_model_path
+from llm.errors import ConfigError, InvalidRequestError
+from llm.sampling.grammar import GrammarCompiler
+from llm.tokenization.hf_tokenizer import HFTokenizer
+
+_ENDLESS = 2**31 - 1
+_SAMPLE_TEXT = "What is the capital of France?"
+_SAMPLE_CHATS = (("user",), ("system", "user"))
+"""Roles of chats of which a chat template takes at least one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """How a model's text is made and read.
+
+    Attributes:
+        tokenizer: with its chat templates.
+        defaults: what the model recommends for generation.
+        format: how it writes calls and thoughts.
+        warnings: what whoever runs the server should know, each in one line.
+    """
+
+    tokenizer: HFTokenizer
+    defaults: GenerationDefaults
+    format: ModelFormat
+
+    @classmethod
+    def load(cls, config: AppConfig) -> Self:
+        """Read the directory of the model that a configuration names.
+
+        Raises:
+            CheckpointError, ConfigError: a file cannot be used; one line with the fix.
+        """
+        directory = resolve_model_path(config.model)
+        tokenizer = HFTokenizer.from_pretrained(directory, chat_template=read_chat_template(config))
+        defaults = load_generation_defaults(directory)
+        return cls(tokenizer, defaults, find_format(tokenizer, config.tool_parser, config.reasoning_parser))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """See the class."""
+        return (*self.defaults.warnings, *([self.format.warning] if self.format.warning is not None else []))
+
+    def encoder(self, config: AppConfig, info: EngineInfo) -> PromptEncoder:
+        """What makes engine requests of API requests.
+
+        Args:
+            info: what the engines take.
+        """
+        grammars = GrammarCompiler(self.tokenizer, info.vocab_size)
+        return PromptEncoder(self.tokenizer, self.defaults, info, config.limits, self.format, grammars)
+
+    def check(self, config: AppConfig, vocab_size: int) -> None:
+        """See that a text and a chat can be told to a model of so many ids.
+
+        Raises:
+            ConfigError: they cannot; which file is at fault.
+        """
+        encoder = self.encoder(config, EngineInfo(config.model_name, _ENDLESS, _ENDLESS, 1, 1, vocab_size, "", "", ""))
+        try:
+            encoder.inputs([_SAMPLE_TEXT])
+        except APIError as error:
+            raise ConfigError(f"{config.model}/tokenizer.json: is it this model's? {error.message}") from error
+        if not self.tokenizer.has_chat_template:
+            return
+        refusal = ""
+        for roles in _SAMPLE_CHATS:
+            messages = [{"role": role, "content": _SAMPLE_TEXT} for role in roles]
+            chat = ChatRequest.model_validate({"model": config.model_name, "messages": messages})
+            try:
+                encoder.check_ids(encoder.prompt_ids(chat), "messages")
+                return
+            except (APIError, InvalidRequestError) as error:
+                refusal = refusal or str(error)
+        raise ConfigError(
+            f"{self.tokenizer.template_origin}: the chat template makes nothing of a plain chat ({refusal}); correct "
+            "it, or give another as chat_template"
+        )
