@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 AGENTS := tests/agents/node_modules
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages serve chaos soak fuzz docs test test-unit test-integration agents test-agents lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling clean
+.PHONY: help install install-dev system-packages serve chaos soak fuzz docs test test-unit test-integration agents test-agents lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -122,6 +122,16 @@ bench-routing: $(VENV)/.dev  ## Routing policies on simulated replicas (TRACES="
 	@test -n "$(TRACES)" || { echo 'set TRACES="…": benchmarks/routing_trace.py says where to get them' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.routing_decision
 	$(BIN)/python -m benchmarks.routing_sim $(TRACES)
+
+# Not torch, and what torch brings: which build of it is right depends on the machine.
+TORCHS := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime \
+	cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+
+lock: $(VENV)/.dev  ## Write requirements.lock: versions and hashes of what the image installs
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra otel --extra gguf --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --custom-compile-command 'make lock' --upgrade \
+		$(addprefix --no-emit-package ,$(TORCHS)) --output-file requirements.lock
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) $(AGENTS) bench-gpu.*.jsonl build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -11,6 +11,8 @@ from llm.checkpoint.hub import is_gguf
 from llm.config import EngineConfig, StrictModel
 from llm.errors import ConfigError
 
+_PACKAGE = Path(__file__).parent
+
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """Bounds of a request's `priority`."""
 
@@ -400,7 +402,7 @@ def read_chat_template(config: AppConfig) -> str | None:
     if given is None or "{" in given:
         return given
     path = Path(given).expanduser()
-    beside_code = Path(__file__).parent.parent / path
+    beside_code = _PACKAGE / path
     try:
         return (path if path.exists() else beside_code).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -408,11 +410,11 @@ def read_chat_template(config: AppConfig) -> str | None:
 
 
 def _find_place(value: str | None) -> Path | None:
-    """An existing directory or GGUF file by this name, looked for where we are and beside the code."""
+    """An existing directory or GGUF file by this name, here or among what comes with the package."""
     if value is None:
         return None
     path = Path(value).expanduser()
-    for candidate in (path, Path(__file__).parent.parent / path):
+    for candidate in (path, _PACKAGE / path, _PACKAGE / "configs" / path):
         if candidate.is_dir():
             return candidate.resolve()
         if is_gguf(candidate):

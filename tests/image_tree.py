@@ -40,7 +40,7 @@ def tracked_files() -> list[str]:
     """Files of the repository: what git knows and what is new, without what it ignores."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [path for path in found if (ROOT / path).is_file()]
+    return [path for path in found if (ROOT / path).is_file() or (ROOT / path).is_symlink()]
 
 
 def copy_tree(target: Path) -> None:
@@ -61,7 +61,7 @@ def copy_tree(target: Path) -> None:
                 inside = path.removeprefix(f"{source}/") if path != source else path.rpartition("/")[2]
                 place = target / destination / inside
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / path, place)
+                shutil.copyfile(ROOT / path, place, follow_symlinks=False)
 
 
 def install(tree: Path, environment: Path) -> Path:
@@ -77,10 +77,10 @@ def install(tree: Path, environment: Path) -> Path:
     (command,) = (
         words
         for name, words in instructions()
-        if name == "RUN" and re.fullmatch(r"pip install (-e )?\.", words)
+        if name == "RUN" and re.fullmatch(r"pip install --no-deps \.", words)
     )  # fmt: skip
     words = shlex.split(command.removeprefix("pip "))
-    quiet = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--ignore-installed"]
+    quiet = ["--quiet", "--no-build-isolation", "--disable-pip-version-check", "--ignore-installed"]
     python = environment / "bin" / "python"
     subprocess.run([python, "-m", "pip", words[0], *quiet, *words[1:]], cwd=tree, env=clean_environment(), check=True)
     return environment / "bin"

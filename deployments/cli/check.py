@@ -11,7 +11,7 @@ from rich.table import Table
 from deployments.cli.output import make_console
 from deployments.config import AppConfig, resolve_paths
 from deployments.replica.engine_factory import slot_bytes
-from deployments.serve.config_file import check_model, read_config_file
+from deployments.serve.config_file import check_model, find_config_file, read_config_file
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
 from llm.checkpoint.hub import find_local_checkpoint
@@ -24,7 +24,9 @@ _WORKSPACE_GIB = 2.0
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="Configuration file.")] = Path("serve_config.yaml"),
+    config: Annotated[
+        Path | None, typer.Argument(help="Configuration file, or the name of one that comes along.")
+    ] = None,
     gpu_memory: Annotated[str, typer.Option(help="Sizes of GPUs to work out slots for, in GiB.")] = "24,80,141",
 ) -> None:
     """Check a configuration, its checkpoint and its port without a GPU, and say what memory they need.
@@ -39,6 +41,7 @@ def check(
     except ValueError:
         raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory") from None
     console = make_console()
+    config = find_config_file(config)
     server = read_config_file(config)
     _print_port(console, server.front_end)
     for app in map(resolve_paths, server.apps.values()):

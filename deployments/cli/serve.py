@@ -16,7 +16,7 @@ from deployments.api.send_timeout import PROXY_VARIABLES
 from deployments.cli.supervisor import run_server
 from deployments.config import AppConfig, resolve_paths
 from deployments.observe.terminal import TERMINAL_VARIABLE
-from deployments.serve.config_file import BUILDER, read_config_file
+from deployments.serve.config_file import BUILDER, find_config_file, read_config_file
 from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import claimed_ports
 from llm.checkpoint.generation_defaults import load_generation_defaults
@@ -24,7 +24,6 @@ from llm.checkpoint.hub import is_gguf, resolve_model_path
 from llm.checkpoint.packaged_models import PACKAGED_MODELS
 from llm.errors import ConfigError
 
-_ROOT = Path(__file__).parents[2]
 _LOCAL = "127.0.0.1"
 
 
@@ -33,7 +32,7 @@ def serve(
         str | None, typer.Argument(help="Directory of a checkpoint, a GGUF file or a Hub id; else the file's.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Configuration file; else serve_config.yaml, here or ours.")
+        Path | None, typer.Option(help="Configuration file, or the name of one that comes along.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all, which needs keys.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
@@ -55,7 +54,7 @@ def serve(
         rayline serve ~/models/Qwen3-0.6B-Q8_0.gguf
         rayline serve my-model --set engine.quantization=fp8 --replicas 2
     """
-    content = _content(config or _find_config())
+    content = _content(find_config_file(config))
     _override(content, model, host, port, replicas, api_keys_env, settings or [])
     with ExitStack() as stack:
         directory = _scratch_directory()
@@ -79,11 +78,6 @@ def serve(
         if "RAY_ADDRESS" in os.environ:
             print("rayline: warning: RAY_ADDRESS is not used: the server has a cluster of its own", file=sys.stderr)
         raise typer.Exit(run_server(path, environment, is_verbose=verbose))
-
-
-def _find_config() -> Path:
-    here = Path("serve_config.yaml")
-    return here if here.is_file() else _ROOT / "serve_config.yaml"
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from llm.config import ModelConfig, describe
 from llm.errors import ConfigError
 
 BUILDER = "deployments.app:build_app"
+_PACKAGE = Path(__file__).parents[1]
+_DEFAULT = "serve_config.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,22 @@ class ServerConfig:
 
     front_end: FrontEnd
     apps: dict[str, AppConfig]
+
+
+def find_config_file(given: Path | None) -> Path:
+    """The file that is meant: a path, the name of one that comes with the package, or else the one of this directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if given is None:
+        return Path(_DEFAULT) if Path(_DEFAULT).is_file() else _PACKAGE / _DEFAULT
+    if given.is_file():
+        return given
+    ours = {file.stem: file for file in sorted((_PACKAGE / "configs").glob("*.yaml"))}
+    if str(given) not in ours:
+        raise ConfigError(f"{given}: no such file; configurations that come along are {', '.join(ours)}")
+    return ours[str(given)]
 
 
 def read_config_file(path: Path) -> ServerConfig:

@@ -27,12 +27,15 @@ def rayline(*arguments: str, **options) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Command, Command]]:
-    """Two side by side, started together: this repository's, and the container image's with another model."""
+    """Two side by side, started together: this repository's, and the one that the image installs, which is a wheel's,
+    with another model and from an empty directory."""
     place = tmp_path_factory.mktemp("image")
     copy_tree(place / "app")
     (place / "app" / "configs" / "demo").rename(place / "app" / "configs" / "other")
     binaries = install(place / "app", place / "environment")
-    image = Command(["configs/other"], (binaries / "rayline",), place / "app", clean_environment())
+    (place / "empty").mkdir()
+    other = str(place / "app" / "configs" / "other")
+    image = Command([other], (binaries / "rayline",), place / "empty", clean_environment())
     with Command([]) as ours, image, ThreadPoolExecutor() as pool:
         for waiting in [pool.submit(server.wait_until_ready) for server in (ours, image)]:
             waiting.result()

@@ -2,10 +2,12 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import AppConfig
@@ -196,3 +198,18 @@ def test_board_is_whole():
     for panel in board["panels"]:
         place = panel["gridPos"]
         assert place["x"] + place["w"] <= 24
+
+
+def test_the_lock_has_what_the_packages_need():
+    """`make lock` writes it. PyTorch is not in it: which build is right depends on the machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    wanted = [
+        *project["dependencies"],
+        *(line for name in ("otel", "gguf") for line in project["optional-dependencies"][name]),
+    ]
+    for requirement in map(Requirement, wanted):
+        if requirement.name == "torch":
+            assert "torch" not in locked
+            continue
+        assert locked[requirement.name] in requirement.specifier, f"{requirement}: run make lock"

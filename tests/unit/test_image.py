@@ -23,23 +23,25 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tree, install(tree, place / "environment")
 
 
-def rayline(image: tuple[Path, Path], *arguments: str) -> "subprocess.CompletedProcess[str]":
+def rayline(
+    image: tuple[Path, Path], *arguments: str, directory: Path | None = None, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     tree, bin_directory = image
     return subprocess.run(
-        [bin_directory / "rayline", *arguments], cwd=tree, env=clean_environment(), capture_output=True, text=True,
-        timeout=120, check=False,
+        [bin_directory / "rayline", *arguments], cwd=directory or tree, env=clean_environment() | environment,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 
-def test_nothing_outside_the_image_is_imported(image: tuple[Path, Path]):
-    tree, bin_directory = image
+def test_nothing_outside_the_image_is_imported(image: tuple[Path, Path], tmp_path: Path):
+    _, bin_directory = image
     code = "import deployments.app, deployments.cli, llm; print(deployments.__file__, llm.__file__)"
     done = subprocess.run(
-        [bin_directory / "python", "-c", code], cwd=tree, env=clean_environment(), capture_output=True, text=True,
+        [bin_directory / "python", "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert all(path.startswith(str(tree)) for path in done.stdout.split())
+    assert all(path.startswith(str(bin_directory.parent)) for path in done.stdout.split())
 
 
 def test_every_command_shows_its_help(image: tuple[Path, Path]):
@@ -57,9 +59,21 @@ def test_the_configuration_in_the_image_is_checked(image: tuple[Path, Path]):
     assert "model demo" in done.stdout
 
 
-def test_the_pages_are_in_the_image(image: tuple[Path, Path]):
-    tree, _ = image
-    assert (tree / "deployments" / "api" / "pages" / "chat.html").is_file()
+def test_what_comes_with_the_package_is_found_from_anywhere(image: tuple[Path, Path], tmp_path: Path):
+    done = rayline(image, "check", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model demo" in done.stdout
+    (package,) = image[1].parent.glob("lib/python*/site-packages/deployments")
+    for name in ("configs/emulated.yaml", "configs/demo/model.safetensors", "api/pages/chat.html", "py.typed"):
+        assert (package / name).is_file()
+
+
+def test_another_package_llm_is_refused(image: tuple[Path, Path], tmp_path: Path):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "__init__.py").write_text("")
+    done = rayline(image, "--help", directory=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert f"{tmp_path}/llm is another one: install Rayline into an environment without it" in done.stderr
 
 
 def test_proxies_in_the_image_cut_off_clients_that_take_nothing(image: tuple[Path, Path], tmp_path: Path):

@@ -85,8 +85,9 @@ def test_check_says_what_a_model_needs(tmp_path):
 def test_check_of_a_broken_file_is_one_line():
     result = rayline("check", "nothing.yaml")
     assert result.returncode == 1
-    assert (
-        result.stderr == "rayline: nothing.yaml cannot be read: [Errno 2] No such file or directory: 'nothing.yaml'\n"
+    assert result.stderr == (
+        "rayline: nothing.yaml: no such file; configurations that come along are demo-two-replicas, emulated, "
+        "llama-3.1-8b, qwen3-8b-autoscaling\n"
     )
 
 
