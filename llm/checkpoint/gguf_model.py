@@ -118,13 +118,13 @@ def _gemma_keys(keys: Keys, file: GGUFFile, *, num_layers_of_27b: int) -> dict[s
 
 
 _ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", _llama_keys, _LAYER, has_paired_rows=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _qwen_keys, _LAYER),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen_keys, {**_LAYER, **_HEAD_NORMS}),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma_2_keys, _GEMMA_LAYER, norm_offset=1.0),
     "gemma3": Architecture(
         "gemma3_text", "Gemma3ForCausalLM", _gemma_3_keys, {**_GEMMA_LAYER, **_HEAD_NORMS}, norm_offset=1.0
     ),
-    "llama": Architecture("llama", "LlamaForCausalLM", _llama_keys, _LAYER, has_paired_rows=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _qwen_keys, _LAYER),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen_keys, {**_LAYER, **_HEAD_NORMS}),
 }
 
 

@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from gguf_files import MERGES, VOCAB_SIZE, tokens, write_gguf, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deployments.cli.serve import _find_models
+from deployments.config import AppConfig, resolve_paths
+from deployments.fingerprint import fingerprint_of
+from deployments.serve.config_file import BUILDER, check_config_file
 from llm.checkpoint import gguf_convert
 from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.gguf_convert import convert
@@ -114,6 +119,32 @@ def test_an_engine_is_made_of_a_file(qwen3):
     assert [texts[i] for i in chat] == ["<|im_start|>", "hello", "Ġw", "<|im_end|>"]
     (result,) = engine.generate([GenerationRequest(prompt="hello", max_new_tokens=3)], progress=False)
     assert result.token_ids
+
+
+def test_a_configuration_names_a_file(qwen3, tmp_path, monkeypatch):
+    """By a relative path, too; every node reads the file itself, under the name of the file."""
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "http_options": {"host": "127.0.0.1"},
+        "applications": [{"import_path": BUILDER, "args": {"model": "small.gguf"}}],
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    config = check_config_file(tmp_path / "config.yaml").apps["default"]
+    assert config.model_name == "small"
+    assert resolve_paths(config).model == str(qwen3)
+    _find_models(content, {"default": config})
+    assert content["applications"][0]["args"] == {"model": str(qwen3), "served_model_name": "small"}
+
+
+def test_the_same_file_elsewhere_is_the_same_version(qwen3, tmp_path):
+    copy = tmp_path / "another name.gguf"
+    shutil.copy(qwen3, copy)
+    first, second = (fingerprint_of(AppConfig(model=str(path))) for path in (qwen3, copy))
+    assert first == second
+    with copy.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"other weights")
+    assert fingerprint_of(AppConfig(model=str(copy))) != first
 
 
 def test_a_directory_with_nothing_but_a_file_is_that_file(qwen3, tmp_path):
