@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= serve_config.yaml
 MODELS ?= llama-3.1-8b qwen3-0.6b
+REAL_MODELS ?= required
 MINUTES ?= 60
 BENCH_PYTHON ?= $(BIN)/python
 UNIT_PLUGINS := -p pytest_asyncio.plugin -p pytest_timeout -p xdist.plugin
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 AGENTS := tests/agents/node_modules
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages serve chaos soak fuzz docs test test-unit test-integration agents test-agents lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling lock clean
+.PHONY: help install install-dev models system-packages serve chaos soak fuzz docs test test-unit test-integration agents test-agents lint format typecheck demo-model bench-cpu bench-gpu bench-techniques bench-relay bench-overhead bench-client bench-routing bench-scaling lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -36,18 +37,28 @@ $(VENV)/.dev: $(VENV)/.runtime pyproject.toml
 install: $(VENV)/.runtime  ## Make .venv with what serving needs
 install-dev: $(VENV)/.dev  ## Add what tests, benchmarks and training need
 
-serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1:8000
+ifdef MODEL
+serve: $(VENV)/.runtime
+	@$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/pip install --quiet -e '.[gguf]'
+	$(BIN)/rayline pull $(MODEL)
+	$(BIN)/rayline serve $(MODEL) --config $(CONFIG)
+else
+serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1:8000, or a real model: MODEL=smollm2
 	$(BIN)/python -m deployments.check --start $(CONFIG)
 	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.api.send_timeout:proxy_middlewares $(BIN)/serve run $(CONFIG)
+endif
 
 system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped
 	command -v chromium && command -v prometheus && command -v npm || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus $$(command -v npm >/dev/null || echo npm) >/dev/null; }
 
+models: $(VENV)/.dev  ## Download the real models that some tests use (350 MB) into ~/.cache/rayline
+	$(BIN)/rayline pull smollm2 gemma3-270m
+
 test: test-unit test-integration  ## Run every test that needs no GPU
 
 # Plugins that come with other packages cost each process seconds to load and rewrite, and no unit test needs them.
-test-unit: $(VENV)/.dev  ## Run the tests that need no Ray cluster, on all cores
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/unit --numprocesses auto --maxprocesses 8 --dist worksteal
+test-unit: $(VENV)/.dev $(if $(filter required,$(REAL_MODELS)),models)  ## Run the tests that need no Ray cluster, on all cores (REAL_MODELS=optional: without those of missing models)
+	REAL_MODELS=$(REAL_MODELS) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/unit --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-integration: $(VENV)/.dev  ## Run the tests of a whole server, which share one Ray cluster
 	$(BIN)/pytest tests/integration tests/e2e tests/gpu

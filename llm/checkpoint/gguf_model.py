@@ -42,6 +42,13 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA_LAYER = {
+    **_LAYER,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_SCALE_SIZES = ("embedding_length", "attention.head_count", "block_count", "attention.key_length")
 
 Keys = dict[str, Any]
 """The architecture's own metadata, without its prefix. Who reads a key takes it out."""
@@ -81,10 +88,43 @@ def _qwen_keys(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     return {"use_sliding_window": False}
 
 
+def _gemma_2_keys(keys: Keys, file: GGUFFile) -> dict[str, Any]:
+    return {
+        **_gemma_keys(keys, file, num_layers_of_27b=46),
+        "attn_logit_softcapping": decimal(keys.pop("attn_logit_softcapping", 50.0)),
+        "final_logit_softcapping": decimal(keys.pop("final_logit_softcapping", 30.0)),
+    }
+
+
+def _gemma_3_keys(keys: Keys, file: GGUFFile) -> dict[str, Any]:
+    return {
+        **_gemma_keys(keys, file, num_layers_of_27b=62),
+        "sliding_window_pattern": keys.pop("attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": decimal(keys.pop("rope.freq_base_swa", 1e4)),
+        "final_logit_softcapping": keys.pop("final_logit_softcapping", None),
+    }
+
+
+def _gemma_keys(keys: Keys, file: GGUFFile, *, num_layers_of_27b: int) -> dict[str, Any]:
+    """What both generations have; files do not say what scores are scaled by, which is another width in 27B alone."""
+    prefix = file.metadata["general.architecture"]
+    hidden_size, num_heads, num_layers, head_dim = (file.metadata[f"{prefix}.{name}"] for name in _SCALE_SIZES)
+    is_27b = num_layers == num_layers_of_27b
+    return {
+        "sliding_window": keys.pop("attention.sliding_window"),
+        "query_pre_attn_scalar": hidden_size // num_heads if is_27b else head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+
+
 _ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", _llama_keys, _LAYER, has_paired_rows=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _qwen_keys, _LAYER),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen_keys, {**_LAYER, **_HEAD_NORMS}),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma_2_keys, _GEMMA_LAYER, norm_offset=1.0),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", _gemma_3_keys, {**_GEMMA_LAYER, **_HEAD_NORMS}, norm_offset=1.0
+    ),
 }
 
 

@@ -114,7 +114,7 @@ def test_doctor_finds_this_machine_usable():
     assert "Ray" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "check", "doctor", "status"])
+@pytest.mark.parametrize("command", ["serve", "chat", "check", "convert", "doctor", "pull", "status"])
 def test_every_command_has_help(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0

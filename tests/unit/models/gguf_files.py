@@ -49,14 +49,17 @@ def shape_metadata(architecture: str, config: PreTrainedConfig) -> dict[str, Any
             "attention.head_count": config.num_attention_heads,
             "attention.head_count_kv": config.num_key_value_heads,
             "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-            "rope.freq_base": config.rope_parameters["rope_theta"],
+            "rope.freq_base": config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"],
             "vocab_size": config.vocab_size,
         }.items()
     }
 
 
 def model_tensors(architecture: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """A model's weights under llama.cpp's names, which the package knows; rows that turn together are neighbours."""
+    """A model's weights under llama.cpp's names, which the package knows, and as its converter changes them.
+
+    In Llama's, rows that turn together are neighbours; Gemma's norms have 1 on top.
+    """
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
     found = {}
@@ -70,6 +73,8 @@ def model_tensors(architecture: str, model: PreTrainedModel) -> dict[str, np.nda
             num_heads = model.config.num_attention_heads if ".attn_q." in name else model.config.num_key_value_heads
             halves = numbers.reshape(num_heads, 2, -1, *numbers.shape[1:])
             numbers = halves.swapaxes(1, 2).reshape(numbers.shape)
+        if architecture.startswith("gemma") and "norm." in name:
+            numbers = numbers + 1
         found[name] = np.ascontiguousarray(numbers)
     return found
 

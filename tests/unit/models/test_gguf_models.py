@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from gguf_files import MERGES, VOCAB_SIZE, tokens, write_gguf, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deployments.cli.serve import _find_models
+from deployments.config import AppConfig, resolve_paths
+from deployments.fingerprint import fingerprint_of
+from deployments.serve.config_file import BUILDER, check_config_file
 from llm.checkpoint import gguf_convert
 from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.gguf_convert import convert
@@ -21,6 +26,12 @@ from llm.errors import CheckpointError, LLMError
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer
+
+GEMMA = {
+    "attention__key_length": 16,
+    "attention__value_length": 16,
+    "attention__sliding_window": 17,
+}
 
 KINDS = [
     ("llama", "llama", {}),
@@ -110,6 +121,32 @@ def test_an_engine_is_made_of_a_file(qwen3):
     assert result.token_ids
 
 
+def test_a_configuration_names_a_file(qwen3, tmp_path, monkeypatch):
+    """By a relative path, too; every node reads the file itself, under the name of the file."""
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "http_options": {"host": "127.0.0.1"},
+        "applications": [{"import_path": BUILDER, "args": {"model": "small.gguf"}}],
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    config = check_config_file(tmp_path / "config.yaml").apps["default"]
+    assert config.model_name == "small"
+    assert resolve_paths(config).model == str(qwen3)
+    _find_models(content, {"default": config})
+    assert content["applications"][0]["args"] == {"model": str(qwen3), "served_model_name": "small"}
+
+
+def test_the_same_file_elsewhere_is_the_same_version(qwen3, tmp_path):
+    copy = tmp_path / "another name.gguf"
+    shutil.copy(qwen3, copy)
+    first, second = (fingerprint_of(AppConfig(model=str(path))) for path in (qwen3, copy))
+    assert first == second
+    with copy.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"other weights")
+    assert fingerprint_of(AppConfig(model=str(copy))) != first
+
+
 def test_a_directory_with_nothing_but_a_file_is_that_file(qwen3, tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
@@ -153,7 +190,7 @@ def test_what_is_no_checkpoint_is_none(tmp_path):
         ({"qwen3__logit_scale": 0.5}, r"qwen3.logit_scale (0.5) may change what the model computes"),
         ({"qwen3__never_heard_of": 1}, r"qwen3.never_heard_of (1) may change"),
         ({"qwen3__block_count": None}, "lacks qwen3.block_count"),
-        ({"qwen3__block_count": "three"}, "config.json: num_layers"),
+        ({"qwen3__block_count": "three"}, "config.json: 'num_hidden_layers' is 'three'"),
         ({"qwen3__embedding_length": "wide"}, "holds a value that cannot be used"),
         ({"qwen3__rope__dimension_count": 16}, "rope.dimension_count 16 is not supported"),
         ({"qwen3__rope__scaling__type": "longrope", "qwen3__rope__scaling__factor": 2.0}, "'longrope' is not"),

@@ -1,0 +1,114 @@
+"""SmolLM2-135M-Instruct: the same text and the same probabilities as transformers', in float32."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from real_texts import ODD_TEXTS, PARAGRAPH, QUESTIONS
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llm.checkpoint.gguf_convert import convert
+from llm.checkpoint.hub import resolve_model_path
+from llm.config import EngineConfig
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.schemas import GenerationRequest
+from llm.tokenization.hf_tokenizer import HFTokenizer
+
+NUM_TOKENS = 10
+NUM_TOKENS_ALONE = 5
+TIE = 1e-3
+"""Two logits this close may come out in either order: float32 sums differ by about a tenth of it."""
+
+
+class Models(NamedTuple):
+    ours: ContinuousBatchingEngine
+    theirs: PreTrainedModel
+
+
+@pytest.fixture(scope="module")
+def models(real_model, tmp_path_factory) -> Models:
+    """The engine reads the file itself; transformers reads the same weights, unpacked."""
+    path = real_model("smollm2")
+    directory = tmp_path_factory.mktemp("smollm2")
+    convert(path, directory, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    config = EngineConfig(cpu_pool_bytes=256 << 20, max_seq_len=1024)
+    ours = ContinuousBatchingEngine.from_pretrained(path, config=config, dtype=torch.float32, progress=False)
+    return Models(ours, theirs)
+
+
+def greedy(engine: ContinuousBatchingEngine, question: str, max_new_tokens: int) -> GenerationRequest:
+    assert engine.tokenizer is not None
+    chat = engine.tokenizer.apply_chat_template([{"role": "user", "content": question}])
+    return GenerationRequest(prompt_token_ids=tuple(chat), max_new_tokens=max_new_tokens, temperature=0)
+
+
+def logits_of_answers(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> list[torch.Tensor]:
+    """The logits from which each token of each answer is drawn, given the tokens before it: `(tokens, vocabulary)`."""
+    texts = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    is_real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    hidden = model.model(ids, attention_mask=is_real, use_cache=False).last_hidden_state
+    return [
+        model.lm_head(states[len(prompt) - 1 : len(prompt) + len(answer) - 1])
+        for states, prompt, answer in zip(hidden, prompts, answers, strict=True)
+    ]
+
+
+def assert_greedy(answer: list[int], logits: torch.Tensor, what: str) -> None:
+    """Each token is the likeliest one, or as good as tied with it."""
+    for position, (token_id, row) in enumerate(zip(answer, logits[: len(answer)], strict=True)):
+        margin = (row.max() - row[token_id]).item()
+        assert margin < TIE, f"{what}, token {position}: {token_id} is {margin:.5f} below {row.argmax()}"
+
+
+@torch.inference_mode()
+def test_greedy_text_is_transformers_alone_and_in_a_batch(models):
+    """Given the tokens before it, each token of ours is the one that transformers would draw."""
+    asked = [greedy(models.ours, question, NUM_TOKENS) for question in QUESTIONS]
+    prompts = [list(request.prompt_token_ids) for request in asked]
+    batched = [list(result.token_ids) for result in models.ours.generate(asked, progress=False)]
+    logits = logits_of_answers(models.theirs, prompts, batched)
+    for question, answer, rows in zip(QUESTIONS, batched, logits, strict=True):
+        assert_greedy(answer, rows, question)
+    for question, answer, rows in zip(QUESTIONS, batched, logits, strict=True):
+        (result,) = models.ours.generate([greedy(models.ours, question, NUM_TOKENS_ALONE)], progress=False)
+        alone = list(result.token_ids)
+        assert len(alone) == min(len(answer), NUM_TOKENS_ALONE)
+        # Behind a tie that came out in another order the texts go different ways.
+        ways = [i for i, pair in enumerate(zip(alone, answer, strict=False)) if len(set(pair)) > 1]
+        assert_greedy(alone[: ways[0] + 1] if ways else alone, rows, f"{question} (alone)")
+    texts = [models.ours.tokenizer.decode(answer) for answer in batched]
+    assert "Paris" in texts[0]
+
+
+@torch.inference_mode()
+def test_perplexity_of_a_paragraph_is_transformers(models):
+    """Each token's log probability within 1e-4, and a perplexity that only whole weights give."""
+    ids = models.ours.tokenizer.encode(PARAGRAPH)
+    rows = models.theirs(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    expected = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    request = GenerationRequest(prompt_token_ids=tuple(ids), max_new_tokens=0, prompt_logprobs=1)
+    (result,) = models.ours.generate([request], progress=False)
+    found = torch.tensor([entry.logprob for entry in result.prompt_logprobs])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    perplexity = math.exp(-found.mean())
+    assert perplexity == pytest.approx(math.exp(-expected.mean()), abs=1e-4)
+    assert perplexity < 30
+
+
+def test_tokens_of_texts_and_chats_are_transformers(real_model):
+    """transformers reads the vocabulary out of the same file; numbers are cut into digits, as in SmolLM2's own."""
+    path: Path = real_model("smollm2")
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours = HFTokenizer.from_pretrained(resolve_model_path(str(path)))
+    for text in (*ODD_TEXTS, PARAGRAPH.replace("1962", "spring")):
+        ids = ours.encode(text)
+        assert ids == theirs(text, add_special_tokens=False).input_ids
+        assert ours.decode(ids) == text
+    chat = [{"role": "user", "content": QUESTIONS[0]}]
+    expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ours.apply_chat_template(chat) == expected
+    assert [ours.token_text(i) for i in ours.encode("In 1962")] == ["In", " ", "1", "9", "6", "2"]
