@@ -112,7 +112,7 @@ def order_pairs(routes: Routes, num_tokens: int) -> None:
 
 def _block(num_experts: int) -> int:
     """Experts of a tile: a product on tensor cores has at least 64 rows on its left, others 16."""
-    return max(triton.next_power_of_2(num_experts), 16)
+    return max(1 << (num_experts - 1).bit_length(), 16)
 
 
 @triton.jit

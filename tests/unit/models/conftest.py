@@ -64,8 +64,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "mistral": lambda: MistralConfig(**{**SHAPE, "sliding_window": None, "head_dim": 16}),
     "mistral_window": lambda: MistralConfig(**{**SHAPE, "sliding_window": 17}),
-    "mixtral": lambda: MixtralConfig(**{**SHAPE, "num_local_experts": 5, "num_experts_per_tok": 2}),
-    "mixtral_window": lambda: MixtralConfig(**{**SHAPE, "num_local_experts": 3, "sliding_window": 17}),
+    "mixtral": lambda: MixtralConfig(**{**SHAPE, "num_local_experts": 3, "sliding_window": 17}),
     "phi3": lambda: Phi3Config(**{**SHAPE, "sliding_window": None}),
     "phi3_partial": lambda: Phi3Config(
         **{**SHAPE, "hidden_size": 96, "partial_rotary_factor": 0.5, "tie_word_embeddings": True}
@@ -79,7 +78,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2_yarn": lambda: Qwen2Config(**{**SHAPE, **rope("yarn", **YARN)}),
     "qwen3": lambda: Qwen3Config(**{**SHAPE, "head_dim": 24}),
     "qwen3_tied": lambda: Qwen3Config(**{**SHAPE, "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
-    "qwen3_moe": lambda: qwen3_moe(norm_topk_prob=True),
+    "qwen3_moe": lambda: qwen3_moe(norm_topk_prob=True, moe_intermediate_size=56),
     "qwen3_moe_dense": lambda: qwen3_moe(decoder_sparse_step=2, mlp_only_layers=[2], attention_bias=True),
 }
 
