@@ -153,7 +153,7 @@ def test_what_is_no_checkpoint_is_none(tmp_path):
         ({"qwen3__logit_scale": 0.5}, r"qwen3.logit_scale (0.5) may change what the model computes"),
         ({"qwen3__never_heard_of": 1}, r"qwen3.never_heard_of (1) may change"),
         ({"qwen3__block_count": None}, "lacks qwen3.block_count"),
-        ({"qwen3__block_count": "three"}, "config.json: num_layers"),
+        ({"qwen3__block_count": "three"}, "config.json: 'num_hidden_layers' is 'three'"),
         ({"qwen3__embedding_length": "wide"}, "holds a value that cannot be used"),
         ({"qwen3__rope__dimension_count": 16}, "rope.dimension_count 16 is not supported"),
         ({"qwen3__rope__scaling__type": "longrope", "qwen3__rope__scaling__factor": 2.0}, "'longrope' is not"),
