@@ -9,7 +9,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.chat.tool_formats.mistral import ID_LENGTH
@@ -17,6 +17,7 @@ from deployments.config import ToolParserName
 from llm.errors import InvalidRequestError
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
+_TEXT = "text"
 _LETTERS = string.ascii_letters + string.digits
 _SHORT_ID = re.compile(rf"[a-zA-Z0-9]{{{ID_LENGTH}}}")
 
@@ -30,6 +31,7 @@ class HistoryStyle:
         has_text_arguments: arguments are JSON text, not an object.
         has_single_calls: a message holds one call.
         has_short_ids: ids of calls are nine letters or digits.
+        has_calls_alone: a message with calls has no text, which stands in a message of its own before it.
         has_channels: thoughts never stand beside content of a message with calls, and every tool has a description:
             gpt-oss's template.
     """
@@ -39,10 +41,12 @@ class HistoryStyle:
     has_single_calls: bool = False
     has_short_ids: bool = False
     has_channels: bool = False
+    has_calls_alone: bool = False
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages of a chat in this style."""
-        adapted = [self._message(message) for message in messages]
+        told = _text_before_calls(messages) if self.has_calls_alone else messages
+        adapted = [self._message(message) for message in told]
         return _one_call_each(adapted) if self.has_single_calls else adapted
 
     def tools(self, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -82,13 +86,15 @@ def find_style(tokenizer: HFTokenizer, tool_parser: ToolParserName | None) -> Hi
     for is_content_null, has_text_arguments in ((False, False), (True, False), (True, True), (False, True)):
         style = HistoryStyle(is_content_null, has_text_arguments, False, has_short_ids, has_channels)
         if _shows(tokenizer, style, 1):
-            has_single_calls = not _shows(tokenizer, style, 2)
-            return HistoryStyle(is_content_null, has_text_arguments, has_single_calls, has_short_ids, has_channels)
+            style = replace(style, has_single_calls=not _shows(tokenizer, style, 2))
+            alone = replace(style, has_calls_alone=True)
+            is_alone = not _shows(tokenizer, style, 1, _TEXT) and _shows(tokenizer, alone, 1, _TEXT)
+            return alone if is_alone else style
     return HistoryStyle(has_short_ids=has_short_ids, has_channels=has_channels)
 
 
-def _shows(tokenizer: HFTokenizer, style: HistoryStyle, num_calls: int) -> bool:
-    """Whether so many calls in one message all come out of the template."""
+def _shows(tokenizer: HFTokenizer, style: HistoryStyle, num_calls: int, content: str = "") -> bool:
+    """Whether so many calls in one message, beside this text, all come out of the template."""
     values = [f"value{i}" for i in range(num_calls)]
     ids = [f"abcdefgh{i}" for i in range(num_calls)]
     function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
@@ -98,7 +104,7 @@ def _shows(tokenizer: HFTokenizer, style: HistoryStyle, num_calls: int) -> bool:
     ]
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "question"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "assistant", "content": content, "tool_calls": calls},
         *({"role": "tool", "tool_call_id": call_id, "name": "probe", "content": "result"} for call_id in ids),
     ]
     tools = [{"type": "function", "function": function}]
@@ -107,6 +113,17 @@ def _shows(tokenizer: HFTokenizer, style: HistoryStyle, num_calls: int) -> bool:
     except InvalidRequestError:
         return False
     return all(value in text for value in values)
+
+
+def _text_before_calls(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages of text and calls as two messages."""
+    split: list[Mapping[str, Any]] = []
+    for message in messages:
+        if message.get("tool_calls") and message.get("content"):
+            split.append({key: value for key, value in message.items() if key != "tool_calls"})
+            message = {"role": message["role"], "content": "", "tool_calls": message["tool_calls"]}
+        split.append(message)
+    return split
 
 
 def _one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

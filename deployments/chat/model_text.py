@@ -72,7 +72,7 @@ class ModelText:
         try:
             encoder.inputs([_SAMPLE_TEXT])
         except APIError as error:
-            raise ConfigError(f"{config.model}/tokenizer.json: is it this model's? {error.message}") from error
+            raise ConfigError(f"{config.model}: is its tokenizer this model's? {error.message}") from error
         if not self.tokenizer.has_chat_template:
             return
         refusal = ""

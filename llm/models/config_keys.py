@@ -50,6 +50,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
         key_names("""
             vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
             max_position_embeddings original_max_position_embeddings sliding_window max_window_layers
+            num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
         """),
     ),
     (
@@ -63,7 +64,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
     (
         "true or false",
         lambda value: isinstance(value, bool),
-        key_names("tie_word_embeddings attention_bias mlp_bias use_sliding_window truncate"),
+        key_names("tie_word_embeddings attention_bias mlp_bias use_sliding_window truncate norm_topk_prob"),
     ),
     ("text", lambda value: isinstance(value, str), key_names("hidden_act rope_type type model_type")),
     ("an object", lambda value: isinstance(value, dict), key_names("rope_scaling rope_parameters")),
@@ -71,6 +72,11 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
         "a list of words",
         lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
         key_names("layer_types"),
+    ),
+    (
+        "a list of whole numbers",
+        lambda value: isinstance(value, list) and all(isinstance(item, int) for item in value),
+        key_names("mlp_only_layers"),
     ),
     (
         "a list of words",

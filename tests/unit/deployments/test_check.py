@@ -97,7 +97,7 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
         ("template past the vocabulary", r"chat_template.jinja: .* token ids must be below the vocabulary's 264"),
         ("template list", r"tokenizer_config.json: 'chat_template' is \['x'\], but must be"),
         ("tokenizer_config", "tokenizer_config.json cannot be read as JSON"),
-        ("tokenizer of another model", r"tokenizer.json: is it this model's\? .* below the vocabulary's 264"),
+        ("tokenizer of another model", r"model: is its tokenizer this model's\? .* below the vocabulary's 264"),
         ("architectures", r"config.json: 'architectures' is 5, but must be a list of words"),
     ],
 )

@@ -12,7 +12,9 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from deployments.chat.history import HistoryStyle
+from deployments.chat.messages import ChatMessage
 from deployments.chat.model_format import ModelFormat, find_format, prompt_reasoning
+from deployments.chat.template_turns import render_turns
 from deployments.config import ReasoningParserName, ToolParserName
 from llm.errors import InvalidRequestError
 from llm.tokenization import chat_template as chat_template_module
@@ -175,6 +177,32 @@ def test_earlier_calls_and_results_reach_the_model(name: str, chat: str):
     calls = [each["function"]["arguments"]["key"] for message in CHATS[chat] for each in message.get("tool_calls", ())]
     places = [rendered.index(text) for text in [*calls, *results]]
     assert all(place > rendered.index("What is") for place in places)
+
+
+def called(content: str | None, *ids: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "tool_calls": [call(each, f"{each} value") for each in ids]}
+
+
+def answered(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": f"{call_id} result"}
+
+
+@pytest.mark.parametrize("name", SHOWS_CALLS)
+@pytest.mark.parametrize("content", [None, "", "I look it up."])
+def test_calls_of_all_turns_reach_the_model_beside_whatever_content(name: str, content: str | None):
+    """As a client sends them: null, nothing or a text. DeepSeek-R1's distillates know calls beside null alone."""
+    chat = [
+        QUESTION, called(content, "one"), answered("one"), {"role": "assistant", "content": "A letter."}, QUESTION,
+        called(content, "two", "three"), answered("two"), answered("three"), {"role": "assistant", "content": "So."},
+        QUESTION,
+    ]  # fmt: skip
+    tokenizer, style = tokenizer_of(name), format_of(name).history
+    turns = style.messages([ChatMessage.model_validate(message).turn() for message in chat])
+    text = render_turns(tokenizer, turns, tools=style.tools([TOOL])).text
+    for each in ("one", "two", "three"):
+        assert text.index(f"{each} value") < text.index(f"{each} result")
+    if "R1-Distill" in name:
+        assert text.count(content or "A letter.") == (2 if content else 1)
 
 
 def test_tools_without_a_description_and_thoughts_reach_gpt_oss():

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA3, YARN
 
 from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.loading import load_decoder
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 SHAPE: dict[str, Any] = {
     "_attn_implementation_autoset": True, "_name_or_path": "/home/somebody/checkpoint-500", "attention_dropout": 0.0,
     "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.2,
