@@ -82,6 +82,15 @@ class RopeScaling(StrictModel):
     """yarn: round the correction range to whole dimensions."""
 
 
+class Activation(StrEnum):
+    """What a gated feed-forward makes of its gate (Shazeer 2020, arXiv:2002.05202)."""
+
+    SILU = "silu"
+    """SwiGLU."""
+    GELU_TANH = "gelu_tanh"
+    """GeGLU, by the approximation with tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+
+
 class ModelConfig(StrictModel):
     """Shape of a decoder. Everything `DecoderModel` needs, nothing about serving."""
 
@@ -90,7 +99,8 @@ class ModelConfig(StrictModel):
     vocab_size: int = Field(default=32000, gt=0)
     hidden_size: int = Field(default=512, gt=0)
     intermediate_size: int | None = Field(default=None, gt=0)
-    """Width of the SwiGLU MLP; None for 8/3 of `hidden_size` rounded up to a multiple of 64."""
+    """Width of the gated MLP; None for 8/3 of `hidden_size` rounded up to a multiple of 64."""
+    activation: Activation = Activation.SILU
     num_layers: int = Field(default=6, gt=0)
     num_heads: int = Field(default=8, gt=0)
     """Query heads."""
@@ -104,9 +114,22 @@ class ModelConfig(StrictModel):
     """Sliding window: a token attends to itself and the `window_size - 1` tokens before it. None for all."""
     window_layers: tuple[int, ...] | None = None
     """Layers that the window applies to; None for every layer."""
+    attention_scale: float | None = Field(default=None, gt=0)
+    """Softmax scale; None for the root of 1 / `head_dim`."""
+    attention_soft_cap: float | None = Field(default=None, gt=0)
+    """Bound of attention's scores, which come near it by a tanh (Gemma 2); None for none."""
+    logit_soft_cap: float | None = Field(default=None, gt=0)
+    """The same of the logits."""
+    embedding_scale: float | None = Field(default=None, gt=0)
+    """What embeddings are multiplied by, rounded to the model's format (Gemma); None for nothing."""
     rms_norm_eps: float = Field(default=1e-6, gt=0)
+    norm_offset: float | None = None
+    """What is added to the weights of norms, which then scale in float32 (Gemma: 1); None for scaling in the model's
+    format (Llama)."""
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
+    window_rope_theta: float | None = Field(default=None, gt=0)
+    """Base of the angles, not stretched, in layers with a window (Gemma 3); None for the same RoPE in all layers."""
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
     """Share of each head that RoPE turns, from its beginning."""
     qk_norm: bool = False

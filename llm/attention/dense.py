@@ -21,7 +21,13 @@ class DenseContext:
         self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
     def attend(
-        self, layer: int, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        spec: AttentionSpec,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionContext.attend`; here the leading dimensions are (batch, seq)."""
         if self._caches is None:
@@ -29,10 +35,7 @@ class DenseContext:
         else:
             keys, values = self._caches[layer].append(key, value)
         mask = self._mask(query.shape[1], keys.shape[2], spec.window, query.device)
-        output = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, mask, enable_gqa=query.shape[2] != keys.shape[1]
-        )
-        return output.transpose(1, 2)
+        return causal_attention(query.transpose(1, 2), keys, values, mask, spec, sinks).transpose(1, 2)
 
     def _mask(self, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """Boolean (num_queries, num_keys), True where attended to, or None for everything; shared by the layers."""
@@ -40,6 +43,74 @@ class DenseContext:
         if cached not in self._masks:
             self._masks[cached] = causal_mask(num_queries, num_keys, window, device)
         return self._masks[cached]
+
+
+def causal_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
+    *,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Attention as `spec` says, by PyTorch's kernels where these can.
+
+    Args:
+        query: (batch, num_heads, queries, head_dim).
+        keys, values: (batch, num_kv_heads, keys, head_dim).
+        mask: boolean, (queries, keys), True where attended to; None for everything.
+        sinks: (num_heads,); needed where `spec.has_sinks`.
+        is_causal: in place of a mask where there are as many queries as keys: a query sees no later key.
+
+    Returns:
+        Same shape as `query`.
+    """
+    num_kv_heads = keys.shape[1]
+    if spec.is_plain:
+        return F.scaled_dot_product_attention(
+            query, keys, values, mask, is_causal=is_causal, scale=spec.scale,
+            enable_gqa=query.shape[1] != num_kv_heads,
+        )  # fmt: skip
+    if is_causal:
+        mask = causal_mask(query.shape[2], keys.shape[2], None, query.device)
+    grouped_sinks = None if sinks is None else sinks.view(num_kv_heads, -1, 1, 1)
+    grouped_query = query.view(query.shape[0], num_kv_heads, -1, *query.shape[2:])
+    output = attend_by_definition(grouped_query, keys.unsqueeze(2), values.unsqueeze(2), mask, spec, grouped_sinks)
+    return output.flatten(1, 2)
+
+
+def attend_by_definition(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """softmax(scores) V with everything that a spec can ask of scores; the softmax in float32.
+
+    Args:
+        query: (…, queries, head_dim).
+        keys, values: (…, keys, head_dim), broadcast to the query's leading dimensions.
+        mask: boolean, broadcast to (…, queries, keys), True where attended to; None for everything.
+        sinks: broadcast to (…, queries, 1); needed where `spec.has_sinks`.
+
+    Returns:
+        Same shape as `query`.
+    """
+    scores = (query @ keys.transpose(-1, -2)).float() * spec.softmax_scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if spec.has_sinks:
+        assert sinks is not None, "the layer has them"
+        own = sinks.float().expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, own], dim=-1)
+    probabilities = scores.softmax(-1)[..., : keys.shape[-2]]
+    return probabilities.to(values.dtype) @ values
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:

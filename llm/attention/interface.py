@@ -15,7 +15,13 @@ class AttentionContext(Protocol):
     """Causal attention for one forward pass. Stores what later passes need of the keys and values."""
 
     def attend(
-        self, layer: int, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        spec: AttentionSpec,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention output of one layer's new tokens.
 
@@ -25,6 +31,7 @@ class AttentionContext(Protocol):
             query: (…, num_heads, head_dim), RoPE applied.
             key: (…, num_kv_heads, head_dim), RoPE applied.
             value: (…, num_kv_heads, head_dim).
+            sinks: (num_heads,); needed where `spec.has_sinks`.
 
         Returns:
             Same shape as `query`.

@@ -49,7 +49,8 @@ class PagedAttentionBackend(Protocol):
         kv_pages: torch.Tensor,
         batch: PackedBatch,
         group: int,
-        window: int | None,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention output of the new tokens, whose keys and values are stored in `kv_pages` already.
 
@@ -57,8 +58,9 @@ class PagedAttentionBackend(Protocol):
             query: (tokens, num_heads, head_dim).
             key, value: (tokens, num_kv_heads, head_dim), the new tokens' own.
             kv_pages: (2, pages, page_size, num_kv_heads, head_dim), keys first.
-            group: index of the layer's group.
-            window: of the group: a token attends to itself and the `window - 1` tokens before it; None for all.
+            group: index of the layer's group, whose layers all have one window.
+            spec: of the layer.
+            sinks: (num_heads,); needed where `spec.has_sinks`.
 
         Returns:
             (tokens, num_heads, head_dim).
@@ -75,11 +77,17 @@ class PagedContext:
         self._batch = batch
 
     def attend(
-        self, layer: int, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        spec: AttentionSpec,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionContext.attend`; here there is one leading dimension, the step's tokens."""
         kv_pages, group = self._kv_cache.layers[layer], self._kv_cache.group_of[layer]
         slots = kv_pages.flatten(1, 2)
         slots[0].index_copy_(0, self._batch.slots[group], key)
         slots[1].index_copy_(0, self._batch.slots[group], value)
-        return self._backend.attend(query, key, value, kv_pages, self._batch, group, spec.window)
+        return self._backend.attend(query, key, value, kv_pages, self._batch, group, spec, sinks)

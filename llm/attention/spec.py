@@ -7,7 +7,7 @@ from llm.attention.rope import RotaryEmbedding
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Shape and reach of one layer's attention. The softmax scale is `head_dim ** -0.5`.
+    """Shape, reach and scores of one layer's attention.
 
     Grouped queries (Ainslie et al. 2023, arXiv:2305.13245): each key/value head serves `num_heads / num_kv_heads`
     query heads.
@@ -18,6 +18,10 @@ class AttentionSpec:
         head_dim: width of a head.
         rope: how positions turn queries and keys.
         window: a token attends to itself and the `window - 1` tokens before it; None for all.
+        scale: of products of queries and keys, which makes them scores; None for `head_dim ** -0.5`.
+        soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2, arXiv:2408.00118); None for as they are.
+        has_sinks: each query head has a score of its own beside those of the tokens, for nothing: it takes its share of
+            the softmax and gives no value (gpt-oss; Xiao et al. 2023, arXiv:2309.17453).
     """
 
     num_heads: int
@@ -25,6 +29,19 @@ class AttentionSpec:
     head_dim: int
     rope: RotaryEmbedding
     window: int | None = None
+    scale: float | None = None
+    soft_cap: float | None = None
+    has_sinks: bool = False
+
+    @property
+    def softmax_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is softmax(scale QKᵀ) V and nothing else."""
+        return self.soft_cap is None and not self.has_sinks
 
     @property
     def qkv_size(self) -> int:

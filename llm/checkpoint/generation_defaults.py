@@ -150,7 +150,9 @@ def find_vocab_size(directory: str | Path) -> int | None:
         ConfigError: config.json cannot be read, or says something else than a number.
     """
     path = Path(directory) / "config.json"
-    size = read_json_if_there(path).get("vocab_size")
+    config = read_json_if_there(path)
+    text = config.get("text_config")  # of a model that can do more than text
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
     if size is None:
         return None
     if isinstance(size, bool) or not isinstance(size, int):

@@ -18,11 +18,11 @@ from llm.checkpoint.gguf_weights import GGUFWeights
 from llm.checkpoint.hub import is_gguf
 from llm.checkpoint.model_config import load_model_config
 from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
-from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_buffer
+from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_buffer, is_of_other_part
 from llm.config import ModelConfig
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
-from llm.models.registry import destinations
+from llm.models.registry import FAMILIES, destinations
 
 Progress = bool | Callable[[int, int], None]
 """Whether to show a progress bar; or what to call with the bytes done and their total."""
@@ -117,8 +117,17 @@ def check_checkpoint(directory: str | Path) -> CheckedCheckpoint:
         except _OtherHeadError as error:
             untied = config.model_copy(update={"tie_embeddings": False})
             _find_weights(DecoderModel.from_config(untied, device="meta"), directory, files)
-            return CheckedCheckpoint(untied, (f"{error}; it is used: set tie_word_embeddings to false",))
-    return CheckedCheckpoint(config)
+            warning = f"{error}; it is used: set tie_word_embeddings to false"
+            return CheckedCheckpoint(untied, (*_left_out(config, directory), warning))
+    return CheckedCheckpoint(config, _left_out(config, directory))
+
+
+def _left_out(config: ModelConfig, directory: Path) -> tuple[str, ...]:
+    """What is to be said of what a checkpoint can do and the engine cannot."""
+    left_out = FAMILIES[config.architecture].left_out
+    if left_out is None:
+        return ()
+    return (f"{directory}: {config.architecture} takes {left_out} too; only its text is served",)
 
 
 @torch.no_grad()
@@ -185,6 +194,7 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
     targets = _targets(model)
     found = [(path, file, name) for path, file, names in _open_all(candidate, files) for name in names]
     names = canonical_names((name for _, _, name in found), targets)
+    takes_more = FAMILIES[model.config.architecture].left_out is not None
     copies: dict[str, _Copy] = {}
     head: _Copy | None = None
     for path, file, name in found:
@@ -196,7 +206,7 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
             _check_tensor(copies[place])
         elif place == HEAD and model.lm_head is None:
             head = _Copy(file, path, name, targets[EMBEDDINGS])
-        elif not is_buffer(place):
+        elif not is_buffer(place) and not (takes_more and is_of_other_part(name)):
             raise CheckpointError(f"{path} holds {name}, which config.json gives no place; is it the right one?")
     if head is not None:
         _settle_head(head, copies)

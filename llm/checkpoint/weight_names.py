@@ -13,6 +13,7 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BODY = "model."
 _HEAD_MODULE = "lm_head."
 _IN_LAYER = re.compile(r"((?:.*?\.)?)layers\.\d+\.")
+_OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
 _BUFFERS = re.compile(r"(?:.+\.)?(?:rotary_emb\.\w+|masked_bias|position_ids)")
 
 
@@ -35,6 +36,11 @@ def canonical_names(names: Iterable[str], wanted: Collection[str]) -> dict[str, 
 def is_buffer(name: str) -> bool:
     """Whether a tensor is one that older versions of transformers saved and that follows from the configuration."""
     return _BUFFERS.fullmatch(name) is not None
+
+
+def is_of_other_part(name: str) -> bool:
+    """Whether a tensor belongs to what sees images in front of a model of text."""
+    return _OTHER_PARTS.match(name) is not None
 
 
 def _canonical(name: str, prefix: str, heads: Iterable[str]) -> str:

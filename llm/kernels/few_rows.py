@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llm.kernels.activation import swiglu
+from llm.kernels.activation import gated
 from llm.kernels.launch import wait_for_inputs
 
 
@@ -42,7 +42,8 @@ def _sum_of_products(
 def tile_product(
     x, weight, scales, bias, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, IS_SHARED: tl.constexpr,
-    SWIGLU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows in its turn, block of outputs, turn and part of the sum).
 
@@ -114,7 +115,7 @@ def tile_product(
                 up *= tl.load(scales + num_outputs + weight_row)[:, None]
         if bias is not None:
             acc += tl.load(bias + weight_row).to(tl.float32)[:, None]
-        result = swiglu(acc, up, dtype) if SWIGLU else acc.to(dtype)
+        result = gated(acc, up, dtype, GELU) if SWIGLU else acc.to(dtype)
         offsets = row[None, :] * num_outputs.to(tl.int64) + out[:, None]
         mask = row[None, :] < num_rows
         if not IS_EVEN:
@@ -128,7 +129,8 @@ def tile_product(
 @triton.jit
 def single_row_product(
     x, norm, weight, scales, bias, output, experts, num_outputs, num_inputs, norm_eps,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, ADDS: tl.constexpr, PDL: tl.constexpr,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, OFFSET: tl.constexpr,
+    ADDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs of one row, one of `experts`), without tensor cores, which would idle.
 
@@ -158,7 +160,8 @@ def single_row_product(
         values = tl.load(x + column).to(tl.float32)
         if norm is not None:
             squares += values * values
-            values *= tl.load(norm + column).to(tl.float32)
+            factor = tl.load(norm + column).to(tl.float32)
+            values *= factor if OFFSET is None else factor + OFFSET
         acc += tl.load(gate_row + column[None, :]).to(tl.float32) * values[None, :]
         if SWIGLU:
             up += tl.load(up_row + column[None, :]).to(tl.float32) * values[None, :]
@@ -174,7 +177,7 @@ def single_row_product(
             up_result *= tl.load(scales + num_outputs + out)
     if bias is not None:
         result += tl.load(bias + out).to(tl.float32)
-    rounded = swiglu(result, up_result, dtype) if SWIGLU else result.to(dtype)
+    rounded = gated(result, up_result, dtype, GELU) if SWIGLU else result.to(dtype)
     if ADDS:
         rounded += tl.load(output + out)
     tl.store(output + out, rounded)

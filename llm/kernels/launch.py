@@ -43,12 +43,18 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 
 
 @cache
-def most_stages(device: torch.device, bytes_a_stage: int) -> int:
-    """Stages of a pipelined loop, so many bytes of tiles each, for which a program on `device` has shared memory."""
+def most_stages(device: torch.device, bytes_a_stage: int, other_bytes: int = 0) -> int:
+    """Stages of a pipelined loop for which a program on `device` has shared memory, one at least.
+
+    Args:
+        bytes_a_stage: of the tiles that are loaded at once.
+        other_bytes: that the program needs beside them.
+    """
     if device.type != "cuda":
         return 8
     properties = torch.cuda.get_device_properties(device)
-    return stages_in(properties.shared_memory_per_multiprocessor, bytes_a_stage, properties.major)
+    shared_memory = properties.shared_memory_per_multiprocessor - other_bytes
+    return max(stages_in(shared_memory, bytes_a_stage, properties.major), 1)
 
 
 def stages_in(shared_memory: int, bytes_a_stage: int, major: int) -> int:

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from llm.kernels.activation import silu_mul
+from llm.config import Activation
+from llm.kernels.activation import activate_gated
 from llm.kernels.few_rows import single_row_product, tile_product
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
@@ -120,11 +121,15 @@ class Linear:
             return self._single(stream.total, weights, stream.total.new_empty(1, len(weights)), norm=norm)
         return self(self._normed(stream, norm, weights), weights)
 
-    def add(self, stream: ResidualStream, x: torch.Tensor | EightBitRows, weights: Weights) -> None:
-        """Add the product of x, (rows, in), to the stream, on which nothing may be pending."""
+    def add(
+        self, stream: ResidualStream, x: torch.Tensor | EightBitRows, weights: Weights, norm: Norm | None = None
+    ) -> None:
+        """Add the product of x, (rows, in), or its norm, to the stream, on which nothing may be pending."""
         assert stream.pending is None, "a norm comes between two additions"
         total = stream.total
-        if isinstance(x, EightBitRows) or self._is_narrow(x, weights):
+        if norm is not None:
+            stream.pending, stream.pending_norm = self(x, weights), norm
+        elif isinstance(x, EightBitRows) or self._is_narrow(x, weights):
             product = self(x, weights)
             assert isinstance(product, ScaledProduct), "8-bit rows give one"
             stream.pending = product
@@ -135,22 +140,35 @@ class Linear:
             if weights.bias is not None:
                 total += weights.bias
 
-    def mlp(self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights) -> None:
-        """Add (silu(x Wgᵀ) * (x Wuᵀ)) Wdᵀ to the stream, where x is its norm; `gate_up` is Wg's rows, then Wu's."""
-        self.add(stream, self._activated(stream, norm, gate_up, down), down)
+    def mlp(
+        self,
+        stream: ResidualStream,
+        norm: Norm,
+        gate_up: Weights,
+        down: Weights,
+        activation: Activation = Activation.SILU,
+        norm_behind: Norm | None = None,
+    ) -> None:
+        """Add (activation(x Wgᵀ) * (x Wuᵀ)) Wdᵀ, or its norm, to the stream, where x is the stream's norm.
+
+        Args:
+            gate_up: Wg's rows, then Wu's.
+        """
+        self.add(stream, self._activated(stream, norm, gate_up, down, activation), down, norm_behind)
 
     def _activated(
-        self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights
+        self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights, activation: Activation
     ) -> torch.Tensor | EightBitRows:
         """What `mlp` multiplies with `down`, (rows, size)."""
         total, size = stream.total, len(gate_up) // 2
         if gate_up.bias is None and self._is_single(stream, gate_up, size):
-            return self._single(total, gate_up, total.new_empty(1, size), norm=norm, swiglu=True)
+            return self._single(total, gate_up, total.new_empty(1, size), norm=norm, gated_by=activation)
         x = self._normed(stream, norm, gate_up)
         if isinstance(x, torch.Tensor) and gate_up.bias is None and self._is_few(x, gate_up, size, swiglu=True):
-            return self._tiled(x, gate_up, total.new_empty(len(total), size), swiglu=True)
+            few = self._single if len(x) == 1 else self._tiled
+            return few(x, gate_up, total.new_empty(len(total), size), gated_by=activation)
         output = self._new_rows(total, size, down)
-        silu_mul(self(x, gate_up), output)
+        activate_gated(self(x, gate_up), output, activation)
         return output
 
     def _is_few(self, x: torch.Tensor, weights: Weights, num_outputs: int, *, swiglu: bool = False) -> bool:
@@ -196,21 +214,24 @@ class Linear:
 
     def _single(
         self, x: torch.Tensor, weights: Weights, output: torch.Tensor,
-        *, norm: Norm | None = None, swiglu: bool = False, adds: bool = False,
+        *, norm: Norm | None = None, gated_by: Activation | None = None, adds: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         num_outputs, num_inputs = output.shape[1], x.shape[1]
         single_row_product[(num_outputs // _SINGLE_OUTPUTS,)](
             x, None if norm is None else norm.weight, weights.weight, weights.scales, weights.bias, output, None,
             num_outputs, num_inputs, 0.0 if norm is None else norm.eps,
-            OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), SWIGLU=swiglu, ADDS=adds,
+            OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), SWIGLU=gated_by is not None,
+            GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds,
             num_warps=4, **launch_options(self._device),
         )  # fmt: skip
         return output
 
     def _tiled(
-        self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, swiglu: bool = False, adds: bool = False
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, weights: Weights, output: torch.Tensor,
+        *, gated_by: Activation | None = None, adds: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         """The product by tiles on tensor cores."""
+        swiglu = gated_by is not None
         (num_rows, num_inputs), num_outputs = x.shape, output.shape[1]
         if self._deterministic:
             tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize)
@@ -225,7 +246,8 @@ class Linear:
             x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, triton.cdiv(num_inputs, tile.k) // tile.num_parts * tile.k,
             ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, NUM_PARTS=tile.num_parts, IS_SHARED=tile.is_shared,
-            SWIGLU=swiglu, ADDS=adds, IS_EVEN=is_even, CAN_PREFETCH=is_even and self._device.type == "cuda",
+            SWIGLU=swiglu, GELU=gated_by is Activation.GELU_TANH, ADDS=adds, IS_EVEN=is_even,
+            CAN_PREFETCH=is_even and self._device.type == "cuda",
             num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
             **launch_options(self._device),
         )  # fmt: skip

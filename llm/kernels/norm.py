@@ -14,6 +14,7 @@ from llm.kernels.quantization import (
     load_product,
     scale_arguments,
     store_row,
+    unscaled,
 )
 
 
@@ -24,31 +25,42 @@ class ResidualStream:
     Attributes:
         total: (tokens, hidden_size), contiguous.
         pending: a product that is still to be added, which the next `rms_norm` does; None for none.
+        pending_norm: what is added is the product's norm; None for the product itself.
     """
 
     total: torch.Tensor
-    pending: ScaledProduct | None = None
+    pending: "torch.Tensor | ScaledProduct | None" = None
+    pending_norm: "Norm | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMSNorm (Zhang & Sennrich 2019): weight (hidden_size,), and what is added to the mean square."""
+    """RMSNorm (Zhang & Sennrich 2019).
+
+    Attributes:
+        weight: (size,).
+        eps: added to the mean square.
+        offset: see `llm.models.layers.RMSNorm`.
+    """
 
     weight: torch.Tensor
     eps: float
+    offset: float | None = None
 
 
 def rms_norm(stream: ResidualStream, norm: Norm, output: torch.Tensor | EightBitRows) -> None:
     """Add what is pending to the residual stream, in place, and write its norm to `output`, (tokens, hidden_size)."""
-    total, pending = stream.total, stream.pending
+    total, pending, pending_norm = stream.total, stream.pending, stream.pending_norm
     num_tokens, hidden_size = total.shape
     block = triton.next_power_of_2(hidden_size)
     _rms_norm[(num_tokens,)](
-        total, None if pending is None else pending.values, norm.weight, norm.eps, *destination(output),
-        **scale_arguments(pending), HIDDEN=hidden_size, BLOCK=block, num_warps=num_warps(block),
-        **launch_options(total.device),
+        total, None if pending is None else unscaled(pending), norm.weight, norm.eps, *destination(output),
+        **scale_arguments(pending), pending_weight=None if pending_norm is None else pending_norm.weight,
+        pending_eps=None if pending_norm is None else pending_norm.eps, HIDDEN=hidden_size, BLOCK=block,
+        OFFSET=norm.offset, num_warps=num_warps(block), **launch_options(total.device),
     )  # fmt: skip
-    stream.pending = None
+    assert pending_norm is None or pending_norm.offset == norm.offset, "all norms of a model are of one kind"
+    stream.pending = stream.pending_norm = None
 
 
 def embed_tokens(
@@ -57,6 +69,7 @@ def embed_tokens(
     token_rows: torch.Tensor,
     table: torch.Tensor,
     residual: torch.Tensor,
+    scale: float | None = None,
 ) -> None:
     """Write each token's embedding to `residual`.
 
@@ -66,11 +79,13 @@ def embed_tokens(
         token_rows: (tokens,) int32.
         table: (vocab_size, hidden_size).
         residual: (tokens, hidden_size), contiguous.
+        scale: embeddings are multiplied by it, rounded to their format; None for as they are.
     """
+    scale = None if scale is None else float(torch.tensor(scale, dtype=table.dtype, device="cpu"))
     num_tokens, hidden_size = residual.shape
     block = triton.next_power_of_2(hidden_size)
     _embed_tokens[(num_tokens,)](
-        token_ids, last_token_ids, token_rows, table, residual, HIDDEN=hidden_size, BLOCK=block,
+        token_ids, last_token_ids, token_rows, table, residual, scale, HIDDEN=hidden_size, BLOCK=block,
         num_warps=num_warps(block), **launch_options(residual.device),
     )  # fmt: skip
 
@@ -91,11 +106,23 @@ def keep_tokens(
 
 
 @triton.jit
+def normalised(x, factor, eps, SIZE: tl.constexpr, OFFSET: tl.constexpr):
+    """RMSNorm of a row of SIZE numbers, zeros behind them. Computed in float32, rounded where `RMSNorm` rounds."""
+    wide = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
+    if OFFSET is None:
+        normed = (wide * inverse).to(x.dtype) * factor
+    else:
+        normed = (wide * inverse * (factor.to(tl.float32) + OFFSET)).to(x.dtype)
+    return normed
+
+
+@triton.jit
 def _rms_norm(
-    total, pending, weight, eps, output, output_scales, row_scales, scales, bias,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    total, pending, weight, eps, output, output_scales, row_scales, scales, bias, pending_weight, pending_eps,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program: one token. Computed in float32, rounded where `RMSNorm` rounds."""
+    """Program: one token."""
     dim = tl.arange(0, BLOCK)
     mask = dim < HIDDEN
     factor = tl.load(weight + dim, mask=mask, other=0.0)
@@ -104,16 +131,18 @@ def _rms_norm(
     offsets = token * HIDDEN + dim
     x = tl.load(total + offsets, mask=mask, other=0.0)
     if pending is not None:
-        x += load_product(pending, offsets, mask, token, dim, row_scales, scales, bias, x.dtype)
+        added = load_product(pending, offsets, mask, token, dim, row_scales, scales, bias, x.dtype)
+        if pending_weight is not None:
+            added_factor = tl.load(pending_weight + dim, mask=mask, other=0.0)
+            added = normalised(added, added_factor, pending_eps, HIDDEN, OFFSET)
+        x += added
         tl.store(total + offsets, x, mask=mask)
-    wide = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
-    store_row((wide * inverse).to(x.dtype) * factor, output, output_scales, token, offsets, mask)
+    store_row(normalised(x, factor, eps, HIDDEN, OFFSET), output, output_scales, token, offsets, mask)
 
 
 @triton.jit
 def _embed_tokens(
-    token_ids, last_token_ids, token_rows, table, residual,
+    token_ids, last_token_ids, token_rows, table, residual, scale,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: one token."""
@@ -124,6 +153,8 @@ def _embed_tokens(
         token_id = tl.load(last_token_ids + tl.load(token_rows + token))
     dim = tl.arange(0, BLOCK)
     embedding = tl.load(table + token_id.to(tl.int64) * HIDDEN + dim, mask=dim < HIDDEN)
+    if scale is not None:
+        embedding = (embedding.to(tl.float32) * scale).to(embedding.dtype)
     tl.store(residual + token * HIDDEN + dim, embedding, mask=dim < HIDDEN)
 
 

@@ -51,6 +51,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
             vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
             max_position_embeddings original_max_position_embeddings sliding_window max_window_layers
             num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
+            sliding_window_pattern
         """),
     ),
     (
@@ -58,7 +59,8 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
         lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
         key_names("""
             rms_norm_eps rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor
-            beta_fast beta_slow mscale mscale_all_dim
+            beta_fast beta_slow mscale mscale_all_dim rope_local_base_freq query_pre_attn_scalar
+            attn_logit_softcapping final_logit_softcapping
         """),
     ),
     (
@@ -66,8 +68,8 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
         lambda value: isinstance(value, bool),
         key_names("tie_word_embeddings attention_bias mlp_bias use_sliding_window truncate norm_topk_prob"),
     ),
-    ("text", lambda value: isinstance(value, str), key_names("hidden_act rope_type type model_type")),
-    ("an object", lambda value: isinstance(value, dict), key_names("rope_scaling rope_parameters")),
+    ("text", lambda value: isinstance(value, str), key_names("hidden_act hidden_activation rope_type type model_type")),
+    ("an object", lambda value: isinstance(value, dict), key_names("rope_scaling rope_parameters text_config")),
     (
         "a list of words",
         lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
@@ -164,6 +166,10 @@ class ReadKeys(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def fill(self, defaults: Mapping[str, Any]) -> None:
+        """Give keys that are missing the values that they have then."""
+        self._content = {**defaults, **self._content}
 
     def refuse_unread(self, model: ModelConfig, architecture: str) -> None:
         """Refuse a key that nobody has looked at and that may change what the model computes.

@@ -23,8 +23,9 @@ from llm.models.operations import Operations, TorchOperations
 from llm.models.registry import FAMILIES
 
 _INIT_STD = 0.02
-Product = Callable[[torch.Tensor, nn.Module], torch.Tensor]
-"""Multiplies rows (…, in) with a module's weight (out, in)."""
+Head = Callable[[torch.Tensor, nn.Module, float | None], torch.Tensor]
+"""Multiplies rows (…, in) with a module's weight (out, in), and bounds the product x where there is a soft cap:
+`soft_cap * tanh(x / soft_cap)`."""
 
 
 class DecoderModel(nn.Module):
@@ -51,7 +52,7 @@ class DecoderModel(nn.Module):
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(family.make_layers(config))
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
             self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
         self.to(dtype)
         if torch.device(device).type != "meta":
@@ -69,7 +70,7 @@ class DecoderModel(nn.Module):
     def _init_weights(self) -> None:
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                parameter.fill_(1 - (self.config.norm_offset or 0))
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
@@ -160,7 +161,7 @@ class DecoderModel(nn.Module):
 
     def run(self, operations: Operations[Any]) -> torch.Tensor:
         """State a forward pass in operations; gives the final hidden states of the tokens that are asked for."""
-        operations.embed(self.embed_tokens)
+        operations.embed(self.embed_tokens, self.config.embedding_scale)
         for layer in self.layers:
             layer(operations)
         return operations.norm(self.norm)
@@ -179,15 +180,14 @@ class DecoderModel(nn.Module):
         """
         return self.run(TorchOperations(token_ids, positions, context, kept=kept, last_layer=self.num_layers - 1))
 
-    def logits(
-        self, hidden: torch.Tensor, product: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
         """Hidden states (…, hidden_size) → logits (…, vocab_size).
 
         Args:
-            product: multiplies rows with a module's weight; None for PyTorch's.
+            head: computes them; None for PyTorch.
         """
-        return (product or _product)(hidden, self.embed_tokens if self.lm_head is None else self.lm_head)
+        module = self.embed_tokens if self.lm_head is None else self.lm_head
+        return (head or _torch_head)(hidden, module, self.config.logit_soft_cap)
 
     def make_kv_caches(self, max_batch_size: int, max_seq_len: int | None = None) -> list[KVCache]:
         """Caches that fit this model, each layer with its own sliding window, so that windowed ones stay O(window)."""
@@ -225,5 +225,6 @@ class DecoderModel(nn.Module):
         return token_ids.long()
 
 
-def _product(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    return F.linear(hidden, module.get_parameter("weight"))
+def _torch_head(hidden: torch.Tensor, module: nn.Module, soft_cap: float | None) -> torch.Tensor:
+    logits = F.linear(hidden, module.get_parameter("weight"))
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)

@@ -1,6 +1,6 @@
 """`Family`: everything that is particular to a family of models."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,11 +8,17 @@ import torch
 from torch import nn
 
 from llm.attention.spec import AttentionSpec
-from llm.config import ModelConfig
+from llm.config import Activation, ModelConfig
 from llm.errors import ConfigError
 from llm.models.config_keys import ReadKeys
 from llm.models.operations import Operations
-from llm.models.rope_keys import read_rope
+from llm.models.rope_keys import RopeKeys, read_rope
+
+_ACTIVATION_KEYS = {
+    Activation.SILU: ("hidden_act", ("silu", "swish")),
+    Activation.GELU_TANH: ("hidden_activation", ("gelu_pytorch_tanh",)),
+}
+"""The key that a family of this activation reads, and the names that mean it."""
 
 
 class Layer(nn.Module):
@@ -60,27 +66,40 @@ class Family:
             TypeError, ConfigError, ValidationError.
         make_layers: on the current default device.
         layer_weights: destinations within a layer, by the names that modules have in a layer of a checkpoint.
+        left_out: what its checkpoints can do beside text and this engine cannot, in a word; their weights for it are
+            left alone. None for nothing.
     """
 
     read_config: Callable[[ReadKeys, str], ModelConfig]
     make_layers: Callable[[ModelConfig], Sequence[Layer]]
     layer_weights: Callable[[ModelConfig], Mapping[str, Destination]]
+    left_out: str | None = None
 
 
-def common_fields(config: ReadKeys, *, has_partial_rope: bool = False) -> dict[str, Any]:
+def common_fields(
+    config: ReadKeys,
+    *,
+    has_partial_rope: bool = False,
+    activation: Activation = Activation.SILU,
+    rope: RopeKeys | None = None,
+) -> dict[str, Any]:
     """The fields of `ModelConfig` that config.json gives every family in the same way.
 
     Args:
         has_partial_rope: whether the family can turn a part of each head alone.
+        activation: the family's.
+        rope: what the family has read of RoPE for itself; None to read it as most do.
     """
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act {activation!r} is not supported; only silu is")
-    rope = read_rope(config, can_be_partial=has_partial_rope)
+    key, names = _ACTIVATION_KEYS[activation]
+    found = config.get(key, names[0])
+    if found not in names:
+        raise ConfigError(f"{key} {found!r} is not supported; only {names[0]} is")
+    rope = rope or read_rope(config, can_be_partial=has_partial_rope)
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
         "intermediate_size": config["intermediate_size"],
+        "activation": activation,
         "num_layers": config["num_hidden_layers"],
         "num_heads": config["num_attention_heads"],
         "num_kv_heads": config.get("num_key_value_heads"),
@@ -92,3 +111,24 @@ def common_fields(config: ReadKeys, *, has_partial_rope: bool = False) -> dict[s
         "partial_rotary_factor": rope.partial_factor,
         "max_seq_len": rope.context_len,
     }
+
+
+def read_text_half(
+    config: ReadKeys, name: str, read: Callable[[ReadKeys, str], ModelConfig], others: Iterable[str]
+) -> ModelConfig:
+    """The model of a checkpoint that can do more than text, whose own keys are in `text_config`.
+
+    Args:
+        read: of the family's.
+        others: keys beside it that are about what the engine leaves out.
+
+    Raises:
+        ConfigError: a key of `text_config` is not understood.
+    """
+    text = ReadKeys(config["text_config"])
+    text.fill({key: config[key] for key in ("tie_word_embeddings",) if key in config})
+    model = read(text, name)
+    text.refuse_unread(model, name)
+    for key in others:
+        config.get(key)
+    return model

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from llm.attention.spec import AttentionSpec
+from llm.config import Activation
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.kernels.attention import hopper_prefill
 from llm.kernels.attention.decode import PagedDecode
 from llm.kernels.attention.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
 from llm.kernels.attention.rope import rope_and_store
 from llm.kernels.attention.work import (
+    Scoring,
     StepParts,
     WorkItems,
     num_decode_items,
@@ -28,6 +30,7 @@ from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream, embed_tokens, keep_tokens, rms_norm
 from llm.kernels.quantization import ScaledProduct
 from llm.kernels.routing import ExpertShape
+from llm.kernels.soft_cap import cap_softly
 from llm.models.experts import ExpertProjections, Experts
 from llm.models.layers import RMSNorm
 from llm.models.quantize import weight_scales
@@ -124,7 +127,8 @@ class KernelWorkspace:
             num_prefill_items(max_tokens, max_parts, block_tokens, self._min_prefill_len), max_parts, device
         )
         self.long_prefill = None
-        if windows == {None} and not deterministic and hopper_prefill.can_run(dtype, spec.head_dim, device):
+        is_plain = windows == {None} and all(layer_spec.is_plain for layer_spec in specs)
+        if is_plain and not deterministic and hopper_prefill.can_run(dtype, spec.head_dim, device):
             max_seq_len = page_tables.shape[2] * kv_cache.page_size
             self.long_prefill = hopper_prefill.HopperPrefill(
                 *heads,
@@ -146,9 +150,12 @@ class KernelWorkspace:
             return 0
         return self.long_prefill.num_gathered_tokens(query_lens, context_lens)
 
-    def product(self, rows: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        """Rows (rows, in), contiguous, by a module's weight in the rows' dtype, (out, in): (rows, out)."""
-        return cast(torch.Tensor, self.linear(rows, Weights(module.get_parameter("weight"))))
+    def head(self, rows: torch.Tensor, module: nn.Module, soft_cap: float | None) -> torch.Tensor:
+        """Rows (rows, in), contiguous, by a module's weight in the rows' dtype, (out, in): (rows, out), bounded."""
+        logits = cast(torch.Tensor, self.linear(rows, Weights(module.get_parameter("weight"))))
+        if soft_cap is not None:
+            cap_softly(logits, soft_cap)
+        return logits
 
     def plan(self, step: PackedStep) -> None:
         """Share the step's attention out among programs; every layer goes by that."""
@@ -184,11 +191,11 @@ class KernelOperations:
         self._stream: ResidualStream
         workspace.plan(step)
 
-    def embed(self, table: nn.Embedding) -> None:
+    def embed(self, table: nn.Embedding, scale: float | None = None) -> None:
         """See `Operations.embed`."""
-        tokens = self._step.tokens
+        tokens, last_token_ids = self._step.tokens, self._workspace.last_token_ids
         self._stream = ResidualStream(self._output.new_empty(len(tokens.positions), table.embedding_dim))
-        embed_tokens(tokens.token_ids, self._workspace.last_token_ids, tokens.rows, table.weight, self._stream.total)
+        embed_tokens(tokens.token_ids, last_token_ids, tokens.rows, table.weight, self._stream.total, scale)
 
     def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor | ScaledProduct:
         """See `Operations.product_of_norm`."""
@@ -200,6 +207,7 @@ class KernelOperations:
         spec: AttentionSpec,
         qkv: torch.Tensor | ScaledProduct,
         qk_norms: tuple[RMSNorm, RMSNorm] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Operations.attend`."""
         workspace, tokens = self._workspace, self._step.tokens
@@ -207,12 +215,11 @@ class KernelOperations:
         kv_pages, page_tables = kv_cache.layers[layer], workspace.page_tables[kv_cache.group_of[layer]]
         shape = len(tokens.positions), spec.num_heads, spec.head_dim
         query, output = (self._output.new_empty(shape, dtype=workspace.dtype) for _ in range(2))
-        norms, eps = None, 0.0
-        if qk_norms is not None:
-            norms, eps = (qk_norms[0].weight, qk_norms[1].weight), qk_norms[0].eps
+        norms = None if qk_norms is None else (_norm(qk_norms[0]), _norm(qk_norms[1]))
         rope_table = spec.rope.table(query.device)
-        rope_and_store(qkv, query, kv_pages, page_tables, tokens.rows, tokens.positions, rope_table, norms, eps)
-        self._attend(query, kv_pages, page_tables, spec.window, output)
+        rope_and_store(qkv, query, kv_pages, page_tables, tokens.rows, tokens.positions, rope_table, norms)
+        scoring = Scoring(spec.softmax_scale, spec.soft_cap, sinks if spec.has_sinks else None)
+        self._attend(query, kv_pages, page_tables, spec.window, scoring, output)
         attended = output.flatten(1)
         if layer == workspace.last_layer:
             self._stream, attended = keep_tokens(self._stream, attended, self._step.kept)
@@ -224,30 +231,44 @@ class KernelOperations:
         kv_pages: torch.Tensor,
         page_tables: torch.Tensor,
         window: int | None,
+        scoring: Scoring,
         output: torch.Tensor,
     ) -> None:
         """Write what the step's queries find in the pages to `output`."""
         workspace, parts = self._workspace, self._step.parts
         if not workspace.deterministic:
             items = workspace.decode_items[window]
-            workspace.decode(query, kv_pages, page_tables, parts, items, window, output)
+            workspace.decode(query, kv_pages, page_tables, parts, items, window, output, scoring)
         if self._step.num_gathered:
             assert workspace.long_prefill is not None, "it has asked for this"
-            workspace.long_prefill(query, kv_pages, parts, workspace.prefill_items, self._step.num_gathered, output)
+            workspace.long_prefill(
+                query, kv_pages, parts, workspace.prefill_items, self._step.num_gathered, output, scoring.scale
+            )
         elif self._step.has_prefills or workspace.deterministic:
             paged_prefill(
                 query, kv_pages, page_tables, parts, workspace.prefill_items, window, output,
-                workspace.prefill_scratch, deterministic=workspace.deterministic,
+                workspace.prefill_scratch, scoring=scoring, deterministic=workspace.deterministic,
             )  # fmt: skip
 
-    def add_product(self, rows: torch.Tensor | ScaledProduct, projection: nn.Linear) -> None:
+    def add_product(
+        self, rows: torch.Tensor | ScaledProduct, projection: nn.Linear, norm: RMSNorm | None = None
+    ) -> None:
         """See `Operations.add_product`."""
         assert isinstance(rows, torch.Tensor), "what attention gives"
-        self._workspace.linear.add(self._stream, rows, _weights(projection))
+        norm_behind = None if norm is None else _norm(norm)
+        self._workspace.linear.add(self._stream, rows, _weights(projection), norm_behind)
 
-    def add_gated_mlp(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
+    def add_gated_mlp(
+        self,
+        norm: RMSNorm,
+        gate_up: nn.Linear,
+        down: nn.Linear,
+        activation: Activation = Activation.SILU,
+        norm_behind: RMSNorm | None = None,
+    ) -> None:
         """See `Operations.add_gated_mlp`."""
-        self._workspace.linear.mlp(self._stream, _norm(norm), _weights(gate_up), _weights(down))
+        behind = None if norm_behind is None else _norm(norm_behind)
+        self._workspace.linear.mlp(self._stream, _norm(norm), _weights(gate_up), _weights(down), activation, behind)
 
     def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
         """See `Operations.add_experts`."""
@@ -263,7 +284,7 @@ class KernelOperations:
 
 
 def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight, norm.eps)
+    return Norm(norm.weight, norm.eps, norm.offset)
 
 
 def _expert_shape(experts: Experts) -> ExpertShape:

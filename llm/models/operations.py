@@ -8,14 +8,14 @@ A family's layers say what they compute by these operations and by nothing else,
 from typing import Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llm.attention.interface import AttentionContext
 from llm.attention.rope import RotaryEmbedding, apply_rotary
 from llm.attention.spec import AttentionSpec
+from llm.config import Activation
 from llm.models.experts import Experts
-from llm.models.layers import RMSNorm
+from llm.models.layers import RMSNorm, activate
 
 RowsT = TypeVar("RowsT")
 """What a product gives for the tokens of a pass: a tensor, or numbers that are still to be scaled."""
@@ -27,8 +27,12 @@ class Operations(Protocol[RowsT]):
     Called in a model's order: `embed`, then the layers' operations, then `norm`.
     """
 
-    def embed(self, table: nn.Embedding) -> None:
-        """Begin the residual stream with the tokens' embeddings."""
+    def embed(self, table: nn.Embedding, scale: float | None = None) -> None:
+        """Begin the residual stream with the tokens' embeddings.
+
+        Args:
+            scale: they are multiplied by this number, rounded to their format; None for as they are.
+        """
         ...
 
     def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> RowsT:
@@ -36,7 +40,12 @@ class Operations(Protocol[RowsT]):
         ...
 
     def attend(
-        self, layer: int, spec: AttentionSpec, qkv: RowsT, qk_norms: tuple[RMSNorm, RMSNorm] | None = None
+        self,
+        layer: int,
+        spec: AttentionSpec,
+        qkv: RowsT,
+        qk_norms: tuple[RMSNorm, RMSNorm] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> RowsT:
         """Store the tokens' keys and values, and give their attention's outputs, (tokens, `spec.output_size`).
 
@@ -47,18 +56,28 @@ class Operations(Protocol[RowsT]):
             layer: index of the layer, from 0.
             qkv: queries, keys and values, (tokens, `spec.qkv_size`).
             qk_norms: norms of each head's queries and of its keys, before they turn; None for none.
+            sinks: (num_heads,), each head's score for nothing; needed where `spec.has_sinks`.
         """
         ...
 
-    def add_product(self, rows: RowsT, projection: nn.Linear) -> None:
-        """Add a projection of `rows` to the residual stream."""
+    def add_product(self, rows: RowsT, projection: nn.Linear, norm: RMSNorm | None = None) -> None:
+        """Add a projection of `rows`, or its norm, to the residual stream."""
         ...
 
-    def add_gated_mlp(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
-        """Add a SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202) of the stream's norm to the stream.
+    def add_gated_mlp(
+        self,
+        norm: RMSNorm,
+        gate_up: nn.Linear,
+        down: nn.Linear,
+        activation: Activation = Activation.SILU,
+        norm_behind: RMSNorm | None = None,
+    ) -> None:
+        """Add a gated feed-forward (Shazeer 2020, arXiv:2002.05202) of the stream's norm to the stream.
 
         Args:
             gate_up: the gate's rows, then those of what is gated.
+            activation: of the gate.
+            norm_behind: what is added is normalised by it before; None for not.
         """
         ...
 
@@ -99,9 +118,11 @@ class TorchOperations:
         self._angles: dict[RotaryEmbedding, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stream: torch.Tensor
 
-    def embed(self, table: nn.Embedding) -> None:
+    def embed(self, table: nn.Embedding, scale: float | None = None) -> None:
         """See `Operations.embed`."""
         self._stream = table(self._token_ids)
+        if scale is not None:
+            self._stream = self._stream * torch.tensor(scale, dtype=self._stream.dtype, device=self._stream.device)
 
     def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
         """See `Operations.product_of_norm`."""
@@ -109,7 +130,12 @@ class TorchOperations:
         return product
 
     def attend(
-        self, layer: int, spec: AttentionSpec, qkv: torch.Tensor, qk_norms: tuple[RMSNorm, RMSNorm] | None = None
+        self,
+        layer: int,
+        spec: AttentionSpec,
+        qkv: torch.Tensor,
+        qk_norms: tuple[RMSNorm, RMSNorm] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Operations.attend`."""
         heads = qkv.view(*qkv.shape[:-1], -1, spec.head_dim)
@@ -120,19 +146,27 @@ class TorchOperations:
             self._angles[spec.rope] = spec.rope.angles(self._positions)
         cos, sin = self._angles[spec.rope]
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        output = self._context.attend(layer, spec, query, key, value).flatten(-2)
+        output = self._context.attend(layer, spec, query, key, value, sinks).flatten(-2)
         if layer == self._last_layer and self._kept is not None:
             self._stream, output = self._stream[self._kept], output[self._kept]
         return output
 
-    def add_product(self, rows: torch.Tensor, projection: nn.Linear) -> None:
+    def add_product(self, rows: torch.Tensor, projection: nn.Linear, norm: RMSNorm | None = None) -> None:
         """See `Operations.add_product`."""
-        self._stream = self._stream + projection(rows)
+        product = projection(rows)
+        self._stream = self._stream + (product if norm is None else norm(product))
 
-    def add_gated_mlp(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
+    def add_gated_mlp(
+        self,
+        norm: RMSNorm,
+        gate_up: nn.Linear,
+        down: nn.Linear,
+        activation: Activation = Activation.SILU,
+        norm_behind: RMSNorm | None = None,
+    ) -> None:
         """See `Operations.add_gated_mlp`."""
         gate, up = gate_up(norm(self._stream)).chunk(2, dim=-1)
-        self._stream = self._stream + down(F.silu(gate) * up)
+        self.add_product(activate(gate, activation) * up, down, norm_behind)
 
     def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
         """See `Operations.add_experts`."""

@@ -8,12 +8,16 @@ from dataclasses import replace
 
 from llm.config import ModelConfig
 from llm.models.family import Destination, Family
+from llm.models.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT_HALF
 from llm.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from llm.models.mixtral import MIXTRAL
 from llm.models.phi3 import PHI3
 from llm.models.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": GEMMA3_TEXT_HALF,
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "MixtralForCausalLM": MIXTRAL,

@@ -36,13 +36,61 @@ def read_rope(config: ReadKeys, *, can_be_partial: bool = False) -> RopeKeys:
         ConfigError: it is a kind that is not supported, or not the same for all layers.
         KeyError, TypeError, ValidationError: a value is missing or of the wrong type.
     """
-    found = _rope_set(config)
+    top_level = {key: config.get(key, default) for key, default in (("rope_theta", 1e4), ("partial_rotary_factor", 1))}
+    return _understood(top_level | _held(_rope_set(config)), config["max_position_embeddings"], can_be_partial)
+
+
+def read_ropes_by_kind(config: ReadKeys, *, theta: float, window_theta: float) -> tuple[RopeKeys, float]:
+    """RoPE of the layers that see everything, and the base of the angles, never stretched, of those with a window.
+
+    Either as `rope_parameters` with a set for each kind of layer (transformers 5), or as `rope_theta`, `rope_scaling`
+    and `rope_local_base_freq`. The context length is `max_position_embeddings`, which counts what scaling adds already.
+
+    Args:
+        theta: base where none is given.
+        window_theta: the same of layers with a window.
+
+    Raises:
+        ConfigError: it is a kind that is not supported, or sets for other kinds of layers.
+        KeyError, TypeError, ValidationError: a value is missing or of the wrong type.
+    """
+    full, window = (_set_of_kind(config, kind) for kind in ("full_attention", "sliding_attention"))
+    scaling = _held(config.get("rope_scaling", {}))
+    if any(full.get(key, value) != value for key, value in scaling.items()):
+        raise ConfigError("rope_parameters and rope_scaling differ; keep the one that the model was trained with")
+    full = {"rope_theta": config.get("rope_theta", theta)} | scaling | full
+    window = {"rope_theta": config.get("rope_local_base_freq", window_theta)} | window
+    trained_len: int = config["max_position_embeddings"]
+    own = _understood(window, trained_len, can_be_partial=False)
+    if own.scaling is not None:
+        raise ConfigError(
+            f"rope_parameters of sliding_attention ({shown(window)}) stretch angles; only default is known"
+        )
+    return _understood(full, trained_len, can_be_partial=False)._replace(context_len=trained_len), own.theta
+
+
+def _set_of_kind(config: ReadKeys, kind: str) -> dict[str, Any]:
+    """RoPE's parameters of one kind of layers; none where there is no set for each."""
+    sets = config.get("rope_parameters", {})
+    unknown = set(sets) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ConfigError(
+            f"rope_parameters ({shown(sets)}) must hold a set for full_attention and one for sliding_attention"
+        )
+    return _held(sets.get(kind) or {})
+
+
+def _held(found: dict[str, Any]) -> dict[str, Any]:
+    """The keys that have values."""
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _understood(found: dict[str, Any], trained_len: int, can_be_partial: bool) -> RopeKeys:
+    """What a set of RoPE's parameters says."""
     for key, value in found.items():
         check_kind(key, value)
-    top_level = {key: config.get(key, default) for key, default in (("rope_theta", 1e4), ("partial_rotary_factor", 1))}
-    theta = top_level["rope_theta"] if found.get("rope_theta") is None else found["rope_theta"]
-    trained_len: int = config["max_position_embeddings"]
-    partial = found.get("partial_rotary_factor", top_level["partial_rotary_factor"]) or 1
+    theta = found["rope_theta"]
+    partial = found.get("partial_rotary_factor", 1)
     if partial != 1 and not can_be_partial:
         raise ConfigError(f"'partial_rotary_factor' is {shown(partial)}; only 1 is supported")
     kind = found.get("rope_type") or found.get("type") or "default"

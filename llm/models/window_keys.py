@@ -4,12 +4,15 @@ from llm.errors import ConfigError
 from llm.models.config_keys import ReadKeys, shown
 
 
-def read_windows(config: ReadKeys, *, has_switch: bool = False) -> tuple[int | None, tuple[int, ...] | None]:
+def read_windows(
+    config: ReadKeys, *, has_switch: bool = False, pattern: int | None = None
+) -> tuple[int | None, tuple[int, ...] | None]:
     """Sliding window in tokens, None for none, and the layers that have it, None for all.
 
     Args:
         has_switch: `use_sliding_window` turns it on, for the layers from `max_window_layers` on; for a family without
             this switch a window counts for every layer that `layer_types` does not exclude.
+        pattern: without `layer_types`, every so-manieth layer has no window; None for none of them.
 
     Raises:
         ConfigError: the keys contradict one another.
@@ -19,6 +22,8 @@ def read_windows(config: ReadKeys, *, has_switch: bool = False) -> tuple[int | N
         window_size = None
     num_layers: int = config["num_hidden_layers"]
     kinds = config.get("layer_types")
+    if kinds is None and pattern is not None:
+        kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers)]
     if kinds is not None:
         unknown = set(kinds) - {"full_attention", "sliding_attention"}
         if unknown or len(kinds) != num_layers:

@@ -153,7 +153,7 @@ class GraphRunner:
             model.attention_specs, kv_cache, self._rows.page_tables, self._rows.last_token_ids, model.dtype,
             max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic, experts=model.experts,
         )  # fmt: skip
-        self._to_logits = partial(model.logits, product=self._workspace.product)
+        self._to_logits = partial(model.logits, head=self._workspace.head)
         """Hidden states (rows, hidden_size) → logits (rows, vocab_size), in the model's dtype."""
         self._hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)
         """Of the tokens that are kept: those that draw, then those that are pooled."""

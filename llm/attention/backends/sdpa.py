@@ -7,8 +7,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from llm.attention.dense import causal_mask
+from llm.attention.dense import attend_by_definition, causal_attention, causal_mask
 from llm.attention.paged import PackedBatch
+from llm.attention.spec import AttentionSpec
 
 _BUCKET_RATIO, _BUCKET_SLACK = 1.5, 64
 """Decoding rows share one padded product while the longest context is at most ratio * shortest + slack tokens."""
@@ -34,15 +35,16 @@ class SdpaBackend:
         kv_pages: torch.Tensor,
         batch: PackedBatch,
         group: int,
-        window: int | None,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `PagedAttentionBackend.attend`."""
         output = torch.empty_like(query)
-        for bucket in self._decode_plan(batch, group, window):
+        for bucket in self._decode_plan(batch, group, spec.window):
             if bucket.rows is None:
-                output[: batch.num_decodes] = self._decode(query[: batch.num_decodes], kv_pages, bucket)
+                output[: batch.num_decodes] = self._decode(query[: batch.num_decodes], kv_pages, bucket, spec, sinks)
             else:
-                output[bucket.rows] = self._decode(query[bucket.rows], kv_pages, bucket)
+                output[bucket.rows] = self._decode(query[bucket.rows], kv_pages, bucket, spec, sinks)
         start = batch.num_decodes
         for i in range(batch.num_decodes, len(batch.query_lens)):
             part = slice(start, start + batch.query_lens[i])
@@ -51,7 +53,7 @@ class SdpaBackend:
             else:
                 pages = batch.page_tables[group, i, : -(-batch.context_lens[i] // batch.page_size)]
                 keys, values = self._gather(kv_pages, pages).flatten(1, 2)[:, : batch.context_lens[i]]
-            output[part] = _prefill(query[part], keys, values, window)
+            output[part] = _prefill(query[part], keys, values, spec, sinks)
             start = part.stop
         return output
 
@@ -65,15 +67,25 @@ class SdpaBackend:
             self._decode_plans[group] = [_make_bucket(batch, rows, group, window) for rows in buckets]
         return self._decode_plans[group]
 
-    def _decode(self, query: torch.Tensor, kv_pages: torch.Tensor, bucket: "_DecodeBucket") -> torch.Tensor:
+    def _decode(
+        self,
+        query: torch.Tensor,
+        kv_pages: torch.Tensor,
+        bucket: "_DecodeBucket",
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
         """One new token a row: query (rows, num_heads, head_dim). A group of heads stands in the sequence's place."""
         num_rows, num_kv_heads, head_dim = query.shape[0], *kv_pages.shape[3:]
         gathered = self._gather(kv_pages, bucket.page_tables.flatten())
         keys, values = gathered.view(2, num_rows, -1, num_kv_heads, head_dim)[:, :, : bucket.num_slots]
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         grouped_query = query.view(num_rows, num_kv_heads, -1, head_dim)
-        output = F.scaled_dot_product_attention(
-            grouped_query, keys.transpose(1, 2), values.transpose(1, 2), bucket.mask
-        )
+        if spec.is_plain:
+            output = F.scaled_dot_product_attention(grouped_query, keys, values, bucket.mask, scale=spec.scale)
+        else:
+            grouped_sinks = None if sinks is None else sinks.view(num_kv_heads, -1, 1)
+            output = attend_by_definition(grouped_query, keys, values, bucket.mask, spec, grouped_sinks)
         return output.flatten(1, 2)
 
     def _gather(self, kv_pages: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -141,16 +153,12 @@ def _make_bucket(batch: PackedBatch, rows: list[int], group: int, window: int | 
     return _DecodeBucket(row_ids, tables, num_slots, mask[:, None, None])
 
 
-def _prefill(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
+def _prefill(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """One sequence: query (new, num_heads, head_dim) against keys and values (context, num_kv_heads, head_dim)."""
-    is_plain_causal = query.shape[0] == keys.shape[0] and (window is None or keys.shape[0] <= window)
-    mask = None if is_plain_causal else causal_mask(query.shape[0], keys.shape[0], window, query.device)
-    output = F.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        keys.transpose(0, 1).unsqueeze(0),
-        values.transpose(0, 1).unsqueeze(0),
-        mask,
-        is_causal=is_plain_causal,
-        enable_gqa=query.shape[1] != keys.shape[1],
-    )
+    is_plain_causal = query.shape[0] == keys.shape[0] and (spec.window is None or keys.shape[0] <= spec.window)
+    mask = None if is_plain_causal else causal_mask(query.shape[0], keys.shape[0], spec.window, query.device)
+    query, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
+    output = causal_attention(query, keys, values, mask, spec, sinks, is_causal=is_plain_causal)
     return output.squeeze(0).transpose(0, 1)

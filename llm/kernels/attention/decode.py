@@ -8,10 +8,18 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.attention.work import StepParts, WorkItems, num_decode_items, product_type, slot_index_type
-from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.attention.work import (
+    Scoring,
+    StepParts,
+    WorkItems,
+    load_sinks,
+    num_decode_items,
+    product_type,
+    slot_index_type,
+)
+from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
+from llm.kernels.soft_cap import tanh
 
-_LOG2_E = 1.4426950408889634
 _BLOCK_TOKENS = 64
 _NUM_WARPS, _NUM_WARPS_8_BITS, _NUM_STAGES = 4, 2, 3
 
@@ -40,6 +48,7 @@ class PagedDecode:
         items: WorkItems,
         window: int | None,
         output: torch.Tensor,
+        scoring: Scoring | None = None,
     ) -> None:
         """Write attention output of the step's decodes; other tokens' output is left alone.
 
@@ -50,20 +59,23 @@ class PagedDecode:
             items: planned by `plan_decodes` for the same parts and window.
             window: a token attends to itself and the `window - 1` before it; None for all.
             output: (tokens, num_heads, head_dim), contiguous.
+            scoring: None for a scale of `head_dim ** -0.5` alone.
         """
         group_size = self._num_heads // self._num_kv_heads
-        head_dim = self._head_dim
+        head_dim, head_block = self._head_dim, max(16, triton.next_power_of_2(self._head_dim))
+        scoring = scoring or Scoring(head_dim**-0.5)
+        bytes_a_stage = 2 * _BLOCK_TOKENS * head_block * kv_pages.dtype.itemsize
         has_8_bits = kv_pages.dtype.itemsize == 1
         options = launch_options(query.device)
         _paged_decode[(self._num_kv_heads, num_decode_items(len(parts)))](
             query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.context_lens,
             items.parts, items.chunks, items.summary, output, self._partial, self._partial_lse,
-            query.stride(0), page_tables.stride(0), window or 0, head_dim**-0.5 * _LOG2_E,
+            query.stride(0), page_tables.stride(0), window or 0, *scoring.factors, scoring.sinks,
             NUM_KV_HEADS=self._num_kv_heads, GROUP=group_size, GROUP_BLOCK=max(16, triton.next_power_of_2(group_size)),
-            HEAD_DIM=head_dim, HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)), PAGE_SIZE=kv_pages.shape[2],
+            HEAD_DIM=head_dim, HEAD_BLOCK=head_block, PAGE_SIZE=kv_pages.shape[2],
             BLOCK=_BLOCK_TOKENS, INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
             HAS_PAIRS=has_8_bits and query.is_cuda, num_warps=_NUM_WARPS_8_BITS if has_8_bits else _NUM_WARPS,
-            num_stages=_NUM_STAGES, **options,
+            num_stages=min(_NUM_STAGES, most_stages(query.device, bytes_a_stage)), **options,
         )  # fmt: skip
         _merge_chunks[(len(parts), self._num_kv_heads)](
             parts.query_starts, parts.query_lens, parts.context_lens, items.first_items, items.summary,
@@ -99,7 +111,7 @@ def _load_heads(pages, head, exists, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.cons
 @triton.jit
 def _paged_decode(
     query, keys, values, page_tables, part_rows, query_starts, context_lens, item_parts, item_chunks, summary,
-    output, partial, partial_lse, query_stride, table_stride, window, scale_log2,
+    output, partial, partial_lse, query_stride, table_stride, window, scale, scale_log2, sinks,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
     PRODUCT: tl.constexpr, HAS_PAIRS: tl.constexpr, PDL: tl.constexpr,
@@ -128,6 +140,10 @@ def _paged_decode(
 
     highest = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
     weight = tl.zeros([GROUP_BLOCK], tl.float32)
+    if sinks is not None:
+        is_first = tl.load(item_chunks + item) == 0  # the chunk that weighs the sinks
+        highest = tl.where(is_first, load_sinks(sinks, kv_head * GROUP + head, head < GROUP), highest)
+        weight = tl.where(is_first, 1.0, weight)
     acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         position = start + tl.arange(0, BLOCK)
@@ -135,7 +151,10 @@ def _paged_decode(
         page = tl.load(table + position // PAGE_SIZE, mask=visible, other=0).to(INDEX)
         kv_index = (page * PAGE_SIZE + position % PAGE_SIZE) * NUM_KV_HEADS + kv_head
         k = _load_heads(keys, kv_index, visible, HEAD_DIM, HEAD_BLOCK, HAS_PAIRS)
-        scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee") * scale_log2
+        scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
+        if scale is not None:
+            scores = tanh(scores * scale)
+        scores *= scale_log2
         scores = tl.where(visible[None, :], scores, -float("inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         rescale = tl.exp2(highest - new_highest)

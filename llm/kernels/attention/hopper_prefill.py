@@ -21,9 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from llm.kernels.attention.gather import GatheredContexts
-from llm.kernels.attention.work import StepParts, WorkItems, num_prefill_items, plan_prefills
+from llm.kernels.attention.work import Scoring, StepParts, WorkItems, num_prefill_items, plan_prefills
 
-_LOG2_E = 1.4426950408889634
 _TILE_ROWS = 128
 _BLOCK_TOKENS = 128
 """Of context at once."""
@@ -127,6 +126,7 @@ class HopperPrefill:
         items: WorkItems,
         num_gathered: int,
         output: torch.Tensor,
+        scale: float | None = None,
     ) -> None:
         """Write attention output of the parts that were planned; other tokens' output is left alone.
 
@@ -135,14 +135,16 @@ class HopperPrefill:
             kv_pages: (2, pages, page_size, num_kv_heads, head_dim), the new tokens' stored already.
             items, num_gathered: as planned.
             output: (tokens, num_heads, head_dim), contiguous.
+            scale: of the softmax; None for `head_dim ** -0.5`.
         """
         self._contexts.copy(kv_pages, num_gathered)
         num_tokens, num_heads, head_dim = query.shape
         num_kv_heads = kv_pages.shape[3]
+        _, scale_log2 = Scoring(scale or head_dim**-0.5).factors
         num_items = num_prefill_items(num_tokens, len(parts), self._tile_tokens)
         _hopper_prefill[(num_items, num_kv_heads)](
             query, *self._descriptors, parts.query_starts, parts.query_lens, parts.context_lens,
-            self._contexts.starts, items.parts, items.chunks, items.summary, output, head_dim**-0.5 * _LOG2_E,
+            self._contexts.starts, items.parts, items.chunks, items.summary, output, scale_log2,
             NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, TILE_TOKENS=self._tile_tokens,
             HEAD_DIM=head_dim, BLOCK=_BLOCK_TOKENS, STAGES=_NUM_STAGES, ROWS=_TILE_ROWS // 2,
             CONSUMER_REGISTERS=_CONSUMER_REGISTERS, PRODUCER_REGISTERS=_PRODUCER_REGISTERS, num_warps=4,

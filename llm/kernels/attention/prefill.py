@@ -9,14 +9,24 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.attention.work import StepParts, WorkItems, num_prefill_items, product_type, slot_index_type
-from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.attention.work import (
+    Scoring,
+    StepParts,
+    WorkItems,
+    load_sinks,
+    num_prefill_items,
+    product_type,
+    slot_index_type,
+)
+from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
+from llm.kernels.soft_cap import tanh
 
-_LOG2_E = 1.4426950408889634
 _TILE_ROWS, _MANY_TOKENS_TILE_ROWS = 64, 128
 _MANY_TOKENS = 4096
 _BLOCK_TOKENS = 64
-_NUM_WARPS = 4
+_NUM_WARPS, _WIDE_TILE_NUM_WARPS = 4, 8
+_WIDE_TILE = 128 * 128
+"""Numbers of a tile's output that fit the registers of 4 warps beside its scores."""
 _NUM_STAGES, _MANY_TOKENS_NUM_STAGES = 2, 3
 """As measured: docs/decisions/0006."""
 _MOST_SPLITS, _FEW_TILES = 4, 200
@@ -59,6 +69,7 @@ def paged_prefill(
     output: torch.Tensor,
     scratch: PrefillScratch | None = None,
     *,
+    scoring: Scoring | None = None,
     deterministic: bool = False,
 ) -> None:
     """Write attention output of the parts that `items` were planned for; other tokens' output is left alone.
@@ -72,6 +83,7 @@ def paged_prefill(
         window: a token attends to itself and the `window - 1` before it; None for all.
         output: (tokens, num_heads, head_dim), contiguous.
         scratch: lets programs share long contexts; None for one program a tile.
+        scoring: None for a scale of `head_dim ** -0.5` alone.
         deterministic: a token's output, bit by bit, depends on nothing but its query and the keys and values it sees:
             not on the tokens that share its step or its tile. Not together with `scratch`.
     """
@@ -82,20 +94,26 @@ def paged_prefill(
     tile_rows = triton.next_power_of_2(block_tokens * group_size)  # fewer than a group's rows are left over
     num_items = num_prefill_items(num_tokens, len(parts), block_tokens, 1 if deterministic else 2)
     num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= scratch.max_tokens else 1
+    head_block = max(16, triton.next_power_of_2(head_dim))
+    num_stages = _NUM_STAGES if tile_rows <= _TILE_ROWS else _MANY_TOKENS_NUM_STAGES
+    bytes_a_stage = 2 * _BLOCK_TOKENS * head_block * kv_pages.dtype.itemsize
+    num_stages = min(num_stages, most_stages(query.device, bytes_a_stage, tile_rows * head_block * query.itemsize))
+    scoring = scoring or Scoring(head_dim**-0.5)
     partial, partial_lse = (output, output) if scratch is None else (scratch.partial, scratch.partial_lse)
     shape = {
         "NUM_KV_HEADS": num_kv_heads, "GROUP": group_size, "BLOCK_TOKENS": block_tokens,
-        "TILE_ROWS": tile_rows, "HEAD_DIM": head_dim, "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
+        "TILE_ROWS": tile_rows, "HEAD_DIM": head_dim, "HEAD_BLOCK": head_block,
         "BLOCK": _BLOCK_TOKENS, "MIN_SPLIT_BLOCKS": _MIN_SPLIT_BLOCKS,
         **launch_options(query.device),
     }  # fmt: skip
     _paged_prefill[(num_kv_heads, num_items, num_splits)](
         query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.query_lens,
         parts.context_lens, items.parts, items.chunks, items.summary, output, partial, partial_lse, num_tokens,
-        num_splits, query.stride(0), page_tables.stride(0), window or 0, head_dim**-0.5 * _LOG2_E,
+        num_splits, query.stride(0), page_tables.stride(0), window or 0, *scoring.factors, scoring.sinks,
         PAGE_SIZE=kv_pages.shape[2], HAS_WINDOW=window is not None, IS_UNIFORM=deterministic,
         INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
-        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES if tile_rows <= _TILE_ROWS else _MANY_TOKENS_NUM_STAGES, **shape,
+        num_warps=_NUM_WARPS if tile_rows * head_block <= _WIDE_TILE else _WIDE_TILE_NUM_WARPS, num_stages=num_stages,
+        **shape,
     )  # fmt: skip
     if num_splits > 1:
         _merge_splits[(num_kv_heads, num_items)](
@@ -114,7 +132,8 @@ def _split_len(begin, end, num_splits, BLOCK: tl.constexpr, MIN_SPLIT_BLOCKS: tl
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def _paged_prefill(
     query, keys, values, page_tables, part_rows, query_starts, query_lens, context_lens, item_parts, item_chunks,
-    summary, output, partial, partial_lse, num_tokens, num_splits, query_stride, table_stride, window, scale_log2,
+    summary, output, partial, partial_lse, num_tokens, num_splits, query_stride, table_stride, window, scale,
+    scale_log2, sinks,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, IS_UNIFORM: tl.constexpr, INDEX: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr,
@@ -167,17 +186,19 @@ def _paged_prefill(
         return
     end = tl.minimum(begin + split_len, end)
     all_visible = tl.minimum(tl.maximum(all_visible, begin), end)
-    state = (
-        tl.zeros([TILE_ROWS, HEAD_BLOCK], tl.float32),
-        tl.full([TILE_ROWS], -1.0e30, tl.float32),
-        tl.zeros([TILE_ROWS], tl.float32),
-    )
+    highest = tl.full([TILE_ROWS], -1.0e30, tl.float32)
+    weight = tl.zeros([TILE_ROWS], tl.float32)
+    if sinks is not None:
+        is_first = split == 0  # the split that weighs the sinks
+        highest = tl.where(is_first, load_sinks(sinks, kv_head * GROUP + head, row_exists), highest)
+        weight = tl.where(is_first, 1.0, weight)
+    state = tl.zeros([TILE_ROWS, HEAD_BLOCK], tl.float32), highest, weight
     state = _attend_blocks(
-        state, q, keys, values, table, kv_head, begin, all_visible, position, context_len, window, scale_log2,
+        state, q, keys, values, table, kv_head, begin, all_visible, position, context_len, window, scale, scale_log2,
         NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, INDEX, False, False,
     )  # fmt: skip
     acc, highest, weight = _attend_blocks(
-        state, q, keys, values, table, kv_head, all_visible, end, position, context_len, window, scale_log2,
+        state, q, keys, values, table, kv_head, all_visible, end, position, context_len, window, scale, scale_log2,
         NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, INDEX, True, HAS_WINDOW,
     )  # fmt: skip
     if is_whole:
@@ -244,7 +265,7 @@ def _merge_splits(
 
 @triton.jit
 def _attend_blocks(
-    state, q, keys, values, table, kv_head, begin, end, position, context_len, window, scale_log2,
+    state, q, keys, values, table, kv_head, begin, end, position, context_len, window, scale, scale_log2,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, INDEX: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
@@ -264,6 +285,8 @@ def _attend_blocks(
         k = tl.load(keys + offsets, mask=mask, other=0.0)
         v = tl.load(values + offsets, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
+        if scale is not None:
+            scores = tanh(scores * scale)
         if MASKED:
             visible = key_position[None, :] <= position[:, None]
             if HAS_WINDOW:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.norm import Norm
 from llm.kernels.quantization import ScaledProduct, load_product, scale_arguments, to_format, unscaled
 
 
@@ -18,8 +19,7 @@ def rope_and_store(
     token_rows: torch.Tensor,
     positions: torch.Tensor,
     rope_table: torch.Tensor,
-    norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
-    norm_eps: float,
+    norms: tuple[Norm, Norm] | None,
 ) -> None:
     """Normalise and rotate queries and keys; write queries to `query`; store keys and values.
 
@@ -31,18 +31,20 @@ def rope_and_store(
         page_tables: (rows, pages a row) int32.
         token_rows, positions: (tokens,) int32, row and position of each token's sequence.
         rope_table: (2, max_seq_len, pairs) float32, cosines then sines: the first 2 pairs numbers of a head turn.
-        norm_weights: of QK-norm over each head, (head_dim,) for queries and for keys; None for none.
+        norms: QK-norm over each head, of queries and of keys; None for none.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
     block_heads = math.gcd(math.gcd(num_heads, num_kv_heads), 8)  # a program never mixes queries, keys and values
-    query_norm, key_norm = norm_weights or (None, None)
+    query_norm, key_norm = norms or (None, None)
     _rope_and_store[(num_tokens, (num_heads + 2 * num_kv_heads) // block_heads)](
-        unscaled(qkv), query, kv_pages[0], kv_pages[1], page_tables, token_rows, positions, rope_table, query_norm,
-        key_norm, norm_eps, page_tables.stride(0), rope_table.stride(0), **scale_arguments(qkv),
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, NUM_PAIRS=rope_table.shape[2],
+        unscaled(qkv), query, kv_pages[0], kv_pages[1], page_tables, token_rows, positions, rope_table,
+        None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight,
+        0.0 if query_norm is None else query_norm.eps, page_tables.stride(0), rope_table.stride(0),
+        **scale_arguments(qkv), NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
+        NUM_PAIRS=rope_table.shape[2],
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2), BLOCK_HEADS=block_heads, PAGE_SIZE=kv_pages.shape[2],
-        num_warps=2, **launch_options(query.device),
+        OFFSET=None if query_norm is None else query_norm.offset, num_warps=2, **launch_options(query.device),
     )  # fmt: skip
 
 
@@ -51,7 +53,8 @@ def _rope_and_store(
     qkv, query, keys, values, page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
     table_stride, sin_offset, row_scales, scales, bias,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, NUM_PAIRS: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, PDL: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, OFFSET: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, block of heads): each head as two halves, of which the numbers that turn do so in pairs."""
     wait_for_inputs(PDL)
@@ -79,11 +82,14 @@ def _rope_and_store(
             norm = query_norm if is_query else key_norm
             mean_square = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
             inverse = tl.rsqrt(mean_square + norm_eps)[:, None]
-            # Rounded before and after the weight, as `RMSNorm` does.
             weight_1 = tl.load(norm + first_dim, mask=dim < HALF, other=0.0)[None, :]
             weight_2 = tl.load(norm + second_dim, mask=dim < HALF, other=0.0)[None, :]
-            first = ((first * inverse).to(dtype) * weight_1).to(dtype).to(tl.float32)
-            second = ((second * inverse).to(dtype) * weight_2).to(dtype).to(tl.float32)
+            if OFFSET is None:  # rounded before and after the weight, or once, as `RMSNorm` does
+                first = ((first * inverse).to(dtype) * weight_1).to(dtype).to(tl.float32)
+                second = ((second * inverse).to(dtype) * weight_2).to(dtype).to(tl.float32)
+            else:
+                first = (first * inverse * (weight_1.to(tl.float32) + OFFSET)).to(dtype).to(tl.float32)
+                second = (second * inverse * (weight_2.to(tl.float32) + OFFSET)).to(dtype).to(tl.float32)
         angle = rope_table + position.to(tl.int64) * NUM_PAIRS + dim
         cos = tl.load(angle, mask=dim < NUM_PAIRS, other=1.0)[None, :]
         sin = tl.load(angle + sin_offset, mask=dim < NUM_PAIRS, other=0.0)[None, :]

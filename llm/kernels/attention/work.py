@@ -14,6 +14,29 @@ _SPARE_ITEMS = 64
 """Items of decodes beside two a part: where parts are few, they are what fills the chip."""
 _ITEMS_A_PROGRAM = 32
 """Items that a program of the plan looks up."""
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What attention's softmax is taken of: see `llm.attention.spec.AttentionSpec`.
+
+    Attributes:
+        scale: of products of queries and keys.
+        soft_cap: None for none.
+        sinks: (num_heads,), each head's score for nothing; None for none.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def factors(self) -> tuple[float | None, float]:
+        """What products are multiplied by before tanh, None for no tanh; and, after it, to be powers of 2."""
+        if self.soft_cap is None:
+            return None, self.scale * _LOG2_E
+        return self.scale / self.soft_cap, self.soft_cap * _LOG2_E
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +105,12 @@ def product_type(query: torch.Tensor, kv_pages: torch.Tensor) -> tl.dtype:
     if kv_pages.dtype.itemsize == 1 and query.dtype == torch.bfloat16:
         return tl.float16
     return triton_type(query.dtype)
+
+
+@triton.jit
+def load_sinks(sinks, head, exists):
+    """Scores for nothing of these heads, float32, to be powers of 2."""
+    return tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
 
 
 def plan_decodes(parts: StepParts, items: WorkItems, window: int | None) -> None:

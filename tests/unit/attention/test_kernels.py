@@ -9,6 +9,7 @@ from llm.kernels.attention.decode import PagedDecode
 from llm.kernels.attention.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
 from llm.kernels.attention.rope import rope_and_store
 from llm.kernels.attention.work import (
+    Scoring,
     StepParts,
     WorkItems,
     num_decode_items,
@@ -16,6 +17,7 @@ from llm.kernels.attention.work import (
     plan_decodes,
     plan_prefills,
 )
+from llm.kernels.norm import Norm
 from llm.models.layers import RMSNorm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,8 +43,9 @@ def create_pages(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[
     return kv_pages, tables
 
 
-def expected_attention(query, kv_pages, tables, parts, window) -> torch.Tensor:
-    """softmax(QKᵀ / sqrt(d)) V of every part, in float64."""
+def expected_attention(query, kv_pages, tables, parts, window, scoring: Scoring | None = None) -> torch.Tensor:
+    """softmax(scores) V of every part, in float64; without `scoring` the scores are QKᵀ / sqrt(d)."""
+    scoring = scoring or Scoring(query.shape[-1] ** -0.5)
     outputs = []
     for row, start, num_new, context_len in zip(
         *(x.tolist() for x in (parts.rows, parts.query_starts, parts.query_lens, parts.context_lens)), strict=True
@@ -54,9 +57,13 @@ def expected_attention(query, kv_pages, tables, parts, window) -> torch.Tensor:
         group = query.shape[1] // keys.shape[1]
         scores = torch.einsum("qhd,khd->hqk", query[start : start + num_new].double(), keys.repeat_interleave(group, 1))
         mask = causal_mask(num_new, context_len, window, DEVICE)
-        scores = scores * query.shape[-1] ** -0.5
+        scores = scores * scoring.scale
+        scores = scores if scoring.soft_cap is None else scoring.soft_cap * (scores / scoring.soft_cap).tanh()
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(group, 1)))
+        if scoring.sinks is not None:
+            scores = torch.cat([scores, scoring.sinks.double()[:, None, None].expand(-1, num_new, 1)], -1)
+        weights = scores.softmax(-1)[..., :context_len]
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1)))
     return torch.cat(outputs)
 
 
@@ -74,9 +81,34 @@ CASES = pytest.mark.parametrize(
 )
 
 
-@CASES
-@pytest.mark.parametrize("window", [None, 1, 100, 400])
-def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype, monkeypatch):
+def create_scoring(kind: str, num_heads: int) -> Scoring | None:
+    sinks = torch.randn(num_heads, device=DEVICE) * 2
+    return {
+        "plain": None,
+        "scale and soft cap": Scoring(0.2, 1.5),
+        "sinks": Scoring(0.3, sinks=sinks),
+        "all": Scoring(0.2, 4.0, sinks.to(DTYPES[1])),
+    }[kind]
+
+
+SCORINGS = ["scale and soft cap", "sinks", "all"]
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "dtype", "window", "kind"),
+    [(*shape, DTYPES[i % 2], window, "plain") for i, shape in enumerate(SHAPES) for window in (None, 1, 100, 400)]
+    + [(*SHAPES[i], DTYPES[i % 2], window, kind) for i, kind in enumerate(SCORINGS) for window in (None, 100)]
+    + [(2, 1, 256, DTYPES[1], 100, "plain")]
+    if DEVICE.type == "cpu"  # the interpreter takes a second for each
+    else [
+        (*shape, dtype, window, kind)
+        for shape in [*SHAPES, (2, 1, 256)]
+        for dtype in DTYPES
+        for window in (None, 1, 100, 400)
+        for kind in ("plain", *SCORINGS)
+    ],
+)
+def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, kind, dtype, monkeypatch):
     """Contexts of one token, of less and more than a chunk, and of the longest a table holds.
 
     In memory for many more parts than there are: where parts are few, so are programs.
@@ -90,11 +122,12 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, dtype,
     query = qkv[:, :num_heads]
     items = WorkItems.allocate(num_decode_items(max_parts), max_parts, DEVICE)
     output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
+    scoring = create_scoring(kind, num_heads)
     plan_decodes(parts, items, window)
     PagedDecode(max_parts, num_heads, num_kv_heads, head_dim, DEVICE)(
-        query, kv_pages, tables, parts, items, window, output
+        query, kv_pages, tables, parts, items, window, output, scoring
     )
-    expected = expected_attention(query, kv_pages, tables, parts, window)
+    expected = expected_attention(query, kv_pages, tables, parts, window, scoring)
     assert relative_error(output[:6], expected) < TOLERANCE[dtype]
     assert output[6:].isnan().all(), "what belongs to no part is left alone"
 
@@ -111,12 +144,26 @@ PREFILLS = [
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "dtype", "window", "is_split", "is_large"),
-    [(*SHAPES[s], DTYPES[s % 2], *prefill) for i, prefill in enumerate(PREFILLS) for s in ((1, 2) if i % 2 else (0, 3))]
+    ("num_heads", "num_kv_heads", "head_dim", "dtype", "window", "is_split", "is_large", "kind"),
+    [
+        (*SHAPES[s], DTYPES[s % 2], *prefill, "plain")
+        for i, prefill in enumerate(PREFILLS)
+        for s in ((1, 2) if i % 2 else (0, 3))
+    ]
+    + [(*SHAPES[i], DTYPES[i % 2], *PREFILLS[j], kind) for i, kind in enumerate(SCORINGS) for j in (2, 5)]
+    + [(2, 1, 256, DTYPES[1], *PREFILLS[2], "plain")]
     if DEVICE.type == "cpu"  # each shape with windows, splits and large tiles
-    else [(*shape, dtype, *prefill) for shape in SHAPES for dtype in DTYPES for prefill in PREFILLS],
+    else [
+        (*shape, dtype, *prefill, kind)
+        for shape in [*SHAPES, (2, 1, 256)]
+        for dtype in DTYPES
+        for prefill in PREFILLS
+        for kind in ("plain", *SCORINGS)
+    ],
 )
-def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_split, is_large, dtype, monkeypatch):
+def test_prefill_equals_float64(
+    num_heads, num_kv_heads, head_dim, window, is_split, is_large, kind, dtype, monkeypatch
+):
     """Whole prompts, later chunks of prompts, and decodes beside them that are somebody else's business.
 
     In tiles for small steps and for large ones, alone and with programs that share a tile's context.
@@ -138,8 +185,9 @@ def test_prefill_equals_float64(num_heads, num_kv_heads, head_dim, window, is_sp
         scratch = PrefillScratch(num_heads, num_kv_heads, head_dim, torch.device(DEVICE))
         scratch.partial.fill_(torch.nan)
         scratch.partial_lse.fill_(torch.nan)
-    paged_prefill(query, kv_pages, tables, parts, items, window, output, scratch)
-    expected = expected_attention(query, kv_pages, tables, parts, window)
+    scoring = create_scoring(kind, num_heads)
+    paged_prefill(query, kv_pages, tables, parts, items, window, output, scratch, scoring=scoring)
+    expected = expected_attention(query, kv_pages, tables, parts, window, scoring)
     assert relative_error(output[2:], expected[2:]) < TOLERANCE[dtype]
     assert output[:2].isnan().all(), "decodes are left alone"
 
@@ -160,9 +208,9 @@ def test_decode_work_covers_every_context_once(window, max_parts):
 
 
 @CASES
-@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("has_norm", "offset"), [(False, None), (True, None), (True, 1.0)])
 @pytest.mark.parametrize("rotary_share", [1, 0.75])
-def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has_norm, rotary_share, dtype):
+def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has_norm, offset, rotary_share, dtype):
     """Queries rotated, keys rotated and values as they are in their slots, nothing else touched."""
     dim = int(head_dim * rotary_share) // 2 * 2
     torch.manual_seed(head_dim)
@@ -172,7 +220,7 @@ def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has
     qkv = torch.randn(5, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
     angles = torch.outer(torch.arange(640), 10000 ** -(torch.arange(0, dim, 2) / dim)).to(DEVICE)
     rope_table = torch.stack([angles.cos(), angles.sin()])
-    norms = [RMSNorm(head_dim, 1e-6).to(DEVICE, dtype) for _ in range(2)]
+    norms = [RMSNorm(head_dim, 1e-6, offset).to(DEVICE, dtype) for _ in range(2)]
     for norm in norms:
         norm.weight.data.normal_()
     query, key, value = qkv.clone().split([num_heads, num_kv_heads, num_kv_heads], 1)
@@ -184,8 +232,8 @@ def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has
     expected_pages[0, pages, positions.long() % PAGE_SIZE] = apply_rotary(key, cos, sin)
     expected_pages[1, pages, positions.long() % PAGE_SIZE] = value
 
-    weights = (norms[0].weight.data, norms[1].weight.data) if has_norm else None
+    kernel_norms = tuple(Norm(norm.weight.data, 1e-6, offset) for norm in norms) if has_norm else None
     rotated = torch.full((5, num_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype)
-    rope_and_store(qkv.flatten(1), rotated, kv_pages, tables, rows, positions, rope_table, weights, 1e-6)
+    rope_and_store(qkv.flatten(1), rotated, kv_pages, tables, rows, positions, rope_table, kernel_norms)
     torch.testing.assert_close(rotated, apply_rotary(query, cos, sin), rtol=1.6e-2, atol=1e-5)
     torch.testing.assert_close(kv_pages, expected_pages, rtol=1.6e-2, atol=1e-5)

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from llm.kernels import activation, adjust, experts, few_rows, logprobs, norm, quantization, routing, sampling
+from llm.kernels import activation, adjust, experts, few_rows, logprobs, norm, quantization, routing, sampling, soft_cap
 from llm.kernels.attention import decode, gather, hopper_prefill, prefill, rope
 from llm.kernels.launch import stages_in
 
@@ -57,20 +57,32 @@ def compile_kernel(
 
 
 def compile_norms() -> None:
-    """Alone, behind a product to be scaled, into 16 bits and into 8."""
+    """Alone, behind a product to be scaled, or its norm, into 16 bits and into 8; embeddings and bounded logits."""
     arguments = {"total": BF16, "weight": BF16, "eps": "fp32"}
+    plain = {"pending_weight": None, "pending_eps": None, "OFFSET": None}
     for (pending, scales), (output, output_scales) in product(
         ((None, NO_SCALES), (BF16, SCALES), (BF16, {**SCALES, "bias": None})), ((BF16, None), (FP8, FLOAT))
     ):
         more = {"pending": pending, "output": output, "output_scales": output_scales, **scales}
-        compile_kernel("norm", norm._rms_norm, {**arguments, **more}, HIDDEN=1000, BLOCK=1024)
+        compile_kernel("norm", norm._rms_norm, {**arguments, **plain, **more}, HIDDEN=1000, BLOCK=1024)
+    behind = {"pending_weight": BF16, "pending_eps": "fp32", "OFFSET": 1.0, "output": BF16, "output_scales": None}
+    for scales in (NO_SCALES, SCALES):
+        more = {"pending": BF16, **behind, **scales}
+        compile_kernel("norm behind", norm._rms_norm, {**arguments, **more}, HIDDEN=1000, BLOCK=1024)
+    tokens = {"token_ids": INT, "last_token_ids": INT, "token_rows": INT, "table": BF16, "residual": BF16}
+    for scale in (None, "fp32"):
+        compile_kernel("embed", norm._embed_tokens, {**tokens, "scale": scale}, HIDDEN=1000, BLOCK=1024)
+    logits = {"logits": BF16, "num_logits": "i64", "cap": "fp32", "inverse_cap": "fp32"}
+    compile_kernel("soft cap", soft_cap._cap_softly, logits, BLOCK=4096, num_warps=8)
 
 
 def compile_activations() -> None:
-    """The same for SwiGLU."""
+    """The same for SwiGLU, and GeGLU."""
     for scales, (output, output_scales) in product((NO_SCALES, SCALES), ((BF16, None), (FP8, FLOAT))):
         arguments = {"gate_up": BF16, "output": output, "output_scales": output_scales, "size": "i32", **scales}
-        compile_kernel("activation", activation._silu_mul, arguments, DTYPE=tl.bfloat16, BLOCK=1024)
+        for is_gelu in {False, scales is NO_SCALES}:
+            sizes = {"DTYPE": tl.bfloat16, "BLOCK": 1024, "GELU": is_gelu}
+            compile_kernel("activation", activation._activate_gated, arguments, **sizes)
     rows = {"x": BF16, "values": FP8, "scales": FLOAT, "num_inputs": "i32"}
     compile_kernel("rounding", quantization._quantize_rows, rows, BLOCK=1024)
 
@@ -85,35 +97,57 @@ def compile_rope() -> None:
         weight = BF16 if is_narrow == is_scaled else None
         more = {"keys": pages, "values": pages, "query_norm": weight, "key_norm": weight, **scales}
         num_pairs = 48 if is_scaled else 64
-        compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes, NUM_PAIRS=num_pairs)
+        offset = 1.0 if is_scaled else None
+        compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes, NUM_PAIRS=num_pairs, OFFSET=offset)
 
 
 def compile_attention() -> None:
-    """Keys and values in 16 bits and in 8; heads of 128 numbers, on older chips too, and, with masks, of 80."""
+    """Keys and values in 16 bits and in 8; heads of 128 and 256 numbers, on older chips too, and, with masks, of 80.
+
+    Plain scores, and bounded ones beside sinks; small tiles and large ones.
+    """
     arguments = dict.fromkeys(("page_tables", "part_rows", "query_starts", "query_lens", "context_lens"), INT)
     arguments |= dict.fromkeys(("item_parts", "item_chunks", "first_items", "summary"), INT)
     arguments |= {"query": BF16, "output": BF16, "partial": FLOAT, "partial_lse": FLOAT, "scale_log2": "fp32"}
     arguments |= dict.fromkeys(("num_tokens", "num_splits", "query_stride", "table_stride", "window"), "i32")
+    plain, all_scores = {"scale": None, "sinks": None}, {"scale": "fp32", "sinks": BF16}
     common = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "GROUP": 4, "PAGE_SIZE": 16, "BLOCK": 64, "INDEX": tl.int32}
-    tile = {"TILE_ROWS": 128, "BLOCK_TOKENS": 32, "MIN_SPLIT_BLOCKS": 8, "IS_UNIFORM": False, "HAS_WINDOW": True}
-    for capability, pages, head_dim in (
-        (80, BF16, 128),
-        (89, BF16, 128),
-        (89, FP8, 128),
-        (90, BF16, 80),
-        (90, FP8, 80),
+    for capability, pages, head_dim, tile_rows, scores in (
+        (80, BF16, 128, 128, plain),
+        (89, BF16, 128, 128, plain),
+        (89, FP8, 128, 128, all_scores),
+        (90, BF16, 80, 128, plain),
+        (90, FP8, 80, 128, plain),
+        (90, BF16, 128, 64, all_scores),
+        (80, BF16, 256, 128, plain),
+        (89, BF16, 256, 64, plain),
+        (90, BF16, 256, 64, all_scores),
+        (90, BF16, 256, 128, plain),
+        (90, FP8, 256, 128, plain),
     ):
-        has_8_bits = pages == FP8
-        heads = {"HEAD_DIM": head_dim, "HEAD_BLOCK": 128, "PRODUCT": tl.float16 if has_8_bits else tl.bfloat16}
-        stored = {**arguments, **common, **heads, "keys": pages, "values": pages}
+        has_8_bits, head_block = pages == FP8, triton.next_power_of_2(head_dim)
+        heads = {"HEAD_DIM": head_dim, "HEAD_BLOCK": head_block, "PRODUCT": tl.float16 if has_8_bits else tl.bfloat16}
+        stored = {**arguments, **common, **heads, **scores, "keys": pages, "values": pages}
+        tile = {"TILE_ROWS": tile_rows, "BLOCK_TOKENS": tile_rows // 4, "MIN_SPLIT_BLOCKS": 8}
+        tile |= {"IS_UNIFORM": False, "HAS_WINDOW": True}
+        room, bytes_a_stage = SHARED_MEMORY[capability], 2 * 64 * head_block * (1 if has_8_bits else 2)
+        room_beside_queries = room - tile_rows * head_block * 2
         taken = (
             compile_kernel(
                 "decode",
                 decode._paged_decode,
                 {**stored, "GROUP_BLOCK": 16, "HAS_PAIRS": has_8_bits},
                 capability=capability,
+                num_stages=min(3, stages_in(room, bytes_a_stage, capability // 10)),
             ),
-            compile_kernel("prefill", prefill._paged_prefill, {**stored, **tile}, capability=capability),
+            compile_kernel(
+                "prefill",
+                prefill._paged_prefill,
+                {**stored, **tile},
+                capability=capability,
+                num_stages=min(tile_rows // 64 + 1, stages_in(room_beside_queries, bytes_a_stage, capability // 10)),
+                num_warps=4 if tile_rows * head_block <= 128 * 128 else 8,
+            ),
         )
         assert max(taken) <= SHARED_MEMORY[capability] - 1024, (capability, pages, head_dim, taken)
     compile_kernel("merge", decode._merge_chunks, {**arguments, **common}, GROUP_BLOCK=4, HEAD_DIM=80, HEAD_BLOCK=128)
@@ -152,8 +186,10 @@ def compile_products() -> None:
     kinds = product(((BF16, None), (FP8, FLOAT)), ((False, False), (False, True), (True, False)))
     for i, ((weight, scales), (swiglu, adds)) in enumerate(kinds):
         common = {**arguments, "weight": weight, "scales": scales, "SWIGLU": swiglu, "ADDS": adds}
+        common["GELU"] = swiglu and i % 2 == 0
         row = {**common, "norm": BF16 if i % 2 else None, "norm_eps": "fp32", "OUTPUTS": 4, "TILE_K": 1024}
-        compile_kernel("single row", few_rows.single_row_product, {**row, "experts": INT if swiglu else None})
+        row |= {"OFFSET": 1.0 if adds else None, "experts": INT if swiglu else None}
+        compile_kernel("single row", few_rows.single_row_product, row)
         num_parts = 1 + i % 2
         tile = {**common, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
         tile |= {"ROWS": 16, "OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": num_parts, "IS_SHARED": num_parts > 1}
@@ -193,6 +229,7 @@ def compile_stages() -> None:
     arguments = {"x": BF16, "output": BF16, "weight": BF16, "scales": None, "bias": None, "num_outputs": "i32"}
     arguments |= {"num_inputs": "i32", "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
     arguments |= {"OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": 1, "IS_SHARED": False, "ADDS": False, "IS_EVEN": True}
+    arguments["GELU"] = False
     for (capability, shared_memory), (rows, swiglu) in product(SHARED_MEMORY.items(), ((32, False), (64, True))):
         num_stages = min(5, stages_in(shared_memory, (64 * (1 + swiglu) + rows) * 128 * 2, capability // 10))
         tile = {**arguments, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True}

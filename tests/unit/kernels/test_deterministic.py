@@ -11,7 +11,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.kernels.attention.prefill import paged_prefill, prefill_block_tokens
-from llm.kernels.attention.work import StepParts, WorkItems, num_prefill_items, plan_prefills
+from llm.kernels.attention.work import Scoring, StepParts, WorkItems, num_prefill_items, plan_prefills
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream
 from llm.models.decoder import DecoderModel
@@ -97,7 +97,7 @@ def test_mlp_of_a_row_does_not_depend_on_the_others():
     assert relative_error(whole.total, expected) < 2 * TOLERANCE[HALF]
 
 
-def attend(query, kv_pages, tables, lens: list[tuple[int, int, int]], window) -> torch.Tensor:
+def attend(query, kv_pages, tables, lens: list[tuple[int, int, int]], window, scoring) -> torch.Tensor:
     """Attention of a step of parts (row, new tokens, context), whose queries follow each other in `query`."""
     num_tokens, num_heads, _ = query.shape
     num_kv_heads = kv_pages.shape[3]
@@ -108,7 +108,7 @@ def attend(query, kv_pages, tables, lens: list[tuple[int, int, int]], window) ->
     items = WorkItems.allocate(num_prefill_items(num_tokens, len(parts), block_tokens, 1), len(parts), DEVICE)
     plan_prefills(parts, items, block_tokens, 1)
     output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=DEVICE)
-    paged_prefill(query, kv_pages, tables, parts, items, window, output, deterministic=True)
+    paged_prefill(query, kv_pages, tables, parts, items, window, output, scoring=scoring, deterministic=True)
     return output
 
 
@@ -116,31 +116,33 @@ def attend(query, kv_pages, tables, lens: list[tuple[int, int, int]], window) ->
     ("num_heads", "num_kv_heads", "head_dim", "dtype"),
     [(8, 2, 16, HALF), (6, 1, 24, torch.float32), (4, 4, 32, HALF)],
 )
-@pytest.mark.parametrize("window", [None, 1, 50, 130])
-def test_attention_of_a_token_does_not_depend_on_its_chunk(num_heads, num_kv_heads, head_dim, window, dtype):
+@pytest.mark.parametrize(("window", "is_plain"), [(None, True), (1, True), (50, True), (130, True), (50, False)])
+def test_attention_of_a_token_does_not_depend_on_its_chunk(num_heads, num_kv_heads, head_dim, window, is_plain, dtype):
     """A prompt at once, in chunks beside another's, and token by token."""
     torch.manual_seed(num_heads)
     num_tokens, num_pages = 150, 10
     kv_pages = torch.randn(2, 2 * num_pages, PAGE_SIZE, num_kv_heads, head_dim, device=DEVICE).to(dtype)
     tables = torch.randperm(2 * num_pages, device=DEVICE).view(2, num_pages).int()
     query = torch.randn(num_tokens, num_heads, head_dim, device=DEVICE).to(dtype)
-    whole = attend(query, kv_pages, tables, [(1, num_tokens, num_tokens)], window)
+    scoring = None if is_plain else Scoring(0.2, 1.5, torch.randn(num_heads, device=DEVICE))
+    whole = attend(query, kv_pages, tables, [(1, num_tokens, num_tokens)], window, scoring)
     other = torch.randn(3, num_heads, head_dim, device=DEVICE).to(dtype)
     start = 0
     for end in (7, 71, 72, 140, 150):
         step = torch.cat([other, query[start:end]])
-        chunk = attend(step, kv_pages, tables, [(0, 1, 20), (0, 2, 99), (1, end - start, end)], window)
+        chunk = attend(step, kv_pages, tables, [(0, 1, 20), (0, 2, 99), (1, end - start, end)], window, scoring)
         assert not chunk.isnan().any()
         assert torch.equal(chunk[3:], whole[start:end]), f"tokens {start} to {end}"
         start = end
     for i in (0, 1, 63, 64, 65, 149):
-        assert torch.equal(attend(query[i : i + 1], kv_pages, tables, [(1, 1, i + 1)], window), whole[i : i + 1])
+        alone = attend(query[i : i + 1], kv_pages, tables, [(1, 1, i + 1)], window, scoring)
+        assert torch.equal(alone, whole[i : i + 1])
     fast_parts = StepParts(ints([1]), ints([0]), ints([num_tokens]), ints([num_tokens]))
     block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
     items = WorkItems.allocate(num_prefill_items(num_tokens, 1, block_tokens), 1, DEVICE)
     plan_prefills(fast_parts, items, block_tokens)
     fast = torch.full_like(whole, torch.nan)
-    paged_prefill(query, kv_pages, tables, fast_parts, items, window, fast)
+    paged_prefill(query, kv_pages, tables, fast_parts, items, window, fast, scoring=scoring)
     assert relative_error(whole, fast) < 2 * TOLERANCE[dtype]
 
 
@@ -182,7 +184,7 @@ def test_logits_do_not_depend_on_chunks_and_company(kind):
             hidden = torch.empty(1, 64, dtype=HALF, device=DEVICE)
             step = PackedStep(tokens, parts, last, has_prefills=max(query_lens) > 1)
             model.run(KernelOperations(workspace, step, hidden))
-        return model.logits(hidden, workspace.product)
+        return model.logits(hidden, workspace.head)
 
     with torch.inference_mode():
         alone = last_logits([[(0, i, i + 1)] for i in range(10)])

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm.kernels.activation import silu_mul
+from llm.config import Activation
+from llm.kernels.activation import activate_gated
 from llm.kernels.linear import MAX_FEW_ROWS, Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream, embed_tokens, rms_norm
-from llm.models.layers import RMSNorm
+from llm.kernels.soft_cap import cap_softly
+from llm.models.layers import RMSNorm, activate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -27,11 +29,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def norm_of(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """RMSNorm in float64."""
     wide = x.double()
-    return wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
+    factor = norm.weight.double() + (norm.offset or 0)
+    return wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * factor
 
 
-def create_norm(hidden_size: int, dtype: torch.dtype) -> Norm:
-    return Norm(random(hidden_size, dtype=dtype), 1e-5)
+def create_norm(hidden_size: int, dtype: torch.dtype, offset: float | None = None) -> Norm:
+    return Norm(random(hidden_size, dtype=dtype), 1e-5, offset)
 
 
 SHAPES = pytest.mark.parametrize(
@@ -100,6 +103,38 @@ def test_mlp_equals_float64(num_rows, size, hidden_size, has_bias, dtype):
     assert relative_error(stream.total, expected) < 3 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3, 70])
+@pytest.mark.parametrize(("size", "dtype"), [(128, HALF), (60, HALF), (60, torch.float32)])
+def test_a_layer_with_norms_behind_equals_float64(num_rows, size, dtype, deterministic):
+    """As Gemma's: a product and a GeGLU, each of whose norms is added to the stream and read by the next norm.
+
+    A single row finds a norm in front of the product that it can take along, and one that it cannot, because
+    something is pending.
+    """
+    torch.manual_seed(num_rows)
+    hidden_size = 256
+    total, x = random(num_rows, hidden_size, dtype=dtype), random(num_rows, size, dtype=dtype)
+    output, gate_up, down = (
+        Weights(random(*shape, dtype=dtype) / 8)
+        for shape in ((hidden_size, size), (2 * size, hidden_size), (hidden_size, size))
+    )
+    before, behind, mlp_norm, mlp_behind = (create_norm(hidden_size, dtype, 1.0) for _ in range(4))
+    linear, stream = Linear(DEVICE, deterministic=deterministic), ResidualStream(total.clone())
+    first = linear.of_norm(stream, before, gate_up)
+    assert relative_error(first, norm_of(total, before) @ gate_up.weight.double().t()) < 2 * TOLERANCE[dtype]
+    linear.add(stream, x, output, behind)
+    linear.mlp(stream, mlp_norm, gate_up, down, Activation.GELU_TANH, mlp_behind)
+    final = torch.full_like(total, torch.nan)
+    rms_norm(stream, before, final)
+    expected = total.double() + norm_of(x.double() @ output.weight.double().t(), behind)
+    gate, up = (norm_of(expected, mlp_norm) @ gate_up.weight.double().t()).chunk(2, -1)
+    expected += norm_of(F.gelu(gate, approximate="tanh") * up @ down.weight.double().t(), mlp_behind)
+    assert stream.pending is None
+    assert relative_error(stream.total, expected) < 4 * TOLERANCE[dtype]
+    assert relative_error(final, norm_of(expected, before)) < 4 * TOLERANCE[dtype]
+
+
 def test_a_large_swiglu_of_some_rows_equals_float64():
     """In wide tiles, of which there is about one for each multiprocessor."""
     torch.manual_seed(0)
@@ -123,23 +158,44 @@ def test_a_row_does_not_depend_on_others():
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("hidden_size", [64, 96, 1024])
-def test_rms_norm_equals_the_layer(hidden_size, dtype):
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_rms_norm_equals_the_layer(hidden_size, offset, dtype):
     torch.manual_seed(hidden_size)
     total = random(5, hidden_size, dtype=dtype)
-    layer = RMSNorm(hidden_size, 1e-5).to(DEVICE, dtype)
+    layer = RMSNorm(hidden_size, 1e-5, offset).to(DEVICE, dtype)
     layer.weight.data.normal_()
     output = torch.full_like(total, torch.nan)
-    rms_norm(ResidualStream(total), Norm(layer.weight.data, 1e-5), output)
+    rms_norm(ResidualStream(total), Norm(layer.weight.data, 1e-5, offset), output)
     assert relative_error(output, layer(total)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("size", [24, 1024, 1500])
-def test_silu_mul_equals_torch(size):
-    gate_up = random(3, 2 * size, dtype=torch.float32)
+@pytest.mark.parametrize("activation", Activation)
+def test_gated_activations_equal_torch(size, activation):
+    gate_up = random(3, 2 * size, dtype=torch.float32) * 4
     output = torch.full((3, size), torch.nan, device=DEVICE)
-    silu_mul(gate_up, output)
+    activate_gated(gate_up, output, activation)
     gate, up = gate_up.chunk(2, -1)
-    torch.testing.assert_close(output, F.silu(gate) * up, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output, activate(gate, activation) * up, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_soft_caps_equal_torch(dtype):
+    """Near 0, around the cap and far beyond it."""
+    logits = torch.cat([random(3, 2000, dtype=dtype) * scale for scale in (0.01, 30, 3000)], 1)
+    expected = 30 * torch.tanh(logits.double() / 30)
+    cap_softly(logits, 30.0)
+    torch.testing.assert_close(logits.double(), expected, rtol=TOLERANCE[dtype], atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_scaled_embeddings_equal_torch(dtype):
+    """The scale is rounded to the embeddings' format, which shows where that is narrow."""
+    table = random(50, 24, dtype=dtype)
+    ids = torch.arange(50, dtype=torch.int32, device=DEVICE)
+    residual = torch.full_like(table, torch.nan)
+    embed_tokens(ids, ids, ids, table, residual, 3072**0.5)
+    assert torch.equal(residual, table * torch.tensor(3072**0.5, dtype=dtype, device=DEVICE))
 
 
 def test_embedding_resolves_tokens_that_only_the_device_knows():

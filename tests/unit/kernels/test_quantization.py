@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm.kernels.activation import silu_mul
+from llm.kernels.activation import activate_gated
 from llm.kernels.attention.rope import rope_and_store
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
@@ -96,11 +96,11 @@ def test_norm_adds_a_scaled_product_and_narrows(size, is_narrow, has_bias):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("is_narrow", [False, True])
 @pytest.mark.parametrize("size", [48, 1500])
-def test_silu_mul_takes_a_scaled_product_and_narrows(size, is_narrow, has_bias):
+def test_a_gated_activation_takes_a_scaled_product_and_narrows(size, is_narrow, has_bias):
     torch.manual_seed(size)
     product = create_product(3, 2 * size, has_bias=has_bias)
     output = EightBitRows.allocate(3, size, DEVICE, HALF) if is_narrow else random(3, size)
-    silu_mul(product, output)
+    activate_gated(product, output)
     gate, up = product.scaled().double().chunk(2, -1)
     if isinstance(output, EightBitRows):
         assert_near(output, F.silu(gate) * up)
@@ -177,7 +177,7 @@ def test_keys_and_values_too_large_for_8_bits_become_the_largest():
     tables, rows = torch.tensor([[2]], **ints), torch.zeros(2, **ints)
     positions = torch.tensor([0, 5], **ints)
     rope_table = torch.stack([torch.ones(8, head_dim // 2), torch.zeros(8, head_dim // 2)]).to(DEVICE)
-    rope_and_store(qkv, query, kv_pages, tables, rows, positions, rope_table, None, 1e-6)
+    rope_and_store(qkv, query, kv_pages, tables, rows, positions, rope_table, None)
     expected = torch.zeros(kv_pages.shape, device=DEVICE)
     expected[:, 2, 0], expected[:, 2, 5] = LARGEST, 1
     expected[1, 2, 0, 1] = -LARGEST
@@ -196,6 +196,6 @@ def test_rope_scales_the_product_it_reads():
     for qkv in (product, product.scaled()):
         kv_pages = torch.zeros(2, 3, page_size, num_kv_heads, head_dim, device=DEVICE, dtype=HALF)
         query = torch.full((3, num_heads, head_dim), torch.nan, device=DEVICE, dtype=HALF)
-        rope_and_store(qkv, query, kv_pages, tables, rows, positions, rope_table, None, 1e-6)
+        rope_and_store(qkv, query, kv_pages, tables, rows, positions, rope_table, None)
         results.append((query, kv_pages))
     torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=1e-2)

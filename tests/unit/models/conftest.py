@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -49,10 +52,54 @@ def rope(kind: str, **changes: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **changes}}
 
 
+GEMMA: dict[str, Any] = {**SHAPE, "head_dim": 16, "sliding_window": 17, "initializer_range": 0.05}
+"""Embeddings that are scaled, and are the head too, have to be small, or the likeliest token is the one just seen."""
+
+
+def gemma_3(**changes: Any) -> dict[str, Any]:
+    """Two windowed layers to one that sees everything, with RoPE of its own."""
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    own = {"query_pre_attn_scalar": 40, "sliding_window_pattern": 3, "num_hidden_layers": 4}
+    return {**GEMMA, **own, "rope_parameters": ropes, **changes}
+
+
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma2": lambda: Gemma2Config(
+        **{
+            **GEMMA,
+            "query_pre_attn_scalar": 10,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 12.0,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.2,
+        }
+    ),
+    "gemma3": lambda: Gemma3TextConfig(**gemma_3()),
+    "gemma3_untied": lambda: Gemma3TextConfig(
+        **gemma_3(tie_word_embeddings=False, attention_bias=True, final_logit_softcapping=12.0, num_key_value_heads=4)
+    ),
+    "gemma3_text_half": lambda: Gemma3Config(
+        text_config=gemma_3(vocab_size=207),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=200,
+        eoi_token_index=201,
+        image_token_index=202,
+    ),
     "llama": llama,
     "llama_mha": lambda: llama(num_key_value_heads=8, tie_word_embeddings=True),
     "llama_mqa_biases": lambda: llama(num_key_value_heads=1, attention_bias=True, mlp_bias=True),

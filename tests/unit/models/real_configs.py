@@ -48,8 +48,51 @@ _QWEN_3: dict[str, Any] = {
     "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rope_scaling": None,
     "sliding_window": None, "tie_word_embeddings": True, "transformers_version": "4.51.0",
 }  # fmt: skip
+_GEMMA: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "cache_implementation": "hybrid",
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "pad_token_id": 0,
+    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "torch_dtype": "bfloat16", "use_cache": True,
+}  # fmt: skip
+_GEMMA_3_TEXT: dict[str, Any] = {
+    "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+}  # fmt: skip
+_GEMMA_3: dict[str, Any] = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+    "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+    "model_type": "gemma3", "text_config": _GEMMA_3_TEXT, "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "vision_config": {
+        "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+        "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+    },
+}  # fmt: skip
 
 REAL_CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma-2-9b-it": {
+        **_GEMMA, "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0, "eos_token_id": 1,
+        "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3584,
+        "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 16,
+        "num_hidden_layers": 42, "num_key_value_heads": 8, "rope_theta": 10000.0, "sliding_window": 4096,
+        "sliding_window_size": 4096, "transformers_version": "4.42.0.dev0", "vocab_size": 256000,
+    },
+    "gemma-3-1b-it": {
+        **_GEMMA, "architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": None, "eos_token_id": [1, 106],
+        "final_logit_softcapping": None, "hidden_size": 1152, "intermediate_size": 6912,
+        "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4,
+        "num_hidden_layers": 26, "num_key_value_heads": 1, "rope_local_base_freq": 10000, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+        "transformers_version": "4.50.0.dev0", "vocab_size": 262144,
+    },
+    "gemma-3-4b-it": _GEMMA_3,
+    "gemma-3-27b-it": {
+        **_GEMMA_3,
+        "text_config": {
+            **_GEMMA_3_TEXT, "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504,
+            "num_attention_heads": 32, "num_hidden_layers": 62, "num_key_value_heads": 16,
+            "query_pre_attn_scalar": 168,
+        },
+    },
     "llama-7b": {
         **_LLAMA, "bos_token_id": 1, "eos_token_id": 2, "intermediate_size": 11008, "max_position_embeddings": 2048,
         "max_sequence_length": 2048, "pad_token_id": 0, "rms_norm_eps": 1e-06, "torch_dtype": "float16",

@@ -24,10 +24,23 @@ def write(directory: Path, config: dict[str, Any], **changes: Any) -> Path:
 @pytest.mark.parametrize("name", REAL_CONFIGS)
 def test_real_checkpoints_load_with_all_their_keys(tmp_path, name):
     config = load_model_config(write(tmp_path, REAL_CONFIGS[name]))
-    theirs = AutoConfig.from_pretrained(tmp_path)
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert (config.rope_scaling is None) == (theirs.rope_parameters["rope_type"] == "default")
+    theirs = AutoConfig.from_pretrained(tmp_path).get_text_config()
+    rope = theirs.rope_parameters.get(FULL, theirs.rope_parameters)
+    assert config.rope_theta == rope["rope_theta"]
+    assert (config.rope_scaling is None) == (rope["rope_type"] == "default")
     assert config.window_size == theirs.to_dict().get("sliding_window")
+    if SLIDING in theirs.rope_parameters:
+        assert config.window_rope_theta == theirs.rope_parameters[SLIDING]["rope_theta"]
+    if hasattr(theirs, "query_pre_attn_scalar"):
+        layers = [i for i, kind in enumerate(theirs.layer_types) if kind == SLIDING]
+        assert config.window_layers == tuple(layers)
+        shape = (theirs.num_attention_heads, theirs.num_key_value_heads, theirs.head_dim, theirs.vocab_size)
+        assert (config.num_heads, config.kv_heads, config.head_size, config.vocab_size) == shape
+        assert config.attention_scale == theirs.query_pre_attn_scalar**-0.5
+        assert config.max_seq_len == theirs.max_position_embeddings
+        assert config.logit_soft_cap == theirs.final_logit_softcapping
+        assert config.attention_soft_cap == theirs.attn_logit_softcapping
+        assert config.tie_embeddings
 
 
 @pytest.mark.parametrize("name", REAL_CONFIGS)
@@ -142,6 +155,39 @@ def test_both_generations_of_rope_may_stand_side_by_side_where_they_agree(tmp_pa
     assert config == load_model_config(write(tmp_path, LLAMA))
     with pytest.raises(ConfigError, match="rope_parameters and rope_scaling differ"):
         load_model_config(write(tmp_path, base, rope_scaling={**older, "factor": 4.0}, rope_parameters=newer))
+
+
+GEMMA_3 = REAL_CONFIGS["gemma-3-1b-it"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+        ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0"),
+        ({"hidden_activation": "silu"}, "hidden_activation 'silu' is not supported; only gelu_pytorch_tanh is"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "must hold a set for full_attention and one for sliding_attention"),
+        ({"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 2.0}}}, "sliding_attention .* stretch"),
+        ({"rope_parameters": {FULL: {"factor": 2.0}}, "rope_scaling": {"factor": 8.0}}, "rope_scaling differ"),
+        ({"never_heard_of": 1}, "'never_heard_of'"),
+    ],
+)
+def test_what_gemma_3_does_not_understand(tmp_path, changes, reason):
+    """In a file of its own, and as the text half of one that takes images."""
+    with pytest.raises(ConfigError, match=reason):
+        load_model_config(write(tmp_path, GEMMA_3, **changes))
+    whole = REAL_CONFIGS["gemma-3-4b-it"]
+    with pytest.raises(ConfigError, match=reason):
+        load_model_config(write(tmp_path, whole, text_config={**whole["text_config"], **changes}))
+
+
+def test_a_key_beside_the_text_half_counts_too(tmp_path):
+    whole = REAL_CONFIGS["gemma-3-4b-it"]
+    assert not load_model_config(write(tmp_path, whole, tie_word_embeddings=False)).tie_embeddings
+    with pytest.raises(ConfigError, match="'never_heard_of'"):
+        load_model_config(write(tmp_path, whole, never_heard_of=1))
+    with pytest.raises(ConfigError, match="'text_config' is .., but must be an object"):
+        load_model_config(write(tmp_path, whole, text_config=[]))
 
 
 def test_a_trained_length_beside_rope_scaling_must_agree_with_it(tmp_path):

@@ -20,6 +20,10 @@ NUM_GREEDY = 64
 PROMPT_LENS = [1, 7, 70, 150]
 
 KINDS = [
+    "gemma2",
+    "gemma3",
+    "gemma3_untied",
+    "gemma3_text_half",
     "llama",
     "llama_mha",
     "llama_mqa_biases",

@@ -57,12 +57,24 @@ def create_requests(num: int = 4, **params) -> list[GenerationRequest]:
     return requests
 
 
+GEMMA = {"norm_offset": 1.0, "embedding_scale": 32**0.5, "activation": "gelu_tanh", "tie_embeddings": True}
+GEMMA_2 = {
+    **GEMMA, "architecture": "Gemma2ForCausalLM", "window_size": 6, "window_layers": (0,), "attention_scale": 0.4,
+    "attention_soft_cap": 3.0, "logit_soft_cap": 5.0,
+}  # fmt: skip
+GEMMA_3 = {
+    **GEMMA, "architecture": "Gemma3ForCausalLM", "window_size": 6, "window_layers": (0,), "window_rope_theta": 100.0,
+    "qk_norm": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "shape",
     [{}, {"qk_norm": True, "tie_embeddings": True}, {"attention_bias": True, "num_kv_heads": 1}, {"window_size": 6},
      {"window_size": 6, "window_layers": (1,)}, {"mlp_bias": True, "attention_output_bias": True, "num_kv_heads": 4},
-     {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "dense_layers": (0,)}],
-    ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts"],
+     {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "dense_layers": (0,)},
+     GEMMA_2, GEMMA_3],
+    ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts", "gemma2", "gemma3"],
 )  # fmt: skip
 def test_greedy_tokens_equal_the_reference(shape):
     """Prompts in chunks beside decodes, more requests than rows, shared prefixes."""
@@ -99,8 +111,9 @@ def test_preempted_tokens_equal_the_reference():
     assert tokens == run(create_engine(model, "reference", **small), requests)
 
 
-def test_log_probabilities_equal_the_reference():
-    model = create_model()
+@pytest.mark.parametrize("shape", [{}, GEMMA_2], ids=["llama", "gemma2"])
+def test_log_probabilities_equal_the_reference(shape):
+    model = create_model(**shape)
     requests = create_requests(2, logprobs=3)
     engines = [create_engine(model, name) for name in ("triton", "reference")]
     ours, expected = (engine.generate(requests, progress=False) for engine in engines)

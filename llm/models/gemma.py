@@ -1,0 +1,138 @@
+"""Gemma 2 and Gemma 3, text: norms before and behind, GeGLU, scaled embeddings, windows in most layers.
+
+Every norm scales by 1 + w. What attention and the feed-forward give is normalised before it is added to the residual
+stream. Gemma 2 (arXiv:2408.00118) bounds scores and logits softly; Gemma 3 (arXiv:2503.19786) normalises queries and
+keys instead, and turns them by angles of their own in layers with a window.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from llm.attention.rope import RotaryEmbedding
+from llm.attention.spec import AttentionSpec
+from llm.config import Activation, ModelConfig
+from llm.models.config_keys import ReadKeys, key_names
+from llm.models.family import Destination, Family, Layer, common_fields, read_text_half
+from llm.models.layers import RMSNorm
+from llm.models.llama import attention_weights, mlp_weights
+from llm.models.operations import Operations
+from llm.models.rope_keys import read_ropes_by_kind
+from llm.models.window_keys import read_windows
+
+_IMAGE_KEYS = key_names("""
+    vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index
+    boi_token_id eoi_token_id image_token_id
+""")
+_DEFAULTS = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "query_pre_attn_scalar": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+_DEFAULTS_2 = {
+    **_DEFAULTS, "max_position_embeddings": 8192, "sliding_window": 4096, "sliding_window_pattern": 2,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "vocab_size": 256000, "rope_theta": 1e4,
+}  # fmt: skip
+_DEFAULTS_3 = {
+    **_DEFAULTS, "max_position_embeddings": 131072, "sliding_window": 4096, "sliding_window_pattern": 6,
+    "vocab_size": 262208,
+}  # fmt: skip
+"""What transformers takes for keys that are missing, as most of them are in Google's own files of Gemma 3."""
+
+
+class GemmaLayer(Layer):
+    """Attention, then the feed-forward, each between two norms.
+
+    Args:
+        index: of the layer, from 0.
+        rope: of the layer.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
+        super().__init__()
+        self.index = index
+        self.activation = config.activation
+        self.spec = spec = AttentionSpec(
+            config.num_heads, config.kv_heads, config.head_size, rope, config.layer_window(index),
+            config.attention_scale, config.attention_soft_cap,
+        )  # fmt: skip
+        hidden_size, mlp_size = config.hidden_size, config.mlp_size
+        norm = partial(RMSNorm, eps=config.rms_norm_eps, offset=config.norm_offset)
+        self.attention_norm, self.behind_attention_norm = norm(hidden_size), norm(hidden_size)
+        self.qkv_proj = nn.Linear(hidden_size, spec.qkv_size, bias=config.attention_bias)
+        self.q_norm = norm(spec.head_dim) if config.qk_norm else None
+        self.k_norm = norm(spec.head_dim) if config.qk_norm else None
+        self.o_proj = nn.Linear(spec.output_size, hidden_size, bias=config.attention_output_bias)
+        self.mlp_norm, self.behind_mlp_norm = norm(hidden_size), norm(hidden_size)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * mlp_size, bias=False)
+        self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
+
+    def forward(self, operations: Operations[Any]) -> None:
+        """See `Layer.forward`."""
+        qk_norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        qkv = operations.product_of_norm(self.attention_norm, self.qkv_proj)
+        attended = operations.attend(self.index, self.spec, qkv, qk_norms)
+        operations.add_product(attended, self.o_proj, self.behind_attention_norm)
+        operations.add_gated_mlp(
+            self.mlp_norm, self.gate_up_proj, self.down_proj, self.activation, self.behind_mlp_norm
+        )
+
+
+def _make_layers(config: ModelConfig) -> list[Layer]:
+    rope = own = RotaryEmbedding(config.rotary_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
+    if config.window_rope_theta is not None:
+        own = RotaryEmbedding(config.rotary_size, config.max_seq_len, config.window_rope_theta)
+    ropes = [rope if config.layer_window(index) is None else own for index in range(config.num_layers)]
+    return [GemmaLayer(config, index, rope) for index, rope in enumerate(ropes)]
+
+
+def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
+    return {
+        **attention_weights(config),
+        **mlp_weights(config),
+        "post_attention_layernorm": Destination("behind_attention_norm"),
+        "pre_feedforward_layernorm": Destination("mlp_norm"),
+        "post_feedforward_layernorm": Destination("behind_mlp_norm"),
+    }
+
+
+def _shared_fields(config: ReadKeys) -> dict[str, Any]:
+    """What both generations say alike."""
+    config.get("hidden_act")  # an older name, which transformers reads no more
+    window_size, window_layers = read_windows(config, pattern=config["sliding_window_pattern"])
+    has_bias = config.get("attention_bias", False)
+    return {
+        "window_size": window_size, "window_layers": window_layers,
+        "attention_scale": config["query_pre_attn_scalar"] ** -0.5, "embedding_scale": config["hidden_size"] ** 0.5,
+        "logit_soft_cap": config.get("final_logit_softcapping", 0) or None, "norm_offset": 1.0,
+        "attention_bias": has_bias, "attention_output_bias": has_bias,
+    }  # fmt: skip
+
+
+def _read_gemma_2(config: ReadKeys, name: str) -> ModelConfig:
+    config.fill(_DEFAULTS_2)
+    config.get("sliding_window_size")  # `sliding_window` once more
+    soft_cap = config.get("attn_logit_softcapping", 0) or None
+    return ModelConfig(
+        **common_fields(config, activation=Activation.GELU_TANH), **_shared_fields(config),
+        architecture=name, attention_soft_cap=soft_cap,
+    )  # fmt: skip
+
+
+def _read_gemma_3(config: ReadKeys, name: str) -> ModelConfig:
+    config.fill(_DEFAULTS_3)
+    rope, window_rope_theta = read_ropes_by_kind(config, theta=1e6, window_theta=1e4)
+    return ModelConfig(
+        **common_fields(config, activation=Activation.GELU_TANH, rope=rope), **_shared_fields(config),
+        architecture=name, window_rope_theta=window_rope_theta, qk_norm=True,
+    )  # fmt: skip
+
+
+def _read_text_half_of_gemma_3(config: ReadKeys, name: str) -> ModelConfig:
+    return read_text_half(config, name, _read_gemma_3, _IMAGE_KEYS)
+
+
+GEMMA2 = Family(_read_gemma_2, _make_layers, _layer_weights)
+GEMMA3 = Family(_read_gemma_3, _make_layers, _layer_weights)
+GEMMA3_TEXT_HALF = Family(_read_text_half_of_gemma_3, _make_layers, _layer_weights, left_out="images")
