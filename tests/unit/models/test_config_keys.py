@@ -186,7 +186,7 @@ def test_a_key_beside_the_text_half_counts_too(tmp_path):
     assert not load_model_config(write(tmp_path, whole, tie_word_embeddings=False)).tie_embeddings
     with pytest.raises(ConfigError, match="'never_heard_of'"):
         load_model_config(write(tmp_path, whole, never_heard_of=1))
-    with pytest.raises(ConfigError, match="'text_config' is .., but must be an object"):
+    with pytest.raises(ConfigError, match=r"'text_config' is .., but must be an object"):
         load_model_config(write(tmp_path, whole, text_config=[]))
 
 
