@@ -149,7 +149,7 @@ class ExpertMixture:
         single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](
             total, norm.weight, gate_up.weight, gate_up.scales, None, self._activated, routes.experts, size,
             hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(_SINGLE_MOST_TILE_K, hidden_size & -hidden_size),
-            SWIGLU=True, ADDS=False, num_warps=4, **options,
+            SWIGLU=True, GELU=False, OFFSET=norm.offset, ADDS=False, num_warps=4, **options,
         )  # fmt: skip
         tile_k = min(_SINGLE_MOST_TILE_K, triton.next_power_of_2(size))
         _single_sum[(hidden_size // _SINGLE_OUTPUTS,)](

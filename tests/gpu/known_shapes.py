@@ -2,6 +2,10 @@
 
 from typing import Any
 
+_GEMMA: dict[str, Any] = {
+    "activation": "gelu_tanh", "norm_offset": 1.0, "tie_embeddings": True, "window_layers": (0,), "window_size": 256,
+}  # fmt: skip
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8},
     "qwen3-0.6b": {
@@ -25,6 +29,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mixtral, narrow, an mlp in one layer": {
         "architecture": "Qwen3MoeForCausalLM", "hidden_size": 1024, "num_heads": 8, "num_kv_heads": 8,
         "num_experts": 8, "expert_size": 3584, "dense_layers": (1,), "intermediate_size": 1000,
+    },
+    "gemma-2-9b with lower caps": {
+        **_GEMMA, "architecture": "Gemma2ForCausalLM", "hidden_size": 3584, "intermediate_size": 14336,
+        "num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "embedding_scale": 3584**0.5, "attention_soft_cap": 1.0,
+        "logit_soft_cap": 2.0,
+    },
+    "gemma-3-4b": {
+        **_GEMMA, "architecture": "Gemma3ForCausalLM", "hidden_size": 2560, "intermediate_size": 10240,
+        "num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "embedding_scale": 2560**0.5, "qk_norm": True,
+        "rope_theta": 1e6, "window_rope_theta": 1e4,
+    },
+    "gemma-3-27b": {
+        **_GEMMA, "architecture": "Gemma3ForCausalLM", "hidden_size": 5376, "intermediate_size": 21504,
+        "num_heads": 32, "num_kv_heads": 16, "head_dim": 128, "embedding_scale": 5376**0.5, "qk_norm": True,
+        "attention_scale": 168**-0.5, "rope_theta": 1e6, "window_rope_theta": 1e4,
     },
     "mqa, heads of 80": {"hidden_size": 640, "num_heads": 8, "num_kv_heads": 1},
     "heads of 256": {"hidden_size": 1024, "num_heads": 4, "num_kv_heads": 4, "head_dim": 256},

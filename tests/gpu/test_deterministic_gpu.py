@@ -42,7 +42,17 @@ def create_requests(num: int, num_tokens: int) -> list[GenerationRequest]:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen3-0.6b", "mistral with a window", "qwen3-30b-a3b"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "llama-3.1-8b",
+        "qwen3-0.6b",
+        "mistral with a window",
+        "qwen3-30b-a3b",
+        "gemma-2-9b with lower caps",
+        "gemma-3-4b",
+    ],
+)
 def test_tokens_do_not_depend_on_the_batch(shape, config):
     """Together, few at a time, one at a time, in chunks, and through a pool so small that sequences are preempted."""
     requests = create_requests(96, 24)

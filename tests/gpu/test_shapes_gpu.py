@@ -79,6 +79,19 @@ def logprobs(model: DecoderModel, backend: str, requests: list[GenerationRequest
     return torch.tensor([result.logprobs[0].logprob for result in generate(model, backend, requests)])
 
 
+@pytest.mark.parametrize("shape", ["gemma-2-9b with lower caps", "gemma-3-4b", "gemma-3-27b", "heads of 256"])
+def test_large_steps_of_wide_heads_equal_the_reference(shape):
+    """Steps of thousands of tokens have larger tiles, whose stages have to fit the chip beside heads of 256."""
+    model = create_model(SHAPES[shape], torch.bfloat16, max_seq_len=8192)
+    requests = create_requests([5000, 100, 600], max_new_tokens=2, logprobs=0, output_token_ids=(7,))
+    config = {"max_tokens_per_step": 8192, "max_seq_len": 8192, "num_pages": 2000}
+    ours, expected = (
+        torch.tensor([result.logprobs[0].logprob for result in generate(model, backend, requests, **config)])
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.08)
+
+
 def test_preempted_tokens_equal_undisturbed_ones():
     """A pool of a fraction of the demand, so that sequences move between rows and pages."""
     model = create_model(SHAPES["qwen3-0.6b"], torch.float32)

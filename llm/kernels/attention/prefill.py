@@ -25,6 +25,8 @@ _TILE_ROWS, _MANY_TOKENS_TILE_ROWS = 64, 128
 _MANY_TOKENS = 4096
 _BLOCK_TOKENS = 64
 _NUM_WARPS, _WIDE_TILE_NUM_WARPS = 4, 8
+_NARROW_HEAD = 128
+"""Numbers of a head up to which all stages fit the shared memory of every chip."""
 _WIDE_TILE = 128 * 128
 """Numbers of a tile's output that fit the registers of 4 warps beside its scores."""
 _NUM_STAGES, _MANY_TOKENS_NUM_STAGES = 2, 3
@@ -96,8 +98,10 @@ def paged_prefill(
     num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= scratch.max_tokens else 1
     head_block = max(16, triton.next_power_of_2(head_dim))
     num_stages = _NUM_STAGES if tile_rows <= _TILE_ROWS else _MANY_TOKENS_NUM_STAGES
-    bytes_a_stage = 2 * _BLOCK_TOKENS * head_block * kv_pages.dtype.itemsize
-    num_stages = min(num_stages, most_stages(query.device, bytes_a_stage, tile_rows * head_block * query.itemsize))
+    if head_block > _NARROW_HEAD:
+        bytes_a_stage = 2 * _BLOCK_TOKENS * head_block * kv_pages.dtype.itemsize
+        other_bytes = tile_rows * (head_block + _BLOCK_TOKENS) * query.itemsize
+        num_stages = min(num_stages, most_stages(query.device, bytes_a_stage, other_bytes))
     scoring = scoring or Scoring(head_dim**-0.5)
     partial, partial_lse = (output, output) if scratch is None else (scratch.partial, scratch.partial_lse)
     shape = {

@@ -80,7 +80,7 @@ def compile_activations() -> None:
     """The same for SwiGLU, and GeGLU."""
     for scales, (output, output_scales) in product((NO_SCALES, SCALES), ((BF16, None), (FP8, FLOAT))):
         arguments = {"gate_up": BF16, "output": output, "output_scales": output_scales, "size": "i32", **scales}
-        for is_gelu in {False, scales is NO_SCALES}:
+        for is_gelu in (False, True) if scales is NO_SCALES else (False,):
             sizes = {"DTYPE": tl.bfloat16, "BLOCK": 1024, "GELU": is_gelu}
             compile_kernel("activation", activation._activate_gated, arguments, **sizes)
     rows = {"x": BF16, "values": FP8, "scales": FLOAT, "num_inputs": "i32"}
@@ -131,7 +131,10 @@ def compile_attention() -> None:
         tile = {"TILE_ROWS": tile_rows, "BLOCK_TOKENS": tile_rows // 4, "MIN_SPLIT_BLOCKS": 8}
         tile |= {"IS_UNIFORM": False, "HAS_WINDOW": True}
         room, bytes_a_stage = SHARED_MEMORY[capability], 2 * 64 * head_block * (1 if has_8_bits else 2)
-        room_beside_queries = room - tile_rows * head_block * 2
+        room_beside_tile = room - tile_rows * (head_block + 64) * 2
+        num_stages = tile_rows // 64 + 1
+        if head_block > 128:
+            num_stages = min(num_stages, max(stages_in(room_beside_tile, bytes_a_stage, capability // 10), 1))
         taken = (
             compile_kernel(
                 "decode",
@@ -145,7 +148,7 @@ def compile_attention() -> None:
                 prefill._paged_prefill,
                 {**stored, **tile},
                 capability=capability,
-                num_stages=min(tile_rows // 64 + 1, stages_in(room_beside_queries, bytes_a_stage, capability // 10)),
+                num_stages=num_stages,
                 num_warps=4 if tile_rows * head_block <= 128 * 128 else 8,
             ),
         )
