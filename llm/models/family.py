@@ -60,11 +60,13 @@ class Family:
             TypeError, ConfigError, ValidationError.
         make_layers: on the current default device.
         layer_weights: destinations within a layer, by the names that modules have in a layer of a checkpoint.
+        defaults: values that transformers takes for keys that a config.json lacks, where they are the family's own.
     """
 
     read_config: Callable[[ReadKeys, str], ModelConfig]
     make_layers: Callable[[ModelConfig], Sequence[Layer]]
     layer_weights: Callable[[ModelConfig], Mapping[str, Destination]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def common_fields(config: ReadKeys, *, has_partial_rope: bool = False) -> dict[str, Any]:
