@@ -29,9 +29,10 @@ def load_model_config(directory: str | Path) -> ModelConfig:
         ConfigError: config.json is missing, or holds something that cannot be used or is not understood.
     """
     path = Path(directory) / "config.json"
-    config = ReadKeys(read_json(path))
+    content = read_json(path)
     try:
-        name = _find_architecture(config, path)
+        name = _find_architecture(ReadKeys(content), path)
+        config = ReadKeys({**FAMILIES[name].defaults, **content})
         _refuse_quantized(config, path)
         model = FAMILIES[name].read_config(config, name)
         config.refuse_unread(model, name)

@@ -68,12 +68,14 @@ class Family:
         layer_weights: destinations within a layer, by the names that modules have in a layer of a checkpoint.
         left_out: what its checkpoints can do beside text and this engine cannot, in a word; their weights for it are
             left alone. None for nothing.
+        defaults: values that transformers takes for keys that a config.json lacks, where they are the family's own.
     """
 
     read_config: Callable[[ReadKeys, str], ModelConfig]
     make_layers: Callable[[ModelConfig], Sequence[Layer]]
     layer_weights: Callable[[ModelConfig], Mapping[str, Destination]]
     left_out: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def common_fields(

@@ -142,6 +142,12 @@ class _Reader:
 
 
 LLAMA = Family(_Reader(reads_biases=True, has_windows=False), make_layers, _layer_weights)
-MISTRAL = Family(_Reader(), make_layers, _layer_weights)
-QWEN2 = Family(_Reader(has_qkv_bias=True, has_window_switch=True), make_layers, _layer_weights)
-QWEN3 = Family(_Reader(qk_norm=True, reads_biases=True, has_window_switch=True), make_layers, _layer_weights)
+MISTRAL = Family(_Reader(), make_layers, _layer_weights, {"num_key_value_heads": 8, "sliding_window": 4096})
+QWEN2 = Family(
+    _Reader(has_qkv_bias=True, has_window_switch=True), make_layers, _layer_weights,
+    {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+)  # fmt: skip
+QWEN3 = Family(
+    _Reader(qk_norm=True, reads_biases=True, has_window_switch=True), make_layers, _layer_weights,
+    {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+)  # fmt: skip

@@ -29,4 +29,6 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
     return attention_weights(config) | experts_weights(config, "block_sparse_moe", "w1", "w3", "w2")
 
 
-MIXTRAL = Family(_read_config, make_layers, _layer_weights)
+MIXTRAL = Family(
+    _read_config, make_layers, _layer_weights, {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+)

@@ -32,4 +32,4 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
     }
 
 
-PHI3 = Family(_read_config, make_layers, _layer_weights)
+PHI3 = Family(_read_config, make_layers, _layer_weights, {"rms_norm_eps": 1e-5})

@@ -91,4 +91,4 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
     }
 
 
-QWEN3_MOE = Family(_read_config, make_layers, _layer_weights)
+QWEN3_MOE = Family(_read_config, make_layers, _layer_weights, {"num_key_value_heads": 4, "sliding_window": 4096})

@@ -54,6 +54,26 @@ def test_what_transformers_makes_of_them_loads_to_the_same_model(tmp_path, name)
     assert again.model_copy(update=filled) == ours.model_copy(update=filled)
 
 
+LACKING = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sliding_window", "hidden_act"]
+
+
+@pytest.mark.parametrize("key", LACKING)
+@pytest.mark.parametrize("name", {config["architectures"][0]: name for name, config in REAL_CONFIGS.items()}.values())
+def test_a_key_that_is_not_there_means_what_it_means_in_transformers(tmp_path, name, key):
+    """Each family has defaults of its own, which no weight's shape shows: a window, an epsilon."""
+    config = {name: value for name, value in REAL_CONFIGS[name].items() if name != key}
+    theirs = AutoConfig.from_pretrained(write(tmp_path, config))
+    if theirs.num_attention_heads % theirs.num_key_value_heads:
+        with pytest.raises(ConfigError, match="num_kv_heads"):
+            load_model_config(tmp_path)
+        return
+    ours = load_model_config(tmp_path)
+    heads = (theirs.num_key_value_heads, getattr(theirs, "head_dim", None) or ours.hidden_size // ours.num_heads)
+    assert (ours.kv_heads, ours.head_size) == heads
+    assert (ours.rms_norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert ours.window_size == theirs.to_dict().get("sliding_window")
+
+
 NEUTRAL = {
     "activation": "swiglu", "attention_multiplier": 128**-0.5, "attn_logit_softcapping": None, "auto_map": {},
     "embedding_multiplier": 1.0, "final_logit_softcapping": None, "is_causal": True, "logits_scaling": 1,
