@@ -7,6 +7,7 @@ from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
+from llm.models.quantized import quantized_modules
 from llm.serving.model_runner import EagerRunner, ModelRunner
 
 
@@ -52,11 +53,11 @@ def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
     _check_formats(model, config)
     if choose_backend(config.attention_backend, model.device) != TRITON:
         return
-    from llm.models.quantize import is_quantized, quantize_weights
+    from llm.models.quantize import is_rounded, quantize_weights
 
     if config.quantization == "fp8":
         quantize_weights(model)
-    elif is_quantized(model):
+    elif is_rounded(model):
         raise ConfigError("this model's weights were rounded to 8 bits by another engine; load it again, or set fp8")
 
 
@@ -71,6 +72,11 @@ def _check_formats(model: DecoderModel, config: EngineConfig) -> None:
         "quantization: fp8": config.quantization == "fp8",
         "kv_cache_dtype: fp8": config.kv_cache_dtype == "fp8",
     }
+    num_bits = {module.weight_format.num_bits for _, module in quantized_modules(model)}
+    if config.quantization == "fp8" and 4 in num_bits:
+        raise ConfigError("quantization: fp8 is not what the checkpoint holds, which is 4 bits; leave it out")
+    if backend == TRITON:
+        uses_fp8["a checkpoint in fp8"] = 8 in num_bits and config.quantization is None
     asked = [name for name, is_asked in uses_fp8.items() if is_asked]
     if backend != TRITON:
         asked += ["deterministic: true"] if config.deterministic else []
