@@ -291,7 +291,7 @@ class EngineConfig(StrictModel):
     """Name of an attention backend; None for the best one on this device."""
     quantization: Literal["fp8"] | None = None
     """GPU: "fp8" rounds the weights of the layers' projections to 8 bits (E4M3, a scale for each output) at start: half
-    the memory, and faster; None for the checkpoint's own format."""
+    the memory, and faster; None for the checkpoint's own format, which may be one of 8 or 4 bits."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """GPU: "fp8" keeps keys and values in 8 bits (E4M3), twice as many tokens in the same memory; "auto" in the model's
     format."""

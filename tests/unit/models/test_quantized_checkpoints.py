@@ -95,6 +95,23 @@ def test_the_engine_gives_the_tokens_of_the_weights_that_are_meant(checkpoints, 
     assert all(len(tokens) == 12 for tokens in texts[0])
 
 
+@pytest.mark.parametrize("name", ["gptq 32 act-order"])
+@torch.inference_mode()
+def test_the_kernels_give_the_tokens_of_the_torch_operations(checkpoints, tmp_path, name):
+    """In float32; prompts in chunks beside decodes."""
+    write(checkpoints, tmp_path, LAYOUTS[name])
+    requests = [
+        GenerationRequest(prompt_token_ids=tuple(prompt(n)[0].tolist()), max_new_tokens=3, temperature=0)
+        for n in (2, 11)
+    ]
+    tokens = []
+    for backend in ("triton", "reference"):
+        config = EngineConfig(attention_backend=backend, num_pages=16, max_batch_size=2, max_tokens_per_step=8)
+        engine = ContinuousBatchingEngine(load_decoder(tmp_path, progress=False), config=config)
+        tokens.append([result.token_ids for result in engine.generate(requests, progress=False)])
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("ignored", ["re:.*self_attn.*", "model.layers.1"])
 @torch.inference_mode()
 def test_ignored_projections_stay_as_they_are(checkpoints, tmp_path, ignored):
