@@ -1,5 +1,6 @@
 """Configuration as data: frozen, bounded, validated once. Unknown keys are refused with the nearest known name."""
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from enum import StrEnum
@@ -91,6 +92,66 @@ class Activation(StrEnum):
     """GeGLU, by the approximation with tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
 
 
+class WeightLayout(StrEnum):
+    """How the files of a checkpoint hold the weights of a projection that are not plain numbers."""
+
+    FP8 = "fp8"
+    """E4M3 in `weight`, scales in `weight_scale` or `weight_scale_inv`: compressed-tensors' float-quantized,
+    transformers' fp8."""
+    PACKED = "pack-quantized"
+    """compressed-tensors: 4 bits in `weight_packed`."""
+    AWQ = "awq"
+    """Lin et al. 2023 (arXiv:2306.00978): 4 bits in `qweight`, packed along the outputs."""
+    GPTQ = "gptq"
+    """Frantar et al. 2022 (arXiv:2210.17323): 4 bits in `qweight`, packed along the inputs."""
+
+
+class WeightFormat(StrictModel):
+    """How the weights of some projections are stored: `(code - zero) * scale`."""
+
+    layout: WeightLayout
+    targets: tuple[str, ...] = ("Linear",)
+    """The projections: "Linear" for all, the end of a name, or "re:" and a pattern that a name begins with."""
+    group_size: int | None = Field(default=None, gt=0)
+    """Inputs that share a scale, for each output; None for all."""
+    block_rows: int | None = Field(default=None, gt=0)
+    """fp8: outputs that share a scale for each group of inputs in the file; None for a scale each or one for all."""
+    has_zeros: bool = False
+    """4 bits: codes have zeros of their own, for each output and group; otherwise 8 is the zero."""
+    zero_offset: int = Field(default=0, ge=0, le=1)
+    """4 bits: what is to be added to a zero as the file holds it."""
+    has_order: bool = False
+    """4 bits: `g_idx` says which group an input belongs to (GPTQ's act-order)."""
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of a code."""
+        return 8 if self.layout is WeightLayout.FP8 else 4
+
+
+class Quantization(StrictModel):
+    """Which projections of a checkpoint are stored in fewer than 16 bits, and how."""
+
+    formats: tuple[WeightFormat, ...]
+    """The first whose targets name a projection counts."""
+    ignored: tuple[str, ...] = ()
+    """Projections that are stored as they are, named like targets; a part of a dotted name will do."""
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        """The format of a projection, by its dotted name in the checkpoint; None for 16 or 32 bits."""
+        if any(_names(pattern, name) for pattern in self.ignored):
+            return None
+        matching = (f for f in self.formats if any(t == "Linear" or _names(t, name) for t in f.targets))
+        return next(matching, None)
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a pattern of a quantized checkpoint names a module."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return f".{pattern}." in f".{name}."
+
+
 class ModelConfig(StrictModel):
     """Shape of a decoder. Everything `DecoderModel` needs, nothing about serving."""
 
@@ -151,6 +212,8 @@ class ModelConfig(StrictModel):
     """The weights of a token's experts add up to 1."""
     dense_layers: tuple[int, ...] = ()
     """Layers with an MLP in a model with experts."""
+    quantization: Quantization | None = None
+    """How the checkpoint stores the weights of the layers' projections; None for plain numbers."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -228,7 +291,7 @@ class EngineConfig(StrictModel):
     """Name of an attention backend; None for the best one on this device."""
     quantization: Literal["fp8"] | None = None
     """GPU: "fp8" rounds the weights of the layers' projections to 8 bits (E4M3, a scale for each output) at start: half
-    the memory, and faster; None for the checkpoint's own format."""
+    the memory, and faster; None for the checkpoint's own format, which may be one of 8 or 4 bits."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """GPU: "fp8" keeps keys and values in 8 bits (E4M3), twice as many tokens in the same memory; "auto" in the model's
     format."""

@@ -72,10 +72,22 @@ def _print_port(console: Console, front_end: FrontEnd) -> None:
 
 
 def weight_bytes(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of all weights."""
+    """Bytes of all weights, those of plain numbers in `itemsize` bytes each."""
+    import torch
+
     from llm.models.decoder import DecoderModel
 
-    return itemsize * sum(p.numel() for p in DecoderModel.from_config(model, device="meta").parameters())
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    return sum(weight.nbytes for weight in DecoderModel.from_config(model, device="meta", dtype=dtype).parameters())
+
+
+def _width(model: ModelConfig, itemsize: int) -> str:
+    """How many bits a number of the weights takes."""
+    width = f"{8 * itemsize} bits a number"
+    if model.quantization is None:
+        return width
+    bits = sorted({weight_format.num_bits for weight_format in model.quantization.formats})
+    return f"{' and '.join(map(str, bits))} in the layers' projections, elsewhere {width}"
 
 
 def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
@@ -83,7 +95,7 @@ def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
     kv_itemsize = 1 if app.engine.kv_cache_dtype == "fp8" else itemsize
     weights, slot = weight_bytes(model, itemsize), slot_bytes(model, kv_itemsize)
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("  weights", f"{weights / _GIB:.2f} GiB ({8 * itemsize} bits a number)")
+    table.add_row("  weights", f"{weights / _GIB:.2f} GiB ({_width(model, itemsize)})")
     table.add_row("  a slot", f"{slot / 1024:.1f} KiB of keys and values for one token")
     for size in sizes:
         room = size * app.engine.gpu_memory_utilization - weights / _GIB - _WORKSPACE_GIB

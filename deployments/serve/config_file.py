@@ -118,10 +118,11 @@ def _check_weights(config: AppConfig, directory: Path) -> ModelReport:
     """What the engines will load."""
     from llm.checkpoint.adapter import check_lora  # these bring PyTorch, which the rest does without
     from llm.checkpoint.loading import check_checkpoint
-    from llm.serving.checks import longest_context
+    from llm.serving.checks import check_quantization, longest_context
 
     checked = check_checkpoint(directory)
     longest_context(checked.config, config.engine)
+    check_quantization(checked.config, config.engine)
     if config.lora is not None:
         check_lora(checked.config, config.lora)
     return ModelReport(checked.config, checked.warnings)

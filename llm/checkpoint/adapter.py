@@ -17,6 +17,7 @@ from llm.errors import CheckpointError, ConfigError
 from llm.models.decoder import DecoderModel
 from llm.models.family import Destination
 from llm.models.lora import LoRALinear, replace_module
+from llm.models.quantized import QuantizedLinear
 from llm.models.registry import destinations
 
 Number = TypeVar("Number", int, float)
@@ -185,6 +186,11 @@ def _fit(
         )
     if factors.keys() != {"A", "B"}:
         raise CheckpointError(f"{path}: {module} has only one of lora_A and lora_B; save the adapter again")
+    if isinstance(model.get_submodule(place.module), QuantizedLinear):
+        raise ConfigError(
+            f"{path}: {module} is quantized (quantization_config), and an adapter cannot be merged into it; merge it "
+            "into the checkpoint in bfloat16 or float16"
+        )
     weight = model.get_submodule(place.module).get_parameter("weight")
     rank = config.rank_of(module)
     wanted = ((rank, weight.shape[1]), (weight[place.rows].shape[0], rank))

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from llm.checkpoint.hub import is_gguf
 from llm.checkpoint.model_config import load_model_config
 from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
 from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_buffer, is_of_other_part
+from llm.checkpoint.weight_slots import FLOATS, Slot, canonical_scale_name, find_slots
 from llm.config import ModelConfig
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
-from llm.models.registry import FAMILIES, destinations
+from llm.models.quantized import quantized_modules
+from llm.models.registry import FAMILIES
 
 Progress = bool | Callable[[int, int], None]
 """Whether to show a progress bar; or what to call with the bytes done and their total."""
@@ -30,7 +32,6 @@ Progress = bool | Callable[[int, int], None]
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 4
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _ROWS_COMPARED = 4096
 
 
@@ -53,26 +54,38 @@ class CheckedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """One tensor of a file and the part of a parameter that it fills."""
+    """One tensor of a file and where it goes, with the tensor that says how, if there is one."""
 
     file: Any
     path: Path
     name: str
-    target: torch.Tensor
+    slot: Slot
+    companion: "_Copy | None" = None
 
     @property
     def num_bytes(self) -> int:
-        return self.target.numel() * self.target.element_size()
+        return 0 if self.slot.target is None else self.slot.target.nbytes
 
     def run(self) -> int:
         """Copy; return the bytes filled."""
+        target, convert = self.slot.target, self.slot.convert
+        if target is None:
+            return 0
         try:
             # Modes are a thread's own, and a tensor made in inference mode can only be written there.
-            with torch.inference_mode(self.target.is_inference()):
-                self.target.copy_(self.file.get_tensor(self.name))
+            with torch.inference_mode(target.is_inference()):
+                tensor = self._read()
+                if convert is not None:
+                    companion = None if self.companion is None else self.companion._read().to(target.device)
+                    tensor = convert(tensor.to(target.device), companion)
+                target.copy_(tensor)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {self.name} cannot be read ({error}); {DOWNLOAD}") from error
         return self.num_bytes
+
+    def _read(self) -> torch.Tensor:
+        tensor: torch.Tensor = self.file.get_tensor(self.name)
+        return tensor
 
 
 def load_decoder(
@@ -145,6 +158,8 @@ def load_checkpoint(model: DecoderModel, directory: str | Path, *, progress: Pro
     with ExitStack() as files:
         copies = _find_weights(model, directory, files)
         num_bytes = _run(copies, directory.name, progress=progress)
+    for _, module in quantized_modules(model):
+        module.simplify()
     elapsed = time.perf_counter() - start
     num_files = len({copy.path for copy in copies})
     logger.info("loaded %s: %.2f GB from %d files in %.1f s", directory, num_bytes / 1e9, num_files, elapsed)
@@ -191,29 +206,29 @@ def _find_weights(model: DecoderModel, directory: Path, files: ExitStack) -> lis
 
 def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitStack) -> list[_Copy]:
     """Pair each tensor of some files with its place; each place is filled exactly once."""
-    targets = _targets(model)
+    slots = find_slots(model)
     found = [(path, file, name) for path, file, names in _open_all(candidate, files) for name in names]
-    names = canonical_names((name for _, _, name in found), targets)
+    names = canonical_names((name for _, _, name in found), slots)
     takes_more = FAMILIES[model.config.architecture].left_out is not None
     copies: dict[str, _Copy] = {}
     head: _Copy | None = None
     for path, file, name in found:
-        place = names[name]
-        if place in targets:
+        place = canonical_scale_name(names[name])
+        if place in slots:
             if place in copies:
                 raise CheckpointError(f"{path} and {copies[place].path.name} both hold {name}; remove one of them")
-            copies[place] = _Copy(file, path, name, targets[place])
+            copies[place] = _Copy(file, path, name, slots[place])
             _check_tensor(copies[place])
         elif place == HEAD and model.lm_head is None:
-            head = _Copy(file, path, name, targets[EMBEDDINGS])
+            head = _Copy(file, path, name, slots[EMBEDDINGS])
         elif not is_buffer(place) and not (takes_more and is_of_other_part(name)):
             raise CheckpointError(f"{path} holds {name}, which config.json gives no place; is it the right one?")
     if head is not None:
         _settle_head(head, copies)
-    missing = targets.keys() - copies.keys()
+    missing = {name for name, slot in slots.items() if not slot.is_optional} - copies.keys()
     if missing:
         raise CheckpointError(f"{directory} lacks {_some(missing)}; {DOWNLOAD}")
-    return list(copies.values())
+    return [replace(copy, companion=copies.get(copy.slot.companion or "")) for copy in copies.values()]
 
 
 def _settle_head(head: _Copy, copies: dict[str, _Copy]) -> None:
@@ -240,30 +255,20 @@ def _differ(one: _Copy, other: _Copy) -> bool:
     )
 
 
-def _targets(model: DecoderModel) -> dict[str, torch.Tensor]:
-    """The part of a parameter that each tensor of a checkpoint fills."""
-    targets = {}
-    for theirs, destination in destinations(model.config).items():
-        module = model.get_submodule(destination.module)
-        for leaf in ("weight", "bias"):
-            parameter = getattr(module, leaf, None)
-            if parameter is not None:
-                targets[f"{theirs}.{leaf}"] = destination.part_of(parameter.detach())
-    return targets
-
-
 def _check_tensor(copy: _Copy) -> None:
+    if copy.slot.target is None:
+        return
     header = copy.file.get_slice(copy.name)
     shape, kind = tuple(header.get_shape()), header.get_dtype()
-    if shape != tuple(copy.target.shape):
+    if shape not in copy.slot.shapes:
+        wanted = " or ".join(map(str, copy.slot.shapes))
         raise CheckpointError(
-            f"{copy.path}: {copy.name} has shape {shape}, config.json asks for {tuple(copy.target.shape)}; "
-            "are both from the same checkpoint?"
+            f"{copy.path}: {copy.name} has shape {shape}, config.json asks for {wanted}; are both from the same "
+            "checkpoint?"
         )
-    if kind not in _FLOATS:
-        raise CheckpointError(
-            f"{copy.path}: {copy.name} has type {kind}; only float32, float16 and bfloat16 weights are supported"
-        )
+    if kind not in copy.slot.kinds:
+        supported = "float32, float16 and bfloat16 weights are" if copy.slot.kinds == FLOATS else "its format is"
+        raise CheckpointError(f"{copy.path}: {copy.name} has type {kind}; only {supported} supported")
 
 
 def _open_all(candidate: Files, files: ExitStack) -> Iterator[tuple[Path, Any, list[str]]]:

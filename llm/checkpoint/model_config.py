@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llm.checkpoint.json_files import read_json
+from llm.checkpoint.quantization_keys import read_quantization
 from llm.config import ModelConfig, describe
 from llm.errors import CheckpointError, ConfigError
 from llm.models.config_keys import ReadKeys
@@ -25,7 +26,7 @@ def load_model_config(directory: str | Path) -> ModelConfig:
     """Shape of the checkpoint in `directory`, from its config.json, as transformers 4 or 5 wrote it.
 
     Raises:
-        CheckpointError: the architecture is not one of `FAMILIES`, or the weights are quantized.
+        CheckpointError: the architecture is not one of `FAMILIES`.
         ConfigError: config.json is missing, or holds something that cannot be used or is not understood.
     """
     path = Path(directory) / "config.json"
@@ -33,8 +34,8 @@ def load_model_config(directory: str | Path) -> ModelConfig:
     try:
         name = _find_architecture(ReadKeys(content), path)
         config = ReadKeys({**FAMILIES[name].defaults, **content})
-        _refuse_quantized(config, path)
         model = FAMILIES[name].read_config(config, name)
+        model = model.model_copy(update={"quantization": read_quantization(config)})
         config.refuse_unread(model, name)
     except KeyError as error:
         raise ConfigError(
@@ -59,8 +60,3 @@ def _find_architecture(config: ReadKeys, path: Path) -> str:
         f"{path}: architecture {', '.join(map(str, names)) or 'not named'} is not supported; "
         f"supported: {', '.join(FAMILIES)}"
     )
-
-
-def _refuse_quantized(config: ReadKeys, path: Path) -> None:
-    if config.get("quantization_config") or config.get("compression_config"):
-        raise CheckpointError(f"{path}: quantized weights are not supported; use the checkpoint in bfloat16 or float16")

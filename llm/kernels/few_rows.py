@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from llm.kernels.activation import gated
+from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import wait_for_inputs
 
 
@@ -38,9 +39,29 @@ def _sum_of_products(
     return acc, up
 
 
+@triton.jit
+def _sum(
+    x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size, begin,
+    end, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr,
+    IN_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Weights, plain or in groups, times rows over the inputs from `begin` to `end`: of gate and of up."""
+    if scales is None:
+        acc, up = _sum_of_products(
+            x, gate_row, up_row, row, num_rows, num_inputs, begin, end, OUTPUTS, TILE_K, SWIGLU, IS_EVEN
+        )
+    else:
+        acc, up = sum_of_groups(
+            x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size,
+            begin, end, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,
+        )  # fmt: skip
+    return acc, up
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def tile_product(
     x, weight, scales, bias, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
+    group_scales, zeros, order, group_size,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, IS_SHARED: tl.constexpr,
     SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
@@ -49,7 +70,7 @@ def tile_product(
 
     The weights are the left factor: a tensor-core product has at least 64 rows on its left, but as few as 8 columns on
     its right. Where the sum's parts are shared out, the program that arrives last adds them up, always in the same
-    order; where not, each program adds up all parts in that order.
+    order; where not, each program adds up all parts in that order. With `group_scales` the weights are `WeightGroups`.
     """
     num_shares: tl.constexpr = NUM_PARTS if IS_SHARED else 1
     row_block = tl.program_id(2) // num_shares * tl.num_programs(0) + tl.program_id(0)
@@ -63,28 +84,32 @@ def tile_product(
     begin = part * inputs_per_part
     # Outputs past the last one read its weights, and are not written.
     weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
-    gate_row = weight + weight_row[:, None].to(tl.int64) * num_inputs
-    up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
-    if CAN_PREFETCH:  # weights depend on nobody: fetch the first two tiles while the kernel before drains
-        line = begin + tl.arange(0, TILE_K // 32) * 64
+    codes_per_number: tl.constexpr = 2 if weight.dtype.element_ty == tl.uint8 else 1
+    row_size = num_inputs // codes_per_number
+    gate_row = weight + weight_row[:, None].to(tl.int64) * row_size
+    up_row = gate_row + num_outputs.to(tl.int64) * row_size
+    if CAN_PREFETCH:  # weights depend on nobody: fetch the first tiles while the kernel before drains
+        line_size: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        num_lines: tl.constexpr = max(2 * TILE_K // codes_per_number // line_size, 1)
+        line = begin // codes_per_number + tl.arange(0, num_lines) * line_size
         _prefetch(gate_row + line[None, :])
         if SWIGLU:
             _prefetch(up_row + line[None, :])
     wait_for_inputs(PDL)
     x += row_block.to(tl.int64) * ROWS * num_inputs
     if NUM_PARTS == 1 or IS_SHARED:
-        acc, up = _sum_of_products(
-            x, gate_row, up_row, row, num_rows, num_inputs, begin, begin + inputs_per_part,
-            OUTPUTS, TILE_K, SWIGLU, IS_EVEN,
+        acc, up = _sum(
+            x, gate_row, up_row, group_scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs,
+            group_size, begin, begin + inputs_per_part, OUTPUTS, TILE_K, SWIGLU, IS_EVEN, CAN_PREFETCH,
         )  # fmt: skip
     else:
         tl.static_assert(not SWIGLU)
         acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
         for other in range(NUM_PARTS):
             start = other * inputs_per_part
-            share, up = _sum_of_products(
-                x, gate_row, up_row, row, num_rows, num_inputs, start, start + inputs_per_part,
-                OUTPUTS, TILE_K, SWIGLU, IS_EVEN,
+            share, up = _sum(
+                x, gate_row, up_row, group_scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs,
+                group_size, start, start + inputs_per_part, OUTPUTS, TILE_K, SWIGLU, IS_EVEN, CAN_PREFETCH,
             )  # fmt: skip
             acc += share
     is_last = True

@@ -5,7 +5,9 @@ there; these leave a tenth. Which one runs, and how it is cut up, is a rule of t
 docs/decisions/0006): nothing to tune at start, and the same rows always take the same path.
 
 Weights may be 8-bit floats (E4M3, Micikevicius et al. 2022, arXiv:2209.05433) with a scale for each output: our kernels
-widen them to the activations' format, the vendor's library multiplies them with activations made 8 bits wide too.
+widen them to the activations' format, the vendor's library multiplies them with activations made 8 bits wide too. Or
+they are codes of 8 or 4 bits with a scale for each output and group of inputs: our kernels widen these too, for more
+rows, and for still more they are written out in the activations' format.
 
 What stands before and behind a product is done in passing where that is possible: a single row is normalised as it is
 read, our kernels and the library add to the residual stream themselves, norms and activations round to 8 bits.
@@ -23,14 +25,19 @@ import torch
 import triton
 
 from llm.config import Activation
+from llm.core.weight_groups import WeightGroups
 from llm.kernels.activation import activate_gated
 from llm.kernels.few_rows import single_row_product, tile_product
+from llm.kernels.groups import written_out
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
 
 MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
 """Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
+MAX_ROWS_OF_GROUPS = 256
+"""The same of weights in groups: writing them out for the library takes as long as reading them several times."""
+_LEAST_INPUTS = 16
 _OUTPUTS, _TILE_K = 64, 128
 _WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
 """Of a SwiGLU with more than MAX_FEW_ROWS rows: one program multiplies large weights with all of them, so that they are
@@ -69,19 +76,32 @@ class Weights:
         bias: (out,), or None for none.
         scales: (out,) float32, what the rows of 8-bit weights are multiplied by; None for other weights. With them `in`
             and `out` are multiples of 16.
+        groups: what the codes in `weight` mean; None for other weights.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     scales: torch.Tensor | None = None
+    groups: WeightGroups | None = None
 
     def __len__(self) -> int:
         return len(self.weight)
 
     @property
+    def num_inputs(self) -> int:
+        """Inputs of the product."""
+        return self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)
+
+    @property
     def is_large(self) -> bool:
         """Whether reading it is long beside all that stands around a product."""
-        return self.weight.numel() >= _LARGE_WEIGHT
+        return len(self) * self.num_inputs >= _LARGE_WEIGHT
+
+    def written_out(self, dtype: torch.dtype) -> "Weights":
+        """The same as plain numbers of `dtype`, in memory of their own; itself where there are no groups."""
+        if self.groups is None:
+            return self
+        return Weights(written_out(self.weight, self.groups, dtype), self.bias)
 
 
 class Linear:
@@ -113,6 +133,8 @@ class Linear:
             return self(quantize_rows(x), weights)
         if self._is_own(x, weights):
             return self._own(x, weights, x.new_empty(len(x), len(weights)))
+        if weights.groups is not None:
+            return self(x, weights.written_out(x.dtype))
         return torch.nn.functional.linear(x, weights.weight, weights.bias)
 
     def of_norm(self, stream: ResidualStream, norm: Norm, weights: Weights) -> torch.Tensor | ScaledProduct:
@@ -135,6 +157,8 @@ class Linear:
             stream.pending = product
         elif self._is_own(x, weights):
             self._own(x, weights, total, adds=True)
+        elif weights.groups is not None:
+            self.add(stream, x, weights.written_out(x.dtype))
         else:
             total.addmm_(x, weights.weight.t())
             if weights.bias is not None:
@@ -175,21 +199,27 @@ class Linear:
         """Whether our kernels take this product: they have no masks for odd shapes, and no tensor cores for float32."""
         fits_some = not weights.is_large or (swiglu and _fits_wide_tiles(num_outputs))
         takes_some = fits_some and weights.scales is None
+        most_rows = MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS
+        if weights.groups is not None:
+            most_rows = MAX_ROWS_OF_GROUPS
         return (
             not self._deterministic
-            and len(x) <= (MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS)
+            and len(x) <= most_rows
             and x.dtype.itemsize == 2
             and num_outputs % _OUTPUTS == 0
-            and weights.weight.shape[1] % _TILE_K == 0
+            and (weights.num_inputs % _TILE_K == 0 if weights.groups is None else _has_tiles(weights))
         )
 
     def _is_single(self, stream: ResidualStream, weights: Weights, num_outputs: int) -> bool:
         total = stream.total
-        return len(total) == 1 and stream.pending is None and self._is_few(total, weights, num_outputs)
+        is_plain = weights.groups is None
+        return is_plain and len(total) == 1 and stream.pending is None and self._is_few(total, weights, num_outputs)
 
     def _is_own(self, x: torch.Tensor, weights: Weights) -> bool:
         """Whether our kernels take the whole product."""
-        return self._deterministic or self._is_few(x, weights, len(weights))
+        if self._deterministic:
+            return weights.groups is None or _has_tiles(weights)
+        return self._is_few(x, weights, len(weights))
 
     def _is_narrow(self, x: torch.Tensor, weights: Weights) -> bool:
         """Whether the library multiplies 8-bit weights with these rows made narrow too."""
@@ -208,7 +238,7 @@ class Linear:
 
     def _own(self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, adds: bool = False) -> torch.Tensor:
         """The product by our kernels, written or added to `output`, (rows, out)."""
-        if len(x) == 1 and not self._deterministic:
+        if len(x) == 1 and weights.groups is None and not self._deterministic:
             return self._single(x, weights, output, adds=adds)
         return self._tiled(x, weights, output, adds=adds)
 
@@ -233,18 +263,26 @@ class Linear:
         """The product by tiles on tensor cores."""
         swiglu = gated_by is not None
         (num_rows, num_inputs), num_outputs = x.shape, output.shape[1]
+        groups = weights.groups
         if self._deterministic:
-            tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize)
+            k = None if groups is None else groups.span
+            tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize, k)
+        elif groups is not None:
+            tile = _group_tile(num_rows, num_outputs, num_inputs, groups.span, swiglu)
         else:
             tile = _few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
         in_turn = min(num_row_blocks, _ROW_BLOCKS_IN_TURN)
-        bytes_a_stage = ((2 if swiglu else 1) * tile.outputs + tile.rows) * tile.k * x.dtype.itemsize
+        weight_rows = (2 if swiglu else 1) * tile.outputs
+        bytes_a_stage = (weight_rows + tile.rows) * tile.k * x.dtype.itemsize
+        if groups is not None:  # codes are widened on their way to the product
+            bytes_a_stage = weight_rows * _code_bytes(weights, tile.k) + tile.rows * tile.k * x.dtype.itemsize
         num_programs = triton.cdiv(num_row_blocks, in_turn) * (tile.num_parts if tile.is_shared else 1)
         tile_product[(in_turn, num_blocks, num_programs)](
             x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
             num_outputs, num_inputs, triton.cdiv(num_inputs, tile.k) // tile.num_parts * tile.k,
+            *((None, None, None, 0) if groups is None else (groups.scales, groups.zeros, groups.order, groups.size)),
             ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, NUM_PARTS=tile.num_parts, IS_SHARED=tile.is_shared,
             SWIGLU=swiglu, GELU=gated_by is Activation.GELU_TANH, ADDS=adds, IS_EVEN=is_even,
             CAN_PREFETCH=is_even and self._device.type == "cuda",
@@ -291,6 +329,29 @@ def _few_tile(num_rows: int, num_outputs: int, num_inputs: int, is_large: bool, 
 
 
 @cache
+def _group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int, swiglu: bool) -> _Tile:
+    """What is fast for 1 to MAX_ROWS_OF_GROUPS rows of weights in groups, `k` inputs at a time."""
+    num_blocks = num_outputs // _OUTPUTS
+    if num_rows > MAX_FEW_ROWS:
+        outputs = _WIDE_OUTPUTS if num_outputs % _WIDE_OUTPUTS == 0 and not swiglu else _OUTPUTS
+        return _Tile(MAX_SOME_ROWS, outputs, k, 1, False, 8, 4)
+    num_parts = _num_splits(2 * num_blocks if swiglu else num_blocks, num_inputs // k)
+    rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
+    return _Tile(rows, _OUTPUTS, k, num_parts, num_parts > 1, 4, 4)
+
+
+def _has_tiles(weights: Weights) -> bool:
+    """Whether our kernels take weights in groups: tensor cores take 16 inputs at once."""
+    assert weights.groups is not None, "asked of those alone"
+    return weights.groups.span >= (2 if weights.weight.dtype == torch.uint8 else 1) * _LEAST_INPUTS
+
+
+def _code_bytes(weights: Weights, k: int) -> int:
+    """Bytes of the codes of `k` inputs."""
+    return k // 2 if weights.weight.dtype == torch.uint8 else k
+
+
+@cache
 def _fits_wide_tiles(num_outputs: int) -> bool:
     """Whether a large SwiGLU's wide tiles keep the chip busy."""
     num_blocks, rest = divmod(num_outputs, _WIDE_OUTPUTS)
@@ -298,17 +359,21 @@ def _fits_wide_tiles(num_outputs: int) -> bool:
 
 
 @cache
-def _fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int) -> _Tile:
-    """Deterministic: `k` and `num_parts`, which order the sums, by the weight's shape; the rest by what is fast."""
+def _fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int, group_k: int | None) -> _Tile:
+    """Deterministic: `k` and `num_parts`, which order the sums, by the weight's shape; the rest by what is fast.
+
+    Args:
+        group_k: what `k` has to be for weights in groups; None for others.
+    """
     if itemsize == 4:  # without tensor cores: no shape is fast
-        return _Tile(32, 32, 32, 1, False, 4, 2)
-    k = 64
+        return _Tile(32, 32, group_k or 32, 1, False, 4, 2)
+    k = group_k or 64
     is_wide = num_outputs >= 8192 or num_inputs >= 8192
     outputs = 2 * _OUTPUTS if is_wide else _OUTPUTS
     num_blocks, num_tiles_left, num_parts = triton.cdiv(num_outputs, outputs), triton.cdiv(num_inputs, k), 1
     while 2 * num_parts * num_blocks <= _MULTIPROCESSORS and num_tiles_left % 2 == 0 and num_tiles_left >= 16:
         num_parts, num_tiles_left = 2 * num_parts, num_tiles_left // 2
-    rows = min(max(triton.next_power_of_2(num_rows), _LEAST_ROWS), _MOST_ROWS)
+    rows = min(max(triton.next_power_of_2(num_rows), _LEAST_ROWS), _MOST_ROWS if group_k is None else MAX_FEW_ROWS)
     num_row_blocks = triton.cdiv(num_rows, rows)
     is_shared = num_parts > 1 and num_row_blocks <= _SHARING_ROW_BLOCKS and num_row_blocks * num_blocks < _SHARING_TILES
     if num_parts > 1 and not is_shared and rows * outputs > 128 * 128:

@@ -20,7 +20,8 @@ from llm.models.family import Layer
 from llm.models.layers import RMSNorm
 from llm.models.lora import merge_lora
 from llm.models.operations import Operations, TorchOperations
-from llm.models.registry import FAMILIES
+from llm.models.quantized import quantized_modules, use_formats
+from llm.models.registry import FAMILIES, parts_of_modules
 
 _INIT_STD = 0.02
 Head = Callable[[torch.Tensor, nn.Module, float | None], torch.Tensor]
@@ -55,6 +56,7 @@ class DecoderModel(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
             self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
         self.to(dtype)
+        use_formats(self, config, parts_of_modules(config), dtype)
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             self._init_weights()
@@ -68,7 +70,12 @@ class DecoderModel(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
+        quantized = dict(quantized_modules(self))
+        for module in quantized.values():
+            module.reset_parameters()
         for name, parameter in self.named_parameters():
+            if name.rpartition(".")[0] in quantized:
+                continue
             if name.endswith("norm.weight"):
                 parameter.fill_(1 - (self.config.norm_offset or 0))
             elif name.endswith("bias"):

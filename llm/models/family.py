@@ -66,16 +66,16 @@ class Family:
             TypeError, ConfigError, ValidationError.
         make_layers: on the current default device.
         layer_weights: destinations within a layer, by the names that modules have in a layer of a checkpoint.
+        defaults: values that transformers takes for keys that a config.json lacks, where they are the family's own.
         left_out: what its checkpoints can do beside text and this engine cannot, in a word; their weights for it are
             left alone. None for nothing.
-        defaults: values that transformers takes for keys that a config.json lacks, where they are the family's own.
     """
 
     read_config: Callable[[ReadKeys, str], ModelConfig]
     make_layers: Callable[[ModelConfig], Sequence[Layer]]
     layer_weights: Callable[[ModelConfig], Mapping[str, Destination]]
-    left_out: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    left_out: str | None = None
 
 
 def common_fields(

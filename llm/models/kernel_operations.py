@@ -33,7 +33,8 @@ from llm.kernels.routing import ExpertShape
 from llm.kernels.soft_cap import cap_softly
 from llm.models.experts import ExpertProjections, Experts
 from llm.models.layers import RMSNorm
-from llm.models.quantize import weight_scales
+from llm.models.quantize import expert_scales
+from llm.models.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,4 +294,9 @@ def _expert_shape(experts: Experts) -> ExpertShape:
 
 
 def _weights(projection: nn.Linear | ExpertProjections) -> Weights:
-    return Weights(projection.weight, projection.bias, weight_scales(projection))
+    if isinstance(projection, ExpertProjections):
+        return Weights(projection.weight, projection.bias, expert_scales(projection))
+    if not isinstance(projection, QuantizedLinear):
+        return Weights(projection.weight, projection.bias)
+    scales = projection.row_scales
+    return Weights(projection.weight, projection.bias, scales, projection.groups if scales is None else None)

@@ -44,3 +44,11 @@ def destinations(config: ModelConfig) -> dict[str, Destination]:
                 ours = replace(place, module=f"layers.{layer}.{place.module}")
                 found[f"model.layers.{layer}.{theirs}"] = ours
     return found
+
+
+def parts_of_modules(config: ModelConfig) -> dict[str, list[str]]:
+    """The checkpoint's names of the modules that each of ours consists of, in the checkpoint's order."""
+    parts: dict[str, list[str]] = {}
+    for theirs, place in destinations(config).items():
+        parts.setdefault(place.module, []).append(theirs)
+    return parts

@@ -90,6 +90,17 @@ def longest_context(model: ModelConfig, config: EngineConfig) -> int:
     return config.max_seq_len or model.max_seq_len
 
 
+def check_quantization(model: ModelConfig, config: EngineConfig) -> None:
+    """Refuse another format of the weights than the checkpoint's.
+
+    Raises:
+        ConfigError: the configuration asks for one.
+    """
+    formats = () if model.quantization is None else model.quantization.formats
+    if config.quantization == "fp8" and any(weight_format.num_bits == 4 for weight_format in formats):
+        raise ConfigError("quantization: fp8 is not what the checkpoint holds, which is 4 bits; leave it out")
+
+
 def fit_context_to_pool(scheduler: Scheduler) -> None:
     """Make the pool the context where it is the tighter limit: a sequence never outgrows the pool.
 

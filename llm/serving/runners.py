@@ -7,7 +7,11 @@ from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
+from llm.models.quantized import quantized_modules
+from llm.serving.checks import check_quantization
 from llm.serving.model_runner import EagerRunner, ModelRunner
+
+_FP8_CHECKPOINT = "a checkpoint in fp8"
 
 
 def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, context_len: int) -> ModelRunner:
@@ -52,11 +56,11 @@ def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
     _check_formats(model, config)
     if choose_backend(config.attention_backend, model.device) != TRITON:
         return
-    from llm.models.quantize import is_quantized, quantize_weights
+    from llm.models.quantize import is_rounded, quantize_weights
 
     if config.quantization == "fp8":
         quantize_weights(model)
-    elif is_quantized(model):
+    elif is_rounded(model):
         raise ConfigError("this model's weights were rounded to 8 bits by another engine; load it again, or set fp8")
 
 
@@ -71,6 +75,10 @@ def _check_formats(model: DecoderModel, config: EngineConfig) -> None:
         "quantization: fp8": config.quantization == "fp8",
         "kv_cache_dtype: fp8": config.kv_cache_dtype == "fp8",
     }
+    num_bits = {module.weight_format.num_bits for _, module in quantized_modules(model)}
+    check_quantization(model.config, config)
+    if backend == TRITON:
+        uses_fp8[_FP8_CHECKPOINT] = 8 in num_bits and config.quantization is None
     asked = [name for name, is_asked in uses_fp8.items() if is_asked]
     if backend != TRITON:
         asked += ["deterministic: true"] if config.deterministic else []
@@ -81,5 +89,8 @@ def _check_formats(model: DecoderModel, config: EngineConfig) -> None:
             )
     elif asked and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(f"{', '.join(asked)}: needs a GPU of compute capability 8.9 or more; leave it out")
-    if config.quantization == "fp8" and model.dtype.itemsize != 2:
-        raise ConfigError(f"quantization: fp8 needs a model in bfloat16 or float16, not {model.dtype}; load it as such")
+    needs_16_bits = [name for name in asked if name in ("quantization: fp8", _FP8_CHECKPOINT)]
+    if needs_16_bits and model.dtype.itemsize != 2:
+        raise ConfigError(
+            f"{needs_16_bits[0]} needs a model in bfloat16 or float16, not {model.dtype}; load it as such"
+        )

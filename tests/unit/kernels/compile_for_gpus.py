@@ -13,7 +13,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from llm.kernels import activation, adjust, experts, few_rows, logprobs, norm, quantization, routing, sampling, soft_cap
+from llm.kernels import (
+    activation,
+    adjust,
+    experts,
+    few_rows,
+    groups as groups_kernels,
+    logprobs,
+    norm,
+    quantization,
+    routing,
+    sampling,
+    soft_cap,
+)
 from llm.kernels.attention import decode, gather, hopper_prefill, prefill, rope
 from llm.kernels.launch import stages_in
 
@@ -23,6 +35,7 @@ BF16, FLOAT, INT, FP8 = "*bf16", "*fp32", "*i32", "*fp8e4nv"
 ALIGNED = {"num_inputs", "num_outputs", "inputs_per_part", "query_stride", "table_stride"}
 SCALES = {"row_scales": FLOAT, "scales": FLOAT, "bias": BF16}
 NO_SCALES = dict.fromkeys(SCALES)
+NO_GROUPS = {**dict.fromkeys(("group_scales", "zeros", "order")), "group_size": "i32"}
 
 
 def compile_kernel(
@@ -194,7 +207,7 @@ def compile_products() -> None:
         row |= {"OFFSET": 1.0 if adds else None, "experts": INT if swiglu else None}
         compile_kernel("single row", few_rows.single_row_product, row)
         num_parts = 1 + i % 2
-        tile = {**common, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
+        tile = {**common, **NO_GROUPS, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
         tile |= {"ROWS": 16, "OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": num_parts, "IS_SHARED": num_parts > 1}
         compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
 
@@ -235,10 +248,29 @@ def compile_stages() -> None:
     arguments["GELU"] = False
     for (capability, shared_memory), (rows, swiglu) in product(SHARED_MEMORY.items(), ((32, False), (64, True))):
         num_stages = min(5, stages_in(shared_memory, (64 * (1 + swiglu) + rows) * 128 * 2, capability // 10))
-        tile = {**arguments, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True}
+        tile = {**arguments, **NO_GROUPS, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True}
         taken = compile_kernel("stages", few_rows.tile_product, tile, capability=capability, num_stages=num_stages)
         assert num_stages > 2, (capability, rows, swiglu)
         assert taken <= shared_memory - 1024, (capability, rows, swiglu, taken)
+
+
+def compile_groups() -> None:
+    """Codes of 4 bits and of 8, gated and added, with zeros and an order and without, for few rows and for many."""
+    arguments = {"x": BF16, "output": BF16, "bias": None, "scales": None, "partial": FLOAT, "arrivals": INT}
+    arguments |= dict.fromkeys(("num_rows", "num_outputs", "num_inputs", "inputs_per_part", "group_size"), "i32")
+    codes = {"4 bits": ("*u8", "*fp16", "*u8", INT), "of one group": ("*u8", BF16, None, None)}
+    for weight, scales, zeros, order in (*codes.values(), (FP8, FLOAT, None, None)):
+        groups = {"group_scales": scales, "zeros": zeros, "order": order}
+        written = {**arguments, "codes": weight, "scales": scales, "zeros": zeros, "order": order}
+        compile_kernel("written out", groups_kernels._write_out, written, OUTPUTS=32, SPAN=128, IN_ASSEMBLY=True)
+        for rows, swiglu in ((16, False), (64, True)):
+            tile = {**arguments, **groups, "weight": weight, "ROWS": rows, "SWIGLU": swiglu, "ADDS": not swiglu}
+            tile["GELU"] = False
+            tile |= {"OUTPUTS": 64, "TILE_K": 128 if weight == FP8 else 256, "NUM_PARTS": 2, "IS_SHARED": True}
+            compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+    tile |= {"x": "*fp16", "output": "*fp16", "weight": "*u8", "TILE_K": 64}
+    compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+    compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True, capability=80)
 
 
 def compile_draws() -> None:
@@ -274,3 +306,4 @@ if __name__ == "__main__":
     compile_products()
     compile_experts()
     compile_stages()
+    compile_groups()

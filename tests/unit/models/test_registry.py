@@ -122,7 +122,7 @@ def test_biases_and_qk_norm(tmp_path, changes, biases, qk_norm):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, CheckpointError, "GPT2LMHeadModel is not supported; .*Llama"),
         ({"architectures": ...}, CheckpointError, "not named is not supported"),
-        ({"quantization_config": {"bits": 4}}, CheckpointError, "quantized weights are not supported"),
+        ({"quantization_config": {"bits": 4}}, ConfigError, "quantization_config: quant_method None is not supported"),
         ({"hidden_act": "gelu"}, ConfigError, "hidden_act 'gelu' is not supported"),
         ({"vocab_size": ...}, ConfigError, "'vocab_size' is missing"),
         ({"vocab_size": "many"}, ConfigError, "vocab_size"),
@@ -141,7 +141,7 @@ def test_biases_and_qk_norm(tmp_path, changes, biases, qk_norm):
             ConfigError,
             "'tie_word_embeddings' is 'perhaps', but must be",
         ),
-        ({"compression_config": {"bits": 8}}, CheckpointError, "quantized weights are not supported"),
+        ({"compression_config": {"bits": 8}}, ConfigError, "compression_config: quant_method None is not supported"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_that_names_the_file(tmp_path, changes, error, reason):

@@ -1,0 +1,172 @@
+"""Tiles of the products with 4-bit weights, at the shapes of Llama-3.1-8B: which cut is fast for how many rows.
+
+    python -m benchmarks.group_tiles [--rows 1 8 32 64] [--jobs 12]
+
+Prints a line for each shape and number of rows: microseconds of the fastest tile, of the rule's, and of writing the
+weight out for the library; and the share of the memory's bandwidth that reading the codes once takes. Tiles are
+compiled by several processes first.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from unittest.mock import patch
+
+import torch
+import triton
+
+from llm.config import Activation
+from llm.core.weight_groups import WeightGroups
+from llm.kernels import linear as products
+from llm.kernels.linear import Linear, Weights, _Tile
+
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+_GROUP = 128
+_SPAN = 256
+_BYTES_IN_TURN = 400 << 20
+"""Weights that are multiplied one after the other, so that none is in the second-level cache."""
+_BANDWIDTH = 4.3e12
+_DEVICE = torch.device("cuda")
+
+
+def tiles(num_rows: int, name: str) -> Iterator[_Tile]:
+    """Those to try for so many rows."""
+    rows = max(16, 1 << (num_rows - 1).bit_length())
+    if num_rows > 64:
+        for tile_rows, outputs, warps, stages in product((64, 128), (64, 128), (4, 8), (2, 3)):
+            yield _Tile(tile_rows, outputs, _SPAN, 1, False, warps, stages)
+        return
+    num_tiles = SHAPES[name][1] // _SPAN
+    for outputs, warps, parts, stages in product((64, 128), (4, 8), (1, 2, 4), (3, 5)):
+        if num_tiles % parts == 0 and not (outputs == 64 and warps == 8):
+            yield _Tile(rows, outputs, _SPAN, parts, parts > 1, warps, stages)
+
+
+def create_weights(num_outputs: int, num_inputs: int) -> Weights:
+    """Random codes."""
+    codes = torch.randint(0, 256, (num_outputs, num_inputs // 2), dtype=torch.uint8, device=_DEVICE)
+    shape = num_inputs // _GROUP, num_outputs
+    scales = torch.rand(shape, device=_DEVICE).half() / 100
+    zeros = torch.randint(6, 10, shape, dtype=torch.uint8, device=_DEVICE)
+    return Weights(codes, groups=WeightGroups(scales, zeros, None, _GROUP, _SPAN))
+
+
+class Bench:
+    """One shape and number of rows."""
+
+    def __init__(self, name: str, num_rows: int, *, num_copies: int | None = None) -> None:
+        num_outputs, num_inputs = SHAPES[name]
+        self.linear = Linear(_DEVICE)
+        self.linear._partial = torch.empty(1 << 25, device=_DEVICE)
+        self.linear._arrivals = torch.zeros(1 << 12, dtype=torch.int32, device=_DEVICE)
+        copies = num_copies or max(2, _BYTES_IN_TURN // (num_outputs * num_inputs // 2))
+        self.weights = [create_weights(num_outputs, num_inputs) for _ in range(copies)]
+        self.x = torch.randn(num_rows, num_inputs, device=_DEVICE).bfloat16()
+        self.is_gated = name == "gate_up"
+        size = num_outputs // 2 if self.is_gated else num_outputs
+        self.output = torch.zeros(num_rows, size, device=_DEVICE, dtype=torch.bfloat16)
+
+    def call(self, weights: Weights) -> None:
+        """The product as the engine asks for it: gated, or added to the stream."""
+        self.linear._tiled(
+            self.x, weights, self.output, gated_by=Activation.SILU if self.is_gated else None, adds=not self.is_gated
+        )
+
+    def microseconds(self, tile: _Tile | None) -> float:
+        """Of a call with a tile; None for the rule's."""
+        if tile is None:
+            return self._timed(self.call)
+        with patch.object(products, "_group_tile", lambda *_: tile):
+            return self._timed(self.call)
+
+    def library(self) -> float:
+        """Of writing the weight out, and the library's product."""
+        linear = torch.nn.functional.linear
+        return self._timed(lambda weights: linear(self.x, weights.written_out(self.x.dtype).weight))
+
+    def _timed(self, call) -> float:  # type: ignore[no-untyped-def]
+        call(self.weights[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weights in self.weights:
+                call(weights)
+        graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(3):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / 3 / len(self.weights)
+
+
+def check(bench: Bench) -> float:
+    """Relative error of a call against the weights written out."""
+    bench.output.zero_()
+    bench.call(bench.weights[0])
+    expected = bench.x.float() @ bench.weights[0].written_out(torch.float32).weight.t()
+    if bench.is_gated:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    return float((bench.output.float() - expected).norm() / expected.norm())
+
+
+def compile_some(rows: list[int], share: int, num_shares: int) -> None:
+    """Compile every `num_shares`-th tile."""
+    work = {  # a kernel is compiled for a tile, whatever the shape
+        (name == "gate_up", tile): (name, num_rows, tile)
+        for name in SHAPES
+        for num_rows in rows
+        for tile in tiles(num_rows, name)
+    }
+    for name, num_rows, tile in list(work.values())[share::num_shares]:
+        bench = Bench(name, num_rows, num_copies=1)
+        try:
+            with patch.object(products, "_group_tile", lambda *_, tile=tile: tile):
+                bench.call(bench.weights[0])
+        except (RuntimeError, triton.OutOfResources) as error:
+            print(name, num_rows, tile, type(error).__name__, str(error)[:80], file=sys.stderr)
+
+
+def main() -> None:
+    """Compile, then measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument("--share", type=int)
+    options = parser.parse_args()
+    if options.share is not None:
+        compile_some(options.rows, options.share, options.jobs)
+        return
+    command = [sys.executable, "-m", "benchmarks.group_tiles", "--jobs", str(options.jobs), "--rows"]
+    command += map(str, options.rows)
+    jobs = [subprocess.Popen([*command, "--share", str(share)]) for share in range(options.jobs)]
+    for job in jobs:
+        job.wait()
+    for name, num_rows in product(SHAPES, options.rows):
+        bench = Bench(name, num_rows)
+        found: list[tuple[float, _Tile]] = []
+        for tile in tiles(num_rows, name):
+            try:
+                found.append((bench.microseconds(tile), tile))
+            except (RuntimeError, triton.OutOfResources) as error:
+                print(name, num_rows, tile, type(error).__name__, file=sys.stderr)
+        found.sort()
+        codes = bench.weights[0].weight.nbytes
+        best = found[0][0]
+        line = {
+            "shape": name, "rows": num_rows, "us": round(best, 2), "rule_us": round(bench.microseconds(None), 2),
+            "library_us": round(bench.library(), 2), "bandwidth": round(codes / best / _BANDWIDTH * 1e6, 3),
+            "error": round(check(bench), 5),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+        for us, tile in found[:4]:
+            print(f"    {us:8.2f} {tile}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What the `quantization_config` of a config.json says of the weights' formats.
+
+Read are compressed-tensors (github.com/vllm-project/compressed-tensors: float-quantized, pack-quantized), `fp8` as
+transformers' `FineGrainedFP8Config` describes it, `awq` (AutoAWQ's gemm layout) and `gptq` (AutoGPTQ, GPTQModel; both
+checkpoint formats). Whatever changes a weight's meaning and is not read is refused by its key.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llm.config import Quantization, WeightFormat, WeightLayout
+from llm.errors import ConfigError
+from llm.models.config_keys import key_names, shown
+
+_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+
+
+def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """The formats of a checkpoint's weights; None where they are plain numbers.
+
+    Raises:
+        ConfigError: a setting is not supported: its key, its value and what is.
+    """
+    for key in ("quantization_config", "compression_config"):
+        found = config.get(key)
+        if found:
+            if not isinstance(found, Mapping):
+                raise ConfigError(f"{key} is {shown(found)}, which is no JSON object")
+            return _read(_Keys(found, key))
+    return None
+
+
+class _Keys:
+    """The settings of one checkpoint, each checked as it is read."""
+
+    def __init__(self, found: Mapping[str, Any], path: str) -> None:
+        self.found = found
+        self.path = path
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.found.get(key)
+        return default if value is None else value
+
+    def refuse(self, key: str, supported: str, default: Any = None) -> ConfigError:
+        return ConfigError(f"{self.path}: {key} {shown(self.get(key, default))} is not supported; {supported}")
+
+    def require(self, key: str, *allowed: Any, default: Any = None) -> Any:
+        """The value of a key, which must be one of those allowed."""
+        value = self.get(key, default)
+        if value not in allowed:
+            raise self.refuse(key, f"supported: {', '.join(map(repr, allowed))}", default)
+        return value
+
+    def refuse_others(self, known: frozenset[str]) -> None:
+        """Refuse a key that is not known and says something."""
+        for key, value in self.found.items():
+            if key not in known and value not in (None, False, [], {}):
+                raise self.refuse(key, "remove it if the weights mean the same without it")
+
+    def inside(self, key: str) -> "_Keys":
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.refuse(key, "it must be a JSON object")
+        return _Keys(value, f"{self.path}.{key}")
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of modules' names."""
+        value = self.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.refuse(key, "it must be a list of names")
+        for name in value:
+            if name.startswith("re:"):
+                try:
+                    re.compile(name[3:])
+                except re.error as error:
+                    raise ConfigError(f"{self.path}: {key}: {name!r} is no pattern ({error})") from error
+        return tuple(value)
+
+    def group_size(self) -> int | None:
+        """Inputs that share a scale; None for all, which files call -1."""
+        value = self.get("group_size", -1)
+        if not isinstance(value, int) or (value != -1 and value < 1):
+            raise self.refuse("group_size", "it must be a number of inputs, or -1 for all")
+        return None if value == -1 else value
+
+
+def _read(keys: _Keys) -> Quantization:
+    method = keys.get("quant_method", "compressed-tensors" if keys.get("config_groups") else None)
+    if method not in _METHODS:
+        raise ConfigError(
+            f"{keys.path}: quant_method {shown(method)} is not supported; supported: {', '.join(_METHODS)}; else use "
+            "the checkpoint in bfloat16 or float16"
+        )
+    return _METHODS[method](keys)
+
+
+_COMPRESSED = key_names("""
+    quant_method config_groups format ignore kv_cache_scheme quantization_status version global_compression_ratio
+    sparsity_config
+""")
+_GROUP = key_names("weights input_activations output_activations targets format")
+
+
+def _compressed_tensors(keys: _Keys) -> Quantization:
+    keys.require("quantization_status", "compressed", "frozen", default="compressed")
+    keys.refuse_others(_COMPRESSED)
+    sparsity = keys.inside("sparsity_config")
+    sparsity.require("format", "dense", default="dense")
+    cache = keys.inside("kv_cache_scheme")
+    if cache.found:
+        cache.require("num_bits", 8)
+        cache.require("type", "float")
+        cache.require("strategy", "tensor", default="tensor")
+        cache.require("symmetric", True, default=True)
+    groups = keys.inside("config_groups")
+    formats = tuple(_format_of_group(groups.inside(name), keys.get("format")) for name in groups.found)
+    return Quantization(formats=formats, ignored=keys.names("ignore"))
+
+
+def _format_of_group(group: _Keys, default_format: str | None) -> WeightFormat:
+    group.refuse_others(_GROUP)
+    layout = group.require("format", "float-quantized", "naive-quantized", "pack-quantized", default=default_format)
+    weights = group.inside("weights")
+    strategy = weights.get("strategy", "tensor")
+    targets = group.names("targets") or ("Linear",)
+    if group.get("output_activations"):
+        raise group.refuse("output_activations", "leave it out")
+    weights.require("dynamic", False, default=False)
+    if layout == "pack-quantized":
+        weights.require("num_bits", 4)
+        weights.require("type", "int", default="int")
+        if group.get("input_activations"):
+            raise group.refuse("input_activations", "activations stay in 16 bits")
+        weights.require("strategy", "group", "channel")
+        return WeightFormat(
+            layout=WeightLayout.PACKED,
+            targets=targets,
+            group_size=weights.group_size() if strategy == "group" else None,
+            has_zeros=not weights.get("symmetric", True),
+            has_order=weights.require("actorder", None, False, "weight", "static", "group", "dynamic")
+            in ("group", "dynamic"),
+        )
+    weights.require("num_bits", 8)
+    weights.require("type", "float")
+    weights.require("symmetric", True, default=True)
+    weights.require("strategy", "tensor", "channel", "block", default="tensor")
+    activations = group.inside("input_activations")
+    if activations.found:
+        activations.require("num_bits", 8)
+        activations.require("type", "float")
+    if strategy != "block":
+        return WeightFormat(layout=WeightLayout.FP8, targets=targets)
+    rows, columns = _block(weights, "block_structure")
+    return WeightFormat(layout=WeightLayout.FP8, targets=targets, block_rows=rows, group_size=columns)
+
+
+_FP8 = key_names("""
+    quant_method activation_scheme weight_block_size modules_to_not_convert ignored_layers fmt scale_fmt dequantize
+    is_checkpoint_fp8_serialized kv_cache_scheme
+""")
+
+
+def _fp8(keys: _Keys) -> Quantization:
+    keys.refuse_others(_FP8)
+    keys.require("activation_scheme", "dynamic", "static", default="dynamic")
+    keys.require("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
+    keys.require("is_checkpoint_fp8_serialized", True, default=True)
+    ignored = (*_as_patterns(keys.names("modules_to_not_convert")), *keys.names("ignored_layers"), "lm_head")
+    rows, columns = _block(keys, "weight_block_size") if keys.get("weight_block_size") else (None, None)
+    return Quantization(
+        formats=(WeightFormat(layout=WeightLayout.FP8, block_rows=rows, group_size=columns),), ignored=ignored
+    )
+
+
+_AWQ = key_names("""
+    quant_method bits group_size zero_point version format modules_to_not_convert backend do_fuse fuse_max_seq_len
+    modules_to_fuse exllama_config provider
+""")
+
+
+def _awq(keys: _Keys) -> Quantization:
+    keys.refuse_others(_AWQ)
+    keys.require("bits", 4, default=4)
+    for key in ("version", "format"):
+        if str(keys.get(key, "gemm")).lower() != "gemm":
+            raise keys.refuse(key, "only the gemm layout is")
+    keys.require("zero_point", True, default=True)
+    awq = WeightFormat(layout=WeightLayout.AWQ, group_size=keys.group_size(), has_zeros=True)
+    return Quantization(formats=(awq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), "lm_head"))
+
+
+_GPTQ = key_names("""
+    quant_method bits group_size desc_act sym checkpoint_format lm_head modules_to_not_convert
+    damp_percent static_groups true_sequential model_name_or_path model_file_base_name model_seqlen tokenizer dataset
+    batch_size block_name_to_quantize cache_block_outputs module_name_preceding_first_block pad_token_id use_cuda_fp16
+    use_exllama exllama_config max_input_length disable_exllama meta pack_dtype act_group_aware backend
+    modules_in_block_to_quantize quantizer hyb_act damp_auto_increment mse format
+""")
+
+
+def _gptq(keys: _Keys) -> Quantization:
+    keys.refuse_others(_GPTQ)
+    keys.require("bits", 4)
+    keys.require("lm_head", False, default=False)
+    keys.require("pack_dtype", "int32", default="int32")
+    layout = keys.require("checkpoint_format", "gptq", "gptq_v2", default=keys.get("format", "gptq"))
+    gptq = WeightFormat(
+        layout=WeightLayout.GPTQ,
+        group_size=keys.group_size(),
+        has_zeros=True,  # in the file, even where they are all alike
+        zero_offset=0 if layout == "gptq_v2" else 1,
+        has_order=bool(keys.get("desc_act", False)),
+    )
+    return Quantization(formats=(gptq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), "lm_head"))
+
+
+_METHODS: dict[str, Callable[[_Keys], Quantization]] = {
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "awq": _awq,
+    "gptq": _gptq,
+}
+
+
+def _block(keys: _Keys, key: str) -> tuple[int, int]:
+    """Outputs and inputs that share a scale."""
+    match keys.get(key):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+    raise keys.refuse(key, "it must be two numbers, such as [128, 128]")
+
+
+def _as_patterns(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of transformers' `modules_to_not_convert`, in which a star stands for a pattern's."""
+    return tuple(f"re:{name}{_BOUNDARY}" if "*" in name and not name.startswith("re:") else name for name in names)

@@ -1,0 +1,220 @@
+"""Where each tensor of a checkpoint goes, and what becomes of it on the way: the layouts of quantized weights.
+
+The layouts are those that AutoAWQ (gemm), AutoGPTQ and GPTQModel, compressed-tensors and transformers' fp8 write; they
+pack eight codes of 4 bits into an int32, the first in the lowest bits, AWQ in an order of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from llm.config import WeightLayout
+from llm.core.weight_groups import pack
+from llm.errors import CheckpointError
+from llm.models.decoder import DecoderModel
+from llm.models.quantized import QuantizedLinear
+from llm.models.registry import destinations
+
+Shape = tuple[int, ...]
+Convert = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_INTEGERS = frozenset({"I32", "I64"})
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+"""Where in an int32 AutoAWQ packs eight neighbouring outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one tensor of a checkpoint goes.
+
+    Attributes:
+        target: the part of a parameter that it fills; None for nowhere.
+        shapes: those that it may have.
+        kinds: the types that it may have, as safetensors names them.
+        convert: makes what the target takes of it, on the target's device; None to copy it as it is.
+        companion: name of the tensor that `convert` gets beside it, where there is one.
+        is_optional: whether a checkpoint may lack it.
+    """
+
+    target: torch.Tensor | None
+    shapes: tuple[Shape, ...]
+    kinds: frozenset[str] = FLOATS
+    convert: Convert | None = None
+    companion: str | None = None
+    is_optional: bool = False
+
+
+_NOT_NEEDED = Slot(None, (), is_optional=True)
+"""Of what says nothing that is not known, and of scales of activations: those are kept in 16 bits, or rounded by the
+scales that they turn out to need."""
+
+
+def find_slots(model: DecoderModel) -> dict[str, Slot]:
+    """The place of each tensor that a checkpoint of this model has or may have, by its name."""
+    slots: dict[str, Slot] = {}
+    orders: dict[str, torch.Tensor] = {}
+    for theirs, destination in destinations(model.config).items():
+        module = model.get_submodule(destination.module)
+        leaves = ["weight", "bias"]
+        if isinstance(module, QuantizedLinear):
+            leaves = ["bias"]
+            part = _Part(module, theirs, destination.rows, orders.setdefault(destination.module, torch.empty(0)))
+            slots.update((f"{theirs}.{leaf}", slot) for leaf, slot in part.slots())
+        for leaf in leaves:
+            parameter = getattr(module, leaf, None)
+            if parameter is not None:
+                target = destination.part_of(parameter.detach())
+                slots[f"{theirs}.{leaf}"] = Slot(target, (tuple(target.shape),))
+    return slots
+
+
+def canonical_scale_name(name: str) -> str:
+    """The name that slots have for a tensor: scales that multiply are called inverse by some."""
+    return name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a quantized projection.
+
+    Attributes:
+        name: of the module in the checkpoint.
+        order: of the inputs, as the first part of the projection to be read gives it; empty before.
+    """
+
+    module: QuantizedLinear
+    name: str
+    rows: slice
+    order: torch.Tensor
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """The slots of all tensors but the bias, by the last part of their names."""
+        match self.module.weight_format.layout:
+            case WeightLayout.FP8:
+                yield from self._fp8()
+            case WeightLayout.PACKED:
+                yield from self._packed()
+            case WeightLayout.AWQ | WeightLayout.GPTQ as layout:
+                yield from self._by_input(is_awq=layout is WeightLayout.AWQ)
+
+    @property
+    def _codes(self) -> torch.Tensor:
+        return self.module.weight.detach()[self.rows]
+
+    @property
+    def _scales(self) -> torch.Tensor:
+        return self.module.scales.detach()[:, self.rows]
+
+    @property
+    def _num_outputs(self) -> int:
+        return len(self._codes)
+
+    def _fp8(self) -> Iterator[tuple[str, Slot]]:
+        num_outputs, block_rows = self._num_outputs, self.module.weight_format.block_rows
+        yield "weight", Slot(self._codes, (tuple(self._codes.shape),), frozenset({"F8_E4M3"}))
+
+        def spread(scales: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+            if block_rows is None:
+                return scales.float().reshape(1, -1).expand(1, num_outputs)
+            return scales.float().repeat_interleave(block_rows, 0)[:num_outputs].t()
+
+        shapes: tuple[Shape, ...] = ((), (1,), (1, 1), (num_outputs,), (num_outputs, 1))
+        if block_rows is not None:
+            shapes = ((-(-num_outputs // block_rows), len(self._scales)),)
+        yield "weight_scale", Slot(self._scales, shapes, convert=spread)
+        for leaf in ("input_scale", "activation_scale", "output_scale"):
+            yield leaf, _NOT_NEEDED
+
+    def _packed(self) -> Iterator[tuple[str, Slot]]:
+        num_outputs, num_inputs, num_groups = self._num_outputs, self.module.in_features, len(self._scales)
+        yield (
+            "weight_packed",
+            self._codes_slot(
+                (num_outputs, -(-num_inputs // 8)), lambda packed: _nibbles(packed)[:, :num_inputs], "weight_g_idx"
+            ),
+        )
+        yield (
+            "weight_scale",
+            Slot(self._scales, ((num_outputs, num_groups),), convert=lambda scales, _: scales.float().t()),
+        )
+        if self.module.zeros is not None:
+            yield "weight_zero_point", Slot(
+                self.module.zeros.detach()[:, self.rows], ((-(-num_outputs // 8), num_groups),), _INTEGERS,
+                lambda packed, _: _nibbles(packed.t())[:, :num_outputs],
+            )  # fmt: skip
+        yield "weight_g_idx", self._order_slot()
+        yield "weight_shape", _NOT_NEEDED
+
+    def _by_input(self, *, is_awq: bool) -> Iterator[tuple[str, Slot]]:
+        """AWQ and GPTQ: matrices stand the other way around, (in, out)."""
+        num_outputs, num_inputs, num_groups = self._num_outputs, self.module.in_features, len(self._scales)
+        if is_awq:
+            shape = num_inputs, num_outputs // 8
+            yield "qweight", self._codes_slot(shape, lambda packed: _awq_nibbles(packed).t())
+        else:
+            shape = num_inputs // 8, num_outputs
+            yield "qweight", self._codes_slot(shape, lambda packed: _nibbles(packed.t()), "g_idx")
+            yield "g_idx", self._order_slot()
+        yield "scales", Slot(self._scales, ((num_groups, num_outputs),))
+        assert self.module.zeros is not None, "files of both always have them"
+        unpack, offset = _awq_nibbles if is_awq else _nibbles, self.module.weight_format.zero_offset
+        yield "qzeros", Slot(
+            self.module.zeros.detach()[:, self.rows], ((num_groups, num_outputs // 8),), _INTEGERS,
+            lambda packed, _: unpack(packed) + offset,
+        )  # fmt: skip
+
+    def _codes_slot(
+        self, shape: Shape, unpack: Callable[[torch.Tensor], torch.Tensor], order_leaf: str | None = None
+    ) -> Slot:
+        """Of the codes, which `unpack` brings to (out, in)."""
+        has_order, span = self.module.order is not None, self.module.groups.span
+
+        def repack(packed: torch.Tensor, groups_of: torch.Tensor | None) -> torch.Tensor:
+            codes = unpack(packed)
+            if has_order and groups_of is not None:
+                codes = codes[:, self._order_of(groups_of).to(codes.device)]
+            return pack(codes.contiguous(), span)
+
+        companion = None if order_leaf is None else f"{self.name}.{order_leaf}"
+        return Slot(self._codes, (shape,), _INTEGERS, repack, companion)
+
+    def _order_slot(self) -> Slot:
+        """Of what says which group an input belongs to."""
+        num_inputs = self.module.in_features
+        order = self.module.order
+
+        def check(groups_of: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+            found = self._order_of(groups_of)
+            if order is None and not torch.equal(found, torch.arange(num_inputs, device=found.device)):
+                raise CheckpointError(f"{self.name} has groups out of order, which desc_act or actorder does not say")
+            if not self.order.numel():
+                self.order.resize_(num_inputs).copy_(found)
+            elif not torch.equal(self.order, found.to(self.order)):
+                raise CheckpointError(
+                    f"{self.name} has its inputs in another order than what it is multiplied together with, which is "
+                    "not supported; quantize without desc_act"
+                )
+            return found.int()
+
+        target = torch.empty(num_inputs, dtype=torch.int32) if order is None else order.detach()
+        return Slot(target, ((num_inputs,),), _INTEGERS, check, is_optional=order is None)
+
+    def _order_of(self, groups_of: torch.Tensor) -> torch.Tensor:
+        """Columns of codes in the order of their groups."""
+        size, num_groups = self.module.group_size, len(self._scales)
+        counts = torch.bincount(groups_of.flatten().long().clamp(0, num_groups), minlength=num_groups)
+        if len(counts) != num_groups or not bool((counts == size).all()):
+            raise CheckpointError(f"{self.name} has groups of other sizes than group_size {size} in g_idx")
+        return groups_of.argsort(stable=True)
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The eight codes of each int32, along the last dimension, uint8."""
+    bytes_ = packed.int().contiguous().view(torch.uint8)
+    return torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(-2)
+
+
+def _awq_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    return _nibbles(packed).view(len(packed), -1, 8)[..., _AWQ_ORDER].flatten(-2)

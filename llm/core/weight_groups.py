@@ -1,0 +1,75 @@
+"""Weights in codes of 8 or 4 bits: `(code - zero) * scale`, a scale and a zero for each output and group of inputs.
+
+Whatever layout a checkpoint has, this is ours. Codes of 8 bits are E4M3 (Micikevicius et al. 2022, arXiv:2209.05433)
+and stand in a row as the inputs do. Codes of 4 bits are whole numbers from 0 to 15, two a byte: of a span of inputs the
+bytes hold the first half in their lower four bits and the second half in their upper four, so that a kernel that reads
+some bytes gets two runs of neighbouring inputs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+FP8 = torch.float8_e4m3fn
+MIDDLE = 8
+"""The zero of 4-bit codes that have none of their own."""
+_LARGEST_SPAN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGroups:
+    """What the codes of a weight (out, in) mean.
+
+    Attributes:
+        scales: (groups, out), in any format of floats.
+        zeros: (groups, out) uint8; None for 8 with codes of 4 bits, for 0 with those of 8.
+        order: (in,) int32, the input that each column of codes belongs to; None where they stand in order.
+        size: inputs a group; the last may have fewer.
+        span: inputs whose codes of 4 bits are packed together; with 8 bits, any number that divides `in` and `size`.
+    """
+
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    order: torch.Tensor | None
+    size: int
+    span: int
+
+
+def span_of(num_inputs: int, group_size: int, num_bits: int) -> int:
+    """The largest span, up to 256 inputs of 4 bits and 128 of 8, of which no half is in two groups."""
+    parts = 1 if num_bits == 8 else 2
+    span = _LARGEST_SPAN if num_bits == 4 else _LARGEST_SPAN // 2
+    while num_inputs % span or group_size % (span // parts):
+        span //= 2
+    return span
+
+
+def pack(codes: torch.Tensor, span: int) -> torch.Tensor:
+    """Codes of 4 bits, (out, in) uint8, two a byte: (out, in // 2)."""
+    low, high = codes.view(len(codes), -1, 2, span // 2).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def unpack(packed: torch.Tensor, span: int) -> torch.Tensor:
+    """The reverse of `pack`."""
+    halves = packed.view(len(packed), -1, span // 2)
+    return torch.stack((halves & 15, halves >> 4), 2).flatten(1)
+
+
+def dequantize(codes: torch.Tensor, groups: WeightGroups) -> torch.Tensor:
+    """The weight (out, in) that is meant, in float32."""
+    has_8_bits = codes.dtype == FP8
+    values = codes.float() if has_8_bits else unpack(codes, groups.span).float()
+    num_inputs = values.shape[1]
+
+    def spread(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers.float().t().repeat_interleave(groups.size, 1)[:, :num_inputs]
+
+    if groups.zeros is not None:
+        values -= spread(groups.zeros)
+    elif not has_8_bits:
+        values -= MIDDLE
+    values *= spread(groups.scales)
+    if groups.order is None:
+        return values
+    return torch.empty_like(values).index_copy_(1, groups.order.long(), values)

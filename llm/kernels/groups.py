@@ -1,0 +1,203 @@
+"""Weights in `WeightGroups` as kernels read them: the sum that few rows multiply, and plain numbers for many rows.
+
+Few rows are bound by reading the weights, which is done once, in codes; a sum over a group is multiplied with the
+group's scale, so that nothing is rounded but the result. For many rows a weight is written out in the activations'
+format, for the vendor's library to multiply: reading and writing it once is little beside what that does then.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from llm.core.weight_groups import FP8, WeightGroups
+from llm.kernels.launch import launch_options, wait_for_inputs
+
+_MIDDLE = tl.constexpr(8)
+_OUTPUTS = 32
+"""Of a program that writes weights out."""
+
+_TO_BF16 = tl.constexpr("""{
+.reg .b32 a, b, one;
+mov.b32 one, 0x3f803f80;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
+shr.u32 a, a, 4;
+shr.u32 b, b, 4;
+lop3.b32 $2, a, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 $3, b, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, $0, one, $5;
+fma.rn.bf16x2 $1, $1, one, $6;
+fma.rn.bf16x2 $2, $2, one, $7;
+fma.rn.bf16x2 $3, $3, one, $8;
+}""")
+"""Four bytes to eight numbers: a code of 4 bits in the lowest bits of 128 is 128 plus the code (Kim et al. 2022,
+arXiv:2211.10017), from which 128 and the zero are taken again. Conversions from whole numbers run at a sixteenth of the
+rate of these instructions."""
+_TO_FP16 = tl.constexpr("""{
+.reg .b32 a, b;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+lop3.b32 $0, a, 0x000f000f, 0x64006400, 0xea;
+lop3.b32 $1, b, 0x000f000f, 0x64006400, 0xea;
+shr.u32 a, a, 4;
+shr.u32 b, b, 4;
+lop3.b32 $2, a, 0x000f000f, 0x64006400, 0xea;
+lop3.b32 $3, b, 0x000f000f, 0x64006400, 0xea;
+add.rn.f16x2 $0, $0, $5;
+add.rn.f16x2 $1, $1, $6;
+add.rn.f16x2 $2, $2, $7;
+add.rn.f16x2 $3, $3, $8;
+}""")
+"""The same with 1024, which has its unit in the lowest bit of a float16."""
+
+
+@triton.jit
+def _halves(packed, low_zero, high_zero, dtype: tl.constexpr, IN_ASSEMBLY: tl.constexpr):
+    """Codes of 4 bits less their zeros, (OUTPUTS, span / 2) each: the lower and the upper half of a span.
+
+    Args:
+        low_zero, high_zero: (OUTPUTS,) uint8.
+    """
+    bias: tl.constexpr = 0.0 if not IN_ASSEMBLY else 128.0 if dtype == tl.bfloat16 else 1024.0
+    low_zero, high_zero = -bias - low_zero.to(tl.float32), -bias - high_zero.to(tl.float32)
+    low_zero = tl.broadcast_to(low_zero.to(dtype)[:, None], packed.shape)
+    high_zero = tl.broadcast_to(high_zero.to(dtype)[:, None], packed.shape)
+    if IN_ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            _TO_BF16 if dtype == tl.bfloat16 else _TO_FP16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [packed, low_zero, high_zero],
+            dtype=(low_zero.dtype, high_zero.dtype), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low = (packed & 15).to(dtype) + low_zero
+        high = (packed >> 4).to(dtype) + high_zero
+    return low, high
+
+
+@triton.jit
+def _meaning(scales, zeros, start, group_size, num_rows_of_weight, out):
+    """Scales and zeros of some outputs, as they are stored, in the group of the inputs from `start` on."""
+    offsets = start // group_size * num_rows_of_weight + out
+    zero = tl.full(out.shape, _MIDDLE, tl.uint8)
+    if zeros is not None:
+        zero = tl.load(zeros + offsets)
+    return tl.load(scales + offsets), zero
+
+
+@triton.jit
+def _columns(x, order, start, row, num_rows, num_inputs, SIZE: tl.constexpr):
+    """The rows' numbers at the inputs of SIZE columns of codes: (SIZE, rows)."""
+    column = start + tl.arange(0, SIZE)
+    if order is not None:
+        column = tl.load(order + column)
+    return tl.load(x + row[None, :] * num_inputs + column[:, None], mask=row[None, :] < num_rows, other=0.0)
+
+
+@triton.jit
+def sum_of_groups(
+    x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size, begin,
+    end, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Weights in groups times rows over the inputs from `begin` to `end`: (OUTPUTS, rows) float32, of gate and of up.
+
+    With codes of 4 bits TILE_K is the span, with 8 bits it divides the size of a group.
+    """
+    acc = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
+    up = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
+    size = 2 * num_outputs if SWIGLU else num_outputs
+    dtype: tl.constexpr = x.dtype.element_ty
+    has_4_bits: tl.constexpr = gate_row.dtype.element_ty == tl.uint8
+    half: tl.constexpr = TILE_K // 2 if has_4_bits else 0
+    # Asked for a turn before they are needed: nothing else hides the time they take.
+    next_scale, next_zero = _meaning(scales, zeros, begin, group_size, size, weight_row)
+    next_high_scale, next_high_zero = next_scale, next_zero
+    if has_4_bits:
+        next_high_scale, next_high_zero = _meaning(scales, zeros, begin + half, group_size, size, weight_row)
+    next_up_scale, next_up_zero = next_scale, next_zero
+    next_high_up_scale, next_high_up_zero = next_scale, next_zero
+    if SWIGLU:
+        up_out = weight_row + num_outputs
+        next_up_scale, next_up_zero = _meaning(scales, zeros, begin, group_size, size, up_out)
+        if has_4_bits:
+            next_high_up_scale, next_high_up_zero = _meaning(scales, zeros, begin + half, group_size, size, up_out)
+    for start in range(begin, end, TILE_K):
+        scale, zero, high_scale, high_zero = next_scale, next_zero, next_high_scale, next_high_zero
+        up_scale, up_zero, high_up_scale, high_up_zero = (
+            next_up_scale, next_up_zero, next_high_up_scale, next_high_up_zero,
+        )  # fmt: skip
+        then = tl.minimum(start + TILE_K, end - TILE_K)
+        next_scale, next_zero = _meaning(scales, zeros, then, group_size, size, weight_row)
+        if has_4_bits:
+            next_high_scale, next_high_zero = _meaning(scales, zeros, then + half, group_size, size, weight_row)
+        if SWIGLU:
+            next_up_scale, next_up_zero = _meaning(scales, zeros, then, group_size, size, up_out)
+            if has_4_bits:
+                next_high_up_scale, next_high_up_zero = _meaning(scales, zeros, then + half, group_size, size, up_out)
+        if has_4_bits:
+            low_x = _columns(x, order, start, row, num_rows, num_inputs, half)
+            high_x = _columns(x, order, start + half, row, num_rows, num_inputs, half)
+            byte = start // 2 + tl.arange(0, half)
+            low, high = _halves(tl.load(gate_row + byte[None, :]), zero, high_zero, dtype, IN_ASSEMBLY)
+            acc += tl.dot(low, low_x, input_precision="ieee") * scale.to(tl.float32)[:, None]
+            acc += tl.dot(high, high_x, input_precision="ieee") * high_scale.to(tl.float32)[:, None]
+            if SWIGLU:
+                low, high = _halves(tl.load(up_row + byte[None, :]), up_zero, high_up_zero, dtype, IN_ASSEMBLY)
+                up += tl.dot(low, low_x, input_precision="ieee") * up_scale.to(tl.float32)[:, None]
+                up += tl.dot(high, high_x, input_precision="ieee") * high_up_scale.to(tl.float32)[:, None]
+        else:
+            rows = _columns(x, order, start, row, num_rows, num_inputs, TILE_K)
+            column = start + tl.arange(0, TILE_K)
+            gate = tl.load(gate_row + column[None, :]).to(dtype)
+            acc += tl.dot(gate, rows, input_precision="ieee") * scale.to(tl.float32)[:, None]
+            if SWIGLU:
+                above = tl.load(up_row + column[None, :]).to(dtype)
+                up += tl.dot(above, rows, input_precision="ieee") * up_scale.to(tl.float32)[:, None]
+    return acc, up
+
+
+def written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (out, in) that codes mean, in `dtype`."""
+    num_outputs, num_inputs = len(codes), codes.shape[1] * (1 if codes.dtype == FP8 else 2)
+    output = torch.empty(num_outputs, num_inputs, dtype=dtype, device=codes.device)
+    _write_out[(triton.cdiv(num_outputs, _OUTPUTS), num_inputs // groups.span)](
+        codes, groups.scales, groups.zeros, groups.order, output, num_outputs, num_inputs, groups.size,
+        OUTPUTS=_OUTPUTS, SPAN=groups.span, IN_ASSEMBLY=codes.device.type == "cuda" and dtype.itemsize == 2,
+        num_warps=4, **launch_options(codes.device),
+    )  # fmt: skip
+    return output
+
+
+@triton.jit
+def _write_out(
+    codes, scales, zeros, order, output, num_outputs, num_inputs, group_size,
+    OUTPUTS: tl.constexpr, SPAN: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (block of outputs, span of inputs)."""
+    wait_for_inputs(PDL)
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    mask = out[:, None] < num_outputs
+    out = tl.minimum(out, num_outputs - 1)
+    start = tl.program_id(1) * SPAN
+    dtype: tl.constexpr = output.dtype.element_ty
+    rows = output + out[:, None].to(tl.int64) * num_inputs
+    low_scale, low_zero = _meaning(scales, zeros, start, group_size, num_outputs, out)
+    scale = low_scale.to(tl.float32)[:, None]
+    if codes.dtype.element_ty == tl.uint8:
+        half: tl.constexpr = SPAN // 2
+        column = start + tl.arange(0, half)
+        high_scale, high_zero = _meaning(scales, zeros, start + half, group_size, num_outputs, out)
+        byte = start // 2 + tl.arange(0, half)
+        packed = tl.load(codes + out[:, None].to(tl.int64) * (num_inputs // 2) + byte[None, :])
+        low, high = _halves(packed, low_zero, high_zero, dtype, IN_ASSEMBLY)
+        low_column, high_column = column, column + half
+        if order is not None:
+            low_column, high_column = tl.load(order + column), tl.load(order + column + half)
+        tl.store(rows + low_column[None, :], (low.to(tl.float32) * scale).to(dtype), mask=mask)
+        tl.store(
+            rows + high_column[None, :], (high.to(tl.float32) * high_scale.to(tl.float32)[:, None]).to(dtype), mask=mask
+        )
+    else:
+        column = start + tl.arange(0, SPAN)
+        code = tl.load(codes + out[:, None].to(tl.int64) * num_inputs + column[None, :]).to(tl.float32)
+        tl.store(rows + column[None, :], (code * scale).to(dtype), mask=mask)

@@ -1,0 +1,127 @@
+"""Products with weights in groups, of 4 and 8 bits: by Triton's interpreter on a CPU, for real on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm.core.weight_groups import FP8, WeightGroups, dequantize, pack, span_of, unpack
+from llm.kernels.groups import written_out
+from llm.kernels.linear import Linear, Weights
+from llm.kernels.norm import Norm, ResidualStream
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
+TIGHT = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Relative error, by norm, of a product: the rounding of its result."""
+
+KINDS = {
+    "4 bits, 128": (4, 128, True, False),
+    "4 bits, 32": (4, 32, True, False),
+    "4 bits, one group, no zeros": (4, None, False, False),
+    "4 bits, act-order": (4, 64, True, True),
+    "8 bits, 128": (8, 128, False, False),
+}
+SHAPES = [(128, 512), (64, 384), (112, 256)]
+"""Sums that are cut and not, and outputs that our kernels do not take."""
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(HALF)
+
+
+def create_weights(kind: str, num_outputs: int, num_inputs: int, *, has_bias: bool = False) -> Weights:
+    num_bits, size, has_zeros, has_order = KINDS[kind]
+    size = size or num_inputs
+    span, shape = span_of(num_inputs, size, num_bits), (num_inputs // size, num_outputs)
+    scales = torch.rand(shape, device=DEVICE) / (100 if num_bits == 4 else 30) + 0.01
+    zeros = torch.randint(5, 17, shape, device=DEVICE, dtype=torch.uint8) if has_zeros else None
+    order = torch.randperm(num_inputs, device=DEVICE).int() if has_order else None
+    if num_bits == 4:
+        codes = pack(torch.randint(0, 16, (num_outputs, num_inputs), device=DEVICE, dtype=torch.uint8), span)
+    else:
+        codes = torch.randn(num_outputs, num_inputs, device=DEVICE).to(FP8)
+    groups = WeightGroups(scales.half() if num_bits == 4 else scales, zeros, order, size, span)
+    return Weights(codes, random(num_outputs) if has_bias else None, groups=groups)
+
+
+def meant(weights: Weights) -> torch.Tensor:
+    assert weights.groups is not None
+    return dequantize(weights.weight, weights.groups).double()
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖; NaN where something was not written."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("span", [2, 16, 64, 256])
+def test_packed_codes_are_unpacked_again(span):
+    codes = torch.randint(0, 16, (3, 512), dtype=torch.uint8)
+    assert pack(codes, span).shape == (3, 256)
+    assert torch.equal(unpack(pack(codes, span), span), codes)
+
+
+@pytest.mark.parametrize(
+    ("num_inputs", "size", "num_bits", "span"),
+    [(4096, 128, 4, 256), (4096, 32, 4, 64), (896, 128, 4, 128), (4096, 4096, 4, 256), (96, 32, 4, 32),
+     (4096, 128, 8, 128), (4096, 4096, 8, 128), (96, 32, 8, 32)],
+)  # fmt: skip
+def test_no_half_of_a_span_is_in_two_groups(num_inputs, size, num_bits, span):
+    assert span_of(num_inputs, size, num_bits) == span
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_written_out(kind, shape):
+    """Each number is what is meant, rounded once."""
+    torch.manual_seed(0)
+    weights = create_weights(kind, *shape)
+    expected = meant(weights)
+    torch.testing.assert_close(written_out(weights.weight, weights.groups, HALF).double(), expected, rtol=4e-3, atol=0)
+    exact = written_out(weights.weight, weights.groups, torch.float32)
+    torch.testing.assert_close(exact.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_rows", [1, 17, 70])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_of_groups(kind, num_rows, shape):
+    """As good as the weights that are meant, whichever path it takes; with a bias where no path is our kernels'."""
+    torch.manual_seed(num_rows)
+    num_outputs, num_inputs = shape
+    weights = create_weights(kind, *shape, has_bias=num_outputs in (128, 112))
+    x, linear = random(num_rows, num_inputs), Linear(DEVICE)
+    bias = None if weights.bias is None else weights.bias.double()
+    exact = F.linear(x.double(), meant(weights), bias)
+    for _ in range(2):  # the second call finds the scratch memory as the first left it
+        output = linear(x, weights)
+        assert output.dtype == HALF
+        assert relative_error(output, exact) < 2 * TIGHT[HALF]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_mlp_of_groups(kind, num_rows):
+    """From a stream through both products to the stream."""
+    torch.manual_seed(num_rows)
+    size, hidden_size = 128, 256
+    total, norm = random(num_rows, hidden_size), Norm(random(hidden_size), 1e-5)
+    gate_up, down = create_weights(kind, 2 * size, hidden_size), create_weights(kind, hidden_size, size)
+    stream = ResidualStream(total.clone())
+    Linear(DEVICE).mlp(stream, norm, gate_up, down)
+    wide = total.double()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
+    gate, up = (normed @ meant(gate_up).t()).chunk(2, -1)
+    assert relative_error(stream.total - total, (F.silu(gate) * up) @ meant(down).t()) < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_outputs", [72, 128])
+def test_deterministic_linear_of_groups(kind, num_outputs):
+    """A row alone and among others is the same, bit by bit."""
+    torch.manual_seed(0)
+    weights, linear = create_weights(kind, num_outputs, 512), Linear(DEVICE, deterministic=True)
+    x = random(70, 512)
+    together = linear(x, weights)
+    assert relative_error(together, x.double() @ meant(weights).t()) < TIGHT[HALF]
+    assert torch.equal(linear(x[7:8].contiguous(), weights), together[7:8])

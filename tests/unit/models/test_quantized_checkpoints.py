@@ -1,0 +1,253 @@
+"""Checkpoints in 8 and 4 bits: the logits are those of the weights that they mean, and the rest is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from quantized_layouts import (
+    Layout,
+    all_layouts,
+    awq,
+    fp8_by_channel,
+    fp8_by_tensor,
+    gptq,
+    is_projection,
+    packed,
+    quantize_directory,
+    rewrite,
+)
+from safetensors.torch import load_file, save_file
+
+from deployments.cli.check import weight_bytes
+from llm.checkpoint.adapter import load_lora
+from llm.checkpoint.loading import check_checkpoint, load_decoder
+from llm.checkpoint.model_config import load_model_config
+from llm.config import EngineConfig
+from llm.errors import CheckpointError, ConfigError
+from llm.models.decoder import DecoderModel
+from llm.models.quantized import quantized_modules
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.schemas import GenerationRequest
+
+LAYOUTS = dict(all_layouts())
+KINDS = ["llama", "llama_mqa_biases", "qwen2_tied", "qwen3", "phi3"]
+
+
+def prompt(length: int) -> torch.Tensor:
+    return torch.randint(3, 199, (2, length), generator=torch.Generator().manual_seed(length))
+
+
+@torch.inference_mode()
+def expected_logits(theirs, meant: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """transformers' logits with the weights that a quantized checkpoint means."""
+    plain = type(theirs)(theirs.config).eval()
+    plain.load_state_dict(meant, strict=False)
+    plain.tie_weights()
+    return plain(ids, use_cache=False).logits
+
+
+def write(checkpoints, directory: Path, layout: Layout, kind: str = "llama", **options) -> dict[str, torch.Tensor]:
+    return quantize_directory(checkpoints(kind)[0], directory, layout, **options)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.inference_mode()
+def test_logits_are_those_of_the_weights_that_are_meant(checkpoints, tmp_path, name):
+    """Within 1e-4 in float32, for every layout."""
+    ids = prompt(40)
+    meant = write(checkpoints, tmp_path, LAYOUTS[name])
+    ours = load_decoder(tmp_path, progress=False)
+    assert len(list(quantized_modules(ours))) == 4 * 3
+    expected = expected_logits(checkpoints("llama")[1], meant, ids)
+    torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["awq 32", "gptq 32 act-order", "fp8 by tensor", "transformers' fp8 by block"])
+@torch.inference_mode()
+def test_every_family_takes_them(checkpoints, tmp_path, name, kind):
+    """Parts of a product keep their own scales; biases, norms and tied embeddings stay as they are."""
+    ids = prompt(20)
+    meant = write(checkpoints, tmp_path, LAYOUTS[name], kind)
+    expected = expected_logits(checkpoints(kind)[1], meant, ids)
+    torch.testing.assert_close(load_decoder(tmp_path, progress=False)(ids), expected, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_the_engine_gives_the_tokens_of_the_weights_that_are_meant(checkpoints, tmp_path):
+    """Greedy, several requests at once; `engine.quantization` need not be given."""
+    meant = write(checkpoints, tmp_path / "4 bits", awq())
+    shutil.copytree(checkpoints("llama")[0], tmp_path / "plain")
+    save_file({name: tensor.contiguous() for name, tensor in meant.items()}, tmp_path / "plain" / "model.safetensors")
+    requests = [
+        GenerationRequest(prompt_token_ids=tuple(prompt(n)[0].tolist()), max_new_tokens=12, temperature=0)
+        for n in (3, 30)
+    ]
+    texts = []
+    for name in ("4 bits", "plain"):
+        engine = ContinuousBatchingEngine.from_pretrained(
+            tmp_path / name, device="cpu", with_tokenizer=False, progress=False, config=EngineConfig(max_seq_len=64)
+        )
+        texts.append([result.token_ids for result in engine.generate(requests, progress=False)])
+    assert texts[0] == texts[1]
+    assert all(len(tokens) == 12 for tokens in texts[0])
+
+
+@pytest.mark.parametrize("name", ["gptq 32 act-order"])
+@torch.inference_mode()
+def test_the_kernels_give_the_tokens_of_the_torch_operations(checkpoints, tmp_path, name):
+    """In float32; prompts in chunks beside decodes."""
+    write(checkpoints, tmp_path, LAYOUTS[name])
+    requests = [
+        GenerationRequest(prompt_token_ids=tuple(prompt(n)[0].tolist()), max_new_tokens=3, temperature=0)
+        for n in (2, 11)
+    ]
+    tokens = []
+    for backend in ("triton", "reference"):
+        config = EngineConfig(attention_backend=backend, num_pages=16, max_batch_size=2, max_tokens_per_step=8)
+        engine = ContinuousBatchingEngine(load_decoder(tmp_path, progress=False), config=config)
+        tokens.append([result.token_ids for result in engine.generate(requests, progress=False)])
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("ignored", ["re:.*self_attn.*", "model.layers.1"])
+@torch.inference_mode()
+def test_ignored_projections_stay_as_they_are(checkpoints, tmp_path, ignored):
+    layout = fp8_by_tensor(ignore=["lm_head", ignored])
+    is_ignored = {"re:.*self_attn.*": "self_attn", "model.layers.1": "layers.1."}[ignored]
+    meant = write(
+        checkpoints, tmp_path, layout, is_quantized=lambda name: "_proj.weight" in name and is_ignored not in name
+    )
+    ours = load_decoder(tmp_path, progress=False)
+    names = {name for name, _ in quantized_modules(ours)}
+    assert names == {
+        f"layers.{layer}.{module}"
+        for layer in range(3)
+        for module in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        if (layer != 1 if is_ignored == "layers.1." else "mlp" in module or module in ("gate_up_proj", "down_proj"))
+    }
+    ids = prompt(20)
+    torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_groups_of_projections_may_have_formats_of_their_own(checkpoints, tmp_path):
+    """4 bits for the feed-forward, 8 for attention, in one checkpoint of compressed-tensors."""
+    by_channel, in_4_bits = fp8_by_channel(), packed(has_zeros=True)
+    attention, mlp = (layout.config["config_groups"]["group_0"] for layout in (by_channel, in_4_bits))
+    groups = {
+        "attention": {**attention, "targets": ["re:.*self_attn.*"], "format": "float-quantized"},
+        "mlp": {**mlp, "format": "pack-quantized"},
+    }
+
+    def write_of(name: str):
+        layout = by_channel if "self_attn" in name else in_4_bits
+        return layout.write if is_projection(name) else None
+
+    source = checkpoints("llama")[0]
+    meant = rewrite(source, tmp_path, {**by_channel.config, "config_groups": groups, "format": "mixed"}, write_of)
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    assert {module.weight_format.num_bits for _, module in quantized_modules(ours)} == {4, 8}
+    torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
+
+
+CONFIG_REFUSALS = {
+    "bits": (gptq(), {"bits": 8}, r"quantization_config: bits 8 is not supported; supported: 4"),
+    "desc_act order": (gptq(), {"dynamic": {"-:.*": {}}}, "quantization_config: dynamic .* is not supported"),
+    "lm_head": (gptq(), {"lm_head": True}, "lm_head True is not supported"),
+    "version": (awq(), {"version": "gemv"}, "version 'gemv' is not supported; only the gemm layout is"),
+    "zero_point": (awq(), {"zero_point": False}, "zero_point False is not supported"),
+    "group_size": (awq(), {"group_size": 48}, "inputs, which are no whole groups of group_size 48"),
+    "quant_method": (awq(), {"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported"),
+    "unknown": (awq(), {"rotation": "hadamard"}, "rotation 'hadamard' is not supported"),
+    "format": (fp8_by_tensor(), {"format": "marlin-24"}, "format 'marlin-24' is not supported"),
+    "sparsity": (fp8_by_tensor(), {"sparsity_config": {"format": "sparse-24-bitmask"}}, "format 'sparse-24-bitmask'"),
+    "transforms": (fp8_by_tensor(), {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config .* is not"),
+    "ignored parts": (fp8_by_tensor(), {"ignore": ["lm_head", "re:.*k_proj"]}, "q_proj.* are one product here"),
+    "head": (fp8_by_tensor(), {"ignore": []}, "a quantized lm_head is not supported"),
+    "pattern": (fp8_by_tensor(), {"ignore": ["re:("]}, "ignore: 're:\\(' is no pattern"),
+    "block": (LAYOUTS["transformers' fp8 by block"], {"weight_block_size": [128]}, r"weight_block_size \[128\]"),
+    "cache": (fp8_by_tensor(), {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "kv_cache_scheme: num_bits 4"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_REFUSALS)
+def test_unsupported_settings_are_refused_by_their_key(checkpoints, tmp_path, edit, name):
+    layout, changes, reason = CONFIG_REFUSALS[name]
+    write(checkpoints, tmp_path, layout)
+    edit(tmp_path / "config.json", quantization_config={**layout.config, **changes})
+    with pytest.raises(ConfigError, match=reason) as info:
+        check_checkpoint(tmp_path)
+    assert "\n" not in str(info.value)
+
+
+def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_path, edit):
+    write(checkpoints, tmp_path, awq())
+    edit(tmp_path / "config.json", quantization_config=gptq().config)
+    with pytest.raises(CheckpointError, match=r"qweight has shape .*config\.json asks for"):
+        check_checkpoint(tmp_path)
+    edit(tmp_path / "config.json", quantization_config=None)
+    with pytest.raises(CheckpointError, match=r"qweight, which config\.json gives no place"):
+        check_checkpoint(tmp_path)
+    write(checkpoints, tmp_path, fp8_by_tensor())
+    edit(tmp_path / "config.json", quantization_config=None)
+    with pytest.raises(CheckpointError, match="F8_E4M3"):
+        check_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("has_order", [False, True])
+def test_groups_that_do_not_fit_are_refused(checkpoints, tmp_path, has_order):
+    """Inputs in another order than desc_act says; parts of a product in different orders."""
+    write(checkpoints, tmp_path, gptq(has_order=has_order))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.g_idx"
+    save_file({**tensors, name: tensors[name].flip(0)}, tmp_path / "model.safetensors")
+    reason = "in another order than what it is multiplied together with" if has_order else "desc_act"
+    with pytest.raises(CheckpointError, match=reason):
+        load_decoder(tmp_path, progress=False)
+
+
+def test_an_adapter_on_quantized_weights_is_refused(checkpoints, tmp_path):
+    write(checkpoints, tmp_path / "model", awq())
+    model = load_decoder(tmp_path / "model", progress=False)
+    factors = {"A": torch.ones(2, 64), "B": torch.ones(64, 2)}
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({name.format(part): factor for part, factor in factors.items()}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"q_proj is quantized \(quantization_config\)"):
+        load_lora(model, tmp_path)
+
+
+def test_rounding_what_is_in_4_bits_already_is_refused(checkpoints, tmp_path):
+    write(checkpoints, tmp_path, awq())
+    model = load_decoder(tmp_path, progress=False)
+    with pytest.raises(ConfigError, match="quantization: fp8 is not what the checkpoint holds"):
+        ContinuousBatchingEngine(model, config=EngineConfig(quantization="fp8", num_pages=8))
+
+
+def test_a_model_with_random_codes_can_be_made(checkpoints, tmp_path):
+    """For the speed of a shape: codes, not the weights of 16 bits, are made on the device."""
+    write(checkpoints, tmp_path, awq())
+    torch.manual_seed(0)
+    model = DecoderModel.from_config(load_model_config(tmp_path), dtype=torch.bfloat16)
+    (_, module), *_ = quantized_modules(model)
+    assert module.dequantized().std() == pytest.approx(0.02, rel=0.3)
+    assert module.scales.dtype == torch.float16
+    assert model(prompt(5)).isfinite().all()
+
+
+def test_check_knows_the_memory(checkpoints, tmp_path):
+    """A quarter of the projections' 16 bits, and their scales and zeros."""
+    source = checkpoints("llama")[0]
+    plain = weight_bytes(load_model_config(source), 2)
+    write(checkpoints, tmp_path, awq())
+    projections = sum(
+        tensor.numel() for name, tensor in load_file(source / "model.safetensors").items() if is_projection(name)
+    )
+    assert (
+        weight_bytes(load_model_config(tmp_path), 2)
+        == plain - projections * 2 + projections // 2 + projections // 32 * 5
+    )
