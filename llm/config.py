@@ -52,13 +52,14 @@ class RopeScalingType(StrEnum):
     LINEAR = "linear"
     LLAMA3 = "llama3"
     YARN = "yarn"
+    LONGROPE = "longrope"
 
 
 class RopeScaling(StrictModel):
     """Rotary-embedding scaling, with Hugging Face's field names.
 
     linear: Chen et al. 2023 (arXiv:2306.15595). yarn: Peng et al. 2023 (arXiv:2309.00071). llama3: Meta's
-    Llama 3.1 release.
+    Llama 3.1 release. longrope: Ding et al. 2024 (arXiv:2402.13753).
     """
 
     rope_type: RopeScalingType
@@ -71,7 +72,8 @@ class RopeScaling(StrictModel):
     high_freq_factor: float = Field(default=4.0, gt=0)
     """llama3: wavelengths below `original / high_freq_factor` are left alone."""
     attention_factor: float | None = Field(default=None, gt=0)
-    """yarn: multiplies cos and sin; None for the paper's `0.1 ln(factor) + 1`."""
+    """yarn, longrope: multiplies cos and sin; None for what the paper says: `0.1 ln(factor) + 1`, and the root of
+    `1 + ln(factor) / ln(original)`."""
     beta_fast: float = Field(default=32.0, gt=0)
     """yarn: rotations over the trained context above which a dimension is left alone."""
     beta_slow: float = Field(default=1.0, gt=0)
@@ -81,6 +83,17 @@ class RopeScaling(StrictModel):
     mscale_all_dim: float | None = Field(default=None, gt=0)
     truncate: bool = True
     """yarn: round the correction range to whole dimensions."""
+    short_factor: tuple[float, ...] | None = None
+    """longrope: what the frequency of each pair of dimensions is divided by where no sequence is longer than the
+    checkpoint was trained with."""
+    long_factor: tuple[float, ...] | None = None
+    """longrope: the same where some are."""
+
+    @model_validator(mode="after")
+    def _check_factors(self) -> Self:
+        if self.rope_type is RopeScalingType.LONGROPE and (self.short_factor is None or self.long_factor is None):
+            raise ValueError("longrope needs short_factor and long_factor")
+        return self
 
 
 class Activation(StrEnum):
@@ -221,6 +234,9 @@ class ModelConfig(StrictModel):
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        for factors in (self.rope_scaling.short_factor, self.rope_scaling.long_factor) if self.rope_scaling else ():
+            if factors is not None and len(factors) != self.rotary_size // 2:
+                raise ValueError(f"longrope has {len(factors)} factors for {self.rotary_size // 2} pairs that turn")
         if self.rotary_size % 2 or self.head_size % 2:
             raise ValueError(f"head_dim {self.head_size} is odd, or what turns of it; rotary embedding needs pairs")
         if self.num_experts:

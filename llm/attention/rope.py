@@ -24,7 +24,17 @@ class RotaryEmbedding:
         self.dim = dim
         self.max_seq_len = max_seq_len
         self._theta, self._scaling = theta, scaling
+        self._context_len = max_seq_len
         self._table: torch.Tensor | None = None
+
+    def fit_context(self, context_len: int) -> None:
+        """Choose the angles for sequences of so many tokens at most; `max_seq_len` unless this is called.
+
+        LongRoPE has two sets of them. Which counts must not change while a sequence's keys are kept, so it goes by the
+        longest sequence that there may be, not by the sequence.
+        """
+        if context_len != self._context_len:
+            self._context_len, self._table = context_len, None
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of `positions` (…) int64: two tensors (…, 1, dim / 2), to broadcast over heads."""
@@ -35,7 +45,9 @@ class RotaryEmbedding:
         """Cosines, then sines, of every position: (2, max_seq_len, dim / 2) float32."""
         if self._table is None or self._table.device != device:
             with torch.device("cpu"):
-                frequencies, scale = rope_frequencies(self.dim, self._theta, self._scaling, self.max_seq_len)
+                frequencies, scale = rope_frequencies(
+                    self.dim, self._theta, self._scaling, self.max_seq_len, self._context_len
+                )
                 angles = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float32), frequencies)
             self._table = (torch.stack([angles.cos(), angles.sin()]) * scale).to(device)
         return self._table
@@ -49,9 +61,14 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def rope_frequencies(
-    dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int
+    dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int, context_len: int
 ) -> tuple[torch.Tensor, float]:
-    """Angle a token turns per dimension pair, (dim / 2,) float32, and the factor on cos and sin."""
+    """Angle a token turns per dimension pair, (dim / 2,) float32, and the factor on cos and sin.
+
+    Args:
+        max_seq_len: the model's.
+        context_len: longest sequence that there may be.
+    """
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if scaling is None:
         return frequencies, 1.0
@@ -63,6 +80,16 @@ def rope_frequencies(
             return _llama3_frequencies(frequencies, scaling, original_len), 1.0
         case RopeScalingType.YARN:
             return _yarn_frequencies(frequencies, theta, scaling, original_len), _yarn_attention_factor(scaling)
+        case RopeScalingType.LONGROPE:
+            factors = scaling.long_factor if context_len > original_len else scaling.short_factor
+            return frequencies / torch.tensor(factors), _longrope_attention_factor(scaling, original_len)
+
+
+def _longrope_attention_factor(scaling: RopeScaling, original_len: int) -> float:
+    """Temperature of the attention logits, as a factor on cos and sin (LongRoPE's code; the same for both sets)."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(original_len)) if scaling.factor > 1 else 1.0
 
 
 def _llama3_frequencies(frequencies: torch.Tensor, scaling: RopeScaling, original_len: int) -> torch.Tensor:

@@ -119,8 +119,11 @@ _NEUTRAL: dict[str, Neutral] = {
     "dual_chunk_attention_config": _only({}),
     "embedding_multiplier": _only(1),
     "final_logit_softcapping": _only(0),
+    "full_attn_mod": _only(1),  # Phi-4's notes of what it could have been
+    "interpolate_factor": _only(1),
     "is_causal": _only(True),
     "is_encoder_decoder": _only(False),
+    "lm_head_bias": _only(False),
     "logit_scale": _only(1),
     "logits_scaling": _only(1),
     "no_rope_layers": lambda value, _: all(value),  # 1 for a layer that has RoPE

@@ -196,6 +196,11 @@ class DecoderModel(nn.Module):
         module = self.embed_tokens if self.lm_head is None else self.lm_head
         return (head or _torch_head)(hidden, module, self.config.logit_soft_cap)
 
+    def fit_context(self, context_len: int) -> None:
+        """Prepare for sequences of so many tokens at most; see `RotaryEmbedding.fit_context`."""
+        for spec in self.attention_specs:
+            spec.rope.fit_context(context_len)
+
     def make_kv_caches(self, max_batch_size: int, max_seq_len: int | None = None) -> list[KVCache]:
         """Caches that fit this model, each layer with its own sliding window, so that windowed ones stay O(window)."""
         return [

@@ -37,7 +37,12 @@ def read_rope(config: ReadKeys, *, can_be_partial: bool = False) -> RopeKeys:
         KeyError, TypeError, ValidationError: a value is missing or of the wrong type.
     """
     top_level = {key: config.get(key, default) for key, default in (("rope_theta", 1e4), ("partial_rotary_factor", 1))}
-    return _understood(top_level | _held(_rope_set(config)), config["max_position_embeddings"], can_be_partial)
+    found = top_level | _held(_rope_set(config))
+    if "short_factor" in found:
+        original_len = found.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        # "su" and "yarn" are longrope's names in Phi-3's first files.
+        found |= {"rope_type": "longrope", "original_max_position_embeddings": original_len}
+    return _understood(_held(found), config["max_position_embeddings"], can_be_partial)
 
 
 def read_ropes_by_kind(config: ReadKeys, *, theta: float, window_theta: float) -> tuple[RopeKeys, float]:
@@ -106,6 +111,8 @@ def _understood(found: dict[str, Any], trained_len: int, can_be_partial: bool) -
     fields = {key: found[key] for key in RopeScaling.model_fields if found.get(key) is not None}
     fields |= {"rope_type": kind}
     fields.setdefault("original_max_position_embeddings", trained_len)
+    if kind == "longrope":
+        fields.setdefault("factor", trained_len / fields["original_max_position_embeddings"])
     scaling = RopeScaling(**fields)
     return RopeKeys(theta, scaling, _stretched(trained_len, scaling), partial)
 
@@ -118,7 +125,7 @@ def _stretched(trained_len: int, scaling: RopeScaling) -> int:
         case RopeScalingType.YARN:
             original_len = scaling.original_max_position_embeddings or trained_len
             return max(trained_len, int(original_len * scaling.factor))
-        case RopeScalingType.LLAMA3:
+        case RopeScalingType.LLAMA3 | RopeScalingType.LONGROPE:
             return trained_len
 
 

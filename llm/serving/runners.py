@@ -23,6 +23,7 @@ def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, co
     """
     backend = choose_backend(config.attention_backend, model.device)
     prepare_weights(model, config)
+    model.fit_context(context_len)
     kv_cache = PagedKVCache(
         model.page_groups,
         num_pages=num_pages,

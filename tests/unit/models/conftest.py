@@ -68,6 +68,9 @@ def gemma_3(**changes: Any) -> dict[str, Any]:
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.7, 4.0, 9.0],
+}  # fmt: skip
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(
@@ -115,6 +118,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3": lambda: Phi3Config(**{**SHAPE, "sliding_window": None}),
     "phi3_partial": lambda: Phi3Config(
         **{**SHAPE, "hidden_size": 96, "partial_rotary_factor": 0.5, "tie_word_embeddings": True}
+    ),
+    "phi3_longrope": lambda: Phi3Config(
+        **{**SHAPE, "rope_parameters": {**LONGROPE, "factor": 4.0}, "original_max_position_embeddings": 512}
+    ),
+    "phi3_longrope_long": lambda: Phi3Config(
+        **{**SHAPE, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32}
     ),
     "phi3_window": lambda: Phi3Config(**{**SHAPE, "sliding_window": 17}),
     "qwen2": lambda: Qwen2Config(**SHAPE),

@@ -177,6 +177,23 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         "pad_token_id": 32000, "rope_theta": 10000.0, "sliding_window": 2047, "transformers_version": "4.40.2",
         "vocab_size": 32064,
     },
+    "Phi-4-mini-instruct": {
+        **_PHI, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "bos_token_id": 199999,
+        "eos_token_id": 199999, "full_attn_mod": 1, "hidden_size": 3072, "intermediate_size": 8192,
+        "interpolate_factor": 1, "lm_head_bias": False, "max_position_embeddings": 131072, "mlp_bias": False,
+        "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
+        "rope_scaling": {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+        "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True, "transformers_version": "4.45.0",
+        "vocab_size": 200064,
+    },
+    "Phi-3-mini-128k-instruct": {
+        **_PHI, "bos_token_id": 1, "eos_token_id": 32000, "hidden_size": 3072, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "original_max_position_embeddings": 4096, "pad_token_id": 32000,
+        "rope_scaling": {"long_factor": [2.0] * 48, "short_factor": [1.05] * 48, "type": "longrope"},
+        "rope_theta": 10000.0, "sliding_window": 262144, "transformers_version": "4.40.2", "vocab_size": 32064,
+    },
     "phi-4": {
         **_PHI, "bos_token_id": 100257, "eos_token_id": 100265, "hidden_size": 5120, "intermediate_size": 17920,
         "max_position_embeddings": 16384, "num_attention_heads": 40, "num_hidden_layers": 40,

@@ -158,7 +158,8 @@ def test_rope_parameters_for_each_layer_type(tmp_path):
         ({"rope_scaling": {"factor": 4.0}}, "'factor' .4.0. means nothing to RoPE of type 'default'"),
         ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "'mrope_section'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "alpha": 1000.0}}, "'alpha'"),
-        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "longrope needs short_factor and long_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "1 factors for 64 pairs"),
     ],
 )
 def test_rope_that_is_not_understood(tmp_path, changes, reason):

@@ -36,6 +36,7 @@ KINDS = [
     "mixtral",
     "phi3",
     "phi3_partial",
+    "phi3_longrope",
     "phi3_window",
     "qwen2",
     "qwen2_tied",
@@ -163,6 +164,30 @@ def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greed
     results = engine.generate(again, progress=False)
     assert [list(result.token_ids) for result in results] == [tokens[7 * i :] for i, tokens in enumerate(expected)]
     assert engine.stats().num_cached_prompt_tokens > num_cached
+
+
+@torch.inference_mode()
+def test_longrope_goes_by_the_longest_sequence_that_there_may_be(checkpoints, greedy_of_transformers):
+    """transformers chooses the angles by the sequence: those of longer ones count where the context is longer."""
+    directory, theirs = checkpoints("phi3_longrope_long")
+    ours = load(directory)
+    for length in (70, 150):
+        ids = prompt(length)
+        torch.testing.assert_close(ours(ids), theirs(ids, use_cache=False).logits, atol=1e-4, rtol=0)
+    long = GenerationRequest(
+        prompt_token_ids=tuple(prompt(90)[0].tolist()), max_new_tokens=NUM_GREEDY, temperature=0, ignore_eos=True
+    )
+    short = GenerationRequest(
+        prompt_token_ids=tuple(prompt(5)[0].tolist()), max_new_tokens=25, temperature=0, ignore_eos=True
+    )
+    engine = ContinuousBatchingEngine(ours, max_batch_size=2, max_seq_len=256)
+    assert list(engine.generate([long], progress=False)[0].token_ids) == greedy_of_transformers(
+        "phi3_longrope_long", 90
+    )
+    engine = ContinuousBatchingEngine(ours, max_batch_size=2, max_seq_len=32)
+    tokens = list(engine.generate([short], progress=False)[0].token_ids)
+    assert tokens == greedy_of_transformers("phi3_longrope_long", 5)[: len(tokens)]
+    assert len(tokens) == 25
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_tied"])
