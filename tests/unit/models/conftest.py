@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
+    MinistralConfig,
+    Mistral3Config,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -113,6 +116,28 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.4, beta_fast=16.0, beta_slow=2.0, truncate=False)
     ),
     "mistral": lambda: MistralConfig(**{**SHAPE, "sliding_window": None, "head_dim": 16}),
+    "ministral": lambda: MinistralConfig(
+        **{
+            **SHAPE,
+            "head_dim": 16,
+            "sliding_window": 17,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        }
+    ),
+    "mistral3_text_half": lambda: Mistral3Config(
+        text_config={**SHAPE, "model_type": "mistral", "sliding_window": None, "head_dim": 16},
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        tie_word_embeddings=False,
+    ),
     "mistral_window": lambda: MistralConfig(**{**SHAPE, "sliding_window": 17}),
     "mixtral": lambda: MixtralConfig(**{**SHAPE, "num_local_experts": 3, "sliding_window": 17}),
     "phi3": lambda: Phi3Config(**{**SHAPE, "sliding_window": None}),
@@ -142,7 +167,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A random model whose biases and norms are random too, so that a wrong one shows."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -162,6 +162,28 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "hidden_size": 5120, "max_position_embeddings": 131072,
         "num_hidden_layers": 40, "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 131072,
     },
+    "Mistral-Small-24B-Instruct-2501": {
+        **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "hidden_size": 5120, "intermediate_size": 32768,
+        "max_position_embeddings": 32768, "num_hidden_layers": 40, "rope_theta": 100000000.0, "sliding_window": None,
+        "transformers_version": "4.49.0.dev0", "vocab_size": 131072,
+    },
+    "Mistral-Small-3.1-24B-Instruct-2503": {
+        "architectures": ["Mistral3ForConditionalGeneration"], "image_token_index": 10, "model_type": "mistral3",
+        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
+        "text_config": {
+            "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+            "initializer_range": 0.02, "intermediate_size": 32768, "max_position_embeddings": 131072,
+            "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05, "rope_theta": 1000000000.0, "sliding_window": None, "use_cache": True,
+            "vocab_size": 131072,
+        },
+        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "vision_feature_layer": -1,
+        "vision_config": {
+            "attention_dropout": 0.0, "head_dim": 64, "hidden_act": "gelu", "hidden_size": 1024, "image_size": 1540,
+            "initializer_range": 0.02, "intermediate_size": 4096, "model_type": "pixtral", "num_attention_heads": 16,
+            "num_channels": 3, "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0,
+        },
+    },
     "Ministral-8B-Instruct-2410": {
         **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "intermediate_size": 12288,
         "max_position_embeddings": 32768, "num_hidden_layers": 36, "rope_theta": 100000000.0, "sliding_window": 32768,

@@ -33,6 +33,8 @@ KINDS = [
     "llama_yarn_mscale",
     "mistral",
     "mistral_window",
+    "ministral",
+    "mistral3_text_half",
     "mixtral",
     "phi3",
     "phi3_partial",
