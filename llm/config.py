@@ -192,6 +192,8 @@ class ModelConfig(StrictModel):
     """Softmax scale; None for the root of 1 / `head_dim`."""
     attention_soft_cap: float | None = Field(default=None, gt=0)
     """Bound of attention's scores, which come near it by a tanh (Gemma 2); None for none."""
+    attention_sinks: bool = False
+    """Each query head has a score for nothing beside those of the tokens (gpt-oss)."""
     logit_soft_cap: float | None = Field(default=None, gt=0)
     """The same of the logits."""
     embedding_scale: float | None = Field(default=None, gt=0)

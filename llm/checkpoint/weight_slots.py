@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from llm.config import WeightLayout
 from llm.core.weight_groups import pack
@@ -56,7 +57,12 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     orders: dict[str, torch.Tensor] = {}
     for theirs, destination in destinations(model.config).items():
-        module = model.get_submodule(destination.module)
+        owner, _, leaf = destination.module.rpartition(".")
+        module = getattr(model.get_submodule(owner), leaf)
+        if isinstance(module, nn.Parameter):
+            target = destination.part_of(module.detach())
+            slots[theirs] = Slot(target, (tuple(target.shape),))
+            continue
         leaves = ["weight", "bias"]
         if isinstance(module, QuantizedLinear):
             leaves = ["bias"]

@@ -40,7 +40,7 @@ class Destination:
     """Where a module of a checkpoint goes: rows of one of our modules' weight, and of its bias.
 
     Attributes:
-        module: dotted name of ours.
+        module: dotted name of ours; or of a parameter that is no module's weight, under its own name there and here.
         rows: of it.
         expert: whose rows they are, in a module that holds those of all experts; None for other modules.
         layers: those that have it; None for all.

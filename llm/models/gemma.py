@@ -6,18 +6,14 @@ keys instead, and turns them by angles of their own in layers with a window.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-from torch import nn
-
 from llm.attention.rope import RotaryEmbedding
-from llm.attention.spec import AttentionSpec
 from llm.config import Activation, ModelConfig
+from llm.models.attention_layer import attention_weights, make_norm, make_rope
 from llm.models.config_keys import ReadKeys, key_names
 from llm.models.family import Destination, Family, Layer, common_fields, read_text_half
-from llm.models.layers import RMSNorm
-from llm.models.llama import attention_weights, mlp_weights
+from llm.models.llama import LlamaLayer, mlp_weights
 from llm.models.operations import Operations
 from llm.models.rope_keys import read_ropes_by_kind
 from llm.models.window_keys import read_windows
@@ -41,46 +37,25 @@ _DEFAULTS_3 = {
 """What transformers takes for keys that are missing, as most of them are in Google's own files of Gemma 3."""
 
 
-class GemmaLayer(Layer):
-    """Attention, then the feed-forward, each between two norms.
-
-    Args:
-        index: of the layer, from 0.
-        rope: of the layer.
-    """
+class GemmaLayer(LlamaLayer):
+    """Attention, then the feed-forward, each between two norms. See `AttentionLayer`."""
 
     def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
-        super().__init__()
-        self.index = index
+        super().__init__(config, index, rope)
         self.activation = config.activation
-        self.spec = spec = AttentionSpec(
-            config.num_heads, config.kv_heads, config.head_size, rope, config.layer_window(index),
-            config.attention_scale, config.attention_soft_cap,
-        )  # fmt: skip
-        hidden_size, mlp_size = config.hidden_size, config.mlp_size
-        norm = partial(RMSNorm, eps=config.rms_norm_eps, offset=config.norm_offset)
-        self.attention_norm, self.behind_attention_norm = norm(hidden_size), norm(hidden_size)
-        self.qkv_proj = nn.Linear(hidden_size, spec.qkv_size, bias=config.attention_bias)
-        self.q_norm = norm(spec.head_dim) if config.qk_norm else None
-        self.k_norm = norm(spec.head_dim) if config.qk_norm else None
-        self.o_proj = nn.Linear(spec.output_size, hidden_size, bias=config.attention_output_bias)
-        self.mlp_norm, self.behind_mlp_norm = norm(hidden_size), norm(hidden_size)
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * mlp_size, bias=False)
-        self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
+        norm = make_norm(config)
+        self.behind_attention_norm, self.behind_mlp_norm = norm(config.hidden_size), norm(config.hidden_size)
 
     def forward(self, operations: Operations[Any]) -> None:
         """See `Layer.forward`."""
-        qk_norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-        qkv = operations.product_of_norm(self.attention_norm, self.qkv_proj)
-        attended = operations.attend(self.index, self.spec, qkv, qk_norms)
-        operations.add_product(attended, self.o_proj, self.behind_attention_norm)
+        self.add_attention(operations, self.behind_attention_norm)
         operations.add_gated_mlp(
             self.mlp_norm, self.gate_up_proj, self.down_proj, self.activation, self.behind_mlp_norm
         )
 
 
 def _make_layers(config: ModelConfig) -> list[Layer]:
-    rope = own = RotaryEmbedding(config.rotary_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
+    rope = own = make_rope(config)
     if config.window_rope_theta is not None:
         own = RotaryEmbedding(config.rotary_size, config.max_seq_len, config.window_rope_theta)
     ropes = [rope if config.layer_window(index) is None else own for index in range(config.num_layers)]

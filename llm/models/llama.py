@@ -11,43 +11,12 @@ from typing import Any
 from torch import nn
 
 from llm.attention.rope import RotaryEmbedding
-from llm.attention.spec import AttentionSpec
 from llm.config import ModelConfig
+from llm.models.attention_layer import AttentionLayer, attention_weights, make_rope
 from llm.models.config_keys import ReadKeys
 from llm.models.family import Destination, Family, Layer, common_fields
-from llm.models.layers import RMSNorm
 from llm.models.operations import Operations
 from llm.models.window_keys import read_windows, refuse_windows
-
-
-class AttentionLayer(Layer):
-    """What the layers of all these families begin with: attention, then the norm in front of the feed-forward.
-
-    Args:
-        index: of the layer, from 0.
-        rope: of the model.
-    """
-
-    def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
-        super().__init__()
-        self.index = index
-        self.spec = spec = AttentionSpec(
-            config.num_heads, config.kv_heads, config.head_size, rope, config.layer_window(index)
-        )
-        hidden_size, eps = config.hidden_size, config.rms_norm_eps
-        self.attention_norm = RMSNorm(hidden_size, eps)
-        self.qkv_proj = nn.Linear(hidden_size, spec.qkv_size, bias=config.attention_bias)
-        self.q_norm = RMSNorm(spec.head_dim, eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, eps) if config.qk_norm else None
-        self.o_proj = nn.Linear(spec.output_size, hidden_size, bias=config.attention_output_bias)
-        self.mlp_norm = RMSNorm(hidden_size, eps)
-
-    def add_attention(self, operations: Operations[Any]) -> None:
-        """Add what attention finds to the residual stream."""
-        qk_norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-        qkv = operations.product_of_norm(self.attention_norm, self.qkv_proj)
-        attended = operations.attend(self.index, self.spec, qkv, qk_norms)
-        operations.add_product(attended, self.o_proj)
 
 
 class LlamaLayer(AttentionLayer):
@@ -64,30 +33,10 @@ class LlamaLayer(AttentionLayer):
         operations.add_gated_mlp(self.mlp_norm, self.gate_up_proj, self.down_proj)
 
 
-def make_rope(config: ModelConfig) -> RotaryEmbedding:
-    """The rotary embedding that all layers of a model share."""
-    return RotaryEmbedding(config.rotary_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
-
-
 def make_layers(config: ModelConfig) -> list[Layer]:
     """The layers of a model of this shape."""
     rope = make_rope(config)
     return [LlamaLayer(config, index, rope) for index in range(config.num_layers)]
-
-
-def attention_weights(config: ModelConfig) -> dict[str, Destination]:
-    """Destinations within an `AttentionLayer`."""
-    query, key_value = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    norms = {"q_norm": "q_norm", "k_norm": "k_norm"} if config.qk_norm else {}
-    return {
-        "input_layernorm": Destination("attention_norm"),
-        "self_attn.q_proj": Destination("qkv_proj", slice(0, query)),
-        "self_attn.k_proj": Destination("qkv_proj", slice(query, query + key_value)),
-        "self_attn.v_proj": Destination("qkv_proj", slice(query + key_value, query + 2 * key_value)),
-        **{f"self_attn.{theirs}": Destination(ours) for theirs, ours in norms.items()},
-        "self_attn.o_proj": Destination("o_proj"),
-        "post_attention_layernorm": Destination("mlp_norm"),
-    }
 
 
 def mlp_weights(config: ModelConfig, layers: Container[int] | None = None) -> dict[str, Destination]:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from llm.config import ModelConfig
+from llm.models.attention_layer import attention_weights
 from llm.models.config_keys import ReadKeys
 from llm.models.family import Destination, Family, common_fields
-from llm.models.llama import attention_weights
 from llm.models.qwen3_moe import experts_weights, make_layers
 from llm.models.window_keys import read_windows
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from llm.attention.rope import RotaryEmbedding
 from llm.config import ModelConfig
+from llm.models.attention_layer import AttentionLayer, attention_weights, make_rope
 from llm.models.config_keys import ReadKeys
 from llm.models.experts import Experts
 from llm.models.family import Destination, Family, Layer, common_fields
-from llm.models.llama import AttentionLayer, LlamaLayer, attention_weights, make_rope, mlp_weights
+from llm.models.llama import LlamaLayer, mlp_weights
 from llm.models.operations import Operations
 from llm.models.window_keys import read_windows
 

@@ -45,6 +45,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_heads": 32, "num_kv_heads": 16, "head_dim": 128, "embedding_scale": 5376**0.5, "qk_norm": True,
         "attention_scale": 168**-0.5, "rope_theta": 1e6, "window_rope_theta": 1e4,
     },
+    "gpt-oss-20b's attention": {
+        "hidden_size": 2880, "intermediate_size": 2880, "num_heads": 64, "num_kv_heads": 8, "head_dim": 64,
+        "window_size": 128, "window_layers": (0,), "attention_sinks": True, "norm_offset": 0.0,
+        "attention_bias": True, "attention_output_bias": True,
+    },
     "mqa, heads of 80": {"hidden_size": 640, "num_heads": 8, "num_kv_heads": 1},
     "heads of 256": {"hidden_size": 1024, "num_heads": 4, "num_kv_heads": 4, "head_dim": 256},
     "odd sizes, window in one layer": {

@@ -131,12 +131,10 @@ def compile_attention() -> None:
         (89, FP8, 128, 128, all_scores),
         (90, BF16, 80, 128, plain),
         (90, FP8, 80, 128, plain),
-        (90, BF16, 128, 64, all_scores),
         (80, BF16, 256, 128, plain),
         (89, BF16, 256, 64, plain),
         (90, BF16, 256, 64, all_scores),
         (90, BF16, 256, 128, plain),
-        (90, FP8, 256, 128, plain),
     ):
         has_8_bits, head_block = pages == FP8, triton.next_power_of_2(head_dim)
         heads = {"HEAD_DIM": head_dim, "HEAD_BLOCK": head_block, "PRODUCT": tl.float16 if has_8_bits else tl.bfloat16}

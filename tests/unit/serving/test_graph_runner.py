@@ -73,8 +73,10 @@ GEMMA_3 = {
     [{}, {"qk_norm": True, "tie_embeddings": True}, {"attention_bias": True, "num_kv_heads": 1}, {"window_size": 6},
      {"window_size": 6, "window_layers": (1,)}, {"mlp_bias": True, "attention_output_bias": True, "num_kv_heads": 4},
      {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "dense_layers": (0,)},
-     GEMMA_2, GEMMA_3],
-    ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts", "gemma2", "gemma3"],
+     GEMMA_2, GEMMA_3,
+     {"attention_sinks": True, "window_size": 6, "window_layers": (0,), "norm_offset": 0.0, "attention_bias": True}],
+    ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts", "gemma2", "gemma3",
+         "sinks"],
 )  # fmt: skip
 def test_greedy_tokens_equal_the_reference(shape):
     """Prompts in chunks beside decodes, more requests than rows, shared prefixes."""
