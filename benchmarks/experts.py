@@ -29,9 +29,9 @@ _FEW = [
     )
 ]  # fmt: skip
 _MANY = [
-    (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 128, 64, 8, 4), (128, 64, 64, 4, 4), (128, 64, 128, 8, 3),
-    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 64, 64, 8, 3),
-    (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
+    (64, 64, 128, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 8, 4), (64, 128, 128, 8, 3), (64, 256, 64, 8, 3),
+    (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+    (128, 128, 128, 8, 2), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 64, 64, 8, 4), (256, 128, 64, 8, 4),
 ]  # fmt: skip
 
 
@@ -115,8 +115,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="benchmarks/models/qwen3-30b-a3b")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 2048, 8192])
-    parser.add_argument("--sweep", nargs="*", type=int, default=[16, 256, 8192], help="tokens to try tiles for")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 64, 128, 256, 512, 1024, 2048, 8192])
+    parser.add_argument("--sweep", nargs="*", type=int, default=[512, 1024, 8192], help="tokens to try tiles for")
     parser.add_argument("--fp8", action="store_true")
     options = parser.parse_args()
     config = load_model_config(options.model)

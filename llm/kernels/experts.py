@@ -18,7 +18,7 @@ import triton.language as tl
 
 from llm.kernels.activation import swiglu
 from llm.kernels.few_rows import single_row_product
-from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
+from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
@@ -26,6 +26,8 @@ from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
 _SINGLE_OUTPUTS = 4
 _SINGLE_MOST_TILE_K = 1024
 _SUM_BLOCK = 1024
+_MANY_ROWS = 128
+"""Pairs of a tile from which on tokens are the left factor, where nobody asks that sums have one order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class ExpertMixture:
             down: of (num_experts, hidden_size, size).
         """
         total, shape = stream.total, self._shape
-        if self._is_single(stream):
+        if self._is_single(stream, norm):
             self._single(total, norm, router, gate_up, down)
             return
         num_tokens = len(total)
@@ -121,22 +123,30 @@ class ExpertMixture:
         num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
         if tile is None:
             tile = expert_tile(num_pairs, shape.num_experts, x.dtype.itemsize, self._deterministic, swiglu)
-        most_tiles = (num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs)
+        most_tiles = min((num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs), num_pairs)
+        grid = triton.cdiv(num_outputs, tile.outputs), most_tiles
         bytes_a_stage = ((2 if swiglu else 1) * tile.outputs + tile.rows) * tile.k * x.dtype.itemsize
-        _expert_product[(triton.cdiv(num_outputs, tile.outputs), min(most_tiles, num_pairs))](
-            x, weights.weight, weights.scales, routes.order, routes.starts, routes.weights, output, num_outputs,
-            num_inputs, NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
-            PER_TOKEN=shape.per_token, ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, SWIGLU=swiglu,
-            IS_EVEN=num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0, num_warps=tile.num_warps,
-            num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)), **launch_options(self._device),
-        )  # fmt: skip
+        is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
+        tensors = x, weights.weight, weights.scales, routes.order, routes.starts, routes.weights, output
+        sizes = {
+            "NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": triton.next_power_of_2(shape.num_experts),
+            "PER_TOKEN": shape.per_token, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k,
+            "SWIGLU": swiglu, "num_warps": tile.num_warps,
+            "num_stages": min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
+            **launch_options(self._device),
+        }  # fmt: skip
+        if tile.rows >= _MANY_ROWS and is_even and not self._deterministic:
+            _many_pairs_product[grid](*tensors, num_outputs, num_inputs, **sizes)
+        else:
+            _expert_product[grid](*tensors, num_outputs, num_inputs, IS_EVEN=is_even, **sizes)
 
-    def _is_single(self, stream: ResidualStream) -> bool:
+    def _is_single(self, stream: ResidualStream, norm: Norm) -> bool:
         shape = self._shape
         return (
             len(stream.total) == 1
             and not self._deterministic
             and stream.pending is None
+            and norm.offset is None
             and shape.hidden_size % 64 == 0
             and shape.size % _SINGLE_OUTPUTS == 0
         )
@@ -149,12 +159,13 @@ class ExpertMixture:
         single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](
             total, norm.weight, gate_up.weight, gate_up.scales, None, self._activated, routes.experts, size,
             hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(_SINGLE_MOST_TILE_K, hidden_size & -hidden_size),
-            SWIGLU=True, GELU=False, OFFSET=norm.offset, ADDS=False, num_warps=4, **options,
+            SWIGLU=True, GELU=False, OFFSET=norm.offset, ADDS=False, CAN_PREFETCH=False, num_warps=4, **options,
         )  # fmt: skip
         tile_k = min(_SINGLE_MOST_TILE_K, triton.next_power_of_2(size))
         _single_sum[(hidden_size // _SINGLE_OUTPUTS,)](
             self._activated, down.weight, down.scales, routes.experts, routes.weights, total, hidden_size,
-            SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k, num_warps=4, **options,
+            SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k,
+            CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=4, **options,
         )  # fmt: skip
 
 
@@ -164,10 +175,31 @@ def expert_tile(num_pairs: int, num_experts: int, itemsize: int, deterministic: 
     if itemsize == 4:  # without tensor cores: no shape is fast
         return ExpertTile(16 if num_pairs < 32 * num_experts else 32, 32, 32, 4, 2)
     pairs_an_expert = num_pairs / num_experts
-    if pairs_an_expert <= 64:
-        rows = min(max(triton.next_power_of_2(int(1.5 * pairs_an_expert) + 1), 16), 64)
-        return ExpertTile(rows, 64, 64 if deterministic else 128, 4, 3)
-    return ExpertTile(128, 128 if swiglu else 256, 64, 8, 4)
+    if pairs_an_expert > 64:
+        return ExpertTile(128, 128 if swiglu else 256, 64, 8, 4)
+    rows = min(max(triton.next_power_of_2(int(1.5 * pairs_an_expert) + 1), 16), 64)
+    if deterministic:
+        return ExpertTile(rows, 64, 64, 4, 4)
+    if rows == 16:
+        return ExpertTile(rows, 64, 128, 4, 3)
+    if swiglu:
+        return ExpertTile(rows, 128, 128, 8, 3) if rows == 32 else ExpertTile(rows, 128, 64, 8, 4)
+    return ExpertTile(rows, 128, 64, 4, 3)
+
+
+@triton.jit
+def _find_tile(starts, tile, NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The expert of a tile of up to ROWS pairs, and its first and last pair; no expert's number where there is none."""
+    expert = tl.arange(0, EXPERT_BLOCK)
+    exists = expert < NUM_EXPERTS
+    first = tl.load(starts + expert, mask=exists, other=0)
+    last = tl.load(starts + expert + 1, mask=exists, other=0)
+    num_tiles = tl.cdiv(last - first, ROWS)
+    last_tile = tl.cumsum(num_tiles, 0)
+    mine = tl.sum((last_tile <= tile).to(tl.int32), 0)  # every expert before this one ends before this tile
+    is_mine = expert == mine
+    first = tl.sum(tl.where(is_mine, first + (tile - last_tile + num_tiles) * ROWS, 0), 0)
+    return mine, first, tl.sum(tl.where(is_mine, last, 0), 0)
 
 
 @triton.jit
@@ -178,20 +210,9 @@ def _expert_product(
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`."""
     wait_for_inputs(PDL)
-    tile = tl.program_id(1)
-    expert = tl.arange(0, EXPERT_BLOCK)
-    exists = expert < NUM_EXPERTS
-    first = tl.load(starts + expert, mask=exists, other=0)
-    last = tl.load(starts + expert + 1, mask=exists, other=0)
-    num_tiles = tl.cdiv(last - first, ROWS)
-    last_tile = tl.cumsum(num_tiles, 0)
-    mine = tl.sum((last_tile <= tile).to(tl.int32), 0)  # every expert before this one ends before this tile
+    mine, first, last = _find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
     if mine >= EXPERT_BLOCK:
         return
-    is_mine = expert == mine
-    first = tl.sum(tl.where(is_mine, first + (tile - last_tile + num_tiles) * ROWS, 0), 0)
-    last = tl.sum(tl.where(is_mine, last, 0), 0)
-
     place = first + tl.arange(0, ROWS)
     is_pair = place < last
     pair = tl.load(order + place, mask=is_pair, other=0)
@@ -241,6 +262,71 @@ def _expert_product(
 
 
 @triton.jit
+def _tokens_times_weights(
+    x, weight, scales, order, pair_weights, output, first, last, block, num_outputs, num_inputs,
+    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr,
+):  # fmt: skip
+    """A tile of pairs times a block of one expert's outputs, written to `output`."""
+    place = first + tl.arange(0, ROWS)
+    is_pair = place < last
+    pair = tl.load(order + place, mask=is_pair, other=0)
+    source = pair // PER_TOKEN if SWIGLU else tl.where(is_pair, place, first)
+    row_of = x + source[:, None].to(tl.int64) * num_inputs
+    num_columns: tl.constexpr = 2 * OUTPUTS if SWIGLU else OUTPUTS
+    number = tl.arange(0, num_columns)
+    weight_row = block * OUTPUTS + number % OUTPUTS + number // OUTPUTS * num_outputs  # of the gate, then of the other
+    weight_of = weight + weight_row[None, :] * num_inputs
+    k = tl.arange(0, TILE_K)
+    acc = tl.zeros([ROWS, num_columns], tl.float32)
+    for start in range(0, num_inputs, TILE_K):
+        column = start + k
+        rows = tl.load(row_of + column[None, :])
+        acc = tl.dot(rows, tl.load(weight_of + column[:, None]).to(rows.dtype), acc)
+    if scales is not None:
+        acc *= tl.load(scales + weight_row)[None, :]
+    dtype: tl.constexpr = output.dtype.element_ty
+    out = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    if SWIGLU:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS, 2, OUTPUTS]), [0, 2, 1]))
+        result = swiglu(gate, up, dtype)
+        to = place
+    else:
+        result = (acc * tl.load(pair_weights + pair, mask=is_pair, other=0.0)[:, None]).to(dtype)
+        to = pair
+    tl.store(output + to[:, None].to(tl.int64) * num_outputs + out[None, :], result, mask=is_pair[:, None])
+
+
+@triton.jit
+def _many_pairs_product(
+    x, weight, scales, order, starts, pair_weights, output, num_outputs, num_inputs,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same for sizes that tiles divide. An expert's last tile is half as high if that is enough.
+
+    Tokens are the left factor: instructions then have 256 columns, and read less shared memory.
+    """
+    wait_for_inputs(PDL)
+    mine, first, last = _find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
+    if mine >= EXPERT_BLOCK:
+        return
+    num_rows = (2 if SWIGLU else 1) * num_outputs
+    weight += mine.to(tl.int64) * num_rows * num_inputs
+    if scales is not None:
+        scales += mine * num_rows
+    if last - first > ROWS // 2:
+        _tokens_times_weights(
+            x, weight, scales, order, pair_weights, output, first, last, tl.program_id(0), num_outputs, num_inputs,
+            PER_TOKEN, ROWS, OUTPUTS, TILE_K, SWIGLU,
+        )  # fmt: skip
+    else:
+        _tokens_times_weights(
+            x, weight, scales, order, pair_weights, output, first, last, tl.program_id(0), num_outputs, num_inputs,
+            PER_TOKEN, ROWS // 2, OUTPUTS, TILE_K, SWIGLU,
+        )  # fmt: skip
+
+
+@triton.jit
 def _add_pairs(
     made, total, HIDDEN: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
@@ -259,11 +345,17 @@ def _add_pairs(
 @triton.jit
 def _single_sum(
     activated, weight, scales, experts, weights, total, num_outputs,
-    SIZE: tl.constexpr, PER_TOKEN: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, PDL: tl.constexpr,
+    SIZE: tl.constexpr, PER_TOKEN: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr,
+    CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: a block of outputs of one token, which all its experts add to."""
-    wait_for_inputs(PDL)
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    if CAN_PREFETCH:  # the kernel before let this one begin when the experts were known
+        line = tl.minimum(tl.arange(0, TILE_K // 64) * 64, SIZE - 1)
+        for slot in tl.static_range(PER_TOKEN):
+            expert = tl.load(experts + slot).to(tl.int64)
+            prefetch(weight + expert * num_outputs * SIZE + out[:, None] * SIZE + line[None, :])
+    wait_for_inputs(PDL)
     acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
     for slot in tl.static_range(PER_TOKEN):
         expert = tl.load(experts + slot).to(tl.int64)

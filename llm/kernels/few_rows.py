@@ -5,13 +5,7 @@ import triton.language as tl
 
 from llm.kernels.activation import gated
 from llm.kernels.groups import sum_of_groups
-from llm.kernels.launch import wait_for_inputs
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Ask for the 128-byte lines at `pointers` to be brought to the second-level cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], tl.int32, False, 1)
+from llm.kernels.launch import prefetch, wait_for_inputs, wait_then_launch
 
 
 @triton.jit
@@ -92,9 +86,9 @@ def tile_product(
         line_size: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
         num_lines: tl.constexpr = max(2 * TILE_K // codes_per_number // line_size, 1)
         line = begin // codes_per_number + tl.arange(0, num_lines) * line_size
-        _prefetch(gate_row + line[None, :])
+        prefetch(gate_row + line[None, :])
         if SWIGLU:
-            _prefetch(up_row + line[None, :])
+            prefetch(up_row + line[None, :])
     wait_for_inputs(PDL)
     x += row_block.to(tl.int64) * ROWS * num_inputs
     if NUM_PARTS == 1 or IS_SHARED:
@@ -155,7 +149,7 @@ def tile_product(
 def single_row_product(
     x, norm, weight, scales, bias, output, experts, num_outputs, num_inputs, norm_eps,
     OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, OFFSET: tl.constexpr,
-    ADDS: tl.constexpr, PDL: tl.constexpr,
+    ADDS: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs of one row, one of `experts`), without tensor cores, which would idle.
 
@@ -166,7 +160,7 @@ def single_row_product(
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, TILE_K)
     if experts is not None:
-        wait_for_inputs(PDL)
+        wait_then_launch(PDL)
         expert = tl.load(experts + tl.program_id(1)).to(tl.int64)
         num_rows = (2 if SWIGLU else 1) * num_outputs
         weight += expert * num_rows * num_inputs
@@ -176,6 +170,11 @@ def single_row_product(
     gate_row = weight + out[:, None].to(tl.int64) * num_inputs
     up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
     if experts is None:
+        if CAN_PREFETCH:  # weights depend on nobody: fetch the first tile while the kernel before drains
+            line = tl.arange(0, TILE_K // 64) * 64
+            prefetch(gate_row + line[None, :])
+            if SWIGLU:
+                prefetch(up_row + line[None, :])
         wait_for_inputs(PDL)
     acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
     up = tl.zeros([OUTPUTS, TILE_K], tl.float32)

@@ -23,6 +23,20 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def wait_then_launch(PDL: tl.constexpr):
+    """The other way round: the next kernel may read what kernels before this one wrote before it waits itself."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the 128-byte lines at `pointers` to be brought to the second-level cache."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], tl.int32, False, 1)
+
+
 def num_warps(block: int) -> int:
     """Of a program that reads `block` numbers at once: 16 a thread, two loads of 16 bytes."""
     return min(max(block // 512, 1), 16)

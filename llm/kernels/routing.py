@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.launch import launch_options, prefetch, wait_for_inputs
 from llm.kernels.norm import Norm
 
 _ROWS, _ROWS_OF_MANY = 16, 64
@@ -20,7 +20,7 @@ _MANY_TOKENS = 1024
 _TILE_K = 128
 _MOST_PARTS = 8
 """Programs that share the sums of few tokens. The router's shape alone says how sums are cut."""
-_ORDER_BLOCK = 4096
+_ORDER_BLOCK = 16_384
 
 
 class ExpertShape(NamedTuple):
@@ -58,7 +58,7 @@ class Routes:
     order: torch.Tensor
     starts: torch.Tensor
     partial: torch.Tensor
-    arrivals: torch.Tensor
+    squares: torch.Tensor
 
     @classmethod
     def allocate(cls, shape: ExpertShape, max_tokens: int, device: torch.device) -> Self:
@@ -68,10 +68,10 @@ class Routes:
             torch.zeros(size, dtype=torch.int32, device=device)
             for size in (num_pairs, num_pairs, shape.num_experts + 1)
         )
-        num_blocks = triton.cdiv(min(max_tokens, _MANY_TOKENS), _ROWS)
-        partial = torch.empty(num_blocks * _MOST_PARTS * (_block(shape.num_experts) + 1) * _ROWS, device=device)
-        arrivals = torch.zeros(num_blocks, dtype=torch.int32, device=device)
-        return cls(shape, experts, torch.zeros(num_pairs, device=device), order, starts, partial, arrivals)
+        num_parts = min(max_tokens, _MANY_TOKENS) * _MOST_PARTS
+        partial = torch.empty(num_parts * _block(shape.num_experts), device=device)
+        squares = torch.empty(num_parts, device=device)
+        return cls(shape, experts, torch.zeros(num_pairs, device=device), order, starts, partial, squares)
 
 
 def route(x: torch.Tensor, router: torch.Tensor, routes: Routes, norm: Norm | None = None) -> None:
@@ -82,21 +82,32 @@ def route(x: torch.Tensor, router: torch.Tensor, routes: Routes, norm: Norm | No
         router: (num_experts, hidden_size), contiguous.
         norm: of x, where x is not normalised yet.
     """
-    (num_tokens, num_inputs), shape = x.shape, routes.shape
-    is_many = num_tokens > _MANY_TOKENS
+    (num_tokens, num_inputs), shape, options = x.shape, routes.shape, launch_options(x.device)
     tile_k = _TILE_K if x.dtype.itemsize == 2 else 32
     num_parts = 1
     while num_parts < _MOST_PARTS and num_inputs % (2 * num_parts * tile_k) == 0:
         num_parts *= 2
-    rows = _ROWS_OF_MANY if is_many else _ROWS
-    is_shared = num_parts > 1 and not is_many
-    _route[(num_parts if is_shared else 1, triton.cdiv(num_tokens, rows))](
-        x, None if norm is None else norm.weight, router, routes.experts, routes.weights, routes.partial,
-        routes.arrivals, num_tokens, num_inputs, triton.cdiv(num_inputs, num_parts), 0.0 if norm is None else norm.eps,
-        NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=_block(shape.num_experts), PER_TOKEN=shape.per_token,
-        SLOTS=triton.next_power_of_2(shape.per_token), NORMALIZES=shape.normalizes, ROWS=rows, TILE_K=tile_k,
-        NUM_PARTS=num_parts, IS_SHARED=is_shared, num_warps=4, num_stages=3,
-        **launch_options(x.device),
+    inputs_per_part = triton.cdiv(num_inputs, num_parts)
+    block = _block(shape.num_experts)
+    sizes = {"NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": block, "NUM_PARTS": num_parts}
+    choice = {
+        "PER_TOKEN": shape.per_token, "SLOTS": triton.next_power_of_2(shape.per_token), "NORMALIZES": shape.normalizes,
+    }  # fmt: skip
+    if num_tokens > _MANY_TOKENS:
+        assert norm is None, "of one token alone"
+        _route_many[(triton.cdiv(num_tokens, _ROWS_OF_MANY),)](
+            x, router, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part, **sizes, **choice,
+            ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=4, num_stages=3, **options,
+        )  # fmt: skip
+        return
+    _parts_of_logits[(num_parts, triton.cdiv(num_tokens, _ROWS))](
+        x, None if norm is None else norm.weight, router, routes.partial, routes.squares, num_tokens, num_inputs,
+        inputs_per_part, **sizes, ROWS=_ROWS, TILE_K=tile_k, num_warps=4, num_stages=3,
+        CAN_PREFETCH=x.device.type == "cuda" and inputs_per_part % (2 * tile_k) == 0, **options,
+    )  # fmt: skip
+    _choose[(num_tokens,)](
+        routes.partial, routes.squares, routes.experts, routes.weights, num_inputs, 0.0 if norm is None else norm.eps,
+        **sizes, **choice, HAS_NORM=norm is not None, num_warps=1, **options,
     )  # fmt: skip
 
 
@@ -105,7 +116,7 @@ def order_pairs(routes: Routes, num_tokens: int) -> None:
     num_pairs = num_tokens * routes.shape.per_token
     block = min(max(triton.next_power_of_2(num_pairs), 128), _ORDER_BLOCK)
     _order_pairs[(routes.shape.num_experts + 1,)](
-        routes.experts, routes.order, routes.starts, num_pairs, BLOCK=block, num_warps=4 if block <= 1024 else 8,
+        routes.experts, routes.order, routes.starts, num_pairs, BLOCK=block, num_warps=min(max(block // 256, 4), 16),
         **launch_options(routes.order.device),
     )  # fmt: skip
 
@@ -137,69 +148,98 @@ def _logits(
     return acc, squares
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _route(
-    x, norm, router, experts, weights, partial, arrivals, num_tokens, num_inputs, inputs_per_part, norm_eps,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
-    NORMALIZES: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr,
-    IS_SHARED: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _store_best(
+    logits, row, experts, weights, num_tokens,
+    NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr, NORMALIZES: tl.constexpr,
 ):  # fmt: skip
-    """Program (part of the sum, block of tokens). The program that arrives last adds up the parts, in order."""
+    """Store the experts that have a row's largest logits, (experts, rows) float32, and their weights."""
+    expert = tl.arange(0, logits.shape[0])
+    logits = tl.where(expert[:, None] < NUM_EXPERTS, logits, -float("inf"))
+    highest = tl.max(logits, 0)
+    slot = tl.arange(0, SLOTS)
+    values = tl.full([SLOTS, row.shape[0]], -float("inf"), tl.float32)
+    chosen = tl.zeros([SLOTS, row.shape[0]], tl.int32)
+    left = logits
+    for i in range(PER_TOKEN):
+        best, found = tl.max(left, 0, return_indices=True)
+        found = tl.minimum(found, NUM_EXPERTS - 1)  # one that exists, even of logits that are NaN
+        left = tl.where(expert[:, None] == found[None, :], -float("inf"), left)
+        values = tl.where(slot[:, None] == i, best[None, :], values)
+        chosen = tl.where(slot[:, None] == i, found[None, :], chosen)
+    shares = tl.exp(values - highest[None, :])
+    total = tl.sum(shares, 0) if NORMALIZES else tl.sum(tl.exp(logits - highest[None, :]), 0)
+    pair = row[None, :] * PER_TOKEN + slot[:, None]
+    mask = (row < num_tokens)[None, :] & (slot < PER_TOKEN)[:, None]
+    tl.store(weights + pair, shares / total[None, :], mask=mask)
+    tl.store(experts + pair, chosen, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _parts_of_logits(
+    x, norm, router, partial, squares, num_tokens, num_inputs, inputs_per_part,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (part of the sum, block of tokens)."""
     part = tl.program_id(0)
-    block = tl.program_id(1)
     expert = tl.arange(0, EXPERT_BLOCK)
     router_row = router + tl.minimum(expert, NUM_EXPERTS - 1)[:, None] * num_inputs
-    row = block * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    exists = row < num_tokens
+    source = tl.where(exists, row, 0)[None, :].to(tl.int64)
+    begin = part * inputs_per_part
+    if CAN_PREFETCH:
+        prefetch(router_row + begin + (tl.arange(0, TILE_K // 32) * 64)[None, :])
+    wait_for_inputs(PDL)
+    share, more = _logits(x, norm, router_row, source, begin, begin + inputs_per_part, num_inputs, TILE_K)
+    place = row * NUM_PARTS + part
+    tl.store(partial + place[None, :] * EXPERT_BLOCK + expert[:, None], share, mask=exists[None, :])
+    if norm is not None:
+        tl.store(squares + place, more, mask=exists)
+
+
+@triton.jit
+def _choose(
+    partial, squares, experts, weights, num_inputs, norm_eps,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
+    NORMALIZES: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program: one token, whose logits' parts are added up in order."""
+    token = tl.program_id(0)
+    row = token + tl.arange(0, 1)
+    expert = tl.arange(0, EXPERT_BLOCK)
+    wait_for_inputs(PDL)
+    logits = tl.zeros([EXPERT_BLOCK, 1], tl.float32)
+    square = 0.0
+    for part in tl.static_range(NUM_PARTS):
+        place = row * NUM_PARTS + part
+        logits += tl.load(partial + place[None, :] * EXPERT_BLOCK + expert[:, None])
+        if HAS_NORM:
+            square += tl.load(squares + token * NUM_PARTS + part)
+    if HAS_NORM:
+        logits *= tl.rsqrt(square / num_inputs + norm_eps)
+    _store_best(logits, row, experts, weights, token + 1, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _route_many(
+    x, router, experts, weights, num_tokens, num_inputs, inputs_per_part,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
+    NORMALIZES: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program: a block of tokens, whose sums are cut and added up as those of few tokens are."""
+    expert = tl.arange(0, EXPERT_BLOCK)
+    router_row = router + tl.minimum(expert, NUM_EXPERTS - 1)[:, None] * num_inputs
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     source = tl.where(row < num_tokens, row, 0)[None, :].to(tl.int64)
     wait_for_inputs(PDL)
     logits = tl.zeros([EXPERT_BLOCK, ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
-    is_last = True
-    if IS_SHARED:
+    for part in range(NUM_PARTS):
         begin = part * inputs_per_part
-        share, more = _logits(x, norm, router_row, source, begin, begin + inputs_per_part, num_inputs, TILE_K)
-        size: tl.constexpr = (EXPERT_BLOCK + 1) * ROWS
-        tile = expert[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-        tail = EXPERT_BLOCK * ROWS + tl.arange(0, ROWS)
-        tiles = partial + block * (NUM_PARTS * size)
-        tl.store(tiles + part * size + tile, share)
-        tl.store(tiles + part * size + tail, more)
-        tl.debug_barrier()  # every thread's share is written before this program counts as arrived
-        is_last = tl.atomic_add(arrivals + block, 1, sem="acq_rel") == NUM_PARTS - 1
-        if is_last:
-            tl.store(arrivals + block, 0)
-            for other in range(NUM_PARTS):
-                # Past the first-level cache, which does not see other multiprocessors' writes.
-                logits += tl.load(tiles + other * size + tile, cache_modifier=".cg")
-                squares += tl.load(tiles + other * size + tail, cache_modifier=".cg")
-    else:
-        for other in range(NUM_PARTS):
-            begin = other * inputs_per_part
-            share, more = _logits(x, norm, router_row, source, begin, begin + inputs_per_part, num_inputs, TILE_K)
-            logits += share
-            squares += more
-    if is_last:
-        if norm is not None:
-            logits *= tl.rsqrt(squares / num_inputs + norm_eps)[None, :]
-        logits = tl.where(expert[:, None] < NUM_EXPERTS, logits, -float("inf"))
-        highest = tl.max(logits, 0)
-        slot = tl.arange(0, SLOTS)
-        values = tl.full([SLOTS, ROWS], -float("inf"), tl.float32)
-        chosen = tl.zeros([SLOTS, ROWS], tl.int32)
-        left = logits
-        for i in range(PER_TOKEN):
-            best = tl.max(left, 0)
-            # One that exists, even of logits that are NaN.
-            found = tl.min(tl.where(left == best[None, :], expert[:, None], NUM_EXPERTS - 1), 0)
-            left = tl.where(expert[:, None] == found[None, :], -float("inf"), left)
-            values = tl.where(slot[:, None] == i, best[None, :], values)
-            chosen = tl.where(slot[:, None] == i, found[None, :], chosen)
-        shares = tl.exp(values - highest[None, :])
-        total = tl.sum(shares, 0) if NORMALIZES else tl.sum(tl.exp(logits - highest[None, :]), 0)
-        pair = row[None, :] * PER_TOKEN + slot[:, None]
-        mask = (row < num_tokens)[None, :] & (slot < PER_TOKEN)[:, None]
-        tl.store(weights + pair, shares / total[None, :], mask=mask)
-        tl.store(experts + pair, chosen, mask=mask)
+        share, _ = _logits(x, None, router_row, source, begin, begin + inputs_per_part, num_inputs, TILE_K)
+        logits += share
+    _store_best(logits, row, experts, weights, num_tokens, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

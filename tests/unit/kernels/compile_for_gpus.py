@@ -202,7 +202,7 @@ def compile_products() -> None:
         common = {**arguments, "weight": weight, "scales": scales, "SWIGLU": swiglu, "ADDS": adds}
         common["GELU"] = swiglu and i % 2 == 0
         row = {**common, "norm": BF16 if i % 2 else None, "norm_eps": "fp32", "OUTPUTS": 4, "TILE_K": 1024}
-        row |= {"OFFSET": 1.0 if adds else None, "experts": INT if swiglu else None}
+        row |= {"OFFSET": 1.0 if adds else None, "experts": INT if swiglu else None, "CAN_PREFETCH": not swiglu}
         compile_kernel("single row", few_rows.single_row_product, row)
         num_parts = 1 + i % 2
         tile = {**common, **NO_GROUPS, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
@@ -215,27 +215,31 @@ def compile_experts() -> None:
     arguments = {"x": BF16, "router": BF16, "experts": INT, "weights": FLOAT, "partial": FLOAT, "arrivals": INT}
     arguments |= {"num_tokens": "i32", "num_inputs": "i32", "inputs_per_part": "i32", "norm_eps": "fp32"}
     arguments |= {"order": INT, "starts": INT, "num_pairs": "i32"}
-    for num_experts, weight, rows in ((128, BF16, 16), (128, None, 64), (8, None, 16)):
+    for num_experts, weight in ((128, BF16), (128, None), (8, None)):
         router = {**arguments, "norm": weight, "NUM_EXPERTS": num_experts, "EXPERT_BLOCK": max(num_experts, 16)}
-        router |= {"PER_TOKEN": 6, "SLOTS": 8, "NORMALIZES": rows == 16, "ROWS": rows, "TILE_K": 128, "NUM_PARTS": 8}
-        compile_kernel("routes", routing._route, router, IS_SHARED=rows == 16)
-    compile_kernel("order of pairs", routing._order_pairs, arguments, BLOCK=4096, num_warps=8)
+        router |= {"squares": FLOAT, "PER_TOKEN": 6, "SLOTS": 8, "NORMALIZES": weight is None, "TILE_K": 128}
+        router |= {"NUM_PARTS": 8, "HAS_NORM": weight is not None, "CAN_PREFETCH": True}
+        compile_kernel("logits of experts", routing._parts_of_logits, router, ROWS=16)
+        compile_kernel("choice of experts", routing._choose, router, num_warps=1)
+    compile_kernel("routes", routing._route_many, router, ROWS=64)
+    compile_kernel("order of pairs", routing._order_pairs, arguments, BLOCK=16_384, num_warps=16)
     sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
     arguments |= {"output": BF16, "pair_weights": FLOAT, "num_outputs": "i32", **sizes}
     kinds = product(((BF16, None), (FP8, FLOAT)), (512, 16_384), (False, True))
     for (weight, scales), num_pairs, swiglu in kinds:
         tile = experts.expert_tile(num_pairs, 128, 2, False, swiglu)
         cut = {"weight": weight, "scales": scales, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k}
+        kernel = experts._expert_product if num_pairs == 512 else experts._many_pairs_product
         taken = compile_kernel(
-            "experts", experts._expert_product, {**arguments, **cut}, SWIGLU=swiglu, IS_EVEN=True,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            "experts", kernel, {**arguments, **cut}, SWIGLU=swiglu, IS_EVEN=True, num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )  # fmt: skip
         assert taken <= SHARED_MEMORY[90] - 1024, (tile, weight, taken)
     arguments |= {"made": BF16, "total": BF16, "activated": BF16, "HIDDEN": 2048, "BLOCK": 1024}
     compile_kernel("sum of experts", experts._add_pairs, arguments)
     for weight, scales in ((BF16, None), (FP8, FLOAT)):
         single = {**arguments, "weight": weight, "scales": scales, "SIZE": 768, "OUTPUTS": 4, "TILE_K": 1024}
-        compile_kernel("single sum", experts._single_sum, single)
+        compile_kernel("single sum", experts._single_sum, {**single, "CAN_PREFETCH": True})
 
 
 def compile_stages() -> None:
