@@ -62,15 +62,18 @@ LACKING = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sli
 def test_a_key_that_is_not_there_means_what_it_means_in_transformers(tmp_path, name, key):
     """Each family has defaults of its own, which no weight's shape shows: a window, an epsilon."""
     config = {name: value for name, value in REAL_CONFIGS[name].items() if name != key}
-    theirs = AutoConfig.from_pretrained(write(tmp_path, config))
+    if "text_config" in config:
+        config["text_config"] = {name: value for name, value in config["text_config"].items() if name != key}
+    theirs = AutoConfig.from_pretrained(write(tmp_path, config)).get_text_config()
     if theirs.num_attention_heads % theirs.num_key_value_heads:
         with pytest.raises(ConfigError, match="num_kv_heads"):
             load_model_config(tmp_path)
         return
     ours = load_model_config(tmp_path)
+    rope = theirs.rope_parameters.get(FULL, theirs.rope_parameters)
     heads = (theirs.num_key_value_heads, getattr(theirs, "head_dim", None) or ours.hidden_size // ours.num_heads)
     assert (ours.kv_heads, ours.head_size) == heads
-    assert (ours.rms_norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert (ours.rms_norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, rope["rope_theta"])
     assert ours.window_size == theirs.to_dict().get("sliding_window")
 
 
