@@ -170,10 +170,16 @@ def test_a_template_of_the_configuration_is_tried_too(tmp_path, kind):
         check_config_file(config)
 
 
-def test_a_context_past_the_models_is_found_without_loading(tmp_path):
-    config = write_config(tmp_path, engine={"max_seq_len": 4096})
-    with pytest.raises(LLMError, match="max_seq_len 4096 is past the model's context of 2048 tokens"):
-        check_config_file(config)
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("max_seq_len", 4096, "max_seq_len 4096 is past the model's context of 2048 tokens"),
+        ("attention_backend", "fastest", "unknown attention_backend 'fastest'; known: reference, sdpa, triton"),
+    ],
+)
+def test_an_engine_that_the_model_cannot_have_is_found_without_loading(tmp_path, key, value, message):
+    with pytest.raises(LLMError, match=message):
+        check_config_file(write_config(tmp_path, engine={key: value}))
 
 
 def write_adapter(directory: Path, rank: int = 2, **changes: object) -> Path:
