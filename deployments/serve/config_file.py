@@ -116,11 +116,13 @@ def check_model(config: AppConfig) -> ModelReport:
 
 def _check_weights(config: AppConfig, directory: Path) -> ModelReport:
     """What the engines will load."""
-    from llm.checkpoint.adapter import check_lora  # these bring PyTorch, which the rest does without
+    from llm.attention.backends import check_known  # these bring PyTorch, which the rest does without
+    from llm.checkpoint.adapter import check_lora
     from llm.checkpoint.loading import check_checkpoint
     from llm.serving.checks import check_quantization, longest_context
 
     checked = check_checkpoint(directory)
+    check_known(config.engine.attention_backend)
     longest_context(checked.config, config.engine)
     check_quantization(checked.config, config.engine)
     if config.lora is not None:

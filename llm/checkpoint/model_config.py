@@ -30,10 +30,9 @@ def load_model_config(directory: str | Path) -> ModelConfig:
         ConfigError: config.json is missing, or holds something that cannot be used or is not understood.
     """
     path = Path(directory) / "config.json"
-    content = read_json(path)
+    config = ReadKeys(read_json(path))
     try:
-        name = _find_architecture(ReadKeys(content), path)
-        config = ReadKeys({**FAMILIES[name].defaults, **content})
+        name = _find_architecture(config, path)
         model = FAMILIES[name].read_config(config, name)
         model = model.model_copy(update={"quantization": read_quantization(config)})
         config.refuse_unread(model, name)

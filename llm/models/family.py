@@ -74,7 +74,6 @@ class Family:
     read_config: Callable[[ReadKeys, str], ModelConfig]
     make_layers: Callable[[ModelConfig], Sequence[Layer]]
     layer_weights: Callable[[ModelConfig], Mapping[str, Destination]]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
     left_out: str | None = None
 
 

@@ -5,7 +5,7 @@ values are one product, and so are those of gate and up.
 """
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -63,6 +63,7 @@ class _Reader:
         reads_biases: `attention_bias` (all four projections) and `mlp_bias` count.
         has_windows: `sliding_window` counts.
         has_window_switch: see `read_windows`.
+        defaults: values of keys that are not there, where they are the architecture's own.
     """
 
     qk_norm: bool = False
@@ -70,8 +71,10 @@ class _Reader:
     reads_biases: bool = False
     has_windows: bool = True
     has_window_switch: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, config: ReadKeys, name: str) -> ModelConfig:
+        config.fill(self.defaults)
         window_size, window_layers = None, None
         if self.has_windows:
             window_size, window_layers = read_windows(config, has_switch=self.has_window_switch)
@@ -90,13 +93,17 @@ class _Reader:
         )
 
 
+_MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
+_QWEN2_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN3_DEFAULTS = {**_QWEN2_DEFAULTS, "head_dim": 128}
+
 LLAMA = Family(_Reader(reads_biases=True, has_windows=False), make_layers, _layer_weights)
-MISTRAL = Family(_Reader(), make_layers, _layer_weights, {"num_key_value_heads": 8, "sliding_window": 4096})
+MISTRAL = Family(_Reader(defaults=_MISTRAL_DEFAULTS), make_layers, _layer_weights)
 QWEN2 = Family(
-    _Reader(has_qkv_bias=True, has_window_switch=True), make_layers, _layer_weights,
-    {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-)  # fmt: skip
+    _Reader(has_qkv_bias=True, has_window_switch=True, defaults=_QWEN2_DEFAULTS), make_layers, _layer_weights
+)
 QWEN3 = Family(
-    _Reader(qk_norm=True, reads_biases=True, has_window_switch=True), make_layers, _layer_weights,
-    {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-)  # fmt: skip
+    _Reader(qk_norm=True, reads_biases=True, has_window_switch=True, defaults=_QWEN3_DEFAULTS),
+    make_layers,
+    _layer_weights,
+)

@@ -11,6 +11,7 @@ from llm.models.window_keys import read_windows
 
 
 def _read_config(config: ReadKeys, name: str) -> ModelConfig:
+    config.fill({"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6})
     window_size, window_layers = read_windows(config)
     config.get("router_jitter_noise")  # of training
     fields = common_fields(config)
@@ -29,6 +30,4 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
     return attention_weights(config) | experts_weights(config, "block_sparse_moe", "w1", "w3", "w2")
 
 
-MIXTRAL = Family(
-    _read_config, make_layers, _layer_weights, {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
-)
+MIXTRAL = Family(_read_config, make_layers, _layer_weights)

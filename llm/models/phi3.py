@@ -10,6 +10,7 @@ from llm.models.window_keys import read_windows
 
 
 def _read_config(config: ReadKeys, name: str) -> ModelConfig:
+    config.fill({"rms_norm_eps": 1e-5})
     window_size, window_layers = read_windows(config)
     config.get("auto_map")  # the code that it points to is what transformers, and this file, have made of it since
     return ModelConfig(
@@ -32,4 +33,4 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
     }
 
 
-PHI3 = Family(_read_config, make_layers, _layer_weights, {"rms_norm_eps": 1e-5})
+PHI3 = Family(_read_config, make_layers, _layer_weights)

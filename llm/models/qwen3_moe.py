@@ -60,6 +60,7 @@ def experts_weights(config: ModelConfig, block: str, gate: str, up: str, down: s
 
 
 def _read_config(config: ReadKeys, name: str) -> ModelConfig:
+    config.fill({"num_key_value_heads": 4, "sliding_window": 4096})
     # A window counts where it is switched on, and then for all layers: `max_window_layers` is never asked.
     window_size, window_layers = read_windows(config)
     if not config.get("use_sliding_window"):
@@ -92,4 +93,4 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
     }
 
 
-QWEN3_MOE = Family(_read_config, make_layers, _layer_weights, {"num_key_value_heads": 4, "sliding_window": 4096})
+QWEN3_MOE = Family(_read_config, make_layers, _layer_weights)

@@ -25,13 +25,22 @@ def choose_backend(name: str | None, device: torch.device) -> str:
     has_triton = find_spec("triton") is not None and (
         device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     )
+    check_known(name)
     if name is None:
         return TRITON if has_triton and device.type == "cuda" else "sdpa"
     if name == TRITON and not has_triton:
         raise ConfigError(f"attention_backend 'triton' needs a GPU and the triton package; {device} runs 'sdpa'")
-    if name != TRITON and name not in _EAGER_BACKENDS:
-        raise ConfigError(f"unknown attention_backend {name!r}; known: {', '.join(sorted([*_EAGER_BACKENDS, TRITON]))}")
     return name
+
+
+def check_known(name: str | None) -> None:
+    """See that there is a backend of this name, on whatever device; None stands for the fastest.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name is not None and name != TRITON and name not in _EAGER_BACKENDS:
+        raise ConfigError(f"unknown attention_backend {name!r}; known: {', '.join(sorted([*_EAGER_BACKENDS, TRITON]))}")
 
 
 def make_backend(name: str) -> PagedAttentionBackend:

@@ -10,12 +10,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.check import check_config_file
 from deployments.cli.check import check
+from deployments.config import AppConfig, resolve_paths
+from deployments.serve.config_file import check_model
 from llm.errors import LLMError
+from llm.tokenization.hf_tokenizer import HFTokenizer
 
 ROOT = Path(__file__).parents[3]
+DEMO = ROOT / "configs" / "demo"
 
 
 def write_config(tmp_path: Path, **args) -> Path:
@@ -108,6 +113,56 @@ def test_broken_checkpoints_are_found_without_loading(tmp_path, damage, message)
     assert "\n" not in str(caught.value)
 
 
+def saved_today(directory: Path) -> None:
+    """The demo checkpoint, loaded and saved by transformers."""
+    AutoModelForCausalLM.from_pretrained(DEMO).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(directory)
+
+
+def saved_a_year_ago(directory: Path) -> None:
+    """The demo checkpoint, in the files that transformers 4.46 wrote of one."""
+    shutil.copytree(DEMO, directory)
+    config = json.loads((DEMO / "config.json").read_text())
+    for key in ("dtype", "rope_parameters"):
+        del config[key]
+    older = {"_name_or_path": "/home/somebody/run-3", "torch_dtype": "bfloat16", "rope_theta": 10000.0,
+             "rope_scaling": None, "_attn_implementation_autoset": True, "transformers_version": "4.46.1"}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps({**config, **older}))
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    names = json.loads((DEMO / "tokenizer_config.json").read_text())
+    decoder = {str(token["id"]): {flag: token[flag] for flag in flags} for token in tokenizer["added_tokens"]}
+    of_text = {token["content"]: {flag: token[flag] for flag in flags[:5]} for token in decoder.values()}
+    special = {key: of_text[text] for key, text in names.items() if key.endswith("_token")}
+    others = [text for text in of_text if text not in {each["content"] for each in special.values()}]
+    (directory / "special_tokens_map.json").write_text(json.dumps({**special, "additional_special_tokens": others}))
+    more = {"added_tokens_decoder": decoder, "additional_special_tokens": others, "legacy": False,
+            "tokenizer_class": "LlamaTokenizer", "sp_model_kwargs": {}, "use_default_system_prompt": False}  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps({**names, **more}))
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "transformers_version": "4.46.1",
+    }
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+
+
+@pytest.mark.parametrize("save", [saved_today, saved_a_year_ago])
+def test_directories_of_both_generations_of_transformers_are_sound(tmp_path, save):
+    """No warning, the same model, and the same tokens of a chat."""
+    directory = tmp_path / "model"
+    save(directory)
+    config, original = (resolve_paths(AppConfig(model=str(each))) for each in (directory, DEMO))
+    report, expected = check_model(config), check_model(original)
+    assert report.warnings == ()
+    assert report.model == expected.model
+    chat = [{"role": "user", "content": "naïve <|end|>"}]
+    ours, theirs = (HFTokenizer.from_pretrained(each) for each in (directory, DEMO))
+    assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+    assert (ours.eos_token_ids, ours.vocab_size) == (theirs.eos_token_ids, theirs.vocab_size)
+
+
 @pytest.mark.parametrize("kind", ["torch", "emulated"])
 def test_a_template_of_the_configuration_is_tried_too(tmp_path, kind):
     config = write_config(tmp_path, chat_template="{{ messages[0].nothing.at_all }}", engine_kind=kind)
@@ -115,10 +170,16 @@ def test_a_template_of_the_configuration_is_tried_too(tmp_path, kind):
         check_config_file(config)
 
 
-def test_a_context_past_the_models_is_found_without_loading(tmp_path):
-    config = write_config(tmp_path, engine={"max_seq_len": 4096})
-    with pytest.raises(LLMError, match="max_seq_len 4096 is past the model's context of 2048 tokens"):
-        check_config_file(config)
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("max_seq_len", 4096, "max_seq_len 4096 is past the model's context of 2048 tokens"),
+        ("attention_backend", "fastest", "unknown attention_backend 'fastest'; known: reference, sdpa, triton"),
+    ],
+)
+def test_an_engine_that_the_model_cannot_have_is_found_without_loading(tmp_path, key, value, message):
+    with pytest.raises(LLMError, match=message):
+        check_config_file(write_config(tmp_path, engine={key: value}))
 
 
 def write_adapter(directory: Path, rank: int = 2, **changes: object) -> Path:

@@ -236,6 +236,30 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072, "num_attention_heads": 12, "num_key_value_heads": 2, "rope_theta": 10000,
         "sliding_window": 4096, "use_mrope": False,
     },
+    "Qwen2.5-7B-Instruct-GPTQ-Int4": {
+        **_QWEN_2, "vocab_size": 152064, "quantization_config": {
+            "batch_size": 1, "bits": 4, "block_name_to_quantize": None, "cache_block_outputs": True,
+            "damp_percent": 0.01, "dataset": None, "desc_act": False, "exllama_config": {"version": 1},
+            "group_size": 128, "max_input_length": None, "model_seqlen": None,
+            "module_name_preceding_first_block": None, "modules_in_block_to_quantize": None, "pad_token_id": None,
+            "quant_method": "gptq", "sym": True, "tokenizer": None, "true_sequential": True, "use_cuda_fp16": False,
+            "use_exllama": True,
+        },
+    },
+    "Meta-Llama-3.1-8B-Instruct-AWQ-INT4": {
+        **_LLAMA_3, "eos_token_id": [128001, 128008, 128009], "max_position_embeddings": 131072, "mlp_bias": False,
+        "rope_scaling": LLAMA3_ROPE, "torch_dtype": "float16", "transformers_version": "4.43.0.dev0",
+        "quantization_config": {
+            "bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm",
+            "zero_point": True,
+        },
+    },
+    "Qwen3-8B-FP8": {
+        **_QWEN_3, "hidden_size": 4096, "intermediate_size": 12288, "max_window_layers": 36,
+        "num_attention_heads": 32, "num_hidden_layers": 36, "tie_word_embeddings": False, "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+        },
+    },
     "Qwen3-0.6B": _QWEN_3,
     "Qwen3-32B": {
         **_QWEN_3, "hidden_size": 5120, "intermediate_size": 25600, "max_window_layers": 64,
@@ -261,3 +285,59 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "transformers_version": "5.24.0",
     },
 }  # fmt: skip
+
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
+OTHER_CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+        "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
+        "initial_context_length": 4096, "initializer_range": 0.02, "intermediate_size": 2880,
+        "layer_types": SLIDING_AND_FULL * 12, "max_position_embeddings": 131072, "model_type": "gpt_oss",
+        "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+        "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999, "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+        "rms_norm_eps": 1e-05, "rope_scaling": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "rope_type": "yarn", "truncate": False,
+        },
+        "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+        "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True, "vocab_size": 201088,
+    },
+    "Phi-4-mini-instruct": {
+        **_PHI, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "bos_token_id": 199999,
+        "eos_token_id": 199999, "full_attn_mod": 1, "hidden_size": 3072, "intermediate_size": 8192,
+        "interpolate_factor": 1, "lm_head_bias": False, "max_position_embeddings": 131072, "mlp_bias": False,
+        "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
+        "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+        "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True,
+        "transformers_version": "4.45.0", "vocab_size": 200064,
+    },
+    "DeepSeek-V3": {
+        "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+        "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu",
+        "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+        },
+        "rms_norm_eps": 1e-06, "rope_scaling": {
+            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096, "type": "yarn",
+        },
+        "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
+        "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
+        "use_cache": True, "v_head_dim": 128, "vocab_size": 129280,
+    },
+}  # fmt: skip
+"""Of families and forms that may be missing here: they load, or are refused by name."""

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_configs import LLAMA3_ROPE, REAL_CONFIGS
+import transformers
+from real_configs import LLAMA3_ROPE, OTHER_CONFIGS, REAL_CONFIGS
 from transformers import AutoConfig
 
 from llm.checkpoint.model_config import load_model_config
-from llm.errors import ConfigError
+from llm.errors import CheckpointError, ConfigError, LLMError
 
 LLAMA = REAL_CONFIGS["Llama-3.1-8B-Instruct"]
 QWEN3 = REAL_CONFIGS["Qwen3-0.6B"]
@@ -54,6 +55,41 @@ def test_what_transformers_makes_of_them_loads_to_the_same_model(tmp_path, name)
     assert again.model_copy(update=filled) == ours.model_copy(update=filled)
 
 
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_published_configurations_load_or_are_refused_by_name(tmp_path, name):
+    """One line, with the architecture or the kind that is missing."""
+    directory = write(tmp_path, OTHER_CONFIGS[name])
+    try:
+        assert load_model_config(directory).num_layers == OTHER_CONFIGS[name]["num_hidden_layers"]
+    except LLMError as error:
+        message = str(error)
+        assert message.startswith(f"{directory}/config.json: ")
+        assert "is not supported; supported: " in message
+        assert OTHER_CONFIGS[name]["architectures"][0] in message or "longrope" in message
+        assert "\n" not in message
+
+
+CLASSES = {
+    "DeepseekV2ForCausalLM": "DeepseekV2Config", "DeepseekV3ForCausalLM": "DeepseekV3Config",
+    "Glm4MoeLiteForCausalLM": "Glm4MoeLiteConfig", "GptOssForCausalLM": "GptOssConfig",
+    "Ministral3ForCausalLM": "Ministral3Config", "Mistral3ForConditionalGeneration": "Mistral3Config",
+    "Qwen3NextForCausalLM": "Qwen3NextConfig", "Qwen3_5ForConditionalGeneration": "Qwen3_5Config",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeConfig",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_transformers_knows_beyond_loads_or_is_refused_by_name(tmp_path, name):
+    """The configuration that transformers' own class writes."""
+    getattr(transformers, CLASSES[name])(architectures=[name]).save_pretrained(tmp_path)
+    try:
+        assert load_model_config(tmp_path).architecture == name
+    except CheckpointError as error:
+        message = str(error)
+        assert message.startswith(f"{tmp_path}/config.json: architecture {name} is not supported; supported: ")
+        assert "\n" not in message
+
+
 LACKING = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sliding_window", "hidden_act"]
 
 
@@ -62,15 +98,18 @@ LACKING = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sli
 def test_a_key_that_is_not_there_means_what_it_means_in_transformers(tmp_path, name, key):
     """Each family has defaults of its own, which no weight's shape shows: a window, an epsilon."""
     config = {name: value for name, value in REAL_CONFIGS[name].items() if name != key}
-    theirs = AutoConfig.from_pretrained(write(tmp_path, config))
+    if "text_config" in config:
+        config["text_config"] = {name: value for name, value in config["text_config"].items() if name != key}
+    theirs = AutoConfig.from_pretrained(write(tmp_path, config)).get_text_config()
     if theirs.num_attention_heads % theirs.num_key_value_heads:
         with pytest.raises(ConfigError, match="num_kv_heads"):
             load_model_config(tmp_path)
         return
     ours = load_model_config(tmp_path)
+    rope = theirs.rope_parameters.get(FULL, theirs.rope_parameters)
     heads = (theirs.num_key_value_heads, getattr(theirs, "head_dim", None) or ours.hidden_size // ours.num_heads)
     assert (ours.kv_heads, ours.head_size) == heads
-    assert (ours.rms_norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
+    assert (ours.rms_norm_eps, ours.rope_theta) == (theirs.rms_norm_eps, rope["rope_theta"])
     assert ours.window_size == theirs.to_dict().get("sliding_window")
 
 
