@@ -189,7 +189,7 @@ class Linear:
             return self._single(total, gate_up, total.new_empty(1, size), norm=norm, gated_by=activation)
         x = self._normed(stream, norm, gate_up)
         if isinstance(x, torch.Tensor) and gate_up.bias is None and self._is_few(x, gate_up, size, swiglu=True):
-            few = self._single if len(x) == 1 else self._tiled
+            few = self._single if len(x) == 1 and gate_up.groups is None else self._tiled
             return few(x, gate_up, total.new_empty(len(total), size), gated_by=activation)
         output = self._new_rows(total, size, down)
         activate_gated(self(x, gate_up), output, activation)
