@@ -70,7 +70,7 @@ class Bench:
         self.output = torch.zeros(num_rows, size, device=_DEVICE, dtype=torch.bfloat16)
 
     def call(self, weights: Weights) -> None:
-        """The product as the engine asks for it: gated, or added to the stream."""
+        """The product by tiles as the engine asks for it: gated, or added to the stream."""
         self.linear._tiled(
             self.x, weights, self.output, gated_by=Activation.SILU if self.is_gated else None, adds=not self.is_gated
         )
@@ -78,9 +78,20 @@ class Bench:
     def microseconds(self, tile: _Tile | None) -> float:
         """Of a call with a tile; None for the rule's."""
         if tile is None:
-            return self._timed(self.call)
+            return self._timed(self.call if len(self.x) > 1 else self.single)
         with patch.object(products, "_group_tile", lambda *_: tile):
             return self._timed(self.call)
+
+    def single(self, weights: Weights) -> None:
+        """The same by the kernel of a single row."""
+        gated_by = Activation.SILU if self.is_gated else None
+        self.linear._single(self.x, weights, self.output, gated_by=gated_by, adds=not self.is_gated)
+
+    def singles(self) -> Iterator[tuple[float, str]]:
+        """Microseconds of that kernel, by outputs and pieces."""
+        for outputs, pieces in product((1, 2, 4, 8), (64, 128, 256)):
+            with patch.object(products, "_GROUP_OUTPUTS", outputs), patch.object(products, "_MOST_PIECES", pieces):
+                yield self._timed(self.single), f"single row, {outputs} outputs, {pieces} pieces"
 
     def library(self) -> float:
         """Of writing the weight out, and the library's product."""
@@ -107,7 +118,7 @@ class Bench:
 def check(bench: Bench) -> float:
     """Relative error of a call against the weights written out."""
     bench.output.zero_()
-    bench.call(bench.weights[0])
+    (bench.call if len(bench.x) > 1 else bench.single)(bench.weights[0])
     expected = bench.x.float() @ bench.weights[0].written_out(torch.float32).weight.t()
     if bench.is_gated:
         gate, up = expected.chunk(2, -1)
@@ -164,8 +175,9 @@ def main() -> None:
             "error": round(check(bench), 5),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
-        for us, tile in found[:4]:
-            print(f"    {us:8.2f} {tile}", flush=True)
+        singles = sorted(bench.singles())[:5] if num_rows == 1 else []
+        for us, what in (*singles, *found[:4]):
+            print(f"    {us:8.2f} {what}", flush=True)
 
 
 if __name__ == "__main__":

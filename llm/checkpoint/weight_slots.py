@@ -66,7 +66,7 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
         leaves = ["weight", "bias"]
         if isinstance(module, QuantizedLinear):
             leaves = ["bias"]
-            part = _Part(module, theirs, destination.rows, orders.setdefault(destination.module, torch.empty(0)))
+            part = _Part(module, destination.module, theirs, destination.rows, orders)
             slots.update((f"{theirs}.{leaf}", slot) for leaf, slot in part.slots())
         for leaf in leaves:
             parameter = getattr(module, leaf, None)
@@ -86,14 +86,16 @@ class _Part:
     """Rows of a quantized projection.
 
     Attributes:
-        name: of the module in the checkpoint.
-        order: of the inputs, as the first part of the projection to be read gives it; empty before.
+        module_name: of the projection.
+        name: of the part in the checkpoint.
+        orders: of the inputs of each projection, as the first part to be read gave it.
     """
 
     module: QuantizedLinear
+    module_name: str
     name: str
     rows: slice
-    order: torch.Tensor
+    orders: dict[str, torch.Tensor]
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """The slots of all tensors but the bias, by the last part of their names."""
@@ -195,9 +197,8 @@ class _Part:
             found = self._order_of(groups_of)
             if order is None and not torch.equal(found, torch.arange(num_inputs, device=found.device)):
                 raise CheckpointError(f"{self.name} has groups out of order, which desc_act or actorder does not say")
-            if not self.order.numel():
-                self.order.resize_(num_inputs).copy_(found)
-            elif not torch.equal(self.order, found.to(self.order)):
+            # One step for all threads: parts are read by several.
+            if not torch.equal(self.orders.setdefault(self.module_name, found), found):
                 raise CheckpointError(
                     f"{self.name} has its inputs in another order than what it is multiplied together with, which is "
                     "not supported; quantize without desc_act"

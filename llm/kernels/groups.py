@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from llm.core.weight_groups import FP8, WeightGroups
+from llm.kernels.activation import gated
 from llm.kernels.launch import launch_options, wait_for_inputs
 
 _MIDDLE = tl.constexpr(8)
@@ -51,6 +52,31 @@ add.rn.f16x2 $2, $2, $7;
 add.rn.f16x2 $3, $3, $8;
 }""")
 """The same with 1024, which has its unit in the lowest bit of a float16."""
+
+
+_TO_FP32 = tl.constexpr("""{
+.reg .b32 t;
+shl.b32 t, $8, 19;
+lop3.b32 $0, t, 0x00780000, 0x41800000, 0xea;
+shl.b32 t, $8, 11;
+lop3.b32 $1, t, 0x00780000, 0x41800000, 0xea;
+shl.b32 t, $8, 3;
+lop3.b32 $2, t, 0x00780000, 0x41800000, 0xea;
+shr.u32 t, $8, 5;
+lop3.b32 $3, t, 0x00780000, 0x41800000, 0xea;
+shl.b32 t, $8, 15;
+lop3.b32 $4, t, 0x00780000, 0x41800000, 0xea;
+shl.b32 t, $8, 7;
+lop3.b32 $5, t, 0x00780000, 0x41800000, 0xea;
+shr.u32 t, $8, 1;
+lop3.b32 $6, t, 0x00780000, 0x41800000, 0xea;
+shr.u32 t, $8, 9;
+lop3.b32 $7, t, 0x00780000, 0x41800000, 0xea;
+}""")
+"""Four bytes to eight numbers in float32, each 16 more than its code: in the highest bits of 16's fraction it adds
+itself."""
+_PIECE = tl.constexpr(8)
+"""Bytes that a thread reads at once: as many numbers of the row in 16 bits are what it can read at once of that."""
 
 
 @triton.jit
@@ -154,6 +180,103 @@ def sum_of_groups(
                 above = tl.load(up_row + column[None, :]).to(dtype)
                 up += tl.dot(above, rows, input_precision="ieee") * up_scale.to(tl.float32)[:, None]
     return acc, up
+
+
+@triton.jit
+def _piece_sums(
+    codes, scales, zeros, out, byte, low_group, high_group, low_x, high_x, low_sum, high_sum, row_size, size, exists,
+    IN_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Some outputs' weights times one row, over pieces of 8 bytes: (pieces, outputs) float32.
+
+    In this order of dimensions the compiler gives each thread a piece of all outputs.
+    """
+    offset = tl.arange(0, _PIECE)
+    packed = tl.load(
+        codes + out[None, :, None].to(tl.int64) * row_size + byte[:, None, None] + offset[None, None, :],
+        mask=exists[:, None, None], other=0,
+    )  # fmt: skip
+    low_at, high_at = low_group[:, None] * size + out[None, :], high_group[:, None] * size + out[None, :]
+    mask = exists[:, None]
+    low_scale = tl.load(scales + low_at, mask=mask, other=0.0).to(tl.float32)
+    high_scale = tl.load(scales + high_at, mask=mask, other=0.0).to(tl.float32)
+    low_zero = tl.full(low_at.shape, _MIDDLE, tl.float32)
+    high_zero = low_zero
+    if zeros is not None:
+        low_zero = tl.load(zeros + low_at, mask=mask, other=0).to(tl.float32)
+        high_zero = tl.load(zeros + high_at, mask=mask, other=0).to(tl.float32)
+    if IN_ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            _TO_FP32, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [packed], dtype=(low_x.dtype, high_x.dtype), is_pure=True,
+            pack=4,
+        )  # fmt: skip
+    else:
+        low, high = (packed & 15).to(tl.float32) + 16, (packed >> 4).to(tl.float32) + 16
+    low_dot = tl.sum(low * low_x[:, None, :], 2) - (low_zero + 16) * low_sum[:, None]
+    high_dot = tl.sum(high * high_x[:, None, :], 2) - (high_zero + 16) * high_sum[:, None]
+    return low_dot * low_scale + high_dot * high_scale
+
+
+@triton.jit
+def single_row_of_groups(
+    x, norm, codes, scales, zeros, order, bias, output, num_outputs, num_inputs, group_size, norm_eps,
+    OUTPUTS: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr,
+    OFFSET: tl.constexpr, ADDS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program: a block of outputs of one row, of codes of 4 bits, without tensor cores, which would idle.
+
+    See `single_row_product`. Each thread reads 8 bytes of each output, so it needs one scale and zero for each half.
+    """
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    half: tl.constexpr = SPAN // 2
+    offset = tl.arange(0, _PIECE)
+    row_size = num_inputs // 2
+    size = 2 * num_outputs if SWIGLU else num_outputs
+    wait_for_inputs(PDL)
+    acc = tl.zeros([PIECES, OUTPUTS], tl.float32)
+    up = tl.zeros([PIECES, OUTPUTS], tl.float32)
+    squares = tl.zeros([PIECES], tl.float32)
+    for start in range(0, row_size, PIECES * _PIECE):
+        byte = start + tl.arange(0, PIECES) * _PIECE
+        exists = byte < row_size
+        first = byte // half * SPAN + byte % half
+        low_group, high_group = first // group_size, (first + half) // group_size
+        column = first[:, None] + offset[None, :]
+        high_column = column + half
+        mask = exists[:, None] & (offset[None, :] >= 0)
+        if order is not None:
+            high_column = tl.load(order + high_column, mask=mask, other=0)
+            column = tl.load(order + column, mask=mask, other=0)
+        low_x = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
+        high_x = tl.load(x + high_column, mask=mask, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += tl.sum(low_x * low_x + high_x * high_x, 1)
+            low_factor = tl.load(norm + column, mask=mask, other=0.0).to(tl.float32)
+            high_factor = tl.load(norm + high_column, mask=mask, other=0.0).to(tl.float32)
+            low_x *= low_factor if OFFSET is None else low_factor + OFFSET
+            high_x *= high_factor if OFFSET is None else high_factor + OFFSET
+        low_sum, high_sum = tl.sum(low_x, 1), tl.sum(high_x, 1)
+        acc += _piece_sums(
+            codes, scales, zeros, out, byte, low_group, high_group, low_x, high_x, low_sum, high_sum, row_size, size,
+            exists, IN_ASSEMBLY,
+        )  # fmt: skip
+        if SWIGLU:
+            up += _piece_sums(
+                codes, scales, zeros, out + num_outputs, byte, low_group, high_group, low_x, high_x, low_sum, high_sum,
+                row_size, size, exists, IN_ASSEMBLY,
+            )  # fmt: skip
+    result, up_result = tl.sum(acc, 0), tl.sum(up, 0)
+    if norm is not None:
+        inverse = tl.rsqrt(tl.sum(squares, 0) / num_inputs + norm_eps)
+        result *= inverse
+        up_result *= inverse
+    if bias is not None:
+        result += tl.load(bias + out).to(tl.float32)
+    dtype: tl.constexpr = output.dtype.element_ty
+    rounded = gated(result, up_result, dtype, GELU) if SWIGLU else result.to(dtype)
+    if ADDS:
+        rounded += tl.load(output + out)
+    tl.store(output + out, rounded)
 
 
 def written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.dtype) -> torch.Tensor:

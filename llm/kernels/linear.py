@@ -28,16 +28,16 @@ from llm.config import Activation
 from llm.core.weight_groups import WeightGroups
 from llm.kernels.activation import activate_gated
 from llm.kernels.few_rows import single_row_product, tile_product
-from llm.kernels.groups import written_out
+from llm.kernels.groups import single_row_of_groups, written_out
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
 
 MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
 """Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
-MAX_ROWS_OF_GROUPS = 256
-"""The same of weights in groups: writing them out for the library takes as long as reading them several times."""
 _LEAST_INPUTS = 16
+_GROUP_PROGRAMS, _MOST_GROUP_PARTS = {16: 220, 32: 190, 64: 96}, 4
+"""With fewer programs, for so many rows, the sum of weights in groups is cut, into so many parts at most."""
 _OUTPUTS, _TILE_K = 64, 128
 _WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
 """Of a SwiGLU with more than MAX_FEW_ROWS rows: one program multiplies large weights with all of them, so that they are
@@ -54,6 +54,8 @@ _SMALL_WEIGHT_ROWS = 32
 """A tile of a smaller one has so many at most, and twice as many where there are more than MAX_FEW_ROWS: more programs
 share its short sums, in place of cuts. What two of them read is in the second-level cache."""
 _SINGLE_OUTPUTS = 4
+_GROUP_OUTPUTS, _MOST_PIECES = 4, 128
+"""Of a program of one row of weights in groups: outputs, and pieces of 8 bytes of each that it reads at once."""
 _MULTIPROCESSORS = 132
 """Of the chip that the rules are made for. A constant: on every chip deterministic sums are cut alike."""
 _LEAST_BUSY = 0.8
@@ -97,6 +99,11 @@ class Weights:
         """Whether reading it is long beside all that stands around a product."""
         return len(self) * self.num_inputs >= _LARGE_WEIGHT
 
+    @property
+    def has_single_row(self) -> bool:
+        """Whether there is a kernel of its own for a single row."""
+        return self.groups is None or self.weight.dtype == torch.uint8
+
     def written_out(self, dtype: torch.dtype) -> "Weights":
         """The same as plain numbers of `dtype`, in memory of their own; itself where there are no groups."""
         if self.groups is None:
@@ -117,7 +124,7 @@ class Linear:
         self._deterministic = deterministic
         # At most twice _GOOD_PROGRAMS programs ever share sums of all rows, each with at most two tiles.
         num_partial = 4 * _GOOD_PROGRAMS * _OUTPUTS * MAX_SOME_ROWS
-        num_arrivals = _GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS
+        num_arrivals = max(_GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS, *_GROUP_PROGRAMS.values())
         if deterministic:
             num_partial = _SHARING_ROW_BLOCKS * _MULTIPROCESSORS * 2 * _OUTPUTS * _MOST_ROWS
             num_arrivals = _SHARING_TILES
@@ -189,7 +196,7 @@ class Linear:
             return self._single(total, gate_up, total.new_empty(1, size), norm=norm, gated_by=activation)
         x = self._normed(stream, norm, gate_up)
         if isinstance(x, torch.Tensor) and gate_up.bias is None and self._is_few(x, gate_up, size, swiglu=True):
-            few = self._single if len(x) == 1 else self._tiled
+            few = self._single if len(x) == 1 and gate_up.has_single_row else self._tiled
             return few(x, gate_up, total.new_empty(len(total), size), gated_by=activation)
         output = self._new_rows(total, size, down)
         activate_gated(self(x, gate_up), output, activation)
@@ -201,7 +208,7 @@ class Linear:
         takes_some = fits_some and weights.scales is None
         most_rows = MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS
         if weights.groups is not None:
-            most_rows = MAX_ROWS_OF_GROUPS
+            most_rows = MAX_FEW_ROWS
         return (
             not self._deterministic
             and len(x) <= most_rows
@@ -212,8 +219,8 @@ class Linear:
 
     def _is_single(self, stream: ResidualStream, weights: Weights, num_outputs: int) -> bool:
         total = stream.total
-        is_plain = weights.groups is None
-        return is_plain and len(total) == 1 and stream.pending is None and self._is_few(total, weights, num_outputs)
+        can_be = weights.has_single_row and len(total) == 1 and stream.pending is None
+        return can_be and self._is_few(total, weights, num_outputs)
 
     def _is_own(self, x: torch.Tensor, weights: Weights) -> bool:
         """Whether our kernels take the whole product."""
@@ -238,7 +245,7 @@ class Linear:
 
     def _own(self, x: torch.Tensor, weights: Weights, output: torch.Tensor, *, adds: bool = False) -> torch.Tensor:
         """The product by our kernels, written or added to `output`, (rows, out)."""
-        if len(x) == 1 and weights.groups is None and not self._deterministic:
+        if len(x) == 1 and weights.has_single_row and not self._deterministic:
             return self._single(x, weights, output, adds=adds)
         return self._tiled(x, weights, output, adds=adds)
 
@@ -247,6 +254,8 @@ class Linear:
         *, norm: Norm | None = None, gated_by: Activation | None = None, adds: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         num_outputs, num_inputs = output.shape[1], x.shape[1]
+        if weights.groups is not None:
+            return self._single_of_groups(x, weights, weights.groups, output, norm, gated_by, adds=adds)
         single_row_product[(num_outputs // _SINGLE_OUTPUTS,)](
             x, None if norm is None else norm.weight, weights.weight, weights.scales, weights.bias, output, None,
             num_outputs, num_inputs, 0.0 if norm is None else norm.eps,
@@ -254,6 +263,21 @@ class Linear:
             GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds,
             CAN_PREFETCH=self._device.type == "cuda" and num_inputs % 64 == 0, num_warps=4,
             **launch_options(self._device),
+        )  # fmt: skip
+        return output
+
+    def _single_of_groups(
+        self, x: torch.Tensor, weights: Weights, groups: WeightGroups, output: torch.Tensor, norm: Norm | None,
+        gated_by: Activation | None, *, adds: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        num_outputs, num_inputs = output.shape[1], x.shape[1]
+        pieces = min(_MOST_PIECES, triton.next_power_of_2(num_inputs // 16))
+        single_row_of_groups[(num_outputs // _GROUP_OUTPUTS,)](
+            x, None if norm is None else norm.weight, weights.weight, groups.scales, groups.zeros, groups.order,
+            weights.bias, output, num_outputs, num_inputs, groups.size, 0.0 if norm is None else norm.eps,
+            OUTPUTS=_GROUP_OUTPUTS, PIECES=pieces, SPAN=groups.span, SWIGLU=gated_by is not None,
+            GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds,
+            IN_ASSEMBLY=self._device.type == "cuda", num_warps=max(pieces // 32, 1), **launch_options(self._device),
         )  # fmt: skip
         return output
 
@@ -269,7 +293,7 @@ class Linear:
             k = None if groups is None else groups.span
             tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize, k)
         elif groups is not None:
-            tile = _group_tile(num_rows, num_outputs, num_inputs, groups.span, swiglu)
+            tile = _group_tile(num_rows, num_outputs, num_inputs, groups.span)
         else:
             tile = _few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)
@@ -330,15 +354,18 @@ def _few_tile(num_rows: int, num_outputs: int, num_inputs: int, is_large: bool, 
 
 
 @cache
-def _group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int, swiglu: bool) -> _Tile:
-    """What is fast for 1 to MAX_ROWS_OF_GROUPS rows of weights in groups, `k` inputs at a time."""
-    num_blocks = num_outputs // _OUTPUTS
-    if num_rows > MAX_FEW_ROWS:
-        outputs = _WIDE_OUTPUTS if num_outputs % _WIDE_OUTPUTS == 0 and not swiglu else _OUTPUTS
-        return _Tile(MAX_SOME_ROWS, outputs, k, 1, False, 8, 4)
-    num_parts = _num_splits(2 * num_blocks if swiglu else num_blocks, num_inputs // k)
+def _group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int) -> _Tile:
+    """What is fast for up to MAX_FEW_ROWS rows of weights in groups, `k` inputs at a time: `benchmarks.group_tiles`."""
     rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
-    return _Tile(rows, _OUTPUTS, k, num_parts, num_parts > 1, 4, 4)
+    is_wide = rows > _SMALL_WEIGHT_ROWS and num_outputs % _WIDE_OUTPUTS == 0
+    outputs = _WIDE_OUTPUTS if is_wide else _OUTPUTS
+    num_blocks, num_tiles, num_parts = num_outputs // outputs, num_inputs // k, 1
+    while num_parts < _MOST_GROUP_PARTS and num_tiles % (2 * num_parts) == 0:
+        if num_parts * num_blocks >= _GROUP_PROGRAMS[rows]:
+            break
+        num_parts *= 2
+    num_stages = 5 if rows == _LEAST_ROWS and num_blocks <= MAX_FEW_ROWS else 3
+    return _Tile(rows, outputs, k, num_parts, num_parts > 1, 8 if is_wide else 4, num_stages)
 
 
 def _has_tiles(weights: Weights) -> bool:

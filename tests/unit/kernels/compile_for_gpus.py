@@ -270,6 +270,10 @@ def compile_groups() -> None:
             tile["GELU"] = False
             tile |= {"OUTPUTS": 64, "TILE_K": 128 if weight == FP8 else 256, "NUM_PARTS": 2, "IS_SHARED": True}
             compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+        if weight != FP8:
+            row = {**written, "norm": BF16 if zeros else None, "norm_eps": "fp32", "OUTPUTS": 4, "PIECES": 128}
+            row |= {"SPAN": 256, "SWIGLU": zeros is not None, "GELU": False, "OFFSET": None, "ADDS": zeros is None}
+            compile_kernel("row of groups", groups_kernels.single_row_of_groups, row, IN_ASSEMBLY=True)
     tile |= {"x": "*fp16", "output": "*fp16", "weight": "*u8", "TILE_K": 64}
     compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
     compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True, capability=80)
