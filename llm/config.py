@@ -149,6 +149,8 @@ class Quantization(StrictModel):
     """The first whose targets name a projection counts."""
     ignored: tuple[str, ...] = ()
     """Projections that are stored as they are, named like targets; a part of a dotted name will do."""
+    has_cache_scales: bool = False
+    """The checkpoint may hold scales for keys and values in 8 bits."""
 
     def format_of(self, name: str) -> WeightFormat | None:
         """The format of a projection, by its dotted name in the checkpoint; None for 16 or 32 bits."""
@@ -311,8 +313,8 @@ class EngineConfig(StrictModel):
     """GPU: "fp8" rounds the weights of the layers' projections to 8 bits (E4M3, a scale for each output) at start: half
     the memory, and faster; None for the checkpoint's own format, which may be one of 8 or 4 bits."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """GPU: "fp8" keeps keys and values in 8 bits (E4M3), twice as many tokens in the same memory; "auto" in the model's
-    format."""
+    """GPU: "fp8" keeps keys and values in 8 bits (E4M3), twice as many tokens in the same memory, scaled as the
+    checkpoint says if it does; "auto" in the model's format."""
     deterministic: bool = False
     """GPU: the same request gets the same tokens, bit by bit, whatever runs beside it, at some cost in speed."""
     num_speculative_tokens: int = Field(default=0, ge=0, le=32)

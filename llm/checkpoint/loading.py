@@ -155,6 +155,8 @@ def load_checkpoint(model: DecoderModel, directory: str | Path, *, progress: Pro
     """
     directory = Path(directory)
     start = time.perf_counter()
+    if model.cache_scales is not None:
+        model.cache_scales.fill_(1)
     with ExitStack() as files:
         copies = _find_weights(model, directory, files)
         num_bytes = _run(copies, directory.name, progress=progress)

@@ -115,7 +115,7 @@ def _compressed_tensors(keys: _Keys) -> Quantization:
         cache.require("symmetric", True, default=True)
     groups = keys.inside("config_groups")
     formats = tuple(_format_of_group(groups.inside(name), keys.get("format")) for name in groups.found)
-    return Quantization(formats=formats, ignored=keys.names("ignore"))
+    return Quantization(formats=formats, ignored=keys.names("ignore"), has_cache_scales=bool(cache.found))
 
 
 def _format_of_group(group: _Keys, default_format: str | None) -> WeightFormat:
@@ -157,7 +157,7 @@ def _format_of_group(group: _Keys, default_format: str | None) -> WeightFormat:
 
 _FP8 = key_names("""
     quant_method activation_scheme weight_block_size modules_to_not_convert ignored_layers fmt scale_fmt dequantize
-    is_checkpoint_fp8_serialized kv_cache_scheme
+    is_checkpoint_fp8_serialized
 """)
 
 

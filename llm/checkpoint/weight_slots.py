@@ -4,6 +4,7 @@ The layouts are those that AutoAWQ (gemm), AutoGPTQ and GPTQModel, compressed-te
 pack eight codes of 4 bits into an int32, the first in the lowest bits, AWQ in an order of its own.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ Convert = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INTEGERS = frozenset({"I32", "I64"})
+_CACHE_SCALE = re.compile(r"self_attn\.([kv])_proj\.(?:output|\1)_scale$")
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where in an int32 AutoAWQ packs eight neighbouring outputs."""
 
@@ -73,12 +75,26 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
             if parameter is not None:
                 target = destination.part_of(parameter.detach())
                 slots[f"{theirs}.{leaf}"] = Slot(target, (tuple(target.shape),))
+    if model.cache_scales is not None:
+        for layer, scales in enumerate(model.cache_scales):
+            attention = f"model.layers.{layer}.self_attn"
+            for leaf, target in zip(("k_scale", "v_scale"), scales, strict=True):
+                slots[f"{attention}.{leaf}"] = Slot(target, ((), (1,)), convert=_number, is_optional=True)
+            slots[f"{attention}.q_scale"] = slots[f"{attention}.prob_scale"] = _NOT_NEEDED
     return slots
 
 
 def canonical_scale_name(name: str) -> str:
-    """The name that slots have for a tensor: scales that multiply are called inverse by some."""
+    """The name that slots have for a tensor.
+
+    Scales that multiply are called inverse by some; those of keys and values have stood beside their projections.
+    """
+    name = _CACHE_SCALE.sub(r"self_attn.\1_scale", name)
     return name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name
+
+
+def _number(tensor: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    return tensor.reshape(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +148,7 @@ class _Part:
         if block_rows is not None:
             shapes = ((-(-num_outputs // block_rows), len(self._scales)),)
         yield "weight_scale", Slot(self._scales, shapes, convert=spread)
-        for leaf in ("input_scale", "activation_scale", "output_scale"):
+        for leaf in ("input_scale", "activation_scale"):
             yield leaf, _NOT_NEEDED
 
     def _packed(self) -> Iterator[tuple[str, Slot]]:

@@ -41,6 +41,10 @@ class DecoderModel(nn.Module):
         ConfigError: a field is unknown or out of bounds.
     """
 
+    cache_scales: torch.Tensor | None
+    """(layers, 2) float32, what keys and values in 8 bits are to be divided by, as the checkpoint says; None for it
+    says nothing."""
+
     def __init__(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any) -> None:
         super().__init__()
         try:
@@ -57,6 +61,9 @@ class DecoderModel(nn.Module):
             self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
         self.to(dtype)
         use_formats(self, config, parts_of_modules(config), dtype)
+        has_scales = config.quantization is not None and config.quantization.has_cache_scales
+        scales = torch.empty(config.num_layers, 2, device="meta") if has_scales else None
+        self.register_buffer("cache_scales", scales, persistent=False)
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             self._init_weights()
@@ -73,6 +80,8 @@ class DecoderModel(nn.Module):
         quantized = dict(quantized_modules(self))
         for module in quantized.values():
             module.reset_parameters()
+        if self.cache_scales is not None:
+            self.cache_scales.fill_(1)
         for name, parameter in self.named_parameters():
             if name.rpartition(".")[0] in quantized:
                 continue

@@ -6,6 +6,7 @@ from llm.attention.backends import TRITON, choose_backend, make_backend
 from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
+from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
 from llm.models.quantized import quantized_modules
 from llm.serving.checks import check_quantization
@@ -59,6 +60,8 @@ def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
         return
     from llm.models.quantize import is_rounded, quantize_weights
 
+    if config.kv_cache_dtype == "fp8":
+        fold_cache_scales(model)
     if config.quantization == "fp8":
         quantize_weights(model)
     elif is_rounded(model):

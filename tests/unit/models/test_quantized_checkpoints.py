@@ -21,17 +21,26 @@ from quantized_layouts import (
 from safetensors.torch import load_file, save_file
 
 from deployments.cli.check import weight_bytes
+from llm.attention.dense import DenseContext
 from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.checkpoint.model_config import load_model_config
 from llm.config import EngineConfig
 from llm.errors import CheckpointError, ConfigError
+from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
 from llm.models.quantized import quantized_modules
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 
 LAYOUTS = dict(all_layouts())
+
+
+def fp8_by_channel_with(**changes) -> Layout:
+    layout = fp8_by_channel()
+    return Layout({**layout.config, **changes}, layout.write)
+
+
 KINDS = ["llama", "llama_mqa_biases", "qwen2_tied", "qwen3", "phi3"]
 
 
@@ -251,3 +260,40 @@ def test_check_knows_the_memory(checkpoints, tmp_path):
         weight_bytes(load_model_config(tmp_path), 2)
         == plain - projections * 2 + projections // 2 + projections // 32 * 5
     )
+
+
+class Stored(DenseContext):
+    """Attention that shows which keys and values it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def attend(self, layer, spec, query, key, value, *more):
+        self.pairs.append((key.clone(), value.clone()))
+        return super().attend(layer, spec, query, key, value, *more)
+
+
+CACHE_NAMES = {"today's": "self_attn.{}_scale", "older": "self_attn.{}_proj.output_scale"}
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.parametrize("kind", ["llama", "llama_mqa_biases", "qwen3"])
+@torch.inference_mode()
+def test_scales_of_the_cache_divide_keys_and_values_and_change_nothing_else(checkpoints, tmp_path, kind, name):
+    """Rounded up to powers of two; a layer without has none, and keys behind a norm need none."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    write(checkpoints, tmp_path, fp8_by_channel_with(kv_cache_scheme=scheme), kind)
+    path, prefix = tmp_path / "model.safetensors", f"model.layers.1.{CACHE_NAMES[name]}"
+    scales = {prefix.format("k"): torch.tensor([0.03]), prefix.format("v"): torch.tensor(3.0)}
+    save_file({**load_file(path), **scales}, path)
+    model, ids = load_decoder(tmp_path, progress=False), prompt(9)
+    before, after = Stored(), Stored()
+    plain = model.hidden_states(ids, torch.arange(9), before)
+    fold_cache_scales(model)
+    fold_cache_scales(model)
+    torch.testing.assert_close(model.hidden_states(ids, torch.arange(9), after), plain, atol=1e-4, rtol=0)
+    for layer, (old, new) in enumerate(zip(before.pairs, after.pairs, strict=True)):
+        key, value = (2**5 if kind != "qwen3" else 1, 1 / 4) if layer == 1 else (1, 1)
+        torch.testing.assert_close(new[0], old[0] * key, rtol=1e-4, atol=1e-4 * key)
+        torch.testing.assert_close(new[1], old[1] * value, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,48 @@
+"""Scales of a checkpoint for keys and values in 8 bits (compressed-tensors' `kv_cache_scheme`).
+
+What goes into the cache is divided by them and what comes out is multiplied, both in the weights around it: keys and
+queries, values and attention's output projection. So neither the cache nor a kernel knows of them. They are rounded up
+to powers of two, which change no digit of a weight, and no more than the last of what is stored in 8 bits.
+"""
+
+import torch
+from torch import nn
+
+from llm.models.decoder import DecoderModel
+from llm.models.family import Layer
+from llm.models.quantized import QuantizedLinear
+
+
+@torch.no_grad()
+def fold_cache_scales(model: DecoderModel) -> None:
+    """Put the model's `cache_scales` into its weights; a second time changes nothing.
+
+    Keys that are normalised in each head are left alone: they fit the cache.
+    """
+    if model.cache_scales is None:
+        return
+    for layer, (key, value) in zip(model.layers, model.cache_scales.log2().ceil().exp2().tolist(), strict=True):
+        assert isinstance(layer, Layer), "they all are"
+        spec, qkv, output = layer.spec, layer.get_submodule("qkv_proj"), layer.get_submodule("o_proj")
+        assert isinstance(qkv, nn.Linear), "a projection"
+        assert isinstance(output, nn.Linear), "a projection"
+        factors = torch.ones(spec.qkv_size, device=qkv.weight.device)
+        first_key, first_value = spec.output_size, spec.output_size + spec.num_kv_heads * spec.head_dim
+        if getattr(layer, "k_norm", None) is None:
+            factors[:first_key] = key
+            factors[first_key:first_value] = 1 / key
+        factors[first_value:] = 1 / value
+        _multiply(qkv, factors)
+        if qkv.bias is not None:
+            qkv.bias.mul_(factors)
+        _multiply(output, torch.full((output.out_features,), value, device=factors.device))
+    model.cache_scales.fill_(1)
+
+
+def _multiply(projection: nn.Linear, factors: torch.Tensor) -> None:
+    """Multiply the rows of a weight."""
+    if isinstance(projection, QuantizedLinear):
+        projection.scales = nn.Parameter(projection.scales.float() * factors, requires_grad=False)
+        projection.simplify()
+    else:
+        projection.weight.mul_(factors[:, None])
