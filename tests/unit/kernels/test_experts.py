@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from llm.kernels import routing
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream
@@ -60,8 +61,9 @@ SHAPES = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("num_tokens", [1, 19, 1100])
 @SHAPES
-def test_routes_equal_the_layers(num_tokens, shape):
-    """Experts and weights of each token, and the tokens of each expert, some of which have none."""
+def test_routes_equal_the_layers(num_tokens, shape, monkeypatch):
+    """Experts and weights of each token, and the tokens of each expert, in several blocks, some of which have none."""
+    monkeypatch.setattr(routing, "_ORDER_BLOCK", 1024)
     torch.manual_seed(num_tokens)
     router = Router(shape.hidden_size, shape.num_experts, shape.per_token, normalizes=shape.normalizes).to(DEVICE)
     router.weight.data.normal_(std=0.2)
