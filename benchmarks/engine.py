@@ -134,7 +134,7 @@ class Bench:
             head_dim=model.config.head_size,
             dtype=kv_cache_dtype(model, self.engine.config),
         )
-        return LeastReads(weights, slot)
+        return LeastReads(weights, slot, 2 * model.config.state_bytes(model.dtype.itemsize))
 
     def own_rows(self) -> Iterator[Row]:
         """Rows that need engines of their own."""

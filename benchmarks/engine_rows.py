@@ -56,16 +56,19 @@ class LeastReads:
     Attributes:
         weights: a step.
         slot: a token of context and step.
+        state: a sequence and step, what is written back included.
     """
 
     weights: int
     slot: int
+    state: int = 0
 
     def gb_s(self, input_lens: list[int], output_lens: list[int], seconds: float) -> float:
         """Gigabytes a second of requests that all decode together: no more than what the device's memory gives."""
         lens = zip(input_lens, output_lens, strict=True)
         contexts = sum(num_in * num_out + num_out**2 / 2 for num_in, num_out in lens)
-        return round((self.weights * max(output_lens) + self.slot * contexts) / seconds / 1e9, 1)
+        num_bytes = self.weights * max(output_lens) + self.slot * contexts + self.state * sum(output_lens)
+        return round(num_bytes / seconds / 1e9, 1)
 
 
 def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -> Iterator[Row]:

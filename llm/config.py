@@ -161,10 +161,38 @@ class Quantization(StrictModel):
 
 
 def _names(pattern: str, name: str) -> bool:
-    """Whether a pattern of a quantized checkpoint names a module."""
+    """Whether a pattern of a quantized checkpoint names a module, of the text half where there is another."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return f".{pattern}." in f".{name}."
+        in_text_half = name.replace("model.", "model.language_model.", 1)
+        return any(re.match(pattern[3:], each) is not None for each in (name, in_text_half))
+    return f".{pattern.replace('language_model.', '')}." in f".{name}."
+
+
+class DeltaConfig(StrictModel):
+    """Layers with a gated delta rule in place of attention (Yang et al. 2024, arXiv:2412.06464)."""
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    """Which layers they are, from 0; each once."""
+    num_key_heads: int = Field(gt=0)
+    """Heads of queries, and as many of keys."""
+    num_value_heads: int = Field(gt=0)
+    """Heads of values, a multiple of `num_key_heads`."""
+    key_dim: int = Field(gt=0)
+    """Width of a head of queries or keys."""
+    value_dim: int = Field(gt=0)
+    """Width of a head of values."""
+    kernel_size: int = Field(default=4, gt=1)
+    """Tokens that the short convolution in front of the rule sees, each token's own included."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers {self.layers} names a layer twice")
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                f"num_value_heads {self.num_value_heads} is not a multiple of num_key_heads {self.num_key_heads}"
+            )
+        return self
 
 
 class ModelConfig(StrictModel):
@@ -200,6 +228,8 @@ class ModelConfig(StrictModel):
     """The same of the logits."""
     embedding_scale: float | None = Field(default=None, gt=0)
     """What embeddings are multiplied by, rounded to the model's format (Gemma); None for nothing."""
+    delta: DeltaConfig | None = None
+    """Layers without attention, which keep a state of fixed size; None for none."""
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     norm_offset: float | None = None
     """What is added to the weights of norms, which then scale in float32 (Gemma: 1); None for scaling in the model's
@@ -214,6 +244,8 @@ class ModelConfig(StrictModel):
     """RMSNorm over each head's query and key before RoPE (Qwen3)."""
     attention_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
+    attention_gate: bool = False
+    """A gate on each head's output, projected beside its query (Qwen3.5)."""
     attention_output_bias: bool = False
     """Bias on the attention output projection (Llama with `attention_bias`)."""
     mlp_bias: bool = False
@@ -252,6 +284,10 @@ class ModelConfig(StrictModel):
                 )
         if self.window_layers and not all(0 <= layer < self.num_layers for layer in self.window_layers):
             raise ValueError(f"window_layers {self.window_layers} names a layer past num_layers {self.num_layers}")
+        if self.delta is not None and not set(range(self.num_layers)).issuperset(self.delta.layers):
+            raise ValueError(f"delta.layers {self.delta.layers} names a layer past num_layers {self.num_layers}")
+        if not self.num_attention_layers:
+            raise ValueError("delta.layers names every layer; at least one must have attention")
         return self
 
     @property
@@ -277,6 +313,20 @@ class ModelConfig(StrictModel):
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of an MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of what layers without attention remember of one sequence, where activations have `itemsize` bytes."""
+        delta = self.delta
+        if delta is None:
+            return 0
+        value_size = delta.num_value_heads * delta.value_dim
+        tail = (delta.kernel_size - 1) * (2 * delta.num_key_heads * delta.key_dim + value_size)
+        return len(delta.layers) * (tail * itemsize + 4 * value_size * delta.key_dim)
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers with keys and values."""
+        return self.num_layers - (len(self.delta.layers) if self.delta is not None else 0)
 
     def layer_window(self, layer: int) -> int | None:
         """Sliding window of one layer in tokens, or None where it attends to everything."""

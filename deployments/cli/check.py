@@ -97,8 +97,12 @@ def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("  weights", f"{weights / _GIB:.2f} GiB ({_width(model, itemsize)})")
     table.add_row("  a slot", f"{slot / 1024:.1f} KiB of keys and values for one token")
+    num_rows, state = app.engine.batch_size("cuda"), model.state_bytes(itemsize)
+    if state:
+        states = num_rows * state / _GIB
+        table.add_row("  a row", f"{state / (1 << 20):.1f} MiB of states, {states:.2f} GiB for {num_rows} rows")
     for size in sizes:
-        room = size * app.engine.gpu_memory_utilization - weights / _GIB - _WORKSPACE_GIB
+        room = size * app.engine.gpu_memory_utilization - (weights + num_rows * state) / _GIB - _WORKSPACE_GIB
         slots = int(room * _GIB // slot)
         what = f"about {slots:,} slots: {slots // 1000:,} sequences of 1,000 tokens" if slots > 0 else "too small"
         table.add_row(f"  a GPU of {size:g} GiB", what)

@@ -69,8 +69,8 @@ class Engine(Protocol):
 
 
 def slot_bytes(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return 2 * model.num_layers * model.kv_heads * model.head_size * itemsize
+    """Bytes of one token's keys and values in all layers with attention."""
+    return 2 * model.num_attention_layers * model.kv_heads * model.head_size * itemsize
 
 
 def num_cores() -> int:
@@ -166,5 +166,6 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         backend=engine.attention_backend,
         fingerprint=fingerprint_of(config),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
-        kv_cache_bytes=engine.num_slots * slot_bytes(model.config, kv_itemsize),
+        kv_cache_bytes=engine.num_slots * slot_bytes(model.config, kv_itemsize)
+        + (engine.scheduler.max_batch_size + 1) * model.config.state_bytes(model.dtype.itemsize),
     )

@@ -119,15 +119,16 @@ def _check_weights(config: AppConfig, directory: Path) -> ModelReport:
     from llm.attention.backends import check_known  # these bring PyTorch, which the rest does without
     from llm.checkpoint.adapter import check_lora
     from llm.checkpoint.loading import check_checkpoint
-    from llm.serving.checks import check_quantization, longest_context
+    from llm.serving.checks import check_features, check_quantization, longest_context
 
     checked = check_checkpoint(directory)
     check_known(config.engine.attention_backend)
     longest_context(checked.config, config.engine)
     check_quantization(checked.config, config.engine)
+    notes = check_features(checked.config, config.engine)
     if config.lora is not None:
         check_lora(checked.config, config.lora)
-    return ModelReport(checked.config, checked.warnings)
+    return ModelReport(checked.config, (*checked.warnings, *notes))
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -1,22 +1,24 @@
-"""Attention over whole batches of equal length, with or without `KVCache`s: the library's path."""
+"""Attention over whole batches of equal length, with or without caches: the library's path."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from llm.attention.delta_rule import mix_tokens
 from llm.attention.spec import AttentionSpec
 from llm.core.kv_cache import KVCache
+from llm.core.recurrent_state import DeltaSpec, RecurrentCache, RecurrentState
 
 
 class DenseContext:
     """`AttentionContext` of one forward pass over (batch, seq, …) tensors.
 
     Args:
-        kv_caches: one cache a layer, appended to; None for attention among the new tokens alone.
+        kv_caches: one cache a layer, of its kind, appended to; None for attention among the new tokens alone.
     """
 
-    def __init__(self, kv_caches: Sequence[KVCache] | None = None) -> None:
+    def __init__(self, kv_caches: Sequence[KVCache | RecurrentCache] | None = None) -> None:
         self._caches = kv_caches
         self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
@@ -33,9 +35,31 @@ class DenseContext:
         if self._caches is None:
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
         else:
-            keys, values = self._caches[layer].append(key, value)
+            cache = self._caches[layer]
+            assert isinstance(cache, KVCache), "the model has looked at its caches"
+            keys, values = cache.append(key, value)
         mask = self._mask(query.shape[1], keys.shape[2], spec.window, query.device)
         return causal_attention(query.transpose(1, 2), keys, values, mask, spec, sinks).transpose(1, 2)
+
+    def mix(
+        self,
+        layer: int,
+        spec: DeltaSpec,
+        inputs: torch.Tensor,
+        conv_weight: torch.Tensor,
+        log_decay: torch.Tensor,
+        share: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `AttentionContext.mix`; here the leading dimensions are (batch, seq)."""
+        batch_size, num_new, _ = inputs.shape
+        if self._caches is None:
+            state = RecurrentState.zeros(spec, batch_size, inputs.device, inputs.dtype)
+            return mix_tokens(spec, inputs, conv_weight, log_decay, share, state)[0]
+        cache = self._caches[layer]
+        assert isinstance(cache, RecurrentCache), "the model has looked at its caches"
+        output, state = mix_tokens(spec, inputs, conv_weight, log_decay, share, cache.state(batch_size))
+        cache.update(state, num_new)
+        return output
 
     def _mask(self, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """Boolean (num_queries, num_keys), True where attended to, or None for everything; shared by the layers."""

@@ -1,6 +1,6 @@
-"""The one question a layer asks: given these queries, keys and values, what does each token attend to?
+"""The one question a layer asks: given these queries, keys and values, what does each token get of those before it?
 
-Layers do not know where keys and values live. Whoever runs the model passes an `AttentionContext` that does:
+Layers do not know where keys, values and states live. Whoever runs the model passes an `AttentionContext` that does:
 `DenseContext` for whole batches with or without `KVCache`s, `PagedContext` for the engine's packed steps.
 """
 
@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 
 from llm.attention.spec import AttentionSpec
+from llm.core.recurrent_state import DeltaSpec
 
 
 class AttentionContext(Protocol):
-    """Causal attention for one forward pass. Stores what later passes need of the keys and values."""
+    """Causal attention for one forward pass. Stores what later passes need of the keys, values and states."""
 
     def attend(
         self,
@@ -35,5 +36,28 @@ class AttentionContext(Protocol):
 
         Returns:
             Same shape as `query`.
+        """
+        ...
+
+    def mix(
+        self,
+        layer: int,
+        spec: DeltaSpec,
+        inputs: torch.Tensor,
+        conv_weight: torch.Tensor,
+        log_decay: torch.Tensor,
+        share: torch.Tensor,
+    ) -> torch.Tensor:
+        """Output of one layer's gated delta rule for the new tokens; see `llm.attention.delta_rule.mix_tokens`.
+
+        Args:
+            layer: index of the layer, from 0; it decides the state.
+            spec: shape of the rule.
+            inputs: (…, conv_size).
+            conv_weight: (conv_size, 1, kernel_size).
+            log_decay, share: (…, num_value_heads) float32.
+
+        Returns:
+            (…, num_value_heads, value_dim).
         """
         ...

@@ -22,6 +22,7 @@ class AttentionSpec:
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)` (Gemma 2, arXiv:2408.00118); None for as they are.
         has_sinks: each query head has a score of its own beside those of the tokens, for nothing: it takes its share of
             the softmax and gives no value (gpt-oss; Xiao et al. 2023, arXiv:2309.17453).
+        has_gate: behind each head's query comes a gate of its width, whose sigmoid scales the head's output.
     """
 
     num_heads: int
@@ -32,6 +33,7 @@ class AttentionSpec:
     scale: float | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
+    has_gate: bool = False
 
     @property
     def softmax_scale(self) -> float:
@@ -45,8 +47,13 @@ class AttentionSpec:
 
     @property
     def qkv_size(self) -> int:
-        """Width of a token's queries, keys and values together, in this order."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        """Width of a token's queries, keys and values together, in this order; each query with its gate, if any."""
+        return (self.num_query_parts * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def num_query_parts(self) -> int:
+        """What each head has in front of the keys: a query, or a query and a gate."""
+        return 2 if self.has_gate else 1
 
     @property
     def output_size(self) -> int:

@@ -140,7 +140,7 @@ def _left_out(config: ModelConfig, directory: Path) -> tuple[str, ...]:
     left_out = FAMILIES[config.architecture].left_out
     if left_out is None:
         return ()
-    return (f"{directory}: {config.architecture} takes {left_out} too; only its text is served",)
+    return (f"{directory}: {config.architecture} is served without {left_out}",)
 
 
 @torch.no_grad()

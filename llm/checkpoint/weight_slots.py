@@ -65,7 +65,7 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
             target = destination.part_of(module.detach())
             slots[theirs] = Slot(target, (tuple(target.shape),))
             continue
-        leaves = ["weight", "bias"]
+        leaves = [name for name, _ in module.named_parameters(recurse=False)]
         if isinstance(module, QuantizedLinear):
             leaves = ["bias"]
             part = _Part(module, destination.module, theirs, destination.rows, orders)

@@ -1,7 +1,7 @@
 """`KVCache`: keys and values of one layer, pre-allocated and written in place."""
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
@@ -137,7 +137,11 @@ class KVCache:
             )
 
 
-def reset_all_caches(caches: Iterable[KVCache]) -> None:
+class _Cache(Protocol):
+    def reset(self) -> None: ...
+
+
+def reset_all_caches(caches: Iterable[_Cache]) -> None:
     """Forget every token in every layer, ready for a new sequence."""
     for cache in caches:
         cache.reset()

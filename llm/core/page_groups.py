@@ -6,7 +6,7 @@ where that comes out even, so every page has the same size and any group can tak
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _MAX_GROUPS = 12
@@ -26,18 +26,22 @@ class PageGroup:
     layers: tuple[int, ...]
 
 
-def group_layers(windows: Sequence[int | None]) -> list[PageGroup]:
+def group_layers(windows: Sequence[int | None] | Mapping[int, int | None]) -> list[PageGroup]:
     """Groups of layers with these windows; those that see furthest come first.
 
     The groups' size is the one that leaves the fewest places in pages unused, and among those the largest.
+
+    Args:
+        windows: of every layer, or of those that have pages, by their index.
     """
-    counts = Counter(windows)
+    by_layer = windows if isinstance(windows, Mapping) else dict(enumerate(windows))
+    counts = Counter(by_layer.values())
     sizes = range(min(counts.values()), 0, -1)
     few = [size for size in sizes if _num_groups(counts, size) <= max(_MAX_GROUPS, len(counts))]
     size = min(few, key=lambda size: _num_groups(counts, size) * size)
     groups = []
     for window in sorted(counts, key=lambda window: (window is not None, -(window or 0))):
-        layers = [layer for layer, own in enumerate(windows) if own == window]
+        layers = [layer for layer, own in by_layer.items() if own == window]
         groups += [PageGroup(window, tuple(layers[i : i + size])) for i in range(0, len(layers), size)]
     return groups
 

@@ -11,13 +11,13 @@ class PagedKVCache:
     """Keys and values of every slot, in pages; in the activations' format or in 8 bits (E4M3), unscaled.
 
     Args:
-        groups: of all layers. The layers of a group have memory of their own; the first of one group shares its memory
-            with the first of every other, and so forth, for a page belongs to one group at a time.
+        groups: of all layers with attention. The layers of a group have memory of their own; the first of one group
+            shares its memory with the first of every other, and so forth, for a page belongs to one group at a time.
 
     Attributes:
-        layers: for each layer (2, num_pages + 1, page_size, num_kv_heads, head_dim), keys first. The page behind the
+        layers: by layer, (2, num_pages + 1, page_size, num_kv_heads, head_dim), keys first. The page behind the
             last, `scratch_page`, takes writes that nobody reads.
-        group_of: for each layer the index of its group.
+        group_of: by layer, the index of its group.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class PagedKVCache:
         places = {
             layer: (index, place) for index, group in enumerate(groups) for place, layer in enumerate(group.layers)
         }
-        self.layers = [memory[places[layer][1]] for layer in range(len(places))]
-        self.group_of = [places[layer][0] for layer in range(len(places))]
+        self.layers = {layer: memory[place] for layer, (_, place) in places.items()}
+        self.group_of = {layer: index for layer, (index, _) in places.items()}
         self.num_groups = len(groups)
         self.page_size = page_size
         self.scratch_page = num_pages

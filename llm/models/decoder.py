@@ -1,6 +1,6 @@
 """`DecoderModel`: a decoder of any family, shaped by `ModelConfig`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -14,6 +14,7 @@ from llm.attention.spec import AttentionSpec
 from llm.config import ModelConfig, describe
 from llm.core.kv_cache import KVCache
 from llm.core.page_groups import PageGroup, group_layers
+from llm.core.recurrent_state import DeltaSpec, RecurrentCache
 from llm.errors import CapacityError, ConfigError
 from llm.models.experts import Experts
 from llm.models.family import Layer
@@ -85,12 +86,12 @@ class DecoderModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name.rpartition(".")[0] in quantized:
                 continue
-            if name.endswith("norm.weight"):
-                parameter.fill_(1 - (self.config.norm_offset or 0))
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.zero_()
             else:
                 parameter.normal_(std=_INIT_STD)
+        for norm in (module for module in self.modules() if isinstance(module, RMSNorm)):
+            norm.weight.fill_(1 - (norm.offset or 0))
 
     @property
     def num_layers(self) -> int:
@@ -98,14 +99,25 @@ class DecoderModel(nn.Module):
         return self.config.num_layers
 
     @property
-    def attention_specs(self) -> list[AttentionSpec]:
-        """What each layer's attention is."""
-        return [cast(Layer, layer).spec for layer in self.layers]
+    def layer_specs(self) -> list[AttentionSpec | DeltaSpec]:
+        """What each layer's attention is, or the gated delta rule that it has in place of it."""
+        layers = cast(Iterable[Layer], self.layers)
+        return [layer.spec if layer.delta_spec is None else layer.delta_spec for layer in layers]
+
+    @property
+    def attention_specs(self) -> dict[int, AttentionSpec]:
+        """Those of the layers with attention, by their index."""
+        return {i: spec for i, spec in enumerate(self.layer_specs) if isinstance(spec, AttentionSpec)}
+
+    @property
+    def delta_specs(self) -> dict[int, DeltaSpec]:
+        """Those of the layers with a gated delta rule, by their index."""
+        return {i: spec for i, spec in enumerate(self.layer_specs) if isinstance(spec, DeltaSpec)}
 
     @property
     def page_groups(self) -> list[PageGroup]:
         """Which layers share pages."""
-        return group_layers([spec.window for spec in self.attention_specs])
+        return group_layers({layer: spec.window for layer, spec in self.attention_specs.items()})
 
     @property
     def experts(self) -> Experts | None:
@@ -145,14 +157,15 @@ class DecoderModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor | Sequence[int],
-        kv_caches: Sequence[KVCache] | None = None,
+        kv_caches: Sequence[KVCache | RecurrentCache] | None = None,
         use_cache: bool = False,
     ) -> torch.Tensor:
         """Logits of every new token.
 
         Args:
             input_ids: (batch, seq) token ids, all sequences of one length; a list or 1-D tensor is a batch of one.
-            kv_caches: one cache a layer. Updated in place; later calls pass only the tokens that follow.
+            kv_caches: one cache a layer, a `RecurrentCache` where the layer keeps a state. Updated in place; later
+                calls pass only the tokens that follow.
             use_cache: read and write `kv_caches`. Without it they are left alone and `input_ids` stands by itself.
 
         Returns:
@@ -160,13 +173,16 @@ class DecoderModel(nn.Module):
 
         Raises:
             CapacityError: more tokens than the model's or the caches' `max_seq_len`.
-            ValueError: `use_cache` without one cache a layer, no tokens, or a token id outside the vocabulary.
+            ValueError: `use_cache` without one cache a layer, of its kind, no tokens, or a token id outside the
+                vocabulary.
         """
         token_ids = self._as_batch(input_ids)
         caches = None
         if use_cache:
             if kv_caches is None or len(kv_caches) != self.num_layers:
                 raise ValueError(f"use_cache=True needs one KVCache for each of the {self.num_layers} layers")
+            if any(isinstance(kv_caches[layer], KVCache) for layer in self.delta_specs):
+                raise ValueError("layers of this model keep a state, which no KVCache holds: use make_kv_caches()")
             caches = kv_caches
         start = caches[0].length if caches else 0
         end = start + token_ids.shape[1]
@@ -207,23 +223,24 @@ class DecoderModel(nn.Module):
 
     def fit_context(self, context_len: int) -> None:
         """Prepare for sequences of so many tokens at most; see `RotaryEmbedding.fit_context`."""
-        for spec in self.attention_specs:
+        for spec in self.attention_specs.values():
             spec.rope.fit_context(context_len)
 
-    def make_kv_caches(self, max_batch_size: int, max_seq_len: int | None = None) -> list[KVCache]:
+    def make_kv_caches(self, max_batch_size: int, max_seq_len: int | None = None) -> list[KVCache | RecurrentCache]:
         """Caches that fit this model, each layer with its own sliding window, so that windowed ones stay O(window)."""
-        return [
-            KVCache(
-                max_batch_size,
-                max_seq_len or self.max_seq_len,
-                spec.num_kv_heads,
-                spec.head_dim,
-                self.device,
-                self.dtype,
-                spec.window,
-            )
-            for spec in self.attention_specs
-        ]
+        max_seq_len = max_seq_len or self.max_seq_len
+        caches: list[KVCache | RecurrentCache] = []
+        for spec in self.layer_specs:
+            if isinstance(spec, DeltaSpec):
+                caches.append(RecurrentCache(max_batch_size, spec, self.device, self.dtype))
+            else:
+                caches.append(
+                    KVCache(
+                        max_batch_size, max_seq_len, spec.num_kv_heads, spec.head_dim, self.device, self.dtype,
+                        spec.window,
+                    )
+                )  # fmt: skip
+        return caches
 
     def merge_lora(self) -> Self:
         """Fold loaded LoRA adapters into the weights, so that they cost nothing. Does nothing the second time."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from llm.attention.spec import AttentionSpec
 from llm.config import Activation, ModelConfig
+from llm.core.recurrent_state import DeltaSpec
 from llm.errors import ConfigError
 from llm.models.config_keys import ReadKeys
 from llm.models.operations import Operations
@@ -25,10 +26,12 @@ class Layer(nn.Module):
     """One layer of a model, stated in operations.
 
     Attributes:
-        spec: of its attention.
+        spec: of its attention, where it has some.
+        delta_spec: of the gated delta rule that it has in place of attention; None for attention.
     """
 
     spec: AttentionSpec
+    delta_spec: DeltaSpec | None = None
 
     def forward(self, operations: Operations[Any]) -> None:
         """Add what the layer computes to the residual stream of a pass."""

@@ -12,8 +12,10 @@ from torch import nn
 from llm.attention.spec import AttentionSpec
 from llm.config import Activation
 from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.recurrent_state import DeltaSpec, RecurrentStates
 from llm.kernels.attention import hopper_prefill
 from llm.kernels.attention.decode import PagedDecode
+from llm.kernels.attention.gates import gate_heads
 from llm.kernels.attention.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
 from llm.kernels.attention.rope import rope_and_store
 from llm.kernels.attention.work import (
@@ -25,12 +27,14 @@ from llm.kernels.attention.work import (
     plan_decodes,
     plan_prefills,
 )
+from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolution, store_tails
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream, embed_tokens, keep_tokens, rms_norm
 from llm.kernels.quantization import ScaledProduct
 from llm.kernels.routing import ExpertShape
 from llm.kernels.soft_cap import cap_softly
+from llm.models.delta import DeltaMixer
 from llm.models.experts import ExpertProjections, Experts
 from llm.models.layers import RMSNorm
 from llm.models.quantize import expert_scales
@@ -75,7 +79,7 @@ class KernelWorkspace:
     """What the passes of one engine share: pages, their tables, and the kernels' own memory.
 
     Args:
-        specs: of every layer's attention, all of one shape.
+        specs: of every layer, those of attention all of one shape.
         kv_cache: memory of the slot pool.
         page_tables: (groups, rows, pages a row) int32, for each group of layers each row's pages in order of position.
         last_token_ids: (rows,) int32, the token that each row drew last.
@@ -85,11 +89,12 @@ class KernelWorkspace:
         deterministic: a token's result, bit by bit, depends on the tokens before it in its sequence alone: not on what
             else is in the step, nor on the steps and chunks in which those came.
         experts: those of a layer, as all layers with experts have them; None for a model without.
+        states: of layers with a gated delta rule; needed where there are any.
     """
 
     def __init__(
         self,
-        specs: Sequence[AttentionSpec],
+        specs: Sequence[AttentionSpec | DeltaSpec],
         kv_cache: PagedKVCache,
         page_tables: torch.Tensor,
         last_token_ids: torch.Tensor,
@@ -99,8 +104,11 @@ class KernelWorkspace:
         max_parts: int,
         deterministic: bool = False,
         experts: Experts | None = None,
+        states: RecurrentStates | None = None,
     ) -> None:
-        device, spec = page_tables.device, specs[0]
+        attention_specs = [spec for spec in specs if isinstance(spec, AttentionSpec)]
+        device, spec = page_tables.device, attention_specs[0]
+        self.states = states
         self.kv_cache = kv_cache
         self.page_tables = page_tables
         self.last_token_ids = last_token_ids
@@ -113,10 +121,10 @@ class KernelWorkspace:
             self.experts = ExpertMixture(shape, max_tokens, dtype, device, deterministic=deterministic)
         self.last_layer = len(specs) - 1
         heads = self._shape = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        assert all((s.num_heads, s.num_kv_heads, s.head_dim) == heads for s in specs), "layers of several shapes"
-        for layer_spec in specs:
+        assert all((s.num_heads, s.num_kv_heads, s.head_dim) == heads for s in attention_specs), "several shapes"
+        for layer_spec in attention_specs:
             layer_spec.rope.table(device)  # now, and not while a graph is captured
-        windows = {layer_spec.window for layer_spec in specs}
+        windows = {layer_spec.window for layer_spec in attention_specs}
         self.decode = PagedDecode(max_parts, *heads, device)
         self.decode_items = {
             window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in windows
@@ -128,7 +136,7 @@ class KernelWorkspace:
             num_prefill_items(max_tokens, max_parts, block_tokens, self._min_prefill_len), max_parts, device
         )
         self.long_prefill = None
-        is_plain = windows == {None} and all(layer_spec.is_plain for layer_spec in specs)
+        is_plain = windows == {None} and all(layer_spec.is_plain for layer_spec in attention_specs)
         if is_plain and not deterministic and hopper_prefill.can_run(dtype, spec.head_dim, device):
             max_seq_len = page_tables.shape[2] * kv_cache.page_size
             self.long_prefill = hopper_prefill.HopperPrefill(
@@ -221,10 +229,40 @@ class KernelOperations:
         rope_and_store(qkv, query, kv_pages, page_tables, tokens.rows, tokens.positions, rope_table, norms)
         scoring = Scoring(spec.softmax_scale, spec.soft_cap, sinks if spec.has_sinks else None)
         self._attend(query, kv_pages, page_tables, spec.window, scoring, output)
-        attended = output.flatten(1)
-        if layer == workspace.last_layer:
-            self._stream, attended = keep_tokens(self._stream, attended, self._step.kept)
-        return attended
+        if spec.has_gate:
+            gate_heads(output, qkv)
+        return self._asked_for(layer, output.flatten(1))
+
+    def mix(
+        self,
+        layer: int,
+        spec: DeltaSpec,
+        mixed: torch.Tensor | ScaledProduct,
+        decay: torch.Tensor | ScaledProduct,
+        mixer: DeltaMixer,
+    ) -> torch.Tensor:
+        """See `Operations.mix`."""
+        states, tokens, parts = self._workspace.states, self._step.tokens, self._step.parts
+        assert states is not None, "a workspace for a model with states"
+        if isinstance(decay, ScaledProduct):
+            decay = decay.scaled()
+        tail, matrix = states.layers[layer]
+        sizes = spec.conv_size, spec.output_size
+        convolved, output = (
+            self._output.new_empty(len(tokens.positions), size, dtype=self._workspace.dtype) for size in sizes
+        )
+        short_convolution(mixed, mixer.conv1d.weight, tail, tokens.rows, tokens.positions, convolved)
+        if self._step.has_prefills:
+            store_tails(mixed, tail, parts)
+        gated_delta_rule(spec, convolved, decay, mixer.A_log, mixer.dt_bias, matrix, parts, output)
+        gate_by_norm(spec, mixed, mixer.norm.weight, mixer.norm.eps, output)
+        return self._asked_for(layer, output)
+
+    def _asked_for(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        """What a layer gives for each token; behind the last layer of those that are asked for, as the stream is."""
+        if layer == self._workspace.last_layer:
+            self._stream, output = keep_tokens(self._stream, output, self._step.kept)
+        return output
 
     def _attend(
         self,

@@ -14,6 +14,8 @@ from llm.attention.interface import AttentionContext
 from llm.attention.rope import RotaryEmbedding, apply_rotary
 from llm.attention.spec import AttentionSpec
 from llm.config import Activation
+from llm.core.recurrent_state import DeltaSpec
+from llm.models.delta import DeltaMixer
 from llm.models.experts import Experts
 from llm.models.layers import RMSNorm, activate
 
@@ -57,6 +59,20 @@ class Operations(Protocol[RowsT]):
             qkv: queries, keys and values, (tokens, `spec.qkv_size`).
             qk_norms: norms of each head's queries and of its keys, before they turn; None for none.
             sinks: (num_heads,), each head's score for nothing; needed where `spec.has_sinks`.
+        """
+        ...
+
+    def mix(self, layer: int, spec: DeltaSpec, mixed: RowsT, decay: RowsT, mixer: DeltaMixer) -> RowsT:
+        """Run a gated delta rule on from the tokens before, and give its gated outputs, (tokens, `spec.output_size`).
+
+        Behind the last layer, tokens end as in `attend`.
+
+        Args:
+            layer: index of the layer, from 0.
+            mixed: queries, keys, values and output gates, (tokens, `spec.conv_size + spec.output_size`).
+            decay: what decides each head's share and, behind these, its decay, (tokens, 2 `spec.num_value_heads` or
+                more); more means nothing.
+            mixer: the layer's.
         """
         ...
 
@@ -139,17 +155,39 @@ class TorchOperations:
     ) -> torch.Tensor:
         """See `Operations.attend`."""
         heads = qkv.view(*qkv.shape[:-1], -1, spec.head_dim)
-        query, key, value = heads.split_with_sizes((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=-2)
+        num_query_heads = spec.num_query_parts * spec.num_heads
+        query, key, value = heads.split_with_sizes((num_query_heads, spec.num_kv_heads, spec.num_kv_heads), dim=-2)
+        gate = None
+        if spec.has_gate:
+            query, gate = query[..., 0::2, :], query[..., 1::2, :]
         if qk_norms is not None:
             query, key = qk_norms[0](query), qk_norms[1](key)
         if spec.rope not in self._angles:
             self._angles[spec.rope] = spec.rope.angles(self._positions)
         cos, sin = self._angles[spec.rope]
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        output = self._context.attend(layer, spec, query, key, value, sinks).flatten(-2)
-        if layer == self._last_layer and self._kept is not None:
-            self._stream, output = self._stream[self._kept], output[self._kept]
-        return output
+        output = self._context.attend(layer, spec, query, key, value, sinks)
+        if gate is not None:
+            output = output * torch.sigmoid(gate)
+        return self._asked_for(layer, output.flatten(-2))
+
+    def mix(
+        self, layer: int, spec: DeltaSpec, mixed: torch.Tensor, decay: torch.Tensor, mixer: DeltaMixer
+    ) -> torch.Tensor:
+        """See `Operations.mix`."""
+        inputs, gate = mixed.split_with_sizes((spec.conv_size, spec.output_size), dim=-1)
+        share, rate = decay[..., : 2 * spec.num_value_heads].chunk(2, dim=-1)
+        output = self._context.mix(
+            layer, spec, inputs, mixer.conv1d.weight, mixer.log_decay(rate), share.float().sigmoid()
+        )
+        return self._asked_for(layer, mixer.gated_norm(output, gate.view_as(output)).flatten(-2))
+
+    def _asked_for(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        """What a layer gives for each token; behind the last layer of those that are asked for, as the stream is."""
+        if layer != self._last_layer or self._kept is None:
+            return output
+        self._stream = self._stream[self._kept]
+        return output[self._kept]
 
     def add_product(self, rows: torch.Tensor, projection: nn.Linear, norm: RMSNorm | None = None) -> None:
         """See `Operations.add_product`."""

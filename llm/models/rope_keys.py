@@ -1,5 +1,6 @@
 """What a config.json says of rotary position embeddings, and what of it is understood."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from llm.config import RopeScaling, RopeScalingType
@@ -26,11 +27,12 @@ class RopeKeys(NamedTuple):
     partial_factor: float
 
 
-def read_rope(config: ReadKeys, *, can_be_partial: bool = False) -> RopeKeys:
+def read_rope(config: ReadKeys, *, can_be_partial: bool = False, harmless: Collection[str] = ()) -> RopeKeys:
     """RoPE's parameters and the context length, from either generation of config.json.
 
     Args:
         can_be_partial: whether the family can turn a part of each head alone.
+        harmless: keys that change nothing for the family.
 
     Raises:
         ConfigError: it is a kind that is not supported, or not the same for all layers.
@@ -42,6 +44,7 @@ def read_rope(config: ReadKeys, *, can_be_partial: bool = False) -> RopeKeys:
         original_len = found.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
         # "su" and "yarn" are longrope's names in Phi-3's first files.
         found |= {"rope_type": "longrope", "original_max_position_embeddings": original_len}
+    found = {key: value for key, value in found.items() if key not in harmless}
     return _understood(_held(found), config["max_position_embeddings"], can_be_partial)
 
 

@@ -77,6 +77,27 @@ def _check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
         raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size} ids", param=param)
 
 
+def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
+    """What a configuration has that this model goes without, each in one line.
+
+    Raises:
+        ConfigError: the configuration asks for what cannot be had with this model.
+    """
+    if model.delta is None:
+        return []
+    if config.num_speculative_tokens:
+        raise ConfigError(
+            f"num_speculative_tokens: {config.num_speculative_tokens}: {model.architecture} has layers that keep a "
+            "state, which cannot take back a wrong guess; leave it out"
+        )
+    if config.enable_prefix_caching:
+        return [
+            f"{model.architecture} has layers that keep a state, which is of use to its own sequence alone: every "
+            "prompt is computed from its first token, without a prefix cache"
+        ]
+    return []
+
+
 def longest_context(model: ModelConfig, config: EngineConfig) -> int:
     """Longest sequence in tokens; never longer than the model's own context.
 

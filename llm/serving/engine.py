@@ -23,7 +23,7 @@ from llm.scheduling.scheduler import Scheduler, StepPlan, TokenEvent
 from llm.scheduling.sequence import Sequence, SequenceStatus, VectorEvent
 from llm.scheduling.slot_pool import SlotPool
 from llm.serving import device_health
-from llm.serving.checks import check_request, fit_context_to_pool, longest_context, with_overrides
+from llm.serving.checks import check_features, check_request, fit_context_to_pool, longest_context, with_overrides
 from llm.serving.compiling import CompilingRequests
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import LaunchedStep
@@ -86,6 +86,8 @@ class ContinuousBatchingEngine:
         if eos_token_ids is None:
             eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model.config.vocab_size)
+        for note in check_features(model.config, config):
+            logger.info(note)
         context_len = longest_context(model.config, config)
         pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
         self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
@@ -96,7 +98,7 @@ class ContinuousBatchingEngine:
             max_prefill_beside_decodes=config.prefill_beside_decodes(model.device.type),
             max_seq_len=context_len,
             windows=[group.window for group in model.page_groups],
-            enable_prefix_caching=config.enable_prefix_caching,
+            enable_prefix_caching=config.enable_prefix_caching and model.config.delta is None,
             num_speculative_tokens=config.num_speculative_tokens,
             max_draws_per_step=self.runner.max_draws_per_step,
         )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.recurrent_state import RecurrentStates
 from llm.kernels.sampling import DrawnTokens, SamplingWorkspace, draw_tokens
 from llm.models.decoder import DecoderModel
 from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep
@@ -150,8 +151,9 @@ class GraphRunner:
         most_kept = sizes["kept_tokens"] = max(most_draws, most_tokens)
         self._inputs = StepInputs(sizes, device, _NUM_BUFFERS)
         self._workspace = KernelWorkspace(
-            model.attention_specs, kv_cache, self._rows.page_tables, self._rows.last_token_ids, model.dtype,
+            model.layer_specs, kv_cache, self._rows.page_tables, self._rows.last_token_ids, model.dtype,
             max_tokens=most_tokens, max_parts=most_rows, deterministic=deterministic, experts=model.experts,
+            states=RecurrentStates(model.delta_specs, max_rows, device, model.dtype),
         )  # fmt: skip
         self._to_logits = partial(model.logits, head=self._workspace.head)
         """Hidden states (rows, hidden_size) → logits (rows, vocab_size), in the model's dtype."""

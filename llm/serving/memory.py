@@ -14,7 +14,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
 
     `config.num_pages` where it is set. Else on a GPU what `gpu_memory_utilization` leaves beside the weights and what
     the largest step takes, measured by running one; on a CPU what `max_batch_size` full sequences need, at most
-    `cpu_pool_bytes`.
+    `cpu_pool_bytes`, the states of rows included.
 
     Raises:
         ConfigError: the memory holds no page.
@@ -33,13 +33,21 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
     else:
         pages_a_row = len(model.page_groups) * -(-context_len // config.page_size)
         most_useful = config.batch_size("cpu") * pages_a_row
-        num_pages = min(config.cpu_pool_bytes // bytes_per_page, most_useful)
+        num_rows = config.batch_size("cpu")
+        room = config.cpu_pool_bytes - (num_rows + 1) * model.config.state_bytes(model.dtype.itemsize)
+        num_pages = min(room // bytes_per_page, most_useful)
     if num_pages < 1:
         raise ConfigError(
-            f"no memory left for the KV cache: a page takes {bytes_per_page} bytes; raise gpu_memory_utilization "
-            "(GPU) or cpu_pool_bytes (CPU), or set num_pages"
+            f"no memory left for the KV cache: a page takes {bytes_per_page} bytes{_states_note(model)}; raise "
+            "gpu_memory_utilization (GPU) or cpu_pool_bytes (CPU), or set num_pages"
         )
     return num_pages
+
+
+def _states_note(model: DecoderModel) -> str:
+    """What else takes memory, for a message: nothing, in most models."""
+    state_bytes = model.config.state_bytes(model.dtype.itemsize)
+    return f", and the states of each row {state_bytes} (a lower max_batch_size has fewer)" if state_bytes else ""
 
 
 def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedAttentionBackend, PagedContext
 from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.recurrent_state import RecurrentStates
 from llm.models.decoder import DecoderModel
 from llm.sampling.constraint import Int32Array, TokenMasks, words_of
 from llm.sampling.draw import Draw, SamplingRow, likeliest, sample
@@ -132,6 +133,7 @@ class EagerRunner:
         self.backend = backend
         self.max_steps_ahead = max_steps_ahead
         self._max_rows = max_rows
+        self._states = RecurrentStates(model.delta_specs, max_rows, model.device, model.dtype)
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
         self._pooled = torch.zeros(max_rows, model.hidden_size, dtype=torch.float32, device=model.device)
         """By row: the sum of the hidden states that belong to its sequence's vector."""
@@ -164,7 +166,7 @@ class EagerRunner:
         """See `ModelRunner.launch`."""
         arrays = StepArrays.of(plan.parts)
         token_ids, batch = self._send(plan.parts, arrays)
-        context = PagedContext(self.backend, self.kv_cache, batch)
+        context = PagedContext(self.backend, self.kv_cache, batch, self._states)
         drawing = draws_of(plan.parts)
         masks = self._start_masks(drawing)
         kept = torch.from_numpy(arrays.kept_tokens).to(token_ids.device)
@@ -271,6 +273,7 @@ class EagerRunner:
             slots=page_tables[:, part_of, positions // page_size] * page_size + positions % page_size,
             positions=positions,
             page_size=page_size,
+            rows=torch.from_numpy(arrays.part_rows).to(device).long(),
         )
         token_ids = torch.from_numpy(arrays.token_ids).to(device).long()
         return torch.where(token_ids == UNSEEN, self._last_token_ids[token_rows.long()], token_ids), batch

@@ -50,6 +50,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "window_size": 128, "window_layers": (0,), "attention_sinks": True, "norm_offset": 0.0,
         "attention_bias": True, "attention_output_bias": True,
     },
+    "qwen3.5": {
+        "architecture": "Qwen3_5ForCausalLM", "hidden_size": 2560, "intermediate_size": 9216, "num_heads": 16,
+        "num_kv_heads": 4, "head_dim": 256, "partial_rotary_factor": 0.25, "norm_offset": 1.0, "qk_norm": True,
+        "attention_gate": True, "tie_embeddings": True,
+        "delta": {"layers": (0,), "num_key_heads": 16, "num_value_heads": 32, "key_dim": 128, "value_dim": 128},
+    },
+    "qwen3.5 with odd heads, the rule last": {
+        "architecture": "Qwen3_5ForCausalLM", "hidden_size": 1024, "num_heads": 8, "num_kv_heads": 2,
+        "norm_offset": 1.0, "qk_norm": True, "attention_gate": True,
+        "delta": {
+            "layers": (1,), "num_key_heads": 4, "num_value_heads": 12, "key_dim": 96, "value_dim": 80, "kernel_size": 3,
+        },
+    },
     "mqa, heads of 80": {"hidden_size": 640, "num_heads": 8, "num_kv_heads": 1},
     "heads of 256": {"hidden_size": 1024, "num_heads": 4, "num_kv_heads": 4, "head_dim": 256},
     "odd sizes, window in one layer": {

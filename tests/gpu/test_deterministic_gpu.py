@@ -51,6 +51,7 @@ def create_requests(num: int, num_tokens: int) -> list[GenerationRequest]:
         "qwen3-30b-a3b",
         "gemma-2-9b with lower caps",
         "gemma-3-4b",
+        "qwen3.5",
     ],
 )
 def test_tokens_do_not_depend_on_the_batch(shape, config):

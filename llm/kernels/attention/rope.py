@@ -24,7 +24,8 @@ def rope_and_store(
     """Normalise and rotate queries and keys; write queries to `query`; store keys and values.
 
     Args:
-        qkv: (tokens, (num_heads + 2 num_kv_heads) head_dim), contiguous: the heads' queries, keys, values.
+        qkv: (tokens, (num_heads + 2 num_kv_heads) head_dim), contiguous: the heads' queries, keys, values; or as many
+            more as there are query heads, where behind each query stands a gate, which is left alone.
         query: (tokens, num_heads, head_dim), contiguous.
         kv_pages: (2, pages, page_size, num_kv_heads, head_dim); 8 bits wide they take what is too large as their
             largest number.
@@ -37,13 +38,14 @@ def rope_and_store(
     num_kv_heads = kv_pages.shape[3]
     block_heads = math.gcd(math.gcd(num_heads, num_kv_heads), 8)  # a program never mixes queries, keys and values
     query_norm, key_norm = norms or (None, None)
+    num_query_parts = (unscaled(qkv).shape[1] // head_dim - 2 * num_kv_heads) // num_heads
     _rope_and_store[(num_tokens, (num_heads + 2 * num_kv_heads) // block_heads)](
         unscaled(qkv), query, kv_pages[0], kv_pages[1], page_tables, token_rows, positions, rope_table,
         None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight,
         0.0 if query_norm is None else query_norm.eps, page_tables.stride(0), rope_table.stride(0),
-        **scale_arguments(qkv), NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
-        NUM_PAIRS=rope_table.shape[2],
-        HALF_BLOCK=triton.next_power_of_2(head_dim // 2), BLOCK_HEADS=block_heads, PAGE_SIZE=kv_pages.shape[2],
+        **scale_arguments(qkv), NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, QUERY_PARTS=num_query_parts,
+        HALF=head_dim // 2, NUM_PAIRS=rope_table.shape[2], HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
+        BLOCK_HEADS=block_heads, PAGE_SIZE=kv_pages.shape[2],
         OFFSET=None if query_norm is None else query_norm.offset, num_warps=2, **launch_options(query.device),
     )  # fmt: skip
 
@@ -52,8 +54,9 @@ def rope_and_store(
 def _rope_and_store(
     qkv, query, keys, values, page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
     table_stride, sin_offset, row_scales, scales, bias,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, NUM_PAIRS: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, OFFSET: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, QUERY_PARTS: tl.constexpr, HALF: tl.constexpr,
+    NUM_PAIRS: tl.constexpr, HALF_BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token, block of heads): each head as two halves, of which the numbers that turn do so in pairs."""
@@ -69,10 +72,15 @@ def _rope_and_store(
         second_dim = tl.where(dim < NUM_PAIRS, dim + NUM_PAIRS, dim + HALF)
     column = head[:, None] * (2 * HALF) + first_dim[None, :]
     second_column = head[:, None] * (2 * HALF) + second_dim[None, :]
-    source = token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF)
+    source = token * ((QUERY_PARTS * NUM_HEADS + 2 * NUM_KV_HEADS) * 2 * HALF)
     dtype: tl.constexpr = query.dtype.element_ty
-    first = load_product(qkv, source + column, mask, token, column, row_scales, scales, bias, dtype)
-    second = load_product(qkv, source + second_column, mask, token, second_column, row_scales, scales, bias, dtype)
+    # Gates stand between queries, and in front of the keys.
+    num_skipped = (tl.minimum(head, NUM_HEADS)[:, None] * (QUERY_PARTS - 1)) * (2 * HALF)
+    first = load_product(
+        qkv, source + num_skipped + column, mask, token, num_skipped + column, row_scales, scales, bias, dtype
+    )
+    second_place = num_skipped + second_column
+    second = load_product(qkv, source + second_place, mask, token, second_place, row_scales, scales, bias, dtype)
     position = tl.load(positions + token)
     is_query = first_head < NUM_HEADS
     is_value = first_head >= NUM_HEADS + NUM_KV_HEADS

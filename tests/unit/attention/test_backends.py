@@ -34,6 +34,7 @@ def create_batch(lens: list[tuple[int, int]], num_pages: int, generator: torch.G
         slots=torch.stack([torch.full((len(slots),), num_pages * PAGE_SIZE), torch.tensor(slots)]),
         positions=torch.tensor(positions),
         page_size=PAGE_SIZE,
+        rows=torch.arange(len(lens)),
     )
 
 

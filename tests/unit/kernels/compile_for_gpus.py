@@ -16,6 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from llm.kernels import (
     activation,
     adjust,
+    delta_rule,
     experts,
     few_rows,
     groups as groups_kernels,
@@ -26,7 +27,7 @@ from llm.kernels import (
     sampling,
     soft_cap,
 )
-from llm.kernels.attention import decode, gather, hopper_prefill, prefill, rope
+from llm.kernels.attention import decode, gates, gather, hopper_prefill, prefill, rope
 from llm.kernels.launch import stages_in
 
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
@@ -110,8 +111,8 @@ def compile_rope() -> None:
         weight = BF16 if is_narrow == is_scaled else None
         more = {"keys": pages, "values": pages, "query_norm": weight, "key_norm": weight, **scales}
         num_pairs = 48 if is_scaled else 64
-        offset = 1.0 if is_scaled else None
-        compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes, NUM_PAIRS=num_pairs, OFFSET=offset)
+        more |= {"QUERY_PARTS": 1 + is_narrow, "OFFSET": 1.0 if is_scaled else None}
+        compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes, NUM_PAIRS=num_pairs)
 
 
 def compile_attention() -> None:
@@ -208,6 +209,25 @@ def compile_products() -> None:
         tile = {**common, **NO_GROUPS, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
         tile |= {"ROWS": 16, "OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": num_parts, "IS_SHARED": num_parts > 1}
         compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+
+
+def compile_delta_rule() -> None:
+    """Of Qwen3.6 27B's shape, on older chips too; products as they are and to be scaled."""
+    arguments = dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), INT)
+    arguments |= dict.fromkeys(("token_rows", "positions"), INT)
+    arguments |= dict.fromkeys(("mixed", "weight", "tails", "output", "convolved", "decay", "decay_bias", "qkv"), BF16)
+    arguments |= {"log_rates": FLOAT, "matrices": FLOAT, "scale": "fp32", "eps": "fp32", "num_tokens": "i32"}
+    sizes = {"NUM_CHANNELS": 10240, "KERNEL_SIZE": 4, "TAIL_LEN": 3, "BLOCK": 512, "CONV_SIZE": 10240}
+    sizes |= {"NUM_KEY_HEADS": 16, "NUM_VALUE_HEADS": 48, "KEY_DIM": 128, "KEY_BLOCK": 128, "VALUE_DIM": 128}
+    sizes |= {"VALUES": 8, "NUM_BLOCKS": 16, "OUTPUT_SIZE": 6144, "NUM_HEADS": 24, "HEAD_DIM": 256}
+    for scales in (SCALES, NO_SCALES):
+        step = {**arguments, **sizes, **scales, "stride": "i32", "decay_stride": "i32"}
+        compile_kernel("short convolution", delta_rule._short_convolution, step)
+        compile_kernel("tails", delta_rule._store_tails, step)
+        compile_kernel("gated norm", delta_rule._gate_by_norm, {**step, "BLOCK": 128}, num_warps=1)
+        compile_kernel("gates", gates._gate_heads, {**step, "BLOCK": 256}, num_warps=1)
+    for capability in SHARED_MEMORY:
+        compile_kernel("delta rule", delta_rule._gated_delta_rule, step, capability=capability, num_warps=1)
 
 
 def compile_experts() -> None:
@@ -308,6 +328,7 @@ if __name__ == "__main__":
     compile_activations()
     compile_rope()
     compile_attention()
+    compile_delta_rule()
     compile_long_prefill()
     compile_products()
     compile_experts()

@@ -28,6 +28,11 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "activation": 6,
         "rounding": 1,
         "rope": 4,
+        "delta rule": 3,
+        "short convolution": 2,
+        "tails": 2,
+        "gated norm": 2,
+        "gates": 2,
         "single row": 6,
         "tile": 6,
     }

@@ -165,7 +165,7 @@ def test_logits_do_not_depend_on_chunks_and_company(kind):
             model.page_groups, num_pages=8, page_size=8, num_kv_heads=2, head_dim=16, device=DEVICE, dtype=HALF
         )
         workspace = KernelWorkspace(
-            model.attention_specs, kv_cache, ints([[[3, 1], [0, 5]]]), ints([0, 0]), HALF,
+            model.layer_specs, kv_cache, ints([[[3, 1], [0, 5]]]), ints([0, 0]), HALF,
             max_tokens=64, max_parts=4, deterministic=True, experts=model.experts,
         )  # fmt: skip
         for step in steps:

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -51,6 +53,12 @@ def qwen3_moe(**changes: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**{**SHAPE, **shape, **changes})
 
 
+def qwen3_5(**changes: Any) -> Qwen3_5TextConfig:
+    delta = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    shape = {"num_hidden_layers": 5, "head_dim": 32, "linear_value_head_dim": 24, "initializer_range": 0.03}
+    return Qwen3_5TextConfig(**{**SHAPE, **delta, **shape, **changes})
+
+
 def rope(kind: str, **changes: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **changes}}
 
@@ -70,6 +78,7 @@ def gemma_3(**changes: Any) -> dict[str, Any]:
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+MROPE = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {
     "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.7, 4.0, 9.0],
@@ -158,6 +167,17 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "qwen2_yarn": lambda: Qwen2Config(**{**SHAPE, **rope("yarn", **YARN)}),
     "qwen3": lambda: Qwen3Config(**{**SHAPE, "head_dim": 24}),
+    "qwen3_5": qwen3_5,
+    "qwen3_5_images": lambda: Qwen3_5Config(
+        text_config=qwen3_5(**rope("default", partial_rotary_factor=0.5, **MROPE)).to_dict(),
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
+    ),
+    "qwen3_5_tied": lambda: qwen3_5(
+        tie_word_embeddings=True,
+        linear_num_value_heads=2,
+        linear_conv_kernel_dim=3,
+        layer_types=["full_attention", "linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    ),
     "qwen3_tied": lambda: Qwen3Config(**{**SHAPE, "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
     "qwen3_moe": lambda: qwen3_moe(norm_topk_prob=True, moe_intermediate_size=56),
     "qwen3_moe_dense": lambda: qwen3_moe(decoder_sparse_step=2, mlp_only_layers=[2], attention_bias=True),

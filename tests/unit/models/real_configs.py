@@ -67,6 +67,22 @@ _GEMMA_3: dict[str, Any] = {
         "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
     },
 }  # fmt: skip
+_QWEN_3_5: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "bos_token_id": 248044,
+    "dtype": "bfloat16", "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+    "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17408,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 16, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_value_head_dim": 128,
+    "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "model_type": "qwen3_5_text",
+    "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24,
+    "num_hidden_layers": 64, "num_key_value_heads": 4, "output_gate_type": "swish", "pad_token_id": None,
+    "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "tie_word_embeddings": False, "use_cache": True,
+    "vocab_size": 248320,
+    "rope_parameters": {
+        "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000, "rope_type": "default",
+    },
+}  # fmt: skip
 
 REAL_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma-2-9b-it": {
@@ -264,6 +280,18 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-32B": {
         **_QWEN_3, "hidden_size": 5120, "intermediate_size": 25600, "max_window_layers": 64,
         "num_attention_heads": 64, "num_hidden_layers": 64, "tie_word_embeddings": False,
+    },
+    "Qwen3.6-27B": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056, "language_model_only": False,
+        "model_type": "qwen3_5", "text_config": _QWEN_3_5, "tie_word_embeddings": False,
+        "transformers_version": "5.3.0", "video_token_id": 248057, "vision_end_token_id": 248054,
+        "vision_start_token_id": 248053,
+        "vision_config": {
+            "deepstack_visual_indexes": [], "depth": 27, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1152,
+            "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4304, "model_type": "qwen3_5",
+            "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 5120, "patch_size": 16,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
     },
     "Qwen3-Embedding-0.6B": {**_QWEN_3, "eos_token_id": 151643, "max_position_embeddings": 32768, "vocab_size": 151669},
     "Qwen3-30B-A3B": {

@@ -45,6 +45,9 @@ KINDS = [
     "qwen2_window",
     "qwen2_yarn",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_images",
+    "qwen3_5_tied",
     "qwen3_tied",
     "qwen3_moe",
     "qwen3_moe_dense",
@@ -110,6 +113,8 @@ def test_greedy_tokens_with_caches_equal(checkpoints, greedy_of_transformers, ki
     expected = greedy_of_transformers(kind, length)
     assert len(set(expected)) > 8, "a random model that repeats itself proves little"
     assert greedy_of_ours(ours, ids, ours.make_kv_caches(1)) == expected
+    if ours.delta_specs:
+        return  # no plain cache holds what such a layer keeps
     plain = KVCache.from_model_config(1, 256, ours.num_layers, ours.num_kv_heads, ours.config.head_size)
     assert greedy_of_ours(ours, ids, plain) == expected
 
@@ -139,10 +144,10 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
         assert list(alone[0].token_ids) == tokens
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5"])
 @torch.inference_mode()
 def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind):
-    """64 tokens each: in chunks, preempted, from the prefix cache, and resumed from a part of the output."""
+    """64 tokens each: in chunks, preempted, from the prefix cache, if any, and resumed from a part of the output."""
     lengths = (90, 17, 5)
     expected = [greedy_of_transformers(kind, length) for length in lengths]
     requests = [
@@ -165,7 +170,7 @@ def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greed
     num_cached = engine.stats().num_cached_prompt_tokens
     results = engine.generate(again, progress=False)
     assert [list(result.token_ids) for result in results] == [tokens[7 * i :] for i, tokens in enumerate(expected)]
-    assert engine.stats().num_cached_prompt_tokens > num_cached
+    assert (engine.stats().num_cached_prompt_tokens > num_cached) is not bool(engine.model.delta_specs)
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from llm.attention.dense import DenseContext
 from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.checkpoint.model_config import load_model_config
-from llm.config import EngineConfig
+from llm.config import EngineConfig, Quantization, WeightFormat, WeightLayout
 from llm.errors import CheckpointError, ConfigError
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
@@ -119,6 +119,22 @@ def test_the_kernels_give_the_tokens_of_the_torch_operations(checkpoints, tmp_pa
         engine = ContinuousBatchingEngine(load_decoder(tmp_path, progress=False), config=config)
         tokens.append([result.token_ids for result in engine.generate(requests, progress=False)])
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_ignored"),
+    [
+        ("model.language_model.layers.3.linear_attn.in_proj_a", True),
+        ("re:model[.]language_model[.]layers[.]3[.]", True),
+        ("re:.*in_proj_a", True),
+        ("model.language_model.layers.3.linear_attn.in_proj_b", False),
+    ],
+)
+def test_names_of_a_text_half_are_the_models_own(pattern, is_ignored):
+    """Where the checkpoint has more halves than one, its lists name modules as its files do."""
+    formats = (WeightFormat(layout=WeightLayout.FP8),)
+    found = Quantization(formats=formats, ignored=(pattern,)).format_of("model.layers.3.linear_attn.in_proj_a")
+    assert (found is None) is is_ignored
 
 
 @pytest.mark.parametrize("ignored", ["re:.*self_attn.*", "model.layers.1"])
