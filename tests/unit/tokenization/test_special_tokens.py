@@ -60,6 +60,7 @@ def assert_as_in_transformers(directory: Path) -> HFTokenizer:
     # Other than transformers 4, 5 shows a special token that only added_tokens.json numbers.
     shown = theirs.decode(everything, skip_special_tokens=True).replace("<|end_header_id|>", "")
     assert ours.decode(everything) == shown
+    assert ours.encode("on photosynthesis, say") == theirs.encode("on photosynthesis, say")
     for text in TEXTS:
         assert ours.decode(ours.encode(text, add_special_tokens=False)) == text
     return ours
@@ -102,6 +103,11 @@ def ids_in_a_file_of_their_own(directory: Path) -> None:
     )
 
 
+def words_in_a_file_of_their_own(directory: Path) -> None:
+    """Vocabulary, not control."""
+    write(directory, added_tokens={"photosynthesis": HFTokenizer.from_pretrained(directory).vocab_size})
+
+
 def additional_tokens(directory: Path) -> None:
     without_added(directory, END)
     tool = {"__type": "AddedToken", "content": "<tool>", "special": True}
@@ -125,8 +131,8 @@ def a_name_that_no_file_numbers(directory: Path) -> None:
 
 PLACES: list[Callable[[Path], None]] = [
     bos_and_eos_in_the_map, no_configuration_but_the_map, the_map_wins, ids_in_the_configuration,
-    ids_in_a_file_of_their_own, additional_tokens, extra_tokens_of_transformers_5, named_extra_tokens,
-    a_name_that_no_file_numbers,
+    ids_in_a_file_of_their_own, words_in_a_file_of_their_own, additional_tokens, extra_tokens_of_transformers_5,
+    named_extra_tokens, a_name_that_no_file_numbers,
 ]  # fmt: skip
 
 
