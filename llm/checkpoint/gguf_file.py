@@ -93,13 +93,10 @@ class GGUFFile:
         """The numbers of a tensor, unpacked into an array that is the caller's own."""
         tensor = self.tensors[name]
         packed_type = self._gguf.GGMLQuantizationType[tensor.type_name]
-        with memoryview(self._data) as view, view[tensor.offset : tensor.offset + tensor.num_bytes] as part:
-            packed = np.frombuffer(part, np.uint8).reshape(*tensor.shape[:-1], -1)
-            numbers: npt.NDArray[np.float32] = self._gguf.dequantize(packed, packed_type)
-            # Float32 is unpacked into a view of the file, which must not outlive it.
-            owned = np.array(numbers, np.float32, copy=True) if tensor.type_name == "F32" else numbers
-            del packed, numbers
-        return owned.reshape(tensor.shape)
+        # A copy of the bytes, since nothing may point into a mapping when it is closed.
+        packed = np.frombuffer(self._data[tensor.offset : tensor.offset + tensor.num_bytes], np.uint8)
+        numbers: npt.NDArray[np.float32] = self._gguf.dequantize(packed.reshape(*tensor.shape[:-1], -1), packed_type)
+        return (numbers if numbers.flags.writeable else numbers.copy()).reshape(tensor.shape)
 
     def _read_header(self) -> tuple[dict[str, Any], dict[str, PackedTensor]]:
         cursor = _Cursor(self._data)
@@ -145,7 +142,7 @@ class GGUFFile:
                 f"{self.path}: {name} has a type that cannot be unpacked (ggml's number {code}); use another "
                 "quantization of the model, or a newer package gguf"
             ) from error
-        if not shape or shape[-1] % block_len:
+        if not shape or 0 in shape or shape[-1] % block_len:
             raise _DamageError(f"{name} has shape {shape}, which blocks of {block_len} do not fill")
         return name, PackedTensor(shape, packed_type.name, offset, math.prod(shape) // block_len * block_bytes)
 

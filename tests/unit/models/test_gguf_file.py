@@ -100,6 +100,15 @@ def test_a_damaged_header_is_refused_in_one_line_or_read(file, tmp_path_factory,
             opened.read(name)
 
 
+@pytest.mark.parametrize("size", [0, 33, 1 << 40, (1 << 64) - 1])
+def test_a_shape_that_cannot_be_is_refused(file, tmp_path, size):
+    content = file.read_bytes()
+    place = content.index(b"token_embd.weight") + len("token_embd.weight") + 4
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content[:place] + struct.pack("<Q", size) + content[place + 8 :])
+    assert "token_embd.weight" in refusal(path)
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"PK\x03\x04" + bytes(100))
