@@ -90,7 +90,8 @@ class Bench:
     def singles(self) -> Iterator[tuple[float, str]]:
         """Microseconds of that kernel, by outputs and pieces."""
         for outputs, pieces in product((1, 2, 4, 8), (64, 128, 256)):
-            with patch.object(products, "_GROUP_OUTPUTS", outputs), patch.object(products, "_MOST_PIECES", pieces):
+            cut = outputs, pieces
+            with patch.object(products, "_GROUP_CUT", cut), patch.object(products, "_GATED_GROUP_CUT", cut):
                 yield self._timed(self.single), f"single row, {outputs} outputs, {pieces} pieces"
 
     def library(self) -> float:

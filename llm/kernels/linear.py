@@ -54,7 +54,7 @@ _SMALL_WEIGHT_ROWS = 32
 """A tile of a smaller one has so many at most, and twice as many where there are more than MAX_FEW_ROWS: more programs
 share its short sums, in place of cuts. What two of them read is in the second-level cache."""
 _SINGLE_OUTPUTS = 4
-_GROUP_OUTPUTS, _MOST_PIECES = 4, 128
+_GROUP_CUT, _GATED_GROUP_CUT = (8, 256), (4, 64)
 """Of a program of one row of weights in groups: outputs, and pieces of 8 bytes of each that it reads at once."""
 _MULTIPROCESSORS = 132
 """Of the chip that the rules are made for. A constant: on every chip deterministic sums are cut alike."""
@@ -271,11 +271,12 @@ class Linear:
         gated_by: Activation | None, *, adds: bool,
     ) -> torch.Tensor:  # fmt: skip
         num_outputs, num_inputs = output.shape[1], x.shape[1]
-        pieces = min(_MOST_PIECES, triton.next_power_of_2(num_inputs // 16))
-        single_row_of_groups[(num_outputs // _GROUP_OUTPUTS,)](
+        outputs, most_pieces = _GROUP_CUT if gated_by is None else _GATED_GROUP_CUT
+        pieces = min(most_pieces, triton.next_power_of_2(num_inputs // 16))
+        single_row_of_groups[(num_outputs // outputs,)](
             x, None if norm is None else norm.weight, weights.weight, groups.scales, groups.zeros, groups.order,
             weights.bias, output, num_outputs, num_inputs, groups.size, 0.0 if norm is None else norm.eps,
-            OUTPUTS=_GROUP_OUTPUTS, PIECES=pieces, SPAN=groups.span, SWIGLU=gated_by is not None,
+            OUTPUTS=outputs, PIECES=pieces, SPAN=groups.span, SWIGLU=gated_by is not None,
             GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds,
             IN_ASSEMBLY=self._device.type == "cuda", num_warps=max(pieces // 32, 1), **launch_options(self._device),
         )  # fmt: skip

@@ -23,15 +23,17 @@ def fold_cache_scales(model: DecoderModel) -> None:
         return
     for layer, (key, value) in zip(model.layers, model.cache_scales.log2().ceil().exp2().tolist(), strict=True):
         assert isinstance(layer, Layer), "they all are"
+        if layer.delta_spec is not None:
+            continue  # it has no keys and values
         spec, qkv, output = layer.spec, layer.get_submodule("qkv_proj"), layer.get_submodule("o_proj")
         assert isinstance(qkv, nn.Linear), "a projection"
         assert isinstance(output, nn.Linear), "a projection"
         factors = torch.ones(spec.qkv_size, device=qkv.weight.device)
-        first_key, first_value = spec.output_size, spec.output_size + spec.num_kv_heads * spec.head_dim
+        size = spec.num_kv_heads * spec.head_dim
         if getattr(layer, "k_norm", None) is None:
-            factors[:first_key] = key
-            factors[first_key:first_value] = 1 / key
-        factors[first_value:] = 1 / value
+            factors[: spec.output_size] = key
+            factors[-2 * size : -size] = 1 / key
+        factors[-size:] = 1 / value
         _multiply(qkv, factors)
         if qkv.bias is not None:
             qkv.bias.mul_(factors)

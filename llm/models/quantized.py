@@ -10,6 +10,7 @@ from torch import nn
 from llm.config import ModelConfig, WeightFormat
 from llm.core.weight_groups import FP8, MIDDLE, WeightGroups, dequantize, span_of
 from llm.errors import ConfigError
+from llm.models.delta import ExactLinear
 from llm.models.experts import ExpertProjections
 from llm.models.lora import replace_module
 
@@ -140,6 +141,11 @@ def use_formats(model: nn.Module, config: ModelConfig, sources: dict[str, list[s
             raise ConfigError(
                 f"quantization_config: quantized experts ({sources[name][0]}) are not supported; use the checkpoint in "
                 "bfloat16, with quantization: fp8 where memory is short"
+            )
+        if first is not None and isinstance(module, ExactLinear):
+            raise ConfigError(
+                f"quantization_config: {sources[name][0]} is quantized, which is not supported for a projection that "
+                "decides what a state keeps; use a checkpoint that ignores it"
             )
         if first is not None and isinstance(module, nn.Linear):
             _check(first, module, sources[name][0])

@@ -41,7 +41,7 @@ def fp8_by_channel_with(**changes) -> Layout:
     return Layout({**layout.config, **changes}, layout.write)
 
 
-KINDS = ["llama", "llama_mqa_biases", "qwen2_tied", "qwen3", "phi3"]
+KINDS = ["llama", "llama_mqa_biases", "qwen2_tied", "qwen3", "phi3", "gemma3"]
 
 
 def prompt(length: int) -> torch.Tensor:
@@ -206,6 +206,13 @@ def test_unsupported_settings_are_refused_by_their_key(checkpoints, tmp_path, ed
     with pytest.raises(ConfigError, match=reason) as info:
         check_checkpoint(tmp_path)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("qwen3_moe", "experts"), ("qwen3_5", "what a state keeps")])
+def test_projections_that_no_format_is_for_are_refused(checkpoints, tmp_path, kind, what):
+    write(checkpoints, tmp_path, fp8_by_tensor(), kind)
+    with pytest.raises(ConfigError, match=f"quantization_config: .*{what}"):
+        check_checkpoint(tmp_path)
 
 
 def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_path, edit):
