@@ -21,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_TEXT_HALF,
     "LlamaForCausalLM": LLAMA,
+    "Ministral3ForCausalLM": MISTRAL,
     "MinistralForCausalLM": MISTRAL,
     "Mistral3ForConditionalGeneration": MISTRAL3_TEXT_HALF,
     "MistralForCausalLM": MISTRAL,

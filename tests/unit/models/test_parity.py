@@ -34,6 +34,7 @@ KINDS = [
     "mistral",
     "mistral_window",
     "ministral",
+    "ministral3",
     "mistral3_text_half",
     "mixtral",
     "phi3",
