@@ -89,6 +89,9 @@ class RopeScaling(StrictModel):
     long_factor: tuple[float, ...] | None = None
     """longrope: the same where some are."""
 
+    llama_4_scaling_beta: float | None = Field(default=None, ge=0)
+    """Queries grow with their position p: `1 + beta ln(1 + floor(p / original))` is a factor on them (Ministral 3)."""
+
     @model_validator(mode="after")
     def _check_factors(self) -> Self:
         if self.rope_type is RopeScalingType.LONGROPE and (self.short_factor is None or self.long_factor is None):

@@ -26,6 +26,7 @@ class RotaryEmbedding:
         self._theta, self._scaling = theta, scaling
         self._context_len = max_seq_len
         self._table: torch.Tensor | None = None
+        self._query_scales: torch.Tensor | None = None
 
     def fit_context(self, context_len: int) -> None:
         """Choose the angles for sequences of so many tokens at most; `max_seq_len` unless this is called.
@@ -40,6 +41,18 @@ class RotaryEmbedding:
         """Cosines and sines of `positions` (…) int64: two tensors (…, 1, dim / 2), to broadcast over heads."""
         cos, sin = self.table(positions.device)[:, positions].unsqueeze(-2)
         return cos, sin
+
+    def query_scales(self, device: torch.device) -> torch.Tensor | None:
+        """What the queries of each position are multiplied by, (max_seq_len,) float32; None for nothing."""
+        scaling = self._scaling
+        if scaling is None or not scaling.llama_4_scaling_beta:
+            return None
+        if self._query_scales is None or self._query_scales.device != device:
+            original_len = scaling.original_max_position_embeddings or self.max_seq_len
+            with torch.device("cpu"):
+                rounds = torch.arange(self.max_seq_len) // original_len
+                self._query_scales = (1 + scaling.llama_4_scaling_beta * torch.log(1 + rounds.float())).to(device)
+        return self._query_scales
 
     def table(self, device: torch.device) -> torch.Tensor:
         """Cosines, then sines, of every position: (2, max_seq_len, dim / 2) float32."""

@@ -60,6 +60,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
         key_names("""
             rms_norm_eps rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor
             beta_fast beta_slow mscale mscale_all_dim rope_local_base_freq query_pre_attn_scalar
+            llama_4_scaling_beta
             attn_logit_softcapping final_logit_softcapping
         """),
     ),

@@ -124,6 +124,7 @@ class KernelWorkspace:
         assert all((s.num_heads, s.num_kv_heads, s.head_dim) == heads for s in attention_specs), "several shapes"
         for layer_spec in attention_specs:
             layer_spec.rope.table(device)  # now, and not while a graph is captured
+            layer_spec.rope.query_scales(device)
         windows = {layer_spec.window for layer_spec in attention_specs}
         self.decode = PagedDecode(max_parts, *heads, device)
         self.decode_items = {
@@ -226,7 +227,10 @@ class KernelOperations:
         query, output = (self._output.new_empty(shape, dtype=workspace.dtype) for _ in range(2))
         norms = None if qk_norms is None else (_norm(qk_norms[0]), _norm(qk_norms[1]))
         rope_table = spec.rope.table(query.device)
-        rope_and_store(qkv, query, kv_pages, page_tables, tokens.rows, tokens.positions, rope_table, norms)
+        query_scales = spec.rope.query_scales(query.device)
+        rope_and_store(
+            qkv, query, kv_pages, page_tables, tokens.rows, tokens.positions, rope_table, norms, query_scales
+        )
         scoring = Scoring(spec.softmax_scale, spec.soft_cap, sinks if spec.has_sinks else None)
         self._attend(query, kv_pages, page_tables, spec.window, scoring, output)
         if spec.has_gate:

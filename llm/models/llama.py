@@ -94,11 +94,13 @@ class _Reader:
 
 
 _MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
+_MINISTRAL3_DEFAULTS = {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
 _QWEN2_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN3_DEFAULTS = {**_QWEN2_DEFAULTS, "head_dim": 128}
 
 LLAMA = Family(_Reader(reads_biases=True, has_windows=False), make_layers, _layer_weights)
 MISTRAL = Family(_Reader(defaults=_MISTRAL_DEFAULTS), make_layers, _layer_weights)
+MINISTRAL3 = Family(_Reader(defaults=_MINISTRAL3_DEFAULTS), make_layers, _layer_weights)
 QWEN2 = Family(
     _Reader(has_qkv_bias=True, has_window_switch=True, defaults=_QWEN2_DEFAULTS), make_layers, _layer_weights
 )

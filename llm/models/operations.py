@@ -166,6 +166,9 @@ class TorchOperations:
             self._angles[spec.rope] = spec.rope.angles(self._positions)
         cos, sin = self._angles[spec.rope]
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query_scales = spec.rope.query_scales(query.device)
+        if query_scales is not None:
+            query = query * query_scales[self._positions, None, None].to(query.dtype)
         output = self._context.attend(layer, spec, query, key, value, sinks)
         if gate is not None:
             output = output * torch.sigmoid(gate)

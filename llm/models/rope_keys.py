@@ -105,6 +105,7 @@ def _understood(found: dict[str, Any], trained_len: int, can_be_partial: bool) -
     if kind != "default" and kind not in set(RopeScalingType):
         supported = ", ".join(["default", *RopeScalingType])
         raise ConfigError(f"rope type {shown(kind)} is not supported; supported: {supported}")
+    found = {key: value for key, value in found.items() if key != "max_position_embeddings" or value != trained_len}
     known = _KNOWN_UNSCALED if kind == "default" else _KNOWN_SCALED
     for key, value in found.items():
         if key not in known and value not in (None, 1):

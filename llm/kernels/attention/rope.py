@@ -20,6 +20,7 @@ def rope_and_store(
     positions: torch.Tensor,
     rope_table: torch.Tensor,
     norms: tuple[Norm, Norm] | None,
+    query_scales: torch.Tensor | None = None,
 ) -> None:
     """Normalise and rotate queries and keys; write queries to `query`; store keys and values.
 
@@ -33,6 +34,7 @@ def rope_and_store(
         token_rows, positions: (tokens,) int32, row and position of each token's sequence.
         rope_table: (2, max_seq_len, pairs) float32, cosines then sines: the first 2 pairs numbers of a head turn.
         norms: QK-norm over each head, of queries and of keys; None for none.
+        query_scales: (max_seq_len,) float32, what queries are multiplied by behind everything else; None for nothing.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
@@ -42,7 +44,7 @@ def rope_and_store(
     _rope_and_store[(num_tokens, (num_heads + 2 * num_kv_heads) // block_heads)](
         unscaled(qkv), query, kv_pages[0], kv_pages[1], page_tables, token_rows, positions, rope_table,
         None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight,
-        0.0 if query_norm is None else query_norm.eps, page_tables.stride(0), rope_table.stride(0),
+        0.0 if query_norm is None else query_norm.eps, query_scales, page_tables.stride(0), rope_table.stride(0),
         **scale_arguments(qkv), NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, QUERY_PARTS=num_query_parts,
         HALF=head_dim // 2, NUM_PAIRS=rope_table.shape[2], HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
         BLOCK_HEADS=block_heads, PAGE_SIZE=kv_pages.shape[2],
@@ -53,7 +55,7 @@ def rope_and_store(
 @triton.jit
 def _rope_and_store(
     qkv, query, keys, values, page_tables, token_rows, positions, rope_table, query_norm, key_norm, norm_eps,
-    table_stride, sin_offset, row_scales, scales, bias,
+    query_scales, table_stride, sin_offset, row_scales, scales, bias,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, QUERY_PARTS: tl.constexpr, HALF: tl.constexpr,
     NUM_PAIRS: tl.constexpr, HALF_BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -105,6 +107,10 @@ def _rope_and_store(
         second = (second * cos + first * sin).to(dtype)
         first = rotated.to(dtype)
     if is_query:
+        if query_scales is not None:
+            scale = tl.load(query_scales + position).to(dtype)
+            first *= scale
+            second *= scale
         rotated_query = query + token * (NUM_HEADS * 2 * HALF)
         tl.store(rotated_query + column, first, mask=mask)
         tl.store(rotated_query + second_column, second, mask=mask)

@@ -232,8 +232,12 @@ def test_rope_and_store_equals_the_layers(num_heads, num_kv_heads, head_dim, has
     expected_pages[0, pages, positions.long() % PAGE_SIZE] = apply_rotary(key, cos, sin)
     expected_pages[1, pages, positions.long() % PAGE_SIZE] = value
 
+    query_scales = torch.rand(640, device=DEVICE) + 0.5 if offset is not None else None
+    expected_query = apply_rotary(query, cos, sin)
+    if query_scales is not None:
+        expected_query = expected_query * query_scales[positions.long(), None, None].to(dtype)
     kernel_norms = tuple(Norm(norm.weight.data, 1e-6, offset) for norm in norms) if has_norm else None
     rotated = torch.full((5, num_heads, head_dim), torch.nan, device=DEVICE, dtype=dtype)
-    rope_and_store(qkv.flatten(1), rotated, kv_pages, tables, rows, positions, rope_table, kernel_norms)
-    torch.testing.assert_close(rotated, apply_rotary(query, cos, sin), rtol=1.6e-2, atol=1e-5)
+    rope_and_store(qkv.flatten(1), rotated, kv_pages, tables, rows, positions, rope_table, kernel_norms, query_scales)
+    torch.testing.assert_close(rotated, expected_query, rtol=1.6e-2, atol=1e-5)
     torch.testing.assert_close(kv_pages, expected_pages, rtol=1.6e-2, atol=1e-5)

@@ -112,6 +112,7 @@ def compile_rope() -> None:
         more = {"keys": pages, "values": pages, "query_norm": weight, "key_norm": weight, **scales}
         num_pairs = 48 if is_scaled else 64
         more |= {"QUERY_PARTS": 1 + is_narrow, "OFFSET": 1.0 if is_scaled else None}
+        more["query_scales"] = FLOAT if is_scaled else None
         compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes, NUM_PAIRS=num_pairs)
 
 

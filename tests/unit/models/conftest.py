@@ -14,6 +14,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
     Mistral3Config,
     MistralConfig,
@@ -132,6 +133,21 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
             "sliding_window": 17,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         }
+    ),
+    "ministral3": lambda: Ministral3Config(
+        **{**SHAPE, "head_dim": 16},
+        rope_parameters={
+            "type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 32,
+            "max_position_embeddings": 512,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.4,
+        },
     ),
     "mistral3_text_half": lambda: Mistral3Config(
         text_config={**SHAPE, "model_type": "mistral", "sliding_window": None, "head_dim": 16},

@@ -200,6 +200,28 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
             "num_channels": 3, "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0,
         },
     },
+    "Ministral-3-8B-Instruct-2512": {
+        "architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16", "image_token_index": 10,
+        "model_type": "mistral3", "multimodal_projector_bias": False, "projector_hidden_act": "gelu",
+        "spatial_merge_size": 2, "tie_word_embeddings": False, "transformers_version": "5.0.0.dev0",
+        "text_config": {
+            "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+            "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 262144,
+            "model_type": "ministral3", "num_attention_heads": 32, "num_hidden_layers": 34, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05, "sliding_window": None, "use_cache": True, "vocab_size": 131072,
+            "rope_parameters": {
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0,
+                "rope_type": "yarn", "type": "yarn",
+            },
+        },
+        "vision_config": {
+            "attention_dropout": 0.0, "head_dim": 64, "hidden_act": "silu", "hidden_size": 1024, "image_size": 1540,
+            "intermediate_size": 4096, "model_type": "pixtral", "num_attention_heads": 16, "num_hidden_layers": 24,
+            "patch_size": 14, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "vision_feature_layer": -1,
+    },
     "Ministral-8B-Instruct-2410": {
         **_MISTRAL, "attention_dropout": 0.0, "head_dim": 128, "intermediate_size": 12288,
         "max_position_embeddings": 32768, "num_hidden_layers": 36, "rope_theta": 100000000.0, "sliding_window": 32768,

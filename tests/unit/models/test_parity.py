@@ -34,6 +34,7 @@ KINDS = [
     "mistral",
     "mistral_window",
     "ministral",
+    "ministral3",
     "mistral3_text_half",
     "mixtral",
     "phi3",
@@ -144,9 +145,9 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
         assert list(alone[0].token_ids) == tokens
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5"])
+@pytest.mark.parametrize(("kind", "num_pages"), [("qwen3_moe", 14), ("qwen3_5", 14), ("gemma2", 26), ("gemma3", 34)])
 @torch.inference_mode()
-def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind):
+def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind, num_pages):
     """64 tokens each: in chunks, preempted, from the prefix cache, if any, and resumed from a part of the output."""
     lengths = (90, 17, 5)
     expected = [greedy_of_transformers(kind, length) for length in lengths]
@@ -159,10 +160,14 @@ def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greed
         )
         for length in lengths
     ]
-    config = EngineConfig(max_batch_size=3, max_seq_len=256, max_tokens_per_step=24, num_pages=14)
-    engine = ContinuousBatchingEngine(load(checkpoints(kind)[0]), config=config)
+    config = EngineConfig(max_batch_size=3, max_seq_len=256, max_tokens_per_step=24, num_pages=num_pages)
+    model = load(checkpoints(kind)[0])
+    small = ContinuousBatchingEngine(model, config=config)
+    assert [list(result.token_ids) for result in small.generate(requests, progress=False)] == expected
+    assert small.stats().num_preemptions > 0
+    # Pages that windows have left behind stay in the cache where there is room.
+    engine = ContinuousBatchingEngine(model, config=config.model_copy(update={"num_pages": 200}))
     assert [list(result.token_ids) for result in engine.generate(requests, progress=False)] == expected
-    assert engine.stats().num_preemptions > 0
     again = [
         request.model_copy(update={"request_id": str(i), "output_token_ids": tuple(tokens[: 7 * i])})
         for i, (request, tokens) in enumerate(zip(requests, expected, strict=True))

@@ -5,7 +5,6 @@ Its experts are made to give nothing, and so is the feed-forward of a Llama whos
 
 import pytest
 import torch
-from conftest import SHAPE
 from test_parity import greedy_of_ours, prompt
 from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -24,9 +23,10 @@ YARN = {
 @pytest.fixture(scope="module")
 def theirs() -> GptOssForCausalLM:
     config = GptOssConfig(
-        **{**SHAPE, "head_dim": 16, "sliding_window": 17, "num_local_experts": 4, "num_experts_per_tok": 2},
-        rope_parameters={**YARN, "rope_theta": 1500.0},
-    )
+        vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.2, sliding_window=17,
+        num_local_experts=4, num_experts_per_tok=2, rope_parameters={**YARN, "rope_theta": 1500.0},
+    )  # fmt: skip
     torch.manual_seed(0)
     model = GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
