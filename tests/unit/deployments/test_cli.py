@@ -19,6 +19,7 @@ from deployments.cli.chat import _Talk
 from deployments.cli.check import weight_bytes
 from deployments.cli.serve import _content, _override
 from deployments.replica.engine_factory import slot_bytes
+from llm.checkpoint.model_config import load_model_config
 from llm.config import ModelConfig
 from llm.errors import ConfigError
 
@@ -99,6 +100,14 @@ def test_memory_of_a_known_model():
     )  # fmt: skip
     assert weight_bytes(model, 2) == pytest.approx(2 * 8.03e9, rel=0.001)
     assert slot_bytes(model, 2) == 128 * 1024
+
+
+def test_memory_of_a_model_with_states():
+    """Qwen3.6 27B: 26.9 billion parameters, 64 KiB a token in 16 layers of 64, 154 MB a row in the others."""
+    model = load_model_config(ROOT / "benchmarks/models/qwen3.6-27b")
+    assert weight_bytes(model, 2) == pytest.approx(2 * 26.9e9, rel=0.003)
+    assert slot_bytes(model, 2) == 64 * 1024
+    assert model.state_bytes(2) == 48 * (3 * 10_240 * 2 + 48 * 128 * 128 * 4)
 
 
 @pytest.mark.parametrize("command", ["chat", "status"])

@@ -142,8 +142,8 @@ def test_shapes_that_cannot_be(changes, reason):
         ModelConfig(**{**SHAPE, "delta": DeltaConfig(**{**DELTA, **changes})})
 
 
-def test_a_failed_step_leaves_others_alone():
-    """Who comes after a sequence that ended in the middle of its prompt finds nothing of it in the row."""
+def test_a_row_forgets_a_sequence_that_was_given_up():
+    """Who comes after one that ended in the middle of its prompt finds nothing of it."""
     engine = create_engine(model(), max_batch_size=1, max_tokens_per_step=8)
     long, request = create_requests(temperature=0.0)[5], create_requests(temperature=0.0)[2]
     engine.add_request(long)
