@@ -21,7 +21,8 @@ import triton
 from llm.config import Activation
 from llm.core.weight_groups import WeightGroups
 from llm.kernels import linear as products
-from llm.kernels.linear import Linear, Weights, _Tile
+from llm.kernels.linear import Linear, Weights
+from llm.kernels.tiles import Tile
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 _GROUP = 128
@@ -32,17 +33,17 @@ _BANDWIDTH = 4.3e12
 _DEVICE = torch.device("cuda")
 
 
-def tiles(num_rows: int, name: str) -> Iterator[_Tile]:
+def tiles(num_rows: int, name: str) -> Iterator[Tile]:
     """Those to try for so many rows."""
     rows = max(16, 1 << (num_rows - 1).bit_length())
     if num_rows > 64:
         for tile_rows, outputs, warps, stages in product((64, 128), (64, 128), (4, 8), (2, 3)):
-            yield _Tile(tile_rows, outputs, _SPAN, 1, False, warps, stages)
+            yield Tile(tile_rows, outputs, _SPAN, 1, False, warps, stages)
         return
     num_tiles = SHAPES[name][1] // _SPAN
     for outputs, warps, parts, stages in product((64, 128), (4, 8), (1, 2, 4), (3, 5)):
         if num_tiles % parts == 0 and not (outputs == 64 and warps == 8):
-            yield _Tile(rows, outputs, _SPAN, parts, parts > 1, warps, stages)
+            yield Tile(rows, outputs, _SPAN, parts, parts > 1, warps, stages)
 
 
 def create_weights(num_outputs: int, num_inputs: int) -> Weights:
@@ -75,11 +76,11 @@ class Bench:
             self.x, weights, self.output, gated_by=Activation.SILU if self.is_gated else None, adds=not self.is_gated
         )
 
-    def microseconds(self, tile: _Tile | None) -> float:
+    def microseconds(self, tile: Tile | None) -> float:
         """Of a call with a tile; None for the rule's."""
         if tile is None:
             return self._timed(self.call if len(self.x) > 1 else self.single)
-        with patch.object(products, "_group_tile", lambda *_: tile):
+        with patch.object(products, "group_tile", lambda *_: tile):
             return self._timed(self.call)
 
     def single(self, weights: Weights) -> None:
@@ -138,7 +139,7 @@ def compile_some(rows: list[int], share: int, num_shares: int) -> None:
     for name, num_rows, tile in list(work.values())[share::num_shares]:
         bench = Bench(name, num_rows, num_copies=1)
         try:
-            with patch.object(products, "_group_tile", lambda *_, tile=tile: tile):
+            with patch.object(products, "group_tile", lambda *_, tile=tile: tile):
                 bench.call(bench.weights[0])
         except (RuntimeError, triton.OutOfResources) as error:
             print(name, num_rows, tile, type(error).__name__, str(error)[:80], file=sys.stderr)
@@ -161,7 +162,7 @@ def main() -> None:
         job.wait()
     for name, num_rows in product(SHAPES, options.rows):
         bench = Bench(name, num_rows)
-        found: list[tuple[float, _Tile]] = []
+        found: list[tuple[float, Tile]] = []
         for tile in tiles(num_rows, name):
             try:
                 found.append((bench.microseconds(tile), tile))

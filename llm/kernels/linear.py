@@ -18,8 +18,6 @@ one program does.
 """
 
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -32,39 +30,24 @@ from llm.kernels.groups import single_row_of_groups, written_out
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
+from llm.kernels.tiles import (
+    MAX_FEW_ROWS,
+    MAX_SOME_ROWS,
+    OUTPUTS,
+    TILE_K,
+    few_tile,
+    fits_wide_tiles,
+    fixed_tile,
+    group_tile,
+    scratch_sizes,
+)
 
-MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
-"""Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
 _LEAST_INPUTS = 16
-_GROUP_PROGRAMS, _MOST_GROUP_PARTS = {16: 220, 32: 190, 64: 96}, 4
-"""With fewer programs, for so many rows, the sum of weights in groups is cut, into so many parts at most."""
-_OUTPUTS, _TILE_K = 64, 128
-_WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
-"""Of a SwiGLU with more than MAX_FEW_ROWS rows: one program multiplies large weights with all of them, so that they are
-read once, and more and shorter tiles are on their way at once."""
-_MIN_PROGRAMS, _MIN_TILES = 64, 4
-"""Below this many programs the sum is cut too, while this many tiles of it are left for each."""
-_GOOD_PROGRAMS, _GOOD_TILES = 80, 8
-"""The same where sums are long enough for another cut to pay."""
-_MANY_BLOCKS = 264
-"""From here on several programs wait for each multiprocessor: two at once with fewer stages beat one with more."""
 _LARGE_WEIGHT = 1 << 24
 """Numbers of a weight from which on a tile has all rows, 32 at least."""
-_SMALL_WEIGHT_ROWS = 32
-"""A tile of a smaller one has so many at most, and twice as many where there are more than MAX_FEW_ROWS: more programs
-share its short sums, in place of cuts. What two of them read is in the second-level cache."""
 _SINGLE_OUTPUTS = 4
 _GROUP_CUT, _GATED_GROUP_CUT = (8, 256), (4, 64)
 """Of a program of one row of weights in groups: outputs, and pieces of 8 bytes of each that it reads at once."""
-_MULTIPROCESSORS = 132
-"""Of the chip that the rules are made for. A constant: on every chip deterministic sums are cut alike."""
-_LEAST_BUSY = 0.8
-"""Share of the multiprocessors that wide tiles keep busy at least, one on each, until the last is done."""
-_LEAST_ROWS, _MOST_ROWS = 16, 256
-"""Rows of a deterministic tile. How a tensor core adds up one output does not depend on the width of its instruction,
-which tests/gpu/test_deterministic_gpu.py checks bit by bit; on a chip where it does, these have to be equal."""
-_SHARING_TILES, _SHARING_ROW_BLOCKS = 96, 2
-"""With fewer tiles and at most so many blocks of rows, each part of a deterministic sum has a program of its own."""
 _ROW_BLOCKS_IN_TURN = 4
 """So many blocks of rows come one after another for the same weights, which the second-level cache then still has."""
 
@@ -122,12 +105,7 @@ class Linear:
     def __init__(self, device: torch.device, *, deterministic: bool = False) -> None:
         self._device = device
         self._deterministic = deterministic
-        # At most twice _GOOD_PROGRAMS programs ever share sums of all rows, each with at most two tiles.
-        num_partial = 4 * _GOOD_PROGRAMS * _OUTPUTS * MAX_SOME_ROWS
-        num_arrivals = max(_GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS, *_GROUP_PROGRAMS.values())
-        if deterministic:
-            num_partial = _SHARING_ROW_BLOCKS * _MULTIPROCESSORS * 2 * _OUTPUTS * _MOST_ROWS
-            num_arrivals = _SHARING_TILES
+        num_partial, num_arrivals = scratch_sizes(deterministic)
         self._partial = torch.empty(num_partial, device=device)
         self._arrivals = torch.zeros(num_arrivals, dtype=torch.int32, device=device)
 
@@ -204,7 +182,7 @@ class Linear:
 
     def _is_few(self, x: torch.Tensor, weights: Weights, num_outputs: int, *, swiglu: bool = False) -> bool:
         """Whether our kernels take this product: they have no masks for odd shapes, and no tensor cores for float32."""
-        fits_some = not weights.is_large or (swiglu and _fits_wide_tiles(num_outputs))
+        fits_some = not weights.is_large or (swiglu and fits_wide_tiles(num_outputs))
         takes_some = fits_some and weights.scales is None
         most_rows = MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS
         if weights.groups is not None:
@@ -213,8 +191,8 @@ class Linear:
             not self._deterministic
             and len(x) <= most_rows
             and x.dtype.itemsize == 2
-            and num_outputs % _OUTPUTS == 0
-            and (weights.num_inputs % _TILE_K == 0 if weights.groups is None else _has_tiles(weights))
+            and num_outputs % OUTPUTS == 0
+            and (weights.num_inputs % TILE_K == 0 if weights.groups is None else _has_tiles(weights))
         )
 
     def _is_single(self, stream: ResidualStream, weights: Weights, num_outputs: int) -> bool:
@@ -292,11 +270,11 @@ class Linear:
         groups = weights.groups
         if self._deterministic:
             k = None if groups is None else groups.span
-            tile = _fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize, k)
+            tile = fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize, k)
         elif groups is not None:
-            tile = _group_tile(num_rows, num_outputs, num_inputs, groups.span)
+            tile = group_tile(num_rows, num_outputs, num_inputs, groups.span)
         else:
-            tile = _few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
+            tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
         in_turn = min(num_row_blocks, _ROW_BLOCKS_IN_TURN)
@@ -318,57 +296,6 @@ class Linear:
         return output
 
 
-class _Tile(NamedTuple):
-    """How a product is cut up.
-
-    Attributes:
-        rows, outputs, k: size of a tile.
-        num_parts: equal parts of each sum, added up in order.
-        is_shared: each part is another program's.
-    """
-
-    rows: int
-    outputs: int
-    k: int
-    num_parts: int
-    is_shared: bool
-    num_warps: int
-    num_stages: int
-
-
-@cache
-def _few_tile(num_rows: int, num_outputs: int, num_inputs: int, is_large: bool, swiglu: bool) -> _Tile:
-    """What is fast for 2 to MAX_SOME_ROWS rows."""
-    num_blocks, rows = num_outputs // _OUTPUTS, max(16, triton.next_power_of_2(num_rows))
-    num_parts = _num_splits(2 * num_blocks if swiglu else num_blocks, num_inputs // _TILE_K)
-    is_some = num_rows > MAX_FEW_ROWS
-    k = _SHORT_TILE_K if swiglu and is_some else _TILE_K
-    if not is_large:
-        rows = min(rows, 2 * _SMALL_WEIGHT_ROWS if is_some else _SMALL_WEIGHT_ROWS)
-        return _Tile(rows, _OUTPUTS, k, num_parts, num_parts > 1, 4, 6 if is_some else 5)
-    if is_some:
-        return _Tile(MAX_SOME_ROWS, _WIDE_OUTPUTS, k, 1, False, 8, 4)
-    # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
-    rows = max(16 if swiglu else 32, rows)
-    num_stages = 4 if swiglu or num_parts > 2 or num_blocks >= _MANY_BLOCKS else 5
-    return _Tile(rows, _OUTPUTS, k, num_parts, num_parts > 1, 4, num_stages)
-
-
-@cache
-def _group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int) -> _Tile:
-    """What is fast for up to MAX_FEW_ROWS rows of weights in groups, `k` inputs at a time: `benchmarks.group_tiles`."""
-    rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
-    is_wide = rows > _SMALL_WEIGHT_ROWS and num_outputs % _WIDE_OUTPUTS == 0
-    outputs = _WIDE_OUTPUTS if is_wide else _OUTPUTS
-    num_blocks, num_tiles, num_parts = num_outputs // outputs, num_inputs // k, 1
-    while num_parts < _MOST_GROUP_PARTS and num_tiles % (2 * num_parts) == 0:
-        if num_parts * num_blocks >= _GROUP_PROGRAMS[rows]:
-            break
-        num_parts *= 2
-    num_stages = 5 if rows == _LEAST_ROWS and num_blocks <= MAX_FEW_ROWS else 3
-    return _Tile(rows, outputs, k, num_parts, num_parts > 1, 8 if is_wide else 4, num_stages)
-
-
 def _has_tiles(weights: Weights) -> bool:
     """Whether our kernels take weights in groups: tensor cores take 16 inputs at once."""
     assert weights.groups is not None, "asked of those alone"
@@ -378,48 +305,3 @@ def _has_tiles(weights: Weights) -> bool:
 def _code_bytes(weights: Weights, k: int) -> int:
     """Bytes of the codes of `k` inputs."""
     return k // 2 if weights.weight.dtype == torch.uint8 else k
-
-
-@cache
-def _fits_wide_tiles(num_outputs: int) -> bool:
-    """Whether a large SwiGLU's wide tiles keep the chip busy."""
-    num_blocks, rest = divmod(num_outputs, _WIDE_OUTPUTS)
-    return rest == 0 and num_blocks >= _LEAST_BUSY * _MULTIPROCESSORS * triton.cdiv(num_blocks, _MULTIPROCESSORS)
-
-
-@cache
-def _fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int, group_k: int | None) -> _Tile:
-    """Deterministic: `k` and `num_parts`, which order the sums, by the weight's shape; the rest by what is fast.
-
-    Args:
-        group_k: what `k` has to be for weights in groups; None for others.
-    """
-    if itemsize == 4:  # without tensor cores: no shape is fast
-        return _Tile(32, 32, group_k or 32, 1, False, 4, 2)
-    k = group_k or 64
-    is_wide = num_outputs >= 8192 or num_inputs >= 8192
-    outputs = 2 * _OUTPUTS if is_wide else _OUTPUTS
-    num_blocks, num_tiles_left, num_parts = triton.cdiv(num_outputs, outputs), triton.cdiv(num_inputs, k), 1
-    while 2 * num_parts * num_blocks <= _MULTIPROCESSORS and num_tiles_left % 2 == 0 and num_tiles_left >= 16:
-        num_parts, num_tiles_left = 2 * num_parts, num_tiles_left // 2
-    rows = min(max(triton.next_power_of_2(num_rows), _LEAST_ROWS), _MOST_ROWS if group_k is None else MAX_FEW_ROWS)
-    num_row_blocks = triton.cdiv(num_rows, rows)
-    is_shared = num_parts > 1 and num_row_blocks <= _SHARING_ROW_BLOCKS and num_row_blocks * num_blocks < _SHARING_TILES
-    if num_parts > 1 and not is_shared and rows * outputs > 128 * 128:
-        rows = max(128, _LEAST_ROWS)  # one sum of a part and one of the whole have to fit the registers
-    num_warps = 8 if rows * outputs >= 128 * 128 else 4
-    num_stages = 4 if rows * outputs >= 128 * 64 else 5
-    return _Tile(rows, outputs, k, num_parts, is_shared, num_warps, num_stages)
-
-
-def _num_splits(num_blocks: int, num_tiles: int) -> int:
-    """How many programs share each sum of `num_tiles` tiles: a power of two. A block of SwiGLU counts as two."""
-    num_splits = 1
-    while num_tiles % (2 * num_splits) == 0:
-        num_programs, num_tiles_left = num_blocks * num_splits, num_tiles // (2 * num_splits)
-        is_short_of_programs = num_programs < _MIN_PROGRAMS and num_tiles_left >= _MIN_TILES
-        is_worth_it = num_programs < _GOOD_PROGRAMS and num_tiles_left >= _GOOD_TILES
-        if not (is_short_of_programs or is_worth_it):
-            break
-        num_splits *= 2
-    return num_splits

@@ -1,0 +1,142 @@
+"""How products of few rows are cut into tiles, and deterministic ones of any number.
+
+Rules of the shape alone, found by measuring: docs/decisions/0006 and 0015 have the measurements.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import triton
+
+MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
+"""Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
+_GROUP_PROGRAMS, _MOST_GROUP_PARTS = {16: 220, 32: 190, 64: 96}, 4
+"""With fewer programs, for so many rows, the sum of weights in groups is cut, into so many parts at most."""
+OUTPUTS, TILE_K = 64, 128
+"""Of a tile, in most cases. Our kernels take no weight whose sizes are not multiples of these."""
+_WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
+"""Of a SwiGLU with more than MAX_FEW_ROWS rows: one program multiplies large weights with all of them, so that they are
+read once, and more and shorter tiles are on their way at once."""
+_MIN_PROGRAMS, _MIN_TILES = 64, 4
+"""Below this many programs the sum is cut too, while this many tiles of it are left for each."""
+_GOOD_PROGRAMS, _GOOD_TILES = 80, 8
+"""The same where sums are long enough for another cut to pay."""
+_MANY_BLOCKS = 264
+"""From here on several programs wait for each multiprocessor: two at once with fewer stages beat one with more."""
+_SMALL_WEIGHT_ROWS = 32
+"""A tile of a small weight has so many rows at most, and twice as many where there are more than MAX_FEW_ROWS: more
+programs share its short sums, in place of cuts. What two of them read is in the second-level cache."""
+_MULTIPROCESSORS = 132
+"""Of the chip that the rules are made for. A constant: on every chip deterministic sums are cut alike."""
+_LEAST_BUSY = 0.8
+"""Share of the multiprocessors that wide tiles keep busy at least, one on each, until the last is done."""
+_LEAST_ROWS, _MOST_ROWS = 16, 256
+"""Rows of a deterministic tile. How a tensor core adds up one output does not depend on the width of its instruction,
+which tests/gpu/test_deterministic_gpu.py checks bit by bit; on a chip where it does, these have to be equal."""
+_SHARING_TILES, _SHARING_ROW_BLOCKS = 96, 2
+"""With fewer tiles and at most so many blocks of rows, each part of a deterministic sum has a program of its own."""
+
+
+class Tile(NamedTuple):
+    """How a product is cut up.
+
+    Attributes:
+        rows, outputs, k: size of a tile.
+        num_parts: equal parts of each sum, added up in order.
+        is_shared: each part is another program's.
+    """
+
+    rows: int
+    outputs: int
+    k: int
+    num_parts: int
+    is_shared: bool
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def few_tile(num_rows: int, num_outputs: int, num_inputs: int, is_large: bool, swiglu: bool) -> Tile:
+    """What is fast for 2 to MAX_SOME_ROWS rows."""
+    num_blocks, rows = num_outputs // OUTPUTS, max(16, triton.next_power_of_2(num_rows))
+    num_parts = _num_splits(2 * num_blocks if swiglu else num_blocks, num_inputs // TILE_K)
+    is_some = num_rows > MAX_FEW_ROWS
+    k = _SHORT_TILE_K if swiglu and is_some else TILE_K
+    if not is_large:
+        rows = min(rows, 2 * _SMALL_WEIGHT_ROWS if is_some else _SMALL_WEIGHT_ROWS)
+        return Tile(rows, OUTPUTS, k, num_parts, num_parts > 1, 4, 6 if is_some else 5)
+    if is_some:
+        return Tile(MAX_SOME_ROWS, _WIDE_OUTPUTS, k, 1, False, 8, 4)
+    # The wider tile is 1 to 7% faster for few rows too: 30.8 instead of 32.4 µs for 8 of the 8B shape's `down`.
+    rows = max(16 if swiglu else 32, rows)
+    num_stages = 4 if swiglu or num_parts > 2 or num_blocks >= _MANY_BLOCKS else 5
+    return Tile(rows, OUTPUTS, k, num_parts, num_parts > 1, 4, num_stages)
+
+
+@cache
+def group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int) -> Tile:
+    """What is fast for up to MAX_FEW_ROWS rows of weights in groups, `k` inputs at a time: `benchmarks.group_tiles`."""
+    rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
+    is_wide = rows > _SMALL_WEIGHT_ROWS and num_outputs % _WIDE_OUTPUTS == 0
+    outputs = _WIDE_OUTPUTS if is_wide else OUTPUTS
+    num_blocks, num_tiles, num_parts = num_outputs // outputs, num_inputs // k, 1
+    while num_parts < _MOST_GROUP_PARTS and num_tiles % (2 * num_parts) == 0:
+        if num_parts * num_blocks >= _GROUP_PROGRAMS[rows]:
+            break
+        num_parts *= 2
+    num_stages = 5 if rows == _LEAST_ROWS and num_blocks <= MAX_FEW_ROWS else 3
+    return Tile(rows, outputs, k, num_parts, num_parts > 1, 8 if is_wide else 4, num_stages)
+
+
+@cache
+def fits_wide_tiles(num_outputs: int) -> bool:
+    """Whether a large SwiGLU's wide tiles keep the chip busy."""
+    num_blocks, rest = divmod(num_outputs, _WIDE_OUTPUTS)
+    return rest == 0 and num_blocks >= _LEAST_BUSY * _MULTIPROCESSORS * triton.cdiv(num_blocks, _MULTIPROCESSORS)
+
+
+@cache
+def fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int, group_k: int | None) -> Tile:
+    """Deterministic: `k` and `num_parts`, which order the sums, by the weight's shape; the rest by what is fast.
+
+    Args:
+        group_k: what `k` has to be for weights in groups; None for others.
+    """
+    if itemsize == 4:  # without tensor cores: no shape is fast
+        return Tile(32, 32, group_k or 32, 1, False, 4, 2)
+    k = group_k or 64
+    is_wide = num_outputs >= 8192 or num_inputs >= 8192
+    outputs = 2 * OUTPUTS if is_wide else OUTPUTS
+    num_blocks, num_tiles_left, num_parts = triton.cdiv(num_outputs, outputs), triton.cdiv(num_inputs, k), 1
+    while 2 * num_parts * num_blocks <= _MULTIPROCESSORS and num_tiles_left % 2 == 0 and num_tiles_left >= 16:
+        num_parts, num_tiles_left = 2 * num_parts, num_tiles_left // 2
+    rows = min(max(triton.next_power_of_2(num_rows), _LEAST_ROWS), _MOST_ROWS if group_k is None else MAX_FEW_ROWS)
+    num_row_blocks = triton.cdiv(num_rows, rows)
+    is_shared = num_parts > 1 and num_row_blocks <= _SHARING_ROW_BLOCKS and num_row_blocks * num_blocks < _SHARING_TILES
+    if num_parts > 1 and not is_shared and rows * outputs > 128 * 128:
+        rows = max(128, _LEAST_ROWS)  # one sum of a part and one of the whole have to fit the registers
+    num_warps = 8 if rows * outputs >= 128 * 128 else 4
+    num_stages = 4 if rows * outputs >= 128 * 64 else 5
+    return Tile(rows, outputs, k, num_parts, is_shared, num_warps, num_stages)
+
+
+def _num_splits(num_blocks: int, num_tiles: int) -> int:
+    """How many programs share each sum of `num_tiles` tiles: a power of two. A block of SwiGLU counts as two."""
+    num_splits = 1
+    while num_tiles % (2 * num_splits) == 0:
+        num_programs, num_tiles_left = num_blocks * num_splits, num_tiles // (2 * num_splits)
+        is_short_of_programs = num_programs < _MIN_PROGRAMS and num_tiles_left >= _MIN_TILES
+        is_worth_it = num_programs < _GOOD_PROGRAMS and num_tiles_left >= _GOOD_TILES
+        if not (is_short_of_programs or is_worth_it):
+            break
+        num_splits *= 2
+    return num_splits
+
+
+def scratch_sizes(deterministic: bool) -> tuple[int, int]:
+    """What programs that share sums need at most: numbers for parts of sums, and counters of programs that are done."""
+    if deterministic:
+        return _SHARING_ROW_BLOCKS * _MULTIPROCESSORS * 2 * OUTPUTS * _MOST_ROWS, _SHARING_TILES
+    # At most twice _GOOD_PROGRAMS programs ever share sums of all rows, each with at most two tiles.
+    num_arrivals = max(_GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS, *_GROUP_PROGRAMS.values())
+    return 4 * _GOOD_PROGRAMS * OUTPUTS * MAX_SOME_ROWS, num_arrivals
