@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deployments.bench.command import app as bench
-from deployments.cli import chat, check, convert, doctor, pull, serve, status
+from deployments.cli import chat, check, convert, doctor, local, pull, serve, status
 from deployments.version import __version__
 from llm.errors import LLMError
 
@@ -23,7 +23,9 @@ app.command()(chat.chat)
 app.command()(check.check)
 app.command()(convert.convert)
 app.command()(doctor.doctor)
+app.command("list")(local.list_models)
 app.command()(pull.pull)
+app.command()(local.rm)
 app.command()(status.status)
 app.add_typer(bench, name="bench")
 

