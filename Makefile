@@ -86,6 +86,7 @@ fuzz: $(VENV)/.dev  ## Ten minutes of requests made up from the OpenAPI descript
 
 docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(BIN)/python -m deployments.cli.config_reference > docs/configuration.md
+	$(BIN)/python -m deployments.cli.command_reference > docs/command-line.md
 	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev  ## Check style and the direction of imports

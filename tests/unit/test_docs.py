@@ -1,18 +1,19 @@
 """The documents tell the truth: generated pages are current, examples load, commands and links exist."""
 
+import ast
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.main import get_command
 
-from deployments.cli import app
-from deployments.cli.config_reference import reference
+from deployments.cli import app, command_reference, config_reference
 from deployments.config import AppConfig
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +25,89 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_configuration_page_is_what_the_code_makes():
-    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), (
-        "run: python -m deployments.cli.config_reference > docs/configuration.md"
-    )
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [("configuration.md", config_reference), ("command-line.md", command_reference)],
+    ids=["configuration", "command-line"],
+)
+def test_generated_page_is_what_the_code_makes(page: str, module: Any):
+    assert (ROOT / "docs" / page).read_text() == module.reference(), f"run: python -m {module.__name__} > docs/{page}"
+
+
+def test_every_command_is_in_the_reference():
+    """With the options that its help shows, and each only once."""
+    text = command_reference.reference()
+    commands = dict(get_command(app).commands)
+    commands |= {f"bench {name}": command for name, command in commands.pop("bench").commands.items()}
+    sections = dict(re.findall(r"^## rayline ([\w ]+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert sections.keys() == commands.keys()
+    for name, command in commands.items():
+        options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+        rows = re.findall(r"^\| `(--[\w-]+)`", sections[name], re.MULTILINE)
+        assert rows == options, name
+
+
+def test_readme_fits_a_screen_and_a_half():
+    """The rest belongs on a page of its own."""
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_figures_of_the_readme_are_those_of_the_performance_page():
+    """So that a new measurement cannot leave the old one behind in either."""
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| .*\d", line)]
+    assert rows
+    assert [row for row in rows if row not in (ROOT / "docs" / "performance.md").read_text().splitlines()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_times_as_fast_is_what_its_row_says(page: str):
+    """Above 1 where Rayline is faster: more tokens a second, or less time."""
+    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / page).read_text(), re.MULTILINE)
+    tables = [table for table in tables if "| times as fast |" in table]
+    assert tables
+    for table in tables:
+        is_time = False
+        for row in table.splitlines()[2:]:
+            name, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+            is_time = bool(re.search(r", m?s( ¹)?$", name)) or (is_time and "tokens/s" not in name)
+            for ours, theirs, ratio in (cells[i : i + 3] for i in range(0, len(cells), 3)):
+                if ratio:
+                    rate = float(ours.replace(",", "")) / float(theirs.replace(",", ""))
+                    assert abs((1 / rate if is_time else rate) - float(ratio)) < 0.0051, row
+
+
+def source_texts() -> list[str]:
+    """Every text that the code holds, with … for each value that is put into one."""
+    texts = []
+    for path in [*(ROOT / "llm").rglob("*.py"), *(ROOT / "deployments").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                texts.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
+    return texts
+
+
+def test_errors_of_the_troubleshooting_page_are_those_of_the_code():
+    """The texts that people will look for, and the codes of the API."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    texts = source_texts()
+    messages = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    assert len(messages) > 30
+    assert [message for message in messages if not any(message in text for text in texts)] == []
+    codes = re.findall(r"^\| \d{3}[^,]*, `(\w+)`", page, re.MULTILINE)
+    assert codes
+    assert set(codes) <= set(texts)
+
+
+def test_environment_page_has_every_variable_of_the_code():
+    variable = re.compile(r"(RAYLINE|RAY|SERVE|HF|TRITON|XDG|CUDA|KUBERAY|MALLOC)_[A-Z_]+")
+    names = {text for text in source_texts() if variable.fullmatch(text)}
+    assert "RAYLINE_CACHE" in names
+    page = (ROOT / "docs" / "environment.md").read_text()
+    assert sorted(name for name in names if f"`{name}" not in page) == []
 
 
 def build_site(folder: Path, site: Path) -> "subprocess.CompletedProcess[str]":
