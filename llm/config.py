@@ -262,6 +262,12 @@ class ModelConfig(StrictModel):
     """Width of an expert's SwiGLU."""
     normalize_expert_weights: bool = True
     """The weights of a token's experts add up to 1."""
+    expert_bias: bool = False
+    """Biases on the router and on the projections of experts (gpt-oss)."""
+    swiglu_limit: float | None = Field(default=None, gt=0)
+    """Experts gate by `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`, the gate bounded by this number from above and
+    `up` from both sides (gpt-oss); None for `silu(gate) * up`."""
+    swiglu_alpha: float = Field(default=1.702, gt=0)
     dense_layers: tuple[int, ...] = ()
     """Layers with an MLP in a model with experts."""
     quantization: Quantization | None = None

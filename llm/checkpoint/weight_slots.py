@@ -15,6 +15,8 @@ from llm.config import WeightLayout
 from llm.core.weight_groups import pack
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
+from llm.models.experts import ExpertProjections
+from llm.models.family import ExpertStack
 from llm.models.quantized import QuantizedLinear
 from llm.models.registry import destinations
 
@@ -65,6 +67,10 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
             target = destination.part_of(module.detach())
             slots[theirs] = Slot(target, (tuple(target.shape),))
             continue
+        if destination.stack is not None:
+            assert isinstance(module, ExpertProjections), "a stack is of experts"
+            slots.update(_stack_slots(theirs, module, destination.stack))
+            continue
         leaves = [name for name, _ in module.named_parameters(recurse=False)]
         if isinstance(module, QuantizedLinear):
             leaves = ["bias"]
@@ -91,6 +97,33 @@ def canonical_scale_name(name: str) -> str:
     """
     name = _CACHE_SCALE.sub(r"self_attn.\1_scale", name)
     return name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name
+
+
+def _stack_slots(name: str, module: ExpertProjections, stack: ExpertStack) -> Iterator[tuple[str, Slot]]:
+    """The slots of a projection of all experts of a layer and of its bias, by their names."""
+    num_experts, num_outputs, num_inputs = module.weight.shape
+
+    def arranged(tensor: torch.Tensor) -> torch.Tensor:
+        """What a checkpoint holds, or (experts, out, …) of it, as `target` has it."""
+        return tensor.unflatten(1, (-1, 2)) if stack is ExpertStack.ALTERNATING else tensor
+
+    def target(parameter: torch.Tensor) -> torch.Tensor:
+        """A view of a parameter, whose gates stand in front, in the order of the checkpoint."""
+        if stack is ExpertStack.IN_ORDER:
+            return parameter.detach()
+        return parameter.detach().unflatten(1, (2, -1)).transpose(1, 2)
+
+    yield (
+        name,
+        Slot(
+            target(module.weight),
+            ((num_experts, num_inputs, num_outputs),),
+            convert=lambda weight, _: arranged(weight.transpose(1, 2)),
+        ),
+    )
+    if module.bias is not None:
+        shape = num_experts, num_outputs
+        yield f"{name}_bias", Slot(target(module.bias), (shape,), convert=lambda bias, _: arranged(bias))
 
 
 def _number(tensor: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
