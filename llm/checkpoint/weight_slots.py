@@ -105,13 +105,13 @@ def _stack_slots(name: str, module: ExpertProjections, stack: ExpertStack) -> It
 
     def arranged(tensor: torch.Tensor) -> torch.Tensor:
         """What a checkpoint holds, or (experts, out, …) of it, as `target` has it."""
-        return tensor.unflatten(1, (-1, 2)) if stack is ExpertStack.ALTERNATING else tensor
+        return torch.unflatten(tensor, 1, (-1, 2)) if stack is ExpertStack.ALTERNATING else tensor
 
     def target(parameter: torch.Tensor) -> torch.Tensor:
         """A view of a parameter, whose gates stand in front, in the order of the checkpoint."""
         if stack is ExpertStack.IN_ORDER:
             return parameter.detach()
-        return parameter.detach().unflatten(1, (2, -1)).transpose(1, 2)
+        return torch.unflatten(parameter.detach(), 1, (2, -1)).transpose(1, 2)
 
     yield (
         name,
