@@ -369,9 +369,9 @@ def _single_sum(
             products = tl.load(row + column[None, :], mask=mask[None, :], other=0.0).to(tl.float32) * scale
             acc += products * (values * share)[None, :]
     before = tl.load(total + out)
-    made = tl.sum(acc, 1)
+    after = before.to(tl.float32) + tl.sum(acc, 1)
     if bias is not None:
         for slot in tl.static_range(PER_TOKEN):
             expert = tl.load(experts + slot).to(tl.int64)
-            made += tl.load(bias + expert * num_outputs + out).to(tl.float32) * tl.load(weights + slot)
-    tl.store(total + out, (before.to(tl.float32) + made).to(before.dtype))
+            after += tl.load(bias + expert * num_outputs + out).to(tl.float32) * tl.load(weights + slot)
+    tl.store(total + out, after.to(before.dtype))
