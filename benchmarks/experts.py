@@ -14,7 +14,8 @@ from functools import partial
 import torch
 
 from llm.checkpoint.model_config import load_model_config
-from llm.kernels.experts import ExpertMixture, ExpertTile, expert_tile
+from llm.kernels.expert_tiles import ExpertTile, expert_tile
+from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import quantize_weight
@@ -122,7 +123,7 @@ def main() -> None:
     config = load_model_config(options.model)
     shape = ExpertShape(
         config.num_experts, config.num_experts_per_token, config.expert_size, config.hidden_size,
-        config.normalize_expert_weights,
+        config.normalize_expert_weights, config.swiglu_limit, config.swiglu_alpha,
     )  # fmt: skip
     begin = time.perf_counter()
     torch.manual_seed(0)

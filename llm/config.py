@@ -120,6 +120,8 @@ class WeightLayout(StrEnum):
     """Lin et al. 2023 (arXiv:2306.00978): 4 bits in `qweight`, packed along the outputs."""
     GPTQ = "gptq"
     """Frantar et al. 2022 (arXiv:2210.17323): 4 bits in `qweight`, packed along the inputs."""
+    MXFP4 = "mxfp4"
+    """gpt-oss's experts: 4-bit floats with a scale for 32 of them, in tensors named `…_blocks` and `…_scales`."""
 
 
 class WeightFormat(StrictModel):
@@ -143,6 +145,11 @@ class WeightFormat(StrictModel):
     def num_bits(self) -> int:
         """Bits of a code."""
         return 8 if self.layout is WeightLayout.FP8 else 4
+
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether weights become plain numbers as they are loaded."""
+        return self.layout is WeightLayout.MXFP4
 
 
 class Quantization(StrictModel):
@@ -262,6 +269,12 @@ class ModelConfig(StrictModel):
     """Width of an expert's SwiGLU."""
     normalize_expert_weights: bool = True
     """The weights of a token's experts add up to 1."""
+    expert_bias: bool = False
+    """Biases on the router and on the projections of experts (gpt-oss)."""
+    swiglu_limit: float | None = Field(default=None, gt=0)
+    """Experts gate by `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`, the gate bounded by this number from above and
+    `up` from both sides (gpt-oss); None for `silu(gate) * up`."""
+    swiglu_alpha: float = Field(default=1.702, gt=0)
     dense_layers: tuple[int, ...] = ()
     """Layers with an MLP in a model with experts."""
     quantization: Quantization | None = None

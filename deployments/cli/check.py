@@ -86,7 +86,10 @@ def _width(model: ModelConfig, itemsize: int) -> str:
     width = f"{8 * itemsize} bits a number"
     if model.quantization is None:
         return width
-    bits = sorted({weight_format.num_bits for weight_format in model.quantization.formats})
+    kept = [weight_format for weight_format in model.quantization.formats if not weight_format.is_unpacked]
+    if not kept:
+        return f"{width}, those of experts too, which the files hold in 4 bits"
+    bits = sorted({weight_format.num_bits for weight_format in kept})
     return f"{' and '.join(map(str, bits))} in the layers' projections, elsewhere {width}"
 
 

@@ -69,10 +69,11 @@ def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
 
 def _places(model: DecoderModel) -> dict[str, Destination]:
     """Destination of each module that an adapter may be on, by its name in checkpoints."""
+    modules = dict(model.named_modules())
     return {
         name: place
         for name, place in destinations(model.config).items()
-        if place.module.startswith("layers.") and isinstance(model.get_submodule(place.module), nn.Linear)
+        if place.module.startswith("layers.") and isinstance(modules.get(place.module), nn.Linear)
     }
 
 

@@ -131,16 +131,20 @@ def check_checkpoint(directory: str | Path) -> CheckedCheckpoint:
             untied = config.model_copy(update={"tie_embeddings": False})
             _find_weights(DecoderModel.from_config(untied, device="meta"), directory, files)
             warning = f"{error}; it is used: set tie_word_embeddings to false"
-            return CheckedCheckpoint(untied, (*_left_out(config, directory), warning))
-    return CheckedCheckpoint(config, _left_out(config, directory))
+            return CheckedCheckpoint(untied, (*_notes(config, directory), warning))
+    return CheckedCheckpoint(config, _notes(config, directory))
 
 
-def _left_out(config: ModelConfig, directory: Path) -> tuple[str, ...]:
+def _notes(config: ModelConfig, directory: Path) -> tuple[str, ...]:
     """What is to be said of what a checkpoint can do and the engine cannot."""
     left_out = FAMILIES[config.architecture].left_out
-    if left_out is None:
-        return ()
-    return (f"{directory}: {config.architecture} is served without {left_out}",)
+    notes = [] if left_out is None else [f"{directory}: {config.architecture} is served without {left_out}"]
+    if config.quantization is not None and any(each.is_unpacked for each in config.quantization.formats):
+        notes.append(
+            f"{directory}: experts in 4 bits (MXFP4) are unpacked as they are loaded and take 16 bits a number, or "
+            "what dtype says; quantization: fp8 makes that 8"
+        )
+    return tuple(notes)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """What the `quantization_config` of a config.json says of the weights' formats.
 
 Read are compressed-tensors (github.com/vllm-project/compressed-tensors: float-quantized, pack-quantized), `fp8` as
-transformers' `FineGrainedFP8Config` describes it, `awq` (AutoAWQ's gemm layout) and `gptq` (AutoGPTQ, GPTQModel; both
-checkpoint formats). Whatever changes a weight's meaning and is not read is refused by its key.
+transformers' `FineGrainedFP8Config` describes it, `awq` (AutoAWQ's gemm layout), `gptq` (AutoGPTQ, GPTQModel; both
+checkpoint formats) and `mxfp4` as gpt-oss's checkpoints have it. Whatever changes a weight's meaning and is not read is
+refused by its key.
 """
 
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm.config import Quantization, WeightFormat, WeightLayout
+from llm.core.mxfp4 import BLOCK_SIZE
 from llm.errors import ConfigError
 from llm.models.config_keys import key_names, shown
 
@@ -215,11 +217,18 @@ def _gptq(keys: _Keys) -> Quantization:
     return Quantization(formats=(gptq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), "lm_head"))
 
 
+def _mxfp4(keys: _Keys) -> Quantization:
+    keys.refuse_others(key_names("quant_method modules_to_not_convert dequantize"))
+    mxfp4 = WeightFormat(layout=WeightLayout.MXFP4, targets=(r"re:.*\.experts\.",), group_size=BLOCK_SIZE)
+    return Quantization(formats=(mxfp4,), ignored=_as_patterns(keys.names("modules_to_not_convert")))
+
+
 _METHODS: dict[str, Callable[[_Keys], Quantization]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "awq": _awq,
     "gptq": _gptq,
+    "mxfp4": _mxfp4,
 }
 
 

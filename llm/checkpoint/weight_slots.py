@@ -1,7 +1,8 @@
 """Where each tensor of a checkpoint goes, and what becomes of it on the way: the layouts of quantized weights.
 
 The layouts are those that AutoAWQ (gemm), AutoGPTQ and GPTQModel, compressed-tensors and transformers' fp8 write; they
-pack eight codes of 4 bits into an int32, the first in the lowest bits, AWQ in an order of its own.
+pack eight codes of 4 bits into an int32, the first in the lowest bits, AWQ in an order of its own. Stacks of experts
+are those of transformers' `GptOssForCausalLM` in 16 bits, and of OpenAI's files in MXFP4.
 """
 
 import re
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llm.config import WeightLayout
+from llm.config import Quantization, WeightLayout
+from llm.core.mxfp4 import BLOCK_SIZE, unpack_mxfp4
 from llm.core.weight_groups import pack
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
+from llm.models.experts import ExpertProjections
+from llm.models.family import ExpertStack
 from llm.models.quantized import QuantizedLinear
 from llm.models.registry import destinations
 
@@ -23,6 +27,7 @@ Convert = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INTEGERS = frozenset({"I32", "I64"})
+_BYTES = frozenset({"U8"})
 _CACHE_SCALE = re.compile(r"self_attn\.([kv])_proj\.(?:output|\1)_scale$")
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where in an int32 AutoAWQ packs eight neighbouring outputs."""
@@ -65,6 +70,10 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
             target = destination.part_of(module.detach())
             slots[theirs] = Slot(target, (tuple(target.shape),))
             continue
+        if destination.stack is not None:
+            assert isinstance(module, ExpertProjections), "a stack is of experts"
+            slots.update(_stack_slots(theirs, module, destination.stack, model.config.quantization))
+            continue
         leaves = [name for name, _ in module.named_parameters(recurse=False)]
         if isinstance(module, QuantizedLinear):
             leaves = ["bias"]
@@ -91,6 +100,40 @@ def canonical_scale_name(name: str) -> str:
     """
     name = _CACHE_SCALE.sub(r"self_attn.\1_scale", name)
     return name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name
+
+
+def _stack_slots(
+    name: str, module: ExpertProjections, stack: ExpertStack, quantization: Quantization | None
+) -> Iterator[tuple[str, Slot]]:
+    """The slots of a projection of all experts of a layer and of its bias, by their names."""
+    num_experts, num_outputs, num_inputs = module.weight.shape
+
+    def arranged(tensor: torch.Tensor) -> torch.Tensor:
+        """What a checkpoint holds, or (experts, out, …) of it, as `target` has it."""
+        return torch.unflatten(tensor, 1, (-1, 2)) if stack is ExpertStack.ALTERNATING else tensor
+
+    def target(parameter: torch.Tensor) -> torch.Tensor:
+        """A view of a parameter, whose gates stand in front, in the order of the checkpoint."""
+        if stack is ExpertStack.IN_ORDER:
+            return parameter.detach()
+        return torch.unflatten(parameter.detach(), 1, (2, -1)).transpose(1, 2)
+
+    def unpack(blocks: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        assert scales is not None, "a checkpoint without them is refused"
+        return arranged(unpack_mxfp4(blocks, scales, module.weight.dtype))
+
+    weight = target(module.weight)
+    if quantization is None or quantization.format_of(name) is None:
+        shape: Shape = num_experts, num_inputs, num_outputs
+        yield name, Slot(weight, (shape,), convert=lambda stored, _: arranged(stored.transpose(1, 2)))
+    else:
+        shape, scales = (num_experts, num_outputs, num_inputs // BLOCK_SIZE), f"{name}_scales"
+        yield f"{name}_blocks", Slot(weight, ((*shape, BLOCK_SIZE // 2),), _BYTES, unpack, companion=scales)
+        # They go nowhere by themselves; the target is there for their shape.
+        yield scales, Slot(torch.empty(shape, dtype=torch.uint8, device="meta"), (shape,), _BYTES)
+    if module.bias is not None:
+        shape = num_experts, num_outputs
+        yield f"{name}_bias", Slot(target(module.bias), (shape,), convert=lambda bias, _: arranged(bias))
 
 
 def _number(tensor: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:

@@ -66,6 +66,16 @@ def geglu(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
+def bounded_swiglu(gate, up, dtype: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """(up + 1) * gate * sigmoid(ALPHA * gate) in `dtype`, gate bounded from above and up from both sides; NaN stays."""
+    gate = gate.to(dtype).to(tl.float32)
+    up = up.to(dtype).to(tl.float32)
+    gate = tl.where(gate > LIMIT, LIMIT, gate)
+    up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return ((up + 1) * (gate / (1 + tl.exp(-ALPHA * gate)))).to(dtype)
+
+
+@triton.jit
 def gated(gate, up, dtype: tl.constexpr, GELU: tl.constexpr):
     """The gated feed-forward's product: `geglu` if GELU, else `swiglu`."""
     return geglu(gate, up, dtype) if GELU else swiglu(gate, up, dtype)

@@ -9,14 +9,12 @@ What a token gets depends on nothing but that token as long as sums are cut alik
 itself, and added up in the order of the token's experts.
 """
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.activation import swiglu
+from llm.kernels.activation import bounded_swiglu, swiglu
+from llm.kernels.expert_tiles import ExpertTile, expert_tile
 from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
@@ -28,21 +26,6 @@ _SINGLE_MOST_TILE_K = 1024
 _SUM_BLOCK = 1024
 _MANY_ROWS = 128
 """Pairs of a tile from which on tokens are the left factor, where nobody asks that sums have one order."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertTile:
-    """How an expert's product is cut up.
-
-    Attributes:
-        rows, outputs, k: size of a tile; of a SwiGLU, `outputs` of the gate and as many of what it gates.
-    """
-
-    rows: int
-    outputs: int
-    k: int
-    num_warps: int
-    num_stages: int
 
 
 class ExpertMixture:
@@ -76,7 +59,13 @@ class ExpertMixture:
         """Of each pair, in the order of tokens."""
 
     def __call__(
-        self, stream: ResidualStream, norm: Norm, router: torch.Tensor, gate_up: Weights, down: Weights
+        self,
+        stream: ResidualStream,
+        norm: Norm,
+        router: torch.Tensor,
+        gate_up: Weights,
+        down: Weights,
+        router_bias: torch.Tensor | None = None,
     ) -> None:
         """Add what its experts make of each token's norm to the stream.
 
@@ -84,15 +73,16 @@ class ExpertMixture:
             router: (num_experts, hidden_size).
             gate_up: of (num_experts, 2 size, hidden_size), each expert's gate first.
             down: of (num_experts, hidden_size, size).
+            router_bias: (num_experts,), or None for none.
         """
         total, shape = stream.total, self._shape
         if self._is_single(stream, norm):
-            self._single(total, norm, router, gate_up, down)
+            self._single(total, norm, router, gate_up, down, router_bias)
             return
         num_tokens = len(total)
         normed = torch.empty_like(total)
         rms_norm(stream, norm, normed)
-        route(normed, router, self._routes)
+        route(normed, router, self._routes, bias=router_bias)
         order_pairs(self._routes, num_tokens)
         self.product(normed, gate_up, self._activated, num_tokens, swiglu=True)
         self.product(self._activated, down, self._made, num_tokens, swiglu=False)
@@ -127,11 +117,12 @@ class ExpertMixture:
         grid = triton.cdiv(num_outputs, tile.outputs), most_tiles
         bytes_a_stage = ((2 if swiglu else 1) * tile.outputs + tile.rows) * tile.k * x.dtype.itemsize
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
-        tensors = x, weights.weight, weights.scales, routes.order, routes.starts, routes.weights, output
+        tensors = x, weights.weight, weights.scales, weights.bias, routes.order, routes.starts, routes.weights, output
         sizes = {
             "NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": triton.next_power_of_2(shape.num_experts),
             "PER_TOKEN": shape.per_token, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k,
-            "SWIGLU": swiglu, "num_warps": tile.num_warps,
+            "SWIGLU": swiglu, "LIMIT": shape.swiglu_limit if swiglu else None, "ALPHA": shape.swiglu_alpha,
+            "num_warps": tile.num_warps,
             "num_stages": min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
             **launch_options(self._device),
         }  # fmt: skip
@@ -146,45 +137,36 @@ class ExpertMixture:
             len(stream.total) == 1
             and not self._deterministic
             and stream.pending is None
-            and norm.offset is None
+            and not norm.offset
             and shape.hidden_size % 64 == 0
             and shape.size % _SINGLE_OUTPUTS == 0
         )
 
-    def _single(self, total: torch.Tensor, norm: Norm, router: torch.Tensor, gate_up: Weights, down: Weights) -> None:
+    def _single(
+        self,
+        total: torch.Tensor,
+        norm: Norm,
+        router: torch.Tensor,
+        gate_up: Weights,
+        down: Weights,
+        router_bias: torch.Tensor | None,
+    ) -> None:
         """Add what the experts make of one token's norm, reading each one's weights once."""
         shape, routes, options = self._shape, self._routes, launch_options(self._device)
-        route(total, router, routes, norm)
+        route(total, router, routes, norm, router_bias)
         hidden_size, size = shape.hidden_size, shape.size
         single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](
-            total, norm.weight, gate_up.weight, gate_up.scales, None, self._activated, routes.experts, size,
+            total, norm.weight, gate_up.weight, gate_up.scales, gate_up.bias, self._activated, routes.experts, size,
             hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(_SINGLE_MOST_TILE_K, hidden_size & -hidden_size),
-            SWIGLU=True, GELU=False, OFFSET=norm.offset, ADDS=False, CAN_PREFETCH=False, num_warps=4, **options,
+            SWIGLU=True, GELU=False, OFFSET=None, ADDS=False, LIMIT=shape.swiglu_limit, ALPHA=shape.swiglu_alpha,
+            CAN_PREFETCH=False, num_warps=4, **options,
         )  # fmt: skip
         tile_k = min(_SINGLE_MOST_TILE_K, triton.next_power_of_2(size))
         _single_sum[(hidden_size // _SINGLE_OUTPUTS,)](
-            self._activated, down.weight, down.scales, routes.experts, routes.weights, total, hidden_size,
+            self._activated, down.weight, down.scales, down.bias, routes.experts, routes.weights, total, hidden_size,
             SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k,
             CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=4, **options,
         )  # fmt: skip
-
-
-@cache
-def expert_tile(num_pairs: int, num_experts: int, itemsize: int, deterministic: bool, swiglu: bool) -> ExpertTile:
-    """What is fast where pairs spread evenly over experts. Deterministic: `k`, which orders sums, never changes."""
-    if itemsize == 4:  # without tensor cores: no shape is fast
-        return ExpertTile(16 if num_pairs < 32 * num_experts else 32, 32, 32, 4, 2)
-    pairs_an_expert = num_pairs / num_experts
-    if pairs_an_expert > 64:
-        return ExpertTile(128, 128 if swiglu else 256, 64, 8, 4)
-    rows = min(max(triton.next_power_of_2(int(1.5 * pairs_an_expert) + 1), 16), 64)
-    if deterministic:
-        return ExpertTile(rows, 64, 64, 4, 4)
-    if rows == 16:
-        return ExpertTile(rows, 64, 128, 4, 3)
-    if swiglu:
-        return ExpertTile(rows, 128, 128, 8, 3) if rows == 32 else ExpertTile(rows, 128, 64, 8, 4)
-    return ExpertTile(rows, 128, 64, 4, 3)
 
 
 @triton.jit
@@ -203,10 +185,17 @@ def _find_tile(starts, tile, NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constex
 
 
 @triton.jit
+def _swiglu(gate, up, dtype: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """What an expert makes of its gate and of what it gates: `swiglu`, or with a LIMIT `bounded_swiglu`."""
+    return swiglu(gate, up, dtype) if LIMIT is None else bounded_swiglu(gate, up, dtype, LIMIT, ALPHA)
+
+
+@triton.jit
 def _expert_product(
-    x, weight, scales, order, starts, pair_weights, output, num_outputs, num_inputs,
+    x, weight, scales, bias, order, starts, pair_weights, output, num_outputs, num_inputs,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr, PDL: tl.constexpr,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    IS_EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`."""
     wait_for_inputs(PDL)
@@ -248,9 +237,14 @@ def _expert_product(
         acc *= tl.load(scale)[:, None]
         if SWIGLU:
             up *= tl.load(scale + num_outputs)[:, None]
+    if bias is not None:
+        bias += mine * num_rows + weight_row
+        acc += tl.load(bias).to(tl.float32)[:, None]
+        if SWIGLU:
+            up += tl.load(bias + num_outputs).to(tl.float32)[:, None]
     dtype: tl.constexpr = output.dtype.element_ty
     if SWIGLU:
-        result = swiglu(acc, up, dtype)
+        result = _swiglu(acc, up, dtype, LIMIT, ALPHA)
         to = place
     else:
         result = (acc * tl.load(pair_weights + pair, mask=is_pair, other=0.0)[None, :]).to(dtype)
@@ -263,8 +257,9 @@ def _expert_product(
 
 @triton.jit
 def _tokens_times_weights(
-    x, weight, scales, order, pair_weights, output, first, last, block, num_outputs, num_inputs,
+    x, weight, scales, bias, order, pair_weights, output, first, last, block, num_outputs, num_inputs,
     PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """A tile of pairs times a block of one expert's outputs, written to `output`."""
     place = first + tl.arange(0, ROWS)
@@ -284,11 +279,13 @@ def _tokens_times_weights(
         acc = tl.dot(rows, tl.load(weight_of + column[:, None]).to(rows.dtype), acc)
     if scales is not None:
         acc *= tl.load(scales + weight_row)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + weight_row).to(tl.float32)[None, :]
     dtype: tl.constexpr = output.dtype.element_ty
     out = block * OUTPUTS + tl.arange(0, OUTPUTS)
     if SWIGLU:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS, 2, OUTPUTS]), [0, 2, 1]))
-        result = swiglu(gate, up, dtype)
+        result = _swiglu(gate, up, dtype, LIMIT, ALPHA)
         to = place
     else:
         result = (acc * tl.load(pair_weights + pair, mask=is_pair, other=0.0)[:, None]).to(dtype)
@@ -298,9 +295,10 @@ def _tokens_times_weights(
 
 @triton.jit
 def _many_pairs_product(
-    x, weight, scales, order, starts, pair_weights, output, num_outputs, num_inputs,
+    x, weight, scales, bias, order, starts, pair_weights, output, num_outputs, num_inputs,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for sizes that tiles divide. An expert's last tile is half as high if that is enough.
 
@@ -314,15 +312,17 @@ def _many_pairs_product(
     weight += mine.to(tl.int64) * num_rows * num_inputs
     if scales is not None:
         scales += mine * num_rows
+    if bias is not None:
+        bias += mine * num_rows
     if last - first > ROWS // 2:
         _tokens_times_weights(
-            x, weight, scales, order, pair_weights, output, first, last, tl.program_id(0), num_outputs, num_inputs,
-            PER_TOKEN, ROWS, OUTPUTS, TILE_K, SWIGLU,
+            x, weight, scales, bias, order, pair_weights, output, first, last, tl.program_id(0), num_outputs,
+            num_inputs, PER_TOKEN, ROWS, OUTPUTS, TILE_K, SWIGLU, LIMIT, ALPHA,
         )  # fmt: skip
     else:
         _tokens_times_weights(
-            x, weight, scales, order, pair_weights, output, first, last, tl.program_id(0), num_outputs, num_inputs,
-            PER_TOKEN, ROWS // 2, OUTPUTS, TILE_K, SWIGLU,
+            x, weight, scales, bias, order, pair_weights, output, first, last, tl.program_id(0), num_outputs,
+            num_inputs, PER_TOKEN, ROWS // 2, OUTPUTS, TILE_K, SWIGLU, LIMIT, ALPHA,
         )  # fmt: skip
 
 
@@ -344,7 +344,7 @@ def _add_pairs(
 
 @triton.jit
 def _single_sum(
-    activated, weight, scales, experts, weights, total, num_outputs,
+    activated, weight, scales, bias, experts, weights, total, num_outputs,
     SIZE: tl.constexpr, PER_TOKEN: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr,
     CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -369,4 +369,9 @@ def _single_sum(
             products = tl.load(row + column[None, :], mask=mask[None, :], other=0.0).to(tl.float32) * scale
             acc += products * (values * share)[None, :]
     before = tl.load(total + out)
-    tl.store(total + out, (before.to(tl.float32) + tl.sum(acc, 1)).to(before.dtype))
+    after = before.to(tl.float32) + tl.sum(acc, 1)
+    if bias is not None:
+        for slot in tl.static_range(PER_TOKEN):
+            expert = tl.load(experts + slot).to(tl.int64)
+            after += tl.load(bias + expert * num_outputs + out).to(tl.float32) * tl.load(weights + slot)
+    tl.store(total + out, after.to(before.dtype))

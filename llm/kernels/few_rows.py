@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llm.kernels.activation import gated
+from llm.kernels.activation import bounded_swiglu, gated
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import prefetch, wait_for_inputs, wait_then_launch
 
@@ -149,13 +149,13 @@ def tile_product(
 def single_row_product(
     x, norm, weight, scales, bias, output, experts, num_outputs, num_inputs, norm_eps,
     OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, OFFSET: tl.constexpr,
-    ADDS: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    ADDS: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs of one row, one of `experts`), without tensor cores, which would idle.
 
     With `experts` the weights are a stack of several products', of which each row of the output gets one.
     With a norm's weights it is the product of RMSNorm(x): each program works out the mean square for itself, which it
-    reads all of x for anyway, and divides by its root in the end.
+    reads all of x for anyway, and divides by its root in the end. With a LIMIT the SwiGLU is `bounded_swiglu`.
     """
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, TILE_K)
@@ -167,6 +167,8 @@ def single_row_product(
         output += tl.program_id(1) * num_outputs
         if scales is not None:
             scales += expert * num_rows
+        if bias is not None:
+            bias += expert * num_rows
     gate_row = weight + out[:, None].to(tl.int64) * num_inputs
     up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
     if experts is None:
@@ -201,7 +203,12 @@ def single_row_product(
             up_result *= tl.load(scales + num_outputs + out)
     if bias is not None:
         result += tl.load(bias + out).to(tl.float32)
-    rounded = gated(result, up_result, dtype, GELU) if SWIGLU else result.to(dtype)
+        if SWIGLU:
+            up_result += tl.load(bias + num_outputs + out).to(tl.float32)
+    if LIMIT is not None:
+        rounded = bounded_swiglu(result, up_result, dtype, LIMIT, ALPHA)
+    else:
+        rounded = gated(result, up_result, dtype, GELU) if SWIGLU else result.to(dtype)
     if ADDS:
         rounded += tl.load(output + out)
     tl.store(output + out, rounded)

@@ -238,8 +238,8 @@ class Linear:
             x, None if norm is None else norm.weight, weights.weight, weights.scales, weights.bias, output, None,
             num_outputs, num_inputs, 0.0 if norm is None else norm.eps,
             OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), SWIGLU=gated_by is not None,
-            GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds,
-            CAN_PREFETCH=self._device.type == "cuda" and num_inputs % 64 == 0, num_warps=4,
+            GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds, LIMIT=None,
+            ALPHA=None, CAN_PREFETCH=self._device.type == "cuda" and num_inputs % 64 == 0, num_warps=4,
             **launch_options(self._device),
         )  # fmt: skip
         return output

@@ -32,6 +32,7 @@ class ExpertShape(NamedTuple):
         size: width of each.
         hidden_size: of the residual stream.
         normalizes: whether the weights of a token's experts add up to 1; else those of all experts do.
+        swiglu_limit, swiglu_alpha: of what `bounded_swiglu` says; without a limit experts have a plain SwiGLU.
     """
 
     num_experts: int
@@ -39,6 +40,8 @@ class ExpertShape(NamedTuple):
     size: int
     hidden_size: int
     normalizes: bool
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,20 @@ class Routes:
         return cls(shape, experts, torch.zeros(num_pairs, device=device), order, starts, partial, squares)
 
 
-def route(x: torch.Tensor, router: torch.Tensor, routes: Routes, norm: Norm | None = None) -> None:
+def route(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    routes: Routes,
+    norm: Norm | None = None,
+    bias: torch.Tensor | None = None,
+) -> None:
     """Write experts and weights of each token's pairs: the largest of the router's logits, by softmax in float32.
 
     Args:
         x: (tokens, hidden_size), contiguous.
         router: (num_experts, hidden_size), contiguous.
-        norm: of x, where x is not normalised yet.
+        norm: of x, where x is not normalised yet; one whose weights are factors.
+        bias: (num_experts,), added to the logits; None for none.
     """
     (num_tokens, num_inputs), shape, options = x.shape, routes.shape, launch_options(x.device)
     tile_k = _TILE_K if x.dtype.itemsize == 2 else 32
@@ -96,7 +106,7 @@ def route(x: torch.Tensor, router: torch.Tensor, routes: Routes, norm: Norm | No
     if num_tokens > _MANY_TOKENS:
         assert norm is None, "of one token alone"
         _route_many[(triton.cdiv(num_tokens, _ROWS_OF_MANY),)](
-            x, router, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part, **sizes, **choice,
+            x, router, bias, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part, **sizes, **choice,
             ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=4, num_stages=3, **options,
         )  # fmt: skip
         return
@@ -106,8 +116,8 @@ def route(x: torch.Tensor, router: torch.Tensor, routes: Routes, norm: Norm | No
         CAN_PREFETCH=x.device.type == "cuda" and inputs_per_part % (2 * tile_k) == 0, **options,
     )  # fmt: skip
     _choose[(num_tokens,)](
-        routes.partial, routes.squares, routes.experts, routes.weights, num_inputs, 0.0 if norm is None else norm.eps,
-        **sizes, **choice, HAS_NORM=norm is not None, num_warps=1, **options,
+        routes.partial, routes.squares, bias, routes.experts, routes.weights, num_inputs,
+        0.0 if norm is None else norm.eps, **sizes, **choice, HAS_NORM=norm is not None, num_warps=1, **options,
     )  # fmt: skip
 
 
@@ -146,6 +156,15 @@ def _logits(
         weights = tl.load(router_row + column[None, :], mask=exists[None, :], other=0.0)
         acc = tl.dot(weights, columns, acc, input_precision="ieee")
     return acc, squares
+
+
+@triton.jit
+def _add_bias(logits, bias, NUM_EXPERTS: tl.constexpr):
+    """Logits, (experts, rows), with the bias of their experts, if there is one."""
+    if bias is not None:
+        expert = tl.arange(0, logits.shape[0])
+        logits += tl.load(bias + tl.minimum(expert, NUM_EXPERTS - 1)).to(tl.float32)[:, None]
+    return logits
 
 
 @triton.jit
@@ -201,7 +220,7 @@ def _parts_of_logits(
 
 @triton.jit
 def _choose(
-    partial, squares, experts, weights, num_inputs, norm_eps,
+    partial, squares, bias, experts, weights, num_inputs, norm_eps,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
     NORMALIZES: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -219,12 +238,13 @@ def _choose(
             square += tl.load(squares + token * NUM_PARTS + part)
     if HAS_NORM:
         logits *= tl.rsqrt(square / num_inputs + norm_eps)
+    logits = _add_bias(logits, bias, NUM_EXPERTS)
     _store_best(logits, row, experts, weights, token + 1, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route_many(
-    x, router, experts, weights, num_tokens, num_inputs, inputs_per_part,
+    x, router, bias, experts, weights, num_tokens, num_inputs, inputs_per_part,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
     NORMALIZES: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -239,6 +259,7 @@ def _route_many(
         begin = part * inputs_per_part
         share, _ = _logits(x, None, router_row, source, begin, begin + inputs_per_part, num_inputs, TILE_K)
         logits += share
+    logits = _add_bias(logits, bias, NUM_EXPERTS)
     _store_best(logits, row, experts, weights, num_tokens, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES)
 
 

@@ -51,7 +51,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
             vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
             max_position_embeddings original_max_position_embeddings sliding_window max_window_layers
             num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
-            sliding_window_pattern
+            sliding_window_pattern experts_per_token initial_context_length
         """),
     ),
     (
@@ -61,7 +61,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
             rms_norm_eps rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor
             beta_fast beta_slow mscale mscale_all_dim rope_local_base_freq query_pre_attn_scalar
             llama_4_scaling_beta
-            attn_logit_softcapping final_logit_softcapping
+            attn_logit_softcapping final_logit_softcapping swiglu_alpha swiglu_limit
         """),
     ),
     (

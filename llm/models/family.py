@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ class Layer(nn.Module):
         raise NotImplementedError
 
 
+class ExpertStack(Enum):
+    """The order of outputs in one tensor of a checkpoint that holds a projection of all experts of a layer.
+
+    In 16 bits such a tensor is (experts, in, out), and its bias (experts, out) is named like it with `_bias` behind.
+    """
+
+    IN_ORDER = "in order"
+    ALTERNATING = "alternating"
+    """Of gate and up in turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class Destination:
     """Where a module of a checkpoint goes: rows of one of our modules' weight, and of its bias.
@@ -47,12 +59,14 @@ class Destination:
         rows: of it.
         expert: whose rows they are, in a module that holds those of all experts; None for other modules.
         layers: those that have it; None for all.
+        stack: the name in the checkpoint is no module's but of such a tensor; None for a module's.
     """
 
     module: str
     rows: slice = field(default_factory=lambda: slice(None))
     expert: int | None = None
     layers: Container[int] | None = None
+    stack: ExpertStack | None = None
 
     def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The part of the module's weight or bias that is meant, a view."""

@@ -318,7 +318,8 @@ class KernelOperations:
         mixture = self._workspace.experts
         assert mixture is not None, "a workspace for a model with experts"
         gate_up, down = _weights(experts.gate_up_proj), _weights(experts.down_proj)
-        mixture(self._stream, _norm(norm), experts.router.weight, gate_up, down)
+        router = experts.router
+        mixture(self._stream, _norm(norm), router.weight, gate_up, down, router.bias)
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""
@@ -332,7 +333,10 @@ def _norm(norm: RMSNorm) -> Norm:
 
 def _expert_shape(experts: Experts) -> ExpertShape:
     router = experts.router
-    return ExpertShape(experts.num_experts, router.per_token, experts.size, router.weight.shape[1], router.normalizes)
+    return ExpertShape(
+        experts.num_experts, router.per_token, experts.size, router.weight.shape[1], router.normalizes,
+        experts.swiglu_limit, experts.swiglu_alpha,
+    )  # fmt: skip
 
 
 def _weights(projection: nn.Linear | ExpertProjections) -> Weights:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm.config import ModelConfig, WeightFormat
+from llm.core.mxfp4 import BLOCK_SIZE
 from llm.core.weight_groups import FP8, MIDDLE, WeightGroups, dequantize, span_of
 from llm.errors import ConfigError
 from llm.models.delta import ExactLinear
@@ -137,6 +138,8 @@ def use_formats(model: nn.Module, config: ModelConfig, sources: dict[str, list[s
                 f"quantization_config: {', '.join(sources[name])} are one product here and must have one format; "
                 "quantize or ignore all of them"
             )
+        if first is not None and first.is_unpacked and not module.weight.shape[-1] % BLOCK_SIZE:
+            continue
         if first is not None and isinstance(module, ExpertProjections):
             raise ConfigError(
                 f"quantization_config: quantized experts ({sources[name][0]}) are not supported; use the checkpoint in "

@@ -25,6 +25,9 @@ class ExpertsLayer(AttentionLayer):
             config.num_experts,
             config.num_experts_per_token,
             normalizes=config.normalize_expert_weights,
+            has_bias=config.expert_bias,
+            swiglu_limit=config.swiglu_limit,
+            swiglu_alpha=config.swiglu_alpha,
         )
 
     def forward(self, operations: Operations[Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from llm.config import ModelConfig
 from llm.models.family import Destination, Family
 from llm.models.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT_HALF
+from llm.models.gpt_oss import GPT_OSS
 from llm.models.llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from llm.models.mistral3 import MISTRAL3_TEXT_HALF
 from llm.models.mixtral import MIXTRAL
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_TEXT_HALF,
+    "GptOssForCausalLM": GPT_OSS,
     "LlamaForCausalLM": LLAMA,
     "Ministral3ForCausalLM": MINISTRAL3,
     "MinistralForCausalLM": MISTRAL,

@@ -45,10 +45,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_heads": 32, "num_kv_heads": 16, "head_dim": 128, "embedding_scale": 5376**0.5, "qk_norm": True,
         "attention_scale": 168**-0.5, "rope_theta": 1e6, "window_rope_theta": 1e4,
     },
-    "gpt-oss-20b's attention": {
-        "hidden_size": 2880, "intermediate_size": 2880, "num_heads": 64, "num_kv_heads": 8, "head_dim": 64,
+    "gpt-oss-20b": {
+        "architecture": "GptOssForCausalLM", "hidden_size": 2880, "intermediate_size": 2880, "num_heads": 64,
+        "num_kv_heads": 8, "head_dim": 64,
         "window_size": 128, "window_layers": (0,), "attention_sinks": True, "norm_offset": 0.0,
-        "attention_bias": True, "attention_output_bias": True,
+        "attention_bias": True, "attention_output_bias": True, "num_experts": 32, "num_experts_per_token": 4,
+        "expert_size": 2880, "expert_bias": True, "swiglu_limit": 0.1,
     },
     "qwen3.5": {
         "architecture": "Qwen3_5ForCausalLM", "hidden_size": 2560, "intermediate_size": 9216, "num_heads": 16,

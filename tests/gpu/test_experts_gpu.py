@@ -1,4 +1,4 @@
-"""Experts on a GPU, in the shape of Qwen3-30B-A3B, against the plain layer on fresh random inputs."""
+"""Experts on a GPU, in the shapes of Qwen3-30B-A3B and gpt-oss-20b, against the plain layer on fresh random inputs."""
 
 import pytest
 import torch
@@ -14,35 +14,41 @@ from llm.models.layers import RMSNorm
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SHAPE = ExpertShape(num_experts=128, per_token=8, size=768, hidden_size=2048, normalizes=True)
+GPT_OSS = ExpertShape(num_experts=32, per_token=4, size=2880, hidden_size=2880, normalizes=True, swiglu_limit=1.5)
+"""That of gpt-oss-20b, with bounds that are reached."""
 MAX_TOKENS = 8192
 
 
 class Layer:
     """A layer of experts, as the plain modules and as the kernels have it."""
 
-    def __init__(self, *, is_rounded: bool = False, deterministic: bool = False) -> None:
+    def __init__(self, shape: ExpertShape = SHAPE, *, is_rounded: bool = False, deterministic: bool = False) -> None:
         with torch.device("cuda"):
-            self.experts = Experts(2048, 768, 128, 8, normalizes=True).bfloat16()
-            self.norm = RMSNorm(2048, 1e-6).bfloat16()
+            self.experts = Experts(
+                shape.hidden_size, shape.size, shape.num_experts, shape.per_token, normalizes=True,
+                has_bias=shape.swiglu_limit is not None, swiglu_limit=shape.swiglu_limit,
+            ).bfloat16()  # fmt: skip
+            self.norm = RMSNorm(shape.hidden_size, 1e-6).bfloat16()
         for parameter in self.experts.parameters():
             parameter.data.normal_(std=0.03)
         self.norm.weight.data.uniform_(0.5, 1.5)
         self.mixture = ExpertMixture(
-            SHAPE, MAX_TOKENS, torch.bfloat16, torch.device("cuda"), deterministic=deterministic
+            shape, MAX_TOKENS, torch.bfloat16, torch.device("cuda"), deterministic=deterministic
         )
         self.weights = []
         for projections in (self.experts.gate_up_proj, self.experts.down_proj):
-            weights = Weights(projections.weight.data)
+            weights = Weights(projections.weight.data, projections.bias)
             if is_rounded:
                 rounded, scales = quantize_weight(projections.weight.data)
-                weights = Weights(rounded, None, scales)
+                weights = Weights(rounded, projections.bias, scales)
                 projections.weight.data = (rounded.float() * scales[..., None]).bfloat16()
             self.weights.append(weights)
 
     def add(self, total: torch.Tensor) -> None:
         """By the kernels, in place."""
         norm = Norm(self.norm.weight, self.norm.eps)
-        self.mixture(ResidualStream(total), norm, self.experts.router.weight, *self.weights)
+        router = self.experts.router
+        self.mixture(ResidualStream(total), norm, router.weight, *self.weights, router.bias)
 
     def error(self, total: torch.Tensor, after: torch.Tensor) -> float:
         """‖what the kernels added − what the layer adds‖ / ‖what the layer adds‖."""
@@ -50,14 +56,15 @@ class Layer:
         return float((after.float() - total.float() - made).norm() / made.norm())
 
 
+@pytest.mark.parametrize("shape", [SHAPE, GPT_OSS], ids=["qwen3-30b-a3b", "gpt-oss-20b"])
 @pytest.mark.parametrize("is_rounded", [False, True], ids=["bf16", "fp8"])
 @torch.inference_mode()
-def test_mixture_equals_the_layer(is_rounded):
+def test_mixture_equals_the_layer(shape, is_rounded):
     """From one token to the largest step, wherever another shape of tile begins."""
     torch.manual_seed(0)
-    layer = Layer(is_rounded=is_rounded)
+    layer = Layer(shape, is_rounded=is_rounded)
     for num_tokens in (1, 2, 16, 17, 64, 130, 256, 300, 700, 1024, 1025, 2048, MAX_TOKENS):
-        total = torch.randn(num_tokens, 2048, device="cuda").bfloat16()
+        total = torch.randn(num_tokens, shape.hidden_size, device="cuda").bfloat16()
         after = total.clone()
         layer.add(after)
         assert layer.error(total, after) < 2e-2, num_tokens

@@ -18,7 +18,11 @@ LENS = [1, 2, 16, 17, 63, 128, 300, 700, 1500, *range(5, 100, 3)]
 
 def create_model(shape: dict, dtype: torch.dtype, max_seq_len: int = 4096) -> DecoderModel:
     torch.manual_seed(0)
-    return DecoderModel(vocab_size=4000, num_layers=2, max_seq_len=max_seq_len, device="cuda", dtype=dtype, **shape)
+    model = DecoderModel(vocab_size=4000, num_layers=2, max_seq_len=max_seq_len, device="cuda", dtype=dtype, **shape)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    return model
 
 
 def create_requests(lens: Sequence[int] = LENS, **params) -> list[GenerationRequest]:

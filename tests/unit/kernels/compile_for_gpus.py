@@ -17,6 +17,7 @@ from llm.kernels import (
     activation,
     adjust,
     delta_rule,
+    expert_tiles,
     experts,
     few_rows,
     groups as groups_kernels,
@@ -205,6 +206,8 @@ def compile_products() -> None:
         common["GELU"] = swiglu and i % 2 == 0
         row = {**common, "norm": BF16 if i % 2 else None, "norm_eps": "fp32", "OUTPUTS": 4, "TILE_K": 1024}
         row |= {"OFFSET": 1.0 if adds else None, "experts": INT if swiglu else None, "CAN_PREFETCH": not swiglu}
+        is_bounded = swiglu and scales is None
+        row |= {"bias": BF16 if is_bounded else None, "LIMIT": 7.0 if is_bounded else None, "ALPHA": 1.702}
         compile_kernel("single row", few_rows.single_row_product, row)
         num_parts = 1 + i % 2
         tile = {**common, **NO_GROUPS, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
@@ -232,34 +235,39 @@ def compile_delta_rule() -> None:
 
 
 def compile_experts() -> None:
-    """Routes, and products of few and many tokens with weights of 16 bits and of 8."""
+    """Routes, and products of few and many tokens with weights of 16 bits and of 8, biases and bounds too."""
     arguments = {"x": BF16, "router": BF16, "experts": INT, "weights": FLOAT, "partial": FLOAT, "arrivals": INT}
     arguments |= {"num_tokens": "i32", "num_inputs": "i32", "inputs_per_part": "i32", "norm_eps": "fp32"}
     arguments |= {"order": INT, "starts": INT, "num_pairs": "i32"}
+    plain, bounded = {"bias": None, "LIMIT": None, "ALPHA": None}, {"bias": BF16, "LIMIT": 7.0, "ALPHA": 1.702}
     for num_experts, weight in ((128, BF16), (128, None), (8, None)):
         router = {**arguments, "norm": weight, "NUM_EXPERTS": num_experts, "EXPERT_BLOCK": max(num_experts, 16)}
         router |= {"squares": FLOAT, "PER_TOKEN": 6, "SLOTS": 8, "NORMALIZES": weight is None, "TILE_K": 128}
         router |= {"NUM_PARTS": 8, "HAS_NORM": weight is not None, "CAN_PREFETCH": True}
+        router["bias"] = BF16 if num_experts == 8 else None
         compile_kernel("logits of experts", routing._parts_of_logits, router, ROWS=16)
         compile_kernel("choice of experts", routing._choose, router, num_warps=1)
     compile_kernel("routes", routing._route_many, router, ROWS=64)
     compile_kernel("order of pairs", routing._order_pairs, arguments, BLOCK=16_384, num_warps=16)
     sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
     arguments |= {"output": BF16, "pair_weights": FLOAT, "num_outputs": "i32", **sizes}
-    kinds = product(((BF16, None), (FP8, FLOAT)), (512, 16_384), (False, True))
-    for (weight, scales), num_pairs, swiglu in kinds:
-        tile = experts.expert_tile(num_pairs, 128, 2, False, swiglu)
+    kinds = [*product(((BF16, None), (FP8, FLOAT)), (512, 16_384), (False, True), (plain,))]
+    kinds += [((BF16, None), 512, False, bounded), ((BF16, None), 16_384, True, bounded)]
+    kinds += [((FP8, FLOAT), 512, True, bounded), ((FP8, FLOAT), 16_384, False, bounded)]
+    for (weight, scales), num_pairs, swiglu, more in kinds:
+        tile = expert_tiles.expert_tile(num_pairs, 128, 2, False, swiglu)
         cut = {"weight": weight, "scales": scales, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k}
         kernel = experts._expert_product if num_pairs == 512 else experts._many_pairs_product
         taken = compile_kernel(
-            "experts", kernel, {**arguments, **cut}, SWIGLU=swiglu, IS_EVEN=True, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            "experts", kernel, {**arguments, **cut, **more}, SWIGLU=swiglu, IS_EVEN=more is plain,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         assert taken <= SHARED_MEMORY[90] - 1024, (tile, weight, taken)
     arguments |= {"made": BF16, "total": BF16, "activated": BF16, "HIDDEN": 2048, "BLOCK": 1024}
     compile_kernel("sum of experts", experts._add_pairs, arguments)
     for weight, scales in ((BF16, None), (FP8, FLOAT)):
         single = {**arguments, "weight": weight, "scales": scales, "SIZE": 768, "OUTPUTS": 4, "TILE_K": 1024}
+        single["bias"] = None if scales else BF16
         compile_kernel("single sum", experts._single_sum, {**single, "CAN_PREFETCH": True})
 
 

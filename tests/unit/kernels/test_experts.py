@@ -11,7 +11,7 @@ from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream
 from llm.kernels.quantization import quantize_weight
 from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
-from llm.models.experts import Experts, Router
+from llm.models.experts import Experts
 from llm.models.layers import RMSNorm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,9 +41,13 @@ def all_apart(router: torch.Tensor) -> None:
 
 
 def create_experts(shape: ExpertShape, dtype: torch.dtype, spread: Spread) -> Experts:
-    experts = Experts(shape.hidden_size, shape.size, shape.num_experts, shape.per_token, normalizes=shape.normalizes)
-    for parameter in experts.to(DEVICE, dtype).parameters():
-        parameter.data.normal_(std=0.2)
+    limit, alpha = shape.swiglu_limit, shape.swiglu_alpha
+    experts = Experts(
+        shape.hidden_size, shape.size, shape.num_experts, shape.per_token, normalizes=shape.normalizes,
+        has_bias=limit is not None, swiglu_limit=limit, swiglu_alpha=alpha,
+    )  # fmt: skip
+    for name, parameter in experts.to(DEVICE, dtype).named_parameters():
+        parameter.data.normal_(std=1.0 if name.endswith("bias") else 0.2)
     spread(experts.router.weight.data)
     return experts
 
@@ -54,6 +58,8 @@ SHAPES = {
     "odd shape": ExpertShape(5, 2, 40, 104, True),
     "all of them": ExpertShape(6, 6, 24, 64, False),
     "large tiles": ExpertShape(5, 3, 128, 256, True),
+    "biases and bounds": ExpertShape(6, 4, 128, 256, True, 1.5, 1.3),
+    "biases and bounds of an odd shape": ExpertShape(5, 3, 40, 104, True, 1.0),
 }
 
 
@@ -63,13 +69,12 @@ def test_routes_equal_the_layers(num_tokens, shape, monkeypatch):
     """Experts and weights of each token, and the tokens of each expert, in several blocks, some of which have none."""
     monkeypatch.setattr(routing, "_ORDER_BLOCK", 1024)
     torch.manual_seed(num_tokens)
-    router = Router(shape.hidden_size, shape.num_experts, shape.per_token, normalizes=shape.normalizes).to(DEVICE)
-    router.weight.data.normal_(std=0.2)
+    router = create_experts(shape, torch.float32, all_apart).router
     x = random(num_tokens, shape.hidden_size)
     weights, experts = router(x)
     routes = Routes.allocate(shape, 1200, DEVICE)
     for _ in range(2):  # the second call finds the scratch memory as the first left it
-        route(x, router.weight, routes)
+        route(x, router.weight, routes, bias=router.bias)
         order_pairs(routes, num_tokens)
     num_pairs = num_tokens * shape.per_token
     assert torch.equal(routes.experts[:num_pairs].view_as(experts), experts.int())
@@ -84,7 +89,7 @@ def test_routes_equal_the_layers(num_tokens, shape, monkeypatch):
     [
         (1, HALF, all_apart, False, SHAPES), (2, HALF, all_to_few, False, SHAPES),
         (35, torch.float32, all_apart, True, SHAPES), (150, HALF, all_apart, False, SHAPES),
-        (150, HALF, all_to_few, False, ["powers of two", "large tiles"]),
+        (150, HALF, all_to_few, False, ["powers of two", "large tiles", "biases and bounds"]),
         (1, torch.float32, all_to_few, False, ["powers of two"]), (1, HALF, all_apart, True, ["powers of two"]),
     ],
 )  # fmt: skip
@@ -104,9 +109,10 @@ def check_mixture(shape: ExpertShape, num_tokens: int, dtype: torch.dtype, sprea
         total[:, 0] = total[:, 0].abs() + 1
     mixture = ExpertMixture(shape, 150, dtype, DEVICE, deterministic=deterministic)
     stream = ResidualStream(total.clone())
-    weights = Weights(experts.gate_up_proj.weight), Weights(experts.down_proj.weight)
+    weights = (Weights(part.weight, part.bias) for part in (experts.gate_up_proj, experts.down_proj))
+    offset = None if shape.swiglu_limit is None else 0.0
     with torch.inference_mode():
-        mixture(stream, Norm(norm.weight, norm.eps), experts.router.weight, *weights)
+        mixture(stream, Norm(norm.weight, norm.eps, offset), experts.router.weight, *weights, experts.router.bias)
         made = experts.float()(norm(total).float())  # the norm as it is rounded, or nearly tied experts change places
     assert relative_error(stream.total.float() - total, made) < 3 * TOLERANCE[dtype]
 

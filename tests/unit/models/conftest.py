@@ -13,6 +13,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -58,6 +59,14 @@ def qwen3_5(**changes: Any) -> Qwen3_5TextConfig:
     delta = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
     shape = {"num_hidden_layers": 5, "head_dim": 32, "linear_value_head_dim": 24, "initializer_range": 0.03}
     return Qwen3_5TextConfig(**{**SHAPE, **delta, **shape, **changes})
+
+
+def gpt_oss(**changes: Any) -> GptOssConfig:
+    """Experts whose gates and what they gate both reach their bounds."""
+    layers = ["sliding_attention", "sliding_attention", "full_attention"]
+    shape = {"head_dim": 16, "num_local_experts": 6, "sliding_window": 17, "layer_types": layers, "swiglu_limit": 1.5}
+    yarn = {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    return GptOssConfig(**{**SHAPE, **shape, **rope("yarn", **yarn), **changes})
 
 
 def rope(kind: str, **changes: Any) -> dict[str, Any]:
@@ -115,6 +124,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         boi_token_index=200,
         eoi_token_index=201,
         image_token_index=202,
+    ),
+    "gpt_oss": gpt_oss,
+    "gpt_oss_plain": lambda: gpt_oss(
+        attention_bias=False, layer_types=None, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
     ),
     "llama": llama,
     "llama_mha": lambda: llama(num_key_value_heads=8, tie_word_embeddings=True),
@@ -207,7 +220,7 @@ def make_model(config: PreTrainedConfig) -> PreTrainedModel:
     model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "sinks")):
                 parameter.normal_(std=0.3)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)

@@ -329,21 +329,13 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         "output_router_logits": False, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
         "transformers_version": "4.36.0.dev0", "vocab_size": 32000,
     },
-    "Qwen3-8B as transformers 5 writes it": {
-        **{key: value for key, value in _QWEN_3.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")},
-        "dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "pad_token_id": None,
-        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "transformers_version": "5.24.0",
-    },
-}  # fmt: skip
-
-SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
-OTHER_CONFIGS: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": {
         "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
         "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
         "initial_context_length": 4096, "initializer_range": 0.02, "intermediate_size": 2880,
-        "layer_types": SLIDING_AND_FULL * 12, "max_position_embeddings": 131072, "model_type": "gpt_oss",
-        "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+        "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
         "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999, "quantization_config": {
             "modules_to_not_convert": [
                 "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
@@ -357,6 +349,15 @@ OTHER_CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
         "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True, "vocab_size": 201088,
     },
+    "Qwen3-8B as transformers 5 writes it": {
+        **{key: value for key, value in _QWEN_3.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")},
+        "dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "pad_token_id": None,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "transformers_version": "5.24.0",
+    },
+}  # fmt: skip
+
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
+OTHER_CONFIGS: dict[str, dict[str, Any]] = {
     "Phi-4-mini-instruct": {
         **_PHI, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "bos_token_id": 199999,
         "eos_token_id": 199999, "full_attn_mod": 1, "hidden_size": 3072, "intermediate_size": 8192,

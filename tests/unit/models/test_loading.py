@@ -90,6 +90,7 @@ def test_loading_inside_and_outside_inference_mode(single, inference):
             "dense_layers": (1,),
         },
         {"architecture": "MixtralForCausalLM", "num_experts": 3, "expert_size": 8},
+        {"architecture": "GptOssForCausalLM", "num_experts": 3, "expert_size": 8, "expert_bias": True},
     ],
 )  # fmt: skip
 def test_the_map_covers_every_row_of_every_parameter_once(shape):

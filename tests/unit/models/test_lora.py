@@ -50,6 +50,7 @@ def edit_adapter(directory: Path, **changes: Any) -> None:
             {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 1}},
         ),
         ("mistral", {"layers_to_transform": [1]}),
+        ("gpt_oss", {"target_modules": ["q_proj", "o_proj"]}),
         ("llama_mha", {"target_modules": "all-linear"}),
     ],
 )

@@ -24,6 +24,8 @@ KINDS = [
     "gemma3",
     "gemma3_untied",
     "gemma3_text_half",
+    "gpt_oss",
+    "gpt_oss_plain",
     "llama",
     "llama_mha",
     "llama_mqa_biases",
@@ -145,7 +147,9 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
         assert list(alone[0].token_ids) == tokens
 
 
-@pytest.mark.parametrize(("kind", "num_pages"), [("qwen3_moe", 14), ("qwen3_5", 14), ("gemma2", 26), ("gemma3", 34)])
+@pytest.mark.parametrize(
+    ("kind", "num_pages"), [("qwen3_moe", 14), ("qwen3_5", 14), ("gemma2", 26), ("gemma3", 34), ("gpt_oss", 26)]
+)
 @torch.inference_mode()
 def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind, num_pages):
     """64 tokens each: in chunks, preempted, from the prefix cache, if any, and resumed from a part of the output."""

@@ -67,6 +67,11 @@ GEMMA_3 = {
     "qk_norm": True,
 }  # fmt: skip
 
+GPT_OSS = {
+    "architecture": "GptOssForCausalLM", "attention_sinks": True, "window_size": 6, "window_layers": (0,),
+    "norm_offset": 0.0, "attention_bias": True, "num_experts": 5, "expert_size": 24, "expert_bias": True,
+    "swiglu_limit": 0.5,
+}  # fmt: skip
 QWEN_3_5 = {
     "architecture": "Qwen3_5ForCausalLM", "num_layers": 3, "norm_offset": 1.0, "qk_norm": True, "attention_gate": True,
     "partial_rotary_factor": 0.5,
@@ -80,10 +85,10 @@ QWEN_3_5 = {
      {"window_size": 6, "window_layers": (1,)}, {"mlp_bias": True, "attention_output_bias": True, "num_kv_heads": 4},
      {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "dense_layers": (0,)},
      GEMMA_2, GEMMA_3,
-     {"attention_sinks": True, "window_size": 6, "window_layers": (0,), "norm_offset": 0.0, "attention_bias": True},
+     GPT_OSS,
      QWEN_3_5],
     ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts", "gemma2", "gemma3",
-         "sinks", "qwen3.5"],
+         "gpt-oss", "qwen3.5"],
 )  # fmt: skip
 def test_greedy_tokens_equal_the_reference(shape):
     """Prompts in chunks beside decodes, more requests than rows, shared prefixes."""
