@@ -15,7 +15,7 @@ import triton.language as tl
 
 from llm.kernels.activation import bounded_swiglu, swiglu
 from llm.kernels.expert_tiles import ExpertTile, expert_tile
-from llm.kernels.few_rows import single_row_product
+from llm.kernels.few_rows import row_tile, single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
@@ -155,9 +155,10 @@ class ExpertMixture:
         shape, routes, options = self._shape, self._routes, launch_options(self._device)
         route(total, router, routes, norm, router_bias)
         hidden_size, size = shape.hidden_size, shape.size
+        tile_k = row_tile(hidden_size)
         single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](
             total, norm.weight, gate_up.weight, gate_up.scales, gate_up.bias, self._activated, routes.experts, size,
-            hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(_SINGLE_MOST_TILE_K, hidden_size & -hidden_size),
+            hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k, IS_EVEN=hidden_size % tile_k == 0,
             SWIGLU=True, GELU=False, OFFSET=None, ADDS=False, LIMIT=shape.swiglu_limit, ALPHA=shape.swiglu_alpha,
             CAN_PREFETCH=False, num_warps=4, **options,
         )  # fmt: skip

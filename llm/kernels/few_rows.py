@@ -7,6 +7,14 @@ from llm.kernels.activation import bounded_swiglu, gated
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import prefetch, wait_for_inputs, wait_then_launch
 
+_MOST_TILE_K, _LEAST_TILE_K = 1024, 256
+
+
+def row_tile(num_inputs: int) -> int:
+    """Inputs that a program of one row reads at once: as many as divide all; where these are few, more, with masks."""
+    dividing = num_inputs & -num_inputs
+    return _MOST_TILE_K if dividing < _LEAST_TILE_K and num_inputs >= _MOST_TILE_K else min(dividing, _MOST_TILE_K)
+
 
 @triton.jit
 def _sum_of_products(
@@ -146,10 +154,17 @@ def tile_product(
 
 
 @triton.jit
+def _load(pointers, exists):
+    """What is there; zeros where `exists`, unless it is None, says that nothing is."""
+    return tl.load(pointers) if exists is None else tl.load(pointers, mask=exists, other=0.0)
+
+
+@triton.jit
 def single_row_product(
     x, norm, weight, scales, bias, output, experts, num_outputs, num_inputs, norm_eps,
     OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, OFFSET: tl.constexpr,
-    ADDS: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    ADDS: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs of one row, one of `experts`), without tensor cores, which would idle.
 
@@ -183,14 +198,16 @@ def single_row_product(
     squares = tl.zeros([TILE_K], tl.float32)
     for start in tl.range(0, num_inputs, TILE_K, num_stages=3):
         column = start + k
-        values = tl.load(x + column).to(tl.float32)
+        exists = None if IS_EVEN else column < num_inputs
+        values = _load(x + column, exists).to(tl.float32)
         if norm is not None:
             squares += values * values
-            factor = tl.load(norm + column).to(tl.float32)
+            factor = _load(norm + column, exists).to(tl.float32)
             values *= factor if OFFSET is None else factor + OFFSET
-        acc += tl.load(gate_row + column[None, :]).to(tl.float32) * values[None, :]
+        wide = None if IS_EVEN else exists[None, :]
+        acc += _load(gate_row + column[None, :], wide).to(tl.float32) * values[None, :]
         if SWIGLU:
-            up += tl.load(up_row + column[None, :]).to(tl.float32) * values[None, :]
+            up += _load(up_row + column[None, :], wide).to(tl.float32) * values[None, :]
     result, up_result = tl.sum(acc, 1), tl.sum(up, 1)
     if norm is not None:
         inverse = tl.rsqrt(tl.sum(squares, 0) / num_inputs + norm_eps)

@@ -97,6 +97,8 @@ def route(
     num_parts = 1
     while num_parts < _MOST_PARTS and num_inputs % (2 * num_parts * tile_k) == 0:
         num_parts *= 2
+    if num_parts == 1:  # no whole tiles, but whole lines of memory perhaps
+        num_parts = max((parts for parts in range(1, _MOST_PARTS + 1) if num_inputs % (64 * parts) == 0), default=1)
     inputs_per_part = triton.cdiv(num_inputs, num_parts)
     block = _block(shape.num_experts)
     sizes = {"NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": block, "NUM_PARTS": num_parts}

@@ -208,6 +208,7 @@ def compile_products() -> None:
         row |= {"OFFSET": 1.0 if adds else None, "experts": INT if swiglu else None, "CAN_PREFETCH": not swiglu}
         is_bounded = swiglu and scales is None
         row |= {"bias": BF16 if is_bounded else None, "LIMIT": 7.0 if is_bounded else None, "ALPHA": 1.702}
+        row["IS_EVEN"] = not is_bounded
         compile_kernel("single row", few_rows.single_row_product, row)
         num_parts = 1 + i % 2
         tile = {**common, **NO_GROUPS, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}

@@ -60,7 +60,9 @@ SHAPES = {
     "large tiles": ExpertShape(5, 3, 128, 256, True),
     "biases and bounds": ExpertShape(6, 4, 128, 256, True, 1.5, 1.3),
     "biases and bounds of an odd shape": ExpertShape(5, 3, 40, 104, True, 1.0),
+    "tiles that do not divide the row": ExpertShape(5, 3, 40, 1344, True, 1.0),
 }
+NARROW = [name for name, shape in SHAPES.items() if shape.hidden_size < 1000]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 19, 1100])
@@ -88,7 +90,7 @@ def test_routes_equal_the_layers(num_tokens, shape, monkeypatch):
     ("num_tokens", "dtype", "spread", "deterministic", "names"),
     [
         (1, HALF, all_apart, False, SHAPES), (2, HALF, all_to_few, False, SHAPES),
-        (35, torch.float32, all_apart, True, SHAPES), (150, HALF, all_apart, False, SHAPES),
+        (35, torch.float32, all_apart, True, NARROW), (150, HALF, all_apart, False, NARROW),
         (150, HALF, all_to_few, False, ["powers of two", "large tiles", "biases and bounds"]),
         (1, torch.float32, all_to_few, False, ["powers of two"]), (1, HALF, all_apart, True, ["powers of two"]),
     ],

@@ -90,6 +90,24 @@ def test_what_transformers_knows_beyond_loads_or_is_refused_by_name(tmp_path, na
         assert "\n" not in message
 
 
+@pytest.mark.parametrize("transformers_version", [4, 5])
+def test_what_gpt_oss_does_not_say_is_what_it_was_trained_with(tmp_path, transformers_version):
+    """Its published file says all, so what is missing in another has to become the same."""
+    full = REAL_CONFIGS["gpt-oss-20b"]
+    lacking = {*LACKING, "layer_types", "rope_scaling", "swiglu_limit", "attention_bias", "num_experts_per_tok"}
+    config = {key: value for key, value in full.items() if key not in lacking}
+    config |= {"rope_scaling": None} if transformers_version == 4 else {"rope_parameters": None}
+    expected = load_model_config(write(tmp_path, full))
+    assert expected.window_layers == tuple(range(0, 24, 2))
+    assert load_model_config(write(tmp_path, config)) == expected
+
+
+@pytest.mark.parametrize(("key", "value"), [("experts_per_token", 5), ("initial_context_length", 8192)])
+def test_keys_of_openai_that_contradict_the_others_are_refused(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=f"'{key}' is {value}, but"):
+        load_model_config(write(tmp_path, REAL_CONFIGS["gpt-oss-20b"], **{key: value}))
+
+
 LACKING = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sliding_window", "hidden_act"]
 
 
