@@ -204,7 +204,7 @@ def single_row_product(
             squares += values * values
             factor = _load(norm + column, exists).to(tl.float32)
             values *= factor if OFFSET is None else factor + OFFSET
-        wide = None if IS_EVEN else exists[None, :]
+        wide = None if exists is None else exists[None, :]
         acc += _load(gate_row + column[None, :], wide).to(tl.float32) * values[None, :]
         if SWIGLU:
             up += _load(up_row + column[None, :], wide).to(tl.float32) * values[None, :]
