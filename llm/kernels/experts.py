@@ -15,14 +15,14 @@ import triton.language as tl
 
 from llm.kernels.activation import bounded_swiglu, swiglu
 from llm.kernels.expert_tiles import ExpertTile, expert_tile
-from llm.kernels.few_rows import row_tile, single_row_product
+from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
 
 _SINGLE_OUTPUTS = 4
-_SINGLE_MOST_TILE_K = 1024
+_SINGLE_LEAST_TILE_K, _SINGLE_MOST_TILE_K = 256, 1024
 _SUM_BLOCK = 1024
 _MANY_ROWS = 128
 """Pairs of a tile from which on tokens are the left factor, where nobody asks that sums have one order."""
@@ -155,7 +155,7 @@ class ExpertMixture:
         shape, routes, options = self._shape, self._routes, launch_options(self._device)
         route(total, router, routes, norm, router_bias)
         hidden_size, size = shape.hidden_size, shape.size
-        tile_k = row_tile(hidden_size)
+        tile_k = _row_tile(hidden_size)
         single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](
             total, norm.weight, gate_up.weight, gate_up.scales, gate_up.bias, self._activated, routes.experts, size,
             hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k, IS_EVEN=hidden_size % tile_k == 0,
@@ -168,6 +168,14 @@ class ExpertMixture:
             SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k,
             CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=4, **options,
         )  # fmt: skip
+
+
+def _row_tile(num_inputs: int) -> int:
+    """Inputs that a program of one row reads at once: as many as divide all; where these are few, more, with masks."""
+    dividing = num_inputs & -num_inputs
+    if dividing < _SINGLE_LEAST_TILE_K and num_inputs >= _SINGLE_MOST_TILE_K:
+        return _SINGLE_MOST_TILE_K
+    return min(dividing, _SINGLE_MOST_TILE_K)
 
 
 @triton.jit

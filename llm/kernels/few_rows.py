@@ -7,14 +7,6 @@ from llm.kernels.activation import bounded_swiglu, gated
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import prefetch, wait_for_inputs, wait_then_launch
 
-_MOST_TILE_K, _LEAST_TILE_K = 1024, 256
-
-
-def row_tile(num_inputs: int) -> int:
-    """Inputs that a program of one row reads at once: as many as divide all; where these are few, more, with masks."""
-    dividing = num_inputs & -num_inputs
-    return _MOST_TILE_K if dividing < _LEAST_TILE_K and num_inputs >= _MOST_TILE_K else min(dividing, _MOST_TILE_K)
-
 
 @triton.jit
 def _sum_of_products(
@@ -154,9 +146,9 @@ def tile_product(
 
 
 @triton.jit
-def _load(pointers, exists):
-    """What is there; zeros where `exists`, unless it is None, says that nothing is."""
-    return tl.load(pointers) if exists is None else tl.load(pointers, mask=exists, other=0.0)
+def _load(pointers, exists, IS_EVEN: tl.constexpr):
+    """What is there; zeros where nothing exists, which is nowhere if IS_EVEN."""
+    return tl.load(pointers) if IS_EVEN else tl.load(pointers, mask=exists, other=0.0)
 
 
 @triton.jit
@@ -198,16 +190,15 @@ def single_row_product(
     squares = tl.zeros([TILE_K], tl.float32)
     for start in tl.range(0, num_inputs, TILE_K, num_stages=3):
         column = start + k
-        exists = None if IS_EVEN else column < num_inputs
-        values = _load(x + column, exists).to(tl.float32)
+        exists = column < num_inputs
+        values = _load(x + column, exists, IS_EVEN).to(tl.float32)
         if norm is not None:
             squares += values * values
-            factor = _load(norm + column, exists).to(tl.float32)
+            factor = _load(norm + column, exists, IS_EVEN).to(tl.float32)
             values *= factor if OFFSET is None else factor + OFFSET
-        wide = None if exists is None else exists[None, :]
-        acc += _load(gate_row + column[None, :], wide).to(tl.float32) * values[None, :]
+        acc += _load(gate_row + column[None, :], exists[None, :], IS_EVEN).to(tl.float32) * values[None, :]
         if SWIGLU:
-            up += _load(up_row + column[None, :], wide).to(tl.float32) * values[None, :]
+            up += _load(up_row + column[None, :], exists[None, :], IS_EVEN).to(tl.float32) * values[None, :]
     result, up_result = tl.sum(acc, 1), tl.sum(up, 1)
     if norm is not None:
         inverse = tl.rsqrt(tl.sum(squares, 0) / num_inputs + norm_eps)

@@ -25,7 +25,7 @@ import triton
 from llm.config import Activation
 from llm.core.weight_groups import WeightGroups
 from llm.kernels.activation import activate_gated
-from llm.kernels.few_rows import row_tile, single_row_product, tile_product
+from llm.kernels.few_rows import single_row_product, tile_product
 from llm.kernels.groups import single_row_of_groups, written_out
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
@@ -234,13 +234,13 @@ class Linear:
         num_outputs, num_inputs = output.shape[1], x.shape[1]
         if weights.groups is not None:
             return self._single_of_groups(x, weights, weights.groups, output, norm, gated_by, adds=adds)
-        tile_k = row_tile(num_inputs)
         single_row_product[(num_outputs // _SINGLE_OUTPUTS,)](
             x, None if norm is None else norm.weight, weights.weight, weights.scales, weights.bias, output, None,
             num_outputs, num_inputs, 0.0 if norm is None else norm.eps,
-            OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k, IS_EVEN=num_inputs % tile_k == 0, SWIGLU=gated_by is not None,
-            GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds, LIMIT=None,
-            ALPHA=None, CAN_PREFETCH=self._device.type == "cuda" and num_inputs % 64 == 0, num_warps=4,
+            OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), IS_EVEN=True,
+            SWIGLU=gated_by is not None, GELU=gated_by is Activation.GELU_TANH,
+            OFFSET=None if norm is None else norm.offset, ADDS=adds, LIMIT=None, ALPHA=None,
+            CAN_PREFETCH=self._device.type == "cuda" and num_inputs % 64 == 0, num_warps=4,
             **launch_options(self._device),
         )  # fmt: skip
         return output
