@@ -23,6 +23,10 @@ RUN_ELSEWHERE = {
     "rayline serve": "tests/integration/test_command_line.py::test_serve_chat_status",
     "rayline chat": "tests/integration/test_command_line.py::test_serve_chat_status",
     "rayline status": "tests/integration/test_command_line.py::test_serve_chat_status",
+    "rayline pull": "tests/unit/models/test_packaged_models.py::test_a_packaged_model_is_put_together_of_its_packages",
+    "python -m benchmarks.number_formats": (
+        "tests/unit/real_models/test_number_formats.py::test_a_format_is_measured_beside_float32"
+    ),
     "pip install": "Makefile",
     "source .venv/bin/activate": "Makefile",
     "export RAYLINE_KEYS=": "tests/integration/test_front_ends.py::test_keys_are_asked_for",
