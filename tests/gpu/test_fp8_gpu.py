@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from first_logprobs import logprobs
 from known_shapes import SHAPES
 
 from llm.config import EngineConfig
@@ -29,22 +30,6 @@ def create_model(shape: dict, *, is_rounded: bool = False) -> DecoderModel:
                 quantized, scales = quantize_weight(projection.weight.data)
                 projection.weight.data = (quantized.float() * scales[:, None]).bfloat16()
     return model
-
-
-def logprobs(model: DecoderModel, lens: list[int], backend: str | None = None, **config) -> torch.Tensor:
-    """Of the first tokens after prompts of these lengths and one token of output: by prefill, then by decode."""
-    generator = torch.Generator().manual_seed(1)
-    defaults = {"max_batch_size": 64, "max_seq_len": 4096, "num_pages": 1200}
-    engine = ContinuousBatchingEngine(model, config=EngineConfig(attention_backend=backend, **{**defaults, **config}))
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=tuple(torch.randint(0, 4000, (n,), generator=generator).tolist()), output_token_ids=(7,),
-            max_new_tokens=2, temperature=0.0, ignore_eos=True, logprobs=0,
-        )
-        for n in lens
-    ]  # fmt: skip
-    results = engine.generate(requests, progress=False)
-    return torch.tensor([result.logprobs[0].logprob for result in results])
 
 
 @pytest.mark.parametrize("shape", NAMES)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from first_logprobs import logprobs
 from known_shapes import SHAPES
 
-from llm.config import EngineConfig, ModelConfig, Quantization, WeightFormat, WeightLayout
+from llm.config import ModelConfig, Quantization, WeightFormat, WeightLayout
 from llm.models.decoder import DecoderModel
 from llm.models.quantized import quantized_modules
-from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.schemas import GenerationRequest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -34,22 +33,6 @@ def create_model(shape: dict, weight_format: WeightFormat) -> DecoderModel:
         if module.order is not None:
             module.order.data = torch.randperm(len(module.order), device="cuda").int()
     return model
-
-
-def logprobs(model: DecoderModel, lens: list[int], backend: str | None = None, **config) -> torch.Tensor:
-    """Of the first tokens after prompts of these lengths and one token of output: by prefill, then by decode."""
-    generator = torch.Generator().manual_seed(1)
-    defaults = {"max_batch_size": 64, "max_seq_len": 4096, "num_pages": 1200}
-    engine = ContinuousBatchingEngine(model, config=EngineConfig(attention_backend=backend, **{**defaults, **config}))
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=tuple(torch.randint(0, 4000, (n,), generator=generator).tolist()), output_token_ids=(7,),
-            max_new_tokens=2, temperature=0.0, ignore_eos=True, logprobs=0,
-        )
-        for n in lens
-    ]  # fmt: skip
-    results = engine.generate(requests, progress=False)
-    return torch.tensor([result.logprobs[0].logprob for result in results])
 
 
 @pytest.mark.parametrize("lens", [[1, 2, 16, 30], [300, 700, 1500]], ids=["few rows", "many rows"])

@@ -122,14 +122,9 @@ def test_greedy_tokens_with_caches_equal(checkpoints, greedy_of_transformers, ki
     assert greedy_of_ours(ours, ids, plain) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@torch.inference_mode()
-def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoints, greedy_of_transformers, kind):
-    """64 tokens each, prompts of different lengths together and one by one."""
-    directory = checkpoints(kind)[0]
-    lengths = (5, 90, 17, 1)
-    expected = [greedy_of_transformers(kind, length) for length in lengths]
-    requests = [
+def greedy_requests(lengths: tuple[int, ...]) -> list[GenerationRequest]:
+    """For as many tokens of the engine as `greedy_of_transformers` has."""
+    return [
         GenerationRequest(
             prompt_token_ids=tuple(prompt(length)[0].tolist()),
             max_new_tokens=NUM_GREEDY,
@@ -138,6 +133,16 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
         )
         for length in lengths
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoints, greedy_of_transformers, kind):
+    """64 tokens each, prompts of different lengths together and one by one."""
+    directory = checkpoints(kind)[0]
+    lengths = (5, 90, 17, 1)
+    expected = [greedy_of_transformers(kind, length) for length in lengths]
+    requests = greedy_requests(lengths)
     engine = ContinuousBatchingEngine(load(directory), max_batch_size=3, max_seq_len=256)
     together = engine.generate(requests, progress=False)
     assert [list(result.token_ids) for result in together] == expected
@@ -155,15 +160,7 @@ def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greed
     """64 tokens each: in chunks, preempted, from the prefix cache, if any, and resumed from a part of the output."""
     lengths = (90, 17, 5)
     expected = [greedy_of_transformers(kind, length) for length in lengths]
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=tuple(prompt(length)[0].tolist()),
-            max_new_tokens=NUM_GREEDY,
-            temperature=0,
-            ignore_eos=True,
-        )
-        for length in lengths
-    ]
+    requests = greedy_requests(lengths)
     config = EngineConfig(max_batch_size=3, max_seq_len=256, max_tokens_per_step=24, num_pages=num_pages)
     model = load(checkpoints(kind)[0])
     small = ContinuousBatchingEngine(model, config=config)
