@@ -1,6 +1,6 @@
 """A layer's experts alone on one GPU: microseconds by number of tokens, of each part, and of other shapes of tiles.
 
-    python -m benchmarks.experts [--model benchmarks/models/qwen3-30b-a3b] [--tokens 1 16 256] [--no-sweep] [--fp8]
+    python -m benchmarks.experts [--model benchmarks/models/qwen3-30b-a3b] [--tokens 1 16] [--sweep 512] [--fp8]
 
 One JSON line each. Weights are random and of several layers in turn, so that none is in the second-level cache.
 """
@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.gpu_timing import graph_microseconds
 from llm.checkpoint.model_config import load_model_config
 from llm.kernels.expert_tiles import ExpertTile, expert_tile
 from llm.kernels.experts import ExpertMixture
@@ -64,22 +65,8 @@ class Bench:
         return torch.empty(*sizes, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
 
     def microseconds(self, run: Callable[[int], object]) -> float:
-        """Of `run(layer)`, in a graph of all layers in turn."""
-        run(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(2):
-                for layer in range(_NUM_LAYERS):
-                    run(layer)
-        graph.replay()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(3):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return round(start.elapsed_time(end) * 1e3 / (3 * 2 * _NUM_LAYERS), 1)
+        """Of `run(layer)`, of all layers in turn."""
+        return round(graph_microseconds([partial(run, layer) for layer in range(_NUM_LAYERS)] * 2), 1)
 
     def parts(self, num_tokens: int) -> dict[str, float]:
         """Microseconds of the whole and of its parts."""

@@ -11,13 +11,15 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from unittest.mock import patch
 
 import torch
 import triton
 
+from benchmarks.gpu_timing import graph_microseconds
 from llm.config import Activation
 from llm.core.weight_groups import WeightGroups
 from llm.kernels import linear as products
@@ -100,21 +102,8 @@ class Bench:
         linear = torch.nn.functional.linear
         return self._timed(lambda weights: linear(self.x, weights.written_out(self.x.dtype).weight))
 
-    def _timed(self, call) -> float:  # type: ignore[no-untyped-def]
-        call(self.weights[0])
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for weights in self.weights:
-                call(weights)
-        graph.replay()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(3):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / 3 / len(self.weights)
+    def _timed(self, call: Callable[[Weights], object]) -> float:
+        return graph_microseconds([partial(call, weights) for weights in self.weights])
 
 
 def check(bench: Bench) -> float:
