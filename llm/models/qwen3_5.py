@@ -15,11 +15,12 @@ from llm.attention.spec import AttentionSpec
 from llm.config import ModelConfig
 from llm.core.recurrent_state import DeltaSpec
 from llm.errors import ConfigError
+from llm.models.attention_layer import make_norm, make_rope
 from llm.models.config_keys import ReadKeys, key_names
 from llm.models.delta import DeltaMixer, ExactLinear
 from llm.models.delta_keys import read_delta
 from llm.models.family import Destination, Family, Layer, common_fields, read_text_half
-from llm.models.layers import RMSNorm
+from llm.models.llama import mlp_weights
 from llm.models.operations import Operations
 from llm.models.rope_keys import read_rope
 
@@ -45,7 +46,7 @@ class DeltaNetLayer(Layer):
         super().__init__()
         self.index = index
         hidden_size, mlp_size, has_bias = config.hidden_size, config.mlp_size, config.attention_bias
-        norm = partial(RMSNorm, eps=config.rms_norm_eps, offset=config.norm_offset)
+        norm = make_norm(config)
         self.mixing_norm = norm(hidden_size)
         if config.delta is not None and index in config.delta.layers:
             self.delta_spec = delta = DeltaSpec.of(config.delta)
@@ -78,18 +79,18 @@ class DeltaNetLayer(Layer):
 
 
 def _make_layers(config: ModelConfig) -> list[Layer]:
-    rope = RotaryEmbedding(config.rotary_size, config.max_seq_len, config.rope_theta, config.rope_scaling)
+    rope = make_rope(config)
     return [DeltaNetLayer(config, index, rope) for index in range(config.num_layers)]
 
 
 def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
-    return _attention_weights(config) | _delta_weights(config) | {
+    return {
+        **_attention_weights(config),
+        **_delta_weights(config),
+        **mlp_weights(config),
         "input_layernorm": Destination("mixing_norm"),
         "post_attention_layernorm": Destination("mlp_norm"),
-        "mlp.gate_proj": Destination("gate_up_proj", slice(0, config.mlp_size)),
-        "mlp.up_proj": Destination("gate_up_proj", slice(config.mlp_size, 2 * config.mlp_size)),
-        "mlp.down_proj": Destination("down_proj"),
-    }  # fmt: skip
+    }
 
 
 def _attention_weights(config: ModelConfig) -> dict[str, Destination]:
