@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= serve_config.yaml
 MODELS ?= llama-3.1-8b qwen3-0.6b
+BENCH_FP8 = --model benchmarks/models/llama-3.1-8b --name llama-3.1-8b-fp8 --set quantization=fp8 kv_cache_dtype=fp8 --rows mixed 1000
 REAL_MODELS ?= required
 MINUTES ?= 60
 BENCH_PYTHON ?= $(BIN)/python
@@ -113,6 +114,8 @@ bench-gpu:  ## Engine beside vLLM on this GPU (MODELS="llama-3.1-8b …"; BENCH_
 		$(BENCH_PYTHON) -m benchmarks.engine_vllm --model benchmarks/models/$$model --out bench-gpu.vllm.jsonl; \
 		$(BENCH_PYTHON) -m benchmarks.engine --model benchmarks/models/$$model --random-weights --out bench-gpu.rayline.jsonl; \
 	done
+	@$(BENCH_PYTHON) -m benchmarks.engine_vllm $(BENCH_FP8) --out bench-gpu.vllm.jsonl
+	@$(BENCH_PYTHON) -m benchmarks.engine $(BENCH_FP8) --random-weights --out bench-gpu.rayline.jsonl
 	@$(BENCH_PYTHON) -m benchmarks.engine_table bench-gpu.rayline.jsonl bench-gpu.vllm.jsonl
 
 bench-techniques: $(VENV)/.dev  ## What KV cache, GQA and window save on this machine

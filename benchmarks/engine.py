@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.engine_profile import profile
 from benchmarks.engine_rows import (
@@ -34,6 +33,7 @@ from benchmarks.engine_rows import (
     percentile,
     random_prompt,
     seconds_since_process_start,
+    settings,
     timed,
 )
 from llm.config import EngineConfig
@@ -261,9 +261,9 @@ class Bench:
 def main() -> None:
     """Measure, print, and exit with 1 if a row failed."""
     options = _parse()
-    bench = Bench(options, {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in options.set)})
+    bench = Bench(options, settings(options.set))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    common = {"engine": "rayline", "model": Path(options.model).name, "device": device}
+    common = {"engine": "rayline", "model": options.name or Path(options.model).name, "device": device}
     with ExitStack() as stack:
         out = stack.enter_context(open(options.out, "a")) if options.out else None
         bench.start()
@@ -299,6 +299,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128, help="tokens of the prompts behind which --profile decodes")
     parser.add_argument("--out", help="file to append the JSON lines to")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
+    parser.add_argument("--name", help="what the lines call the model; its directory's name if left out")
     parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the benchmark itself")
     return parser.parse_args()
 

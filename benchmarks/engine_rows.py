@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import yaml
+
 Sampling = dict[str, Any]
 """How one request's tokens are drawn beside `TEMPERATURE`, in words that `GenerationRequest` and vLLM share."""
 
@@ -118,7 +120,7 @@ def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -
     run([100] * 8, [16] * 8)
     yield Row("mixed: 256 requests, 100-1024 in, 100-1024 out", mixed)
     yield Row("1000/1000 x384", lambda: throughput([1000 // scale] * (384 // scale), [1000 // scale] * (384 // scale)))
-    for batch in (1, 8, 32, 64, 128, 256):
+    for batch in (1, 8, 16, 32, 64, 128, 256):
         yield Row(f"decode batch {batch}", lambda batch=batch: decode(max(batch // scale, 1)))  # type: ignore[misc]
     yield Row("prefill 1x1024", prefill_one)
     yield Row("prefill 64x2048", prefill_many)
@@ -167,6 +169,11 @@ def emit(line: dict[str, Any], out: TextIO | None) -> None:
     if out is not None:
         out.write(text + "\n")
         out.flush()
+
+
+def settings(items: list[str]) -> dict[str, Any]:
+    """Arguments of an engine, written KEY=VALUE with a value in YAML."""
+    return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
 
 
 def random_prompt(rng: random.Random, num_tokens: int, vocab_size: int = MAX_TOKEN_ID) -> tuple[int, ...]:

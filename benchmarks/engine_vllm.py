@@ -1,6 +1,6 @@
 """vLLM's offline engine on the rows of `benchmarks.engine`: random weights, token ids, the same lengths.
 
-python -m benchmarks.engine_vllm --model benchmarks/models/llama-3.1-8b [--out FILE]
+python -m benchmarks.engine_vllm --model benchmarks/models/llama-3.1-8b [--set quantization=fp8 kv_cache_dtype=fp8]
 """
 
 import argparse
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from benchmarks.engine_rows import (
     LONG_PROMPTS,
     TEMPERATURE,
@@ -23,6 +25,7 @@ from benchmarks.engine_rows import (
     measure,
     random_prompt,
     seconds_since_process_start,
+    settings,
 )
 
 
@@ -31,6 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory with a config.json")
     parser.add_argument("--rows", nargs="+", help="only rows whose names begin so")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further arguments of vLLM's LLM")
+    parser.add_argument("--name", help="what the lines call the model; its directory's name if left out")
     parser.add_argument("--out", help="file to append the JSON lines to")
     parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the benchmark itself")
     options = parser.parse_args()
@@ -43,7 +48,7 @@ def main() -> None:
     max_model_len = min(max(LONG_PROMPTS) + 64, config["max_position_embeddings"])
     llm = vllm.LLM(
         options.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_model_len,
-        gpu_memory_utilization=0.9, enable_prefix_caching=False,
+        gpu_memory_utilization=0.9, enable_prefix_caching=False, **settings(options.set),
     )  # fmt: skip
     rng = random.Random(0)
 
@@ -59,14 +64,26 @@ def main() -> None:
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
 
-    common = {"engine": f"vllm {vllm.__version__}", "model": Path(options.model).name}
+    common = {"engine": f"vllm {vllm.__version__}", "model": options.name or Path(options.model).name}
     with ExitStack() as stack:
         out = stack.enter_context(open(options.out, "a")) if options.out else None
         run([16], [1])
         emit({**common, "name": "startup", "s": round(seconds_since_process_start(), 1)}, out)
+        llm.apply_model(draw_weights)
         all_well = measure(comparable_rows(run, options.scale), common, out, options.rows)
         all_well &= measure(long_rows(run, max_model_len, options.scale), common, out, options.rows)
     sys.exit(0 if all_well else 1)
+
+
+def draw_weights(model: torch.nn.Module) -> None:
+    """Draw 16-bit weights as Rayline draws its random ones, by themselves in each layer.
+
+    vLLM's dummy weights are the same in every layer. That draws the hidden states of all rows together, so they go to the
+    same few experts: a step of 16 rows then reads fewer of them than it would of a trained model.
+    """
+    for weight in model.parameters():
+        if weight.dtype.is_floating_point and weight.dtype.itemsize == 2:
+            weight.data.normal_(0, 0.02) if weight.dim() > 1 else weight.data.fill_(1)
 
 
 if __name__ == "__main__":
