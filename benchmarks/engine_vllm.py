@@ -78,8 +78,8 @@ def main() -> None:
 def draw_weights(model: torch.nn.Module) -> None:
     """Draw 16-bit weights as Rayline draws its random ones, by themselves in each layer.
 
-    vLLM's dummy weights are the same in every layer. That draws the hidden states of all rows together, so they go to the
-    same few experts: a step of 16 rows then reads fewer of them than it would of a trained model.
+    vLLM's dummy weights are the same in every layer. That draws the hidden states of all rows together, so they go to
+    the same few experts: a step of 16 rows then reads fewer of them than it would of a trained model.
     """
     for weight in model.parameters():
         if weight.dtype.is_floating_point and weight.dtype.itemsize == 2:
