@@ -298,7 +298,6 @@ class CompletionRequest(SamplingFields):
         """How many of the likeliest tokens are asked for in the place of each of the prompt's; None for no such."""
         asked = [self.prompt_logprobs] if self.prompt_logprobs is not None else []
         asked += [self.logprobs] if self.echo and self.logprobs is not None else []
-        asked += [0] if self.max_tokens == 0 else []  # there is no other way to have a prompt read only
         return max(asked, default=None)
 
     @property

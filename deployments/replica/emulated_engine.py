@@ -277,7 +277,7 @@ class EmulatedEngine:
             logprobs = (TokenLogprobs(token_id, -0.5, top),)
         return StepOutput(
             request.request_id,
-            (token_id,),
+            (token_id,) if request.max_new_tokens else (),
             logprobs=logprobs,
             finish_reason=reason,
             stop_reason=stop_reason,

@@ -396,7 +396,8 @@ class ContinuousBatchingEngine:
         self._end(sequence)
         return StepOutput(
             sequence.request_id, (), prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH,
-            num_prompt_tokens=sequence.num_prompt_tokens, queue_s=sequence.queue_s,
+            num_prompt_tokens=sequence.num_prompt_tokens, num_cached_tokens=sequence.num_cached_tokens or 0,
+            queue_s=sequence.queue_s,
         )  # fmt: skip
 
     def _count_prompt(self, sequence: Sequence) -> None:

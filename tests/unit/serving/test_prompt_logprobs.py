@@ -96,10 +96,24 @@ def test_scores_come_with_the_first_output_only():
     assert [output.prompt_logprobs is not None for output in outputs] == [True, False, False, False]
 
 
-@pytest.mark.parametrize("fields", [{"max_new_tokens": 0, "prompt_logprobs": None}, {"prompt_logprobs": 21},
-                                    {"pooling": "last"}, {"prompt_logprobs": -1}])  # fmt: skip
+@torch.inference_mode()
+def test_a_prompt_may_be_read_and_neither_scored_nor_continued():
+    """It is in the prefix cache then, and is taken from there when it is read again."""
+    engine = create_engine()
+    prompt = create_prompts()[-1]
+    first, second = (
+        engine.generate([scoring(prompt, max_new_tokens=0, prompt_logprobs=None)], progress=False)[0] for _ in range(2)
+    )
+    for result in (first, second):
+        assert (result.token_ids, result.finish_reason) == ((), FinishReason.LENGTH)
+        assert not result.prompt_logprobs
+    assert 0 == first.num_cached_tokens < second.num_cached_tokens
+    check_idle(engine)
+
+
+@pytest.mark.parametrize("fields", [{"prompt_logprobs": 21}, {"pooling": "last"}, {"prompt_logprobs": -1}])
 def test_what_makes_no_sense_is_refused(fields: dict):
-    with pytest.raises(ValueError, match=r"max_new_tokens|prompt_logprobs"):
+    with pytest.raises(ValueError, match="prompt_logprobs"):
         scoring((1, 2), **fields)
 
 
