@@ -271,6 +271,10 @@ class ModelConfig(StrictModel):
     """The weights of a token's experts add up to 1."""
     expert_bias: bool = False
     """Biases on the router and on the projections of experts (gpt-oss)."""
+    shared_expert_size: int = Field(default=0, ge=0)
+    """Width of an expert that every token goes to beside those that it chooses; 0 for none."""
+    shared_expert_gate: bool = False
+    """What the shared expert gives is scaled by a share of its own, which each token says (Qwen3-Next, Qwen3.5)."""
     swiglu_limit: float | None = Field(default=None, gt=0)
     """Experts gate by `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`, the gate bounded by this number from above and
     `up` from both sides (gpt-oss); None for `silu(gate) * up`."""

@@ -3,9 +3,13 @@
 The weights of all experts of a layer are stacked in one tensor for each product, which the kernels index.
 """
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from llm.config import ModelConfig
 
 
 class Router(nn.Module):
@@ -47,6 +51,39 @@ class ExpertProjections(nn.Module):
         return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
 
 
+class ShareGate(nn.Module):
+    """Says what share of the shared expert a token takes. No `nn.Linear`, for its weight is never rounded."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, hidden_size) → (…, 1), from 0 to 1."""
+        return F.linear(x, self.weight).sigmoid()
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token of a layer goes to, a SwiGLU.
+
+    Args:
+        size: its width.
+        has_gate: each token says what share of it it takes.
+    """
+
+    def __init__(self, hidden_size: int, size: int, *, has_gate: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * size, bias=False)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+        self.gate = ShareGate(hidden_size) if has_gate else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, hidden_size) → (…, hidden_size)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        made: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        return made if self.gate is None else self.gate(x) * made
+
+
 class Experts(nn.Module):
     """The experts of one layer, each a SwiGLU, and their router.
 
@@ -55,6 +92,8 @@ class Experts(nn.Module):
         per_token, normalizes: see `Router`.
         has_bias: router and projections have biases.
         swiglu_limit, swiglu_alpha: see `ModelConfig`.
+        shared_size: width of the expert that every token goes to; 0 for none.
+        has_shared_gate: see `SharedExpert`.
     """
 
     def __init__(
@@ -68,6 +107,8 @@ class Experts(nn.Module):
         has_bias: bool = False,
         swiglu_limit: float | None = None,
         swiglu_alpha: float = 1.702,
+        shared_size: int = 0,
+        has_shared_gate: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -77,6 +118,23 @@ class Experts(nn.Module):
         self.router = Router(hidden_size, num_experts, per_token, normalizes=normalizes, has_bias=has_bias)
         self.gate_up_proj = ExpertProjections(num_experts, hidden_size, 2 * size, has_bias=has_bias)
         self.down_proj = ExpertProjections(num_experts, size, hidden_size, has_bias=has_bias)
+        self.shared = SharedExpert(hidden_size, shared_size, has_gate=has_shared_gate) if shared_size else None
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        """Those of a layer of a model."""
+        return cls(
+            config.hidden_size,
+            config.expert_size,
+            config.num_experts,
+            config.num_experts_per_token,
+            normalizes=config.normalize_expert_weights,
+            has_bias=config.expert_bias,
+            swiglu_limit=config.swiglu_limit,
+            swiglu_alpha=config.swiglu_alpha,
+            shared_size=config.shared_expert_size,
+            has_shared_gate=config.shared_expert_gate,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, hidden_size) → (…, hidden_size): of each token, the weighted sum of what its experts make of it."""
@@ -88,6 +146,8 @@ class Experts(nn.Module):
             gate, up = self.gate_up_proj(tokens[token], expert).chunk(2, dim=-1)
             made = self.down_proj(self._gated(gate, up), expert)
             output.index_add_(0, token, (made * weights[token, slot, None]).to(x.dtype))
+        if self.shared is not None:
+            output = output + self.shared(tokens)
         return output.view_as(x)
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

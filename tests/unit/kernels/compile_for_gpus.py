@@ -26,6 +26,7 @@ from llm.kernels import (
     quantization,
     routing,
     sampling,
+    shares,
     soft_cap,
 )
 from llm.kernels.attention import decode, gates, gather, hopper_prefill, prefill, rope
@@ -99,6 +100,10 @@ def compile_activations() -> None:
             sizes = {"DTYPE": tl.bfloat16, "BLOCK": 1024, "GELU": is_gelu}
             compile_kernel("activation", activation._activate_gated, arguments, **sizes)
     rows = {"x": BF16, "values": FP8, "scales": FLOAT, "num_inputs": "i32"}
+    shared = {"total": BF16, "weight": BF16, "eps": "fp32", "gate": BF16}
+    for values, scales in ((BF16, None), (FP8, FLOAT)):
+        sizes = {"HIDDEN": 2048, "BLOCK": 2048, "OFFSET": 1.0, "SIZE": 768, "SIZE_BLOCK": 1024}
+        compile_kernel("shares", shares._scale_by_share, {**shared, "values": values, "scales": scales, **sizes})
     compile_kernel("rounding", quantization._quantize_rows, rows, BLOCK=1024)
 
 
