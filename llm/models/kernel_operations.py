@@ -325,7 +325,7 @@ class KernelOperations:
             rows = linear.gated(self._stream, _norm(norm), *weights, Activation.SILU)
             if shared.gate is not None:
                 scale_by_share(self._stream, _norm(norm), shared.gate.weight, rows)
-        mixture(self._stream, _norm(norm), router.weight, gate_up, down, router.bias)
+        mixture(self._stream, _norm(norm), router.weight, gate_up, down, router.bias, router.e_score_correction_bias)
         if shared is not None:
             linear.add(self._stream, rows, weights[1])
 
@@ -343,7 +343,7 @@ def _expert_shape(experts: Experts) -> ExpertShape:
     router = experts.router
     return ExpertShape(
         experts.num_experts, router.per_token, experts.size, router.weight.shape[1], router.normalizes,
-        experts.swiglu_limit, experts.swiglu_alpha,
+        experts.swiglu_limit, experts.swiglu_alpha, router.routing,
     )  # fmt: skip
 
 
