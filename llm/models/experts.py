@@ -74,7 +74,7 @@ class Router(nn.Module):
 
     def _in_best_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """Where the experts of each token's best groups are, boolean, like `choice`, (tokens, experts)."""
-        grouped = choice.unflatten(-1, (self.routing.num_groups, -1))
+        grouped = torch.unflatten(choice, -1, (self.routing.num_groups, -1))
         worth = grouped.topk(2 if self.routing.uses_sigmoid else 1, dim=-1).values.sum(-1)
         best = worth.topk(self.routing.num_top_groups, dim=-1).indices
         is_best = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
