@@ -205,6 +205,20 @@ class DeltaConfig(StrictModel):
         return self
 
 
+class RoutingConfig(StrictModel):
+    """How a router scores experts and chooses among them."""
+
+    uses_sigmoid: bool = False
+    """An expert's score is the sigmoid of its logit, and experts are chosen by that and a number of each expert's own
+    (DeepSeek-V3, arXiv:2412.19437); otherwise by a softmax of all logits."""
+    num_groups: int = Field(default=1, gt=0)
+    """Groups of neighbouring experts, of which a token first chooses the best (DeepSeek-V2, arXiv:2405.04434)."""
+    num_top_groups: int = Field(default=1, gt=0)
+    """How many of these groups a token chooses."""
+    scale: float = Field(default=1.0, gt=0)
+    """The weights of a token's experts are multiplied by it behind everything else."""
+
+
 class ModelConfig(StrictModel):
     """Shape of a decoder. Everything `DecoderModel` needs, nothing about serving."""
 
@@ -269,8 +283,14 @@ class ModelConfig(StrictModel):
     """Width of an expert's SwiGLU."""
     normalize_expert_weights: bool = True
     """The weights of a token's experts add up to 1."""
+    routing: RoutingConfig = RoutingConfig()
+    """How a token's experts are chosen."""
     expert_bias: bool = False
     """Biases on the router and on the projections of experts (gpt-oss)."""
+    shared_expert_size: int = Field(default=0, ge=0)
+    """Width of an expert that every token goes to beside those that it chooses; 0 for none."""
+    shared_expert_gate: bool = False
+    """What the shared expert gives is scaled by a share of its own, which each token says (Qwen3-Next, Qwen3.5)."""
     swiglu_limit: float | None = Field(default=None, gt=0)
     """Experts gate by `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`, the gate bounded by this number from above and
     `up` from both sides (gpt-oss); None for `silu(gate) * up`."""
@@ -298,6 +318,7 @@ class ModelConfig(StrictModel):
                 raise ValueError(
                     f"num_experts_per_token {self.num_experts_per_token} is above num_experts {self.num_experts}"
                 )
+            self._check_groups()
         if self.window_layers and not all(0 <= layer < self.num_layers for layer in self.window_layers):
             raise ValueError(f"window_layers {self.window_layers} names a layer past num_layers {self.num_layers}")
         if self.delta is not None and not set(range(self.num_layers)).issuperset(self.delta.layers):
@@ -305,6 +326,17 @@ class ModelConfig(StrictModel):
         if not self.num_attention_layers:
             raise ValueError("delta.layers names every layer; at least one must have attention")
         return self
+
+    def _check_groups(self) -> None:
+        """See that groups of experts are of one size and hold enough experts."""
+        groups, top_groups = self.routing.num_groups, self.routing.num_top_groups
+        if self.num_experts % groups or top_groups > groups:
+            raise ValueError(
+                f"{self.num_experts} experts cannot be {groups} equal groups, of which {top_groups} are chosen"
+            )
+        size, per_token = self.num_experts // groups, self.num_experts_per_token
+        if top_groups * size < per_token or (groups > 1 and self.routing.uses_sigmoid and size < 2):
+            raise ValueError(f"{top_groups} groups of {size} experts are too few for {per_token} a token")
 
     @property
     def head_size(self) -> int:

@@ -18,11 +18,12 @@ from llm.checkpoint.gguf_weights import GGUFWeights
 from llm.checkpoint.hub import is_gguf
 from llm.checkpoint.model_config import load_model_config
 from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
-from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_buffer, is_of_other_part
+from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_behind, is_buffer, is_of_other_part
 from llm.checkpoint.weight_slots import FLOATS, Slot, canonical_scale_name, find_slots
 from llm.config import ModelConfig
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
+from llm.models.family import Family
 from llm.models.quantized import quantized_modules
 from llm.models.registry import FAMILIES
 
@@ -215,7 +216,7 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
     slots = find_slots(model)
     found = [(path, file, name) for path, file, names in _open_all(candidate, files) for name in names]
     names = canonical_names((name for _, _, name in found), slots)
-    takes_more = FAMILIES[model.config.architecture].left_out is not None
+    family = FAMILIES[model.config.architecture]
     copies: dict[str, _Copy] = {}
     head: _Copy | None = None
     for path, file, name in found:
@@ -227,7 +228,7 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
             _check_tensor(copies[place])
         elif place == HEAD and model.lm_head is None:
             head = _Copy(file, path, name, slots[EMBEDDINGS])
-        elif not is_buffer(place) and not (takes_more and is_of_other_part(name)):
+        elif not is_buffer(place) and not _is_left_out(family, name, place, model.num_layers):
             raise CheckpointError(f"{path} holds {name}, which config.json gives no place; is it the right one?")
     if head is not None:
         _settle_head(head, copies)
@@ -235,6 +236,13 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
     if missing:
         raise CheckpointError(f"{directory} lacks {_some(missing)}; {DOWNLOAD}")
     return [replace(copy, companion=copies.get(copy.slot.companion or "")) for copy in copies.values()]
+
+
+def _is_left_out(family: Family, name: str, place: str, num_layers: int) -> bool:
+    """Whether a tensor is for what the engine cannot do."""
+    if family.left_out is None:
+        return False
+    return is_of_other_part(name) or (family.has_layers_behind and is_behind(place, num_layers))
 
 
 def _settle_head(head: _Copy, copies: dict[str, _Copy]) -> None:

@@ -13,6 +13,7 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BODY = "model."
 _HEAD_MODULE = "lm_head."
 _IN_LAYER = re.compile(r"((?:.*?\.)?)layers\.\d+\.")
+_LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector|visual|mtp)\.")
 _BUFFERS = re.compile(r"(?:.+\.)?(?:rotary_emb\.\w+|masked_bias|position_ids)")
 
@@ -41,6 +42,12 @@ def is_buffer(name: str) -> bool:
 def is_of_other_part(name: str) -> bool:
     """Whether a tensor belongs to what sees images in front of a model of text, or guesses tokens behind it."""
     return _OTHER_PARTS.match(name) is not None
+
+
+def is_behind(name: str, num_layers: int) -> bool:
+    """Whether a tensor, by its canonical name, belongs to a layer behind the last of so many."""
+    match = _LAYER_NUMBER.match(name)
+    return match is not None and int(match[1]) >= num_layers
 
 
 def _canonical(name: str, prefix: str, heads: Iterable[str]) -> str:

@@ -66,6 +66,7 @@ class ExpertMixture:
         gate_up: Weights,
         down: Weights,
         router_bias: torch.Tensor | None = None,
+        correction: torch.Tensor | None = None,
     ) -> None:
         """Add what its experts make of each token's norm to the stream.
 
@@ -73,16 +74,17 @@ class ExpertMixture:
             router: (num_experts, hidden_size).
             gate_up: of (num_experts, 2 size, hidden_size), each expert's gate first.
             down: of (num_experts, hidden_size, size).
-            router_bias: (num_experts,), or None for none.
+            router_bias, correction: see `route`.
         """
         total, shape = stream.total, self._shape
         if self._is_single(stream, norm):
-            self._single(total, norm, router, gate_up, down, router_bias)
+            route(total, router, self._routes, norm, router_bias, correction)
+            self._single(total, norm, gate_up, down)
             return
         num_tokens = len(total)
         normed = torch.empty_like(total)
         rms_norm(stream, norm, normed)
-        route(normed, router, self._routes, bias=router_bias)
+        route(normed, router, self._routes, bias=router_bias, correction=correction)
         order_pairs(self._routes, num_tokens)
         self.product(normed, gate_up, self._activated, num_tokens, swiglu=True)
         self.product(self._activated, down, self._made, num_tokens, swiglu=False)
@@ -142,18 +144,9 @@ class ExpertMixture:
             and shape.size % _SINGLE_OUTPUTS == 0
         )
 
-    def _single(
-        self,
-        total: torch.Tensor,
-        norm: Norm,
-        router: torch.Tensor,
-        gate_up: Weights,
-        down: Weights,
-        router_bias: torch.Tensor | None,
-    ) -> None:
-        """Add what the experts make of one token's norm, reading each one's weights once."""
+    def _single(self, total: torch.Tensor, norm: Norm, gate_up: Weights, down: Weights) -> None:
+        """Add what its experts make of one token's norm, once it is known which; each one's weights are read once."""
         shape, routes, options = self._shape, self._routes, launch_options(self._device)
-        route(total, router, routes, norm, router_bias)
         hidden_size, size = shape.hidden_size, shape.size
         tile_k = _row_tile(hidden_size)
         single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](

@@ -163,12 +163,12 @@ class Linear:
         Args:
             gate_up: Wg's rows, then Wu's.
         """
-        self.add(stream, self._activated(stream, norm, gate_up, down, activation), down, norm_behind)
+        self.add(stream, self.gated(stream, norm, gate_up, down, activation), down, norm_behind)
 
-    def _activated(
+    def gated(
         self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights, activation: Activation
     ) -> torch.Tensor | EightBitRows:
-        """What `mlp` multiplies with `down`, (rows, size)."""
+        """What `mlp` multiplies with `down`, (rows, size). Nothing is pending on the stream behind this."""
         total, size = stream.total, len(gate_up) // 2
         if gate_up.bias is None and self._is_single(stream, gate_up, size):
             return self._single(total, gate_up, total.new_empty(1, size), norm=norm, gated_by=activation)

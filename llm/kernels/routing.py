@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.config import RoutingConfig
 from llm.kernels.launch import launch_options, prefetch, wait_for_inputs
 from llm.kernels.norm import Norm
 
@@ -33,6 +34,7 @@ class ExpertShape(NamedTuple):
         hidden_size: of the residual stream.
         normalizes: whether the weights of a token's experts add up to 1; else those of all experts do.
         swiglu_limit, swiglu_alpha: of what `bounded_swiglu` says; without a limit experts have a plain SwiGLU.
+        routing: how experts are chosen.
     """
 
     num_experts: int
@@ -42,6 +44,7 @@ class ExpertShape(NamedTuple):
     normalizes: bool
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
+    routing: RoutingConfig = RoutingConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +86,16 @@ def route(
     routes: Routes,
     norm: Norm | None = None,
     bias: torch.Tensor | None = None,
+    correction: torch.Tensor | None = None,
 ) -> None:
-    """Write experts and weights of each token's pairs: the largest of the router's logits, by softmax in float32.
+    """Write experts and weights of each token's pairs, as `llm.models.experts.Router` says, in float32.
 
     Args:
         x: (tokens, hidden_size), contiguous.
         router: (num_experts, hidden_size), contiguous.
         norm: of x, where x is not normalised yet; one whose weights are factors.
         bias: (num_experts,), added to the logits; None for none.
+        correction: (num_experts,) float32, added to what experts are chosen by; None for none.
     """
     (num_tokens, num_inputs), shape, options = x.shape, routes.shape, launch_options(x.device)
     tile_k = _TILE_K if x.dtype.itemsize == 2 else 32
@@ -102,14 +107,17 @@ def route(
     inputs_per_part = triton.cdiv(num_inputs, num_parts)
     block = _block(shape.num_experts)
     sizes = {"NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": block, "NUM_PARTS": num_parts}
+    routing = shape.routing
     choice = {
         "PER_TOKEN": shape.per_token, "SLOTS": triton.next_power_of_2(shape.per_token), "NORMALIZES": shape.normalizes,
+        "SIGMOID": routing.uses_sigmoid, "NUM_GROUPS": routing.num_groups, "TOP_GROUPS": routing.num_top_groups,
+        "SCALE": routing.scale,
     }  # fmt: skip
     if num_tokens > _MANY_TOKENS:
         assert norm is None, "of one token alone"
         _route_many[(triton.cdiv(num_tokens, _ROWS_OF_MANY),)](
-            x, router, bias, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part, **sizes, **choice,
-            ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=4, num_stages=3, **options,
+            x, router, bias, correction, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part,
+            **sizes, **choice, ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=4, num_stages=3, **options,
         )  # fmt: skip
         return
     _parts_of_logits[(num_parts, triton.cdiv(num_tokens, _ROWS))](
@@ -118,7 +126,7 @@ def route(
         CAN_PREFETCH=x.device.type == "cuda" and inputs_per_part % (2 * tile_k) == 0, **options,
     )  # fmt: skip
     _choose[(num_tokens,)](
-        routes.partial, routes.squares, bias, routes.experts, routes.weights, num_inputs,
+        routes.partial, routes.squares, bias, correction, routes.experts, routes.weights, num_inputs,
         0.0 if norm is None else norm.eps, **sizes, **choice, HAS_NORM=norm is not None, num_warps=1, **options,
     )  # fmt: skip
 
@@ -170,29 +178,70 @@ def _add_bias(logits, bias, NUM_EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def _in_best_groups(
+    choice, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BY_TWO: tl.constexpr
+):
+    """Where the experts of a row's best groups are, (experts, rows) boolean, of what experts are chosen by.
+
+    A group of neighbouring experts is as good as its best expert, or, BY_TWO, as the sum of its two best.
+    """
+    expert = tl.arange(0, choice.shape[0])
+    group_of = expert // (NUM_EXPERTS // NUM_GROUPS)
+    is_best = tl.zeros([choice.shape[0], choice.shape[1]], tl.int1)
+    best_of = tl.full([choice.shape[0], choice.shape[1]], -float("inf"), tl.float32)
+    for group in tl.static_range(NUM_GROUPS):  # at each of its experts, what the group is worth
+        inside = tl.where((group_of == group)[:, None], choice, -float("inf"))
+        worth, found = tl.max(inside, 0, return_indices=True)
+        if BY_TWO:
+            worth += tl.max(tl.where(expert[:, None] == found[None, :], -float("inf"), inside), 0)
+        best_of = tl.where((group_of == group)[:, None], worth[None, :], best_of)
+    for _ in tl.static_range(TOP_GROUPS):
+        _, found = tl.max(best_of, 0, return_indices=True)
+        is_found = group_of[:, None] == (found // (NUM_EXPERTS // NUM_GROUPS))[None, :]
+        is_best |= is_found
+        best_of = tl.where(is_found, -float("inf"), best_of)
+    return is_best
+
+
+@triton.jit
 def _store_best(
-    logits, row, experts, weights, num_tokens,
+    logits, correction, row, experts, weights, num_tokens,
     NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr, NORMALIZES: tl.constexpr,
+    SIGMOID: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Store the experts that have a row's largest logits, (experts, rows) float32, and their weights."""
+    """Store the best experts of a row by its logits, (experts, rows) float32, and their weights."""
     expert = tl.arange(0, logits.shape[0])
-    logits = tl.where(expert[:, None] < NUM_EXPERTS, logits, -float("inf"))
+    exists = expert[:, None] < NUM_EXPERTS
+    logits = tl.where(exists, logits, -float("inf"))
     highest = tl.max(logits, 0)
+    scores = 1 / (1 + tl.exp(-logits)) if SIGMOID else logits  # a softmax keeps the order of logits
+    left = scores
+    if correction is not None:
+        left += tl.load(correction + tl.minimum(expert, NUM_EXPERTS - 1))[:, None]
+    left = tl.where(exists, left, -float("inf"))
+    if NUM_GROUPS > 1:
+        left = tl.where(_in_best_groups(left, NUM_EXPERTS, NUM_GROUPS, TOP_GROUPS, SIGMOID), left, -float("inf"))
     slot = tl.arange(0, SLOTS)
-    values = tl.full([SLOTS, row.shape[0]], -float("inf"), tl.float32)
+    values = tl.full([SLOTS, row.shape[0]], 0.0 if SIGMOID else -float("inf"), tl.float32)
     chosen = tl.zeros([SLOTS, row.shape[0]], tl.int32)
-    left = logits
     for i in range(PER_TOKEN):
         best, found = tl.max(left, 0, return_indices=True)
         found = tl.minimum(found, NUM_EXPERTS - 1)  # one that exists, even of logits that are NaN
-        left = tl.where(expert[:, None] == found[None, :], -float("inf"), left)
+        is_found = expert[:, None] == found[None, :]
+        if SIGMOID:  # without the correction
+            best = tl.sum(tl.where(is_found, scores, 0.0), 0)
+        left = tl.where(is_found, -float("inf"), left)
         values = tl.where(slot[:, None] == i, best[None, :], values)
         chosen = tl.where(slot[:, None] == i, found[None, :], chosen)
-    shares = tl.exp(values - highest[None, :])
-    total = tl.sum(shares, 0) if NORMALIZES else tl.sum(tl.exp(logits - highest[None, :]), 0)
+    if SIGMOID:
+        shares = values
+        total = tl.sum(shares, 0) + 1e-20 if NORMALIZES else tl.full([row.shape[0]], 1.0, tl.float32)
+    else:
+        shares = tl.exp(values - highest[None, :])
+        total = tl.sum(shares, 0) if NORMALIZES else tl.sum(tl.exp(logits - highest[None, :]), 0)
     pair = row[None, :] * PER_TOKEN + slot[:, None]
     mask = (row < num_tokens)[None, :] & (slot < PER_TOKEN)[:, None]
-    tl.store(weights + pair, shares / total[None, :], mask=mask)
+    tl.store(weights + pair, shares / total[None, :] * SCALE, mask=mask)
     tl.store(experts + pair, chosen, mask=mask)
 
 
@@ -222,9 +271,10 @@ def _parts_of_logits(
 
 @triton.jit
 def _choose(
-    partial, squares, bias, experts, weights, num_inputs, norm_eps,
+    partial, squares, bias, correction, experts, weights, num_inputs, norm_eps,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
-    NORMALIZES: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    NORMALIZES: tl.constexpr, SIGMOID: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    SCALE: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: one token, whose logits' parts are added up in order."""
     token = tl.program_id(0)
@@ -241,14 +291,18 @@ def _choose(
     if HAS_NORM:
         logits *= tl.rsqrt(square / num_inputs + norm_eps)
     logits = _add_bias(logits, bias, NUM_EXPERTS)
-    _store_best(logits, row, experts, weights, token + 1, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES)
+    _store_best(
+        logits, correction, row, experts, weights, token + 1, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES, SIGMOID,
+        NUM_GROUPS, TOP_GROUPS, SCALE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route_many(
-    x, router, bias, experts, weights, num_tokens, num_inputs, inputs_per_part,
+    x, router, bias, correction, experts, weights, num_tokens, num_inputs, inputs_per_part,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
-    NORMALIZES: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
+    NORMALIZES: tl.constexpr, SIGMOID: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: a block of tokens, whose sums are cut and added up as those of few tokens are."""
     expert = tl.arange(0, EXPERT_BLOCK)
@@ -262,7 +316,10 @@ def _route_many(
         share, _ = _logits(x, None, router_row, source, begin, begin + inputs_per_part, num_inputs, TILE_K)
         logits += share
     logits = _add_bias(logits, bias, NUM_EXPERTS)
-    _store_best(logits, row, experts, weights, num_tokens, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES)
+    _store_best(
+        logits, correction, row, experts, weights, num_tokens, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES, SIGMOID,
+        NUM_GROUPS, TOP_GROUPS, SCALE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

@@ -32,6 +32,7 @@ _HARMLESS = key_names("""
     output_attentions output_hidden_states output_scores output_logits output_router_logits return_dict
     return_dict_in_generate torchscript tf_legacy_loss use_bfloat16 chunk_size_feed_forward pretraining_tp
     is_decoder tie_encoder_decoder cross_attention_hidden_size max_sequence_length router_aux_loss_coef
+    aux_loss_alpha seq_aux ep_size
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups
     diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
@@ -52,6 +53,8 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
             max_position_embeddings original_max_position_embeddings sliding_window max_window_layers
             num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
             sliding_window_pattern experts_per_token initial_context_length
+            n_routed_experts n_shared_experts n_group topk_group first_k_dense_replace moe_layer_freq
+            num_nextn_predict_layers kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim
         """),
     ),
     (
@@ -61,20 +64,27 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
             rms_norm_eps rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor
             beta_fast beta_slow mscale mscale_all_dim rope_local_base_freq query_pre_attn_scalar
             llama_4_scaling_beta
-            attn_logit_softcapping final_logit_softcapping swiglu_alpha swiglu_limit
+            attn_logit_softcapping final_logit_softcapping swiglu_alpha swiglu_limit routed_scaling_factor
         """),
     ),
     (
         "true or false",
         lambda value: isinstance(value, bool),
-        key_names("tie_word_embeddings attention_bias mlp_bias use_sliding_window truncate norm_topk_prob"),
+        key_names("""
+            tie_word_embeddings attention_bias mlp_bias use_sliding_window truncate norm_topk_prob use_qk_norm
+            rope_interleave
+        """),
     ),
-    ("text", lambda value: isinstance(value, str), key_names("hidden_act hidden_activation rope_type type model_type")),
+    (
+        "text",
+        lambda value: isinstance(value, str),
+        key_names("hidden_act hidden_activation rope_type type model_type topk_method scoring_func"),
+    ),
     ("an object", lambda value: isinstance(value, dict), key_names("rope_scaling rope_parameters text_config")),
     (
         "a list of words",
         lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
-        key_names("layer_types"),
+        key_names("layer_types mlp_layer_types"),
     ),
     (
         "a list of whole numbers",

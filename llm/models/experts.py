@@ -3,9 +3,18 @@
 The weights of all experts of a layer are stacked in one tensor for each product, which the kernels index.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from llm.config import ModelConfig, RoutingConfig
+
+_LEAST_SUM = 1e-20
+"""Added to the sum of a token's weights: sigmoids may all be 0."""
+_SOFTMAX = RoutingConfig()
 
 
 class Router(nn.Module):
@@ -13,25 +22,63 @@ class Router(nn.Module):
 
     Args:
         per_token: experts a token.
-        normalizes: the weights of a token's experts add up to 1; without it those of all experts do.
+        normalizes: the weights of a token's experts add up to 1; without it those of all experts do, or each is a
+            sigmoid.
         has_bias: a number of each expert is added to its logits.
+        routing: how experts are scored and chosen.
+
+    Attributes:
+        e_score_correction_bias: (num_experts,) float32 whatever the model's format is, added to scores while experts
+            are chosen, and to no weight; None where scores are no sigmoids.
     """
 
     def __init__(
-        self, hidden_size: int, num_experts: int, per_token: int, *, normalizes: bool, has_bias: bool = False
+        self,
+        hidden_size: int,
+        num_experts: int,
+        per_token: int,
+        *,
+        normalizes: bool,
+        has_bias: bool = False,
+        routing: RoutingConfig = _SOFTMAX,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if has_bias else None
+        self.e_score_correction_bias = (
+            nn.Parameter(torch.empty(num_experts, dtype=torch.float32)) if routing.uses_sigmoid else None
+        )
         self.per_token = per_token
         self.normalizes = normalizes
+        self.routing = routing
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Router":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias.data = self.e_score_correction_bias.data.float()
+        return self
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, hidden_size) → weights, float32, and experts, int64, (tokens, per_token) each, best first."""
         bias = None if self.bias is None else self.bias.float()
-        shares = F.linear(x.float(), self.weight.float(), bias).softmax(-1)
-        weights, experts = shares.topk(self.per_token, dim=-1)
-        return (weights / weights.sum(-1, keepdim=True) if self.normalizes else weights), experts
+        logits = F.linear(x.float(), self.weight.float(), bias)
+        scores = logits.sigmoid() if self.routing.uses_sigmoid else logits.softmax(-1)
+        choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        if self.routing.num_groups > 1:
+            choice = choice.masked_fill(~self._in_best_groups(choice), -torch.inf)
+        experts = choice.topk(self.per_token, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if self.normalizes:
+            weights = weights / (weights.sum(-1, keepdim=True) + _LEAST_SUM)
+        return weights * self.routing.scale, experts
+
+    def _in_best_groups(self, choice: torch.Tensor) -> torch.Tensor:
+        """Where the experts of each token's best groups are, boolean, like `choice`, (tokens, experts)."""
+        grouped = torch.unflatten(choice, -1, (self.routing.num_groups, -1))
+        worth = grouped.topk(2 if self.routing.uses_sigmoid else 1, dim=-1).values.sum(-1)
+        best = worth.topk(self.routing.num_top_groups, dim=-1).indices
+        is_best = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
+        return is_best.unsqueeze(-1).expand_as(grouped).flatten(-2)
 
 
 class ExpertProjections(nn.Module):
@@ -47,6 +94,39 @@ class ExpertProjections(nn.Module):
         return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
 
 
+class ShareGate(nn.Module):
+    """Says what share of the shared expert a token takes. No `nn.Linear`, for its weight is never rounded."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, hidden_size) → (…, 1), from 0 to 1."""
+        return F.linear(x, self.weight).sigmoid()
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token of a layer goes to, a SwiGLU.
+
+    Args:
+        size: its width.
+        has_gate: each token says what share of it it takes.
+    """
+
+    def __init__(self, hidden_size: int, size: int, *, has_gate: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * size, bias=False)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+        self.gate = ShareGate(hidden_size) if has_gate else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, hidden_size) → (…, hidden_size)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        made: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        return made if self.gate is None else self.gate(x) * made
+
+
 class Experts(nn.Module):
     """The experts of one layer, each a SwiGLU, and their router.
 
@@ -55,6 +135,9 @@ class Experts(nn.Module):
         per_token, normalizes: see `Router`.
         has_bias: router and projections have biases.
         swiglu_limit, swiglu_alpha: see `ModelConfig`.
+        shared_size: width of the expert that every token goes to; 0 for none.
+        has_shared_gate: see `SharedExpert`.
+        routing: see `Router`.
     """
 
     def __init__(
@@ -68,15 +151,38 @@ class Experts(nn.Module):
         has_bias: bool = False,
         swiglu_limit: float | None = None,
         swiglu_alpha: float = 1.702,
+        shared_size: int = 0,
+        has_shared_gate: bool = False,
+        routing: RoutingConfig = _SOFTMAX,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.size = size
         self.swiglu_limit = swiglu_limit
         self.swiglu_alpha = swiglu_alpha
-        self.router = Router(hidden_size, num_experts, per_token, normalizes=normalizes, has_bias=has_bias)
+        self.router = Router(
+            hidden_size, num_experts, per_token, normalizes=normalizes, has_bias=has_bias, routing=routing
+        )
         self.gate_up_proj = ExpertProjections(num_experts, hidden_size, 2 * size, has_bias=has_bias)
         self.down_proj = ExpertProjections(num_experts, size, hidden_size, has_bias=has_bias)
+        self.shared = SharedExpert(hidden_size, shared_size, has_gate=has_shared_gate) if shared_size else None
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        """Those of a layer of a model."""
+        return cls(
+            config.hidden_size,
+            config.expert_size,
+            config.num_experts,
+            config.num_experts_per_token,
+            normalizes=config.normalize_expert_weights,
+            has_bias=config.expert_bias,
+            swiglu_limit=config.swiglu_limit,
+            swiglu_alpha=config.swiglu_alpha,
+            shared_size=config.shared_expert_size,
+            has_shared_gate=config.shared_expert_gate,
+            routing=config.routing,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, hidden_size) → (…, hidden_size): of each token, the weighted sum of what its experts make of it."""
@@ -88,6 +194,8 @@ class Experts(nn.Module):
             gate, up = self.gate_up_proj(tokens[token], expert).chunk(2, dim=-1)
             made = self.down_proj(self._gated(gate, up), expert)
             output.index_add_(0, token, (made * weights[token, slot, None]).to(x.dtype))
+        if self.shared is not None:
+            output = output + self.shared(tokens)
         return output.view_as(x)
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

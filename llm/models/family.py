@@ -86,12 +86,14 @@ class Family:
         defaults: values that transformers takes for keys that a config.json lacks, where they are the family's own.
         left_out: what its checkpoints can do beside text and this engine cannot, in a word; their weights for it are
             left alone. None for nothing.
+        has_layers_behind: whether that is done by layers that checkpoints hold behind the model's own.
     """
 
     read_config: Callable[[ReadKeys, str], ModelConfig]
     make_layers: Callable[[ModelConfig], Sequence[Layer]]
     layer_weights: Callable[[ModelConfig], Mapping[str, Destination]]
     left_out: str | None = None
+    has_layers_behind: bool = False
 
 
 def common_fields(

@@ -33,6 +33,7 @@ from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream, embed_tokens, keep_tokens, rms_norm
 from llm.kernels.quantization import ScaledProduct
 from llm.kernels.routing import ExpertShape
+from llm.kernels.shares import scale_by_share
 from llm.kernels.soft_cap import cap_softly
 from llm.models.delta import DeltaMixer
 from llm.models.experts import ExpertProjections, Experts
@@ -318,8 +319,15 @@ class KernelOperations:
         mixture = self._workspace.experts
         assert mixture is not None, "a workspace for a model with experts"
         gate_up, down = _weights(experts.gate_up_proj), _weights(experts.down_proj)
-        router = experts.router
-        mixture(self._stream, _norm(norm), router.weight, gate_up, down, router.bias)
+        router, shared, linear = experts.router, experts.shared, self._workspace.linear
+        if shared is not None:  # before the others have added to the stream, whose norm it takes
+            weights = _weights(shared.gate_up_proj), _weights(shared.down_proj)
+            rows = linear.gated(self._stream, _norm(norm), *weights, Activation.SILU)
+            if shared.gate is not None:
+                scale_by_share(self._stream, _norm(norm), shared.gate.weight, rows)
+        mixture(self._stream, _norm(norm), router.weight, gate_up, down, router.bias, router.e_score_correction_bias)
+        if shared is not None:
+            linear.add(self._stream, rows, weights[1])
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""
@@ -335,7 +343,7 @@ def _expert_shape(experts: Experts) -> ExpertShape:
     router = experts.router
     return ExpertShape(
         experts.num_experts, router.per_token, experts.size, router.weight.shape[1], router.normalizes,
-        experts.swiglu_limit, experts.swiglu_alpha,
+        experts.swiglu_limit, experts.swiglu_alpha, router.routing,
     )  # fmt: skip
 
 

@@ -19,16 +19,7 @@ class ExpertsLayer(AttentionLayer):
 
     def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
         super().__init__(config, index, rope)
-        self.experts = Experts(
-            config.hidden_size,
-            config.expert_size,
-            config.num_experts,
-            config.num_experts_per_token,
-            normalizes=config.normalize_expert_weights,
-            has_bias=config.expert_bias,
-            swiglu_limit=config.swiglu_limit,
-            swiglu_alpha=config.swiglu_alpha,
-        )
+        self.experts = Experts.of(config)
 
     def forward(self, operations: Operations[Any]) -> None:
         """See `Layer.forward`."""
@@ -59,6 +50,22 @@ def experts_weights(config: ModelConfig, block: str, gate: str, up: str, down: s
         found[f"{expert}.{gate}"] = Destination("experts.gate_up_proj", slice(0, size), i, layers)
         found[f"{expert}.{up}"] = Destination("experts.gate_up_proj", slice(size, 2 * size), i, layers)
         found[f"{expert}.{down}"] = Destination("experts.down_proj", expert=i, layers=layers)
+    return found
+
+
+def shared_expert_weights(config: ModelConfig, expert: str, gate: str) -> dict[str, Destination]:
+    """Destinations of the expert that every token goes to, and of its gate, by the names that a checkpoint gives them.
+
+    Its projections are named like those of most families' feed-forwards.
+    """
+    size, layers = config.shared_expert_size, [i for i in range(config.num_layers) if config.has_experts(i)]
+    found = {
+        f"{expert}.gate_proj": Destination("experts.shared.gate_up_proj", slice(0, size), layers=layers),
+        f"{expert}.up_proj": Destination("experts.shared.gate_up_proj", slice(size, 2 * size), layers=layers),
+        f"{expert}.down_proj": Destination("experts.shared.down_proj", layers=layers),
+    }
+    if config.shared_expert_gate:
+        found[gate] = Destination("experts.shared.gate", layers=layers)
     return found
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from llm.config import ModelConfig
 from llm.models.family import Destination, Family
 from llm.models.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT_HALF
+from llm.models.glm4_moe import GLM4_MOE
 from llm.models.gpt_oss import GPT_OSS
 from llm.models.llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from llm.models.mistral3 import MISTRAL3_TEXT_HALF
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_TEXT_HALF,
+    "Glm4MoeForCausalLM": GLM4_MOE,
     "GptOssForCausalLM": GPT_OSS,
     "LlamaForCausalLM": LLAMA,
     "Ministral3ForCausalLM": MINISTRAL3,

@@ -26,6 +26,7 @@ from llm.kernels import (
     quantization,
     routing,
     sampling,
+    shares,
     soft_cap,
 )
 from llm.kernels.attention import decode, gates, gather, hopper_prefill, prefill, rope
@@ -99,6 +100,10 @@ def compile_activations() -> None:
             sizes = {"DTYPE": tl.bfloat16, "BLOCK": 1024, "GELU": is_gelu}
             compile_kernel("activation", activation._activate_gated, arguments, **sizes)
     rows = {"x": BF16, "values": FP8, "scales": FLOAT, "num_inputs": "i32"}
+    shared = {"total": BF16, "weight": BF16, "eps": "fp32", "gate": BF16}
+    for values, scales in ((BF16, None), (FP8, FLOAT)):
+        sizes = {"HIDDEN": 2048, "BLOCK": 2048, "OFFSET": 1.0, "SIZE": 768, "SIZE_BLOCK": 1024}
+        compile_kernel("shares", shares._scale_by_share, {**shared, "values": values, "scales": scales, **sizes})
     compile_kernel("rounding", quantization._quantize_rows, rows, BLOCK=1024)
 
 
@@ -241,14 +246,19 @@ def compile_experts() -> None:
     arguments |= {"num_tokens": "i32", "num_inputs": "i32", "inputs_per_part": "i32", "norm_eps": "fp32"}
     arguments |= {"order": INT, "starts": INT, "num_pairs": "i32"}
     plain, bounded = {"bias": None, "LIMIT": None, "ALPHA": None}, {"bias": BF16, "LIMIT": 7.0, "ALPHA": 1.702}
-    for num_experts, weight in ((128, BF16), (128, None), (8, None)):
+    for num_experts, weight in ((128, BF16), (128, None), (8, None), (256, BF16)):
         router = {**arguments, "norm": weight, "NUM_EXPERTS": num_experts, "EXPERT_BLOCK": max(num_experts, 16)}
         router |= {"squares": FLOAT, "PER_TOKEN": 6, "SLOTS": 8, "NORMALIZES": weight is None, "TILE_K": 128}
         router |= {"NUM_PARTS": 8, "HAS_NORM": weight is not None, "CAN_PREFETCH": True}
         router["bias"] = BF16 if num_experts == 8 else None
+        has_groups = num_experts == 256
+        router |= {"correction": FLOAT if has_groups else None, "SIGMOID": has_groups, "SCALE": 2.5}
+        router |= {"NUM_GROUPS": 8 if has_groups else 1, "TOP_GROUPS": 4 if has_groups else 1}
         compile_kernel("logits of experts", routing._parts_of_logits, router, ROWS=16)
         compile_kernel("choice of experts", routing._choose, router, num_warps=1)
     compile_kernel("routes", routing._route_many, router, ROWS=64)
+    plain_softmax = {"correction": None, "SIGMOID": False, "NUM_GROUPS": 1, "TOP_GROUPS": 1, "SCALE": 1.0}
+    compile_kernel("routes", routing._route_many, {**router, **plain_softmax}, ROWS=64)
     compile_kernel("order of pairs", routing._order_pairs, arguments, BLOCK=16_384, num_warps=16)
     sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
     arguments |= {"output": BF16, "pair_weights": FLOAT, "num_outputs": "i32", **sizes}

@@ -27,6 +27,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "soft cap": 1,
         "activation": 6,
         "rounding": 1,
+        "shares": 2,
         "rope": 4,
         "delta rule": 3,
         "short convolution": 2,
@@ -39,6 +40,6 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     expected |= {"groups": 8, "written out": 3, "row of groups": 2}
     expected |= {"cuts": 6, "best of blocks": 6, "best of rows": 2, "adjust": 2, "log probabilities": 4, "entries": 1}
     expected |= {"plan of copies": 1, "copies": 2, "long prefill": 2}
-    expected |= {"logits of experts": 3, "choice of experts": 3, "routes": 1, "order of pairs": 1, "experts": 12}
+    expected |= {"logits of experts": 4, "choice of experts": 4, "routes": 2, "order of pairs": 1, "experts": 12}
     expected |= {"sum of experts": 1, "single sum": 2}
     assert compiled == {**expected, "decode": 9, "prefill": 9, "merge": 1, "stages": 6}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from llm.config import RoutingConfig
 from llm.kernels import routing
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
@@ -44,7 +45,7 @@ def create_experts(shape: ExpertShape, dtype: torch.dtype, spread: Spread) -> Ex
     limit, alpha = shape.swiglu_limit, shape.swiglu_alpha
     experts = Experts(
         shape.hidden_size, shape.size, shape.num_experts, shape.per_token, normalizes=shape.normalizes,
-        has_bias=limit is not None, swiglu_limit=limit, swiglu_alpha=alpha,
+        has_bias=limit is not None, swiglu_limit=limit, swiglu_alpha=alpha, routing=shape.routing,
     )  # fmt: skip
     for name, parameter in experts.to(DEVICE, dtype).named_parameters():
         parameter.data.normal_(std=1.0 if name.endswith("bias") else 0.2)
@@ -52,6 +53,8 @@ def create_experts(shape: ExpertShape, dtype: torch.dtype, spread: Spread) -> Ex
     return experts
 
 
+SIGMOIDS = RoutingConfig(uses_sigmoid=True)
+SIGMOIDS_IN_GROUPS = RoutingConfig(uses_sigmoid=True, num_groups=4, num_top_groups=2)
 SHAPES = {
     "powers of two": ExpertShape(8, 2, 64, 128, True),
     "odd number each": ExpertShape(16, 3, 96, 256, False),
@@ -61,6 +64,9 @@ SHAPES = {
     "biases and bounds": ExpertShape(6, 4, 128, 256, True, 1.5, 1.3),
     "biases and bounds of an odd shape": ExpertShape(5, 3, 40, 104, True, 1.0),
     "tiles that do not divide the row": ExpertShape(5, 3, 40, 1344, True, 1.0),
+    "sigmoids": ExpertShape(12, 3, 40, 104, True, routing=SIGMOIDS.model_copy(update={"scale": 2.5})),
+    "sigmoids in groups": ExpertShape(20, 3, 64, 128, False, routing=SIGMOIDS_IN_GROUPS),
+    "groups": ExpertShape(15, 4, 40, 104, False, routing=RoutingConfig(num_groups=5, num_top_groups=2, scale=16.0)),
 }
 NARROW = [name for name, shape in SHAPES.items() if shape.hidden_size < 1000]
 
@@ -76,7 +82,7 @@ def test_routes_equal_the_layers(num_tokens, shape, monkeypatch):
     weights, experts = router(x)
     routes = Routes.allocate(shape, 1200, DEVICE)
     for _ in range(2):  # the second call finds the scratch memory as the first left it
-        route(x, router.weight, routes, bias=router.bias)
+        route(x, router.weight, routes, bias=router.bias, correction=router.e_score_correction_bias)
         order_pairs(routes, num_tokens)
     num_pairs = num_tokens * shape.per_token
     assert torch.equal(routes.experts[:num_pairs].view_as(experts), experts.int())
@@ -113,8 +119,10 @@ def check_mixture(shape: ExpertShape, num_tokens: int, dtype: torch.dtype, sprea
     stream = ResidualStream(total.clone())
     weights = (Weights(part.weight, part.bias) for part in (experts.gate_up_proj, experts.down_proj))
     offset = None if shape.swiglu_limit is None else 0.0
+    router = experts.router
+    biases = router.bias, router.e_score_correction_bias
     with torch.inference_mode():
-        mixture(stream, Norm(norm.weight, norm.eps, offset), experts.router.weight, *weights, experts.router.bias)
+        mixture(stream, Norm(norm.weight, norm.eps, offset), router.weight, *weights, *biases)
         made = experts.float()(norm(total).float())  # the norm as it is rounded, or nearly tied experts change places
     assert relative_error(stream.total.float() - total, made) < 3 * TOLERANCE[dtype]
 

@@ -13,6 +13,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GptOssConfig,
     LlamaConfig,
     Ministral3Config,
@@ -67,6 +68,13 @@ def gpt_oss(**changes: Any) -> GptOssConfig:
     shape = {"head_dim": 16, "num_local_experts": 6, "sliding_window": 17, "layer_types": layers, "swiglu_limit": 1.5}
     yarn = {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
     return GptOssConfig(**{**SHAPE, **shape, **rope("yarn", **yarn), **changes})
+
+
+ROUTED: dict[str, Any] = {
+    "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
+}  # fmt: skip
+"""Experts as DeepSeek's families have them."""
 
 
 def rope(kind: str, **changes: Any) -> dict[str, Any]:
@@ -124,6 +132,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         boi_token_index=200,
         eoi_token_index=201,
         image_token_index=202,
+    ),
+    "glm4_moe": lambda: Glm4MoeConfig(**{**SHAPE, **ROUTED, "use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe_groups": lambda: Glm4MoeConfig(
+        **{
+            **SHAPE,
+            **ROUTED,
+            "head_dim": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "n_shared_experts": 1,
+        }
     ),
     "gpt_oss": gpt_oss,
     "gpt_oss_plain": lambda: gpt_oss(
@@ -224,6 +244,9 @@ def make_model(config: PreTrainedConfig) -> PreTrainedModel:
                 parameter.normal_(std=0.3)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.3)
     return model
 
 

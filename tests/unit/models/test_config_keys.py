@@ -108,6 +108,18 @@ def test_keys_of_openai_that_contradict_the_others_are_refused(tmp_path, key, va
         load_model_config(write(tmp_path, REAL_CONFIGS["gpt-oss-20b"], **{key: value}))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("topk_method", "greedy"), ("scoring_func", "softmax"), ("moe_layer_freq", 2), ("n_group", 3),
+        ("topk_group", 2), ("num_experts_per_tok", 129),
+    ],
+)  # fmt: skip
+def test_other_ways_to_choose_experts_are_refused_by_name(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=f"'{key}' is {value!r}|experts cannot be|num_experts"):
+        load_model_config(write(tmp_path, REAL_CONFIGS["GLM-4.5-Air"], **{key: value}))
+
+
 LACKING = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sliding_window", "hidden_act"]
 
 

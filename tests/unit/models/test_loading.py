@@ -90,6 +90,10 @@ def test_loading_inside_and_outside_inference_mode(single, inference):
             "dense_layers": (1,),
         },
         {"architecture": "MixtralForCausalLM", "num_experts": 3, "expert_size": 8},
+        {
+            "architecture": "Glm4MoeForCausalLM", "num_experts": 4, "expert_size": 8, "shared_expert_size": 16,
+            "dense_layers": (0,), "routing": {"uses_sigmoid": True},
+        },
         {"architecture": "GptOssForCausalLM", "num_experts": 3, "expert_size": 8, "expert_bias": True},
     ],
 )  # fmt: skip
@@ -102,6 +106,21 @@ def test_the_map_covers_every_row_of_every_parameter_once(shape):
             if f"{place.module}.{leaf}" in counts:
                 place.part_of(counts[f"{place.module}.{leaf}"]).add_(1)
     assert all(bool((count == 1).all()) for count in counts.values())
+
+
+def test_layers_that_guess_tokens_are_left_alone_where_a_family_has_them(checkpoints, tmp_path):
+    """A line says so; in a family without them, a layer behind the last is none of the model's."""
+    for kind in ("glm4_moe", "llama"):
+        directory = tmp_path / kind
+        shutil.copytree(checkpoints(kind)[0], directory)
+        path = directory / "model.safetensors"
+        tensors = {**load_file(path), "model.layers.3.eh_proj.weight": torch.zeros(64, 128)}
+        save_file(tensors, path, metadata={"format": "pt"})
+    [note] = check_checkpoint(tmp_path / "glm4_moe").warnings
+    assert note.endswith("Glm4MoeForCausalLM is served without multi-token prediction (MTP)")
+    load_decoder(tmp_path / "glm4_moe", progress=False)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.eh_proj\.weight, which config\.json gives no place"):
+        check_checkpoint(tmp_path / "llama")
 
 
 def rename_tensors(path: Path, rename: Callable[[str], str]) -> None:

@@ -24,6 +24,8 @@ KINDS = [
     "gemma3",
     "gemma3_untied",
     "gemma3_text_half",
+    "glm4_moe",
+    "glm4_moe_groups",
     "gpt_oss",
     "gpt_oss_plain",
     "llama",
@@ -153,7 +155,8 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_pages"), [("qwen3_moe", 14), ("qwen3_5", 14), ("gemma2", 26), ("gemma3", 34), ("gpt_oss", 26)]
+    ("kind", "num_pages"),
+    [("qwen3_moe", 14), ("qwen3_5", 14), ("gemma2", 26), ("gemma3", 34), ("gpt_oss", 26), ("glm4_moe", 14)],
 )
 @torch.inference_mode()
 def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind, num_pages):

@@ -86,9 +86,11 @@ QWEN_3_5 = {
      {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "dense_layers": (0,)},
      GEMMA_2, GEMMA_3,
      GPT_OSS,
+     {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "shared_expert_size": 40,
+      "shared_expert_gate": True},
      QWEN_3_5],
     ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts", "gemma2", "gemma3",
-         "gpt-oss", "qwen3.5"],
+         "gpt-oss", "shared expert", "qwen3.5"],
 )  # fmt: skip
 def test_greedy_tokens_equal_the_reference(shape):
     """Prompts in chunks beside decodes, more requests than rows, shared prefixes."""
