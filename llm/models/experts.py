@@ -55,6 +55,9 @@ class Experts(nn.Module):
         per_token, normalizes: see `Router`.
         has_bias: router and projections have biases.
         swiglu_limit, swiglu_alpha: see `ModelConfig`.
+
+    Attributes:
+        held: the experts whose weights are here: all of them, or those of one rank of several.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.held = range(num_experts)
         self.size = size
         self.swiglu_limit = swiglu_limit
         self.swiglu_alpha = swiglu_alpha
@@ -79,14 +83,17 @@ class Experts(nn.Module):
         self.down_proj = ExpertProjections(num_experts, size, hidden_size, has_bias=has_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, hidden_size) → (…, hidden_size): of each token, the weighted sum of what its experts make of it."""
+        """(…, hidden_size) → (…, hidden_size): of each token, the weighted sum of what its experts here make of it."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.router(tokens)
         output = torch.zeros_like(tokens)
         for expert in chosen.unique().tolist():
+            if expert not in self.held:
+                continue
             token, slot = torch.where(chosen == expert)
-            gate, up = self.gate_up_proj(tokens[token], expert).chunk(2, dim=-1)
-            made = self.down_proj(self._gated(gate, up), expert)
+            place = expert - self.held.start
+            gate, up = self.gate_up_proj(tokens[token], place).chunk(2, dim=-1)
+            made = self.down_proj(self._gated(gate, up), place)
             output.index_add_(0, token, (made * weights[token, slot, None]).to(x.dtype))
         return output.view_as(x)
 
