@@ -418,6 +418,11 @@ class EngineConfig(StrictModel):
     num_speculative_tokens: int = Field(default=0, ge=0, le=32)
     """Most tokens a sequence guesses from its own text (prompt-lookup decoding) and checks in one step: the same output
     in fewer steps where text repeats itself. 0 for off."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    """GPUs of one node that hold the model together, each a part of every layer: for models larger than a GPU, or for
+    steps that are shorter. On a CPU, processes."""
+    expert_parallel: bool = False
+    """With several GPUs a model: each holds some experts, whole, not a part of each expert."""
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

@@ -10,10 +10,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from llm.checkpoint.cut_slots import held_rows
 from llm.checkpoint.json_files import read_json
 from llm.checkpoint.weight_names import canonical_names
 from llm.config import ModelConfig, describe
 from llm.errors import CheckpointError, ConfigError
+from llm.models.cuts import find_cut
 from llm.models.decoder import DecoderModel
 from llm.models.family import Destination
 from llm.models.lora import LoRALinear, replace_module
@@ -55,8 +57,10 @@ def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
     places = _places(model)
     factors_of = _read_factors(path)
     names = canonical_names(factors_of, places)
+    is_whole = model.partition.size == 1
+    whole = model if is_whole else DecoderModel.from_config(model.config, device="meta", dtype=model.dtype)
     adapters = [
-        _fit(model, places.get(names[module]), config, path, module, factors) for module, factors in factors_of.items()
+        _fit(whole, places.get(names[module]), config, path, module, factors) for module, factors in factors_of.items()
     ]
     for factor_a, factor_b, place, scaling in adapters:
         layer = model.get_submodule(place.module)
@@ -64,7 +68,11 @@ def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
             assert isinstance(layer, nn.Linear), "adapters go on linear layers"
             layer = LoRALinear(layer)
             replace_module(model, place.module, layer)
-        layer.add(factor_a, factor_b, place.rows, scaling)
+        cut = find_cut(model.config, model.partition, place.module)
+        first = place.rows.start or 0
+        columns = slice(None) if cut.inputs is None else slice(cut.inputs.start, cut.inputs.stop)
+        for source, rows in held_rows(range(first, first + len(factor_b)), cut.outputs):
+            layer.add(factor_a[:, columns], factor_b[source], rows, scaling)
 
 
 def _places(model: DecoderModel) -> dict[str, Destination]:

@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress as ProgressBar, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 
+from llm.checkpoint.cut_slots import find_held_slots
 from llm.checkpoint.gguf_weights import GGUFWeights
 from llm.checkpoint.hub import is_gguf
 from llm.checkpoint.model_config import load_model_config
 from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
 from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_behind, is_buffer, is_of_other_part
-from llm.checkpoint.weight_slots import FLOATS, Slot, canonical_scale_name, find_slots
+from llm.checkpoint.weight_slots import FLOATS, Slot, canonical_scale_name
 from llm.config import ModelConfig
+from llm.core.partition import WHOLE, Partition
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
 from llm.models.family import Family
@@ -65,21 +67,23 @@ class _Copy:
 
     @property
     def num_bytes(self) -> int:
-        return 0 if self.slot.target is None else self.slot.target.nbytes
+        return sum(piece.target.nbytes for piece in self.slot.filled)
 
     def run(self) -> int:
         """Copy; return the bytes filled."""
-        target, convert = self.slot.target, self.slot.convert
-        if target is None:
+        pieces, convert = self.slot.filled, self.slot.convert
+        if not pieces:
             return 0
+        target = pieces[0].target
         try:
             # Modes are a thread's own, and a tensor made in inference mode can only be written there.
             with torch.inference_mode(target.is_inference()):
-                tensor = self._read()
+                tensor = self._read()  # of a mapped file: what no piece takes of it is never read
                 if convert is not None:
                     companion = None if self.companion is None else self.companion._read().to(target.device)
                     tensor = convert(tensor.to(target.device), companion)
-                target.copy_(tensor)
+                for piece in pieces:
+                    piece.fill(tensor)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {self.name} cannot be read ({error}); {DOWNLOAD}") from error
         return self.num_bytes
@@ -94,13 +98,15 @@ def load_decoder(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    partition: Partition = WHOLE,
     progress: Progress = True,
 ) -> DecoderModel:
-    """Make the model that a Hugging Face directory describes and fill it from its weights.
+    """Make the model that a Hugging Face directory describes, or a part of it, and fill it from its weights.
 
     Args:
         device: where the parameters are made; weights go there directly.
         dtype: of the parameters, whatever the files hold.
+        partition: which part to read; of the rest no more than the files' headers is.
         progress: show a progress bar in bytes; or what to call with the bytes done and their total.
 
     Raises:
@@ -109,7 +115,8 @@ def load_decoder(
     checked = check_checkpoint(directory)  # before memory is taken: is everything there?
     for warning in checked.warnings:
         logger.warning(warning)
-    model = DecoderModel.from_config(checked.config, device="meta", dtype=dtype).to_empty(device=device)
+    model = DecoderModel.from_config(checked.config, device="meta", dtype=dtype, partition=partition)
+    model = model.to_empty(device=device)
     load_checkpoint(model, directory, progress=progress)
     return model.eval().requires_grad_(False)
 
@@ -213,7 +220,7 @@ def _find_weights(model: DecoderModel, directory: Path, files: ExitStack) -> lis
 
 def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitStack) -> list[_Copy]:
     """Pair each tensor of some files with its place; each place is filled exactly once."""
-    slots = find_slots(model)
+    slots = find_held_slots(model)
     found = [(path, file, name) for path, file, names in _open_all(candidate, files) for name in names]
     names = canonical_names((name for _, _, name in found), slots)
     family = FAMILIES[model.config.architecture]

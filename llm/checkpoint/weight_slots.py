@@ -34,6 +34,26 @@ _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a tensor of a checkpoint, and where it goes.
+
+    Attributes:
+        source: where in the tensor it is, once that is converted.
+        target: the part of a parameter that it fills.
+        repack: makes what the target takes of it; None for as it is.
+    """
+
+    source: tuple[slice, ...]
+    target: torch.Tensor
+    repack: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Copy the part of this tensor."""
+        part = tensor[self.source]
+        self.target.copy_(part if self.repack is None else self.repack(part))
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """Where one tensor of a checkpoint goes.
 
@@ -44,6 +64,8 @@ class Slot:
         convert: makes what the target takes of it, on the target's device; None to copy it as it is.
         companion: name of the tensor that `convert` gets beside it, where there is one.
         is_optional: whether a checkpoint may lack it.
+        pieces: what is taken of the tensor where the model is a part of one; `target` is then that of a whole one. None
+            for all of it.
     """
 
     target: torch.Tensor | None
@@ -52,6 +74,14 @@ class Slot:
     convert: Convert | None = None
     companion: str | None = None
     is_optional: bool = False
+    pieces: tuple[Piece, ...] | None = None
+
+    @property
+    def filled(self) -> tuple[Piece, ...]:
+        """What is taken, and where it goes."""
+        if self.pieces is not None:
+            return self.pieces
+        return () if self.target is None else (Piece((), self.target),)
 
 
 _NOT_NEEDED = Slot(None, (), is_optional=True)

@@ -14,8 +14,10 @@ from llm.attention.spec import AttentionSpec
 from llm.config import ModelConfig, describe
 from llm.core.kv_cache import KVCache
 from llm.core.page_groups import PageGroup, group_layers
+from llm.core.partition import WHOLE, Exchange, Partition
 from llm.core.recurrent_state import DeltaSpec, RecurrentCache
 from llm.errors import CapacityError, ConfigError
+from llm.models.cuts import find_cut, held_shape, hold_experts
 from llm.models.experts import Experts
 from llm.models.family import Layer
 from llm.models.layers import RMSNorm
@@ -36,17 +38,30 @@ class DecoderModel(nn.Module):
     Args:
         device: where the parameters live; "meta" for shapes without memory.
         dtype: of the parameters and activations.
+        partition: which part of the model this is; it runs once `exchange` is there.
         shape: fields of `ModelConfig`: vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, window_size, …
 
+    Attributes:
+        config: shape of the whole model.
+        held: shape of the part that is here.
+        exchange: with the ranks that hold the other parts; None where this is all of the model.
+
     Raises:
-        ConfigError: a field is unknown or out of bounds.
+        ConfigError: a field is unknown or out of bounds, or the model cannot be cut so.
     """
 
     cache_scales: torch.Tensor | None
     """(layers, 2) float32, what keys and values in 8 bits are to be divided by, as the checkpoint says; None for it
     says nothing."""
 
-    def __init__(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **shape: Any) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        partition: Partition = WHOLE,
+        **shape: Any,
+    ) -> None:
         super().__init__()
         try:
             self.config = config = ModelConfig(**shape)
@@ -55,11 +70,18 @@ class DecoderModel(nn.Module):
         family = FAMILIES.get(config.architecture)
         if family is None:
             raise ConfigError(f"architecture {config.architecture!r} is unknown; known: {', '.join(FAMILIES)}")
+        self.partition = partition
+        self.exchange: Exchange | None = None
+        self.held = held = held_shape(config, partition)
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-            self.layers = nn.ModuleList(family.make_layers(config))
+            self.embed_tokens = nn.Embedding(held.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(family.make_layers(held))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-            self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+            self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, held.vocab_size, False)
+            if partition.by_expert and partition.size > 1:
+                hold_experts(self.layers.modules(), partition)
+        for name in parts_of_modules(config) if partition.size > 1 else ():
+            find_cut(config, partition, name)  # refuses what cannot be cut
         self.to(dtype)
         use_formats(self, config, parts_of_modules(config), dtype)
         has_scales = config.quantization is not None and config.quantization.has_cache_scales
@@ -71,10 +93,15 @@ class DecoderModel(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        partition: Partition = WHOLE,
     ) -> Self:
-        """Make a model of this shape with random weights."""
-        return cls(device=device, dtype=dtype, **config.model_dump())
+        """Make a model of this shape, or a part of one, with random weights."""
+        return cls(device=device, dtype=dtype, partition=partition, **config.model_dump())
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -126,13 +153,13 @@ class DecoderModel(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """Query heads."""
-        return self.config.num_heads
+        """Query heads that are here."""
+        return self.held.num_heads
 
     @property
     def num_kv_heads(self) -> int:
-        """Key/value heads."""
-        return self.config.kv_heads
+        """Key/value heads that are here."""
+        return self.held.kv_heads
 
     @property
     def hidden_size(self) -> int:
@@ -210,7 +237,12 @@ class DecoderModel(nn.Module):
         Args:
             kept: (kept,) indices into (tokens,) token ids: the hidden states of those alone are given. None for all.
         """
-        return self.run(TorchOperations(token_ids, positions, context, kept=kept, last_layer=self.num_layers - 1))
+        return self.run(
+            TorchOperations(
+                token_ids, positions, context, kept=kept, last_layer=self.num_layers - 1, partition=self.partition,
+                exchange=self.exchange,
+            )
+        )  # fmt: skip
 
     def logits(self, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
         """Hidden states (…, hidden_size) → logits (…, vocab_size).
@@ -219,7 +251,11 @@ class DecoderModel(nn.Module):
             head: computes them; None for PyTorch.
         """
         module = self.embed_tokens if self.lm_head is None else self.lm_head
-        return (head or _torch_head)(hidden, module, self.config.logit_soft_cap)
+        logits = (head or _torch_head)(hidden, module, self.config.logit_soft_cap)
+        if self.exchange is None:
+            return logits
+        parts = self.exchange.all_gather(logits.contiguous())  # (ranks, …, those of a rank)
+        return parts.movedim(0, -2).flatten(-2)[..., : self.config.vocab_size].contiguous()
 
     def fit_context(self, context_len: int) -> None:
         """Prepare for sequences of so many tokens at most; see `RotaryEmbedding.fit_context`."""

@@ -138,6 +138,9 @@ class Experts(nn.Module):
         shared_size: width of the expert that every token goes to; 0 for none.
         has_shared_gate: see `SharedExpert`.
         routing: see `Router`.
+
+    Attributes:
+        held: the experts whose weights are here: all of them, or those of one rank of several.
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.held = range(num_experts)
         self.size = size
         self.swiglu_limit = swiglu_limit
         self.swiglu_alpha = swiglu_alpha
@@ -185,14 +189,17 @@ class Experts(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, hidden_size) → (…, hidden_size): of each token, the weighted sum of what its experts make of it."""
+        """(…, hidden_size) → (…, hidden_size): of each token, the weighted sum of what its experts here make of it."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.router(tokens)
         output = torch.zeros_like(tokens)
         for expert in chosen.unique().tolist():
+            if expert not in self.held:
+                continue
             token, slot = torch.where(chosen == expert)
-            gate, up = self.gate_up_proj(tokens[token], expert).chunk(2, dim=-1)
-            made = self.down_proj(self._gated(gate, up), expert)
+            place = expert - self.held.start
+            gate, up = self.gate_up_proj(tokens[token], place).chunk(2, dim=-1)
+            made = self.down_proj(self._gated(gate, up), place)
             output.index_add_(0, token, (made * weights[token, slot, None]).to(x.dtype))
         if self.shared is not None:
             output = output + self.shared(tokens)

@@ -14,6 +14,7 @@ from llm.attention.interface import AttentionContext
 from llm.attention.rope import RotaryEmbedding, apply_rotary
 from llm.attention.spec import AttentionSpec
 from llm.config import Activation
+from llm.core.partition import WHOLE, Exchange, Partition
 from llm.core.recurrent_state import DeltaSpec
 from llm.models.delta import DeltaMixer
 from llm.models.experts import Experts
@@ -115,6 +116,8 @@ class TorchOperations:
         context: where keys and values are kept and found.
         kept: (kept,) indices of the tokens that are asked for, of (tokens,) in all; None for all.
         last_layer: behind whose attention the others end; needed with `kept`.
+        partition: of the model.
+        exchange: with the ranks that hold the rest of the model; None where this one holds all of it.
     """
 
     def __init__(
@@ -125,20 +128,39 @@ class TorchOperations:
         *,
         kept: torch.Tensor | None = None,
         last_layer: int = 0,
+        partition: Partition = WHOLE,
+        exchange: Exchange | None = None,
     ) -> None:
         self._token_ids = token_ids
         self._positions = positions
         self._context = context
         self._kept = kept
         self._last_layer = last_layer
+        self._partition = partition
+        self._exchange = exchange
         self._angles: dict[RotaryEmbedding, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stream: torch.Tensor
 
     def embed(self, table: nn.Embedding, scale: float | None = None) -> None:
         """See `Operations.embed`."""
-        self._stream = table(self._token_ids)
+        self._stream = self._embedded(table)
         if scale is not None:
             self._stream = self._stream * torch.tensor(scale, dtype=self._stream.dtype, device=self._stream.device)
+
+    def _embedded(self, table: nn.Embedding) -> torch.Tensor:
+        """The tokens' embeddings, of which this rank may hold some."""
+        if self._exchange is None:
+            found: torch.Tensor = table(self._token_ids)
+            return found
+        num_rows = table.num_embeddings
+        places = self._token_ids - self._partition.rank * num_rows
+        is_here = (places >= 0) & (places < num_rows)
+        found = table(places.clamp(0, num_rows - 1))
+        return self._exchange.all_reduce(found.where(is_here.unsqueeze(-1), 0.0))
+
+    def _summed(self, product: torch.Tensor) -> torch.Tensor:
+        """A product of which every rank has made a part: the sum of all parts."""
+        return product if self._exchange is None else self._exchange.all_reduce(product.contiguous())
 
     def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
         """See `Operations.product_of_norm`."""
@@ -194,7 +216,7 @@ class TorchOperations:
 
     def add_product(self, rows: torch.Tensor, projection: nn.Linear, norm: RMSNorm | None = None) -> None:
         """See `Operations.add_product`."""
-        product = projection(rows)
+        product = self._summed(projection(rows))
         self._stream = self._stream + (product if norm is None else norm(product))
 
     def add_gated_mlp(
@@ -211,7 +233,7 @@ class TorchOperations:
 
     def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
         """See `Operations.add_experts`."""
-        self._stream = self._stream + experts(norm(self._stream))
+        self._stream = self._stream + self._summed(experts(norm(self._stream)))
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""

@@ -34,7 +34,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
         pages_a_row = len(model.page_groups) * -(-context_len // config.page_size)
         most_useful = config.batch_size("cpu") * pages_a_row
         num_rows = config.batch_size("cpu")
-        room = config.cpu_pool_bytes - (num_rows + 1) * model.config.state_bytes(model.dtype.itemsize)
+        room = config.cpu_pool_bytes - (num_rows + 1) * model.held.state_bytes(model.dtype.itemsize)
         num_pages = min(room // bytes_per_page, most_useful)
     if num_pages < 1:
         raise ConfigError(
@@ -46,7 +46,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
 
 def _states_note(model: DecoderModel) -> str:
     """What else takes memory, for a message: nothing, in most models."""
-    state_bytes = model.config.state_bytes(model.dtype.itemsize)
+    state_bytes = model.held.state_bytes(model.dtype.itemsize)
     return f", and the states of each row {state_bytes} (a lower max_batch_size has fewer)" if state_bytes else ""
 
 

@@ -1,0 +1,209 @@
+"""Where the tensors of a checkpoint go on a rank that holds a part of the model: which part of each goes where."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from llm.checkpoint.weight_slots import Piece, Slot, find_slots
+from llm.core.weight_groups import pack, unpack
+from llm.errors import ConfigError
+from llm.models.cuts import Cut, find_cut
+from llm.models.decoder import DecoderModel
+from llm.models.experts import ExpertProjections
+from llm.models.family import Destination, ExpertStack
+from llm.models.quantized import QuantizedLinear
+from llm.models.registry import destinations
+
+Pieces = tuple[Piece, ...]
+_CODES = ("weight", "weight_packed", "qweight")
+_SCALES = ("weight_scale", "scales")
+_ZEROS = ("weight_zero_point", "qzeros")
+_ORDERS = ("weight_g_idx", "g_idx")
+_STACK_LEAVES = ("_bias", "_blocks", "_scales")
+
+
+def find_held_slots(model: DecoderModel) -> dict[str, Slot]:
+    """The place of each tensor of a whole checkpoint, of which `model` may take a part.
+
+    Raises:
+        ConfigError: the weights cannot be cut so.
+    """
+    if model.partition.size == 1:
+        return find_slots(model)
+    whole = DecoderModel.from_config(model.config, device="meta", dtype=model.dtype)
+    places = destinations(model.config)
+    slots = find_slots(whole)
+    for name, slot in slots.items():
+        if slot.target is None:
+            continue
+        theirs, leaf = _owner(name, places)
+        if theirs is None:
+            slots[name] = replace(slot, pieces=_cache_scale(model, name))
+        elif leaf not in _ORDERS:
+            pieces = tuple(_pieces(model, whole, places[theirs], leaf))
+            slots[name] = replace(slot, pieces=pieces)
+        else:
+            slots[name] = replace(slot, pieces=_order(model, places[theirs]))
+    return slots
+
+
+def held_rows(rows: range, outputs: tuple[range, ...] | None) -> Iterator[tuple[slice, slice]]:
+    """Which of some rows of a whole module a rank holds, and where among its own rows.
+
+    Args:
+        rows: of the whole module.
+        outputs: those of the whole module that the rank holds, as in `Cut`.
+
+    Yields:
+        A slice within `rows`, and the slice of the rank's rows that it is.
+    """
+    begin = 0
+    for held in (rows,) if outputs is None else outputs:
+        both = range(max(rows.start, held.start), min(rows.stop, held.stop))
+        if both:
+            first = begin + both.start - held.start if outputs is not None else rows.start
+            yield slice(both.start - rows.start, both.stop - rows.start), slice(first, first + len(both))
+        begin += len(held)
+
+
+def _owner(name: str, places: Mapping[str, Destination]) -> tuple[str | None, str]:
+    """The module or tensor that a slot's name belongs to, as families name it, and what stands behind it."""
+    if name in places:
+        return name, ""
+    module, _, leaf = name.rpartition(".")
+    if module in places:
+        return module, leaf
+    for suffix in _STACK_LEAVES:
+        if name.removesuffix(suffix) in places:
+            return name.removesuffix(suffix), suffix
+    return None, ""
+
+
+def _cache_scale(model: DecoderModel, name: str) -> Pieces:
+    """Scales of keys and values are of a whole layer."""
+    assert model.cache_scales is not None, "the whole model has them"
+    layer = int(name.split(".")[2])
+    return (Piece((), model.cache_scales[layer, int(name.endswith("v_scale"))]),)
+
+
+def _pieces(model: DecoderModel, whole: DecoderModel, place: Destination, leaf: str) -> Iterator[Piece]:
+    """The pieces of one tensor of a module, or of a parameter."""
+    cut = find_cut(model.config, model.partition, place.module)
+    module, whole_module = (_get(each, place.module) for each in (model, whole))
+    if isinstance(module, nn.Parameter):
+        assert isinstance(whole_module, nn.Parameter), "the same model"
+        yield from _plain(cut, place, module, whole_module)
+    elif place.stack is not None:
+        assert isinstance(module, ExpertProjections), "a stack is of experts"
+        yield from _stack(cut, place.stack, module, leaf)
+    elif isinstance(module, QuantizedLinear) and leaf != "bias":
+        assert isinstance(whole_module, QuantizedLinear), "the same model"
+        yield from _quantized(cut, place, module, whole_module, leaf)
+    else:
+        assert isinstance(whole_module, nn.Module), "the same model"
+        parameter, whole_parameter = module.get_parameter(leaf), whole_module.get_parameter(leaf)
+        if leaf == "bias" and not cut.has_bias:
+            parameter.zero_()
+        else:
+            yield from _plain(cut, place, parameter, whole_parameter)
+
+
+def _get(model: DecoderModel, name: str) -> nn.Module | nn.Parameter:
+    owner, _, leaf = name.rpartition(".")
+    found: nn.Module | nn.Parameter = getattr(model.get_submodule(owner), leaf)
+    return found
+
+
+def _plain(cut: Cut, place: Destination, parameter: torch.Tensor, whole: torch.Tensor) -> Iterator[Piece]:
+    """Rows of a weight or of a bias, of one expert where the module holds several."""
+    expert = place.expert
+    if expert is not None:
+        if cut.experts is not None and expert not in cut.experts:
+            return
+        parameter = parameter[expert - (cut.experts.start if cut.experts is not None else 0)]
+        whole = whole[expert]
+    rows = range(*place.rows.indices(len(whole)))
+    columns = () if cut.inputs is None or parameter.dim() == 1 else (_slice(cut.inputs),)
+    for source, target in held_rows(rows, cut.outputs):
+        yield Piece((source, *columns), parameter.detach()[target])
+
+
+def _stack(cut: Cut, stack: ExpertStack, module: ExpertProjections, leaf: str) -> Iterator[Piece]:
+    """A projection of all experts, or its biases, in the order that `weight_slots` brings a checkpoint's to."""
+    if leaf == "_scales":
+        return  # they go where the blocks do
+    parameter = module.weight
+    if leaf == "_bias":
+        assert module.bias is not None, "the whole model has them"
+        parameter = module.bias
+        if not cut.has_bias:
+            parameter.zero_()
+            return
+    experts = slice(None) if cut.experts is None else _slice(cut.experts)
+    target = parameter.detach()
+    outputs: tuple[slice, ...] = ()
+    if stack is ExpertStack.ALTERNATING:
+        target = torch.unflatten(target, 1, (2, -1)).transpose(1, 2)
+        outputs = (slice(None) if cut.outputs is None else _slice(cut.outputs[0]), slice(None))
+    elif cut.outputs is None:
+        outputs = (slice(None),)
+    columns = () if cut.inputs is None or leaf == "_bias" else (_slice(cut.inputs),)
+    yield Piece((experts, *outputs, *columns), target)
+
+
+def _quantized(
+    cut: Cut, place: Destination, module: QuantizedLinear, whole: QuantizedLinear, leaf: str
+) -> Iterator[Piece]:
+    """Codes, scales or zeros; what says which group an input belongs to is not cut."""
+    rows = range(*place.rows.indices(whole.out_features))
+    inputs = range(whole.in_features) if cut.inputs is None else cut.inputs
+    groups = _groups(module, whole, inputs, place)
+    for source, target in held_rows(rows, cut.outputs):
+        if leaf in _CODES and module.weight.dtype == torch.uint8:
+            yield Piece((source,), module.weight.detach()[target], _repack(whole, module, inputs))
+        elif leaf in _CODES:
+            yield Piece((source, _slice(inputs)), module.weight.detach()[target])
+        elif leaf in _SCALES:
+            yield Piece((groups, source), module.scales.detach()[:, target])
+        elif leaf in _ZEROS:
+            assert module.zeros is not None, "the whole model has them"
+            yield Piece((groups, source), module.zeros.detach()[:, target])
+
+
+def _groups(module: QuantizedLinear, whole: QuantizedLinear, inputs: range, place: Destination) -> slice:
+    """The groups that a rank's inputs are in: those of whole groups, or one that all are in."""
+    if len(whole.scales) == 1:
+        return slice(None)
+    size = whole.group_size
+    if inputs.start % size or (inputs.stop % size and inputs.stop != whole.in_features):
+        raise ConfigError(
+            f"tensor_parallel_size: {place.module} has {len(inputs)} inputs on each rank, which are no whole groups of "
+            f"{size} as the checkpoint is quantized; use fewer GPUs a model"
+        )
+    if len(inputs) < whole.in_features and module.order is not None:
+        raise ConfigError(
+            f"tensor_parallel_size: {place.module} is quantized with desc_act or actorder, whose groups cannot be cut; "
+            "use a checkpoint without"
+        )
+    return slice(inputs.start // size, -(-inputs.stop // size))
+
+
+def _repack(whole: QuantizedLinear, module: QuantizedLinear, inputs: range) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes some inputs out of rows of 4-bit codes, which are packed in spans that may be shorter then."""
+    before, after = whole.groups.span, module.groups.span
+    if before == after and len(inputs) == whole.in_features:
+        return lambda packed: packed
+    return lambda packed: pack(unpack(packed, before)[:, _slice(inputs)].contiguous(), after)
+
+
+def _order(model: DecoderModel, place: Destination) -> Pieces | None:
+    """The same on every rank; where the model keeps none, it is still checked."""
+    module = _get(model, place.module)
+    assert isinstance(module, QuantizedLinear), "others have none"
+    return None if module.order is None else (Piece((), module.order.detach()),)
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)

@@ -1,0 +1,233 @@
+"""How a model is cut over several ranks (Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053).
+
+Of two products that follow each other the first is cut by column, so that each rank makes some of the outputs: some
+heads, some of what a feed-forward holds between its products. The second is cut by row, over these, so that the ranks'
+products have to be added up. Where there are fewer heads of keys and values than ranks, several ranks hold the same.
+Experts are cut like feed-forwards, or each rank holds some of them, whole. Embeddings and head are cut by vocabulary.
+Norms and routers are held by all ranks.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from llm.config import ModelConfig
+from llm.core.partition import Partition
+from llm.core.recurrent_state import DeltaSpec
+from llm.errors import ConfigError
+from llm.models.experts import ExpertProjections, Experts
+
+_WHOLE = ("norm", "q_norm", "k_norm", "router")
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a module of the whole model that a rank holds, as ranges of the whole.
+
+    Attributes:
+        outputs: rows of its weight and bias, one range behind the other; None for all.
+        inputs: columns of its weight; None for all.
+        experts: of a module that holds a projection of every expert; None for all.
+        has_bias: whether this rank's bias counts. Where the ranks' products are added up, that of one does.
+    """
+
+    outputs: tuple[range, ...] | None = None
+    inputs: range | None = None
+    experts: range | None = None
+    has_bias: bool = True
+
+
+def held_shape(config: ModelConfig, partition: Partition) -> ModelConfig:
+    """The shape of what a rank holds, as if it were a model; its experts are those of the whole model.
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    size = partition.size
+    if size == 1:
+        return config
+    changes: dict[str, object] = {
+        "vocab_size": rows_of_vocabulary(config, partition),
+        "num_heads": _share(config.num_heads, "attention heads", size),
+        "num_kv_heads": len(_kv_heads(config, partition)),
+        "head_dim": config.head_size,
+        "intermediate_size": _share(config.mlp_size, "numbers between the products of a feed-forward", size),
+    }
+    if config.num_experts and partition.by_expert:
+        _share(config.num_experts, "experts", size)
+    elif config.num_experts:
+        changes["expert_size"] = _share(config.expert_size, "numbers between the products of an expert", size)
+    if config.delta is not None:
+        heads = {name: _share(getattr(config.delta, name), "heads of layers with a state", size) for name in _DELTA}
+        changes["delta"] = config.delta.model_copy(update=heads)
+    return config.model_copy(update=changes)
+
+
+_DELTA = ("num_key_heads", "num_value_heads")
+
+
+def rows_of_vocabulary(config: ModelConfig, partition: Partition) -> int:
+    """Rows of embeddings and head on each rank; the last ones hold some that mean nothing."""
+    return -(-config.vocab_size // partition.size)
+
+
+def _share(total: int, what: str, size: int) -> int:
+    if total % size:
+        raise ConfigError(
+            f"tensor_parallel_size {size} does not divide the model's {total} {what}; use one that does, or 1"
+        )
+    return total // size
+
+
+def _kv_heads(config: ModelConfig, partition: Partition) -> range:
+    """The heads of keys and values that a rank's queries attend to."""
+    heads, size = config.kv_heads, partition.size
+    if heads % size and size % heads:
+        raise ConfigError(
+            f"tensor_parallel_size {size} is no multiple of the model's {heads} key/value heads, nor do they divide "
+            "evenly; use another one"
+        )
+    first = partition.rank * heads // size
+    return range(first, first + max(heads // size, 1))
+
+
+def hold_experts(modules: Iterable[nn.Module], partition: Partition) -> None:
+    """Leave each mixture of experts those of a rank, where they are cut by expert; on the meta device."""
+    for module in modules:
+        if isinstance(module, Experts):
+            module.held = _part(module.num_experts, partition)
+            for name in ("gate_up_proj", "down_proj"):
+                projection = getattr(module, name)
+                _, num_outputs, num_inputs = projection.weight.shape
+                has_bias = projection.bias is not None
+                setattr(module, name, ExpertProjections(len(module.held), num_inputs, num_outputs, has_bias=has_bias))
+
+
+def _part(total: int, partition: Partition, begin: int = 0, unit: int = 1) -> range:
+    """A rank's share of `total` things of `unit` numbers each, from number `begin` on."""
+    count = total // partition.size * unit
+    start = begin + partition.rank * count
+    return range(start, start + count)
+
+
+def find_cut(config: ModelConfig, partition: Partition, name: str) -> Cut:
+    """The cut of a module or parameter of a model, by its dotted name.
+
+    Raises:
+        ConfigError: nobody knows how to cut it.
+    """
+    if partition.size == 1:
+        return Cut()
+    if name in ("embed_tokens", "lm_head"):
+        rows = rows_of_vocabulary(config, partition)
+        ends = (min(end * rows, config.vocab_size) for end in (partition.rank, partition.rank + 1))
+        return Cut((range(*ends),))
+    leaf = ".".join(name.split(".")[2:]) if name.startswith("layers.") else name
+    if leaf in _WHOLE or leaf.endswith(("_norm", ".norm", ".router")):
+        return Cut()
+    rule = _RULES.get(leaf)
+    if config.delta is not None and name.startswith("layers.") and int(name.split(".")[1]) in config.delta.layers:
+        rule = _DELTA_RULES.get(leaf, rule)
+    if rule is None:
+        raise ConfigError(f"tensor_parallel_size: {config.architecture} cannot be cut over several GPUs; leave it out")
+    return rule(config, partition)
+
+
+def _qkv(config: ModelConfig, partition: Partition) -> Cut:
+    width, parts = config.head_size, 2 if config.attention_gate else 1
+    keys = parts * config.num_heads * width
+    held = _kv_heads(config, partition)
+    key, value = (
+        range(begin + held.start * width, begin + held.stop * width) for begin in (keys, keys + config.kv_heads * width)
+    )
+    return Cut((_part(config.num_heads, partition, unit=parts * width), key, value))
+
+
+def _attention_output(config: ModelConfig, partition: Partition) -> Cut:
+    return Cut(inputs=_part(config.num_heads, partition, unit=config.head_size), has_bias=partition.rank == 0)
+
+
+def _sinks(config: ModelConfig, partition: Partition) -> Cut:
+    return Cut((_part(config.num_heads, partition),))
+
+
+def _gate_up(config: ModelConfig, partition: Partition) -> Cut:
+    return Cut((_part(config.mlp_size, partition), _part(config.mlp_size, partition, config.mlp_size)))
+
+
+def _down(config: ModelConfig, partition: Partition) -> Cut:
+    return Cut(inputs=_part(config.mlp_size, partition), has_bias=partition.rank == 0)
+
+
+def _experts_gate_up(config: ModelConfig, partition: Partition) -> Cut:
+    if partition.by_expert:
+        return Cut(experts=_part(config.num_experts, partition))
+    size = config.expert_size
+    return Cut((_part(size, partition), _part(size, partition, size)))
+
+
+def _experts_down(config: ModelConfig, partition: Partition) -> Cut:
+    if partition.by_expert:
+        return Cut(experts=_part(config.num_experts, partition))
+    return Cut(inputs=_part(config.expert_size, partition), has_bias=partition.rank == 0)
+
+
+def _delta_parts(config: ModelConfig, partition: Partition, *, has_gate: bool) -> Cut:
+    """Queries, keys and values, and the gates behind them: each by its heads."""
+    assert config.delta is not None, "a layer with a gated delta rule"
+    spec = DeltaSpec.of(config.delta)
+    key_size = spec.num_key_heads * spec.key_dim
+    outputs = [
+        _part(spec.num_key_heads, partition, 0, spec.key_dim),
+        _part(spec.num_key_heads, partition, key_size, spec.key_dim),
+        _part(spec.num_value_heads, partition, 2 * key_size, spec.value_dim),
+    ]
+    if has_gate:
+        outputs.append(_part(spec.num_value_heads, partition, spec.conv_size, spec.value_dim))
+    return Cut(tuple(outputs))
+
+
+def _mixed(config: ModelConfig, partition: Partition) -> Cut:
+    return _delta_parts(config, partition, has_gate=True)
+
+
+def _convolution(config: ModelConfig, partition: Partition) -> Cut:
+    return _delta_parts(config, partition, has_gate=False)
+
+
+def _decay(config: ModelConfig, partition: Partition) -> Cut:
+    assert config.delta is not None, "a layer with a gated delta rule"
+    heads = config.delta.num_value_heads
+    return Cut((_part(heads, partition), _part(heads, partition, heads)))
+
+
+def _delta_output(config: ModelConfig, partition: Partition) -> Cut:
+    assert config.delta is not None, "a layer with a gated delta rule"
+    heads, width = config.delta.num_value_heads, config.delta.value_dim
+    return Cut(inputs=_part(heads, partition, unit=width), has_bias=partition.rank == 0)
+
+
+def _delta_heads(config: ModelConfig, partition: Partition) -> Cut:
+    assert config.delta is not None, "a layer with a gated delta rule"
+    return Cut((_part(config.delta.num_value_heads, partition),))
+
+
+_RULES: dict[str, Callable[[ModelConfig, Partition], Cut]] = {
+    "qkv_proj": _qkv,
+    "o_proj": _attention_output,
+    "sinks": _sinks,
+    "gate_up_proj": _gate_up,
+    "down_proj": _down,
+    "experts.gate_up_proj": _experts_gate_up,
+    "experts.down_proj": _experts_down,
+}
+"""By the name that a module or parameter has within a layer."""
+_DELTA_RULES = {
+    "mixed_proj": _mixed,
+    "decay_proj": _decay,
+    "mixer": _delta_heads,
+    "mixer.conv1d": _convolution,
+    "o_proj": _delta_output,
+}
+"""Those of layers with a gated delta rule."""

@@ -1,0 +1,1 @@
+"""Several processes that run one model: the processes, and what they tell each other."""

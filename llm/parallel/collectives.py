@@ -1,0 +1,115 @@
+"""Collectives: what ranks send each other within a step, over NCCL on GPUs and over gloo on CPUs.
+
+Small sums may take another way than the library's: `SmallAllReduce` is its interface.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    BroadcastOptions,
+    FileStore,
+    PrefixStore,
+    ProcessGroupGloo,
+)
+
+from llm.core.partition import Partition
+
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+"""Environment of every process that takes part: NVLink multicast stays off, since a program that uses it can put a
+shared machine out of service."""
+
+
+class SmallAllReduce(Protocol):
+    """Sums of few bytes by a kernel of our own, faster than the library's. Made on every rank at the same time."""
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest tensor that it takes."""
+        ...
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, contiguous, of at most `max_bytes`: the same on every rank, bit by bit.
+
+        Enqueued on the current stream; may be captured in a graph. Every rank calls it in the same order, beside other
+        collectives. The result may be `tensor` itself.
+        """
+        ...
+
+
+class Collectives:
+    """The `Exchange` of a rank.
+
+    Args:
+        group: what `connect` gave: NCCL's for tensors on a GPU, gloo's for those on a CPU.
+        partition: says which rank this is.
+        small: takes sums that it has room for; None for the group's all-reduce for all.
+        deterministic: a sum depends on nothing but its terms, however many are added up in one call.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        partition: Partition,
+        *,
+        small: SmallAllReduce | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        self._group = group
+        self._size = partition.size
+        self._small = small
+        # Two terms have one sum; of more, the library adds up in an order that depends on the message's size.
+        self._in_order = deterministic and partition.size > 2
+        self._all_reduce_options = AllreduceOptions()
+        self._all_gather_options = AllgatherOptions()
+        self._broadcast_options = BroadcastOptions()
+        self._broadcast_options.rootRank = 0
+        for options in (self._all_reduce_options, self._all_gather_options, self._broadcast_options):
+            options.asyncOp = False  # on the current stream, which graphs are captured from
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Exchange.all_reduce`."""
+        if self._small is not None and tensor.nbytes <= self._small.max_bytes:
+            return self._small.all_reduce(tensor)
+        if self._in_order:
+            return self.all_gather(tensor).sum(0)
+        self._group.allreduce([tensor], self._all_reduce_options).wait()
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Exchange.all_gather`."""
+        gathered = tensor.new_empty(self._size, *tensor.shape)
+        self._group._allgather_base(gathered.view(-1), tensor.view(-1), self._all_gather_options).wait()
+        return gathered
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """See `Exchange.broadcast`."""
+        self._group.broadcast([tensor], self._broadcast_options).wait()
+
+
+def connect(partition: Partition, store_path: Path, device: torch.device, timeout_s: float) -> Any:
+    """Connect this rank with the others, which do the same; not torch's default group, of which a process has one.
+
+    Args:
+        store_path: a file by which they find each other, the same for all of them and used once.
+        device: of the tensors.
+        timeout_s: for the others to come; on a CPU also for each collective.
+    """
+    os.environ.update(NO_MULTICAST)
+    store = PrefixStore(device.type, FileStore(str(store_path), partition.size))
+    timeout = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        from torch._C._distributed_c10d import ProcessGroupNCCL  # builds for CPUs lack it
+
+        nccl = ProcessGroupNCCL.Options()
+        nccl._timeout = timeout
+        return ProcessGroupNCCL(store, partition.rank, partition.size, nccl)
+    gloo: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stubs lack it
+    gloo._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    gloo._timeout = timeout
+    return ProcessGroupGloo(store, partition.rank, partition.size, gloo)
