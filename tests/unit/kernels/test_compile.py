@@ -40,5 +40,5 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     expected |= {"cuts": 6, "best of blocks": 6, "best of rows": 2, "adjust": 2, "log probabilities": 4, "entries": 1}
     expected |= {"plan of copies": 1, "copies": 2, "long prefill": 2}
     expected |= {"logits of experts": 3, "choice of experts": 3, "routes": 1, "order of pairs": 1, "experts": 12}
-    expected |= {"sum of experts": 1, "single sum": 2}
+    expected |= {"sum of experts": 1, "single sum": 2, "all-reduce": 3}
     assert compiled == {**expected, "decode": 9, "prefill": 9, "merge": 1, "stages": 6}
