@@ -16,6 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from llm.kernels import (
     activation,
     adjust,
+    all_reduce,
     delta_rule,
     expert_tiles,
     experts,
@@ -35,7 +36,7 @@ from llm.kernels.launch import stages_in
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
 """Bytes of a multiprocessor's, by compute capability (CUDA C++ programming guide, table 27)."""
 BF16, FLOAT, INT, FP8 = "*bf16", "*fp32", "*i32", "*fp8e4nv"
-ALIGNED = {"num_inputs", "num_outputs", "inputs_per_part", "query_stride", "table_stride"}
+ALIGNED = {"num_inputs", "num_outputs", "inputs_per_part", "query_stride", "table_stride", "num_words", "capacity"}
 SCALES = {"row_scales": FLOAT, "scales": FLOAT, "bias": BF16}
 NO_SCALES = dict.fromkeys(SCALES)
 NO_GROUPS = {**dict.fromkeys(("group_scales", "zeros", "order")), "group_size": "i32"}
@@ -319,6 +320,15 @@ def compile_groups() -> None:
     compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True, capability=80)
 
 
+def compile_all_reduce() -> None:
+    """Between two GPUs and four, alone and added, in each format."""
+    arguments = {"x": INT, "output": INT, "inboxes": "*i64", "inbox": "*i64", "calls": INT}
+    arguments |= {"num_words": "i32", "capacity": "i32", "BLOCK": all_reduce.WORDS_PER_PROGRAM}
+    for num_ranks, dtype in ((2, tl.bfloat16), (4, tl.float16), (2, tl.float32)):
+        more = {"RANK": 1, "NUM_RANKS": num_ranks, "DTYPE": dtype, "ADDS": num_ranks == 2}
+        compile_kernel("all-reduce", all_reduce._all_reduce, {**arguments, **more})
+
+
 def compile_draws() -> None:
     """Of logits in 16 bits and in 32, for all rows and for either sort."""
     arguments = {"fields": INT, "rows": INT, "positions": INT, "vocab_size": "i32", "row_stride": "i32"}
@@ -354,3 +364,4 @@ if __name__ == "__main__":
     compile_experts()
     compile_stages()
     compile_groups()
+    compile_all_reduce()
