@@ -1,6 +1,7 @@
 """The container image holds what it needs: its files alone, installed into a fresh environment, are a `rayline`."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -97,10 +98,25 @@ def test_the_image_leaves_out_what_it_does_not_need():
     assert is_ignored("llm/__pycache__/config.cpython-312.pyc")
 
 
+def test_a_change_of_the_code_installs_no_dependency_anew():
+    """The code is copied after PyTorch and after everything else in the lock; each package is checked by its hash."""
+    found = instructions()
+    locked = next(i for i, (_, words) in enumerate(found) if "--requirement requirements.lock" in words)
+    torch = next(i for i, (_, words) in enumerate(found) if '"torch>=' in words)
+    code = [i for i, (name, words) in enumerate(found) if name == "COPY" and words != "requirements.lock ./"]
+    assert torch < locked < min(code)
+    pinned = re.findall(
+        r"^[a-z][^ ]*==[^\\]*\\\n( +--hash=)?", (DOCKERFILE.parents[1] / "requirements.lock").read_text(), re.M
+    )
+    assert pinned
+    assert all(pinned)
+
+
 def test_the_image_runs_as_a_user_and_is_probed_by_a_program_that_it_has():
     found = dict(instructions())
     assert found["USER"] not in ("root", "0")
-    probe = found["HEALTHCHECK"].partition("CMD ")[2].split()[0]
+    probe, *_, url = found["HEALTHCHECK"].partition("CMD ")[2].split()
+    assert url.endswith(":8000/ready"), "healthy while requests are answered"
     installed = " ".join(words for name, words in instructions() if name == "RUN" and words.startswith("apt-get"))
     assert f" {probe} " in installed
     kuberay = (DOCKERFILE.parent / "kuberay" / "rayservice.yaml").read_text()
