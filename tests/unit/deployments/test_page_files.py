@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from deployments.api.pages import STATIC_DIRECTORY
 from deployments.api.pages.static_files import add_static_files
 from deployments.router.keys import ApiKey
 
+VENDORED = STATIC_DIRECTORY / "vendor"
 KEYS = (ApiKey("team", hashlib.sha256(b"key").digest()),)
 
 
@@ -62,6 +64,32 @@ def test_a_file_of_unknown_kind_is_refused_at_start(tmp_path: Path):
     (tmp_path / "page.exe").write_bytes(b"")
     with pytest.raises(ValueError, match=r"page\.exe: no media type"):
         add_static_files(FastAPI(), "/static", tmp_path)
+
+
+async def test_libraries_may_be_kept_for_ever(make_service: ServiceFactory):
+    """Their version is a part of their path."""
+    service = await make_service()
+    libraries = json.loads((VENDORED / "manifest.json").read_text())
+    for library in libraries:
+        for name in library["files"]:
+            assert f"-{library['version']}/" in name
+    kept = await service.http.get(f"/static/vendor/{name}")
+    assert kept.headers["cache-control"] == "public, max-age=31536000, immutable"
+
+
+def test_libraries_are_those_of_the_manifest():
+    """Each file of a library is the published one, byte for byte, and its licence lies beside it."""
+    libraries = json.loads((VENDORED / "manifest.json").read_text())
+    written = {name: digest for library in libraries for name, digest in library["files"].items()}
+    found = {
+        file.relative_to(VENDORED).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in VENDORED.rglob("*")
+        if file.is_file() and file.name != "manifest.json"
+    }
+    assert found == written
+    for library in libraries:
+        assert all(library[key] for key in ("package", "version", "licence", "purpose"))
+        assert any(name.endswith("/LICENSE.txt") for name in library["files"]), library["package"]
 
 
 async def test_pages_load_what_comes_from_this_server_alone(make_service: ServiceFactory):
