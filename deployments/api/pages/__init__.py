@@ -1,23 +1,45 @@
-"""The pages that people see: chat at `/`, the fleet at `/fleet`. Each is one file and asks no other server."""
+"""The pages that people see: chat at `/`, the fleet at `/fleet`, which load nothing from any other server."""
 
 from pathlib import Path
 
 from starlette.responses import Response
 
-# Nothing from elsewhere, nothing to elsewhere; scripts and styles are the page's own.
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_HEADERS = {
-    "Content-Security-Policy": _POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
+STATIC_PATH = "/static"
+"""Where the files are that pages load."""
+STATIC_DIRECTORY = Path(__file__).parent / "static"
+
+# Nothing from elsewhere, nothing to elsewhere; scripts and styles come in files of their own.
+_POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "font-src": "'self'",
+    "img-src": "'self' data:",
+    "connect-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
 }
+# Pages whose scripts and styles are not in files of their own yet.
+_INLINE = {name: {"script_src": "'unsafe-inline'", "style_src": "'unsafe-inline'"} for name in ("chat", "fleet")}
+
+
+def page_headers(**policy: str) -> dict[str, str]:
+    """The headers of a page: what the browser may load for it and run, and what it tells others about it.
+
+    Args:
+        policy: content-security policy to add or to put in place of the usual one, by directive, with `_` for `-`.
+    """
+    directives = _POLICY | {name.replace("_", "-"): sources for name, sources in policy.items()}
+    return {
+        "Content-Security-Policy": "; ".join(f"{name} {sources}" for name, sources in directives.items()),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
 
 
 def page(name: str) -> Response:
     """One of the pages, "chat" or "fleet"."""
     html = (Path(__file__).parent / f"{name}.html").read_bytes()
-    return Response(html, media_type="text/html", headers=_HEADERS)
+    return Response(html, media_type="text/html", headers=page_headers(**_INLINE.get(name, {})))
