@@ -1,6 +1,5 @@
 """Models cut over ranks, all of which run in threads of this process, against the same model in one piece."""
 
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,7 @@ import torch
 from llm.attention.dense import DenseContext
 from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import load_decoder
-from llm.config import ModelConfig
 from llm.core.partition import Partition
-from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
 
 
