@@ -117,7 +117,7 @@ def test_keys_of_openai_that_contradict_the_others_are_refused(tmp_path, key, va
 )  # fmt: skip
 def test_other_ways_to_choose_experts_are_refused_by_name(tmp_path, key, value):
     with pytest.raises(ConfigError, match=f"'{key}' is {value!r}|experts cannot be|num_experts"):
-        load_model_config(write(tmp_path, REAL_CONFIGS["GLM-4.5-Air"], **{key: value}))
+        load_model_config(write(tmp_path, OTHER_CONFIGS["GLM-4.5-Air"], **{key: value}))
 
 
 LACKING = ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "sliding_window", "hidden_act"]

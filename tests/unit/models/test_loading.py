@@ -102,7 +102,7 @@ def test_the_map_covers_every_row_of_every_parameter_once(shape):
     model = DecoderModel.from_config(config)
     counts = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
     for place in destinations(config).values():
-        for leaf in ("weight", "bias"):
+        for leaf in ("weight", "bias", "e_score_correction_bias"):
             if f"{place.module}.{leaf}" in counts:
                 place.part_of(counts[f"{place.module}.{leaf}"]).add_(1)
     assert all(bool((count == 1).all()) for count in counts.values())
