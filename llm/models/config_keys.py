@@ -51,6 +51,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
             vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
             max_position_embeddings original_max_position_embeddings sliding_window max_window_layers
             num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
+            shared_expert_intermediate_size
             sliding_window_pattern experts_per_token initial_context_length
         """),
     ),
