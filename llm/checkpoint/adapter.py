@@ -209,4 +209,5 @@ def _fit(
             f"{path}: {module} has lora_A and lora_B of shapes {found[0]} and {found[1]}, the model asks for "
             f"{wanted[0]} and {wanted[1]}; was the adapter trained on this model?"
         )
-    return factors["A"], factors["B"], place, config.scaling_of(module)
+    factor_b = factors["B"] if place.arrange is None else place.arrange(factors["B"])
+    return factors["A"], factor_b, place, config.scaling_of(module)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -239,10 +239,28 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
             raise CheckpointError(f"{path} holds {name}, which config.json gives no place; is it the right one?")
     if head is not None:
         _settle_head(head, copies)
-    missing = {name for name, slot in slots.items() if not slot.is_optional} - copies.keys()
+    _check_whole(directory, slots, copies)
+    return [replace(copy, companion=copies.get(copy.slot.companion or "")) for copy in copies.values()]
+
+
+def _check_whole(directory: Path, slots: Mapping[str, Slot], copies: Mapping[str, _Copy]) -> None:
+    """See that each place is filled; those of experts either one by one or by their stack.
+
+    Raises:
+        CheckpointError: a tensor is missing, or an expert is there twice.
+    """
+    stacks = {slots[name].stack: name for name in copies if slots[name].stack is not None}
+    twice = next((name for name in stacks if name in copies), None)
+    if twice is not None:
+        both = f"{copies[twice].name} and {copies[stacks[twice]].name}"
+        raise CheckpointError(f"{directory} holds both {both}; {DOWNLOAD}")
+    missing = {
+        name
+        for name, slot in slots.items()
+        if not slot.is_optional and name not in copies and name not in stacks and slot.stack not in copies
+    }
     if missing:
         raise CheckpointError(f"{directory} lacks {_some(missing)}; {DOWNLOAD}")
-    return [replace(copy, companion=copies.get(copy.slot.companion or "")) for copy in copies.values()]
 
 
 def _is_left_out(family: Family, name: str, place: str, num_layers: int) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from llm.config import Quantization, WeightLayout
 from llm.core.mxfp4 import BLOCK_SIZE, unpack_mxfp4
 from llm.core.weight_groups import pack
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, ConfigError
 from llm.models.decoder import DecoderModel
 from llm.models.experts import ExpertProjections
 from llm.models.family import ExpertStack
@@ -66,6 +66,7 @@ class Slot:
         is_optional: whether a checkpoint may lack it.
         pieces: what is taken of the tensor where the model is a part of one; `target` is then that of a whole one. None
             for all of it.
+        stack: name of the tensor that holds it, and that of the other experts, where a checkpoint has that instead.
     """
 
     target: torch.Tensor | None
@@ -75,6 +76,7 @@ class Slot:
     companion: str | None = None
     is_optional: bool = False
     pieces: tuple[Piece, ...] | None = None
+    stack: str | None = None
 
     @property
     def filled(self) -> tuple[Piece, ...]:
@@ -93,7 +95,9 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
     """The place of each tensor that a checkpoint of this model has or may have, by its name."""
     slots: dict[str, Slot] = {}
     orders: dict[str, torch.Tensor] = {}
-    for theirs, destination in destinations(model.config).items():
+    places = destinations(model.config)
+    stacks = {place.module: theirs for theirs, place in places.items() if place.stack is not None}
+    for theirs, destination in places.items():
         owner, _, leaf = destination.module.rpartition(".")
         module = getattr(model.get_submodule(owner), leaf)
         if isinstance(module, nn.Parameter):
@@ -107,13 +111,17 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
         leaves = [name for name, _ in module.named_parameters(recurse=False)]
         if isinstance(module, QuantizedLinear):
             leaves = ["bias"]
+            if destination.arrange is not None:
+                raise ConfigError(f"quantization_config: a quantized {theirs} is not supported; leave it in 16 bits")
             part = _Part(module, destination.module, theirs, destination.rows, orders)
             slots.update((f"{theirs}.{leaf}", slot) for leaf, slot in part.slots())
         for leaf in leaves:
             parameter = getattr(module, leaf, None)
             if parameter is not None:
                 target = destination.part_of(parameter.detach())
-                slots[f"{theirs}.{leaf}"] = Slot(target, (tuple(target.shape),))
+                stack = None if destination.expert is None else stacks.get(destination.module)
+                convert = None if destination.arrange is None else _arranging(destination.arrange)
+                slots[f"{theirs}.{leaf}"] = Slot(target, (tuple(target.shape),), convert=convert, stack=stack)
     if model.cache_scales is not None:
         for layer, scales in enumerate(model.cache_scales):
             attention = f"model.layers.{layer}.self_attn"
@@ -137,6 +145,9 @@ def _stack_slots(
 ) -> Iterator[tuple[str, Slot]]:
     """The slots of a projection of all experts of a layer and of its bias, by their names."""
     num_experts, num_outputs, num_inputs = module.weight.shape
+    if stack is ExpertStack.AS_HERE:
+        yield name, Slot(module.weight.detach(), (tuple(module.weight.shape),))
+        return
 
     def arranged(tensor: torch.Tensor) -> torch.Tensor:
         """What a checkpoint holds, or (experts, out, …) of it, as `target` has it."""
@@ -164,6 +175,10 @@ def _stack_slots(
     if module.bias is not None:
         shape = num_experts, num_outputs
         yield f"{name}_bias", Slot(target(module.bias), (shape,), convert=lambda bias, _: arranged(bias))
+
+
+def _arranging(arrange: Callable[[torch.Tensor], torch.Tensor]) -> Convert:
+    return lambda stored, _: arrange(stored)
 
 
 def _number(tensor: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:

@@ -52,6 +52,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
             vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
             max_position_embeddings original_max_position_embeddings sliding_window max_window_layers
             num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
+            shared_expert_intermediate_size
             sliding_window_pattern experts_per_token initial_context_length
             n_routed_experts n_shared_experts n_group topk_group first_k_dense_replace moe_layer_freq
             num_nextn_predict_layers kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim

@@ -48,6 +48,8 @@ class ExpertStack(Enum):
     IN_ORDER = "in order"
     ALTERNATING = "alternating"
     """Of gate and up in turn."""
+    AS_HERE = "as here"
+    """(experts, out, in), in order, without a bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ class Destination:
         rows: of it.
         expert: whose rows they are, in a module that holds those of all experts; None for other modules.
         layers: those that have it; None for all.
-        stack: the name in the checkpoint is no module's but of such a tensor; None for a module's.
+        stack: the name in the checkpoint is no module's but of such a tensor; None for a module's. Where experts have
+            places one by one as well, a checkpoint has either.
+        arrange: brings the rows of what the checkpoint holds into our order; None where they are.
     """
 
     module: str
@@ -67,6 +71,7 @@ class Destination:
     expert: int | None = None
     layers: Container[int] | None = None
     stack: ExpertStack | None = None
+    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The part of the module's weight or bias that is meant, a view."""

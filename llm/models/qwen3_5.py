@@ -1,4 +1,4 @@
-"""Qwen3.5 and 3.6, text: three layers with a gated delta rule to one with attention, whose output is gated.
+"""Qwen3.5 and 3.6, text, dense: three layers with a gated delta rule to one with attention, whose output is gated.
 
 Every norm scales by 1 + w but the gated one within a delta-net layer. Where all of a token's positions are the same, as
 they are for text, RoPE with a section for each of three positions is plain RoPE.
@@ -19,14 +19,16 @@ from llm.models.attention_layer import make_norm, make_rope
 from llm.models.config_keys import ReadKeys, key_names
 from llm.models.delta import DeltaMixer, ExactLinear
 from llm.models.delta_keys import read_delta
+from llm.models.experts import Experts
 from llm.models.family import Destination, Family, Layer, common_fields, read_text_half
 from llm.models.llama import mlp_weights
 from llm.models.operations import Operations
 from llm.models.rope_keys import read_rope
 
-_IMAGE_KEYS = key_names("""
+IMAGE_KEYS = key_names("""
     vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id language_model_only
 """)
+"""Keys beside the text half's."""
 _UNUSED_KEYS = key_names("mtp_num_hidden_layers mtp_use_dedicated_embeddings mamba_ssm_dtype")
 """Of layers behind the model's own, and the format of states, which here is float32 always."""
 _DEFAULTS = {"partial_rotary_factor": 0.25, "num_key_value_heads": 4, "head_dim": 256}
@@ -35,7 +37,7 @@ _ROPE_KEYS = key_names("mrope_section mrope_interleaved")
 
 
 class DeltaNetLayer(Layer):
-    """A delta-net or attention, then the feed-forward.
+    """A delta-net or attention, then the feed-forward or experts.
 
     Args:
         index: of the layer, from 0.
@@ -62,8 +64,10 @@ class DeltaNetLayer(Layer):
             self.q_norm, self.k_norm = norm(spec.head_dim), norm(spec.head_dim)
             self.o_proj = nn.Linear(spec.output_size, hidden_size, bias=has_bias)
         self.mlp_norm = norm(hidden_size)
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * mlp_size, bias=False)
-        self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
+        self.experts = Experts.of(config) if config.has_experts(index) else None
+        if self.experts is None:
+            self.gate_up_proj = nn.Linear(hidden_size, 2 * mlp_size, bias=False)
+            self.down_proj = nn.Linear(mlp_size, hidden_size, bias=False)
 
     def forward(self, operations: Operations[Any]) -> None:
         """See `Layer.forward`."""
@@ -75,31 +79,31 @@ class DeltaNetLayer(Layer):
             qkv = operations.product_of_norm(self.mixing_norm, self.qkv_proj)
             output = operations.attend(self.index, self.spec, qkv, (self.q_norm, self.k_norm))
         operations.add_product(output, self.o_proj)
-        operations.add_gated_mlp(self.mlp_norm, self.gate_up_proj, self.down_proj)
+        if self.experts is not None:
+            operations.add_experts(self.mlp_norm, self.experts)
+        else:
+            operations.add_gated_mlp(self.mlp_norm, self.gate_up_proj, self.down_proj)
 
 
-def _make_layers(config: ModelConfig) -> list[Layer]:
+def make_layers(config: ModelConfig) -> list[Layer]:
+    """The layers of a model of this shape."""
     rope = make_rope(config)
     return [DeltaNetLayer(config, index, rope) for index in range(config.num_layers)]
 
 
 def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
-    return {
-        **_attention_weights(config),
-        **_delta_weights(config),
-        **mlp_weights(config),
-        "input_layernorm": Destination("mixing_norm"),
-        "post_attention_layernorm": Destination("mlp_norm"),
-    }
+    return {**mixing_weights(config), **delta_weights(config), **mlp_weights(config)}
 
 
-def _attention_weights(config: ModelConfig) -> dict[str, Destination]:
-    """Destinations in layers with attention."""
+def mixing_weights(config: ModelConfig) -> dict[str, Destination]:
+    """Destinations of a layer's norms and, in layers with attention, of its projections."""
     layers = set(range(config.num_layers)) - set(config.delta.layers if config.delta is not None else ())
     place = partial(Destination, layers=layers)
     query = (1 + config.attention_gate) * config.num_heads * config.head_size
     key_value = config.kv_heads * config.head_size
     return {
+        "input_layernorm": Destination("mixing_norm"),
+        "post_attention_layernorm": Destination("mlp_norm"),
         "self_attn.q_proj": place("qkv_proj", slice(0, query)),
         "self_attn.k_proj": place("qkv_proj", slice(query, query + key_value)),
         "self_attn.v_proj": place("qkv_proj", slice(query + key_value, query + 2 * key_value)),
@@ -109,47 +113,64 @@ def _attention_weights(config: ModelConfig) -> dict[str, Destination]:
     }
 
 
-def _delta_weights(config: ModelConfig) -> dict[str, Destination]:
+def delta_weights(config: ModelConfig) -> dict[str, Destination]:
     """Destinations in layers with a gated delta rule."""
     delta = config.delta
     if delta is None:
         return {}
     spec, heads, place = DeltaSpec.of(delta), delta.num_value_heads, partial(Destination, layers=delta.layers)
     return {
-        "linear_attn": place("mixer"),
-        "linear_attn.conv1d": place("mixer.conv1d"),
-        "linear_attn.norm": place("mixer.norm"),
+        **mixer_weights(config),
         "linear_attn.in_proj_qkv": place("mixed_proj", slice(0, spec.conv_size)),
         "linear_attn.in_proj_z": place("mixed_proj", slice(spec.conv_size, spec.conv_size + spec.output_size)),
         "linear_attn.in_proj_b": place("decay_proj", slice(0, heads)),
         "linear_attn.in_proj_a": place("decay_proj", slice(heads, 2 * heads)),
+    }
+
+
+def mixer_weights(config: ModelConfig) -> dict[str, Destination]:
+    """Destinations in layers with a gated delta rule, but for its first projections."""
+    assert config.delta is not None, "asked where there are such layers"
+    place = partial(Destination, layers=config.delta.layers)
+    return {
+        "linear_attn": place("mixer"),
+        "linear_attn.conv1d": place("mixer.conv1d"),
+        "linear_attn.norm": place("mixer.norm"),
         "linear_attn.out_proj": place("o_proj"),
     }
 
 
 def _read_config(config: ReadKeys, name: str) -> ModelConfig:
+    return ModelConfig(**hybrid_fields(config), architecture=name)
+
+
+def hybrid_fields(config: ReadKeys) -> dict[str, Any]:
+    """The fields of `ModelConfig` that the families with such layers have in common.
+
+    Raises:
+        ConfigError: attention without a gate, or what `read_delta` says.
+    """
     config.fill(_DEFAULTS)
     for key in _UNUSED_KEYS:
         config.get(key)
     if not config.get("attn_output_gate", True):
         raise ConfigError("'attn_output_gate' is False; only True is supported")
     has_bias = config.get("attention_bias") or False
-    return ModelConfig(
+    return {
         **common_fields(config, rope=read_rope(config, can_be_partial=True, harmless=_ROPE_KEYS)),
-        architecture=name,
-        norm_offset=1.0,
-        qk_norm=True,
-        attention_gate=True,
-        attention_bias=has_bias,
-        attention_output_bias=has_bias,
-        delta=read_delta(config),
-    )
+        "norm_offset": 1.0,
+        "qk_norm": True,
+        "attention_gate": True,
+        "attention_bias": has_bias,
+        "attention_output_bias": has_bias,
+        "delta": read_delta(config),
+    }
 
 
 def _read_text_half(config: ReadKeys, name: str) -> ModelConfig:
-    return read_text_half(config, name, _read_config, _IMAGE_KEYS)
+    return read_text_half(config, name, _read_config, IMAGE_KEYS)
 
 
-_MTP = "multi-token prediction (MTP)"
-QWEN3_5 = Family(_read_config, _make_layers, _layer_weights, left_out=_MTP)
-QWEN3_5_TEXT_HALF = Family(_read_text_half, _make_layers, _layer_weights, left_out=f"images, videos and {_MTP}")
+MTP = "multi-token prediction (MTP)"
+QWEN3_5 = Family(_read_config, make_layers, _layer_weights, left_out=MTP)
+QWEN3_5_TEXT_HALF = Family(_read_text_half, make_layers, _layer_weights, left_out=f"images, videos and {MTP}")

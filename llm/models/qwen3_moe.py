@@ -75,8 +75,6 @@ def _read_config(config: ReadKeys, name: str) -> ModelConfig:
     window_size, window_layers = read_windows(config)
     if not config.get("use_sliding_window"):
         window_size, window_layers = None, None
-    num_layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
-    listed = config.get("mlp_only_layers") or ()
     num_experts = config["num_experts" if "num_experts" in config else "num_local_experts"]  # transformers 4, 5
     has_bias = config.get("attention_bias") or False
     return ModelConfig(
@@ -91,8 +89,14 @@ def _read_config(config: ReadKeys, name: str) -> ModelConfig:
         num_experts_per_token=config["num_experts_per_tok"],
         expert_size=config["moe_intermediate_size"],
         normalize_expert_weights=config.get("norm_topk_prob") or False,
-        dense_layers=tuple(i for i in range(num_layers) if i in listed or (i + 1) % step),
+        dense_layers=read_dense_layers(config),
     )
+
+
+def read_dense_layers(config: ReadKeys) -> tuple[int, ...]:
+    """The layers without experts."""
+    step, listed = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    return tuple(i for i in range(config["num_hidden_layers"]) if i in listed or (i + 1) % step)
 
 
 def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:

@@ -16,7 +16,9 @@ from llm.models.mistral3 import MISTRAL3_TEXT_HALF
 from llm.models.mixtral import MIXTRAL
 from llm.models.phi3 import PHI3
 from llm.models.qwen3_5 import QWEN3_5, QWEN3_5_TEXT_HALF
+from llm.models.qwen3_5_moe import QWEN3_5_MOE, QWEN3_5_MOE_TEXT_HALF
 from llm.models.qwen3_moe import QWEN3_MOE
+from llm.models.qwen3_next import QWEN3_NEXT
 
 FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": GEMMA2,
@@ -34,8 +36,11 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3NextForCausalLM": QWEN3_NEXT,
     "Qwen3_5ForCausalLM": QWEN3_5,
     "Qwen3_5ForConditionalGeneration": QWEN3_5_TEXT_HALF,
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
+    "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE_TEXT_HALF,
 }
 
 _OUTSIDE_LAYERS = {"model.embed_tokens": "embed_tokens", "model.norm": "norm", "lm_head": "lm_head"}

@@ -65,6 +65,13 @@ SHAPES: dict[str, dict[str, Any]] = {
             "layers": (1,), "num_key_heads": 4, "num_value_heads": 12, "key_dim": 96, "value_dim": 80, "kernel_size": 3,
         },
     },
+    "qwen3.6-35b-a3b": {
+        "architecture": "Qwen3_5MoeForCausalLM", "hidden_size": 2048, "num_heads": 16, "num_kv_heads": 2,
+        "head_dim": 256, "partial_rotary_factor": 0.25, "norm_offset": 1.0, "qk_norm": True, "attention_gate": True,
+        "num_experts": 256, "num_experts_per_token": 8, "expert_size": 512, "shared_expert_size": 512,
+        "shared_expert_gate": True,
+        "delta": {"layers": (0,), "num_key_heads": 16, "num_value_heads": 32, "key_dim": 128, "value_dim": 128},
+    },
     "mqa, heads of 80": {"hidden_size": 640, "num_heads": 8, "num_kv_heads": 1},
     "heads of 256": {"hidden_size": 1024, "num_heads": 4, "num_kv_heads": 4, "head_dim": 256},
     "odd sizes, window in one layer": {

@@ -26,9 +26,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 SHAPE: dict[str, Any] = {
@@ -56,10 +59,25 @@ def qwen3_moe(**changes: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**{**SHAPE, **shape, **changes})
 
 
+HYBRID: dict[str, Any] = {
+    **SHAPE, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24, "num_hidden_layers": 5, "head_dim": 32, "initializer_range": 0.03,
+}  # fmt: skip
+MIXTURE: dict[str, Any] = {
+    "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56,
+}  # fmt: skip
+
+
 def qwen3_5(**changes: Any) -> Qwen3_5TextConfig:
-    delta = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
-    shape = {"num_hidden_layers": 5, "head_dim": 32, "linear_value_head_dim": 24, "initializer_range": 0.03}
-    return Qwen3_5TextConfig(**{**SHAPE, **delta, **shape, **changes})
+    return Qwen3_5TextConfig(**{**HYBRID, **changes})
+
+
+def qwen3_5_moe(**changes: Any) -> Qwen3_5MoeTextConfig:
+    return Qwen3_5MoeTextConfig(**{**HYBRID, **MIXTURE, **changes})
+
+
+def qwen3_next(**changes: Any) -> Qwen3NextConfig:
+    return Qwen3NextConfig(**{**HYBRID, **MIXTURE, **changes})
 
 
 def gpt_oss(**changes: Any) -> GptOssConfig:
@@ -96,6 +114,7 @@ def gemma_3(**changes: Any) -> dict[str, Any]:
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
 MROPE = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {
@@ -219,7 +238,19 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_images": lambda: Qwen3_5Config(
         text_config=qwen3_5(**rope("default", partial_rotary_factor=0.5, **MROPE)).to_dict(),
-        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
+        vision_config=VISION,
+    ),
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_5_moe_images": lambda: Qwen3_5MoeConfig(
+        text_config=qwen3_5_moe(**rope("default", partial_rotary_factor=0.5, **MROPE)).to_dict(), vision_config=VISION
+    ),
+    "qwen3_next": qwen3_next,
+    "qwen3_next_dense": lambda: qwen3_next(
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        norm_topk_prob=False,
+        linear_num_value_heads=2,
+        initializer_range=0.05,
     ),
     "qwen3_5_tied": lambda: qwen3_5(
         tie_word_embeddings=True,

@@ -123,6 +123,48 @@ def test_layers_that_guess_tokens_are_left_alone_where_a_family_has_them(checkpo
         check_checkpoint(tmp_path / "llama")
 
 
+NUM_EXPERTS = 12
+"""Of each layer of the checkpoints with stacks."""
+
+
+def stack_experts(path: Path, names: tuple[str, ...]) -> None:
+    """Put these projections of a layer's experts into one tensor each, as released files of Qwen3.5 have them."""
+    tensors = load_file(path)
+    blocks = {name.split(".experts.")[0] + ".experts" for name in tensors if ".experts." in name}
+    for block in blocks:
+        for name in names:
+            parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+            stack = [
+                torch.cat([tensors.pop(f"{block}.{i}.{part}.weight") for part in parts]) for i in range(NUM_EXPERTS)
+            ]
+            tensors[f"{block}.{name}"] = torch.stack(stack)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe_images", "qwen3_next_dense"])
+def test_experts_one_by_one_or_in_stacks(checkpoints, tmp_path, kind):
+    directory = Path(shutil.copytree(checkpoints(kind)[0], tmp_path / kind))
+    ids = torch.arange(3, 20).unsqueeze(0)
+    expected = load_decoder(directory, progress=False)(ids)
+    for names in (("down_proj",), ("gate_up_proj",)):  # first in part, then all
+        stack_experts(directory / "model.safetensors", names)
+        assert torch.equal(load_decoder(directory, progress=False)(ids), expected)
+
+
+def test_experts_that_are_missing_or_there_twice(checkpoints, tmp_path):
+    directory = Path(shutil.copytree(checkpoints("qwen3_5_moe")[0], tmp_path / "twice"))
+    path = directory / "model.safetensors"
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    whole = load_file(path)
+    change_tensors(path, **{name: None})
+    assert f"lacks {name};" in refusal(directory)
+    save_file(whole, path)
+    stack_experts(path, ("down_proj",))
+    change_tensors(path, **{name: whole[name]})
+    message = refusal(directory)
+    assert f"holds both model.layers.1.mlp.experts.down_proj and {name};" in message
+
+
 def rename_tensors(path: Path, rename: Callable[[str], str]) -> None:
     """Give the tensors of a file other names."""
     save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})

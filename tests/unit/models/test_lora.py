@@ -72,6 +72,14 @@ def test_unmerged_equals_peft_and_merged_equals_unmerged(checkpoints, tmp_path, 
 
 
 @torch.inference_mode()
+def test_an_adapter_on_projections_whose_rows_change_places(checkpoints, tmp_path):
+    theirs = make_adapter(checkpoints, tmp_path, "qwen3_next", target_modules=["in_proj_qkvz", "in_proj_ba"])
+    ours = load_decoder(checkpoints("qwen3_next", **CALM)[0], progress=False)
+    load_lora(ours, tmp_path)
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
 def test_an_adapter_of_a_model_with_other_names_in_front(checkpoints, tmp_path):
     """Trained beside another modality, or on the model without its head."""
     make_adapter(checkpoints, tmp_path)

@@ -52,10 +52,14 @@ KINDS = [
     "qwen3",
     "qwen3_5",
     "qwen3_5_images",
+    "qwen3_5_moe",
+    "qwen3_5_moe_images",
     "qwen3_5_tied",
     "qwen3_tied",
     "qwen3_moe",
     "qwen3_moe_dense",
+    "qwen3_next",
+    "qwen3_next_dense",
 ]
 
 
@@ -156,8 +160,9 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
 
 @pytest.mark.parametrize(
     ("kind", "num_pages"),
-    [("qwen3_moe", 14), ("qwen3_5", 14), ("gemma2", 26), ("gemma3", 34), ("gpt_oss", 26), ("glm4_moe", 14)],
-)
+    [("qwen3_moe", 14), ("qwen3_5", 14), ("qwen3_5_moe", 14), ("qwen3_next", 14), ("gemma2", 26), ("gemma3", 34),
+     ("gpt_oss", 26), ("glm4_moe", 14)],
+)  # fmt: skip
 @torch.inference_mode()
 def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind, num_pages):
     """64 tokens each: in chunks, preempted, from the prefix cache, if any, and resumed from a part of the output."""

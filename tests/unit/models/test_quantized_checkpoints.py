@@ -215,6 +215,15 @@ def test_projections_that_no_format_is_for_are_refused(checkpoints, tmp_path, ki
         check_checkpoint(tmp_path)
 
 
+def test_a_projection_whose_rows_change_places_is_refused(checkpoints, tmp_path, edit):
+    layout = fp8_by_tensor()
+    write(checkpoints, tmp_path, layout, "qwen3_next")
+    ignored = ["lm_head", r"re:.*mlp\.experts.*", r"re:.*in_proj_ba"]
+    edit(tmp_path / "config.json", quantization_config={**layout.config, "ignore": ignored})
+    with pytest.raises(ConfigError, match=r"quantization_config: .*in_proj_qkvz is not supported"):
+        check_checkpoint(tmp_path)
+
+
 def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_path, edit):
     write(checkpoints, tmp_path, awq())
     edit(tmp_path / "config.json", quantization_config=gptq().config)

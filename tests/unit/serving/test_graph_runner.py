@@ -77,6 +77,10 @@ QWEN_3_5 = {
     "partial_rotary_factor": 0.5,
     "delta": {"layers": (0, 2), "num_key_heads": 1, "num_value_heads": 2, "key_dim": 12, "value_dim": 8},
 }  # fmt: skip
+QWEN_3_5_MOE = {
+    **QWEN_3_5, "architecture": "Qwen3_5MoeForCausalLM", "num_experts": 5, "expert_size": 24, "shared_expert_size": 40,
+    "shared_expert_gate": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -86,11 +90,9 @@ QWEN_3_5 = {
      {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "dense_layers": (0,)},
      GEMMA_2, GEMMA_3,
      GPT_OSS,
-     {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "shared_expert_size": 40,
-      "shared_expert_gate": True},
-     QWEN_3_5],
+     QWEN_3_5, QWEN_3_5_MOE],
     ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts", "gemma2", "gemma3",
-         "gpt-oss", "shared expert", "qwen3.5"],
+         "gpt-oss", "qwen3.5", "qwen3.5 with experts"],
 )  # fmt: skip
 def test_greedy_tokens_equal_the_reference(shape):
     """Prompts in chunks beside decodes, more requests than rows, shared prefixes."""
