@@ -33,7 +33,7 @@ def profile(bench: "Bench", batches: list[int], context_len: int, scale: int = 1
     """Print the table for decode steps of these batch sizes behind so many tokens, and for a prefill step."""
     for batch in batches:
         lens = [max(context_len // scale, 1)] * max(batch // scale, 1)
-        _profile_steps(bench, f"decode, batch {batch}, behind {context_len} tokens", lens, 64)
+        _profile_steps(bench, f"decode, batch {batch}, behind {context_len} tokens", lens, 64 + sum(lens) // 1000)
     _profile_steps(bench, "prefill, 8 x 2048", [2048 // scale] * 8, 1)
 
 

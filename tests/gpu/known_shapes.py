@@ -3,8 +3,9 @@
 from typing import Any
 
 _GEMMA: dict[str, Any] = {
-    "activation": "gelu_tanh", "norm_offset": 1.0, "tie_embeddings": True, "window_layers": (0,), "window_size": 256,
+    "activation": "gelu_tanh", "norm_offset": 1.0, "window_layers": (0,), "window_size": 256,
 }  # fmt: skip
+"""Not tied as theirs are: with random embeddings, whatever token came last would be certain to come again."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8},

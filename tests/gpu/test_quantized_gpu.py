@@ -44,7 +44,7 @@ def test_kernels_equal_the_torch_operations(shape, name, lens):
     ours = logprobs(model, lens)
     expected = logprobs(model, lens, "reference")
     is_rounded = name == "fp8 by channel" and len(lens) == 3
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0.3 if is_rounded else 0.06)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.3 if is_rounded else 0.08)
 
 
 @pytest.mark.parametrize("name", ["awq", "fp8 blocks"])
