@@ -83,18 +83,24 @@ class Collectives:
             return self._small.all_reduce(tensor)
         if self._in_order:
             return self.all_gather(tensor).sum(0)
-        self._group.allreduce([tensor], self._all_reduce_options).wait()
+        _finish(self._group.allreduce([tensor], self._all_reduce_options))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Exchange.all_gather`."""
         gathered = tensor.new_empty(self._size, *tensor.shape)
-        self._group._allgather_base(gathered.view(-1), tensor.view(-1), self._all_gather_options).wait()
+        _finish(self._group._allgather_base(gathered.view(-1), tensor.view(-1), self._all_gather_options))
         return gathered
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """See `Exchange.broadcast`."""
-        self._group.broadcast([tensor], self._broadcast_options).wait()
+        _finish(self._group.broadcast([tensor], self._broadcast_options))
+
+
+def _finish(work: Any) -> None:
+    """Wait for a collective, which NCCL has enqueued on the current stream: there is nothing to wait for then."""
+    if work is not None:
+        work.wait()
 
 
 def connect(partition: Partition, store_path: Path, device: torch.device, timeout_s: float) -> Any:
