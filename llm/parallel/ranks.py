@@ -198,7 +198,7 @@ def _start(number: int, module: str) -> _Rank:
             [sys.executable, "-m", module, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
     return _Rank(number, process, Channel(ours), heard_at=time.monotonic())
 

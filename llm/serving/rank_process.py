@@ -14,9 +14,8 @@ import torch
 from llm.config import EngineConfig
 from llm.core.partition import Partition
 from llm.parallel.channel import FrameKind, unpack_arrays
-from llm.parallel.collectives import Collectives, connect
+from llm.parallel.exchange import join_ranks
 from llm.parallel.member import Leader
-from llm.parallel.ranks import CALL_TIMEOUT_S
 from llm.serving.followers import Follower, RankStep
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_loading import load_model
@@ -46,8 +45,9 @@ class RankProcess:
             lora=settings.lora, partition=partition, progress=False,
         ).eval()  # fmt: skip
         leader.reply("loaded")
-        group = connect(partition, Path(settings.store_path), device, CALL_TIMEOUT_S)
-        self._model.exchange = Collectives(group, partition, deterministic=config.deterministic)
+        self._model.exchange = join_ranks(
+            partition, Path(settings.store_path), device, deterministic=config.deterministic
+        )
         self._follower: Follower | None = None
 
     def run(self) -> None:

@@ -37,7 +37,7 @@ class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankCall(msgspec.Struct, frozen=True, kw_only=True):
-    """Something to do: "size" says how many pages there is room for, "build" makes the runner, "warm_up" prepares it."""
+    """Something to do: "size" says how many pages there is room for, "build" makes the runner, "warm_up" readies it."""
 
     name: str
     num_pages: int = 0

@@ -14,8 +14,8 @@ from llm.config import EngineConfig
 from llm.core.partition import Partition
 from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
-from llm.parallel.collectives import Collectives, connect
-from llm.parallel.ranks import STEP_TIMEOUT_S, RankGroup
+from llm.parallel.exchange import join_ranks
+from llm.parallel.ranks import RankGroup
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_loading import load_model
 from llm.serving.model_runner import ModelRunner
@@ -84,8 +84,9 @@ class Ranks:
             RankLostError: one of them could not.
         """
         self.group.replies()
-        group = connect(self.partition, self._store_path, self._device, STEP_TIMEOUT_S)
-        model.exchange = Collectives(group, self.partition, deterministic=self._config.deterministic)
+        model.exchange = join_ranks(
+            self.partition, self._store_path, self._device, deterministic=self._config.deterministic
+        )
 
     def num_pool_pages(self, model: DecoderModel, context_len: int) -> int:
         """Pages that every rank has room for."""

@@ -75,7 +75,7 @@ def run_ranks(
             try:
                 with torch.inference_mode():
                     results[rank] = run(Partition(rank, size, **options), ThreadExchange(rank, meeting))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # raised again where the ranks were started
                 failures.append(error)
                 meeting.barrier.abort()
 
@@ -131,7 +131,7 @@ class ThreadRanks:
             with self._meeting.turn:
                 try:
                     follower.follow(RankStep.from_arrays(unpack_arrays(bytearray(payload), RankStep.num_arrays())))
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001  # raised again by `check`
                     self._errors.append(error)
                     self._meeting.barrier.abort()
                     return
