@@ -62,11 +62,15 @@ class Bench:
         """Make an engine; the one before is given up."""
         gc.unfreeze()
         if hasattr(self, "engine"):
+            self.engine.close()
             del self.engine
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        defaults = {"max_batch_size": 512 // self._options.scale, "max_seq_len": 4096, "enable_prefix_caching": False}
+        defaults = {
+            "max_batch_size": 512 // self._options.scale, "max_seq_len": 4096, "enable_prefix_caching": False,
+            "tensor_parallel_size": self._options.tp,
+        }  # fmt: skip
         torch.manual_seed(0)
         self.engine = ContinuousBatchingEngine.from_pretrained(
             self._options.model,
@@ -297,6 +301,7 @@ def _parse() -> argparse.Namespace:
         "--profile", nargs="*", type=int, metavar="BATCH", help="where the time of a step goes, instead of the rows"
     )
     parser.add_argument("--context", type=int, default=128, help="tokens of the prompts behind which --profile decodes")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that hold the model together")
     parser.add_argument("--out", help="file to append the JSON lines to")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
     parser.add_argument("--name", help="what the lines call the model; its directory's name if left out")

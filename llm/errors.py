@@ -33,3 +33,7 @@ class InvalidRequestError(LLMError):
 
 class EngineError(LLMError):
     """The engine failed while it ran a request; the request itself was not at fault."""
+
+
+class RankLostError(EngineError):
+    """A process that holds a part of the model died, hangs or failed: the engine can run no further step."""

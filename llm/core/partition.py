@@ -32,8 +32,10 @@ class Exchange(Protocol):
     """
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors, contiguous; the same on every rank, bit by bit. It may be `tensor` itself,
-        whose content is lost in any case."""
+        """The sum of all ranks' tensors, contiguous; the same on every rank, bit by bit.
+
+        It may be `tensor` itself, whose content is lost in any case; later calls leave it alone.
+        """
         ...
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:

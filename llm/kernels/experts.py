@@ -37,6 +37,7 @@ class ExpertMixture:
         dtype: of the activations.
         device: of all tensors.
         deterministic: a token's result, bit by bit, depends on nothing but that token and the weights.
+        held: the experts whose weights are here; None for all.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class ExpertMixture:
         device: torch.device,
         *,
         deterministic: bool = False,
+        held: range | None = None,
     ) -> None:
         self._shape = shape
+        self._held = held
         self._deterministic = deterministic
         self._device = device
         self._routes = Routes.allocate(shape, max_tokens, device)
@@ -67,6 +70,8 @@ class ExpertMixture:
         down: Weights,
         router_bias: torch.Tensor | None = None,
         correction: torch.Tensor | None = None,
+        *,
+        output: torch.Tensor | None = None,
     ) -> None:
         """Add what its experts make of each token's norm to the stream.
 
@@ -75,9 +80,10 @@ class ExpertMixture:
             gate_up: of (num_experts, 2 size, hidden_size), each expert's gate first.
             down: of (num_experts, hidden_size, size).
             router_bias, correction: see `route`.
+            output: (tokens, hidden_size), what is added to in place of the stream.
         """
         total, shape = stream.total, self._shape
-        if self._is_single(stream, norm):
+        if output is None and self._held is None and self._is_single(stream, norm):
             route(total, router, self._routes, norm, router_bias, correction)
             self._single(total, norm, gate_up, down)
             return
@@ -85,14 +91,24 @@ class ExpertMixture:
         normed = torch.empty_like(total)
         rms_norm(stream, norm, normed)
         route(normed, router, self._routes, bias=router_bias, correction=correction)
+        if self._held is not None:
+            self._leave_others(self._held, num_tokens)
         order_pairs(self._routes, num_tokens)
         self.product(normed, gate_up, self._activated, num_tokens, swiglu=True)
         self.product(self._activated, down, self._made, num_tokens, swiglu=False)
         block = min(triton.next_power_of_2(shape.hidden_size), _SUM_BLOCK)
         _add_pairs[(num_tokens, triton.cdiv(shape.hidden_size, block))](
-            self._made, total, HIDDEN=shape.hidden_size, PER_TOKEN=shape.per_token, BLOCK=block, num_warps=4,
-            **launch_options(self._device),
+            self._made, total if output is None else output, HIDDEN=shape.hidden_size, PER_TOKEN=shape.per_token,
+            BLOCK=block, num_warps=4, **launch_options(self._device),
         )  # fmt: skip
+
+    def _leave_others(self, held: range, num_tokens: int) -> None:
+        """Number the pairs' experts as their weights are here. What experts elsewhere make is zero here."""
+        num_pairs = num_tokens * self._shape.per_token
+        experts = self._routes.experts[:num_pairs]
+        is_here = (experts >= held.start) & (experts < held.stop)
+        experts.sub_(held.start).masked_fill_(~is_here, self._shape.num_experts)  # a number that no expert has
+        self._made[:num_pairs].zero_()
 
     def product(
         self,

@@ -17,6 +17,7 @@ take every product. There the weight's shape alone says how each sum is cut; the
 one program does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,10 +101,19 @@ class Linear:
     Args:
         device: of all tensors.
         deterministic: a row's result, bit by bit, depends on nothing but that row and the weights.
+        reduce: makes of a product that is to be added to the stream, of which this is one rank's part, the sum of all
+            ranks'; None where the parts are whole.
     """
 
-    def __init__(self, device: torch.device, *, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        deterministic: bool = False,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self._device = device
+        self._reduce = reduce
         self._deterministic = deterministic
         num_partial, num_arrivals = scratch_sizes(deterministic)
         self._partial = torch.empty(num_partial, device=device)
@@ -134,7 +144,9 @@ class Linear:
         """Add the product of x, (rows, in), or its norm, to the stream, on which nothing may be pending."""
         assert stream.pending is None, "a norm comes between two additions"
         total = stream.total
-        if norm is not None:
+        if self._reduce is not None:
+            stream.pending, stream.pending_norm = self._reduce(self.part(x, weights)), norm
+        elif norm is not None:
             stream.pending, stream.pending_norm = self(x, weights), norm
         elif isinstance(x, EightBitRows) or self._is_narrow(x, weights):
             product = self(x, weights)
@@ -148,6 +160,11 @@ class Linear:
             total.addmm_(x, weights.weight.t())
             if weights.bias is not None:
                 total += weights.bias
+
+    def part(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor:
+        """The product of x, (rows, in), as plain numbers."""
+        product = self(x, weights)
+        return product.scaled() if isinstance(product, ScaledProduct) else product
 
     def mlp(
         self,

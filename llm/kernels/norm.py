@@ -70,23 +70,26 @@ def embed_tokens(
     table: torch.Tensor,
     residual: torch.Tensor,
     scale: float | None = None,
+    first_id: int | None = None,
 ) -> None:
-    """Write each token's embedding to `residual`.
+    """Write each token's embedding to `residual`; zeros for one that the table does not have.
 
     Args:
         token_ids: (tokens,) int32; a negative one stands for the token that its row drew last.
         last_token_ids: (rows,) int32.
         token_rows: (tokens,) int32.
-        table: (vocab_size, hidden_size).
+        table: (vocab_size, hidden_size), or a part of its rows.
         residual: (tokens, hidden_size), contiguous.
         scale: embeddings are multiplied by it, rounded to their format; None for as they are.
+        first_id: token of the table's first row, where it is a part; None for a whole table.
     """
     scale = None if scale is None else float(torch.tensor(scale, dtype=table.dtype, device="cpu"))
     num_tokens, hidden_size = residual.shape
     block = triton.next_power_of_2(hidden_size)
     _embed_tokens[(num_tokens,)](
-        token_ids, last_token_ids, token_rows, table, residual, scale, HIDDEN=hidden_size, BLOCK=block,
-        num_warps=num_warps(block), **launch_options(residual.device),
+        token_ids, last_token_ids, token_rows, table, residual, scale, first_id,
+        None if first_id is None else len(table), HIDDEN=hidden_size, BLOCK=block, num_warps=num_warps(block),
+        **launch_options(residual.device),
     )  # fmt: skip
 
 
@@ -142,7 +145,7 @@ def _rms_norm(
 
 @triton.jit
 def _embed_tokens(
-    token_ids, last_token_ids, token_rows, table, residual, scale,
+    token_ids, last_token_ids, token_rows, table, residual, scale, first_id, num_ids,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: one token."""
@@ -152,7 +155,11 @@ def _embed_tokens(
     if token_id < 0:
         token_id = tl.load(last_token_ids + tl.load(token_rows + token))
     dim = tl.arange(0, BLOCK)
-    embedding = tl.load(table + token_id.to(tl.int64) * HIDDEN + dim, mask=dim < HIDDEN)
+    mask = dim < HIDDEN
+    if first_id is not None:
+        token_id -= first_id
+        mask &= (token_id >= 0) & (token_id < num_ids)
+    embedding = tl.load(table + token_id.to(tl.int64) * HIDDEN + dim, mask=mask, other=0.0)
     if scale is not None:
         embedding = (embedding.to(tl.float32) * scale).to(embedding.dtype)
     tl.store(residual + token * HIDDEN + dim, embedding, mask=dim < HIDDEN)

@@ -18,7 +18,8 @@ from llm.core.recurrent_state import DeltaSpec
 from llm.errors import ConfigError
 from llm.models.experts import ExpertProjections, Experts
 
-_WHOLE = ("norm", "q_norm", "k_norm", "router")
+_WHOLE = ("norm", "_norm", ".router", ".shared.gate")
+"""Ends of the names of what every rank holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,9 @@ def held_shape(config: ModelConfig, partition: Partition) -> ModelConfig:
         _share(config.num_experts, "experts", size)
     elif config.num_experts:
         changes["expert_size"] = _share(config.expert_size, "numbers between the products of an expert", size)
+    if config.shared_expert_size:
+        what = "numbers between the products of the shared expert"
+        changes["shared_expert_size"] = _share(config.shared_expert_size, what, size)
     if config.delta is not None:
         heads = {name: _share(getattr(config.delta, name), "heads of layers with a state", size) for name in _DELTA}
         changes["delta"] = config.delta.model_copy(update=heads)
@@ -124,7 +128,7 @@ def find_cut(config: ModelConfig, partition: Partition, name: str) -> Cut:
         ends = (min(end * rows, config.vocab_size) for end in (partition.rank, partition.rank + 1))
         return Cut((range(*ends),))
     leaf = ".".join(name.split(".")[2:]) if name.startswith("layers.") else name
-    if leaf in _WHOLE or leaf.endswith(("_norm", ".norm", ".router")):
+    if leaf.endswith(_WHOLE):
         return Cut()
     rule = _RULES.get(leaf)
     if config.delta is not None and name.startswith("layers.") and int(name.split(".")[1]) in config.delta.layers:
@@ -171,6 +175,15 @@ def _experts_down(config: ModelConfig, partition: Partition) -> Cut:
     if partition.by_expert:
         return Cut(experts=_part(config.num_experts, partition))
     return Cut(inputs=_part(config.expert_size, partition), has_bias=partition.rank == 0)
+
+
+def _shared_gate_up(config: ModelConfig, partition: Partition) -> Cut:
+    size = config.shared_expert_size
+    return Cut((_part(size, partition), _part(size, partition, size)))
+
+
+def _shared_down(config: ModelConfig, partition: Partition) -> Cut:
+    return Cut(inputs=_part(config.shared_expert_size, partition), has_bias=partition.rank == 0)
 
 
 def _delta_parts(config: ModelConfig, partition: Partition, *, has_gate: bool) -> Cut:
@@ -221,6 +234,8 @@ _RULES: dict[str, Callable[[ModelConfig, Partition], Cut]] = {
     "down_proj": _down,
     "experts.gate_up_proj": _experts_gate_up,
     "experts.down_proj": _experts_down,
+    "experts.shared.gate_up_proj": _shared_gate_up,
+    "experts.shared.down_proj": _shared_down,
 }
 """By the name that a module or parameter has within a layer."""
 _DELTA_RULES = {

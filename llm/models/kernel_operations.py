@@ -12,6 +12,7 @@ from torch import nn
 from llm.attention.spec import AttentionSpec
 from llm.config import Activation
 from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.partition import WHOLE, Exchange, Partition
 from llm.core.recurrent_state import DeltaSpec, RecurrentStates
 from llm.kernels.attention import hopper_prefill
 from llm.kernels.attention.decode import PagedDecode
@@ -91,6 +92,8 @@ class KernelWorkspace:
             else is in the step, nor on the steps and chunks in which those came.
         experts: those of a layer, as all layers with experts have them; None for a model without.
         states: of layers with a gated delta rule; needed where there are any.
+        partition: of the model.
+        exchange: with the ranks that hold the rest of the model; None where this one holds all of it.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class KernelWorkspace:
         deterministic: bool = False,
         experts: Experts | None = None,
         states: RecurrentStates | None = None,
+        partition: Partition = WHOLE,
+        exchange: Exchange | None = None,
     ) -> None:
         attention_specs = [spec for spec in specs if isinstance(spec, AttentionSpec)]
         device, spec = page_tables.device, attention_specs[0]
@@ -115,11 +120,15 @@ class KernelWorkspace:
         self.last_token_ids = last_token_ids
         self.dtype = dtype
         self.deterministic = deterministic
-        self.linear = Linear(device, deterministic=deterministic)
+        self.partition = partition
+        self.exchange = exchange
+        reduce = None if exchange is None else exchange.all_reduce
+        self.linear = Linear(device, deterministic=deterministic, reduce=reduce)
         self.experts = None
         if experts is not None:
             shape = _expert_shape(experts)
-            self.experts = ExpertMixture(shape, max_tokens, dtype, device, deterministic=deterministic)
+            held = experts.held if partition.by_expert and exchange is not None else None
+            self.experts = ExpertMixture(shape, max_tokens, dtype, device, deterministic=deterministic, held=held)
         self.last_layer = len(specs) - 1
         heads = self._shape = spec.num_heads, spec.num_kv_heads, spec.head_dim
         assert all((s.num_heads, s.num_kv_heads, s.head_dim) == heads for s in attention_specs), "several shapes"
@@ -206,7 +215,12 @@ class KernelOperations:
         """See `Operations.embed`."""
         tokens, last_token_ids = self._step.tokens, self._workspace.last_token_ids
         self._stream = ResidualStream(self._output.new_empty(len(tokens.positions), table.embedding_dim))
-        embed_tokens(tokens.token_ids, last_token_ids, tokens.rows, table.weight, self._stream.total, scale)
+        exchange, first_id = self._workspace.exchange, None
+        if exchange is not None:
+            first_id = self._workspace.partition.rank * table.num_embeddings
+        embed_tokens(tokens.token_ids, last_token_ids, tokens.rows, table.weight, self._stream.total, scale, first_id)
+        if exchange is not None:
+            self._stream.total = exchange.all_reduce(self._stream.total)
 
     def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor | ScaledProduct:
         """See `Operations.product_of_norm`."""
@@ -325,9 +339,19 @@ class KernelOperations:
             rows = linear.gated(self._stream, _norm(norm), *weights, Activation.SILU)
             if shared.gate is not None:
                 scale_by_share(self._stream, _norm(norm), shared.gate.weight, rows)
-        mixture(self._stream, _norm(norm), router.weight, gate_up, down, router.bias, router.e_score_correction_bias)
+        exchange = self._workspace.exchange
+        output = None if exchange is None else torch.zeros_like(self._stream.total)
+        mixture(
+            self._stream, _norm(norm), router.weight, gate_up, down, router.bias, router.e_score_correction_bias,
+            output=output,
+        )  # fmt: skip
+        if exchange is None or output is None:
+            if shared is not None:
+                linear.add(self._stream, rows, weights[1])
+            return
         if shared is not None:
-            linear.add(self._stream, rows, weights[1])
+            output += linear.part(rows, weights[1])
+        self._stream.pending = exchange.all_reduce(output)
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""

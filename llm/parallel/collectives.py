@@ -20,9 +20,14 @@ from torch._C._distributed_c10d import (
 
 from llm.core.partition import Partition
 
-NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
-"""Environment of every process that takes part: NVLink multicast stays off, since a program that uses it can put a
-shared machine out of service."""
+ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "NCCL_GRAPH_REGISTER": "0",
+}
+"""Of every process that takes part. NVLink multicast stays off, since a program that uses it can put a shared machine
+out of service; and a rank captures its graphs by itself, without buffers that all would have to register."""
 
 
 class SmallAllReduce(Protocol):
@@ -37,7 +42,7 @@ class SmallAllReduce(Protocol):
         """The sum of all ranks' tensors, contiguous, of at most `max_bytes`: the same on every rank, bit by bit.
 
         Enqueued on the current stream; may be captured in a graph. Every rank calls it in the same order, beside other
-        collectives. The result may be `tensor` itself.
+        collectives. The result may be `tensor` itself; later calls must leave it alone.
         """
         ...
 
@@ -78,18 +83,24 @@ class Collectives:
             return self._small.all_reduce(tensor)
         if self._in_order:
             return self.all_gather(tensor).sum(0)
-        self._group.allreduce([tensor], self._all_reduce_options).wait()
+        _finish(self._group.allreduce([tensor], self._all_reduce_options))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Exchange.all_gather`."""
         gathered = tensor.new_empty(self._size, *tensor.shape)
-        self._group._allgather_base(gathered.view(-1), tensor.view(-1), self._all_gather_options).wait()
+        _finish(self._group._allgather_base(gathered.view(-1), tensor.view(-1), self._all_gather_options))
         return gathered
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """See `Exchange.broadcast`."""
-        self._group.broadcast([tensor], self._broadcast_options).wait()
+        _finish(self._group.broadcast([tensor], self._broadcast_options))
+
+
+def _finish(work: Any) -> None:
+    """Wait for a collective, which NCCL has enqueued on the current stream: there is nothing to wait for then."""
+    if work is not None:
+        work.wait()
 
 
 def connect(partition: Partition, store_path: Path, device: torch.device, timeout_s: float) -> Any:
@@ -100,7 +111,7 @@ def connect(partition: Partition, store_path: Path, device: torch.device, timeou
         device: of the tensors.
         timeout_s: for the others to come; on a CPU also for each collective.
     """
-    os.environ.update(NO_MULTICAST)
+    os.environ.update(ENVIRONMENT)
     store = PrefixStore(device.type, FileStore(str(store_path), partition.size))
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":

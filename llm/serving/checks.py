@@ -83,8 +83,6 @@ def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
     Raises:
         ConfigError: the configuration asks for what cannot be had with this model.
     """
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(f"tensor_parallel_size: {config.tensor_parallel_size}: only 1 works yet; leave it out")
     if model.delta is None:
         return []
     if config.num_speculative_tokens:

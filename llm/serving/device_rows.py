@@ -3,6 +3,7 @@
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llm.core.row_tensors import ROW_FIELDS
@@ -10,13 +11,14 @@ from llm.core.uploads import Uploads
 from llm.sampling.row_state import RowStart, RowState
 from llm.scheduling.scheduler import StepPart
 from llm.scheduling.sequence import Sequence
+from llm.serving.page_changes import PageChanges
 
 _MOST_NEW_TOKENS = 65_536
 """Of a step, in prompts of rows with penalties or in new pages, for which there is memory from the start."""
 
 
-class DeviceRows:
-    """Page tables, last tokens and what draws depend on, by row, kept up to date by difference.
+class DevicePages:
+    """Each row's pages and its last token, which kernels read.
 
     There is one row more than the scheduler gives out: `padding_row`, whose pages are the scratch page.
 
@@ -25,61 +27,59 @@ class DeviceRows:
         max_pages: pages of the longest sequence.
         num_groups: of layers with page tables of their own.
         scratch_page: page whose content nobody reads.
-        vocab_size: columns of the logits.
-        num_buffers: steps that may be in flight, plus one.
 
     Attributes:
         page_tables: (groups, rows, pages) int32.
         last_token_ids: (rows,) int32, which the draw writes.
-        sampling: what draws depend on.
-        uploads: memory for what a step sends.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        max_pages: int,
-        num_groups: int,
-        scratch_page: int,
-        vocab_size: int,
-        device: torch.device,
-        num_buffers: int,
-    ) -> None:
+    def __init__(self, num_rows: int, max_pages: int, num_groups: int, scratch_page: int, device: torch.device) -> None:
         self.padding_row = num_rows
         shape = num_groups, num_rows + 1, max_pages
         self.page_tables = torch.full(shape, scratch_page, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
-        num_bytes = (num_rows + 1) * (ROW_FIELDS.itemsize + vocab_size // 8 + 8) + 8 * _MOST_NEW_TOKENS
-        self.uploads = Uploads(device, num_bytes, num_buffers)
-        self.sampling = RowState(num_rows + 1, vocab_size, device, self.uploads)
-        self._owners: list[Sequence | None] = [None] * num_rows
-        self._num_preemptions = [0] * num_rows
-        self._num_pages = [0] * num_rows
+
+    def write(self, indices: npt.ArrayLike, pages: npt.ArrayLike, uploads: Uploads) -> None:
+        """Write pages to places in the tables, (groups, rows, pages) flattened; later kernels see them."""
+        index, value = uploads.send(np.array([indices, pages], dtype=np.int64))
+        self.page_tables.view(-1).index_copy_(0, index, value.int())
+
+
+class DeviceRows:
+    """Page tables, last tokens and what draws depend on, by row, kept up to date by difference.
+
+    Args:
+        pages: of the rows.
+        vocab_size: columns of the logits.
+        uploads: memory for what a step sends.
+
+    Attributes:
+        sampling: what draws depend on.
+    """
+
+    def __init__(self, pages: DevicePages, vocab_size: int, uploads: Uploads) -> None:
+        _, num_rows, table_len = pages.page_tables.shape
+        self.sampling = RowState(num_rows, vocab_size, pages.page_tables.device, uploads)
+        self._pages = pages
+        self._uploads = uploads
+        self._changes = PageChanges(num_rows, table_len)
 
     def update(self, parts: SequenceOf[StepPart]) -> None:
-        """Begin a step: bring the rows of its parts up to date, by copies that later kernels wait for."""
-        self.uploads.begin_step()
-        starts = []
-        indices: list[int] = []
-        pages: list[int] = []
-        _, num_rows, table_len = self.page_tables.shape
-        for part in parts:
-            row, sequence = part.row, part.sequence
-            if self._owners[row] is not sequence or self._num_preemptions[row] != part.num_preemptions:
-                self._owners[row], self._num_preemptions[row] = sequence, part.num_preemptions
-                self._num_pages[row] = 0
-                starts.append(_start(row, sequence))
-            num_pages, num_known = sequence.num_pages, self._num_pages[row]
-            if num_pages > num_known:
-                for group, group_pages in enumerate(sequence.pages):
-                    first = (group * num_rows + row) * table_len
-                    indices += range(first + num_known, first + num_pages)
-                    pages += group_pages[num_known:]
-                self._num_pages[row] = num_pages
+        """Bring the rows of a step's parts up to date, by copies that later kernels wait for."""
+        starting, indices, pages = self._changes.of(parts)
         if indices:
-            index, value = self.uploads.send(np.array([indices, pages], dtype=np.int64))
-            self.page_tables.view(-1).index_copy_(0, index, value.int())
-        self.sampling.start(starts)
+            self._pages.write(indices, pages, self._uploads)
+        self.sampling.start([_start(part.row, part.sequence) for part in starting])
+
+
+def make_uploads(num_rows: int, vocab_size: int, device: torch.device, num_buffers: int) -> Uploads:
+    """Memory for what a step sends of so many rows.
+
+    Args:
+        num_buffers: steps that may be in flight, plus one.
+    """
+    num_bytes = (num_rows + 1) * (ROW_FIELDS.itemsize + vocab_size // 8 + 8) + 8 * _MOST_NEW_TOKENS
+    return Uploads(device, num_bytes, num_buffers)
 
 
 def _start(row: int, sequence: Sequence) -> RowStart:

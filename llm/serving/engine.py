@@ -9,11 +9,9 @@ from typing import Self
 import numpy as np
 import torch
 
-from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.hub import resolve_model_path
-from llm.checkpoint.loading import Progress, load_decoder
-from llm.checkpoint.model_config import load_model_config
+from llm.checkpoint.loading import Progress
 from llm.config import EngineConfig
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
@@ -28,6 +26,7 @@ from llm.serving.compiling import CompilingRequests
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import LaunchedStep
 from llm.serving.offline import Vectors, run_to_end, vectors_of
+from llm.serving.ranks import Ranks, load_with_ranks
 from llm.serving.runners import make_runner
 from llm.serving.schemas import (
     EngineStats,
@@ -63,6 +62,7 @@ class ContinuousBatchingEngine:
         config: memory and batching.
         eos_token_ids: ids that end an answer; None for the tokenizer's own.
         grammars: makes structured output possible; None for one of the tokenizer's, where that can.
+        ranks: those that hold the rest of the model, which is rank 0's part then; the engine ends them.
 
     Raises:
         ConfigError: the configuration does not fit the model or the device.
@@ -79,18 +79,26 @@ class ContinuousBatchingEngine:
         config: EngineConfig | None = None,
         eos_token_ids: Iterable[int] | None = None,
         grammars: GrammarCompiler | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config = with_overrides(config or EngineConfig(), max_batch_size, max_seq_len)
         self.model = model.to(device or model.device).eval()
         self.tokenizer = tokenizer
+        self._ranks = ranks
+        if config.tensor_parallel_size > 1 and ranks is None:
+            raise ConfigError("tensor_parallel_size needs a model that ranks can load: use from_pretrained")
         if eos_token_ids is None:
             eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model.config.vocab_size)
         for note in check_features(model.config, config):
             logger.info(note)
         context_len = longest_context(model.config, config)
-        pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
-        self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
+        if ranks is None:
+            pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
+            self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
+        else:
+            pool = SlotPool(ranks.num_pool_pages(model, context_len), config.page_size)
+            self.runner = ranks.make_runner(model, num_pages=pool.num_pages, context_len=context_len)
         self.scheduler = Scheduler(
             pool,
             max_batch_size=config.batch_size(model.device.type),
@@ -144,19 +152,15 @@ class ContinuousBatchingEngine:
 
         Raises:
             CheckpointError, ConfigError: what is wrong with the checkpoint, with the fix.
+            RankLostError: a process that was to hold a part of the model has ended.
         """
         directory = resolve_model_path(str(path))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        if load_format == "random":
-            model = DecoderModel.from_config(load_model_config(directory), device=device, dtype=dtype)
-        elif load_format == "auto":
-            model = load_decoder(directory, device=device, dtype=dtype, progress=progress)
-        else:
-            raise ConfigError(f"unknown load_format {load_format!r}; known: auto, random")
-        if lora is not None:
-            load_lora(model, lora)
-            model.merge_lora()
+        model, ranks = load_with_ranks(
+            directory, config or EngineConfig(), device=device, dtype=dtype, load_format=load_format, lora=lora,
+            progress=progress,
+        )  # fmt: skip
         if with_tokenizer or (directory / "tokenizer.json").is_file():
             # Read even where it is not kept: answers end alike with and without text, and grammars need it.
             tokenizer = HFTokenizer.from_pretrained(directory)
@@ -166,7 +170,12 @@ class ContinuousBatchingEngine:
             tokenizer, grammars = None, None
             eos_token_ids = load_generation_defaults(directory).eos_token_ids
         tokenizer = tokenizer if with_tokenizer else None
-        return cls(model, tokenizer, config=config, eos_token_ids=eos_token_ids, grammars=grammars)
+        try:
+            return cls(model, tokenizer, config=config, eos_token_ids=eos_token_ids, grammars=grammars, ranks=ranks)
+        except BaseException:
+            if ranks is not None:
+                ranks.close()
+            raise
 
     @property
     def max_seq_len(self) -> int:
@@ -177,6 +186,22 @@ class ContinuousBatchingEngine:
     def num_slots(self) -> int:
         """Tokens whose keys and values the pool holds in every layer; more where layers have windows."""
         return self.scheduler.pool.num_pages // len(self.scheduler.windows) * self.scheduler.pool.page_size
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine can run no further step, though none has failed yet perhaps: a rank is lost. None for all is
+        well."""
+        return None if self._ranks is None else self._ranks.failure
+
+    @property
+    def rank_process_ids(self) -> list[int]:
+        """Of the processes that hold the other parts of the model; none where this one holds all of it."""
+        return [] if self._ranks is None else self._ranks.group.process_ids
+
+    def close(self) -> None:
+        """End the processes that hold the other parts of the model. No step can run after this."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     @property
     def attention_backend(self) -> str:
@@ -409,7 +434,8 @@ class ContinuousBatchingEngine:
         """End every request of a step that failed."""
         sequences = [part.sequence for part in plan.parts if part.sequence.status is not SequenceStatus.FINISHED]
         message = f"{type(error).__name__}: {error}"
-        failure = StepFailure.DEVICE if device_health.is_lost(self.model.device) else StepFailure.STEP
+        is_lost = self.failure is not None or device_health.is_lost(self.model.device)
+        failure = StepFailure.DEVICE if is_lost else StepFailure.STEP
         return [self._end_with(sequence, message, failure) for sequence in sequences]
 
     def _end_with(self, sequence: Sequence, message: str, failure: StepFailure | None = None) -> StepOutput:

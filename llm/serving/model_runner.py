@@ -77,8 +77,8 @@ class ModelRunner(Protocol):
         """Prepare what would make a first request wait. Nothing has been launched yet."""
         ...
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Start a step, which has at least one part.
+    def launch(self, plan: StepPlan, arrays: StepArrays | None = None) -> LaunchedStep:
+        """Start a step, which has at least one part; `arrays` are its, where the caller has made them.
 
         Everything that the host says of it (tokens, pages, requests) is read before this returns. A token that the
         host does not know yet (see `StepPart`) is the one drawn last at the part's row. If this raises, there
@@ -162,10 +162,11 @@ class EagerRunner:
         """See `ModelRunner.warm_up`; here there is nothing to prepare."""
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, arrays: StepArrays | None = None) -> LaunchedStep:
         """See `ModelRunner.launch`."""
-        arrays = StepArrays.of(plan.parts)
-        token_ids, batch = self._send(plan.parts, arrays)
+        arrays = StepArrays.of(plan.parts) if arrays is None else arrays
+        page_tables = self._page_tables(plan.parts, arrays)
+        token_ids, batch = pack_batch(arrays, page_tables, self.kv_cache.page_size, self._last_token_ids)
         context = PagedContext(self.backend, self.kv_cache, batch, self._states)
         drawing = draws_of(plan.parts)
         masks = self._start_masks(drawing)
@@ -250,33 +251,44 @@ class EagerRunner:
             num_logprobs=request.logprobs,
         )
 
-    def _send(self, parts: SequenceOf[StepPart], arrays: StepArrays) -> tuple[torch.Tensor, PackedBatch]:
-        """Token ids (tokens,) of the step and where they belong."""
-        device, page_size = self.model.device, self.kv_cache.page_size
-        num_columns = int((-(-arrays.context_lens // page_size)).max())
+    def _page_tables(self, parts: SequenceOf[StepPart], arrays: StepArrays) -> torch.Tensor:
+        """The pages of the step's parts, (groups, parts, pages), as many as the longest context needs."""
+        num_columns = int((-(-arrays.context_lens // self.kv_cache.page_size)).max())
         padding = [self.kv_cache.scratch_page] * num_columns
-        page_tables = torch.tensor(
+        return torch.tensor(
             [
                 [(part.sequence.pages[group] + padding)[:num_columns] for part in parts]
                 for group in range(self.kv_cache.num_groups)
             ],
-            device=device,
+            device=self.model.device,
         )
-        positions, token_rows = (torch.from_numpy(a).to(device) for a in (arrays.positions, arrays.token_rows))
-        part_of = torch.arange(len(parts), device=device)
-        part_of = part_of.repeat_interleave(torch.from_numpy(arrays.query_lens).to(device))
-        positions = positions.long()
-        batch = PackedBatch(
-            query_lens=tuple(arrays.query_lens.tolist()),
-            context_lens=tuple(arrays.context_lens.tolist()),
-            page_tables=page_tables,
-            slots=page_tables[:, part_of, positions // page_size] * page_size + positions % page_size,
-            positions=positions,
-            page_size=page_size,
-            rows=torch.from_numpy(arrays.part_rows).to(device).long(),
-        )
-        token_ids = torch.from_numpy(arrays.token_ids).to(device).long()
-        return torch.where(token_ids == UNSEEN, self._last_token_ids[token_rows.long()], token_ids), batch
+
+
+def pack_batch(
+    arrays: StepArrays, page_tables: torch.Tensor, page_size: int, last_token_ids: torch.Tensor
+) -> tuple[torch.Tensor, PackedBatch]:
+    """Token ids (tokens,) of a step and where they belong.
+
+    Args:
+        page_tables: (groups, parts, pages), of the step's parts.
+        last_token_ids: (rows,), what each row drew last.
+    """
+    device = page_tables.device
+    positions, token_rows = (torch.from_numpy(a).to(device) for a in (arrays.positions, arrays.token_rows))
+    part_of = torch.arange(len(arrays.part_rows), device=device)
+    part_of = part_of.repeat_interleave(torch.from_numpy(arrays.query_lens).to(device))
+    positions = positions.long()
+    batch = PackedBatch(
+        query_lens=tuple(arrays.query_lens.tolist()),
+        context_lens=tuple(arrays.context_lens.tolist()),
+        page_tables=page_tables,
+        slots=page_tables[:, part_of, positions // page_size] * page_size + positions % page_size,
+        positions=positions,
+        page_size=page_size,
+        rows=torch.from_numpy(arrays.part_rows).to(device).long(),
+    )
+    token_ids = torch.from_numpy(arrays.token_ids).to(device).long()
+    return torch.where(token_ids == UNSEEN, last_token_ids[token_rows.long()], token_ids), batch
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:

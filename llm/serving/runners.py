@@ -1,5 +1,8 @@
 """Which runner a model gets on its device, and in which formats."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 
 from llm.attention.backends import TRITON, choose_backend, make_backend
@@ -10,18 +13,54 @@ from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
 from llm.models.quantized import quantized_modules
 from llm.serving.checks import check_quantization
+from llm.serving.followers import EagerFollower, Follower
 from llm.serving.model_runner import EagerRunner, ModelRunner
+
+if TYPE_CHECKING:
+    from llm.serving.graph_model import GraphModel
 
 _FP8_CHECKPOINT = "a checkpoint in fp8"
 
 
-def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, context_len: int) -> ModelRunner:
+def make_runner(
+    model: DecoderModel,
+    config: EngineConfig,
+    *,
+    num_pages: int,
+    context_len: int,
+    wait: Callable[[torch.cuda.Event], None] | None = None,
+) -> ModelRunner:
     """What runs the steps, with memory for `num_pages` pages on the model's device. Prepares the weights if need be.
+
+    Args:
+        wait: see `GraphRunner`.
 
     Raises:
         ConfigError: the attention backend asked for is unknown or does not run on this device, or the configuration
             asks for what it cannot do.
     """
+    backend, kv_cache = _prepare(model, config, num_pages, context_len)
+    max_rows = config.batch_size(model.device.type)
+    if backend == TRITON:
+        from llm.serving.graph_runner import GraphRunner  # triton is there on GPU machines only
+
+        return GraphRunner(_graph_model(model, kv_cache, config, context_len), kv_cache, max_rows=max_rows, wait=wait)
+    return EagerRunner(model, kv_cache, make_backend(backend), max_rows=max_rows)
+
+
+def make_follower(model: DecoderModel, config: EngineConfig, *, num_pages: int, context_len: int) -> Follower:
+    """What runs the steps of `make_runner`'s runner on another rank; see there."""
+    backend, kv_cache = _prepare(model, config, num_pages, context_len)
+    if backend == TRITON:
+        from llm.serving.graph_follower import GraphFollower
+
+        return GraphFollower(_graph_model(model, kv_cache, config, context_len))
+    max_rows = config.batch_size(model.device.type)
+    return EagerFollower(model, kv_cache, make_backend(backend), max_rows=max_rows, max_seq_len=context_len)
+
+
+def _prepare(model: DecoderModel, config: EngineConfig, num_pages: int, context_len: int) -> tuple[str, PagedKVCache]:
+    """The name of the attention backend, and the pool's memory."""
     backend = choose_backend(config.attention_backend, model.device)
     prepare_weights(model, config)
     model.fit_context(context_len)
@@ -34,19 +73,21 @@ def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, co
         device=model.device,
         dtype=kv_cache_dtype(model, config),
     )
-    if backend == TRITON:
-        from llm.serving.graph_runner import GraphRunner  # triton is there on GPU machines only
+    return backend, kv_cache
 
-        return GraphRunner(
-            model,
-            kv_cache,
-            max_rows=config.batch_size(model.device.type),
-            max_tokens=config.token_budget(model.device.type),
-            max_seq_len=context_len,
-            max_draws_per_row=1 + config.num_speculative_tokens,
-            deterministic=config.deterministic,
-        )
-    return EagerRunner(model, kv_cache, make_backend(backend), max_rows=config.batch_size(model.device.type))
+
+def _graph_model(model: DecoderModel, kv_cache: PagedKVCache, config: EngineConfig, context_len: int) -> "GraphModel":
+    from llm.serving.graph_model import GraphModel
+
+    return GraphModel(
+        model,
+        kv_cache,
+        max_rows=config.batch_size(model.device.type),
+        max_tokens=config.token_budget(model.device.type),
+        max_seq_len=context_len,
+        max_draws_per_row=1 + config.num_speculative_tokens,
+        deterministic=config.deterministic,
+    )
 
 
 def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:

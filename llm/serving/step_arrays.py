@@ -1,7 +1,7 @@
 """`StepArrays`: a step as arrays of integers, before it is anything else. Pure, the same for every runner."""
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
@@ -76,6 +76,15 @@ class StepArrays:
             pooled_tokens=ranges(query_ends - num_pooled, num_pooled),
             scored_tokens=ranges(query_ends - ends + first_scored, num_scored),
         )
+
+    @classmethod
+    def num_fields(cls) -> int:
+        """How many arrays there are."""
+        return len(fields(cls))
+
+    def fields(self) -> list[Int32Array]:
+        """The arrays in the order in which they are listed above."""
+        return [getattr(self, field.name) for field in fields(self)]
 
     @property
     def has_prefills(self) -> bool:

@@ -1,67 +1,16 @@
 """Models cut over ranks, all of which run in threads of this process, against the same model in one piece."""
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from thread_ranks import ThreadExchange, run_ranks
 
 from llm.attention.dense import DenseContext
 from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import load_decoder
 from llm.core.partition import Partition
 from llm.models.decoder import DecoderModel
-
-
-class ThreadExchange:
-    """The `Exchange` of a rank whose fellows are threads."""
-
-    def __init__(self, rank: int, tensors: list[torch.Tensor | None], barrier: threading.Barrier) -> None:
-        self._rank = rank
-        self._tensors = tensors
-        self._barrier = barrier
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._tensors[self._rank] = tensor
-        self._barrier.wait()
-        gathered = torch.stack([each for each in self._tensors if each is not None])
-        self._barrier.wait()
-        return gathered
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.all_gather(tensor).sum(0)
-
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        tensor.copy_(self.all_gather(tensor)[0])
-
-
-def run_ranks(
-    size: int, run: Callable[[Partition, ThreadExchange], torch.Tensor], **options: bool
-) -> list[torch.Tensor]:
-    """What each rank's `run` gives."""
-    tensors: list[torch.Tensor | None] = [None] * size
-    barrier = threading.Barrier(size, timeout=60)
-    results: list[torch.Tensor | BaseException] = [torch.empty(0)] * size
-
-    def start(rank: int) -> None:
-        try:
-            with torch.inference_mode():
-                results[rank] = run(Partition(rank, size, **options), ThreadExchange(rank, tensors, barrier))
-        except BaseException as error:
-            results[rank] = error
-            barrier.abort()
-
-    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failures = [each for each in results if isinstance(each, BaseException)]
-    for failure in failures:
-        if not isinstance(failure, threading.BrokenBarrierError):
-            raise failure
-    return [each for each in results if isinstance(each, torch.Tensor)]
 
 
 def prompt(vocab_size: int) -> torch.Tensor:

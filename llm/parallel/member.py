@@ -1,0 +1,56 @@
+"""`Leader`: rank 0 as the process of another rank sees it."""
+
+import os
+import socket
+import threading
+from queue import SimpleQueue
+from typing import Any
+
+import msgspec
+
+from llm.parallel.channel import Channel, FrameKind
+from llm.parallel.ranks import BEAT_INTERVAL_S
+
+
+class Leader:
+    """What rank 0 sends, in order, and the way back. The process ends as soon as rank 0's is gone.
+
+    One thread receives, so that rank 0 never waits for this one to read; another one gives signs of life.
+
+    Args:
+        file_descriptor: of the socket that rank 0 has made.
+    """
+
+    def __init__(self, file_descriptor: int) -> None:
+        self._channel = Channel(socket.socket(fileno=file_descriptor))
+        self._frames: SimpleQueue[tuple[FrameKind, bytearray]] = SimpleQueue()
+        self._over = threading.Event()
+        for target in (self._receive, self._beat):
+            threading.Thread(target=target, daemon=True).start()
+
+    def next_frame(self) -> tuple[FrameKind, bytearray]:
+        """Wait for the next step or call."""
+        return self._frames.get()
+
+    def reply(self, value: Any) -> None:
+        """Answer the call that came last."""
+        self._channel.send(FrameKind.REPLY, msgspec.json.encode(value))
+
+    def fail(self, reason: str) -> None:
+        """Say why this rank ends."""
+        self._channel.send(FrameKind.FAILURE, reason.encode())
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._frames.put(self._channel.receive())
+        except (EOFError, OSError):
+            # Whatever this process is in the middle of, a collective that never ends perhaps, nobody waits for it.
+            os._exit(0)
+
+    def _beat(self) -> None:
+        try:
+            while not self._over.wait(BEAT_INTERVAL_S):
+                self._channel.send(FrameKind.BEAT)
+        except OSError:
+            os._exit(0)

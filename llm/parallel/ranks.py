@@ -1,0 +1,237 @@
+"""`RankGroup`: the processes that hold the other parts of rank 0's model, and whether they are alive."""
+
+import logging
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import msgspec
+import torch
+
+from llm.errors import RankLostError
+from llm.parallel.channel import Channel, FrameKind, Int32Array, pack_arrays
+from llm.parallel.collectives import ENVIRONMENT
+
+logger = logging.getLogger(__name__)
+
+BEAT_INTERVAL_S = 0.5
+_SILENCE_S = 4.0
+"""Without a sign of life a rank counts as lost: with the time that it takes to notice, within 5 s."""
+_STARTING_SILENCE_S = 300.0
+"""The same before steps: what a process imports and initialises may keep its threads from running."""
+STEP_TIMEOUT_S = 30.0
+"""Most time that a step may take, whatever is compiled or captured in it: a collective that somebody does not join
+never ends by itself."""
+CALL_TIMEOUT_S = 1800.0
+"""Most time for what comes before steps: loading, sizing, capturing."""
+_STOP_S = 2.0
+_POLL_S = 20e-6
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A process and what has come from it."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    heard_at: float
+    replies: SimpleQueue[bytearray] = field(default_factory=SimpleQueue)
+
+
+class RankGroup:
+    """Ranks 1 and up, as rank 0 sees them. One thread calls it.
+
+    Each rank is a process of its own, connected by a pair of sockets: when this process goes, however that happens, the
+    ranks see their end of it close and go too. A thread of this process listens to them. Once one is lost, all are
+    killed, and `failure` says why.
+
+    Args:
+        size: ranks, this one included.
+        module: what `python -m` runs as a rank; its argument is the number of its socket's file descriptor.
+        settings: of all ranks; each gets them with its `rank` as the first call.
+    """
+
+    def __init__(self, size: int, module: str, settings: dict[str, Any]) -> None:
+        self.failure: str | None = None
+        self._most_silence_s = _STARTING_SILENCE_S
+        self._failing = threading.Lock()
+        self._is_closed = False
+        self._ranks: list[_Rank] = []
+        self._selector = selectors.DefaultSelector()
+        os.environ.update(ENVIRONMENT)
+        try:
+            for number in range(1, size):
+                self._ranks.append(_start(number, module))
+        except BaseException:
+            _kill(self._ranks)
+            raise
+        self._finalizer = weakref.finalize(self, _kill, self._ranks)
+        for rank in self._ranks:
+            self._selector.register(rank.channel.socket, selectors.EVENT_READ, rank)
+        threading.Thread(target=_listen, args=(weakref.ref(self),), name="ranks", daemon=True).start()
+        for rank in self._ranks:
+            self._send(rank, FrameKind.CALL, _json({**settings, "rank": rank.number}))
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of ranks 1 and up."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def call(self, name: str, **arguments: object) -> None:
+        """Ask all ranks to do something, to which each gives one reply."""
+        for rank in self._ranks:
+            self._send(rank, FrameKind.CALL, _json({"name": name, **arguments}))
+
+    def replies(self) -> list[Any]:
+        """Wait for each rank's reply to the oldest call that was not waited for.
+
+        Raises:
+            RankLostError: a rank is lost.
+        """
+        return [self._reply(rank) for rank in self._ranks]
+
+    def expect_beats(self) -> None:
+        """The ranks are ready to run steps: from now on none may be silent."""
+        self._most_silence_s = _SILENCE_S
+
+    def send_step(self, arrays: Sequence[Int32Array]) -> None:
+        """Have all ranks run a step.
+
+        Raises:
+            RankLostError: a rank is lost.
+        """
+        payload = pack_arrays(arrays)
+        for rank in self._ranks:
+            self._send(rank, FrameKind.STEP, payload)
+
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Wait for the device, as long as the ranks live.
+
+        Raises:
+            RankLostError: a rank is lost, or takes too long.
+        """
+        deadline = time.monotonic() + STEP_TIMEOUT_S
+        while not event.query():  # type: ignore[no-untyped-call]
+            self.check()
+            if time.monotonic() > deadline:
+                self.fail(f"a step was not done after {STEP_TIMEOUT_S:.0f} s: a rank hangs")
+            time.sleep(_POLL_S)
+
+    def check(self) -> None:
+        """Raise RankLostError if a rank is lost."""
+        if self.failure is not None:
+            raise RankLostError(self.failure)
+
+    def fail(self, reason: str) -> None:
+        """Give up all ranks; the first reason stays."""
+        with self._failing:
+            if self.failure is not None or self._is_closed:
+                return
+            self.failure = reason
+        logger.error("ranks are given up: %s", reason)
+        _kill(self._ranks)
+
+    def close(self) -> None:
+        """End all ranks; does nothing the second time."""
+        with self._failing:
+            self._is_closed = True
+        self._finalizer()
+
+    def listen(self, timeout_s: float) -> None:
+        """Take in what ranks have sent, and find those that are silent; called by the group's own thread."""
+        for key, _ in self._selector.select(timeout_s):
+            rank: _Rank = key.data
+            try:
+                kind, payload = rank.channel.receive()
+            except (EOFError, OSError):
+                self._selector.unregister(rank.channel.socket)
+                self.fail(f"rank {rank.number} has ended{_how(rank.process)}")
+                continue
+            rank.heard_at = time.monotonic()
+            if kind is FrameKind.REPLY:
+                rank.replies.put(payload)
+            elif kind is FrameKind.FAILURE:
+                self.fail(f"rank {rank.number} failed: {payload.decode(errors='replace')}")
+        now = time.monotonic()
+        for rank in self._ranks:
+            if now - rank.heard_at > self._most_silence_s:
+                self.fail(f"rank {rank.number} has been silent for {self._most_silence_s:.0f} s")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to listen to."""
+        return self._is_closed or self.failure is not None
+
+    def _send(self, rank: _Rank, kind: FrameKind, payload: bytes) -> None:
+        self.check()
+        try:
+            rank.channel.send(kind, payload)
+        except OSError as error:
+            self.fail(f"rank {rank.number} has ended{_how(rank.process)} ({error})")
+            self.check()
+
+    def _reply(self, rank: _Rank) -> Any:
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while True:
+            try:
+                return msgspec.json.decode(rank.replies.get(timeout=0.1))
+            except Empty:
+                self.check()
+                if time.monotonic() > deadline:
+                    self.fail(f"rank {rank.number} gave no reply within {CALL_TIMEOUT_S:.0f} s")
+
+
+def _start(number: int, module: str) -> _Rank:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        )
+    return _Rank(number, process, Channel(ours), heard_at=time.monotonic())
+
+
+def _listen(group_ref: "weakref.ref[RankGroup]") -> None:
+    """Until the group is over, or nobody has it any more."""
+    while True:
+        group = group_ref()
+        if group is None or group.is_over:
+            return
+        group.listen(BEAT_INTERVAL_S / 2)
+        del group
+
+
+def _kill(ranks: Sequence[_Rank]) -> None:
+    """Kill processes, and wait until they are gone: nothing they hold is of use to anybody."""
+    for rank in ranks:
+        rank.process.kill()
+    for rank in ranks:
+        try:
+            rank.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:  # in the kernel's hands, of which it will not let go
+            logger.warning("rank %d is killed, but not gone yet", rank.number)
+
+
+def _how(process: subprocess.Popen[bytes]) -> str:
+    """How a process has ended, for a message."""
+    try:
+        code = process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        return ""
+    return f", killed by signal {-code}" if code < 0 else f" with exit code {code}"
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return msgspec.json.encode(value)

@@ -1,0 +1,127 @@
+"""What ranks 1 and up do with a step: the model's part of it, as rank 0's runner does it, and no draws.
+
+Each collective that rank 0's runner joins, they join too, in the same order: those of the layers, and the gathering of
+logits for draws and for log probabilities of prompts. On a GPU the tokens that rank 0 has drawn come back, for the next
+step may be launched before anybody has read them.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+
+from llm.attention.paged import PagedAttentionBackend, PagedContext
+from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.recurrent_state import RecurrentStates
+from llm.models.decoder import DecoderModel
+from llm.serving.model_runner import MAX_SCORED_AT_ONCE, pack_batch
+from llm.serving.step_arrays import Int32Array, StepArrays
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """What a rank has to know of a step.
+
+    Attributes:
+        arrays: of the step.
+        page_indices: places in the page tables, (groups, rows, pages) flattened, that change.
+        pages: what is there from now on.
+        draws_plainly: whether none of the draws needs more than temperature, cuts and noise.
+    """
+
+    arrays: StepArrays
+    page_indices: Int32Array
+    pages: Int32Array
+    draws_plainly: bool
+
+    def to_arrays(self) -> list[Int32Array]:
+        """All of it as arrays."""
+        return [*self.arrays.fields(), self.page_indices, self.pages, np.array([self.draws_plainly], dtype=np.int32)]
+
+    @classmethod
+    def num_arrays(cls) -> int:
+        """How many `to_arrays` gives."""
+        return StepArrays.num_fields() + 3
+
+    @classmethod
+    def from_arrays(cls, arrays: list[Int32Array]) -> Self:
+        """The reverse of `to_arrays`."""
+        *fields, page_indices, pages, draws_plainly = arrays
+        return cls(StepArrays(*fields), page_indices, pages, bool(draws_plainly[0]))
+
+
+class Follower(Protocol):
+    """A rank's runner."""
+
+    def follow(self, step: RankStep) -> None:
+        """Run a step that rank 0 has launched."""
+        ...
+
+    def run_largest(self, num_tokens: int) -> None:
+        """As rank 0's runner does."""
+        ...
+
+    def warm_up(self) -> None:
+        """As rank 0's runner does."""
+        ...
+
+
+class EagerFollower:
+    """The fellow of an `EagerRunner`.
+
+    Args:
+        model: in evaluation mode, on its device.
+        kv_cache: memory of the slot pool, on the same device.
+        backend: paged attention.
+        max_rows: rows that the scheduler gives out.
+        max_seq_len: longest sequence in tokens.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_cache: PagedKVCache,
+        backend: PagedAttentionBackend,
+        *,
+        max_rows: int,
+        max_seq_len: int,
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._backend = backend
+        self._states = RecurrentStates(model.delta_specs, max_rows, model.device, model.dtype)
+        table_len = -(-max_seq_len // kv_cache.page_size)
+        self._page_tables = np.full((kv_cache.num_groups, max_rows + 1, table_len), kv_cache.scratch_page, np.int64)
+        self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
+
+    def run_largest(self, num_tokens: int) -> None:
+        """See `Follower.run_largest`: on a CPU nothing is measured."""
+
+    def warm_up(self) -> None:
+        """See `Follower.warm_up`: there is nothing to prepare."""
+
+    @torch.inference_mode()
+    def follow(self, step: RankStep) -> None:
+        """See `Follower.follow`."""
+        model, arrays = self._model, step.arrays
+        self._page_tables.reshape(-1)[step.page_indices] = step.pages
+        num_columns = int((-(-arrays.context_lens // self._kv_cache.page_size)).max())
+        page_tables = torch.from_numpy(self._page_tables[:, arrays.part_rows, :num_columns]).to(model.device)
+        token_ids, batch = pack_batch(arrays, page_tables, self._kv_cache.page_size, self._last_token_ids)
+        context = PagedContext(self._backend, self._kv_cache, batch, self._states)
+        kept = torch.from_numpy(arrays.kept_tokens).to(model.device)
+        hidden = model.hidden_states(token_ids, batch.positions, context, kept)
+        lens = len(arrays.draw_rows), len(arrays.pooled_tokens), len(arrays.scored_tokens)
+        drawn, _, scored = hidden.split_with_sizes(lens)
+        for part in scored.split_with_sizes(_num_scored(arrays)):
+            for begin in range(0, len(part), MAX_SCORED_AT_ONCE):
+                model.logits(part[begin : begin + MAX_SCORED_AT_ONCE])
+        if len(drawn):
+            model.logits(drawn)
+
+
+def _num_scored(arrays: StepArrays) -> list[int]:
+    """The tokens of each part that scores any."""
+    parts = np.searchsorted(arrays.query_starts, arrays.scored_tokens, side="right")
+    return [int(count) for count in np.bincount(parts) if count]

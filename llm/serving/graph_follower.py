@@ -1,0 +1,68 @@
+"""`GraphFollower`: what ranks 1 and up do with a step on a GPU."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from llm.serving.followers import RankStep
+from llm.serving.graph_model import GraphModel
+from llm.serving.model_runner import MAX_SCORED_AT_ONCE
+
+
+class GraphFollower:
+    """The fellow of a `GraphRunner`.
+
+    Args:
+        graphs: what runs the model; it is this follower's alone.
+    """
+
+    def __init__(self, graphs: GraphModel) -> None:
+        self._graphs = graphs
+
+    @torch.inference_mode()
+    def run_largest(self, num_tokens: int) -> None:
+        """See `Follower.run_largest`."""
+        self._graphs.run_largest(num_tokens)
+        self._draw(self._graphs.draw_sizes[-1], draws_plainly=False)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """See `Follower.warm_up`."""
+        if not self._graphs.captures:
+            return
+        self._graphs.warm_up()
+        for size, draws_plainly in self._graphs.warm_draws():
+            self._draw(size, draws_plainly=draws_plainly)
+
+    @torch.inference_mode()
+    def follow(self, step: RankStep) -> None:
+        """See `Follower.follow`."""
+        graphs, arrays = self._graphs, step.arrays
+        graphs.uploads.begin_step()
+        if len(step.pages):
+            graphs.pages.write(step.page_indices, step.pages, graphs.uploads)
+        graphs.launch(arrays)
+        num_draws = len(arrays.draw_rows)
+        first, num_scored = num_draws + len(arrays.pooled_tokens), len(arrays.scored_tokens)
+        for some in _chunks(first, num_scored, min(MAX_SCORED_AT_ONCE, graphs.draw_sizes[-1])):
+            graphs.to_logits(graphs.hidden[some])
+        if num_draws:
+            self._draw(graphs.draw_size(num_draws), draws_plainly=step.draws_plainly)
+
+    def _draw(self, size: int, *, draws_plainly: bool) -> None:
+        """Give rank 0 the logits that are here, and take the tokens that it draws."""
+        self._graphs.run(("draws", size, draws_plainly), partial(self._run_draws, size))
+
+    def _run_draws(self, size: int) -> torch.Tensor:
+        graphs, exchange = self._graphs, self._graphs.model.exchange
+        assert exchange is not None, "a follower follows somebody"
+        graphs.to_logits(graphs.hidden[:size])
+        exchange.broadcast(graphs.pages.last_token_ids)
+        return graphs.pages.last_token_ids
+
+
+def _chunks(first: int, length: int, at_once: int) -> Iterator[slice]:
+    """`length` places from `first` on, some at a time."""
+    for begin in range(first, first + length, at_once):
+        yield slice(begin, min(begin + at_once, first + length))

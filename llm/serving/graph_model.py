@@ -1,0 +1,244 @@
+"""`GraphModel`: the model's part of steps on a GPU, captured as CUDA graphs."""
+
+import gc
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.recurrent_state import RecurrentStates
+from llm.models.decoder import DecoderModel
+from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep
+from llm.serving.device_rows import DevicePages, make_uploads
+from llm.serving.step_arrays import StepArrays
+from llm.serving.step_inputs import StepInputs, fill
+
+STEPS_AHEAD = 1
+_WARM_PREFILLS = 64, 2048
+"""Tokens of the steps with prefills that are captured at start, and the largest, which a burst of requests begins with;
+the others are when they first come."""
+_REPLAYED_TOKENS = 512
+"""Graphs of so many tokens at most are replayed at start, too: the first replay uploads a graph (`cudaGraphUpload`),
+which would hold up a step that takes a few milliseconds."""
+NUM_BUFFERS = STEPS_AHEAD + 2
+"""Of memory that the host fills and the device reads: one for each step in flight, one being filled."""
+
+
+class GraphModel:
+    """Runs the model on a step's arrays, up to the hidden states of the tokens that are kept.
+
+    Captured for each padded number of tokens and parts. The first step of a size runs kernel by kernel and is captured
+    on the way. On a CPU (Triton's interpreter, in tests) every step runs kernel by kernel. Where more tokens are pooled
+    than could draw, the graph is another one, which keeps every token's hidden state. Steps that copy contexts out of
+    their pages have graphs of their own, too; where those contexts are long, they run kernel by kernel every time, for
+    the launches hide behind them.
+
+    Args:
+        model: in evaluation mode, on its device.
+        kv_cache: memory of the slot pool, on the same device.
+        max_rows: rows that the scheduler gives out.
+        max_tokens: token budget of a step.
+        max_seq_len: longest sequence in tokens.
+        max_draws_per_row: tokens that a row may draw in one step, 1 plus its guesses.
+        deterministic: see `KernelWorkspace`.
+
+    Attributes:
+        pages: of the rows.
+        uploads: memory for what a step sends.
+        inputs: the step's arrays on the device.
+        hidden: (most kept, hidden_size) of the tokens that are kept: those that draw, then those that are pooled.
+        to_logits: hidden states (rows, hidden_size) → logits (rows, vocab_size), in the model's dtype.
+        draw_sizes: numbers of draws that steps are padded to.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv_cache: PagedKVCache,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_seq_len: int,
+        max_draws_per_row: int = 1,
+        deterministic: bool = False,
+    ) -> None:
+        self.model = model
+        device = model.device
+        self._row_sizes = _padded_sizes(max_rows, 8)
+        self._token_sizes = _padded_sizes(max_tokens, 4)
+        self.draw_sizes = _padded_sizes(max_rows * max_draws_per_row, 8)
+        self._max_draws_per_row = max_draws_per_row
+        # Steps with prefills pad their parts, which cost little, generously: sizes of tokens times sizes of parts is
+        # what may have to be captured.
+        self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
+        max_pages = -(-max_seq_len // kv_cache.page_size)
+        self.pages = DevicePages(max_rows, max_pages, kv_cache.num_groups, kv_cache.scratch_page, device)
+        self.uploads = make_uploads(max_rows, model.config.vocab_size, device, NUM_BUFFERS)
+        self.most_tokens, most_rows, most_draws = self._token_sizes[-1], self._row_sizes[-1], self.draw_sizes[-1]
+        sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), self.most_tokens)
+        sizes |= dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), most_rows)
+        sizes |= dict.fromkeys(("draw_rows", "draw_positions"), most_draws)
+        most_kept = sizes["kept_tokens"] = max(most_draws, self.most_tokens)
+        self.inputs = StepInputs(sizes, device, NUM_BUFFERS)
+        self._workspace = KernelWorkspace(
+            model.layer_specs, kv_cache, self.pages.page_tables, self.pages.last_token_ids, model.dtype,
+            max_tokens=self.most_tokens, max_parts=most_rows, deterministic=deterministic, experts=model.experts,
+            states=RecurrentStates(model.delta_specs, max_rows, device, model.dtype),
+            partition=model.partition, exchange=model.exchange,
+        )  # fmt: skip
+        self.to_logits = partial(model.logits, head=self._workspace.head)
+        self.hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)
+        self._graphs: dict[tuple[object, ...], _Captured] = {}
+        self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def launch(self, arrays: StepArrays) -> None:
+        """Run the model on a step, whose rows' pages are there."""
+        shape = self._send(arrays)
+        num_gathered = self._workspace.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
+        if num_gathered > self._workspace.fewest_gathered:
+            self._run_model(*shape, num_gathered)
+        else:
+            self.run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured: on a GPU."""
+        return self._graph_pool is not None
+
+    def warm_draws(self) -> list[tuple[int, bool]]:
+        """Sizes of draws to capture, and whether they are plain; each twice: to capture, and to replay."""
+        return [(size, plain) for size in [*self.draw_sizes, *self.draw_sizes] for plain in (True, False)]
+
+    def draw_size(self, num_draws: int) -> int:
+        """What so many draws are padded to."""
+        return _padded(self.draw_sizes, num_draws)
+
+    def run_largest(self, num_tokens: int) -> None:
+        """Run the largest step of so many tokens, which belong to nobody; capture it where steps are captured."""
+        self.inputs.upload_padding(self.pages.padding_row)
+        num_tokens = _padded(self._token_sizes, num_tokens)
+        shape = num_tokens, self._row_sizes[-1], True, num_tokens
+        self.run(("model", *shape), partial(self._run_model, *shape))
+
+    def warm_up(self) -> None:
+        """Capture every decode step, and the steps with prefills that come while others decode."""
+        self.inputs.upload_padding(self.pages.padding_row)
+        fewest = _WARM_PREFILLS[0] if self._max_draws_per_row == 1 else 1  # guesses make decodes of several tokens
+        largest = self._token_sizes[-1]
+        shapes = [(size, size, False) for size in self._row_sizes]
+        shapes += [
+            (tokens, parts, True)
+            for tokens in self._token_sizes
+            for fewer_parts, parts in pairwise([0, *self._part_sizes])
+            if (fewest <= tokens <= _WARM_PREFILLS[1] or tokens == largest) and fewer_parts < tokens
+        ]
+        small = [shape for shape in shapes if shape[0] <= _REPLAYED_TOKENS]
+        for tokens, parts, has_prefills in [*shapes, *small]:  # these twice: to capture, and to replay
+            shape = tokens, parts, has_prefills, self._num_drawing(tokens, parts)
+            self.run(("model", *shape, 0), partial(self._run_model, *shape))
+        self._warm_up_gathering()
+
+    def _warm_up_gathering(self) -> None:
+        """Capture the largest step of few long prompts, and compile what those beside many decodes run."""
+        num_gathered = self._workspace.fewest_gathered
+        if num_gathered:
+            tokens, parts = self._token_sizes[-1], self._part_sizes[0]
+            shape = tokens, parts, True, self._num_drawing(tokens, parts)
+            self.run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
+            for parts in self._part_sizes[1:]:
+                self._run_model(parts, parts, True, parts, num_gathered)
+
+    def _send(self, arrays: StepArrays) -> tuple[int, int, bool, int]:
+        """Send a step's arrays, padded.
+
+        Returns:
+            Padded tokens, padded parts, whether any part prefills, padded tokens whose hidden states are kept.
+        """
+        has_prefills = arrays.has_prefills
+        num_parts = _padded(self._part_sizes if has_prefills else self._row_sizes, len(arrays.part_rows))
+        num_tokens = _padded(self._token_sizes, len(arrays.token_ids)) if has_prefills else num_parts
+        num_draws = _padded(self.draw_sizes, len(arrays.draw_rows)) if len(arrays.draw_rows) else 0
+        kept_tokens, num_kept = arrays.kept_tokens, self._num_drawing(num_tokens, num_parts)
+        num_kept = num_kept if len(kept_tokens) <= num_kept else num_tokens
+        inputs, padding_row = self.inputs.next_arrays(), self.pages.padding_row
+        fill(inputs["token_ids"], arrays.token_ids, num_tokens, 0)
+        fill(inputs["positions"], arrays.positions, num_tokens, 0)
+        fill(inputs["token_rows"], arrays.token_rows, num_tokens, padding_row)
+        fill(inputs["part_rows"], arrays.part_rows, num_parts, padding_row)
+        fill(inputs["query_starts"], arrays.query_starts, num_parts, 0)
+        fill(inputs["query_lens"], arrays.query_lens, num_parts, 0)
+        fill(inputs["context_lens"], arrays.context_lens, num_parts, 0)
+        fill(inputs["kept_tokens"], kept_tokens, num_kept, 0)
+        fill(inputs["draw_rows"], arrays.draw_rows, num_draws, padding_row)
+        fill(inputs["draw_positions"], arrays.draw_positions, num_draws, 0)
+        self.inputs.upload()
+        return num_tokens, num_parts, has_prefills, num_kept
+
+    def run(self, key: tuple[object, ...], run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Replay the graph of `key`; where there is none yet, run kernel by kernel, then capture for next time."""
+        captured = self._graphs.get(key)
+        if captured is not None:
+            captured.graph.replay()
+            return captured.output
+        output = run()
+        if self._graph_pool is not None:
+            graph = torch.cuda.CUDAGraph()
+            with (
+                _no_garbage_collection(),
+                torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"),
+            ):
+                captured_output = run()
+            self._graphs[key] = _Captured(graph, captured_output)
+        return output
+
+    def _run_model(
+        self, num_tokens: int, num_parts: int, has_prefills: bool, num_kept: int, num_gathered: int = 0
+    ) -> torch.Tensor:
+        step = PackedStep(
+            self.inputs.tokens(num_tokens), self.inputs.parts(num_parts), self.inputs["kept_tokens"][:num_kept],
+            has_prefills, num_gathered,
+        )  # fmt: skip
+        return self.model.run(KernelOperations(self._workspace, step, self.hidden[:num_kept]))
+
+    def _num_drawing(self, num_tokens: int, num_parts: int) -> int:
+        """Tokens of a step that may have draws behind them."""
+        return min(num_parts * self._max_draws_per_row, num_tokens, self.draw_sizes[-1])
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect nothing meanwhile: a graph of an engine that was given up, destroyed now, would spoil the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A graph, and the tensor it leaves its result in."""
+
+    graph: torch.cuda.CUDAGraph
+    output: torch.Tensor
+
+
+def _padded_sizes(largest: int, steps_per_octave: int) -> list[int]:
+    """Sizes to pad to: 1, 2, 4, 8, then multiples of 8, so many between each power of two and the next."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < largest:
+        octave = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(octave // steps_per_octave, 8))
+    return sizes
+
+
+def _padded(sizes: list[int], size: int) -> int:
+    """The smallest of `sizes` that holds `size`."""
+    return sizes[bisect_left(sizes, size)]

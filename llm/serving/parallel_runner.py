@@ -1,0 +1,71 @@
+"""`ParallelRunner`: rank 0's runner, which has the other ranks run each step that it runs."""
+
+import numpy as np
+
+from llm.parallel.ranks import RankGroup
+from llm.scheduling.scheduler import StepPlan
+from llm.serving.followers import RankStep
+from llm.serving.model_runner import LaunchedStep, ModelRunner
+from llm.serving.page_changes import PageChanges
+from llm.serving.step_arrays import StepArrays
+
+
+class ParallelRunner:
+    """The `ModelRunner` of a model that several ranks hold.
+
+    Args:
+        runner: of this rank's part; it draws.
+        ranks: the others.
+        max_rows: rows that the scheduler gives out.
+        table_len: pages of the longest sequence.
+    """
+
+    def __init__(self, runner: ModelRunner, ranks: RankGroup, *, max_rows: int, table_len: int) -> None:
+        self._runner = runner
+        self._ranks = ranks
+        self._changes = PageChanges(max_rows + 1, table_len)
+
+    @property
+    def attention_backend(self) -> str:
+        """See `ModelRunner.attention_backend`."""
+        return self._runner.attention_backend
+
+    @property
+    def max_steps_ahead(self) -> int:
+        """See `ModelRunner.max_steps_ahead`."""
+        return self._runner.max_steps_ahead
+
+    @property
+    def max_draws_per_step(self) -> int | None:
+        """See `ModelRunner.max_draws_per_step`."""
+        return self._runner.max_draws_per_step
+
+    def run_largest(self, num_tokens: int) -> None:
+        """See `ModelRunner.run_largest`; the ranks have been asked to do the same."""
+        self._runner.run_largest(num_tokens)
+
+    def warm_up(self) -> None:
+        """See `ModelRunner.warm_up`."""
+        self._ranks.call("warm_up")
+        self._runner.warm_up()
+        self._ranks.replies()
+        self._ranks.expect_beats()
+
+    def launch(self, plan: StepPlan, arrays: StepArrays | None = None) -> LaunchedStep:
+        """See `ModelRunner.launch`.
+
+        Raises:
+            RankLostError: a rank is lost. No further step will run.
+        """
+        arrays = StepArrays.of(plan.parts) if arrays is None else arrays
+        _, indices, pages = self._changes.of(plan.parts)
+        places, values = np.array([indices, pages], dtype=np.int32).reshape(2, -1)
+        draws_plainly = all(part.sequence.draws_plainly for part in plan.parts)
+        self._ranks.send_step(RankStep(arrays, places, values, draws_plainly).to_arrays())
+        try:
+            return self._runner.launch(plan, arrays)
+        except Exception as error:
+            # The others are in the middle of this step, and will not meet this rank in the next one.
+            self._ranks.fail(f"rank 0 could not launch a step: {type(error).__name__}: {error}")
+            self._ranks.check()
+            raise

@@ -1,0 +1,91 @@
+"""A rank of a model as a process: `python -m llm.serving.rank_process FD`, which rank 0's engine starts.
+
+It loads its part of the model, then does what rank 0 says: see `llm.serving.ranks`.
+"""
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+import msgspec
+import torch
+
+from llm.config import EngineConfig
+from llm.core.partition import Partition
+from llm.parallel.channel import FrameKind, unpack_arrays
+from llm.parallel.exchange import join_ranks
+from llm.parallel.member import Leader
+from llm.serving.followers import Follower, RankStep
+from llm.serving.memory import num_pool_pages
+from llm.serving.model_loading import load_model
+from llm.serving.rank_settings import RankCall, RankSettings
+from llm.serving.runners import make_follower
+
+
+class RankProcess:
+    """One rank, from its settings on.
+
+    Args:
+        leader: rank 0.
+        settings: what to load, and how.
+    """
+
+    def __init__(self, leader: Leader, settings: RankSettings) -> None:
+        self._leader = leader
+        self._config = config = EngineConfig(**settings.config)
+        partition = Partition(settings.rank, config.tensor_parallel_size, config.expert_parallel)
+        device = settings.rank_device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(settings.num_threads)
+        self._model = load_model(
+            Path(settings.directory), device=device, dtype=settings.torch_dtype, load_format=settings.load_format,
+            lora=settings.lora, partition=partition, progress=False,
+        ).eval()  # fmt: skip
+        leader.reply("loaded")
+        self._model.exchange = join_ranks(
+            partition, Path(settings.store_path), device, deterministic=config.deterministic
+        )
+        self._follower: Follower | None = None
+
+    def run(self) -> None:
+        """Do what rank 0 says, for ever: the process ends with rank 0's."""
+        while True:
+            kind, payload = self._leader.next_frame()
+            if kind is FrameKind.STEP:
+                assert self._follower is not None, "steps come behind `build`"
+                self._follower.follow(RankStep.from_arrays(unpack_arrays(payload, RankStep.num_arrays())))
+            else:
+                self._leader.reply(self._answer(msgspec.json.decode(payload, type=RankCall)))
+
+    def _answer(self, call: RankCall) -> int:
+        match call.name:
+            case "size":
+                return num_pool_pages(self._model, self._config, call.context_len)
+            case "build":
+                self._follower = make_follower(
+                    self._model, self._config, num_pages=call.num_pages, context_len=call.context_len
+                )
+            case "warm_up":
+                assert self._follower is not None, "it comes behind `build`"
+                self._follower.warm_up()
+        return 0
+
+
+def main() -> None:
+    """Run a rank on the socket whose file descriptor is the first argument."""
+    logging.basicConfig(level=logging.WARNING)
+    leader = Leader(int(sys.argv[1]))
+    try:
+        _, settings = leader.next_frame()
+        RankProcess(leader, msgspec.json.decode(settings, type=RankSettings)).run()
+    except Exception as error:  # noqa: BLE001  # the edge of a process: rank 0 says what it was
+        traceback.print_exc()
+        leader.fail(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""How an engine gets its ranks, and a runner that has them run its steps."""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from llm.checkpoint.loading import Progress
+from llm.config import EngineConfig
+from llm.core.partition import Partition
+from llm.errors import ConfigError
+from llm.models.decoder import DecoderModel
+from llm.parallel.exchange import join_ranks
+from llm.parallel.ranks import RankGroup
+from llm.serving.memory import num_pool_pages
+from llm.serving.model_loading import load_model
+from llm.serving.model_runner import ModelRunner
+from llm.serving.parallel_runner import ParallelRunner
+from llm.serving.rank_settings import RankSettings
+from llm.serving.runners import make_runner
+
+_MODULE = "llm.serving.rank_process"
+
+
+class Ranks:
+    """The ranks of an engine's model but its own, which is rank 0.
+
+    They are processes that load their parts while this one loads its own. Close it, or drop it, to end them.
+
+    Args:
+        directory: of the checkpoint.
+        config: of the engine; `tensor_parallel_size` says how many ranks there are.
+        device: of rank 0.
+        dtype, load_format, lora: see `load_model`.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: EngineConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        load_format: str,
+        lora: str | Path | None,
+    ) -> None:
+        size = config.tensor_parallel_size
+        self.partition = Partition(0, size, config.expert_parallel)
+        self._config = config
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            num_gpus = torch.cuda.device_count() - (device.index or 0)
+            if num_gpus < size:
+                raise ConfigError(
+                    f"tensor_parallel_size {size}: this process sees {num_gpus} GPU(s); give it as many, or lower it"
+                )
+        self._device = device
+        scratch = tempfile.mkdtemp(prefix="rayline-ranks-")
+        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        self._store_path = Path(scratch) / "store"
+        settings = RankSettings(
+            rank=0, directory=str(directory), config=config.model_dump(), device=str(device),
+            dtype=str(dtype).removeprefix("torch."), load_format=load_format, lora=None if lora is None else str(lora),
+            store_path=str(self._store_path), num_threads=max(torch.get_num_threads() // size, 1),
+        )  # fmt: skip
+        self.group = RankGroup(size, _MODULE, msgspec.to_builtins(settings))
+
+    @property
+    def failure(self) -> str | None:
+        """Why no further step can run; None while all is well."""
+        return self.group.failure
+
+    def join(self, model: DecoderModel) -> None:
+        """Connect this rank's part of the model with the others, once they have loaded theirs.
+
+        Raises:
+            RankLostError: one of them could not.
+        """
+        self.group.replies()
+        model.exchange = join_ranks(
+            self.partition, self._store_path, self._device, deterministic=self._config.deterministic
+        )
+
+    def num_pool_pages(self, model: DecoderModel, context_len: int) -> int:
+        """Pages that every rank has room for."""
+        self.group.call("size", context_len=context_len)
+        own = num_pool_pages(model, self._config, context_len)
+        others: Sequence[int] = self.group.replies()
+        return min(own, *others)
+
+    def make_runner(self, model: DecoderModel, *, num_pages: int, context_len: int) -> ModelRunner:
+        """The runner of this rank, which has the others run its steps."""
+        self.group.call("build", num_pages=num_pages, context_len=context_len)
+        runner = make_runner(
+            model, self._config, num_pages=num_pages, context_len=context_len, wait=self.group.wait_for
+        )
+        self.group.replies()
+        page_size = self._config.page_size
+        return ParallelRunner(
+            runner, self.group, max_rows=self._config.batch_size(model.device.type),
+            table_len=-(-context_len // page_size),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End all ranks; does nothing the second time."""
+        self.group.close()
+
+
+def load_with_ranks(
+    directory: Path,
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load_format: str = "auto",
+    lora: str | Path | None = None,
+    progress: Progress = True,
+) -> tuple[DecoderModel, Ranks | None]:
+    """The model of a checkpoint as `load_model` makes it; or rank 0's part of it, and the ranks with the other parts.
+
+    Raises:
+        CheckpointError, ConfigError, RankLostError: what is wrong.
+    """
+    if config.tensor_parallel_size == 1:
+        return load_model(
+            directory, device=device, dtype=dtype, load_format=load_format, lora=lora, progress=progress
+        ), None
+    ranks = Ranks(directory, config, device=device, dtype=dtype, load_format=load_format, lora=lora)
+    try:
+        model = load_model(
+            directory, device=device, dtype=dtype, load_format=load_format, lora=lora, partition=ranks.partition,
+            progress=progress,
+        ).eval()  # fmt: skip
+        ranks.join(model)
+    except BaseException:
+        ranks.close()
+        raise
+    return model, ranks

@@ -1,0 +1,68 @@
+"""An engine on two GPUs: the tokens of one GPU's, through NCCL and through peer memory; and what a lost rank does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from two_gpu_checkpoint import create_requests, make_engine, write_checkpoint
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def generate(directory: Path, num_gpus: int, requests: list, **options) -> list:
+    engine = make_engine(directory, num_gpus, **options)
+    results = engine.generate(requests, progress=False)
+    engine.scheduler.check()
+    engine.close()
+    return results
+
+
+@pytest.mark.parametrize("peer", ["0", "1"], ids=["nccl", "peer memory"])
+def test_two_gpus_give_the_tokens_of_one(directory, monkeypatch, peer):
+    """In float32, greedy and drawn; prompts in chunks beside decodes, graphs captured and replayed."""
+    monkeypatch.setenv("RAYLINE_PEER_ALL_REDUCE", peer)
+    requests = [*create_requests(), *create_requests(4, temperature=0.8, repetition_penalty=1.1, logprobs=2)]
+    alone, together = (generate(directory, num_gpus, requests) for num_gpus in (1, 2))
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+
+
+def test_log_probabilities_in_bf16_are_near_one_gpu_s(directory):
+    requests = create_requests(max_new_tokens=1, logprobs=0)
+    values = [
+        torch.tensor([each.logprobs[0].logprob for each in generate(directory, num, requests, dtype=torch.bfloat16)])
+        for num in (1, 2)
+    ]
+    assert (values[0] - values[1]).abs().median() < 0.1
+
+
+def test_deterministic_is_the_same_alone_and_together(directory):
+    engine = make_engine(directory, 2, dtype=torch.bfloat16, deterministic=True)
+    requests = create_requests(8)
+    together = engine.generate(requests, progress=False)
+    alone = [engine.generate([request], progress=False)[0] for request in create_requests(8)]
+    engine.close()
+    assert [each.token_ids for each in alone] == [each.token_ids for each in together]
+
+
+@pytest.mark.parametrize(("how", "most_s"), [("SIGKILL", 5), ("SIGSTOP", 6)])
+def test_a_lost_rank_is_the_engine_s_end_within_seconds(directory, how, most_s):
+    """In the middle of captured steps; the rank that stands still is found by its silence, and killed."""
+    program = Path(__file__).with_name("lose_a_rank.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(directory), how], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.stdout, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["s"] < most_s, result
+    assert result["failures"] == ["StepFailure.DEVICE"], result
+    assert result["left"] == [], result

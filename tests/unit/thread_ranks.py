@@ -1,0 +1,176 @@
+"""Ranks of a model as threads of this process, which run in turns: what processes do, in milliseconds.
+
+One rank runs at a time, for Triton's interpreter knows no threads; a rank gives way where it waits for the others.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from llm.checkpoint.loading import load_decoder
+from llm.config import EngineConfig
+from llm.core.partition import Partition
+from llm.models.decoder import DecoderModel
+from llm.parallel.channel import Int32Array, pack_arrays, unpack_arrays
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.followers import Follower, RankStep
+from llm.serving.model_runner import ModelRunner
+from llm.serving.parallel_runner import ParallelRunner
+from llm.serving.runners import make_follower, make_runner
+
+_WAIT_S = 120
+
+
+class Meeting:
+    """Where the ranks of one model meet."""
+
+    def __init__(self, size: int) -> None:
+        self.tensors: list[torch.Tensor] = [torch.empty(0)] * size
+        self.barrier = threading.Barrier(size, timeout=_WAIT_S)
+        self.turn = threading.Lock()
+
+
+class ThreadExchange:
+    """The `Exchange` of a rank whose fellows are threads; it has its turn whenever it runs."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self._rank = rank
+        self._meeting = meeting
+        self.num_reductions = 0
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        meeting = self._meeting
+        meeting.tensors[self._rank] = tensor
+        meeting.turn.release()
+        try:
+            meeting.barrier.wait()
+            gathered = torch.stack(meeting.tensors)
+            meeting.barrier.wait()
+        finally:
+            meeting.turn.acquire()
+        return gathered
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.is_contiguous()
+        self.num_reductions += 1
+        return self.all_gather(tensor).sum(0)
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(self.all_gather(tensor)[0])
+
+
+def run_ranks(
+    size: int, run: Callable[[Partition, ThreadExchange], torch.Tensor], **options: bool
+) -> list[torch.Tensor]:
+    """What each rank's `run` gives."""
+    meeting = Meeting(size)
+    results: list[torch.Tensor] = [torch.empty(0)] * size
+    failures: list[BaseException] = []
+
+    def start(rank: int) -> None:
+        with meeting.turn:
+            try:
+                with torch.inference_mode():
+                    results[rank] = run(Partition(rank, size, **options), ThreadExchange(rank, meeting))
+            except BaseException as error:  # noqa: BLE001  # raised again where the ranks were started
+                failures.append(error)
+                meeting.barrier.abort()
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return results
+
+
+class ThreadRanks:
+    """What `llm.serving.ranks.Ranks` is to an engine, with threads in place of processes.
+
+    Args:
+        load: makes a rank's part of the model.
+    """
+
+    failure: str | None = None
+
+    def __init__(self, load: Callable[[Partition], DecoderModel], config: EngineConfig) -> None:
+        self._config = config
+        size = config.tensor_parallel_size
+        self._meeting = Meeting(size)
+        self._meeting.turn.acquire()  # the engine's, whose thread this is
+        self.exchanges = [ThreadExchange(rank, self._meeting) for rank in range(size)]
+        self._models = [load(Partition(rank, size, config.expert_parallel)).eval() for rank in range(size)]
+        for model, exchange in zip(self._models, self.exchanges, strict=True):
+            model.exchange = exchange
+        self.model = self._models[0]
+        self._steps: list[SimpleQueue[bytes | None]] = []
+        self._errors: list[BaseException] = []
+
+    def num_pool_pages(self, model: DecoderModel, context_len: int) -> int:
+        assert self._config.num_pages is not None
+        return self._config.num_pages
+
+    def make_runner(self, model: DecoderModel, *, num_pages: int, context_len: int) -> ModelRunner:
+        sizes = {"num_pages": num_pages, "context_len": context_len}
+        for rank_model in self._models[1:]:
+            steps: SimpleQueue[bytes | None] = SimpleQueue()
+            self._steps.append(steps)
+            follower = make_follower(rank_model, self._config, **sizes)
+            threading.Thread(target=self._follow, args=(follower, steps), daemon=True).start()
+        table_len = -(-context_len // self._config.page_size)
+        runner = make_runner(model, self._config, **sizes)
+        return ParallelRunner(runner, self, max_rows=self._config.batch_size("cpu"), table_len=table_len)  # type: ignore
+
+    def _follow(self, follower: Follower, steps: "SimpleQueue[bytes | None]") -> None:
+        while (payload := steps.get()) is not None:
+            with self._meeting.turn:
+                try:
+                    follower.follow(RankStep.from_arrays(unpack_arrays(bytearray(payload), RankStep.num_arrays())))
+                except BaseException as error:  # noqa: BLE001  # raised again by `check`
+                    self._errors.append(error)
+                    self._meeting.barrier.abort()
+                    return
+
+    # What the runner asks of a `RankGroup`:
+
+    def call(self, name: str) -> None:
+        assert name == "warm_up"
+
+    def replies(self) -> list[int]:
+        return []
+
+    def expect_beats(self) -> None: ...
+
+    def send_step(self, arrays: Sequence[Int32Array]) -> None:
+        for steps in self._steps:
+            steps.put(pack_arrays(arrays))
+
+    def fail(self, reason: str) -> None:
+        self.failure = reason
+
+    def check(self) -> None:
+        if self._errors:
+            raise self._errors[0]
+
+    def close(self) -> None:
+        for steps in self._steps:
+            steps.put(None)
+        self._meeting.turn.release()
+
+
+def parallel_engine(
+    source: Path | Callable[[Partition], DecoderModel], tokenizer=None, **config
+) -> ContinuousBatchingEngine:
+    """An engine of two ranks, or as many as `config` says, of a checkpoint or of what a function makes."""
+    engine_config = EngineConfig(**{"tensor_parallel_size": 2, **config})
+
+    def load(partition: Partition) -> DecoderModel:
+        return load_decoder(source, partition=partition, progress=False)
+
+    ranks = ThreadRanks(load if isinstance(source, Path) else source, engine_config)
+    return ContinuousBatchingEngine(ranks.model, tokenizer, config=engine_config, ranks=ranks)  # type: ignore
