@@ -158,7 +158,8 @@ def test_fewest_gpus_of_a_size(gib: int, num_gpus: int | None):
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would_do():
     app = AppConfig(model="some/llama-70b")
-    with pytest.raises(ConfigError, match=r"131\.4 GiB.*engine.tensor_parallel_size: 2, .* or GPUs of 151 GiB") as caught:
+    refusal = r"131\.4 GiB.*engine.tensor_parallel_size: 2, .* or GPUs of 151 GiB"
+    with pytest.raises(ConfigError, match=refusal) as caught:
         check_fits(app, LLAMA_70B, 141 << 30)
     assert "\n" not in str(caught.value)
     check_fits(app.model_copy(update={"engine": EngineConfig(tensor_parallel_size=2)}), LLAMA_70B, 141 << 30)
