@@ -160,9 +160,10 @@ class ReplicasConfig(StrictModel):
     autoscaling: AutoscalingConfig | None = None
     """Have as many replicas as the load asks for."""
     num_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs that Ray sets aside for each replica, which waits until a node has them free. None for one if `device` is
-    `cuda`, or if a node of the cluster has a GPU or may join with one (on Kubernetes, or with Ray's cluster launcher);
-    else for none: replicas then run on CPUs. Set it where GPU nodes come and go."""
+    """GPUs that Ray sets aside for each replica, which waits until a node has them free. None for
+    `engine.tensor_parallel_size` of them if `device` is `cuda`, or if a node of the cluster has a GPU or may join with
+    one (on Kubernetes, or with Ray's cluster launcher); else for none: replicas then run on CPUs. Set it where GPU
+    nodes come and go."""
     num_cpus: float = Field(default=0.5, ge=0)
     """CPUs that Ray sets aside for each replica. It only decides what fits on a node; see `torch_threads`."""
     torch_threads: int | None = Field(default=None, ge=1)
@@ -360,6 +361,15 @@ class AppConfig(StrictModel):
     def _check_keys(self) -> Self:
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("api_keys holds an empty key; remove it or give a real one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        set_aside, needed = self.replicas.num_gpus, self.engine.tensor_parallel_size
+        if needed > 1 and set_aside not in (None, 0) and set_aside != needed:
+            raise ValueError(
+                f"replicas.num_gpus: {set_aside:g} is not engine.tensor_parallel_size: {needed}; leave the first out"
+            )
         return self
 
     @property

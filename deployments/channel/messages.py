@@ -118,9 +118,11 @@ class EngineInfo(msgspec.Struct, frozen=True):
     fingerprint: str = ""
     """Of the model version: model, tokenizer, chat template, adapter and number formats."""
     weight_bytes: int = 0
-    """Memory of the weights in each replica; 0 where there are none."""
+    """Memory of the weights on each GPU of a replica; 0 where there are none."""
     kv_cache_bytes: int = 0
-    """Memory of all slots' keys and values in each replica."""
+    """Memory of all slots' keys and values on each GPU of a replica."""
+    num_gpus: int = 1
+    """GPUs of each replica that hold the model together; on a CPU, processes."""
 
 
 class GenerateCall(msgspec.Struct):

@@ -10,17 +10,21 @@ from rich.table import Table
 
 from deployments.cli.output import make_console
 from deployments.config import AppConfig, resolve_paths
-from deployments.replica.engine_factory import slot_bytes
+from deployments.replica.model_memory import (
+    GIB,
+    GPUShare,
+    fewest_gpus,
+    fewest_slots,
+    itemsize_of,
+    share_of,
+    weight_bytes,
+)
 from deployments.serve.config_file import check_model, find_config_file, read_config_file
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
 from llm.checkpoint.hub import find_local_checkpoint
 from llm.config import ModelConfig
 from llm.errors import ConfigError
-
-_GIB = 1 << 30
-_WORKSPACE_GIB = 2.0
-"""What activations, CUDA graphs and the CUDA context take on a GPU, about."""
 
 
 def check(
@@ -71,16 +75,6 @@ def _print_port(console: Console, front_end: FrontEnd) -> None:
         console.print(f"[green]✓[/] port {front_end.port} of {front_end.host} is free; it lets in {who}")
 
 
-def weight_bytes(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of all weights, those of plain numbers in `itemsize` bytes each."""
-    import torch
-
-    from llm.models.decoder import DecoderModel
-
-    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-    return sum(weight.nbytes for weight in DecoderModel.from_config(model, device="meta", dtype=dtype).parameters())
-
-
 def _width(model: ModelConfig, itemsize: int) -> str:
     """How many bits a number of the weights takes."""
     width = f"{8 * itemsize} bits a number"
@@ -94,22 +88,33 @@ def _width(model: ModelConfig, itemsize: int) -> str:
 
 
 def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
-    itemsize = 4 if app.dtype == "float32" else 2
-    kv_itemsize = 1 if app.engine.kv_cache_dtype == "fp8" else itemsize
-    weights, slot = weight_bytes(model, itemsize), slot_bytes(model, kv_itemsize)
+    itemsize, share = itemsize_of(app), share_of(app, model, app.engine.tensor_parallel_size)
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("  weights", f"{weights / _GIB:.2f} GiB ({_width(model, itemsize)})")
-    table.add_row("  a slot", f"{slot / 1024:.1f} KiB of keys and values for one token")
-    num_rows, state = app.engine.batch_size("cuda"), model.state_bytes(itemsize)
-    if state:
-        states = num_rows * state / _GIB
-        table.add_row("  a row", f"{state / (1 << 20):.1f} MiB of states, {states:.2f} GiB for {num_rows} rows")
+    on_each = f" on each of {share.num_gpus} GPUs" if share.num_gpus > 1 else ""
+    weights = f"{weight_bytes(model, itemsize) / GIB:.2f} GiB"
+    if on_each:
+        weights += f", {share.weight_bytes / GIB:.2f} GiB{on_each}"
+    table.add_row("  weights", f"{weights} ({_width(model, itemsize)})")
+    table.add_row("  a slot", f"{share.slot_bytes / 1024:.1f} KiB of keys and values for one token{on_each}")
+    if share.state_bytes:
+        num_rows = app.engine.batch_size("cuda")
+        a_row, states = share.state_bytes / num_rows / (1 << 20), share.state_bytes / GIB
+        table.add_row("  a row", f"{a_row:.1f} MiB of states, {states:.2f} GiB for {num_rows} rows{on_each}")
     for size in sizes:
-        room = size * app.engine.gpu_memory_utilization - (weights + num_rows * state) / _GIB - _WORKSPACE_GIB
-        slots = int(room * _GIB // slot)
-        what = f"about {slots:,} slots: {slots // 1000:,} sequences of 1,000 tokens" if slots > 0 else "too small"
-        table.add_row(f"  a GPU of {size:g} GiB", what)
+        which = f"{share.num_gpus} GPUs" if on_each else "a GPU"
+        table.add_row(f"  {which} of {size:g} GiB", _what_fits(app, model, share, size))
     return table
+
+
+def _what_fits(app: AppConfig, model: ModelConfig, share: GPUShare, size: float) -> str:
+    """What the pool of a replica holds on GPUs of so many GiB; if nothing, how many of them it takes."""
+    slots = share.num_slots(size * GIB * app.engine.gpu_memory_utilization)
+    if slots >= fewest_slots(app, model):
+        return f"about {slots:,} slots: {slots // 1000:,} sequences of 1,000 tokens"
+    enough = fewest_gpus(app, model, size * GIB)
+    if enough is None or enough.num_gpus <= share.num_gpus:
+        return "too small"
+    return f"too small; {enough.num_gpus} of them hold it: engine.tensor_parallel_size: {enough.num_gpus}"
 
 
 def _checklist(app: AppConfig, model: ModelConfig) -> Table:

@@ -37,6 +37,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all, which needs keys.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Engine replicas.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="GPUs of each replica, which share the model.")] = None,
     api_keys_env: Annotated[str | None, typer.Option(help="Environment variable with API keys, by commas.")] = None,
     haproxy: Annotated[bool, typer.Option(help="Put HAProxy in front, which comes with Ray.")] = True,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: engine.max_seq_len=8192.")] = None,
@@ -53,9 +54,10 @@ def serve(
         rayline serve ~/models/Qwen3-0.6B --port 9000
         rayline serve ~/models/Qwen3-0.6B-Q8_0.gguf
         rayline serve my-model --set engine.quantization=fp8 --replicas 2
+        rayline serve ~/models/Llama-3.3-70B-Instruct --tp 2
     """
     content = _content(find_config_file(config))
-    _override(content, model, host, port, replicas, api_keys_env, settings or [])
+    _override(content, model, host, port, replicas, tp, api_keys_env, settings or [])
     with ExitStack() as stack:
         directory = _scratch_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -97,6 +99,7 @@ def _override(
     host: str | None,
     port: int | None,
     replicas: int | None,
+    tp: int | None,
     api_keys_env: str | None,
     settings: list[str],
 ) -> None:
@@ -112,6 +115,10 @@ def _override(
         options["port"] = port
     if replicas is not None:
         args.setdefault("replicas", {})["num_replicas"] = replicas
+    if tp is not None:
+        args.setdefault("engine", {})["tensor_parallel_size"] = tp
+        if args.get("replicas", {}).get("num_gpus"):  # the file's are for its own number
+            args["replicas"]["num_gpus"] = tp
     if api_keys_env is not None:
         args["api_keys_env"] = api_keys_env
     for setting in settings:

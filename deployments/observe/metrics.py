@@ -84,14 +84,17 @@ class RouterMetrics:
         state: the router's.
         peers: the other routers.
         min_replicas: number of replicas that the configuration keeps whatever the load.
+        gpus_a_replica: GPUs that hold the model together; on a CPU, processes.
     """
 
-    def __init__(self, model: str, state: RouterState, peers: RouterPeers, *, min_replicas: int = 1) -> None:
+    def __init__(
+        self, model: str, state: RouterState, peers: RouterPeers, *, min_replicas: int = 1, gpus_a_replica: int = 1
+    ) -> None:
         self._peers = peers
         self._state = state
         self._labels = (model, peers.router_id)
         self._registry = CollectorRegistry()
-        self._registry.register(_StateCollector(self._labels, state, min_replicas))
+        self._registry.register(_StateCollector(self._labels, state, min_replicas, gpus_a_replica))
         self._histograms = {
             name: Histogram(name, text, ROUTER_LABELS, buckets=buckets, registry=self._registry).labels(*self._labels)
             for name, (text, buckets) in _HISTOGRAMS.items()
@@ -150,10 +153,11 @@ class RouterMetrics:
 class _StateCollector(Collector):
     """Gauges and counters that are kept elsewhere, read when they are asked for."""
 
-    def __init__(self, labels: tuple[str, str], state: RouterState, min_replicas: int) -> None:
+    def __init__(self, labels: tuple[str, str], state: RouterState, min_replicas: int, gpus_a_replica: int) -> None:
         self._labels = labels
         self._state = state
         self._min_replicas = min_replicas
+        self._gpus_a_replica = gpus_a_replica
 
     def collect(self) -> Iterable[Metric]:
         """See prometheus_client."""
@@ -163,6 +167,7 @@ class _StateCollector(Collector):
         gauges = {key: (name, text, router[key]) for key, (name, text) in _GAUGES.items()}
         gauges["serving"] = "rayline:router_replicas", "Replicas that get requests from this router.", serving
         gauges["min"] = "rayline:min_replicas", "Replicas that there are to be whatever the load.", self._min_replicas
+        gauges["gpus"] = "rayline:gpus_per_replica", "GPUs that hold a replica's model together.", self._gpus_a_replica
         for name, text, value in gauges.values():
             gauge = GaugeMetricFamily(name, text, labels=ROUTER_LABELS)
             gauge.add_metric(self._labels, value)

@@ -11,7 +11,8 @@ from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, DType, EngineKind
 from deployments.fingerprint import fingerprint_of
 from deployments.replica.emulated_engine import EmulatedEngine
-from llm.config import ModelConfig
+from deployments.replica.model_memory import check_fits, slot_bytes
+from llm.errors import ConfigError
 from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import EngineStats, GenerationRequest, StepOutput
 
@@ -66,11 +67,6 @@ class Engine(Protocol):
     def stats(self) -> EngineStats:
         """State between two steps."""
         ...
-
-
-def slot_bytes(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers with attention."""
-    return 2 * model.num_attention_layers * model.kv_heads * model.head_size * itemsize
 
 
 def num_cores() -> int:
@@ -131,13 +127,39 @@ def _report_progress() -> Callable[[int, int], None]:
     return report
 
 
+def _check_gpus(config: AppConfig) -> None:
+    """See that this replica's GPUs can hold the model, before it is read.
+
+    Raises:
+        ConfigError: they cannot, or there are too few.
+    """
+    import torch
+
+    from llm.checkpoint.hub import resolve_model_path
+    from llm.checkpoint.loading import check_checkpoint
+
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    num_gpus = config.engine.tensor_parallel_size
+    if device.type != "cuda":
+        return
+    if num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"engine.tensor_parallel_size: {num_gpus} needs as many GPUs, and a replica sees "
+            f"{torch.cuda.device_count()}; set it lower, or replicas.num_gpus higher"
+        )
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    check_fits(config, check_checkpoint(resolve_model_path(config.model)).config, gpu_bytes)
+
+
 def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
     import torch
 
     from llm.serving.engine import ContinuousBatchingEngine
 
     # Ray sets OMP_NUM_THREADS=1 for replicas with less than a CPU.
-    torch.set_num_threads(config.replicas.torch_threads or max(1, num_cores() // config.replicas.most_replicas))
+    num_processes = config.replicas.most_replicas * config.engine.tensor_parallel_size
+    torch.set_num_threads(config.replicas.torch_threads or max(1, num_cores() // num_processes))
+    _check_gpus(config)
     dtype = None if config.dtype is DType.AUTO else getattr(torch, config.dtype)
     engine = ContinuousBatchingEngine.from_pretrained(
         config.model,
@@ -166,6 +188,7 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         backend=engine.attention_backend,
         fingerprint=fingerprint_of(config),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
-        kv_cache_bytes=engine.num_slots * slot_bytes(model.config, kv_itemsize)
-        + (engine.scheduler.max_batch_size + 1) * model.config.state_bytes(model.dtype.itemsize),
+        kv_cache_bytes=engine.num_slots * slot_bytes(model.held, kv_itemsize)
+        + (engine.scheduler.max_batch_size + 1) * model.held.state_bytes(model.dtype.itemsize),
+        num_gpus=config.engine.tensor_parallel_size,
     )

@@ -85,7 +85,11 @@ class Router:
         )
         channel = self._listener.address
         self.metrics = RouterMetrics(
-            config.model_name, self, peers or NoPeers(), min_replicas=config.replicas.fewest_replicas
+            config.model_name,
+            self,
+            peers or NoPeers(),
+            min_replicas=config.replicas.fewest_replicas,
+            gpus_a_replica=config.engine.tensor_parallel_size,
         )
         self.tracer = None
         if config.tracing.endpoint is not None:

@@ -34,12 +34,14 @@ def ready_banner(url: str, told: Announcement, more: Mapping[str, str] | None = 
         rows["replicas"] = "none yet: the first request starts one"
     else:
         replicas = f" in each of {told.num_replicas} replicas" if told.num_replicas > 1 else ""
-        rows["device"] = f"{engine.device}, {engine.dtype}"
+        each = f" and {engine.num_gpus - 1} more a replica" if engine.num_gpus > 1 else ""
+        rows["device"] = f"{engine.device}{each}, {engine.dtype}"
         rows["context"] = f"{engine.max_seq_len:,} tokens"
         rows["slots"] = f"{engine.num_slots:,} tokens{replicas}"
         if engine.weight_bytes:
             weights, kv_cache = _size(engine.weight_bytes), _size(engine.kv_cache_bytes)
-            rows["memory"] = f"{weights} of weights, {kv_cache} of keys and values{replicas}"
+            where = replicas if engine.num_gpus == 1 else " on each of their devices"
+            rows["memory"] = f"{weights} of weights, {kv_cache} of keys and values{where}"
     rows |= more or {}
     lines = [f"Rayline is ready: {url}", *(f"  {name:<10}{value}" for name, value in rows.items())]
     key = " -H 'Authorization: Bearer YOUR_KEY'" if told.needs_key else ""

@@ -30,7 +30,10 @@ def may_nodes_join() -> bool:
 
 
 def gpus_a_replica(config: AppConfig, num_gpus: float, may_join: bool) -> float:
-    """GPUs that Ray is to set aside for each replica. One that asks for a GPU waits until a node has it free.
+    """GPUs that Ray is to set aside for each replica, which waits until one node has them free.
+
+    They are the replica's own request, and not bundles of a placement group: Ray gives an actor all its GPUs on one
+    node, and the processes that the replica starts see those that it sees.
 
     Args:
         config: the application's configuration; `replicas.num_gpus` decides where it is set.
@@ -39,17 +42,19 @@ def gpus_a_replica(config: AppConfig, num_gpus: float, may_join: bool) -> float:
     """
     if config.replicas.num_gpus is not None:
         return config.replicas.num_gpus
+    own = config.engine.tensor_parallel_size
     wants_cuda = config.device is not None and config.device.startswith("cuda")
     if config.engine_kind is not EngineKind.TORCH or not (wants_cuda or config.device is None):
         return 0
     if num_gpus >= 1:
-        return 1
+        return own
     if wants_cuda or may_join:
         logger.warning(
             "no node of the cluster has a GPU now: replicas wait for one. replicas.num_gpus: 0 runs them on CPUs"
         )
-        return 1
+        return own
     logger.warning(
-        "no node of the cluster has a GPU: replicas run on CPUs. replicas.num_gpus: 1 waits for a node that has one"
+        "no node of the cluster has a GPU: replicas run on CPUs. "
+        f"replicas.num_gpus: {own} waits for a node that has {'one' if own == 1 else 'as many'}"
     )
     return 0

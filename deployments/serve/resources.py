@@ -1,13 +1,13 @@
 """What replicas need of a machine."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from deployments.config import AppConfig, EngineKind
 from deployments.serve.cluster import gpus_a_replica
 from llm.errors import ConfigError
 
 
-def check_resources(apps: Iterable[AppConfig], resources: Mapping[str, float]) -> None:
+def check_resources(apps: Collection[AppConfig], resources: Mapping[str, float]) -> None:
     """See that the machine has what all replicas need to start, which would else wait for it for ever.
 
     Raises:
@@ -23,7 +23,9 @@ def check_resources(apps: Iterable[AppConfig], resources: Mapping[str, float]) -
         gpus += count * gpus_a_replica(config, num_gpus, may_join=False)
         cpus += count * replicas.num_cpus + config.router.num_replicas * config.router.num_cpus
     if gpus > num_gpus:
-        raise ConfigError(f"the replicas need {gpus:g} GPUs and this machine has {num_gpus:g}: set fewer --replicas")
+        has_several = any(config.engine.tensor_parallel_size > 1 for config in apps)
+        fix = "fewer --replicas" + (", or a smaller --tp" if has_several else "")
+        raise ConfigError(f"the replicas need {gpus:g} GPUs and this machine has {num_gpus:g}: set {fix}")
     if cpus > num_cpus:
         raise ConfigError(
             f"replicas and routers set {cpus:g} CPUs aside and this machine has {num_cpus:g}: set fewer --replicas, or "

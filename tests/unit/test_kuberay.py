@@ -123,10 +123,11 @@ def test_replicas_and_gpu_pods_agree():
     config, gpu = application(), WORKERS["gpu"]
     assert config.replicas.autoscaling.max_replicas == gpu["maxReplicas"]
     assert gpu["minReplicas"] <= config.replicas.autoscaling.min_replicas
-    assert config.replicas.num_gpus == 1, "else a cluster without GPU pods at the moment would have to guess"
+    num_gpus = config.engine.tensor_parallel_size
+    assert config.replicas.num_gpus == num_gpus, "else a cluster without GPU pods at the moment would have to guess"
     resources = container(gpu["template"])["resources"]
-    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == 1
-    assert gpu["rayStartParams"]["num-gpus"] == "1"
+    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == num_gpus
+    assert gpu["rayStartParams"]["num-gpus"] == str(num_gpus)
     assert CLUSTER["enableInTreeAutoscaling"] is True
 
 

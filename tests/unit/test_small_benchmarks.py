@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.pipeline_sim import loads, simulate
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,3 +50,16 @@ def test_groups_of_layers_hold_no_more_than_their_windows():
     assert rows["llama-3.1-8b"]["while decoding"] == 1
     assert 0.5 < rows["gpt-oss-20b"]["while decoding"] < 0.53
     assert 1 / 6 < rows["gemma-3-270m"]["while decoding"] < 0.25
+
+
+def test_stages_of_a_pipeline_stand_idle_where_steps_differ():
+    """With as many groups as stages hardly at all, unless some steps are far larger than others."""
+    idle = {
+        (num_groups, name): simulate(4, num_groups, 256, chunk, seconds=5).idle
+        for num_groups in (1, 4)
+        for name, chunk in loads(512).items()
+    }
+    assert all(0.74 < idle[1, name] < 0.76 for name in loads(512)), "a single step is in one stage at a time"
+    assert idle[4, "decodes"] < 0.02
+    assert idle[4, "prompts in every step"] < 0.02
+    assert 0.3 < idle[4, "prompts in some steps"] < 0.6

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,11 +17,12 @@ from typer.testing import CliRunner
 
 from deployments.cli import app
 from deployments.cli.chat import _Talk
-from deployments.cli.check import weight_bytes
+from deployments.cli.check import _memory
 from deployments.cli.serve import _content, _override
-from deployments.replica.engine_factory import slot_bytes
+from deployments.config import AppConfig
+from deployments.replica.model_memory import check_fits, fewest_gpus, share_of, slot_bytes, weight_bytes
 from llm.checkpoint.model_config import load_model_config
-from llm.config import ModelConfig
+from llm.config import EngineConfig, ModelConfig
 from llm.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +35,7 @@ def rayline(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def overridden(*settings: str, **options) -> dict:
     content = _content(ROOT / "serve_config.yaml")
-    fields = {"model": None, "host": None, "port": None, "replicas": None, "api_keys_env": None, **options}
+    fields = {"model": None, "host": None, "port": None, "replicas": None, "tp": None, "api_keys_env": None, **options}
     _override(content, **fields, settings=list(settings))
     return content
 
@@ -44,6 +46,24 @@ def test_options_and_settings_go_over_the_file():
     assert content["applications"][0]["args"] == {
         "model": "some/model", "replicas": {"num_replicas": 3}, "engine": {"max_seq_len": 1024}, "dtype": "float32"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("set_aside", "then"), [((), None), (("replicas.num_gpus=1",), 2), (("replicas.num_gpus=0",), 0)]
+)
+def test_tp_takes_as_many_gpus_a_replica_as_it_says(set_aside, then):
+    """Those of the file are for its own number; a file that wants CPUs gets processes on them."""
+    content = overridden(*set_aside, model="some/model")
+    _override(content, None, None, None, None, 2, None, [])
+    args = content["applications"][0]["args"]
+    assert args["engine"] == {"tensor_parallel_size": 2}
+    assert args.get("replicas", {}).get("num_gpus") == then
+    AppConfig.model_validate(args)
+
+
+def test_other_gpus_than_the_model_has_parts_are_refused():
+    with pytest.raises(ValueError, match=r"num_gpus: 1 is not engine.tensor_parallel_size: 2"):
+        AppConfig.model_validate({"engine": {"tensor_parallel_size": 2}, "replicas": {"num_gpus": 1}})
 
 
 @pytest.mark.parametrize("setting", ["engine", "=3", "engine.=3", "model.x=3"])
@@ -83,6 +103,19 @@ def test_check_says_what_a_model_needs(tmp_path):
     assert "grouped queries" in result.output
 
 
+def test_check_says_how_many_gpus_a_model_needs():
+    """And what is on each of them, where there are several."""
+    console = Console(record=True, file=io.StringIO(), width=120)
+    for num_gpus in (1, 2):
+        app = AppConfig(engine=EngineConfig(tensor_parallel_size=num_gpus))
+        console.print(_memory(app, LLAMA_70B, [24, 141]))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "a GPU of 24 GiB too small; 8 of them hold it: engine.tensor_parallel_size: 8" in lines
+    assert "a GPU of 141 GiB too small; 2 of them hold it: engine.tensor_parallel_size: 2" in lines
+    assert "weights 131.42 GiB, 65.71 GiB on each of 2 GPUs (16 bits a number)" in lines
+    assert any(re.fullmatch(r"2 GPUs of 141 GiB about 38\d,\d{3} slots: .*", line) for line in lines), lines
+
+
 def test_check_of_a_broken_file_is_one_line():
     result = rayline("check", "nothing.yaml")
     assert result.returncode == 1
@@ -100,6 +133,38 @@ def test_memory_of_a_known_model():
     )  # fmt: skip
     assert weight_bytes(model, 2) == pytest.approx(2 * 8.03e9, rel=0.001)
     assert slot_bytes(model, 2) == 128 * 1024
+
+
+LLAMA_70B = ModelConfig(
+    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8,
+    max_seq_len=131072,
+)  # fmt: skip
+
+
+def test_memory_of_a_model_on_several_gpus():
+    """Llama-3.3-70B: 70.6 billion parameters, 320 KiB a token; cut in two, half of both but for the norms."""
+    whole, half = (share_of(AppConfig(), LLAMA_70B, num_gpus) for num_gpus in (1, 2))
+    assert whole.weight_bytes == pytest.approx(2 * 70.6e9, rel=0.001)
+    assert half.weight_bytes == pytest.approx(whole.weight_bytes / 2, rel=1e-3)
+    assert (whole.slot_bytes, half.slot_bytes) == (320 * 1024, 160 * 1024)
+    assert share_of(AppConfig(), LLAMA_70B, 16).slot_bytes == 40 * 1024, "one of eight heads, which two GPUs hold"
+
+
+@pytest.mark.parametrize(("gib", "num_gpus"), [(24, 8), (80, 2), (141, 2), (192, 1), (8, 32), (2, None)])
+def test_fewest_gpus_of_a_size(gib: int, num_gpus: int | None):
+    share = fewest_gpus(AppConfig(), LLAMA_70B, gib << 30)
+    assert (share.num_gpus if share is not None else None) == num_gpus
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_would_do():
+    app = AppConfig(model="some/llama-70b")
+    refusal = r"131\.4 GiB.*engine.tensor_parallel_size: 2, .* or GPUs of 151 GiB"
+    with pytest.raises(ConfigError, match=refusal) as caught:
+        check_fits(app, LLAMA_70B, 141 << 30)
+    assert "\n" not in str(caught.value)
+    check_fits(app.model_copy(update={"engine": EngineConfig(tensor_parallel_size=2)}), LLAMA_70B, 141 << 30)
+    with pytest.raises(ConfigError, match=r"key/value heads|divide"):
+        check_fits(app.model_copy(update={"engine": EngineConfig(tensor_parallel_size=3)}), LLAMA_70B, 141 << 30)
 
 
 def test_memory_of_a_model_with_states():

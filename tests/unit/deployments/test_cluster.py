@@ -21,6 +21,10 @@ from deployments.serve.cluster import gpus_a_replica, may_nodes_join
         ({"replicas": {"num_gpus": 0}}, 4, True, 0),
         ({"replicas": {"num_gpus": 1}}, 0, False, 1),
         ({"replicas": {"num_gpus": 0.5}, "device": "cuda"}, 0, False, 0.5),
+        ({"engine": {"tensor_parallel_size": 4}}, 8, False, 4),
+        ({"engine": {"tensor_parallel_size": 4}}, 0, True, 4),
+        ({"engine": {"tensor_parallel_size": 4}, "device": "cpu"}, 8, True, 0),
+        ({"engine": {"tensor_parallel_size": 4}, "replicas": {"num_gpus": 0}}, 8, True, 0),
     ],
 )
 def test_a_replica_asks_for_a_gpu_where_one_may_come(changes: dict, num_gpus: float, may_join: bool, expected: float):

@@ -72,6 +72,7 @@ async def test_metrics_tell_what_happened(make_service: ServiceFactory):
     assert total(samples, "rayline:requests_total") == 3
     assert total(samples, "rayline:router_replicas") == 2
     assert total(samples, "rayline:min_replicas") == 1
+    assert total(samples, "rayline:gpus_per_replica") == 1
     assert total(samples, "vllm:generation_tokens_total") >= 60
     assert total(samples, "vllm:kv_cache_usage_perc", engine="replica-0") == 0
     assert total(samples, "rayline:replica_serving", engine="replica-1") == 1

@@ -128,6 +128,7 @@ def serve_with_hub(url: str, home: Path) -> "subprocess.CompletedProcess[str]":
     [
         ({"replicas": {"num_replicas": 3}}, "need 3 GPUs and this machine has 2"),
         ({"replicas": {"num_gpus": 4}}, "need 4 GPUs"),
+        ({"replicas": {"num_replicas": 2}, "engine": {"tensor_parallel_size": 2}}, "need 4 GPUs.* smaller --tp"),
         ({"replicas": {"num_replicas": 9, "num_cpus": 1}, "device": "cpu"}, "9.25 CPUs"),
         ({"replicas": {"autoscaling": {"min_replicas": 3, "max_replicas": 4}}}, "need 3 GPUs"),
     ],
@@ -148,7 +149,7 @@ def test_a_file_without_a_host_listens_on_this_machine_alone(tmp_path: Path):
     del content["http_options"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     read = serve._content(tmp_path / "config.yaml")
-    serve._override(read, None, None, None, None, None, [])
+    serve._override(read, None, None, None, None, None, None, [])
     assert read["http_options"] == {"host": "127.0.0.1"}
     with pytest.raises(ConfigError, match="no API keys"):
         serve.read_config_file(tmp_path / "config.yaml")

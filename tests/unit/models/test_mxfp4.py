@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from deployments.cli.check import weight_bytes
+from deployments.replica.model_memory import weight_bytes
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.config import EngineConfig
 from llm.core.mxfp4 import unpack_mxfp4

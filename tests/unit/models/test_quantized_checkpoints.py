@@ -20,7 +20,7 @@ from quantized_layouts import (
 )
 from safetensors.torch import load_file, save_file
 
-from deployments.cli.check import weight_bytes
+from deployments.replica.model_memory import weight_bytes
 from llm.attention.dense import DenseContext
 from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import check_checkpoint, load_decoder

@@ -1,0 +1,128 @@
+"""What a model takes of each GPU of a replica, known before it is loaded."""
+
+from dataclasses import dataclass
+
+from deployments.config import AppConfig
+from llm.config import ModelConfig
+from llm.core.partition import WHOLE, Partition
+from llm.errors import ConfigError
+
+GIB = 1 << 30
+_WORKSPACE_BYTES = 2 * GIB
+"""What activations, CUDA graphs and the CUDA context take on a GPU, about."""
+_FEWEST_SLOTS = 8192
+"""A pool that holds less is of no use; that of a model with a shorter context holds that."""
+_MOST_GPUS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class GPUShare:
+    """What each GPU of a replica holds.
+
+    Attributes:
+        num_gpus: of the replica.
+        weight_bytes: of its part of the weights.
+        state_bytes: of all rows' states.
+        slot_bytes: of one token's keys and values.
+    """
+
+    num_gpus: int
+    weight_bytes: int
+    state_bytes: int
+    slot_bytes: int
+
+    def num_slots(self, usable_bytes: float) -> int:
+        """Tokens that the pool has room for, where a GPU may use so many bytes; below 1 where the rest has none."""
+        return int((usable_bytes - self.weight_bytes - self.state_bytes - _WORKSPACE_BYTES) // self.slot_bytes)
+
+    def usable_bytes(self, num_slots: int) -> int:
+        """Bytes that a GPU must be allowed to use for a pool of so many tokens."""
+        return self.weight_bytes + self.state_bytes + _WORKSPACE_BYTES + num_slots * self.slot_bytes
+
+
+def slot_bytes(model: ModelConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers with attention."""
+    return 2 * model.num_attention_layers * model.kv_heads * model.head_size * itemsize
+
+
+def weight_bytes(model: ModelConfig, itemsize: int, partition: Partition = WHOLE) -> int:
+    """Bytes of the weights of a part, those of plain numbers in `itemsize` bytes each.
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    import torch
+
+    from llm.models.decoder import DecoderModel
+
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    part = DecoderModel.from_config(model, device="meta", dtype=dtype, partition=partition)
+    return sum(weight.nbytes for weight in part.parameters())
+
+
+def share_of(app: AppConfig, model: ModelConfig, num_gpus: int) -> GPUShare:
+    """What each of so many GPUs holds, with everything else as configured.
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    from llm.models.cuts import held_shape
+
+    partition = Partition(0, num_gpus, by_expert=app.engine.expert_parallel)
+    held, itemsize = held_shape(model, partition), itemsize_of(app)
+    kv_itemsize = 1 if app.engine.kv_cache_dtype == "fp8" else itemsize
+    return GPUShare(
+        num_gpus,
+        weight_bytes(model, itemsize, partition),
+        app.engine.batch_size("cuda") * held.state_bytes(itemsize),
+        slot_bytes(held, kv_itemsize),
+    )
+
+
+def itemsize_of(app: AppConfig) -> int:
+    """Bytes of a number on a GPU, where weights have no format of their own."""
+    return 4 if app.dtype == "float32" else 2
+
+
+def fewest_slots(app: AppConfig, model: ModelConfig) -> int:
+    """Tokens that a pool should hold at least."""
+    return min(app.engine.max_seq_len or model.max_seq_len, _FEWEST_SLOTS)
+
+
+def fewest_gpus(app: AppConfig, model: ModelConfig, gpu_bytes: float) -> GPUShare | None:
+    """The shares of the smallest number of GPUs of this size that serve a model; None where none does."""
+    usable, num_gpus = gpu_bytes * app.engine.gpu_memory_utilization, 1
+    while num_gpus <= _MOST_GPUS:
+        try:
+            share = share_of(app, model, num_gpus)
+        except ConfigError:  # a number that does not divide it; none that is larger does
+            return None
+        if share.num_slots(usable) >= fewest_slots(app, model):
+            return share
+        num_gpus *= 2
+    return None
+
+
+def check_fits(app: AppConfig, model: ModelConfig, gpu_bytes: int) -> None:
+    """Refuse a model whose weights alone are more than a GPU may hold, before any of them is read.
+
+    Args:
+        gpu_bytes: memory of each of the replica's GPUs.
+
+    Raises:
+        ConfigError: they are, or the model cannot be cut as configured; with what would do.
+    """
+    num_gpus, utilization = app.engine.tensor_parallel_size, app.engine.gpu_memory_utilization
+    share = share_of(app, model, num_gpus)
+    needed = share.weight_bytes + share.state_bytes
+    if needed <= gpu_bytes * utilization:
+        return
+    enough = share.usable_bytes(fewest_slots(app, model)) / utilization / GIB
+    ways = [f"GPUs of {enough:.0f} GiB"]
+    more = fewest_gpus(app, model, gpu_bytes)
+    if more is not None:
+        ways.insert(0, f"engine.tensor_parallel_size: {more.num_gpus}, for as many GPUs of this size a replica")
+    raise ConfigError(
+        f"{app.model_name} does not fit: {needed / GIB:.1f} GiB of weights on each GPU, which has "
+        f"{gpu_bytes / GIB:.1f} GiB and may use {utilization:g} of it; what would do: {', or '.join(ways)}"
+    )
