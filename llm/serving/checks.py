@@ -85,6 +85,11 @@ def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
     """
     if config.tensor_parallel_size > 1:
         raise ConfigError(f"tensor_parallel_size: {config.tensor_parallel_size}: only 1 works yet; leave it out")
+    if model.latent is not None and config.kv_cache_dtype == "fp8":
+        raise ConfigError(
+            f"kv_cache_dtype: fp8: {model.architecture} keeps one latent vector a token in place of keys and values, "
+            "which is not rounded to 8 bits; leave it out"
+        )
     if model.delta is None:
         return []
     if config.num_speculative_tokens:

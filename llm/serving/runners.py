@@ -8,6 +8,7 @@ from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
+from llm.models.latent import unpack_latent_heads
 from llm.models.quantized import quantized_modules
 from llm.serving.checks import check_quantization
 from llm.serving.model_runner import EagerRunner, ModelRunner
@@ -31,6 +32,7 @@ def make_runner(model: DecoderModel, config: EngineConfig, *, num_pages: int, co
         page_size=config.page_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.config.head_size,
+        has_values=model.config.latent is None,
         device=model.device,
         dtype=kv_cache_dtype(model, config),
     )
@@ -56,6 +58,7 @@ def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
         ConfigError: the configuration asks for what this backend, this device or this model cannot do.
     """
     _check_formats(model, config)
+    unpack_latent_heads(model)
     if choose_backend(config.attention_backend, model.device) != TRITON:
         return
     from llm.models.quantize import is_rounded, quantize_weights
