@@ -136,6 +136,7 @@ class Bench:
             page_size=1,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.config.head_size,
+            has_values=model.config.latent is None,
             dtype=kv_cache_dtype(model, self.engine.config),
         )
         return LeastReads(weights, slot, 2 * model.config.state_bytes(model.dtype.itemsize))

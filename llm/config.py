@@ -205,6 +205,24 @@ class DeltaConfig(StrictModel):
         return self
 
 
+class LatentConfig(StrictModel):
+    """Attention that keeps one vector a token, its latent, from which each head's key and value are projected
+    (DeepSeek-V2's MLA, arXiv:2405.04434)."""
+
+    rank: int = Field(gt=0)
+    """Width of the latent."""
+    query_rank: int | None = Field(default=None, gt=0)
+    """Width of what queries are projected from; None for the residual stream's norm itself."""
+    plain_dim: int = Field(gt=0)
+    """Numbers of a head's query and key that do not turn."""
+    rope_dim: int = Field(gt=0)
+    """Numbers behind them that do; those of the key are the same for all heads and are kept beside the latent."""
+    value_dim: int = Field(gt=0)
+    """Width of a head's value."""
+    is_interleaved: bool = True
+    """Neighbouring numbers turn together, not those of the two halves."""
+
+
 class RoutingConfig(StrictModel):
     """How a router scores experts and chooses among them."""
 
@@ -252,6 +270,9 @@ class ModelConfig(StrictModel):
     """The same of the logits."""
     embedding_scale: float | None = Field(default=None, gt=0)
     """What embeddings are multiplied by, rounded to the model's format (Gemma); None for nothing."""
+    latent: LatentConfig | None = None
+    """How attention keeps a latent in place of keys and values, which it then attends to by one key/value head of
+    `rank + rope_dim` numbers; None for keys and values."""
     delta: DeltaConfig | None = None
     """Layers without attention, which keep a state of fixed size; None for none."""
     rms_norm_eps: float = Field(default=1e-6, gt=0)
@@ -323,6 +344,9 @@ class ModelConfig(StrictModel):
             raise ValueError(f"window_layers {self.window_layers} names a layer past num_layers {self.num_layers}")
         if self.delta is not None and not set(range(self.num_layers)).issuperset(self.delta.layers):
             raise ValueError(f"delta.layers {self.delta.layers} names a layer past num_layers {self.num_layers}")
+        latent = self.latent
+        if latent is not None and (self.kv_heads, self.head_size) != (1, latent.rank + latent.rope_dim):
+            raise ValueError(f"latent attention has one key/value head of {latent.rank + latent.rope_dim} numbers")
         if not self.num_attention_layers:
             raise ValueError("delta.layers names every layer; at least one must have attention")
         return self
@@ -346,12 +370,19 @@ class ModelConfig(StrictModel):
     @property
     def rotary_size(self) -> int:
         """Numbers of a head that RoPE turns."""
+        if self.latent is not None:
+            return self.latent.rope_dim
         return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def kv_heads(self) -> int:
         """Number of key/value heads."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def slot_width(self) -> int:
+        """Numbers that a layer with attention keeps of each token."""
+        return (2 if self.latent is None else 1) * self.kv_heads * self.head_size
 
     @property
     def mlp_size(self) -> int:

@@ -16,10 +16,10 @@ def lose_device_on_demand(engine: ContinuousBatchingEngine, fault_dir: str) -> N
     """
     file, launch = Path(fault_dir) / str(os.getpid()), engine.runner.launch
 
-    def launch_or_fail(plan: Any) -> Any:
+    def launch_or_fail(*args: Any) -> Any:
         if file.exists():
             device = engine.model.device
             torch.zeros(1, device=device)[torch.ones(1, dtype=torch.long, device=device)]
-        return launch(plan)
+        return launch(*args)
 
-    engine.runner.launch = launch_or_fail  # type: ignore[method-assign]
+    engine.runner.launch = launch_or_fail  # type: ignore[method-assign, assignment]

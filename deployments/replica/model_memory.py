@@ -41,8 +41,8 @@ class GPUShare:
 
 
 def slot_bytes(model: ModelConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers with attention."""
-    return 2 * model.num_attention_layers * model.kv_heads * model.head_size * itemsize
+    """Bytes of one token's keys and values, or latents, in all layers with attention."""
+    return model.num_attention_layers * model.slot_width * itemsize
 
 
 def weight_bytes(model: ModelConfig, itemsize: int, partition: Partition = WHOLE) -> int:

@@ -37,7 +37,11 @@ class DenseContext:
         else:
             cache = self._caches[layer]
             assert isinstance(cache, KVCache), "the model has looked at its caches"
-            keys, values = cache.append(key, value)
+            if spec.has_values:
+                keys, values = cache.append(key, value)
+            else:
+                keys, _ = cache.append(key, key[..., : cache.value_dim])
+                values = keys[..., : spec.value_size]
         mask = self._mask(query.shape[1], keys.shape[2], spec.window, query.device)
         return causal_attention(query.transpose(1, 2), keys, values, mask, spec, sinks).transpose(1, 2)
 
@@ -83,13 +87,13 @@ def causal_attention(
 
     Args:
         query: (batch, num_heads, queries, head_dim).
-        keys, values: (batch, num_kv_heads, keys, head_dim).
+        keys, values: (batch, num_kv_heads, keys, head_dim) and (batch, num_kv_heads, keys, value_size).
         mask: boolean, (queries, keys), True where attended to; None for everything.
         sinks: (num_heads,); needed where `spec.has_sinks`.
         is_causal: in place of a mask where there are as many queries as keys: a query sees no later key.
 
     Returns:
-        Same shape as `query`.
+        (batch, num_heads, queries, value_size).
     """
     num_kv_heads = keys.shape[1]
     if spec.is_plain:
@@ -117,12 +121,12 @@ def attend_by_definition(
 
     Args:
         query: (…, queries, head_dim).
-        keys, values: (…, keys, head_dim), broadcast to the query's leading dimensions.
+        keys, values: (…, keys, head_dim) and (…, keys, value_size), broadcast to the query's leading dimensions.
         mask: boolean, broadcast to (…, queries, keys), True where attended to; None for everything.
         sinks: broadcast to (…, queries, 1); needed where `spec.has_sinks`.
 
     Returns:
-        Same shape as `query`.
+        (…, queries, value_size).
     """
     scores = (query @ keys.transpose(-1, -2)).float() * spec.softmax_scale
     if spec.soft_cap is not None:

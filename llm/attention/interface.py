@@ -31,11 +31,11 @@ class AttentionContext(Protocol):
             spec: shape and reach of the layer's attention.
             query: (…, num_heads, head_dim), RoPE applied.
             key: (…, num_kv_heads, head_dim), RoPE applied.
-            value: (…, num_kv_heads, head_dim).
+            value: (…, num_kv_heads, value_size); part of the key where the spec says so.
             sinks: (num_heads,); needed where `spec.has_sinks`.
 
         Returns:
-            Same shape as `query`.
+            (…, num_heads, value_size).
         """
         ...
 

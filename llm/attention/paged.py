@@ -62,14 +62,14 @@ class PagedAttentionBackend(Protocol):
 
         Args:
             query: (tokens, num_heads, head_dim).
-            key, value: (tokens, num_kv_heads, head_dim), the new tokens' own.
-            kv_pages: (2, pages, page_size, num_kv_heads, head_dim), keys first.
+            key, value: (tokens, num_kv_heads, head_dim) and (tokens, num_kv_heads, value_size), the new tokens' own.
+            kv_pages: (2, pages, page_size, num_kv_heads, head_dim), keys first; (1, …) where values are part of keys.
             group: index of the layer's group, whose layers all have one window.
             spec: of the layer.
             sinks: (num_heads,); needed where `spec.has_sinks`.
 
         Returns:
-            (tokens, num_heads, head_dim).
+            (tokens, num_heads, value_size).
         """
         ...
 
@@ -106,7 +106,8 @@ class PagedContext:
         kv_pages, group = self._kv_cache.layers[layer], self._kv_cache.group_of[layer]
         slots = kv_pages.flatten(1, 2)
         slots[0].index_copy_(0, self._batch.slots[group], key)
-        slots[1].index_copy_(0, self._batch.slots[group], value)
+        if spec.has_values:
+            slots[1].index_copy_(0, self._batch.slots[group], value)
         return self._backend.attend(query, key, value, kv_pages, self._batch, group, spec, sinks)
 
     def mix(

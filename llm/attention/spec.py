@@ -23,6 +23,8 @@ class AttentionSpec:
         has_sinks: each query head has a score of its own beside those of the tokens, for nothing: it takes its share of
             the softmax and gives no value (gpt-oss; Xiao et al. 2023, arXiv:2309.17453).
         has_gate: behind each head's query comes a gate of its width, whose sigmoid scales the head's output.
+        value_dim: values are the first so many numbers of keys, and keys alone are kept (latent attention, see
+            `llm.models.latent`); None for values of their own.
     """
 
     num_heads: int
@@ -34,6 +36,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     has_sinks: bool = False
     has_gate: bool = False
+    value_dim: int | None = None
 
     @property
     def softmax_scale(self) -> float:
@@ -56,6 +59,16 @@ class AttentionSpec:
         return 2 if self.has_gate else 1
 
     @property
+    def has_values(self) -> bool:
+        """Whether values are kept beside keys."""
+        return self.value_dim is None
+
+    @property
+    def value_size(self) -> int:
+        """Width of a head's value."""
+        return self.value_dim or self.head_dim
+
+    @property
     def output_size(self) -> int:
         """Width of what attention gives for a token."""
-        return self.num_heads * self.head_dim
+        return self.num_heads * self.value_size

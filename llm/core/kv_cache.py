@@ -19,6 +19,7 @@ class KVCache:
 
     Attributes:
         length: tokens seen so far by every sequence of the batch.
+        value_dim: width of the values, which need not be that of the keys; 0 for keys alone.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         window_size: int | None = None,
+        value_dim: int | None = None,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -46,7 +48,8 @@ class KVCache:
             capacity = min(max_seq_len, window_size + max(window_size // 4, _WINDOW_SLACK))
         shape = (max_batch_size, num_kv_heads, capacity, head_dim)
         self._keys = torch.zeros(shape, device=device, dtype=dtype)
-        self._values = torch.zeros(shape, device=device, dtype=dtype)
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self._values = torch.zeros((*shape[:-1], self.value_dim), device=device, dtype=dtype)
         self.reset()
 
     @classmethod
@@ -70,7 +73,7 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Memory held, in bytes."""
-        return 2 * self._keys.numel() * self._keys.element_size()
+        return self._keys.nbytes + self._values.nbytes
 
     def reset(self) -> None:
         """Forget every token. The memory stays allocated."""
@@ -82,7 +85,7 @@ class KVCache:
         """Store the keys and values of new tokens.
 
         Args:
-            key, value: (batch, num_new, num_kv_heads, head_dim).
+            key, value: (batch, num_new, num_kv_heads, head_dim), values `value_dim` wide.
 
         Returns:
             Keys and values to attend to, (batch, num_kv_heads, num_visible, head_dim) each, in order of position; the

@@ -273,7 +273,7 @@ class DecoderModel(nn.Module):
                 caches.append(
                     KVCache(
                         max_batch_size, max_seq_len, spec.num_kv_heads, spec.head_dim, self.device, self.dtype,
-                        spec.window,
+                        spec.window, None if spec.has_values else 0,
                     )
                 )  # fmt: skip
         return caches

@@ -17,6 +17,8 @@ from llm.core.recurrent_state import DeltaSpec, RecurrentStates
 from llm.kernels.attention import hopper_prefill
 from llm.kernels.attention.decode import PagedDecode
 from llm.kernels.attention.gates import gate_heads
+from llm.kernels.attention.latent import LatentAttention
+from llm.kernels.attention.latent_rows import LatentRows
 from llm.kernels.attention.prefill import PrefillScratch, paged_prefill, prefill_block_tokens
 from llm.kernels.attention.rope import rope_and_store
 from llm.kernels.attention.work import (
@@ -38,6 +40,8 @@ from llm.kernels.shares import scale_by_share
 from llm.kernels.soft_cap import cap_softly
 from llm.models.delta import DeltaMixer
 from llm.models.experts import ExpertProjections, Experts
+from llm.models.latent import LatentHeads
+from llm.models.latent_kernels import store_and_ask, values_of
 from llm.models.layers import RMSNorm
 from llm.models.quantize import expert_scales
 from llm.models.quantized import QuantizedLinear
@@ -131,23 +135,31 @@ class KernelWorkspace:
             self.experts = ExpertMixture(shape, max_tokens, dtype, device, deterministic=deterministic, held=held)
         self.last_layer = len(specs) - 1
         heads = self._shape = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        assert all((s.num_heads, s.num_kv_heads, s.head_dim) == heads for s in attention_specs), "several shapes"
+        shapes = {(s.num_heads, s.num_kv_heads, s.head_dim, s.value_dim) for s in attention_specs}
+        assert len(shapes) == 1, "several shapes"
         for layer_spec in attention_specs:
             layer_spec.rope.table(device)  # now, and not while a graph is captured
             layer_spec.rope.query_scales(device)
         windows = {layer_spec.window for layer_spec in attention_specs}
-        self.decode = PagedDecode(max_parts, *heads, device)
+        self.latents = None
+        if spec.value_dim is None:
+            self.decode = PagedDecode(max_parts, *heads, device)
+            self.prefill_scratch = None if deterministic else PrefillScratch(*heads, device)
+        else:
+            self.latents = LatentAttention(
+                max_parts, spec.num_heads, spec.value_dim, spec.head_dim, spec.softmax_scale, device,
+                deterministic=deterministic,
+            )  # fmt: skip
         self.decode_items = {
             window: WorkItems.allocate(num_decode_items(max_parts), max_parts, device) for window in windows
         }
-        self.prefill_scratch = None if deterministic else PrefillScratch(*heads, device)
         self._min_prefill_len = 1 if deterministic else 2
-        block_tokens = prefill_block_tokens(spec.num_heads, spec.num_kv_heads)
-        self.prefill_items = WorkItems.allocate(
-            num_prefill_items(max_tokens, max_parts, block_tokens, self._min_prefill_len), max_parts, device
-        )
+        num_items = num_prefill_items(max_tokens, max_parts, self._block_tokens(), self._min_prefill_len)
+        self.prefill_items = WorkItems.allocate(num_items, max_parts, device)
         self.long_prefill = None
-        is_plain = windows == {None} and all(layer_spec.is_plain for layer_spec in attention_specs)
+        is_plain = (
+            self.latents is None and windows == {None} and all(layer_spec.is_plain for layer_spec in attention_specs)
+        )
         if is_plain and not deterministic and hopper_prefill.can_run(dtype, spec.head_dim, device):
             max_seq_len = page_tables.shape[2] * kv_cache.page_size
             self.long_prefill = hopper_prefill.HopperPrefill(
@@ -179,11 +191,10 @@ class KernelWorkspace:
 
     def plan(self, step: PackedStep) -> None:
         """Share the step's attention out among programs; every layer goes by that."""
-        num_heads, num_kv_heads, _ = self._shape
         if self.deterministic:  # every token through the same kernel, in tiles of one size
-            block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+            block_tokens = self._block_tokens()
         else:
-            block_tokens = prefill_block_tokens(num_heads, num_kv_heads, len(step.tokens.positions))
+            block_tokens = self._block_tokens(len(step.tokens.positions))
             for window, items in self.decode_items.items():
                 plan_decodes(step.parts, items, window)
         if step.num_gathered:
@@ -193,6 +204,13 @@ class KernelWorkspace:
             )
         elif step.has_prefills or self.deterministic:
             plan_prefills(step.parts, self.prefill_items, block_tokens, self._min_prefill_len)
+
+    def _block_tokens(self, num_tokens: int = 0) -> int:
+        """New tokens of an item of prefills, in a step of so many tokens; with 0 for all steps."""
+        if self.latents is not None:
+            return self.latents.block_tokens
+        num_heads, num_kv_heads, _ = self._shape
+        return prefill_block_tokens(num_heads, num_kv_heads, num_tokens)
 
 
 class KernelOperations:
@@ -252,6 +270,26 @@ class KernelOperations:
             gate_heads(output, qkv)
         return self._asked_for(layer, output.flatten(1))
 
+    def attend_latents(
+        self, layer: int, spec: AttentionSpec, projected: torch.Tensor | ScaledProduct, heads: LatentHeads
+    ) -> torch.Tensor:
+        """See `Operations.attend_latents`."""
+        workspace, tokens, parts = self._workspace, self._step.tokens, self._step.parts
+        kv_cache, attention = workspace.kv_cache, workspace.latents
+        assert attention is not None, "a workspace for a model with latents"
+        projected, is_fixed = _scaled(projected), workspace.deterministic
+        pages, page_tables = kv_cache.layers[layer][0], workspace.page_tables[kv_cache.group_of[layer]]
+        rope_table, is_interleaved = spec.rope.table(pages.device), heads.shape.is_interleaved
+        rows = LatentRows(pages, page_tables, tokens.rows, tokens.positions, rope_table, is_interleaved)
+        q_weights = None if heads.q_proj is None else _weights(heads.q_proj)
+        query = store_and_ask(heads, projected, rows, workspace.linear, q_weights, deterministic=is_fixed)
+        found = query.new_empty(*query.shape[:2], spec.value_size)
+        if not is_fixed:
+            attention.decode(query, pages, page_tables, parts, workspace.decode_items[None], found)
+        if self._step.has_prefills or is_fixed:
+            attention.prefill(query, pages, page_tables, parts, workspace.prefill_items, found)
+        return self._asked_for(layer, values_of(heads, found, deterministic=is_fixed))
+
     def mix(
         self,
         layer: int,
@@ -263,8 +301,7 @@ class KernelOperations:
         """See `Operations.mix`."""
         states, tokens, parts = self._workspace.states, self._step.tokens, self._step.parts
         assert states is not None, "a workspace for a model with states"
-        if isinstance(decay, ScaledProduct):
-            decay = decay.scaled()
+        decay = _scaled(decay)
         tail, matrix = states.layers[layer]
         sizes = spec.conv_size, spec.output_size
         convolved, output = (
@@ -357,6 +394,10 @@ class KernelOperations:
         """See `Operations.norm`."""
         rms_norm(self._stream, _norm(norm), self._output)
         return self._output
+
+
+def _scaled(product: torch.Tensor | ScaledProduct) -> torch.Tensor:
+    return product.scaled() if isinstance(product, ScaledProduct) else product
 
 
 def _norm(norm: RMSNorm) -> Norm:

@@ -18,6 +18,7 @@ from llm.core.partition import WHOLE, Exchange, Partition
 from llm.core.recurrent_state import DeltaSpec
 from llm.models.delta import DeltaMixer
 from llm.models.experts import Experts
+from llm.models.latent import LatentHeads
 from llm.models.layers import RMSNorm, activate
 
 RowsT = TypeVar("RowsT")
@@ -60,6 +61,19 @@ class Operations(Protocol[RowsT]):
             qkv: queries, keys and values, (tokens, `spec.qkv_size`).
             qk_norms: norms of each head's queries and of its keys, before they turn; None for none.
             sinks: (num_heads,), each head's score for nothing; needed where `spec.has_sinks`.
+        """
+        ...
+
+    def attend_latents(self, layer: int, spec: AttentionSpec, projected: RowsT, heads: LatentHeads) -> RowsT:
+        """Store the tokens' latents, and give their attention's outputs, (tokens, num_heads value_dim).
+
+        Behind the last layer, tokens end as in `attend`.
+
+        Args:
+            layer: index of the layer, from 0.
+            spec: of the attention to latents.
+            projected: queries or their latent, the latent, what turns of the key, (tokens, sum of `heads.sizes`).
+            heads: the layer's.
         """
         ...
 
@@ -184,9 +198,7 @@ class TorchOperations:
             query, gate = query[..., 0::2, :], query[..., 1::2, :]
         if qk_norms is not None:
             query, key = qk_norms[0](query), qk_norms[1](key)
-        if spec.rope not in self._angles:
-            self._angles[spec.rope] = spec.rope.angles(self._positions)
-        cos, sin = self._angles[spec.rope]
+        cos, sin = self._angles_of(spec.rope)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         query_scales = spec.rope.query_scales(query.device)
         if query_scales is not None:
@@ -195,6 +207,20 @@ class TorchOperations:
         if gate is not None:
             output = output * torch.sigmoid(gate)
         return self._asked_for(layer, output.flatten(-2))
+
+    def attend_latents(
+        self, layer: int, spec: AttentionSpec, projected: torch.Tensor, heads: LatentHeads
+    ) -> torch.Tensor:
+        """See `Operations.attend_latents`."""
+        query, key = heads.queries(projected, *self._angles_of(spec.rope))
+        found = self._context.attend(layer, spec, query, key, key[..., : spec.value_size])
+        return self._asked_for(layer, heads.values(found).flatten(-2))
+
+    def _angles_of(self, rope: RotaryEmbedding) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the tokens' positions, made once a pass."""
+        if rope not in self._angles:
+            self._angles[rope] = rope.angles(self._positions)
+        return self._angles[rope]
 
     def mix(
         self, layer: int, spec: DeltaSpec, mixed: torch.Tensor, decay: torch.Tensor, mixer: DeltaMixer

@@ -10,6 +10,7 @@ from llm.kernels.quantization import FP8, quantize_weight
 from llm.models.decoder import DecoderModel
 from llm.models.delta import ExactLinear
 from llm.models.experts import ExpertProjections
+from llm.models.latent import LatentHeads
 from llm.models.lora import replace_module
 from llm.models.quantized import QuantizedLinear, quantized_modules
 
@@ -22,12 +23,16 @@ _BY_ROW = WeightFormat(layout=WeightLayout.FP8)
 def quantize_weights(model: DecoderModel) -> None:
     """Round the weights of all layers' projections to 8 bits; those that are already stay as they are.
 
-    Embeddings, norms, routers of experts, what decides decays, biases and the output head keep their format, and so do
-    projections with a size that is not a multiple of 16. One weight at a time, so that memory never holds more than one
-    of them in both formats. After this only `KernelOperations` can run a model with experts.
+    Embeddings, norms, routers of experts, what decides decays, what makes keys and values of latents, biases and the
+    output head keep their format, and so do projections with a size that is not a multiple of 16. One weight at a time,
+    so that memory never holds more than one of them in both formats. After this only `KernelOperations` can run a model
+    with experts.
     """
+    unpacked = {heads.kv_proj for heads in model.modules() if isinstance(heads, LatentHeads)}
     for name, projection in list(model.layers.named_modules()):
         if not isinstance(projection, nn.Linear | ExpertProjections) or _is_rounded(projection):
+            continue
+        if projection in unpacked:
             continue
         is_exact = isinstance(projection, ExactLinear)
         if is_exact or any(size % _MULTIPLE for size in projection.weight.shape[-2:]):

@@ -7,9 +7,11 @@ tests/unit/models.
 from dataclasses import replace
 
 from llm.config import ModelConfig
+from llm.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from llm.models.family import Destination, Family
 from llm.models.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT_HALF
 from llm.models.glm4_moe import GLM4_MOE
+from llm.models.glm4_moe_lite import GLM4_MOE_LITE
 from llm.models.gpt_oss import GPT_OSS
 from llm.models.llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from llm.models.mistral3 import MISTRAL3_TEXT_HALF
@@ -21,10 +23,13 @@ from llm.models.qwen3_moe import QWEN3_MOE
 from llm.models.qwen3_next import QWEN3_NEXT
 
 FAMILIES: dict[str, Family] = {
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_TEXT_HALF,
     "Glm4MoeForCausalLM": GLM4_MOE,
+    "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
     "GptOssForCausalLM": GPT_OSS,
     "LlamaForCausalLM": LLAMA,
     "Ministral3ForCausalLM": MINISTRAL3,

@@ -83,6 +83,11 @@ def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
     Raises:
         ConfigError: the configuration asks for what cannot be had with this model.
     """
+    if model.latent is not None and config.kv_cache_dtype == "fp8":
+        raise ConfigError(
+            f"kv_cache_dtype: fp8: {model.architecture} keeps one latent vector a token in place of keys and values, "
+            "which is not rounded to 8 bits; leave it out"
+        )
     if model.delta is None:
         return []
     if config.num_speculative_tokens:

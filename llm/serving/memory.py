@@ -26,6 +26,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
         page_size=config.page_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.config.head_size,
+        has_values=model.config.latent is None,
         dtype=kv_cache_dtype(model, config),
     )
     if model.device.type == "cuda":

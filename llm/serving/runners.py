@@ -11,6 +11,7 @@ from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
+from llm.models.latent import unpack_latent_heads
 from llm.models.quantized import quantized_modules
 from llm.serving.checks import check_quantization
 from llm.serving.followers import EagerFollower, Follower
@@ -70,6 +71,7 @@ def _prepare(model: DecoderModel, config: EngineConfig, num_pages: int, context_
         page_size=config.page_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.config.head_size,
+        has_values=model.config.latent is None,
         device=model.device,
         dtype=kv_cache_dtype(model, config),
     )
@@ -97,6 +99,7 @@ def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
         ConfigError: the configuration asks for what this backend, this device or this model cannot do.
     """
     _check_formats(model, config)
+    unpack_latent_heads(model)
     if choose_backend(config.attention_backend, model.device) != TRITON:
         return
     from llm.models.quantize import is_rounded, quantize_weights

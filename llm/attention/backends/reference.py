@@ -29,7 +29,8 @@ class ReferenceBackend:
         start = 0
         for i, (num_new, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
             pages = batch.page_tables[group, i, : -(-context_len // batch.page_size)]
-            keys, values = kv_pages[:, pages].flatten(1, 2)[:, :context_len].float()
+            stored = kv_pages[:, pages].flatten(1, 2)[:, :context_len].float()
+            keys, values = stored[0], stored[-1][..., : spec.value_size]
             outputs.append(_attend_one(query[start : start + num_new].float(), keys, values, spec, sinks))
             start += num_new
         return torch.cat(outputs).to(query.dtype)
@@ -38,7 +39,7 @@ class ReferenceBackend:
 def _attend_one(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """One sequence: query (new, heads, dim) against keys and values (context, kv_heads, dim)."""
+    """One sequence: query (new, heads, dim) against keys and values (context, kv_heads, dim of either)."""
     group_size = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group_size, dim=1).transpose(0, 1) for x in (keys, values))
     mask = causal_mask(query.shape[0], keys.shape[1], spec.window, query.device)

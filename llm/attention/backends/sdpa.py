@@ -39,7 +39,7 @@ class SdpaBackend:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `PagedAttentionBackend.attend`."""
-        output = torch.empty_like(query)
+        output = query.new_empty(*query.shape[:2], spec.value_size)
         for bucket in self._decode_plan(batch, group, spec.window):
             if bucket.rows is None:
                 output[: batch.num_decodes] = self._decode(query[: batch.num_decodes], kv_pages, bucket, spec, sinks)
@@ -52,7 +52,8 @@ class SdpaBackend:
                 keys, values = key[part], value[part]
             else:
                 pages = batch.page_tables[group, i, : -(-batch.context_lens[i] // batch.page_size)]
-                keys, values = self._gather(kv_pages, pages).flatten(1, 2)[:, : batch.context_lens[i]]
+                gathered = self._gather(kv_pages, pages).flatten(1, 2)[:, : batch.context_lens[i]]
+                keys, values = gathered[0], gathered[-1][..., : spec.value_size]
             output[part] = _prefill(query[part], keys, values, spec, sinks)
             start = part.stop
         return output
@@ -78,8 +79,8 @@ class SdpaBackend:
         """One new token a row: query (rows, num_heads, head_dim). A group of heads stands in the sequence's place."""
         num_rows, num_kv_heads, head_dim = query.shape[0], *kv_pages.shape[3:]
         gathered = self._gather(kv_pages, bucket.page_tables.flatten())
-        keys, values = gathered.view(2, num_rows, -1, num_kv_heads, head_dim)[:, :, : bucket.num_slots]
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        stored = gathered.view(len(gathered), num_rows, -1, num_kv_heads, head_dim)[:, :, : bucket.num_slots]
+        keys, values = stored[0].transpose(1, 2), stored[-1][..., : spec.value_size].transpose(1, 2)
         grouped_query = query.view(num_rows, num_kv_heads, -1, head_dim)
         if spec.is_plain:
             output = F.scaled_dot_product_attention(grouped_query, keys, values, bucket.mask, scale=spec.scale)
@@ -89,8 +90,8 @@ class SdpaBackend:
         return output.flatten(1, 2)
 
     def _gather(self, kv_pages: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """Copies of `pages` (n,): (2, n, page_size, num_kv_heads, head_dim), good until the next call."""
-        shape = (2, len(pages), *kv_pages.shape[2:])
+        """Copies of `pages` (n,): (2, n, page_size, num_kv_heads, head_dim) or (1, …), good until the next call."""
+        shape = (len(kv_pages), len(pages), *kv_pages.shape[2:])
         num_elements = math.prod(shape)
         if self._scratch is None or self._scratch.numel() < num_elements or self._scratch.dtype != kv_pages.dtype:
             self._scratch = torch.empty(num_elements * 5 // 4, dtype=kv_pages.dtype, device=kv_pages.device)
@@ -156,7 +157,7 @@ def _make_bucket(batch: PackedBatch, rows: list[int], group: int, window: int | 
 def _prefill(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """One sequence: query (new, num_heads, head_dim) against keys and values (context, num_kv_heads, head_dim)."""
+    """One sequence: query (new, num_heads, head_dim) against keys and values (context, num_kv_heads, dim of either)."""
     is_plain_causal = query.shape[0] == keys.shape[0] and (spec.window is None or keys.shape[0] <= spec.window)
     mask = None if is_plain_causal else causal_mask(query.shape[0], keys.shape[0], spec.window, query.device)
     query, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))

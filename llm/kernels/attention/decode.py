@@ -66,7 +66,6 @@ class PagedDecode:
         scoring = scoring or Scoring(head_dim**-0.5)
         bytes_a_stage = 2 * _BLOCK_TOKENS * head_block * kv_pages.dtype.itemsize
         has_8_bits = kv_pages.dtype.itemsize == 1
-        options = launch_options(query.device)
         _paged_decode[(self._num_kv_heads, num_decode_items(len(parts)))](
             query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.context_lens,
             items.parts, items.chunks, items.summary, output, self._partial, self._partial_lse,
@@ -75,14 +74,36 @@ class PagedDecode:
             HEAD_DIM=head_dim, HEAD_BLOCK=head_block, PAGE_SIZE=kv_pages.shape[2],
             BLOCK=_BLOCK_TOKENS, INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
             HAS_PAIRS=has_8_bits and query.is_cuda, num_warps=_NUM_WARPS_8_BITS if has_8_bits else _NUM_WARPS,
-            num_stages=min(_NUM_STAGES, most_stages(query.device, bytes_a_stage)), **options,
+            num_stages=min(_NUM_STAGES, most_stages(query.device, bytes_a_stage)), **launch_options(query.device),
         )  # fmt: skip
-        _merge_chunks[(len(parts), self._num_kv_heads)](
-            parts.query_starts, parts.query_lens, parts.context_lens, items.first_items, items.summary,
-            self._partial, self._partial_lse, output, window or 0,
-            NUM_HEADS=self._num_heads, GROUP=group_size, GROUP_BLOCK=triton.next_power_of_2(group_size),
-            HEAD_DIM=head_dim, HEAD_BLOCK=triton.next_power_of_2(head_dim), num_warps=4, **options,
-        )  # fmt: skip
+        merge_chunks(parts, items, self._partial, self._partial_lse, output, group_size, window)
+
+
+def merge_chunks(
+    parts: StepParts,
+    items: WorkItems,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    output: torch.Tensor,
+    group_size: int,
+    window: int | None = None,
+) -> None:
+    """Write the output of decodes whose contexts were cut.
+
+    Args:
+        partial: (items, num_heads, head_dim) float32, what was found in each chunk.
+        partial_lse: (items, num_heads) float32, log2 of the sum of its weights.
+        output: (tokens, num_heads, head_dim), contiguous.
+        group_size: heads a program, a divisor of `num_heads`.
+        window: that the items were planned for.
+    """
+    num_heads, head_dim = output.shape[1:]
+    _merge_chunks[(len(parts), num_heads // group_size)](
+        parts.query_starts, parts.query_lens, parts.context_lens, items.first_items, items.summary, partial,
+        partial_lse, output, window or 0, NUM_HEADS=num_heads, GROUP=group_size,
+        GROUP_BLOCK=triton.next_power_of_2(group_size), HEAD_DIM=head_dim, HEAD_BLOCK=triton.next_power_of_2(head_dim),
+        num_warps=4, **launch_options(output.device),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -10,10 +10,13 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GptOssConfig,
     LlamaConfig,
     Ministral3Config,
@@ -93,6 +96,11 @@ ROUTED: dict[str, Any] = {
     "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
 }  # fmt: skip
 """Experts as DeepSeek's families have them."""
+LATENT: dict[str, Any] = {
+    **ROUTED, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 40,
+    "qk_nope_head_dim": 20, "qk_rope_head_dim": 8, "v_head_dim": 12,
+}  # fmt: skip
+"""Latent attention, every size another."""
 
 
 def rope(kind: str, **changes: Any) -> dict[str, Any]:
@@ -121,7 +129,26 @@ LONGROPE = {
     "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.7, 4.0, 9.0],
 }  # fmt: skip
 
+DEEPSEEK_YARN = {**YARN, "factor": 16.0, "mscale": 0.7, "mscale_all_dim": 0.5, "beta_fast": 32.0, "beta_slow": 1.0}
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "deepseek_v2": lambda: DeepseekV2Config(**{**SHAPE, **LATENT, "q_lora_rank": None}),
+    "deepseek_v2_groups": lambda: DeepseekV2Config(
+        **{**SHAPE, **LATENT, **rope("yarn", **DEEPSEEK_YARN)},
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{**SHAPE, **LATENT, **rope("yarn", **DEEPSEEK_YARN)}, n_group=4, topk_group=2
+    ),
+    "deepseek_v3_halves": lambda: DeepseekV3Config(
+        **{**SHAPE, **LATENT, "q_lora_rank": None, "num_attention_heads": 3, "num_key_value_heads": 3},
+        n_group=1,
+        topk_group=1,
+        rope_interleave=False,
+        norm_topk_prob=False,
+    ),
     "gemma2": lambda: Gemma2Config(
         **{
             **GEMMA,
@@ -164,6 +191,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
             "n_shared_experts": 1,
         }
     ),
+    "glm4_moe_lite": lambda: Glm4MoeLiteConfig(**{**SHAPE, **LATENT, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
     "gpt_oss": gpt_oss,
     "gpt_oss_plain": lambda: gpt_oss(
         attention_bias=False, layer_types=None, rope_parameters={"rope_type": "default", "rope_theta": 500.0}

@@ -20,12 +20,17 @@ NUM_GREEDY = 64
 PROMPT_LENS = [1, 7, 70, 150]
 
 KINDS = [
+    "deepseek_v2",
+    "deepseek_v2_groups",
+    "deepseek_v3",
+    "deepseek_v3_halves",
     "gemma2",
     "gemma3",
     "gemma3_untied",
     "gemma3_text_half",
     "glm4_moe",
     "glm4_moe_groups",
+    "glm4_moe_lite",
     "gpt_oss",
     "gpt_oss_plain",
     "llama",
@@ -161,7 +166,7 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
 @pytest.mark.parametrize(
     ("kind", "num_pages"),
     [("qwen3_moe", 14), ("qwen3_5", 14), ("qwen3_5_moe", 14), ("qwen3_next", 14), ("gemma2", 26), ("gemma3", 34),
-     ("gpt_oss", 26), ("glm4_moe", 14)],
+     ("gpt_oss", 26), ("glm4_moe", 14), ("deepseek_v3", 14)],
 )  # fmt: skip
 @torch.inference_mode()
 def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind, num_pages):

@@ -81,6 +81,12 @@ QWEN_3_5_MOE = {
     **QWEN_3_5, "architecture": "Qwen3_5MoeForCausalLM", "num_experts": 5, "expert_size": 24, "shared_expert_size": 40,
     "shared_expert_gate": True,
 }  # fmt: skip
+DEEPSEEK_V3 = {
+    "architecture": "DeepseekV3ForCausalLM", "num_kv_heads": 1, "head_dim": 28, "attention_scale": 0.3,
+    "latent": {"rank": 20, "query_rank": 24, "plain_dim": 12, "rope_dim": 8, "value_dim": 10},
+    "num_experts": 6, "expert_size": 24, "shared_expert_size": 16, "dense_layers": (0,),
+    "routing": {"uses_sigmoid": True, "num_groups": 3, "num_top_groups": 2, "scale": 2.5},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -90,9 +96,9 @@ QWEN_3_5_MOE = {
      {"architecture": "Qwen3MoeForCausalLM", "num_experts": 5, "expert_size": 24, "dense_layers": (0,)},
      GEMMA_2, GEMMA_3,
      GPT_OSS,
-     QWEN_3_5, QWEN_3_5_MOE],
+     QWEN_3_5, QWEN_3_5_MOE, DEEPSEEK_V3],
     ids=["llama", "qwen3", "qwen2 mqa", "mistral", "window in one layer", "biases", "experts", "gemma2", "gemma3",
-         "gpt-oss", "qwen3.5", "qwen3.5 with experts"],
+         "gpt-oss", "qwen3.5", "qwen3.5 with experts", "deepseek v3"],
 )  # fmt: skip
 def test_greedy_tokens_equal_the_reference(shape):
     """Prompts in chunks beside decodes, more requests than rows, shared prefixes."""

@@ -1,0 +1,108 @@
+"""Latent attention (DeepSeek-V2's MLA, arXiv:2405.04434): what is kept of a token is one vector for all heads.
+
+A head's key and value are projections of a token's latent. A product of a query with a key is one of the projected
+query with the latent, so the engine never makes keys: it brings queries into the space of latents, attends to these as
+one head of keys whose first numbers are its values, and brings what it found out of that space, head by head.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from llm.attention.rope import apply_rotary
+from llm.config import LatentConfig
+from llm.models.layers import RMSNorm
+
+_NORM_EPS = 1e-6
+"""Of the norms of latents, whatever a model's other norms have."""
+
+
+class LatentQuery(NamedTuple):
+    """What attention to latents is asked with.
+
+    Attributes:
+        query: (…, num_heads, rank + rope_dim), RoPE applied.
+        key: (…, 1, rank + rope_dim), the token's latent and what turns of its key, RoPE applied.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+
+
+class LatentHeads(nn.Module):
+    """What stands between the first projection of a layer with latent attention and its last.
+
+    Args:
+        num_heads: of queries.
+        shape: of the attention.
+
+    Attributes:
+        q_norm, q_proj: make the heads' queries of the queries' latent; None where the first projection has made them.
+        kv_norm: of a token's latent before it is kept.
+        kv_proj: (num_heads (plain_dim + value_dim), rank): of each head what makes its key, then what makes its value.
+            It is multiplied with in parts, so it has to be plain numbers for kernels; see `unpack`.
+    """
+
+    def __init__(self, num_heads: int, shape: LatentConfig) -> None:
+        super().__init__()
+        self.num_heads, self.shape = num_heads, shape
+        rank, query_size = shape.query_rank, num_heads * (shape.plain_dim + shape.rope_dim)
+        self.q_norm = None if rank is None else RMSNorm(rank, _NORM_EPS)
+        self.q_proj = None if rank is None else nn.Linear(rank, query_size, bias=False)
+        self.kv_norm = RMSNorm(shape.rank, _NORM_EPS)
+        self.kv_proj = nn.Linear(shape.rank, num_heads * (shape.plain_dim + shape.value_dim), bias=False)
+        self.query_width = query_size if rank is None else rank
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Widths of what the first projection gives: queries or their latent, the latent, what turns of the key."""
+        return self.query_width, self.shape.rank, self.shape.rope_dim
+
+    def queries(self, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> LatentQuery:
+        """What the first projection gives, (…, sum of `sizes`), as attention takes it."""
+        query, latent, key = projected.split_with_sizes(self.sizes, dim=-1)
+        if self.q_norm is not None and self.q_proj is not None:
+            query = self.q_proj(self.q_norm(query))
+        plain, turning = torch.unflatten(query, -1, (self.num_heads, -1)).split_with_sizes(
+            (self.shape.plain_dim, self.shape.rope_dim), dim=-1
+        )
+        key = key.unsqueeze(-2)
+        if self.shape.is_interleaved:
+            turning, key = _halves(turning), _halves(key)
+        turned, key = apply_rotary(turning, cos, sin), apply_rotary(key, cos, sin)
+        absorbed = torch.einsum("...hd,hdr->...hr", plain, self.projections()[:, : self.shape.plain_dim])
+        return LatentQuery(
+            torch.cat([absorbed, turned], dim=-1), torch.cat([self.kv_norm(latent).unsqueeze(-2), key], dim=-1)
+        )
+
+    def values(self, found: torch.Tensor) -> torch.Tensor:
+        """What attention has found, (…, num_heads, rank), as values of the heads, (…, num_heads, value_dim)."""
+        return torch.einsum("...hr,hvr->...hv", found, self.projections()[:, self.shape.plain_dim :])
+
+    def projections(self) -> torch.Tensor:
+        """The weight of `kv_proj` by head, (num_heads, plain_dim + value_dim, rank)."""
+        weight = self.kv_proj.weight
+        if type(self.kv_proj) is not nn.Linear:  # in codes, or with an adapter
+            weight = self.kv_proj(torch.eye(self.shape.rank, device=weight.device, dtype=self.kv_norm.weight.dtype)).t()
+        return weight.view(self.num_heads, -1, self.shape.rank)
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Make plain numbers of `kv_proj` where a checkpoint has it in fewer bits."""
+        if type(self.kv_proj) is not nn.Linear:
+            plain = nn.Linear(self.shape.rank, self.kv_proj.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(self.projections().flatten(0, 1).contiguous(), requires_grad=False)
+            self.kv_proj = plain
+
+
+def unpack_latent_heads(model: nn.Module) -> None:
+    """`LatentHeads.unpack` in all layers of a model."""
+    for module in model.modules():
+        if isinstance(module, LatentHeads):
+            module.unpack()
+
+
+def _halves(x: torch.Tensor) -> torch.Tensor:
+    """Numbers (…, dim) whose neighbours turn together in the order of `apply_rotary`: first ones, then second ones."""
+    return torch.unflatten(x, -1, (-1, 2)).transpose(-1, -2).flatten(-2)
