@@ -128,7 +128,7 @@ class Bench:
         if model.config.num_experts:  # those of one token at least
             stacked = [module for module in model.modules() if isinstance(module, ExpertProjections)]
             unread = 1 - model.config.num_experts_per_token / model.config.num_experts
-            weights -= round(unread * sum(module.weight.nbytes for module in stacked))
+            weights -= round(unread * sum(each.nbytes for module in stacked for each in module.parameters()))
         if model.lm_head is not None:  # otherwise the embeddings are the head's weights, too
             weights -= model.embed_tokens.weight.nbytes
         slot = len(model.page_groups) * PagedKVCache.bytes_per_page(

@@ -1,6 +1,6 @@
 """A layer's experts alone on one GPU: microseconds by number of tokens, of each part, and of other shapes of tiles.
 
-    python -m benchmarks.experts [--model benchmarks/models/qwen3-30b-a3b] [--tokens 1 16] [--sweep 512] [--fp8]
+    python -m benchmarks.experts [--model benchmarks/models/qwen3-30b-a3b] [--tokens 1 16] [--sweep 512] [--format awq]
 
 One JSON line each. Weights are random and of several layers in turn, so that none is in the second-level cache.
 """
@@ -15,14 +15,23 @@ import torch
 
 from benchmarks.gpu_timing import graph_microseconds
 from llm.checkpoint.model_config import load_model_config
+from llm.config import WeightFormat, WeightLayout
 from llm.kernels.expert_tiles import ExpertTile, expert_tile
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
-from llm.kernels.quantization import quantize_weight
 from llm.kernels.routing import ExpertShape, order_pairs, route
+from llm.models.quantized import QuantizedExperts
 
 _NUM_LAYERS = 4
+FORMATS = {
+    "bf16": None,
+    "fp8": WeightFormat(layout=WeightLayout.FP8),
+    "fp8-blocks": WeightFormat(layout=WeightLayout.FP8, group_size=128, block_rows=128),
+    "awq": WeightFormat(layout=WeightLayout.AWQ, group_size=128, has_zeros=True),
+    "gptq": WeightFormat(layout=WeightLayout.GPTQ, group_size=128),
+    "mxfp4": WeightFormat(layout=WeightLayout.MXFP4, group_size=32),
+}
 _FEW = [
     (outputs, k, num_warps, num_stages)
     for outputs, k, num_warps, num_stages in (
@@ -35,6 +44,11 @@ _MANY = [
     (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
     (128, 128, 128, 8, 2), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 64, 64, 8, 4), (256, 128, 64, 8, 4),
 ]  # fmt: skip
+_GROUPS = [
+    (outputs, num_warps, num_stages)
+    for outputs, num_warps in ((64, 4), (128, 4), (128, 8), (256, 8)) for num_stages in (2, 3, 4, 6)
+]  # fmt: skip
+"""Of weights in groups, which say how many inputs a tile has."""
 
 
 class Bench:
@@ -42,10 +56,10 @@ class Bench:
 
     Args:
         shape: of each layer.
-        is_fp8: whether the weights are of 8 bits.
+        weight_format: of the weights; None for bfloat16.
     """
 
-    def __init__(self, shape: ExpertShape, max_tokens: int, *, is_fp8: bool) -> None:
+    def __init__(self, shape: ExpertShape, max_tokens: int, weight_format: WeightFormat | None) -> None:
         self.shape, self.device, dtype = shape, torch.device("cuda"), torch.bfloat16
         self.mixture = ExpertMixture(shape, max_tokens, dtype, self.device)
         self.norm = Norm(torch.ones(shape.hidden_size, dtype=dtype, device=self.device), 1e-6)
@@ -53,13 +67,17 @@ class Bench:
         self.layers = []
         for _ in range(_NUM_LAYERS):
             router = self._random(shape.num_experts, shape.hidden_size)
-            gate_up = self._random(shape.num_experts, 2 * shape.size, shape.hidden_size)
-            down = self._random(shape.num_experts, shape.hidden_size, shape.size)
-            weights = [
-                Weights(weight[0], None, weight[1]) if is_fp8 else Weights(weight)
-                for weight in ((quantize_weight(w) if is_fp8 else w) for w in (gate_up, down))
-            ]
-            self.layers.append((router, *weights))
+            sizes = (2 * shape.size, shape.hidden_size), (shape.hidden_size, shape.size)
+            self.layers.append((router, *(self._weights(*each, weight_format) for each in sizes)))
+
+    def _weights(self, num_outputs: int, num_inputs: int, weight_format: WeightFormat | None) -> Weights:
+        num_experts, dtype = self.shape.num_experts, torch.bfloat16
+        if weight_format is None:
+            return Weights(self._random(num_experts, num_outputs, num_inputs))
+        coded = QuantizedExperts(num_experts, num_inputs, num_outputs, weight_format, has_bias=False, dtype=dtype)
+        coded.to_empty(device=self.device).reset_parameters()
+        scales = coded.row_scales
+        return Weights(coded.weight, None, scales, coded.groups if scales is None else None)
 
     def _random(self, *sizes: int) -> torch.Tensor:
         return torch.empty(*sizes, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
@@ -91,12 +109,24 @@ class Bench:
 
     def tiles(self, num_tokens: int) -> Iterator[ExpertTile]:
         """Shapes to try."""
-        num_pairs = num_tokens * self.shape.per_token
+        num_pairs, groups = num_tokens * self.shape.per_token, self.layers[0][1].groups
+        if groups is not None:
+            fitting = min(max(1 << (num_pairs // self.shape.num_experts).bit_length(), 16), 128)
+            for rows in {fitting, min(2 * fitting, 128)}:
+                yield from (ExpertTile(rows, *more) for more in self._group_tiles(groups.span))
+            return
         rows = expert_tile(num_pairs, self.shape.num_experts, 2, False, True).rows
         if rows <= 32:
             yield from (ExpertTile(rows, *more) for more in _FEW)
         else:
             yield from (ExpertTile(*sizes) for sizes in _MANY)
+
+    def _group_tiles(self, k: int) -> Iterator[tuple[int, int, int, int]]:
+        return ((outputs, k, num_warps, num_stages) for outputs, num_warps, num_stages in _GROUPS)
+
+    def written_out(self) -> float:
+        """Microseconds of writing both weights out in 16 bits."""
+        return self.microseconds(lambda layer: [each.written_out(torch.bfloat16) for each in self.layers[layer][1:]])
 
 
 def main() -> None:
@@ -105,7 +135,7 @@ def main() -> None:
     parser.add_argument("--model", default="benchmarks/models/qwen3-30b-a3b")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 64, 128, 256, 512, 1024, 2048, 8192])
     parser.add_argument("--sweep", nargs="*", type=int, default=[512, 1024, 8192], help="tokens to try tiles for")
-    parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--format", choices=FORMATS, default="bf16", help="of the weights")
     options = parser.parse_args()
     config = load_model_config(options.model)
     shape = ExpertShape(
@@ -115,8 +145,11 @@ def main() -> None:
     begin = time.perf_counter()
     torch.manual_seed(0)
     with torch.inference_mode():
-        bench = Bench(shape, max([*options.tokens, *options.sweep]), is_fp8=options.fp8)
-        itemsize = 1 if options.fp8 else 2
+        bench = Bench(shape, max([*options.tokens, *options.sweep]), FORMATS[options.format])
+        weight = bench.layers[0][1].weight
+        itemsize = weight.nbytes / (shape.num_experts * 2 * shape.size * shape.hidden_size)
+        if bench.layers[0][1].groups is not None:
+            print(json.dumps({"written_out": bench.written_out()}), flush=True)
         for num_tokens in options.tokens:
             parts = bench.parts(num_tokens)
             num_used = int((bench.mixture._routes.starts.diff() > 0).sum())

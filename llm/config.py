@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from enum import StrEnum
+from functools import cache
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -146,11 +147,6 @@ class WeightFormat(StrictModel):
         """Bits of a code."""
         return 8 if self.layout is WeightLayout.FP8 else 4
 
-    @property
-    def is_unpacked(self) -> bool:
-        """Whether weights become plain numbers as they are loaded."""
-        return self.layout is WeightLayout.MXFP4
-
 
 class Quantization(StrictModel):
     """Which projections of a checkpoint are stored in fewer than 16 bits, and how."""
@@ -164,10 +160,27 @@ class Quantization(StrictModel):
 
     def format_of(self, name: str) -> WeightFormat | None:
         """The format of a projection, by its dotted name in the checkpoint; None for 16 or 32 bits."""
-        if any(_names(pattern, name) for pattern in self.ignored):
+        if _name_in(self.ignored, name):
             return None
         matching = (f for f in self.formats if any(t == "Linear" or _names(t, name) for t in f.targets))
         return next(matching, None)
+
+
+def _name_in(patterns: tuple[str, ...], name: str) -> bool:
+    """Whether any of the patterns names a module: one look-up for all that are plain names, of which there are many."""
+    literals, others = _split_patterns(patterns)
+    parts = name.split(".")
+    ends = range(1, len(parts) + 1)
+    if any(".".join(parts[begin:end]) in literals for end in ends for begin in range(end)):
+        return True
+    return any(_names(pattern, name) for pattern in others)
+
+
+@cache
+def _split_patterns(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Names, as the text half has them, and patterns."""
+    literals = (pattern.replace("language_model.", "") for pattern in patterns if not pattern.startswith("re:"))
+    return frozenset(literals), tuple(pattern for pattern in patterns if pattern.startswith("re:"))
 
 
 def _names(pattern: str, name: str) -> bool:

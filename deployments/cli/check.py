@@ -23,7 +23,7 @@ from deployments.serve.config_file import check_model, find_config_file, read_co
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
 from llm.checkpoint.hub import find_local_checkpoint
-from llm.config import ModelConfig
+from llm.config import ModelConfig, WeightLayout
 from llm.errors import ConfigError
 
 
@@ -80,10 +80,10 @@ def _width(model: ModelConfig, itemsize: int) -> str:
     width = f"{8 * itemsize} bits a number"
     if model.quantization is None:
         return width
-    kept = [weight_format for weight_format in model.quantization.formats if not weight_format.is_unpacked]
-    if not kept:
-        return f"{width}, those of experts too, which the files hold in 4 bits"
-    bits = sorted({weight_format.num_bits for weight_format in kept})
+    formats = model.quantization.formats
+    bits = sorted({weight_format.num_bits for weight_format in formats})
+    if all(weight_format.layout is WeightLayout.MXFP4 for weight_format in formats):
+        return f"4 in the experts, elsewhere {width}"
     return f"{' and '.join(map(str, bits))} in the layers' projections, elsewhere {width}"
 
 

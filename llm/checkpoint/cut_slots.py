@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from llm.checkpoint.weight_slots import Piece, Slot, find_slots
-from llm.core.weight_groups import pack, unpack
+from llm.core.weight_groups import WeightGroups, pack, unpack
 from llm.errors import ConfigError
 from llm.models.cuts import Cut, find_cut
 from llm.models.decoder import DecoderModel
 from llm.models.experts import ExpertProjections
 from llm.models.family import Destination, ExpertStack
-from llm.models.quantized import QuantizedLinear
+from llm.models.quantized import Quantized, QuantizedExperts, QuantizedLinear
 from llm.models.registry import destinations
 
 Pieces = tuple[Piece, ...]
@@ -97,10 +97,11 @@ def _pieces(model: DecoderModel, whole: DecoderModel, place: Destination, leaf: 
         yield from _plain(cut, place, module, whole_module)
     elif place.stack is not None:
         assert isinstance(module, ExpertProjections), "a stack is of experts"
-        yield from _stack(cut, place.stack, module, leaf)
-    elif isinstance(module, QuantizedLinear) and leaf != "bias":
-        assert isinstance(whole_module, QuantizedLinear), "the same model"
-        yield from _quantized(cut, place, module, whole_module, leaf)
+        yield from _stack(cut, place, module, whole_module, leaf)
+    elif isinstance(module, QuantizedLinear | QuantizedExperts) and leaf != "bias":
+        assert isinstance(whole_module, QuantizedLinear | QuantizedExperts), "the same model"
+        if cut.experts is None or place.expert in cut.experts:
+            yield from _quantized(cut, place, module, whole_module, leaf)
     else:
         assert isinstance(whole_module, nn.Module), "the same model"
         parameter, whole_parameter = module.get_parameter(leaf), whole_module.get_parameter(leaf)
@@ -130,10 +131,14 @@ def _plain(cut: Cut, place: Destination, parameter: torch.Tensor, whole: torch.T
         yield Piece((source, *columns), parameter.detach()[target])
 
 
-def _stack(cut: Cut, stack: ExpertStack, module: ExpertProjections, leaf: str) -> Iterator[Piece]:
+def _stack(
+    cut: Cut, place: Destination, module: ExpertProjections, whole: nn.Module | nn.Parameter, leaf: str
+) -> Iterator[Piece]:
     """A projection of all experts, or its biases, in the order that `weight_slots` brings a checkpoint's to."""
-    if leaf == "_scales":
-        return  # they go where the blocks do
+    if isinstance(module, QuantizedExperts) and leaf != "_bias":
+        assert isinstance(whole, QuantizedExperts), "the same model"
+        yield from _coded_stack(cut, place, module, whole, leaf)
+        return
     parameter = module.weight
     if leaf == "_bias":
         assert module.bias is not None, "the whole model has them"
@@ -144,7 +149,7 @@ def _stack(cut: Cut, stack: ExpertStack, module: ExpertProjections, leaf: str) -
     experts = slice(None) if cut.experts is None else _slice(cut.experts)
     target = parameter.detach()
     outputs: tuple[slice, ...] = ()
-    if stack is ExpertStack.ALTERNATING:
+    if place.stack is ExpertStack.ALTERNATING:
         target = torch.unflatten(target, 1, (2, -1)).transpose(1, 2)
         outputs = (slice(None) if cut.outputs is None else _slice(cut.outputs[0]), slice(None))
     elif cut.outputs is None:
@@ -153,36 +158,62 @@ def _stack(cut: Cut, stack: ExpertStack, module: ExpertProjections, leaf: str) -
     yield Piece((experts, *outputs, *columns), target)
 
 
-def _quantized(
-    cut: Cut, place: Destination, module: QuantizedLinear, whole: QuantizedLinear, leaf: str
+def _coded_stack(
+    cut: Cut, place: Destination, module: QuantizedExperts, whole: QuantizedExperts, leaf: str
 ) -> Iterator[Piece]:
+    """Codes or scales of all experts, as `_stack`; scales are (experts, groups, out), codes (experts, out, in)."""
+    experts = slice(None) if cut.experts is None else _slice(cut.experts)
+    inputs = range(_num_inputs(whole)) if cut.inputs is None else cut.inputs
+    groups = _groups(module.groups, whole.groups, inputs, _num_inputs(whole), place)
+    target = (module.weight if leaf == "_blocks" else module.scales).detach()
+    outputs: tuple[slice, ...] = (slice(None),)
+    if place.stack is ExpertStack.ALTERNATING:
+        dim = 1 if leaf == "_blocks" else 2
+        target = torch.unflatten(target, dim, (2, -1)).transpose(dim, dim + 1)
+        outputs = (slice(None) if cut.outputs is None else _slice(cut.outputs[0]), slice(None))
+    if leaf != "_blocks":
+        yield Piece((experts, groups, *outputs), target)
+        return
+    repack = _repack(whole.groups, module.groups, inputs, _num_inputs(whole))
+    yield Piece((experts, *outputs), target, lambda packed: repack(packed.flatten(0, -2)).view(target.shape))
+
+
+def _quantized(cut: Cut, place: Destination, module: Quantized, whole: Quantized, leaf: str) -> Iterator[Piece]:
     """Codes, scales or zeros; what says which group an input belongs to is not cut."""
-    rows = range(*place.rows.indices(whole.out_features))
-    inputs = range(whole.in_features) if cut.inputs is None else cut.inputs
-    groups = _groups(module, whole, inputs, place)
+    codes, groups, whole_groups, num_inputs = module.weight.detach(), module.groups, whole.groups, _num_inputs(whole)
+    if place.expert is not None:
+        held = place.expert - (0 if cut.experts is None else cut.experts.start)
+        codes, groups, whole_groups = codes[held], groups.of_expert(held), whole_groups.of_expert(place.expert)
+    rows = range(*place.rows.indices(whole.weight.shape[-2]))
+    inputs = range(num_inputs) if cut.inputs is None else cut.inputs
+    those = _groups(groups, whole_groups, inputs, num_inputs, place)
     for source, target in held_rows(rows, cut.outputs):
-        if leaf in _CODES and module.weight.dtype == torch.uint8:
-            yield Piece((source,), module.weight.detach()[target], _repack(whole, module, inputs))
+        if leaf in _CODES and codes.dtype == torch.uint8:
+            yield Piece((source,), codes[target], _repack(whole_groups, groups, inputs, num_inputs))
         elif leaf in _CODES:
-            yield Piece((source, _slice(inputs)), module.weight.detach()[target])
+            yield Piece((source, _slice(inputs)), codes[target])
         elif leaf in _SCALES:
-            yield Piece((groups, source), module.scales.detach()[:, target])
+            yield Piece((those, source), groups.scales.detach()[:, target])
         elif leaf in _ZEROS:
-            assert module.zeros is not None, "the whole model has them"
-            yield Piece((groups, source), module.zeros.detach()[:, target])
+            assert groups.zeros is not None, "the whole model has them"
+            yield Piece((those, source), groups.zeros.detach()[:, target])
 
 
-def _groups(module: QuantizedLinear, whole: QuantizedLinear, inputs: range, place: Destination) -> slice:
+def _num_inputs(whole: Quantized) -> int:
+    return int(whole.weight.shape[-1]) * (2 if whole.weight.dtype == torch.uint8 else 1)
+
+
+def _groups(groups: WeightGroups, whole: WeightGroups, inputs: range, num_inputs: int, place: Destination) -> slice:
     """The groups that a rank's inputs are in: those of whole groups, or one that all are in."""
-    if len(whole.scales) == 1:
+    if whole.scales.shape[-2] == 1:
         return slice(None)
-    size = whole.group_size
-    if inputs.start % size or (inputs.stop % size and inputs.stop != whole.in_features):
+    size = whole.size
+    if inputs.start % size or (inputs.stop % size and inputs.stop != num_inputs):
         raise ConfigError(
             f"tensor_parallel_size: {place.module} has {len(inputs)} inputs on each rank, which are no whole groups of "
             f"{size} as the checkpoint is quantized; use fewer GPUs a model"
         )
-    if len(inputs) < whole.in_features and module.order is not None:
+    if len(inputs) < num_inputs and groups.order is not None:
         raise ConfigError(
             f"tensor_parallel_size: {place.module} is quantized with desc_act or actorder, whose groups cannot be cut; "
             "use a checkpoint without"
@@ -190,10 +221,12 @@ def _groups(module: QuantizedLinear, whole: QuantizedLinear, inputs: range, plac
     return slice(inputs.start // size, -(-inputs.stop // size))
 
 
-def _repack(whole: QuantizedLinear, module: QuantizedLinear, inputs: range) -> Callable[[torch.Tensor], torch.Tensor]:
+def _repack(
+    whole: WeightGroups, groups: WeightGroups, inputs: range, num_inputs: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Takes some inputs out of rows of 4-bit codes, which are packed in spans that may be shorter then."""
-    before, after = whole.groups.span, module.groups.span
-    if before == after and len(inputs) == whole.in_features:
+    before, after = whole.span, groups.span
+    if before == after and len(inputs) == num_inputs:
         return lambda packed: packed
     return lambda packed: pack(unpack(packed, before)[:, _slice(inputs)].contiguous(), after)
 
@@ -201,8 +234,15 @@ def _repack(whole: QuantizedLinear, module: QuantizedLinear, inputs: range) -> C
 def _order(model: DecoderModel, place: Destination) -> Pieces | None:
     """The same on every rank; where the model keeps none, it is still checked."""
     module = _get(model, place.module)
-    assert isinstance(module, QuantizedLinear), "others have none"
-    return None if module.order is None else (Piece((), module.order.detach()),)
+    assert isinstance(module, QuantizedLinear | QuantizedExperts), "others have none"
+    if module.order is None:
+        return None
+    if place.expert is None:
+        return (Piece((), module.order.detach()),)
+    experts = find_cut(model.config, model.partition, place.module).experts
+    if experts is not None and place.expert not in experts:
+        return ()
+    return (Piece((), module.order.detach()[place.expert - (0 if experts is None else experts.start)]),)
 
 
 def _slice(numbers: range) -> slice:

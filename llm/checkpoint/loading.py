@@ -146,13 +146,7 @@ def check_checkpoint(directory: str | Path) -> CheckedCheckpoint:
 def _notes(config: ModelConfig, directory: Path) -> tuple[str, ...]:
     """What is to be said of what a checkpoint can do and the engine cannot."""
     left_out = FAMILIES[config.architecture].left_out
-    notes = [] if left_out is None else [f"{directory}: {config.architecture} is served without {left_out}"]
-    if config.quantization is not None and any(each.is_unpacked for each in config.quantization.formats):
-        notes.append(
-            f"{directory}: experts in 4 bits (MXFP4) are unpacked as they are loaded and take 16 bits a number, or "
-            "what dtype says; quantization: fp8 makes that 8"
-        )
-    return tuple(notes)
+    return () if left_out is None else (f"{directory}: {config.architecture} is served without {left_out}",)
 
 
 @torch.no_grad()

@@ -7,19 +7,19 @@ are those of transformers' `GptOssForCausalLM` in 16 bits, and of OpenAI's files
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from llm.config import Quantization, WeightLayout
-from llm.core.mxfp4 import BLOCK_SIZE, unpack_mxfp4
-from llm.core.weight_groups import pack
+from llm.config import WeightFormat, WeightLayout
+from llm.core.mxfp4 import BLOCK_SIZE, block_codes
+from llm.core.weight_groups import FP8, WeightGroups, pack
 from llm.errors import CheckpointError, ConfigError
 from llm.models.decoder import DecoderModel
 from llm.models.experts import ExpertProjections
-from llm.models.family import ExpertStack
-from llm.models.quantized import QuantizedLinear
+from llm.models.family import Destination, ExpertStack
+from llm.models.quantized import QuantizedExperts, QuantizedLinear
 from llm.models.registry import destinations
 
 Shape = tuple[int, ...]
@@ -106,14 +106,14 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
             continue
         if destination.stack is not None:
             assert isinstance(module, ExpertProjections), "a stack is of experts"
-            slots.update(_stack_slots(theirs, module, destination.stack, model.config.quantization))
+            slots.update(_stack_slots(theirs, module, destination.stack))
             continue
         leaves = [name for name, _ in module.named_parameters(recurse=False)]
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | QuantizedExperts):
             leaves = ["bias"]
             if destination.arrange is not None:
                 raise ConfigError(f"quantization_config: a quantized {theirs} is not supported; leave it in 16 bits")
-            part = _Part(module, destination.module, theirs, destination.rows, orders)
+            part = _part_of(module, destination, theirs, orders)
             slots.update((f"{theirs}.{leaf}", slot) for leaf, slot in part.slots())
         for leaf in leaves:
             parameter = getattr(module, leaf, None)
@@ -140,41 +140,48 @@ def canonical_scale_name(name: str) -> str:
     return name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name
 
 
-def _stack_slots(
-    name: str, module: ExpertProjections, stack: ExpertStack, quantization: Quantization | None
-) -> Iterator[tuple[str, Slot]]:
+def _stack_slots(name: str, module: ExpertProjections, stack: ExpertStack) -> Iterator[tuple[str, Slot]]:
     """The slots of a projection of all experts of a layer and of its bias, by their names."""
-    num_experts, num_outputs, num_inputs = module.weight.shape
     if stack is ExpertStack.AS_HERE:
-        yield name, Slot(module.weight.detach(), (tuple(module.weight.shape),))
+        if not isinstance(module, QuantizedExperts):  # those that are have tensors of their own
+            yield name, Slot(module.weight.detach(), (tuple(module.weight.shape),))
         return
 
-    def arranged(tensor: torch.Tensor) -> torch.Tensor:
-        """What a checkpoint holds, or (experts, out, …) of it, as `target` has it."""
-        return torch.unflatten(tensor, 1, (-1, 2)) if stack is ExpertStack.ALTERNATING else tensor
-
-    def target(parameter: torch.Tensor) -> torch.Tensor:
-        """A view of a parameter, whose gates stand in front, in the order of the checkpoint."""
+    def target(parameter: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """A view of a parameter, whose outputs are a dimension with gates in front, in the order of the checkpoint."""
         if stack is ExpertStack.IN_ORDER:
             return parameter.detach()
-        return torch.unflatten(parameter.detach(), 1, (2, -1)).transpose(1, 2)
+        return torch.unflatten(parameter.detach(), dim, (2, -1)).transpose(dim, dim + 1)
 
-    def unpack(blocks: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-        assert scales is not None, "a checkpoint without them is refused"
-        return arranged(unpack_mxfp4(blocks, scales, module.weight.dtype))
+    def arranged(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """What a checkpoint holds, its outputs a dimension, as `target` has it."""
+        return torch.unflatten(tensor, dim, (-1, 2)) if stack is ExpertStack.ALTERNATING else tensor
 
-    weight = target(module.weight)
-    if quantization is None or quantization.format_of(name) is None:
-        shape: Shape = num_experts, num_inputs, num_outputs
-        yield name, Slot(weight, (shape,), convert=lambda stored, _: arranged(stored.transpose(1, 2)))
+    num_experts, num_outputs, width = module.weight.shape
+    if isinstance(module, QuantizedExperts):
+        if module.weight_format.layout is not WeightLayout.MXFP4:
+            raise _unsupported(module, name)
+        span, shape = module.groups.span, (num_experts, num_outputs, 2 * width // BLOCK_SIZE)
+
+        def repack(blocks: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+            packed = torch.empty(module.weight.shape, dtype=torch.uint8, device=blocks.device)
+            for expert, codes in enumerate(blocks):  # one by one, for codes alone take twice as much memory
+                packed[expert] = pack(block_codes(codes), span)
+            return arranged(packed)
+
+        yield f"{name}_blocks", Slot(target(module.weight), ((*shape, BLOCK_SIZE // 2),), _BYTES, repack)
+        yield (
+            f"{name}_scales",
+            Slot(target(module.scales, 2), (shape,), _BYTES, lambda scales, _: arranged(scales.transpose(1, 2), 2)),
+        )
     else:
-        shape, scales = (num_experts, num_outputs, num_inputs // BLOCK_SIZE), f"{name}_scales"
-        yield f"{name}_blocks", Slot(weight, ((*shape, BLOCK_SIZE // 2),), _BYTES, unpack, companion=scales)
-        # They go nowhere by themselves; the target is there for their shape.
-        yield scales, Slot(torch.empty(shape, dtype=torch.uint8, device="meta"), (shape,), _BYTES)
+        shape = num_experts, width, num_outputs
+        yield name, Slot(target(module.weight), (shape,), convert=lambda stored, _: arranged(stored.transpose(1, 2)))
     if module.bias is not None:
-        shape = num_experts, num_outputs
-        yield f"{name}_bias", Slot(target(module.bias), (shape,), convert=lambda bias, _: arranged(bias))
+        yield (
+            f"{name}_bias",
+            Slot(target(module.bias), ((num_experts, num_outputs),), convert=lambda bias, _: arranged(bias)),
+        )
 
 
 def _arranging(arrange: Callable[[torch.Tensor], torch.Tensor]) -> Convert:
@@ -185,25 +192,48 @@ def _number(tensor: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
     return tensor.reshape(())
 
 
+def _unsupported(module: QuantizedLinear | QuantizedExperts, name: str) -> ConfigError:
+    layout = module.weight_format.layout
+    return ConfigError(f"quantization_config: {name} in {layout} is not supported; use a checkpoint that ignores it")
+
+
+def _part_of(
+    module: QuantizedLinear | QuantizedExperts, destination: Destination, name: str, orders: dict[str, torch.Tensor]
+) -> "_Part":
+    """The rows of a projection, or of that of an expert, that a module of the checkpoint holds."""
+    codes, groups, product = module.weight.detach(), module.groups, destination.module
+    if destination.expert is not None:
+        codes, groups = codes[destination.expert], groups.of_expert(destination.expert)
+        product += f".{destination.expert}"
+    if module.weight_format.layout is WeightLayout.MXFP4:
+        raise _unsupported(module, name)
+    rows, zeros = destination.rows, groups.zeros
+    groups = replace(groups, scales=groups.scales[:, rows], zeros=None if zeros is None else zeros[:, rows])
+    return _Part(codes[rows], groups, module.weight_format, product, name, orders)
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Rows of a quantized projection.
 
     Attributes:
-        module_name: of the projection.
+        codes: of these rows.
+        groups: what they mean.
+        product: name of what is multiplied at once, of which they are a part.
         name: of the part in the checkpoint.
-        orders: of the inputs of each projection, as the first part to be read gave it.
+        orders: of the inputs of each product, as the first part to be read gave it.
     """
 
-    module: QuantizedLinear
-    module_name: str
+    codes: torch.Tensor
+    groups: WeightGroups
+    weight_format: WeightFormat
+    product: str
     name: str
-    rows: slice
     orders: dict[str, torch.Tensor]
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """The slots of all tensors but the bias, by the last part of their names."""
-        match self.module.weight_format.layout:
+        match self.weight_format.layout:
             case WeightLayout.FP8:
                 yield from self._fp8()
             case WeightLayout.PACKED:
@@ -212,20 +242,16 @@ class _Part:
                 yield from self._by_input(is_awq=layout is WeightLayout.AWQ)
 
     @property
-    def _codes(self) -> torch.Tensor:
-        return self.module.weight.detach()[self.rows]
-
-    @property
-    def _scales(self) -> torch.Tensor:
-        return self.module.scales.detach()[:, self.rows]
-
-    @property
     def _num_outputs(self) -> int:
-        return len(self._codes)
+        return len(self.codes)
+
+    @property
+    def _num_inputs(self) -> int:
+        return self.codes.shape[1] * (1 if self.codes.dtype == FP8 else 2)
 
     def _fp8(self) -> Iterator[tuple[str, Slot]]:
-        num_outputs, block_rows = self._num_outputs, self.module.weight_format.block_rows
-        yield "weight", Slot(self._codes, (tuple(self._codes.shape),), frozenset({"F8_E4M3"}))
+        num_outputs, block_rows = self._num_outputs, self.weight_format.block_rows
+        yield "weight", Slot(self.codes, (tuple(self.codes.shape),), frozenset({"F8_E4M3"}))
 
         def spread(scales: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
             if block_rows is None:
@@ -234,13 +260,13 @@ class _Part:
 
         shapes: tuple[Shape, ...] = ((), (1,), (1, 1), (num_outputs,), (num_outputs, 1))
         if block_rows is not None:
-            shapes = ((-(-num_outputs // block_rows), len(self._scales)),)
-        yield "weight_scale", Slot(self._scales, shapes, convert=spread)
+            shapes = ((-(-num_outputs // block_rows), len(self.groups.scales)),)
+        yield "weight_scale", Slot(self.groups.scales, shapes, convert=spread)
         for leaf in ("input_scale", "activation_scale"):
             yield leaf, _NOT_NEEDED
 
     def _packed(self) -> Iterator[tuple[str, Slot]]:
-        num_outputs, num_inputs, num_groups = self._num_outputs, self.module.in_features, len(self._scales)
+        num_outputs, num_inputs, num_groups = self._num_outputs, self._num_inputs, len(self.groups.scales)
         yield (
             "weight_packed",
             self._codes_slot(
@@ -249,11 +275,11 @@ class _Part:
         )
         yield (
             "weight_scale",
-            Slot(self._scales, ((num_outputs, num_groups),), convert=lambda scales, _: scales.float().t()),
+            Slot(self.groups.scales, ((num_outputs, num_groups),), convert=lambda scales, _: scales.float().t()),
         )
-        if self.module.zeros is not None:
+        if self.groups.zeros is not None:
             yield "weight_zero_point", Slot(
-                self.module.zeros.detach()[:, self.rows], ((-(-num_outputs // 8), num_groups),), _INTEGERS,
+                self.groups.zeros, ((-(-num_outputs // 8), num_groups),), _INTEGERS,
                 lambda packed, _: _nibbles(packed.t())[:, :num_outputs],
             )  # fmt: skip
         yield "weight_g_idx", self._order_slot()
@@ -261,7 +287,7 @@ class _Part:
 
     def _by_input(self, *, is_awq: bool) -> Iterator[tuple[str, Slot]]:
         """AWQ and GPTQ: matrices stand the other way around, (in, out)."""
-        num_outputs, num_inputs, num_groups = self._num_outputs, self.module.in_features, len(self._scales)
+        num_outputs, num_inputs, num_groups = self._num_outputs, self._num_inputs, len(self.groups.scales)
         if is_awq:
             shape = num_inputs, num_outputs // 8
             yield "qweight", self._codes_slot(shape, lambda packed: _awq_nibbles(packed).t())
@@ -269,11 +295,11 @@ class _Part:
             shape = num_inputs // 8, num_outputs
             yield "qweight", self._codes_slot(shape, lambda packed: _nibbles(packed.t()), "g_idx")
             yield "g_idx", self._order_slot()
-        yield "scales", Slot(self._scales, ((num_groups, num_outputs),))
-        assert self.module.zeros is not None, "files of both always have them"
-        unpack, offset = _awq_nibbles if is_awq else _nibbles, self.module.weight_format.zero_offset
+        yield "scales", Slot(self.groups.scales, ((num_groups, num_outputs),))
+        assert self.groups.zeros is not None, "files of both always have them"
+        unpack, offset = _awq_nibbles if is_awq else _nibbles, self.weight_format.zero_offset
         yield "qzeros", Slot(
-            self.module.zeros.detach()[:, self.rows], ((num_groups, num_outputs // 8),), _INTEGERS,
+            self.groups.zeros, ((num_groups, num_outputs // 8),), _INTEGERS,
             lambda packed, _: unpack(packed) + offset,
         )  # fmt: skip
 
@@ -281,7 +307,7 @@ class _Part:
         self, shape: Shape, unpack: Callable[[torch.Tensor], torch.Tensor], order_leaf: str | None = None
     ) -> Slot:
         """Of the codes, which `unpack` brings to (out, in)."""
-        has_order, span = self.module.order is not None, self.module.groups.span
+        has_order, span = self.groups.order is not None, self.groups.span
 
         def repack(packed: torch.Tensor, groups_of: torch.Tensor | None) -> torch.Tensor:
             codes = unpack(packed)
@@ -290,31 +316,31 @@ class _Part:
             return pack(codes.contiguous(), span)
 
         companion = None if order_leaf is None else f"{self.name}.{order_leaf}"
-        return Slot(self._codes, (shape,), _INTEGERS, repack, companion)
+        return Slot(self.codes, (shape,), _INTEGERS, repack, companion)
 
     def _order_slot(self) -> Slot:
         """Of what says which group an input belongs to."""
-        num_inputs = self.module.in_features
-        order = self.module.order
+        num_inputs = self._num_inputs
+        order = self.groups.order
 
         def check(groups_of: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
             found = self._order_of(groups_of)
             if order is None and not torch.equal(found, torch.arange(num_inputs, device=found.device)):
                 raise CheckpointError(f"{self.name} has groups out of order, which desc_act or actorder does not say")
             # One step for all threads: parts are read by several.
-            if not torch.equal(self.orders.setdefault(self.module_name, found), found):
+            if not torch.equal(self.orders.setdefault(self.product, found), found):
                 raise CheckpointError(
                     f"{self.name} has its inputs in another order than what it is multiplied together with, which is "
                     "not supported; quantize without desc_act"
                 )
             return found.int()
 
-        target = torch.empty(num_inputs, dtype=torch.int32) if order is None else order.detach()
+        target = torch.empty(num_inputs, dtype=torch.int32) if order is None else order
         return Slot(target, ((num_inputs,),), _INTEGERS, check, is_optional=order is None)
 
     def _order_of(self, groups_of: torch.Tensor) -> torch.Tensor:
         """Columns of codes in the order of their groups."""
-        size, num_groups = self.module.group_size, len(self._scales)
+        size, num_groups = self.groups.size, len(self.groups.scales)
         counts = torch.bincount(groups_of.flatten().long().clamp(0, num_groups), minlength=num_groups)
         if len(counts) != num_groups or not bool((counts == size).all()):
             raise CheckpointError(f"{self.name} has groups of other sizes than group_size {size} in g_idx")

@@ -13,23 +13,17 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the codes from 0 to 7; those from 8 to 15 are negative."""
 
 
-def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers that blocks mean; exact in float32 and bfloat16 but for the very smallest, rounded in float16.
+def block_codes(blocks: torch.Tensor) -> torch.Tensor:
+    """The codes of blocks (…, in // 32, 16) uint8 in the order of the inputs, (…, in) uint8."""
+    return torch.stack((blocks & 15, blocks >> 4), -1).flatten(-3)
 
-    Args:
-        blocks: (experts, out, in // 32, 16) uint8.
-        scales: (experts, out, in // 32) uint8.
 
-    Returns:
-        (experts, out, in).
-    """
-    num_experts, num_outputs, num_blocks, _ = blocks.shape
-    values = torch.tensor([*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)], device=blocks.device)
-    byte = torch.arange(256, device=blocks.device)
-    pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1)
-    output = torch.empty(num_experts, num_outputs, num_blocks * BLOCK_SIZE, dtype=dtype, device=blocks.device)
-    for expert in range(num_experts):  # one by one, for what is between takes twice as much memory
-        codes = F.embedding(blocks[expert].int(), pairs).flatten(-2)
-        factors = scales[expert].contiguous().view(torch.float8_e8m0fnu).float()
-        output[expert] = (codes * factors[..., None]).flatten(1)
-    return output
+def code_values(codes: torch.Tensor) -> torch.Tensor:
+    """What codes, uint8, stand for before they are scaled, float32."""
+    values = torch.tensor([*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)], device=codes.device)
+    return F.embedding(codes.int(), values[:, None]).squeeze(-1)
+
+
+def scale_values(scales: torch.Tensor) -> torch.Tensor:
+    """What scales, uint8, stand for, float32."""
+    return scales.contiguous().view(torch.float8_e8m0fnu).float()

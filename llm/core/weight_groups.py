@@ -1,14 +1,19 @@
 """Weights in codes of 8 or 4 bits: `(code - zero) * scale`, a scale and a zero for each output and group of inputs.
 
 Whatever layout a checkpoint has, this is ours. Codes of 8 bits are E4M3 (Micikevicius et al. 2022, arXiv:2209.05433)
-and stand in a row as the inputs do. Codes of 4 bits are whole numbers from 0 to 15, two a byte: of a span of inputs the
-bytes hold the first half in their lower four bits and the second half in their upper four, so that a kernel that reads
-some bytes gets two runs of neighbouring inputs.
+and stand in a row as the inputs do. Codes of 4 bits are whole numbers from 0 to 15, or with scales of E8M0 the floats
+of MXFP4 (`llm.core.mxfp4`), two a byte: of a span of inputs the bytes hold the first half in their lower four bits and
+the second half in their upper four, so that a kernel that reads some bytes gets two runs of neighbouring inputs.
+
+The weights of all experts of a layer are stacked: codes, scales, zeros and order then have a first dimension more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+
+from llm.core.mxfp4 import code_values, scale_values
 
 FP8 = torch.float8_e4m3fn
 MIDDLE = 8
@@ -21,8 +26,8 @@ class WeightGroups:
     """What the codes of a weight (out, in) mean.
 
     Attributes:
-        scales: (groups, out), in any format of floats.
-        zeros: (groups, out) uint8; None for 8 with codes of 4 bits, for 0 with those of 8.
+        scales: (groups, out), in any format of floats; or uint8, E8M0, for MXFP4.
+        zeros: (groups, out) uint8; None for 8 with whole numbers, for 0 with floats.
         order: (in,) int32, the input that each column of codes belongs to; None where they stand in order.
         size: inputs a group; the last may have fewer.
         span: inputs whose codes of 4 bits are packed together; with 8 bits, any number that divides `in` and `size`.
@@ -33,6 +38,16 @@ class WeightGroups:
     order: torch.Tensor | None
     size: int
     span: int
+
+    @property
+    def is_mxfp4(self) -> bool:
+        """Whether codes are E2M1, and scales E8M0."""
+        return self.scales.dtype == torch.uint8
+
+    def of_expert(self, expert: int) -> Self:
+        """Those of one expert of a stack: views."""
+        zeros, order = (None if each is None else each[expert] for each in (self.zeros, self.order))
+        return replace(self, scales=self.scales[expert], zeros=zeros, order=order)
 
 
 def span_of(num_inputs: int, group_size: int, num_bits: int) -> int:
@@ -59,17 +74,20 @@ def unpack(packed: torch.Tensor, span: int) -> torch.Tensor:
 def dequantize(codes: torch.Tensor, groups: WeightGroups) -> torch.Tensor:
     """The weight (out, in) that is meant, in float32."""
     has_8_bits = codes.dtype == FP8
-    values = codes.float() if has_8_bits else unpack(codes, groups.span).float()
+    if groups.is_mxfp4:
+        values = code_values(unpack(codes, groups.span))
+    else:
+        values = codes.float() if has_8_bits else unpack(codes, groups.span).float()
     num_inputs = values.shape[1]
 
     def spread(numbers: torch.Tensor) -> torch.Tensor:
-        return numbers.float().t().repeat_interleave(groups.size, 1)[:, :num_inputs]
+        return numbers.t().repeat_interleave(groups.size, 1)[:, :num_inputs]
 
     if groups.zeros is not None:
-        values -= spread(groups.zeros)
-    elif not has_8_bits:
+        values -= spread(groups.zeros.float())
+    elif not has_8_bits and not groups.is_mxfp4:
         values -= MIDDLE
-    values *= spread(groups.scales)
+    values *= spread(scale_values(groups.scales) if groups.is_mxfp4 else groups.scales.float())
     if groups.order is None:
         return values
     return torch.empty_like(values).index_copy_(1, groups.order.long(), values)

@@ -5,6 +5,11 @@ from functools import cache
 
 import triton
 
+WRITTEN_OUT_PAIRS = 512
+"""Pairs an expert, in the mean, from which on weights in groups are written out for the kernels of 16 bits."""
+MAX_SUMMED_ROWS = 32
+"""Most rows of a tile whose sums over groups are scaled one by one; beyond it there are no registers for that."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertTile:
@@ -37,3 +42,16 @@ def expert_tile(num_pairs: int, num_experts: int, itemsize: int, deterministic: 
     if swiglu:
         return ExpertTile(rows, 128, 128, 8, 3) if rows == 32 else ExpertTile(rows, 128, 64, 8, 4)
     return ExpertTile(rows, 128, 64, 4, 3)
+
+
+@cache
+def expert_group_tile(
+    num_pairs: int, num_experts: int, k: int, itemsize: int, deterministic: bool, swiglu: bool
+) -> ExpertTile:
+    """The same for weights in groups, `k` inputs at a time."""
+    if itemsize == 4:
+        return ExpertTile(16 if num_pairs < 32 * num_experts else 32, 32, k, 4, 2)
+    most_rows = 64 if swiglu or deterministic else 128
+    rows = min(max(triton.next_power_of_2(int(1.5 * num_pairs / num_experts) + 1), 16), most_rows)
+    is_wide = rows > 32 and not deterministic
+    return ExpertTile(rows, 128 if is_wide else 64, k, 8 if is_wide else 4, 3)

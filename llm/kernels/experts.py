@@ -13,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.activation import bounded_swiglu, swiglu
-from llm.kernels.expert_tiles import ExpertTile, expert_tile
+from llm.core.weight_groups import WeightGroups
+from llm.kernels.expert_groups import groups_tile_product
+from llm.kernels.expert_pairs import expert_swiglu, find_tile, store_pairs
+from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, WRITTEN_OUT_PAIRS, ExpertTile, expert_group_tile, expert_tile
 from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
@@ -83,7 +85,7 @@ class ExpertMixture:
             output: (tokens, hidden_size), what is added to in place of the stream.
         """
         total, shape = stream.total, self._shape
-        if output is None and self._held is None and self._is_single(stream, norm):
+        if output is None and self._held is None and self._is_single(stream, norm, gate_up, down):
             route(total, router, self._routes, norm, router_bias, correction)
             self._single(total, norm, gate_up, down)
             return
@@ -127,6 +129,11 @@ class ExpertMixture:
             output: (pairs, out): with SwiGLU in the order of experts; else in the order of tokens, and weighted.
             tile: None for one that is fast.
         """
+        if weights.groups is not None:
+            if weights.has_tiles and (tile is not None or not self._writes_out(num_tokens)):
+                self._product_of_groups(x, weights, weights.groups, output, num_tokens, swiglu=swiglu, tile=tile)
+                return
+            weights = weights.written_out(x.dtype)
         shape, routes = self._shape, self._routes
         num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
         if tile is None:
@@ -149,10 +156,43 @@ class ExpertMixture:
         else:
             _expert_product[grid](*tensors, num_outputs, num_inputs, IS_EVEN=is_even, **sizes)
 
-    def _is_single(self, stream: ResidualStream, norm: Norm) -> bool:
+    def _writes_out(self, num_tokens: int) -> bool:
+        """Whether weights in groups are written out first, which takes about as long as the product of some tokens."""
+        shape = self._shape
+        return not self._deterministic and num_tokens * shape.per_token >= WRITTEN_OUT_PAIRS * shape.num_experts
+
+    def _product_of_groups(
+        self, x: torch.Tensor, weights: Weights, groups: WeightGroups, output: torch.Tensor, num_tokens: int,
+        *, swiglu: bool, tile: ExpertTile | None,
+    ) -> None:  # fmt: skip
+        """`product` with weights in groups that tensor cores take."""
+        shape, routes = self._shape, self._routes
+        num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
+        if tile is None:
+            tile = expert_group_tile(
+                num_pairs, shape.num_experts, groups.span, x.dtype.itemsize, self._deterministic, swiglu
+            )
+        most_tiles = min((num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs), num_pairs)
+        code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(tile.k)
+        bytes_a_stage = code_bytes + tile.rows * tile.k * x.dtype.itemsize
+        groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
+            x, weights.weight, groups.scales, groups.zeros, groups.order, weights.bias, routes.order, routes.starts,
+            routes.weights, output, num_outputs, num_inputs, groups.scales.shape[-2], groups.size,
+            NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
+            PER_TOKEN=shape.per_token, ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, SWIGLU=swiglu,
+            LIMIT=shape.swiglu_limit if swiglu else None, ALPHA=shape.swiglu_alpha,
+            IS_EVEN=num_outputs % tile.outputs == 0,
+            AS_NUMBERS=groups.is_mxfp4 or (tile.rows > MAX_SUMMED_ROWS and not self._deterministic),
+            IN_ASSEMBLY=self._device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
+            num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)), **launch_options(self._device),
+        )  # fmt: skip
+
+    def _is_single(self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights) -> bool:
         shape = self._shape
         return (
             len(stream.total) == 1
+            and gate_up.groups is None
+            and down.groups is None
             and not self._deterministic
             and stream.pending is None
             and not norm.offset
@@ -188,27 +228,6 @@ def _row_tile(num_inputs: int) -> int:
 
 
 @triton.jit
-def _find_tile(starts, tile, NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """The expert of a tile of up to ROWS pairs, and its first and last pair; no expert's number where there is none."""
-    expert = tl.arange(0, EXPERT_BLOCK)
-    exists = expert < NUM_EXPERTS
-    first = tl.load(starts + expert, mask=exists, other=0)
-    last = tl.load(starts + expert + 1, mask=exists, other=0)
-    num_tiles = tl.cdiv(last - first, ROWS)
-    last_tile = tl.cumsum(num_tiles, 0)
-    mine = tl.sum((last_tile <= tile).to(tl.int32), 0)  # every expert before this one ends before this tile
-    is_mine = expert == mine
-    first = tl.sum(tl.where(is_mine, first + (tile - last_tile + num_tiles) * ROWS, 0), 0)
-    return mine, first, tl.sum(tl.where(is_mine, last, 0), 0)
-
-
-@triton.jit
-def _swiglu(gate, up, dtype: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """What an expert makes of its gate and of what it gates: `swiglu`, or with a LIMIT `bounded_swiglu`."""
-    return swiglu(gate, up, dtype) if LIMIT is None else bounded_swiglu(gate, up, dtype, LIMIT, ALPHA)
-
-
-@triton.jit
 def _expert_product(
     x, weight, scales, bias, order, starts, pair_weights, output, num_outputs, num_inputs,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
@@ -217,7 +236,7 @@ def _expert_product(
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`."""
     wait_for_inputs(PDL)
-    mine, first, last = _find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
+    mine, first, last = find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
     if mine >= EXPERT_BLOCK:
         return
     place = first + tl.arange(0, ROWS)
@@ -255,22 +274,10 @@ def _expert_product(
         acc *= tl.load(scale)[:, None]
         if SWIGLU:
             up *= tl.load(scale + num_outputs)[:, None]
-    if bias is not None:
-        bias += mine * num_rows + weight_row
-        acc += tl.load(bias).to(tl.float32)[:, None]
-        if SWIGLU:
-            up += tl.load(bias + num_outputs).to(tl.float32)[:, None]
-    dtype: tl.constexpr = output.dtype.element_ty
-    if SWIGLU:
-        result = _swiglu(acc, up, dtype, LIMIT, ALPHA)
-        to = place
-    else:
-        result = (acc * tl.load(pair_weights + pair, mask=is_pair, other=0.0)[None, :]).to(dtype)
-        to = pair
-    mask = is_pair[None, :]
-    if not IS_EVEN:
-        mask &= out[:, None] < num_outputs
-    tl.store(output + to[None, :].to(tl.int64) * num_outputs + out[:, None], result, mask=mask)
+    store_pairs(
+        acc, up, bias, mine * num_rows + weight_row, place, pair, is_pair, out, pair_weights, output, num_outputs,
+        SWIGLU, LIMIT, ALPHA, IS_EVEN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -303,7 +310,7 @@ def _tokens_times_weights(
     out = block * OUTPUTS + tl.arange(0, OUTPUTS)
     if SWIGLU:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS, 2, OUTPUTS]), [0, 2, 1]))
-        result = _swiglu(gate, up, dtype, LIMIT, ALPHA)
+        result = expert_swiglu(gate, up, dtype, LIMIT, ALPHA)
         to = place
     else:
         result = (acc * tl.load(pair_weights + pair, mask=is_pair, other=0.0)[:, None]).to(dtype)
@@ -323,7 +330,7 @@ def _many_pairs_product(
     Tokens are the left factor: instructions then have 256 columns, and read less shared memory.
     """
     wait_for_inputs(PDL)
-    mine, first, last = _find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
+    mine, first, last = find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
     if mine >= EXPERT_BLOCK:
         return
     num_rows = (2 if SWIGLU else 1) * num_outputs

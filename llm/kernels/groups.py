@@ -1,21 +1,16 @@
-"""Weights in `WeightGroups` as kernels read them: the sum that few rows multiply, and plain numbers for many rows.
+"""Weights in `WeightGroups` as few rows multiply them: by sums over groups, each multiplied with the group's scale.
 
-Few rows are bound by reading the weights, which is done once, in codes; a sum over a group is multiplied with the
-group's scale, so that nothing is rounded but the result. For many rows a weight is written out in the activations'
-format, for the vendor's library to multiply: reading and writing it once is little beside what that does then.
+Few rows are bound by reading the weights, which is done once, in codes, and nothing is rounded but the result.
+`llm.kernels.group_numbers` has the weights as plain numbers.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from llm.core.weight_groups import FP8, WeightGroups
 from llm.kernels.activation import gated
-from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.launch import wait_for_inputs
 
 _MIDDLE = tl.constexpr(8)
-_OUTPUTS = 32
-"""Of a program that writes weights out."""
 
 _TO_BF16 = tl.constexpr("""{
 .reg .b32 a, b, one, less;
@@ -80,7 +75,7 @@ _PIECE = tl.constexpr(8)
 
 
 @triton.jit
-def _halves(packed, dtype: tl.constexpr, IN_ASSEMBLY: tl.constexpr):
+def halves(packed, dtype: tl.constexpr, IN_ASSEMBLY: tl.constexpr):
     """Codes of 4 bits less 8, (outputs, span / 2) each: the lower and the upper half of a span."""
     if IN_ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
@@ -102,7 +97,7 @@ def _scaled(total, row_sums, scale, zero, HAS_ZEROS: tl.constexpr):
 
 
 @triton.jit
-def _meaning(scales, zeros, start, group_size, num_rows_of_weight, out):
+def meaning(scales, zeros, start, group_size, num_rows_of_weight, out):
     """Scales and zeros of some outputs, as they are stored, in the group of the inputs from `start` on."""
     offsets = start // group_size * num_rows_of_weight + out
     zero = tl.full(out.shape, _MIDDLE, tl.uint8)
@@ -112,12 +107,13 @@ def _meaning(scales, zeros, start, group_size, num_rows_of_weight, out):
 
 
 @triton.jit
-def _columns(x, order, start, row, num_rows, num_inputs, SIZE: tl.constexpr):
-    """The rows' numbers at the inputs of SIZE columns of codes: (SIZE, rows)."""
+def columns_of(x, order, start, row, num_rows, num_inputs, SIZE: tl.constexpr):
+    """The rows' numbers at the inputs of SIZE columns of codes: (SIZE, rows). Without `num_rows` every row exists."""
     column = start + tl.arange(0, SIZE)
     if order is not None:
         column = tl.load(order + column)
-    return tl.load(x + row[None, :] * num_inputs + column[:, None], mask=row[None, :] < num_rows, other=0.0)
+    pointers = x + row[None, :] * num_inputs + column[:, None]
+    return tl.load(pointers) if num_rows is None else tl.load(pointers, mask=row[None, :] < num_rows, other=0.0)
 
 
 @triton.jit
@@ -136,52 +132,52 @@ def sum_of_groups(
     has_4_bits: tl.constexpr = gate_row.dtype.element_ty == tl.uint8
     half: tl.constexpr = TILE_K // 2 if has_4_bits else 0
     # Asked for a turn before they are needed: nothing else hides the time they take.
-    next_scale, next_zero = _meaning(scales, zeros, begin, group_size, size, weight_row)
+    next_scale, next_zero = meaning(scales, zeros, begin, group_size, size, weight_row)
     next_high_scale, next_high_zero = next_scale, next_zero
     if has_4_bits:
-        next_high_scale, next_high_zero = _meaning(scales, zeros, begin + half, group_size, size, weight_row)
+        next_high_scale, next_high_zero = meaning(scales, zeros, begin + half, group_size, size, weight_row)
     next_up_scale, next_up_zero = next_scale, next_zero
     next_high_up_scale, next_high_up_zero = next_scale, next_zero
     if SWIGLU:
         up_out = weight_row + num_outputs
-        next_up_scale, next_up_zero = _meaning(scales, zeros, begin, group_size, size, up_out)
+        next_up_scale, next_up_zero = meaning(scales, zeros, begin, group_size, size, up_out)
         if has_4_bits:
-            next_high_up_scale, next_high_up_zero = _meaning(scales, zeros, begin + half, group_size, size, up_out)
+            next_high_up_scale, next_high_up_zero = meaning(scales, zeros, begin + half, group_size, size, up_out)
     for start in range(begin, end, TILE_K):
         scale, zero, high_scale, high_zero = next_scale, next_zero, next_high_scale, next_high_zero
         up_scale, up_zero, high_up_scale, high_up_zero = (
             next_up_scale, next_up_zero, next_high_up_scale, next_high_up_zero,
         )  # fmt: skip
         then = tl.minimum(start + TILE_K, end - TILE_K)
-        next_scale, next_zero = _meaning(scales, zeros, then, group_size, size, weight_row)
+        next_scale, next_zero = meaning(scales, zeros, then, group_size, size, weight_row)
         if has_4_bits:
-            next_high_scale, next_high_zero = _meaning(scales, zeros, then + half, group_size, size, weight_row)
+            next_high_scale, next_high_zero = meaning(scales, zeros, then + half, group_size, size, weight_row)
         if SWIGLU:
-            next_up_scale, next_up_zero = _meaning(scales, zeros, then, group_size, size, up_out)
+            next_up_scale, next_up_zero = meaning(scales, zeros, then, group_size, size, up_out)
             if has_4_bits:
-                next_high_up_scale, next_high_up_zero = _meaning(scales, zeros, then + half, group_size, size, up_out)
+                next_high_up_scale, next_high_up_zero = meaning(scales, zeros, then + half, group_size, size, up_out)
         if has_4_bits:
-            low_x = _columns(x, order, start, row, num_rows, num_inputs, half)
-            high_x = _columns(x, order, start + half, row, num_rows, num_inputs, half)
+            low_x = columns_of(x, order, start, row, num_rows, num_inputs, half)
+            high_x = columns_of(x, order, start + half, row, num_rows, num_inputs, half)
             byte = start // 2 + tl.arange(0, half)
             low_sums, high_sums = acc, acc
             if zeros is not None:  # by tensor cores, which have time
                 ones = tl.full([OUTPUTS, half], 1.0, dtype)
                 low_sums = tl.dot(ones, low_x, input_precision="ieee")
                 high_sums = tl.dot(ones, high_x, input_precision="ieee")
-            low, high = _halves(tl.load(gate_row + byte[None, :]), dtype, IN_ASSEMBLY)
+            low, high = halves(tl.load(gate_row + byte[None, :]), dtype, IN_ASSEMBLY)
             low_total = tl.dot(low, low_x, input_precision="ieee")
             high_total = tl.dot(high, high_x, input_precision="ieee")
             acc += _scaled(low_total, low_sums, scale, zero, zeros is not None)
             acc += _scaled(high_total, high_sums, high_scale, high_zero, zeros is not None)
             if SWIGLU:
-                low, high = _halves(tl.load(up_row + byte[None, :]), dtype, IN_ASSEMBLY)
+                low, high = halves(tl.load(up_row + byte[None, :]), dtype, IN_ASSEMBLY)
                 low_total = tl.dot(low, low_x, input_precision="ieee")
                 high_total = tl.dot(high, high_x, input_precision="ieee")
                 up += _scaled(low_total, low_sums, up_scale, up_zero, zeros is not None)
                 up += _scaled(high_total, high_sums, high_up_scale, high_up_zero, zeros is not None)
         else:
-            rows = _columns(x, order, start, row, num_rows, num_inputs, TILE_K)
+            rows = columns_of(x, order, start, row, num_rows, num_inputs, TILE_K)
             column = start + tl.arange(0, TILE_K)
             gate = tl.load(gate_row + column[None, :]).to(dtype)
             acc += tl.dot(gate, rows, input_precision="ieee") * scale.to(tl.float32)[:, None]
@@ -286,50 +282,3 @@ def single_row_of_groups(
     if ADDS:
         rounded += tl.load(output + out)
     tl.store(output + out, rounded)
-
-
-def written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (out, in) that codes mean, in `dtype`."""
-    num_outputs, num_inputs = len(codes), codes.shape[1] * (1 if codes.dtype == FP8 else 2)
-    output = torch.empty(num_outputs, num_inputs, dtype=dtype, device=codes.device)
-    _write_out[(triton.cdiv(num_outputs, _OUTPUTS), num_inputs // groups.span)](
-        codes, groups.scales, groups.zeros, groups.order, output, num_outputs, num_inputs, groups.size,
-        OUTPUTS=_OUTPUTS, SPAN=groups.span, IN_ASSEMBLY=codes.device.type == "cuda" and dtype.itemsize == 2,
-        num_warps=4, **launch_options(codes.device),
-    )  # fmt: skip
-    return output
-
-
-@triton.jit
-def _write_out(
-    codes, scales, zeros, order, output, num_outputs, num_inputs, group_size,
-    OUTPUTS: tl.constexpr, SPAN: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (block of outputs, span of inputs)."""
-    wait_for_inputs(PDL)
-    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    mask = out[:, None] < num_outputs
-    out = tl.minimum(out, num_outputs - 1)
-    start = tl.program_id(1) * SPAN
-    dtype: tl.constexpr = output.dtype.element_ty
-    rows = output + out[:, None].to(tl.int64) * num_inputs
-    low_scale, low_zero = _meaning(scales, zeros, start, group_size, num_outputs, out)
-    scale = low_scale.to(tl.float32)[:, None]
-    if codes.dtype.element_ty == tl.uint8:
-        half: tl.constexpr = SPAN // 2
-        column = start + tl.arange(0, half)
-        high_scale, high_zero = _meaning(scales, zeros, start + half, group_size, num_outputs, out)
-        byte = start // 2 + tl.arange(0, half)
-        packed = tl.load(codes + out[:, None].to(tl.int64) * (num_inputs // 2) + byte[None, :])
-        low, high = _halves(packed, dtype, IN_ASSEMBLY)
-        low = low.to(tl.float32) - (low_zero.to(tl.float32) - _MIDDLE)[:, None]
-        high = high.to(tl.float32) - (high_zero.to(tl.float32) - _MIDDLE)[:, None]
-        low_column, high_column = column, column + half
-        if order is not None:
-            low_column, high_column = tl.load(order + column), tl.load(order + column + half)
-        tl.store(rows + low_column[None, :], (low * scale).to(dtype), mask=mask)
-        tl.store(rows + high_column[None, :], (high * high_scale.to(tl.float32)[:, None]).to(dtype), mask=mask)
-    else:
-        column = start + tl.arange(0, SPAN)
-        code = tl.load(codes + out[:, None].to(tl.int64) * num_inputs + column[None, :]).to(tl.float32)
-        tl.store(rows + column[None, :], (code * scale).to(dtype), mask=mask)

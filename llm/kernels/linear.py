@@ -27,7 +27,8 @@ from llm.config import Activation
 from llm.core.weight_groups import WeightGroups
 from llm.kernels.activation import activate_gated
 from llm.kernels.few_rows import single_row_product, tile_product
-from llm.kernels.groups import single_row_of_groups, written_out
+from llm.kernels.group_numbers import written_out
+from llm.kernels.groups import single_row_of_groups
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
@@ -58,7 +59,7 @@ class Weights:
     """Of a product y = x Wᵀ + bias.
 
     Attributes:
-        weight: (out, in), contiguous.
+        weight: (out, in), contiguous; of experts (experts, out, in), and what follows has their dimension in front too.
         bias: (out,), or None for none.
         scales: (out,) float32, what the rows of 8-bit weights are multiplied by; None for other weights. With them `in`
             and `out` are multiples of 16.
@@ -93,6 +94,16 @@ class Weights:
         if self.groups is None:
             return self
         return Weights(written_out(self.weight, self.groups, dtype), self.bias)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether our kernels take weights in groups: tensor cores take 16 inputs at once."""
+        assert self.groups is not None, "asked of those alone"
+        return self.bytes_of(self.groups.span) >= _LEAST_INPUTS
+
+    def bytes_of(self, num_inputs: int) -> int:
+        """Bytes of the codes of so many inputs."""
+        return num_inputs // 2 if self.weight.dtype == torch.uint8 else num_inputs
 
 
 class Linear:
@@ -209,7 +220,7 @@ class Linear:
             and len(x) <= most_rows
             and x.dtype.itemsize == 2
             and num_outputs % OUTPUTS == 0
-            and (weights.num_inputs % TILE_K == 0 if weights.groups is None else _has_tiles(weights))
+            and (weights.num_inputs % TILE_K == 0 if weights.groups is None else weights.has_tiles)
         )
 
     def _is_single(self, stream: ResidualStream, weights: Weights, num_outputs: int) -> bool:
@@ -220,7 +231,7 @@ class Linear:
     def _is_own(self, x: torch.Tensor, weights: Weights) -> bool:
         """Whether our kernels take the whole product."""
         if self._deterministic:
-            return weights.groups is None or _has_tiles(weights)
+            return weights.groups is None or weights.has_tiles
         return self._is_few(x, weights, len(weights))
 
     def _is_narrow(self, x: torch.Tensor, weights: Weights) -> bool:
@@ -299,7 +310,7 @@ class Linear:
         weight_rows = (2 if swiglu else 1) * tile.outputs
         bytes_a_stage = (weight_rows + tile.rows) * tile.k * x.dtype.itemsize
         if groups is not None:  # codes are widened on their way to the product
-            bytes_a_stage = weight_rows * _code_bytes(weights, tile.k) + tile.rows * tile.k * x.dtype.itemsize
+            bytes_a_stage = weight_rows * weights.bytes_of(tile.k) + tile.rows * tile.k * x.dtype.itemsize
         num_programs = triton.cdiv(num_row_blocks, in_turn) * (tile.num_parts if tile.is_shared else 1)
         tile_product[(in_turn, num_blocks, num_programs)](
             x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
@@ -312,14 +323,3 @@ class Linear:
             **launch_options(self._device),
         )  # fmt: skip
         return output
-
-
-def _has_tiles(weights: Weights) -> bool:
-    """Whether our kernels take weights in groups: tensor cores take 16 inputs at once."""
-    assert weights.groups is not None, "asked of those alone"
-    return weights.groups.span >= (2 if weights.weight.dtype == torch.uint8 else 1) * _LEAST_INPUTS
-
-
-def _code_bytes(weights: Weights, k: int) -> int:
-    """Bytes of the codes of `k` inputs."""
-    return k // 2 if weights.weight.dtype == torch.uint8 else k

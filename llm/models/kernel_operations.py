@@ -43,8 +43,7 @@ from llm.models.experts import ExpertProjections, Experts
 from llm.models.latent import LatentHeads
 from llm.models.latent_kernels import store_and_ask, values_of
 from llm.models.layers import RMSNorm
-from llm.models.quantize import expert_scales
-from llm.models.quantized import QuantizedLinear
+from llm.models.quantized import Quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,9 +412,7 @@ def _expert_shape(experts: Experts) -> ExpertShape:
 
 
 def _weights(projection: nn.Linear | ExpertProjections) -> Weights:
-    if isinstance(projection, ExpertProjections):
-        return Weights(projection.weight, projection.bias, expert_scales(projection))
-    if not isinstance(projection, QuantizedLinear):
+    if not isinstance(projection, Quantized):
         return Weights(projection.weight, projection.bias)
     scales = projection.row_scales
     return Weights(projection.weight, projection.bias, scales, projection.groups if scales is None else None)

@@ -1,14 +1,14 @@
 """Projections whose weights are stored in 8 or 4 bits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm.config import ModelConfig, WeightFormat
-from llm.core.mxfp4 import BLOCK_SIZE
+from llm.config import ModelConfig, WeightFormat, WeightLayout
 from llm.core.weight_groups import FP8, MIDDLE, WeightGroups, dequantize, span_of
 from llm.errors import ConfigError
 from llm.models.delta import ExactLinear
@@ -19,26 +19,31 @@ _STD = 0.02
 """Standard deviation of random weights."""
 _CODES_STD = {8: 1.0, 4: 4.6}
 """That of random codes."""
+_MXFP4_SCALE = 120
+"""Code of the power of two that makes random codes of MXFP4 as wide: their standard deviation is 2.7."""
+_MULTIPLE = 16
+"""Sizes that the vendor's products of 8 bits take are multiples of this."""
 
 
-class QuantizedLinear(nn.Linear):
-    """A projection in codes; in plain PyTorch it multiplies with what they mean, worked out anew each time.
-
-    Args:
-        num_inputs, num_outputs: as those of the plain projection.
-        weight_format: of the codes.
-        has_bias: whether there is one, in `dtype`.
-        dtype: of bias and activations.
+class _Codes(nn.Module):
+    """What projections in codes have in common.
 
     Attributes:
-        weight: (out, in) E4M3, or (out, in // 2) uint8, two codes a byte.
+        weight: (…, out, in) E4M3, or (…, out, in // 2) uint8, two codes a byte.
+        bias: (…, out), or None for none.
         scales, zeros, order: see `WeightGroups`.
+        weight_format: of the codes.
+        group_size: inputs that share a scale.
     """
 
-    def __init__(
-        self, num_inputs: int, num_outputs: int, weight_format: WeightFormat, *, has_bias: bool, dtype: torch.dtype
-    ) -> None:
-        super().__init__(num_inputs, num_outputs, has_bias, device="meta", dtype=dtype)
+    weight: Any
+    bias: Any
+    zeros: nn.Parameter | None
+    order: nn.Parameter | None
+
+    def _make(self, sizes: Sequence[int], weight_format: WeightFormat) -> None:
+        """Make the parameters but the bias, on the meta device, of a weight of these sizes."""
+        *stack, num_outputs, num_inputs = sizes
         num_bits = weight_format.num_bits
         self.weight_format = weight_format
         self.group_size = weight_format.group_size or num_inputs
@@ -46,14 +51,15 @@ class QuantizedLinear(nn.Linear):
         num_groups = -(-num_inputs // self.group_size)
 
         def constant(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), requires_grad=False)
+            return nn.Parameter(torch.empty(*stack, *shape, dtype=dtype, device="meta"), requires_grad=False)
 
         self.weight = (
             constant(num_outputs, num_inputs, dtype=FP8)
             if num_bits == 8
             else constant(num_outputs, num_inputs // 2, dtype=torch.uint8)
         )
-        self.scales = constant(num_groups, num_outputs, dtype=torch.float32)
+        is_mxfp4 = weight_format.layout is WeightLayout.MXFP4
+        self.scales = constant(num_groups, num_outputs, dtype=torch.uint8 if is_mxfp4 else torch.float32)
         self.zeros = constant(num_groups, num_outputs, dtype=torch.uint8) if weight_format.has_zeros else None
         self.order = constant(num_inputs, dtype=torch.int32) if weight_format.has_order else None
 
@@ -64,10 +70,10 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def row_scales(self) -> torch.Tensor | None:
-        """The scale of each output, (out,) float32, where that is all that the codes need; None elsewhere."""
-        has_one_each = self.weight.dtype == FP8 and len(self.scales) == 1
-        fits = self.in_features % 16 == 0 and self.out_features % 16 == 0  # what the vendor's products of 8 bits take
-        return self.scales[0] if has_one_each and fits else None
+        """The scale of each output, (…, out) float32, where that is all that the codes need; None elsewhere."""
+        has_one_each = self.weight.dtype == FP8 and self.scales.shape[-2] == 1
+        fits = not any(size % _MULTIPLE for size in self.weight.shape[-2:])
+        return self.scales[..., 0, :] if has_one_each and fits else None
 
     @torch.no_grad()
     def simplify(self) -> None:
@@ -77,13 +83,52 @@ class QuantizedLinear(nn.Linear):
         """
         if self.zeros is not None and bool((self.zeros == MIDDLE).all()):
             self.zeros = None
-        if self.row_scales is not None:
+        if self.row_scales is not None or self.groups.is_mxfp4:
             return
         for dtype in (torch.float16, torch.bfloat16):
             short = self.scales.to(dtype)
             if torch.equal(short.to(self.scales.dtype), self.scales):
                 self.scales = nn.Parameter(short, requires_grad=False)
                 return
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random weights, for speed alone; does nothing before there is memory."""
+        if not hasattr(self, "scales") or self.weight.is_meta:
+            return
+        if self.weight.dtype == FP8:
+            for part in self.weight.flatten(0, -3) if self.weight.dim() > 2 else self.weight[None]:
+                part.copy_(torch.randn(part.shape, device=part.device))
+        else:
+            self.weight.random_(0, 256)
+        if self.groups.is_mxfp4:
+            self.scales.fill_(_MXFP4_SCALE)
+        else:
+            self.scales.fill_(2.0 ** round(math.log2(_STD / _CODES_STD[self.weight_format.num_bits])))
+        if self.zeros is not None:
+            self.zeros.random_(6, 10)
+        if self.order is not None:
+            self.order.copy_(torch.arange(self.order.shape[-1]))
+        if self.bias is not None:
+            self.bias.zero_()
+        self.simplify()
+
+
+class QuantizedLinear(_Codes, nn.Linear):
+    """A projection in codes; in plain PyTorch it multiplies with what they mean, worked out anew each time.
+
+    Args:
+        num_inputs, num_outputs: as those of the plain projection.
+        weight_format: of the codes.
+        has_bias: whether there is one, in `dtype`.
+        dtype: of bias and activations.
+    """
+
+    def __init__(
+        self, num_inputs: int, num_outputs: int, weight_format: WeightFormat, *, has_bias: bool, dtype: torch.dtype
+    ) -> None:
+        nn.Linear.__init__(self, num_inputs, num_outputs, has_bias, device="meta", dtype=dtype)
+        self._make((num_outputs, num_inputs), weight_format)
 
     def dequantized(self) -> torch.Tensor:
         """The weight (out, in) that is meant, in float32."""
@@ -93,28 +138,46 @@ class QuantizedLinear(nn.Linear):
         """(…, in) → (…, out)."""
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Random weights, for speed alone; does nothing before there is memory."""
-        if self.weight.is_meta or not hasattr(self, "scales"):
-            return
-        if self.weight.dtype == FP8:
-            self.weight.copy_(torch.randn(self.weight.shape, device=self.weight.device))
-        else:
-            self.weight.random_(0, 256)
-        self.scales.fill_(2.0 ** round(math.log2(_STD / _CODES_STD[self.weight_format.num_bits])))
-        if self.zeros is not None:
-            self.zeros.random_(6, 10)
-        if self.order is not None:
-            self.order.copy_(torch.arange(len(self.order)))
-        if self.bias is not None:
-            self.bias.zero_()
-        self.simplify()
+
+class QuantizedExperts(_Codes, ExpertProjections):
+    """One projection of each expert, in codes: what is (out, in) of a `QuantizedLinear` is (experts, out, in) here.
+
+    Args:
+        num_experts, num_inputs, num_outputs: as those of the plain projections.
+        weight_format, has_bias, dtype: see `QuantizedLinear`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_inputs: int,
+        num_outputs: int,
+        weight_format: WeightFormat,
+        *,
+        has_bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        with torch.device("meta"):
+            ExpertProjections.__init__(self, num_experts, num_inputs, num_outputs, has_bias=has_bias)
+        self.to(dtype)
+        self._make((num_experts, num_outputs, num_inputs), weight_format)
+
+    def dequantized(self, expert: int) -> torch.Tensor:
+        """The weight (out, in) of one expert that is meant, in float32."""
+        return dequantize(self.weight[expert], self.groups.of_expert(expert))
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """(…, in) → (…, out), by one expert."""
+        bias = None if self.bias is None else self.bias[expert]
+        return F.linear(x, self.dequantized(expert).to(x.dtype), bias)
 
 
-def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+Quantized = QuantizedLinear | QuantizedExperts
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
     """The projections in codes, by their names in the model."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantized))
 
 
 def use_formats(model: nn.Module, config: ModelConfig, sources: dict[str, list[str]], dtype: torch.dtype) -> None:
@@ -138,13 +201,6 @@ def use_formats(model: nn.Module, config: ModelConfig, sources: dict[str, list[s
                 f"quantization_config: {', '.join(sources[name])} are one product here and must have one format; "
                 "quantize or ignore all of them"
             )
-        if first is not None and first.is_unpacked and not module.weight.shape[-1] % BLOCK_SIZE:
-            continue
-        if first is not None and isinstance(module, ExpertProjections):
-            raise ConfigError(
-                f"quantization_config: quantized experts ({sources[name][0]}) are not supported; use the checkpoint in "
-                "bfloat16, with quantization: fp8 where memory is short"
-            )
         if first is not None and isinstance(module, ExactLinear):
             raise ConfigError(
                 f"quantization_config: {sources[name][0]} is quantized, which is not supported for a projection that "
@@ -155,13 +211,20 @@ def use_formats(model: nn.Module, config: ModelConfig, sources: dict[str, list[s
             has_bias = module.bias is not None
             quantized = QuantizedLinear(module.in_features, module.out_features, first, has_bias=has_bias, dtype=dtype)
             replace_module(model, name, quantized)
+        if first is not None and isinstance(module, ExpertProjections):
+            _check(first, module, sources[name][0])
+            num_experts, num_outputs, num_inputs = module.weight.shape
+            has_bias = module.bias is not None
+            stack = QuantizedExperts(num_experts, num_inputs, num_outputs, first, has_bias=has_bias, dtype=dtype)
+            replace_module(model, name, stack)
 
 
-def _check(weight_format: WeightFormat, module: nn.Linear, name: str) -> None:
+def _check(weight_format: WeightFormat, module: nn.Linear | ExpertProjections, name: str) -> None:
     if name == "lm_head":
         raise ConfigError("quantization_config: a quantized lm_head is not supported; use a checkpoint that ignores it")
-    if weight_format.num_bits == 4 and (module.in_features % (weight_format.group_size or 8) or module.in_features % 8):
+    num_inputs = module.weight.shape[-1]
+    if weight_format.num_bits == 4 and (num_inputs % (weight_format.group_size or 8) or num_inputs % 8):
         raise ConfigError(
-            f"quantization_config: {name} has {module.in_features} inputs, which are no whole groups of "
+            f"quantization_config: {name} has {num_inputs} inputs, which are no whole groups of "
             f"group_size {weight_format.group_size}; quantize with another group_size"
         )

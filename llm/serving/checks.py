@@ -123,7 +123,7 @@ def check_quantization(model: ModelConfig, config: EngineConfig) -> None:
         ConfigError: the configuration asks for one.
     """
     formats = () if model.quantization is None else model.quantization.formats
-    if config.quantization == "fp8" and any(each.num_bits == 4 and not each.is_unpacked for each in formats):
+    if config.quantization == "fp8" and any(each.num_bits == 4 for each in formats):
         raise ConfigError("quantization: fp8 is not what the checkpoint holds, which is 4 bits; leave it out")
 
 

@@ -18,9 +18,11 @@ from llm.kernels import (
     adjust,
     all_reduce,
     delta_rule,
+    expert_groups,
     expert_tiles,
     experts,
     few_rows,
+    group_numbers,
     groups as groups_kernels,
     logprobs,
     norm,
@@ -283,6 +285,30 @@ def compile_experts() -> None:
         compile_kernel("single sum", experts._single_sum, {**single, "CAN_PREFETCH": True})
 
 
+def compile_expert_groups() -> None:
+    """Of MXFP4, 4 bits with zeros and an order, and 8: few pairs and many, gated and not, for older chips too."""
+    arguments = {"x": BF16, "output": BF16, "pair_weights": FLOAT, "starts": INT, "order": INT}
+    arguments |= dict.fromkeys(("num_outputs", "num_inputs", "num_groups", "group_size"), "i32")
+    arguments |= {"NUM_EXPERTS": 32, "EXPERT_BLOCK": 32, "PER_TOKEN": 4, "IS_EVEN": True, "IN_ASSEMBLY": True}
+    plain, bounded = {"bias": None, "LIMIT": None, "ALPHA": None}, {"bias": BF16, "LIMIT": 7.0, "ALPHA": 1.702}
+    formats = {
+        "*u8": ({"weight": "*u8", "scales": "*u8", "zeros": None, "columns": None, **bounded}, 64),
+        "*fp16": ({"weight": "*u8", "scales": "*fp16", "zeros": "*u8", "columns": INT, **plain}, 256),
+        BF16: ({"weight": FP8, "scales": BF16, "zeros": None, "columns": None, **plain}, 128),
+    }
+    for (scales, (codes, span)), num_pairs, swiglu in product(formats.items(), (128, 4096), (False, True)):
+        tile = expert_tiles.expert_group_tile(num_pairs, 32, span, 2, False, swiglu)
+        cut = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k, "SWIGLU": swiglu}
+        cut["AS_NUMBERS"] = scales == "*u8" or tile.rows > expert_tiles.MAX_SUMMED_ROWS
+        taken = compile_kernel(
+            "experts in groups", expert_groups.groups_tile_product, {**arguments, **codes, **cut},
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        assert taken <= SHARED_MEMORY[90] - 1024, (tile, scales, taken)
+    older = {**arguments, **formats["*u8"][0], **cut, "TILE_K": 64, "AS_NUMBERS": True}
+    compile_kernel("experts in groups", expert_groups.groups_tile_product, older, capability=80)
+
+
 def compile_stages() -> None:
     """Pipelined products fill the shared memory of every chip, and no more."""
     arguments = {"x": BF16, "output": BF16, "weight": BF16, "scales": None, "bias": None, "num_outputs": "i32"}
@@ -302,10 +328,13 @@ def compile_groups() -> None:
     arguments = {"x": BF16, "output": BF16, "bias": None, "scales": None, "partial": FLOAT, "arrivals": INT}
     arguments |= dict.fromkeys(("num_rows", "num_outputs", "num_inputs", "inputs_per_part", "group_size"), "i32")
     codes = {"4 bits": ("*u8", "*fp16", "*u8", INT), "of one group": ("*u8", BF16, None, None)}
+    arguments["num_groups"] = "i32"
+    written = {**arguments, "codes": "*u8", "scales": "*u8", "zeros": None, "order": None}
+    compile_kernel("written out", group_numbers._write_out, written, OUTPUTS=32, SPAN=64, IN_ASSEMBLY=True)
     for weight, scales, zeros, order in (*codes.values(), (FP8, FLOAT, None, None)):
         groups = {"group_scales": scales, "zeros": zeros, "order": order}
         written = {**arguments, "codes": weight, "scales": scales, "zeros": zeros, "order": order}
-        compile_kernel("written out", groups_kernels._write_out, written, OUTPUTS=32, SPAN=128, IN_ASSEMBLY=True)
+        compile_kernel("written out", group_numbers._write_out, written, OUTPUTS=32, SPAN=128, IN_ASSEMBLY=True)
         for rows, swiglu in ((16, False), (64, True)):
             tile = {**arguments, **groups, "weight": weight, "ROWS": rows, "SWIGLU": swiglu, "ADDS": not swiglu}
             tile["GELU"] = False
@@ -362,6 +391,7 @@ if __name__ == "__main__":
     compile_long_prefill()
     compile_products()
     compile_experts()
+    compile_expert_groups()
     compile_stages()
     compile_groups()
     compile_all_reduce()

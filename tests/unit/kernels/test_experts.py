@@ -5,15 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llm.config import RoutingConfig
-from llm.kernels import routing
+from llm.config import RoutingConfig, WeightFormat, WeightLayout
+from llm.kernels import experts as kernels, routing
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream
 from llm.kernels.quantization import quantize_weight
 from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
-from llm.models.experts import Experts
+from llm.models.experts import ExpertProjections, Experts
 from llm.models.layers import RMSNorm
+from llm.models.quantized import QuantizedExperts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
@@ -143,6 +144,81 @@ def test_experts_of_8_bits_equal_what_8_bits_leave_of_them(num_tokens):
         ExpertMixture(shape, 16, HALF, DEVICE)(stream, Norm(norm.weight, norm.eps), experts.router.weight, *weights)
         made = experts.float()(norm(total).float())
     assert relative_error(stream.total.float() - total, made) < 3 * TOLERANCE[HALF]
+
+
+GROUPS = {
+    "mxfp4": WeightFormat(layout=WeightLayout.MXFP4, group_size=32),
+    "4 bits, zeros": WeightFormat(layout=WeightLayout.AWQ, group_size=32, has_zeros=True),
+    "4 bits, act-order": WeightFormat(layout=WeightLayout.GPTQ, group_size=32, has_zeros=True, has_order=True),
+    "4 bits, one group": WeightFormat(layout=WeightLayout.PACKED),
+    "8 bits": WeightFormat(layout=WeightLayout.FP8, group_size=32, block_rows=32),
+}
+GROUP_SHAPES = {
+    "tiles that divide": ExpertShape(5, 3, 128, 256, True),
+    "biases, tiles that do not": ExpertShape(6, 4, 96, 160, True, 1.5, 1.3),
+}
+WITHOUT_TILES = ExpertShape(5, 2, 48, 80, True)
+"""Sizes that tensor cores take no codes of."""
+
+
+def create_coded(projections: ExpertProjections, weight_format: WeightFormat) -> QuantizedExperts:
+    """Random codes, scales, zeros and orders in place of a projection's weights, and the same bias."""
+    num_experts, num_outputs, num_inputs = projections.weight.shape
+    has_bias, dtype = projections.bias is not None, projections.weight.dtype
+    coded = QuantizedExperts(num_experts, num_inputs, num_outputs, weight_format, has_bias=has_bias, dtype=dtype)
+    coded.to_empty(device=DEVICE).reset_parameters()
+    if weight_format.layout is WeightLayout.MXFP4:
+        coded.scales.data = torch.randint(122, 126, coded.scales.shape, dtype=torch.uint8, device=DEVICE)
+    else:
+        coded.scales.data = ((0.5 + torch.rand(coded.scales.shape, device=DEVICE)) / 20).to(coded.scales)
+    if coded.order is not None:
+        orders = [torch.randperm(num_inputs, device=DEVICE) for _ in range(num_experts)]
+        coded.order.data = torch.stack(orders).int()
+    coded.bias = projections.bias
+    return coded
+
+
+def check_coded(
+    shape: ExpertShape, weight_format: WeightFormat, num_tokens: int, dtype: torch.dtype = HALF, *,
+    deterministic: bool = False,
+) -> None:  # fmt: skip
+    """Compare the kernels with the layer of the same codes, in float32."""
+    torch.manual_seed(num_tokens)
+    experts, norm = create_experts(shape, dtype, all_apart), RMSNorm(shape.hidden_size, 1e-5).to(DEVICE, dtype)
+    weights = []
+    for projections in (experts.gate_up_proj, experts.down_proj):
+        coded = create_coded(projections, weight_format)
+        weights.append(Weights(coded.weight, coded.bias, groups=coded.groups))
+        projections.weight.data = torch.stack([coded.dequantized(i) for i in range(shape.num_experts)])
+    total = random(num_tokens, shape.hidden_size, dtype=dtype)
+    stream = ResidualStream(total.clone())
+    mixture = ExpertMixture(shape, 150, dtype, DEVICE, deterministic=deterministic)
+    router = experts.router
+    with torch.inference_mode():
+        mixture(stream, Norm(norm.weight, norm.eps), router.weight, *weights, router.bias)
+        made = experts.float()(norm(total).float())
+    assert relative_error(stream.total.float() - total, made) < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("shape", GROUP_SHAPES.values(), ids=GROUP_SHAPES)
+def test_experts_in_groups_equal_the_layer(name, shape):
+    """One token, few, and so many that tiles are larger and sums are not scaled one by one."""
+    for num_tokens in (1, 21, 70):
+        check_coded(shape, GROUPS[name], num_tokens)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "4 bits, zeros", "8 bits"])
+def test_experts_in_groups_written_out_deterministic_and_in_float32(name, monkeypatch):
+    shape = GROUP_SHAPES["tiles that divide"]
+    check_coded(shape, GROUPS[name], 9, torch.float32)
+    check_coded(shape, GROUPS[name], 9, deterministic=True)
+    monkeypatch.setattr(kernels, "WRITTEN_OUT_PAIRS", 4)
+    check_coded(shape, GROUPS[name], 9)
+
+
+def test_experts_without_tiles_are_written_out():
+    check_coded(WITHOUT_TILES, WeightFormat(layout=WeightLayout.AWQ, group_size=8, has_zeros=True), 9)
 
 
 def test_logits_that_are_not_numbers_harm_nobody_else():

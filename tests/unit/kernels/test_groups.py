@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.core.weight_groups import FP8, WeightGroups, dequantize, pack, span_of, unpack
-from llm.kernels.groups import written_out
+from llm.kernels.group_numbers import written_out
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream
 

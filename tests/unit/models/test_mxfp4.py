@@ -1,6 +1,5 @@
-"""gpt-oss's checkpoints as OpenAI publishes them: experts in MXFP4, unpacked as transformers unpacks them."""
+"""gpt-oss's checkpoints as OpenAI publishes them: experts in MXFP4, which mean what transformers unpacks."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -12,9 +11,12 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from deployments.replica.model_memory import weight_bytes
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.config import EngineConfig
-from llm.core.mxfp4 import unpack_mxfp4
+from llm.core.mxfp4 import block_codes
+from llm.core.weight_groups import WeightGroups, dequantize, pack, span_of
 from llm.errors import CheckpointError, ConfigError
 from llm.serving.checks import check_quantization
+from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.schemas import GenerationRequest
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 QUANTIZATION = {
@@ -32,18 +34,25 @@ def random_blocks(num_experts: int, num_outputs: int, num_inputs: int, powers: t
     return [torch.randint(256, (*shape, 16), dtype=torch.uint8), scales]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_equal_transformers(dtype):
+def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What our layout of an expert's blocks means."""
+    num_inputs = 32 * blocks.shape[-2]
+    span = span_of(num_inputs, 32, 4)
+    return dequantize(pack(block_codes(blocks), span), WeightGroups(scales.t(), None, None, 32, span))
+
+
+def test_numbers_equal_transformers():
     torch.manual_seed(0)
     blocks, scales = random_blocks(3, 40, 96, (-120, 120))
-    expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype).transpose(1, 2)
-    assert torch.equal(unpack_mxfp4(blocks, scales, dtype), expected)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
+    for expert in range(3):
+        assert torch.equal(unpacked(blocks[expert], scales[expert]), expected[expert])
 
 
 def test_the_largest_scale_is_not_a_number():
     """E8M0's code 255."""
-    blocks, scales = torch.zeros(1, 1, 2, 16, dtype=torch.uint8), torch.tensor([[[127, 255]]], dtype=torch.uint8)
-    assert unpack_mxfp4(blocks, scales, torch.float32).isnan().flatten().tolist() == [False] * 32 + [True] * 32
+    blocks, scales = torch.zeros(1, 2, 16, dtype=torch.uint8), torch.tensor([[127, 255]], dtype=torch.uint8)
+    assert unpacked(blocks, scales).isnan().flatten().tolist() == [False] * 32 + [True] * 32
 
 
 @pytest.fixture
@@ -63,8 +72,8 @@ def directory(checkpoints, tmp_path, edit) -> Path:
 
 
 @torch.inference_mode()
-def test_logits_equal_transformers(checkpoints, directory, caplog):
-    """With the weights that its own dequantisation gives; a line says that they take more memory than the file."""
+def test_logits_equal_transformers(checkpoints, directory):
+    """With the weights that its own dequantisation gives."""
     theirs = checkpoints("gpt_oss")[1]
     tensors, meant = load_file(directory / "model.safetensors"), theirs.state_dict()
     for name in [name for name in meant if name.endswith(PROJECTIONS)]:
@@ -72,20 +81,35 @@ def test_logits_equal_transformers(checkpoints, directory, caplog):
         meant[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     plain = type(theirs)(theirs.config).eval()
     plain.load_state_dict(meant)
-    with caplog.at_level(logging.WARNING):
-        ours = load_decoder(directory, progress=False)
-    assert "experts in 4 bits (MXFP4) are unpacked" in caplog.text
+    ours = load_decoder(directory, progress=False)
     ids = torch.randint(3, 199, (2, 40), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(ids), plain(ids, use_cache=False).logits, atol=1e-4, rtol=0)
 
 
-def test_check_knows_the_memory_of_unpacked_experts(checkpoints, directory):
-    in_16_bits = check_checkpoint(checkpoints("gpt_oss")[0])
-    checked = check_checkpoint(directory)
-    assert not in_16_bits.warnings
-    assert [str(directory) in warning and "16 bits" in warning for warning in checked.warnings] == [True]
-    assert weight_bytes(checked.config, 2) == weight_bytes(in_16_bits.config, 2)
-    check_quantization(checked.config, EngineConfig(quantization="fp8"))  # unpacked weights can be rounded
+@torch.inference_mode()
+def test_the_kernels_give_the_tokens_of_the_torch_operations(directory):
+    """In float32, as they are in the files; prompts in chunks beside decodes."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(3, 199, (n,), generator=generator).tolist()) for n in (2, 11)]
+    requests = [GenerationRequest(prompt_token_ids=each, max_new_tokens=3, temperature=0) for each in prompts]
+    tokens = []
+    for backend in ("triton", "reference"):
+        config = EngineConfig(attention_backend=backend, num_pages=32, max_batch_size=2, max_tokens_per_step=8)
+        engine = ContinuousBatchingEngine(load_decoder(directory, progress=False), config=config)
+        tokens.append([result.token_ids for result in engine.generate(requests, progress=False)])
+    assert tokens[0] == tokens[1]
+
+
+def test_check_knows_the_memory(checkpoints, directory):
+    """Four bits a number, and eight for 32; nothing is unpacked, and nothing is to be said of it."""
+    plain, checked = check_checkpoint(checkpoints("gpt_oss")[0]), check_checkpoint(directory)
+    assert not checked.warnings
+    tensors = load_file(directory / "model.safetensors").items()
+    held = sum(tensor.nbytes for name, tensor in tensors if name.endswith(("_blocks", "_scales")))
+    num_bytes = weight_bytes(plain.config, 2) - held // 17 * 32 * 2
+    assert weight_bytes(checked.config, 2) == num_bytes + held
+    with pytest.raises(ConfigError, match="fp8 is not what the checkpoint holds"):
+        check_quantization(checked.config, EngineConfig(quantization="fp8"))
 
 
 def test_files_that_do_not_fit_are_refused(directory, edit):
@@ -99,7 +123,7 @@ def test_files_that_do_not_fit_are_refused(directory, edit):
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.experts\.down_proj_scales"):
         check_checkpoint(directory)
     edit(directory / "config.json", intermediate_size=100)
-    with pytest.raises(ConfigError, match=r"quantized experts .*down_proj"):
+    with pytest.raises(ConfigError, match=r"down_proj has 100 inputs, which are no whole groups"):
         check_checkpoint(directory)
     edit(directory / "config.json", intermediate_size=96, quantization_config=None)
     save_file(tensors, file)

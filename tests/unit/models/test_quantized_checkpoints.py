@@ -29,7 +29,7 @@ from llm.config import EngineConfig, Quantization, WeightFormat, WeightLayout
 from llm.errors import CheckpointError, ConfigError
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
-from llm.models.quantized import quantized_modules
+from llm.models.quantized import QuantizedExperts, quantized_modules
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 
@@ -84,6 +84,47 @@ def test_every_family_takes_them(checkpoints, tmp_path, name, kind):
     torch.testing.assert_close(load_decoder(tmp_path, progress=False)(ids), expected, atol=1e-4, rtol=0)
 
 
+def is_of_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+EXPERT_LAYOUTS = [
+    "awq 32", "gptq 32 act-order", "gptq -1 symmetric", "packed asymmetric", "fp8 by tensor", "fp8 by channel",
+    "transformers' fp8 by block", "fp8 by block, partial",
+]  # fmt: skip
+EXPERT_SHAPE = {"moe_intermediate_size": 64}
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+@torch.inference_mode()
+def test_experts_are_those_that_are_meant(checkpoints, tmp_path, name):
+    """Each in its own tensors, gates and what they gate apart, as the files of Qwen3-30B-A3B are."""
+    source, theirs = checkpoints("qwen3_moe", **EXPERT_SHAPE)
+    meant = quantize_directory(source, tmp_path, LAYOUTS[name], lambda name: is_of_expert(name) or is_projection(name))
+    plain = tmp_path / "plain"
+    shutil.copytree(source, plain)
+    save_file({name: tensor.contiguous() for name, tensor in meant.items()}, plain / "model.safetensors")
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    assert all(isinstance(layer.experts.gate_up_proj, QuantizedExperts) for layer in ours.layers)
+    expected = type(theirs).from_pretrained(plain).eval()(ids, use_cache=False).logits
+    torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_experts_alone_in_codes_under_other_names(checkpoints, tmp_path):
+    """Mixtral's, with attention in 16 bits."""
+    source, theirs = checkpoints("mixtral")
+    layout = awq(modules_to_not_convert=["self_attn", "gate"])
+    meant = quantize_directory(source, tmp_path, layout, is_of_expert)
+    plain = tmp_path / "plain"
+    shutil.copytree(source, plain)
+    save_file({name: tensor.contiguous() for name, tensor in meant.items()}, plain / "model.safetensors")
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    assert len(list(quantized_modules(ours))) == 2 * 3
+    expected = type(theirs).from_pretrained(plain).eval()(ids, use_cache=False).logits
+    torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+
+
 @torch.inference_mode()
 def test_the_engine_gives_the_tokens_of_the_weights_that_are_meant(checkpoints, tmp_path):
     """Greedy, several requests at once; `engine.quantization` need not be given."""
@@ -104,11 +145,12 @@ def test_the_engine_gives_the_tokens_of_the_weights_that_are_meant(checkpoints, 
     assert all(len(tokens) == 12 for tokens in texts[0])
 
 
-@pytest.mark.parametrize("name", ["gptq 32 act-order"])
+@pytest.mark.parametrize(("kind", "shape"), [("llama", {}), ("qwen3_moe", EXPERT_SHAPE)])
 @torch.inference_mode()
-def test_the_kernels_give_the_tokens_of_the_torch_operations(checkpoints, tmp_path, name):
+def test_the_kernels_give_the_tokens_of_the_torch_operations(checkpoints, tmp_path, kind, shape):
     """In float32; prompts in chunks beside decodes."""
-    write(checkpoints, tmp_path, LAYOUTS[name])
+    source, is_quantized = checkpoints(kind, **shape)[0], lambda name: is_of_expert(name) or is_projection(name)
+    quantize_directory(source, tmp_path, LAYOUTS["gptq 32 act-order"], is_quantized)
     requests = [
         GenerationRequest(prompt_token_ids=tuple(prompt(n)[0].tolist()), max_new_tokens=3, temperature=0)
         for n in (2, 11)
@@ -208,7 +250,9 @@ def test_unsupported_settings_are_refused_by_their_key(checkpoints, tmp_path, ed
     assert "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize(("kind", "what"), [("qwen3_moe", "experts"), ("qwen3_5", "what a state keeps")])
+@pytest.mark.parametrize(
+    ("kind", "what"), [("gpt_oss", r"gate_up_proj in fp8 is not supported"), ("qwen3_5", "what a state keeps")]
+)
 def test_projections_that_no_format_is_for_are_refused(checkpoints, tmp_path, kind, what):
     write(checkpoints, tmp_path, fp8_by_tensor(), kind)
     with pytest.raises(ConfigError, match=f"quantization_config: .*{what}"):

@@ -1,0 +1,57 @@
+"""Products of experts whose weights are in groups, such as MXFP4: codes become numbers on their way to tensor cores."""
+
+import triton
+import triton.language as tl
+
+from llm.kernels.expert_pairs import find_tile, store_pairs
+from llm.kernels.group_numbers import product_of_numbers
+from llm.kernels.groups import sum_of_groups
+from llm.kernels.launch import wait_for_inputs
+
+
+@triton.jit
+def groups_tile_product(
+    x, weight, scales, zeros, columns, bias, order, starts, pair_weights, output, num_outputs, num_inputs, num_groups,
+    group_size,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    IS_EVEN: tl.constexpr, AS_NUMBERS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`.
+
+    AS_NUMBERS: weights are rounded to the format of `x`; else sums over groups are scaled.
+    """
+    wait_for_inputs(PDL)
+    mine, first, last = find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
+    if mine >= EXPERT_BLOCK:
+        return
+    place = first + tl.arange(0, ROWS)
+    is_pair = place < last
+    pair = tl.load(order + place, mask=is_pair, other=0)
+    source = (pair // PER_TOKEN if SWIGLU else tl.where(is_pair, place, first)).to(tl.int64)
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    # Outputs past the last one read its weights, and are not written.
+    weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
+    num_rows = (2 if SWIGLU else 1) * num_outputs
+    row_size = num_inputs // 2 if weight.dtype.element_ty == tl.uint8 else num_inputs
+    gate_row = weight + mine.to(tl.int64) * num_rows * row_size + weight_row[:, None] * row_size
+    up_row = gate_row + num_outputs * row_size
+    scales += mine.to(tl.int64) * num_groups * num_rows
+    if zeros is not None:
+        zeros += mine.to(tl.int64) * num_groups * num_rows
+    if columns is not None:
+        columns += mine * num_inputs
+    if AS_NUMBERS:
+        acc, up = product_of_numbers(
+            x, gate_row, up_row, scales, zeros, columns, weight_row, source, None, num_outputs, num_inputs, group_size,
+            0, num_inputs, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,
+        )  # fmt: skip
+    else:
+        acc, up = sum_of_groups(
+            x, gate_row, up_row, scales, zeros, columns, weight_row, source, None, num_outputs, num_inputs, group_size,
+            0, num_inputs, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,
+        )  # fmt: skip
+    store_pairs(
+        acc, up, bias, mine * num_rows + weight_row, place, pair, is_pair, out, pair_weights, output, num_outputs,
+        SWIGLU, LIMIT, ALPHA, IS_EVEN,
+    )  # fmt: skip

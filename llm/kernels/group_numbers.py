@@ -1,0 +1,195 @@
+"""Weights in `WeightGroups` as plain numbers of the activations' format: written to memory, or made in registers.
+
+For many rows a weight is written out for the vendor's library or for the kernels of 16-bit experts to multiply: reading
+and writing it once is little beside what these do then. For fewer, and wherever nothing is lost by it (each number of
+MXFP4 is one of bfloat16), numbers are made on their way to the tensor cores, rounded once as those written out are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from llm.core.weight_groups import FP8, WeightGroups
+from llm.kernels.groups import columns_of, halves, meaning
+from llm.kernels.launch import launch_options, wait_for_inputs
+
+_MIDDLE = tl.constexpr(8)
+_OUTPUTS = 32
+"""Of a program that writes weights out."""
+
+_FLOATS_TO_BF16 = tl.constexpr("""{
+.reg .b32 a, b, s, zero, up;
+mov.b32 up, 0x7e807e80;
+mov.b32 zero, 0x80008000;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+shl.b32 s, a, 12;
+and.b32 s, s, 0x80008000;
+shl.b32 $0, a, 6;
+lop3.b32 $0, $0, 0x01c001c0, s, 0xea;
+shl.b32 s, b, 12;
+and.b32 s, s, 0x80008000;
+shl.b32 $1, b, 6;
+lop3.b32 $1, $1, 0x01c001c0, s, 0xea;
+shl.b32 s, a, 8;
+and.b32 s, s, 0x80008000;
+shl.b32 $2, a, 2;
+lop3.b32 $2, $2, 0x01c001c0, s, 0xea;
+shl.b32 s, b, 8;
+and.b32 s, s, 0x80008000;
+shl.b32 $3, b, 2;
+lop3.b32 $3, $3, 0x01c001c0, s, 0xea;
+fma.rn.bf16x2 $0, $0, up, zero;
+fma.rn.bf16x2 $1, $1, up, zero;
+fma.rn.bf16x2 $2, $2, up, zero;
+fma.rn.bf16x2 $3, $3, up, zero;
+fma.rn.bf16x2 $0, $0, $5, zero;
+fma.rn.bf16x2 $1, $1, $6, zero;
+fma.rn.bf16x2 $2, $2, $7, zero;
+fma.rn.bf16x2 $3, $3, $8, zero;
+}""")
+"""Four bytes of E2M1 and their scales to eight numbers: a code's exponent and fraction, in the lowest bits of a
+bfloat16's exponent and the highest of its fraction, are the number over 2 to the 126th; the smallest one is subnormal
+here and there."""
+
+
+@triton.jit
+def _factor(scale):
+    """A scale in float32; one of E8M0, uint8, is a power of two, or NaN."""
+    if scale.dtype == tl.uint8:
+        bits = (scale.to(tl.int32) << 23) | tl.where((scale == 0) | (scale == 255), 1 << 22, 0)
+        factor = bits.to(tl.float32, bitcast=True)
+    else:
+        factor = scale.to(tl.float32)
+    return factor
+
+
+@triton.jit
+def _float_of(code):
+    """What a code of E2M1 stands for, float32."""
+    magnitude = code & 7
+    twice = tl.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << (tl.maximum(magnitude >> 1, 1) - 1))
+    value = twice.to(tl.float32) * 0.5
+    return tl.where(code >= 8, -value, value)
+
+
+@triton.jit
+def _numbers(packed, low_scale, low_zero, high_scale, high_zero, dtype: tl.constexpr, IN_ASSEMBLY: tl.constexpr):
+    """Codes of 4 bits, (outputs, span / 2) bytes, and what their halves mean, to numbers in `dtype`: both halves."""
+    low_factor, high_factor = _factor(low_scale)[:, None], _factor(high_scale)[:, None]
+    if low_scale.dtype == tl.uint8:
+        if IN_ASSEMBLY and dtype == tl.bfloat16:
+            low, high = tl.inline_asm_elementwise(
+                _FLOATS_TO_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [packed, low_factor.to(dtype), high_factor.to(dtype)],
+                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            low, high = _float_of(packed & 15) * low_factor, _float_of(packed >> 4) * high_factor
+    else:
+        low, high = halves(packed, dtype, IN_ASSEMBLY)
+        low = (low.to(tl.float32) - (low_zero.to(tl.float32) - _MIDDLE)[:, None]) * low_factor
+        high = (high.to(tl.float32) - (high_zero.to(tl.float32) - _MIDDLE)[:, None]) * high_factor
+    return low.to(dtype), high.to(dtype)
+
+
+@triton.jit
+def _load_numbers(
+    codes, scales, zeros, start, group_size, size, out, dtype: tl.constexpr, HALF: tl.constexpr,
+    IN_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """The weights of some outputs, at whose codes `codes` points, over the span from `start` on: both halves."""
+    low_scale, low_zero = meaning(scales, zeros, start, group_size, size, out)
+    high_scale, high_zero = meaning(scales, zeros, start + HALF, group_size, size, out)
+    packed = tl.load(codes + (start // 2 + tl.arange(0, HALF))[None, :])
+    return _numbers(packed, low_scale, low_zero, high_scale, high_zero, dtype, IN_ASSEMBLY)
+
+
+@triton.jit
+def product_of_numbers(
+    x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size, begin,
+    end, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """The same as `sum_of_groups`, of weights that are rounded to the format of the rows."""
+    acc = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
+    up = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
+    size = 2 * num_outputs if SWIGLU else num_outputs
+    dtype: tl.constexpr = x.dtype.element_ty
+    half: tl.constexpr = TILE_K // 2
+    for start in range(begin, end, TILE_K):
+        if gate_row.dtype.element_ty == tl.uint8:
+            low_x = columns_of(x, order, start, row, num_rows, num_inputs, half)
+            high_x = columns_of(x, order, start + half, row, num_rows, num_inputs, half)
+            low, high = _load_numbers(
+                gate_row, scales, zeros, start, group_size, size, weight_row, dtype, half, IN_ASSEMBLY
+            )
+            acc = tl.dot(low, low_x, acc, input_precision="ieee")
+            acc = tl.dot(high, high_x, acc, input_precision="ieee")
+            if SWIGLU:
+                low, high = _load_numbers(
+                    up_row, scales, zeros, start, group_size, size, weight_row + num_outputs, dtype, half, IN_ASSEMBLY
+                )
+                up = tl.dot(low, low_x, up, input_precision="ieee")
+                up = tl.dot(high, high_x, up, input_precision="ieee")
+        else:
+            rows = columns_of(x, order, start, row, num_rows, num_inputs, TILE_K)
+            column = start + tl.arange(0, TILE_K)
+            scale, _ = meaning(scales, zeros, start, group_size, size, weight_row)
+            gate = tl.load(gate_row + column[None, :]).to(tl.float32) * scale.to(tl.float32)[:, None]
+            acc = tl.dot(gate.to(dtype), rows, acc, input_precision="ieee")
+            if SWIGLU:
+                scale, _ = meaning(scales, zeros, start, group_size, size, weight_row + num_outputs)
+                above = tl.load(up_row + column[None, :]).to(tl.float32) * scale.to(tl.float32)[:, None]
+                up = tl.dot(above.to(dtype), rows, up, input_precision="ieee")
+    return acc, up
+
+
+def written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (out, in), or stack of (experts, out, in), that codes mean, in `dtype`."""
+    *stack, num_outputs, width = codes.shape
+    num_inputs = width * (1 if codes.dtype == FP8 else 2)
+    output = torch.empty(*stack, num_outputs, num_inputs, dtype=dtype, device=codes.device)
+    grid = triton.cdiv(num_outputs, _OUTPUTS), num_inputs // groups.span, codes.shape[0] if stack else 1
+    _write_out[grid](
+        codes, groups.scales, groups.zeros, groups.order, output, num_outputs, num_inputs, groups.scales.shape[-2],
+        groups.size, OUTPUTS=_OUTPUTS, SPAN=groups.span,
+        IN_ASSEMBLY=codes.device.type == "cuda" and dtype.itemsize == 2, num_warps=4, **launch_options(codes.device),
+    )  # fmt: skip
+    return output
+
+
+@triton.jit
+def _write_out(
+    codes, scales, zeros, order, output, num_outputs, num_inputs, num_groups, group_size,
+    OUTPUTS: tl.constexpr, SPAN: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (block of outputs, span of inputs, weight of a stack)."""
+    wait_for_inputs(PDL)
+    number = tl.program_id(2).to(tl.int64)
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    mask = out[:, None] < num_outputs
+    out = tl.minimum(out, num_outputs - 1)
+    start = tl.program_id(1) * SPAN
+    dtype: tl.constexpr = output.dtype.element_ty
+    row = number * num_outputs + out
+    rows = output + row[:, None] * num_inputs
+    scales += number * num_groups * num_outputs
+    if zeros is not None:
+        zeros += number * num_groups * num_outputs
+    if codes.dtype.element_ty == tl.uint8:
+        half: tl.constexpr = SPAN // 2
+        low, high = _load_numbers(
+            codes + row[:, None] * (num_inputs // 2), scales, zeros, start, group_size, num_outputs, out, dtype, half,
+            IN_ASSEMBLY,
+        )  # fmt: skip
+        low_column = start + tl.arange(0, half)
+        high_column = low_column + half
+        if order is not None:
+            order += number * num_inputs
+            low_column, high_column = tl.load(order + low_column), tl.load(order + high_column)
+        tl.store(rows + low_column[None, :], low, mask=mask)
+        tl.store(rows + high_column[None, :], high, mask=mask)
+    else:
+        column = start + tl.arange(0, SPAN)
+        scale, _ = meaning(scales, zeros, start, group_size, num_outputs, out)
+        code = tl.load(codes + row[:, None] * num_inputs + column[None, :]).to(tl.float32)
+        tl.store(rows + column[None, :], (code * scale.to(tl.float32)[:, None]).to(dtype), mask=mask)
