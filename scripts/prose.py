@@ -11,7 +11,7 @@ for which English has a plain one. Code in backticks and blocks of code are not 
 import ast
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ _PHRASES = {
     r"dearest": "most expensive",
     r"(?:has|have|had) come": "arrived, joined",
     r"comes? along": "is bundled with, comes with",
-    r"by commas": "separated by commas",
+    r"(?<!separated )by commas": "separated by commas",
     r"of before": "previous",
     r"alike": "the same, equally",
     r"altogether": "in total",
@@ -66,6 +66,8 @@ _SPELLING = {
     r"analyse[sd]?|analysing": "-yze",
     r"judgement|artefacts?|whilst|amongst|learnt|spelt|programme": "the American form",
 }
+_MIN_WORDS = 3
+"""Shorter texts of the code are names and formats."""
 _FIRST_PERSON = re.compile(r"\b(?:I|[Ww]e|[Oo]urs?|us|[Mm]y|me)\b(?![-/])")
 _PASSIVE_START = re.compile(
     r"^It (?:is|was|has been) (?:\w+ed|known|seen|said|found|meant|shown|thought) (?:that|to)\b"
@@ -153,24 +155,23 @@ def blocks_of_markdown(text: str) -> Iterator[Block]:
 
 
 def blocks_of_python(source: str) -> Iterator[Block]:
-    """What a module says to people: texts of errors, of log lines and of options."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            yield from _texts(node.exc.args)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in ("debug", "info", "warning", "error", "exception"):
-                yield from _texts(node.args)
-            elif node.func.attr in ("Option", "Argument"):
-                yield from _texts(keyword.value for keyword in node.keywords if keyword.arg == "help")
+    """What a module may say to people, such as errors, log lines and help: each text of three words or more.
 
-
-def _texts(nodes: Iterable[ast.expr]) -> Iterator[Block]:
-    for node in nodes:
+    Docstrings are not among them; those that users read are in the generated pages.
+    """
+    tree = ast.parse(source)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if isinstance(parents.get(node), ast.Expr | ast.JoinedStr):
+            continue
         if isinstance(node, ast.JoinedStr):
-            parts = [str(part.value) if isinstance(part, ast.Constant) else "_" for part in node.values]
-            yield Block(node.lineno, without_code("".join(parts)))
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "_" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield Block(node.lineno, without_code(node.value))
+            text = node.value
+        else:
+            continue
+        if len(text.split()) >= _MIN_WORDS:
+            yield Block(node.lineno, without_code(text))
 
 
 def sentences(block: Block) -> Iterator[tuple[int, str]]:
@@ -183,7 +184,7 @@ def sentences(block: Block) -> Iterator[tuple[int, str]]:
 
 
 def faults(block: Block) -> Iterator[Fault]:
-    """What is wrong with a block, rule by rule."""
+    """What is wrong with the words of a block."""
     for pattern, advice in _COMPILED:
         for match in pattern.finditer(block.text):
             yield Fault(block.line_at(match.start()), f"{match[0]!r}: {advice}")
@@ -192,6 +193,10 @@ def faults(block: Block) -> Iterator[Fault]:
     for match in _DOUBLED.finditer(block.text):
         if match[1].lower() not in _DOUBLED_RIGHTLY:
             yield Fault(block.line_at(match.start()), f"{match[1]!r} stands twice")
+
+
+def faults_of_sentences(block: Block) -> Iterator[Fault]:
+    """What is wrong with the way in which the sentences of a block are built."""
     for offset, sentence in sentences(block):
         words = re.findall(r"[^\s\u2014\u2013=+/|]*\w[^\s\u2014\u2013/|]*", sentence)
         if len(words) > MAX_WORDS:
@@ -203,10 +208,16 @@ def faults(block: Block) -> Iterator[Fault]:
 
 
 def check(path: Path) -> list[Fault]:
-    """The faults of a document or a module, in the order of its lines."""
-    text = path.read_text()
-    blocks = blocks_of_python(text) if path.suffix == ".py" else blocks_of_markdown(text)
-    return sorted((fault for block in blocks for fault in faults(block)), key=lambda fault: fault.line)
+    """The faults of a document or a module, in the order of its lines.
+
+    Texts of the code are not always sentences, and the decisions list figures: of these only the words are judged.
+    """
+    is_code, is_record = path.suffix == ".py", path.parent.name == "decisions"
+    blocks = list((blocks_of_python if is_code else blocks_of_markdown)(path.read_text()))
+    found = [fault for block in blocks for fault in faults(block)]
+    if not is_code and not is_record:
+        found += [fault for block in blocks for fault in faults_of_sentences(block)]
+    return sorted(found, key=lambda fault: fault.line)
 
 
 def public_files() -> list[Path]:

@@ -4,13 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from scripts.prose import MAX_WORDS, blocks_of_markdown, blocks_of_python, check, faults, main
+from scripts.prose import MAX_WORDS, blocks_of_markdown, blocks_of_python, check, faults, faults_of_sentences, main
 
 LONG = " ".join(f"Word{i}" for i in range(MAX_WORDS))
 
 
 def found(text: str) -> list[tuple[int, str]]:
-    return [(fault.line, fault.advice) for block in blocks_of_markdown(text) for fault in faults(block)]
+    return [
+        (fault.line, fault.advice)
+        for block in blocks_of_markdown(text)
+        for fault in (*faults(block), *faults_of_sentences(block))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,15 +72,22 @@ def test_only_what_a_module_says_to_people_is_read():
 import logging
 
 logger = logging.getLogger("our")
-VALUE = "our value"
+VALUE = "our_value is"
 
 
 def run(name: str) -> None:
-    logger.warning("anew: %s", name)
+    logger.warning("starts anew: %s", name)
     raise ValueError(f"{name} is over; run `our` tool")
 '''
     given = {(fault.line, fault.advice) for block in blocks_of_python(source) for fault in faults(block)}
     assert given == {(10, "'anew': again"), (11, "'is over': has ended")}
+
+
+def test_decisions_may_list_figures_in_long_sentences(tmp_path: Path):
+    (tmp_path / "decisions").mkdir()
+    for folder, num_faults in ((tmp_path / "decisions", 1), (tmp_path, 2)):
+        (folder / "page.md").write_text(f"{LONG} and our figures.\n")
+        assert len(check(folder / "page.md")) == num_faults
 
 
 def test_faults_are_printed_and_fail_the_command(tmp_path: Path, monkeypatch, capsys):
