@@ -156,14 +156,14 @@ class ReplicasConfig(StrictModel):
     """How many engine replicas there are and what each one gets."""
 
     num_replicas: int = Field(default=1, ge=1)
-    """Fixed number of replicas; without effect where `autoscaling` is set."""
+    """Fixed number of replicas; it has no effect if `autoscaling` is set."""
     autoscaling: AutoscalingConfig | None = None
-    """Have as many replicas as the load asks for."""
+    """Run as many replicas as the load needs."""
     num_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs that Ray sets aside for each replica, which waits until a node has them free. None for
     `engine.tensor_parallel_size` of them if `device` is `cuda`, or if a node of the cluster has a GPU or may join with
-    one (on Kubernetes, or with Ray's cluster launcher); else for none: replicas then run on CPUs. Set it where GPU
-    nodes come and go."""
+    one (on Kubernetes, or with Ray's cluster launcher); otherwise for zero, so that replicas run on CPUs. Set it where
+    GPU nodes come and go."""
     num_cpus: float = Field(default=0.5, ge=0)
     """CPUs that Ray sets aside for each replica. It only decides what fits on a node; see `torch_threads`."""
     torch_threads: int | None = Field(default=None, ge=1)
@@ -171,12 +171,12 @@ class ReplicasConfig(StrictModel):
     max_ongoing_requests: int = Field(default=1024, ge=1)
     """Requests that one replica runs or queues at once."""
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
-    """How long a replica that is taken away may finish its streams."""
+    """How long a replica that is being removed may take to finish its streams."""
     stall_timeout_s: float = Field(default=20.0, gt=0)
     """A step that takes longer fails the replica's health check; Serve then replaces the replica."""
     max_surge_percent: int = Field(default=0, ge=0, le=100)
-    """Replicas that a rolling update may start before it takes old ones away, in percent. 0: there is rarely a GPU to
-    spare, and streams of a replica that is taken away go on in the others."""
+    """Replicas that a rolling update may start before it removes old ones, in percent. The default is 0 because there
+    is rarely a GPU to spare, and streams of a replica that is removed continue on the others."""
 
     @property
     def most_replicas(self) -> int:
@@ -202,29 +202,29 @@ class RouterConfig(StrictModel):
     max_ongoing_requests: int = Field(default=4096, ge=1)
     """Open HTTP requests of one router; streams count until their end. More get 503 with `Retry-After`."""
     max_surge_percent: int = Field(default=100, ge=0, le=100)
-    """Routers that a rolling update may start before it takes old ones away, in percent."""
+    """Routers that a rolling update may start before it removes old ones, in percent."""
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     max_resumes: int = Field(default=3, ge=0)
-    """How often a request goes on elsewhere after its engine replica died, failed or stalled; 0 turns failover off."""
+    """How often a request continues elsewhere after its replica died, failed or stalled; 0 turns failover off."""
     tokenizer_threads: int = Field(default=2, ge=1, le=64)
     policy: PolicyName = PolicyName.COST
     """How a replica is chosen for a request."""
     silence_timeout_s: float = Field(default=2.0, gt=0)
-    """A replica that has not reported for so long (it does so ten times a second) gets nothing new."""
+    """A replica that has not reported for this long (it reports ten times a second) gets no new requests."""
     stall_timeout_s: float = Field(default=15.0, gt=0)
-    """After so long its streams go on elsewhere, if failover is on."""
+    """After this time without a report, its streams continue elsewhere, if failover is on."""
     drain_after_s: float = Field(default=10.0, ge=0)
-    """A replica that is being taken away may finish its streams for so long; the rest go on elsewhere, if failover is
+    """A replica that is being removed may finish its streams for this long; the rest continue elsewhere, if failover is
     on and there is another replica."""
 
 
 class AdmissionConfig(StrictModel):
-    """How much work may wait in a router, in tokens of prompts and of answers to be expected."""
+    """How much work may wait in a router, in tokens of prompts and of expected answers."""
 
     max_queue_tokens: int = Field(default=4_000_000, ge=1)
-    """Past this, requests are refused with 429."""
+    """Beyond this, requests are refused with 429."""
     max_queue_s: float = Field(default=30.0, gt=0)
-    """Requests that would wait longer than this for a replica, at the pace just measured, are refused with 429."""
+    """Requests that would wait longer than this for a replica, at the pace measured last, are refused with 429."""
     max_backlog_steps: float = Field(default=4.0, gt=0)
     """Engine steps' worth of prompts that a replica is sent ahead; what comes after waits in the router, where it can
     still go elsewhere."""
@@ -273,10 +273,10 @@ class LimitsConfig(StrictModel):
     when_accountant_is_away: AwayPolicy = AwayPolicy.OPEN
     """The accountant counts what API keys use of their limits for all routers, where there are several."""
     body_timeout_s: float = Field(default=30.0, gt=0)
-    """Time to send a body; then 408."""
+    """Time to send a body; a client that takes longer gets 408."""
     send_timeout_s: float = Field(default=25.0, gt=0)
-    """A client that takes nothing of its answer for so long, or up to a fifth longer, is cut off. Serve's proxy has
-    a time of its own: see docs/operations.md."""
+    """A client that reads nothing of its answer for this long, or up to a fifth longer, is cut off. Serve's proxy has
+    its own time: see docs/operations.md."""
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_header_bytes: int = Field(default=64 << 10, ge=1024)
     """Names and values of all headers together, and the path."""
@@ -311,17 +311,17 @@ class AppConfig(StrictModel):
 
     model: str = Field(default="configs/demo", min_length=1)
     """Directory of a Hugging Face checkpoint, a GGUF file, or a Hub id. A relative path counts from the working
-    directory, else from this repository."""
+    directory, or from this repository if it does not exist there."""
     served_model_name: str | None = Field(default=None, min_length=1, max_length=256)
     """The name clients use; None for the directory's name, the file's without its suffix, or the Hub id."""
     lora: str | None = None
     """Directory of a PEFT adapter that is merged into the weights."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """File with a chat template in Jinja, used in place of the checkpoint's; or the template itself. It says how tools
-    are told to the model, too."""
+    """File with a chat template in Jinja, used in place of the checkpoint's; or the template itself. It also says how
+    tools are described to the model."""
     dtype: DType = DType.AUTO
     device: str | None = None
-    """Torch device of the replicas; None for the GPU where a replica has one, else the CPU."""
+    """Torch device of the replicas; None for the GPU if a replica has one, otherwise the CPU."""
     engine_kind: EngineKind = EngineKind.TORCH
     engine: EngineConfig = EngineConfig()
     emulation: EmulationConfig = EmulationConfig()
@@ -334,11 +334,11 @@ class AppConfig(StrictModel):
     token_channel: ChannelConfig = ChannelConfig()
     tracing: TracingConfig = TracingConfig()
     prefix_cache_per_key: bool = False
-    """Share cached prompts only among requests with the same API key, so that nobody can tell by the time to the first
-    token what others have asked."""
+    """Share cached prompts only among requests with the same API key, so that no one can tell by the time to the
+    first token what others have asked."""
     strict_fields: bool = False
-    """Refuse requests that hold a field which this server does not know, with 400. Else such fields are ignored, and
-    named in the answer's header `X-Rayline-Ignored`."""
+    """Refuse requests that hold a field which this server does not know, with 400. Otherwise such fields are
+    ignored, and named in the answer's header `X-Rayline-Ignored`."""
     tool_parser: ToolParserName = ToolParserName.AUTO
     """What becomes a `tool_call` in answers to requests with tools."""
     reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO

@@ -437,10 +437,10 @@ class EngineConfig(StrictModel):
     is fastest, and 8192 on a GPU, but at least `max_batch_size`."""
     max_prefill_tokens_beside_decodes: int | None = Field(default=None, ge=1)
     """About as many prefill tokens of each new sequence go into a step in which others decode, up to 2,048 tokens in
-    all: what bounds the gap between tokens while prompts arrive. Where twice as many are new as decode, they are let in
-    at once. None for 192 on a GPU and no bound of its own on a CPU."""
+    total. This bounds the gap between tokens while prompts arrive. If twice as many sequences are new as decode, they
+    start at once. None for 192 on a GPU and no bound of its own on a CPU."""
     page_size: int = Field(default=16, ge=1, le=256)
-    """Slots a page. A slot holds one token's keys and values in every layer."""
+    """Slots in a page. A slot holds one token's keys and values in every layer."""
     num_pages: int | None = Field(default=None, ge=1)
     """Pages in the pool; None to size it: on a GPU by `gpu_memory_utilization`, on a CPU by `cpu_pool_bytes`."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
@@ -448,7 +448,7 @@ class EngineConfig(StrictModel):
     cpu_pool_bytes: int = Field(default=1 << 30, gt=0)
     """Most memory of the pool on a CPU, in bytes; never more than `max_batch_size` full sequences need."""
     enable_prefix_caching: bool = True
-    """Keep full pages of finished sequences and share them with prompts that begin alike."""
+    """Keep full pages of finished sequences and share them with prompts that begin the same."""
     attention_backend: str | None = None
     """Name of an attention backend; None for the best one on this device."""
     quantization: Literal["fp8"] | None = None
@@ -458,7 +458,7 @@ class EngineConfig(StrictModel):
     """GPU: "fp8" keeps keys and values in 8 bits (E4M3), twice as many tokens in the same memory, scaled as the
     checkpoint says if it does; "auto" in the model's format."""
     deterministic: bool = False
-    """GPU: the same request gets the same tokens, bit by bit, whatever runs beside it, at some cost in speed."""
+    """GPU: the same request gets the same tokens, bit by bit, whatever runs beside it. It costs some speed."""
     num_speculative_tokens: int = Field(default=0, ge=0, le=32)
     """Most tokens a sequence guesses from its own text (prompt-lookup decoding) and checks in one step: the same output
     in fewer steps where text repeats itself. 0 for off."""

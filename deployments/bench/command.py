@@ -149,7 +149,7 @@ def plot_results(
     out: Annotated[Path, typer.Option(help="PNG or SVG to write.")],
     title: Annotated[str | None, typer.Option(help="Above the picture.")] = None,
 ) -> None:
-    """Draw latency and throughput against load, a colour for each label."""
+    """Draw latency and throughput against load, a color for each label."""
     _plot(_read(files), out, title)
 
 

@@ -64,7 +64,7 @@ InputTokens = Annotated[str, _option(_REQUESTS, "Tokens of a prompt: 128, or a r
 OutputTokens = Annotated[str, _option(_REQUESTS, "Most tokens of an answer (exactly so many with --ignore-eos).")]
 MaxInputTokens = Annotated[int | None, _option(_REQUESTS, "Cut a trace's longer prompts there.", min=1)]
 MaxOutputTokens = Annotated[int | None, _option(_REQUESTS, "Cut a trace's longer answers there.", min=1)]
-IgnoreEos = Annotated[bool, _option(_REQUESTS, "Let answers go on to their full length.")]
+IgnoreEos = Annotated[bool, _option(_REQUESTS, "Let answers continue to their full length.")]
 Temperature = Annotated[float, _option(_REQUESTS, "Of the sampling.", min=0)]
 ExtraBody = Annotated[str | None, _option(_REQUESTS, "Further fields of each request, as JSON: '{\"top_k\": 1}'.")]
 TokenizerDir = Annotated[

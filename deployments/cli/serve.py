@@ -29,17 +29,19 @@ _LOCAL = "127.0.0.1"
 
 def serve(
     model: Annotated[
-        str | None, typer.Argument(help="Directory of a checkpoint, a GGUF file or a Hub id; else the file's.")
+        str | None, typer.Argument(help="Directory of a checkpoint, a GGUF file or a Hub id; by default the file's.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Configuration file, or the name of one that comes along.")
+        Path | None, typer.Option(help="Configuration file, or the name of one that comes with Rayline.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all, which needs keys.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Engine replicas.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="GPUs of each replica, which share the model.")] = None,
-    api_keys_env: Annotated[str | None, typer.Option(help="Environment variable with API keys, by commas.")] = None,
-    haproxy: Annotated[bool, typer.Option(help="Put HAProxy in front, which comes with Ray.")] = True,
+    api_keys_env: Annotated[
+        str | None, typer.Option(help="Environment variable with API keys, separated by commas.")
+    ] = None,
+    haproxy: Annotated[bool, typer.Option(help="Put HAProxy, which comes with Ray, in front.")] = True,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: engine.max_seq_len=8192.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show everything that Ray prints.")] = False,
 ) -> None:

@@ -157,8 +157,8 @@ class FleetWatch:
         """A stream of this replica goes on elsewhere."""
         if replica_id is not None:
             self.news.count(
-                f"A stream of replica {replica_id} goes on elsewhere",
-                f"{{}} streams of replica {replica_id} go on elsewhere",
+                f"A stream of replica {replica_id} continues elsewhere",
+                f"{{}} streams of replica {replica_id} continue elsewhere",
             )
 
     def note_failed_call(self, replica_id: str) -> bool:

@@ -40,7 +40,7 @@ _HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "vllm:request_decode_time_seconds": ("From the first token to the last.", _REQUEST_BUCKETS),
     "vllm:request_prompt_tokens": ("Tokens of a request's prompt.", _LENGTH_BUCKETS),
     "vllm:request_generation_tokens": ("Tokens of a request's answer.", _LENGTH_BUCKETS),
-    "rayline:request_route_time_seconds": ("Parsing, tokenising and admission.", _HOP_BUCKETS),
+    "rayline:request_route_time_seconds": ("Parsing, tokenizing and admission.", _HOP_BUCKETS),
     "rayline:request_relay_time_seconds": ("On the way to the engine, and of the first token back.", _HOP_BUCKETS),
 }
 
@@ -192,6 +192,6 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "num_requests": ("rayline:requests", "Requests begun."),
     "num_refused": ("rayline:requests_refused", "Requests refused with 429."),
-    "num_resumes": ("rayline:failovers", "Times a request went on elsewhere after its replica failed or stalled."),
-    "num_moves": ("rayline:moves", "Times a request went on elsewhere because its replica was taken away."),
+    "num_resumes": ("rayline:failovers", "Times a request continued elsewhere after its replica failed or stalled."),
+    "num_moves": ("rayline:moves", "Times a request continued elsewhere because its replica was removed."),
 }

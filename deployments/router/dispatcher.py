@@ -120,7 +120,9 @@ class Dispatcher:
             if self.is_hopeless(ticket.since):
                 self._give_up(ticket, self.no_replica())
             elif self._has_nowhere_to_go(ticket, prospects):
-                self._give_up(ticket, EngineError("the engine replica failed, and there is no other one to go on"))
+                self._give_up(
+                    ticket, EngineError("the engine replica failed, and no other one can continue the request")
+                )
 
     def is_hopeless(self, since: float) -> bool:
         """Whether there has been no replica, and none on its way, for too long for what waits since then."""

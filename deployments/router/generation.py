@@ -264,7 +264,7 @@ class Generation:
         self._num_declined = 0
         placement.note_move(replica_id, is_failure=is_failure)
         logger.warning(
-            "request %s goes on elsewhere behind %d tokens: %s",
+            "request %s continues elsewhere after %d tokens: %s",
             self.request.request_id, len(self.token_ids), setback.message,
         )  # fmt: skip
         if is_failure and self._leaving is None:

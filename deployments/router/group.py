@@ -132,4 +132,4 @@ class GenerationGroup:
 
     def _expire(self) -> None:
         for generation in self.generations:
-            generation.end_with(DeadlineError("the request's timeout is over"))
+            generation.end_with(DeadlineError("the request's timeout has passed"))

@@ -171,7 +171,7 @@ class Journal:
         generations = [generation for generation in self.on_replica(replica_id) if not generation.is_leaving]
         if not self.max_resumes or not generations:
             return
-        logger.warning("replica %s: %s; its %d streams go on elsewhere", replica_id, why, len(generations))
+        logger.warning("replica %s: %s; its %d streams continue elsewhere", replica_id, why, len(generations))
         if is_failure:
             assign_parts(generations, time.monotonic())
         for generation in generations:

@@ -192,7 +192,7 @@ class Router:
                 if self.dispatcher.is_hopeless(since):
                     raise self.dispatcher.no_replica()
                 if timeout_s is not None and time.monotonic() - since > timeout_s:
-                    raise DeadlineError("the request's timeout is over")
+                    raise DeadlineError("the request's timeout has passed")
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_ENGINE_CHECK_INTERVAL_S):
                         await self._engine_known.wait()

@@ -45,7 +45,7 @@ def find_config_file(given: Path | None) -> Path:
         return given
     ours = {file.stem: file for file in sorted((_PACKAGE / "configs").glob("*.yaml"))}
     if str(given) not in ours:
-        raise ConfigError(f"{given}: no such file; configurations that come along are {', '.join(ours)}")
+        raise ConfigError(f"{given}: no such file; the bundled configurations are {', '.join(ours)}")
     return ours[str(given)]
 
 

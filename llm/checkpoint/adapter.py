@@ -65,7 +65,7 @@ def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
     for factor_a, factor_b, place, scaling in adapters:
         layer = model.get_submodule(place.module)
         if not isinstance(layer, LoRALinear):
-            assert isinstance(layer, nn.Linear), "adapters go on linear layers"
+            assert isinstance(layer, nn.Linear), "adapters fit linear layers"
             layer = LoRALinear(layer)
             replace_module(model, place.module, layer)
         cut = find_cut(model.config, model.partition, place.module)
@@ -153,7 +153,7 @@ def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_MODEL):
         raise ConfigError(
-            f"{path}: adapters initialised with {init!r} also change the model's weights; "
+            f"{path}: adapters initialized with {init!r} also change the model's weights; "
             "save it with PEFT's path_initial_model_for_weight_conversion"
         )
 

@@ -28,7 +28,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
         found = config.get(key)
         if found:
             if not isinstance(found, Mapping):
-                raise ConfigError(f"{key} is {shown(found)}, which is no JSON object")
+                raise ConfigError(f"{key} is {shown(found)}, which is not a JSON object")
             return _read(_Keys(found, key))
     return None
 
@@ -91,8 +91,8 @@ def _read(keys: _Keys) -> Quantization:
     method = keys.get("quant_method", "compressed-tensors" if keys.get("config_groups") else None)
     if method not in _METHODS:
         raise ConfigError(
-            f"{keys.path}: quant_method {shown(method)} is not supported; supported: {', '.join(_METHODS)}; else use "
-            "the checkpoint in bfloat16 or float16"
+            f"{keys.path}: quant_method {shown(method)} is not supported; supported: {', '.join(_METHODS)}; "
+            "otherwise use the checkpoint in bfloat16 or float16"
         )
     return _METHODS[method](keys)
 

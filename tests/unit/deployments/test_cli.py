@@ -120,7 +120,7 @@ def test_check_of_a_broken_file_is_one_line():
     result = rayline("check", "nothing.yaml")
     assert result.returncode == 1
     assert result.stderr == (
-        "rayline: nothing.yaml: no such file; configurations that come along are demo-two-replicas, emulated, "
+        "rayline: nothing.yaml: no such file; the bundled configurations are demo-two-replicas, emulated, "
         "llama-3.1-8b, qwen3-8b-autoscaling\n"
     )
 

@@ -43,7 +43,7 @@ async def test_an_error_after_the_comments_is_an_event(make_service: ServiceFact
     answer = await service.http.post(path, json={"model": "demo", "stream": True, **PATHS[path]}, headers=headers)
     assert answer.status_code == 200
     assert answer.text.startswith(": keep-alive")
-    assert "timeout is over" in answer.text.rpartition(": keep-alive\n\n")[2]
+    assert "timeout has passed" in answer.text.rpartition(": keep-alive\n\n")[2]
     assert "event: error" in answer.text or answer.text.endswith("data: [DONE]\n\n")
 
 

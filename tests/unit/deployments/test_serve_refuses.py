@@ -49,7 +49,7 @@ def refusal(*arguments: str) -> LLMError:
         (["--set", "lora=/no/adapter"], "/no/adapter is no directory"),
         (["--set", "engine.max_seq_length=5"], "max_seq_len"),
         (["--set", "engine.max_batch_size=0"], "max_batch_size"),
-        (["--config", "/no/such.yaml"], "/no/such.yaml: no such file; configurations that come along are"),
+        (["--config", "/no/such.yaml"], "/no/such.yaml: no such file; the bundled configurations are"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
