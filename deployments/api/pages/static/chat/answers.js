@@ -7,7 +7,10 @@ import { settings } from "./settings.js";
 
 const SAVE_INTERVAL_MS = 250;
 const running = new Map(); // what ends each answer, by the message's id
+let isLeaving = false; // the page is closed or reloaded, which cuts its answers
 
+addEventListener("pagehide", () => (isLeaving = true));
+addEventListener("pageshow", () => (isLeaving = false));
 conversations.changes.addEventListener("deleted", ({ detail: id }) => {
   for (const { conversationId, abort } of running.values()) if (conversationId === id) abort.abort();
 });
@@ -31,7 +34,8 @@ export function stop(conversation) {
   for (const { conversationId, abort } of running.values()) if (conversationId === conversation.id) abort.abort();
 }
 
-export const isAnswering = (conversation) => [...running.values()].some(({ conversationId }) => conversationId === conversation.id);
+export const isAnswering = (conversation) =>
+  [...running.values()].some(({ conversationId }) => conversationId === conversation.id);
 
 async function write(conversation, message) {
   const abort = new AbortController();
@@ -50,6 +54,7 @@ async function write(conversation, message) {
     }
     message.state = "done";
   } catch (error) {
+    if (isLeaving) return; // what is kept is an answer that was cut short
     message.state = error.name === "AbortError" ? "stopped" : "failed";
     if (message.state === "failed") {
       message.fault = error.message;
@@ -155,7 +160,11 @@ function requestFor(conversation, message) {
 function asSent({ role, content, files, calls, callId }) {
   if (role === "tool") return { role, content, tool_call_id: callId };
   if (calls?.length) {
-    const toolCalls = calls.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
+    const toolCalls = calls.map((call) => ({
+      id: call.id,
+      type: "function",
+      function: { name: call.name, arguments: call.arguments },
+    }));
     return { role, content, tool_calls: toolCalls };
   }
   return { role, content: withFiles(content, files) };

@@ -82,12 +82,20 @@ export class Composer {
   }
 
   #drawFiles() {
-    $("attached").replaceChildren(...this.#files.map((file) =>
-      element("li", {}, element("span", {}, file.name), iconButton("close", `Remove ${file.name}`, () => {
-        this.#files = this.#files.filter((other) => other !== file);
-        this.#drawFiles();
-        this.draw();
-      }))));
+    $("attached").replaceChildren(
+      ...this.#files.map((file) =>
+        element(
+          "li",
+          {},
+          element("span", {}, file.name),
+          iconButton("close", `Remove ${file.name}`, () => {
+            this.#files = this.#files.filter((other) => other !== file);
+            this.#drawFiles();
+            this.draw();
+          }),
+        ),
+      ),
+    );
   }
 
   #send() {

@@ -11,7 +11,8 @@ import { newId } from "./dom.js";
 export const NEW_TITLE = "New conversation";
 const MAX_TITLE_LENGTH = 60;
 
-/** Tells what changed, as events: "list"; "conversation" and "deleted" with its id; "message" with the message. */
+/** Tells what changed, as events: "list"; "conversation" and "deleted" with its id; "message" with the message; "unsaved"
+    with what the browser says when it cannot keep more. */
 export const changes = new EventTarget();
 const tell = (kind, detail) => changes.dispatchEvent(new CustomEvent(kind, { detail }));
 
@@ -51,7 +52,8 @@ const messagesOf = (conversation) => messages.get(conversation.id) ?? new Map();
 export function branch(conversation) {
   const known = messagesOf(conversation);
   const found = [];
-  for (let message = known.get(conversation.leafId); message; message = known.get(message.parentId)) found.unshift(message);
+  for (let message = known.get(conversation.leafId); message; message = known.get(message.parentId))
+    found.unshift(message);
   return found;
 }
 
@@ -80,7 +82,13 @@ export function showBranch(conversation, message) {
 
 /** Add a message behind another one (null for the first) and show its branch. */
 export function add(conversation, parent, fields) {
-  const message = { id: newId(), conversationId: conversation.id, parentId: parent?.id ?? null, createdAt: Date.now(), ...fields };
+  const message = {
+    id: newId(),
+    conversationId: conversation.id,
+    parentId: parent?.id ?? null,
+    createdAt: Date.now(),
+    ...fields,
+  };
   if (!messages.has(conversation.id)) messages.set(conversation.id, new Map());
   messagesOf(conversation).set(message.id, message);
   if (!conversations.has(conversation.id)) conversations.set(conversation.id, conversation);
@@ -93,7 +101,8 @@ export function add(conversation, parent, fields) {
   return message;
 }
 
-const titleOf = ({ content, files }) => (content.trim() || files?.[0]?.name || NEW_TITLE).replace(/\s+/g, " ").slice(0, MAX_TITLE_LENGTH);
+const titleOf = ({ content, files }) =>
+  (content.trim() || files?.[0]?.name || NEW_TITLE).replace(/\s+/g, " ").slice(0, MAX_TITLE_LENGTH);
 
 export function rename(conversation, title) {
   conversation.title = title.trim() || conversation.title;
@@ -110,7 +119,12 @@ export function changed(message) {
 /** Write a conversation's record and some of its messages, and tell the other tabs. */
 export async function save(conversation, ofThese) {
   if (!conversations.has(conversation.id)) return; // deleted meanwhile
-  await database.save(conversation, ofThese);
+  try {
+    await database.save(conversation, ofThese);
+  } catch (error) {
+    tell("unsaved", error);
+    return;
+  }
   channel.postMessage({ kind: "saved", id: conversation.id });
 }
 
@@ -151,7 +165,8 @@ export async function search(words) {
   const pieces = new Map();
   for (const { conversationId, content } of await database.allMessages()) {
     const at = content.toLowerCase().indexOf(wanted);
-    if (at >= 0 && !pieces.has(conversationId)) pieces.set(conversationId, content.slice(Math.max(0, at - 20), at + 60));
+    if (at >= 0 && !pieces.has(conversationId))
+      pieces.set(conversationId, content.slice(Math.max(0, at - 20), at + 60));
   }
   return list()
     .filter(({ id, title }) => pieces.has(id) || title.toLowerCase().includes(wanted))
@@ -220,7 +235,13 @@ async function adoptOlder() {
   let time = Date.now();
   for (const { title, turns } of JSON.parse(older)) {
     time -= 1000;
-    await restore(...chained(title, turns.map(({ thought, ...turn }) => ({ ...turn, reasoning: thought, stats: undefined })), time));
+    await restore(
+      ...chained(
+        title,
+        turns.map(({ thought, ...turn }) => ({ ...turn, reasoning: thought, stats: undefined })),
+        time,
+      ),
+    );
   }
 }
 
@@ -229,7 +250,13 @@ export function chained(title, turns, time = Date.now()) {
   const conversation = { ...create(), title: title || NEW_TITLE, createdAt: time, changedAt: time };
   const made = [];
   for (const turn of turns) {
-    made.push({ id: newId(), conversationId: conversation.id, parentId: made.at(-1)?.id ?? null, createdAt: time++, ...turn });
+    made.push({
+      id: newId(),
+      conversationId: conversation.id,
+      parentId: made.at(-1)?.id ?? null,
+      createdAt: time++,
+      ...turn,
+    });
   }
   conversation.leafId = made.at(-1)?.id ?? null;
   return [conversation, made];

@@ -9,7 +9,7 @@ export function element(name, attributes = {}, ...children) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
@@ -39,7 +39,11 @@ export function icon(name) {
 
 /** A button that shows a sign alone and says `label` to whoever points at it or listens. */
 export function iconButton(name, label, onclick, attributes = {}) {
-  return element("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...attributes }, icon(name));
+  return element(
+    "button",
+    { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...attributes },
+    icon(name),
+  );
 }
 
 /** An id that no other tab makes. `randomUUID` is missing where the page came over plain HTTP from another machine. */
@@ -84,8 +88,23 @@ let closing = 0;
 export function notify(text, action = null) {
   clearTimeout(closing);
   const close = () => $("notice").replaceChildren();
-  const act = action && element("button", { type: "button", class: "act", onclick: () => { close(); action.run(); } }, action.label);
-  $("notice").replaceChildren(element("div", { class: "notice" }, element("span", {}, text), act, iconButton("close", "Dismiss", close)));
+  const act =
+    action &&
+    element(
+      "button",
+      {
+        type: "button",
+        class: "act",
+        onclick: () => {
+          close();
+          action.run();
+        },
+      },
+      action.label,
+    );
+  $("notice").replaceChildren(
+    element("div", { class: "notice" }, element("span", {}, text), act, iconButton("close", "Dismiss", close)),
+  );
   closing = setTimeout(close, 10_000);
 }
 
@@ -101,7 +120,7 @@ export function recall(storage, name, fallback) {
   try {
     return JSON.parse(storage.getItem(name)) ?? fallback;
   } catch {
-    return fallback;  // unreadable, or the browser keeps nothing
+    return fallback; // unreadable, or the browser keeps nothing
   }
 }
 

@@ -13,14 +13,21 @@ const FIELDS = ["content", "reasoning", "calls", "callId", "name", "files", "fin
 
 /** Save conversations as a file. Markdown takes one. */
 export async function exportAs(kind, chosen) {
-  const name = chosen.length === 1 ? chosen[0].title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "conversation" : "conversations";
+  const name =
+    chosen.length === 1
+      ? chosen[0].title
+          .replace(/[^\p{L}\p{N}]+/gu, "-")
+          .replace(/^-|-$/g, "")
+          .slice(0, 60) || "conversation"
+      : "conversations";
   if (kind === "json") download(`${name}.json`, await asJson(chosen), "application/json");
   else download(`${name}.md`, await asMarkdown(chosen[0]), "text/markdown");
 }
 
 async function asJson(chosen) {
   const written = [];
-  for (const conversation of chosen) written.push({ ...conversation, messages: await conversations.everyMessage(conversation) });
+  for (const conversation of chosen)
+    written.push({ ...conversation, messages: await conversations.everyMessage(conversation) });
   return JSON.stringify({ format: FORMAT, version: 1, conversations: written }, null, 2);
 }
 
@@ -41,7 +48,8 @@ async function asMarkdown(conversation) {
     conversations; throws an Error that says what is wrong with the file. */
 export async function importFile(file) {
   const text = await file.text();
-  const read = text.trimStart().startsWith("{") || text.trimStart().startsWith("[") ? fromJson(text) : fromMarkdown(text);
+  const read =
+    text.trimStart().startsWith("{") || text.trimStart().startsWith("[") ? fromJson(text) : fromMarkdown(text);
   if (!read.length) throw new Error(`${file.name} holds no conversation`);
   for (const [conversation, messages] of read) await conversations.restore(conversation, messages);
   return read.map(([conversation]) => conversation);
@@ -52,28 +60,45 @@ function fromJson(text) {
   if (data.format === FORMAT) return data.conversations.map(withNewIds);
   const plain = Array.isArray(data) ? data : data.messages;
   if (!Array.isArray(plain)) throw new Error("This JSON holds no conversations");
-  return [ofTurns(null, plain.filter(({ role, content }) => ROLES.has(role) && typeof content === "string").map(({ role, content }) => ({ role, content })))];
+  return [
+    ofTurns(
+      null,
+      plain
+        .filter(({ role, content }) => ROLES.has(role) && typeof content === "string")
+        .map(({ role, content }) => ({ role, content })),
+    ),
+  ];
 }
 
 /** Under new ids, so that a file may be imported twice, and into the browser that it comes from. */
 function withNewIds({ title, createdAt, changedAt, leafId, messages }) {
   const known = messages.filter(({ role, content }) => ROLES.has(role) && typeof content === "string");
   const [conversation] = conversations.chained(String(title ?? ""), []);
-  const made = conversations.chained("", known.map((message) => kept(message)))[1];
+  const made = conversations.chained(
+    "",
+    known.map((message) => kept(message)),
+  )[1];
   const ids = new Map(known.map(({ id }, index) => [id, made[index].id]));
   made.forEach((message, index) => {
     message.conversationId = conversation.id;
     message.parentId = ids.get(known[index].parentId) ?? null;
     message.createdAt = Number(known[index].createdAt) || message.createdAt;
   });
-  Object.assign(conversation, { createdAt: Number(createdAt) || conversation.createdAt, changedAt: Number(changedAt) || conversation.changedAt });
+  Object.assign(conversation, {
+    createdAt: Number(createdAt) || conversation.createdAt,
+    changedAt: Number(changedAt) || conversation.changedAt,
+  });
   conversation.leafId = ids.get(leafId) ?? made.at(-1)?.id ?? null;
   return [conversation, made];
 }
 
 function kept(message) {
   const fields = FIELDS.filter((name) => message[name] !== undefined).map((name) => [name, message[name]]);
-  return { role: message.role, state: message.state === "writing" ? "stopped" : message.state, ...Object.fromEntries(fields) };
+  return {
+    role: message.role,
+    state: message.state === "writing" ? "stopped" : message.state,
+    ...Object.fromEntries(fields),
+  };
 }
 
 function fromMarkdown(text) {

@@ -40,15 +40,22 @@ async function open() {
 function drawTitle() {
   $("title").textContent = current.title;
   $("more").hidden = !conversations.find(current.id);
-  document.title = `${conversations.find(current.id) ? current.title : served.chosen ?? "Chat"} · Rayline`;
+  document.title = `${conversations.find(current.id) ? current.title : (served.chosen ?? "Chat")} · Rayline`;
 }
 
 function drawEmpty() {
   const ideas = served.chosen === null ? [] : promptsFor(served.chosen);
-  return element("div", { id: "empty" },
+  return element(
+    "div",
+    { id: "empty" },
     element("h2", {}, "What would you like to know?"),
     element("p", {}, served.chosen === null ? "" : `Answers come from ${served.chosen}, on your own machines.`),
-    element("div", { id: "ideas" }, ...ideas.map((idea) => element("button", { type: "button", onclick: () => send({ content: idea }) }, idea))));
+    element(
+      "div",
+      { id: "ideas" },
+      ...ideas.map((idea) => element("button", { type: "button", onclick: () => send({ content: idea }) }, idea)),
+    ),
+  );
 }
 
 function send(message) {
@@ -71,6 +78,9 @@ changes.addEventListener("list", () => {
 changes.addEventListener("message", ({ detail: { conversationId, status } }) => {
   if (conversationId === current.id && status === 401) settings.openSettings("The API key is missing or wrong.");
 });
+changes.addEventListener("unsaved", ({ detail: error }) => {
+  notify(`The browser could not keep this conversation: ${error?.message ?? "it is full"}`);
+});
 changes.addEventListener("deleted", ({ detail: id }) => {
   if (id === current.id) queueMicrotask(() => show(""));
 });
@@ -89,7 +99,9 @@ async function drawModels() {
   $("model").hidden = isChoice;
   $("models").hidden = !isChoice;
   $("model").textContent = served.chosen;
-  $("models").replaceChildren(...served.names.map((name) => element("option", { selected: name === served.chosen }, name)));
+  $("models").replaceChildren(
+    ...served.names.map((name) => element("option", { selected: name === served.chosen }, name)),
+  );
   thread.draw();
   drawTitle();
 }

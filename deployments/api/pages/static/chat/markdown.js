@@ -8,14 +8,18 @@ const MAX_HIGHLIGHTED_CHARS = 50_000;
 const HARMLESS = /^<\/?(?:br|sub|sup|u|mark)\s*\/?>$/i;
 const ADDRESS = /^(?:https?:\/\/|mailto:)/i;
 const CLEAN = {
-  ALLOWED_TAGS: ("a blockquote br code del em h3 h4 h5 h6 hr input li mark ol p pre span strong sub sup table tbody td th thead tr u ul").split(" "),
+  ALLOWED_TAGS:
+    "a blockquote br code del em h3 h4 h5 h6 hr input li mark ol p pre span strong sub sup table tbody td th thead tr u ul".split(
+      " ",
+    ),
   ALLOWED_ATTR: ["align", "checked", "class", "disabled", "href", "rel", "start", "target", "title", "type"],
   ADD_URI_SAFE_ATTR: ["align", "rel", "start", "target", "type"], // what is no address is not held to look like one
   ALLOWED_URI_REGEXP: ADDRESS,
   RETURN_DOM_FRAGMENT: true,
 };
 
-const escaped = (text) => text.replace(/[&<>"]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[sign]);
+const escaped = (text) =>
+  text.replace(/[&<>"]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[sign]);
 const link = (href, html) =>
   ADDRESS.test(href) ? `<a href="${escaped(href)}" target="_blank" rel="noopener noreferrer">${html}</a>` : html;
 
@@ -24,7 +28,8 @@ const marked = new Marked({
   breaks: true,
   extensions: MATH_RULES,
   renderer: {
-    html: ({ raw, block }) => (HARMLESS.test(raw.trim()) ? raw : block ? `<p>${escaped(raw.trim())}</p>` : escaped(raw)),
+    html: ({ raw, block }) =>
+      HARMLESS.test(raw.trim()) ? raw : block ? `<p>${escaped(raw.trim())}</p>` : escaped(raw),
     // An answer stands below the headings of the page.
     heading({ tokens, depth }) {
       const level = Math.min(depth + 2, 6);
@@ -87,7 +92,12 @@ function codeBar(pre) {
   pre.setAttribute("tabindex", "0");
   pre.setAttribute("role", "group");
   pre.setAttribute("aria-label", language ? `Code: ${language}` : "Code");
-  return element("div", { class: "code-bar" }, element("span", {}, language || "code"), copyButton(() => source, "Copy the code"));
+  return element(
+    "div",
+    { class: "code-bar" },
+    element("span", {}, language || "code"),
+    copyButton(() => source, "Copy the code"),
+  );
 }
 
 let highlighter = null; // once it has come, so that a block that grows does not flicker
@@ -97,5 +107,7 @@ async function highlight(code, source, language) {
   highlighter ??= await loadHighlighter();
   if (!highlighter.getLanguage(language)) return;
   const { value } = highlighter.highlight(source, { language, ignoreIllegals: true });
-  code.replaceChildren(DOMPurify.sanitize(value, { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true }));
+  code.replaceChildren(
+    DOMPurify.sanitize(value, { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true }),
+  );
 }

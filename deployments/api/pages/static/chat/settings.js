@@ -12,7 +12,10 @@ export const settings = { values: known(recall(localStorage, "rayline.settings",
 
 function known(stored) {
   const texts = TEXTS.filter((name) => stored[name]).map((name) => [name, stored[name]]);
-  const numbers = NUMBERS.filter((name) => ![undefined, ""].includes(stored[name])).map((name) => [name, Number(stored[name])]);
+  const numbers = NUMBERS.filter((name) => ![undefined, ""].includes(stored[name])).map((name) => [
+    name,
+    Number(stored[name]),
+  ]);
   return Object.fromEntries([...texts, ...numbers]);
 }
 

@@ -41,7 +41,9 @@ export class Sidebar {
 
   async draw() {
     const words = this.#words;
-    const found = words ? await conversations.search(words) : conversations.list().map((conversation) => ({ conversation }));
+    const found = words
+      ? await conversations.search(words)
+      : conversations.list().map((conversation) => ({ conversation }));
     if (words !== this.#words) return; // others were typed meanwhile
     const focused = document.activeElement?.closest("#conversations [data-id]")?.dataset.id;
     const isRenaming = $("conversations").querySelector("input");
@@ -54,12 +56,23 @@ export class Sidebar {
   #item(conversation, piece) {
     if (this.#renamed === conversation) return element("li", {}, this.#nameField(conversation));
     const isBusy = conversations.isBusy(conversation);
-    return element("li", { "data-id": conversation.id, class: isBusy && "busy" },
-      element("button", { type: "button", class: "open", "aria-current": String(conversation.id === this.current().id), onclick: () => this.open(conversation) },
+    return element(
+      "li",
+      { "data-id": conversation.id, class: isBusy && "busy" },
+      element(
+        "button",
+        {
+          type: "button",
+          class: "open",
+          "aria-current": String(conversation.id === this.current().id),
+          onclick: () => this.open(conversation),
+        },
         element("span", { class: "name" }, conversation.title),
         piece && element("span", { class: "piece" }, piece),
-        isBusy ? element("span", { class: "hidden" }, " (answering)") : null),
-      iconButton("more", `More: ${conversation.title}`, (event) => this.#openMenu(event.currentTarget, conversation)));
+        isBusy ? element("span", { class: "hidden" }, " (answering)") : null,
+      ),
+      iconButton("more", `More: ${conversation.title}`, (event) => this.#openMenu(event.currentTarget, conversation)),
+    );
   }
 
   /* ---- The menu of a conversation ---- */
@@ -103,7 +116,10 @@ export class Sidebar {
     };
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter") end(true);
-      if (event.key === "Escape") { event.stopPropagation(); end(false); }
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        end(false);
+      }
     });
     field.addEventListener("blur", () => end(true));
     return field;
