@@ -332,6 +332,34 @@ def test_what_an_answer_may_hold_is_drawn_and_nothing_in_it_runs(page: Page, ser
     expect(call.locator("pre")).to_have_text('{\n  "path": "notes.txt"\n}')
 
 
+def test_an_answer_looks_the_same_however_it_came(page: Page, server: Server):
+    """Letter by letter, in pieces of any length, or at once; also where a link is defined behind its use."""
+    open_chat(page, server)
+    (sample,) = json.loads(SAMPLE.read_text())["conversations"]
+    text = sample["messages"][-1]["content"] + "\n\n1. one\n\n   ```\n   code\n   ```\n2. two\n\nlast\n---\n"
+    drawn = page.evaluate(
+        """async (text) => {
+            const { MarkdownView } = await import("/static/chat/markdown.js");
+            const { loadHighlighter, loadTypesetter } = await import("/static/chat/libraries.js");
+            await Promise.all([loadHighlighter(), loadTypesetter()]);
+            const draw = async (text, step) => {
+                const node = document.createElement("div");
+                const view = new MarkdownView(node);
+                for (let end = step; end < text.length + step; end += step) view.show(text.slice(0, end));
+                await new Promise((resolve) => setTimeout(resolve));
+                return node.innerHTML;
+            };
+            const results = [];
+            for (const whole of [text, text + "\\n\\nsee [it][1]\\n\\n[1]: https://example.org/\\n"])
+                for (const step of [5, 13, 40, whole.length]) results.push(await draw(whole, step));
+            return results;
+        }""",
+        text,
+    )
+    assert len(set(drawn[:4])) == len(set(drawn[4:])) == 1
+    assert 'href="https://example.org/"' in drawn[4]
+
+
 def test_text_files_go_along(page: Page, server: Server, tmp_path: Path):
     (tmp_path / "sums.txt").write_text("What is 17 + 25?")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
@@ -440,8 +468,7 @@ def check_layout(page: Page, width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(1200, 800), (768, 1024), (380, 720)])
 def test_layout_at_three_widths_and_accessibility(page: Page, server: Server, width: int, height: int):
-    """In light and dark, with everything that an answer may hold; the two widths between which the page differs are read
-    by axe-core."""
+    """In light and dark, with everything that an answer may hold; axe-core reads the widest and the narrowest."""
     is_narrow = width < 740
     is_read = width != 768
     page.set_viewport_size({"width": width, "height": height})

@@ -43,25 +43,36 @@ const marked = new Marked({
   },
 });
 
+const DEFINITION = /^ {0,3}\[[^\]]+\]:/m; // of a link, which may change any block
+const NUM_UNSETTLED = 3; // blocks at the end, which more text may change
+
 /** A text as Markdown in a node, which may grow: blocks that have not changed are left alone, with what is selected in
-    them. */
+    them, and only the last ones are read again. */
 export class MarkdownView {
+  #text = "";
   #blocks = []; // the source and the nodes of each
 
   constructor(node) {
     this.node = node;
   }
 
-  show(text) {
-    const tokens = marked.lexer(text).filter(({ type }) => type !== "space");
-    let numSame = 0;
-    while (numSame < this.#blocks.length && this.#blocks[numSame].raw === tokens[numSame]?.raw) numSame++;
+  show(given) {
+    const text = given.replace(/\r\n?/g, "\n");
+    const isGrown = text.startsWith(this.#text) && !DEFINITION.test(text);
+    let numSame = isGrown ? Math.max(0, this.#blocks.length - NUM_UNSETTLED) : 0;
+    const numChars = this.#blocks.slice(0, numSame).reduce((sum, { raw }) => sum + raw.length, 0);
+    const tokens = marked.lexer(text.slice(numChars));
+    while (tokens.length && !DEFINITION.test(text) && this.#blocks[numSame]?.raw === tokens[0].raw) {
+      tokens.shift();
+      numSame++;
+    }
     for (const { nodes } of this.#blocks.splice(numSame)) for (const node of nodes) node.remove();
-    for (const token of tokens.slice(numSame)) {
-      const nodes = [...nodesOf(marked.parser([token]))];
+    for (const token of tokens) {
+      const nodes = token.type === "space" ? [] : [...nodesOf(marked.parser([token]))];
       this.#blocks.push({ raw: token.raw, nodes });
       this.node.append(...nodes);
     }
+    this.#text = text;
   }
 }
 

@@ -7,6 +7,12 @@ const GENERAL = [
   "Give me five ideas for a rainy weekend.",
   "What is the difference between a list and a tuple in Python?",
 ];
+const SMALL = [
+  "What is the capital of Norway?",
+  "Why is the sky blue?",
+  "Give me three tips for sleeping well.",
+  "Write a Python function that reverses a string.",
+];
 const CODE = [
   "Write a Python function that finds the longest word in a text.",
   "Explain this regular expression: ^\\d{4}-\\d{2}-\\d{2}$",
@@ -17,5 +23,6 @@ const CODE = [
 /** Prompts that this model can do something with. */
 export function promptsFor(model) {
   if (/^demo\b/i.test(model)) return DEMO;
-  return /code|coder|starcoder|devstral/i.test(model) ? CODE : GENERAL;
+  if (/code|devstral/i.test(model)) return CODE;
+  return /smol|tiny|\d{2,3}m\b|\b0\.\d+b/i.test(model) ? SMALL : GENERAL;
 }
