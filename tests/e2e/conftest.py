@@ -24,15 +24,16 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """A page that may write no error to its console and ask nobody but its server."""
-    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    """A page that, as the other tabs of its window, may write no error to its console and ask nobody but its server."""
+    context = browser.new_context(viewport={"width": 1200, "height": 800})
     faults: list[str] = []
-    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda asked: None if "127.0.0.1" in asked.url or asked.url.startswith("data:")
-            else faults.append(f"asked {asked.url}"))  # fmt: skip
+    context.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    context.on("weberror", lambda error: faults.append(str(error.error)))
+    context.on("request", lambda asked: None if "127.0.0.1" in asked.url or asked.url.startswith(("data:", "blob:"))
+               else faults.append(f"asked {asked.url}"))  # fmt: skip
+    page = context.new_page()
     yield page
     SHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SHOTS / f"{request.node.name}.png")
-    page.close()
+    context.close()
     assert faults == []

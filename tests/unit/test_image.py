@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from image_tree import DOCKERFILE, clean_environment, copy_tree, install, instructions, is_ignored, tracked_files
+from image_tree import DOCKERFILE, ROOT, clean_environment, copy_tree, install, instructions, is_ignored, tracked_files
 
 from deployments.api.send_timeout import PROXY_VARIABLES
 from deployments.bench.command import app as bench
@@ -67,6 +67,12 @@ def test_what_comes_with_the_package_is_found_from_anywhere(image: tuple[Path, P
     (package,) = image[1].parent.glob("lib/python*/site-packages/deployments")
     for name in ("configs/emulated.yaml", "configs/demo/model.safetensors", "api/pages/chat.html", "py.typed"):
         assert (package / name).is_file()
+    pages = package / "api" / "pages"
+    assert _files(pages / "static") == _files(ROOT / "deployments" / "api" / "pages" / "static"), "what the pages load"
+
+
+def _files(directory: Path) -> set[str]:
+    return {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
 
 
 def test_another_package_llm_is_refused(image: tuple[Path, Path], tmp_path: Path):

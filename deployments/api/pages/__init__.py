@@ -21,7 +21,7 @@ _POLICY = {
     "frame-ancestors": "'none'",
 }
 # Pages whose scripts and styles are not in files of their own yet.
-_INLINE = {name: {"script_src": "'unsafe-inline'", "style_src": "'unsafe-inline'"} for name in ("chat", "fleet")}
+_INLINE = {name: {"script_src": "'unsafe-inline'", "style_src": "'unsafe-inline'"} for name in ("fleet",)}
 
 
 def page_headers(**policy: str) -> dict[str, str]:

@@ -3,6 +3,9 @@
 import gzip
 import hashlib
 import json
+import posixpath
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -92,10 +95,53 @@ def test_libraries_are_those_of_the_manifest():
         assert any(name.endswith("/LICENSE.txt") for name in library["files"]), library["package"]
 
 
-async def test_pages_load_what_comes_from_this_server_alone(make_service: ServiceFactory):
+@pytest.mark.parametrize("path", ["/"])
+async def test_a_page_may_run_and_load_its_own_files_alone(make_service: ServiceFactory, path: str):
+    answer = await (await make_service()).http.get(path)
+    policy = dict(line.split(" ", 1) for line in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == policy["font-src"] == "'self'"
+    assert "unsafe" not in str(policy)
+    assert "//" not in str(policy)
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+class _Page(HTMLParser):
+    """What a page loads, and whatever in it the policy keeps from working."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.refused: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "src" or (tag == "link" and name == "href"):
+                self.loaded.append(value or "")
+            if name == "style" or name.startswith("on"):
+                self.refused.append(f"<{tag} {name}>")
+        if tag == "style" or (tag == "script" and "src" not in dict(attrs)):
+            self.refused.append(f"<{tag}>")
+
+
+@pytest.mark.parametrize("path", ["/"])
+async def test_what_a_page_loads_is_there(make_service: ServiceFactory, path: str):
+    """By a relative address, since a server may be behind a prefix; and so are the modules that its modules import."""
     service = await make_service()
-    for path in ("/", "/fleet"):
-        policy = (await service.http.get(path)).headers["content-security-policy"]
-        assert "default-src 'none'" in policy
-        assert "connect-src 'self'" in policy
-        assert "//" not in policy
+    page = _Page()
+    page.feed((await service.http.get(path)).text)
+    assert page.refused == []
+    assert page.loaded
+    seen: set[str] = set()
+    asked = [posixpath.join("/", address) for address in page.loaded]
+    while asked:
+        address = asked.pop()
+        if address in seen:
+            continue
+        seen.add(address)
+        answer = await service.http.get(address)
+        assert answer.status_code == 200, address
+        if address.endswith(".js") and "/vendor/" not in address:
+            imported = re.findall(r"""(?:from|import)[ (]"([^"]+)";?\)?""", answer.text)
+            asked += [posixpath.normpath(posixpath.join(posixpath.dirname(address), name)) for name in imported]
+    assert any("/vendor/katex" in address and address.endswith(".js") for address in seen)

@@ -8,7 +8,7 @@
     try {
       return JSON.parse(localStorage.getItem("rayline.theme"));
     } catch {
-      return null;  // none kept, or none may be kept
+      return null; // none kept, or none may be kept
     }
   };
   const show = () => {
@@ -16,7 +16,7 @@
   };
   show();
   isSystemDark.addEventListener("change", show);
-  addEventListener("storage", show);  // another tab has switched
+  addEventListener("storage", show); // another tab has switched
   document.addEventListener("click", (event) => {
     if (!event.target.closest("#theme")) return;
     root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
