@@ -1,4 +1,4 @@
-"""The pages that people see: chat at `/`, the fleet at `/fleet`, which load nothing from any other server."""
+"""The pages that people see: chat at `/`, the fleet at `/fleet`, the API at `/docs`. None loads from other servers."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ _POLICY = {
     "frame-ancestors": "'none'",
 }
 # Pages whose scripts and styles are not in files of their own yet.
-_INLINE = {name: {"script_src": "'unsafe-inline'", "style_src": "'unsafe-inline'"} for name in ("chat", "fleet")}
+_INLINE = {name: {"script_src": "'unsafe-inline'", "style_src": "'unsafe-inline'"} for name in ("chat",)}
 
 
 def page_headers(**policy: str) -> dict[str, str]:
@@ -40,6 +40,6 @@ def page_headers(**policy: str) -> dict[str, str]:
 
 
 def page(name: str) -> Response:
-    """One of the pages, "chat" or "fleet"."""
+    """One of the pages: "chat", "fleet" or "docs"."""
     html = (Path(__file__).parent / f"{name}.html").read_bytes()
     return Response(html, media_type="text/html", headers=page_headers(**_INLINE.get(name, {})))
