@@ -101,6 +101,7 @@ class Endpoints:
             Route("GET", "/metrics", self.metrics, "Metrics for Prometheus", "text/plain"),
             Route("GET", "/", self.chat_page, "The chat page", "text/html", is_open=True),
             Route("GET", "/fleet", self.fleet_page, "The fleet page", "text/html", is_open=True),
+            Route("GET", "/docs", self.docs_page, "The description of this API", "text/html", is_open=True),
             Route(
                 "GET",
                 "/rayline/events",
@@ -230,6 +231,10 @@ class Endpoints:
     async def fleet_page(self, _: Request) -> Response:
         """Give the fleet page."""
         return page("fleet")
+
+    async def docs_page(self, _: Request) -> Response:
+        """Give the page that describes this API."""
+        return page("docs")
 
     async def events(self, _: Request) -> Response:
         """Tell what runs and what happened, as server-sent events, until the client leaves."""
