@@ -168,9 +168,9 @@ class Journal:
 
     def note_over(self, generation: Generation) -> None:
         """A generation is over, in whatever way."""
-        first_token_at = generation.timeline.first_token_at
-        if generation.last_token_at is None and first_token_at is not None and generation.token_ids:
-            self._note_arrival(generation, first_token_at)  # all of it came with the reply
+        timeline = generation.timeline
+        if generation.last_token_at is None and timeline.first_token_at is not None and generation.token_ids:
+            self._history.note_first_token(timeline.first_token_at - timeline.received_at)  # it came with the reply
         self._on_over(generation.finished())
 
     def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
@@ -201,6 +201,7 @@ class Journal:
     def take_items(self, replica_id: str, items: Sequence[TokenItem]) -> None:
         """Hand tokens from the channel to their generations."""
         live, now = self._live, time.monotonic()
+        gaps: list[float] = []
         for item in items:
             generation = live.get(item.stream_id)
             if generation is not None:
@@ -209,17 +210,22 @@ class Journal:
                 if item.end is not None:  # reports come by the same way: the next one leaves it out
                     self._fleet.ended(item.stream_id)
                 generation.take_item(item, replica_id)
-                if item.token_ids and generation.timeline.first_token_at is not None:
-                    self._note_arrival(generation, now)
+                if item.token_ids:
+                    self._note_arrival(generation, now, gaps)
                 if (item.token_ids or item.end) and (generation.is_suspect or generation.part is not None):
                     generation.clear()
                     self.dispatcher.clear(item.stream_id)
                     self.dispatcher.pump()
+        if gaps:
+            self._history.note_gaps(*gaps)
 
-    def _note_arrival(self, generation: Generation, now: float) -> None:
-        """Tell the history of tokens that have come."""
-        last_at, generation.last_token_at = generation.last_token_at, now
-        if last_at is None:
+    def _note_arrival(self, generation: Generation, now: float, gaps: list[float]) -> None:
+        """Tokens have come: tell the history of the first, add to `gaps` how long after the last these come."""
+        last_at = generation.last_token_at
+        if last_at is not None:
+            gaps.append(now - last_at)
+        elif generation.timeline.first_token_at is not None:
             self._history.note_first_token(now - generation.timeline.received_at)
-        else:
-            self._history.note_gap(now - last_at)
+        else:  # what it waits for comes with the reply alone
+            return
+        generation.last_token_at = now

@@ -266,6 +266,7 @@ class Router:
                 {
                     "name": self.config.model_name,
                     "engine": _described(self.info),
+                    "wanted": (self.config.replicas.fewest_replicas, self.config.replicas.most_replicas),
                     "scaling": self._scaling(),
                     "replicas": state["replicas"],
                 }
@@ -283,7 +284,7 @@ class Router:
         """The last 15 minutes as all routers saw them, as far as they answer: see `history.describe`."""
         own = self.history()
         others = [one for one in await self._peers.histories() if one.router_id != own.router_id]
-        return describe([own, *others], time.time())
+        return await asyncio.to_thread(describe, [own, *others], time.time())
 
     def sample(self) -> None:
         """Note how things stand, once a second; called more often."""

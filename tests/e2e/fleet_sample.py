@@ -37,7 +37,7 @@ def state() -> dict[str, Any]:
     now = time.time()
     points = [
         {"at": now - 900 + 5 * i, "tokens_per_s": 9000 + 4000 * math.sin(i / 9), "num_live": 180 + i, "num_waiting": 0,
-         "num_serving": 3, "ttft_p50_s": None if 60 < i < 80 else 0.1 + i / 2000, "gap_p50_s": 0.01}
+         "num_serving": 3, "ttft_p50_s": None if 60 < i < 80 else 0.1 + i / 2000}
         for i in range(180)
     ]  # fmt: skip
     totals = {
@@ -57,6 +57,7 @@ def state() -> dict[str, Any]:
             {
                 "name": "meta-llama/Llama-3.3-70B-Instruct",
                 "engine": engine,
+                "wanted": [1, 4],
                 "scaling": "The load asks for 3 replicas (row use); there may be between 1 and 4.",
                 "replicas": {
                     "a81kfj20": replica(machine=machine("gpu-node-1.cluster.example.internal", 8)),
@@ -67,6 +68,7 @@ def state() -> dict[str, Any]:
             {
                 "name": "demo",
                 "engine": {**engine, "device": "cpu", "dtype": "float32"},
+                "wanted": [3, 3],
                 "scaling": None,
                 "replicas": {
                     "d4": replica(num_running=3, num_waiting=0, machine=machine("vm", 0)),

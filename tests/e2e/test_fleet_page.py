@@ -1,6 +1,7 @@
 """The fleet page as it lies on the screen, with a fleet that has everything; test_pages.py has it with a real one."""
 
 import itertools
+import re
 
 import pytest
 from accessibility import serious_faults
@@ -24,15 +25,17 @@ def test_it_says_what_there_is_to_know(page: Page, server: Server):
     first, second = page.locator(".model").all()
     expect(first.get_by_role("heading", level=2)).to_have_text("meta-llama/Llama-3.3-70B-Instruct")
     expect(first.locator(".facts")).to_have_text(
-        "1 of 2 replicas serving · bfloat16 on CUDA · context of 131,072 tokens"
+        "1 replica serving, 1 to 4 allowed · bfloat16 on CUDA · context of 131,072 tokens"
     )
     expect(first.locator(".scaling")).to_contain_text("The load asks for 3 replicas")
+    expect(second.locator(".facts")).to_contain_text("2 of 3 replicas serving · float32 on CPU")
     expect(second.locator(".scaling")).to_be_hidden()
     spread = first.locator('[data-id="a81kfj20"]')
     expect(spread.locator(".device")).to_have_count(8)
-    expect(spread.locator(".device").nth(0)).to_contain_text("GPU 0 · NVIDIA H200")
-    expect(spread.locator(".device").nth(0)).to_contain_text("100 GiB of 140 GiB · 97 % busy")
+    expect(spread.locator(".device").nth(0)).to_contain_text("GPU 0")
+    expect(spread.locator(".device").nth(0)).to_contain_text("100 of 140 GiB · 97 % busy")
     expect(spread.locator(".device").nth(2)).not_to_contain_text("busy")
+    expect(spread.locator(".node")).to_have_text("gpu-node-1.cluster.example.internal · 8 × NVIDIA H200 · process 4711")
     expect(spread.locator(".streams b")).to_have_count(192)
     expect(first.locator('[data-id="c0"] .why')).to_have_text("Its process ended suddenly: it was killed, or crashed")
     expect(second.locator('[data-id="d4"] .device')).to_contain_text("1.4 of 16 cores · 9.0 GiB")

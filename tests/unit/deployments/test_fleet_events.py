@@ -1,11 +1,13 @@
 """What the fleet page is sent: over HTTP, from a router and engines in this process."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from in_process import Service, ServiceFactory, emulated_config, eventually
 
+from deployments.api import fleet_stream
 from deployments.observe.exposition import RouterFigures
 from deployments.observe.history import RouterHistory
 
@@ -28,9 +30,7 @@ class Peers:
 
 async def first_event(service: Service) -> dict[str, Any]:
     """The event that a page gets when it opens."""
-    from deployments.api.fleet_stream import watch_fleet
-
-    stream = watch_fleet(service.router)
+    stream = fleet_stream.watch_fleet(service.router)
     data = await anext(stream)
     await stream.aclose()
     event: dict[str, Any] = json.loads(data.decode().removeprefix("data: "))
@@ -64,8 +64,6 @@ async def test_a_page_that_opens_sees_what_has_been(make_service: ServiceFactory
 
 
 async def test_the_history_comes_at_first_and_then_from_time_to_time(make_service: ServiceFactory, monkeypatch):
-    from deployments.api import fleet_stream
-
     monkeypatch.setattr(fleet_stream, "_INTERVAL_S", 0.0)
     service = await make_service(num_replicas=1)
     stream = fleet_stream.watch_fleet(service.router)
@@ -97,10 +95,7 @@ async def test_what_comes_with_the_reply_alone_has_a_first_token_too(make_servic
 async def test_a_pause_of_a_stream_that_moves_is_a_gap(make_service: ServiceFactory):
     """The client sees it, so it counts: about 50 ms at least, while tokens come every 2 ms."""
     service = await make_service(emulated_config(emulation={"tokens_per_s": 500.0}), num_replicas=2)
-    asking = service.post("/v1/completions", prompt="abc", max_tokens=400)
-    import asyncio
-
-    task = asyncio.ensure_future(asking)
+    task = asyncio.ensure_future(service.post("/v1/completions", prompt="abc", max_tokens=400))
     live = service.router.journal._live
     await eventually(lambda: any(len(one.token_ids) > 20 and one.replica_id for one in live.values()))
     (generation,) = live.values()
@@ -108,8 +103,8 @@ async def test_a_pause_of_a_stream_that_moves_is_a_gap(make_service: ServiceFact
     assert (await task).json()["usage"]["completion_tokens"] == 400
     gaps = (await service.router.fleet_history())["latency"]["900"]["gap"]
     assert gaps["num"] > 100
-    longest = max(max(slot.gaps.counts, default=0) for slot in service.router.history().slots)
-    assert longest > 16 * 12, "more than 41 ms"
+    longest_s = max(slot.gaps.percentile(100) or 0.0 for slot in service.router.history().slots)
+    assert longest_s > 0.04
 
 
 async def test_two_routers_are_told_as_one(make_service: ServiceFactory):

@@ -33,7 +33,8 @@ const rates = new Rates();
 function facts(model) {
   const { engine, replicas } = model;
   const serving = Object.values(replicas).filter((replica) => replica.is_serving).length;
-  const parts = [`${serving} of ${count(Object.values(replicas).filter((replica) => !isGone(replica)).length, "replica", "replicas")} serving`];
+  const [fewest, most] = model.wanted;
+  const parts = [fewest === most ? `${serving} of ${count(most, "replica", "replicas")} serving` : `${count(serving, "replica", "replicas")} serving, ${fewest} to ${most} allowed`];
   if (engine) parts.push(engine.backend === "emulated" ? "emulated engine" : `${engine.dtype} on ${engine.device.split(":")[0].toUpperCase()}`);
   if (engine) parts.push(`context of ${engine.max_seq_len.toLocaleString("en")} tokens`);
   return parts.join(" · ");
@@ -121,27 +122,36 @@ function drawCard(card, replica, rate) {
   return card;
 }
 
+/** What is shown of a GPU: its memory as a bar, and how busy it is. */
+function describeGpu(gpu) {
+  const busy = gpu.busy_percent === null ? "" : ` · ${gpu.busy_percent} % busy`;
+  return {
+    name: `GPU ${gpu.index}`,
+    use: `${bytes(gpu.used_bytes).replace(/ GiB$/, "")} of ${bytes(gpu.total_bytes)}${busy}`,
+    share: gpu.used_bytes / gpu.total_bytes,
+    what: "of its memory in use",
+  };
+}
+
+function describeCpu(machine) {
+  return {
+    name: "CPU",
+    use: `${machine.busy_cores.toFixed(1)} of ${count(machine.num_cores, "core", "cores")} · ${bytes(machine.memory_bytes)}`,
+    share: machine.busy_cores / machine.num_cores,
+    what: "of the cores busy",
+  };
+}
+
 /** Where it runs: each of its GPUs with its memory and use, or else the CPU. */
 function drawMachine(card, machine) {
-  card.querySelector(".node").textContent = machine ? `${machine.node} · process ${machine.pid}` : "Node not known";
   const target = card.querySelector(".machine"), gpus = machine?.gpus ?? [];
+  const kind = gpus.length ? ` · ${gpus.length > 1 ? `${gpus.length} × ` : ""}${gpus[0].name}` : "";
+  card.querySelector(".node").textContent = machine ? `${machine.node}${kind} · process ${machine.pid}` : "Node not known";
   const wanted = machine ? Math.max(gpus.length, 1) : 0;
   while (target.children.length > wanted) target.lastChild.remove();
   while (target.children.length < wanted) target.append(element("div", "device", element("p", "legend", element("span"), element("span")), meter("memory", "taken")));
   if (!machine) return;
-  const devices = gpus.length
-    ? gpus.map((gpu) => ({
-        name: `GPU ${gpu.index} · ${gpu.name}`,
-        use: [`${bytes(gpu.used_bytes)} of ${bytes(gpu.total_bytes)}`, gpu.busy_percent === null ? "" : `${gpu.busy_percent} % busy`].filter(Boolean).join(" · "),
-        share: gpu.used_bytes / gpu.total_bytes,
-        what: "memory in use",
-      }))
-    : [{
-        name: "CPU",
-        use: `${machine.busy_cores.toFixed(1)} of ${count(machine.num_cores, "core", "cores")} · ${bytes(machine.memory_bytes)}`,
-        share: machine.busy_cores / machine.num_cores,
-        what: "of the cores busy",
-      }];
+  const devices = gpus.length ? gpus.map(describeGpu) : [describeCpu(machine)];
   devices.forEach((device, place) => {
     const row = target.children[place], [name, use] = row.querySelectorAll("span"), share = Math.min(1, device.share);
     name.textContent = device.name;
