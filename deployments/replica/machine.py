@@ -86,10 +86,15 @@ class _GpuProbe:
         return Gpu(self._device, self._name, used_bytes, total_bytes, busy_percent)
 
 
-def gpu_indices(device: str) -> list[int]:
-    """The GPU that a torch device names, as a list; none for anything else."""
+def gpu_indices(device: str, num_gpus: int = 1) -> list[int]:
+    """The GPUs of a replica.
+
+    Args:
+        device: torch's name of the first; any other device has none.
+        num_gpus: how many hold the model together.
+    """
     kind, _, index = device.partition(":")
-    return [int(index or 0)] if kind == "cuda" else []
+    return [int(index or 0) + place for place in range(num_gpus)] if kind == "cuda" else []
 
 
 def _cpu_seconds() -> float:

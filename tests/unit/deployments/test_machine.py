@@ -51,10 +51,18 @@ def test_what_the_driver_says():
 
 
 @pytest.mark.parametrize(
-    ("device", "indices"), [("cuda", [0]), ("cuda:0", [0]), ("cuda:3", [3]), ("cpu", []), ("none", [])]
+    ("device", "num_gpus", "indices"),
+    [
+        ("cuda", 1, [0]),
+        ("cuda:0", 1, [0]),
+        ("cuda:3", 1, [3]),
+        ("cuda:0", 4, [0, 1, 2, 3]),
+        ("cpu", 2, []),
+        ("none", 1, []),
+    ],
 )
-def test_the_gpu_that_a_device_names(device: str, indices: list[int]):
-    assert gpu_indices(device) == indices
+def test_the_gpus_of_a_replica(device: str, num_gpus: int, indices: list[int]):
+    assert gpu_indices(device, num_gpus) == indices
 
 
 def test_a_process_without_a_gpu_tells_its_cores_and_memory():
