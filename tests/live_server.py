@@ -1,5 +1,6 @@
 """What tests know of a server that runs: how to ask it, and how to see that it is well."""
 
+import json
 import os
 import socket
 import time
@@ -46,6 +47,12 @@ class Server:
 
     def stats(self) -> dict:
         return self.http.get("/rayline/stats").json()
+
+    def fleet(self) -> dict:
+        """What the fleet page is sent first."""
+        with self.http.stream("GET", "/rayline/events") as answer:
+            line = next(line for line in answer.iter_lines() if line.startswith("data: "))
+        return json.loads(line.removeprefix("data: "))
 
     def num_used_pages(self) -> int:
         return sum(replica["num_used_pages"] for replica in self.stats()["replicas"].values())

@@ -14,7 +14,6 @@ from deployments.api.edge import Edge
 from deployments.api.errors import answer_to, unknown_route, wrong_method
 from deployments.api.openai.response_store import ResponseStore
 from deployments.api.pages import STATIC_DIRECTORY, STATIC_PATH
-from deployments.api.pages.description import DOCS_PATHS, add_docs
 from deployments.api.pages.static_files import add_static_files
 from deployments.api.route_table import EVENT_STREAM, Route, describe
 from deployments.api.routes import Endpoints
@@ -47,7 +46,6 @@ def create_api(router: Router, store: ResponseStore | None = None) -> FastAPI:
         redirect_slashes=False,
     )  # fmt: skip
     _add_routes(api, table)
-    add_docs(api, TITLE, _OPENAPI_PATH)
     static_paths = add_static_files(api, STATIC_PATH, STATIC_DIRECTORY)
     api.openapi = lambda: describe(api, table, needs_key=router.access.needs_key)  # type: ignore[method-assign]
     api.add_exception_handler(APIError, _on_api_error)
@@ -57,7 +55,7 @@ def create_api(router: Router, store: ResponseStore | None = None) -> FastAPI:
     api.add_middleware(
         KeyGuard,
         access=router.access,
-        open_paths=[*(route.path for route in table if route.is_open), _OPENAPI_PATH, *DOCS_PATHS, *static_paths],
+        open_paths=[*(route.path for route in table if route.is_open), _OPENAPI_PATH, *static_paths],
         metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
     )
     api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)

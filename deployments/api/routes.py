@@ -1,7 +1,6 @@
 """The HTTP API over a router: which path does what."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -11,6 +10,7 @@ from deployments.api.answering import AnswerWriter, answer, json_response
 from deployments.api.anthropic.message_writer import MessageWriter, message_failure
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from deployments.api.callers import caller_of
+from deployments.api.fleet_stream import watch_fleet
 from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.openai.completion_writer import CompletionWriter
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
@@ -33,7 +33,7 @@ from deployments.api.pages import page
 from deployments.api.request_reader import RequestReader
 from deployments.api.response_routes import ResponseEndpoints
 from deployments.api.route_table import EVENT_STREAM, Route
-from deployments.api.sse import EventStream, error_events, event, until_disconnect
+from deployments.api.sse import EventStream, error_events, until_disconnect
 from deployments.chat.encoder import PromptEncoder
 from deployments.chat.errors import in_words_of, not_ready, of_engine
 from deployments.chat.requests import (
@@ -48,8 +48,6 @@ from deployments.errors import NoReplicaError
 from deployments.observe.exposition import CONTENT_TYPE
 from deployments.router.router import Router
 from deployments.version import __version__
-
-_EVENT_INTERVAL_S = 0.5
 
 
 class Endpoints:
@@ -103,6 +101,7 @@ class Endpoints:
             Route("GET", "/metrics", self.metrics, "Metrics for Prometheus", "text/plain"),
             Route("GET", "/", self.chat_page, "The chat page", "text/html", is_open=True),
             Route("GET", "/fleet", self.fleet_page, "The fleet page", "text/html", is_open=True),
+            Route("GET", "/docs", self.docs_page, "The description of this API", "text/html", is_open=True),
             Route(
                 "GET",
                 "/rayline/events",
@@ -233,14 +232,13 @@ class Endpoints:
         """Give the fleet page."""
         return page("fleet")
 
+    async def docs_page(self, _: Request) -> Response:
+        """Give the page that describes this API."""
+        return page("docs")
+
     async def events(self, _: Request) -> Response:
         """Tell what runs and what happened, as server-sent events, until the client leaves."""
-        return EventStream(self._watch_fleet(), error_events)
-
-    async def _watch_fleet(self) -> AsyncGenerator[bytes, None]:
-        while not self._router.is_shutting_down:
-            yield event(self._router.fleet_event())
-            await asyncio.sleep(_EVENT_INTERVAL_S)
+        return EventStream(watch_fleet(self._router), error_events)
 
     def _model_object(self) -> dict[str, Any]:
         info = self._router.info

@@ -122,10 +122,10 @@ class RouterLink:
         now = time.monotonic()
         return all(connection.is_lost(now) for connection in self._connections())
 
-    def close(self) -> None:
-        """Close the connection and drop what is on its way."""
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the connection and drop what is on its way, unless it leaves within so many milliseconds."""
         for connection in self._connections():
-            connection.close()
+            connection.close(linger_ms)
 
     @property
     def _oldest(self) -> int:
@@ -207,7 +207,7 @@ class _Connection:
         longest_s = LOST_AFTER_S if self._was_up else _NEVER_REACHED_AFTER_S
         return not self.is_up and now - self._down_since > longest_s
 
-    def close(self) -> None:
-        """Close it."""
+    def close(self, linger_ms: int = 0) -> None:
+        """Close it; ZeroMQ may go on sending for so long."""
         self._events.close()
-        self._socket.close()
+        self._socket.close(linger_ms)

@@ -68,6 +68,33 @@ class StepFrame(msgspec.Struct, array_like=True, tag="tokens"):
     items: list[TokenItem]
 
 
+class Gpu(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One of a replica's GPUs."""
+
+    index: int
+    """As the replica's process counts."""
+    name: str
+    used_bytes: int
+    total_bytes: int
+    busy_percent: int | None = None
+    """Share of the last second in which it ran any kernel; None where the driver does not say."""
+
+
+class Machine(msgspec.Struct, array_like=True, frozen=True):
+    """Where a replica runs, and what it takes there."""
+
+    node: str
+    pid: int
+    memory_bytes: int
+    """Resident memory of the process."""
+    num_cores: int
+    """Cores that the process may use."""
+    busy_cores: float
+    """Of these, how many it kept busy in the last second."""
+    gpus: list[Gpu] = []
+    """None where the replica runs on a CPU; several where the model is spread over them."""
+
+
 class Condition(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What a replica says of itself, beside its load."""
 
@@ -77,6 +104,10 @@ class Condition(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Engine steps that failed one after the other, up to now."""
     failure: str | None = None
     """Why its engine will never step again; None while it does."""
+    has_shut_down: bool = False
+    """It has been asked to end, and ends in good order: nothing more will come."""
+    machine: Machine | None = None
+    """None where it does not say."""
 
 
 class Report(msgspec.Struct, array_like=True, tag="report"):

@@ -29,6 +29,7 @@ MAX_BLOCKS_A_REPORT = 8_192
 FRAME_BYTES = 64 << 10
 """About how long a frame of tokens gets before the next one is begun."""
 _UNKNOWN = Condition()
+_FAREWELL_MS = 200
 _CATCH_UP_PACE = 3
 """A stream's backlog leaves at so many times the pace at which its tokens come, so that no step pays for all of it."""
 _POLL_FROM_FRAMES = WINDOW_FRAMES // 2
@@ -104,9 +105,9 @@ class TokenSender:
                 router.link.send(encode(report))
 
     def close(self) -> None:
-        """Drop what is queued and close the links."""
+        """Close the links. What has just been sent may still leave: the last report says why the replica ends."""
         for router in self._routers.values():
-            router.link.close()
+            router.link.close(_FAREWELL_MS)
         self._routers.clear()
 
     def _router(self, channel: ChannelAddress) -> "_Router":

@@ -6,15 +6,16 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from deployments.channel.messages import ChannelAddress, Condition, Report
+from deployments.channel.messages import ChannelAddress, Report
 from deployments.config import RouterConfig
 from deployments.errors import ReplicaLostError
+from deployments.fleet.departure import explain
 from deployments.fleet.engine_client import EngineClient
-from deployments.fleet.events import News
+from deployments.fleet.events import FleetRecord
 from deployments.fleet.fleet import Fleet
+from deployments.fleet.known_replica import KnownReplica
 from deployments.fleet.succession import Succession
 from deployments.fleet.verdict import Evidence, Limits, Standing, Verdict, judge
 from deployments.fleet.work import Prospects, Work
@@ -40,34 +41,6 @@ _STAY_INTERVAL_S, _STAY_S = 1.0, 3.0
 _TROUBLE = frozenset({Standing.DOUBTFUL, Standing.SILENT, Standing.STALLED, Standing.BROKEN})
 
 
-@dataclass(slots=True)
-class _Replica:
-    """What is known of one replica. Times are those of the watch's clock; None for never."""
-
-    joined_at: float
-    since: float
-    delisted_at: float | None = None
-    """When it was taken off the list."""
-    was_serving: bool = False
-    """Whether it got new requests then."""
-    heard_at: float | None = None
-    stats: EngineStats | None = None
-    condition: Condition = field(default_factory=Condition)
-    call_failed_at: float | None = None
-    asked_to_stay_at: float = -math.inf
-    standing: Standing = Standing.STARTING
-    """As last told in the news."""
-
-    def silence_s(self, now: float) -> float:
-        return now - (self.since if self.heard_at is None else self.heard_at)
-
-    def forgive(self, absence_s: float, now: float) -> None:
-        """Whoever listens was away for so long: that was no silence."""
-        self.since = min(self.since + absence_s, now)
-        if self.heard_at is not None:
-            self.heard_at = min(self.heard_at + absence_s, now)
-
-
 class FleetWatch:
     """Keeps a router's `Fleet` true. Lives on the router's event loop.
 
@@ -82,6 +55,7 @@ class FleetWatch:
         config: the router's; may be changed.
         num_expected: replicas that Ray Serve keeps running at least.
         fingerprint: the version of the model that the router was made for; may be changed.
+        is_autoscaled: whether the number of replicas follows the load.
         clock: seconds; monotonic.
     """
 
@@ -95,6 +69,8 @@ class FleetWatch:
         num_expected: int,
         fingerprint: str,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        is_autoscaled: bool = False,
     ) -> None:
         self._client = client
         self._fleet = fleet
@@ -106,7 +82,7 @@ class FleetWatch:
         self._checked_at = clock()
         self.fingerprint = fingerprint
         self._running: frozenset[str] = frozenset()
-        self._replicas: dict[str, _Replica] = {}
+        self._replicas: dict[str, KnownReplica] = {}
         self._attaching: dict[str, asyncio.Task[None]] = {}
         self._waking: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -118,7 +94,8 @@ class FleetWatch:
         self._staying: set[asyncio.Task[None]] = set()
         self._telling: asyncio.Task[None] | None = None
         self._queue_news_at = 0.0
-        self.news = News()
+        self._is_autoscaled = is_autoscaled
+        self.record = FleetRecord()
         client.watch(self.set_running)
         self._task = asyncio.get_running_loop().create_task(self._check_for_ever())
 
@@ -128,14 +105,7 @@ class FleetWatch:
         states = {}
         for replica_id, replica in self._replicas.items():
             if replica.stats is not None:
-                verdict = self._judge(replica_id, replica)
-                states[replica_id] = {
-                    **asdict(replica.stats),
-                    "age_s": round(replica.silence_s(now), 3),
-                    "is_serving": verdict.may_get_new,
-                    "state": str(verdict.standing),
-                    "why": verdict.why,
-                }
+                states[replica_id] = replica.describe(self._judge(replica_id, replica), now)
         return states
 
     @property
@@ -148,6 +118,11 @@ class FleetWatch:
         known = [self._replicas[replica_id].stats for replica_id in self._running]
         return [stats for stats in known if stats is not None]
 
+    def num_generated(self) -> dict[str, int]:
+        """Tokens that each replica has generated since it started, as it last reported."""
+        known = {replica_id: replica.stats for replica_id, replica in self._replicas.items()}
+        return {replica_id: stats.num_generated_tokens for replica_id, stats in known.items() if stats is not None}
+
     def versions(self) -> dict[str, str]:
         """Fingerprints of the replicas on Serve's list, as far as they have told theirs."""
         known = {replica_id: self._replicas[replica_id].condition.fingerprint for replica_id in self._running}
@@ -156,13 +131,17 @@ class FleetWatch:
     def note_move(self, replica_id: str | None) -> None:
         """A stream of this replica goes on elsewhere."""
         if replica_id is not None:
-            self.news.count(
+            self.record.events.count(
                 f"A stream of replica {replica_id} continues elsewhere",
                 f"{{}} streams of replica {replica_id} continue elsewhere",
             )
 
-    def note_failed_call(self, replica_id: str) -> bool:
+    def note_failed_call(self, replica_id: str, why: str) -> bool:
         """A call to a replica has failed, or the replica has died.
+
+        Args:
+            replica_id: which.
+            why: in a sentence about the replica.
 
         Returns:
             Whether something is wrong; False where Ray Serve has taken the replica away in good order.
@@ -172,7 +151,7 @@ class FleetWatch:
             return False
         if replica.delisted_at is not None and replica.was_serving and now - replica.delisted_at > _DELIBERATE_S:
             return False
-        replica.call_failed_at = now
+        replica.call_failed_at, replica.call_error = now, why
         self._review(replica_id)
         return True
 
@@ -184,10 +163,12 @@ class FleetWatch:
         for replica_id in left:
             replica = self._replicas[replica_id]
             replica.delisted_at, replica.was_serving = now, replica_id in self._fleet.replica_ids
-            self.news.add(f"Replica {replica_id} left", is_bad=True)
+            replica.silence_then_s = replica.silence_s(now)
+            self.record.events.add(f"Ray Serve no longer lists replica {replica_id}")
         for replica_id in joined:
-            self._replicas.setdefault(replica_id, _Replica(now, now)).delisted_at = None
-            self.news.add(f"Replica {replica_id} joined")
+            replica = self._replicas.setdefault(replica_id, KnownReplica(now, now))
+            replica.delisted_at = replica.departure = None
+            self.record.events.add(f"Replica {replica_id} joined")
         if replica_ids:
             self._succession.begin(now)
         self._is_without_own = self._lacks_own_version()
@@ -199,7 +180,7 @@ class FleetWatch:
     def take_report(self, report: Report) -> None:
         """A replica has told its state."""
         replica_id, now = report.replica_id, self._clock()
-        replica = self._replicas.setdefault(replica_id, _Replica(now, now, delisted_at=now))
+        replica = self._replicas.setdefault(replica_id, KnownReplica(now, now, delisted_at=now))
         replica.heard_at, replica.stats, replica.condition = now, report.stats, report.condition
         if replica.delisted_at is None:
             self._succession.note(replica.joined_at, is_own=self._is_own_version(replica))
@@ -224,7 +205,7 @@ class FleetWatch:
             if task is not None:
                 task.cancel()
 
-    def _judge(self, replica_id: str, replica: _Replica, *, has_joined: bool | None = None) -> Verdict:
+    def _judge(self, replica_id: str, replica: KnownReplica, *, has_joined: bool | None = None) -> Verdict:
         now, config = self._clock(), self.config
         evidence = Evidence(
             is_listed=replica.delisted_at is None,
@@ -239,7 +220,7 @@ class FleetWatch:
         )
         return judge(evidence, Limits(config.silence_timeout_s, config.stall_timeout_s, config.drain_after_s))
 
-    def _is_own_version(self, replica: _Replica) -> bool:
+    def _is_own_version(self, replica: KnownReplica) -> bool:
         return is_same_version(self.fingerprint, replica.condition.fingerprint)
 
     def _lacks_own_version(self) -> bool:
@@ -263,6 +244,8 @@ class FleetWatch:
                 self._work.fleet_changed()
             if replica_id in self._running or verdict.standing is Standing.STAYING:
                 self._attach(replica_id)
+        if replica.departure is None and replica.delisted_at is not None:
+            self._note_departure(replica_id, replica, verdict)
         if verdict.standing is not replica.standing:
             self._tell_standing(replica_id, replica.standing, verdict)
             replica.standing = verdict.standing
@@ -272,9 +255,25 @@ class FleetWatch:
     def _tell_standing(self, replica_id: str, before: Standing, verdict: Verdict) -> None:
         if verdict.standing in _TROUBLE:
             logger.warning("replica %s gets nothing new: %s", replica_id, verdict.why)
-            self.news.add(f"Replica {replica_id} gets nothing new: {verdict.why}", is_bad=True)
+            self.record.events.add(f"Replica {replica_id} gets nothing new: {verdict.why}", is_bad=True)
         elif verdict.standing is Standing.SERVING and before in _TROUBLE:
-            self.news.add(f"Replica {replica_id} serves again")
+            self.record.events.add(f"Replica {replica_id} serves again")
+
+    def _note_departure(self, replica_id: str, replica: KnownReplica, verdict: Verdict) -> None:
+        """Say why a replica that Ray Serve no longer lists has left, once it has."""
+        if verdict.standing is not Standing.GONE and not replica.condition.has_shut_down:
+            return
+        now, condition = self._clock(), replica.condition
+        is_updating = any(version != condition.fingerprint for version in self.versions().values())
+        traces = replica.traces(
+            now,
+            self.config.silence_timeout_s,
+            is_updating=is_updating,
+            is_autoscaled=self._is_autoscaled,
+        )
+        replica.departure = explain(traces)
+        node = condition.machine.node if condition.machine is not None else None
+        self.record.note_departure(replica_id, replica.departure, node, now - replica.joined_at)
 
     async def _check_for_ever(self) -> None:
         while True:

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from deployments.observe.exposition import ROUTER_LABELS, RouterFigures, write_metrics
 from deployments.observe.finished_request import FinishedRequest
+from deployments.observe.history import RouterHistory
 from llm.serving.schemas import FinishReason
 
 _FIRST_TOKEN_BUCKETS = (
@@ -65,6 +66,10 @@ class RouterPeers(Protocol):
         """Metrics of all routers, with or without this one; none where they cannot be asked now."""
         ...
 
+    async def histories(self) -> list[RouterHistory]:
+        """What all routers saw in the last 15 minutes; as with `figures`."""
+        ...
+
 
 class NoPeers:
     """A router by itself."""
@@ -72,6 +77,10 @@ class NoPeers:
     router_id = "router"
 
     async def figures(self) -> list[RouterFigures]:
+        """See `RouterPeers`."""
+        return []
+
+    async def histories(self) -> list[RouterHistory]:
         """See `RouterPeers`."""
         return []
 

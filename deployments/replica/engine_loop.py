@@ -11,18 +11,19 @@ from functools import partial
 
 from deployments.channel.messages import (
     ChannelAddress,
-    Condition,
     End,
     EngineTiming,
     Failure,
     FailureKind,
     GenerateReply,
+    Machine,
     Refusal,
     end_of,
     pack_logprobs,
 )
 from deployments.channel.sender import OutgoingStream, TokenSender
 from deployments.replica.engine_factory import Engine
+from deployments.replica.loop_health import LoopHealth
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import (
     EngineStats,
@@ -72,18 +73,6 @@ class _Arrival:
 
 
 @dataclass(slots=True)
-class LoopHealth:
-    """What a health check and the routers look at. The loop writes, others read."""
-
-    failure: str | None = None
-    """Why the engine will never step again."""
-    num_failed_steps: int = 0
-    """Steps that failed one after the other, up to now."""
-    busy_since: float | None = None
-    """When the step that now runs began, by the monotonic clock."""
-
-
-@dataclass(slots=True)
 class _Commands:
     """What other threads ask of the loop, in order."""
 
@@ -103,10 +92,17 @@ class EngineLoop:
         replica_id: goes with every reply and report.
         sender: where tokens go while they are made; the loop's thread owns it.
         fingerprint: of the model version, which goes with every report.
+        machine: says where the replica runs, which goes with every report, too.
     """
 
     def __init__(
-        self, engine: Engine, replica_id: str, sender: TokenSender | None = None, *, fingerprint: str = ""
+        self,
+        engine: Engine,
+        replica_id: str,
+        sender: TokenSender | None = None,
+        *,
+        fingerprint: str = "",
+        machine: Callable[[], Machine | None] = lambda: None,
     ) -> None:
         self.health = LoopHealth()
         self.latest_stats: EngineStats = engine.stats()
@@ -114,6 +110,7 @@ class EngineLoop:
         self._replica_id = replica_id
         self._sender = sender or TokenSender(replica_id)
         self._fingerprint = fingerprint
+        self._machine = machine
         self._open: dict[str, _OpenRequest] = {}
         self._suspect: str | None = None
         self._waiting_suspects: deque[_Arrival] = deque()
@@ -386,13 +383,14 @@ class EngineLoop:
         self._next_report_at = now + REPORT_INTERVAL_S
         self.latest_stats = self._engine.stats()
         pool = self._engine.scheduler.pool
-        condition = Condition(self._fingerprint, self.health.num_failed_steps, self.health.failure)
+        condition = self.health.condition(self._fingerprint, self._machine())
         self._sender.report(self.latest_stats, pool.take_changes(), pool.content, condition)
 
     def _break_down(self, failure: Failure) -> None:
         """Answer everything that is open; from now on every request is answered with the failure."""
         self._broken = failure
         self.health.failure = failure.message
+        self.health.has_shut_down = failure.kind is FailureKind.LEAVING
         self.health.busy_since = None
         self._next_report_at = 0.0
         self._report()

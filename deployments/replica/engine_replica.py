@@ -17,8 +17,9 @@ from deployments.channel.messages import (
     encode,
 )
 from deployments.config import AppConfig
-from deployments.replica.engine_factory import Engine, make_engine
+from deployments.replica.engine_factory import Engine, make_engine, num_cores
 from deployments.replica.engine_loop import EngineLoop
+from deployments.replica.machine import MachineWatch, gpu_indices
 from llm.checkpoint.fingerprint import is_same_version
 from llm.errors import ConfigError, EngineError
 from llm.serving.schemas import EngineStats, GenerationRequest
@@ -45,7 +46,13 @@ class EngineReplica:
         engine, self._info = make_engine(config)
         _warm_up(engine)
         self.replica_id = replica_id
-        self._loop = EngineLoop(engine, self.replica_id, fingerprint=self._info.fingerprint)
+        self._machine = MachineWatch(gpu_indices(self._info.device), num_cores())
+        self._loop = EngineLoop(
+            engine,
+            self.replica_id,
+            fingerprint=self._info.fingerprint,
+            machine=lambda: self._machine.latest,
+        )
         self._loop.start()
         logger.info(
             "engine replica ready in %.1f s: model %s on %s, %s, attention backend %s, %d slots, context %d tokens",
@@ -135,11 +142,12 @@ class EngineReplica:
 
     def stop(self) -> None:
         """End the engine's thread."""
+        self._machine.close()
         self._loop.stop()
 
     def __del__(self) -> None:
         if hasattr(self, "_loop"):
-            self._loop.stop()
+            self.stop()
 
 
 def _warm_up(engine: Engine) -> None:

@@ -56,6 +56,7 @@ class Generation:
         is_suspect, has_arrived, part: see `Passenger`.
         failed_on: replicas that failed it; it never returns to one of them.
         timeline: when things happened.
+        last_token_at: when its last tokens came, by the monotonic clock; `Journal` writes it.
     """
 
     def __init__(self, group: "Siblings[Generation]", index: int, request: GenerationRequest) -> None:
@@ -76,6 +77,7 @@ class Generation:
         self.failed_on: frozenset[str] = frozenset()
         now = time.monotonic()
         self.timeline = Timeline(group.caller.received_at or now, now)
+        self.last_token_at: float | None = None
         self._num_charged = len(self.token_ids)
         self._is_announced = False
         self._leaving: Setback | None = None
@@ -259,7 +261,7 @@ class Generation:
             return
         is_failure = setback.kind is SetbackKind.FAILURE
         if is_failure and replica_id is not None:
-            self._take_part(placement, replica_id)
+            self._take_part(placement, replica_id, setback.message)
         self.num_resumes += 1
         self._num_declined = 0
         placement.note_move(replica_id, is_failure=is_failure)
@@ -276,13 +278,13 @@ class Generation:
             raise EngineError("no engine replica takes the request")
         await asyncio.sleep(_RESUME_DELAY_S)
 
-    def _take_part(self, placement: _Placement, replica_id: str) -> None:
+    def _take_part(self, placement: _Placement, replica_id: str, why: str) -> None:
         """A replica has failed while it had this request.
 
         Raises:
             EngineError: the request has failed several replicas, or has been resumed too often.
         """
-        part = placement.note_failure(self, replica_id)
+        part = placement.note_failure(self, replica_id, why)
         if part is Part.CULPRIT:
             raise EngineError("the request failed on several engine replicas; it is not tried on another one")
         is_bystander = part is Part.BYSTANDER

@@ -10,6 +10,7 @@ from deployments.errors import ShuttingDownError
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.fleet import Fleet
 from deployments.observe.finished_request import FinishedRequest
+from deployments.observe.history import History
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.generation import Generation
@@ -35,6 +36,7 @@ class Journal:
         channel: where tokens come in; None to live on replies alone.
         max_resumes: how often a request may go on elsewhere after a failure; 0 turns failover off.
         on_over: told of every request that has ended, in whatever way.
+        history: told when tokens come.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Journal:
         *,
         max_resumes: int,
         on_over: Callable[[FinishedRequest], None] = lambda _: None,
+        history: History | None = None,
     ) -> None:
+        self._history = history if history is not None else History()
         self._on_over = on_over
         self.on_move: Callable[[str | None], None] = lambda _: None
         """Told the replica whose stream goes on elsewhere."""
-        self.on_failed_call: Callable[[str], bool] = lambda _: True
-        """Told the replica that failed a call; says whether something is wrong with it."""
+        self.on_failed_call: Callable[[str, str], bool] = lambda _, __: True
+        """Told the replica that failed a call, and why; says whether something is wrong with it."""
         self.client = client
         self.dispatcher = dispatcher
         self.channel = channel
@@ -145,9 +149,9 @@ class Journal:
             self.num_moves += 1
         self.on_move(replica_id)
 
-    def note_failure(self, generation: Generation, replica_id: str) -> Part:
+    def note_failure(self, generation: Generation, replica_id: str, why: str) -> Part:
         """A replica has failed while it had the generation; see `Placement`."""
-        if not self.on_failed_call(replica_id):
+        if not self.on_failed_call(replica_id, why):
             return Part.BYSTANDER
         now = time.monotonic()
         assign_parts([generation, *self.on_replica(replica_id)], now)
@@ -164,6 +168,9 @@ class Journal:
 
     def note_over(self, generation: Generation) -> None:
         """A generation is over, in whatever way."""
+        timeline = generation.timeline
+        if generation.last_token_at is None and timeline.first_token_at is not None and generation.token_ids:
+            self._history.note_first_token(timeline.first_token_at - timeline.received_at)  # it came with the reply
         self._on_over(generation.finished())
 
     def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
@@ -193,7 +200,8 @@ class Journal:
 
     def take_items(self, replica_id: str, items: Sequence[TokenItem]) -> None:
         """Hand tokens from the channel to their generations."""
-        live = self._live
+        live, now = self._live, time.monotonic()
+        gaps: list[float] = []
         for item in items:
             generation = live.get(item.stream_id)
             if generation is not None:
@@ -202,7 +210,22 @@ class Journal:
                 if item.end is not None:  # reports come by the same way: the next one leaves it out
                     self._fleet.ended(item.stream_id)
                 generation.take_item(item, replica_id)
+                if item.token_ids:
+                    self._note_arrival(generation, now, gaps)
                 if (item.token_ids or item.end) and (generation.is_suspect or generation.part is not None):
                     generation.clear()
                     self.dispatcher.clear(item.stream_id)
                     self.dispatcher.pump()
+        if gaps:
+            self._history.note_gaps(*gaps)
+
+    def _note_arrival(self, generation: Generation, now: float, gaps: list[float]) -> None:
+        """Tokens have come: tell the history of the first, add to `gaps` how long after the last these come."""
+        last_at = generation.last_token_at
+        if last_at is not None:
+            gaps.append(now - last_at)
+        elif generation.timeline.first_token_at is not None:
+            self._history.note_first_token(now - generation.timeline.received_at)
+        else:  # what it waits for comes with the reply alone
+            return
+        generation.last_token_at = now

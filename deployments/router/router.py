@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from deployments.fleet.policy import make_policy
 from deployments.fleet.watch import FleetWatch
 from deployments.fleet.work import Prospects
 from deployments.observe.finished_request import FinishedRequest
+from deployments.observe.history import History, RouterHistory, describe
 from deployments.observe.metrics import NoPeers, RouterMetrics, RouterPeers
 from deployments.observe.request_log import log_request
 from deployments.observe.tracing import RequestTracer
@@ -38,6 +40,8 @@ logger = logging.getLogger("ray.serve")
 
 _ENGINE_CHECK_INTERVAL_S = 0.2
 _FIRST_LOOK_S, _OWN_VERSION_CHECK_S = 1.0, 0.05
+_SAMPLE_INTERVAL_S = 1.0
+_TOTALS = ("num_live", "num_waiting", "num_requests", "num_refused", "num_resumes", "num_moves")
 _REQUESTS_AT_ONCE = 64
 """Requests that are made in one turn of the event loop."""
 _INLINE_TOKENS = 4096
@@ -84,13 +88,16 @@ class Router:
             channel_host, config.token_channel.port, on_items=self._take_items, on_report=self._take_report
         )
         channel = self._listener.address
+        self._peers = peers or NoPeers()
         self.metrics = RouterMetrics(
             config.model_name,
             self,
-            peers or NoPeers(),
+            self._peers,
             min_replicas=config.replicas.fewest_replicas,
             gpus_a_replica=config.engine.tensor_parallel_size,
         )
+        self._history = History()
+        self._sampled_at = -math.inf
         self.tracer = None
         if config.tracing.endpoint is not None:
             self.tracer = RequestTracer(config.tracing, config.model_name)
@@ -101,10 +108,18 @@ class Router:
             channel,
             max_resumes=config.router.max_resumes,
             on_over=self._request_over,
+            history=self._history,
         )
         fingerprint = fingerprint_of(config)
         self._watch = FleetWatch(
-            client, self.fleet, _Work(self), channel, config.router, config.replicas.fewest_replicas, fingerprint
+            client,
+            self.fleet,
+            _Work(self),
+            channel,
+            config.router,
+            config.replicas.fewest_replicas,
+            fingerprint,
+            is_autoscaled=config.replicas.autoscaling is not None,
         )
         self.journal.fingerprint = fingerprint
         self.journal.on_move = self._watch.note_move
@@ -247,14 +262,48 @@ class Router:
         }
 
     def fleet_event(self) -> dict[str, Any]:
-        """What the fleet page shows: `snapshot`, and what happened lately."""
+        """What the fleet page shows of the present: this router, the replicas of each model, and what happened."""
+        state = self.snapshot()
         return {
-            **self.snapshot(),
-            "model": self.config.model_name,
             "at": time.time(),
-            "news": self._watch.news.items(),
-            "scaling": self._scaling(),
+            "router_id": self._peers.router_id,
+            "router": state["router"],
+            "models": [
+                {
+                    "name": self.config.model_name,
+                    "engine": _described(self.info),
+                    "wanted": (self.config.replicas.fewest_replicas, self.config.replicas.most_replicas),
+                    "scaling": self._scaling(),
+                    "replicas": state["replicas"],
+                }
+            ],
+            "events": self._watch.record.events.items(),
+            "departures": self._watch.record.departures(),
         }
+
+    def history(self) -> RouterHistory:
+        """This router's part of the last 15 minutes."""
+        counts = self.snapshot()["router"]
+        return RouterHistory(self._peers.router_id, self._history.slots(), {name: counts[name] for name in _TOTALS})
+
+    async def fleet_history(self) -> dict[str, Any]:
+        """The last 15 minutes as all routers saw them, as far as they answer: see `history.describe`."""
+        own = self.history()
+        others = [one for one in await self._peers.histories() if one.router_id != own.router_id]
+        return await asyncio.to_thread(describe, [own, *others], time.time())
+
+    def sample(self) -> None:
+        """Note how things stand, once a second; called more often."""
+        now = time.monotonic()
+        if now - self._sampled_at < _SAMPLE_INTERVAL_S:
+            return
+        self._sampled_at = now
+        self._history.sample(
+            num_live=self.journal.num_live,
+            num_waiting=self.dispatcher.num_waiting,
+            num_serving=len(self.fleet.replica_ids),
+            generated=self._watch.num_generated(),
+        )
 
     def _scaling(self) -> str | None:
         """What autoscaling wants and why, worked out here as Serve's controller does from the replicas' statistics."""
@@ -286,6 +335,13 @@ class Router:
 
     def _take_report(self, report: Any) -> None:
         self._watch.take_report(report)
+
+
+def _described(info: EngineInfo | None) -> dict[str, Any] | None:
+    """What the fleet page tells of the engines of a model; None while none is known."""
+    if info is None:
+        return None
+    return {name: getattr(info, name) for name in ("device", "dtype", "backend", "max_seq_len", "num_slots")}
 
 
 def _salted(request: GenerationRequest, tenant: str) -> GenerationRequest:
@@ -328,6 +384,7 @@ class _Work:
     def tick(self, prospects: Prospects) -> None:
         """See `Work`."""
         self._dispatcher.tick(prospects)
+        self._router.sample()
 
     def note_arrivals(self, stream_ids: Sequence[int]) -> None:
         """See `Work`."""

@@ -78,8 +78,13 @@ class Placement(Protocol[GenerationT]):
         """End an attempt."""
         ...
 
-    def note_failure(self, generation: GenerationT, replica_id: str) -> Part:
+    def note_failure(self, generation: GenerationT, replica_id: str, why: str) -> Part:
         """A replica has failed while it had the generation.
+
+        Args:
+            generation: what it had.
+            replica_id: which replica.
+            why: in a sentence about the replica.
 
         Returns:
             What the generation had to do with it.

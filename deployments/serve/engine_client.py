@@ -8,6 +8,7 @@ from typing import Any
 from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.errors import ReplicaLostError
 from deployments.fleet.engine_client import is_being_cancelled
+from deployments.serve.failures import end_of_actor
 from deployments.serve.replica_list import watch_replicas
 
 _STARTING_STATES = ("STARTING", "RECOVERING")
@@ -85,7 +86,7 @@ class ServeEngineClient:
             response.cancel()
             raise
         except (RayActorError, grpc.RpcError) as error:
-            raise ReplicaLostError(f"the replica is gone ({type(error).__name__})") from error
+            raise ReplicaLostError(end_of_actor(str(error))) from error
 
 
 def num_starting_replicas(app_name: str, deployment_name: str) -> int:

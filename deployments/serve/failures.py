@@ -1,9 +1,19 @@
-"""Why an application does not start, out of what Ray Serve says of it."""
+"""Why an application does not start, and why a replica has ended, out of what Ray says of it."""
 
 import re
 from typing import Any
 
 _MAX_CAUSE_CHARS = 600
+_ENDS = (
+    ("NODE_OUT_OF_MEMORY", "Ray killed its process because the node was short of memory"),
+    ("node has died", "its node was lost"),
+    ("killed by `ray.kill`", "Ray Serve ended its process"),
+    ("SYSTEM_ERROR", "its process ended suddenly: it was killed, or crashed"),
+    ("USER_ERROR", "its process ended with an error"),
+    ("INTENDED", "its process was asked to end"),
+    ("worker process has died", "its process ended"),
+)
+"""What Ray's report on a dead actor has in it, the most telling first, and what it says of the replica."""
 
 
 def failure_of(app: Any) -> str | None:
@@ -24,3 +34,15 @@ def root_cause(text: str) -> str:
     message = " ".join(text[last.end() :].split())[:_MAX_CAUSE_CHARS]
     is_ours = last[0].startswith(("llm.", "deployments."))
     return message if is_ours else f"{last[1]}: {message}"
+
+
+def end_of_actor(report: str) -> str:
+    """How a replica ended, by Ray's report on the actor that it was: a sentence about the replica.
+
+    Args:
+        report: the text of a `RayActorError`.
+    """
+    for mark, meaning in _ENDS:
+        if mark in report:
+            return meaning
+    return "its process cannot be reached"

@@ -16,6 +16,7 @@ from deployments.api.openai.response_store import ResponseStore, own_store
 from deployments.api.upgrades import decline_upgrades
 from deployments.config import AppConfig, LiveConfig
 from deployments.observe.exposition import RouterFigures
+from deployments.observe.history import RouterHistory
 from deployments.observe.terminal import show_warnings
 from deployments.router.access import Access
 from deployments.router.keys import KeySource
@@ -87,6 +88,10 @@ class RouterIngress:
     async def figures(self) -> RouterFigures:
         """This router's part of the metrics; the other routers ask for it."""
         return self._router.metrics.figures()
+
+    async def history(self) -> RouterHistory:
+        """What this router saw in the last 15 minutes; the other routers ask for it."""
+        return self._router.history()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve serves what this returns."""

@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from deployments.observe.exposition import RouterFigures
+from deployments.observe.history import RouterHistory
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,12 +24,19 @@ class ServePeers:
         self._handle: Any = serve.get_deployment_handle(context.deployment, context.app_name)
 
     async def figures(self) -> list[RouterFigures]:
-        """See `RouterPeers`. Routers that die meanwhile are left out; if one hangs, all are."""
+        """See `RouterPeers`."""
+        return [answer for answer in await self._ask("figures") if isinstance(answer, RouterFigures)]
+
+    async def histories(self) -> list[RouterHistory]:
+        """See `RouterPeers`."""
+        return [answer for answer in await self._ask("history") if isinstance(answer, RouterHistory)]
+
+    async def _ask(self, method: str) -> list[object]:
+        """What all routers answer. Those that die meanwhile are left out; if one hangs, all are."""
         try:
             # Outside the HTTP request's context, which Ray Serve would put upon the calls.
-            response = contextvars.Context().run(self._handle.broadcast, "figures")
-            answers = await response.results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
+            response = contextvars.Context().run(self._handle.broadcast, method)
+            return list(await response.results_async(timeout_s=_TIMEOUT_S, return_exceptions=True))
         except Exception as error:  # noqa: BLE001 - whatever it is, this router's own figures must still be had
-            logger.warning("the other routers' metrics cannot be had now: %s: %s", type(error).__name__, error)
+            logger.warning("the other routers' %s cannot be had now: %s: %s", method, type(error).__name__, error)
             return []
-        return [answer for answer in answers if isinstance(answer, RouterFigures)]

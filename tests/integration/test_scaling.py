@@ -44,6 +44,11 @@ def num_serving(server: Server) -> int:
     return sum(replica["is_serving"] for replica in server.stats()["replicas"].values())
 
 
+def departures(server: Server) -> list[str]:
+    """Why replicas left, as the router says to the fleet page."""
+    return [one["cause"] for one in server.fleet()["departures"]]
+
+
 async def test_replicas_follow_the_load(scaling: Server):
     import openai
 
@@ -74,6 +79,8 @@ async def test_replicas_follow_the_load(scaling: Server):
     await asyncio.to_thread(scaling.wait_for, lambda: num_serving(scaling) <= 1, 120, "still too many replicas")
     assert await long == 600, "a stream was cut on the way down"
     await asyncio.to_thread(scaling.wait_for, lambda: num_serving(scaling) == 0, 120, "not down to none")
+    await asyncio.to_thread(scaling.wait_for, lambda: len(departures(scaling)) == 3, 30, "not all have left")
+    assert departures(scaling) == ["scaled down"] * 3
     started = time.monotonic()
     assert await ask(5) == 5
     print(f"an answer from none {time.monotonic() - started:.1f} s after the request")

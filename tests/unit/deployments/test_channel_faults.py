@@ -4,12 +4,14 @@ import asyncio
 import itertools
 
 import pytest
-from channel_ends import Sink, wait_for
+from channel_ends import STATS, Sink, wait_for
 from in_process import ServiceFactory, emulated_config
 
 from deployments.channel.listener import TokenListener
-from deployments.channel.messages import Failure, FailureKind, GenerateCall, decode_reply, encode
+from deployments.channel.messages import Condition, Failure, FailureKind, GenerateCall, decode_reply, encode
+from deployments.channel.sender import TokenSender
 from deployments.replica.engine_replica import EngineReplica
+from llm.scheduling.slot_pool import ContentChanges
 from llm.serving.schemas import FinishReason, GenerationRequest
 
 pytestmark = pytest.mark.timeout(60)
@@ -26,6 +28,20 @@ class AnySink(Sink):
 
     def take(self, replica_id: str, items: list) -> None:
         self.items += items
+
+
+async def test_last_words_leave_before_the_connection_closes():
+    """A replica that ends reports why and closes at once: here before the connection stands, which is the worst case.
+    Sent and dropped, they would be what the router of a replica that crashed hears: nothing."""
+    sink = Sink()
+    sender = TokenSender("replica")
+    sender.attach(sink.listener.address)
+    farewell = Condition("v1", failure="the replica is shutting down", has_shut_down=True)
+    sender.report(STATS, ContentChanges(), [], farewell)
+    sender.close()
+    await wait_for(lambda: sink.reports)
+    assert sink.reports[0].condition == farewell
+    sink.listener.close()
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])

@@ -142,7 +142,7 @@ async def test_poison_fells_two_replicas_and_ends_alone(make_service: ServiceFac
     await until(lambda: sum(len(g.token_ids) > 5 for g in service.router.journal._live.values()) == 24)
     failures = []
     note = service.router.journal.on_failed_call
-    service.router.journal.on_failed_call = lambda replica_id: failures.append(replica_id) or note(replica_id)
+    service.router.journal.on_failed_call = lambda replica_id, why: failures.append(replica_id) or note(replica_id, why)
     answer = await ask(service, [POISON, *b"poison"], 50)
     if after:
         assert len(text_of(events(answer.text)[:-1])) == after

@@ -1,0 +1,25 @@
+"""What the fleet page is sent while it is open."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator
+
+from deployments.api.sse import event
+from deployments.router.router import Router
+
+_INTERVAL_S = 0.5
+_HISTORY_INTERVAL_S = 2.0
+"""The last 15 minutes come with the first event, and then from time to time: it is 30 KB, and all routers are asked."""
+
+
+async def watch_fleet(router: Router) -> AsyncGenerator[bytes, None]:
+    """The state of router and replicas twice a second, as server-sent events, until the router shuts down."""
+    history_at = -math.inf
+    while not router.is_shutting_down:
+        state, now = router.fleet_event(), time.monotonic()
+        if now - history_at >= _HISTORY_INTERVAL_S:
+            history_at = now
+            state["history"] = await router.fleet_history()
+        yield event(state)
+        await asyncio.sleep(_INTERVAL_S)

@@ -1,0 +1,98 @@
+"""The fleet page as it lies on the screen, with a fleet that has everything; test_pages.py has it with a real one."""
+
+import itertools
+import re
+
+import pytest
+from accessibility import serious_faults
+from fleet_sample import events
+from live_server import Server
+from playwright.sync_api import Page, expect
+
+pytestmark = pytest.mark.timeout(120)
+
+PARTS = "#totals, #latency, #charts, #models, #departures, #events"
+
+
+def open_sample(page: Page, server: Server) -> None:
+    page.route("**/rayline/events", lambda route: route.fulfill(body=events(), content_type="text/event-stream"))
+    page.goto(f"{server.url}/fleet")
+    expect(page.locator(".replica")).to_have_count(5)
+
+
+def test_it_says_what_there_is_to_know(page: Page, server: Server):
+    open_sample(page, server)
+    first, second = page.locator(".model").all()
+    expect(first.get_by_role("heading", level=2)).to_have_text("meta-llama/Llama-3.3-70B-Instruct")
+    expect(first.locator(".facts")).to_have_text(
+        "1 replica serving, 1 to 4 allowed · bfloat16 on CUDA · context of 131,072 tokens"
+    )
+    expect(first.locator(".scaling")).to_contain_text("The load asks for 3 replicas")
+    expect(second.locator(".facts")).to_contain_text("2 of 3 replicas serving · float32 on CPU")
+    expect(second.locator(".scaling")).to_be_hidden()
+    spread = first.locator('[data-id="a81kfj20"]')
+    expect(spread.locator(".device")).to_have_count(8)
+    expect(spread.locator(".device").nth(0)).to_contain_text("GPU 0")
+    expect(spread.locator(".device").nth(0)).to_contain_text("100 of 140 GiB · 97 % busy")
+    expect(spread.locator(".device").nth(2)).not_to_contain_text("busy")
+    expect(spread.locator(".node")).to_have_text(
+        re.compile("^gpu-node-1.cluster.example.internal · 8 . NVIDIA H200 · process 4711$")
+    )
+    expect(spread.locator(".streams b")).to_have_count(192)
+    expect(first.locator('[data-id="c0"] .why')).to_have_text("Its process ended suddenly: it was killed, or crashed")
+    expect(second.locator('[data-id="d4"] .device')).to_contain_text("1.4 of 16 cores · 9.0 GiB")
+    expect(second.locator('[data-id="older"] .node')).to_have_text("Node not known")
+    tables = page.locator("#latency table")
+    expect(tables.nth(0).get_by_role("row").nth(1)).to_have_text("First token (TTFT)87 ms412 ms2.31 s12k")
+    expect(tables.nth(1).get_by_role("row").nth(2)).to_have_text("Token gap10 ms17 ms186 ms1.2M")
+    expect(page.locator("#totals")).to_contain_text("Streams372", use_inner_text=False)
+    expect(page.locator("#scope")).to_contain_text("All 2 routers together")
+    expect(page.locator("#departures li").nth(0)).to_contain_text("Seen on gpu-node-2 for 2.0 h")
+    expect(page.locator("#departures .failure")).to_have_count(1)
+    expect(page.locator("#charts .peak")).to_have_text(["peak 13k", "peak 359", "peak 190 ms"])
+    # A gap in what is known is a gap in the curve.
+    assert page.locator("#charts .line").nth(2).get_attribute("d").count("M") == 2
+
+
+@pytest.mark.parametrize(("width", "height"), [(1200, 800), (768, 1024), (380, 720)])
+def test_layout_and_accessibility(page: Page, server: Server, width: int, height: int):
+    """The parts lie below each other and within the window, nothing sticks out of its box, cards do not overlap."""
+    page.set_viewport_size({"width": width, "height": height})
+    open_sample(page, server)
+    for theme in ("light", "dark"):
+        if page.evaluate("document.documentElement.dataset.theme") != theme:
+            page.get_by_role("button", name="Dark or light").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        boxes = [part.bounding_box() for part in page.locator(PARTS).all()]
+        for above, below in itertools.pairwise(boxes):
+            assert above["y"] + above["height"] <= below["y"]
+        assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
+        assert page.evaluate(STICKING_OUT) == []
+        assert page.evaluate(OVERLAPPING) == []
+        columns = {1200: 3, 768: 2, 380: 1}[width]
+        first_model = page.locator(".replicas").nth(0).locator(".replica").all()
+        assert len({card.bounding_box()["x"] for card in first_model}) == columns
+        assert page.evaluate(SMALL_TARGETS) == []
+        assert serious_faults(page) == []
+        page.screenshot(path=f"test-results/fleet-{width}-{theme}.png", full_page=True)
+
+
+STICKING_OUT = """() => [...document.querySelectorAll(
+    ".replica, #totals div, .chart, table, #departures li")].flatMap((box) => {
+    const outer = box.getBoundingClientRect();
+    return [...box.querySelectorAll("*")].filter((part) => {
+        const { left, right, top, bottom, width } = part.getBoundingClientRect();
+        return width && part.tagName !== "CAPTION" && !part.closest("svg") &&
+            (left < outer.left - 1 || right > outer.right + 1 || bottom > outer.bottom + 1);
+    }).map((part) => part.outerHTML.slice(0, 100));
+})"""
+OVERLAPPING = """() => {
+    const all = document.querySelectorAll(".replica, #totals div, .chart, #latency table");
+    const boxes = [...all].map((box) => box.getBoundingClientRect());
+    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) =>
+        a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1)).map(String);
+}"""
+SMALL_TARGETS = """() => [...document.querySelectorAll("button, a")].filter((node) => {
+    const { width, height } = node.getBoundingClientRect();
+    return width < 40 || height < 40;
+}).map((node) => node.outerHTML)"""
