@@ -1,8 +1,8 @@
 """From how many rows on the library multiplies 8-bit weights faster than our kernels, at the shapes of Llama-3.1-8B.
 
-    python -m benchmarks.eight_bit_rows [--rows 8 16 32 64]
+    python -m benchmarks.eight_bit_rows [--rows 1 2 8 32 64]
 
-Prints a JSON line for each number of rows and product: microseconds of our tiles, which widen the weights, and of the
+Prints a JSON line for each number of rows and product: microseconds of our kernels, which widen the weights, and of the
 library, which multiplies rows that are rounded to 8 bits; with what the engine does beside the product in either case.
 """
 
@@ -36,7 +36,8 @@ def measure(name: str, num_rows: int, linear: Linear) -> dict[str, float]:
     narrow = EightBitRows.allocate(num_rows, output.shape[1], _DEVICE, x.dtype)
 
     def own(weight: Weights) -> None:
-        linear._tiled(x, weight, output, gated_by=Activation.SILU if is_gated else None, adds=not is_gated)
+        multiply = linear._single if num_rows == 1 else linear._tiled
+        multiply(x, weight, output, gated_by=Activation.SILU if is_gated else None, adds=not is_gated)
 
     def of_library(weight: Weights) -> None:
         rows = quantize_rows(x) if name == "o" else rounded  # what attention writes has a kernel of its own for it
@@ -55,7 +56,7 @@ def measure(name: str, num_rows: int, linear: Linear) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=int, default=[8, 16, 32, 48, 64])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 8, 32, 64])
     options = parser.parse_args()
     linear = Linear(_DEVICE)
     for num_rows in options.rows:

@@ -4,9 +4,9 @@ Few rows with big weights are bound by reading the weights. The vendor's kernels
 there; these leave a tenth. Which one runs, and how it is cut up, is a rule of the shape alone, found by measuring (see
 docs/decisions/0006): nothing to tune at start, and the same rows always take the same path.
 
-Weights may be 8-bit floats (E4M3, Micikevicius et al. 2022, arXiv:2209.05433) with a scale for each output: our kernels
-widen them to the activations' format, the vendor's library multiplies them with activations made 8 bits wide too. Or
-they are codes of 8 or 4 bits with a scale for each output and group of inputs: our kernels widen these too, for more
+Weights may be 8-bit floats (E4M3, Micikevicius et al. 2022, arXiv:2209.05433) with a scale for each output: the vendor's
+library multiplies them with activations made 8 bits wide too, and the kernel for a single row widens them to the
+activations' format. Or they are codes of 8 or 4 bits with a scale for each output and group of inputs: our kernels widen these too, for more
 rows, and for still more they are written out in the activations' format.
 
 What stands before and behind a product is done in passing where that is possible: a single row is normalised as it is
@@ -210,11 +210,10 @@ class Linear:
 
     def _is_few(self, x: torch.Tensor, weights: Weights, num_outputs: int, *, swiglu: bool = False) -> bool:
         """Whether our kernels take this product: they have no masks for odd shapes, and no tensor cores for float32."""
-        fits_some = not weights.is_large or (swiglu and fits_wide_tiles(num_outputs))
-        takes_some = fits_some and weights.scales is None
-        most_rows = MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS
-        if weights.groups is not None:
-            most_rows = MAX_FEW_ROWS
+        takes_some = not weights.is_large or (swiglu and fits_wide_tiles(num_outputs))
+        most_rows = MAX_SOME_ROWS if takes_some and weights.groups is None else MAX_FEW_ROWS
+        if weights.scales is not None:
+            most_rows = 1  # the library reads 8-bit weights faster than our tiles widen them
         return (
             not self._deterministic
             and len(x) <= most_rows
