@@ -186,17 +186,21 @@ def compile_latents() -> None:
     arguments |= dict.fromkeys(("partial", "partial_lse", "rope_table"), FLOAT)
     arguments |= dict.fromkeys(("stride", "first", "sin_offset", "num_tokens", "x_stride", "output_stride"), "i32")
     arguments |= {"table_stride": "i32", "eps": "fp32", "scale_log2": "fp32"}
-    sizes = {"RANK": 512, "RANK_BLOCK": 512, "WIDTH": 576, "TURNED_BLOCK": 64, "PAGE_SIZE": 16, "BLOCK": 32}
-    for (capability, room), num_heads in product(SHARED_MEMORY.items(), (128, 20)):
-        tile_rows = 64 if capability == 90 else 16
+    sizes = {"RANK": 512, "RANK_BLOCK": 512, "WIDTH": 576, "TURNED_BLOCK": 64, "PAGE_SIZE": 16}
+    kinds = [*product(SHARED_MEMORY.items(), (128, 20), (2,)), ((89, SHARED_MEMORY[89]), 16, 4)]
+    for (capability, room), num_heads, itemsize in kinds:
+        tile_rows, block = 64 if capability == 90 else 16, 64 // itemsize
         group = latent._largest_divisor(num_heads, tile_rows)
-        cut = {**arguments, **sizes, "NUM_HEADS": num_heads, "GROUP": group, "INDEX": tl.int64}
+        cut = {**arguments, **sizes, "NUM_HEADS": num_heads, "GROUP": group, "INDEX": tl.int64, "BLOCK": block}
+        if itemsize == 4:
+            cut |= dict.fromkeys(("query", "pages", "output"), FLOAT)
         for name, kernel, block_tokens in (
             ("latent decode", latent._decode_latents, 1),
             ("latent prefill", latent._prefill_latents, tile_rows // group),
         ):
             rows = max(16, triton.next_power_of_2(block_tokens * group))
-            num_stages = min(2, max(1, stages_in(room - rows * 576 * 2, 32 * 576 * 2, capability // 10)))
+            bytes_a_stage, other_bytes = block * 576 * itemsize, rows * 576 * itemsize
+            num_stages = min(2, max(1, stages_in(room - other_bytes, bytes_a_stage, capability // 10)))
             taken = compile_kernel(
                 name, kernel, {**cut, "TILE_ROWS": rows, "BLOCK_TOKENS": block_tokens}, capability=capability,
                 num_warps=8 if rows > 16 else 4, num_stages=num_stages,
