@@ -12,16 +12,19 @@ import triton
 import triton.language as tl
 
 from llm.config import RoutingConfig
-from llm.kernels.launch import launch_options, prefetch, wait_for_inputs
+from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.norm import Norm
 
 _ROWS, _ROWS_OF_MANY = 16, 64
 """Tokens a program: for more than _MANY_TOKENS of them the router is read often enough that wider tiles pay."""
 _MANY_TOKENS = 1024
-_TILE_K = 128
+_TILE_K, _TILE_K_OF_MANY_EXPERTS, _WIDE_TILE_K = 128, 64, 32
+"""Inputs of a tile: in 16 bits, in 16 bits where experts are more than _MANY_EXPERTS, and in 32."""
+_MANY_EXPERTS = 256
 _MOST_PARTS = 8
 """Programs that share the sums of few tokens. The router's shape alone says how sums are cut."""
 _ORDER_BLOCK = 16_384
+_NUM_STAGES = 3
 
 
 class ExpertShape(NamedTuple):
@@ -98,14 +101,15 @@ def route(
         correction: (num_experts,) float32, added to what experts are chosen by; None for none.
     """
     (num_tokens, num_inputs), shape, options = x.shape, routes.shape, launch_options(x.device)
-    tile_k = _TILE_K if x.dtype.itemsize == 2 else 32
+    block = _block(shape.num_experts)
+    tile_k = _TILE_K_OF_MANY_EXPERTS if block > _MANY_EXPERTS else _TILE_K
+    tile_k = tile_k if x.dtype.itemsize == 2 else _WIDE_TILE_K
     num_parts = 1
     while num_parts < _MOST_PARTS and num_inputs % (2 * num_parts * tile_k) == 0:
         num_parts *= 2
     if num_parts == 1:  # no whole tiles, but whole lines of memory perhaps
         num_parts = max((parts for parts in range(1, _MOST_PARTS + 1) if num_inputs % (64 * parts) == 0), default=1)
     inputs_per_part = triton.cdiv(num_inputs, num_parts)
-    block = _block(shape.num_experts)
     sizes = {"NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": block, "NUM_PARTS": num_parts}
     routing = shape.routing
     choice = {
@@ -117,12 +121,14 @@ def route(
         assert norm is None, "of one token alone"
         _route_many[(triton.cdiv(num_tokens, _ROWS_OF_MANY),)](
             x, router, bias, correction, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part,
-            **sizes, **choice, ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=4, num_stages=3, **options,
+            **sizes, **choice, ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=_num_warps(block),
+            num_stages=_num_stages(x, (block + _ROWS_OF_MANY) * tile_k), **options,
         )  # fmt: skip
         return
     _parts_of_logits[(num_parts, triton.cdiv(num_tokens, _ROWS))](
         x, None if norm is None else norm.weight, router, routes.partial, routes.squares, num_tokens, num_inputs,
-        inputs_per_part, **sizes, ROWS=_ROWS, TILE_K=tile_k, num_warps=4, num_stages=3,
+        inputs_per_part, **sizes, ROWS=_ROWS, TILE_K=tile_k, num_warps=_num_warps(block),
+        num_stages=_num_stages(x, (block + _ROWS) * tile_k),
         CAN_PREFETCH=x.device.type == "cuda" and inputs_per_part % (2 * tile_k) == 0, **options,
     )  # fmt: skip
     _choose[(num_tokens,)](
@@ -139,6 +145,15 @@ def order_pairs(routes: Routes, num_tokens: int) -> None:
         routes.experts, routes.order, routes.starts, num_pairs, BLOCK=block, num_warps=min(max(block // 256, 4), 16),
         **launch_options(routes.order.device),
     )  # fmt: skip
+
+
+def _num_warps(block: int) -> int:
+    """Of a program with a tile of so many experts, whose logits fit their registers."""
+    return 4 if block < _MANY_EXPERTS else 8
+
+
+def _num_stages(x: torch.Tensor, numbers_a_stage: int) -> int:
+    return min(_NUM_STAGES, most_stages(x.device, numbers_a_stage * x.itemsize))
 
 
 def _block(num_experts: int) -> int:

@@ -146,7 +146,7 @@ class KernelWorkspace:
             self.prefill_scratch = None if deterministic else PrefillScratch(*heads, device)
         else:
             self.latents = LatentAttention(
-                max_parts, spec.num_heads, spec.value_dim, spec.head_dim, spec.softmax_scale, device,
+                max_parts, spec.num_heads, spec.value_dim, spec.head_dim, spec.softmax_scale, dtype, device,
                 deterministic=deterministic,
             )  # fmt: skip
         self.decode_items = {

@@ -7,6 +7,10 @@ _GEMMA: dict[str, Any] = {
 }  # fmt: skip
 """Not tied as theirs are: with random embeddings, whatever token came last would be certain to come again."""
 
+_LATENT: dict[str, Any] = {
+    "rank": 512, "query_rank": 768, "plain_dim": 128, "rope_dim": 64, "value_dim": 128,
+}  # fmt: skip
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8},
     "qwen3-0.6b": {
@@ -72,6 +76,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 256, "num_experts_per_token": 8, "expert_size": 512, "shared_expert_size": 512,
         "shared_expert_gate": True,
         "delta": {"layers": (0,), "num_key_heads": 16, "num_value_heads": 32, "key_dim": 128, "value_dim": 128},
+    },
+    "deepseek-v2-lite": {
+        "architecture": "DeepseekV2ForCausalLM", "hidden_size": 2048, "intermediate_size": 10944, "num_heads": 16,
+        "num_kv_heads": 1, "head_dim": 576, "attention_scale": 0.1147, "latent": {**_LATENT, "query_rank": None},
+        "num_experts": 64, "num_experts_per_token": 6, "expert_size": 1408, "shared_expert_size": 2816,
+        "normalize_expert_weights": False, "dense_layers": (0,),
+    },
+    "deepseek-v3, narrow": {
+        "architecture": "DeepseekV3ForCausalLM", "hidden_size": 1024, "intermediate_size": 2048, "num_heads": 128,
+        "num_kv_heads": 1, "head_dim": 576, "attention_scale": 0.1352, "latent": _LATENT, "num_experts": 256,
+        "num_experts_per_token": 8, "expert_size": 256, "shared_expert_size": 256, "dense_layers": (0,),
+        "routing": {"uses_sigmoid": True, "num_groups": 8, "num_top_groups": 4, "scale": 2.5},
+    },
+    "glm-4.7-flash": {
+        "architecture": "Glm4MoeLiteForCausalLM", "hidden_size": 2048, "intermediate_size": 10240, "num_heads": 20,
+        "num_kv_heads": 1, "head_dim": 576, "attention_scale": 0.0625,
+        "latent": {**_LATENT, "plain_dim": 192, "value_dim": 256}, "num_experts": 64, "num_experts_per_token": 4,
+        "expert_size": 1536, "shared_expert_size": 1536, "dense_layers": (0,),
+        "routing": {"uses_sigmoid": True, "scale": 1.8},
+    },
+    "glm-4.5-air": {
+        "architecture": "Glm4MoeForCausalLM", "hidden_size": 4096, "intermediate_size": 10944, "num_heads": 96,
+        "num_kv_heads": 8, "head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": True, "num_experts": 128,
+        "num_experts_per_token": 8, "expert_size": 1408, "shared_expert_size": 1408, "dense_layers": (0,),
+        "routing": {"uses_sigmoid": True},
     },
     "mqa, heads of 80": {"hidden_size": 640, "num_heads": 8, "num_kv_heads": 1},
     "heads of 256": {"hidden_size": 1024, "num_heads": 4, "num_kv_heads": 4, "head_dim": 256},

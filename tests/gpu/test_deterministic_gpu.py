@@ -52,6 +52,7 @@ def create_requests(num: int, num_tokens: int) -> list[GenerationRequest]:
         "gemma-2-9b with lower caps",
         "gemma-3-4b",
         "qwen3.5",
+        "deepseek-v3, narrow",
     ],
 )
 def test_tokens_do_not_depend_on_the_batch(shape, config):

@@ -14,10 +14,10 @@ from llm.kernels.attention.decode import merge_chunks
 from llm.kernels.attention.work import StepParts, WorkItems, num_decode_items, num_prefill_items, slot_index_type
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
 
-_BLOCK_TOKENS = 32
+_BLOCK_BYTES = 64
+"""Of one number of each of a block's tokens."""
 _TILE_ROWS, _FEW_TILE_ROWS = 64, 16
-"""Queries of a tile: on Hopper, whose instructions take as many, and on chips before it, which have less shared
-memory."""
+"""Queries of a tile: in 16 bits on Hopper, whose instructions take as many; elsewhere, with less room."""
 _MERGED_HEADS = 8
 _LOG2_E = 1.4426950408889634
 
@@ -31,6 +31,7 @@ class LatentAttention:
         rank: width of a latent.
         width: of a latent and what has been turned behind it.
         scale: of products of queries and keys.
+        dtype: of queries and latents.
         device: of everything.
         deterministic: decodes go as chunks do, with one order for all sums.
 
@@ -45,6 +46,7 @@ class LatentAttention:
         rank: int,
         width: int,
         scale: float,
+        dtype: torch.dtype,
         device: torch.device,
         *,
         deterministic: bool = False,
@@ -53,7 +55,7 @@ class LatentAttention:
         self._scale_log2 = scale * _LOG2_E
         self._deterministic = deterministic
         is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
-        self._tile_rows = _FEW_TILE_ROWS if is_old else _TILE_ROWS
+        self._tile_rows = _FEW_TILE_ROWS if is_old or dtype.itemsize > 2 else _TILE_ROWS
         self._group = _largest_divisor(num_heads, self._tile_rows)
         self.block_tokens = self._tile_rows // self._group
         num_items = 0 if deterministic else num_decode_items(max_parts)
@@ -116,11 +118,12 @@ class LatentAttention:
         """Sizes and options that both kernels are compiled with."""
         rank_block = max(16, triton.next_power_of_2(self._rank))
         turned_block = max(16, triton.next_power_of_2(self._width - self._rank))
+        block = _BLOCK_BYTES // query.itemsize
         bytes_a_token = (rank_block + turned_block) * query.itemsize
-        num_stages = most_stages(query.device, _BLOCK_TOKENS * bytes_a_token, tile_rows * bytes_a_token)
+        num_stages = most_stages(query.device, block * bytes_a_token, tile_rows * bytes_a_token)
         return {
             "NUM_HEADS": self._num_heads, "TILE_ROWS": tile_rows, "RANK": self._rank, "RANK_BLOCK": rank_block,
-            "WIDTH": self._width, "TURNED_BLOCK": turned_block, "PAGE_SIZE": pages.shape[1], "BLOCK": _BLOCK_TOKENS,
+            "WIDTH": self._width, "TURNED_BLOCK": turned_block, "PAGE_SIZE": pages.shape[1], "BLOCK": block,
             "INDEX": slot_index_type(pages[None]), "num_warps": 8 if tile_rows > _FEW_TILE_ROWS else 4,
             "num_stages": min(num_stages, 2), **launch_options(query.device),
         }  # fmt: skip

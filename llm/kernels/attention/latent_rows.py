@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.launch import launch_options, num_warps, wait_for_inputs
+from llm.kernels.launch import launch_options, most_stages, num_warps, wait_for_inputs
 from llm.kernels.norm import Norm, normalised
 
 _FEW_ROWS, _MANY_ROWS = 16, 64
-_OUTPUTS, _TILE_K = 128, 64
+_OUTPUTS, _TILE_K, _NUM_STAGES = 128, 64, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +93,12 @@ def head_product(x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, *,
     rows = _FEW_ROWS if deterministic or num_tokens <= _FEW_ROWS else _MANY_ROWS
     outputs = min(_OUTPUTS, max(16, triton.next_power_of_2(num_outputs)))
     tile_k = min(_TILE_K, max(16, triton.next_power_of_2(num_inputs)))
+    num_stages = min(_NUM_STAGES, most_stages(x.device, (rows + outputs) * tile_k * x.itemsize))
     grid = (triton.cdiv(num_outputs, outputs), num_heads, triton.cdiv(num_tokens, rows))
     _head_product[grid](
         x, weight, output, num_tokens, x.stride(0), output.stride(0), X_HEAD=x.stride(1), OUTPUT_HEAD=output.stride(1),
         WEIGHT_HEAD=weight.stride(0), WEIGHT_OUT=weight.stride(1), WEIGHT_IN=weight.stride(2), IN=num_inputs,
-        OUT=num_outputs, ROWS=rows, OUTPUTS=outputs, TILE_K=tile_k, num_warps=4, num_stages=3,
+        OUT=num_outputs, ROWS=rows, OUTPUTS=outputs, TILE_K=tile_k, num_warps=4, num_stages=num_stages,
         **launch_options(x.device),
     )  # fmt: skip
 

@@ -135,6 +135,18 @@ def test_memory_of_a_known_model():
     assert slot_bytes(model, 2) == 128 * 1024
 
 
+def test_memory_of_latents():
+    """DeepSeek-V3: 671 billion parameters; 576 numbers a token and layer, where keys and values would be 40,960."""
+    model = ModelConfig(
+        architecture="DeepseekV3ForCausalLM", vocab_size=129280, hidden_size=7168, intermediate_size=18432,
+        num_layers=61, num_heads=128, num_kv_heads=1, head_dim=576, num_experts=256, num_experts_per_token=8,
+        expert_size=2048, shared_expert_size=2048, dense_layers=(0, 1, 2), routing={"uses_sigmoid": True},
+        latent={"rank": 512, "query_rank": 1536, "plain_dim": 128, "rope_dim": 64, "value_dim": 128},
+    )  # fmt: skip
+    assert weight_bytes(model, 2) == pytest.approx(2 * 671.03e9, rel=0.001)
+    assert slot_bytes(model, 2) == 61 * 576 * 2
+
+
 LLAMA_70B = ModelConfig(
     vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8,
     max_seq_len=131072,

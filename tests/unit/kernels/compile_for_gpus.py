@@ -32,7 +32,7 @@ from llm.kernels import (
     shares,
     soft_cap,
 )
-from llm.kernels.attention import decode, gates, gather, hopper_prefill, prefill, rope
+from llm.kernels.attention import decode, gates, gather, hopper_prefill, latent, latent_rows, prefill, rope
 from llm.kernels.launch import stages_in
 
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
@@ -178,6 +178,46 @@ def compile_attention() -> None:
     compile_kernel("merge", decode._merge_chunks, {**arguments, **common}, GROUP_BLOCK=4, HEAD_DIM=80, HEAD_BLOCK=128)
 
 
+def compile_latents() -> None:
+    """Of DeepSeek-V3's shape and of GLM-4.7-Flash's, on older chips too, whose tiles are lower."""
+    fields = ("page_tables", "part_rows", "query_starts", "query_lens", "context_lens", "item_parts", "item_chunks")
+    arguments = dict.fromkeys((*fields, "summary", "token_rows", "positions"), INT)
+    arguments |= dict.fromkeys(("query", "pages", "output", "projected", "norm", "queries", "x", "weight"), BF16)
+    arguments |= dict.fromkeys(("partial", "partial_lse", "rope_table"), FLOAT)
+    arguments |= dict.fromkeys(("stride", "first", "sin_offset", "num_tokens", "x_stride", "output_stride"), "i32")
+    arguments |= {"table_stride": "i32", "eps": "fp32", "scale_log2": "fp32"}
+    sizes = {"RANK": 512, "RANK_BLOCK": 512, "WIDTH": 576, "TURNED_BLOCK": 64, "PAGE_SIZE": 16}
+    kinds = [*product(SHARED_MEMORY.items(), (128, 20), (2,)), ((89, SHARED_MEMORY[89]), 16, 4)]
+    for (capability, room), num_heads, itemsize in kinds:
+        tile_rows, block = 64 if capability == 90 else 16, 64 // itemsize
+        group = latent._largest_divisor(num_heads, tile_rows)
+        cut = {**arguments, **sizes, "NUM_HEADS": num_heads, "GROUP": group, "INDEX": tl.int64, "BLOCK": block}
+        if itemsize == 4:
+            cut |= dict.fromkeys(("query", "pages", "output"), FLOAT)
+        for name, kernel, block_tokens in (
+            ("latent decode", latent._decode_latents, 1),
+            ("latent prefill", latent._prefill_latents, tile_rows // group),
+        ):
+            rows = max(16, triton.next_power_of_2(block_tokens * group))
+            bytes_a_stage, other_bytes = block * 576 * itemsize, rows * 576 * itemsize
+            num_stages = min(2, max(1, stages_in(room - other_bytes, bytes_a_stage, capability // 10)))
+            taken = compile_kernel(
+                name, kernel, {**cut, "TILE_ROWS": rows, "BLOCK_TOKENS": block_tokens}, capability=capability,
+                num_warps=8 if rows > 16 else 4, num_stages=num_stages,
+            )  # fmt: skip
+            assert taken <= room - 1024, (capability, num_heads, name, taken)
+    pairs = {"NUM_PAIRS": 32, "PAIR_BLOCK": 32, "INTERLEAVED": True, "PAGE_SIZE": 16}
+    compile_kernel("latents", latent_rows._store_latents, {**arguments, **pairs, "RANK": 512, "BLOCK": 512})
+    compile_kernel("norm of columns", latent_rows._normalise_columns, arguments, SIZE=1536, BLOCK=2048)
+    turned = {**arguments, **pairs, "NUM_HEADS": 20, "HEAD_BLOCK": 32, "WIDTH": 256, "OUTPUT_WIDTH": 576}
+    compile_kernel("turned queries", latent_rows._turn_queries, turned)
+    keys = {"X_HEAD": 192, "OUTPUT_HEAD": 576, "WEIGHT_OUT": 1, "WEIGHT_IN": 512, "IN": 128, "OUT": 512}
+    values = {"X_HEAD": 512, "OUTPUT_HEAD": 128, "WEIGHT_OUT": 512, "WEIGHT_IN": 1, "IN": 512, "OUT": 128}
+    for shape, rows in product((keys, values), (16, 64)):
+        cut = {**arguments, **shape, "WEIGHT_HEAD": 256 * 512, "ROWS": rows, "OUTPUTS": 128, "TILE_K": 64}
+        compile_kernel("heads", latent_rows._head_product, cut)
+
+
 def compile_long_prefill() -> None:
     """Copies of contexts in 16 bits and in 8, and attention over them."""
     arguments = dict.fromkeys(("part_rows", "query_lens", "context_lens", "page_tables", "starts", "slots"), INT)
@@ -243,25 +283,38 @@ def compile_delta_rule() -> None:
         compile_kernel("delta rule", delta_rule._gated_delta_rule, step, capability=capability, num_warps=1)
 
 
+def compile_routes(name: str, kernel: Any, router: dict[str, Any], rows: int, num_warps: int) -> None:
+    """A kernel that makes logits, with the stages that it gets; of many experts on every chip."""
+    for capability in SHARED_MEMORY if router["NUM_EXPERTS"] >= 256 else (90,):
+        room = SHARED_MEMORY[capability]
+        bytes_a_stage = (router["EXPERT_BLOCK"] + rows) * router["TILE_K"] * 2
+        num_stages = max(1, min(3, stages_in(room, bytes_a_stage, capability // 10)))
+        taken = compile_kernel(
+            name, kernel, router, capability=capability, num_stages=num_stages, num_warps=num_warps, ROWS=rows
+        )
+        assert taken <= room - 1024, (name, capability, router["NUM_EXPERTS"], taken)
+
+
 def compile_experts() -> None:
     """Routes, and products of few and many tokens with weights of 16 bits and of 8, biases and bounds too."""
     arguments = {"x": BF16, "router": BF16, "experts": INT, "weights": FLOAT, "partial": FLOAT, "arrivals": INT}
     arguments |= {"num_tokens": "i32", "num_inputs": "i32", "inputs_per_part": "i32", "norm_eps": "fp32"}
     arguments |= {"order": INT, "starts": INT, "num_pairs": "i32"}
     plain, bounded = {"bias": None, "LIMIT": None, "ALPHA": None}, {"bias": BF16, "LIMIT": 7.0, "ALPHA": 1.702}
-    for num_experts, weight in ((128, BF16), (128, None), (8, None), (256, BF16)):
+    for num_experts, weight in ((128, BF16), (128, None), (8, None), (512, None), (256, BF16)):
         router = {**arguments, "norm": weight, "NUM_EXPERTS": num_experts, "EXPERT_BLOCK": max(num_experts, 16)}
-        router |= {"squares": FLOAT, "PER_TOKEN": 6, "SLOTS": 8, "NORMALIZES": weight is None, "TILE_K": 128}
+        router |= {"squares": FLOAT, "PER_TOKEN": 6, "SLOTS": 8, "NORMALIZES": weight is None}
         router |= {"NUM_PARTS": 8, "HAS_NORM": weight is not None, "CAN_PREFETCH": True}
         router["bias"] = BF16 if num_experts == 8 else None
+        router["TILE_K"] = 64 if num_experts == 512 else 128
+        num_warps = 8 if num_experts >= 256 else 4
         has_groups = num_experts == 256
         router |= {"correction": FLOAT if has_groups else None, "SIGMOID": has_groups, "SCALE": 2.5}
         router |= {"NUM_GROUPS": 8 if has_groups else 1, "TOP_GROUPS": 4 if has_groups else 1}
-        compile_kernel("logits of experts", routing._parts_of_logits, router, ROWS=16)
+        compile_routes("logits of experts", routing._parts_of_logits, router, 16, num_warps)
         compile_kernel("choice of experts", routing._choose, router, num_warps=1)
-    compile_kernel("routes", routing._route_many, router, ROWS=64)
-    plain_softmax = {"correction": None, "SIGMOID": False, "NUM_GROUPS": 1, "TOP_GROUPS": 1, "SCALE": 1.0}
-    compile_kernel("routes", routing._route_many, {**router, **plain_softmax}, ROWS=64)
+        if num_experts != 8:
+            compile_routes("routes", routing._route_many, router, 64, num_warps)
     compile_kernel("order of pairs", routing._order_pairs, arguments, BLOCK=16_384, num_warps=16)
     sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
     arguments |= {"output": BF16, "pair_weights": FLOAT, "num_outputs": "i32", **sizes}
@@ -388,6 +441,7 @@ if __name__ == "__main__":
     compile_rope()
     compile_attention()
     compile_delta_rule()
+    compile_latents()
     compile_long_prefill()
     compile_products()
     compile_experts()

@@ -29,7 +29,7 @@ from llm.config import EngineConfig, Quantization, WeightFormat, WeightLayout
 from llm.errors import CheckpointError, ConfigError
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
-from llm.models.quantized import QuantizedExperts, quantized_modules
+from llm.models.quantized import QuantizedExperts, QuantizedLinear, quantized_modules
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 
@@ -108,6 +108,33 @@ def test_experts_are_those_that_are_meant(checkpoints, tmp_path, name):
     assert all(isinstance(layer.experts.gate_up_proj, QuantizedExperts) for layer in ours.layers)
     expected = type(theirs).from_pretrained(plain).eval()(ids, use_cache=False).logits
     torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+
+
+LATENT_SHAPE = {"kv_lora_rank": 32, "q_lora_rank": 64, "v_head_dim": 16, "moe_intermediate_size": 32}
+
+
+def is_of_latents(name: str) -> bool:
+    return is_projection(name) or name.endswith("kv_a_proj_with_mqa.weight")
+
+
+@pytest.mark.parametrize("name", ["awq 32", "gptq 32 act-order", "fp8 by tensor", "transformers' fp8 by block"])
+@torch.inference_mode()
+def test_latent_attention_takes_them(checkpoints, tmp_path, name):
+    """As DeepSeek-V3's files are, the projection out of the space of latents too, which engines unpack."""
+    source, theirs = checkpoints("deepseek_v3", **LATENT_SHAPE)
+    meant = quantize_directory(source, tmp_path, LAYOUTS[name], is_of_latents)
+    plain = tmp_path / "plain"
+    shutil.copytree(source, plain)
+    save_file({name: tensor.contiguous() for name, tensor in meant.items()}, plain / "model.safetensors")
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    assert all(isinstance(layer.heads.kv_proj, QuantizedLinear) for layer in ours.layers)
+    expected = type(theirs).from_pretrained(plain).eval()(ids, use_cache=False).logits
+    torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+    engine = ContinuousBatchingEngine(ours, config=EngineConfig(max_seq_len=64))
+    assert not any(isinstance(layer.heads.kv_proj, QuantizedLinear) for layer in engine.model.layers)
+    request = GenerationRequest(prompt_token_ids=tuple(ids[0].tolist()), max_new_tokens=1, temperature=0)
+    [result] = engine.generate([request], progress=False)
+    assert result.token_ids == (int(expected[0, -1].argmax()),)
 
 
 @torch.inference_mode()
