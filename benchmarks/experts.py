@@ -20,7 +20,7 @@ from llm.kernels.expert_tiles import ExpertTile, expert_tile
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
-from llm.kernels.routing import ExpertShape, order_pairs, route
+from llm.kernels.routing import ExpertShape, route
 from llm.models.quantized import QuantizedExperts
 
 _NUM_LAYERS = 4
@@ -94,7 +94,7 @@ class Bench:
         stream = ResidualStream(x)
         found["norm"] = self.microseconds(lambda _: rms_norm(stream, self.norm, normed))
         found["route"] = self.microseconds(lambda layer: route(normed, self.layers[layer][0], routes))
-        found["order"] = self.microseconds(lambda _: order_pairs(routes, num_tokens))
+        found["order"] = self.microseconds(lambda _: routes.order_pairs(num_tokens))
         for name, swiglu in (("gate_up", True), ("down", False)):
             found[name] = self.microseconds(partial(self.product, num_tokens, swiglu, None))
         return found
