@@ -2,8 +2,9 @@
 
     python -m benchmarks.eight_bit_rows [--rows 1 2 8 32 64]
 
-Prints a JSON line for each number of rows and product: microseconds of our kernels, which widen the weights, and of the
-library, which multiplies rows that are rounded to 8 bits; with what the engine does beside the product in either case.
+Prints a JSON line for each number of rows and product: microseconds of our kernels, which widen the weights, and of
+the library, which multiplies rows that are rounded to 8 bits; with what the engine does beside the product in either
+case.
 """
 
 import argparse

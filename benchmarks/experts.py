@@ -7,11 +7,15 @@ One JSON line each. Weights are random and of several layers in turn, so that no
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import torch
+import triton
 
 from benchmarks.gpu_timing import graph_microseconds
 from llm.checkpoint.model_config import load_model_config
@@ -20,7 +24,7 @@ from llm.kernels.expert_tiles import ExpertTile, expert_tile
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
-from llm.kernels.routing import ExpertShape, order_pairs, route
+from llm.kernels.routing import ExpertShape, route
 from llm.models.quantized import QuantizedExperts
 
 _NUM_LAYERS = 4
@@ -36,7 +40,7 @@ _FEW = [
     (outputs, k, num_warps, num_stages)
     for outputs, k, num_warps, num_stages in (
         (64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4), (64, 64, 4, 6), (128, 64, 4, 3),
-        (128, 64, 8, 4), (128, 128, 8, 3), (64, 256, 4, 2),
+        (128, 64, 8, 4), (128, 128, 8, 3), (64, 256, 4, 2), (128, 64, 4, 5), (128, 64, 8, 6), (64, 128, 4, 5),
     )
 ]  # fmt: skip
 _MANY = [
@@ -44,28 +48,27 @@ _MANY = [
     (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
     (128, 128, 128, 8, 2), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 64, 64, 8, 4), (256, 128, 64, 8, 4),
 ]  # fmt: skip
-_GROUPS = [
-    (outputs, num_warps, num_stages)
-    for outputs, num_warps in ((64, 4), (128, 4), (128, 8), (256, 8)) for num_stages in (2, 3, 4, 6)
-]  # fmt: skip
+_GROUPS = [(64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (128, 8, 2), (128, 8, 3), (128, 8, 4), (256, 8, 3)]
 """Of weights in groups, which say how many inputs a tile has."""
 
 
 class Bench:
-    """Experts of `_NUM_LAYERS` layers, and the tokens of one step.
+    """Experts of `num_layers` layers, and the tokens of one step.
 
     Args:
         shape: of each layer.
         weight_format: of the weights; None for bfloat16.
     """
 
-    def __init__(self, shape: ExpertShape, max_tokens: int, weight_format: WeightFormat | None) -> None:
+    def __init__(
+        self, shape: ExpertShape, max_tokens: int, weight_format: WeightFormat | None, *, num_layers: int = _NUM_LAYERS
+    ) -> None:
         self.shape, self.device, dtype = shape, torch.device("cuda"), torch.bfloat16
         self.mixture = ExpertMixture(shape, max_tokens, dtype, self.device)
         self.norm = Norm(torch.ones(shape.hidden_size, dtype=dtype, device=self.device), 1e-6)
         self.x = torch.randn(max_tokens, shape.hidden_size, dtype=dtype, device=self.device)
         self.layers = []
-        for _ in range(_NUM_LAYERS):
+        for _ in range(num_layers):
             router = self._random(shape.num_experts, shape.hidden_size)
             sizes = (2 * shape.size, shape.hidden_size), (shape.hidden_size, shape.size)
             self.layers.append((router, *(self._weights(*each, weight_format) for each in sizes)))
@@ -94,7 +97,7 @@ class Bench:
         stream = ResidualStream(x)
         found["norm"] = self.microseconds(lambda _: rms_norm(stream, self.norm, normed))
         found["route"] = self.microseconds(lambda layer: route(normed, self.layers[layer][0], routes))
-        found["order"] = self.microseconds(lambda _: order_pairs(routes, num_tokens))
+        found["order"] = self.microseconds(lambda _: routes.order_pairs(num_tokens))
         for name, swiglu in (("gate_up", True), ("down", False)):
             found[name] = self.microseconds(partial(self.product, num_tokens, swiglu, None))
         return found
@@ -129,13 +132,25 @@ class Bench:
         return self.microseconds(lambda layer: [each.written_out(torch.bfloat16) for each in self.layers[layer][1:]])
 
 
+def compile_some(bench: Bench, sweep: list[int], share: int, num_shares: int) -> None:
+    """Compile every `num_shares`-th of the tiles to try."""
+    for num_tokens in sweep:
+        bench.mixture(ResidualStream(bench.x[:num_tokens].clone()), bench.norm, *bench.layers[0])
+        work = [(swiglu, tile) for swiglu in (True, False) for tile in bench.tiles(num_tokens)]
+        for swiglu, tile in work[share::num_shares]:
+            with suppress(RuntimeError, triton.OutOfResources):
+                bench.product(num_tokens, swiglu, tile, 0)
+
+
 def main() -> None:
-    """Measure and print."""
+    """Compile, then measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="benchmarks/models/qwen3-30b-a3b")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 64, 128, 256, 512, 1024, 2048, 8192])
     parser.add_argument("--sweep", nargs="*", type=int, default=[512, 1024, 8192], help="tokens to try tiles for")
     parser.add_argument("--format", choices=FORMATS, default="bf16", help="of the weights")
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = load_model_config(options.model)
     shape = ExpertShape(
@@ -144,8 +159,18 @@ def main() -> None:
     )  # fmt: skip
     begin = time.perf_counter()
     torch.manual_seed(0)
+    max_tokens = max([*options.tokens, *options.sweep])
     with torch.inference_mode():
-        bench = Bench(shape, max([*options.tokens, *options.sweep]), FORMATS[options.format])
+        if options.share is not None:
+            bench = Bench(shape, max_tokens, FORMATS[options.format], num_layers=1)
+            compile_some(bench, options.sweep, options.share, options.jobs)
+            return
+        if options.sweep:
+            command = [sys.executable, "-m", "benchmarks.experts", *sys.argv[1:], "--share"]
+            jobs = [subprocess.Popen([*command, str(share)]) for share in range(options.jobs)]
+            for job in jobs:
+                job.wait()
+        bench = Bench(shape, max_tokens, FORMATS[options.format])
         weight = bench.layers[0][1].weight
         itemsize = weight.nbytes / (shape.num_experts * 2 * shape.size * shape.hidden_size)
         if bench.layers[0][1].groups is not None:

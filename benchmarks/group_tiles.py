@@ -39,8 +39,9 @@ def tiles(num_rows: int, name: str) -> Iterator[Tile]:
     """Those to try for so many rows."""
     rows = max(16, 1 << (num_rows - 1).bit_length())
     if num_rows > 64:
-        for tile_rows, outputs, warps, stages in product((64, 128), (64, 128), (4, 8), (2, 3)):
-            yield Tile(tile_rows, outputs, _SPAN, 1, False, warps, stages)
+        for tile_rows, outputs, warps, stages in product((64, 128, 256), (64, 128), (4, 8), (2, 3)):
+            if tile_rows * outputs <= 64 * 128 * (warps // 4) * (1 if name == "gate_up" else 2):
+                yield Tile(tile_rows, outputs, _SPAN, 1, False, warps, stages)
         return
     num_tiles = SHAPES[name][1] // _SPAN
     for outputs, warps, parts, stages in product((64, 128), (4, 8), (1, 2, 4), (3, 5)):
@@ -139,12 +140,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument(
+        "--most-summed", type=int, default=products.MAX_SUMMED_ROWS,
+        help="rows of a tile beyond which weights become numbers on their way to the tensor cores",
+    )  # fmt: skip
     parser.add_argument("--share", type=int)
     options = parser.parse_args()
+    products.MAX_SUMMED_ROWS = options.most_summed
     if options.share is not None:
         compile_some(options.rows, options.share, options.jobs)
         return
-    command = [sys.executable, "-m", "benchmarks.group_tiles", "--jobs", str(options.jobs), "--rows"]
+    command = [sys.executable, "-m", "benchmarks.group_tiles", "--jobs", str(options.jobs)]
+    command += ["--most-summed", str(options.most_summed), "--rows"]
     command += map(str, options.rows)
     jobs = [subprocess.Popen([*command, "--share", str(share)]) for share in range(options.jobs)]
     for job in jobs:

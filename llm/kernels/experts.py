@@ -21,7 +21,7 @@ from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
-from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
+from llm.kernels.routing import ExpertShape, Routes, route
 
 _SINGLE_OUTPUTS = 4
 _SINGLE_LEAST_TILE_K, _SINGLE_MOST_TILE_K = 256, 1024
@@ -95,7 +95,7 @@ class ExpertMixture:
         route(normed, router, self._routes, bias=router_bias, correction=correction)
         if self._held is not None:
             self._leave_others(self._held, num_tokens)
-        order_pairs(self._routes, num_tokens)
+        self._routes.order_pairs(num_tokens)
         self.product(normed, gate_up, self._activated, num_tokens, swiglu=True)
         self.product(self._activated, down, self._made, num_tokens, swiglu=False)
         block = min(triton.next_power_of_2(shape.hidden_size), _SUM_BLOCK)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from llm.kernels.activation import bounded_swiglu, gated
+from llm.kernels.group_numbers import product_of_numbers
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import prefetch, wait_for_inputs, wait_then_launch
 
@@ -37,13 +38,18 @@ def _sum_of_products(
 def _sum(
     x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size, begin,
     end, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr,
-    IN_ASSEMBLY: tl.constexpr,
+    AS_NUMBERS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Weights, plain or in groups, times rows over the inputs from `begin` to `end`: of gate and of up."""
     if scales is None:
         acc, up = _sum_of_products(
             x, gate_row, up_row, row, num_rows, num_inputs, begin, end, OUTPUTS, TILE_K, SWIGLU, IS_EVEN
         )
+    elif AS_NUMBERS:
+        acc, up = product_of_numbers(
+            x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size,
+            begin, end, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,
+        )  # fmt: skip
     else:
         acc, up = sum_of_groups(
             x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size,
@@ -57,14 +63,15 @@ def tile_product(
     x, weight, scales, bias, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
     group_scales, zeros, order, group_size,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, IS_SHARED: tl.constexpr,
-    SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
+    SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, AS_NUMBERS: tl.constexpr,
+    CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows in its turn, block of outputs, turn and part of the sum).
 
     The weights are the left factor: a tensor-core product has at least 64 rows on its left, but as few as 8 columns on
     its right. Where the sum's parts are shared out, the program that arrives last adds them up, always in the same
-    order; where not, each program adds up all parts in that order. With `group_scales` the weights are `WeightGroups`.
+    order; where not, each program adds up all parts in that order. With `group_scales` the weights are `WeightGroups`,
+    which AS_NUMBERS rounds to the format of the rows.
     """
     num_shares: tl.constexpr = NUM_PARTS if IS_SHARED else 1
     row_block = tl.program_id(2) // num_shares * tl.num_programs(0) + tl.program_id(0)
@@ -94,7 +101,7 @@ def tile_product(
     if NUM_PARTS == 1 or IS_SHARED:
         acc, up = _sum(
             x, gate_row, up_row, group_scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs,
-            group_size, begin, begin + inputs_per_part, OUTPUTS, TILE_K, SWIGLU, IS_EVEN, CAN_PREFETCH,
+            group_size, begin, begin + inputs_per_part, OUTPUTS, TILE_K, SWIGLU, IS_EVEN, AS_NUMBERS, CAN_PREFETCH,
         )  # fmt: skip
     else:
         tl.static_assert(not SWIGLU)
@@ -103,7 +110,7 @@ def tile_product(
             start = other * inputs_per_part
             share, up = _sum(
                 x, gate_row, up_row, group_scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs,
-                group_size, start, start + inputs_per_part, OUTPUTS, TILE_K, SWIGLU, IS_EVEN, CAN_PREFETCH,
+                group_size, start, start + inputs_per_part, OUTPUTS, TILE_K, SWIGLU, IS_EVEN, AS_NUMBERS, CAN_PREFETCH,
             )  # fmt: skip
             acc += share
     is_last = True

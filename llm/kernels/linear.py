@@ -34,7 +34,9 @@ from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
 from llm.kernels.tiles import (
     MAX_FEW_ROWS,
+    MAX_GROUP_ROWS,
     MAX_SOME_ROWS,
+    MAX_SUMMED_ROWS,
     OUTPUTS,
     TILE_K,
     few_tile,
@@ -211,8 +213,10 @@ class Linear:
     def _is_few(self, x: torch.Tensor, weights: Weights, num_outputs: int, *, swiglu: bool = False) -> bool:
         """Whether our kernels take this product: they have no masks for odd shapes, and no tensor cores for float32."""
         takes_some = not weights.is_large or (swiglu and fits_wide_tiles(num_outputs))
-        most_rows = MAX_SOME_ROWS if takes_some and weights.groups is None else MAX_FEW_ROWS
-        if weights.scales is not None:
+        most_rows = MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS
+        if weights.groups is not None:
+            most_rows = MAX_GROUP_ROWS
+        elif weights.scales is not None:
             most_rows = 1  # the library reads 8-bit weights faster than our tiles widen them
         return (
             not self._deterministic
@@ -317,6 +321,7 @@ class Linear:
             *((None, None, None, 0) if groups is None else (groups.scales, groups.zeros, groups.order, groups.size)),
             ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, NUM_PARTS=tile.num_parts, IS_SHARED=tile.is_shared,
             SWIGLU=swiglu, GELU=gated_by is Activation.GELU_TANH, ADDS=adds, IS_EVEN=is_even,
+            AS_NUMBERS=groups is not None and tile.rows > MAX_SUMMED_ROWS,
             CAN_PREFETCH=is_even and self._device.type == "cuda",
             num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
             **launch_options(self._device),

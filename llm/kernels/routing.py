@@ -14,6 +14,7 @@ import triton.language as tl
 from llm.config import RoutingConfig
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.norm import Norm
+from llm.kernels.pair_order import num_counts, order_by_expert
 
 _ROWS, _ROWS_OF_MANY = 16, 64
 """Tokens a program: for more than _MANY_TOKENS of them the router is read often enough that wider tiles pay."""
@@ -23,7 +24,6 @@ _TILE_K, _TILE_K_OF_MANY_EXPERTS, _WIDE_TILE_K = 128, 64, 32
 _MANY_EXPERTS = 256
 _MOST_PARTS = 8
 """Programs that share the sums of few tokens. The router's shape alone says how sums are cut."""
-_ORDER_BLOCK = 16_384
 _NUM_STAGES = 3
 
 
@@ -68,6 +68,7 @@ class Routes:
     starts: torch.Tensor
     partial: torch.Tensor
     squares: torch.Tensor
+    counts: torch.Tensor
 
     @classmethod
     def allocate(cls, shape: ExpertShape, max_tokens: int, device: torch.device) -> Self:
@@ -80,7 +81,13 @@ class Routes:
         num_parts = min(max_tokens, _MANY_TOKENS) * _MOST_PARTS
         partial = torch.empty(num_parts * _block(shape.num_experts), device=device)
         squares = torch.empty(num_parts, device=device)
-        return cls(shape, experts, torch.zeros(num_pairs, device=device), order, starts, partial, squares)
+        counts = torch.empty(num_counts(num_pairs, shape.num_experts), dtype=torch.int32, device=device)
+        return cls(shape, experts, torch.zeros(num_pairs, device=device), order, starts, partial, squares, counts)
+
+    def order_pairs(self, num_tokens: int) -> None:
+        """Order the pairs of the first `num_tokens` by expert; those of one expert stay in their order."""
+        num_pairs, num_experts = num_tokens * self.shape.per_token, self.shape.num_experts
+        order_by_expert(self.experts[:num_pairs], num_experts, self.order, self.starts, self.counts)
 
 
 def route(
@@ -137,16 +144,6 @@ def route(
     )  # fmt: skip
 
 
-def order_pairs(routes: Routes, num_tokens: int) -> None:
-    """Order the pairs of the first `num_tokens` by expert; those of one expert stay in their order."""
-    num_pairs = num_tokens * routes.shape.per_token
-    block = min(max(triton.next_power_of_2(num_pairs), 128), _ORDER_BLOCK)
-    _order_pairs[(routes.shape.num_experts + 1,)](
-        routes.experts, routes.order, routes.starts, num_pairs, BLOCK=block, num_warps=min(max(block // 256, 4), 16),
-        **launch_options(routes.order.device),
-    )  # fmt: skip
-
-
 def _num_warps(block: int) -> int:
     """Of a program with a tile of so many experts, whose logits fit their registers."""
     return 4 if block < _MANY_EXPERTS else 8
@@ -190,6 +187,18 @@ def _add_bias(logits, bias, NUM_EXPERTS: tl.constexpr):
         expert = tl.arange(0, logits.shape[0])
         logits += tl.load(bias + tl.minimum(expert, NUM_EXPERTS - 1)).to(tl.float32)[:, None]
     return logits
+
+
+@triton.jit
+def _sum_by_halves(x):
+    """Sums over the first dimension of x, (a power of two, rows), that do not depend on how threads share it out.
+
+    `tl.sum` adds up in the order of threads, which another number of rows changes.
+    """
+    for _ in tl.static_range(16):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), 1)
+    return tl.reshape(x, [x.shape[1]])
 
 
 @triton.jit
@@ -239,21 +248,22 @@ def _store_best(
     slot = tl.arange(0, SLOTS)
     values = tl.full([SLOTS, row.shape[0]], 0.0 if SIGMOID else -float("inf"), tl.float32)
     chosen = tl.zeros([SLOTS, row.shape[0]], tl.int32)
+    total = tl.full([row.shape[0]], 1e-20 if SIGMOID else 0.0, tl.float32)  # in order, however many rows there are
     for i in range(PER_TOKEN):
         best, found = tl.max(left, 0, return_indices=True)
         found = tl.minimum(found, NUM_EXPERTS - 1)  # one that exists, even of logits that are NaN
         is_found = expert[:, None] == found[None, :]
         if SIGMOID:  # without the correction
             best = tl.sum(tl.where(is_found, scores, 0.0), 0)
+        total += best if SIGMOID else tl.exp(best - highest)
         left = tl.where(is_found, -float("inf"), left)
         values = tl.where(slot[:, None] == i, best[None, :], values)
         chosen = tl.where(slot[:, None] == i, found[None, :], chosen)
-    if SIGMOID:
-        shares = values
-        total = tl.sum(shares, 0) + 1e-20 if NORMALIZES else tl.full([row.shape[0]], 1.0, tl.float32)
-    else:
-        shares = tl.exp(values - highest[None, :])
-        total = tl.sum(shares, 0) if NORMALIZES else tl.sum(tl.exp(logits - highest[None, :]), 0)
+    shares = values if SIGMOID else tl.exp(values - highest[None, :])
+    if not NORMALIZES:
+        total = (
+            tl.full([row.shape[0]], 1.0, tl.float32) if SIGMOID else _sum_by_halves(tl.exp(logits - highest[None, :]))
+        )
     pair = row[None, :] * PER_TOKEN + slot[:, None]
     mask = (row < num_tokens)[None, :] & (slot < PER_TOKEN)[:, None]
     tl.store(weights + pair, shares / total[None, :] * SCALE, mask=mask)
@@ -335,21 +345,3 @@ def _route_many(
         logits, correction, row, experts, weights, num_tokens, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES, SIGMOID,
         NUM_GROUPS, TOP_GROUPS, SCALE,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def _order_pairs(experts, order, starts, num_pairs, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Program: one expert; the last program is of an expert behind all, who has no pairs."""
-    wait_for_inputs(PDL)
-    expert = tl.program_id(0)
-    num_before = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_pairs, BLOCK):
-        pair = start + tl.arange(0, BLOCK)
-        num_before += (tl.load(experts + pair, mask=pair < num_pairs, other=1 << 30) < expert).to(tl.int32)
-    first = tl.sum(num_before, 0)
-    tl.store(starts + expert, first)
-    for start in range(0, num_pairs, BLOCK):
-        pair = start + tl.arange(0, BLOCK)
-        is_here = (tl.load(experts + pair, mask=pair < num_pairs, other=1 << 30) == expert).to(tl.int32)
-        tl.store(order + first + tl.cumsum(is_here, 0) - is_here, pair, mask=is_here > 0)
-        first += tl.sum(is_here, 0)

@@ -10,6 +10,9 @@ import triton
 
 MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
 """Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
+MAX_GROUP_ROWS, MAX_SUMMED_ROWS = 64, 64
+"""The same of weights in groups, and most rows of a tile whose sums over groups are scaled one by one; with more,
+weights become numbers of the rows' format on their way to the tensor cores."""
 _GROUP_PROGRAMS, _MOST_GROUP_PARTS = {16: 220, 32: 190, 64: 96}, 4
 """With fewer programs, for so many rows, the sum of weights in groups is cut, into so many parts at most."""
 OUTPUTS, TILE_K = 64, 128
@@ -75,7 +78,12 @@ def few_tile(num_rows: int, num_outputs: int, num_inputs: int, is_large: bool, s
 
 @cache
 def group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int) -> Tile:
-    """What is fast for up to MAX_FEW_ROWS rows of weights in groups, `k` inputs at a time: `benchmarks.group_tiles`."""
+    """What is fast for up to MAX_GROUP_ROWS rows of weights in groups, `k` inputs at a time.
+
+    Found by `benchmarks.group_tiles`.
+    """
+    if num_rows > MAX_SUMMED_ROWS:
+        return Tile(128, _WIDE_OUTPUTS if num_outputs % _WIDE_OUTPUTS == 0 else OUTPUTS, k, 1, False, 8, 3)
     rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
     is_wide = rows > _SMALL_WEIGHT_ROWS and num_outputs % _WIDE_OUTPUTS == 0
     outputs = _WIDE_OUTPUTS if is_wide else OUTPUTS

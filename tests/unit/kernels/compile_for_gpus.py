@@ -26,6 +26,7 @@ from llm.kernels import (
     groups as groups_kernels,
     logprobs,
     norm,
+    pair_order,
     quantization,
     routing,
     sampling,
@@ -261,7 +262,7 @@ def compile_products() -> None:
         num_parts = 1 + i % 2
         tile = {**common, **NO_GROUPS, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
         tile |= {"ROWS": 16, "OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": num_parts, "IS_SHARED": num_parts > 1}
-        compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+        compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
 
 
 def compile_delta_rule() -> None:
@@ -315,7 +316,11 @@ def compile_experts() -> None:
         compile_kernel("choice of experts", routing._choose, router, num_warps=1)
         if num_experts != 8:
             compile_routes("routes", routing._route_many, router, 64, num_warps)
-    compile_kernel("order of pairs", routing._order_pairs, arguments, BLOCK=16_384, num_warps=16)
+    arguments |= {"counts": INT, "num_blocks": "i32", "BINS": 256}
+    compile_kernel("order of pairs", pair_order._order_pairs, arguments, BLOCK=8192, num_warps=16)
+    compile_kernel("order of pairs", pair_order._count_pairs, arguments, BLOCK=512)
+    many = {**arguments, "NUM_EXPERTS": 128, "BLOCKS_AT_ONCE": 16, "PAIRS_AT_ONCE": 64}
+    compile_kernel("order of pairs", pair_order._place_pairs, many, BLOCK=512, num_warps=8)
     sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
     arguments |= {"output": BF16, "pair_weights": FLOAT, "num_outputs": "i32", **sizes}
     kinds = [*product(((BF16, None), (FP8, FLOAT)), (512, 16_384), (False, True), (plain,))]
@@ -370,7 +375,7 @@ def compile_stages() -> None:
     arguments["GELU"] = False
     for (capability, shared_memory), (rows, swiglu) in product(SHARED_MEMORY.items(), ((32, False), (64, True))):
         num_stages = min(5, stages_in(shared_memory, (64 * (1 + swiglu) + rows) * 128 * 2, capability // 10))
-        tile = {**arguments, **NO_GROUPS, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True}
+        tile = {**arguments, **NO_GROUPS, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True, "AS_NUMBERS": False}
         taken = compile_kernel("stages", few_rows.tile_product, tile, capability=capability, num_stages=num_stages)
         assert num_stages > 2, (capability, rows, swiglu)
         assert taken <= shared_memory - 1024, (capability, rows, swiglu, taken)
@@ -392,14 +397,19 @@ def compile_groups() -> None:
             tile = {**arguments, **groups, "weight": weight, "ROWS": rows, "SWIGLU": swiglu, "ADDS": not swiglu}
             tile["GELU"] = False
             tile |= {"OUTPUTS": 64, "TILE_K": 128 if weight == FP8 else 256, "NUM_PARTS": 2, "IS_SHARED": True}
-            compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+            compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
         if weight != FP8:
             row = {**written, "norm": BF16 if zeros else None, "norm_eps": "fp32", "OUTPUTS": 4, "PIECES": 128}
             row |= {"SPAN": 256, "SWIGLU": zeros is not None, "GELU": False, "OFFSET": None, "ADDS": zeros is None}
             compile_kernel("row of groups", groups_kernels.single_row_of_groups, row, IN_ASSEMBLY=True)
     tile |= {"x": "*fp16", "output": "*fp16", "weight": "*u8", "TILE_K": 64}
-    compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True)
+    compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
+    tile["AS_NUMBERS"] = False
     compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True, capability=80)
+    for weight, span in (("*u8", 256), (FP8, 128)):
+        wide = {**tile, "x": BF16, "output": BF16, "weight": weight, "AS_NUMBERS": True, "ROWS": 128, "OUTPUTS": 128}
+        wide |= {"TILE_K": span, "NUM_PARTS": 1, "IS_SHARED": False}
+        compile_kernel("groups", few_rows.tile_product, wide, IS_EVEN=True, CAN_PREFETCH=True, num_warps=8)
 
 
 def compile_all_reduce() -> None:

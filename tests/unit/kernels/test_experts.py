@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from llm.config import RoutingConfig, WeightFormat, WeightLayout
-from llm.kernels import experts as kernels, routing
+from llm.kernels import experts as kernels, pair_order
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream
 from llm.kernels.quantization import quantize_weight
-from llm.kernels.routing import ExpertShape, Routes, order_pairs, route
+from llm.kernels.routing import ExpertShape, Routes, route
 from llm.models.experts import ExpertProjections, Experts
 from llm.models.layers import RMSNorm
 from llm.models.quantized import QuantizedExperts
@@ -74,9 +74,8 @@ NARROW = [name for name, shape in SHAPES.items() if shape.hidden_size < 1000]
 
 @pytest.mark.parametrize("num_tokens", [1, 19, 1100])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_routes_equal_the_layers(num_tokens, shape, monkeypatch):
+def test_routes_equal_the_layers(num_tokens, shape):
     """Experts and weights of each token, and the tokens of each expert, in several blocks, some of which have none."""
-    monkeypatch.setattr(routing, "_ORDER_BLOCK", 1024)
     torch.manual_seed(num_tokens)
     router = create_experts(shape, torch.float32, all_apart).router
     x = random(num_tokens, shape.hidden_size)
@@ -84,13 +83,25 @@ def test_routes_equal_the_layers(num_tokens, shape, monkeypatch):
     routes = Routes.allocate(shape, 1200, DEVICE)
     for _ in range(2):  # the second call finds the scratch memory as the first left it
         route(x, router.weight, routes, bias=router.bias, correction=router.e_score_correction_bias)
-        order_pairs(routes, num_tokens)
+        routes.order_pairs(num_tokens)
     num_pairs = num_tokens * shape.per_token
     assert torch.equal(routes.experts[:num_pairs].view_as(experts), experts.int())
     torch.testing.assert_close(routes.weights[:num_pairs].view_as(weights), weights, rtol=1e-4, atol=1e-6)
     assert torch.equal(routes.order[:num_pairs].long(), experts.flatten().argsort(stable=True))
     counts = experts.flatten().bincount(minlength=shape.num_experts)
     assert routes.starts.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+def test_many_pairs_are_ordered_by_blocks(monkeypatch):
+    """As few are: in their order within an expert, some of which have none."""
+    monkeypatch.setattr(pair_order, "_FEW_PAIRS", 1000)
+    torch.manual_seed(0)
+    experts = torch.randint(3, 20, (1300,), dtype=torch.int32, device=DEVICE)
+    counts = torch.empty(pair_order.num_counts(1300, 21), dtype=torch.int32, device=DEVICE)
+    order, starts = torch.empty_like(experts), torch.empty(22, dtype=torch.int32, device=DEVICE)
+    pair_order.order_by_expert(experts, 21, order, starts, counts)
+    assert torch.equal(order.long(), experts.argsort(stable=True))
+    assert starts.tolist() == [0, *experts.bincount(minlength=21).cumsum(0).tolist()]
 
 
 @pytest.mark.parametrize(

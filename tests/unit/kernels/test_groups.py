@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llm.config import Activation
 from llm.core.weight_groups import FP8, WeightGroups, dequantize, pack, span_of, unpack
+from llm.kernels import linear as products
 from llm.kernels.group_numbers import written_out
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream
+from llm.kernels.tiles import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
@@ -97,6 +100,21 @@ def test_linear_of_groups(kind, num_rows, shape):
         output = linear(x, weights)
         assert output.dtype == HALF
         assert relative_error(output, exact) < 2 * TIGHT[HALF]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_of_groups(kind, monkeypatch):
+    """Weights become numbers on their way to the tensor cores, plain and gated."""
+    monkeypatch.setattr(products, "MAX_GROUP_ROWS", 128)
+    monkeypatch.setattr(products, "MAX_SUMMED_ROWS", 16)
+    monkeypatch.setattr(products, "group_tile", lambda _rows, _outputs, _inputs, k: Tile(32, 64, k, 1, False, 4, 2))
+    torch.manual_seed(0)
+    weights, x, linear = create_weights(kind, 128, 512), random(40, 512), Linear(DEVICE)
+    exact = x.double() @ meant(weights).t()
+    assert relative_error(linear(x, weights), exact) < 2 * TIGHT[HALF]
+    gated = linear._tiled(x, weights, x.new_empty(40, 64), gated_by=Activation.SILU)
+    gate, up = exact.chunk(2, -1)
+    assert relative_error(gated, F.silu(gate) * up) < 3 * TIGHT[HALF]
 
 
 @pytest.mark.parametrize("kind", KINDS)
