@@ -19,15 +19,7 @@ from torch._C._distributed_c10d import (
 )
 
 from llm.core.partition import Partition
-
-ENVIRONMENT = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-    "NCCL_GRAPH_REGISTER": "0",
-}
-"""Of every process that takes part. NVLink multicast stays off, since a program that uses it can put a shared machine
-out of service; and a rank captures its graphs by itself, without buffers that all would have to register."""
+from llm.parallel.environment import ENVIRONMENT
 
 
 class SmallAllReduce(Protocol):

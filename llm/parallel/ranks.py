@@ -12,14 +12,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
-import torch
 
 from llm.errors import RankLostError
 from llm.parallel.channel import Channel, FrameKind, Int32Array, pack_arrays
-from llm.parallel.collectives import ENVIRONMENT
+from llm.parallel.environment import ENVIRONMENT
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,14 @@ CALL_TIMEOUT_S = 1800.0
 """Most time for what comes before steps: loading, sizing, capturing."""
 _STOP_S = 2.0
 _POLL_S = 20e-6
+
+
+class DeviceEvent(Protocol):
+    """A `torch.cuda.Event`, as far as it is waited for."""
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+        ...
 
 
 @dataclass(slots=True)
@@ -114,14 +121,14 @@ class RankGroup:
         for rank in self._ranks:
             self._send(rank, FrameKind.STEP, payload)
 
-    def wait_for(self, event: torch.cuda.Event) -> None:
+    def wait_for(self, event: DeviceEvent) -> None:
         """Wait for the device, as long as the ranks live.
 
         Raises:
             RankLostError: a rank is lost, or takes too long.
         """
         deadline = time.monotonic() + STEP_TIMEOUT_S
-        while not event.query():  # type: ignore[no-untyped-call]
+        while not event.query():
             self.check()
             if time.monotonic() > deadline:
                 self.fail(f"a step was not done after {STEP_TIMEOUT_S:.0f} s: a rank hangs")
