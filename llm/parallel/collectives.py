@@ -38,6 +38,10 @@ class SmallAllReduce(Protocol):
         """
         ...
 
+    def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the sum to `total`, of the same shape and format, contiguous."""
+        ...
+
 
 class Collectives:
     """The `Exchange` of a rank.
@@ -77,6 +81,15 @@ class Collectives:
             return self.all_gather(tensor).sum(0)
         _finish(self._group.allreduce([tensor], self._all_reduce_options))
         return tensor
+
+    def adds(self, tensor: torch.Tensor) -> bool:
+        """See `Exchange.adds`."""
+        return self._small is not None and tensor.nbytes <= self._small.max_bytes
+
+    def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
+        """See `Exchange.add_all_reduce`."""
+        assert self._small is not None, "asked by `adds`"
+        self._small.add_all_reduce(tensor, total)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Exchange.all_gather`."""

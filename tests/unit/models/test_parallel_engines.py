@@ -78,8 +78,11 @@ def test_kernels_on_two_ranks_give_the_tokens_of_one(checkpoints):
     check_same(checkpoints("llama", num_hidden_layers=1)[0], requests, attention_backend="triton")
 
 
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["by column", "by expert"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "expert_parallel"),
+    [("reference", False), ("reference", True), ("triton", True)],
+    ids=["by column", "by expert", "by expert, kernels"],
+)
 def test_experts_on_two_ranks(checkpoints, backend, expert_parallel):
     requests = short_requests() if backend == "triton" else create_requests()
     options = {"attention_backend": backend, "expert_parallel": expert_parallel}
