@@ -1,7 +1,10 @@
 """A rank that does what it is told and holds no model: `python -m idle_rank FD`."""
 
 import json
+import os
+import signal
 import sys
+import threading
 
 from llm.parallel.channel import FrameKind, unpack_arrays
 from llm.parallel.member import Leader
@@ -23,6 +26,13 @@ def main() -> None:
                 leader.reply(sums)
             case "fail":
                 leader.fail("ValueError: no")
+            case "wait":  # as on a device that waits for a rank that is lost
+                from llm.parallel import ranks
+
+                ranks._STUCK_S = 0.2
+                lost = ranks.RankGroup(2, "idle_rank", {"color": "blue"}, on_gpus=True)
+                os.kill(lost.process_ids[0], signal.SIGKILL)
+                threading.Event().wait()
             case "lead":  # a group of its own, whose processes nobody else knows
                 from llm.parallel.ranks import RankGroup
 

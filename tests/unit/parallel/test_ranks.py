@@ -112,6 +112,13 @@ def test_no_rank_outlives_rank_0(group):
     wait_until_gone(theirs)
 
 
+def test_rank_0_does_not_wait_for_a_lost_rank_for_ever_while_ranks_start(group):
+    """On GPUs a collective that somebody does not join cannot be given up, only the process can."""
+    group.call("wait")
+    wait_until_lost(group, 20)
+    assert group.failure in {f"rank {rank} has ended with exit code 1" for rank in (1, 2)}
+
+
 def test_a_group_that_nobody_has_any_more_ends():
     group = RankGroup(2, "idle_rank", {"color": "red"})
     pids = group.process_ids

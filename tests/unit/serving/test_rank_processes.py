@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from demo.tasks import TASKS, held_out_cases
-from llm.config import EngineConfig
+from llm.config import EngineConfig, ModelConfig
 from llm.errors import CheckpointError, ConfigError
 from llm.models.decoder import DecoderModel
+from llm.serving.checks import check_features
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import FinishReason, GenerationRequest, Grammar, GrammarKind, StepFailure
 
@@ -85,3 +86,11 @@ def test_what_cannot_be_loaded_is_said_as_one_process_says_it(tmp_path):
 def test_a_model_that_ranks_cannot_load_is_refused():
     with pytest.raises(ConfigError, match="use from_pretrained"):
         ContinuousBatchingEngine(DecoderModel(max_seq_len=64), config=EngineConfig(tensor_parallel_size=2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"), [({}, "experts, which LlamaForCausalLM lacks"), ({"num_experts": 4}, "above 1")]
+)
+def test_experts_that_nobody_can_share_out_are_refused(shape, reason):
+    with pytest.raises(ConfigError, match=f"expert_parallel: true needs .*{reason}"):
+        check_features(ModelConfig(expert_size=8, **shape), EngineConfig(expert_parallel=True))
