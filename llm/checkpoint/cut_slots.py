@@ -147,15 +147,16 @@ def _stack(
             parameter.zero_()
             return
     experts = slice(None) if cut.experts is None else _slice(cut.experts)
-    target = parameter.detach()
-    outputs: tuple[slice, ...] = ()
-    if place.stack is ExpertStack.ALTERNATING:
-        target = torch.unflatten(target, 1, (2, -1)).transpose(1, 2)
-        outputs = (slice(None) if cut.outputs is None else _slice(cut.outputs[0]), slice(None))
-    elif cut.outputs is None:
-        outputs = (slice(None),)
     columns = () if cut.inputs is None or leaf == "_bias" else (_slice(cut.inputs),)
-    yield Piece((experts, *outputs, *columns), target)
+    target = parameter.detach()
+    if place.stack is ExpertStack.ALTERNATING:
+        pairs = slice(None) if cut.outputs is None else _slice(cut.outputs[0])
+        target = torch.unflatten(target, 1, (2, -1)).transpose(1, 2)
+        yield Piece((experts, pairs, slice(None), *columns), target)
+        return
+    assert isinstance(whole, ExpertProjections), "the same model"
+    for source, rows in held_rows(range(whole.weight.shape[1]), cut.outputs):
+        yield Piece((experts, source, *columns), target[:, rows])
 
 
 def _coded_stack(

@@ -38,6 +38,14 @@ class Exchange(Protocol):
         """
         ...
 
+    def adds(self, tensor: torch.Tensor) -> bool:
+        """Whether a sum of such tensors is best added to what it belongs to at once, by `add_all_reduce`."""
+        ...
+
+    def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the sum of all ranks' tensors, contiguous, to `total`, of the same shape and format, contiguous."""
+        ...
+
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """All ranks' tensors (…), contiguous, one behind the other: (ranks, …)."""
         ...

@@ -17,13 +17,13 @@ take every product. There the weight's shape alone says how each sum is cut; the
 one program does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from llm.config import Activation
+from llm.core.partition import Exchange
 from llm.core.weight_groups import WeightGroups
 from llm.kernels.activation import activate_gated
 from llm.kernels.few_rows import single_row_product, tile_product
@@ -108,14 +108,22 @@ class Weights:
         return num_inputs // 2 if self.weight.dtype == torch.uint8 else num_inputs
 
 
+def add_parts(stream: ResidualStream, part: torch.Tensor, exchange: Exchange, norm: Norm | None = None) -> None:
+    """Add the sum of all ranks' parts, (rows, hidden_size), or its norm, to the stream, on which nothing is pending."""
+    if norm is None and exchange.adds(part):
+        exchange.add_all_reduce(part, stream.total)
+    else:
+        stream.pending, stream.pending_norm = exchange.all_reduce(part), norm
+
+
 class Linear:
     """Products on one device, with their scratch memory. Not thread-safe, like the stream it runs on.
 
     Args:
         device: of all tensors.
         deterministic: a row's result, bit by bit, depends on nothing but that row and the weights.
-        reduce: makes of a product that is to be added to the stream, of which this is one rank's part, the sum of all
-            ranks'; None where the parts are whole.
+        exchange: with the ranks whose products are to be added to the stream beside this one's; None where there are no
+            others.
     """
 
     def __init__(
@@ -123,10 +131,10 @@ class Linear:
         device: torch.device,
         *,
         deterministic: bool = False,
-        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self._device = device
-        self._reduce = reduce
+        self._exchange = exchange
         self._deterministic = deterministic
         num_partial, num_arrivals = scratch_sizes(deterministic)
         self._partial = torch.empty(num_partial, device=device)
@@ -157,8 +165,8 @@ class Linear:
         """Add the product of x, (rows, in), or its norm, to the stream, on which nothing may be pending."""
         assert stream.pending is None, "a norm comes between two additions"
         total = stream.total
-        if self._reduce is not None:
-            stream.pending, stream.pending_norm = self._reduce(self.part(x, weights)), norm
+        if self._exchange is not None:
+            add_parts(stream, self.part(x, weights), self._exchange, norm)
         elif norm is not None:
             stream.pending, stream.pending_norm = self(x, weights), norm
         elif isinstance(x, EightBitRows) or self._is_narrow(x, weights):

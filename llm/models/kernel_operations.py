@@ -32,7 +32,7 @@ from llm.kernels.attention.work import (
 )
 from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolution, store_tails
 from llm.kernels.experts import ExpertMixture
-from llm.kernels.linear import Linear, Weights
+from llm.kernels.linear import Linear, Weights, add_parts
 from llm.kernels.norm import Norm, ResidualStream, embed_tokens, keep_tokens, rms_norm
 from llm.kernels.quantization import ScaledProduct
 from llm.kernels.routing import ExpertShape
@@ -125,8 +125,7 @@ class KernelWorkspace:
         self.deterministic = deterministic
         self.partition = partition
         self.exchange = exchange
-        reduce = None if exchange is None else exchange.all_reduce
-        self.linear = Linear(device, deterministic=deterministic, reduce=reduce)
+        self.linear = Linear(device, deterministic=deterministic, exchange=exchange)
         self.experts = None
         if experts is not None:
             shape = _expert_shape(experts)
@@ -387,7 +386,7 @@ class KernelOperations:
             return
         if shared is not None:
             output += linear.part(rows, weights[1])
-        self._stream.pending = exchange.all_reduce(output)
+        add_parts(self._stream, output, exchange)
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""

@@ -19,15 +19,7 @@ from torch._C._distributed_c10d import (
 )
 
 from llm.core.partition import Partition
-
-ENVIRONMENT = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-    "NCCL_GRAPH_REGISTER": "0",
-}
-"""Of every process that takes part. NVLink multicast stays off, since a program that uses it can put a shared machine
-out of service; and a rank captures its graphs by itself, without buffers that all would have to register."""
+from llm.parallel.environment import ENVIRONMENT
 
 
 class SmallAllReduce(Protocol):
@@ -44,6 +36,10 @@ class SmallAllReduce(Protocol):
         Enqueued on the current stream; may be captured in a graph. Every rank calls it in the same order, beside other
         collectives. The result may be `tensor` itself; later calls must leave it alone.
         """
+        ...
+
+    def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the sum to `total`, of the same shape and format, contiguous."""
         ...
 
 
@@ -85,6 +81,15 @@ class Collectives:
             return self.all_gather(tensor).sum(0)
         _finish(self._group.allreduce([tensor], self._all_reduce_options))
         return tensor
+
+    def adds(self, tensor: torch.Tensor) -> bool:
+        """See `Exchange.adds`."""
+        return self._small is not None and tensor.nbytes <= self._small.max_bytes
+
+    def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
+        """See `Exchange.add_all_reduce`."""
+        assert self._small is not None, "asked by `adds`"
+        self._small.add_all_reduce(tensor, total)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Exchange.all_gather`."""

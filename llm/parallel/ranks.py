@@ -12,14 +12,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
-import torch
 
 from llm.errors import RankLostError
 from llm.parallel.channel import Channel, FrameKind, Int32Array, pack_arrays
-from llm.parallel.collectives import ENVIRONMENT
+from llm.parallel.environment import ENVIRONMENT
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +32,18 @@ STEP_TIMEOUT_S = 30.0
 never ends by itself."""
 CALL_TIMEOUT_S = 1800.0
 """Most time for what comes before steps: loading, sizing, capturing."""
+_STUCK_S = 5.0
+"""After a rank is lost while the ranks start on GPUs: what rank 0 waits for on its device may never come."""
 _STOP_S = 2.0
 _POLL_S = 20e-6
+
+
+class DeviceEvent(Protocol):
+    """A `torch.cuda.Event`, as far as it is waited for."""
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+        ...
 
 
 @dataclass(slots=True)
@@ -59,10 +68,13 @@ class RankGroup:
         size: ranks, this one included.
         module: what `python -m` runs as a rank; its argument is the number of its socket's file descriptor.
         settings: of all ranks; each gets them with its `rank` as the first call.
+        on_gpus: whether they meet on GPUs, which wait for each other for ever.
     """
 
-    def __init__(self, size: int, module: str, settings: dict[str, Any]) -> None:
+    def __init__(self, size: int, module: str, settings: dict[str, Any], *, on_gpus: bool = False) -> None:
         self.failure: str | None = None
+        self._on_gpus = on_gpus
+        self._is_noticed = threading.Event()
         self._most_silence_s = _STARTING_SILENCE_S
         self._failing = threading.Lock()
         self._is_closed = False
@@ -114,14 +126,14 @@ class RankGroup:
         for rank in self._ranks:
             self._send(rank, FrameKind.STEP, payload)
 
-    def wait_for(self, event: torch.cuda.Event) -> None:
+    def wait_for(self, event: DeviceEvent) -> None:
         """Wait for the device, as long as the ranks live.
 
         Raises:
             RankLostError: a rank is lost, or takes too long.
         """
         deadline = time.monotonic() + STEP_TIMEOUT_S
-        while not event.query():  # type: ignore[no-untyped-call]
+        while not event.query():
             self.check()
             if time.monotonic() > deadline:
                 self.fail(f"a step was not done after {STEP_TIMEOUT_S:.0f} s: a rank hangs")
@@ -130,6 +142,7 @@ class RankGroup:
     def check(self) -> None:
         """Raise RankLostError if a rank is lost."""
         if self.failure is not None:
+            self._is_noticed.set()
             raise RankLostError(self.failure)
 
     def fail(self, reason: str) -> None:
@@ -140,6 +153,14 @@ class RankGroup:
             self.failure = reason
         logger.error("ranks are given up: %s", reason)
         _kill(self._ranks)
+        if self._on_gpus and self._most_silence_s == _STARTING_SILENCE_S:
+            threading.Thread(target=self._end_if_stuck, daemon=True).start()
+
+    def _end_if_stuck(self) -> None:
+        """End this process if its thread does not notice that ranks are lost: it waits for its device in vain."""
+        if not self._is_noticed.wait(_STUCK_S):
+            logger.critical("this process waits for a rank that is lost (%s), and ends", self.failure)
+            os._exit(1)
 
     def close(self) -> None:
         """End all ranks; does nothing the second time."""

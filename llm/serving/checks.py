@@ -88,6 +88,9 @@ def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
             f"kv_cache_dtype: fp8: {model.architecture} keeps one latent vector a token in place of keys and values, "
             "which is not rounded to 8 bits; leave it out"
         )
+    if config.expert_parallel and (not model.num_experts or config.tensor_parallel_size == 1):
+        lacking = "tensor_parallel_size above 1" if model.num_experts else f"experts, which {model.architecture} lacks"
+        raise ConfigError(f"expert_parallel: true needs {lacking}; leave it out")
     if model.delta is None:
         return []
     if config.num_speculative_tokens:

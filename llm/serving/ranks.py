@@ -70,7 +70,7 @@ class Ranks:
             dtype=str(dtype).removeprefix("torch."), load_format=load_format, lora=None if lora is None else str(lora),
             store_path=str(self._store_path), num_threads=max(torch.get_num_threads() // size, 1),
         )  # fmt: skip
-        self.group = RankGroup(size, _MODULE, msgspec.to_builtins(settings))
+        self.group = RankGroup(size, _MODULE, msgspec.to_builtins(settings), on_gpus=device.type == "cuda")
 
     @property
     def failure(self) -> str | None:
