@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.gpu_timing import graph_microseconds
 from llm.core.partition import Partition
-from llm.parallel.collectives import NO_MULTICAST, Collectives, connect
+from llm.parallel.collectives import ENVIRONMENT, Collectives, connect
 from llm.parallel.peer_all_reduce import PeerAllReduce, PeerMemory
 
 _HIDDEN_SIZE = 4096
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--kilobytes", nargs="+", type=int, default=[8 << i for i in range(12)])
     parser.add_argument("--calls", type=int, default=50, help="in the graph")
     options = parser.parse_args()
-    os.environ.update(NO_MULTICAST)
+    os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(measure, (Path(directory), options), nprocs=options.gpus)
 

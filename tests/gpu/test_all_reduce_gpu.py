@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as mp
 
 from llm.core.partition import Partition
-from llm.parallel.collectives import NO_MULTICAST, Collectives, connect
+from llm.parallel.collectives import ENVIRONMENT, Collectives, connect
 from llm.parallel.peer_all_reduce import PeerAllReduce, PeerMemory
 
 NUM_RANKS = 2
@@ -73,7 +73,7 @@ def sum_on(rank: int, directory: Path) -> None:
 
 def test_sums_through_peer_memory(tmp_path, monkeypatch):
     """The exact sums, on both ranks, by themselves and in graphs that are replayed thousands of times."""
-    for name, value in NO_MULTICAST.items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
         assert os.environ[name] == value
     mp.spawn(sum_on, (tmp_path,), nprocs=NUM_RANKS)
