@@ -1,7 +1,7 @@
 """Run faults against a fleet on this machine and print what came of each.
 
 python -m chaos [F1 F5 …] [--list] [--json FILE]
-python -m chaos F1-GPU      needs two GPUs
+python -m chaos F1-GPU F25-GPU      need two GPUs
 python -m chaos F13-GPU     needs one
 """
 
@@ -25,6 +25,7 @@ from chaos import (
     faults,
     input_faults,
     nodes,
+    rank_faults,
     scaling_faults,
     verdict_faults,
 )
@@ -54,11 +55,13 @@ FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F22": [embedding_faults.f22_embedding_hangs],
     "F23": [command_faults.f23_behind_haproxy, command_faults.f23_behind_serves_proxy],
     "F24": [scaling_faults.f24_scaled_to_zero],
+    "F25": [rank_faults.f25_rank_killed, rank_faults.f25_rank_stopped],
     "INPUTS": [input_faults.bad_inputs],
 }
 GPU_FAULTS: dict[str, list[Callable[[str], Awaitable[Outcome]]]] = {
     "F1-GPU": [faults.f1_kill_on_gpus, faults.f1_kill_in_bfloat16],
     "F13-GPU": [verdict_faults.f13_on_a_gpu],
+    "F25-GPU": [rank_faults.f25_on_gpus],
 }
 """Run only where they are named."""
 BEHIND_HAPROXY = {"F16"}

@@ -77,10 +77,10 @@ class Server:
             time.sleep(0.02)
         return time.monotonic() - started
 
-    def ask(self, question: str = "What is 17 + 25?") -> str:
+    def ask(self, question: str = "What is 17 + 25?", max_tokens: int = 30) -> str:
         """A question with a known answer, answered in full."""
         answer = self.openai.chat.completions.create(
-            model="demo", messages=[{"role": "user", "content": question}], max_tokens=30
+            model="demo", messages=[{"role": "user", "content": question}], max_tokens=max_tokens, temperature=0
         )
         return answer.choices[0].message.content or ""
 

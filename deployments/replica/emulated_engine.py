@@ -96,6 +96,14 @@ class EmulatedEngine:
         """Tokens that the pretended pool holds."""
         return self.pool.num_pages * self.config.page_size
 
+    @property
+    def failure(self) -> str | None:
+        """None: it has no parts that could fail by themselves."""
+        return None
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""
+
     def add_request(self, request: GenerationRequest) -> str:
         """Accept a request; its tokens come out of `step`.
 

@@ -52,6 +52,15 @@ class Engine(Protocol):
         """Tokens that the pool holds."""
         ...
 
+    @property
+    def failure(self) -> str | None:
+        """Why it can run no further step, though none has failed yet perhaps; None for all is well."""
+        ...
+
+    def close(self) -> None:
+        """End the processes that hold parts of the model. No step can run after this."""
+        ...
+
     def add_request(self, request: GenerationRequest) -> str:
         """Accept a request or raise InvalidRequestError."""
         ...
@@ -157,8 +166,7 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
     from llm.serving.engine import ContinuousBatchingEngine
 
     # Ray sets OMP_NUM_THREADS=1 for replicas with less than a CPU.
-    num_processes = config.replicas.most_replicas * config.engine.tensor_parallel_size
-    torch.set_num_threads(config.replicas.torch_threads or max(1, num_cores() // num_processes))
+    torch.set_num_threads(config.replicas.torch_threads or max(1, num_cores() // config.replicas.most_replicas))
     _check_gpus(config)
     dtype = None if config.dtype is DType.AUTO else getattr(torch, config.dtype)
     engine = ContinuousBatchingEngine.from_pretrained(

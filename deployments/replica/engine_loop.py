@@ -184,6 +184,8 @@ class EngineLoop:
         try:
             while not self._is_stopping:
                 self._obey()
+                if self._engine.failure is not None:  # no step needs to fail for that
+                    raise EngineError(self._engine.failure)
                 if self._engine.scheduler.has_pending_work:
                     self._step()
                 else:
@@ -194,6 +196,7 @@ class EngineLoop:
             self._break_down(Failure(FailureKind.FAILED, f"{type(error).__name__}: {error}"))
         else:
             self._break_down(Failure(FailureKind.LEAVING, _SHUTTING_DOWN))
+        self._engine.close()
         while not self._is_stopping:  # the health check fails by now; requests that still come are answered
             self._commands.wake_up.wait(REPORT_INTERVAL_S)
             self._obey()

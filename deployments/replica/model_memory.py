@@ -115,7 +115,8 @@ def check_fits(app: AppConfig, model: ModelConfig, gpu_bytes: int) -> None:
     num_gpus, utilization = app.engine.tensor_parallel_size, app.engine.gpu_memory_utilization
     share = share_of(app, model, num_gpus)
     needed = share.weight_bytes + share.state_bytes
-    if needed <= gpu_bytes * utilization:
+    # Weights that are rounded to 8 bits are first read as they are, when nothing else is there yet.
+    if needed <= gpu_bytes * (utilization if app.engine.quantization is None else 1):
         return
     enough = share.usable_bytes(fewest_slots(app, model)) / utilization / GIB
     ways = [f"GPUs of {enough:.0f} GiB"]

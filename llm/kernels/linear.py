@@ -4,10 +4,10 @@ Few rows with big weights are bound by reading the weights. The vendor's kernels
 there; these leave a tenth. Which one runs, and how it is cut up, is a rule of the shape alone, found by measuring (see
 docs/decisions/0006): nothing to tune at start, and the same rows always take the same path.
 
-Weights may be 8-bit floats (E4M3, Micikevicius et al. 2022, arXiv:2209.05433) with a scale for each output: the vendor's
-library multiplies them with activations made 8 bits wide too, and the kernel for a single row widens them to the
-activations' format. Or they are codes of 8 or 4 bits with a scale for each output and group of inputs: our kernels widen these too, for more
-rows, and for still more they are written out in the activations' format.
+Weights may be 8-bit floats (E4M3, Micikevicius et al. 2022, arXiv:2209.05433) with a scale for each output: the
+vendor's library multiplies them with activations made 8 bits wide too, and the kernel for a single row widens them to
+the activations' format. Or they are codes of 8 or 4 bits with a scale for each output and group of inputs: our kernels
+widen these, too, for more rows, and for still more they are written out in the activations' format.
 
 What stands before and behind a product is done in passing where that is possible: a single row is normalised as it is
 read, our kernels and the library add to the residual stream themselves, norms and activations round to 8 bits.

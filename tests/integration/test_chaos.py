@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from live_server import Server
 
-from chaos import embedding_faults, faults, scaling_faults, verdict_faults
+from chaos import embedding_faults, faults, rank_faults, scaling_faults, verdict_faults
 from chaos.fleet import Fleet, Outcome
 
 pytestmark = pytest.mark.timeout(120)
@@ -32,6 +32,13 @@ def check(outcome: Outcome) -> None:
 def test_a_fleet_outlives(fleet: Fleet, fault):
     """One after the other on the same fleet, which is whole again after each."""
     check(asyncio.run(fault(fleet)))
+
+
+@pytest.mark.timeout(240)  # four processes load a model
+def test_a_replica_outlives_no_process_of_its_model(server: Server):
+    """Each of two replicas runs half of the demo model in a process of its own; texts are those of one process."""
+    texts = {prompt: server.ask(prompt, max_tokens=400) for prompt in rank_faults.PROMPTS}
+    check(asyncio.run(rank_faults.f25_rank_killed(server.url, texts=texts, waits_for_another=False)))
 
 
 @pytest.mark.parametrize(

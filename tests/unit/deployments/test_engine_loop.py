@@ -193,3 +193,30 @@ async def test_long_prompts_that_come_together_begin_one_a_step():
     await asyncio.to_thread(loop.stop)
     assert all(len(reply.token_ids) == 10 for reply in replies)
     assert calls[:9] == ["short", "short", "long", "step", "long", "step", "long", "step", "long"]
+
+
+async def test_an_engine_that_has_lost_a_part_breaks_down_without_a_step_that_fails():
+    """While it has nothing to do, too; what holds the other parts is ended."""
+    told: list[str] = []
+
+    class Engine(EmulatedEngine):
+        lost: str | None = None
+
+        @property
+        def failure(self) -> str | None:
+            return self.lost
+
+        def close(self) -> None:
+            told.append("closed")
+
+    engine = Engine(EngineConfig(max_batch_size=4, num_pages=64), EmulationConfig(max_seq_len=256), vocab_size=264)
+    loop = EngineLoop(engine, "replica")
+    loop.start()
+    assert (await loop.generate(request())).end is not None
+    engine.lost = "rank 1 has ended"
+    await eventually(lambda: told == ["closed"])
+    assert "rank 1 has ended" in loop.health.failure
+    reply = await loop.generate(request())
+    assert reply.failure.kind is FailureKind.FAILED
+    await asyncio.to_thread(loop.stop)
+    assert told == ["closed"]
