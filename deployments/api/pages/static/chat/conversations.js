@@ -111,7 +111,7 @@ export function rename(conversation, title) {
   return save(conversation, []);
 }
 
-/** Keep what a message has become; whatever draws it hears of it. */
+/** Tell whatever draws a message that it has changed. */
 export function changed(message) {
   tell("message", message);
 }
@@ -179,8 +179,7 @@ const elsewhere = new Set(); // messages that another tab is writing
 const here = new Set(); // messages that this tab is writing
 
 /** Whether a message is being written: by this tab, or by another one. A message that nobody writes was cut short. */
-export const isWrittenHere = (message) => here.has(message.id);
-export const isWritten = (message) => isWrittenHere(message) || elsewhere.has(message.id);
+export const isWritten = (message) => here.has(message.id) || elsewhere.has(message.id);
 
 /** Say whether this tab writes a message. */
 export function setWriting(message, isWriting) {

@@ -25,7 +25,7 @@ const ICONS = {
 };
 
 /** One of the page's own signs; beside a text or a label, so that readers aloud skip it. */
-export function icon(name) {
+function icon(name) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
   svg.setAttribute("viewBox", "0 0 24 24");
@@ -53,7 +53,7 @@ export function newId() {
 }
 
 /** Copy a text; also where the clipboard's own interface is missing, as over plain HTTP from another machine. */
-export async function copyText(text) {
+async function copyText(text) {
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text);
     return;

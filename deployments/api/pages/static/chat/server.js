@@ -4,7 +4,7 @@
 import { recall } from "./dom.js";
 
 /** What the server refused, or that it could not be reached, in words for the reader. */
-export class ServerError extends Error {
+class ServerError extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;
