@@ -115,10 +115,10 @@ export function download(name, text, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-/** What is kept under a name in `localStorage` or `sessionStorage`, or the fallback. */
+/** What is kept under a name in "localStorage" or "sessionStorage", or the fallback. */
 export function recall(storage, name, fallback) {
   try {
-    return JSON.parse(storage.getItem(name)) ?? fallback;
+    return JSON.parse(window[storage].getItem(name)) ?? fallback;
   } catch {
     return fallback; // unreadable, or the browser keeps nothing
   }
@@ -127,8 +127,8 @@ export function recall(storage, name, fallback) {
 /** Keep a value under a name; undefined to forget it. */
 export function keep(storage, name, value) {
   try {
-    if (value === undefined) storage.removeItem(name);
-    else storage.setItem(name, JSON.stringify(value));
+    if (value === undefined) window[storage].removeItem(name);
+    else window[storage].setItem(name, JSON.stringify(value));
   } catch {
     /* full, or the browser keeps nothing: it lasts as long as the page */
   }
