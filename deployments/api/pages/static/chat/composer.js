@@ -36,7 +36,7 @@ export class Composer {
   /** Show what was begun in a conversation and not sent. */
   open(conversationId) {
     this.#draftOf = `rayline.draft.${conversationId}`;
-    $("text").value = recall(sessionStorage, this.#draftOf, "");
+    $("text").value = recall("sessionStorage", this.#draftOf, "");
     this.#files = [];
     this.#drawFiles();
     this.#grow();
@@ -110,7 +110,7 @@ export class Composer {
   }
 
   #changed() {
-    keep(sessionStorage, this.#draftOf, $("text").value || undefined);
+    keep("sessionStorage", this.#draftOf, $("text").value || undefined);
     this.#grow();
     this.draw();
   }

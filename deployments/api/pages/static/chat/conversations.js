@@ -6,7 +6,7 @@
    counts. */
 
 import { database } from "./database.js";
-import { newId } from "./dom.js";
+import { keep, newId, recall } from "./dom.js";
 
 export const NEW_TITLE = "New conversation";
 const MAX_TITLE_LENGTH = 60;
@@ -111,7 +111,7 @@ export function rename(conversation, title) {
   return save(conversation, []);
 }
 
-/** Keep what a message has become; whatever draws it hears of it. */
+/** Tell whatever draws a message that it has changed. */
 export function changed(message) {
   tell("message", message);
 }
@@ -179,8 +179,7 @@ const elsewhere = new Set(); // messages that another tab is writing
 const here = new Set(); // messages that this tab is writing
 
 /** Whether a message is being written: by this tab, or by another one. A message that nobody writes was cut short. */
-export const isWrittenHere = (message) => here.has(message.id);
-export const isWritten = (message) => isWrittenHere(message) || elsewhere.has(message.id);
+export const isWritten = (message) => here.has(message.id) || elsewhere.has(message.id);
 
 /** Say whether this tab writes a message. */
 export function setWriting(message, isWriting) {
@@ -229,19 +228,13 @@ async function reload(id) {
 
 /** Take over the conversations that version 0.2.0 kept, all in one place. */
 async function adoptOlder() {
-  const older = localStorage.getItem("rayline.talks");
-  if (older === null) return;
-  localStorage.removeItem("rayline.talks");
+  const older = recall("localStorage", "rayline.talks", []);
+  keep("localStorage", "rayline.talks", undefined);
   let time = Date.now();
-  for (const { title, turns } of JSON.parse(older)) {
+  for (const { title, turns } of older) {
     time -= 1000;
-    await restore(
-      ...chained(
-        title,
-        turns.map(({ thought, ...turn }) => ({ ...turn, reasoning: thought, stats: undefined })),
-        time,
-      ),
-    );
+    const adopted = turns.map(({ role, content, thought }) => ({ role, content, reasoning: thought }));
+    await restore(...chained(title, adopted, time));
   }
 }
 

@@ -25,7 +25,7 @@ const ICONS = {
 };
 
 /** One of the page's own signs; beside a text or a label, so that readers aloud skip it. */
-export function icon(name) {
+function icon(name) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
   svg.setAttribute("viewBox", "0 0 24 24");
@@ -53,7 +53,7 @@ export function newId() {
 }
 
 /** Copy a text; also where the clipboard's own interface is missing, as over plain HTTP from another machine. */
-export async function copyText(text) {
+async function copyText(text) {
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text);
     return;
@@ -115,10 +115,10 @@ export function download(name, text, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-/** What is kept under a name in `localStorage` or `sessionStorage`, or the fallback. */
+/** What is kept under a name in "localStorage" or "sessionStorage", or the fallback. */
 export function recall(storage, name, fallback) {
   try {
-    return JSON.parse(storage.getItem(name)) ?? fallback;
+    return JSON.parse(window[storage].getItem(name)) ?? fallback;
   } catch {
     return fallback; // unreadable, or the browser keeps nothing
   }
@@ -127,8 +127,8 @@ export function recall(storage, name, fallback) {
 /** Keep a value under a name; undefined to forget it. */
 export function keep(storage, name, value) {
   try {
-    if (value === undefined) storage.removeItem(name);
-    else storage.setItem(name, JSON.stringify(value));
+    if (value === undefined) window[storage].removeItem(name);
+    else window[storage].setItem(name, JSON.stringify(value));
   } catch {
     /* full, or the browser keeps nothing: it lasts as long as the page */
   }

@@ -108,7 +108,7 @@ async function drawModels() {
 
 $("models").addEventListener("change", () => {
   served.chosen = $("models").value;
-  keep(localStorage, "rayline.model", served.chosen);
+  keep("localStorage", "rayline.model", served.chosen);
   thread.draw();
 });
 

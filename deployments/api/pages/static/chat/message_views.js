@@ -33,16 +33,20 @@ export class View {
 
 export class UserView extends View {
   #isEditing = false;
+  #drawn = null;
 
   constructor(thread, message) {
     super(thread, message, "You");
   }
 
+  /** Draw it, but not anew when nothing has changed, so that what is open or has the focus stays so. */
   draw() {
-    if (this.#isEditing) return;
     const { content, files = [] } = this.message;
     const { conversation } = this.thread;
     const isUnanswered = this.thread.isLast(this.message);
+    const state = JSON.stringify([isUnanswered, conversations.alternatives(conversation, this.message).length]);
+    if (this.#isEditing || state === this.#drawn) return;
+    this.#drawn = state;
     const getAnswer = () => answer(conversation, this.message);
     const actions = element(
       "div",
@@ -68,6 +72,7 @@ export class UserView extends View {
     area.value = this.message.content;
     const end = () => {
       this.#isEditing = false;
+      this.#drawn = null;
       this.draw();
     };
     const send = () => {
@@ -105,11 +110,8 @@ export class UserView extends View {
 export class ToolView extends View {
   constructor(thread, message) {
     super(thread, message, "Result of a tool");
-  }
-
-  draw() {
-    const { name, content } = this.message;
-    this.node.replaceChildren(
+    const { name, content } = message;
+    this.node.append(
       element(
         "details",
         { class: "file" },
@@ -118,4 +120,6 @@ export class ToolView extends View {
       ),
     );
   }
+
+  draw() {} // it never changes
 }

@@ -4,7 +4,7 @@
 import { recall } from "./dom.js";
 
 /** What the server refused, or that it could not be reached, in words for the reader. */
-export class ServerError extends Error {
+class ServerError extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;
@@ -26,8 +26,12 @@ export function recallKey() {
 }
 
 export function keepKey(key) {
-  if (key) sessionStorage.setItem("rayline.key", key);
-  else sessionStorage.removeItem("rayline.key");
+  try {
+    if (key) sessionStorage.setItem("rayline.key", key);
+    else sessionStorage.removeItem("rayline.key");
+  } catch {
+    /* the browser keeps nothing */
+  }
 }
 
 async function ask(path, options = {}) {
@@ -91,6 +95,6 @@ export const served = { names: [], chosen: null };
 /** Ask which models there are; the one that was chosen last stays chosen while it is served. */
 export async function learnModels() {
   served.names = await models();
-  const last = recall(localStorage, "rayline.model", null);
+  const last = recall("localStorage", "rayline.model", null);
   served.chosen = served.names.includes(last) ? last : served.names[0];
 }

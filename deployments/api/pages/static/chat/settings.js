@@ -8,7 +8,7 @@ const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const KEY_HINT = "Kept in this tab only.";
 
 /** What was set, by the names of the API; what was left empty is the model's affair. */
-export const settings = { values: known(recall(localStorage, "rayline.settings", {})) };
+export const settings = { values: known(recall("localStorage", "rayline.settings", {})) };
 
 function known(stored) {
   const texts = TEXTS.filter((name) => stored[name]).map((name) => [name, stored[name]]);
@@ -36,7 +36,7 @@ export function begin(onsaved) {
   $("settings-form").addEventListener("submit", (event) => {
     event.preventDefault();
     settings.values = known(Object.fromEntries([...TEXTS, ...NUMBERS].map((name) => [name, $(name).value.trim()])));
-    keep(localStorage, "rayline.settings", settings.values);
+    keep("localStorage", "rayline.settings", settings.values);
     keepKey($("key").value.trim());
     $("settings").close();
     onsaved();

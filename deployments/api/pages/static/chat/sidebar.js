@@ -20,6 +20,9 @@ export class Sidebar {
   #words = "";
   #searching = 0;
   #renamed = null;
+  #drawn = null;
+  #menuFor = null;
+  #menuButton = null;
 
   constructor({ open, current }) {
     this.open = open;
@@ -39,15 +42,24 @@ export class Sidebar {
     $("menu-delete").addEventListener("click", () => this.#chosen((chosen) => this.#remove(chosen)));
   }
 
+  /** Draw the list, but not anew when nothing in it has changed, so that no click is lost. */
   async draw() {
     const words = this.#words;
     const found = words
       ? await conversations.search(words)
       : conversations.list().map((conversation) => ({ conversation }));
     if (words !== this.#words) return; // others were typed meanwhile
+    if (this.#renamed && $("conversations").querySelector("input")) return; // until the name is given
+    const shown = found.map(({ conversation, piece }) => [
+      conversation.id,
+      conversation.title,
+      piece,
+      conversations.isBusy(conversation),
+    ]);
+    const state = JSON.stringify([shown, this.current().id, this.#renamed?.id, words]);
+    if (state === this.#drawn) return;
+    this.#drawn = state;
     const focused = document.activeElement?.closest("#conversations [data-id]")?.dataset.id;
-    const isRenaming = $("conversations").querySelector("input");
-    if (isRenaming && this.#renamed) return; // it is drawn when the name is given
     $("conversations").replaceChildren(...found.map(({ conversation, piece }) => this.#item(conversation, piece)));
     $("none-found").hidden = !words || found.length > 0;
     if (focused) $("conversations").querySelector(`[data-id="${focused}"] .open`)?.focus();
@@ -77,9 +89,6 @@ export class Sidebar {
 
   /* ---- The menu of a conversation ---- */
 
-  #menuFor = null;
-  #menuButton = null;
-
   #openMenu(button, conversation) {
     this.#menuFor = conversation;
     this.#menuButton = button;
@@ -102,7 +111,11 @@ export class Sidebar {
     this.#renamed = this.#menuFor;
     $("search").value = this.#words = "";
     toggleSide(true);
-    this.draw().then(() => $("conversations").querySelector("input")?.select());
+    this.draw().then(() => {
+      const field = $("conversations").querySelector("input");
+      field?.focus();
+      field?.select();
+    });
   }
 
   #nameField(conversation) {
@@ -126,7 +139,12 @@ export class Sidebar {
   }
 
   async #remove(conversation) {
+    const wasShown = conversation.id === this.current().id;
     const restore = await conversations.remove(conversation);
-    notify(`Deleted “${conversation.title}”`, { label: "Undo", run: restore });
+    const undo = async () => {
+      await restore();
+      if (wasShown) this.open(conversation);
+    };
+    notify(`Deleted “${conversation.title}”`, { label: "Undo", run: undo });
   }
 }
