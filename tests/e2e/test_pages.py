@@ -65,3 +65,4 @@ def test_the_description_asks_no_other_server(page: Page, server: Server):
     page.get_by_role("button", name="Try it out").click()
     page.get_by_role("button", name="Execute").click()
     expect(page.locator(".live-responses-table .response-col_status").last).to_contain_text("200")
+    assert serious_faults(page) == []
