@@ -46,7 +46,7 @@ class EngineReplica:
         engine, self._info = make_engine(config)
         _warm_up(engine)
         self.replica_id = replica_id
-        self._machine = MachineWatch(gpu_indices(self._info.device), num_cores())
+        self._machine = MachineWatch(gpu_indices(self._info.device, self._info.num_gpus), num_cores())
         self._loop = EngineLoop(
             engine,
             self.replica_id,
