@@ -63,6 +63,18 @@ async def test_a_page_that_opens_sees_what_has_been(make_service: ServiceFactory
     assert history["points"][-1]["num_serving"] == 2
 
 
+async def test_what_autoscaling_wants_is_said(make_service: ServiceFactory):
+    config = emulated_config(replicas={"autoscaling": {"min_replicas": 0, "max_replicas": 3}})
+    service = await make_service(config, num_replicas=1)
+    (model,) = (await first_event(service))["models"]
+    assert model["wanted"] == [0, 3]
+    assert model["scaling"].startswith("The load asks for ")
+    assert model["scaling"].endswith("; 0 to 3 may run.")
+    fixed = await make_service(emulated_config(replicas={"num_replicas": 2}), num_replicas=1)
+    (model,) = (await first_event(fixed))["models"]
+    assert (model["wanted"], model["scaling"]) == ([2, 2], None)
+
+
 async def test_the_history_comes_at_first_and_then_from_time_to_time(make_service: ServiceFactory, monkeypatch):
     monkeypatch.setattr(fleet_stream, "_INTERVAL_S", 0.0)
     service = await make_service(num_replicas=1)
