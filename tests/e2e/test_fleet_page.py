@@ -25,7 +25,8 @@ def test_it_says_what_there_is_to_know(page: Page, server: Server):
     first, second = page.locator(".model").all()
     expect(first.get_by_role("heading", level=2)).to_have_text("meta-llama/Llama-3.3-70B-Instruct")
     expect(first.locator(".facts")).to_have_text(
-        "1 replica serving, 1 to 4 allowed · bfloat16 on CUDA · context of 131,072 tokens"
+        "1 replica serving, 1 to 4 allowed · bfloat16 on CUDA · context of 131,072 tokens · 0 tokens/s · 180 running · "
+        "12 waiting"
     )
     expect(first.locator(".scaling")).to_contain_text("The load asks for 3 replicas")
     expect(second.locator(".facts")).to_contain_text("2 of 3 replicas serving · float32 on CPU")
