@@ -47,7 +47,7 @@ def test_it_says_what_there_is_to_know(page: Page, server: Server):
     expect(tables.nth(0).get_by_role("row").nth(1)).to_have_text("First token (TTFT)87 ms412 ms2.31 s12k")
     expect(tables.nth(1).get_by_role("row").nth(2)).to_have_text("Token gap10 ms17 ms186 ms1.2M")
     expect(page.locator("#totals")).to_contain_text("Streams372", use_inner_text=False)
-    expect(page.locator("#scope")).to_contain_text("All 2 routers together")
+    expect(page.locator("#scope")).to_contain_text("Both routers are counted together")
     expect(page.locator("#departures li").nth(0)).to_contain_text("Seen on gpu-node-2 for 2.0 h")
     expect(page.locator("#departures .failure")).to_have_count(1)
     expect(page.locator("#charts .peak")).to_have_text(["peak 13k", "peak 359", "peak 190 ms"])
