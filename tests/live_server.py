@@ -48,9 +48,9 @@ class Server:
     def stats(self) -> dict:
         return self.http.get("/rayline/stats").json()
 
-    def fleet(self) -> dict:
+    def fleet(self, key: str = "unused") -> dict:
         """What the fleet page is sent first."""
-        with self.http.stream("GET", "/rayline/events") as answer:
+        with self.http.stream("GET", "/rayline/events", headers={"authorization": f"Bearer {key}"}) as answer:
             line = next(line for line in answer.iter_lines() if line.startswith("data: "))
         return json.loads(line.removeprefix("data: "))
 

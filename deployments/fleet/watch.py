@@ -254,10 +254,10 @@ class FleetWatch:
 
     def _tell_standing(self, replica_id: str, before: Standing, verdict: Verdict) -> None:
         if verdict.standing in _TROUBLE:
-            logger.warning("replica %s gets nothing new: %s", replica_id, verdict.why)
-            self.record.events.add(f"Replica {replica_id} gets nothing new: {verdict.why}", is_bad=True)
+            logger.warning("replica %s gets no new requests: %s", replica_id, verdict.why)
+            self.record.events.add(f"Replica {replica_id} gets no new requests: {verdict.why}", is_bad=True)
         elif verdict.standing is Standing.SERVING and before in _TROUBLE:
-            self.record.events.add(f"Replica {replica_id} serves again")
+            self.record.events.add(f"Replica {replica_id} is serving again")
 
     def _note_departure(self, replica_id: str, replica: KnownReplica, verdict: Verdict) -> None:
         """Say why a replica that Ray Serve no longer lists has left, once it has."""

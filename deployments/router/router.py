@@ -14,9 +14,7 @@ from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, LiveConfig
 from deployments.errors import DeadlineError, ShuttingDownError
 from deployments.fingerprint import fingerprint_of
-from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
 from deployments.fleet.engine_client import EngineClient
-from deployments.fleet.engine_use import replica_use, targets_of
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import make_policy
 from deployments.fleet.watch import FleetWatch
@@ -30,6 +28,7 @@ from deployments.router.access import Access
 from deployments.router.cache_salt import salt_of
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
+from deployments.router.fleet_view import FleetView
 from deployments.router.group import GenerationGroup
 from deployments.router.journal import Journal
 from deployments.router.prompts import num_prompt_tokens, prompt_hashes
@@ -121,6 +120,7 @@ class Router:
             fingerprint,
             is_autoscaled=config.replicas.autoscaling is not None,
         )
+        self._view = FleetView(config, self._peers.router_id, self._watch, self.dispatcher)
         self.journal.fingerprint = fingerprint
         self.journal.on_move = self._watch.note_move
         self.journal.on_failed_call = self._watch.note_failed_call
@@ -262,24 +262,8 @@ class Router:
         }
 
     def fleet_event(self) -> dict[str, Any]:
-        """What the fleet page shows of the present: this router, the replicas of each model, and what happened."""
-        state = self.snapshot()
-        return {
-            "at": time.time(),
-            "router_id": self._peers.router_id,
-            "router": state["router"],
-            "models": [
-                {
-                    "name": self.config.model_name,
-                    "engine": _described(self.info),
-                    "wanted": (self.config.replicas.fewest_replicas, self.config.replicas.most_replicas),
-                    "scaling": self._scaling(),
-                    "replicas": state["replicas"],
-                }
-            ],
-            "events": self._watch.record.events.items(),
-            "departures": self._watch.record.departures(),
-        }
+        """What the fleet page shows of the present; see `FleetView`."""
+        return self._view.event(self.snapshot(), self.info)
 
     def history(self) -> RouterHistory:
         """This router's part of the last 15 minutes."""
@@ -305,17 +289,6 @@ class Router:
             generated=self._watch.num_generated(),
         )
 
-    def _scaling(self) -> str | None:
-        """What autoscaling wants and why, worked out here as Serve's controller does from the replicas' statistics."""
-        autoscaling = self.config.replicas.autoscaling
-        if autoscaling is None:
-            return None
-        uses = [replica_use(stats, 0) for stats in self._watch.running_stats()]
-        uses.append(ReplicaUse(self.dispatcher.num_waiting_tokens, 0, 0))
-        number, reason = desired_replicas(uses, targets_of(autoscaling))
-        bounds = f"between {autoscaling.min_replicas} and {autoscaling.max_replicas}"
-        return f"The load asks for {number} replicas ({reason}); there may be {bounds}."
-
     def close(self) -> None:
         """Stop listening."""
         self.access.close()
@@ -335,13 +308,6 @@ class Router:
 
     def _take_report(self, report: Any) -> None:
         self._watch.take_report(report)
-
-
-def _described(info: EngineInfo | None) -> dict[str, Any] | None:
-    """What the fleet page tells of the engines of a model; None while none is known."""
-    if info is None:
-        return None
-    return {name: getattr(info, name) for name in ("device", "dtype", "backend", "max_seq_len", "num_slots")}
 
 
 def _salted(request: GenerationRequest, tenant: str) -> GenerationRequest:

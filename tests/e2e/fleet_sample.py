@@ -58,7 +58,7 @@ def state() -> dict[str, Any]:
                 "name": "meta-llama/Llama-3.3-70B-Instruct",
                 "engine": engine,
                 "wanted": [1, 4],
-                "scaling": "The load asks for 3 replicas (row use); there may be between 1 and 4.",
+                "scaling": "The load asks for 3 replicas (row use); 1 to 4 may run.",
                 "replicas": {
                     "a81kfj20": replica(machine=machine("gpu-node-1.cluster.example.internal", 8)),
                     "b2k9dm3x": replica("doubtful", "its last 2 steps failed", num_running=0, num_waiting=0),

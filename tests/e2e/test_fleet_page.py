@@ -25,7 +25,8 @@ def test_it_says_what_there_is_to_know(page: Page, server: Server):
     first, second = page.locator(".model").all()
     expect(first.get_by_role("heading", level=2)).to_have_text("meta-llama/Llama-3.3-70B-Instruct")
     expect(first.locator(".facts")).to_have_text(
-        "1 replica serving, 1 to 4 allowed · bfloat16 on CUDA · context of 131,072 tokens"
+        "1 replica serving, 1 to 4 allowed · bfloat16 on CUDA · context of 131,072 tokens · 0 tokens/s · 180 running · "
+        "12 waiting"
     )
     expect(first.locator(".scaling")).to_contain_text("The load asks for 3 replicas")
     expect(second.locator(".facts")).to_contain_text("2 of 3 replicas serving · float32 on CPU")
@@ -46,7 +47,7 @@ def test_it_says_what_there_is_to_know(page: Page, server: Server):
     expect(tables.nth(0).get_by_role("row").nth(1)).to_have_text("First token (TTFT)87 ms412 ms2.31 s12k")
     expect(tables.nth(1).get_by_role("row").nth(2)).to_have_text("Token gap10 ms17 ms186 ms1.2M")
     expect(page.locator("#totals")).to_contain_text("Streams372", use_inner_text=False)
-    expect(page.locator("#scope")).to_contain_text("All 2 routers together")
+    expect(page.locator("#scope")).to_contain_text("Both routers are counted together")
     expect(page.locator("#departures li").nth(0)).to_contain_text("Seen on gpu-node-2 for 2.0 h")
     expect(page.locator("#departures .failure")).to_have_count(1)
     expect(page.locator("#charts .peak")).to_have_text(["peak 13k", "peak 359", "peak 190 ms"])

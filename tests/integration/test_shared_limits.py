@@ -1,5 +1,5 @@
 """Two routers on Ray and what they share: limits are counted once, survive the accountant, and keys can be revoked;
-stored responses are found by either."""
+stored responses are found by either, and the fleet page shows both."""
 
 import hashlib
 import math
@@ -152,3 +152,24 @@ def test_responses_are_found_whichever_router_is_asked(limited: Server, keys_fil
     assert [item["role"] for item in items] == ["user", "assistant", "user"]
     assert request("DELETE", path, NEXT).json()["deleted"]
     assert {answer.status_code for answer in at_once(8, lambda: request("GET", path, NEXT))} == {404}
+
+
+def test_the_fleet_page_shows_both_routers_whichever_is_asked(limited: Server, keys_file: Path):
+    """Each counts its own requests; the page that one of them serves has the sums, and all latencies."""
+    write_keys(keys_file, next=NEXT)
+    limited.wait_for(lambda: set(ask_at_once(limited, NEXT, 10)) == {200}, 10, "no key yet")
+    told: dict[str, dict] = {}
+
+    def are_both_asked() -> bool:
+        fleet = limited.fleet(NEXT)
+        told[fleet["router_id"]] = fleet
+        return len(told) == 2
+
+    limited.wait_for(are_both_asked, 60, "one router answers all")
+    own = [fleet["router"]["num_requests"] for fleet in told.values()]
+    assert min(own) > 0
+    for fleet in told.values():
+        history = fleet["history"]
+        assert history["num_routers"] == 2
+        assert history["totals"]["num_requests"] == sum(own)
+        assert history["latency"]["900"]["ttft"]["num"] == sum(own)

@@ -56,7 +56,7 @@ function latencyTable(title, latency) {
 
 function drawHistory({ at: now, router_id: routerId, history: { latency, points, span_s: span, num_routers: numRouters } }) {
   at("latency").replaceChildren(...SPANS.map(([seconds, title]) => latencyTable(title, latency[seconds])));
-  const whose = numRouters > 1 ? ` All ${numRouters} routers together; events and departures are those that router ${routerId} saw.` : "";
+  const whose = numRouters > 1 ? ` ${numRouters === 2 ? "Both" : `All ${numRouters}`} routers are counted together; events and departures are what router ${routerId} saw.` : "";
   at("scope").textContent = `Measured in the router, from the request's arrival to its first token, and between one arrival of a stream's tokens and the next.${whose}`;
   drawCharts(points, now, span);
 }

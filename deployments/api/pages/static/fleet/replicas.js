@@ -30,13 +30,16 @@ class Rates {
 const rates = new Rates();
 
 /** What the model's heading says beside its name. */
-function facts(model) {
+function facts(model, rate) {
   const { engine, replicas } = model;
   const serving = Object.values(replicas).filter((replica) => replica.is_serving).length;
   const [fewest, most] = model.wanted;
   const parts = [fewest === most ? `${serving} of ${count(most, "replica", "replicas")} serving` : `${count(serving, "replica", "replicas")} serving, ${fewest} to ${most} allowed`];
   if (engine) parts.push(engine.backend === "emulated" ? "emulated engine" : `${engine.dtype} on ${engine.device.split(":")[0].toUpperCase()}`);
   if (engine) parts.push(`context of ${engine.max_seq_len.toLocaleString("en")} tokens`);
+  const present = Object.values(replicas).filter((replica) => !isGone(replica));
+  const sum = (name) => present.reduce((total, replica) => total + replica[name], 0);
+  parts.push(`${number(rate)} tokens/s`, `${number(sum("num_running"))} running`, `${number(sum("num_waiting"))} waiting`);
   return parts.join(" · ");
 }
 
@@ -59,7 +62,7 @@ export function drawModels(target, models, at) {
   const ids = new Set();
   const sections = models.map((model) => {
     const section = old.get(model.name) ?? makeSection(model);
-    section.querySelector(".facts").textContent = facts(model);
+    let modelRate = 0;
     const scaling = section.querySelector(".scaling");
     scaling.textContent = model.scaling ?? "";
     scaling.hidden = !model.scaling;
@@ -69,11 +72,13 @@ export function drawModels(target, models, at) {
     const drawn = known.map(([id, replica]) => {
       ids.add(id);
       const rate = isGone(replica) ? 0 : rates.of(id, replica.num_generated_tokens, at);
-      total += rate;
+      modelRate += rate;
       return drawCard(cards.get(id) ?? makeCard(id), replica, rate);
     });
     if (!drawn.length) drawn.push(element("li", "empty", "No replica yet."));
     if (drawn.length !== list.children.length || drawn.some((card, place) => list.children[place] !== card)) list.replaceChildren(...drawn);
+    section.querySelector(".facts").textContent = facts(model, modelRate);
+    total += modelRate;
     return section;
   });
   if (sections.some((section, place) => target.children[place] !== section) || sections.length !== target.children.length) target.replaceChildren(...sections);
