@@ -116,7 +116,7 @@ def judge(evidence: Evidence, limits: Limits) -> Verdict:
     if _has_just_failed(evidence):
         return Verdict(Standing.DOUBTFUL, "a call to it has just failed")
     if not evidence.has_joined or evidence.is_same_version is None:
-        return Verdict(Standing.STARTING, "it has not told yet what its prefix cache holds")
+        return Verdict(Standing.STARTING, "it has not reported yet what its prefix cache holds")
     return Verdict(Standing.SERVING, "", may_get_new=True)
 
 
@@ -133,9 +133,9 @@ def _judge_leaving(evidence: Evidence, delisted_s: float, limits: Limits) -> Ver
     """Ray Serve takes the replica away."""
     may_keep, condition = delisted_s <= limits.drain_after_s, evidence.condition
     if evidence.silence_s > _GONE_AFTER_S:
-        return Verdict(Standing.GONE, "Ray Serve has taken it away", may_keep=may_keep)
+        return Verdict(Standing.GONE, "Ray Serve has removed it", may_keep=may_keep)
     if evidence.is_last and evidence.is_same_version and condition.failure is None:
         is_well = not condition.num_failed_steps and not _has_just_failed(evidence)
-        why = "Ray Serve is taking it away; it stays for this router, which has no other one of its version"
+        why = "Ray Serve is removing it; it stays for this router, which has no other replica of its version"
         return Verdict(Standing.STAYING, why, may_get_new=is_well and evidence.has_joined)
-    return Verdict(Standing.LEAVING, "Ray Serve is taking it away; it finishes what it has", may_keep=may_keep)
+    return Verdict(Standing.LEAVING, "Ray Serve is removing it; it finishes what it has", may_keep=may_keep)
