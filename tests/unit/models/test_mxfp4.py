@@ -123,7 +123,7 @@ def test_files_that_do_not_fit_are_refused(directory, edit):
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.experts\.down_proj_scales"):
         check_checkpoint(directory)
     edit(directory / "config.json", intermediate_size=100)
-    with pytest.raises(ConfigError, match=r"down_proj has 100 inputs, which are no whole groups"):
+    with pytest.raises(ConfigError, match=r"down_proj has 100 inputs, which are not whole groups"):
         check_checkpoint(directory)
     edit(directory / "config.json", intermediate_size=96, quantization_config=None)
     save_file(tensors, file)
