@@ -81,7 +81,7 @@ def model_not_found(name: str) -> APIError:
 def too_many_open() -> APIError:
     """This router has as many requests open as it may."""
     return APIError(
-        503, "The server has too many requests open; try again in a second", type=SERVER_ERROR, code="overloaded",
+        503, "The server has too many open requests; try again in a second", type=SERVER_ERROR, code="overloaded",
         headers={"Retry-After": "1"},
     )  # fmt: skip
 

@@ -72,7 +72,9 @@ def run(
     save_requests: options.SaveRequests = False,
     processes: options.Processes = 1,
     timeout_s: options.TimeoutS = 600.0,
-    out: Annotated[Path | None, typer.Option(help="Write the result there, as JSON.", rich_help_panel="Result")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the result into this file, as JSON.", rich_help_panel="Result")
+    ] = None,
 ) -> None:
     """Measure one load: --concurrency N, --rate R or --trace FILE."""
     given = dict(locals())
@@ -90,11 +92,13 @@ def run(
 def sweep(
     url: options.Url,
     model: options.Model,
-    out: Annotated[Path, typer.Option(help="Folder for the results, one JSON file a load.", rich_help_panel="Result")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results, one JSON file for each load.", rich_help_panel="Result")
+    ],
     rates: Annotated[str | None, typer.Option(help="Open loops: 1,2,4,8", rich_help_panel="Load")] = None,
     concurrencies: Annotated[str | None, typer.Option(help="Closed loops: 1,8,64", rich_help_panel="Load")] = None,
     picture: Annotated[
-        Path | None, typer.Option("--plot", help="Draw latency against load there.", rich_help_panel="Result")
+        Path | None, typer.Option("--plot", help="Draw latency against load into this file.", rich_help_panel="Result")
     ] = None,
     endpoint: options.Endpoint = options.EndpointKind.COMPLETIONS,
     api_key_env: options.ApiKeyEnv = "OPENAI_API_KEY",

@@ -48,22 +48,24 @@ def _option(panel: str, description: str, **more: Any) -> Any:
 Url = Annotated[str, _option(_SERVER, "The API's base.")]
 Model = Annotated[str, _option(_SERVER, "Name of the served model.")]
 Endpoint = Annotated[EndpointKind, _option(_SERVER, "Which API.")]
-ApiKeyEnv = Annotated[str, _option(_SERVER, "Environment variable with the API key, if the server wants one.")]
+ApiKeyEnv = Annotated[str, _option(_SERVER, "Environment variable with the API key, if the server needs one.")]
 Concurrency = Annotated[int | None, _option(_LOAD, "Closed loop: this many requests at once.", min=1)]
-Rate = Annotated[float | None, _option(_LOAD, "Open loop: requests a second, whatever the answers do.")]
+Rate = Annotated[float | None, _option(_LOAD, "Open loop: requests a second, however slow the answers are.")]
 Burstiness = Annotated[float, _option(_LOAD, "Shape of the gaps with --rate: 1 Poisson, less in bursts, more evenly.")]
 Trace = Annotated[
     Path | None, _option(_LOAD, "Open loop: arrivals and lengths of a trace.", exists=True, dir_okay=False)
 ]
-TraceFormatOption = Annotated[TraceFormat | None, _option(_LOAD, "Whose trace it is.")]
+TraceFormatOption = Annotated[TraceFormat | None, _option(_LOAD, "Format of the trace.")]
 Speed = Annotated[float, _option(_LOAD, "2 replays a trace in half its time.")]
-NumRequests = Annotated[int | None, _option(_LOAD, "100 by default; all of a trace.", min=1, show_default=False)]
+NumRequests = Annotated[
+    int | None, _option(_LOAD, "Number of requests: by default 100, or all of a trace.", min=1, show_default=False)
+]
 DurationS = Annotated[float | None, _option(_LOAD, "With a rate, instead of --num-requests: seconds of arrivals.")]
 Warmup = Annotated[int, _option(_LOAD, "Requests before the measurement; the first must succeed.", min=0)]
 InputTokens = Annotated[str, _option(_REQUESTS, "Tokens of a prompt: 128, or a range such as 100-1024.")]
 OutputTokens = Annotated[str, _option(_REQUESTS, "Most tokens of an answer (exactly so many with --ignore-eos).")]
-MaxInputTokens = Annotated[int | None, _option(_REQUESTS, "Cut a trace's longer prompts there.", min=1)]
-MaxOutputTokens = Annotated[int | None, _option(_REQUESTS, "Cut a trace's longer answers there.", min=1)]
+MaxInputTokens = Annotated[int | None, _option(_REQUESTS, "Longest prompt of a trace; longer ones are cut.", min=1)]
+MaxOutputTokens = Annotated[int | None, _option(_REQUESTS, "Longest answer of a trace; longer ones are cut.", min=1)]
 IgnoreEos = Annotated[bool, _option(_REQUESTS, "Let answers continue to their full length.")]
 Temperature = Annotated[float, _option(_REQUESTS, "Of the sampling.", min=0)]
 ExtraBody = Annotated[str | None, _option(_REQUESTS, "Further fields of each request, as JSON: '{\"top_k\": 1}'.")]
@@ -71,7 +73,9 @@ TokenizerDir = Annotated[
     Path | None, _option(_REQUESTS, "Folder with tokenizer.json: prompts are text of that many tokens, not ids.")
 ]
 TokenIds = Annotated[str, _option(_REQUESTS, "Ids that prompts are drawn from without --tokenizer.")]
-Seed = Annotated[int, _option(_REQUESTS, "Of prompts, lengths and arrivals. A new one finds no prefix cached.", min=0)]
+Seed = Annotated[
+    int, _option(_REQUESTS, "Seed of prompts, lengths and arrivals. With a new one no prefix is cached.", min=0)
+]
 Goodput = Annotated[str | None, _option(_RESULT, "Limits in ms that a good request keeps: ttft:500,tpot:25,e2el:9000.")]
 Label = Annotated[str | None, _option(_RESULT, "Name in tables and plots; the model's by default.")]
 SaveRequests = Annotated[bool, _option(_RESULT, "Keep every request's numbers in the result.")]
@@ -127,12 +131,12 @@ class BenchArguments:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
         if self.trace is not None and self.trace_format is None:
-            raise ValueError("--trace: say whose format it is with --trace-format mooncake or azure")
+            raise ValueError("--trace: name its format with --trace-format mooncake or azure")
         if self.duration_s is not None and (self.rate is None or self.num_requests is not None):
             raise ValueError("--duration-s: only with --rate, and without --num-requests")
         if self.endpoint is EndpointKind.CHAT and self.tokenizer is None:
             raise ValueError(
-                "--endpoint chat: give --tokenizer DIR, for a chat's prompt is text (or --endpoint completions)"
+                "--endpoint chat: give --tokenizer DIR, because a chat's prompt is text (or --endpoint completions)"
             )
         parse_goodput(self.goodput)
         self._options()

@@ -79,7 +79,7 @@ def _warnings(client: Mapping[str, Any]) -> list[str]:
     if lag and lag["p99"] > _LATE_MS:
         warnings.append(f"the client's clock ran late (p99 {lag['p99']:.0f} ms), which adds to every latency")
     if warnings:
-        warnings.append("the client is the bottleneck: give it more --processes, or a machine of its own")
+        warnings.append("the client is the bottleneck: give it more --processes, or a separate machine")
     return warnings
 
 
@@ -123,7 +123,7 @@ def print_result(document: Result, console: Console) -> None:
     """One run, in full."""
     title = f"{document['label']}: {describe_load(document['load'])}"
     if document["interrupted"]:
-        title += " (interrupted: what was measured until then)"
+        title += " (interrupted: what was measured before)"
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     table.add_column("ms")
     for name in _COLUMNS:

@@ -25,7 +25,7 @@ BLOCK_TOKENS = 512
 
 
 class TraceFormat(StrEnum):
-    """Whose trace it is."""
+    """Format of the trace."""
 
     MOONCAKE = "mooncake"
     AZURE = "azure"
@@ -71,7 +71,7 @@ class LengthRange:
         except ValueError:
             parsed = cls(0, 0)
         if not 1 <= parsed.low <= parsed.high:
-            raise ValueError(f"{option} {text!r}: give a number of tokens from 1 up, or a range such as 100-1024")
+            raise ValueError(f"{option} {text!r}: give a number of tokens of 1 or more, or a range such as 100-1024")
         return parsed
 
     def draw(self, num: int, rng: np.random.Generator) -> list[int]:

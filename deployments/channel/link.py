@@ -90,7 +90,7 @@ class RouterLink:
     def send(self, frame: bytes) -> None:
         """Send a frame, whether there is room or not."""
         if len(frame) > MAX_FRAME_BYTES:
-            logger.error("a frame of %d bytes is too long for the token channel: left out", len(frame))
+            logger.error("a frame of %d bytes is too long for the token channel and was left out", len(frame))
             return
         if not self._unacknowledged:
             self._progress_at = time.monotonic()
@@ -142,7 +142,7 @@ class RouterLink:
         try:
             told = decode_acknowledgement(data)
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            logger.warning("a router sent an acknowledgement that cannot be read")
+            logger.warning("a router sent an acknowledgment that cannot be read")
             return
         if told.link_id != self.link_id or told.num_received > self._num_sent:
             return

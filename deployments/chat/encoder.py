@@ -147,8 +147,8 @@ class PromptEncoder:
         tools = body.tools or []
         if tools and body.tool_choice in (None, "auto") and not self.format.is_teaching:
             raise invalid(
-                "tools: this model's chat template knows no tools; only tool_choice can force a call, unless the "
-                "server's operator gives a chat_template that does",
+                "tools: this model's chat template does not support tools; only tool_choice can force a call, unless "
+                "the server's operator gives a chat_template that does",
                 "tools",
             )
         return self.chat_ids(

@@ -45,8 +45,8 @@ def find_format(
         tools = next((name for name, each in TOOL_FORMATS.items() if each.is_taught(templates)), None)
         if tools is None and is_teaching:
             warning = (
-                "the chat template teaches a form of tool calls that is not known here: answers to requests with tools "
-                "stay text; where it is one of those that tool_parser can name, name it"
+                "the chat template teaches an unknown form of tool calls, so answers to requests with tools stay text; "
+                "if tool_parser can name this form, set it"
             )
     reasoning: ReasoningParserName | None = reasoning_parser
     if reasoning_parser in (ReasoningParserName.NONE, ReasoningParserName.AUTO):

@@ -72,7 +72,7 @@ class ModelText:
         try:
             encoder.inputs([_SAMPLE_TEXT])
         except APIError as error:
-            raise ConfigError(f"{config.model}: is its tokenizer this model's? {error.message}") from error
+            raise ConfigError(f"{config.model}: does its tokenizer belong to this model? {error.message}") from error
         if not self.tokenizer.has_chat_template:
             return
         refusal = ""
@@ -85,6 +85,6 @@ class ModelText:
             except (APIError, InvalidRequestError) as error:
                 refusal = refusal or str(error)
         raise ConfigError(
-            f"{self.tokenizer.template_origin}: the chat template makes nothing of a plain chat ({refusal}); correct "
+            f"{self.tokenizer.template_origin}: the chat template cannot render a plain chat ({refusal}); correct "
             "it, or give another as chat_template"
         )

@@ -259,7 +259,7 @@ def check_token_ids(ids: list[Any], param: str) -> None:
     """
     for token_id in ids:
         if type(token_id) is not int or token_id < 0:
-            raise invalid(f"{param}: token ids must be whole numbers from 0 up", param)
+            raise invalid(f"{param}: token ids must be whole numbers of 0 or more", param)
 
 
 class CompletionRequest(SamplingFields):
@@ -285,12 +285,12 @@ class CompletionRequest(SamplingFields):
         if self.best_of is not None and self.best_of < n:
             raise invalid("best_of: must be at least n", "best_of")
         if self.best_of is not None and self.best_of > n and self.stream:
-            raise invalid("best_of: which answers are the best is known at the end only; leave out stream", "best_of")
+            raise invalid("best_of: the best answers are known only at the end; leave out stream", "best_of")
         if self.max_tokens == 0 and (self.stream or self.num_answers > 1):
             raise invalid("max_tokens: 0 gives nothing to stream or to choose from; leave out stream, n and best_of",
                           "max_tokens")  # fmt: skip
         if self.num_prompt_logprobs is not None and self.stream:
-            raise invalid("stream: log probabilities of the prompt come at the end only; leave out stream", "stream")
+            raise invalid("stream: log probabilities of the prompt come only at the end; leave out stream", "stream")
         return self
 
     @property

@@ -12,7 +12,7 @@ from llm.errors import LLMError
 
 app = typer.Typer(
     name="rayline",
-    help="Serve language models on Ray, and look after them.",
+    help="Serve language models on Ray, and manage them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -22,11 +22,11 @@ _SETTINGS = {"temperature": float, "top_p": float, "max_tokens": int, "seed": in
 
 
 def chat(
-    message: Annotated[str | None, typer.Argument(help="Ask this, print the answer and end.")] = None,
+    message: Annotated[str | None, typer.Argument(help="Ask this, print the answer and exit.")] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="None for the model's own.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="By default the model's own.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
 ) -> None:
     """Chat with the served model; answers come as they are made.

@@ -31,7 +31,7 @@ def check(
     config: Annotated[
         Path | None, typer.Argument(help="Configuration file, or the name of one that comes with Rayline.")
     ] = None,
-    gpu_memory: Annotated[str, typer.Option(help="Sizes of GPUs to work out slots for, in GiB.")] = "24,80,141",
+    gpu_memory: Annotated[str, typer.Option(help="Sizes of GPUs to compute slots for, in GiB.")] = "24,80,141",
 ) -> None:
     """Check a configuration, its checkpoint and its port without a GPU, and say what memory they need.
 
@@ -53,7 +53,7 @@ def check(
         console.print(f"[green]✓[/] {config}: model [bold]{app.model_name}[/], {app.replicas.most_replicas} replica(s)")
         if find_local_checkpoint(app.model) is None:
             console.print(
-                f"  {app.model} is no directory and no GGUF file here: its checkpoint is checked where it is loaded",
+                f"  {app.model} is neither a directory nor a GGUF file here: it is checked where it is loaded",
                 style="dim",
             )
             continue

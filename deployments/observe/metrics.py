@@ -42,7 +42,10 @@ _HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "vllm:request_prompt_tokens": ("Tokens of a request's prompt.", _LENGTH_BUCKETS),
     "vllm:request_generation_tokens": ("Tokens of a request's answer.", _LENGTH_BUCKETS),
     "rayline:request_route_time_seconds": ("Parsing, tokenizing and admission.", _HOP_BUCKETS),
-    "rayline:request_relay_time_seconds": ("On the way to the engine, and of the first token back.", _HOP_BUCKETS),
+    "rayline:request_relay_time_seconds": (
+        "The request's way to the engine, and the first token's way back.",
+        _HOP_BUCKETS,
+    ),
 }
 
 
@@ -175,7 +178,7 @@ class _StateCollector(Collector):
         serving = sum(1 for replica in snapshot["replicas"].values() if replica["is_serving"])
         gauges = {key: (name, text, router[key]) for key, (name, text) in _GAUGES.items()}
         gauges["serving"] = "rayline:router_replicas", "Replicas that get requests from this router.", serving
-        gauges["min"] = "rayline:min_replicas", "Replicas that there are to be whatever the load.", self._min_replicas
+        gauges["min"] = "rayline:min_replicas", "Least number of replicas, whatever the load is.", self._min_replicas
         gauges["gpus"] = "rayline:gpus_per_replica", "GPUs that hold a replica's model together.", self._gpus_a_replica
         for name, text, value in gauges.values():
             gauge = GaugeMetricFamily(name, text, labels=ROUTER_LABELS)

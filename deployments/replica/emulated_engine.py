@@ -116,7 +116,7 @@ class EmulatedEngine:
         if request.grammar is not None:
             raise InvalidRequestError("the emulated engine follows no grammar", param="grammar")
         if max(prompt) >= self.vocab_size:
-            raise InvalidRequestError(f"token id {max(prompt)} is past the vocabulary", param="prompt")
+            raise InvalidRequestError(f"token id {max(prompt)} is beyond the vocabulary", param="prompt")
         if len(prompt) + len(request.output_token_ids) >= min(self.max_seq_len, self.num_slots):
             raise InvalidRequestError(
                 f"the prompt has {len(prompt)} tokens; the context is {self.max_seq_len} tokens",

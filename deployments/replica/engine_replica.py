@@ -122,7 +122,7 @@ class EngineReplica:
 
     def _reason_to_decline(self, call: GenerateCall, ranking: Sequence[str]) -> str | None:
         if ranking and self.replica_id not in ranking:
-            return "none of the replicas that were asked is there"
+            return "none of the replicas that were called is running"
         if call.fingerprint and not is_same_version(call.fingerprint, self._info.fingerprint):
             return "the replica runs another version of the model"
         return None

@@ -36,7 +36,7 @@ class Nvml:
     def __init__(self, library: Any) -> None:
         self._library = library
         if library.nvmlInit_v2() != 0:
-            raise OSError("NVML cannot be initialised")
+            raise OSError("NVML cannot be initialized")
 
     def memory(self, uuid: str) -> tuple[int, int] | None:
         """Bytes in use on a GPU, by whatever process, and in all; None where the driver does not say."""

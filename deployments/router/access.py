@@ -71,7 +71,7 @@ class Access:
         num_ended = sum(self._quotas.account(key).revoke(is_gone=key.name not in new) for key in revoked)
         for key in keys:
             self._quotas.account(key).change_key(key)
-        logger.info("API keys have changed: %d now, revoked: %s; %d open requests end",
+        logger.info("API keys have changed: there are %d now, revoked: %s; %d open requests end",
                     len(keys), ", ".join(key.name for key in revoked) or "none", num_ended)  # fmt: skip
 
     def snapshot(self) -> dict[str, Any]:
@@ -99,4 +99,4 @@ class Access:
                 if keys is not None:
                     self.change_keys(keys)
             except Exception:
-                logger.exception("the API keys cannot be followed; they stay as they are")
+                logger.exception("changes of the API keys cannot be read; the keys stay as they are")

@@ -275,7 +275,7 @@ class Generation:
     async def _wait_after_declined(self) -> None:
         self._num_declined += 1
         if self._num_declined > _MAX_DECLINED:
-            raise EngineError("no engine replica takes the request")
+            raise EngineError("no engine replica accepts the request")
         await asyncio.sleep(_RESUME_DELAY_S)
 
     def _take_part(self, placement: _Placement, replica_id: str, why: str) -> None:

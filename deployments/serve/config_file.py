@@ -101,7 +101,7 @@ def check_model(config: AppConfig) -> ModelReport:
         CheckpointError, ConfigError: the checkpoint or its adapter is here, and cannot be served as configured.
     """
     if config.lora is not None and not Path(config.lora).is_dir():
-        raise ConfigError(f"lora: {config.lora} is no directory; give the one that holds adapter_config.json")
+        raise ConfigError(f"lora: {config.lora} is not a directory; give the one that holds adapter_config.json")
     directory = find_local_checkpoint(config.model)
     if directory is None:
         return ModelReport()

@@ -82,7 +82,7 @@ class ServeEngineClient:
             return await response
         except asyncio.CancelledError:
             if not is_being_cancelled():  # but cancelled at the other end: the replica is being taken away
-                raise ReplicaLostError("the replica gave the call up") from None
+                raise ReplicaLostError("the replica gave up the call") from None
             response.cancel()
             raise
         except (RayActorError, grpc.RpcError) as error:

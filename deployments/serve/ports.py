@@ -52,7 +52,9 @@ def check_port(front_end: FrontEnd) -> None:
     try:
         error = bind_error(host, port)
     except OSError as unknown:
-        raise ConfigError(f"http_options.host {host!r} is no address or name here ({unknown.strerror})") from unknown
+        raise ConfigError(
+            f"http_options.host {host!r} is not an address or a name here ({unknown.strerror})"
+        ) from unknown
     if error is None:
         return
     match error.errno:
@@ -101,7 +103,7 @@ def _haproxy_port(claims: ExitStack, name: str, usual: int) -> int:
     for port in candidates:
         if bind_error("0.0.0.0", port) is None and _claim(claims, f"port/{port}"):
             return port
-    raise ConfigError(f"{name}={wanted} is in use or no port: unset it, and a free one is taken")
+    raise ConfigError(f"{name}={wanted} is in use or not a port: unset it to have a free one chosen")
 
 
 def _claim(claims: ExitStack, name: str) -> bool:

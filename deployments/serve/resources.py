@@ -28,7 +28,7 @@ def check_resources(apps: Collection[AppConfig], resources: Mapping[str, float])
         raise ConfigError(f"the replicas need {gpus:g} GPUs and this machine has {num_gpus:g}: set {fix}")
     if cpus > num_cpus:
         raise ConfigError(
-            f"replicas and routers set {cpus:g} CPUs aside and this machine has {num_cpus:g}: set fewer --replicas, or "
+            f"replicas and routers reserve {cpus:g} CPUs and this machine has {num_cpus:g}: set fewer --replicas, or "
             "a smaller replicas.num_cpus"
         )
 

@@ -38,5 +38,5 @@ class ServePeers:
             response = contextvars.Context().run(self._handle.broadcast, method)
             return list(await response.results_async(timeout_s=_TIMEOUT_S, return_exceptions=True))
         except Exception as error:  # noqa: BLE001 - whatever it is, this router's own figures must still be had
-            logger.warning("the other routers' %s cannot be had now: %s: %s", method, type(error).__name__, error)
+            logger.warning("the other routers' %s are not available now: %s: %s", method, type(error).__name__, error)
             return []

@@ -98,7 +98,7 @@ def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
     return pattern
 
 
@@ -168,7 +168,7 @@ def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 match = _TENSOR_NAME.fullmatch(name)
                 if match is None:
-                    raise CheckpointError(f"{path} holds {name}, which is no LoRA factor of a linear layer")
+                    raise CheckpointError(f"{path} holds {name}, which is not a LoRA factor of a linear layer")
                 factors.setdefault(match["module"], {})[match["part"]] = file.get_tensor(name)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} a PEFT adapter?") from error

@@ -211,8 +211,8 @@ def _groups(groups: WeightGroups, whole: WeightGroups, inputs: range, num_inputs
     size = whole.size
     if inputs.start % size or (inputs.stop % size and inputs.stop != num_inputs):
         raise ConfigError(
-            f"tensor_parallel_size: {place.module} has {len(inputs)} inputs on each rank, which are no whole groups of "
-            f"{size} as the checkpoint is quantized; use fewer GPUs a model"
+            f"tensor_parallel_size: {place.module} has {len(inputs)} inputs on each rank, which are not whole groups "
+            f"of {size} as the checkpoint is quantized; use fewer GPUs a model"
         )
     if len(inputs) < num_inputs and groups.order is not None:
         raise ConfigError(

@@ -101,12 +101,12 @@ class GGUFFile:
     def _read_header(self) -> tuple[dict[str, Any], dict[str, PackedTensor]]:
         cursor = _Cursor(self._data)
         if self._data[: len(_MAGIC)] != _MAGIC:
-            raise CheckpointError(f"{self.path} is no GGUF file; {_DOWNLOAD}")
+            raise CheckpointError(f"{self.path} is not a GGUF file; {_DOWNLOAD}")
         cursor.position = len(_MAGIC)
         version = cursor.number("<u4")
         if version not in _VERSIONS:
             kind = "a big-endian file" if version & 0xFFFF == 0 else f"version {version} of the format"
-            raise CheckpointError(f"{self.path}: {kind} is not supported; convert the model again with today's tools")
+            raise CheckpointError(f"{self.path}: {kind} is not supported; convert the model again with current tools")
         num_tensors, num_values = cursor.number("<u8"), cursor.number("<u8")
         metadata = {}
         for _ in range(num_values):
@@ -152,7 +152,7 @@ class GGUFFile:
         num_parts = metadata.get("split.count") or (int(match[2]) if match else 1)
         if num_parts != 1:
             raise CheckpointError(
-                f"{self.path} is one of {num_parts} parts of a model; make one file of them with llama.cpp's "
+                f"{self.path} is one of {num_parts} parts of a model; join them with llama.cpp's "
                 "llama-gguf-split --merge"
             )
 

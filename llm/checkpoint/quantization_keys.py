@@ -76,7 +76,7 @@ class _Keys:
                 try:
                     re.compile(name[3:])
                 except re.error as error:
-                    raise ConfigError(f"{self.path}: {key}: {name!r} is no pattern ({error})") from error
+                    raise ConfigError(f"{self.path}: {key}: {name!r} is not a pattern ({error})") from error
         return tuple(value)
 
     def group_size(self) -> int | None:

@@ -56,7 +56,7 @@ def _indexed(directory: Path) -> Files:
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path} puts {name} in {file!r}, which is no file name; {DOWNLOAD}")
+            raise CheckpointError(f"{path} puts {name} in {file!r}, which is not a file name; {DOWNLOAD}")
         files.setdefault(file, []).append(name)
     return {directory / file: names for file, names in files.items()}
 

@@ -225,6 +225,6 @@ def _check(weight_format: WeightFormat, module: nn.Linear | ExpertProjections, n
     num_inputs = module.weight.shape[-1]
     if weight_format.num_bits == 4 and (num_inputs % (weight_format.group_size or 8) or num_inputs % 8):
         raise ConfigError(
-            f"quantization_config: {name} has {num_inputs} inputs, which are no whole groups of "
+            f"quantization_config: {name} has {num_inputs} inputs, which are not whole groups of "
             f"group_size {weight_format.group_size}; quantize with another one, or use fewer GPUs a model"
         )

@@ -74,7 +74,7 @@ def check_prompt(prompt_ids: Sequence[int], num_output: int = 0, *, vocab_size: 
 
 def _check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
     if ids and max(ids) >= vocab_size:
-        raise InvalidRequestError(f"token id {max(ids)} is past the vocabulary of {vocab_size} ids", param=param)
+        raise InvalidRequestError(f"token id {max(ids)} is beyond the vocabulary of {vocab_size} ids", param=param)
 
 
 def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:

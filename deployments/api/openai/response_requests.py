@@ -146,7 +146,7 @@ class ResponsesRequest(RequestBody):
         turns = [{"role": "system", "content": self.instructions}] if self.instructions else []
         turns += chat_turns(self.items())
         if not turns:
-            raise invalid("input: holds nothing that a model could be told", "input")
+            raise invalid("input: holds nothing that a model can read", "input")
         try:
             return [ChatMessage.model_validate(turn) for turn in turns]
         except ValidationError as error:

@@ -96,13 +96,16 @@ def broken_checkpoint(tmp_path: Path, damage: str) -> Path:
         ("unknown key", r"config.json: 'final_logit_softcapping' is 30.0, .* not supported for LlamaForCausalLM"),
         ("sampling", "generation_config.json: min_p"),
         ("tokenizer", "tokenizer.json"),
-        ("template that fails", r"chat_template.jinja: the chat template makes nothing of a plain chat"),
+        ("template that fails", r"chat_template.jinja: the chat template cannot render a plain chat"),
         ("template that is no Jinja", r"chat_template.jinja: the chat template is not valid Jinja"),
         ("template that is no text", r"chat_template.jinja cannot be read"),
         ("template past the vocabulary", r"chat_template.jinja: .* token ids must be below the vocabulary's 264"),
         ("template list", r"tokenizer_config.json: 'chat_template' is \['x'\], but must be"),
         ("tokenizer_config", "tokenizer_config.json cannot be read as JSON"),
-        ("tokenizer of another model", r"model: is its tokenizer this model's\? .* below the vocabulary's 264"),
+        (
+            "tokenizer of another model",
+            r"model: does its tokenizer belong to this model\? .* below the vocabulary's 264",
+        ),
         ("architectures", r"config.json: 'architectures' is 5, but must be a list of words"),
     ],
 )
@@ -166,7 +169,7 @@ def test_directories_of_both_generations_of_transformers_are_sound(tmp_path, sav
 @pytest.mark.parametrize("kind", ["torch", "emulated"])
 def test_a_template_of_the_configuration_is_tried_too(tmp_path, kind):
     config = write_config(tmp_path, chat_template="{{ messages[0].nothing.at_all }}", engine_kind=kind)
-    with pytest.raises(LLMError, match="chat_template: the chat template makes nothing of a plain chat"):
+    with pytest.raises(LLMError, match="chat_template: the chat template cannot render a plain chat"):
         check_config_file(config)
 
 
@@ -196,7 +199,7 @@ def write_adapter(directory: Path, rank: int = 2, **changes: object) -> Path:
 def test_adapters_are_tried(tmp_path):
     assert check_config_file(write_config(tmp_path, lora=str(write_adapter(tmp_path / "fine"))))
     for name, changes, message in (
-        ("missing", None, "lora: .*missing is no directory"),
+        ("missing", None, "lora: .*missing is not a directory"),
         ("rank", {"rank": 3}, "adapter_model.safetensors: .* has lora_A and lora_B of shapes"),
         ("kind", {"peft_type": "IA3"}, "adapter_config.json: peft_type 'IA3' is not supported"),
         ("type", {"lora_alpha": "4"}, "adapter_config.json: lora_alpha: "),

@@ -46,7 +46,7 @@ def refusal(*arguments: str) -> LLMError:
         (["--host", "0.0.0.0"], "no API keys are set"),
         (["--host", "0.0.0.0", "--api-keys-env", "RAYLINE_KEYS"], "RAYLINE_KEYS"),
         (["--host", "192.0.2.1", "--set", "allow_open_without_keys=true"], "not an address of this machine"),
-        (["--set", "lora=/no/adapter"], "/no/adapter is no directory"),
+        (["--set", "lora=/no/adapter"], "/no/adapter is not a directory"),
         (["--set", "engine.max_seq_length=5"], "max_seq_len"),
         (["--set", "engine.max_batch_size=0"], "max_batch_size"),
         (["--config", "/no/such.yaml"], "/no/such.yaml: no such file; the bundled configurations are"),
@@ -98,7 +98,7 @@ def test_a_hub_that_cannot_be_reached_is_told_soon(tmp_path: Path):
         silent.listen()
         started = time.monotonic()
         result = serve_with_hub(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
-    assert "cannot be had from the Hub now" in result.stderr
+    assert "cannot be downloaded from the Hub now" in result.stderr
     assert time.monotonic() - started < 60, "one time-out of 5 s, on however busy a machine"
 
 

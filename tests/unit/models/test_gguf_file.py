@@ -112,7 +112,7 @@ def test_a_shape_that_cannot_be_is_refused(file, tmp_path, size):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"PK\x03\x04" + bytes(100))
-    assert "is no GGUF file" in refusal(path)
+    assert "is not a GGUF file" in refusal(path)
     assert "cannot be read" in refusal(tmp_path / "missing.gguf")
 
 

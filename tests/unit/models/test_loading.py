@@ -119,7 +119,7 @@ def test_layers_that_guess_tokens_are_left_alone_where_a_family_has_them(checkpo
     [note] = check_checkpoint(tmp_path / "glm4_moe").warnings
     assert note.endswith("Glm4MoeForCausalLM is served without multi-token prediction (MTP)")
     load_decoder(tmp_path / "glm4_moe", progress=False)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.eh_proj\.weight, which config\.json gives no place"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.eh_proj\.weight, for which config\.json has no place"):
         check_checkpoint(tmp_path / "llama")
 
 
@@ -194,7 +194,7 @@ def test_names_with_anything_in_front(checkpoints, single, body, head):
     rename_tensors(path, lambda name: name.replace("model.", body, 1).replace("lm_head.", head))
     assert_same(load_decoder(single, progress=False), plain)
     change_tensors(path, **{"vision_tower.encoder.layers.0.mlp.up_proj.weight": torch.ones(2, 2)})
-    assert "holds vision_tower.encoder.layers.0.mlp.up_proj.weight, which config.json gives no place" in refusal(single)
+    assert "holds vision_tower.encoder.layers.0.mlp.up_proj.weight, for which config.json has no place" in refusal(single)
 
 
 def test_names_with_anything_in_front_in_shards(checkpoints, sharded):
@@ -330,7 +330,7 @@ def test_missing_tensors_are_named(single):
 
 def test_unexpected_tensors_are_named(single):
     change_tensors(single / "model.safetensors", **{"model.layers.0.self_attn.q_proj.bias": torch.ones(8 * 24)})
-    assert "holds model.layers.0.self_attn.q_proj.bias, which config.json gives no place" in refusal(single)
+    assert "holds model.layers.0.self_attn.q_proj.bias, for which config.json has no place" in refusal(single)
 
 
 def test_a_wrong_shape(single, edit):

@@ -148,7 +148,7 @@ def test_an_adapter_moves_with_its_model(checkpoints, tmp_path):
         ({"init_lora_weights": "pissa"}, "also change the model's weights"),
         ({"r": None}, "adapter_config.json: r: "),
         ({"alpha_pattern": {"q_proj": "x"}}, "adapter_config.json: alpha_pattern.q_proj: "),
-        ({"rank_pattern": {"(": 2}}, "no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "not a regular expression"),
         ({"r": 8}, "lora_A and lora_B of shapes"),
     ],
 )
@@ -187,7 +187,7 @@ def test_damaged_adapters(checkpoints, tmp_path):
     with pytest.raises(CheckpointError, match="only one of lora_A and lora_B"):
         load_lora(model, tmp_path)
     save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(2)}, path)
-    with pytest.raises(CheckpointError, match=r"holds base_model\.model\.lm_head\.weight, which is no LoRA factor"):
+    with pytest.raises(CheckpointError, match=r"holds base_model\.model\.lm_head\.weight, which is not a LoRA factor"):
         load_lora(model, tmp_path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="damaged or cut short"):

@@ -123,11 +123,11 @@ def test_files_that_do_not_fit_are_refused(directory, edit):
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.experts\.down_proj_scales"):
         check_checkpoint(directory)
     edit(directory / "config.json", intermediate_size=100)
-    with pytest.raises(ConfigError, match=r"down_proj has 100 inputs, which are no whole groups"):
+    with pytest.raises(ConfigError, match=r"down_proj has 100 inputs, which are not whole groups"):
         check_checkpoint(directory)
     edit(directory / "config.json", intermediate_size=96, quantization_config=None)
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"_(blocks|scales), which config\.json gives no place"):
+    with pytest.raises(CheckpointError, match=r"_(blocks|scales), for which config\.json has no place"):
         check_checkpoint(directory)
 
 
@@ -136,5 +136,5 @@ def test_experts_that_are_not_to_be_converted_are_in_16_bits(checkpoints, tmp_pa
     edit(tmp_path / "config.json", quantization_config={**QUANTIZATION, "modules_to_not_convert": ["mlp.experts"]})
     check_checkpoint(tmp_path)
     edit(tmp_path / "config.json", quantization_config=QUANTIZATION)
-    with pytest.raises(CheckpointError, match=r"(gate_up|down)_proj, which config\.json gives no place"):
+    with pytest.raises(CheckpointError, match=r"(gate_up|down)_proj, for which config\.json has no place"):
         check_checkpoint(tmp_path)

@@ -253,7 +253,7 @@ CONFIG_REFUSALS = {
     "lm_head": (gptq(), {"lm_head": True}, "lm_head True is not supported"),
     "version": (awq(), {"version": "gemv"}, "version 'gemv' is not supported; only the gemm layout is"),
     "zero_point": (awq(), {"zero_point": False}, "zero_point False is not supported"),
-    "group_size": (awq(), {"group_size": 48}, "inputs, which are no whole groups of group_size 48"),
+    "group_size": (awq(), {"group_size": 48}, "inputs, which are not whole groups of group_size 48"),
     "quant_method": (awq(), {"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported"),
     "unknown": (awq(), {"rotation": "hadamard"}, "rotation 'hadamard' is not supported"),
     "format": (fp8_by_tensor(), {"format": "marlin-24"}, "format 'marlin-24' is not supported"),
@@ -261,7 +261,7 @@ CONFIG_REFUSALS = {
     "transforms": (fp8_by_tensor(), {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config .* is not"),
     "ignored parts": (fp8_by_tensor(), {"ignore": ["lm_head", "re:.*k_proj"]}, "q_proj.* are one product here"),
     "head": (fp8_by_tensor(), {"ignore": []}, "a quantized lm_head is not supported"),
-    "pattern": (fp8_by_tensor(), {"ignore": ["re:("]}, "ignore: 're:\\(' is no pattern"),
+    "pattern": (fp8_by_tensor(), {"ignore": ["re:("]}, "ignore: 're:\\(' is not a pattern"),
     "block": (LAYOUTS["transformers' fp8 by block"], {"weight_block_size": [128]}, r"weight_block_size \[128\]"),
     "cache": (fp8_by_tensor(), {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "kv_cache_scheme: num_bits 4"),
 }
@@ -301,7 +301,7 @@ def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_pat
     with pytest.raises(CheckpointError, match=r"qweight has shape .*config\.json asks for"):
         check_checkpoint(tmp_path)
     edit(tmp_path / "config.json", quantization_config=None)
-    with pytest.raises(CheckpointError, match=r"qweight, which config\.json gives no place"):
+    with pytest.raises(CheckpointError, match=r"qweight, for which config\.json has no place"):
         check_checkpoint(tmp_path)
     write(checkpoints, tmp_path, fp8_by_tensor())
     edit(tmp_path / "config.json", quantization_config=None)

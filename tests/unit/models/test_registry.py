@@ -262,7 +262,9 @@ def test_resolving_a_model(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=reason):
             resolve_model_path(name)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NO_HUB)
-    with pytest.raises(CheckpointError, match=r"org/name is no directory here.* cannot be had .*ConnectError") as info:
+    with pytest.raises(
+        CheckpointError, match=r"org/name is not a directory here.* cannot be downloaded .*ConnectError"
+    ) as info:
         resolve_model_path("org/name")
     assert "\n" not in str(info.value)
 
