@@ -43,7 +43,8 @@ def test_a_port_whose_server_has_just_ended_is_free():
 
 
 @pytest.mark.parametrize(
-    ("host", "message"), [("192.0.2.1", "not an address of this machine"), ("no.such.invalid", "not an address or a name")]
+    ("host", "message"),
+    [("192.0.2.1", "not an address of this machine"), ("no.such.invalid", "not an address or a name")],
 )
 def test_hosts_that_cannot_be_listened_on(host: str, message: str):
     with pytest.raises(ConfigError, match=message):

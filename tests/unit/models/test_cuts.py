@@ -94,7 +94,7 @@ def test_quantized_weights_are_cut_where_their_groups_end(checkpoints, tmp_path,
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("awq 32", "no whole groups of group_size 32"), ("gptq 16 act-order", "whose groups cannot be cut")],
+    [("awq 32", "not whole groups of group_size 32"), ("gptq 16 act-order", "whose groups cannot be cut")],
 )
 def test_groups_that_cannot_be_cut_are_refused(checkpoints, tmp_path, name, reason):
     layout = {"awq 32": awq(32), "gptq 16 act-order": gptq(16, has_order=True)}[name]

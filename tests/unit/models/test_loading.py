@@ -119,7 +119,9 @@ def test_layers_that_guess_tokens_are_left_alone_where_a_family_has_them(checkpo
     [note] = check_checkpoint(tmp_path / "glm4_moe").warnings
     assert note.endswith("Glm4MoeForCausalLM is served without multi-token prediction (MTP)")
     load_decoder(tmp_path / "glm4_moe", progress=False)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.eh_proj\.weight, for which config\.json has no place"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.3\.eh_proj\.weight, for which config\.json has no place"
+    ):
         check_checkpoint(tmp_path / "llama")
 
 
@@ -194,7 +196,9 @@ def test_names_with_anything_in_front(checkpoints, single, body, head):
     rename_tensors(path, lambda name: name.replace("model.", body, 1).replace("lm_head.", head))
     assert_same(load_decoder(single, progress=False), plain)
     change_tensors(path, **{"vision_tower.encoder.layers.0.mlp.up_proj.weight": torch.ones(2, 2)})
-    assert "holds vision_tower.encoder.layers.0.mlp.up_proj.weight, for which config.json has no place" in refusal(single)
+    assert "holds vision_tower.encoder.layers.0.mlp.up_proj.weight, for which config.json has no place" in refusal(
+        single
+    )
 
 
 def test_names_with_anything_in_front_in_shards(checkpoints, sharded):
