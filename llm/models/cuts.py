@@ -4,7 +4,7 @@ Of two products that follow each other the first is cut by column, so that each 
 heads, some of what a feed-forward holds between its products. The second is cut by row, over these, so that the ranks'
 products have to be added up. Where there are fewer heads of keys and values than ranks, several ranks hold the same.
 Experts are cut like feed-forwards, or each rank holds some of them, whole. Embeddings and head are cut by vocabulary.
-Norms and routers are held by all ranks.
+Norms, routers and latents are held by all ranks.
 """
 
 from collections.abc import Callable, Iterable
@@ -131,6 +131,8 @@ def find_cut(config: ModelConfig, partition: Partition, name: str) -> Cut:
     if leaf.endswith(_WHOLE):
         return Cut()
     rule = _RULES.get(leaf)
+    if config.latent is not None:
+        rule = _LATENT_RULES.get(leaf, rule)
     if config.delta is not None and name.startswith("layers.") and int(name.split(".")[1]) in config.delta.layers:
         rule = _DELTA_RULES.get(leaf, rule)
     if rule is None:
@@ -226,6 +228,32 @@ def _delta_heads(config: ModelConfig, partition: Partition) -> Cut:
     return Cut((_part(config.delta.num_value_heads, partition),))
 
 
+def _latents(config: ModelConfig, partition: Partition) -> Cut:
+    """The latents are held by all ranks, and so is the queries' latent; queries are cut by their heads."""
+    assert config.latent is not None, "a layer with latent attention"
+    shape = config.latent
+    if shape.query_rank is not None:
+        return Cut()
+    width = shape.plain_dim + shape.rope_dim
+    keys = config.num_heads * width
+    return Cut((_part(config.num_heads, partition, unit=width), range(keys, keys + config.head_size)))
+
+
+def _latent_queries(config: ModelConfig, partition: Partition) -> Cut:
+    assert config.latent is not None, "a layer with latent attention"
+    return Cut((_part(config.num_heads, partition, unit=config.latent.plain_dim + config.latent.rope_dim),))
+
+
+def _latent_projections(config: ModelConfig, partition: Partition) -> Cut:
+    assert config.latent is not None, "a layer with latent attention"
+    return Cut((_part(config.num_heads, partition, unit=config.latent.plain_dim + config.latent.value_dim),))
+
+
+def _latent_output(config: ModelConfig, partition: Partition) -> Cut:
+    assert config.latent is not None, "a layer with latent attention"
+    return Cut(inputs=_part(config.num_heads, partition, unit=config.latent.value_dim))
+
+
 _RULES: dict[str, Callable[[ModelConfig, Partition], Cut]] = {
     "qkv_proj": _qkv,
     "o_proj": _attention_output,
@@ -238,6 +266,13 @@ _RULES: dict[str, Callable[[ModelConfig, Partition], Cut]] = {
     "experts.shared.down_proj": _shared_down,
 }
 """By the name that a module or parameter has within a layer."""
+_LATENT_RULES = {
+    "latent_proj": _latents,
+    "heads.q_proj": _latent_queries,
+    "heads.kv_proj": _latent_projections,
+    "o_proj": _latent_output,
+}
+"""Those of layers with latent attention."""
 _DELTA_RULES = {
     "mixed_proj": _mixed,
     "decay_proj": _decay,

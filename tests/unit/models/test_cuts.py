@@ -52,7 +52,8 @@ def check_cut(directory: Path, size: int, adapter: Path | None = None, *, by_exp
 
 
 FAMILIES = [
-    "gemma2", "gemma3", "gemma3_text_half", "glm4_moe", "glm4_moe_groups", "gpt_oss", "llama", "llama_mha",
+    "deepseek_v2", "deepseek_v3", "gemma2", "gemma3", "gemma3_text_half", "glm4_moe", "glm4_moe_groups",
+    "glm4_moe_lite", "gpt_oss", "llama", "llama_mha",
     "llama_mqa_biases", "ministral", "ministral3", "mistral", "mistral3_text_half", "mixtral", "phi3", "phi3_partial",
     "qwen2", "qwen2_tied", "qwen3", "qwen3_5", "qwen3_5_images", "qwen3_5_moe", "qwen3_moe", "qwen3_moe_dense",
     "qwen3_next",
@@ -72,7 +73,7 @@ def test_more_ranks_than_heads_of_keys_hold_the_same_ones(checkpoints, kind, siz
     check_cut(checkpoints(kind)[0], size)
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss", "qwen3_moe", "qwen3_5_moe"])
 def test_experts_cut_by_expert(checkpoints, kind):
     check_cut(checkpoints(kind)[0], 2, by_expert=True)
 
