@@ -10,7 +10,9 @@ from llm.kernels.launch import launch_options, most_stages, num_warps, wait_for_
 from llm.kernels.norm import Norm, normalised
 
 _FEW_ROWS, _MANY_ROWS = 16, 64
-_OUTPUTS, _TILE_K, _NUM_STAGES = 128, 64, 3
+_OUTPUTS, _LEAST_OUTPUTS, _TILE_K, _NUM_STAGES = 128, 32, 64, 3
+_ENOUGH_PROGRAMS = 256
+"""Of one block of tokens: with fewer the chip is not full, and narrower blocks of outputs make more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,9 @@ def head_product(x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, *,
     num_outputs = output.shape[2]
     rows = _FEW_ROWS if deterministic or num_tokens <= _FEW_ROWS else _MANY_ROWS
     outputs = min(_OUTPUTS, max(16, triton.next_power_of_2(num_outputs)))
+    can_be_narrower = rows == _FEW_ROWS
+    while can_be_narrower and outputs > _LEAST_OUTPUTS and num_heads * num_outputs < _ENOUGH_PROGRAMS * outputs:
+        outputs //= 2
     tile_k = min(_TILE_K, max(16, triton.next_power_of_2(num_inputs)))
     num_stages = min(_NUM_STAGES, most_stages(x.device, (rows + outputs) * tile_k * x.itemsize))
     grid = (triton.cdiv(num_outputs, outputs), num_heads, triton.cdiv(num_tokens, rows))

@@ -214,8 +214,8 @@ def compile_latents() -> None:
     compile_kernel("turned queries", latent_rows._turn_queries, turned)
     keys = {"X_HEAD": 192, "OUTPUT_HEAD": 576, "WEIGHT_OUT": 1, "WEIGHT_IN": 512, "IN": 128, "OUT": 512}
     values = {"X_HEAD": 512, "OUTPUT_HEAD": 128, "WEIGHT_OUT": 512, "WEIGHT_IN": 1, "IN": 512, "OUT": 128}
-    for shape, rows in product((keys, values), (16, 64)):
-        cut = {**arguments, **shape, "WEIGHT_HEAD": 256 * 512, "ROWS": rows, "OUTPUTS": 128, "TILE_K": 64}
+    for shape, (rows, outputs) in product((keys, values), ((16, 32), (64, 128))):
+        cut = {**arguments, **shape, "WEIGHT_HEAD": 256 * 512, "ROWS": rows, "OUTPUTS": outputs, "TILE_K": 64}
         compile_kernel("heads", latent_rows._head_product, cut)
 
 
