@@ -146,14 +146,22 @@ def test_attention_of_a_token_does_not_depend_on_its_chunk(num_heads, num_kv_hea
     assert relative_error(whole, fast) < 2 * TOLERANCE[dtype]
 
 
+LATENTS = {
+    "architecture": "DeepseekV3ForCausalLM", "num_kv_heads": 1, "head_dim": 40, "attention_scale": 0.2,
+    "latent": {"rank": 32, "query_rank": 64, "plain_dim": 16, "rope_dim": 8, "value_dim": 16},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "kind", [{}, {"architecture": "Qwen3MoeForCausalLM", "num_experts": 6, "expert_size": 32}], ids=["mlp", "experts"]
+    "kind",
+    [{}, {"architecture": "Qwen3MoeForCausalLM", "num_experts": 6, "expert_size": 32}, LATENTS],
+    ids=["mlp", "experts", "latents"],
 )
 def test_logits_do_not_depend_on_chunks_and_company(kind):
     """A sequence token by token and alone, and at once beside another: the same logits for its last token."""
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    model = DecoderModel(vocab_size=80, max_seq_len=64, device=DEVICE, dtype=HALF, qk_norm=True, **shape, **kind)
+    model = DecoderModel(vocab_size=80, max_seq_len=64, device=DEVICE, dtype=HALF, qk_norm=True, **{**shape, **kind})
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -162,8 +170,9 @@ def test_logits_do_not_depend_on_chunks_and_company(kind):
     def last_logits(steps: list[list[tuple[int, int, int]]]) -> torch.Tensor:
         """Logits of row 0's last token, after steps of parts (row, start, end)."""
         kv_cache = PagedKVCache(
-            model.page_groups, num_pages=8, page_size=8, num_kv_heads=2, head_dim=16, device=DEVICE, dtype=HALF
-        )
+            model.page_groups, num_pages=8, page_size=8, num_kv_heads=model.num_kv_heads,
+            head_dim=model.config.head_size, has_values=model.config.latent is None, device=DEVICE, dtype=HALF,
+        )  # fmt: skip
         workspace = KernelWorkspace(
             model.layer_specs, kv_cache, ints([[[3, 1], [0, 5]]]), ints([0, 0]), HALF,
             max_tokens=64, max_parts=4, deterministic=True, experts=model.experts,
