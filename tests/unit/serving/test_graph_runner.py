@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llm.config import EngineConfig
+from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
@@ -146,6 +147,11 @@ def test_log_probabilities_equal_the_reference(shape):
             assert drawn.token_id == wanted.token_id
             assert drawn.logprob == pytest.approx(wanted.logprob, abs=1e-4)
             assert [i for i, _ in drawn.top] == [i for i, _ in wanted.top]
+
+
+def test_latents_in_8_bits_are_refused():
+    with pytest.raises(ConfigError, match="kv_cache_dtype: fp8: DeepseekV3ForCausalLM keeps one latent vector a token"):
+        create_engine(create_model(**DEEPSEEK_V3), "triton", kv_cache_dtype="fp8")
 
 
 def test_an_engine_that_is_given_up_is_gone_at_once():
