@@ -291,6 +291,8 @@ def test_other_files_are_read_or_named(page: Page, server: Server, tmp_path: Pat
 
 def test_settings_are_sent_and_errors_shown(page: Page, server: Server):
     open_chat(page, server)
+    other = page.context.new_page()
+    open_chat(other, server)
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Most tokens").fill("3")
     page.get_by_label("System prompt").fill("Be short.")
@@ -301,6 +303,8 @@ def test_settings_are_sent_and_errors_shown(page: Page, server: Server):
     assert sent["max_tokens"] == 3
     assert sent["messages"][0] == {"role": "system", "content": "Be short."}
     expect(page.locator(".stats")).to_contain_text("3 tokens · cut at the limit")
+    other.get_by_role("button", name="Settings").click()
+    expect(other.get_by_label("Most tokens")).to_have_value("3")  # so that saving here takes nothing back
 
 
 def test_what_an_answer_may_hold_is_drawn_and_nothing_in_it_runs(page: Page, server: Server):

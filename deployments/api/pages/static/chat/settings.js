@@ -28,8 +28,11 @@ export function openSettings(hint = KEY_HINT) {
   if (hint !== KEY_HINT) $("key").focus();
 }
 
-/** Call `onsaved` whenever settings were saved. */
+/** Call `onsaved` whenever settings were saved here; those that another tab saves are taken over. */
 export function begin(onsaved) {
+  addEventListener("storage", ({ key }) => {
+    if (key === "rayline.settings") settings.values = known(recall("localStorage", "rayline.settings", {}));
+  });
   $("tune").addEventListener("click", () => openSettings());
   $("tools").addEventListener("input", () => $("tools").setCustomValidity(faultOfTools($("tools").value)));
   $("cancel").addEventListener("click", () => $("settings").close());

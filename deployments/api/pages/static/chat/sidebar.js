@@ -76,6 +76,7 @@ export class Sidebar {
         {
           type: "button",
           class: "open",
+          title: conversation.title,
           "aria-current": String(conversation.id === this.current().id),
           onclick: () => this.open(conversation),
         },
