@@ -3,6 +3,7 @@
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -108,4 +109,5 @@ def _process_memory() -> int:
     try:
         return int(_STATM.read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

@@ -9,7 +9,7 @@ from fleet_sample import events
 from live_server import Server
 from playwright.sync_api import Page, expect
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 PARTS = "#totals, #latency, #charts, #models, #departures, #events"
 

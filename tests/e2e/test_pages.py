@@ -10,7 +10,7 @@ from accessibility import serious_faults
 from live_server import Server, replica_pids
 from playwright.sync_api import Page, expect
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 def test_the_fleet_page_shows_a_replica_die_and_its_streams_move(page: Page, server: Server):
