@@ -90,10 +90,11 @@ docs: $(VENV)/.dev  ## Build the documentation into site/
 	$(BIN)/python -m deployments.cli.command_reference > docs/command-line.md
 	$(BIN)/mkdocs build --strict
 
-lint: $(VENV)/.dev  ## Check style and the direction of imports
+lint: $(VENV)/.dev  ## Check style, the direction of imports, and the English of documents and messages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python -m scripts.prose
 
 format: $(VENV)/.dev  ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -44,7 +44,7 @@ def test_every_field_is_there(model: type[BaseModel]):
 
 def test_each_tick_of_ours_has_a_test():
     header, _, *rows = COMPARISON
-    assert header[5:] == ["Rayline", "our test"]
+    assert header[5:] == ["Rayline", "its test"]
     assert len(rows) > 20
     for row in rows:
         assert len(row) == len(header), row
