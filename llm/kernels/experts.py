@@ -85,9 +85,10 @@ class ExpertMixture:
             output: (tokens, hidden_size), what is added to in place of the stream.
         """
         total, shape = stream.total, self._shape
-        if output is None and self._held is None and self._is_single(stream, norm, gate_up, down):
+        output = total if output is None else output
+        if self._held is None and self._is_single(stream, norm, gate_up, down):
             route(total, router, self._routes, norm, router_bias, correction)
-            self._single(total, norm, gate_up, down)
+            self._single(total, norm, gate_up, down, output)
             return
         num_tokens = len(total)
         normed = torch.empty_like(total)
@@ -100,16 +101,16 @@ class ExpertMixture:
         self.product(self._activated, down, self._made, num_tokens, swiglu=False)
         block = min(triton.next_power_of_2(shape.hidden_size), _SUM_BLOCK)
         _add_pairs[(num_tokens, triton.cdiv(shape.hidden_size, block))](
-            self._made, total if output is None else output, HIDDEN=shape.hidden_size, PER_TOKEN=shape.per_token,
-            BLOCK=block, num_warps=4, **launch_options(self._device),
+            self._made, output, HIDDEN=shape.hidden_size, PER_TOKEN=shape.per_token, BLOCK=block, num_warps=4,
+            **launch_options(self._device),
         )  # fmt: skip
 
     def _leave_others(self, held: range, num_tokens: int) -> None:
         """Number the pairs' experts as their weights are here. What experts elsewhere make is zero here."""
         num_pairs = num_tokens * self._shape.per_token
         experts = self._routes.experts[:num_pairs]
-        is_here = (experts >= held.start) & (experts < held.stop)
-        experts.sub_(held.start).masked_fill_(~is_here, self._shape.num_experts)  # a number that no expert has
+        is_elsewhere = (experts < held.start) | (experts >= held.stop)
+        experts.sub_(held.start).masked_fill_(is_elsewhere, self._shape.num_experts)  # a number that no expert has
         self._made[:num_pairs].zero_()
 
     def product(
@@ -200,8 +201,8 @@ class ExpertMixture:
             and shape.size % _SINGLE_OUTPUTS == 0
         )
 
-    def _single(self, total: torch.Tensor, norm: Norm, gate_up: Weights, down: Weights) -> None:
-        """Add what its experts make of one token's norm, once it is known which; each one's weights are read once."""
+    def _single(self, total: torch.Tensor, norm: Norm, gate_up: Weights, down: Weights, output: torch.Tensor) -> None:
+        """Add to `output` what its experts, once known, make of one token's norm; each one's weights are read once."""
         shape, routes, options = self._shape, self._routes, launch_options(self._device)
         hidden_size, size = shape.hidden_size, shape.size
         tile_k = _row_tile(hidden_size)
@@ -213,7 +214,7 @@ class ExpertMixture:
         )  # fmt: skip
         tile_k = min(_SINGLE_MOST_TILE_K, triton.next_power_of_2(size))
         _single_sum[(hidden_size // _SINGLE_OUTPUTS,)](
-            self._activated, down.weight, down.scales, down.bias, routes.experts, routes.weights, total, hidden_size,
+            self._activated, down.weight, down.scales, down.bias, routes.experts, routes.weights, output, hidden_size,
             SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k,
             CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=4, **options,
         )  # fmt: skip

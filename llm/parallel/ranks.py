@@ -34,6 +34,8 @@ CALL_TIMEOUT_S = 1800.0
 """Most time for what comes before steps: loading, sizing, capturing."""
 _STUCK_S = 5.0
 """After a rank is lost while the ranks start on GPUs: what rank 0 waits for on its device may never come."""
+_SOON_S = 1.0
+"""A collective may fail before it is known which rank has gone."""
 _STOP_S = 2.0
 _POLL_S = 20e-6
 
@@ -74,6 +76,7 @@ class RankGroup:
     def __init__(self, size: int, module: str, settings: dict[str, Any], *, on_gpus: bool = False) -> None:
         self.failure: str | None = None
         self._on_gpus = on_gpus
+        self._is_lost = threading.Event()
         self._is_noticed = threading.Event()
         self._most_silence_s = _STARTING_SILENCE_S
         self._failing = threading.Lock()
@@ -151,10 +154,16 @@ class RankGroup:
             if self.failure is not None or self._is_closed:
                 return
             self.failure = reason
+        self._is_lost.set()
         logger.error("ranks are given up: %s", reason)
         _kill(self._ranks)
         if self._on_gpus and self._most_silence_s == _STARTING_SILENCE_S:
             threading.Thread(target=self._end_if_stuck, daemon=True).start()
+
+    def fail_step(self, error: Exception) -> None:
+        """Give up all ranks because rank 0 is not with them in a step; where one is lost, that is why."""
+        if not self._is_lost.wait(_SOON_S):
+            self.fail(f"rank 0 could not launch a step: {type(error).__name__}: {error}")
 
     def _end_if_stuck(self) -> None:
         """End this process if its thread does not notice that ranks are lost: it waits for its device in vain."""

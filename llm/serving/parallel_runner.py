@@ -66,6 +66,6 @@ class ParallelRunner:
             return self._runner.launch(plan, arrays)
         except Exception as error:
             # The others are in the middle of this step, and will not meet this rank in the next one.
-            self._ranks.fail(f"rank 0 could not launch a step: {type(error).__name__}: {error}")
+            self._ranks.fail_step(error)
             self._ranks.check()
             raise

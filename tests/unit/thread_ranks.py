@@ -156,8 +156,8 @@ class ThreadRanks:
         for steps in self._steps:
             steps.put(pack_arrays(arrays))
 
-    def fail(self, reason: str) -> None:
-        self.failure = reason
+    def fail_step(self, error: Exception) -> None:
+        self.failure = str(error)
 
     def check(self) -> None:
         if self._errors:

@@ -164,3 +164,9 @@ def test_a_layer_sums_twice(checkpoints):
     exchange = engine.model.exchange
     results_of(engine, create_requests(1, max_new_tokens=1))
     assert exchange.num_reductions == 1 + 2 * engine.model.num_layers
+
+
+def test_one_token_s_experts_by_column(checkpoints):
+    """A step of one token has kernels of its own where sizes are whole: it reads each expert's weights once."""
+    request = GenerationRequest(prompt_token_ids=(5,), max_new_tokens=4, temperature=0, ignore_eos=True)
+    check_same(checkpoints("qwen3_moe", num_hidden_layers=1)[0], [request], attention_backend="triton")
