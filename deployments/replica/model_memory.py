@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from deployments.config import AppConfig
 from llm.config import ModelConfig
-from llm.core.partition import WHOLE, Partition
 from llm.errors import ConfigError
 
 GIB = 1 << 30
@@ -45,17 +44,21 @@ def slot_bytes(model: ModelConfig, itemsize: int) -> int:
     return model.num_attention_layers * model.slot_width * itemsize
 
 
-def weight_bytes(model: ModelConfig, itemsize: int, partition: Partition = WHOLE) -> int:
-    """Bytes of the weights of a part, those of plain numbers in `itemsize` bytes each.
+def weight_bytes(model: ModelConfig, itemsize: int, num_gpus: int = 1, *, by_expert: bool = False) -> int:
+    """Bytes of the weights on each of so many GPUs, those of plain numbers in `itemsize` bytes each.
+
+    Args:
+        by_expert: experts are cut by expert, not by column.
 
     Raises:
         ConfigError: the model cannot be cut so.
     """
     import torch
 
+    from llm.core.partition import Partition
     from llm.models.decoder import DecoderModel
 
-    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    dtype, partition = torch.float32 if itemsize == 4 else torch.bfloat16, Partition(0, num_gpus, by_expert)
     part = DecoderModel.from_config(model, device="meta", dtype=dtype, partition=partition)
     return sum(weight.nbytes for weight in part.parameters())
 
@@ -66,6 +69,7 @@ def share_of(app: AppConfig, model: ModelConfig, num_gpus: int) -> GPUShare:
     Raises:
         ConfigError: the model cannot be cut so.
     """
+    from llm.core.partition import Partition  # this and the next bring PyTorch, which the rest does without
     from llm.models.cuts import held_shape
 
     partition = Partition(0, num_gpus, by_expert=app.engine.expert_parallel)
@@ -73,7 +77,7 @@ def share_of(app: AppConfig, model: ModelConfig, num_gpus: int) -> GPUShare:
     kv_itemsize = 1 if app.engine.kv_cache_dtype == "fp8" else itemsize
     return GPUShare(
         num_gpus,
-        weight_bytes(model, itemsize, partition),
+        weight_bytes(model, itemsize, num_gpus, by_expert=partition.by_expert),
         app.engine.batch_size("cuda") * held.state_bytes(itemsize),
         slot_bytes(held, kv_itemsize),
     )

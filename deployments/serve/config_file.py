@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.config import AppConfig, EngineKind, resolve_paths
+from deployments.replica.model_memory import share_of
 from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
 from llm.checkpoint.generation_defaults import load_vocab_size
@@ -126,6 +127,8 @@ def _check_weights(config: AppConfig, directory: Path) -> ModelReport:
     longest_context(checked.config, config.engine)
     check_quantization(checked.config, config.engine)
     notes = check_features(checked.config, config.engine)
+    if config.engine.tensor_parallel_size > 1:
+        share_of(config, checked.config, config.engine.tensor_parallel_size)  # refuses what cannot be cut
     if config.lora is not None:
         check_lora(checked.config, config.lora)
     return ModelReport(checked.config, (*checked.warnings, *notes))

@@ -245,3 +245,11 @@ def test_files_without_an_application_are_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(LLMError, match=r"config\.yaml"):
         check_config_file(path)
+
+
+def test_a_model_that_cannot_be_cut_so_is_refused_before_anything_starts():
+    args = {"model": str(DEMO), "device": "cpu", "engine": {"tensor_parallel_size": 3}}
+    with pytest.raises(LLMError, match="tensor_parallel_size") as caught:
+        check_model(resolve_paths(AppConfig.model_validate(args)))
+    assert "\n" not in str(caught.value)
+    check_model(resolve_paths(AppConfig.model_validate({**args, "engine": {"tensor_parallel_size": 2}})))

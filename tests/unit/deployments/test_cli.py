@@ -239,3 +239,9 @@ def test_chat_shows_thoughts_apart_and_keeps_them_out_of_the_conversation():
     server.server_close()
     assert console.export_text().splitlines()[:3] == ["Hm, 42?", "", "It is 42."]
     assert asked[1]["messages"][1] == {"role": "assistant", "content": "It is 42."}
+
+
+def test_the_command_line_starts_without_pytorch():
+    """It takes seconds to import, which `rayline --help` and `rayline status` do not need."""
+    run = [sys.executable, "-c", "import sys, deployments.cli; sys.exit('torch' in sys.modules)"]
+    assert subprocess.run(run, cwd=ROOT, timeout=120).returncode == 0

@@ -46,7 +46,7 @@ def test_what_the_driver_says():
     assert nvml.busy_percent("GPU-1") == 87
     assert nvml.memory("GPU-2") is None
     assert nvml.busy_percent("MIG-1") is None
-    with pytest.raises(OSError, match="initialised"):
+    with pytest.raises(OSError, match="initialized"):
         Nvml(Driver(init_status=9))
 
 
