@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.core.weight_groups import WeightGroups
-from llm.kernels.expert_groups import groups_tile_product
+from llm.kernels.expert_groups import product_of_groups
 from llm.kernels.expert_pairs import expert_swiglu, find_tile, store_pairs
-from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, WRITTEN_OUT_PAIRS, ExpertTile, expert_group_tile, expert_tile
+from llm.kernels.expert_tiles import WRITTEN_OUT_PAIRS, ExpertTile, expert_tile
 from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
@@ -131,7 +130,10 @@ class ExpertMixture:
         """
         if weights.groups is not None:
             if weights.has_tiles and (tile is not None or not self._writes_out(num_tokens)):
-                self._product_of_groups(x, weights, weights.groups, output, num_tokens, swiglu=swiglu, tile=tile)
+                product_of_groups(
+                    x, weights, self._routes, output, num_tokens, tile, swiglu=swiglu,
+                    deterministic=self._deterministic,
+                )  # fmt: skip
                 return
             weights = weights.written_out(x.dtype)
         shape, routes = self._shape, self._routes
@@ -160,32 +162,6 @@ class ExpertMixture:
         """Whether weights in groups are written out first, which takes about as long as the product of some tokens."""
         shape = self._shape
         return not self._deterministic and num_tokens * shape.per_token >= WRITTEN_OUT_PAIRS * shape.num_experts
-
-    def _product_of_groups(
-        self, x: torch.Tensor, weights: Weights, groups: WeightGroups, output: torch.Tensor, num_tokens: int,
-        *, swiglu: bool, tile: ExpertTile | None,
-    ) -> None:  # fmt: skip
-        """`product` with weights in groups that tensor cores take."""
-        shape, routes = self._shape, self._routes
-        num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
-        if tile is None:
-            tile = expert_group_tile(
-                num_pairs, shape.num_experts, groups.span, x.dtype.itemsize, self._deterministic, swiglu
-            )
-        most_tiles = min((num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs), num_pairs)
-        code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(tile.k)
-        bytes_a_stage = code_bytes + tile.rows * tile.k * x.dtype.itemsize
-        groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
-            x, weights.weight, groups.scales, groups.zeros, groups.order, weights.bias, routes.order, routes.starts,
-            routes.weights, output, num_outputs, num_inputs, groups.scales.shape[-2], groups.size,
-            NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
-            PER_TOKEN=shape.per_token, ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, SWIGLU=swiglu,
-            LIMIT=shape.swiglu_limit if swiglu else None, ALPHA=shape.swiglu_alpha,
-            IS_EVEN=num_outputs % tile.outputs == 0,
-            AS_NUMBERS=groups.is_mxfp4 or (tile.rows > MAX_SUMMED_ROWS and not self._deterministic),
-            IN_ASSEMBLY=self._device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
-            num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)), **launch_options(self._device),
-        )  # fmt: skip
 
     def _is_single(self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights) -> bool:
         shape = self._shape
