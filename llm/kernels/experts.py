@@ -22,8 +22,9 @@ from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.routing import ExpertShape, Routes, route
 
-_SINGLE_OUTPUTS = 4
 _SINGLE_LEAST_TILE_K, _SINGLE_MOST_TILE_K = 256, 1024
+_GATE_UP_CUT, _DOWN_CUT = (4, 4), (4, 4)
+"""Of the products of one token: outputs of a program, and its warps."""
 _SUM_BLOCK = 1024
 _MANY_ROWS = 128
 """Pairs of a tile from which on tokens are the left factor, where nobody asks that sums have one order."""
@@ -173,7 +174,7 @@ class ExpertMixture:
             and stream.pending is None
             and not norm.offset
             and shape.hidden_size % 64 == 0
-            and shape.size % _SINGLE_OUTPUTS == 0
+            and shape.size % _GATE_UP_CUT[0] == 0
         )
 
     def _single(self, total: torch.Tensor, norm: Norm, gate_up: Weights, down: Weights) -> None:
@@ -181,17 +182,19 @@ class ExpertMixture:
         shape, routes, options = self._shape, self._routes, launch_options(self._device)
         hidden_size, size = shape.hidden_size, shape.size
         tile_k = _row_tile(hidden_size)
-        single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](
+        outputs, warps = _GATE_UP_CUT
+        single_row_product[(size // outputs, shape.per_token)](
             total, norm.weight, gate_up.weight, gate_up.scales, gate_up.bias, self._activated, routes.experts, size,
-            hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k, IS_EVEN=hidden_size % tile_k == 0,
+            hidden_size, norm.eps, OUTPUTS=outputs, TILE_K=tile_k, IS_EVEN=hidden_size % tile_k == 0,
             SWIGLU=True, GELU=False, OFFSET=None, ADDS=False, LIMIT=shape.swiglu_limit, ALPHA=shape.swiglu_alpha,
-            CAN_PREFETCH=False, num_warps=4, **options,
+            CAN_PREFETCH=False, num_warps=warps, **options,
         )  # fmt: skip
         tile_k = min(_SINGLE_MOST_TILE_K, triton.next_power_of_2(size))
-        _single_sum[(hidden_size // _SINGLE_OUTPUTS,)](
+        outputs, warps = _DOWN_CUT
+        _single_sum[(hidden_size // outputs,)](
             self._activated, down.weight, down.scales, down.bias, routes.experts, routes.weights, total, hidden_size,
-            SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k,
-            CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=4, **options,
+            SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=outputs, TILE_K=tile_k,
+            CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=warps, **options,
         )  # fmt: skip
 
 
