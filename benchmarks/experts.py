@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import triton
@@ -20,6 +21,7 @@ import triton
 from benchmarks.gpu_timing import graph_microseconds
 from llm.checkpoint.model_config import load_model_config
 from llm.config import WeightFormat, WeightLayout
+from llm.kernels import experts as kernels
 from llm.kernels.expert_tiles import ExpertTile, expert_tile
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Weights
@@ -48,6 +50,12 @@ _MANY = [
     (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
     (128, 128, 128, 8, 2), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 64, 64, 8, 4), (256, 128, 64, 8, 4),
 ]  # fmt: skip
+_CUTS = [(outputs, num_warps) for outputs in (1, 2, 4, 8) for num_warps in (2, 4, 8)]
+_SINGLES = [
+    *((cut, (4, 4), tile_k) for cut in _CUTS for tile_k in (512, 1024, 2048)),
+    *(((4, 4), cut, 1024) for cut in _CUTS),
+]  # fmt: skip
+"""Of one token: outputs and warps of either product, and inputs at once."""
 _GROUPS = [(64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 5), (128, 8, 2), (128, 8, 3), (128, 8, 4), (256, 8, 3)]
 """Of weights in groups, which say how many inputs a tile has."""
 
@@ -127,6 +135,20 @@ class Bench:
     def _group_tiles(self, k: int) -> Iterator[tuple[int, int, int, int]]:
         return ((outputs, k, num_warps, num_stages) for outputs, num_warps, num_stages in _GROUPS)
 
+    def single(self, cuts: tuple[tuple[int, int], tuple[int, int], int]) -> Callable[[int], None]:
+        """One token, with other cuts of its products."""
+        stream = ResidualStream(self.x[:1].clone())
+
+        def run(layer: int) -> None:
+            gate_up, down, tile_k = cuts
+            with (
+                patch.object(kernels, "_GATE_UP_CUT", gate_up), patch.object(kernels, "_DOWN_CUT", down),
+                patch.object(kernels, "_SINGLE_MOST_TILE_K", tile_k),
+            ):  # fmt: skip
+                self.mixture(stream, self.norm, *self.layers[layer])
+
+        return run
+
     def written_out(self) -> float:
         """Microseconds of writing both weights out in 16 bits."""
         return self.microseconds(lambda layer: [each.written_out(torch.bfloat16) for each in self.layers[layer][1:]])
@@ -134,7 +156,10 @@ class Bench:
 
 def compile_some(bench: Bench, sweep: list[int], share: int, num_shares: int) -> None:
     """Compile every `num_shares`-th of the tiles to try."""
-    for num_tokens in sweep:
+    if 1 in sweep and bench.layers[0][1].groups is None:
+        for cuts in _SINGLES[share::num_shares]:
+            bench.single(cuts)(0)
+    for num_tokens in (each for each in sweep if each > 1 or bench.layers[0][1].groups is not None):
         bench.mixture(ResidualStream(bench.x[:num_tokens].clone()), bench.norm, *bench.layers[0])
         work = [(swiglu, tile) for swiglu in (True, False) for tile in bench.tiles(num_tokens)]
         for swiglu, tile in work[share::num_shares]:
@@ -185,6 +210,10 @@ def main() -> None:
             print(json.dumps({**line, "s": round(time.perf_counter() - begin)}), flush=True)
         for num_tokens in options.sweep:
             bench.parts(num_tokens)
+            if num_tokens == 1 and bench.layers[0][1].groups is None:
+                for cuts in _SINGLES:
+                    print(json.dumps({"tokens": 1, "us": bench.microseconds(bench.single(cuts)), "cuts": cuts}))
+                continue
             for name, swiglu in (("gate_up", True), ("down", False)):
                 for tile in bench.tiles(num_tokens):
                     try:

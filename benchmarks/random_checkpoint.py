@@ -14,7 +14,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from llm.checkpoint.model_config import load_model_config
+from llm.checkpoint.weight_slots import Slot, find_slots
+from llm.models.decoder import DecoderModel
+
 _SHARD_BYTES = 4 << 30
+_STD = 0.02
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -35,18 +40,14 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def write_weights(directory: Path, dtype: torch.dtype, device: str) -> None:
-    """Give a directory with a `config.json` weights drawn from a normal distribution, in shards of up to 4 GiB."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Give a directory with a `config.json` random weights in the format that it says, in shards of up to 4 GiB.
 
-    config = AutoConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
-    if getattr(config, "tie_word_embeddings", False):
-        shapes.pop("lm_head.weight", None)
+    Tensors are those that files of the architecture hold, each expert's by themselves.
+    """
     torch.manual_seed(0)
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    num_shards = 0
+    num_shards, num_bytes = 0, 0
 
     def flush() -> None:
         nonlocal shard, num_shards
@@ -57,16 +58,41 @@ def write_weights(directory: Path, dtype: torch.dtype, device: str) -> None:
             index.update(dict.fromkeys(shard, name))
             shard = {}
 
-    for name, shape in shapes.items():
-        is_norm = "norm" in name
-        weight = torch.ones if is_norm else torch.randn
-        shard[name] = (weight(shape.shape, dtype=dtype, device=device) * (1.0 if is_norm else 0.02)).cpu()
+    config = load_model_config(directory)
+    group_size = None if config.quantization is None else config.quantization.formats[0].group_size
+    slots = find_slots(DecoderModel.from_config(config, device="meta", dtype=dtype))
+    stacks = {slot.stack for slot in slots.values()}
+    for name, slot in slots.items():
+        if slot.is_optional or name in stacks:
+            continue
+        shard[name] = _random(name, slot, group_size, dtype, device).cpu()
+        num_bytes += shard[name].nbytes
         if sum(tensor.nbytes for tensor in shard.values()) > _SHARD_BYTES:
             flush()
     flush()
-    total = sum(shape.numel() * shape.element_size() for shape in shapes.values())
-    document = {"metadata": {"total_size": total}, "weight_map": index}
+    document = {"metadata": {"total_size": num_bytes}, "weight_map": index}
     (directory / "model.safetensors.index.json").write_text(json.dumps(document))
+
+
+def _random(name: str, slot: Slot, group_size: int | None, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A tensor of a slot's shape and type: weights about as large as those of 16 bits, whatever they are stored in."""
+    shape, leaf = slot.shapes[0], name.rpartition(".")[2]
+    if leaf.endswith("g_idx"):
+        return torch.arange(shape[0], dtype=torch.int32, device=device) // (group_size or shape[0])
+    if "U8" in slot.kinds:
+        is_scale = leaf.endswith("_scales")
+        return torch.randint(120 if is_scale else 0, 122 if is_scale else 256, shape, dtype=torch.uint8, device=device)
+    if "I32" in slot.kinds:
+        return torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int64, device=device).int()
+    if "F8_E4M3" in slot.kinds:
+        return torch.randn(shape, dtype=dtype, device=device).to(torch.float8_e4m3fn)
+    if leaf in ("scales", "weight_scale"):
+        return torch.full(shape, 1 / 64 if leaf == "weight_scale" else 1 / 256, dtype=dtype, device=device)
+    return (
+        torch.ones(shape, dtype=dtype, device=device)
+        if "norm" in name
+        else _STD * torch.randn(shape, dtype=dtype, device=device)
+    )
 
 
 def write_checkpoint(model: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -1,12 +1,42 @@
 """Products of experts whose weights are in groups, such as MXFP4: codes become numbers on their way to tensor cores."""
 
+import torch
 import triton
 import triton.language as tl
 
 from llm.kernels.expert_pairs import find_tile, store_pairs
+from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, ExpertTile, expert_group_tile
 from llm.kernels.group_numbers import product_of_numbers
 from llm.kernels.groups import sum_of_groups
-from llm.kernels.launch import wait_for_inputs
+from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
+from llm.kernels.linear import Weights
+from llm.kernels.routing import Routes
+
+
+def product_of_groups(
+    x: torch.Tensor, weights: Weights, routes: Routes, output: torch.Tensor, num_tokens: int, tile: ExpertTile | None,
+    *, swiglu: bool, deterministic: bool,
+) -> None:  # fmt: skip
+    """See `ExpertMixture.product`; with weights in groups that tensor cores take."""
+    shape, groups, device = routes.shape, weights.groups, x.device
+    assert groups is not None, "it is for those alone"
+    num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
+    if tile is None:
+        tile = expert_group_tile(num_pairs, shape.num_experts, groups.span, x.dtype.itemsize, deterministic, swiglu)
+    most_tiles = min((num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs), num_pairs)
+    code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(tile.k)
+    bytes_a_stage = code_bytes + tile.rows * tile.k * x.dtype.itemsize
+    groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
+        x, weights.weight, groups.scales, groups.zeros, groups.order, weights.bias, routes.order, routes.starts,
+        routes.weights, output, num_outputs, num_inputs, groups.scales.shape[-2], groups.size,
+        NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
+        PER_TOKEN=shape.per_token, ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, SWIGLU=swiglu,
+        LIMIT=shape.swiglu_limit if swiglu else None, ALPHA=shape.swiglu_alpha,
+        IS_EVEN=num_outputs % tile.outputs == 0,
+        AS_NUMBERS=groups.is_mxfp4 or (tile.rows > MAX_SUMMED_ROWS and not deterministic),
+        IN_ASSEMBLY=device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
+        num_stages=min(tile.num_stages, most_stages(device, bytes_a_stage)), **launch_options(device),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,18 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.core.weight_groups import WeightGroups
-from llm.kernels.expert_groups import groups_tile_product
+from llm.kernels.expert_groups import product_of_groups
 from llm.kernels.expert_pairs import expert_swiglu, find_tile, store_pairs
-from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, WRITTEN_OUT_PAIRS, ExpertTile, expert_group_tile, expert_tile
+from llm.kernels.expert_tiles import WRITTEN_OUT_PAIRS, ExpertTile, expert_tile
 from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.routing import ExpertShape, Routes, route
 
-_SINGLE_OUTPUTS = 4
 _SINGLE_LEAST_TILE_K, _SINGLE_MOST_TILE_K = 256, 1024
+_GATE_UP_CUT, _DOWN_CUT = (4, 4), (4, 4)
+"""Of the products of one token: outputs of a program, and its warps."""
 _SUM_BLOCK = 1024
 _MANY_ROWS = 128
 """Pairs of a tile from which on tokens are the left factor, where nobody asks that sums have one order."""
@@ -132,7 +132,10 @@ class ExpertMixture:
         """
         if weights.groups is not None:
             if weights.has_tiles and (tile is not None or not self._writes_out(num_tokens)):
-                self._product_of_groups(x, weights, weights.groups, output, num_tokens, swiglu=swiglu, tile=tile)
+                product_of_groups(
+                    x, weights, self._routes, output, num_tokens, tile, swiglu=swiglu,
+                    deterministic=self._deterministic,
+                )  # fmt: skip
                 return
             weights = weights.written_out(x.dtype)
         shape, routes = self._shape, self._routes
@@ -162,32 +165,6 @@ class ExpertMixture:
         shape = self._shape
         return not self._deterministic and num_tokens * shape.per_token >= WRITTEN_OUT_PAIRS * shape.num_experts
 
-    def _product_of_groups(
-        self, x: torch.Tensor, weights: Weights, groups: WeightGroups, output: torch.Tensor, num_tokens: int,
-        *, swiglu: bool, tile: ExpertTile | None,
-    ) -> None:  # fmt: skip
-        """`product` with weights in groups that tensor cores take."""
-        shape, routes = self._shape, self._routes
-        num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
-        if tile is None:
-            tile = expert_group_tile(
-                num_pairs, shape.num_experts, groups.span, x.dtype.itemsize, self._deterministic, swiglu
-            )
-        most_tiles = min((num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs), num_pairs)
-        code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(tile.k)
-        bytes_a_stage = code_bytes + tile.rows * tile.k * x.dtype.itemsize
-        groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
-            x, weights.weight, groups.scales, groups.zeros, groups.order, weights.bias, routes.order, routes.starts,
-            routes.weights, output, num_outputs, num_inputs, groups.scales.shape[-2], groups.size,
-            NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
-            PER_TOKEN=shape.per_token, ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, SWIGLU=swiglu,
-            LIMIT=shape.swiglu_limit if swiglu else None, ALPHA=shape.swiglu_alpha,
-            IS_EVEN=num_outputs % tile.outputs == 0,
-            AS_NUMBERS=groups.is_mxfp4 or (tile.rows > MAX_SUMMED_ROWS and not self._deterministic),
-            IN_ASSEMBLY=self._device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
-            num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)), **launch_options(self._device),
-        )  # fmt: skip
-
     def _is_single(self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights) -> bool:
         shape = self._shape
         return (
@@ -198,7 +175,7 @@ class ExpertMixture:
             and stream.pending is None
             and not norm.offset
             and shape.hidden_size % 64 == 0
-            and shape.size % _SINGLE_OUTPUTS == 0
+            and shape.size % _GATE_UP_CUT[0] == 0
         )
 
     def _single(self, total: torch.Tensor, norm: Norm, gate_up: Weights, down: Weights, output: torch.Tensor) -> None:
@@ -206,17 +183,19 @@ class ExpertMixture:
         shape, routes, options = self._shape, self._routes, launch_options(self._device)
         hidden_size, size = shape.hidden_size, shape.size
         tile_k = _row_tile(hidden_size)
-        single_row_product[(size // _SINGLE_OUTPUTS, shape.per_token)](
+        outputs, warps = _GATE_UP_CUT
+        single_row_product[(size // outputs, shape.per_token)](
             total, norm.weight, gate_up.weight, gate_up.scales, gate_up.bias, self._activated, routes.experts, size,
-            hidden_size, norm.eps, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k, IS_EVEN=hidden_size % tile_k == 0,
+            hidden_size, norm.eps, OUTPUTS=outputs, TILE_K=tile_k, IS_EVEN=hidden_size % tile_k == 0,
             SWIGLU=True, GELU=False, OFFSET=None, ADDS=False, LIMIT=shape.swiglu_limit, ALPHA=shape.swiglu_alpha,
-            CAN_PREFETCH=False, num_warps=4, **options,
+            CAN_PREFETCH=False, num_warps=warps, **options,
         )  # fmt: skip
         tile_k = min(_SINGLE_MOST_TILE_K, triton.next_power_of_2(size))
-        _single_sum[(hidden_size // _SINGLE_OUTPUTS,)](
+        outputs, warps = _DOWN_CUT
+        _single_sum[(hidden_size // outputs,)](
             self._activated, down.weight, down.scales, down.bias, routes.experts, routes.weights, output, hidden_size,
-            SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=_SINGLE_OUTPUTS, TILE_K=tile_k,
-            CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=4, **options,
+            SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=outputs, TILE_K=tile_k,
+            CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=warps, **options,
         )  # fmt: skip
 
 

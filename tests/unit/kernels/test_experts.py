@@ -165,8 +165,8 @@ GROUPS = {
     "8 bits": WeightFormat(layout=WeightLayout.FP8, group_size=32, block_rows=32),
 }
 GROUP_SHAPES = {
-    "tiles that divide": ExpertShape(5, 3, 128, 256, True),
-    "biases, tiles that do not": ExpertShape(6, 4, 96, 160, True, 1.5, 1.3),
+    "tiles that divide": ExpertShape(4, 2, 64, 128, True),
+    "biases, tiles that do not": ExpertShape(3, 2, 96, 160, True, 1.5, 1.3),
 }
 WITHOUT_TILES = ExpertShape(5, 2, 48, 80, True)
 """Sizes that tensor cores take no codes of."""
@@ -214,8 +214,8 @@ def check_coded(
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("shape", GROUP_SHAPES.values(), ids=GROUP_SHAPES)
 def test_experts_in_groups_equal_the_layer(name, shape):
-    """One token, few, and so many that tiles are larger and sums are not scaled one by one."""
-    for num_tokens in (1, 21, 70):
+    """One token, and so many that tiles are larger and sums are not scaled one by one."""
+    for num_tokens in (1, 60):
         check_coded(shape, GROUPS[name], num_tokens)
 
 

@@ -1,11 +1,13 @@
 """gpt-oss's checkpoints as OpenAI publishes them: experts in MXFP4, which mean what transformers unpacks."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_cuts import check_cut
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from deployments.replica.model_memory import weight_bytes
@@ -55,20 +57,32 @@ def test_the_largest_scale_is_not_a_number():
     assert unpacked(blocks, scales).isnan().flatten().tolist() == [False] * 32 + [True] * 32
 
 
-@pytest.fixture
-def directory(checkpoints, tmp_path, edit) -> Path:
-    """The small random checkpoint with random experts in MXFP4."""
+def write_in_mxfp4(source: Path, directory: Path, edit: Callable[..., None]) -> None:
+    """Write a small random checkpoint again, with other random experts, in MXFP4."""
     torch.manual_seed(0)
-    shutil.copytree(checkpoints("gpt_oss")[0], tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "model.safetensors"
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+    file = directory / "model.safetensors"
     tensors = load_file(file)
     for name in [name for name in tensors if name.endswith(PROJECTIONS)]:
         num_experts, num_inputs, num_outputs = tensors.pop(name).shape
         blocks = random_blocks(num_experts, num_outputs, num_inputs, (-5, -2))
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks
     save_file(tensors, file)
-    edit(tmp_path / "config.json", quantization_config=QUANTIZATION)
+    edit(directory / "config.json", quantization_config=QUANTIZATION)
+
+
+@pytest.fixture
+def directory(checkpoints, tmp_path, edit) -> Path:
+    """The small random checkpoint in MXFP4."""
+    write_in_mxfp4(checkpoints("gpt_oss")[0], tmp_path, edit)
     return tmp_path
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_two_ranks_give_the_logits_of_the_whole_model(checkpoints, tmp_path, edit, by_expert):
+    """Each takes its part of the blocks, or the blocks of its experts."""
+    write_in_mxfp4(checkpoints("gpt_oss", intermediate_size=128)[0], tmp_path, edit)
+    check_cut(tmp_path, 2, by_expert=by_expert)
 
 
 @torch.inference_mode()

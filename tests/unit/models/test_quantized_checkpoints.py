@@ -19,6 +19,7 @@ from quantized_layouts import (
     rewrite,
 )
 from safetensors.torch import load_file, save_file
+from test_cuts import check_cut
 
 from deployments.replica.model_memory import weight_bytes
 from llm.attention.dense import DenseContext
@@ -135,6 +136,24 @@ def test_latent_attention_takes_them(checkpoints, tmp_path, name):
     request = GenerationRequest(prompt_token_ids=tuple(ids[0].tolist()), max_new_tokens=1, temperature=0)
     [result] = engine.generate([request], progress=False)
     assert result.token_ids == (int(expected[0, -1].argmax()),)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_expert"),
+    [
+        ("awq 32", False),
+        ("gptq 32 act-order", True),
+        ("transformers' fp8 by tensor", False),
+        ("transformers' fp8 by block", True),
+    ],
+)
+def test_experts_are_cut_over_ranks(checkpoints, tmp_path, name, by_expert):
+    """In the width of each, or whole ones: the logits are those of the model in one piece."""
+    source = checkpoints("qwen3_moe", **EXPERT_SHAPE)[0]
+    layout = LAYOUTS[name]
+    layout = Layout({**layout.config, "modules_to_not_convert": ["self_attn"]}, layout.write)
+    quantize_directory(source, tmp_path, layout, is_of_expert)
+    check_cut(tmp_path, 2, by_expert=by_expert)
 
 
 @torch.inference_mode()
