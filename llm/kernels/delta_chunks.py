@@ -140,6 +140,9 @@ def _solve_chunks(
         key_column = (NUM_KEY_HEADS + head // (NUM_VALUE_HEADS // NUM_KEY_HEADS)) * KEY_DIM
         value_column = 2 * NUM_KEY_HEADS * KEY_DIM + head * VALUE_DIM + value_dim
         total = 0.0
+        key_0 = key_1 = key_2 = keys_0 = keys_1 = keys_2 = tl.zeros([ROWS, KEY_BLOCK], tl.float32)
+        values_0 = values_1 = values_2 = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+        faded_0 = faded_1 = faded_2 = tl.zeros([ROWS], tl.float32)
         is_before = tl.full([ROWS, ROWS], True, tl.int1)
         for block in tl.static_range(0, _CHUNK // ROWS):
             token = start + block * ROWS + row
@@ -173,12 +176,9 @@ def _solve_chunks(
             target = solved + (token * NUM_VALUE_HEADS + head)[:, None] * (KEY_DIM + VALUE_DIM)
             tl.store(target + key_dim[None, :], keys.to(dtype), mask=exists[:, None] & (key_dim < KEY_DIM)[None, :])
             tl.store(target + KEY_DIM + value_dim[None, :], values.to(dtype), mask=mask)
-            if block == 0:
-                key_0, faded_0, values_0, keys_0 = key, faded, values, keys
-            if block == 1:
-                key_1, faded_1, values_1, keys_1 = key, faded, values, keys
-            if block == 2:
-                key_2, faded_2, values_2, keys_2 = key, faded, values, keys
+            key_2, faded_2, values_2, keys_2 = key_1, faded_1, values_1, keys_1
+            key_1, faded_1, values_1, keys_1 = key_0, faded_0, values_0, keys_0
+            key_0, faded_0, values_0, keys_0 = key, faded, values, keys
 
 
 @triton.jit

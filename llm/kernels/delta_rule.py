@@ -94,7 +94,8 @@ def gated_delta_rule(
         parts.context_lens, output, spec.key_dim**-0.5, decay.stride(0),
         NUM_KEY_HEADS=spec.num_key_heads, NUM_VALUE_HEADS=spec.num_value_heads, KEY_DIM=spec.key_dim,
         KEY_BLOCK=triton.next_power_of_2(spec.key_dim), VALUE_DIM=spec.value_dim, VALUES=num_values,
-        CONV_SIZE=spec.conv_size, NUM_BLOCKS=num_blocks, MOST=most_tokens or _ANY, num_warps=_NUM_WARPS, **launch_options(output.device),
+        CONV_SIZE=spec.conv_size, NUM_BLOCKS=num_blocks, MOST=most_tokens or _ANY,
+        num_warps=_NUM_WARPS, **launch_options(output.device),
     )  # fmt: skip
 
 
