@@ -2,9 +2,9 @@
 
     python -m benchmarks.delta_rule [--sweep] [--prefills]
 
-One JSON line for each step: microseconds of each kernel, and what the rule reads and writes a second. Of prompts, "rule"
-walks token by token and "chunks" works 64 out at once. `--sweep` tries other numbers of rows and warps for a program of
-the rule, and of values for one of the chunks; `--prefills` leaves decodes out. Needs a GPU.
+One JSON line for each step: microseconds of each kernel, and what the rule reads and writes a second. Of prompts,
+"rule" walks token by token and "chunks" works 64 out at once. `--sweep` tries other numbers of rows and warps for a
+program of the rule, and of values for one of the chunks; `--prefills` leaves decodes out. Needs a GPU.
 """
 
 import argparse

@@ -140,9 +140,11 @@ def _solve_chunks(
         key_column = (NUM_KEY_HEADS + head // (NUM_VALUE_HEADS // NUM_KEY_HEADS)) * KEY_DIM
         value_column = 2 * NUM_KEY_HEADS * KEY_DIM + head * VALUE_DIM + value_dim
         total = 0.0
-        key_0 = key_1 = key_2 = keys_0 = keys_1 = keys_2 = tl.zeros([ROWS, KEY_BLOCK], tl.float32)
-        values_0 = values_1 = values_2 = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-        faded_0 = faded_1 = faded_2 = tl.zeros([ROWS], tl.float32)
+        # Of the last three blocks, the nearest first.
+        key_0 = tl.zeros([ROWS, KEY_BLOCK], tl.float32)
+        values_0, faded_0 = tl.zeros([ROWS, VALUE_BLOCK], tl.float32), tl.zeros([ROWS], tl.float32)
+        key_1, faded_1, values_1, keys_1 = key_0, faded_0, values_0, key_0
+        key_2, faded_2, values_2, keys_2, keys_0 = key_0, faded_0, values_0, key_0, key_0
         is_before = tl.full([ROWS, ROWS], True, tl.int1)
         for block in tl.static_range(0, _CHUNK // ROWS):
             token = start + block * ROWS + row
