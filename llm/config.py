@@ -13,6 +13,10 @@ MAX_TOP_LOGPROBS = 20
 """Most of the likeliest tokens whose log probabilities a request may ask for."""
 
 
+_SNAPSHOT_BYTES, _SNAPSHOT_BYTES_ON_CPU = 4 << 30, 256 << 20
+"""Memory for snapshots of states where the configuration does not say how many, unless that is too little for a few."""
+
+
 class StrictModel(BaseModel):
     """Frozen pydantic model that refuses unknown keys and says which known one is nearest."""
 
@@ -449,6 +453,10 @@ class EngineConfig(StrictModel):
     """Most memory of the pool on a CPU, in bytes; never more than `max_batch_size` full sequences need."""
     enable_prefix_caching: bool = True
     """Keep full pages of finished sequences and share them with prompts that begin the same."""
+    num_state_snapshots: int | None = Field(default=None, ge=0)
+    """Snapshots of states that the prefix cache keeps, in a model whose layers have such (Qwen3.5): a prefix is found
+    as far as there is one. None for twice as many as rows, but no more than 4 GiB hold on a GPU and 256 MiB on a CPU;
+    0 for no prefix cache in such a model."""
     attention_backend: str | None = None
     """Name of an attention backend; None for the best one on this device."""
     quantization: Literal["fp8"] | None = None
@@ -481,6 +489,15 @@ class EngineConfig(StrictModel):
         """Rows on a device of this type ("cpu", "cuda")."""
         default = 32 if device_type == "cpu" else 256
         return self.max_batch_size or min(default, self.max_tokens_per_step or default)
+
+    def num_snapshots(self, device_type: str, state_bytes: int) -> int:
+        """Snapshots of states on a device of this type, each of `state_bytes`; 0 for a model without states."""
+        if not state_bytes or not self.enable_prefix_caching:
+            return 0
+        if self.num_state_snapshots is not None:
+            return self.num_state_snapshots
+        room = _SNAPSHOT_BYTES_ON_CPU if device_type == "cpu" else _SNAPSHOT_BYTES
+        return min(2 * self.batch_size(device_type), max(room // state_bytes, 4))
 
     def token_budget(self, device_type: str) -> int:
         """Tokens of one step on a device of this type ("cpu", "cuda")."""

@@ -16,6 +16,7 @@ from deployments.replica.model_memory import (
     fewest_gpus,
     fewest_slots,
     itemsize_of,
+    num_snapshots_of,
     share_of,
     weight_bytes,
 )
@@ -97,9 +98,10 @@ def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
     table.add_row("  weights", f"{weights} ({_width(model, itemsize)})")
     table.add_row("  a slot", f"{share.slot_bytes / 1024:.1f} KiB of keys and values for one token{on_each}")
     if share.state_bytes:
-        num_rows = app.engine.batch_size("cuda")
-        a_row, states = share.state_bytes / num_rows / (1 << 20), share.state_bytes / GIB
-        table.add_row("  a row", f"{a_row:.1f} MiB of states, {states:.2f} GiB for {num_rows} rows{on_each}")
+        num_rows, num_snapshots = app.engine.batch_size("cuda"), num_snapshots_of(app, model)
+        a_row, states = share.state_bytes / (num_rows + num_snapshots) / (1 << 20), share.state_bytes / GIB
+        holders = f"{num_rows} rows" + (f" and {num_snapshots} snapshots for the prefix cache" if num_snapshots else "")
+        table.add_row("  a row", f"{a_row:.1f} MiB of states, {states:.2f} GiB for {holders}{on_each}")
     for size in sizes:
         which = f"{share.num_gpus} GPUs" if on_each else "a GPU"
         table.add_row(f"  {which} of {size:g} GiB", _what_fits(app, model, share, size))

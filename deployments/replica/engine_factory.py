@@ -164,6 +164,7 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
     import torch
 
     from llm.serving.engine import ContinuousBatchingEngine
+    from llm.serving.memory import states_bytes
 
     # Ray sets OMP_NUM_THREADS=1 for replicas with less than a CPU.
     torch.set_num_threads(config.replicas.torch_threads or max(1, num_cores() // config.replicas.most_replicas))
@@ -196,7 +197,6 @@ def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
         backend=engine.attention_backend,
         fingerprint=fingerprint_of(config),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
-        kv_cache_bytes=engine.num_slots * slot_bytes(model.held, kv_itemsize)
-        + (engine.scheduler.max_batch_size + 1) * model.held.state_bytes(model.dtype.itemsize),
+        kv_cache_bytes=engine.num_slots * slot_bytes(model.held, kv_itemsize) + states_bytes(model, engine.config),
         num_gpus=config.engine.tensor_parallel_size,
     )

@@ -21,7 +21,7 @@ class GPUShare:
     Attributes:
         num_gpus: of the replica.
         weight_bytes: of its part of the weights.
-        state_bytes: of all rows' states.
+        state_bytes: of the states of all rows and snapshots.
         slot_bytes: of one token's keys and values.
     """
 
@@ -78,9 +78,14 @@ def share_of(app: AppConfig, model: ModelConfig, num_gpus: int) -> GPUShare:
     return GPUShare(
         num_gpus,
         weight_bytes(model, itemsize, num_gpus, by_expert=partition.by_expert),
-        app.engine.batch_size("cuda") * held.state_bytes(itemsize),
+        (app.engine.batch_size("cuda") + num_snapshots_of(app, model)) * held.state_bytes(itemsize),
         slot_bytes(held, kv_itemsize),
     )
+
+
+def num_snapshots_of(app: AppConfig, model: ModelConfig) -> int:
+    """Snapshots of states that the prefix cache keeps on a GPU."""
+    return app.engine.num_snapshots("cuda", model.state_bytes(itemsize_of(app)))
 
 
 def itemsize_of(app: AppConfig) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from llm.config import DeltaConfig
@@ -76,19 +78,51 @@ class RecurrentStates:
     is where a sequence begins, and begins again after it was preempted.
 
     Args:
-        specs: of the layers, by their index.
+        specs: of the layers, by their index; all the same.
         num_rows: rows that the scheduler gives out. There is one more, for what belongs to nobody.
         device: where the states live.
         dtype: of the activations.
+        num_snapshots: places for states as they were at a time.
 
     Attributes:
-        layers: for each such layer the states of all rows.
+        layers: for each such layer the states of all rows, and behind these the snapshots.
     """
 
     def __init__(
-        self, specs: Mapping[int, DeltaSpec], num_rows: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        specs: Mapping[int, DeltaSpec],
+        num_rows: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        num_snapshots: int = 0,
     ) -> None:
-        self.layers = {layer: RecurrentState.zeros(spec, num_rows + 1, device, dtype) for layer, spec in specs.items()}
+        assert len(set(specs.values())) <= 1, "layers with states of several shapes"
+        self._first_snapshot = num_rows + 1
+        self._all: RecurrentState | None = None
+        self.layers: dict[int, RecurrentState] = {}
+        num_places = num_rows + 1 + num_snapshots
+        for spec in set(specs.values()):
+            zeros = RecurrentState.zeros(spec, len(specs) * num_places, device, dtype)
+            self._all = stacked = RecurrentState(*(x.view(len(specs), num_places, *x.shape[1:]) for x in zeros))
+            self.layers = {layer: RecurrentState(*(x[i] for x in stacked)) for i, layer in enumerate(specs)}
+
+    def restore(self, pairs: npt.NDArray[np.int32]) -> None:
+        """Copy snapshots to rows, in the device's order of work.
+
+        Args:
+            pairs: (2 snapshots,), row and place of each.
+        """
+        for row, place in pairs.reshape(-1, 2).tolist():
+            self._copy(self._first_snapshot + place, row)
+
+    def save(self, pairs: npt.NDArray[np.int32]) -> None:
+        """Copy rows to snapshots; see `restore`."""
+        for row, place in pairs.reshape(-1, 2).tolist():
+            self._copy(row, self._first_snapshot + place)
+
+    def _copy(self, source: int, target: int) -> None:
+        for states in self._all or ():
+            states[:, target].copy_(states[:, source])
 
 
 class RecurrentCache:

@@ -20,6 +20,8 @@ _CHANNELS = 512
 _VALUES = 8
 """Rows of a head's matrix that a warp of the rule keeps: with 128 columns 32 registers of each thread."""
 _NUM_WARPS = 1
+_ANY = 2**31 - 1
+"""More tokens than any part has."""
 _NORM_EPS = tl.constexpr(1e-6)
 """As in `llm.attention.delta_rule`."""
 
@@ -72,6 +74,7 @@ def gated_delta_rule(
     matrices: torch.Tensor,
     parts: StepParts,
     output: torch.Tensor,
+    most_tokens: int | None = None,
 ) -> None:
     """Write the rule's outputs for the tokens of all parts, and the rows' next matrices.
 
@@ -82,6 +85,7 @@ def gated_delta_rule(
         matrices: (rows, num_value_heads, value_dim, key_dim) float32; not looked at where a sequence begins.
         parts: of the step; a row is in one of them at most.
         output: (tokens, output_size), contiguous.
+        most_tokens: parts of more are left alone; None for none.
     """
     num_values = _VALUES * _NUM_WARPS
     num_blocks = triton.cdiv(spec.value_dim, num_values)
@@ -90,7 +94,8 @@ def gated_delta_rule(
         parts.context_lens, output, spec.key_dim**-0.5, decay.stride(0),
         NUM_KEY_HEADS=spec.num_key_heads, NUM_VALUE_HEADS=spec.num_value_heads, KEY_DIM=spec.key_dim,
         KEY_BLOCK=triton.next_power_of_2(spec.key_dim), VALUE_DIM=spec.value_dim, VALUES=num_values,
-        CONV_SIZE=spec.conv_size, NUM_BLOCKS=num_blocks, num_warps=_NUM_WARPS, **launch_options(output.device),
+        CONV_SIZE=spec.conv_size, NUM_BLOCKS=num_blocks, MOST=most_tokens or _ANY,
+        num_warps=_NUM_WARPS, **launch_options(output.device),
     )  # fmt: skip
 
 
@@ -212,13 +217,13 @@ def _gated_delta_rule(
     convolved, decay, log_rates, decay_bias, matrices, part_rows, query_starts, query_lens, context_lens, output,
     scale, decay_stride, NUM_KEY_HEADS: tl.constexpr, NUM_VALUE_HEADS: tl.constexpr, KEY_DIM: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, CONV_SIZE: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (head and block of its values, part): these rows of the head's matrix, through all tokens of the part."""
     wait_for_inputs(PDL)
     head, part = tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
     num_new = tl.load(query_lens + part)
-    if num_new > 0:
+    if (num_new > 0) & (num_new <= MOST):
         dim = tl.arange(0, KEY_BLOCK)
         value = (tl.program_id(0) % NUM_BLOCKS) * VALUES + tl.arange(0, VALUES)
         key_mask, value_mask = dim < KEY_DIM, value < VALUE_DIM

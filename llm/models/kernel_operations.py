@@ -30,6 +30,7 @@ from llm.kernels.attention.work import (
     plan_decodes,
     plan_prefills,
 )
+from llm.kernels.delta_chunks import LEAST_TOKENS, gated_delta_chunks
 from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolution, store_tails
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Linear, Weights, add_parts
@@ -308,7 +309,12 @@ class KernelOperations:
         short_convolution(mixed, mixer.conv1d.weight, tail, tokens.rows, tokens.positions, convolved)
         if self._step.has_prefills:
             store_tails(mixed, tail, parts)
-        gated_delta_rule(spec, convolved, decay, mixer.A_log, mixer.dt_bias, matrix, parts, output)
+        rule = spec, convolved, decay, mixer.A_log, mixer.dt_bias, matrix, parts, output
+        if self._step.has_prefills and not self._workspace.deterministic:
+            gated_delta_rule(*rule, most_tokens=LEAST_TOKENS - 1)
+            gated_delta_chunks(*rule)
+        else:
+            gated_delta_rule(*rule)
         gate_by_norm(spec, mixed, mixer.norm.weight, mixer.norm.eps, output)
         return self._asked_for(layer, output)
 

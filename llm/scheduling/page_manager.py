@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 
 from llm.scheduling.sequence import Sequence
 from llm.scheduling.slot_pool import GROUP_BITS, SlotPool
+from llm.scheduling.state_snapshots import StateSnapshots
 
 _HASHES_PER_STEP = 768
 """Pages that the lookups of one step hash at most, about a millisecond's work: longer prompts take several steps."""
@@ -28,10 +29,18 @@ class PageManager:
             go back to the pool. None where every token attends to all before it. Such groups come first.
         max_tokens_per_step: token budget of a step.
         enable_prefix_caching: share full pages between sequences that begin alike.
+        snapshots: of layers with states, without which no page is of use to another sequence; None for a model without
+            such layers. With them no group has a window.
     """
 
     def __init__(
-        self, pool: SlotPool, *, windows: SequenceOf[int | None], max_tokens_per_step: int, enable_prefix_caching: bool
+        self,
+        pool: SlotPool,
+        *,
+        windows: SequenceOf[int | None],
+        max_tokens_per_step: int,
+        enable_prefix_caching: bool,
+        snapshots: StateSnapshots | None = None,
     ) -> None:
         self.pool = pool
         self.enable_prefix_caching = enable_prefix_caching
@@ -39,6 +48,8 @@ class PageManager:
         self._num_groups = len(self._windows)
         self._num_whole = sum(window is None for window in windows)
         """Groups whose tokens attend to all before them."""
+        assert snapshots is None or self._num_whole == self._num_groups, "no window beside states"
+        self._snapshots = snapshots
         self._max_tokens_per_step = max_tokens_per_step
         self._num_hashes_left = _HASHES_PER_STEP
 
@@ -78,10 +89,15 @@ class PageManager:
             A list for each group, all equally long, with the scratch page for what fell behind a window. None where it
             takes more hashing to know than this step may still do; a later step goes on from there.
         """
+        sequence.num_shared_pages = 0
         if not self.enable_prefix_caching or sequence.needs_whole_prompt:
             return [[] for _ in self._windows]
         num_tokens = len(sequence.tokens) - 1
         found = self._find_whole(sequence, num_tokens) if self._num_whole else self._hash_all(sequence, num_tokens)
+        if found is not None and self._snapshots is not None:
+            num_pages = sequence.num_shared_pages = len(found[0])
+            num_pages = self._snapshots.longest(sequence.hashes.known[:num_pages])
+            return [pages[:num_pages] for pages in found]
         if found is None or self._num_whole == self._num_groups:
             return found
         return self._find_windows(sequence.hashes.known, found)
@@ -113,6 +129,8 @@ class PageManager:
         sequence.num_dropped_pages = behind
         sequence.num_registered_pages = num_found
         sequence.keep_at = 0
+        if self._snapshots is not None:
+            self._snapshots.admit(sequence, num_found)
         return num_new
 
     def room(self, sequence: Sequence) -> int:
@@ -159,6 +177,8 @@ class PageManager:
                     for index in range(sequence.num_registered_pages, num_full):
                         self.pool.register(pages[index], hashes[index] | bits)
                 sequence.num_registered_pages = num_full
+                if self._snapshots is not None:
+                    self._snapshots.keep(sequence, num_tokens)
             sequence.keep_at = (sequence.num_registered_pages + 1) * page_size
         for group, window in self._windows[self._num_whole :]:
             assert window is not None, "those without come first"
@@ -170,6 +190,8 @@ class PageManager:
         """Give back all pages of a sequence."""
         for pages, num_dropped in zip(sequence.pages, sequence.num_dropped_pages, strict=True):
             self.pool.release(pages[num_dropped:])
+        if self._snapshots is not None:
+            self._snapshots.release(sequence)
         sequence.pages, sequence.num_dropped_pages = [], []
         sequence.num_registered_pages = 0
 
@@ -177,6 +199,8 @@ class PageManager:
         """Have nobody find the content of a sequence's pages any more."""
         for pages in sequence.pages:
             self.pool.forget(pages)
+        if self._snapshots is not None:
+            self._snapshots.forget(sequence)
 
     def _find_whole(self, sequence: Sequence, num_tokens: int) -> list[list[int]] | None:
         """The longest prefix that all groups without a window hold: their pages, of as many as there are groups."""

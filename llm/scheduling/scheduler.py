@@ -18,6 +18,7 @@ from llm.scheduling.sequence import (
 )
 from llm.scheduling.slot_pool import SlotPool
 from llm.scheduling.speculation import Speculation
+from llm.scheduling.state_snapshots import StateSnapshots
 from llm.scheduling.waiting_queue import WaitingQueue
 
 __all__ = ["Scheduler", "StepPart", "StepPlan", "TokenEvent"]
@@ -61,6 +62,8 @@ class Scheduler:
         enable_prefix_caching: share full pages between sequences that begin alike.
         num_speculative_tokens: most guesses a sequence and step; 0 for no speculation.
         max_draws_per_step: draws that the runner has room for, at least `max_batch_size`; None for any number.
+        num_state_snapshots: that are kept of layers with states, see `StateSnapshots`; 0 for a model without such
+            layers. With states but no snapshots the prefix cache has to be off.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
         max_draws_per_step: int | None = None,
+        num_state_snapshots: int = 0,
     ) -> None:
         self.pool = pool
         self.max_batch_size = max_batch_size
@@ -83,9 +87,11 @@ class Scheduler:
         self.max_seq_len = max_seq_len
         self.windows = tuple(windows)
         self.num_preemptions = 0
+        self.num_state_snapshots = num_state_snapshots
+        self._snapshots = StateSnapshots(num_state_snapshots, pool) if num_state_snapshots else None
         self._pages = PageManager(
             pool, windows=windows, max_tokens_per_step=max_tokens_per_step,
-            enable_prefix_caching=enable_prefix_caching,
+            enable_prefix_caching=enable_prefix_caching, snapshots=self._snapshots,
         )  # fmt: skip
         self._speculation = Speculation(
             self._pages, num_tokens=num_speculative_tokens, max_tokens_per_step=max_tokens_per_step,
@@ -160,9 +166,9 @@ class Scheduler:
         budget = self._prefill_budget(len(singles), len(prefilling))
         chunks = []
         for sequence in prefilling:
-            num_tokens = min(sequence.num_uncomputed, budget)
+            num_tokens = self._chunk_len(sequence, budget)
             if num_tokens and sequence.status is SequenceStatus.RUNNING and self._reserve(sequence, num_tokens):
-                chunks.append(next_part(sequence, num_tokens))
+                chunks.append(self._chunk(sequence, num_tokens))
                 budget -= num_tokens
         if self.num_preemptions == num_preemptions:
             chunks += self._admissions(budget, prefilling)
@@ -246,6 +252,10 @@ class Scheduler:
     def check(self) -> None:
         """Assert the invariants of the pool, the rows and the queues."""
         self.pool.check()
+        if self._snapshots is not None:
+            in_flight = sum(len(sequence.snapshots_in_flight) for sequence in self._running)
+            self._snapshots.places.check()
+            assert self._snapshots.places.num_used == in_flight, "a snapshot's place has leaked"
         rows = [sequence.row for sequence in self._running] + self._free_rows
         assert sorted(row for row in rows if row is not None) == list(range(self.max_batch_size)), "rows are torn"
         assert all(sequence.row is None and not sequence.pages for sequence in self._waiting), "a waiting one holds"
@@ -322,13 +332,23 @@ class Scheduler:
                 continue
             self._waiting.admit(index)
             num_available -= num_pages + 1
-            num_tokens = min(sequence.num_uncomputed, budget)
+            num_tokens = self._chunk_len(sequence, budget)
             reserved = self._reserve(sequence, num_tokens)
             assert reserved, "an admitted sequence has its pages"
-            yield next_part(sequence, num_tokens)
+            yield self._chunk(sequence, num_tokens)
             budget -= num_tokens
             if not (budget and self._free_rows):
                 return
+
+    def _chunk_len(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of a running sequence that go into a step which has room for `budget`."""
+        num_tokens = min(sequence.num_uncomputed, budget)
+        return num_tokens if self._snapshots is None else self._snapshots.cut(sequence, num_tokens)
+
+    def _chunk(self, sequence: Sequence, num_tokens: int) -> StepPart:
+        """The part that runs these."""
+        part = next_part(sequence, num_tokens)
+        return part if self._snapshots is None else self._snapshots.attach(part)
 
     def _admit(self, sequence: Sequence, num_available: int) -> int | None:
         """Give a waiting sequence a row and its cached prefix; returns the pages it counts on, None if too few."""

@@ -51,6 +51,12 @@ class Sequence:
             the group's window is replaced by the scratch page. Empty while it does not run.
         num_dropped_pages: for each group the leading pages that fell behind its window.
         num_registered_pages: leading pages whose content is registered in the pool, of each group.
+        num_shared_pages: leading pages that the prefix cache had when it was asked last, whether or not there was a
+            snapshot of the states behind them; where a model's layers have states.
+        snapshot_ends: computed tokens behind which a snapshot of its states is to be taken, in order.
+        snapshots_in_flight: of each that a step in flight takes, the tokens before it and its place.
+        last_snapshot: tokens behind which the last one was taken or found.
+        restored_snapshot: place of the one that its next part begins from, None for none.
         keep_at: stored tokens with which there is something to do for `PageManager.keep`.
         lookup: guesses its next tokens, None where nobody does.
         is_speculating: whether a step in flight runs such guesses; until its draws are known nobody knows how many of
@@ -80,6 +86,11 @@ class Sequence:
         self.pages: list[list[int]] = []
         self.num_dropped_pages: list[int] = []
         self.num_registered_pages = 0
+        self.num_shared_pages = 0
+        self.snapshot_ends: tuple[int, ...] = ()
+        self.snapshots_in_flight: list[tuple[int, int]] = []
+        self.last_snapshot = 0
+        self.restored_snapshot: int | None = None
         self.keep_at = 0
         self.lookup: PromptLookup | None = None
         self.is_speculating = False
@@ -196,6 +207,10 @@ class StepPart(msgspec.Struct, frozen=True, gc=False):
     """How many of the last tokens that run have hidden states that belong to the sequence's vector."""
     completes_vector: bool = False
     """Whether the step reaches the last token of a sequence that is pooled."""
+    restored: int | None = None
+    """Place of the snapshot that the row's states are to be copied from before the tokens run."""
+    saved: int | None = None
+    """Place of the snapshot that the row's states are to be copied to once they have."""
 
     @property
     def end(self) -> int:

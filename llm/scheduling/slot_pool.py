@@ -1,7 +1,7 @@
 """Who holds which page of the KV memory. Counting only: the tensors are `PagedKVCache`'s."""
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -50,6 +50,9 @@ class SlotPool:
     Args:
         num_pages: pages in all; ids are 0 to `num_pages - 1`.
         page_size: slots a page; a slot holds one token's keys and values in every layer of one group.
+
+    Attributes:
+        on_removal: called with each content that is given up or forgotten; None for nobody. Its owner sets it.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -61,6 +64,7 @@ class SlotPool:
         self._content: dict[int, int] = {}
         self._page_of: dict[int, int] = {}
         self._changes: ContentChanges | None = None
+        self.on_removal: Callable[[int], None] | None = None
 
     @property
     def scratch_page(self) -> int:
@@ -137,9 +141,15 @@ class SlotPool:
             content = self._content.pop(page, None)
             if content is not None:
                 assert self._num_users[page] > 0, f"page {page} is forgotten by nobody who uses it"
-                del self._page_of[content]
-                if self._changes is not None:
-                    self._changes.remove(content)
+                self._remove(content)
+
+    def drop(self, content: int) -> None:
+        """Give up content that nobody uses; does nothing where there is none like it."""
+        page = self._page_of.get(content)
+        if page is not None and page in self._cached:
+            del self._cached[page], self._content[page]
+            self._remove(content)
+            self._free.append(page)
 
     def find(self, content: int) -> int | None:
         """The page that holds `content`, used or cached, or None. Changes nothing."""
@@ -189,9 +199,14 @@ class SlotPool:
             page = self._free.popleft()
         else:
             page, _ = self._cached.popitem(last=False)
-            content = self._content.pop(page)
-            del self._page_of[content]
-            if self._changes is not None:
-                self._changes.remove(content)
+            self._remove(self._content.pop(page))
         self._num_users[page] = 1
         return page
+
+    def _remove(self, content: int) -> None:
+        """Take content that no page has any more out of the index."""
+        del self._page_of[content]
+        if self._changes is not None:
+            self._changes.remove(content)
+        if self.on_removal is not None:
+            self.on_removal(content)

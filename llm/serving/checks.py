@@ -98,10 +98,10 @@ def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
             f"num_speculative_tokens: {config.num_speculative_tokens}: {model.architecture} has layers that keep a "
             "state, which cannot take back a wrong guess; leave it out"
         )
-    if config.enable_prefix_caching:
+    if config.enable_prefix_caching and config.num_state_snapshots == 0:
         return [
-            f"{model.architecture} has layers that keep a state, which is of use to its own sequence alone: every "
-            "prompt is computed from its first token, without a prefix cache"
+            f"{model.architecture} has layers that keep a state, of which num_state_snapshots: 0 keeps no snapshots: "
+            "every prompt is computed from its first token, without a prefix cache"
         ]
     return []
 

@@ -93,6 +93,7 @@ class ContinuousBatchingEngine:
         for note in check_features(model.config, config):
             logger.info(note)
         context_len = longest_context(model.config, config)
+        num_snapshots = config.num_snapshots(model.device.type, model.config.state_bytes(model.dtype.itemsize))
         if ranks is None:
             pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
             self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
@@ -106,7 +107,8 @@ class ContinuousBatchingEngine:
             max_prefill_beside_decodes=config.prefill_beside_decodes(model.device.type),
             max_seq_len=context_len,
             windows=[group.window for group in model.page_groups],
-            enable_prefix_caching=config.enable_prefix_caching and model.config.delta is None,
+            enable_prefix_caching=config.enable_prefix_caching and (model.config.delta is None or num_snapshots > 0),
+            num_state_snapshots=num_snapshots,
             num_speculative_tokens=config.num_speculative_tokens,
             max_draws_per_step=self.runner.max_draws_per_step,
         )

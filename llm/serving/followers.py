@@ -76,6 +76,7 @@ class EagerFollower:
         backend: paged attention.
         max_rows: rows that the scheduler gives out.
         max_seq_len: longest sequence in tokens.
+        num_snapshots: see `RecurrentStates`.
     """
 
     def __init__(
@@ -86,11 +87,12 @@ class EagerFollower:
         *,
         max_rows: int,
         max_seq_len: int,
+        num_snapshots: int = 0,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._backend = backend
-        self._states = RecurrentStates(model.delta_specs, max_rows, model.device, model.dtype)
+        self._states = RecurrentStates(model.delta_specs, max_rows, model.device, model.dtype, num_snapshots)
         table_len = -(-max_seq_len // kv_cache.page_size)
         self._page_tables = np.full((kv_cache.num_groups, max_rows + 1, table_len), kv_cache.scratch_page, np.int64)
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
@@ -111,7 +113,9 @@ class EagerFollower:
         token_ids, batch = pack_batch(arrays, page_tables, self._kv_cache.page_size, self._last_token_ids)
         context = PagedContext(self._backend, self._kv_cache, batch, self._states)
         kept = torch.from_numpy(arrays.kept_tokens).to(model.device)
+        self._states.restore(arrays.restored)
         hidden = model.hidden_states(token_ids, batch.positions, context, kept)
+        self._states.save(arrays.saved)
         lens = len(arrays.draw_rows), len(arrays.pooled_tokens), len(arrays.scored_tokens)
         drawn, _, scored = hidden.split_with_sizes(lens)
         for part in scored.split_with_sizes(_num_scored(arrays)):

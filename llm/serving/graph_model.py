@@ -46,6 +46,7 @@ class GraphModel:
         max_seq_len: longest sequence in tokens.
         max_draws_per_row: tokens that a row may draw in one step, 1 plus its guesses.
         deterministic: see `KernelWorkspace`.
+        num_snapshots: see `RecurrentStates`.
 
     Attributes:
         pages: of the rows.
@@ -66,6 +67,7 @@ class GraphModel:
         max_seq_len: int,
         max_draws_per_row: int = 1,
         deterministic: bool = False,
+        num_snapshots: int = 0,
     ) -> None:
         self.model = model
         device = model.device
@@ -85,10 +87,11 @@ class GraphModel:
         sizes |= dict.fromkeys(("draw_rows", "draw_positions"), most_draws)
         most_kept = sizes["kept_tokens"] = max(most_draws, self.most_tokens)
         self.inputs = StepInputs(sizes, device, NUM_BUFFERS)
+        self._states = RecurrentStates(model.delta_specs, max_rows, device, model.dtype, num_snapshots)
         self._workspace = KernelWorkspace(
             model.layer_specs, kv_cache, self.pages.page_tables, self.pages.last_token_ids, model.dtype,
             max_tokens=self.most_tokens, max_parts=most_rows, deterministic=deterministic, experts=model.experts,
-            states=RecurrentStates(model.delta_specs, max_rows, device, model.dtype),
+            states=self._states,
             partition=model.partition, exchange=model.exchange,
         )  # fmt: skip
         self.to_logits = partial(model.logits, head=self._workspace.head)
@@ -100,10 +103,12 @@ class GraphModel:
         """Run the model on a step, whose rows' pages are there."""
         shape = self._send(arrays)
         num_gathered = self._workspace.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
+        self._states.restore(arrays.restored)
         if num_gathered > self._workspace.fewest_gathered:
             self._run_model(*shape, num_gathered)
         else:
             self.run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
+        self._states.save(arrays.saved)
 
     @property
     def captures(self) -> bool:

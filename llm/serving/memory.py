@@ -34,8 +34,7 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
     else:
         pages_a_row = len(model.page_groups) * -(-context_len // config.page_size)
         most_useful = config.batch_size("cpu") * pages_a_row
-        num_rows = config.batch_size("cpu")
-        room = config.cpu_pool_bytes - (num_rows + 1) * model.held.state_bytes(model.dtype.itemsize)
+        room = config.cpu_pool_bytes - states_bytes(model, config)
         num_pages = min(room // bytes_per_page, most_useful)
     if num_pages < 1:
         raise ConfigError(
@@ -45,10 +44,18 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
     return num_pages
 
 
+def states_bytes(model: DecoderModel, config: EngineConfig) -> int:
+    """Bytes of the states of all rows and snapshots on the model's device."""
+    itemsize, device_type = model.dtype.itemsize, model.device.type
+    num_snapshots = config.num_snapshots(device_type, model.config.state_bytes(itemsize))
+    return (config.batch_size(device_type) + 1 + num_snapshots) * model.held.state_bytes(itemsize)
+
+
 def _states_note(model: DecoderModel) -> str:
     """What else takes memory, for a message: nothing, in most models."""
     state_bytes = model.held.state_bytes(model.dtype.itemsize)
-    return f", and the states of each row {state_bytes} (a lower max_batch_size has fewer)" if state_bytes else ""
+    fewer = "lower max_batch_size and num_state_snapshots for fewer"
+    return f", and the states of each row and snapshot {state_bytes} ({fewer})" if state_bytes else ""
 
 
 def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> int:

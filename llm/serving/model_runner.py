@@ -116,6 +116,7 @@ class EagerRunner:
         kv_cache: memory of the slot pool, on the same device.
         backend: paged attention.
         max_rows: rows that the scheduler gives out.
+        num_snapshots: see `RecurrentStates`.
         max_steps_ahead: nothing is won by any here; tests see by it that an engine may run ahead.
     """
 
@@ -126,6 +127,7 @@ class EagerRunner:
         backend: PagedAttentionBackend,
         *,
         max_rows: int,
+        num_snapshots: int = 0,
         max_steps_ahead: int = 0,
     ) -> None:
         self.model = model
@@ -133,7 +135,7 @@ class EagerRunner:
         self.backend = backend
         self.max_steps_ahead = max_steps_ahead
         self._max_rows = max_rows
-        self._states = RecurrentStates(model.delta_specs, max_rows, model.device, model.dtype)
+        self._states = RecurrentStates(model.delta_specs, max_rows, model.device, model.dtype, num_snapshots)
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
         self._pooled = torch.zeros(max_rows, model.hidden_size, dtype=torch.float32, device=model.device)
         """By row: the sum of the hidden states that belong to its sequence's vector."""
@@ -171,7 +173,9 @@ class EagerRunner:
         drawing = draws_of(plan.parts)
         masks = self._start_masks(drawing)
         kept = torch.from_numpy(arrays.kept_tokens).to(token_ids.device)
+        self._states.restore(arrays.restored)
         hidden = self.model.hidden_states(token_ids, batch.positions, context, kept)
+        self._states.save(arrays.saved)
         drawn, pooled, scored = hidden.split_with_sizes(
             [len(drawing), len(arrays.pooled_tokens), len(arrays.scored_tokens)]
         )

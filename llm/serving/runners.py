@@ -46,7 +46,8 @@ def make_runner(
         from llm.serving.graph_runner import GraphRunner  # triton is there on GPU machines only
 
         return GraphRunner(_graph_model(model, kv_cache, config, context_len), kv_cache, max_rows=max_rows, wait=wait)
-    return EagerRunner(model, kv_cache, make_backend(backend), max_rows=max_rows)
+    num_snapshots = _num_snapshots(model, config)
+    return EagerRunner(model, kv_cache, make_backend(backend), max_rows=max_rows, num_snapshots=num_snapshots)
 
 
 def make_follower(model: DecoderModel, config: EngineConfig, *, num_pages: int, context_len: int) -> Follower:
@@ -57,7 +58,19 @@ def make_follower(model: DecoderModel, config: EngineConfig, *, num_pages: int, 
 
         return GraphFollower(_graph_model(model, kv_cache, config, context_len))
     max_rows = config.batch_size(model.device.type)
-    return EagerFollower(model, kv_cache, make_backend(backend), max_rows=max_rows, max_seq_len=context_len)
+    return EagerFollower(
+        model,
+        kv_cache,
+        make_backend(backend),
+        max_rows=max_rows,
+        max_seq_len=context_len,
+        num_snapshots=_num_snapshots(model, config),
+    )
+
+
+def _num_snapshots(model: DecoderModel, config: EngineConfig) -> int:
+    """Snapshots of states, as many on every rank."""
+    return config.num_snapshots(model.device.type, model.config.state_bytes(model.dtype.itemsize))
 
 
 def _prepare(model: DecoderModel, config: EngineConfig, num_pages: int, context_len: int) -> tuple[str, PagedKVCache]:
@@ -89,6 +102,7 @@ def _graph_model(model: DecoderModel, kv_cache: PagedKVCache, config: EngineConf
         max_seq_len=context_len,
         max_draws_per_row=1 + config.num_speculative_tokens,
         deterministic=config.deterministic,
+        num_snapshots=_num_snapshots(model, config),
     )
 
 

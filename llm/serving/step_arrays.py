@@ -1,6 +1,6 @@
 """`StepArrays`: a step as arrays of integers, before it is anything else. Pure, the same for every runner."""
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence as SequenceOf
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -31,6 +31,8 @@ class StepArrays:
         draw_tokens: (draws,), the token of the step behind which it is drawn.
         pooled_tokens: (pooled,), tokens whose hidden states belong to vectors.
         scored_tokens: (scored,), tokens behind which the prompt's next one is given its log probability.
+        restored: (2 snapshots,), for each snapshot of states that a row begins from the row and its place.
+        saved: (2 snapshots,), the same of those that rows leave behind.
     """
 
     token_ids: Int32Array
@@ -45,6 +47,8 @@ class StepArrays:
     draw_tokens: Int32Array
     pooled_tokens: Int32Array
     scored_tokens: Int32Array
+    restored: Int32Array
+    saved: Int32Array
 
     @classmethod
     def of(cls, parts: SequenceOf[StepPart]) -> Self:
@@ -75,6 +79,8 @@ class StepArrays:
             draw_tokens=ranges(query_ends - num_draws, num_draws),
             pooled_tokens=ranges(query_ends - num_pooled, num_pooled),
             scored_tokens=ranges(query_ends - ends + first_scored, num_scored),
+            restored=_pairs((part.row, part.restored) for part in parts if part.restored is not None),
+            saved=_pairs((part.row, part.saved) for part in parts if part.saved is not None),
         )
 
     @classmethod
@@ -95,6 +101,11 @@ class StepArrays:
     def kept_tokens(self) -> Int32Array:
         """Tokens whose hidden states are wanted: those that draw, those that are pooled, those that are scored."""
         return np.concatenate([self.draw_tokens, self.pooled_tokens, self.scored_tokens])
+
+
+def _pairs(pairs: Iterable[tuple[int, int]]) -> Int32Array:
+    """Pairs of numbers, one behind the other."""
+    return np.array([number for pair in pairs for number in pair], dtype=np.int32)
 
 
 def ranges(starts: Int32Array, lens: Int32Array) -> Int32Array:

@@ -33,13 +33,17 @@ class Device:
     tokens in sight.
 
     Pages that went to another too early, tokens of another row, cached pages that hold something else: all show in
-    what is drawn.
+    what is drawn. Where snapshots are kept, each row has a state, the tokens that it has run, which has to be what the
+    pages say.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._windows = scheduler.windows
         self._slots: dict[int, tuple[int, int, int]] = {}
         self._last_token_ids: dict[int, int] = {}
+        self._has_states = scheduler.num_state_snapshots > 0
+        self._states: dict[int, tuple[int, ...]] = {}
+        self._snapshots: dict[int, tuple[int, ...]] = {}
 
     def launch(self, plan: StepPlan) -> list[int]:
         for part in plan.parts:
@@ -48,9 +52,23 @@ class Device:
             for i in range(part.start, part.end):
                 token_id = known_ids[i] if i < len(known_ids) else self._last_token_ids[part.row]
                 self.store(part, i, token_id)
+        if self._has_states:
+            for part in plan.parts:
+                self._run_state(part)
         drawn = {part.row: self._draw(part) for part in plan.parts if part.draws}
         self._last_token_ids |= drawn
         return list(drawn.values())
+
+    def _run_state(self, part: StepPart) -> None:
+        """Begin, go on from where the row is or from a snapshot, and leave one behind."""
+        state = self._states.get(part.row, ()) if part.start else ()
+        if part.restored is not None:
+            state = self._snapshots[part.restored]
+        tokens = self.seen(part, part.end)
+        assert state == tokens[: part.start]
+        self._states[part.row] = tokens
+        if part.saved is not None:
+            self._snapshots[part.saved] = tokens
 
     def store(self, part: StepPart, position: int, token_id: int) -> None:
         """Write a token's keys and values, in each group of layers."""

@@ -17,6 +17,7 @@ from llm.kernels import (
     activation,
     adjust,
     all_reduce,
+    delta_chunks,
     delta_rule,
     expert_groups,
     expert_tiles,
@@ -280,8 +281,14 @@ def compile_delta_rule() -> None:
         compile_kernel("tails", delta_rule._store_tails, step)
         compile_kernel("gated norm", delta_rule._gate_by_norm, {**step, "BLOCK": 128}, num_warps=1)
         compile_kernel("gates", gates._gate_heads, {**step, "BLOCK": 256}, num_warps=1)
+    step |= {"MOST": 2**31 - 1, "LEAST": 32, "VALUE_BLOCK": 128, "ROWS": 16, "PARTS_BLOCK": 256}
+    chunks = {**step, "solved": BF16, "num_parts": "i32", "IS_EXACT": False, "DTYPE": tl.bfloat16}
+    chunks |= {"VALUES": 32, "NUM_BLOCKS": 4}
     for capability in SHARED_MEMORY:
         compile_kernel("delta rule", delta_rule._gated_delta_rule, step, capability=capability, num_warps=1)
+        compile_kernel("chunks solved", delta_chunks._solve_chunks, chunks, capability=capability)
+        shared = compile_kernel("chunks", delta_chunks._walk_chunks, chunks, capability=capability, num_stages=2)
+        assert shared <= SHARED_MEMORY[capability] - 1024, (capability, shared)
 
 
 def compile_routes(name: str, kernel: Any, router: dict[str, Any], rows: int, num_warps: int) -> None:

@@ -30,6 +30,8 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "shares": 2,
         "rope": 4,
         "delta rule": 3,
+        "chunks solved": 3,
+        "chunks": 3,
         "short convolution": 2,
         "tails": 2,
         "gated norm": 2,

@@ -9,6 +9,7 @@ from llm.attention.delta_rule import mix_tokens
 from llm.core.recurrent_state import DeltaSpec, RecurrentState
 from llm.kernels.attention.gates import gate_heads
 from llm.kernels.attention.work import StepParts
+from llm.kernels.delta_chunks import LEAST_TOKENS, gated_delta_chunks
 from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolution, store_tails
 from llm.kernels.quantization import ScaledProduct
 from llm.models.delta import DeltaMixer
@@ -47,7 +48,7 @@ def create_states(spec: DeltaSpec, dtype: torch.dtype) -> RecurrentState:
 
 def run_kernels(
     spec: DeltaSpec, mixer: DeltaMixer, mixed: torch.Tensor | ScaledProduct, decay: torch.Tensor,
-    state: RecurrentState, parts: list[tuple[int, int, int]], num_padding: int = 3,
+    state: RecurrentState, parts: list[tuple[int, int, int]], num_padding: int = 3, *, by_chunks: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """A step of (row, start, tokens) parts, with padding behind tokens and parts; outputs of the real tokens."""
     rows, starts, lens = zip(*parts, strict=True)
@@ -66,7 +67,10 @@ def run_kernels(
     short_convolution(mixed, mixer.conv1d.weight, state.tail, *tokens, convolved)
     if max(lens) > 1:
         store_tails(mixed, state.tail, step)
-    gated_delta_rule(spec, convolved, decay, mixer.A_log, mixer.dt_bias, state.matrix, step, output)
+    rule = spec, convolved, decay, mixer.A_log, mixer.dt_bias, state.matrix, step, output
+    gated_delta_rule(*rule, most_tokens=LEAST_TOKENS - 1 if by_chunks else None)
+    if by_chunks:
+        gated_delta_chunks(*rule)
     gate_by_norm(spec, mixed, mixer.norm.weight, mixer.norm.eps, output)
     return output[:num_tokens]
 
@@ -101,19 +105,33 @@ STEPS = {
     "decodes": [(2, 5, 1), (0, 1, 1), (4, 0, 1), (1, 2, 1)],
     "prefills": [(3, 0, 1), (1, 4, 1), (0, 0, 7), (2, 9, 2), (4, 1, 2)],
 }
+CHUNKS = [(1, 7, 1), (3, 0, 100), (0, 9, 70), (2, 5, LEAST_TOKENS), (4, 3, LEAST_TOKENS - 1)]
+"""Chunks in part and in whole, of parts that begin and go on, beside parts that are walked through."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_chunks_equal_the_reference(spec, dtype):
+    check_step(spec, CHUNKS, dtype, by_chunks=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("parts", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_a_step_equals_the_reference(spec, parts, dtype):
+    check_step(spec, parts, dtype)
+
+
+def check_step(
+    spec: DeltaSpec, parts: list[tuple[int, int, int]], dtype: torch.dtype, *, by_chunks: bool = False
+) -> None:
     """Rows that go on and rows that begin among what others left; the states behind them too, and nobody else's."""
     mixer, state = create_mixer(spec, dtype), create_states(spec, dtype)
     for row, start, _ in parts:  # a sequence that has begun has nothing of an earlier one in its tail
         state.tail[row, : max(spec.kernel_size - 1 - start, 0) if start else 0] = 0
     expected_state = RecurrentState(*(tensor.clone() for tensor in state))
     mixed, decay = create_inputs(spec, sum(num for _, _, num in parts), dtype)
-    output = run_kernels(spec, mixer, mixed, decay, state, parts)
+    output = run_kernels(spec, mixer, mixed, decay, state, parts, by_chunks=by_chunks)
     expected = torch.cat(list(run_torch(spec, mixer, mixed, decay, expected_state, parts)))
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(output, expected, **tolerance)

@@ -93,6 +93,20 @@ def test_layers_with_states_on_two_ranks(checkpoints):
     check_same(checkpoints("qwen3_5")[0], create_requests(), attention_backend="reference")
 
 
+def test_snapshots_of_states_on_two_ranks(checkpoints):
+    """The second time every rank begins from its part of the snapshots that the first one left."""
+    directory, requests = checkpoints("qwen3_5")[0], create_requests()
+    config = {**SIZES, "page_size": 4, "attention_backend": "reference"}
+    alone = EngineConfig(**config, enable_prefix_caching=False)
+    engine = ContinuousBatchingEngine(load_decoder(directory, progress=False), config=alone)
+    expected = [result.token_ids for result in results_of(engine, requests)]
+    engine = parallel_engine(directory, **config)
+    assert [result.token_ids for result in engine.generate(requests, progress=False)] == expected
+    num_cached = engine.stats().num_cached_prompt_tokens
+    assert [result.token_ids for result in results_of(engine, requests)] == expected
+    assert engine.stats().num_cached_prompt_tokens >= num_cached + 20 + 28
+
+
 def test_windows_have_pages_of_their_own_on_every_rank(checkpoints):
     """Of two groups of layers; a pool so small that sequences are preempted, and a prefix that is found."""
     config = {"attention_backend": "reference", "num_pages": 40, "page_size": 4, "max_seq_len": 70}

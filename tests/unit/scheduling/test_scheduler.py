@@ -382,6 +382,8 @@ def test_any_load_finishes_in_full(data, max_steps_ahead):
         "enable_prefix_caching": data.draw(st.booleans()),
         "windows": windows,
     }
+    if windows == [None] and options["enable_prefix_caching"]:
+        options["num_state_snapshots"] = data.draw(st.integers(0, 4))
     scheduler = create_scheduler(num_pages=data.draw(st.integers(8, 30)) * len(windows), **options)
     scheduler.max_seq_len = scheduler.most_tokens(scheduler.max_seq_len)
     pipeline = Pipeline(scheduler, max_steps_ahead)

@@ -110,6 +110,16 @@ def test_greedy_tokens_equal_the_reference(shape):
     assert (engine.stats().num_cached_prompt_tokens > 0) is not bool(model.delta_specs)
 
 
+def test_states_from_snapshots_equal_the_reference():
+    """The second time prompts begin behind their last whole page, on whichever row they get."""
+    model = create_model(**QWEN_3_5)
+    requests = [request for request in create_requests() if len(request.prompt_token_ids) > 17]
+    engine = create_engine(model, "triton", page_size=4)
+    expected = run(create_engine(model, "reference", enable_prefix_caching=False), requests)
+    assert [run(engine, requests), run(engine, requests[::-1])] == [expected, expected[::-1]]
+    assert engine.stats().num_cached_prompt_tokens >= 20 + 28
+
+
 @pytest.mark.parametrize(
     "params",
     [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.02},

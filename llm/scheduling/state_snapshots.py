@@ -1,0 +1,106 @@
+"""Snapshots of what layers without keys and values remember, for the prefix cache: when they are taken and found.
+
+Pages hold the keys and values of every token, a state those of all tokens so far and of no fewer. So a prefix is of use
+as far as there is a snapshot of the state behind it. They are large, and few are kept: one behind a prompt's last whole
+page, for who sends it again or goes on from there; one where a prompt parts from one that the cache has pages of, for
+that is what prompts have in common; and some on the way through a long prompt.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+import msgspec
+
+from llm.scheduling.sequence import Sequence, StepPart
+from llm.scheduling.slot_pool import SlotPool
+
+_LEAST_PAGES = 4
+"""Pages of the shortest prefix that has a snapshot: a shorter one is computed as fast as it is found."""
+_PAGES_APART = 128
+"""Pages between snapshots on the way through a long prompt, at least."""
+
+
+class StateSnapshots:
+    """Hands out places for snapshots, and names those that are taken like the last page of their prefix.
+
+    A place is free, used (its snapshot is to be taken by a step in flight) or cached; the least recently used goes
+    first, and one whose pages are given up goes with them. It writes the `snapshot_…` fields of sequences and
+    `restored_snapshot`; nobody else does.
+
+    Args:
+        num_snapshots: places, at least one; ids are 0 to `num_snapshots - 1`.
+        pages: of the attention beside, whose content snapshots go with.
+    """
+
+    def __init__(self, num_snapshots: int, pages: SlotPool) -> None:
+        self.places = SlotPool(num_snapshots, pages.page_size)
+        self._page_size = pages.page_size
+        pages.on_removal = self.places.drop
+
+    def longest(self, hashes: SequenceOf[int]) -> int:
+        """Leading pages, of these or fewer, behind which there is a snapshot."""
+        find = self.places.find
+        return next((end for end in range(len(hashes), 0, -1) if find(hashes[end - 1]) is not None), 0)
+
+    def admit(self, sequence: Sequence, num_found: int) -> None:
+        """Restore the snapshot behind a sequence's cached pages, if it has some, and say where to take new ones.
+
+        Args:
+            num_found: its pages that were found, as `longest` said.
+        """
+        sequence.restored_snapshot = None
+        if num_found:
+            place = self.places.find(sequence.hashes.known[num_found - 1])
+            assert place is not None, "found a moment ago"
+            self.places.share([place])  # steps run in order: whoever gets the place next writes to it later
+            self.places.release([place])
+            sequence.restored_snapshot = place
+        size = self._page_size
+        ends = {sequence.num_shared_pages * size, (len(sequence.tokens) - 1) // size * size}
+        sequence.snapshot_ends = tuple(sorted(end for end in ends if end >= max(_LEAST_PAGES, num_found + 1) * size))
+        sequence.last_snapshot = num_found * size
+
+    def cut(self, sequence: Sequence, num_tokens: int) -> int:
+        """How many of its next `num_tokens` tokens a sequence's next part should have, to end where that is of use."""
+        start, end = sequence.num_computed, sequence.num_computed + num_tokens
+        for wanted in sequence.snapshot_ends:
+            if start < wanted <= end:
+                return wanted - start
+        whole = end // self._page_size * self._page_size
+        return whole - start if sequence.snapshot_ends and start < whole < sequence.snapshot_ends[-1] else num_tokens
+
+    def attach(self, part: StepPart) -> StepPart:
+        """The part, which is in the next plan, with the snapshots that it begins from and leaves behind."""
+        sequence, size = part.sequence, self._page_size
+        restored, sequence.restored_snapshot = sequence.restored_snapshot, None
+        saved = None
+        is_far = part.end - sequence.last_snapshot >= _PAGES_APART * size
+        if part.end % size == 0 and (part.end in sequence.snapshot_ends or (is_far and sequence.snapshot_ends)):
+            saved = self._take(sequence, part.end)
+        return part if restored is saved is None else msgspec.structs.replace(part, restored=restored, saved=saved)
+
+    def keep(self, sequence: Sequence, num_tokens: int) -> None:
+        """Now that the first `num_tokens` have run, and their pages have names: make their snapshots findable."""
+        while sequence.snapshots_in_flight and sequence.snapshots_in_flight[0][0] <= num_tokens:
+            end, place = sequence.snapshots_in_flight.pop(0)
+            self.places.register(place, sequence.hashes.known[end // self._page_size - 1])
+            self.places.release([place])
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back the places whose snapshots nobody will name any more."""
+        self.places.release(place for _, place in sequence.snapshots_in_flight)
+        sequence.snapshots_in_flight.clear()
+        sequence.snapshot_ends, sequence.restored_snapshot = (), None
+
+    def forget(self, sequence: Sequence) -> None:
+        """Have nobody find a snapshot of a state that this sequence has had."""
+        for content in sequence.hashes.known:
+            self.places.drop(content)
+
+    def _take(self, sequence: Sequence, end: int) -> int | None:
+        """A place for the snapshot behind the first `end` tokens; None where all are used."""
+        if not self.places.num_available:
+            return None
+        (place,) = self.places.allocate(1)
+        sequence.snapshots_in_flight.append((end, place))
+        sequence.last_snapshot = end
+        return place
