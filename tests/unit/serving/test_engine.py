@@ -259,8 +259,8 @@ def test_guide_loop_runs_as_written():
             "stop_token_ids",
             "id 48 is beyond the vocabulary of 48",
         ),
-        ({"prompt_token_ids": (1,), "output_token_ids": (2**31,)}, "output_token_ids", "id 2147483648 is past"),
-        ({"prompt_token_ids": (2**63,)}, "prompt", "id 9223372036854775808 is past"),
+        ({"prompt_token_ids": (1,), "output_token_ids": (2**31,)}, "output_token_ids", "id 2147483648 is beyond"),
+        ({"prompt_token_ids": (2**63,)}, "prompt", "id 9223372036854775808 is beyond"),
     ],
 )
 def test_requests_that_can_never_be_served_are_refused(request_fields, param, message):
