@@ -5,9 +5,14 @@ from pathlib import Path
 from playwright.sync_api import Page
 
 _AXE = Path(__file__).parent / "axe-core-4.14.1" / "axe.min.js"
-_FIND = """async () => (await axe.run()).violations
-    .filter(({ impact }) => impact === "serious" || impact === "critical")
-    .map(({ id, help, nodes }) => `${id}: ${help}: ${nodes.map(({ html }) => html.slice(0, 200)).join(" | ")}`)"""
+# Colours on their way to others are read when they have arrived.
+_FIND = """async () => {
+    const passing = document.getAnimations().filter((one) => one.effect.getComputedTiming().iterations !== Infinity);
+    await Promise.allSettled(passing.map(({ finished }) => finished));
+    return (await axe.run()).violations
+        .filter(({ impact }) => impact === "serious" || impact === "critical")
+        .map(({ id, help, nodes }) => `${id}: ${help}: ${nodes.map(({ html }) => html.slice(0, 200)).join(" | ")}`);
+}"""
 
 
 def serious_faults(page: Page) -> list[str]:

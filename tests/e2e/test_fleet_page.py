@@ -47,6 +47,13 @@ def test_it_says_what_there_is_to_know(page: Page, server: Server):
     expect(tables.nth(0).get_by_role("row").nth(1)).to_have_text("First token (TTFT)87 ms412 ms2.31 s12k")
     expect(tables.nth(1).get_by_role("row").nth(2)).to_have_text("Token gap10 ms17 ms186 ms1.2M")
     expect(page.locator("#totals")).to_contain_text("Streams372", use_inner_text=False)
+    written = page.evaluate(
+        """async () => {
+            const { duration } = await import("/static/fleet/format.js");
+            return [0.0249, 0.0997, 0.412, 0.9998, 2.314, 99.97].map(duration);
+        }"""
+    )
+    assert written == ["25 ms", "100 ms", "412 ms", "1000 ms", "2.31 s", "100 s"]
     expect(page.locator("#scope")).to_contain_text("Both routers are counted together")
     expect(page.locator("#departures li").nth(0)).to_contain_text("Seen on gpu-node-2 for 2.0 h")
     expect(page.locator("#departures .failure")).to_have_count(1)

@@ -13,12 +13,15 @@ export const bytes = (value) => {
   return `${(value / 2 ** 20).toFixed(0)} MiB`;
 };
 
+// `toPrecision` alone writes what it rounds up to the next power of ten with an exponent.
+const rounded = (value, numDigits) => String(Number(value.toPrecision(numDigits)));
+
 /** A duration in the unit that suits it, to three figures; a dash for none. */
 export const duration = (seconds) => {
   if (seconds === null || seconds === undefined) return "–";
   if (seconds >= 100) return `${seconds.toFixed(0)} s`;
-  if (seconds >= 1) return `${seconds.toPrecision(3)} s`;
-  return `${(1000 * seconds).toPrecision(seconds >= 0.1 ? 3 : 2)} ms`;
+  if (seconds >= 1) return `${rounded(seconds, 3)} s`;
+  return `${rounded(1000 * seconds, seconds >= 0.1 ? 3 : 2)} ms`;
 };
 
 /** How long something lasted, to the minute once it is long. */
