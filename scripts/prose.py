@@ -57,7 +57,7 @@ _PHRASES = {
 _SPELLING = {
     r"(\w*(?:token|recogn|normal|optim|summar|initial|serial|organ|real|general|special|minim|maxim|synchron|author|quant"
     r"|prior|emphas|custom|stabil|parallel|vector|categor|util))is(e|es|ed|ing|er|ers|ation|ations)": "-ize",
-    r"behaviours?|colours?|favou?rs?(?<=our|urs)|honours?|neighbours?|labours?": "-or",
+    r"behaviours?|colours?|favou?rs?(?<=our|urs)|honours?|neighbour(?:s|ing)?|labours?": "-or",
     r"cancelled|cancelling|labelled|labelling|modelled|modelling|travelled|signalled": "one l",
     r"centres?|metres?|litres?": "-er",
     r"licence|defence|offence": "-se",
