@@ -42,7 +42,7 @@ def coded(projections: ExpertProjections, weight_format: WeightFormat) -> Weight
     if weight_format.layout is WeightLayout.MXFP4:
         made.scales.data = torch.randint(118, 123, made.scales.shape, dtype=torch.uint8, device="cuda")
     else:
-        # Twice as wide as they are made: what experts add to the stream is then far more than what its rounding changes.
+        # Twice as wide as they are made: what experts add to the stream is then far more than its rounding.
         factors = 1 + 2 * torch.rand(made.scales.shape, device="cuda")
         made.scales.data = (made.scales.float() * factors).to(made.scales)
     if made.order is not None:
