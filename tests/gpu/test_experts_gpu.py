@@ -42,7 +42,9 @@ def coded(projections: ExpertProjections, weight_format: WeightFormat) -> Weight
     if weight_format.layout is WeightLayout.MXFP4:
         made.scales.data = torch.randint(118, 123, made.scales.shape, dtype=torch.uint8, device="cuda")
     else:
-        made.scales.data = (made.scales.float() * (0.5 + torch.rand(made.scales.shape, device="cuda"))).to(made.scales)
+        # Twice as wide as they are made: what experts add to the stream is then far more than its rounding.
+        factors = 1 + 2 * torch.rand(made.scales.shape, device="cuda")
+        made.scales.data = (made.scales.float() * factors).to(made.scales)
     if made.order is not None:
         made.order.data = torch.rand(num_experts, num_inputs, device="cuda").argsort(-1).int()
     exact = torch.stack([made.dequantized(expert) for expert in (0, num_experts - 1)])
