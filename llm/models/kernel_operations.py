@@ -34,17 +34,16 @@ from llm.kernels.delta_chunks import LEAST_TOKENS, gated_delta_chunks
 from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolution, store_tails
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Linear, Weights, add_parts
-from llm.kernels.norm import Norm, ResidualStream, embed_tokens, keep_tokens, rms_norm
+from llm.kernels.norm import ResidualStream, embed_tokens, keep_tokens, rms_norm
 from llm.kernels.quantization import ScaledProduct
-from llm.kernels.routing import ExpertShape
 from llm.kernels.shares import scale_by_share
 from llm.kernels.soft_cap import cap_softly
 from llm.models.delta import DeltaMixer
-from llm.models.experts import ExpertProjections, Experts
+from llm.models.experts import Experts
+from llm.models.kernel_arguments import expert_shape_of, norm_of, scaled, weights_of
 from llm.models.latent import LatentHeads
 from llm.models.latent_kernels import store_and_ask, values_of
 from llm.models.layers import RMSNorm
-from llm.models.quantized import Quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ class KernelWorkspace:
         self.linear = Linear(device, deterministic=deterministic, exchange=exchange)
         self.experts = None
         if experts is not None:
-            shape = _expert_shape(experts)
+            shape = expert_shape_of(experts)
             held = experts.held if partition.by_expert and exchange is not None else None
             self.experts = ExpertMixture(shape, max_tokens, dtype, device, deterministic=deterministic, held=held)
         self.last_layer = len(specs) - 1
@@ -241,7 +240,7 @@ class KernelOperations:
 
     def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor | ScaledProduct:
         """See `Operations.product_of_norm`."""
-        return self._workspace.linear.of_norm(self._stream, _norm(norm), _weights(projection))
+        return self._workspace.linear.of_norm(self._stream, norm_of(norm), weights_of(projection))
 
     def attend(
         self,
@@ -257,7 +256,7 @@ class KernelOperations:
         kv_pages, page_tables = kv_cache.layers[layer], workspace.page_tables[kv_cache.group_of[layer]]
         shape = len(tokens.positions), spec.num_heads, spec.head_dim
         query, output = (self._output.new_empty(shape, dtype=workspace.dtype) for _ in range(2))
-        norms = None if qk_norms is None else (_norm(qk_norms[0]), _norm(qk_norms[1]))
+        norms = None if qk_norms is None else (norm_of(qk_norms[0]), norm_of(qk_norms[1]))
         rope_table = spec.rope.table(query.device)
         query_scales = spec.rope.query_scales(query.device)
         rope_and_store(
@@ -276,11 +275,11 @@ class KernelOperations:
         workspace, tokens, parts = self._workspace, self._step.tokens, self._step.parts
         kv_cache, attention = workspace.kv_cache, workspace.latents
         assert attention is not None, "a workspace for a model with latents"
-        projected, is_fixed = _scaled(projected), workspace.deterministic
+        projected, is_fixed = scaled(projected), workspace.deterministic
         pages, page_tables = kv_cache.layers[layer][0], workspace.page_tables[kv_cache.group_of[layer]]
         rope_table, is_interleaved = spec.rope.table(pages.device), heads.shape.is_interleaved
         rows = LatentRows(pages, page_tables, tokens.rows, tokens.positions, rope_table, is_interleaved)
-        q_weights = None if heads.q_proj is None else _weights(heads.q_proj)
+        q_weights = None if heads.q_proj is None else weights_of(heads.q_proj)
         query = store_and_ask(heads, projected, rows, workspace.linear, q_weights, deterministic=is_fixed)
         found = query.new_empty(*query.shape[:2], spec.value_size)
         if not is_fixed:
@@ -300,7 +299,7 @@ class KernelOperations:
         """See `Operations.mix`."""
         states, tokens, parts = self._workspace.states, self._step.tokens, self._step.parts
         assert states is not None, "a workspace for a model with states"
-        decay = _scaled(decay)
+        decay = scaled(decay)
         tail, matrix = states.layers[layer]
         sizes = spec.conv_size, spec.output_size
         convolved, output = (
@@ -354,8 +353,8 @@ class KernelOperations:
     ) -> None:
         """See `Operations.add_product`."""
         assert isinstance(rows, torch.Tensor), "what attention gives"
-        norm_behind = None if norm is None else _norm(norm)
-        self._workspace.linear.add(self._stream, rows, _weights(projection), norm_behind)
+        norm_behind = None if norm is None else norm_of(norm)
+        self._workspace.linear.add(self._stream, rows, weights_of(projection), norm_behind)
 
     def add_gated_mlp(
         self,
@@ -366,24 +365,25 @@ class KernelOperations:
         norm_behind: RMSNorm | None = None,
     ) -> None:
         """See `Operations.add_gated_mlp`."""
-        behind = None if norm_behind is None else _norm(norm_behind)
-        self._workspace.linear.mlp(self._stream, _norm(norm), _weights(gate_up), _weights(down), activation, behind)
+        behind = None if norm_behind is None else norm_of(norm_behind)
+        weights = weights_of(gate_up), weights_of(down)
+        self._workspace.linear.mlp(self._stream, norm_of(norm), *weights, activation, behind)
 
     def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
         """See `Operations.add_experts`."""
         mixture = self._workspace.experts
         assert mixture is not None, "a workspace for a model with experts"
-        gate_up, down = _weights(experts.gate_up_proj), _weights(experts.down_proj)
+        gate_up, down = weights_of(experts.gate_up_proj), weights_of(experts.down_proj)
         router, shared, linear = experts.router, experts.shared, self._workspace.linear
         if shared is not None:  # before the others have added to the stream, whose norm it takes
-            weights = _weights(shared.gate_up_proj), _weights(shared.down_proj)
-            rows = linear.gated(self._stream, _norm(norm), *weights, Activation.SILU)
+            weights = weights_of(shared.gate_up_proj), weights_of(shared.down_proj)
+            rows = linear.gated(self._stream, norm_of(norm), *weights, Activation.SILU)
             if shared.gate is not None:
-                scale_by_share(self._stream, _norm(norm), shared.gate.weight, rows)
+                scale_by_share(self._stream, norm_of(norm), shared.gate.weight, rows)
         exchange = self._workspace.exchange
         output = None if exchange is None else torch.zeros_like(self._stream.total)
         mixture(
-            self._stream, _norm(norm), router.weight, gate_up, down, router.bias, router.e_score_correction_bias,
+            self._stream, norm_of(norm), router.weight, gate_up, down, router.bias, router.e_score_correction_bias,
             output=output,
         )  # fmt: skip
         if exchange is None or output is None:
@@ -396,28 +396,5 @@ class KernelOperations:
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""
-        rms_norm(self._stream, _norm(norm), self._output)
+        rms_norm(self._stream, norm_of(norm), self._output)
         return self._output
-
-
-def _scaled(product: torch.Tensor | ScaledProduct) -> torch.Tensor:
-    return product.scaled() if isinstance(product, ScaledProduct) else product
-
-
-def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight, norm.eps, norm.offset)
-
-
-def _expert_shape(experts: Experts) -> ExpertShape:
-    router = experts.router
-    return ExpertShape(
-        experts.num_experts, router.per_token, experts.size, router.weight.shape[1], router.normalizes,
-        experts.swiglu_limit, experts.swiglu_alpha, router.routing,
-    )  # fmt: skip
-
-
-def _weights(projection: nn.Linear | ExpertProjections) -> Weights:
-    if not isinstance(projection, Quantized):
-        return Weights(projection.weight, projection.bias)
-    scales = projection.row_scales
-    return Weights(projection.weight, projection.bias, scales, projection.groups if scales is None else None)

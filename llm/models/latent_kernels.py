@@ -10,10 +10,8 @@ from llm.kernels.attention.latent_rows import (
     turn_queries,
 )
 from llm.kernels.linear import Linear, Weights
-from llm.kernels.norm import Norm
-from llm.kernels.quantization import ScaledProduct
+from llm.models.kernel_arguments import norm_of, scaled
 from llm.models.latent import LatentHeads
-from llm.models.layers import RMSNorm
 
 
 def store_and_ask(
@@ -33,11 +31,10 @@ def store_and_ask(
         deterministic: see `head_product`.
     """
     shape = heads.shape
-    store_latents(rows, projected, heads.query_width, _norm(heads.kv_norm))
+    store_latents(rows, projected, heads.query_width, norm_of(heads.kv_norm))
     queries = projected[:, : heads.query_width]
     if heads.q_norm is not None and q_weights is not None:
-        product = linear(normalise_columns(projected, _norm(heads.q_norm)), q_weights)
-        queries = product.scaled() if isinstance(product, ScaledProduct) else product
+        queries = scaled(linear(normalise_columns(projected, norm_of(heads.q_norm)), q_weights))
     by_head = torch.unflatten(queries, 1, (heads.num_heads, -1))
     query = projected.new_empty(len(projected), heads.num_heads, shape.rank + shape.rope_dim)
     turn_queries(rows, by_head, query)
@@ -52,7 +49,3 @@ def values_of(heads: LatentHeads, found: torch.Tensor, *, deterministic: bool) -
     output = found.new_empty(len(found), heads.num_heads, shape.value_dim)
     head_product(found, heads.projections()[:, shape.plain_dim :], output, deterministic=deterministic)
     return output.flatten(1)
-
-
-def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight, norm.eps, norm.offset)
