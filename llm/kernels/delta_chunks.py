@@ -24,8 +24,20 @@ _ROWS = 16
 """Tokens whose corrections are solved together: tensor cores take no fewer."""
 _VALUES = 32
 """Of a head, in a program that walks through the chunks."""
+_ROW_BYTES = 256
+"""Of a token's query or key, for which every chip has room: compiled, 90 KB a program, and twice as much 189 KB."""
+_MUCH_SHARED_MEMORY = 200 << 10
 _CHUNK, _NORM_EPS = tl.constexpr(CHUNK), tl.constexpr(1e-6)
 """The second as in `llm.attention.delta_rule`."""
+
+
+def can_run(spec: DeltaSpec, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a chip has room for the kernels' tiles: those of 128 keys in 16 bits, and on Hopper in float32 too."""
+    row_bytes = triton.next_power_of_2(spec.key_dim) * dtype.itemsize
+    if device.type != "cuda" or row_bytes <= _ROW_BYTES:
+        return True
+    room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return row_bytes <= 2 * _ROW_BYTES and room >= _MUCH_SHARED_MEMORY
 
 
 def gated_delta_chunks(

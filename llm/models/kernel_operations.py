@@ -30,7 +30,7 @@ from llm.kernels.attention.work import (
     plan_decodes,
     plan_prefills,
 )
-from llm.kernels.delta_chunks import LEAST_TOKENS, gated_delta_chunks
+from llm.kernels.delta_chunks import LEAST_TOKENS, can_run, gated_delta_chunks
 from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolution, store_tails
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Linear, Weights, add_parts
@@ -309,7 +309,8 @@ class KernelOperations:
         if self._step.has_prefills:
             store_tails(mixed, tail, parts)
         rule = spec, convolved, decay, mixer.A_log, mixer.dt_bias, matrix, parts, output
-        if self._step.has_prefills and not self._workspace.deterministic:
+        in_chunks = self._step.has_prefills and not self._workspace.deterministic
+        if in_chunks and can_run(spec, self._workspace.dtype, convolved.device):
             gated_delta_rule(*rule, most_tokens=LEAST_TOKENS - 1)
             gated_delta_chunks(*rule)
         else:

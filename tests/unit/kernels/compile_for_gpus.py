@@ -286,9 +286,12 @@ def compile_delta_rule() -> None:
     chunks |= {"VALUES": 32, "NUM_BLOCKS": 4}
     for capability in SHARED_MEMORY:
         compile_kernel("delta rule", delta_rule._gated_delta_rule, step, capability=capability, num_warps=1)
-        compile_kernel("chunks solved", delta_chunks._solve_chunks, chunks, capability=capability)
-        shared = compile_kernel("chunks", delta_chunks._walk_chunks, chunks, capability=capability, num_stages=2)
-        assert shared <= SHARED_MEMORY[capability] - 1024, (capability, shared)
+    for capability in (89, 90):  # the least shared memory, and the most
+        taken = [
+            compile_kernel("chunks", kernel, chunks, capability=capability, num_stages=2)
+            for kernel in (delta_chunks._solve_chunks, delta_chunks._walk_chunks)
+        ]
+        assert max(taken) <= SHARED_MEMORY[capability] - 1024, (capability, taken)
 
 
 def compile_routes(name: str, kernel: Any, router: dict[str, Any], rows: int, num_warps: int) -> None:

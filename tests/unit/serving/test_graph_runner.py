@@ -110,6 +110,18 @@ def test_greedy_tokens_equal_the_reference(shape):
     assert (engine.stats().num_cached_prompt_tokens > 0) is not bool(model.delta_specs)
 
 
+def test_prompts_by_chunks_equal_the_reference():
+    """Long enough that the gated delta rule is worked out by chunks, beside a short one that is walked through."""
+    model = create_model(**QWEN_3_5)
+    requests = [
+        GenerationRequest(prompt_token_ids=tuple(range(1, 1 + num)), max_new_tokens=3, temperature=0.0, ignore_eos=True)
+        for num in (45, 7)
+    ]
+    config = {"max_tokens_per_step": 64, "enable_prefix_caching": False}
+    ours, expected = (run(create_engine(model, backend, **config), requests) for backend in ("triton", "reference"))
+    assert ours == expected
+
+
 def test_states_from_snapshots_equal_the_reference():
     """The second time prompts begin behind their last whole page, on whichever row they get."""
     model = create_model(**QWEN_3_5)
