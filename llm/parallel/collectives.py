@@ -94,7 +94,9 @@ class Collectives:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Exchange.all_gather`."""
         gathered = tensor.new_empty(self._size, *tensor.shape)
-        _finish(self._group._allgather_base(gathered.view(-1), tensor.view(-1), self._all_gather_options))
+        # As bytes: of numbers, not every format is known to every library.
+        output, own = (each.view(-1).view(torch.uint8) for each in (gathered, tensor))
+        _finish(self._group._allgather_base(output, own, self._all_gather_options))
         return gathered
 
     def broadcast(self, tensor: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -80,7 +81,7 @@ class RankGroup:
         self._is_noticed = threading.Event()
         self._most_silence_s = _STARTING_SILENCE_S
         self._failing = threading.Lock()
-        self._is_closed = False
+        self._is_closed = threading.Event()
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
         os.environ.update(ENVIRONMENT)
@@ -90,7 +91,7 @@ class RankGroup:
         except BaseException:
             _kill(self._ranks)
             raise
-        self._finalizer = weakref.finalize(self, _kill, self._ranks)
+        self._finalizer = weakref.finalize(self, _end, self._ranks, self._is_closed)
         for rank in self._ranks:
             self._selector.register(rank.channel.socket, selectors.EVENT_READ, rank)
         threading.Thread(target=_listen, args=(weakref.ref(self),), name="ranks", daemon=True).start()
@@ -151,7 +152,7 @@ class RankGroup:
     def fail(self, reason: str) -> None:
         """Give up all ranks; the first reason stays."""
         with self._failing:
-            if self.failure is not None or self._is_closed:
+            if self.failure is not None or self._is_closed.is_set():
                 return
             self.failure = reason
         self._is_lost.set()
@@ -173,8 +174,6 @@ class RankGroup:
 
     def close(self) -> None:
         """End all ranks; does nothing the second time."""
-        with self._failing:
-            self._is_closed = True
         self._finalizer()
 
     def listen(self, timeout_s: float) -> None:
@@ -200,7 +199,7 @@ class RankGroup:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing left to listen to."""
-        return self._is_closed or self.failure is not None
+        return self._is_closed.is_set() or self.failure is not None
 
     def _send(self, rank: _Rank, kind: FrameKind, payload: bytes) -> None:
         self.check()
@@ -241,6 +240,19 @@ def _listen(group_ref: "weakref.ref[RankGroup]") -> None:
             return
         group.listen(BEAT_INTERVAL_S / 2)
         del group
+
+
+def _end(ranks: Sequence[_Rank], is_closed: threading.Event) -> None:
+    """Have processes end, which they do when they find nobody at the other end of their sockets."""
+    is_closed.set()  # that they end is no failure any more
+    for rank in ranks:
+        with suppress(OSError):
+            rank.channel.socket.shutdown(socket.SHUT_RDWR)
+    deadline = time.monotonic() + _STOP_S
+    for rank in ranks:
+        with suppress(subprocess.TimeoutExpired):
+            rank.process.wait(max(deadline - time.monotonic(), 0))
+    _kill(ranks)
 
 
 def _kill(ranks: Sequence[_Rank]) -> None:

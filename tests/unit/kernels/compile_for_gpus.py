@@ -91,8 +91,9 @@ def compile_norms() -> None:
         more = {"pending": BF16, **behind, **scales}
         compile_kernel("norm behind", norm._rms_norm, {**arguments, **more}, HIDDEN=1000, BLOCK=1024)
     tokens = {"token_ids": INT, "last_token_ids": INT, "token_rows": INT, "table": BF16, "residual": BF16}
-    for scale in (None, "fp32"):
-        compile_kernel("embed", norm._embed_tokens, {**tokens, "scale": scale}, HIDDEN=1000, BLOCK=1024)
+    for scale, part in ((None, None), ("fp32", "i32")):
+        arguments = {**tokens, "scale": scale, "first_id": part, "num_ids": part}
+        compile_kernel("embed", norm._embed_tokens, arguments, HIDDEN=1000, BLOCK=1024)
     logits = {"logits": BF16, "num_logits": "i64", "cap": "fp32", "inverse_cap": "fp32"}
     compile_kernel("soft cap", soft_cap._cap_softly, logits, BLOCK=4096, num_warps=8)
 

@@ -207,3 +207,14 @@ def test_embedding_resolves_tokens_that_only_the_device_knows():
     residual = torch.full((4, 24), torch.nan, device=DEVICE)
     embed_tokens(token_ids, last, rows, table, residual)
     assert torch.equal(residual, table[torch.tensor([7, 13, 0, 11], device=DEVICE)])
+
+
+def test_tokens_whose_embeddings_other_ranks_hold_are_zero():
+    """The table has the rows of ids 20 to 34."""
+    table = random(15, 24, dtype=torch.float32)
+    token_ids = torch.tensor([19, 20, 34, 35, -1, 0], dtype=torch.int32, device=DEVICE)
+    last = torch.tensor([22], dtype=torch.int32, device=DEVICE)
+    residual = torch.full((6, 24), torch.nan, device=DEVICE)
+    embed_tokens(token_ids, last, torch.zeros_like(token_ids), table, residual, first_id=20)
+    zeros = torch.zeros(24, device=DEVICE)
+    assert torch.equal(residual, torch.stack([zeros, table[0], table[14], zeros, table[2], zeros]))

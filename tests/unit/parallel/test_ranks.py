@@ -119,12 +119,20 @@ def test_rank_0_does_not_wait_for_a_lost_rank_for_ever_while_ranks_start(group):
     assert group.failure in {f"rank {rank} has ended with exit code 1" for rank in (1, 2)}
 
 
-def test_a_group_that_nobody_has_any_more_ends():
+@pytest.mark.parametrize("way", ["closed", "dropped"])
+def test_an_orderly_end_is_silent(way, caplog):
+    """Ranks end by themselves, with exit code 0, and nobody complains."""
     group = RankGroup(2, "idle_rank", {"color": "red"})
-    pids = group.process_ids
+    group.call("rank")
+    assert group.replies() == [[1, "red"]]
+    processes = [rank.process for rank in group._ranks]
+    if way == "closed":
+        group.close()
+        assert group.failure is None
     del group
     gc.collect()
-    wait_until_gone(pids)
+    assert [process.wait(20) for process in processes] == [0]
+    assert caplog.text == ""
 
 
 def test_multicast_is_off_in_every_process(group):
