@@ -195,7 +195,7 @@ def test_what_is_no_checkpoint_is_none(tmp_path):
     assert find_local_checkpoint(str(tmp_path / "missing.gguf")) is None
     (tmp_path / "notes.txt").write_text("no model")
     assert find_local_checkpoint(str(tmp_path / "notes.txt")) is None
-    with pytest.raises(CheckpointError, match="is a file, and no GGUF"):
+    with pytest.raises(CheckpointError, match="is a file, but not a GGUF"):
         resolve_model_path(str(tmp_path / "notes.txt"))
 
 

@@ -75,8 +75,12 @@ def test_unmerged_equals_peft_and_merged_equals_unmerged(checkpoints, tmp_path, 
 def test_an_adapter_on_projections_whose_rows_change_places(checkpoints, tmp_path):
     theirs = make_adapter(checkpoints, tmp_path, "qwen3_next", target_modules=["in_proj_qkvz", "in_proj_ba"])
     ours = load_decoder(checkpoints("qwen3_next", **CALM)[0], progress=False)
+    before = ours(IDS)
     load_lora(ours, tmp_path)
-    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=0)
+    after = ours(IDS)
+    assert (after - before).abs().max() > 0.1
+    # States carry what each token rounds to the next ones: some processors leave 2e-4 at the last.
+    torch.testing.assert_close(after, theirs(IDS).logits, atol=1e-3, rtol=0)
 
 
 @torch.inference_mode()
