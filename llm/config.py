@@ -10,11 +10,11 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MAX_TOP_LOGPROBS = 20
-"""Most of the likeliest tokens whose log probabilities a request may ask for."""
+"""The largest number of most likely tokens whose log probabilities a request may ask for."""
 
 
 _SNAPSHOT_BYTES, _SNAPSHOT_BYTES_ON_CPU = 4 << 30, 256 << 20
-"""Memory for snapshots of states where the configuration does not say how many, unless that is too little for a few."""
+"""Memory for snapshots of states if the configuration does not set their number; a few snapshots may take more."""
 
 
 class StrictModel(BaseModel):
@@ -40,7 +40,7 @@ def describe(error: ValidationError, names: Mapping[str, str] | None = None) -> 
     """One line on what pydantic found wrong.
 
     Args:
-        names: of those fields that have another name where the value is from.
+        names: maps fields to the names that they have in the value's source, where those differ.
     """
     renamed = names or {}
     return "; ".join(
@@ -69,33 +69,33 @@ class RopeScaling(StrictModel):
 
     rope_type: RopeScalingType
     factor: float = Field(gt=0)
-    """Context length over `original_max_position_embeddings`."""
+    """Context length divided by `original_max_position_embeddings`."""
     original_max_position_embeddings: int | None = Field(default=None, gt=0)
     """Context length, in tokens, that the checkpoint was trained with."""
     low_freq_factor: float = Field(default=1.0, gt=0)
     """llama3: wavelengths above `original / low_freq_factor` are divided by `factor`."""
     high_freq_factor: float = Field(default=4.0, gt=0)
-    """llama3: wavelengths below `original / high_freq_factor` are left alone."""
+    """llama3: wavelengths below `original / high_freq_factor` stay unchanged."""
     attention_factor: float | None = Field(default=None, gt=0)
-    """yarn, longrope: multiplies cos and sin; None for what the paper says: `0.1 ln(factor) + 1`, and the root of
-    `1 + ln(factor) / ln(original)`."""
+    """yarn, longrope: multiplies cos and sin. None for the papers' values: `0.1 ln(factor) + 1` for yarn, and the
+    square root of `1 + ln(factor) / ln(original)` for longrope."""
     beta_fast: float = Field(default=32.0, gt=0)
-    """yarn: rotations over the trained context above which a dimension is left alone."""
+    """yarn: a dimension with more rotations than this over the trained context stays unchanged."""
     beta_slow: float = Field(default=1.0, gt=0)
-    """yarn: rotations over the trained context below which a dimension is fully interpolated."""
+    """yarn: a dimension with fewer rotations than this over the trained context is fully interpolated."""
     mscale: float | None = Field(default=None, gt=0)
     """yarn: together with `mscale_all_dim`, another way to give the attention factor."""
     mscale_all_dim: float | None = Field(default=None, gt=0)
     truncate: bool = True
     """yarn: round the correction range to whole dimensions."""
     short_factor: tuple[float, ...] | None = None
-    """longrope: what the frequency of each pair of dimensions is divided by where no sequence is longer than the
-    checkpoint was trained with."""
+    """longrope: divisors of the frequencies, one for each pair of dimensions. They apply if no sequence can be longer
+    than the context that the checkpoint was trained with."""
     long_factor: tuple[float, ...] | None = None
-    """longrope: the same where some are."""
+    """longrope: the divisors that apply if sequences can be longer."""
 
     llama_4_scaling_beta: float | None = Field(default=None, ge=0)
-    """Queries grow with their position p: `1 + beta ln(1 + floor(p / original))` is a factor on them (Ministral 3)."""
+    """The query at position p is multiplied by `1 + beta ln(1 + floor(p / original))` (Ministral 3)."""
 
     @model_validator(mode="after")
     def _check_factors(self) -> Self:
@@ -105,20 +105,20 @@ class RopeScaling(StrictModel):
 
 
 class Activation(StrEnum):
-    """What a gated feed-forward makes of its gate (Shazeer 2020, arXiv:2002.05202)."""
+    """Activation function that a gated feed-forward applies to its gate (Shazeer 2020, arXiv:2002.05202)."""
 
     SILU = "silu"
     """SwiGLU."""
     GELU_TANH = "gelu_tanh"
-    """GeGLU, by the approximation with tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    """GeGLU, with the tanh approximation of GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
 
 
 class WeightLayout(StrEnum):
-    """How the files of a checkpoint hold the weights of a projection that are not plain numbers."""
+    """How a checkpoint's files store the quantized weights of a projection."""
 
     FP8 = "fp8"
-    """E4M3 in `weight`, scales in `weight_scale` or `weight_scale_inv`: compressed-tensors' float-quantized,
-    transformers' fp8."""
+    """E4M3 in `weight`, scales in `weight_scale` or `weight_scale_inv`. compressed-tensors calls it float-quantized,
+    transformers fp8."""
     PACKED = "pack-quantized"
     """compressed-tensors: 4 bits in `weight_packed`."""
     AWQ = "awq"
@@ -126,7 +126,7 @@ class WeightLayout(StrEnum):
     GPTQ = "gptq"
     """Frantar et al. 2022 (arXiv:2210.17323): 4 bits in `qweight`, packed along the inputs."""
     MXFP4 = "mxfp4"
-    """gpt-oss's experts: 4-bit floats with a scale for 32 of them, in tensors named `…_blocks` and `…_scales`."""
+    """gpt-oss's experts: 4-bit floats with one scale for every 32, in tensors named `…_blocks` and `…_scales`."""
 
 
 class WeightFormat(StrictModel):
@@ -134,15 +134,17 @@ class WeightFormat(StrictModel):
 
     layout: WeightLayout
     targets: tuple[str, ...] = ("Linear",)
-    """The projections: "Linear" for all, the end of a name, or "re:" and a pattern that a name begins with."""
+    """The projections it applies to: "Linear" for all, the end of a name, or "re:" and a pattern that matches the
+    beginning of a name."""
     group_size: int | None = Field(default=None, gt=0)
-    """Inputs that share a scale, for each output; None for all."""
+    """How many inputs of an output share a scale; None for all."""
     block_rows: int | None = Field(default=None, gt=0)
-    """fp8: outputs that share a scale for each group of inputs in the file; None for a scale each or one for all."""
+    """fp8: how many outputs share the scale of a group of inputs in the file. None if each output has its own scale, or
+    if one scale covers all."""
     has_zeros: bool = False
-    """4 bits: codes have zeros of their own, for each output and group; otherwise 8 is the zero."""
+    """4 bits: each output and group has its own zero; otherwise the zero is 8."""
     zero_offset: int = Field(default=0, ge=0, le=1)
-    """4 bits: what is to be added to a zero as the file holds it."""
+    """4 bits: number to add to each zero stored in the file."""
     has_order: bool = False
     """4 bits: `g_idx` says which group an input belongs to (GPTQ's act-order)."""
 
@@ -156,11 +158,11 @@ class Quantization(StrictModel):
     """Which projections of a checkpoint are stored in fewer than 16 bits, and how."""
 
     formats: tuple[WeightFormat, ...]
-    """The first whose targets name a projection counts."""
+    """The first format whose targets match a projection applies to it."""
     ignored: tuple[str, ...] = ()
-    """Projections that are stored as they are, named like targets; a part of a dotted name will do."""
+    """Projections that are stored unquantized, named like targets; part of a dotted name is enough."""
     has_cache_scales: bool = False
-    """The checkpoint may hold scales for keys and values in 8 bits."""
+    """The checkpoint may hold scales for 8-bit keys and values."""
 
     def format_of(self, name: str) -> WeightFormat | None:
         """The format of a projection, by its dotted name in the checkpoint; None for 16 or 32 bits."""
@@ -171,7 +173,7 @@ class Quantization(StrictModel):
 
 
 def _name_in(patterns: tuple[str, ...], name: str) -> bool:
-    """Whether any of the patterns names a module: one look-up for all that are plain names, of which there are many."""
+    """Whether any of the patterns names a module. Plain names, of which there are many, take one lookup together."""
     literals, others = _split_patterns(patterns)
     parts = name.split(".")
     ends = range(1, len(parts) + 1)
@@ -182,13 +184,13 @@ def _name_in(patterns: tuple[str, ...], name: str) -> bool:
 
 @cache
 def _split_patterns(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Names, as the text half has them, and patterns."""
+    """Plain names, as the text half has them, and regular expressions."""
     literals = (pattern.replace("language_model.", "") for pattern in patterns if not pattern.startswith("re:"))
     return frozenset(literals), tuple(pattern for pattern in patterns if pattern.startswith("re:"))
 
 
 def _names(pattern: str, name: str) -> bool:
-    """Whether a pattern of a quantized checkpoint names a module, of the text half where there is another."""
+    """Whether a pattern of a quantized checkpoint names a module; in a multimodal checkpoint, one of the text half."""
     if pattern.startswith("re:"):
         in_text_half = name.replace("model.", "model.language_model.", 1)
         return any(re.match(pattern[3:], each) is not None for each in (name, in_text_half))
@@ -199,17 +201,17 @@ class DeltaConfig(StrictModel):
     """Layers with a gated delta rule in place of attention (Yang et al. 2024, arXiv:2412.06464)."""
 
     layers: tuple[int, ...] = Field(min_length=1)
-    """Which layers they are, from 0; each once."""
+    """Indices of these layers, counted from 0, each listed once."""
     num_key_heads: int = Field(gt=0)
-    """Heads of queries, and as many of keys."""
+    """Number of query heads, and also of key heads."""
     num_value_heads: int = Field(gt=0)
-    """Heads of values, a multiple of `num_key_heads`."""
+    """Number of value heads, a multiple of `num_key_heads`."""
     key_dim: int = Field(gt=0)
-    """Width of a head of queries or keys."""
+    """Width of a query or key head."""
     value_dim: int = Field(gt=0)
-    """Width of a head of values."""
+    """Width of a value head."""
     kernel_size: int = Field(default=4, gt=1)
-    """Tokens that the short convolution in front of the rule sees, each token's own included."""
+    """Number of tokens that the short convolution before the rule spans, including the current one."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -223,42 +225,44 @@ class DeltaConfig(StrictModel):
 
 
 class LatentConfig(StrictModel):
-    """Attention that keeps one vector a token, its latent, from which each head's key and value are projected
+    """Attention that keeps one vector per token, its latent. Each head's key and value are projected from it
     (DeepSeek-V2's MLA, arXiv:2405.04434)."""
 
     rank: int = Field(gt=0)
     """Width of the latent."""
     query_rank: int | None = Field(default=None, gt=0)
-    """Width of what queries are projected from; None for the residual stream's norm itself."""
+    """Width of the latent that queries are projected from; None if they are projected from the normalized residual
+    stream itself."""
     plain_dim: int = Field(gt=0)
-    """Numbers of a head's query and key that do not turn."""
+    """How many numbers of a head's query and key are not rotated."""
     rope_dim: int = Field(gt=0)
-    """Numbers behind them that do; those of the key are the same for all heads and are kept beside the latent."""
+    """How many numbers after them are rotated. All heads share those of the key, which are kept next to the latent."""
     value_dim: int = Field(gt=0)
     """Width of a head's value."""
     is_interleaved: bool = True
-    """Neighbouring numbers turn together, not those of the two halves."""
+    """RoPE pairs neighboring numbers, instead of each number of the first half with one of the second."""
 
 
 class RoutingConfig(StrictModel):
     """How a router scores experts and chooses among them."""
 
     uses_sigmoid: bool = False
-    """An expert's score is the sigmoid of its logit, and experts are chosen by that and a number of each expert's own
-    (DeepSeek-V3, arXiv:2412.19437); otherwise by a softmax of all logits."""
+    """An expert's score is the sigmoid of its logit, and experts are chosen by this score plus a bias of each expert
+    (DeepSeek-V3, arXiv:2412.19437). Otherwise the scores are a softmax of all logits."""
     num_groups: int = Field(default=1, gt=0)
-    """Groups of neighbouring experts, of which a token first chooses the best (DeepSeek-V2, arXiv:2405.04434)."""
+    """Number of groups of neighboring experts; a token first chooses the best groups (DeepSeek-V2,
+    arXiv:2405.04434)."""
     num_top_groups: int = Field(default=1, gt=0)
     """How many of these groups a token chooses."""
     scale: float = Field(default=1.0, gt=0)
-    """The weights of a token's experts are multiplied by it behind everything else."""
+    """Factor on the weights of a token's experts, applied last."""
 
 
 class ModelConfig(StrictModel):
-    """Shape of a decoder. Everything `DecoderModel` needs, nothing about serving."""
+    """Shape of a decoder: everything that `DecoderModel` needs, and nothing about serving."""
 
     architecture: str = "LlamaForCausalLM"
-    """The family, by the name that transformers has for its class."""
+    """Name of the family's class in transformers."""
     vocab_size: int = Field(default=32000, gt=0)
     hidden_size: int = Field(default=512, gt=0)
     intermediate_size: int | None = Field(default=None, gt=0)
@@ -268,7 +272,7 @@ class ModelConfig(StrictModel):
     num_heads: int = Field(default=8, gt=0)
     """Query heads."""
     num_kv_heads: int | None = Field(default=None, gt=0)
-    """Key/value heads: None for `num_heads` (MHA), 1 for MQA, a divisor of `num_heads` between (GQA)."""
+    """Key/value heads: None for `num_heads` (MHA), 1 for MQA, or a divisor of `num_heads` in between (GQA)."""
     head_dim: int | None = Field(default=None, gt=0)
     """None for `hidden_size / num_heads`."""
     max_seq_len: int = Field(default=2048, gt=0)
@@ -278,30 +282,31 @@ class ModelConfig(StrictModel):
     window_layers: tuple[int, ...] | None = None
     """Layers that the window applies to; None for every layer."""
     attention_scale: float | None = Field(default=None, gt=0)
-    """Softmax scale; None for the root of 1 / `head_dim`."""
+    """Softmax scale; None for `1 / sqrt(head_dim)`."""
     attention_soft_cap: float | None = Field(default=None, gt=0)
-    """Bound of attention's scores, which come near it by a tanh (Gemma 2); None for none."""
+    """Bound that a tanh puts on attention scores (Gemma 2); None for no bound."""
     attention_sinks: bool = False
-    """Each query head has a score for nothing beside those of the tokens (gpt-oss)."""
+    """Each query head has a sink: one more score, beside those of the tokens, that belongs to no token (gpt-oss)."""
     logit_soft_cap: float | None = Field(default=None, gt=0)
-    """The same of the logits."""
+    """The same bound for logits."""
     embedding_scale: float | None = Field(default=None, gt=0)
-    """What embeddings are multiplied by, rounded to the model's format (Gemma); None for nothing."""
+    """Factor on embeddings, rounded to the model's format (Gemma); None for no factor."""
     latent: LatentConfig | None = None
-    """How attention keeps a latent in place of keys and values, which it then attends to by one key/value head of
-    `rank + rope_dim` numbers; None for keys and values."""
+    """Attention that keeps latents instead of keys and values, and attends to them as one key/value head of
+    `rank + rope_dim` numbers. None for keys and values."""
     delta: DeltaConfig | None = None
-    """Layers without attention, which keep a state of fixed size; None for none."""
+    """Layers that have no attention and keep a state of fixed size instead; None for none."""
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     norm_offset: float | None = None
-    """What is added to the weights of norms, which then scale in float32 (Gemma: 1); None for scaling in the model's
-    format (Llama)."""
+    """Number added to the weights of norms, which then scale in float32 (Gemma: 1). None for scaling in the model's
+    format, with nothing added (Llama)."""
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     window_rope_theta: float | None = Field(default=None, gt=0)
-    """Base of the angles, not stretched, in layers with a window (Gemma 3); None for the same RoPE in all layers."""
+    """RoPE base in layers with a window, where angles are not scaled (Gemma 3). None for the same RoPE in all
+    layers."""
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
-    """Share of each head that RoPE turns, from its beginning."""
+    """Fraction of each head, from its beginning, that RoPE rotates."""
     qk_norm: bool = False
     """RMSNorm over each head's query and key before RoPE (Qwen3)."""
     attention_bias: bool = False
@@ -314,9 +319,9 @@ class ModelConfig(StrictModel):
     tie_embeddings: bool = False
     """The output head shares the token embedding's weight."""
     num_experts: int = Field(default=0, ge=0)
-    """Experts that a layer has in place of an MLP; 0 for a model without."""
+    """Number of experts that a layer has instead of an MLP; 0 for a model without experts."""
     num_experts_per_token: int = Field(default=2, gt=0)
-    """Experts that a token goes to."""
+    """Number of experts that each token goes to."""
     expert_size: int = Field(default=0, ge=0)
     """Width of an expert's SwiGLU."""
     normalize_expert_weights: bool = True
@@ -326,17 +331,17 @@ class ModelConfig(StrictModel):
     expert_bias: bool = False
     """Biases on the router and on the projections of experts (gpt-oss)."""
     shared_expert_size: int = Field(default=0, ge=0)
-    """Width of an expert that every token goes to beside those that it chooses; 0 for none."""
+    """Width of the shared expert, which every token goes to in addition to those that it chooses; 0 for none."""
     shared_expert_gate: bool = False
-    """What the shared expert gives is scaled by a share of its own, which each token says (Qwen3-Next, Qwen3.5)."""
+    """The shared expert's output is scaled by a gate computed from each token (Qwen3-Next, Qwen3.5)."""
     swiglu_limit: float | None = Field(default=None, gt=0)
-    """Experts gate by `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`, the gate bounded by this number from above and
-    `up` from both sides (gpt-oss); None for `silu(gate) * up`."""
+    """Experts compute `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`. This number bounds `gate` from above and `up`
+    on both sides (gpt-oss). None for `silu(gate) * up`."""
     swiglu_alpha: float = Field(default=1.702, gt=0)
     dense_layers: tuple[int, ...] = ()
     """Layers with an MLP in a model with experts."""
     quantization: Quantization | None = None
-    """How the checkpoint stores the weights of the layers' projections; None for plain numbers."""
+    """How the checkpoint stores the weights of the layers' projections; None if they are not quantized."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -369,7 +374,7 @@ class ModelConfig(StrictModel):
         return self
 
     def _check_groups(self) -> None:
-        """See that groups of experts are of one size and hold enough experts."""
+        """Check that all groups of experts have the same size and hold enough experts."""
         groups, top_groups = self.routing.num_groups, self.routing.num_top_groups
         if self.num_experts % groups or top_groups > groups:
             raise ValueError(
@@ -386,7 +391,7 @@ class ModelConfig(StrictModel):
 
     @property
     def rotary_size(self) -> int:
-        """Numbers of a head that RoPE turns."""
+        """How many numbers of a head RoPE rotates."""
         if self.latent is not None:
             return self.latent.rope_dim
         return int(self.head_size * self.partial_rotary_factor)
@@ -398,7 +403,7 @@ class ModelConfig(StrictModel):
 
     @property
     def slot_width(self) -> int:
-        """Numbers that a layer with attention keeps of each token."""
+        """How many numbers a layer with attention keeps for each token."""
         return (2 if self.latent is None else 1) * self.kv_heads * self.head_size
 
     @property
@@ -407,11 +412,11 @@ class ModelConfig(StrictModel):
         return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 64) * 64
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts in place of an MLP."""
+        """Whether a layer has experts instead of an MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
     def state_bytes(self, itemsize: int) -> int:
-        """Bytes of what layers without attention remember of one sequence, where activations have `itemsize` bytes."""
+        """Bytes of one sequence's states in all layers without attention. Activations take `itemsize` bytes."""
         delta = self.delta
         if delta is None:
             return 0
@@ -421,11 +426,11 @@ class ModelConfig(StrictModel):
 
     @property
     def num_attention_layers(self) -> int:
-        """Layers with keys and values."""
+        """Number of layers with keys and values."""
         return self.num_layers - (len(self.delta.layers) if self.delta is not None else 0)
 
     def layer_window(self, layer: int) -> int | None:
-        """Sliding window of one layer in tokens, or None where it attends to everything."""
+        """Sliding window of one layer in tokens; None if it attends to everything."""
         return self.window_size if self.window_layers is None or layer in self.window_layers else None
 
 
@@ -433,48 +438,50 @@ class EngineConfig(StrictModel):
     """How one engine runs a model: memory, batching, numerics."""
 
     max_batch_size: int | None = Field(default=None, ge=1, le=4096)
-    """Most sequences that run at once (rows); None for 32 on a CPU and 256 on a GPU."""
+    """Maximum number of sequences that run at once (rows); None for 32 on a CPU and 256 on a GPU."""
     max_seq_len: int | None = Field(default=None, ge=1)
     """Longest sequence in tokens; None for the model's own context length."""
     max_tokens_per_step: int | None = Field(default=None, ge=1)
-    """Token budget of one step, decodes and prefill chunks together; None for 256 on a CPU, where what fits its caches
-    is fastest, and 8192 on a GPU, but at least `max_batch_size`."""
+    """Token budget of one step, decodes and prefill chunks together. None for 256 on a CPU, where steps that fit its
+    caches are fastest, and 8192 on a GPU, but at least `max_batch_size`."""
     max_prefill_tokens_beside_decodes: int | None = Field(default=None, ge=1)
-    """About as many prefill tokens of each new sequence go into a step in which others decode, up to 2,048 tokens in
-    total. This bounds the gap between tokens while prompts arrive. If twice as many sequences are new as decode, they
-    start at once. None for 192 on a GPU and no bound of its own on a CPU."""
+    """About how many prefill tokens of each new sequence go into a step in which others decode, up to 2,048 tokens in
+    total. This bounds the gap between tokens while prompts arrive. If there are twice as many new sequences as decoding
+    ones, the new ones start at once. None for 192 on a GPU and no separate bound on a CPU."""
     page_size: int = Field(default=16, ge=1, le=256)
     """Slots in a page. A slot holds one token's keys and values in every layer."""
     num_pages: int | None = Field(default=None, ge=1)
-    """Pages in the pool; None to size it: on a GPU by `gpu_memory_utilization`, on a CPU by `cpu_pool_bytes`."""
+    """Pages in the pool. None to size the pool by `gpu_memory_utilization` on a GPU and by `cpu_pool_bytes` on a
+    CPU."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of the GPU's memory for weights, activations and the pool together."""
+    """Fraction of the GPU's memory for weights, activations and the pool together."""
     cpu_pool_bytes: int = Field(default=1 << 30, gt=0)
-    """Most memory of the pool on a CPU, in bytes; never more than `max_batch_size` full sequences need."""
+    """Maximum size of the pool on a CPU, in bytes. The pool never takes more than `max_batch_size` full sequences
+    need."""
     enable_prefix_caching: bool = True
-    """Keep full pages of finished sequences and share them with prompts that begin the same."""
+    """Keep full pages of finished sequences and share them with prompts that begin the same way."""
     num_state_snapshots: int | None = Field(default=None, ge=0)
-    """Snapshots of states that the prefix cache keeps, in a model whose layers have such (Qwen3.5): a prefix is found
-    as far as there is one. None for twice as many as rows, but no more than 4 GiB hold on a GPU and 256 MiB on a CPU;
-    0 for no prefix cache in such a model."""
+    """Number of state snapshots that the prefix cache keeps, in a model whose layers have states (Qwen3.5). A prefix
+    can be reused up to its last snapshot. None for twice the number of rows, limited to 4 GiB on a GPU and 256 MiB on a
+    CPU. 0 for no prefix cache in such a model."""
     attention_backend: str | None = None
     """Name of an attention backend; None for the best one on this device."""
     quantization: Literal["fp8"] | None = None
-    """GPU: "fp8" rounds the weights of the layers' projections to 8 bits (E4M3, a scale for each output) at start: half
-    the memory, and faster; None for the checkpoint's own format, which may be one of 8 or 4 bits."""
+    """GPU: "fp8" rounds the weights of the layers' projections to 8 bits (E4M3, one scale for each output) at start,
+    which halves their memory and is faster. None for the checkpoint's own format, which may have 8 or 4 bits itself."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """GPU: "fp8" keeps keys and values in 8 bits (E4M3), twice as many tokens in the same memory, scaled as the
-    checkpoint says if it does; "auto" in the model's format."""
+    """GPU: "fp8" keeps keys and values in 8 bits (E4M3), which fits twice as many tokens in the same memory. It uses
+    the checkpoint's scales if there are any. "auto" keeps them in the model's format."""
     deterministic: bool = False
-    """GPU: the same request gets the same tokens, bit by bit, whatever runs beside it. It costs some speed."""
+    """GPU: the same request gets the same tokens, bit for bit, whatever else runs at the time. It costs some speed."""
     num_speculative_tokens: int = Field(default=0, ge=0, le=32)
-    """Most tokens a sequence guesses from its own text (prompt-lookup decoding) and checks in one step: the same output
-    in fewer steps where text repeats itself. 0 for off."""
+    """Maximum number of tokens that a sequence guesses from its own text (prompt-lookup decoding) and checks in one
+    step. The output stays the same and takes fewer steps where text repeats itself. 0 turns it off."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
-    """GPUs of one node that hold the model together, each a part of every layer: for models larger than a GPU, or for
-    steps that are shorter. On a CPU, processes."""
+    """Number of GPUs in one node that share the model, each with a part of every layer. Use it for models larger than
+    one GPU, or for shorter steps. On a CPU, the number of processes."""
     expert_parallel: bool = False
-    """With several GPUs a model: each holds some experts, whole, not a part of each expert."""
+    """With several GPUs per model: each GPU holds some of the experts whole, instead of a part of every expert."""
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -486,12 +493,12 @@ class EngineConfig(StrictModel):
         return self
 
     def batch_size(self, device_type: str) -> int:
-        """Rows on a device of this type ("cpu", "cuda")."""
+        """Number of rows on a device of this type ("cpu", "cuda")."""
         default = 32 if device_type == "cpu" else 256
         return self.max_batch_size or min(default, self.max_tokens_per_step or default)
 
     def num_snapshots(self, device_type: str, state_bytes: int) -> int:
-        """Snapshots of states on a device of this type, each of `state_bytes`; 0 for a model without states."""
+        """Number of state snapshots on a device of this type, each of `state_bytes`; 0 for a model without states."""
         if not state_bytes or not self.enable_prefix_caching:
             return 0
         if self.num_state_snapshots is not None:
@@ -500,7 +507,7 @@ class EngineConfig(StrictModel):
         return min(2 * self.batch_size(device_type), max(room // state_bytes, 4))
 
     def token_budget(self, device_type: str) -> int:
-        """Tokens of one step on a device of this type ("cpu", "cuda")."""
+        """Maximum number of tokens in one step on a device of this type ("cpu", "cuda")."""
         return self.max_tokens_per_step or max(256 if device_type == "cpu" else 8192, self.batch_size(device_type))
 
     def prefill_beside_decodes(self, device_type: str) -> int:

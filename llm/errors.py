@@ -6,15 +6,15 @@ class LLMError(Exception):
 
 
 class ConfigError(LLMError):
-    """A configuration file or value that cannot be used. Names the file or field and the fix."""
+    """A configuration file or value cannot be used. The message names the file or field and the fix."""
 
 
 class CheckpointError(LLMError):
-    """A checkpoint that cannot be loaded: a missing shard, a wrong shape, an unknown architecture."""
+    """A checkpoint cannot be loaded: for example a missing shard, a wrong shape, or an unknown architecture."""
 
 
 class CapacityError(LLMError):
-    """More tokens than the memory set aside for them: a full `KVCache`, a pool too small for a prompt."""
+    """There are more tokens than their memory holds: a `KVCache` is full, or a pool is too small for a prompt."""
 
 
 class InvalidRequestError(LLMError):
@@ -36,4 +36,4 @@ class EngineError(LLMError):
 
 
 class RankLostError(EngineError):
-    """A process that holds a part of the model died, hangs or failed: the engine can run no further step."""
+    """A process that holds a part of the model died, hangs or failed, and the engine cannot run another step."""

@@ -1,1 +1,1 @@
-"""The decoder, and how checkpoints and adapters are loaded into it."""
+"""The decoder and its families of models."""

@@ -1,4 +1,4 @@
-"""What the layers of most families begin with: grouped-query attention behind a norm."""
+"""The first half of most families' layers: a norm, then grouped-query attention."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,11 +16,11 @@ from llm.models.operations import Operations
 
 
 class AttentionLayer(Layer):
-    """Attention, and the norm in front of the feed-forward, which the layers of families add.
+    """Attention, and the norm before the feed-forward. Each family's layers add the feed-forward itself.
 
     Args:
-        index: of the layer, from 0.
-        rope: of the model.
+        index: index of the layer, from 0.
+        rope: the model's rotary embedding.
     """
 
     def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
@@ -40,7 +40,7 @@ class AttentionLayer(Layer):
         self.mlp_norm = norm(hidden_size)
 
     def add_attention(self, operations: Operations[Any], norm_behind: RMSNorm | None = None) -> None:
-        """Add what attention finds, or its norm, to the residual stream."""
+        """Add the output of attention, normalized by `norm_behind` if there is one, to the residual stream."""
         qk_norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         qkv = operations.product_of_norm(self.attention_norm, self.qkv_proj)
         attended = operations.attend(self.index, self.spec, qkv, qk_norms, self.sinks)
@@ -48,7 +48,7 @@ class AttentionLayer(Layer):
 
 
 def make_norm(config: ModelConfig) -> Callable[[int], RMSNorm]:
-    """Makes the model's norms, by their size."""
+    """A function that makes one of the model's norms, given its size."""
     return partial(RMSNorm, eps=config.rms_norm_eps, offset=config.norm_offset)
 
 
@@ -58,7 +58,7 @@ def make_rope(config: ModelConfig) -> RotaryEmbedding:
 
 
 def attention_weights(config: ModelConfig) -> dict[str, Destination]:
-    """Destinations within an `AttentionLayer`."""
+    """Destinations of a checkpoint's modules within an `AttentionLayer`."""
     query, key_value = config.num_heads * config.head_size, config.kv_heads * config.head_size
     same = [*(["q_norm", "k_norm"] if config.qk_norm else []), *(["sinks"] if config.attention_sinks else [])]
     return {

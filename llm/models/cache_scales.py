@@ -1,8 +1,9 @@
-"""Scales of a checkpoint for keys and values in 8 bits (compressed-tensors' `kv_cache_scheme`).
+"""A checkpoint's scales for 8-bit keys and values (compressed-tensors' `kv_cache_scheme`).
 
-What goes into the cache is divided by them and what comes out is multiplied, both in the weights around it: keys and
-queries, values and attention's output projection. So neither the cache nor a kernel knows of them. They are rounded up
-to powers of two, which change no digit of a weight, and no more than the last of what is stored in 8 bits.
+Numbers are divided by the scales before they enter the cache and multiplied by them afterward. The weights around the
+cache do both: those of keys and queries for keys, those of values and of attention's output for values. The cache and
+the kernels need not know the scales. They are rounded up to powers of two, which change no digit of a weight, and at
+most the last digit of a number stored in 8 bits.
 """
 
 import torch
@@ -15,9 +16,9 @@ from llm.models.quantized import QuantizedLinear
 
 @torch.no_grad()
 def fold_cache_scales(model: DecoderModel) -> None:
-    """Put the model's `cache_scales` into its weights; a second time changes nothing.
+    """Fold the model's `cache_scales` into its weights; calling it again changes nothing.
 
-    Keys that are normalised in each head are left alone: they fit the cache.
+    Keys that are normalized in each head stay unchanged: they fit the cache.
     """
     if model.cache_scales is None:
         return

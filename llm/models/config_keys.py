@@ -1,7 +1,7 @@
-"""Which keys of a config.json count.
+"""Which keys of a config.json matter.
 
-A model is refused if its config.json holds a key that nobody here read and that may change what the model computes:
-better no answer than a wrong one.
+A model is refused if its config.json holds a key that was not read and may change what the model computes: no answer is
+better than a wrong one.
 """
 
 import re
@@ -15,7 +15,7 @@ from llm.errors import ConfigError
 _MAX_VALUE_CHARS = 80
 
 _HARMLESS_NAMES = re.compile(r"_.*|unsloth_.*|transformers\.js_config|.*dropout.*|.*_pdrop")
-"""transformers' own notes, tools' notes, and what only training does."""
+"""Names of keys for notes of transformers and other tools, and for settings that only affect training."""
 
 
 def key_names(text: str) -> frozenset[str]:
@@ -39,9 +39,9 @@ _HARMLESS = key_names("""
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     attention_bias mlp_bias bias qkv_bias max_window_layers
 """)
-"""Keys without effect on what a model computes, where its family does not read them. Sampling is
-generation_config.json's. Whether there are biases is seen from the weights, which are refused if one has no place.
-`max_window_layers` says nothing without a window that can be switched."""
+"""Keys that do not affect what a model computes if its family does not read them. Sampling is the matter of
+generation_config.json. The weights themselves show whether there are biases; a weight without a place is refused.
+`max_window_layers` means nothing without a window that can be switched on."""
 
 _MAX_INT = 2**31 - 1
 _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
@@ -98,16 +98,17 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
         key_names("architectures"),
     ),
 )
-"""What the values of keys must be, those inside RoPE's parameters included: the kind, how it is told, its keys."""
+"""The kinds of values that keys must have, including keys inside RoPE's parameters: each with its name, a test for it,
+and its keys."""
 
 _KIND_OF = {key: (kind, is_kind) for kind, is_kind, keys in _KINDS for key in keys}
 
 
 def check_kind(key: str, value: Any) -> None:
-    """Refuse a value of another type than its key's. Null is no value, and has none.
+    """Refuse a value whose type is wrong for its key. Null counts as no value and is accepted.
 
     Raises:
-        ConfigError: the key, its value, and what it must be.
+        ConfigError: names the key, its value, and what it must be.
     """
     kind, is_kind = _KIND_OF.get(key, ("", None))
     if value is not None and is_kind is not None and not is_kind(value):
@@ -122,7 +123,7 @@ def _only(*values: object) -> Neutral:
 
 
 _NEUTRAL: dict[str, Neutral] = {
-    "activation": _only("swiglu"),  # Falcon3's word for a gated MLP with silu
+    "activation": _only("swiglu"),  # Falcon3's name for a gated MLP with silu
     "add_cross_attention": _only(False),
     "alibi": _only(False),
     "attention_multiplier": lambda value, model: value == model.head_size**-0.5,
@@ -131,7 +132,7 @@ _NEUTRAL: dict[str, Neutral] = {
     "dual_chunk_attention_config": _only({}),
     "embedding_multiplier": _only(1),
     "final_logit_softcapping": _only(0),
-    "full_attn_mod": _only(1),  # Phi-4's notes of what it could have been
+    "full_attn_mod": _only(1),  # Phi-4's note of an option that it does not use
     "interpolate_factor": _only(1),
     "is_causal": _only(True),
     "is_encoder_decoder": _only(False),
@@ -155,13 +156,14 @@ _NEUTRAL: dict[str, Neutral] = {
     "use_parallel_residual": _only(False),
     "use_qk_norm": lambda value, model: value == model.qk_norm,
 }
-"""Keys that change what a model computes, with the values at which they do not. A null never does."""
+"""Keys that change what a model computes, each with the values at which it changes nothing. Null never changes
+anything."""
 
 
 class ReadKeys(Mapping[str, Any]):
-    """A configuration that remembers which of its keys were looked at, and gives values of the right type alone.
+    """A configuration that remembers which of its keys were read, and returns only values of the right type.
 
-    A key whose value is null counts as one that is not there.
+    A key whose value is null counts as missing.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -183,18 +185,18 @@ class ReadKeys(Mapping[str, Any]):
         return sum(1 for _ in self)
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
-        """Give keys that are missing the values that they have then."""
+        """Set the default values of missing keys."""
         self._content = {**defaults, **self._content}
 
     def refuse_unread(self, model: ModelConfig, architecture: str) -> None:
-        """Refuse a key that nobody has looked at and that may change what the model computes.
+        """Refuse a key that has not been read and that may change what the model computes.
 
         Args:
-            model: what the keys that were read have made.
+            model: the configuration made from the keys that were read.
             architecture: its name, for the message.
 
         Raises:
-            ConfigError: the key, its value, and what to do.
+            ConfigError: names the key, its value, and what to do.
         """
         for key, value in self._content.items():
             if value is None or key in self._read or key in _HARMLESS or _HARMLESS_NAMES.fullmatch(key):
@@ -216,11 +218,11 @@ class ReadKeys(Mapping[str, Any]):
 def _is_neutral(key: str, value: Any, model: ModelConfig) -> bool:
     try:
         return _NEUTRAL[key](value, model)
-    except TypeError:  # a value of another type changes whatever it likes
+    except TypeError:  # a value of an unexpected type may change anything
         return False
 
 
 def shown(value: object) -> str:
-    """A value for a message, cut short."""
+    """A value as text for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= _MAX_VALUE_CHARS else text[:_MAX_VALUE_CHARS] + "…"

@@ -1,10 +1,10 @@
-"""How a model is cut over several ranks (Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053).
+"""How a model is split across several ranks (Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053).
 
-Of two products that follow each other the first is cut by column, so that each rank makes some of the outputs: some
-heads, some of what a feed-forward holds between its products. The second is cut by row, over these, so that the ranks'
-products have to be added up. Where there are fewer heads of keys and values than ranks, several ranks hold the same.
-Experts are cut like feed-forwards, or each rank holds some of them, whole. Embeddings and head are cut by vocabulary.
-Norms, routers and latents are held by all ranks.
+Two consecutive products are split differently. The first is split by column: each rank computes some of the outputs,
+that is, some heads, or some of the intermediate numbers of a feed-forward. The second is split by row, over the same
+numbers, so the ranks' results have to be added up. If there are fewer key/value heads than ranks, several ranks hold
+the same head. Experts are split like feed-forwards, or each rank holds some of them whole. Embeddings and the output
+head are split by vocabulary. All ranks hold the norms, routers and latents.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,18 +19,18 @@ from llm.errors import ConfigError
 from llm.models.experts import ExpertProjections, Experts
 
 _WHOLE = ("norm", "_norm", ".router", ".shared.gate")
-"""Ends of the names of what every rank holds."""
+"""Endings of the names of modules that every rank holds whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of a module of the whole model that a rank holds, as ranges of the whole.
+    """The part of a module that a rank holds, as ranges within the whole module.
 
     Attributes:
-        outputs: rows of its weight and bias, one range behind the other; None for all.
+        outputs: rows of its weight and bias, one range after the other; None for all.
         inputs: columns of its weight; None for all.
-        experts: of a module that holds a projection of every expert; None for all.
-        has_bias: whether this rank's bias counts. Where the ranks' products are added up, that of one does.
+        experts: which experts, in a module that holds a projection of every expert; None for all.
+        has_bias: whether this rank adds the bias. If the ranks' products are added up, only one rank does.
     """
 
     outputs: tuple[range, ...] | None = None
@@ -40,10 +40,10 @@ class Cut:
 
 
 def held_shape(config: ModelConfig, partition: Partition) -> ModelConfig:
-    """The shape of what a rank holds, as if it were a model; its experts are those of the whole model.
+    """The shape of a rank's part, as if it were a model of its own; it still counts the experts of the whole model.
 
     Raises:
-        ConfigError: the model cannot be cut so.
+        ConfigError: the model cannot be split this way.
     """
     size = partition.size
     if size == 1:
@@ -72,7 +72,7 @@ _DELTA = ("num_key_heads", "num_value_heads")
 
 
 def rows_of_vocabulary(config: ModelConfig, partition: Partition) -> int:
-    """Rows of embeddings and head on each rank; the last ones hold some that mean nothing."""
+    """Number of rows of the embeddings and the output head on each rank. The last ranks may hold unused rows."""
     return -(-config.vocab_size // partition.size)
 
 
@@ -85,7 +85,7 @@ def _share(total: int, what: str, size: int) -> int:
 
 
 def _kv_heads(config: ModelConfig, partition: Partition) -> range:
-    """The heads of keys and values that a rank's queries attend to."""
+    """The key/value heads that a rank's queries attend to."""
     heads, size = config.kv_heads, partition.size
     if heads % size and size % heads:
         raise ConfigError(
@@ -97,7 +97,7 @@ def _kv_heads(config: ModelConfig, partition: Partition) -> range:
 
 
 def hold_experts(modules: Iterable[nn.Module], partition: Partition) -> None:
-    """Leave each mixture of experts those of a rank, where they are cut by expert; on the meta device."""
+    """Leave each mixture of experts only the rank's own experts, if the split is by expert; on the meta device."""
     for module in modules:
         if isinstance(module, Experts):
             module.held = _part(module.num_experts, partition)
@@ -109,17 +109,17 @@ def hold_experts(modules: Iterable[nn.Module], partition: Partition) -> None:
 
 
 def _part(total: int, partition: Partition, begin: int = 0, unit: int = 1) -> range:
-    """A rank's share of `total` things of `unit` numbers each, from number `begin` on."""
+    """A rank's share of `total` items of `unit` numbers each, counted from number `begin`."""
     count = total // partition.size * unit
     start = begin + partition.rank * count
     return range(start, start + count)
 
 
 def find_cut(config: ModelConfig, partition: Partition, name: str) -> Cut:
-    """The cut of a module or parameter of a model, by its dotted name.
+    """The cut of a module or parameter, given its dotted name in the model.
 
     Raises:
-        ConfigError: nobody knows how to cut it.
+        ConfigError: there is no rule for splitting it.
     """
     if partition.size == 1:
         return Cut()
@@ -189,7 +189,7 @@ def _shared_down(config: ModelConfig, partition: Partition) -> Cut:
 
 
 def _delta_parts(config: ModelConfig, partition: Partition, *, has_gate: bool) -> Cut:
-    """Queries, keys and values, and the gates behind them: each by its heads."""
+    """Queries, keys, values and the gates after them, each split by its heads."""
     assert config.delta is not None, "a layer with a gated delta rule"
     spec = DeltaSpec.of(config.delta)
     key_size = spec.num_key_heads * spec.key_dim
@@ -229,7 +229,7 @@ def _delta_heads(config: ModelConfig, partition: Partition) -> Cut:
 
 
 def _latents(config: ModelConfig, partition: Partition) -> Cut:
-    """The latents are held by all ranks, and so is the queries' latent; queries are cut by their heads."""
+    """All ranks hold the latents, including the queries' latent; queries are split by their heads."""
     assert config.latent is not None, "a layer with latent attention"
     shape = config.latent
     if shape.query_rank is not None:
@@ -265,14 +265,14 @@ _RULES: dict[str, Callable[[ModelConfig, Partition], Cut]] = {
     "experts.shared.gate_up_proj": _shared_gate_up,
     "experts.shared.down_proj": _shared_down,
 }
-"""By the name that a module or parameter has within a layer."""
+"""Rules by the name of a module or parameter within a layer."""
 _LATENT_RULES = {
     "latent_proj": _latents,
     "heads.q_proj": _latent_queries,
     "heads.kv_proj": _latent_projections,
     "o_proj": _latent_output,
 }
-"""Those of layers with latent attention."""
+"""Rules for layers with latent attention."""
 _DELTA_RULES = {
     "mixed_proj": _mixed,
     "decay_proj": _decay,
@@ -280,4 +280,4 @@ _DELTA_RULES = {
     "mixer.conv1d": _convolution,
     "o_proj": _delta_output,
 }
-"""Those of layers with a gated delta rule."""
+"""Rules for layers with a gated delta rule."""

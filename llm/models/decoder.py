@@ -28,7 +28,7 @@ from llm.models.registry import FAMILIES, parts_of_modules
 
 _INIT_STD = 0.02
 Head = Callable[[torch.Tensor, nn.Module, float | None], torch.Tensor]
-"""Multiplies rows (…, in) with a module's weight (out, in), and bounds the product x where there is a soft cap:
+"""Multiplies rows (…, in) by a module's weight (out, in). With a soft cap, the product x becomes
 `soft_cap * tanh(x / soft_cap)`."""
 
 
@@ -37,22 +37,21 @@ class DecoderModel(nn.Module):
 
     Args:
         device: where the parameters live; "meta" for shapes without memory.
-        dtype: of the parameters and activations.
-        partition: which part of the model this is; it runs once `exchange` is there.
+        dtype: data type of the parameters and activations.
+        partition: which part of the model this is. A part can run once `exchange` is set.
         shape: fields of `ModelConfig`: vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, window_size, …
 
     Attributes:
         config: shape of the whole model.
-        held: shape of the part that is here.
-        exchange: with the ranks that hold the other parts; None where this is all of the model.
+        held: shape of the part that this process holds.
+        exchange: communication with the ranks that hold the other parts; None if this is the whole model.
 
     Raises:
-        ConfigError: a field is unknown or out of bounds, or the model cannot be cut so.
+        ConfigError: a field is unknown or out of bounds, or the model cannot be split this way.
     """
 
     cache_scales: torch.Tensor | None
-    """(layers, 2) float32, what keys and values in 8 bits are to be divided by, as the checkpoint says; None for it
-    says nothing."""
+    """(layers, 2) float32, the checkpoint's divisors for 8-bit keys and values; None if it has none."""
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class DecoderModel(nn.Module):
             if partition.by_expert and partition.size > 1:
                 hold_experts(self.layers.modules(), partition)
         for name in parts_of_modules(config) if partition.size > 1 else ():
-            find_cut(config, partition, name)  # refuses what cannot be cut
+            find_cut(config, partition, name)  # raises if it cannot be split
         self.to(dtype)
         use_formats(self, config, parts_of_modules(config), dtype)
         has_scales = config.quantization is not None and config.quantization.has_cache_scales
@@ -127,18 +126,18 @@ class DecoderModel(nn.Module):
 
     @property
     def layer_specs(self) -> list[AttentionSpec | DeltaSpec]:
-        """What each layer's attention is, or the gated delta rule that it has in place of it."""
+        """The spec of each layer: of its attention, or of the gated delta rule that it has instead."""
         layers = cast(Iterable[Layer], self.layers)
         return [layer.spec if layer.delta_spec is None else layer.delta_spec for layer in layers]
 
     @property
     def attention_specs(self) -> dict[int, AttentionSpec]:
-        """Those of the layers with attention, by their index."""
+        """Specs of the layers with attention, by index."""
         return {i: spec for i, spec in enumerate(self.layer_specs) if isinstance(spec, AttentionSpec)}
 
     @property
     def delta_specs(self) -> dict[int, DeltaSpec]:
-        """Those of the layers with a gated delta rule, by their index."""
+        """Specs of the layers with a gated delta rule, by index."""
         return {i: spec for i, spec in enumerate(self.layer_specs) if isinstance(spec, DeltaSpec)}
 
     @property
@@ -148,17 +147,18 @@ class DecoderModel(nn.Module):
 
     @property
     def experts(self) -> Experts | None:
-        """The experts of the first layer that has some, whose shape is every such layer's; None for none."""
+        """The experts of the first layer that has any; all such layers have the same shape. None if no layer has
+        any."""
         return next((module for module in self.layers.modules() if isinstance(module, Experts)), None)
 
     @property
     def num_heads(self) -> int:
-        """Query heads that are here."""
+        """Number of query heads that this process holds."""
         return self.held.num_heads
 
     @property
     def num_kv_heads(self) -> int:
-        """Key/value heads that are here."""
+        """Number of key/value heads that this process holds."""
         return self.held.kv_heads
 
     @property
@@ -191,16 +191,16 @@ class DecoderModel(nn.Module):
 
         Args:
             input_ids: (batch, seq) token ids, all sequences of one length; a list or 1-D tensor is a batch of one.
-            kv_caches: one cache a layer, a `RecurrentCache` where the layer keeps a state. Updated in place; later
-                calls pass only the tokens that follow.
-            use_cache: read and write `kv_caches`. Without it they are left alone and `input_ids` stands by itself.
+            kv_caches: one cache per layer, a `RecurrentCache` for a layer that keeps a state. They are updated in
+                place; later calls pass only the tokens that follow.
+            use_cache: read and write `kv_caches`. Without it they are ignored and `input_ids` is the whole sequence.
 
         Returns:
             (batch, seq, vocab_size).
 
         Raises:
             CapacityError: more tokens than the model's or the caches' `max_seq_len`.
-            ValueError: `use_cache` without one cache a layer, of its kind, no tokens, or a token id outside the
+            ValueError: `use_cache` without one cache of the right kind per layer, no tokens, or a token id outside the
                 vocabulary.
         """
         token_ids = self._as_batch(input_ids)
@@ -219,7 +219,7 @@ class DecoderModel(nn.Module):
         return self.logits(self.hidden_states(token_ids, positions, DenseContext(caches)))
 
     def run(self, operations: Operations[Any]) -> torch.Tensor:
-        """State a forward pass in operations; gives the final hidden states of the tokens that are asked for."""
+        """Run a forward pass with these operations; returns the final hidden states of the requested tokens."""
         operations.embed(self.embed_tokens, self.config.embedding_scale)
         for layer in self.layers:
             layer(operations)
@@ -235,7 +235,7 @@ class DecoderModel(nn.Module):
         """Final hidden states, (…, hidden_size), of `token_ids` (…) at `positions`, which broadcasts to them.
 
         Args:
-            kept: (kept,) indices into (tokens,) token ids: the hidden states of those alone are given. None for all.
+            kept: (kept,) indices into (tokens,) token ids: only their hidden states are returned. None for all.
         """
         return self.run(
             TorchOperations(
@@ -248,7 +248,7 @@ class DecoderModel(nn.Module):
         """Hidden states (…, hidden_size) → logits (…, vocab_size).
 
         Args:
-            head: computes them; None for PyTorch.
+            head: the function that computes the logits; None for PyTorch's.
         """
         module = self.embed_tokens if self.lm_head is None else self.lm_head
         logits = (head or _torch_head)(hidden, module, self.config.logit_soft_cap)
@@ -258,12 +258,12 @@ class DecoderModel(nn.Module):
         return parts.movedim(0, -2).flatten(-2)[..., : self.config.vocab_size].contiguous()
 
     def fit_context(self, context_len: int) -> None:
-        """Prepare for sequences of so many tokens at most; see `RotaryEmbedding.fit_context`."""
+        """Prepare for sequences of at most this many tokens; see `RotaryEmbedding.fit_context`."""
         for spec in self.attention_specs.values():
             spec.rope.fit_context(context_len)
 
     def make_kv_caches(self, max_batch_size: int, max_seq_len: int | None = None) -> list[KVCache | RecurrentCache]:
-        """Caches that fit this model, each layer with its own sliding window, so that windowed ones stay O(window)."""
+        """Caches that fit this model. Each layer has its own sliding window, so that windowed caches stay O(window)."""
         max_seq_len = max_seq_len or self.max_seq_len
         caches: list[KVCache | RecurrentCache] = []
         for spec in self.layer_specs:
@@ -279,7 +279,7 @@ class DecoderModel(nn.Module):
         return caches
 
     def merge_lora(self) -> Self:
-        """Fold loaded LoRA adapters into the weights, so that they cost nothing. Does nothing the second time."""
+        """Fold loaded LoRA adapters into the weights, so that they cost nothing. Does nothing if called again."""
         merge_lora(self)
         return self
 

@@ -1,6 +1,6 @@
-"""DeepSeek-V2 (arXiv:2405.04434) and V3 (arXiv:2412.19437): latent attention, experts of which some are shared.
+"""DeepSeek-V2 (arXiv:2405.04434) and V3 (arXiv:2412.19437): latent attention, and experts, some of them shared.
 
-Keys of config.json and names of weights are those of transformers' `DeepseekV2ForCausalLM` and `DeepseekV3ForCausalLM`.
+Keys of config.json and names of weights follow transformers' `DeepseekV2ForCausalLM` and `DeepseekV3ForCausalLM`.
 """
 
 import math
@@ -25,7 +25,7 @@ from llm.models.routed_keys import MTP, read_leading_dense_layers, read_routed_e
 _SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
-"""What transformers takes for keys that are missing, as the next ones."""
+"""Values that transformers uses for missing keys, like the next ones."""
 _V2_DEFAULTS = {**_SIZES, "q_lora_rank": 1536, "first_k_dense_replace": 0, "n_shared_experts": 2}
 _V3_DEFAULTS = {
     **_SIZES, "q_lora_rank": 1536, "first_k_dense_replace": 3, "n_shared_experts": 1, "n_group": 8, "topk_group": 4,
@@ -37,8 +37,8 @@ class LatentLayer(Layer):
     """Latent attention, then experts or the feed-forward.
 
     Args:
-        index: of the layer, from 0.
-        rope: of the model.
+        index: index of the layer, from 0.
+        rope: the model's rotary embedding.
     """
 
     def __init__(self, config: ModelConfig, index: int, rope: RotaryEmbedding) -> None:
@@ -79,7 +79,7 @@ def make_layers(config: ModelConfig) -> list[Layer]:
 
 
 def layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
-    """Destinations within a `LatentLayer`."""
+    """Destinations of a checkpoint's modules within a `LatentLayer`."""
     shape = config.latent
     assert shape is not None, "the family's reader gives one"
     query = shape.query_rank or config.num_heads * (shape.plain_dim + shape.rope_dim)
@@ -126,7 +126,7 @@ def read_latent_attention(config: ReadKeys) -> dict[str, Any]:
 def _read_config(config: ReadKeys, name: str, *, is_v3: bool) -> ModelConfig:
     config.fill(_V3_DEFAULTS if is_v3 else _V2_DEFAULTS)
     for key in ("auto_map", *(["num_nextn_predict_layers"] if is_v3 else [])):
-        config.get(key)  # the code that it points to is what transformers, and this file, have made of it since
+        config.get(key)  # transformers and this file have since implemented the code that it points to
     return ModelConfig(
         **read_latent_attention(config),
         **read_routed_experts(config, uses_sigmoid=is_v3),

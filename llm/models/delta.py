@@ -1,4 +1,4 @@
-"""The gated delta-net layer's own modules (Yang et al. 2024, arXiv:2412.06464), which families put behind a norm."""
+"""The modules of a gated delta-net layer (Yang et al. 2024, arXiv:2412.06464), which families put after a norm."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ from llm.core.recurrent_state import DeltaSpec
 from llm.models.layers import RMSNorm
 
 _MULTIPLE = 64
-"""Outputs that the kernels for few rows take at once."""
+"""Number of outputs that the kernels for few rows process at once."""
 
 
 class ExactLinear(nn.Linear):
-    """A projection whose weight is never rounded to fewer bits: small, but it decides what a state keeps.
+    """A projection whose weight is never rounded to fewer bits. It is small, but it decides what a state keeps.
 
-    It has some outputs more than is asked for, which mean nothing, up to a number that kernels like.
+    It is padded with unused outputs up to a number that suits the kernels.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
@@ -24,7 +24,8 @@ class ExactLinear(nn.Linear):
 
 
 class ShortConvolution(nn.Module):
-    """Weights of a causal convolution of each channel by itself, (channels, 1, kernel_size), the last the newest's."""
+    """Weights of a causal convolution over each channel separately, (channels, 1, kernel_size), the newest token's
+    last."""
 
     def __init__(self, num_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -32,17 +33,17 @@ class ShortConvolution(nn.Module):
 
 
 class DeltaMixer(nn.Module):
-    """What stands between a delta-net layer's first projections and its last: convolution, decay, norm with a gate.
+    """The modules between a delta-net layer's first projections and its last: convolution, decay, and gated norm.
 
     Args:
-        spec: of the rule.
-        eps: of the norm.
+        spec: shape of the rule.
+        eps: epsilon of the norm.
 
     Attributes:
-        conv1d: in front of the rule.
-        A_log: (num_value_heads,) float32 whatever the model's format is, log of the rate of decay.
-        dt_bias: (num_value_heads,), added to what the token says about its decay.
-        norm: of each head's output, before it is gated.
+        conv1d: the convolution before the rule.
+        A_log: (num_value_heads,) log of the rate of decay, float32 whatever the model's format.
+        dt_bias: (num_value_heads,), added to each token's projected decay.
+        norm: norm of each head's output, applied before the gate.
     """
 
     def __init__(self, spec: DeltaSpec, eps: float) -> None:
@@ -58,10 +59,10 @@ class DeltaMixer(nn.Module):
         return self
 
     def log_decay(self, rate: torch.Tensor) -> torch.Tensor:
-        """Log of the decay of each head, float32, at most 0, from what the token says, (…, num_value_heads)."""
+        """Log of each head's decay, float32 and at most 0, from each token's projection, (…, num_value_heads)."""
         return -(self.A_log.exp() * F.softplus(rate.float() + self.dt_bias.float()))
 
     def gated_norm(self, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """The norm of each head's output, (…, value_dim), scaled by SiLU of its gate; in float32 behind the norm."""
+        """The norm of each head's output, (…, value_dim), scaled by SiLU of its gate; in float32 after the norm."""
         normed: torch.Tensor = self.norm(output)
         return (normed.float() * F.silu(gate.float())).to(output.dtype)

@@ -1,4 +1,4 @@
-"""What a config.json says of layers with a gated delta rule."""
+"""Reads what a config.json says about layers with a gated delta rule."""
 
 from llm.config import DeltaConfig
 from llm.errors import ConfigError
@@ -6,14 +6,14 @@ from llm.models.config_keys import ReadKeys, shown
 
 _FULL, _LINEAR = "full_attention", "linear_attention"
 _EVERY = 4
-"""Where `layer_types` does not say it, one layer of so many has attention, the last."""
+"""Without `layer_types`, the last of every group of this many layers has attention."""
 
 
 def read_delta(config: ReadKeys) -> DeltaConfig | None:
     """The layers and their shape, as Qwen3-Next and Qwen3.5 name them, with transformers' defaults; None for none.
 
     Raises:
-        ConfigError: the keys contradict one another, or the gate is another than SiLU.
+        ConfigError: the keys contradict one another, or the gate is not SiLU.
     """
     gate = config.get("output_gate_type", "swish")
     if gate not in ("swish", "silu"):

@@ -1,6 +1,6 @@
 """Mixture of experts: each token goes to a few of a layer's many feed-forwards (Shazeer et al. 2017, arXiv:1701.06538).
 
-The weights of all experts of a layer are stacked in one tensor for each product, which the kernels index.
+For each product, one tensor stacks the weights of all experts of a layer, and the kernels index into it.
 """
 
 from collections.abc import Callable
@@ -18,18 +18,18 @@ _SOFTMAX = RoutingConfig()
 
 
 class Router(nn.Module):
-    """Says which experts a token goes to, and with which weights. No `nn.Linear`, for its weight is never rounded.
+    """Decides which experts a token goes to, and with which weights. Not an `nn.Linear`: its weight is never rounded.
 
     Args:
-        per_token: experts a token.
-        normalizes: the weights of a token's experts add up to 1; without it those of all experts do, or each is a
-            sigmoid.
-        has_bias: a number of each expert is added to its logits.
+        per_token: number of experts per token.
+        normalizes: the weights of a token's chosen experts add up to 1. Otherwise the weights of all experts do, or
+            each weight is a sigmoid.
+        has_bias: each expert has a bias that is added to its logit.
         routing: how experts are scored and chosen.
 
     Attributes:
-        e_score_correction_bias: (num_experts,) float32 whatever the model's format is, added to scores while experts
-            are chosen, and to no weight; None where scores are no sigmoids.
+        e_score_correction_bias: (num_experts,) float32 whatever the model's format. It is added to the scores by which
+            experts are chosen, but not to their weights. None if scores are not sigmoids.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Router(nn.Module):
         return weights * self.routing.scale, experts
 
     def _in_best_groups(self, choice: torch.Tensor) -> torch.Tensor:
-        """Where the experts of each token's best groups are, boolean, like `choice`, (tokens, experts)."""
+        """Which experts are in each token's best groups: boolean, (tokens, experts) like `choice`."""
         grouped = torch.unflatten(choice, -1, (self.routing.num_groups, -1))
         worth = grouped.topk(2 if self.routing.uses_sigmoid else 1, dim=-1).values.sum(-1)
         best = worth.topk(self.routing.num_top_groups, dim=-1).indices
@@ -82,7 +82,7 @@ class Router(nn.Module):
 
 
 class ExpertProjections(nn.Module):
-    """One projection of each expert, (experts, out, in), and its bias, (experts, out), if it has one."""
+    """One projection of every expert, (experts, out, in), and its bias, (experts, out), if it has one."""
 
     def __init__(self, num_experts: int, num_inputs: int, num_outputs: int, *, has_bias: bool) -> None:
         super().__init__()
@@ -90,12 +90,12 @@ class ExpertProjections(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts, num_outputs)) if has_bias else None
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """(…, in) → (…, out), by one expert."""
+        """(…, in) → (…, out), through one expert."""
         return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
 
 
 class ShareGate(nn.Module):
-    """Says what share of the shared expert a token takes. No `nn.Linear`, for its weight is never rounded."""
+    """Computes each token's factor on the shared expert's output. Not an `nn.Linear`: its weight is never rounded."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -107,11 +107,11 @@ class ShareGate(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert that every token of a layer goes to, a SwiGLU.
+    """The expert that every token goes to, a SwiGLU.
 
     Args:
         size: its width.
-        has_gate: each token says what share of it it takes.
+        has_gate: a `ShareGate` scales its output for each token.
     """
 
     def __init__(self, hidden_size: int, size: int, *, has_gate: bool) -> None:
@@ -133,14 +133,14 @@ class Experts(nn.Module):
     Args:
         size: width of an expert.
         per_token, normalizes: see `Router`.
-        has_bias: router and projections have biases.
+        has_bias: the router and the projections have biases.
         swiglu_limit, swiglu_alpha: see `ModelConfig`.
         shared_size: width of the expert that every token goes to; 0 for none.
         has_shared_gate: see `SharedExpert`.
         routing: see `Router`.
 
     Attributes:
-        held: the experts whose weights are here: all of them, or those of one rank of several.
+        held: the experts whose weights this process holds: all of them, or those of one rank.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Experts(nn.Module):
 
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
-        """Those of a layer of a model."""
+        """The experts of one layer of a model."""
         return cls(
             config.hidden_size,
             config.expert_size,
@@ -189,7 +189,8 @@ class Experts(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, hidden_size) → (…, hidden_size): of each token, the weighted sum of what its experts here make of it."""
+        """(…, hidden_size) → (…, hidden_size): for each token, the weighted sum of its experts' outputs, as far as this
+        process holds them."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.router(tokens)
         output = torch.zeros_like(tokens)

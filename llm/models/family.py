@@ -1,4 +1,4 @@
-"""`Family`: everything that is particular to a family of models."""
+"""`Family`: everything that is specific to a family of models."""
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,15 +20,15 @@ _ACTIVATION_KEYS = {
     Activation.SILU: ("hidden_act", ("silu", "swish")),
     Activation.GELU_TANH: ("hidden_activation", ("gelu_pytorch_tanh",)),
 }
-"""The key that a family of this activation reads, and the names that mean it."""
+"""For each activation, the key of config.json that its families read, and the values that mean it."""
 
 
 class Layer(nn.Module):
-    """One layer of a model, stated in operations.
+    """One layer of a model, written in terms of `Operations`.
 
     Attributes:
-        spec: of its attention, where it has some.
-        delta_spec: of the gated delta rule that it has in place of attention; None for attention.
+        spec: shape of its attention, if it has any.
+        delta_spec: shape of the gated delta rule that it has instead of attention; None for attention.
     """
 
     spec: AttentionSpec
@@ -40,30 +40,31 @@ class Layer(nn.Module):
 
 
 class ExpertStack(Enum):
-    """The order of outputs in one tensor of a checkpoint that holds a projection of all experts of a layer.
+    """The order of outputs in a checkpoint's tensor that holds one projection of all experts of a layer.
 
-    In 16 bits such a tensor is (experts, in, out), and its bias (experts, out) is named like it with `_bias` behind.
+    In 16 bits this tensor is (experts, in, out). Its bias, (experts, out), has the same name with `_bias` appended.
     """
 
     IN_ORDER = "in order"
     ALTERNATING = "alternating"
-    """Of gate and up in turn."""
+    """Outputs of gate and up take turns."""
     AS_HERE = "as here"
     """(experts, out, in), in order, without a bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where a module of a checkpoint goes: rows of one of our modules' weight, and of its bias.
+    """Where a module of a checkpoint goes: to some rows of the weight and bias of a module of the model.
 
     Attributes:
-        module: dotted name of ours; or of a parameter that is no module's weight, under its own name there and here.
-        rows: of it.
-        expert: whose rows they are, in a module that holds those of all experts; None for other modules.
-        layers: those that have it; None for all.
-        stack: the name in the checkpoint is no module's but of such a tensor; None for a module's. Where experts have
-            places one by one as well, a checkpoint has either.
-        arrange: brings the rows of what the checkpoint holds into our order; None where they are.
+        module: dotted name of the model's module; or of a parameter that is not a module's weight, which has its own
+            name in both the checkpoint and the model.
+        rows: rows of the model's module.
+        expert: the expert whose rows they are, in a module that holds those of all experts; None for other modules.
+        layers: the layers that have it; None for all.
+        stack: set if the checkpoint's name is that of a tensor of all experts; None for the name of a module. If
+            experts also have separate destinations, a checkpoint uses one form or the other.
+        arrange: reorders the checkpoint's rows into the model's order; None if they are in this order already.
     """
 
     module: str
@@ -74,7 +75,7 @@ class Destination:
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def part_of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The part of the module's weight or bias that is meant, a view."""
+        """A view of the part of the module's weight or bias that this destination means."""
         return (parameter if self.expert is None else parameter[self.expert])[self.rows]
 
 
@@ -83,15 +84,14 @@ class Family:
     """How the checkpoints of one architecture become a model.
 
     Attributes:
-        read_config: from the keys of config.json; the keys that it does not read are refused unless
-            `llm.models.config_keys` knows them as harmless. It may raise what `load_model_config` explains: KeyError,
-            TypeError, ConfigError, ValidationError.
-        make_layers: on the current default device.
-        layer_weights: destinations within a layer, by the names that modules have in a layer of a checkpoint.
-        defaults: values that transformers takes for keys that a config.json lacks, where they are the family's own.
-        left_out: what its checkpoints can do beside text and this engine cannot, in a word; their weights for it are
-            left alone. None for nothing.
-        has_layers_behind: whether that is done by layers that checkpoints hold behind the model's own.
+        read_config: makes a `ModelConfig` from the keys of config.json. Keys that it does not read are refused unless
+            `llm.models.config_keys` lists them as harmless. It may raise errors that `load_model_config` explains:
+            KeyError, TypeError, ConfigError, ValidationError.
+        make_layers: makes the layers, on the current default device.
+        layer_weights: destinations within a layer, by the names of modules in a layer of a checkpoint.
+        left_out: in a word, what its checkpoints can do beyond text that this engine cannot. The weights for it are not
+            read. None for nothing.
+        has_layers_behind: whether these weights are extra layers after the model's own.
     """
 
     read_config: Callable[[ReadKeys, str], ModelConfig]
@@ -108,12 +108,12 @@ def common_fields(
     activation: Activation = Activation.SILU,
     rope: RopeKeys | None = None,
 ) -> dict[str, Any]:
-    """The fields of `ModelConfig` that config.json gives every family in the same way.
+    """The fields of `ModelConfig` that every family reads from config.json in the same way.
 
     Args:
-        has_partial_rope: whether the family can turn a part of each head alone.
-        activation: the family's.
-        rope: what the family has read of RoPE for itself; None to read it as most do.
+        has_partial_rope: whether the family can rotate only part of each head.
+        activation: the family's activation.
+        rope: RoPE's parameters, if the family has read them itself; None to read them as most families do.
     """
     key, names = _ACTIVATION_KEYS[activation]
     found = config.get(key, names[0])
@@ -141,11 +141,11 @@ def common_fields(
 def read_text_half(
     config: ReadKeys, name: str, read: Callable[[ReadKeys, str], ModelConfig], others: Iterable[str]
 ) -> ModelConfig:
-    """The model of a checkpoint that can do more than text, whose own keys are in `text_config`.
+    """Reads the text model of a multimodal checkpoint, whose keys are in `text_config`.
 
     Args:
-        read: of the family's.
-        others: keys beside it that are about what the engine leaves out.
+        read: the family's reader.
+        others: keys next to `text_config` that concern what the engine leaves out.
 
     Raises:
         ConfigError: a key of `text_config` is not understood.

@@ -1,8 +1,8 @@
-"""Gemma 2 and Gemma 3, text: norms before and behind, GeGLU, scaled embeddings, windows in most layers.
+"""Gemma 2 and Gemma 3, text only: norms before and after, GeGLU, scaled embeddings, windows in most layers.
 
-Every norm scales by 1 + w. What attention and the feed-forward give is normalised before it is added to the residual
-stream. Gemma 2 (arXiv:2408.00118) bounds scores and logits softly; Gemma 3 (arXiv:2503.19786) normalises queries and
-keys instead, and turns them by angles of their own in layers with a window.
+Every norm scales by 1 + w. The outputs of attention and the feed-forward are normalized before they are added to the
+residual stream. Gemma 2 (arXiv:2408.00118) puts soft caps on scores and logits. Gemma 3 (arXiv:2503.19786) normalizes
+queries and keys instead, and uses different RoPE angles in layers with a window.
 """
 
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
 
 
 def _shared_fields(config: ReadKeys) -> dict[str, Any]:
-    """What both generations say alike."""
+    """The fields that both generations read in the same way."""
     config.get("hidden_act")  # an older name, which transformers reads no more
     window_size, window_layers = read_windows(config, pattern=config["sliding_window_pattern"])
     has_bias = config.get("attention_bias", False)

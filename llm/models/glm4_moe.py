@@ -1,6 +1,6 @@
-"""GLM-4.5 to 4.7 (arXiv:2508.06471): attention that turns half of each head, and experts as DeepSeek-V3 chooses them.
+"""GLM-4.5 to 4.7 (arXiv:2508.06471): attention that rotates half of each head, and experts chosen as in DeepSeek-V3.
 
-Keys of config.json and names of weights are those of transformers' `Glm4MoeForCausalLM`.
+Keys of config.json and names of weights follow transformers' `Glm4MoeForCausalLM`.
 """
 
 from collections.abc import Mapping

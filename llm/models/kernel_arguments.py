@@ -1,4 +1,4 @@
-"""Modules as kernels take them."""
+"""Converts modules to the arguments that kernels take."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The operations that models are stated in, by our own kernels, over an engine's packed steps."""
+"""The operations that models are written in, run by this project's own kernels over an engine's packed steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,12 +48,12 @@ from llm.models.layers import RMSNorm
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """The step's tokens, (tokens,) int32 each. Those of a part are adjacent, in order of position.
+    """The step's tokens, (tokens,) int32 each. The tokens of one part are adjacent, in order of position.
 
     Attributes:
-        token_ids: negative for the token that the row drew last.
-        positions: in their sequences.
-        rows: of their sequences.
+        token_ids: ids of the tokens; negative for the token that the row drew last.
+        positions: positions in their sequences.
+        rows: rows of their sequences.
     """
 
     token_ids: torch.Tensor
@@ -63,14 +63,14 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """What a step runs.
+    """The tokens that a step runs, and how they are grouped.
 
     Attributes:
-        tokens: all of them.
-        parts: the parts of the tokens; tokens of none have to be on a row that nobody reads.
-        kept: (kept,) int32, indices of the tokens that are asked for.
+        tokens: all tokens of the step.
+        parts: how the tokens are grouped; a token outside every part must be on a row that is never read.
+        kept: (kept,) int32, indices of the requested tokens.
         has_prefills: whether any part has more than one new token.
-        num_gathered: as `KernelWorkspace.num_gathered_tokens` says for these parts.
+        num_gathered: the result of `KernelWorkspace.num_gathered_tokens` for these parts.
     """
 
     tokens: StepTokens
@@ -84,7 +84,7 @@ class KernelWorkspace:
     """What the passes of one engine share: pages, their tables, and the kernels' own memory.
 
     Args:
-        specs: of every layer, those of attention all of one shape.
+        specs: specs of all layers; all attention specs have the same shape.
         kv_cache: memory of the slot pool.
         page_tables: (groups, rows, pages a row) int32, for each group of layers each row's pages in order of position.
         last_token_ids: (rows,) int32, the token that each row drew last.

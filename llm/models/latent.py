@@ -1,8 +1,8 @@
-"""Latent attention (DeepSeek-V2's MLA, arXiv:2405.04434): what is kept of a token is one vector for all heads.
+"""Latent attention (DeepSeek-V2's MLA, arXiv:2405.04434): it keeps one vector per token for all heads.
 
-A head's key and value are projections of a token's latent. A product of a query with a key is one of the projected
-query with the latent, so the engine never makes keys: it brings queries into the space of latents, attends to these as
-one head of keys whose first numbers are its values, and brings what it found out of that space, head by head.
+A head's key and value are projections of a token's latent. The product of a query and a key equals the product of the
+projected query and the latent, so the engine never computes keys. It projects queries into the space of latents,
+attends to the latents as one key head whose first numbers are its values, and projects the result back, head by head.
 """
 
 from typing import NamedTuple
@@ -15,15 +15,15 @@ from llm.config import LatentConfig
 from llm.models.layers import RMSNorm
 
 _NORM_EPS = 1e-6
-"""Of the norms of latents, whatever a model's other norms have."""
+"""Epsilon of the norms of latents, whatever the model's other norms use."""
 
 
 class LatentQuery(NamedTuple):
-    """What attention to latents is asked with.
+    """Queries for attention to latents, and the new tokens' keys.
 
     Attributes:
         query: (…, num_heads, rank + rope_dim), RoPE applied.
-        key: (…, 1, rank + rope_dim), the token's latent and what turns of its key, RoPE applied.
+        key: (…, 1, rank + rope_dim), the token's latent and the rotated part of its key, RoPE applied.
     """
 
     query: torch.Tensor
@@ -31,11 +31,11 @@ class LatentQuery(NamedTuple):
 
 
 class LatentHeads(nn.Module):
-    """What stands between the first projection of a layer with latent attention and its last.
+    """The modules between the first and the last projection of a layer with latent attention.
 
     Args:
-        num_heads: of queries.
-        shape: of the attention.
+        num_heads: number of query heads.
+        shape: shape of the attention.
 
     Attributes:
         q_norm, q_proj: make the heads' queries of the queries' latent; None where the first projection has made them.
@@ -56,11 +56,12 @@ class LatentHeads(nn.Module):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Widths of what the first projection gives: queries or their latent, the latent, what turns of the key."""
+        """Widths of the first projection's outputs: queries or their latent, the latent, the rotated part of the
+        key."""
         return self.query_width, self.shape.rank, self.shape.rope_dim
 
     def queries(self, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> LatentQuery:
-        """What the first projection gives, (…, sum of `sizes`), as attention takes it."""
+        """Convert the first projection's output, (…, sum of `sizes`), to the input of attention."""
         query, latent, key = projected.split_with_sizes(self.sizes, dim=-1)
         if self.q_norm is not None and self.q_proj is not None:
             query = self.q_proj(self.q_norm(query))
@@ -77,7 +78,7 @@ class LatentHeads(nn.Module):
         )
 
     def values(self, found: torch.Tensor) -> torch.Tensor:
-        """What attention has found, (…, num_heads, rank), as values of the heads, (…, num_heads, value_dim)."""
+        """Project the output of attention, (…, num_heads, rank), to the heads' values, (…, num_heads, value_dim)."""
         return torch.einsum("...hr,hvr->...hv", found, self.projections()[:, self.shape.plain_dim :])
 
     def projections(self) -> torch.Tensor:
@@ -89,7 +90,7 @@ class LatentHeads(nn.Module):
 
     @torch.no_grad()
     def unpack(self) -> None:
-        """Make plain numbers of `kv_proj` where a checkpoint has it in fewer bits."""
+        """Convert `kv_proj` to plain numbers if the checkpoint stores it in fewer bits."""
         if type(self.kv_proj) is not nn.Linear:
             plain = nn.Linear(self.shape.rank, self.kv_proj.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(self.projections().flatten(0, 1).contiguous(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Modules that the layers of several families consist of."""
+"""Modules that the layers of several families share."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,14 @@ from llm.config import Activation
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """Root-mean-square normalization (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     Args:
-        size: of the last dimension.
+        size: size of the last dimension.
         eps: added to the mean square.
-        offset: added to the weights, in float32, by which the result is then scaled before it is rounded: 1 where
-            weights are differences from 1 (Gemma), 0 where they are factors. None for scaling in the format of the
-            input, behind the rounding (Llama).
+        offset: added to the weights, which then scale the result in float32 before it is rounded: 1 if weights are
+            differences from 1 (Gemma), 0 if they are factors. None for scaling in the format of the input, after the
+            rounding (Llama).
     """
 
     def __init__(self, size: int, eps: float, offset: float | None = None) -> None:
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         self.offset = offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension; computed in float32, rounded where Hugging Face rounds."""
+        """Normalize the last dimension. The result is computed in float32 and rounded where Hugging Face rounds."""
         # Spelled out: on a CPU F.rms_norm takes three times as long for a single token.
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 def activate(gate: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """The gate of a gated feed-forward, elementwise."""
+    """Apply the activation to the gate of a gated feed-forward, elementwise."""
     match activation:
         case Activation.SILU:
             return F.silu(gate)

@@ -1,6 +1,6 @@
-"""Llama, and the families that differ from it in details alone: Mistral, Qwen2, Qwen3.
+"""Llama, and the families that differ from it only in details: Mistral, Qwen2, Qwen3.
 
-Each layer is grouped-query attention and a SwiGLU, each behind its own RMSNorm. The projections of queries, keys and
+Each layer is grouped-query attention and a SwiGLU, each after its own RMSNorm. The projections of queries, keys and
 values are one product, and so are those of gate and up.
 """
 
@@ -40,7 +40,7 @@ def make_layers(config: ModelConfig) -> list[Layer]:
 
 
 def mlp_weights(config: ModelConfig, layers: Container[int] | None = None) -> dict[str, Destination]:
-    """Destinations of a feed-forward, in these layers; None for all."""
+    """Destinations of a feed-forward's modules, in the given layers; None for all layers."""
     mlp = config.mlp_size
     return {
         "mlp.gate_proj": Destination("gate_up_proj", slice(0, mlp), layers=layers),
@@ -55,10 +55,10 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads the config.json of an architecture that differs from plain Llama so.
+    """Reads the config.json of an architecture that differs from plain Llama in these ways.
 
     Attributes:
-        qk_norm: heads are normalised before they turn.
+        qk_norm: heads are normalized before RoPE.
         has_qkv_bias: query, key and value always have a bias.
         reads_biases: `attention_bias` (all four projections) and `mlp_bias` count.
         has_windows: `sliding_window` counts.

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) on the products of a model."""
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) on the linear layers of a model."""
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer with the adapters in its weight, which it takes over; computed in float32 at least."""
+        """A plain layer that takes over this layer's weight, with the adapters added in at least float32."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         for factor_a, factor_b, rows, scaling in zip(
             self.factors_a, self.factors_b, self._rows, self._scalings, strict=True
@@ -47,7 +47,7 @@ class LoRALinear(nn.Linear):
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Fold every adapter of `model` into the weights, so that it costs nothing. Does nothing the second time."""
+    """Fold every adapter of `model` into the weights, so that it costs nothing. Does nothing if called again."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
             replace_module(model, name, layer.merged())

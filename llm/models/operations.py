@@ -1,8 +1,8 @@
-"""The operations that models are stated in, and what they are in plain PyTorch.
+"""The operations that models are written in, and their implementation in plain PyTorch.
 
-A family's layers say what they compute by these operations and by nothing else, once. Two sets of them exist:
-`TorchOperations` here, which is the reference, runs on any device and can be trained through; and `KernelOperations`
-(`llm.models.kernel_operations`), which runs an engine's packed steps by our own kernels.
+A family's layers describe what they compute once, using only these operations. There are two implementations.
+`TorchOperations`, here, is the reference: it runs on any device and can be trained through. `KernelOperations`
+(`llm.models.kernel_operations`) runs an engine's packed steps with this project's own kernels.
 """
 
 from typing import Protocol, TypeVar
@@ -22,20 +22,20 @@ from llm.models.latent import LatentHeads
 from llm.models.layers import RMSNorm, activate
 
 RowsT = TypeVar("RowsT")
-"""What a product gives for the tokens of a pass: a tensor, or numbers that are still to be scaled."""
+"""Result of a product for the tokens of a pass: a tensor, or numbers that have yet to be scaled."""
 
 
 class Operations(Protocol[RowsT]):
-    """One forward pass over some tokens, whose residual stream it holds.
+    """One forward pass over some tokens. It holds their residual stream.
 
-    Called in a model's order: `embed`, then the layers' operations, then `norm`.
+    A model calls `embed` first, then the layers' operations, then `norm`.
     """
 
     def embed(self, table: nn.Embedding, scale: float | None = None) -> None:
         """Begin the residual stream with the tokens' embeddings.
 
         Args:
-            scale: they are multiplied by this number, rounded to their format; None for as they are.
+            scale: factor on the embeddings, rounded to their format; None for no factor.
         """
         ...
 
@@ -51,43 +51,44 @@ class Operations(Protocol[RowsT]):
         qk_norms: tuple[RMSNorm, RMSNorm] | None = None,
         sinks: torch.Tensor | None = None,
     ) -> RowsT:
-        """Store the tokens' keys and values, and give their attention's outputs, (tokens, `spec.output_size`).
+        """Store the tokens' keys and values, and return the outputs of attention, (tokens, `spec.output_size`).
 
-        Behind the last layer's attention, tokens that nobody asked for end: what is given, and the residual stream, is
-        then of the others alone.
+        After the last layer's attention, only the requested tokens remain, both in the output and in the residual
+        stream.
 
         Args:
             layer: index of the layer, from 0.
             qkv: queries, keys and values, (tokens, `spec.qkv_size`).
-            qk_norms: norms of each head's queries and of its keys, before they turn; None for none.
-            sinks: (num_heads,), each head's score for nothing; needed where `spec.has_sinks`.
+            qk_norms: norms of each head's queries and keys, applied before RoPE; None for none.
+            sinks: (num_heads,), each head's score that belongs to no token; needed if `spec.has_sinks`.
         """
         ...
 
     def attend_latents(self, layer: int, spec: AttentionSpec, projected: RowsT, heads: LatentHeads) -> RowsT:
-        """Store the tokens' latents, and give their attention's outputs, (tokens, num_heads value_dim).
+        """Store the tokens' latents, and return the outputs of attention, (tokens, num_heads value_dim).
 
-        Behind the last layer, tokens end as in `attend`.
+        After the last layer, only the requested tokens remain, as in `attend`.
 
         Args:
             layer: index of the layer, from 0.
-            spec: of the attention to latents.
-            projected: queries or their latent, the latent, what turns of the key, (tokens, sum of `heads.sizes`).
-            heads: the layer's.
+            spec: shape of the attention to latents.
+            projected: queries or their latent, then the latent, then the rotated part of the key, (tokens, sum of
+                `heads.sizes`).
+            heads: the layer's modules for latent attention.
         """
         ...
 
     def mix(self, layer: int, spec: DeltaSpec, mixed: RowsT, decay: RowsT, mixer: DeltaMixer) -> RowsT:
-        """Run a gated delta rule on from the tokens before, and give its gated outputs, (tokens, `spec.output_size`).
+        """Continue a gated delta rule from the previous tokens; return its gated outputs, (tokens, `spec.output_size`).
 
-        Behind the last layer, tokens end as in `attend`.
+        After the last layer, only the requested tokens remain, as in `attend`.
 
         Args:
             layer: index of the layer, from 0.
             mixed: queries, keys, values and output gates, (tokens, `spec.conv_size + spec.output_size`).
-            decay: what decides each head's share and, behind these, its decay, (tokens, 2 `spec.num_value_heads` or
-                more); more means nothing.
-            mixer: the layer's.
+            decay: inputs of each head's share, then of each head's decay, (tokens, 2 `spec.num_value_heads` or more).
+                Any further numbers are ignored.
+            mixer: the layer's other modules.
         """
         ...
 
@@ -106,14 +107,14 @@ class Operations(Protocol[RowsT]):
         """Add a gated feed-forward (Shazeer 2020, arXiv:2002.05202) of the stream's norm to the stream.
 
         Args:
-            gate_up: the gate's rows, then those of what is gated.
-            activation: of the gate.
-            norm_behind: what is added is normalised by it before; None for not.
+            gate_up: the rows of the gate, then those of what it gates.
+            activation: activation of the gate.
+            norm_behind: normalizes the result before it is added; None to add it as it is.
         """
         ...
 
     def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
-        """Add what its experts make of each token's norm to the stream."""
+        """Add the experts' outputs for the norm of the stream to the stream."""
         ...
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
@@ -127,11 +128,11 @@ class TorchOperations:
     Args:
         token_ids: (…) int64.
         positions: int64, broadcast to `token_ids`.
-        context: where keys and values are kept and found.
-        kept: (kept,) indices of the tokens that are asked for, of (tokens,) in all; None for all.
-        last_layer: behind whose attention the others end; needed with `kept`.
-        partition: of the model.
-        exchange: with the ranks that hold the rest of the model; None where this one holds all of it.
+        context: stores and attends to keys and values.
+        kept: (kept,) indices of the requested tokens among (tokens,); None for all.
+        last_layer: index of the layer after whose attention the other tokens are dropped; needed with `kept`.
+        partition: which part of the model this is.
+        exchange: communication with the ranks that hold the rest of the model; None if this rank holds all of it.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class TorchOperations:
             self._stream = self._stream * torch.tensor(scale, dtype=self._stream.dtype, device=self._stream.device)
 
     def _embedded(self, table: nn.Embedding) -> torch.Tensor:
-        """The tokens' embeddings, of which this rank may hold some."""
+        """The tokens' embeddings, even if this rank holds only some rows of the table."""
         if self._exchange is None:
             found: torch.Tensor = table(self._token_ids)
             return found
@@ -173,7 +174,7 @@ class TorchOperations:
         return self._exchange.all_reduce(found.where(is_here.unsqueeze(-1), 0.0))
 
     def _summed(self, product: torch.Tensor) -> torch.Tensor:
-        """A product of which every rank has made a part: the sum of all parts."""
+        """The sum of all ranks' parts of a product."""
         return product if self._exchange is None else self._exchange.all_reduce(product.contiguous())
 
     def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
@@ -217,7 +218,7 @@ class TorchOperations:
         return self._asked_for(layer, heads.values(found).flatten(-2))
 
     def _angles_of(self, rope: RotaryEmbedding) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the tokens' positions, made once a pass."""
+        """Cosines and sines of the tokens' positions, computed once per pass."""
         if rope not in self._angles:
             self._angles[rope] = rope.angles(self._positions)
         return self._angles[rope]
@@ -234,7 +235,7 @@ class TorchOperations:
         return self._asked_for(layer, mixer.gated_norm(output, gate.view_as(output)).flatten(-2))
 
     def _asked_for(self, layer: int, output: torch.Tensor) -> torch.Tensor:
-        """What a layer gives for each token; behind the last layer of those that are asked for, as the stream is."""
+        """A layer's output; after the last layer, only that of the requested tokens, and the stream likewise."""
         if layer != self._last_layer or self._kept is None:
             return output
         self._stream = self._stream[self._kept]

@@ -1,4 +1,4 @@
-"""Phi-3: Llama's layer, whose projections are fused in the checkpoint, and which may turn a part of each head alone."""
+"""Phi-3: Llama's layer with projections that are fused in the checkpoint. RoPE may rotate only part of each head."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from llm.models.window_keys import read_windows
 def _read_config(config: ReadKeys, name: str) -> ModelConfig:
     config.fill({"rms_norm_eps": 1e-5})
     window_size, window_layers = read_windows(config)
-    config.get("auto_map")  # the code that it points to is what transformers, and this file, have made of it since
+    config.get("auto_map")  # transformers and this file have since implemented the code that it points to
     return ModelConfig(
         **common_fields(config, has_partial_rope=True),
         architecture=name,

@@ -19,11 +19,11 @@ _BY_ROW = WeightFormat(layout=WeightLayout.FP8)
 
 @torch.no_grad()
 def quantize_weights(model: DecoderModel) -> None:
-    """Round the weights of all layers' projections to 8 bits; those that are already stay as they are.
+    """Round the weights of all layers' projections to 8 bits. Projections that are already quantized do not change.
 
-    Embeddings, norms, routers of experts, what decides decays, what makes keys and values of latents, biases and the
-    output head keep their format, and so do projections with a size that is not a multiple of 16. One weight at a time,
-    so that memory never holds more than one of them in both formats.
+    These keep their format: embeddings, norms, routers of experts, projections that decide decays, projections from
+    latents to keys and values, biases, the output head, and projections with a size that is not a multiple of 16.
+    Weights are rounded one at a time, so that memory never holds more than one of them in both formats.
     """
     unpacked = {heads.kv_proj for heads in model.modules() if isinstance(heads, LatentHeads)}
     for name, projection in list(model.layers.named_modules()):

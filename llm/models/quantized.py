@@ -93,7 +93,7 @@ class _Codes(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random weights, for speed alone; does nothing before there is memory."""
+        """Fill in random weights, for speed tests only; does nothing before memory is allocated."""
         if not hasattr(self, "scales") or self.weight.is_meta:
             return
         if self.weight.dtype == FP8:
@@ -115,13 +115,13 @@ class _Codes(nn.Module):
 
 
 class QuantizedLinear(_Codes, nn.Linear):
-    """A projection in codes; in plain PyTorch it multiplies with what they mean, worked out anew each time.
+    """A projection whose weight is stored as codes. In plain PyTorch, every product dequantizes them again.
 
     Args:
-        num_inputs, num_outputs: as those of the plain projection.
-        weight_format: of the codes.
-        has_bias: whether there is one, in `dtype`.
-        dtype: of bias and activations.
+        num_inputs, num_outputs: sizes of the plain projection.
+        weight_format: format of the codes.
+        has_bias: whether there is a bias, in `dtype`.
+        dtype: data type of the bias and the activations.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class QuantizedLinear(_Codes, nn.Linear):
         self._make((num_outputs, num_inputs), weight_format)
 
     def dequantized(self) -> torch.Tensor:
-        """The weight (out, in) that is meant, in float32."""
+        """The dequantized weight, (out, in) float32."""
         return dequantize(self.weight, self.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ class QuantizedExperts(_Codes, ExpertProjections):
         self._make((num_experts, num_outputs, num_inputs), weight_format)
 
     def dequantized(self, expert: int) -> torch.Tensor:
-        """The weight (out, in) of one expert that is meant, in float32."""
+        """The dequantized weight of one expert, (out, in) float32."""
         return dequantize(self.weight[expert], self.groups.of_expert(expert))
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:

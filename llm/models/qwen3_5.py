@@ -1,7 +1,7 @@
-"""Qwen3.5 and 3.6, text, dense: three layers with a gated delta rule to one with attention, whose output is gated.
+"""Qwen3.5 and 3.6, text only, dense: three layers with a gated delta rule for each layer with gated attention.
 
-Every norm scales by 1 + w but the gated one within a delta-net layer. Where all of a token's positions are the same, as
-they are for text, RoPE with a section for each of three positions is plain RoPE.
+Every norm scales by 1 + w, except the gated norm within a delta-net layer. These models' RoPE has a section for each of
+three positions. In text, a token's three positions are equal, so it is plain RoPE.
 """
 
 from collections.abc import Mapping

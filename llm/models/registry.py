@@ -1,7 +1,6 @@
-"""The families that there are, by the architecture that a checkpoint's config.json names.
+"""All supported families, by the architecture that a checkpoint's config.json names.
 
-To add one, write its file as `llm.models.llama` is written, and add a line here and its checkpoints to
-tests/unit/models.
+To add one, write its file like `llm.models.llama`, add a line here, and add its checkpoints to tests/unit/models.
 """
 
 from dataclasses import replace
@@ -52,7 +51,7 @@ _OUTSIDE_LAYERS = {"model.embed_tokens": "embed_tokens", "model.norm": "norm", "
 
 
 def destinations(config: ModelConfig) -> dict[str, Destination]:
-    """Destination of each module that a checkpoint of this shape has, by its name in the checkpoint."""
+    """Destination of each module in a checkpoint of this shape, by its name in the checkpoint."""
     found = {
         theirs: Destination(ours)
         for theirs, ours in _OUTSIDE_LAYERS.items()
@@ -68,7 +67,7 @@ def destinations(config: ModelConfig) -> dict[str, Destination]:
 
 
 def parts_of_modules(config: ModelConfig) -> dict[str, list[str]]:
-    """The checkpoint's names of the modules that each of ours consists of, in the checkpoint's order."""
+    """For each module of the model, the checkpoint's names of the modules that it is made of, in checkpoint order."""
     parts: dict[str, list[str]] = {}
     for theirs, place in destinations(config).items():
         parts.setdefault(place.module, []).append(theirs)

@@ -1,4 +1,4 @@
-"""What a config.json says of rotary position embeddings, and what of it is understood."""
+"""Reads what a config.json says about rotary position embeddings, and refuses what is not supported."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -12,13 +12,13 @@ _KNOWN_SCALED = {*_KNOWN_UNSCALED, *RopeScaling.model_fields, "finetuned"}
 
 
 class RopeKeys(NamedTuple):
-    """What config.json says of rotary position embeddings.
+    """What config.json says about rotary position embeddings.
 
     Attributes:
         theta: base of the angles.
-        scaling: None for none.
-        context_len: tokens, as the scaling stretches them.
-        partial_factor: share of each head that turns.
+        scaling: how the angles are scaled; None for not at all.
+        context_len: context length in tokens, with the scaling applied.
+        partial_factor: fraction of each head that is rotated.
     """
 
     theta: float

@@ -1,4 +1,4 @@
-"""What the config.json of DeepSeek's families, and of those built like them, says of experts."""
+"""Reads what a config.json of DeepSeek's families, and of similar ones, says about experts."""
 
 from collections.abc import Collection
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a config.json says of sliding windows."""
+"""Reads what a config.json says about sliding windows."""
 
 from llm.errors import ConfigError
 from llm.models.config_keys import ReadKeys, shown
@@ -44,7 +44,7 @@ def read_windows(
 
 
 def refuse_windows(config: ReadKeys, family: str) -> None:
-    """See that a family without sliding windows is given none that hides anything.
+    """Check that the configuration of a family without sliding windows has no window that hides anything.
 
     Raises:
         ConfigError: there is one.
