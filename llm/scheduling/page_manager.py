@@ -234,8 +234,7 @@ class PageManager:
         return [] if len(sequence.hashes.known) >= num_tokens // self.pool.page_size else None
 
     def _find_windows(self, known: list[int], whole: list[list[int]]) -> list[list[int]]:
-        """Find the longest prefix of which groups with a window also hold the last pages, all that the window
-        reaches."""
+        """Find the longest prefix of which groups with a window also hold the last pages that the window reaches."""
         page_size, scratch = self.pool.page_size, self.pool.scratch_page
         num_pages = len(whole[0]) if whole else len(known)
         found = [self.pool.find_each(self._names(known[:num_pages], group)) for group, _ in self._windows[len(whole) :]]
