@@ -1,1 +1,1 @@
-"""Several processes that run one model: the processes, and what they tell each other."""
+"""Several processes that run one model: the processes, and how they communicate."""

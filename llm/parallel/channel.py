@@ -1,7 +1,7 @@
-"""Frames between rank 0 and the other ranks, over a pair of connected sockets of one machine.
+"""Frames between rank 0 and the other ranks, over a pair of connected sockets on one machine.
 
-A frame is a byte that says its kind, the length of its payload (uint32), and the payload: JSON, or for a step arrays of
-int32, each behind its length.
+A frame is a byte for its kind, the length of its payload (uint32), and the payload: JSON, or for a step arrays of
+int32, each preceded by its length.
 """
 
 import socket
@@ -23,17 +23,17 @@ class FrameKind(IntEnum):
     STEP = 1
     """From rank 0: arrays, a step to run."""
     CALL = 2
-    """From rank 0: JSON, something else to do, which is replied to."""
+    """From rank 0: JSON, another command, which is answered."""
     REPLY = 3
-    """To rank 0: JSON, what came of a call."""
+    """To rank 0: JSON, the result of a call."""
     FAILURE = 4
-    """To rank 0: text, why the rank ends."""
+    """To rank 0: text, the reason why the rank ends."""
     BEAT = 5
-    """To rank 0: nothing; the process is alive."""
+    """To rank 0: empty; the process is alive."""
 
 
 class Channel:
-    """One end. Any thread may send; one receives."""
+    """One end of the connection. Any thread may send; only one receives."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -45,10 +45,10 @@ class Channel:
             self.socket.sendall(_HEADER.pack(kind, len(payload)) + payload)
 
     def receive(self) -> tuple[FrameKind, bytearray]:
-        """The next frame.
+        """Receive the next frame.
 
         Raises:
-            EOFError: the other end is closed, or its process gone.
+            EOFError: the other end is closed, or its process is gone.
         """
         kind, length = _HEADER.unpack(self._exactly(_HEADER.size))
         return FrameKind(kind), self._exactly(length)
@@ -68,7 +68,7 @@ class Channel:
 
 
 def pack_arrays(arrays: Sequence[Int32Array]) -> bytes:
-    """Arrays as the payload of a step."""
+    """Pack arrays into the payload of a step."""
     lens = np.array([len(array) for array in arrays], dtype=np.int32)
     payload: bytes = np.concatenate([lens, *arrays]).tobytes()
     return payload

@@ -1,6 +1,6 @@
-"""Collectives: what ranks send each other within a step, over NCCL on GPUs and over gloo on CPUs.
+"""Collectives: the data that ranks exchange within a step, over NCCL on GPUs and over gloo on CPUs.
 
-Small sums may take another way than the library's: `SmallAllReduce` is its interface.
+Small sums may bypass the library: `SmallAllReduce` is the interface for that.
 """
 
 import os
@@ -23,18 +23,18 @@ from llm.parallel.environment import ENVIRONMENT
 
 
 class SmallAllReduce(Protocol):
-    """Sums of few bytes by a kernel of our own, faster than the library's. Made on every rank at the same time."""
+    """Sums of few bytes by the project's own kernel, faster than the library's. Made on all ranks at the same time."""
 
     @property
     def max_bytes(self) -> int:
-        """The largest tensor that it takes."""
+        """Size of the largest tensor that it takes."""
         ...
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors, contiguous, of at most `max_bytes`: the same on every rank, bit by bit.
+        """Sum all ranks' tensors, contiguous, of at most `max_bytes`: the same on every rank, bit by bit.
 
-        Enqueued on the current stream; may be captured in a graph. Every rank calls it in the same order, beside other
-        collectives. The result may be `tensor` itself; later calls must leave it alone.
+        Enqueued on the current stream; may be captured in a graph. Every rank makes these calls and other collectives
+        in the same order. The result may be `tensor` itself; later calls must not change it.
         """
         ...
 
@@ -47,10 +47,10 @@ class Collectives:
     """The `Exchange` of a rank.
 
     Args:
-        group: what `connect` gave: NCCL's for tensors on a GPU, gloo's for those on a CPU.
+        group: what `connect` returned: NCCL's for tensors on a GPU, gloo's for those on a CPU.
         partition: says which rank this is.
-        small: takes sums that it has room for; None for the group's all-reduce for all.
-        deterministic: a sum depends on nothing but its terms, however many are added up in one call.
+        small: takes the sums that fit it; None to use the group's all-reduce for all.
+        deterministic: a sum depends only on its terms, however many are added up in one call.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Collectives:
         self._group = group
         self._size = partition.size
         self._small = small
-        # Two terms have one sum; of more, the library adds up in an order that depends on the message's size.
+        # Two terms have only one sum; with more, the library's order of addition depends on the message's size.
         self._in_order = deterministic and partition.size > 2
         self._all_reduce_options = AllreduceOptions()
         self._all_gather_options = AllgatherOptions()
@@ -94,7 +94,7 @@ class Collectives:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Exchange.all_gather`."""
         gathered = tensor.new_empty(self._size, *tensor.shape)
-        # As bytes: of numbers, not every format is known to every library.
+        # As bytes, because not every library knows every number format.
         output, own = (each.view(-1).view(torch.uint8) for each in (gathered, tensor))
         _finish(self._group._allgather_base(output, own, self._all_gather_options))
         return gathered
@@ -105,18 +105,18 @@ class Collectives:
 
 
 def _finish(work: Any) -> None:
-    """Wait for a collective, which NCCL has enqueued on the current stream: there is nothing to wait for then."""
+    """Wait for a collective. If NCCL has enqueued it on the current stream, there is nothing to wait for."""
     if work is not None:
         work.wait()
 
 
 def connect(partition: Partition, store_path: Path, device: torch.device, timeout_s: float) -> Any:
-    """Connect this rank with the others, which do the same; not torch's default group, of which a process has one.
+    """Connect this rank with the others, which do the same. Does not use torch's one default group of a process.
 
     Args:
-        store_path: a file by which they find each other, the same for all of them and used once.
+        store_path: a file by which the ranks find each other, the same for all of them and used once.
         device: of the tensors.
-        timeout_s: for the others to come; on a CPU also for each collective.
+        timeout_s: how long to wait for the other ranks; on a CPU also for each collective.
     """
     os.environ.update(ENVIRONMENT)
     store = PrefixStore(device.type, FileStore(str(store_path), partition.size))

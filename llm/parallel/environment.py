@@ -7,6 +7,6 @@ ENVIRONMENT = {
     "NCCL_GRAPH_REGISTER": "0",
     "NCCL_SOCKET_IFNAME": "lo",
 }
-"""Of every process that takes part. NVLink multicast stays off, since a program that uses it can put a shared machine
-out of service; and a rank captures its graphs by itself, without buffers that all would have to register. Ranks are of
-one node, so NCCL's sockets, by which they find each other, listen on the loopback interface alone."""
+"""Set in every participating process. NVLink multicast stays off, since a program that uses it can put a shared machine
+out of service. Each rank captures its graphs by itself, without buffers that all would have to register. All ranks are
+on one node, so NCCL's sockets, by which they find each other, listen only on the loopback interface."""

@@ -22,17 +22,17 @@ def join_ranks(partition: Partition, store_path: Path, device: torch.device, *, 
         store_path, device: see `connect`.
         deterministic: see `Collectives`.
     """
-    # On a GPU nobody waits in a collective, but for the device: `RankGroup.wait_for`.
+    # On a GPU only the device waits in a collective: `RankGroup.wait_for`.
     timeout_s = STEP_TIMEOUT_S if device.type == "cpu" else CALL_TIMEOUT_S
     group = connect(partition, store_path, device, timeout_s)
     exchange = Collectives(group, partition, deterministic=deterministic)
     if device.type != "cuda" or os.environ.get(_VARIABLE) == "0":
         return exchange
-    from llm.parallel.peer_all_reduce import PeerAllReduce, PeerMemory  # triton is there on GPU machines only
+    from llm.parallel.peer_all_reduce import PeerAllReduce, PeerMemory  # triton is installed only on GPU machines
 
     try:
         memory = PeerMemory.on_gpus(exchange, partition, device)
-    except RuntimeError as error:  # on all ranks alike: it is how the GPUs are linked
+    except RuntimeError as error:  # the same on all ranks: it depends on how the GPUs are linked
         logger.warning("all sums go through NCCL: %s", error)
         return exchange
     small = PeerAllReduce(memory, partition, deterministic=deterministic)

@@ -1,4 +1,4 @@
-"""`Leader`: rank 0 as the process of another rank sees it."""
+"""`Leader`: rank 0 as seen from the process of another rank."""
 
 import os
 import socket
@@ -13,12 +13,12 @@ from llm.parallel.ranks import BEAT_INTERVAL_S
 
 
 class Leader:
-    """What rank 0 sends, in order, and the way back. The process ends as soon as rank 0's is gone.
+    """Receives what rank 0 sends, in order, and replies. The process ends as soon as rank 0's is gone.
 
-    One thread receives, so that rank 0 never waits for this one to read; another one gives signs of life.
+    One thread receives, so that rank 0 never waits for this one to read; another sends signs of life.
 
     Args:
-        file_descriptor: of the socket that rank 0 has made.
+        file_descriptor: descriptor of the socket that rank 0 has made.
     """
 
     def __init__(self, file_descriptor: int) -> None:
@@ -33,11 +33,11 @@ class Leader:
         return self._frames.get()
 
     def reply(self, value: Any) -> None:
-        """Answer the call that came last."""
+        """Answer the latest call."""
         self._channel.send(FrameKind.REPLY, msgspec.json.encode(value))
 
     def fail(self, reason: str) -> None:
-        """Say why this rank ends."""
+        """Report why this rank ends."""
         self._channel.send(FrameKind.FAILURE, reason.encode())
 
     def _receive(self) -> None:
@@ -45,7 +45,7 @@ class Leader:
             while True:
                 self._frames.put(self._channel.receive())
         except (EOFError, OSError):
-            # Whatever this process is in the middle of, a collective that never ends perhaps, nobody waits for it.
+            # Nothing waits for what this process is doing, perhaps a collective that never ends.
             os._exit(0)
 
     def _beat(self) -> None:

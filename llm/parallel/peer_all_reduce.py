@@ -1,7 +1,7 @@
-"""Sums over the GPUs of a node through each other's memory, faster than a library's where messages are small.
+"""Sums over a node's GPUs through each other's memory, faster than a library's for small messages.
 
-Memory is shared as CUDA's driver shares it between processes ("Interprocess Communication" in the CUDA C++ programming
-guide); NVLink multicast takes no part in it.
+Memory is shared between processes by the CUDA driver ("Interprocess Communication" in the CUDA C++ programming guide),
+without NVLink multicast.
 """
 
 import ctypes
@@ -13,18 +13,18 @@ from llm.core.partition import Exchange, Partition
 from llm.kernels.all_reduce import WORDS_PER_PROGRAM, all_reduce
 
 _MAX_BYTES_SENT = 4 << 20
-"""Bytes of its own that a rank sends to all others together in the largest message: beyond that NCCL is faster."""
+"""Most bytes that a rank sends to all others in total, in the largest message: beyond that NCCL is faster."""
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
 
 
 @dataclass(frozen=True, slots=True)
 class PeerMemory:
-    """What the ranks of a model send each other through.
+    """Memory through which the ranks of a model exchange data.
 
     Attributes:
         inboxes: (ranks,) int64, the address of each rank's inbox, as this process sees it.
-        inbox: (2, ranks, words) int64, this rank's, which the others write to; zeros.
+        inbox: (2, ranks, words) int64, this rank's inbox, which the others write to; zeros at the start.
     """
 
     inboxes: torch.Tensor
@@ -34,12 +34,12 @@ class PeerMemory:
     def on_gpus(
         exchange: Exchange, partition: Partition, device: torch.device, max_bytes: int | None = None
     ) -> "PeerMemory":
-        """Memory of `device` that the other ranks' GPUs can write to, for as long as this process lives.
+        """Allocate memory on `device` that the other ranks' GPUs can write to, for as long as this process lives.
 
         All ranks must call this together.
 
         Args:
-            max_bytes: of the longest message; None for as long as this way is faster than NCCL's.
+            max_bytes: size of the longest message; None for the largest for which this way is faster than NCCL's.
 
         Raises:
             RuntimeError: the GPUs have no access to each other's memory.
@@ -58,13 +58,13 @@ class PeerMemory:
 
 
 class PeerAllReduce:
-    """Sums of tensors over all ranks, the same bits on every rank. They may be captured in CUDA graphs.
+    """Sums tensors over all ranks, with the same bits on every rank. The sums may be captured in CUDA graphs.
 
-    All ranks must ask for the same sums, of the same sizes, in the same order.
+    All ranks must request the same sums, of the same sizes, in the same order.
 
     Args:
-        deterministic: messages of any size are taken, large ones in pieces, so that a number's sum depends neither on
-            the size of its message nor on its place there.
+        deterministic: take messages of any size, large ones in pieces, so that a number's sum depends neither on the
+            size of its message nor on its place there.
     """
 
     def __init__(self, memory: PeerMemory, partition: Partition, *, deterministic: bool = False) -> None:
@@ -77,11 +77,11 @@ class PeerAllReduce:
 
     @property
     def max_bytes(self) -> int:
-        """The largest tensor that it takes."""
+        """Size of the largest tensor that it takes."""
         return 1 << 62 if self._takes_all else self._max_piece
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor`, overwritten with the sum of all ranks' tensors: contiguous, of whole words of 4 bytes."""
+        """Overwrite `tensor` with the sum of all ranks' tensors and return it: contiguous, whole words of 4 bytes."""
         assert tensor.nbytes <= self.max_bytes, "a message that fits"
         for piece in self._pieces(tensor):
             self._sum(piece, piece)
@@ -108,7 +108,7 @@ class _Handle(ctypes.Structure):
 
 
 def _export(memory: torch.Tensor) -> bytes:
-    """What another process needs to `_open` the memory: the handle of its allocation, and where it lies in that."""
+    """What another process needs to `_open` the memory: the handle of its allocation, and its offset there."""
     driver, handle = ctypes.CDLL("libcuda.so.1"), _Handle()
     base, size = ctypes.c_uint64(), ctypes.c_size_t()
     address = ctypes.c_uint64(memory.data_ptr())

@@ -25,24 +25,24 @@ logger = logging.getLogger(__name__)
 
 BEAT_INTERVAL_S = 0.5
 _SILENCE_S = 4.0
-"""Without a sign of life a rank counts as lost: with the time that it takes to notice, within 5 s."""
+"""Seconds without a sign of life after which a rank counts as lost; with the time to notice, within 5 s."""
 _STARTING_SILENCE_S = 300.0
-"""The same before steps: what a process imports and initialises may keep its threads from running."""
+"""The same before steps: imports and initialization may keep a process's threads from running."""
 STEP_TIMEOUT_S = 30.0
-"""Most time that a step may take, whatever is compiled or captured in it: a collective that somebody does not join
-never ends by itself."""
+"""Most time that a step may take, including anything compiled or captured in it: a collective that some rank does not
+join never ends by itself."""
 CALL_TIMEOUT_S = 1800.0
 """Most time for what comes before steps: loading, sizing, capturing."""
 _STUCK_S = 5.0
-"""After a rank is lost while the ranks start on GPUs: what rank 0 waits for on its device may never come."""
+"""Wait after a rank is lost while the ranks start on GPUs: what rank 0 waits for on its device may never happen."""
 _SOON_S = 1.0
-"""A collective may fail before it is known which rank has gone."""
+"""Wait after a collective has failed, which may be before the lost rank is known."""
 _STOP_S = 2.0
 _POLL_S = 20e-6
 
 
 class DeviceEvent(Protocol):
-    """A `torch.cuda.Event`, as far as it is waited for."""
+    """The methods of a `torch.cuda.Event` that waiting needs."""
 
     def query(self) -> bool:
         """Whether it has happened."""
@@ -51,7 +51,7 @@ class DeviceEvent(Protocol):
 
 @dataclass(slots=True)
 class _Rank:
-    """A process and what has come from it."""
+    """A process and what it has sent."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -63,15 +63,15 @@ class _Rank:
 class RankGroup:
     """Ranks 1 and up, as rank 0 sees them. One thread calls it.
 
-    Each rank is a process of its own, connected by a pair of sockets: when this process goes, however that happens, the
-    ranks see their end of it close and go too. A thread of this process listens to them. Once one is lost, all are
+    Each rank is a process of its own, connected by a pair of sockets: when this process ends, for whatever reason, the
+    ranks see their end of it close and end too. A thread of this process listens to them. Once one is lost, all are
     killed, and `failure` says why.
 
     Args:
-        size: ranks, this one included.
+        size: number of ranks, including this one.
         module: what `python -m` runs as a rank; its argument is the number of its socket's file descriptor.
-        settings: of all ranks; each gets them with its `rank` as the first call.
-        on_gpus: whether they meet on GPUs, which wait for each other for ever.
+        settings: settings of all ranks; each gets them with its `rank` as the first call.
+        on_gpus: whether they meet on GPUs, which wait for each other forever.
     """
 
     def __init__(self, size: int, module: str, settings: dict[str, Any], *, on_gpus: bool = False) -> None:
@@ -100,16 +100,16 @@ class RankGroup:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of ranks 1 and up."""
+        """Process ids of ranks 1 and up."""
         return [rank.process.pid for rank in self._ranks]
 
     def call(self, name: str, **arguments: object) -> None:
-        """Ask all ranks to do something, to which each gives one reply."""
+        """Ask all ranks to do something; each sends one reply."""
         for rank in self._ranks:
             self._send(rank, FrameKind.CALL, _json({"name": name, **arguments}))
 
     def replies(self) -> list[Any]:
-        """Wait for each rank's reply to the oldest call that was not waited for.
+        """Wait for each rank's reply to the oldest call whose replies have not been read.
 
         Raises:
             RankLostError: a rank is lost.
@@ -117,11 +117,11 @@ class RankGroup:
         return [self._reply(rank) for rank in self._ranks]
 
     def expect_beats(self) -> None:
-        """The ranks are ready to run steps: from now on none may be silent."""
+        """Declare the ranks ready to run steps: from now on none may be silent."""
         self._most_silence_s = _SILENCE_S
 
     def send_step(self, arrays: Sequence[Int32Array]) -> None:
-        """Have all ranks run a step.
+        """Make all ranks run a step.
 
         Raises:
             RankLostError: a rank is lost.
@@ -131,7 +131,7 @@ class RankGroup:
             self._send(rank, FrameKind.STEP, payload)
 
     def wait_for(self, event: DeviceEvent) -> None:
-        """Wait for the device, as long as the ranks live.
+        """Wait for the device as long as the ranks are alive.
 
         Raises:
             RankLostError: a rank is lost, or takes too long.
@@ -150,7 +150,7 @@ class RankGroup:
             raise RankLostError(self.failure)
 
     def fail(self, reason: str) -> None:
-        """Give up all ranks; the first reason stays."""
+        """Give up all ranks; the first reason is kept."""
         with self._failing:
             if self.failure is not None or self._is_closed.is_set():
                 return
@@ -162,12 +162,12 @@ class RankGroup:
             threading.Thread(target=self._end_if_stuck, daemon=True).start()
 
     def fail_step(self, error: Exception) -> None:
-        """Give up all ranks because rank 0 is not with them in a step; where one is lost, that is why."""
+        """Give up all ranks because rank 0 failed in a step; if a rank is lost, that is the reason given."""
         if not self._is_lost.wait(_SOON_S):
             self.fail(f"rank 0 could not launch a step: {type(error).__name__}: {error}")
 
     def _end_if_stuck(self) -> None:
-        """End this process if its thread does not notice that ranks are lost: it waits for its device in vain."""
+        """End this process if its thread, waiting in vain for its device, does not notice that ranks are lost."""
         if not self._is_noticed.wait(_STUCK_S):
             logger.critical("this process waits for a rank that is lost (%s), and ends", self.failure)
             os._exit(1)
@@ -177,7 +177,7 @@ class RankGroup:
         self._finalizer()
 
     def listen(self, timeout_s: float) -> None:
-        """Take in what ranks have sent, and find those that are silent; called by the group's own thread."""
+        """Read what ranks have sent, and find those that are silent; called by the group's own thread."""
         for key, _ in self._selector.select(timeout_s):
             rank: _Rank = key.data
             try:
@@ -233,7 +233,7 @@ def _start(number: int, module: str) -> _Rank:
 
 
 def _listen(group_ref: "weakref.ref[RankGroup]") -> None:
-    """Until the group is over, or nobody has it any more."""
+    """Listen until the group has ended or is no longer in use."""
     while True:
         group = group_ref()
         if group is None or group.is_over:
@@ -243,8 +243,8 @@ def _listen(group_ref: "weakref.ref[RankGroup]") -> None:
 
 
 def _end(ranks: Sequence[_Rank], is_closed: threading.Event) -> None:
-    """Have processes end, which they do when they find nobody at the other end of their sockets."""
-    is_closed.set()  # that they end is no failure any more
+    """Let processes end, which they do when the other end of their sockets closes."""
+    is_closed.set()  # from now on it is no failure if they end
     for rank in ranks:
         with suppress(OSError):
             rank.channel.socket.shutdown(socket.SHUT_RDWR)
@@ -256,13 +256,13 @@ def _end(ranks: Sequence[_Rank], is_closed: threading.Event) -> None:
 
 
 def _kill(ranks: Sequence[_Rank]) -> None:
-    """Kill processes, and wait until they are gone: nothing they hold is of use to anybody."""
+    """Kill processes, and wait until they are gone: nothing they hold is needed."""
     for rank in ranks:
         rank.process.kill()
     for rank in ranks:
         try:
             rank.process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:  # in the kernel's hands, of which it will not let go
+        except subprocess.TimeoutExpired:  # stuck in the kernel, which will not let go of it
             logger.warning("rank %d is killed, but not gone yet", rank.number)
 
 

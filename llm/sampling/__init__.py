@@ -1,1 +1,1 @@
-"""How the next token is drawn: the reference, what rows remember for it on a device, and grammars."""
+"""How the next token is drawn: the reference, the state that rows keep for it on a device, and grammars."""

@@ -1,6 +1,6 @@
-"""Which tokens a grammar allows next, one bit a token.
+"""Which tokens a grammar allows next, one bit per token.
 
-The end of an answer is allowed where its grammar is complete, and is all that is allowed where nothing more can follow.
+The end of an answer is allowed if its grammar is complete, and is the only token allowed if nothing more can follow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,22 +13,22 @@ Int32Array = npt.NDArray[np.int32]
 
 
 def words_of(token_ids: Sequence[int], vocab_size: int) -> Int32Array:
-    """Token ids as bits: (vocab_size / 32,), the lowest of the first word first."""
+    """Token ids as bits: (vocab_size / 32,), starting with the lowest bit of the first word."""
     bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
     bits[list(token_ids)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 class Constraint:
-    """A sequence's grammar at the place that its output has reached.
+    """A sequence's grammar at the point that its output has reached.
 
     Args:
-        matcher: at the grammar's beginning, nobody else's.
+        matcher: at the grammar's beginning, used by nothing else.
 
     Attributes:
-        matcher: works out masks.
-        num_taken: tokens of the output that it has taken in.
-        failure: why the grammar cannot go on, None while it can. Then nothing is forbidden any more.
+        matcher: computes masks.
+        num_taken: number of output tokens that it has consumed.
+        failure: why the grammar cannot continue, None while it can. After a failure nothing is forbidden any more.
     """
 
     __slots__ = ("failure", "matcher", "num_taken")
@@ -39,31 +39,31 @@ class Constraint:
         self.failure: str | None = None
 
     def advance(self, tokens: Sequence[int], num_prompt_tokens: int) -> None:
-        """Take in those of a sequence's output tokens that are new."""
+        """Consume those of a sequence's output tokens that are new."""
         for token_id in tokens[num_prompt_tokens + self.num_taken :]:
             self.take(token_id)
 
     def take(self, token_id: int) -> None:
-        """Take in the output's next token."""
+        """Consume the output's next token."""
         self.num_taken += 1
-        # Behind its end a grammar has no opinion: the sequence ends by other ways than the grammar's, too.
+        # After its end a grammar has no effect: the sequence may also end in other ways.
         if self.failure is None and not self.matcher.is_stopped() and not self.matcher.consume_token(token_id):
             self.note_failure("a token does not fit the grammar")
 
     def note_failure(self, message: str = "") -> None:
-        """Keep what the matcher says is wrong, if it says so."""
+        """Keep the matcher's error message, if it has one."""
         if self.failure is None and self.matcher.is_error():
             self.failure = self.matcher.get_error() or message
 
 
 class TokenMasks:
-    """Works out what constraints allow, many at once, in threads.
+    """Computes what constraints allow, many at once, in threads.
 
     Args:
         vocab_size: columns of the logits.
 
     Attributes:
-        num_words: of 32 bits, one bit a token.
+        num_words: number of 32-bit words, one bit per token.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -71,13 +71,13 @@ class TokenMasks:
         self._executor: LLExecutor | None = None
 
     def write(self, constraints: Mapping[int, Constraint], masks: Int32Array) -> None:
-        """Set the bits of the tokens that are allowed, the lowest of the first word first.
+        """Set the bits of the tokens that are allowed, starting with the lowest bit of the first word.
 
-        Where a constraint has failed, every bit is set.
+        If a constraint has failed, every bit is set.
 
         Args:
-            constraints: by their rows in `masks`.
-            masks: (rows, vocab_size / 32), contiguous; rows of no constraint are left alone.
+            constraints: constraints by their rows in `masks`.
+            masks: (rows, vocab_size / 32), contiguous; rows without a constraint are left unchanged.
         """
         if self._executor is None:
             self._executor = LLExecutor()

@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, cuts, and a draw whose noise depends on (seed, position) alone."""
+"""From logits to the next token: penalties, cuts, and a draw whose noise depends only on (seed, position)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,18 +10,18 @@ import torch
 
 _GREEDY_BELOW = 1e-5
 NOTHING = -1
-"""The token of a row whose logits hold NaN or +inf, or forbid everything. Other rows are not concerned."""
+"""The token of a row whose logits hold NaN or +inf, or forbid everything. Other rows are not affected."""
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """How one row's next token is drawn. Field meanings as in `GenerationRequest`."""
+    """How one row's next token is drawn. Fields mean the same as in `GenerationRequest`."""
 
     seed: int
     position: int
-    """Of the token to be drawn, from 0 for the first token of the prompt."""
+    """Position of the token to be drawn; the prompt's first token has position 0."""
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
@@ -31,13 +31,13 @@ class SamplingRow:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     prompt_ids: Sequence[int] = ()
-    """Needed for the repetition penalty only."""
+    """Needed only for the repetition penalty."""
     output_ids: Sequence[int] = ()
-    """Needed for penalties only."""
+    """Needed only for penalties."""
     banned_ids: Sequence[int] = ()
     """Ids that must not be drawn."""
     allowed: npt.NDArray[np.int32] | None = None
-    """One bit for each id, set for those that may be drawn, lowest bit of the first word first; None for all."""
+    """One bit for each id, set if it may be drawn, starting with the lowest bit of the first word; None for all."""
     num_logprobs: int | None = None
 
     @property
@@ -47,7 +47,7 @@ class SamplingRow:
 
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
-    """One row's next token, with log probabilities where the row asked for them."""
+    """One row's next token, with log probabilities if the row asked for them."""
 
     token_id: int
     logprob: float | None = None
@@ -60,9 +60,9 @@ class Draws:
 
     Attributes:
         token_ids: (rows,) int64.
-        logprobs: (rows,) float32, of the drawn tokens; None where no row asked for log probabilities.
-        top_logprobs: (rows, most that any row asked for) float32, highest first; None likewise.
-        top_ids: same shape, int64; None likewise.
+        logprobs: (rows,) float32, of the drawn tokens; None if no row asked for log probabilities.
+        top_logprobs: (rows, most that any row asked for) float32, highest first; None in the same case.
+        top_ids: same shape, int64; None in the same case.
     """
 
     token_ids: torch.Tensor
@@ -74,7 +74,7 @@ class Draws:
         """Wait for the device; return each row's token, with the log probabilities that the row asked for.
 
         Args:
-            rows: those that were drawn.
+            rows: the rows that were drawn.
         """
         token_ids = self.token_ids.tolist()
         if self.logprobs is None or self.top_logprobs is None or self.top_ids is None:
@@ -99,9 +99,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Draw]:
 def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draws:
     """Draw the next token of each row; does not wait for a GPU.
 
-    Order of operations: repetition, presence and frequency penalties; bias; banned ids and those not allowed; then for
-    rows that are not greedy temperature, top-k, top-p, min-p, and a draw by the Gumbel-max trick. A row's draw depends
-    on nothing in other rows; where there is nothing to draw, the token is `NOTHING`.
+    Order of operations: repetition, presence and frequency penalties; bias; banned ids and those not allowed; then, for
+    rows that are not greedy, temperature, top-k, top-p, min-p, and a draw by the Gumbel-max trick. A row's draw does
+    not depend on other rows; if there is nothing to draw, the token is `NOTHING`.
 
     Args:
         logits: (rows, vocab_size), any float type. Not changed.
@@ -128,15 +128,15 @@ def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draws:
 
 
 def likeliest(logits: torch.Tensor, num_top: int) -> torch.Tensor:
-    """Ids of each row's highest logits (rows, vocab_size) float32, highest first, of equal ones the lowest id first."""
-    bits = (logits + 0.0).view(torch.int32).long()  # + 0.0 makes one zero of both
+    """Ids of each row's highest logits (rows, vocab_size) float32, highest first; the lowest id first among equals."""
+    bits = (logits + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys = (ordered << 32) | (_MASK32 - torch.arange(logits.shape[1], device=logits.device))
     return keys.topk(num_top, dim=-1).indices
 
 
 def _send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copy a tensor of the host's to `device`; the host does not wait for the copy."""
+    """Copy a host tensor to `device`; the host does not wait for the copy."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()  # from the caching allocator, which keeps it until the copy is done
     return tensor.to(device, non_blocking=True)
@@ -151,7 +151,7 @@ def _send_floats(values: Sequence[float], device: torch.device | str) -> torch.T
 
 
 def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Logits after penalties, bias and bans; the same tensor where no row asks for any."""
+    """Logits after penalties, bias and bans; the same tensor if no row asks for any."""
     adjusted = logits
     for i, row in enumerate(rows):
         penalised = row.repetition_penalty != 1 or row.presence_penalty != 0 or row.frequency_penalty != 0
@@ -179,7 +179,7 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 
 
 def _unpack_bits(masks: npt.NDArray[np.int32], num_bits: int, device: torch.device) -> torch.Tensor:
-    """Words (rows, words) as bits (rows, num_bits) bool on `device`, the lowest of the first word first."""
+    """Words (rows, words) as bits (rows, num_bits) bool on `device`, starting with the lowest of the first word."""
     if device.type == "cpu":
         bits = np.unpackbits(masks.view(np.uint8), axis=1, count=num_bits, bitorder="little")
         return torch.from_numpy(bits).bool()
@@ -202,9 +202,9 @@ def _penalise(logits: torch.Tensor, row: SamplingRow) -> None:
 
 
 def cut_unlikely(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Logits over temperature, with -inf where top-k, top-p or min-p leave a token out. (rows, vocab_size) float32.
+    """Logits divided by temperature, -inf where top-k, top-p or min-p exclude a token. (rows, vocab_size) float32.
 
-    A tie at a cut keeps every token of equal logit, so that the outcome does not depend on the order of a sort.
+    A tie at a cut keeps every token of equal logit, so that the result does not depend on the order of a sort.
     """
     device = logits.device
     scaled = logits / _send_floats([row.temperature for row in rows], device).unsqueeze(1)
@@ -219,9 +219,9 @@ def cut_unlikely(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
         ordered = part.sort(dim=-1, descending=True).values
         probabilities = ordered.softmax(-1)
         top_p = _send_floats([rows[i].top_p for i in rows_with_top_p], device).unsqueeze(1)
-        # A token stays while the probability before it has not reached top_p; so the first always stays.
+        # A token stays if the probability before it has not reached top_p; so the first always stays.
         num_kept = (probabilities.cumsum(-1) - probabilities < top_p).sum(-1, keepdim=True)
-        threshold = ordered.gather(1, (num_kept - 1).clamp(min=0))  # none is kept where one is NaN
+        threshold = ordered.gather(1, (num_kept - 1).clamp(min=0))  # none is kept if one is NaN
         scaled[needs_top_p] = part.masked_fill(part < threshold, -torch.inf)
     min_p = [row.min_p for row in rows]
     if any(min_p):

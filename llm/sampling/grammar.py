@@ -1,7 +1,7 @@
 """Structured output: grammars compiled for a tokenizer, by llguidance (https://github.com/guidance-ai/llguidance).
 
-A grammar is compiled in a thread, while its request waits. From then on it allows or forbids tokens draw by draw, see
-`llm.sampling.constraint`; what it allows is worked out beside the model's forward pass.
+A grammar is compiled in a thread while its request waits. From then on it allows or forbids tokens draw by draw (see
+`llm.sampling.constraint`); the allowed tokens are computed during the model's forward pass.
 """
 
 import json
@@ -26,13 +26,13 @@ MAX_GRAMMAR_CHARS = 256 << 10
 _MAX_COMPILED = 128
 _COMPILE_THREADS = 2
 _JSON_OPTIONS = {
-    # One space, or a new line and its indentation: without a bound a model may write white space for ever.
+    # One space, or a new line and its indentation: without a bound a model may write white space forever.
     "whitespace_flexible": True,
     "whitespace_pattern": r"( |\n {0,40})?",
 }
 _FREE = "(?s:.*)"
 _LIMITS = LLParserLimits(
-    # What one row may cost a step: about 4 ms of lexing and 1 ms of parsing, by the speeds in llguidance's
+    # Limits on what one row may cost a step: about 4 ms of lexing and 1 ms of parsing, by the speeds in llguidance's
     # documentation. A request whose grammar needs more ends with an error.
     step_lexer_fuel=50_000,
     step_max_items=20_000,
@@ -42,10 +42,10 @@ _LIMITS = LLParserLimits(
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer, and remembers the last of them. Thread-safe.
+    """Compiles grammars for one tokenizer, and caches the most recent ones. Thread-safe.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         vocab_size: columns of the model's logits; None for the tokenizer's own number of ids.
     """
 
@@ -57,17 +57,17 @@ class GrammarCompiler:
         self._threads = ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="grammar")
 
     def start(self, grammar: Grammar, output_ids: SequenceOf[int] = ()) -> "Future[Constraint]":
-        """Compile a grammar in a thread, unless that has been done; take in what an earlier engine generated.
+        """Compile a grammar in a thread, unless it is cached, then consume what an earlier engine generated.
 
-        The future raises `InvalidRequestError` as `compile` does.
+        The future raises `InvalidRequestError`, as `compile` does.
         """
         return self._threads.submit(self._constraint, grammar, output_ids)
 
     def compile(self, grammar: Grammar) -> LLMatcher:
-        """The grammar's matcher at its beginning, the caller's own.
+        """Return the grammar's matcher at its beginning, for the caller's use only.
 
         Raises:
-            InvalidRequestError: there is no such grammar, or it is too large.
+            InvalidRequestError: the grammar is invalid or too large.
         """
         with self._lock:
             compiled = self._compiled.get(grammar)
@@ -97,9 +97,9 @@ class GrammarCompiler:
         return constraint
 
     def _pieces(self, text: str) -> list[str]:
-        """Lark for a text that control tokens may be part of.
+        """Lark for a text that may contain control tokens.
 
-        llguidance takes special tokens and all added ones in angle brackets to be no text, so their ids stand for them.
+        llguidance does not treat special tokens, or added ones in angle brackets, as text, so their ids stand for them.
         """
         pieces = []
         for piece, token_id in self._tokenizer.split_control(text):
@@ -124,13 +124,13 @@ class GrammarCompiler:
 
 
 def to_llguidance(grammar: Grammar, pieces: Pieces) -> str:
-    """The grammar in llguidance's own form.
+    """Write the grammar in llguidance's own form.
 
     Args:
-        pieces: Lark for a text that control tokens may be part of.
+        pieces: Lark for a text that may contain control tokens.
 
     Raises:
-        InvalidRequestError: it is too large or too deep, or no JSON where that is what it should be.
+        InvalidRequestError: it is too large or too deep, or not JSON although it should be.
     """
     if len(grammar.text) > MAX_GRAMMAR_CHARS:
         raise invalid_grammar(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
@@ -142,7 +142,7 @@ def to_llguidance(grammar: Grammar, pieces: Pieces) -> str:
 
 
 def _grammars(grammar: Grammar, pieces: Pieces) -> list[dict[str, Any]]:
-    """What binds the output, the grammar to begin with first."""
+    """The grammars that constrain the output, the starting one first."""
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
             return _from_schema({"type": "object"}, grammar)
@@ -155,7 +155,7 @@ def _grammars(grammar: Grammar, pieces: Pieces) -> list[dict[str, Any]]:
             return [_from_regex("|".join(map(_literal, choices)))]
         case GrammarKind.REGEX:
             _check_text(grammar.text)
-            # As in JSON schemas, whose dialect is ECMA-262: digits and word characters are ASCII's.
+            # As in JSON schemas, whose dialect is ECMA-262: digits and word characters are ASCII only.
             return [_from_regex(regex_to_lark(grammar.text, "dw"))]
         case GrammarKind.LARK:
             _check_text(grammar.text)
@@ -190,12 +190,12 @@ def _from_calls(form: TaggedCalls, pieces: Pieces) -> list[dict[str, Any]]:
 
 
 def _preamble_lark(preamble: Preamble, pieces: Pieces) -> str:
-    """Free text and then the grammar `bound`."""
+    """Free text followed by the grammar `bound`."""
     opening, closing, lead = (pieces(text) for text in (preamble.opening, preamble.closing, preamble.lead))
     if closing[0].startswith("<"):
         free, rules = " ".join(["TEXT", *closing]), [f"TEXT: /{_FREE}/"]
     else:
-        # Ended by the first place where the tag stands, wherever the borders of tokens fall.
+        # The text ends at the first occurrence of the tag, regardless of token boundaries.
         tag = _literal(json.loads(closing[0]))
         free, rules = " ".join(["text", *closing[1:]]), [f"text[lazy]: /{_FREE}{tag}/"]
     free = " ".join([*opening, free])
@@ -211,10 +211,10 @@ def _check_text(text: str) -> None:
 
 
 def _literal(text: str) -> str:
-    """A regular expression that matches `text` alone."""
+    """A regular expression that matches only `text`."""
     return re.sub(r"[^A-Za-z0-9_]", lambda match: f"\\u{{{ord(match[0]):x}}}", text)
 
 
 def _first_line(error: str) -> str:
-    """llguidance's message without the grammar that it repeats."""
+    """llguidance's message without the grammar, which it repeats."""
     return re.split(r"\n|\s{2,}", error.strip())[0][:300]

@@ -1,7 +1,7 @@
-"""JSON schemas made into what llguidance can follow: an answer that it allows is always inside the schema.
+"""Converts JSON schemas to a form llguidance can follow: every answer it allows satisfies the original schema.
 
-llguidance (https://github.com/guidance-ai/llguidance, docs/json_schema.md) keeps numbers as doubles and ranges of
-integers in 64 bits, and does not notice a reference that leads back to itself alone.
+llguidance (https://github.com/guidance-ai/llguidance, docs/json_schema.md) stores numbers as doubles and ranges of
+integers in 64 bits, and does not notice a reference that leads only back to itself.
 """
 
 import json
@@ -18,7 +18,7 @@ _MAX_STEPS = 200_000
 _EXACT = 2**53
 """Doubles hold every integer up to this one."""
 _LARGEST_BOUND = 2.0**63 - 1024
-"""The largest double that 64 bits with a sign hold."""
+"""The largest double that fits in a signed 64-bit integer."""
 
 _ONE_SCHEMA = frozenset(
     {"additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
@@ -53,15 +53,15 @@ _MEANT = frozenset({"$ref", "type"})
 
 
 def invalid_grammar(message: str) -> InvalidRequestError:
-    """What is raised where a grammar cannot be followed."""
+    """Make the error for a grammar that cannot be followed."""
     return InvalidRequestError(f"grammar: {message}", param="grammar", code="invalid_grammar")
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        InvalidRequestError: it is none, nested too deeply, or holds what JSON does not know or UTF-8 cannot say.
+        InvalidRequestError: it is not JSON, is nested too deeply, or holds values that JSON or UTF-8 does not allow.
     """
     try:
         value = json.loads(text)
@@ -74,15 +74,15 @@ def parse_json(text: str) -> Any:
 
 
 def prepare(schema: object, *, is_lenient: bool = False) -> Schema:
-    """The schema as llguidance can follow it, with answers that are all inside the one given.
+    """Make a schema that llguidance can follow, with only answers that satisfy the given one.
 
     Args:
-        schema: as `parse_json` gives it.
-        is_lenient: leave out patterns that cannot be followed and keywords with a value that they cannot have; whoever
-            compiles the schema leaves out other keywords.
+        schema: as `parse_json` returns it.
+        is_lenient: leave out patterns that cannot be followed and keywords with invalid values; the compiler of the
+            schema leaves out other keywords.
 
     Raises:
-        InvalidRequestError: it is no schema, or no answer fits it.
+        InvalidRequestError: it is not a schema, or no answer satisfies it.
     """
     if not isinstance(schema, (dict, bool)):
         raise invalid_grammar("a JSON schema is an object")
@@ -124,7 +124,7 @@ def children(schema: Schema) -> Iterator[object]:
 
 
 def resolve(root: object, reference: str) -> object:
-    """What a JSON pointer within `root` (`#/…`) refers to; None where it refers to nothing, or is none."""
+    """What a JSON pointer within `root` (`#/…`) refers to; None if it refers to nothing or is not such a pointer."""
     if reference not in ("", "#") and not reference.startswith("#/"):
         return None
     value = root
@@ -140,7 +140,7 @@ def resolve(root: object, reference: str) -> object:
 
 
 def relocated(schema: object, place: str) -> Any:
-    """A copy whose references within itself fit once it stands at another place.
+    """Copy a schema so that its internal references remain valid after it moves to another place.
 
     Args:
         place: JSON pointer of that place, such as `#/$defs/name`.
@@ -156,7 +156,7 @@ def relocated(schema: object, place: str) -> Any:
 
 
 def depth_of(value: object) -> int:
-    """Levels of nesting, counted without recursion."""
+    """Number of nesting levels, counted without recursion."""
     depth, level = 0, [value]
     while level:
         depth += 1
@@ -170,7 +170,7 @@ def depth_of(value: object) -> int:
 
 
 def _changed(schema: object, change: Callable[[Schema], object]) -> object:
-    """A copy with `change` made to every schema in it, from outside inwards."""
+    """A copy with `change` applied to every schema in it, outermost first."""
     if not isinstance(schema, dict):
         return schema
     changed = change(dict(schema))
@@ -187,15 +187,15 @@ def _changed(schema: object, change: Callable[[Schema], object]) -> object:
 
 
 class _Productive:
-    """Which schemas some finite answer fits, as far as references, `false` and what is required decide it.
+    """Which schemas have a finite answer, as far as references, `false` and required parts decide it.
 
-    The least fixed point: a reference counts once what it refers to does, however the two contain each other.
+    It is the least fixed point: a reference counts once its target does, even if the two contain each other.
 
     Args:
-        root: what references are within.
+        root: the schema in which references are resolved.
 
     Raises:
-        InvalidRequestError: there are too many references to tell.
+        InvalidRequestError: there are too many references to decide.
     """
 
     def __init__(self, root: object) -> None:
@@ -212,7 +212,7 @@ class _Productive:
                     is_growing = True
 
     def holds(self, schema: object) -> bool:
-        """Whether some answer fits."""
+        """Whether some answer satisfies the schema."""
         self._num_steps += 1
         if self._num_steps > _MAX_STEPS:
             raise invalid_grammar("the schema's references are too many to follow")
@@ -230,7 +230,7 @@ class _Productive:
         return self._has_productive_parts(schema)
 
     def _has_productive_parts(self, schema: Schema) -> bool:
-        """Whether what an object or array of this schema must hold can be there."""
+        """Whether the required parts of an object or array of this schema can exist."""
         kinds = schema.get("type")
         properties, required = schema.get("properties"), schema.get("required")
         if kinds in ("object", ["object"]) and isinstance(properties, dict) and isinstance(required, list):
@@ -257,7 +257,7 @@ def _references(schema: object) -> Iterator[str]:
 
 
 def _check_shapes(schema: Schema, is_lenient: bool) -> None:
-    """Refuse keywords whose value they cannot have, or leave them out. One without a value is absent."""
+    """Refuse keywords with invalid values, or leave them out. A keyword without a value is absent."""
     for key, (has_shape, shape) in _SHAPES.items():
         if key not in schema or has_shape(schema[key]):
             continue
@@ -267,13 +267,13 @@ def _check_shapes(schema: Schema, is_lenient: bool) -> None:
 
 
 def _with_safe_bounds(schema: Schema) -> Schema:
-    """Bounds of numbers that doubles hold, none wider than the ones given."""
+    """Replace bounds of numbers by ones that doubles hold, none wider than the originals."""
     for side, sign in (("minimum", 1), ("maximum", -1)):
         exclusive = f"exclusive{side.capitalize()}"
         bounds = {key: schema[key] for key in (side, exclusive) if _is_number(schema.get(key))}
         if all(abs(bound) <= _EXACT for bound in bounds.values()):
             continue
-        # Turned round, the largest number allowed is the smallest.
+        # With the sign flipped, the largest number allowed is the smallest.
         tightest = max(_inward(sign * bound, is_exclusive=key == exclusive) for key, bound in bounds.items())
         if tightest > _LARGEST_BOUND:
             raise invalid_grammar(f"{side}: no number of at most 64 bits is {'above' if sign > 0 else 'below'} it")
@@ -287,7 +287,7 @@ def _with_safe_bounds(schema: Schema) -> Schema:
 
 
 def _inward(bound: float, *, is_exclusive: bool) -> float:
-    """The smallest double that is not below a bound; above it where that is exclusive."""
+    """The smallest double that is not below a bound, or is above it if the bound is exclusive."""
     try:
         rounded = float(bound)
     except OverflowError:

@@ -1,8 +1,8 @@
-"""Schemas whose `const` or `enum` holds integers that no double holds, as grammars that give exactly these integers.
+"""Grammars that reproduce the exact integers of schemas whose `const` or `enum` holds integers too large for a double.
 
-llguidance turns the numbers of a schema into doubles: 1234567890123456789 would come out as 1234567890123456768. So
-the way from the root of the schema to such a number is written out as a Lark grammar here, which refers to schemas for
-all that lies beside it. Objects on that way hold no properties but those that the schema names.
+llguidance turns the numbers of a schema into doubles: 1234567890123456789 would come out as 1234567890123456768. So the
+    path from the root of the schema to such a number is written here as a Lark grammar, which refers to schemas for
+    everything beside it. Objects on that path hold only the properties that the schema names.
 """
 
 import json
@@ -23,15 +23,15 @@ _KINDS: dict[type, set[str]] = {
 
 
 def write_out(schema: Schema, options: Schema, prefix: str = "") -> list[dict[str, Any]]:
-    """A grammar for the schema, and those that it refers to; none where llguidance follows the schema exactly.
+    """Write a grammar for the schema, and those that it refers to; none if llguidance follows the schema exactly.
 
     Args:
-        schema: as `prepare` gives it.
-        options: of llguidance's schema compiler.
-        prefix: of the names of the grammars.
+        schema: as `prepare` returns it.
+        options: options of llguidance's schema compiler.
+        prefix: prefix of the grammars' names.
 
     Raises:
-        InvalidRequestError: there is a large integer where this cannot be done.
+        InvalidRequestError: there is a large integer in a place where this cannot be done.
     """
     writer = _Writer(schema, options, prefix)
     if not writer.reaches_large(schema):
@@ -42,12 +42,12 @@ def write_out(schema: Schema, options: Schema, prefix: str = "") -> list[dict[st
 
 
 class _Writer:
-    """Writes the rules.
+    """Writes the rules of the grammar.
 
     Args:
         root: the whole schema.
-        options: of llguidance's schema compiler.
-        prefix: of the names of the leaves.
+        options: options of llguidance's schema compiler.
+        prefix: prefix of the leaves' names.
 
     Attributes:
         rules: lines of the Lark grammar.
@@ -121,7 +121,7 @@ class _Writer:
         return name
 
     def _object(self, schema: Schema) -> str:
-        """Properties in their order; whether a comma is due is told by which of two rules goes on."""
+        """Properties in their order; which of two rules continues says whether a comma is due."""
         required = set(schema.get("required", ()))
         properties = {name: each for name, each in schema.get("properties", {}).items() if each is not False}
         properties |= {name: {} for name in schema.get("required", ()) if name not in properties}
@@ -150,7 +150,7 @@ class _Writer:
 
 
 def _values(schema: Schema) -> list[Any]:
-    """The values that `const`, `enum` and `type` leave."""
+    """The values that `const`, `enum` and `type` allow."""
     values = schema["enum"] if "enum" in schema else [schema["const"]]
     if "enum" in schema and "const" in schema:
         values = [value for value in values if value == schema["const"]]

@@ -1,4 +1,4 @@
-"""What each row's draws depend on, on the device from step to step: the host writes a row when its sequence changes."""
+"""Sampling state of each row, kept on the device between steps: the host writes a row when its sequence changes."""
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from llm.serving.schemas import GenerationRequest
 
 @dataclass(frozen=True, slots=True)
 class RowStart:
-    """A sequence that takes a row: what its draws depend on, as far as the host knows its tokens, which is all of them.
+    """The sampling state of a sequence that takes a row. The host knows all of its tokens at that time.
 
     Attributes:
-        row: which.
+        row: the row it takes.
         request: how to draw.
-        prompt_ids: needed for the repetition penalty only.
-        output_ids: needed for penalties only.
-        end_ids: must not be drawn before `request.min_new_tokens`.
-        num_prompt_tokens: where positions of the output begin.
+        prompt_ids: needed only for the repetition penalty.
+        output_ids: needed only for penalties.
+        end_ids: ids that must not be drawn before `request.min_new_tokens`.
+        num_prompt_tokens: position at which the output begins.
     """
 
     row: int
@@ -36,16 +36,16 @@ class RowStart:
 class RowState:
     """Parameters, counts of tokens, biases, bans and bits of allowed ids, by row.
 
-    The kernels of the draw read all of it, and count what they draw.
+    The kernels of the draw read all of it, and count the tokens that they draw.
 
     Args:
-        num_rows: rows, those that nobody draws from included.
+        num_rows: number of rows, including those from which nothing is drawn.
         vocab_size: columns of the logits.
         device: of the tensors.
-        uploads: how the host's values get there.
+        uploads: how the host's values get to the device.
 
     Attributes:
-        tensors: what the kernels read.
+        tensors: the tensors that the kernels read.
     """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device, uploads: Uploads) -> None:
@@ -56,7 +56,7 @@ class RowState:
         self.tensors = RowTensors.allocate(num_rows, vocab_size, device)
 
     def start(self, starts: SequenceOf[RowStart]) -> None:
-        """Write the rows of sequences that take them, by copies that later kernels wait for."""
+        """Write the rows of new sequences, with copies that later kernels wait for."""
         if not starts:
             return
         for start in starts:
@@ -81,10 +81,10 @@ class RowState:
             self._count(penalised)
 
     def bind(self, rows: SequenceOf[int], words: torch.Tensor | Int32Array) -> None:
-        """Say what these rows may draw from now on.
+        """Set what these rows may draw from now on.
 
         Args:
-            words: (rows, vocab_size / 32) int32, an array or memory of `Uploads.tensor`.
+            words: (rows, vocab_size / 32) int32, an array or memory from `Uploads.tensor`.
         """
         index = self._uploads.send(np.asarray(rows, dtype=np.int64))
         self.tensors.allowed.index_copy_(0, index, self._uploads.send(words))
@@ -97,7 +97,7 @@ class RowState:
             self.tensors.entry_values[row, : len(values)].copy_(sent)
 
     def _count(self, starts: SequenceOf[RowStart]) -> None:
-        """Count the tokens that these rows have already."""
+        """Count the tokens that these rows already have."""
         counts = self.tensors.counts.view(-1)
         rows = self._uploads.send(np.array([start.row for start in starts], dtype=np.int64))
         self.tensors.counts.index_fill_(0, rows, 0)
@@ -116,7 +116,7 @@ class RowState:
 
 
 def row_kind(request: GenerationRequest) -> RowKind:
-    """What the logits of a request's draws go through before its cuts."""
+    """Which changes the logits of a request's draws need before its cuts."""
     kind = RowKind(0)
     if request.uses_penalties:
         kind |= RowKind.PENALISED

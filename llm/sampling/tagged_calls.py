@@ -1,7 +1,7 @@
-"""Free text in which a tag begins calls of tools, which are bound: a model may call, and if it does, by the schemas.
+"""Free text in which a tag begins tool calls: a model may call, and if it does, its calls must follow the schemas.
 
-The text is ended by the first place where the tag stands, as in llguidance's structural tags, see docs/syntax.md of
-https://github.com/guidance-ai/llguidance.
+The text ends at the first occurrence of the tag, as in llguidance's structural tags (see docs/syntax.md of
+https://github.com/guidance-ai/llguidance).
 """
 
 import json
@@ -17,53 +17,53 @@ KEY = "\0"
 """Stands for the name of an argument."""
 
 Pieces = Callable[[str], list[str]]
-"""Lark for a text that may hold control tokens, piece by piece. Texts of clients are not for it: theirs are none."""
+"""Lark for a text that may hold control tokens, piece by piece. Not for clients' texts, which hold none."""
 
 
 class TaggedCall(StrictModel):
-    """A call of one tool."""
+    """A call to one tool."""
 
     begins: Annotated[tuple[str, ...], Field(min_length=1)]
-    """What stands in front of the arguments, any of these."""
+    """Texts of which any one precedes the arguments."""
     parameters: dict[str, Any]
     """JSON schema of the arguments."""
     is_strict: bool
-    """Keywords that cannot be followed are refused."""
+    """Whether keywords that cannot be followed are refused."""
     end: str = ""
-    """What stands behind the arguments."""
+    """Text that follows the arguments."""
 
 
 class TaggedCalls(StrictModel):
-    """What calls look like. Every text may hold special tokens, written as their names."""
+    """The format of calls. Every text may hold special tokens, written as their names."""
 
     tag: str
-    """What begins calls; empty where they stand in place of all text."""
+    """Text that begins calls; empty if calls replace all text."""
     open: str = ""
-    """What stands between the tag and the first call."""
+    """Text between the tag and the first call."""
     calls: Annotated[tuple[TaggedCall, ...], Field(min_length=1)]
     separator: str | None = None
-    """What stands between two calls behind one tag; None where there is one call only."""
+    """Text between two calls after one tag; None if only one call is allowed."""
     close: str = ""
-    """What stands behind the last call."""
+    """Text that follows the last call."""
     is_single: bool = False
-    """At most one call."""
+    """Whether at most one call is allowed."""
     argument: tuple[str, str] | None = None
-    """What stands around each argument that is written by itself, texts without quotes; `KEY` stands for its name. None
-    where all arguments are one JSON object."""
+    """Texts around each argument that is written separately, with strings unquoted; `KEY` stands for its name. None if
+    all arguments are one JSON object."""
     lead: str | None = None
-    """What stands in front of text without calls; None where text that begins with no brace is such a text."""
+    """Text that precedes an answer without calls; None if text that does not begin with a brace is one."""
     note: tuple[str, str] | None = None
-    """What stands around text in front of calls."""
+    """Texts around text that precedes calls."""
 
 
 class RuleWriter:
     """Writes the grammar in Lark.
 
     Args:
-        form: what calls look like.
+        form: the format of calls.
         pieces: Lark for a text.
-        escape: a regular expression that matches a text alone.
-        refer: makes a grammar of a schema, strict or not, and names it.
+        escape: makes a regular expression that matches only a given text.
+        refer: makes a grammar of a schema, strict or not, and returns its name.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RuleWriter:
         self._refer = refer
 
     def lark(self) -> str:
-        """All rules."""
+        """Write all rules."""
         form, pieces = self._form, self._pieces
         call = " | ".join(map(self._call, form.calls))
         others = [] if form.separator is None or form.is_single else [f"({_joined(pieces(form.separator), 'call')})*"]
@@ -89,7 +89,7 @@ class RuleWriter:
             rules.append(self._text_up_to("value", form.argument[1]))
         if form.tag:
             rules.append(self._text_up_to("tagged", form.tag))
-            # A second tag can follow text only where there may be a second call.
+            # A second tag can follow text only if a second call is allowed.
             start, text = "tagged calls | TEXT" if form.is_single else "(tagged calls)* TEXT", "(?s:.*)"
         elif form.lead is not None:
             before, behind = form.note or ("", "")
@@ -100,7 +100,7 @@ class RuleWriter:
         return "\n".join([f"start: {start}", *rules, f"TEXT: /{text}/"])
 
     def _text_up_to(self, name: str, tag: str) -> str:
-        """A rule for the shortest text that ends with a tag, wherever the borders of tokens fall."""
+        """A rule for the shortest text that ends with a tag, regardless of token boundaries."""
         first, *others = self._pieces(tag)
         if first.startswith("<"):
             return f"{name}: {_joined('ANY', first, others)}\nANY: /(?s:.*)/"
@@ -113,7 +113,7 @@ class RuleWriter:
         return _joined(f"({begin})", arguments, self._pieces(call.end))
 
     def _fields(self, call: TaggedCall) -> str:
-        """Arguments one by one, in the schema's order. What a schema says of a text beside its choices is not bound."""
+        """Arguments one by one, in the schema's order. For a text, only the schema's choices are enforced."""
         assert self._form.argument is not None, "the form has them"
         before, behind = self._form.argument
         root = prepare(call.parameters, is_lenient=not call.is_strict)
@@ -153,5 +153,5 @@ _MAX_REFERENCES = 8
 
 
 def _joined(*parts: str | list[str]) -> str:
-    """Lark for one thing behind another."""
+    """Lark for one thing after another."""
     return " ".join(piece for part in parts for piece in ([part] if isinstance(part, str) else part) if piece)

@@ -1,1 +1,1 @@
-"""Which tokens of which sequences run in a step, and who holds which page: plain Python, no tensors."""
+"""Which tokens of which sequences run in a step, and which sequences hold which pages: plain Python, no tensors."""

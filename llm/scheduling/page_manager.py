@@ -1,4 +1,4 @@
-"""`PageManager`: how many pages a sequence needs, which of them exist already, and when it gives them back."""
+"""`PageManager`: how many pages a sequence needs, which of them already exist, and when it gives them back."""
 
 import sys
 from bisect import bisect_right
@@ -9,28 +9,28 @@ from llm.scheduling.slot_pool import GROUP_BITS, SlotPool
 from llm.scheduling.state_snapshots import StateSnapshots
 
 _HASHES_PER_STEP = 768
-"""Pages that the lookups of one step hash at most, about a millisecond's work: longer prompts take several steps."""
+"""Most pages that the lookups of one step hash, about a millisecond's work: longer prompts take several steps."""
 _PAGES_PER_HASH = 8
-"""Pages found in the prefix cache that cost as much as hashing one."""
+"""Number of page lookups in the prefix cache that cost as much as hashing one page."""
 _NEVER = sys.maxsize
 
 
 class PageManager:
-    """Takes pages for sequences and gives them back, by what their tokens and the attention windows need.
+    """Takes pages for sequences and gives them back, as their tokens and the attention windows require.
 
-    Layers form groups (`llm.core.page_groups`), and a sequence has a list of pages for each, all equally long: a page
-    at the same place of each list holds the same tokens. They are taken for all groups or for none.
+    Layers form groups (`llm.core.page_groups`), and a sequence has a list of pages for each group, all equally long:
+    pages at the same place of each list hold the same tokens. They are taken for all groups or for none.
 
-    It writes the `pages` and the `num_…_pages` of sequences, and the slot pool; nobody else does.
+    It writes the `pages` and the `num_…_pages` of sequences, and the slot pool; nothing else does.
 
     Args:
-        pool: the pages to hand out, which any group may take.
-        windows: for each group the number of tokens that each token attends to, itself included; pages wholly behind it
-            go back to the pool. None where every token attends to all before it. Such groups come first.
+        pool: the pages to hand out; any group may take them.
+        windows: for each group the number of tokens that each token attends to, itself included; pages wholly outside
+            it go back to the pool. None if every token attends to all before it. Such groups come first.
         max_tokens_per_step: token budget of a step.
-        enable_prefix_caching: share full pages between sequences that begin alike.
-        snapshots: of layers with states, without which no page is of use to another sequence; None for a model without
-            such layers. With them no group has a window.
+        enable_prefix_caching: share full pages between sequences that begin with the same tokens.
+        snapshots: of layers with states, without which no page is useful to another sequence; None for a model without
+            such layers. If there are any, no group has a window.
     """
 
     def __init__(
@@ -47,25 +47,25 @@ class PageManager:
         self._windows = list(enumerate(windows))
         self._num_groups = len(self._windows)
         self._num_whole = sum(window is None for window in windows)
-        """Groups whose tokens attend to all before them."""
+        """Number of groups whose tokens attend to all before them."""
         assert snapshots is None or self._num_whole == self._num_groups, "no window beside states"
         self._snapshots = snapshots
         self._max_tokens_per_step = max_tokens_per_step
         self._num_hashes_left = _HASHES_PER_STEP
 
     def begin_step(self) -> None:
-        """Allow lookups as much hashing as a step may do."""
+        """Reset the amount of hashing that lookups may do in a step."""
         self._num_hashes_left = _HASHES_PER_STEP
 
     def num_needed(self, num_tokens: int) -> int:
-        """Most pages a sequence of `num_tokens` must hold: with a window, the window and one step's tokens.
+        """Most pages that a sequence of `num_tokens` must hold: with a window, the window and one step's tokens.
 
-        With plans in flight it may hold the tokens of these too, where the pool has room.
+        With plans in flight it may also hold the tokens of these, if the pool has room.
         """
         return sum(self._num_needed_by(window, num_tokens) for _, window in self._windows)
 
     def most_tokens(self, max_tokens: int) -> int:
-        """Tokens of the longest sequence that the pool holds if it runs alone, at most `max_tokens`; 0 for none."""
+        """Length of the longest sequence that the pool holds if it runs alone, at most `max_tokens`; 0 for none."""
         if self.num_needed(max_tokens) <= self.pool.num_pages:
             return max_tokens
         page_size = self.pool.page_size
@@ -73,7 +73,7 @@ class PageManager:
         return min(page_size * bisect_right(ends, self.pool.num_pages, key=self.num_needed), max_tokens)
 
     def num_owed(self, sequence: Sequence) -> int:
-        """Pages that a running sequence will still take for tokens it has already."""
+        """Pages that a running sequence will still take for tokens it already has."""
         num_tokens = sequence.num_tokens
         return sum(
             max(self._num_needed_by(window, num_tokens) - len(pages) + num_dropped, 0)
@@ -83,11 +83,11 @@ class PageManager:
         )
 
     def find_prefix(self, sequence: Sequence) -> list[list[int]] | None:
-        """Pages that hold a waiting sequence's first tokens already; never its last token, which must run to draw.
+        """Find the pages that already hold a waiting sequence's first tokens; never its last, which must run to draw.
 
         Returns:
-            A list for each group, all equally long, with the scratch page for what fell behind a window. None where it
-            takes more hashing to know than this step may still do; a later step goes on from there.
+            A list for each group, all equally long, with the scratch page in place of pages outside a window. None if
+            finding out takes more hashing than this step may still do; a later step continues from there.
         """
         sequence.num_shared_pages = 0
         if not self.enable_prefix_caching or sequence.needs_whole_prompt:
@@ -103,15 +103,15 @@ class PageManager:
         return self._find_windows(sequence.hashes.known, found)
 
     def admit(self, sequence: Sequence, prefix: list[list[int]], num_available: int) -> int | None:
-        """Give a waiting sequence the pages of its cached prefix, if the pool can hold all of its tokens.
+        """Give a waiting sequence the pages of its cached prefix if the pool can hold all of its tokens.
 
         Args:
             sequence: it holds no pages.
-            prefix: what `find_prefix` gave.
-            num_available: pages of the pool that nobody else counts on.
+            prefix: what `find_prefix` returned.
+            num_available: pages of the pool that no other sequence counts on.
 
         Returns:
-            How many of these pages the sequence counts on; None if they are too few, and then nothing has changed.
+            How many of these pages the sequence counts on; None if there are too few, and then nothing has changed.
         """
         num_found, num_new, behind = len(prefix[0]), 0, []
         for group, window in self._windows:
@@ -134,15 +134,15 @@ class PageManager:
         return num_new
 
     def room(self, sequence: Sequence) -> int:
-        """Tokens behind its computed ones that the pages of a sequence have room for."""
+        """Number of tokens after its computed ones for which a sequence's pages have room."""
         return sequence.num_pages * self.pool.page_size - sequence.num_computed
 
     def extend(self, sequence: Sequence, num_tokens: int, *, num_spared: int = 0) -> bool:
-        """Take the pages that the next tokens of a running sequence lack; False, and none taken, if there are too few.
+        """Take the pages that a running sequence's next tokens need; False, and none taken, if there are too few.
 
         Args:
             sequence: it has a row.
-            num_tokens: tokens behind its computed ones.
+            num_tokens: number of tokens after its computed ones.
             num_spared: pages of the pool that must stay available.
         """
         num_pages = self.pool.pages_for(sequence.num_computed + num_tokens) - sequence.num_pages
@@ -154,16 +154,16 @@ class PageManager:
         return True
 
     def will_drop(self, sequence: Sequence) -> bool:
-        """Whether plans in flight will give back pages of this sequence that fall behind a window."""
+        """Whether plans in flight will give back pages of this sequence that fall out of a window."""
         return any(
             self._num_behind(window, sequence.num_computed) > sequence.num_dropped_pages[group]
             for group, window in self._windows[self._num_whole :]
         )
 
     def keep(self, sequence: Sequence, num_tokens: int) -> None:
-        """Now that the first `num_tokens` are stored: make full pages findable, and give back those behind the windows.
+        """Make full pages findable now that the first `num_tokens` are stored, and give back those outside the windows.
 
-        Later plans in flight attend from position `num_tokens` on, so they do not look at pages given back here. Sets
+        Later plans in flight attend from position `num_tokens` on, so they do not read pages given back here. Sets
         `sequence.keep_at`: with fewer tokens than that there is nothing to do.
         """
         page_size = self.pool.page_size
@@ -196,14 +196,14 @@ class PageManager:
         sequence.num_registered_pages = 0
 
     def forget(self, sequence: Sequence) -> None:
-        """Have nobody find the content of a sequence's pages any more."""
+        """Remove the content of a sequence's pages from the prefix cache."""
         for pages in sequence.pages:
             self.pool.forget(pages)
         if self._snapshots is not None:
             self._snapshots.forget(sequence)
 
     def _find_whole(self, sequence: Sequence, num_tokens: int) -> list[list[int]] | None:
-        """The longest prefix that all groups without a window hold: their pages, of as many as there are groups."""
+        """Find the longest prefix that all groups without a window hold: the pages of each of these groups."""
         num_full = num_tokens // self.pool.page_size
         known = sequence.hashes.known
         found: list[list[int]] = [[] for _ in range(self._num_whole)]
@@ -226,7 +226,7 @@ class PageManager:
         return found
 
     def _hash_all(self, sequence: Sequence, num_tokens: int) -> list[list[int]] | None:
-        """Hash the whole prompt, for where every group has a window its first pages may be gone: no pages yet."""
+        """Hash the whole prompt, since if every group has a window its first pages may be gone; finds no pages yet."""
         num_new = min(num_tokens // self.pool.page_size - len(sequence.hashes.known), self._num_hashes_left)
         if num_new > 0:
             self._num_hashes_left -= num_new
@@ -234,13 +234,13 @@ class PageManager:
         return [] if len(sequence.hashes.known) >= num_tokens // self.pool.page_size else None
 
     def _find_windows(self, known: list[int], whole: list[list[int]]) -> list[list[int]]:
-        """The longest prefix of which groups with a window hold the last pages too: all that the window reaches."""
+        """Find the longest prefix of which groups with a window also hold the last pages that the window reaches."""
         page_size, scratch = self.pool.page_size, self.pool.scratch_page
         num_pages = len(whole[0]) if whole else len(known)
         found = [self.pool.find_each(self._names(known[:num_pages], group)) for group, _ in self._windows[len(whole) :]]
         windows = [window for _, window in self._windows[len(whole) :]]
         self._num_hashes_left -= len(found) * num_pages // _PAGES_PER_HASH
-        firsts, best = [0] * len(found), 0  # of the pages that are there without a gap
+        firsts, best = [0] * len(found), 0  # first of the pages that are there without a gap
         for end in range(1, num_pages + 1):
             for i, pages in enumerate(found):
                 if pages[end - 1] is None:
@@ -257,7 +257,7 @@ class PageManager:
         return prefix
 
     def _names(self, hashes: list[int], group: int) -> list[int]:
-        """What pages of a group are registered as in the pool."""
+        """Names under which the pool registers the pages of a group."""
         return [content | group << GROUP_BITS for content in hashes] if group else hashes
 
     def _num_needed_by(self, window: int | None, num_tokens: int) -> int:
@@ -266,7 +266,7 @@ class PageManager:
         return self.pool.pages_for(num_tokens)
 
     def _drop_behind(self, sequence: Sequence, group: int, num_behind: int) -> None:
-        """Give back a group's first pages, as far as that has not been done."""
+        """Give back a group's first pages, except those already given back."""
         num_dropped, pages = sequence.num_dropped_pages[group], sequence.pages[group]
         if num_behind > num_dropped:
             self.pool.release(pages[num_dropped:num_behind])

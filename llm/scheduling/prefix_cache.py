@@ -1,4 +1,4 @@
-"""Names for the content of full pages, so that prompts which begin alike share them."""
+"""Names for the content of full pages, so that prompts that begin with the same tokens share them."""
 
 import hashlib
 from array import array
@@ -15,7 +15,7 @@ class PageHashes:
 
     Args:
         page_size: tokens in a page.
-        salt: sequences share pages only with those of the same salt.
+        salt: sequences share pages only with those that have the same salt.
 
     Attributes:
         known: hashes of the pages hashed so far, first page first. Callers read it and never change it.
@@ -32,8 +32,8 @@ class PageHashes:
         Args:
             token_ids: the sequence's tokens, at least `num_tokens`.
             num_tokens: how far to hash.
-            max_new_pages: how many pages that have no hash yet are hashed at most, so that a long prompt can be hashed
-                bit by bit; the pages behind them are left out of the answer. None for all.
+            max_new_pages: most pages without a hash to hash now, so that a long prompt can be hashed in portions; pages
+                after them are left out of the result. None for all.
         """
         num_pages = num_tokens // self._page_size
         first = len(self.known)

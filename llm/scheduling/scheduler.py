@@ -23,34 +23,34 @@ from llm.scheduling.waiting_queue import WaitingQueue
 
 __all__ = ["Scheduler", "StepPart", "StepPlan", "TokenEvent"]
 _CROWD = 2
-"""So many newcomers for each sequence that decodes are a crowd."""
-_MOST_TOKENS = 2048  # of a step in which fewer get their shares beside decodes
+"""This many newcomers for each decoding sequence are a crowd."""
+_MOST_TOKENS = 2048  # of a step in which fewer newcomers than a crowd get their shares beside decodes
 _TOKEN_MULTIPLE = 128
-"""Tokens of a step with prefills are a multiple of this where there is a choice."""
+"""A step with prefills has a multiple of this many tokens, if there is a choice."""
 _arrival = attrgetter("arrival")
 
 
 class Scheduler:
     """Fills each step with decodes first, then prefill chunks, under one token budget.
 
-    Sequences are served in order of arrival, whether they run, wait or come back after preemption; `WaitingQueue` says
-    who may pass one that finds no room. When pages run out, the running sequence that arrived last is preempted: its
-    pages go back and it waits in its place to be recomputed. So the oldest always gets on, nobody waits for ever, and
-    nobody loses pages to one that arrived later.
+    Sequences are served in order of arrival, whether they run, wait or return after preemption; `WaitingQueue` decides
+    which ones may pass a sequence that finds no room. When pages run out, the running sequence that arrived last is
+    preempted: its pages go back, and it waits in its place to be recomputed. So the oldest sequence always progresses,
+    none waits forever, and none loses pages to one that arrived later.
 
     A plan counts as run once it is made, so the next can be made before its tokens are known: plans may be in flight,
-    and `apply` takes in their tokens, plan by plan in the order they were made. The device must run the steps in that
-    order too. Then a page may go to another sequence while steps in flight still write to it or read it: whatever the
-    new owner writes comes later. Only its name in the prefix cache must wait for `apply`, when the content is there.
-    A plan that fails is not applied: whoever ran it finishes its sequences instead.
+    and `apply` processes their tokens, plan by plan in the order they were made. The device must run the steps in that
+    order too. A page may then go to another sequence while steps in flight still write to it or read it: whatever the
+    new owner writes comes later. Only its name in the prefix cache must wait for `apply`, when the content is there. A
+    plan that fails is not applied: the caller that ran it finishes its sequences instead.
 
-    While guesses are checked (see `Speculation`), no plan is made before those in flight are applied. Otherwise
-    everybody runs ahead, a token a step.
+    While guesses are checked (see `Speculation`), no plan is made before those in flight are applied. Otherwise all
+    sequences run ahead, one token per step.
 
-    The work of a step grows with the sequences that run and those that are admitted. Whatever grows with the length of
-    a prompt, hashing and indexing, is spread over steps.
+    The work of a step grows with the sequences that run and those that are admitted. Work that grows with the length of
+    a prompt, such as hashing and indexing, is spread over steps.
 
-    Writes sequences and the queues, and through its `PageManager` the slot pool; nobody else does.
+    Writes sequences and the queues, and through its `PageManager` the slot pool; nothing else does.
 
     Args:
         pool: pages to hand out.
@@ -58,11 +58,11 @@ class Scheduler:
         max_tokens_per_step: token budget of a step.
         max_prefill_beside_decodes: prefill tokens for each newcomer beside decodes, unless it is a crowd; None for all.
         max_seq_len: tokens at which a sequence ends.
-        windows: of the groups of layers, see `PageManager`.
-        enable_prefix_caching: share full pages between sequences that begin alike.
-        num_speculative_tokens: most guesses a sequence and step; 0 for no speculation.
+        windows: attention windows of the groups of layers, see `PageManager`.
+        enable_prefix_caching: share full pages between sequences that begin with the same tokens.
+        num_speculative_tokens: most guesses per sequence and step; 0 for no speculation.
         max_draws_per_step: draws that the runner has room for, at least `max_batch_size`; None for any number.
-        num_state_snapshots: that are kept of layers with states, see `StateSnapshots`; 0 for a model without such
+        num_state_snapshots: snapshots kept for layers with states, see `StateSnapshots`; 0 for a model without such
             layers. With states but no snapshots the prefix cache has to be off.
     """
 
@@ -117,7 +117,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for a row, preempted ones included."""
+        """Sequences that wait for a row, including preempted ones."""
         return len(self._waiting) + len(self.compiling)
 
     @property
@@ -137,7 +137,7 @@ class Scheduler:
         return self._speculation.num_accepted_tokens
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence, which must leave room for a token. It ends at the latest when it fills the pool.
+        """Queue a new sequence, which must leave room for a token. It ends no later than when it fills the pool.
 
         Raises:
             CapacityError: the pool could not hold its tokens and one more even if it ran alone. Nothing is queued.
@@ -153,10 +153,10 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def schedule(self) -> StepPlan:
-        """Choose the next step and take the pages it writes to.
+        """Choose the next step and take the pages that it writes to.
 
-        Empty only where nothing is pending, or everything that is waits for a plan in flight or has a long prompt that
-        is still being looked up in the prefix cache, with which the next call goes on.
+        The plan is empty only if nothing is pending, or every pending sequence either waits for a plan in flight or has
+        a long prompt that is still being looked up in the prefix cache; the next call continues that lookup.
         """
         may_guess = self._speculation.is_worthwhile(self._running)
         if may_guess and any(sequence.num_in_flight for sequence in self._running):
@@ -176,8 +176,8 @@ class Scheduler:
                 singles, guessing = self._speculation.add_guesses(singles, chunks, len(self._running))
                 chunks += guessing
         else:
-            # An old sequence may have preempted a younger one that was to run. Nobody is admitted to the pages that
-            # this made free: those who run already need them next.
+            # An old sequence may have preempted a younger one that was to run. No sequence is admitted to the pages
+            # that this freed: the running ones need them next.
             singles = [part for part in singles if part.sequence.status is SequenceStatus.RUNNING]
         singles += sorted(chunks, key=lambda part: part.num_tokens > 1)
         for part in singles:
@@ -190,12 +190,12 @@ class Scheduler:
         return StepPlan(tuple(singles))
 
     def apply(self, plan: StepPlan, token_ids: SequenceOf[int]) -> list[TokenEvent | VectorEvent]:
-        """Take in what a step computed. Called once for each plan that ran, in the order they were made.
+        """Process what a step computed. Called once for each plan that ran, in the order they were made.
 
-        What concerns a sequence that ended while the step ran is dropped: the price of planning ahead.
+        Results for a sequence that ended while the step ran are dropped: that is the price of planning ahead.
 
         Args:
-            token_ids: the tokens drawn by the parts of the plan that draw, in order; negative where nothing could be.
+            token_ids: the tokens that the parts of the plan drew, in order; negative if nothing could be drawn.
         """
         draw_index = -1
         events: list[TokenEvent | VectorEvent] = []
@@ -232,7 +232,7 @@ class Scheduler:
         return events
 
     def finish(self, sequence: Sequence) -> None:
-        """End a sequence and give its pages back. Does nothing to one that has ended."""
+        """End a sequence and give its pages back. Does nothing if it has already ended."""
         if sequence.status is SequenceStatus.FINISHED:
             return
         if sequence.status is SequenceStatus.RUNNING:
@@ -242,11 +242,11 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def pages_needed(self, num_tokens: int) -> int:
-        """Most pages a sequence of `num_tokens` must hold, see `PageManager.num_needed`."""
+        """Most pages that a sequence of `num_tokens` must hold, see `PageManager.num_needed`."""
         return self._pages.num_needed(num_tokens)
 
     def most_tokens(self, max_tokens: int) -> int:
-        """Tokens of the longest sequence that the pool holds, see `PageManager.most_tokens`."""
+        """Length of the longest sequence that the pool holds, see `PageManager.most_tokens`."""
         return self._pages.most_tokens(max_tokens)
 
     def check(self) -> None:
@@ -263,7 +263,7 @@ class Scheduler:
             assert queue == sorted(queue, key=_arrival), "a sequence is out of its place"
 
     def _decodes(self) -> tuple[list[StepPart], list[Sequence]]:
-        """Parts of the running sequences that have one token to run, and those that have more. The hottest loop."""
+        """Parts of the running sequences with one token to run, and the sequences with more. The hottest loop."""
         decodes: list[StepPart] = []
         prefilling = []
         page_size, running = self.pool.page_size, SequenceStatus.RUNNING
@@ -288,10 +288,11 @@ class Scheduler:
         return decodes, prefilling
 
     def _prefill_budget(self, num_decodes: int, num_prefilling: int) -> int:
-        """Tokens that the prefill chunks of a step may have together.
+        """Most tokens that the prefill chunks of a step may have in total.
 
-        Newcomers are let in gently, so that those who run hardly notice, at the pace that each would have alone; a
-        crowd, which few would notice, at once. Filled up to what the step's products are padded to anyway.
+        Newcomers are admitted gently, at the pace that each would have alone, so that running sequences hardly notice.
+        A crowd, which few would notice, is admitted at once. The step is filled up to the size its products are padded
+        to.
         """
         budget = self.max_tokens_per_step - num_decodes
         num_newcomers = num_prefilling + min(len(self._waiting), len(self._free_rows))
@@ -316,13 +317,13 @@ class Scheduler:
         """Parts of waiting sequences for which there is room, in the order in which the queue offers them.
 
         Args:
-            budget: tokens of the step that are left.
-            prefilling: the running sequences that have taken no pages yet for some of their tokens.
+            budget: tokens left in the step.
+            prefilling: running sequences that have not yet taken pages for all of their tokens.
         """
         if not (budget and self._free_rows and self._waiting):
             return
         self._pages.begin_step()
-        # One page a running sequence is left for what they generate, or admission would lead to preemption at once.
+        # One page per running sequence is left for what it generates, or admission would lead to preemption at once.
         num_available = self.pool.num_available - len(self._running)
         num_available -= sum(self._pages.num_owed(sequence) for sequence in prefilling)
         for index, sequence in self._waiting.offers():
@@ -341,12 +342,12 @@ class Scheduler:
                 return
 
     def _chunk_len(self, sequence: Sequence, budget: int) -> int:
-        """Tokens of a running sequence that go into a step which has room for `budget`."""
+        """Number of a running sequence's tokens that go into a step with room for `budget`."""
         num_tokens = min(sequence.num_uncomputed, budget)
         return num_tokens if self._snapshots is None else self._snapshots.cut(sequence, num_tokens)
 
     def _chunk(self, sequence: Sequence, num_tokens: int) -> StepPart:
-        """The part that runs these."""
+        """The part that runs the sequence's next `num_tokens` tokens."""
         part = next_part(sequence, num_tokens)
         return part if self._snapshots is None else self._snapshots.attach(part)
 
@@ -365,10 +366,10 @@ class Scheduler:
         return num_pages
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Take pages for the next tokens, preempting younger sequences; False if there are none for it in this step."""
+        """Take pages for the next tokens, preempting younger sequences; False if this step has none for it."""
         while not self._pages.extend(sequence, num_tokens):
             if self._pages.will_drop(sequence):
-                # To preempt now, itself perhaps, would bring it here again once it is recomputed, and so on for ever.
+                # Preempting now, perhaps itself, would lead here again once it is recomputed, and so on forever.
                 return False
             victim = self._running[-1]
             self._preempt(victim)
@@ -377,7 +378,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to its place in the queue, to be recomputed."""
+        """Return a running sequence to its place in the queue, to be recomputed."""
         self._release(sequence)
         sequence.num_computed = 0
         sequence.num_preemptions += 1

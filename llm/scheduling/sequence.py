@@ -1,4 +1,4 @@
-"""`Sequence`: one request as the engine runs it; its parts in steps, and what came of them."""
+"""`Sequence`: one request as the engine runs it, with its parts in steps and their results."""
 
 import time
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from llm.serving.schemas import FinishReason, GenerationRequest, Pooling
 
 _arrivals = count()
 _MAX_UNINDEXED = 128
-"""Tokens that a prompt lookup takes in at once; before it guesses, a longer prompt is indexed bit by bit."""
+"""Most tokens that a prompt lookup indexes at once; a longer prompt is indexed in portions before it guesses."""
 
 
 class SequenceStatus(Enum):
-    """Where a sequence stands. Preemption leads from RUNNING back to WAITING."""
+    """The state of a sequence. Preemption leads from RUNNING back to WAITING."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -29,38 +29,38 @@ class Sequence:
     """Tokens of one request and the pages that hold their keys and values.
 
     Neither prefill nor decode is a state: a sequence always has `num_uncomputed` tokens to run through the model, one
-    while it decodes, many while its prompt (or, after preemption, all of it) is computed. A token is drawn in the step
-    that computes the last of them; or, if the request wants a vector, that step completes it and the sequence ends.
+    while it decodes, many while its prompt (or, after preemption, all of it) is computed. The step that computes the
+    last of them draws a token; or, if the request wants a vector, that step completes it and the sequence ends.
 
     A step is scheduled before the tokens of the steps ahead of it are known, so a sequence may be longer than the host
-    can tell: the tokens in flight stand behind `tokens`.
+    can tell: the tokens in flight come after `tokens`.
 
     The scheduler and its parts are the only writers (`PageManager`, `Speculation`); others read.
 
     Attributes:
-        arrival: grows with every sequence; who came first goes first, and is preempted last.
+        arrival: grows with every sequence; the earliest goes first and is preempted last.
         tokens: prompt and output so far, as far as the host has seen them.
         max_tokens: tokens at which the sequence ends, prompt and output together.
-        num_in_flight: draws scheduled whose token the host has not seen; 1 while a step completes its vector.
+        num_in_flight: scheduled draws whose token the host has not seen; 1 while a step completes its vector.
         num_computed: leading tokens whose keys and values are in `pages`, or will be by a step already scheduled.
-        num_scored: leading prompt tokens, the last one excepted, behind which what comes next has been given its log
-            probability, or will be by a step already scheduled; where the request wants those.
+        num_scored: leading prompt tokens, except the last, whose next token has been given its log probability, or will
+            be by a step already scheduled; used if the request wants those.
         num_preemptions: times it lost its pages; a step planned before the last one says nothing about `pages`.
-        row: its place among the sequences that run, None while it does not.
-        pages: for each group of layers its page ids in order of position, as many as the others'; one that fell behind
-            the group's window is replaced by the scratch page. Empty while it does not run.
-        num_dropped_pages: for each group the leading pages that fell behind its window.
-        num_registered_pages: leading pages whose content is registered in the pool, of each group.
-        num_shared_pages: leading pages that the prefix cache had when it was asked last, whether or not there was a
-            snapshot of the states behind them; where a model's layers have states.
-        snapshot_ends: computed tokens behind which a snapshot of its states is to be taken, in order.
-        snapshots_in_flight: of each that a step in flight takes, the tokens before it and its place.
-        last_snapshot: tokens behind which the last one was taken or found.
-        restored_snapshot: place of the one that its next part begins from, None for none.
-        keep_at: stored tokens with which there is something to do for `PageManager.keep`.
-        lookup: guesses its next tokens, None where nobody does.
-        is_speculating: whether a step in flight runs such guesses; until its draws are known nobody knows how many of
-            the tokens that `num_in_flight` and `num_computed` count in are the sequence's own.
+        row: its place among the running sequences, None while it does not run.
+        pages: for each group of layers its page ids in order of position, equally many in each group; a page that fell
+            out of the group's window is replaced by the scratch page. Empty while it does not run.
+        num_dropped_pages: for each group the number of leading pages that fell out of its window.
+        num_registered_pages: for each group the number of leading pages whose content is registered in the pool.
+        num_shared_pages: leading pages that the prefix cache had at the last lookup, whether or not there was a
+            snapshot of the states after them; used if a model's layers have states.
+        snapshot_ends: numbers of computed tokens after which a snapshot of its states is to be taken, in order.
+        snapshots_in_flight: for each one that a step in flight takes, the number of tokens before it and its place.
+        last_snapshot: number of tokens after which the last snapshot was taken or found.
+        restored_snapshot: place of the snapshot from which its next part begins, None for none.
+        keep_at: number of stored tokens from which `PageManager.keep` has something to do.
+        lookup: guesses its next tokens; None if there are no guesses.
+        is_speculating: whether a step in flight runs such guesses; until its draws are known, how many of the tokens
+            counted in `num_in_flight` and `num_computed` are really the sequence's own is unknown.
         constraint: what its output must look like; None for anything.
         num_cached_tokens: prompt tokens found in the prefix cache when the sequence was first admitted, None before.
         queue_s: seconds that it waited until then.
@@ -74,8 +74,8 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_ids)
         self.tokens = [*prompt_ids, *request.output_token_ids]
         self.pooling = request.pooling
-        """Which hidden states make its vector; None where it generates tokens."""
-        # A vector takes the place of one token, after which nothing comes; so does the token that nobody asked for.
+        """Which hidden states make its vector; None if it generates tokens."""
+        # A vector takes the place of one token, the last; so does the token drawn when none was requested.
         self.max_tokens = len(prompt_ids) + (max(request.max_new_tokens, 1) if request.pooling is None else 1)
         self.status = SequenceStatus.WAITING
         self.num_in_flight = 0
@@ -113,12 +113,12 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output so far, tokens in flight included."""
+        """Number of tokens in prompt and output so far, including those in flight."""
         return len(self.tokens) + self.num_in_flight
 
     @property
     def num_pages(self) -> int:
-        """Pages of each group."""
+        """Number of pages in each group."""
         return len(self.pages[0]) if self.pages else 0
 
     @property
@@ -128,7 +128,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far as the host has seen them, those of an earlier engine included."""
+        """Tokens generated so far as the host has seen them, including those of an earlier engine."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
@@ -142,14 +142,14 @@ class Sequence:
         return self.tokens[self.num_prompt_tokens :]
 
     def note_admission(self, num_cached_tokens: int) -> None:
-        """It has a row; the first time, what the prefix cache had for it counts."""
+        """Record that it has a row; the first time, also how many tokens the prefix cache had for it."""
         if self.num_cached_tokens is None:
             self.num_cached_tokens = num_cached_tokens
             self.queue_s = time.monotonic() - self._created_at
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Whether every token of the prompt must run, whatever the prefix cache holds."""
+        """Whether every token of the prompt must run, regardless of what the prefix cache holds."""
         return self.pooling is Pooling.MEAN or self.request.prompt_logprobs is not None
 
     @property
@@ -159,18 +159,18 @@ class Sequence:
 
     @property
     def is_indexed(self) -> bool:
-        """Whether its lookup, which it has, knows enough of its tokens to take in the rest at once."""
+        """Whether its lookup, which must exist, has indexed enough tokens to take in the rest at once."""
         return self.lookup is not None and self.lookup.num_unindexed <= _MAX_UNINDEXED
 
     def guesses(self) -> tuple[int, ...]:
-        """What its next tokens may be. Nothing before it decodes, nor for its first token here, which comes alone."""
+        """Guess its next tokens. None before it decodes, and none for its first token here, which comes alone."""
         has_begun = self.num_output_tokens > len(self.request.output_token_ids)
         if self.lookup is None or not has_begun or self.num_uncomputed > 1 or not self.is_indexed:
             return ()
         return self.lookup.propose()
 
     def may_end_at(self, position: int) -> bool:
-        """Whether the token at `position`, counted from the prompt's first, may end the sequence by a stop id."""
+        """Whether a stop id at `position`, counted from the prompt's first token, may end the sequence."""
         return position - self.num_prompt_tokens >= self.request.min_new_tokens
 
     def finish_reason(self) -> FinishReason | None:
@@ -184,33 +184,33 @@ class Sequence:
 class StepPart(msgspec.Struct, frozen=True, gc=False):
     """A sequence's part in a step: tokens `start` to `start + num_tokens - 1` run through the model.
 
-    A part with `start >= len(sequence.tokens)` when it is launched runs the one token that was drawn last at its row
-    and that the host has not seen.
+    A part that is launched with `start >= len(sequence.tokens)` runs one token: the one drawn last at its row, which
+    the host has not seen.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     draws: bool
-    """Whether the step reaches the sequence's last token, and so draws the next. Never where it is pooled."""
+    """Whether the step reaches the sequence's last token and so draws the next. Never if it is pooled."""
     row: int
-    """Of the sequence while it runs: below the batch size, and nobody else's."""
+    """Row of the sequence while it runs: below the batch size, and no other sequence's."""
     num_preemptions: int
-    """Of the sequence when this was planned."""
+    """The sequence's `num_preemptions` when this was planned."""
     proposed: tuple[int, ...] = ()
-    """Guesses, the last of the tokens that run. With any, the part draws, behind the one token before them and behind
-    each of them; no other step with the sequence is in flight."""
+    """Guesses, the last of the tokens that run. If there are any, the part draws after the one token before them and
+    after each of them; no other step with the sequence is in flight."""
     first_scored: int = 0
     num_scored: int = 0
-    """How many of the prompt tokens that run, from `first_scored` on, say how likely the prompt's next token was."""
+    """How many of the prompt tokens that run, starting at `first_scored`, score the prompt's next token."""
     num_pooled: int = 0
     """How many of the last tokens that run have hidden states that belong to the sequence's vector."""
     completes_vector: bool = False
     """Whether the step reaches the last token of a sequence that is pooled."""
     restored: int | None = None
-    """Place of the snapshot that the row's states are to be copied from before the tokens run."""
+    """Place of the snapshot to copy into the row's states before the tokens run."""
     saved: int | None = None
-    """Place of the snapshot that the row's states are to be copied to once they have."""
+    """Place of the snapshot to which the row's states are copied after the tokens have run."""
 
     @property
     def end(self) -> int:
@@ -219,26 +219,26 @@ class StepPart(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def num_draws(self) -> int:
-        """Tokens that are drawn, one behind each of the last so many that run."""
+        """Number of tokens drawn, one after each of the last tokens that run."""
         return 1 + len(self.proposed) if self.draws else 0
 
     @property
     def begins_vector(self) -> bool:
-        """Whether its pooled tokens are the first of the vector; a recomputed sequence's vector begins anew."""
+        """Whether its pooled tokens are the first of the vector, which begins again if the sequence is recomputed."""
         return self.start == 0 or self.sequence.pooling is Pooling.LAST
 
     @property
     def token_ids(self) -> list[int]:
-        """What runs, as far as the host knows it."""
+        """The tokens that run, as far as the host knows them."""
         return [*self.sequence.tokens[self.start : self.end], *self.proposed]
 
     @property
     def scored_ids(self) -> list[int]:
-        """The tokens behind those that are scored."""
+        """The tokens after those that are scored."""
         return self.sequence.tokens[self.first_scored + 1 : self.first_scored + 1 + self.num_scored]
 
     def with_guesses(self, proposed: tuple[int, ...]) -> "StepPart":
-        """This part, of one token, with guesses behind it."""
+        """This part, which has one token, with guesses after it."""
         return msgspec.structs.replace(self, num_tokens=1 + len(proposed), proposed=proposed)
 
 
@@ -259,7 +259,7 @@ class VectorEvent(msgspec.Struct, frozen=True, gc=False):
 
     sequence: Sequence
     row: int
-    """At which the step ran it."""
+    """Row at which the step ran it."""
 
 
 class TokenEvent(msgspec.Struct, frozen=True, gc=False):
@@ -273,7 +273,7 @@ class TokenEvent(msgspec.Struct, frozen=True, gc=False):
 
 
 def next_part(sequence: Sequence, num_tokens: int) -> StepPart:
-    """A running sequence's next tokens as a part of a step."""
+    """Make a running sequence's next tokens a part of a step."""
     assert sequence.row is not None, "a running sequence has a row"
     start = sequence.num_computed
     is_last = start + num_tokens == len(sequence.tokens) + sequence.num_in_flight

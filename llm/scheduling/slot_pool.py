@@ -1,4 +1,4 @@
-"""Who holds which page of the KV memory. Counting only: the tensors are `PagedKVCache`'s."""
+"""Tracks which pages of the KV memory are in use. Counting only: `PagedKVCache` has the tensors."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -8,21 +8,21 @@ from typing import cast
 from llm.errors import CapacityError
 
 GROUP_BITS = 128
-"""Names of content are 128-bit hashes, with the index of the layers' group above them."""
+"""Names of content are 128-bit hashes; the index of the layer group is in the bits above."""
 
 
 @dataclass(slots=True)
 class ContentChanges:
-    """What a pool's registered content gained and lost since somebody last looked, in the first group of layers.
+    """Content of the first group of layers that a pool has registered or given up since the last look.
 
-    What the other groups hold is left out: they hold the same tokens, and no prefix is found without the first.
+    The other groups are left out: they hold the same tokens, and no prefix is found without the first.
     """
 
     added: set[int] = field(default_factory=set)
     removed: set[int] = field(default_factory=set)
 
     def add(self, content: int) -> None:
-        """It is registered now."""
+        """Record that the content is registered."""
         if content >> GROUP_BITS:
             return
         if content in self.removed:
@@ -31,7 +31,7 @@ class ContentChanges:
             self.added.add(content)
 
     def remove(self, content: int) -> None:
-        """It has been given up."""
+        """Record that the content has been given up."""
         if content >> GROUP_BITS:
             return
         if content in self.added:
@@ -41,18 +41,18 @@ class ContentChanges:
 
 
 class SlotPool:
-    """Pages of slots, handed out, shared and kept for their content.
+    """Hands out pages of slots, shares them and keeps them for their content.
 
     A page is free (no content worth keeping), used (by one sequence or, shared, by several), or cached (by none, but
     its content may serve a later prompt). Cached pages are given up, least recently used first, when free ones run
     out. The scheduler is the only writer.
 
     Args:
-        num_pages: pages in all; ids are 0 to `num_pages - 1`.
-        page_size: slots a page; a slot holds one token's keys and values in every layer of one group.
+        num_pages: total number of pages; ids are 0 to `num_pages - 1`.
+        page_size: slots per page; a slot holds one token's keys and values in every layer of one group.
 
     Attributes:
-        on_removal: called with each content that is given up or forgotten; None for nobody. Its owner sets it.
+        on_removal: called with each content that is given up or forgotten; None for no call. The pool's owner sets it.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -68,7 +68,7 @@ class SlotPool:
 
     @property
     def scratch_page(self) -> int:
-        """Id of a page behind the last that belongs to nobody: what is written there is never read."""
+        """Id of a page after the last that belongs to no sequence: what is written there is never read."""
         return self.num_pages
 
     @property
@@ -78,12 +78,12 @@ class SlotPool:
 
     @property
     def num_cached(self) -> int:
-        """Pages that hold content no sequence uses."""
+        """Pages that hold content but that no sequence uses."""
         return len(self._cached)
 
     @property
     def content(self) -> Iterable[int]:
-        """Everything registered, used or cached."""
+        """All registered content, used or cached."""
         return self._page_of.keys()
 
     @property
@@ -101,7 +101,7 @@ class SlotPool:
         return -(-num_tokens // self.page_size)
 
     def allocate(self, num_pages: int) -> list[int]:
-        """Take pages for one user, giving up cached content if need be.
+        """Take pages for one user, giving up cached content if necessary.
 
         Raises:
             CapacityError: fewer than `num_pages` are available. Nothing is taken.
@@ -111,9 +111,9 @@ class SlotPool:
         return [self._take_one() for _ in range(num_pages)]
 
     def release(self, pages: Iterable[int]) -> None:
-        """Give pages back. One with registered content and no user left becomes cached, any other free.
+        """Give pages back. One with registered content and no user left becomes cached; any other becomes free.
 
-        Pass pages in the order of the sequence: its last ones are then given up first, its head stays longest.
+        Pass pages in the order of the sequence: its last ones are then given up first, and its head stays longest.
         """
         num_users, content = self._num_users, self._content
         for page in reversed(list(pages)):
@@ -127,7 +127,7 @@ class SlotPool:
                     self._free.append(page)
 
     def register(self, page: int, content: int) -> None:
-        """Say what a used page holds, so that `share` finds it. A second page with the same content stays private."""
+        """Record what a used page holds, so that `share` finds it. A second page with that content stays private."""
         assert self._num_users[page] > 0, f"page {page} is registered by nobody who uses it"
         if content not in self._page_of:
             self._page_of[content] = page
@@ -136,7 +136,7 @@ class SlotPool:
                 self._changes.add(content)
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Say that the content of used pages is not what it was said to be. Nobody finds them any more."""
+        """Record that used pages do not hold their registered content. They can no longer be found."""
         for page in pages:
             content = self._content.pop(page, None)
             if content is not None:
@@ -144,7 +144,7 @@ class SlotPool:
                 self._remove(content)
 
     def drop(self, content: int) -> None:
-        """Give up content that nobody uses; does nothing where there is none like it."""
+        """Give up content that no sequence uses; does nothing if there is no such content."""
         page = self._page_of.get(content)
         if page is not None and page in self._cached:
             del self._cached[page], self._content[page]
@@ -177,7 +177,7 @@ class SlotPool:
             num_users[page] += 1
 
     def take_changes(self) -> ContentChanges:
-        """What has been registered and given up since the last call; the first call gives everything registered."""
+        """What has been registered and given up since the last call; the first call returns everything registered."""
         changes = self._changes
         if changes is None:
             changes = ContentChanges({content for content in self.content if not content >> GROUP_BITS})
@@ -185,7 +185,7 @@ class SlotPool:
         return changes
 
     def check(self) -> None:
-        """Assert the invariant: every page is free, used or cached, and only one of these."""
+        """Assert the invariant: every page is exactly one of free, used or cached."""
         used = sum(1 for users in self._num_users if users)
         assert len(self._free) + used + len(self._cached) == self.num_pages, (
             f"{len(self._free)} free + {used} used + {len(self._cached)} cached != {self.num_pages} pages"
@@ -204,7 +204,7 @@ class SlotPool:
         return page
 
     def _remove(self, content: int) -> None:
-        """Take content that no page has any more out of the index."""
+        """Remove content that no page holds any more from the index."""
         del self._page_of[content]
         if self._changes is not None:
             self._changes.remove(content)

@@ -1,4 +1,4 @@
-"""`Speculation`: which decodes run guesses of their next tokens, and what becomes of the guesses."""
+"""`Speculation`: decides which decodes run guesses of their next tokens, and processes the results."""
 
 from collections import deque
 from collections.abc import Collection, Sequence as SequenceOf
@@ -8,24 +8,24 @@ from llm.scheduling.prompt_lookup import PromptLookup
 from llm.scheduling.sequence import Sequence, SequenceStatus, StepPart, TokenEvent
 
 _MAX_RUNNING_PER_GUESSER = 8
-"""Running sequences for each that can guess its next tokens, up to which its guesses are worth a slower step to all."""
+"""Most running sequences per sequence that can guess, for its guesses to be worth a slower step for all."""
 _INDEXED_PER_STEP = 1024
-"""Prompt tokens that one step indexes at most: well under a millisecond's work."""
+"""Most prompt tokens that one step indexes: well under a millisecond's work."""
 
 
 class Speculation:
     """Lets decodes check guesses by `PromptLookup`, as in Leviathan et al. 2022 (arXiv:2211.17192), but by equality.
 
-    A draw is a function of logits, seed and position, so a guess is right if it is what is drawn, and the output is
-    that of plain decoding, greedy or sampled, up to the rounding of the kernels. Guesses get what budget and pages are
-    left, and preempt nobody. They make a step dearer, and the last token must be known, so they run only where enough
-    sequences can guess.
+    A draw is a function of logits, seed and position, so a guess is right if it equals the token drawn, and the output
+    is that of plain decoding, greedy or sampled, up to the rounding of the kernels. Guesses get the budget and pages
+    that are left, and preempt no sequence. They make a step more expensive, and the last token must be known, so they
+    run only when enough sequences can guess.
 
-    Part of the scheduler, which calls it: it writes the fields of sequences that concern guesses, and their tokens.
+    It is part of the scheduler, which calls it. It writes sequences' tokens and the fields that concern guesses.
 
     Args:
-        pages: of the scheduler.
-        num_tokens: most guesses a sequence and step; 0 for none.
+        pages: the scheduler's page manager.
+        num_tokens: most guesses per sequence and step; 0 for none.
         max_tokens_per_step: token budget of a step.
         max_draws_per_step: number of draws that the runner has room for.
 
@@ -43,10 +43,10 @@ class Speculation:
         self._max_tokens_per_step = max_tokens_per_step
         self._max_draws_per_step = max_draws_per_step
         self._unindexed: deque[Sequence] = deque()
-        """Sequences with long prompts that are still to be indexed; some may have ended."""
+        """Sequences whose long prompts are still to be indexed; some may have ended."""
 
     def admit(self, sequence: Sequence) -> None:
-        """Prepare for the guesses of a sequence that begins to run."""
+        """Prepare the guesses of a sequence that begins to run."""
         if self._num_tokens and sequence.may_guess:
             if sequence.lookup is None:
                 sequence.lookup = PromptLookup(sequence.tokens, self._num_tokens)
@@ -54,7 +54,7 @@ class Speculation:
                 self._unindexed.append(sequence)
 
     def is_worthwhile(self, running: Collection[Sequence]) -> bool:
-        """Whether enough running sequences know what may come next, or guesses are being checked already."""
+        """Whether enough running sequences can guess, or guesses are already being checked."""
         if not self._num_tokens:
             return False
         self._index_prompts()
@@ -66,9 +66,9 @@ class Speculation:
     def add_guesses(
         self, decodes: list[StepPart], chunks: SequenceOf[StepPart], num_running: int
     ) -> tuple[list[StepPart], list[StepPart]]:
-        """Let decodes run guesses too, as far as there is room beside `chunks`; returns those without and those with.
+        """Add guesses to decodes if there is room beside `chunks`; returns the parts without guesses and those with.
 
-        A page is left to each of the `num_running` sequences, for tokens that are more certain.
+        One page is left for each of the `num_running` sequences, for tokens that are more certain.
         """
         without, guessing = [], []
         num_tokens = self._max_tokens_per_step - sum(part.num_tokens for part in chunks)
@@ -88,15 +88,15 @@ class Speculation:
         return without, guessing
 
     def accept(self, part: StepPart, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
-        """Give a sequence the tokens that its part with guesses drew: right guesses, and the draw behind the last.
+        """Give a sequence the tokens drawn by its part with guesses: right guesses, and the draw after the last one.
 
         Args:
-            part: with guesses, of a sequence that has not ended.
+            part: has guesses; its sequence has not ended.
             token_ids: draws of the step.
-            first: which of these is the part's first.
+            first: index of the part's first draw in `token_ids`.
 
         Returns:
-            At least one event; the last says whether the sequence ends, which may be before all right guesses are in.
+            At least one event; the last says whether the sequence ends, possibly before all right guesses are taken.
         """
         sequence = part.sequence
         sequence.is_speculating = False
@@ -109,13 +109,13 @@ class Speculation:
             events.append(TokenEvent(sequence, token_id, reason, index))
             if token_id != guess or reason is not None:
                 break
-        # Keys and values of wrong guesses are written over before anything attends to them.
+        # Keys and values of wrong guesses are overwritten before any token attends to them.
         sequence.num_computed = len(sequence.tokens) - 1
         self.num_accepted_tokens += len(events) - 1
         return events
 
     def _index_prompts(self) -> None:
-        """Index a part of the prompts that are long, in turns, so that a short one does not wait for a long one."""
+        """Index long prompts in portions, taking turns, so that a short one does not wait for a long one."""
         num_left = _INDEXED_PER_STEP
         for _ in range(len(self._unindexed)):
             sequence = self._unindexed.popleft()
@@ -128,7 +128,7 @@ class Speculation:
                 break
 
     def _room_for_guesses(self, sequence: Sequence, num_guesses: int, num_running: int) -> int:
-        """How many guesses of a decode can run; takes pages for them where the pool can spare some."""
+        """How many guesses of a decode can run; takes pages for them if the pool can spare some."""
         num_guesses = min(num_guesses, sequence.max_tokens - len(sequence.tokens) - 1)
         self._pages.extend(sequence, 1 + num_guesses, num_spared=num_running)
         return min(num_guesses, self._pages.room(sequence) - 1)

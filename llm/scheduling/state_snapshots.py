@@ -1,9 +1,9 @@
-"""Snapshots of what layers without keys and values remember, for the prefix cache: when they are taken and found.
+"""Snapshots, for the prefix cache, of the states of layers without keys and values: when they are taken and found.
 
-Pages hold the keys and values of every token, a state those of all tokens so far and of no fewer. So a prefix is of use
-as far as there is a snapshot of the state behind it. They are large, and few are kept: one behind a prompt's last whole
-page, for who sends it again or goes on from there; one where a prompt parts from one that the cache has pages of, for
-that is what prompts have in common; and some on the way through a long prompt.
+Pages hold the keys and values of each token, but a state covers all tokens so far and cannot be cut back. So a prefix
+is useful only up to a point where there is a snapshot of the state. Snapshots are large, and few are kept: one after a
+prompt's last whole page, for a request that sends the prompt again or continues it; one where a prompt diverges from
+one whose pages the cache has, because prompts have the part before that in common; and some along a long prompt.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -16,19 +16,19 @@ from llm.scheduling.slot_pool import SlotPool
 _LEAST_PAGES = 4
 """Pages of the shortest prefix that has a snapshot: a shorter one is computed as fast as it is found."""
 _PAGES_APART = 128
-"""Pages between snapshots on the way through a long prompt, at least."""
+"""Least number of pages between snapshots along a long prompt."""
 
 
 class StateSnapshots:
-    """Hands out places for snapshots, and names those that are taken like the last page of their prefix.
+    """Hands out places for snapshots, and names each snapshot like the last page of its prefix.
 
-    A place is free, used (its snapshot is to be taken by a step in flight) or cached; the least recently used goes
-    first, and one whose pages are given up goes with them. It writes the `snapshot_…` fields of sequences and
-    `restored_snapshot`; nobody else does.
+    A place is free, used (a step in flight takes its snapshot) or cached. The least recently used is given up first,
+    and a snapshot goes when its pages are given up. This class writes the `snapshot_…` fields of sequences and
+    `restored_snapshot`; nothing else does.
 
     Args:
-        num_snapshots: places, at least one; ids are 0 to `num_snapshots - 1`.
-        pages: of the attention beside, whose content snapshots go with.
+        num_snapshots: number of places, at least one; ids are 0 to `num_snapshots - 1`.
+        pages: the attention layers' pool, with whose content snapshots are given up.
     """
 
     def __init__(self, num_snapshots: int, pages: SlotPool) -> None:
@@ -37,21 +37,21 @@ class StateSnapshots:
         pages.on_removal = self.places.drop
 
     def longest(self, hashes: SequenceOf[int]) -> int:
-        """Leading pages, of these or fewer, behind which there is a snapshot."""
+        """Largest number of leading pages, all of these or fewer, after which there is a snapshot."""
         find = self.places.find
         return next((end for end in range(len(hashes), 0, -1) if find(hashes[end - 1]) is not None), 0)
 
     def admit(self, sequence: Sequence, num_found: int) -> None:
-        """Restore the snapshot behind a sequence's cached pages, if it has some, and say where to take new ones.
+        """Restore the snapshot after a sequence's cached pages, if it has any, and choose where to take new ones.
 
         Args:
-            num_found: its pages that were found, as `longest` said.
+            num_found: number of its pages that were found, as `longest` returned.
         """
         sequence.restored_snapshot = None
         if num_found:
             place = self.places.find(sequence.hashes.known[num_found - 1])
             assert place is not None, "found a moment ago"
-            self.places.share([place])  # steps run in order: whoever gets the place next writes to it later
+            self.places.share([place])  # steps run in order: a later owner of the place writes to it later
             self.places.release([place])
             sequence.restored_snapshot = place
         size = self._page_size
@@ -60,7 +60,7 @@ class StateSnapshots:
         sequence.last_snapshot = num_found * size
 
     def cut(self, sequence: Sequence, num_tokens: int) -> int:
-        """How many of its next `num_tokens` tokens a sequence's next part should have, to end where that is of use."""
+        """How many of its next `num_tokens` tokens a sequence's next part should have, to end where that is useful."""
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         for wanted in sequence.snapshot_ends:
             if start < wanted <= end:
@@ -79,25 +79,25 @@ class StateSnapshots:
         return part if restored is saved is None else msgspec.structs.replace(part, restored=restored, saved=saved)
 
     def keep(self, sequence: Sequence, num_tokens: int) -> None:
-        """Now that the first `num_tokens` have run, and their pages have names: make their snapshots findable."""
+        """Make snapshots findable, now that the first `num_tokens` have run and their pages have names."""
         while sequence.snapshots_in_flight and sequence.snapshots_in_flight[0][0] <= num_tokens:
             end, place = sequence.snapshots_in_flight.pop(0)
             self.places.register(place, sequence.hashes.known[end // self._page_size - 1])
             self.places.release([place])
 
     def release(self, sequence: Sequence) -> None:
-        """Give back the places whose snapshots nobody will name any more."""
+        """Give back the places of snapshots that will no longer be named."""
         self.places.release(place for _, place in sequence.snapshots_in_flight)
         sequence.snapshots_in_flight.clear()
         sequence.snapshot_ends, sequence.restored_snapshot = (), None
 
     def forget(self, sequence: Sequence) -> None:
-        """Have nobody find a snapshot of a state that this sequence has had."""
+        """Make the snapshots of this sequence's states impossible to find."""
         for content in sequence.hashes.known:
             self.places.drop(content)
 
     def _take(self, sequence: Sequence, end: int) -> int | None:
-        """A place for the snapshot behind the first `end` tokens; None where all are used."""
+        """Take a place for the snapshot after the first `end` tokens; None if all are used."""
         if not self.places.num_available:
             return None
         (place,) = self.places.allocate(1)

@@ -1,4 +1,4 @@
-"""`WaitingQueue`: sequences that wait for a row and pages, and who may pass one that finds no room."""
+"""`WaitingQueue`: sequences that wait for a row and pages, and which may pass one that finds no room."""
 
 from bisect import insort
 from collections import deque
@@ -8,21 +8,21 @@ from operator import attrgetter
 from llm.scheduling.sequence import Sequence, SequenceStatus
 
 _PASSING_SHARE = 1.0
-"""Tokens of those that pass a sequence, for each of its own."""
+"""Tokens that may pass a sequence, for each token of its own."""
 _MAX_INSPECTED = 1024
-"""Sequences that a step looks at while the first of the queue finds no room."""
+"""Most sequences that a step inspects while the first of the queue finds no room."""
 _MAX_OFFERED = 32
-"""Sequences behind the first that a step offers; each costs a lookup in the prefix cache."""
+"""Most sequences after the first that a step offers; each costs a lookup in the prefix cache."""
 
 
 class WaitingQueue:
-    """Holds waiting sequences in order of arrival, preempted ones included.
+    """Holds waiting sequences in order of arrival, including preempted ones.
 
-    Normally the first goes first. While it finds no room, smaller sequences behind it may pass it, in order of arrival,
-    as long as those that have passed it hold, or held when they ended, no more tokens together than it has itself.
-    Afterwards nobody is admitted before it, so the pages that running sequences give back gather until it fits. What it
-    waits for is bounded: the end of what was running, and of others with about as many tokens as its own. An account is
-    kept for each sequence that has been passed, and it counts while that sequence is the first of the queue.
+    Normally the first goes first. While it finds no room, smaller sequences after it may pass it, in order of arrival,
+    as long as those that have passed it hold, or held when they ended, no more tokens in total than it has itself.
+    After that no sequence is admitted before it, so the pages that running sequences give back accumulate until it
+    fits. Its wait is bounded: by the end of what was running, and of others with about as many tokens as its own. An
+    account is kept for each sequence that has been passed, and it counts while that sequence is the first of the queue.
 
     The scheduler is the only writer.
     """
@@ -30,7 +30,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._sequences: deque[Sequence] = deque()
         self._passed_by: dict[Sequence, _Passers] = {}
-        """For the sequences that others have passed."""
+        """Accounts of the sequences that others have passed."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -46,7 +46,7 @@ class WaitingQueue:
             insort(self._sequences, sequence, key=attrgetter("arrival"))
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out that has been given up."""
+        """Remove a sequence that has been aborted."""
         self._sequences.remove(sequence)
         self._passed_by.pop(sequence, None)
 
@@ -75,7 +75,7 @@ class WaitingQueue:
                 num_tokens_left -= sequence.num_tokens
 
     def admit(self, index: int) -> None:
-        """Take out the sequence at this place, for which there is room."""
+        """Remove the sequence at this place, for which there is room."""
         sequence = self._sequences[index]
         del self._sequences[index]
         self._passed_by.pop(sequence, None)
@@ -83,9 +83,9 @@ class WaitingQueue:
             self._passed_by.setdefault(self._sequences[0], _Passers()).add(sequence)
 
     def _num_tokens_that_may_pass(self) -> float:
-        """Number of tokens that sequences which pass the first may still have."""
+        """Number of tokens that sequences passing the first may still have."""
         first = self._sequences[0]
-        # One that was preempted a moment ago may have room as soon as all its tokens are known.
+        # A sequence that was preempted a moment ago may have room as soon as all its tokens are known.
         if first.num_in_flight:
             return 0
         passers = self._passed_by.get(first)
@@ -100,7 +100,7 @@ class _Passers:
         self._num_tokens_of_ended = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Count a sequence in, again if it has been preempted since it passed."""
+        """Count a sequence, again if it has been preempted since it passed."""
         self._active.append(sequence)
 
     def count_tokens(self) -> int:

@@ -12,7 +12,7 @@ from llm.serving.schemas import GenerationRequest
 logger = logging.getLogger(__name__)
 
 _ID_FIELDS = ("output_token_ids", "stop_token_ids", "logit_bias", "allowed_token_ids")
-"""Fields of a request, beside its prompt, that hold token ids: one past the vocabulary would fail a whole step."""
+"""Fields of a request, besides its prompt, that hold token ids: an id past the vocabulary would fail a whole step."""
 
 
 def check_request(
@@ -24,17 +24,17 @@ def check_request(
     max_seq_len: int,
     has_tokenizer: bool,
 ) -> None:
-    """Refuse what can never be served.
+    """Refuse a request that can never be served.
 
     Args:
         prompt_ids: the prompt's tokens.
-        end_ids: that end its output.
+        end_ids: token ids that end the output.
         vocab_size: of the model.
         max_seq_len: tokens that a sequence may have, prompt and output together.
-        has_tokenizer: whether the engine knows text.
+        has_tokenizer: whether the engine can handle text.
 
     Raises:
-        InvalidRequestError: why not.
+        InvalidRequestError: the request can never be served; the message says why.
     """
     for field in _ID_FIELDS:
         _check_ids(getattr(request, field) or (), vocab_size, field)
@@ -51,13 +51,13 @@ def check_request(
 
 
 def check_prompt(prompt_ids: Sequence[int], num_output: int = 0, *, vocab_size: int, max_seq_len: int) -> None:
-    """Refuse a prompt that leaves no room for a token.
+    """Refuse a prompt that leaves no room for another token.
 
     Args:
-        num_output: tokens behind it already.
+        num_output: tokens already generated after it.
 
     Raises:
-        InvalidRequestError: it is empty, too long, or holds ids past the vocabulary.
+        InvalidRequestError: the prompt is empty, too long, or holds ids past the vocabulary.
     """
     if not prompt_ids:
         raise InvalidRequestError("the prompt is empty; generation needs at least one token", param="prompt")
@@ -78,10 +78,10 @@ def _check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
 
 
 def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
-    """What a configuration has that this model goes without, each in one line.
+    """Features of a configuration that this model does without, one line each.
 
     Raises:
-        ConfigError: the configuration asks for what cannot be had with this model.
+        ConfigError: the configuration asks for something this model cannot do.
     """
     if model.latent is not None and config.kv_cache_dtype == "fp8":
         raise ConfigError(
@@ -107,10 +107,10 @@ def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
 
 
 def longest_context(model: ModelConfig, config: EngineConfig) -> int:
-    """Longest sequence in tokens; never longer than the model's own context.
+    """Longest sequence in tokens; never longer than the model's own context length.
 
     Raises:
-        ConfigError: the configuration asks for more.
+        ConfigError: the configuration asks for a longer one.
     """
     if config.max_seq_len is not None and config.max_seq_len > model.max_seq_len:
         raise ConfigError(
@@ -120,10 +120,10 @@ def longest_context(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def check_quantization(model: ModelConfig, config: EngineConfig) -> None:
-    """Refuse another format of the weights than the checkpoint's.
+    """Refuse a weight format that differs from the checkpoint's.
 
     Raises:
-        ConfigError: the configuration asks for one.
+        ConfigError: the configuration asks for a different format.
     """
     formats = () if model.quantization is None else model.quantization.formats
     if config.quantization == "fp8" and any(each.num_bits == 4 for each in formats):
@@ -131,10 +131,10 @@ def check_quantization(model: ModelConfig, config: EngineConfig) -> None:
 
 
 def fit_context_to_pool(scheduler: Scheduler) -> None:
-    """Make the pool the context where it is the tighter limit: a sequence never outgrows the pool.
+    """Reduce the context length to what the pool holds, if that is less: a sequence never outgrows the pool.
 
     Raises:
-        ConfigError: the pool does not even hold a window and a step.
+        ConfigError: the pool cannot hold even a window and a step.
     """
     most_tokens, pool = scheduler.most_tokens(scheduler.max_seq_len), scheduler.pool
     if most_tokens == scheduler.max_seq_len:
@@ -154,7 +154,7 @@ def fit_context_to_pool(scheduler: Scheduler) -> None:
 
 
 def with_overrides(config: EngineConfig, max_batch_size: int | None, max_seq_len: int | None) -> EngineConfig:
-    """The configuration with the engine's shorthands put in, validated again."""
+    """Return the configuration with the engine's shorthand arguments applied, validated again."""
     overrides = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     changed = {name: value for name, value in overrides.items() if value is not None}
     return EngineConfig(**{**config.model_dump(), **changed}) if changed else config

@@ -1,4 +1,4 @@
-"""Sequences whose grammar is compiled in a thread while they wait beside the queue."""
+"""Sequences that wait, outside the queue, while a thread compiles their grammar."""
 
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
@@ -12,7 +12,7 @@ class CompilingRequests:
     """Sequences that wait for their grammar.
 
     Args:
-        compiler: None where there is no tokenizer to compile for.
+        compiler: None if there is no tokenizer to compile for.
     """
 
     def __init__(self, compiler: GrammarCompiler | None) -> None:
@@ -23,10 +23,10 @@ class CompilingRequests:
         return len(self._futures)
 
     def add(self, sequence: Sequence) -> None:
-        """Begin to compile a sequence's grammar.
+        """Start compiling a sequence's grammar.
 
         Raises:
-            InvalidRequestError: this engine can do no grammars.
+            InvalidRequestError: this engine does not support grammars.
         """
         if self._compiler is None:
             raise invalid_grammar("this engine has no tokenizer to follow one with")
@@ -38,7 +38,7 @@ class CompilingRequests:
         return self._futures.pop(sequence, None) is not None
 
     def take(self, timeout_s: float) -> list[tuple[Sequence, str | None]]:
-        """Sequences whose grammar is there, and why not where it could not be compiled; waits for the first one."""
+        """The sequences whose compilation has ended, each with the error if it failed; waits for the first one."""
         done, _ = wait(self._futures.values(), timeout_s, return_when=FIRST_COMPLETED)
         taken: list[tuple[Sequence, str | None]] = []
         for sequence, future in list(self._futures.items()):

@@ -6,8 +6,8 @@ import torch
 def is_lost(device: torch.device) -> bool:
     """Whether every further call to the device fails in this process.
 
-    Some CUDA errors (an illegal memory access, a device-side assert) stay with the process: from then on every call
-    raises the same error. Running out of memory is none of these.
+    Some CUDA errors (an illegal memory access, a device-side assert) are sticky: from then on every call in the process
+    raises the same error. Running out of memory is not one of them.
     """
     if device.type != "cuda":
         return False

@@ -14,23 +14,23 @@ from llm.scheduling.sequence import Sequence
 from llm.serving.page_changes import PageChanges
 
 _MOST_NEW_TOKENS = 65_536
-"""Of a step, in prompts of rows with penalties or in new pages, for which there is memory from the start."""
+"""Tokens of a step, in prompts of rows with penalties or in new pages, for which memory is allocated at the start."""
 
 
 class DevicePages:
-    """Each row's pages and its last token, which kernels read.
+    """Each row's pages and last token, as kernels read them.
 
-    There is one row more than the scheduler gives out: `padding_row`, whose pages are the scratch page.
+    There is one row more than the scheduler hands out: `padding_row`, whose pages are the scratch page.
 
     Args:
-        num_rows: rows that the scheduler gives out.
+        num_rows: rows that the scheduler hands out.
         max_pages: pages of the longest sequence.
-        num_groups: of layers with page tables of their own.
-        scratch_page: page whose content nobody reads.
+        num_groups: groups of layers, each with its own page tables.
+        scratch_page: page whose content is never read.
 
     Attributes:
         page_tables: (groups, rows, pages) int32.
-        last_token_ids: (rows,) int32, which the draw writes.
+        last_token_ids: (rows,) int32, written by the draw.
     """
 
     def __init__(self, num_rows: int, max_pages: int, num_groups: int, scratch_page: int, device: torch.device) -> None:
@@ -40,21 +40,21 @@ class DevicePages:
         self.last_token_ids = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
 
     def write(self, indices: npt.ArrayLike, pages: npt.ArrayLike, uploads: Uploads) -> None:
-        """Write pages to places in the tables, (groups, rows, pages) flattened; later kernels see them."""
+        """Write pages into places of the tables, (groups, rows, pages) flattened; later kernels see them."""
         index, value = uploads.send(np.array([indices, pages], dtype=np.int64))
         self.page_tables.view(-1).index_copy_(0, index, value.int())
 
 
 class DeviceRows:
-    """Page tables, last tokens and what draws depend on, by row, kept up to date by difference.
+    """Page tables, last tokens and sampling state by row, updated each step with only what changed.
 
     Args:
-        pages: of the rows.
+        pages: page tables and last tokens of the rows.
         vocab_size: columns of the logits.
-        uploads: memory for what a step sends.
+        uploads: memory for the data that a step sends.
 
     Attributes:
-        sampling: what draws depend on.
+        sampling: the state that draws depend on.
     """
 
     def __init__(self, pages: DevicePages, vocab_size: int, uploads: Uploads) -> None:
@@ -65,7 +65,7 @@ class DeviceRows:
         self._changes = PageChanges(num_rows, table_len)
 
     def update(self, parts: SequenceOf[StepPart]) -> None:
-        """Bring the rows of a step's parts up to date, by copies that later kernels wait for."""
+        """Update the rows of a step's parts, with copies that later kernels wait for."""
         starting, indices, pages = self._changes.of(parts)
         if indices:
             self._pages.write(indices, pages, self._uploads)
@@ -73,7 +73,7 @@ class DeviceRows:
 
 
 def make_uploads(num_rows: int, vocab_size: int, device: torch.device, num_buffers: int) -> Uploads:
-    """Memory for what a step sends of so many rows.
+    """Allocate memory for the data that a step with this many rows sends.
 
     Args:
         num_buffers: steps that may be in flight, plus one.

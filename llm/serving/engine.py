@@ -1,4 +1,4 @@
-"""`ContinuousBatchingEngine`: many requests through one model, a step at a time."""
+"""`ContinuousBatchingEngine`: runs many requests through one model, one step at a time."""
 
 import logging
 from collections import deque
@@ -45,7 +45,7 @@ from llm.tokenization.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.005
-"""How long a step waits for a grammar where there is nothing else to do."""
+"""How long a step waits for a grammar when there is nothing else to do."""
 
 
 class ContinuousBatchingEngine:
@@ -56,13 +56,13 @@ class ContinuousBatchingEngine:
 
     Args:
         model: moved to `device` and put in evaluation mode.
-        tokenizer: None for an engine that takes and gives token ids only.
-        device: where to run; None for where the model is.
+        tokenizer: None for an engine that takes and returns only token ids.
+        device: where to run; None to stay where the model is.
         max_batch_size, max_seq_len: shorthands that override the same fields of `config`.
         config: memory and batching.
         eos_token_ids: ids that end an answer; None for the tokenizer's own.
-        grammars: makes structured output possible; None for one of the tokenizer's, where that can.
-        ranks: those that hold the rest of the model, which is rank 0's part then; the engine ends them.
+        grammars: compiler for structured output; None to make one for the tokenizer, if it supports that.
+        ranks: processes with the other parts of the model, if `model` is only rank 0's; the engine ends them.
 
     Raises:
         ConfigError: the configuration does not fit the model or the device.
@@ -142,19 +142,19 @@ class ContinuousBatchingEngine:
         lora: str | Path | None = None,
         progress: Progress = True,
     ) -> Self:
-        """Make an engine for a Hugging Face checkpoint: a directory, or a Hub id where the network allows.
+        """Make an engine for a Hugging Face checkpoint: a directory, or a Hub id if the network is available.
 
         Args:
-            device: None for the GPU where there is one, else the CPU.
+            device: None for the GPU if there is one, otherwise the CPU.
             dtype: None for bfloat16 on a GPU and float32 on a CPU.
-            with_tokenizer: False for an engine of token ids only.
+            with_tokenizer: False for an engine that handles only token ids.
             load_format: "auto" for the checkpoint's weights, "random" for random ones of its shape.
             lora: directory of a PEFT adapter to merge into the weights.
-            progress: show a progress bar while weights load; or what to call with the bytes done and their total.
+            progress: show a progress bar while weights load; or a function called with the bytes done and their total.
 
         Raises:
-            CheckpointError, ConfigError: what is wrong with the checkpoint, with the fix.
-            RankLostError: a process that was to hold a part of the model has ended.
+            CheckpointError, ConfigError: something is wrong with the checkpoint; the message says how to fix it.
+            RankLostError: a process that should hold a part of the model has ended.
         """
         directory = resolve_model_path(str(path))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -164,7 +164,7 @@ class ContinuousBatchingEngine:
             progress=progress,
         )  # fmt: skip
         if with_tokenizer or (directory / "tokenizer.json").is_file():
-            # Read even where it is not kept: answers end alike with and without text, and grammars need it.
+            # Read even if it is not kept: answers end the same with and without text, and grammars need it.
             tokenizer = HFTokenizer.from_pretrained(directory)
             eos_token_ids = tokenizer.eos_token_ids
             grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
@@ -186,18 +186,17 @@ class ContinuousBatchingEngine:
 
     @property
     def num_slots(self) -> int:
-        """Tokens whose keys and values the pool holds in every layer; more where layers have windows."""
+        """Tokens whose keys and values the pool holds in every layer; more if layers have windows."""
         return self.scheduler.pool.num_pages // len(self.scheduler.windows) * self.scheduler.pool.page_size
 
     @property
     def failure(self) -> str | None:
-        """Why the engine can run no further step, though none has failed yet perhaps: a rank is lost. None for all is
-        well."""
+        """Why the engine can run no further step, even if none has failed yet: a rank is lost. None if all is well."""
         return None if self._ranks is None else self._ranks.failure
 
     @property
     def rank_process_ids(self) -> list[int]:
-        """Of the processes that hold the other parts of the model; none where this one holds all of it."""
+        """Ids of the processes that hold the other parts of the model; empty if this one holds all of it."""
         return [] if self._ranks is None else self._ranks.group.process_ids
 
     def close(self) -> None:
@@ -207,7 +206,7 @@ class ContinuousBatchingEngine:
 
     @property
     def attention_backend(self) -> str:
-        """Name of the attention in use."""
+        """Name of the attention backend in use."""
         return self.runner.attention_backend
 
     def add_request(self, request: GenerationRequest) -> str:
@@ -237,13 +236,13 @@ class ContinuousBatchingEngine:
         return request.request_id
 
     def step(self) -> list[StepOutput]:
-        """Launch one step and return what a step added, one output for each request that got on.
+        """Launch one step and return what a step produced, one output for each request that progressed.
 
-        With a runner that runs ahead the outputs are those of an earlier step: they come `max_steps_ahead` calls after
-        the one that launched it, and the first calls return none. So call it while the scheduler has pending work.
+        With a runner that runs ahead, the outputs belong to an earlier step: they arrive `max_steps_ahead` calls after
+        the one that launched it, and the first calls return none. Keep calling it while the scheduler has pending work.
 
         If the model fails, the requests of that step end with `FinishReason.ERROR`, their outputs say what failed
-        (`step_failure`), and the others go on.
+        (`step_failure`), and all other requests continue.
         """
         return [*self._begin_compiled(), *self._step()] if self._compiling else self._step()
 
@@ -252,7 +251,7 @@ class ContinuousBatchingEngine:
         if plan.parts:
             try:
                 self._in_flight.append((plan, self.runner.launch(plan)))
-            except Exception as error:  # the edge of a step: whatever it is concerns these requests only
+            except Exception as error:  # the edge of a step: any error concerns only these requests
                 logger.exception("a step of %d sequences could not be launched", len(plan.parts))
                 return self._fail(plan, error)
             if len(self._in_flight) <= self.runner.max_steps_ahead:
@@ -260,7 +259,7 @@ class ContinuousBatchingEngine:
         return self._finish_oldest_step() if self._in_flight else []
 
     def _begin_compiled(self) -> list[StepOutput]:
-        """Queue the requests whose grammar is there; where it could not be compiled, the request ends."""
+        """Queue the requests whose grammar is ready; if it could not be compiled, the request ends."""
         outputs = []
         is_idle = not self.scheduler.num_running and self.scheduler.num_waiting == len(self._compiling)
         for sequence, error in self._compiling.take(_IDLE_WAIT_S if is_idle else 0):
@@ -271,7 +270,7 @@ class ContinuousBatchingEngine:
         return outputs
 
     def abort(self, request_id: str) -> bool:
-        """Give a request up at once; False if it has ended or was never there. It yields no further output."""
+        """Stop a request at once; False if it has ended or never existed. It yields no further output."""
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return False
@@ -281,29 +280,29 @@ class ContinuousBatchingEngine:
     def embed(
         self, prompts: SequenceOf[str | SequenceOf[int]], *, pooling: Pooling = Pooling.LAST, progress: bool = True
     ) -> Vectors:
-        """Make a vector of each prompt, a text or token ids: (prompts, hidden_size) float32, each of length 1.
+        """Compute a vector for each prompt, a text or token ids: (prompts, hidden_size) float32, each of length 1.
 
         Raises:
-            InvalidRequestError: one of the prompts is empty, too long or past the vocabulary; none is run.
+            InvalidRequestError: a prompt is empty, too long or holds ids past the vocabulary; none is run.
             EngineError: the model failed.
         """
         return vectors_of(self, prompts, pooling, progress=progress)
 
     def generate(self, requests: SequenceOf[GenerationRequest], *, progress: bool = True) -> list[GenerationResult]:
-        """Run requests to their end and return a result for each, in order.
+        """Run requests to their end and return their results in the same order.
 
         Args:
             progress: show a progress bar on a terminal.
 
         Raises:
-            InvalidRequestError: one of the requests can never be served; none is run.
+            InvalidRequestError: a request can never be served; none is run.
         """
         return run_to_end(self, requests, progress=progress)
 
     def stats(self) -> EngineStats:
-        """State between two steps."""
+        """State of the engine between two steps."""
         pool, num_groups = self.scheduler.pool, len(self.scheduler.windows)
-        # In pages of all groups of layers together; one that is used in part counts as used.
+        # In pages of all groups of layers together; a partly used one counts as used.
         num_pages = pool.num_pages // num_groups
         num_used = min(-(-pool.num_used // num_groups), num_pages)
         num_cached = min(pool.num_cached // num_groups, num_pages - num_used)
@@ -334,7 +333,7 @@ class ContinuousBatchingEngine:
         return tuple(self.tokenizer.encode(request.prompt))
 
     def _finish_oldest_step(self) -> list[StepOutput]:
-        """Wait for the oldest step in flight and take in what it computed."""
+        """Wait for the oldest step in flight and process its results."""
         plan, launched = self._in_flight.popleft()
         try:
             draws, vectors, scores = launched.draws(), launched.vectors(), launched.scores()
@@ -349,7 +348,7 @@ class ContinuousBatchingEngine:
     def _outputs(
         self, events: SequenceOf[TokenEvent | VectorEvent], draws: SequenceOf[Draw], vectors: Mapping[int, bytes]
     ) -> list[StepOutput]:
-        """Turn what a step gave into outputs, one a request, with text where there is a tokenizer."""
+        """Turn a step's results into outputs, one per request, with text if there is a tokenizer."""
         outputs: list[StepOutput] = []
         last = None
         for event in events:
@@ -383,7 +382,7 @@ class ContinuousBatchingEngine:
         text = ""
         stream = self._text_streams.get(request.request_id)
         if stream is not None:
-            # The token that ends a sequence is no part of its text.
+            # The token that ends a sequence is not part of its text.
             text = stream.push([event.token_id]) if reason is not FinishReason.STOP else ""
             if stream.stop_reason is not None:
                 reason, stop_reason = FinishReason.STOP, stream.stop_reason
@@ -419,7 +418,7 @@ class ContinuousBatchingEngine:
         )  # fmt: skip
 
     def _end_of_prompt(self, sequence: Sequence, prompt_logprobs: tuple[TokenLogprobs, ...] | None) -> StepOutput:
-        """End a request that only wants its prompt read; what was drawn behind it is dropped."""
+        """End a request that only wants its prompt computed; the token drawn after it is dropped."""
         self._end(sequence)
         return StepOutput(
             sequence.request_id, (), prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH,
@@ -428,7 +427,7 @@ class ContinuousBatchingEngine:
         )  # fmt: skip
 
     def _count_prompt(self, sequence: Sequence) -> None:
-        """A prompt has been computed."""
+        """Count a prompt that has been computed."""
         self._num_prompt_tokens += sequence.num_prompt_tokens
         self._num_cached_prompt_tokens += sequence.num_cached_tokens or 0
 
@@ -441,14 +440,14 @@ class ContinuousBatchingEngine:
         return [self._end_with(sequence, message, failure) for sequence in sequences]
 
     def _end_with(self, sequence: Sequence, message: str, failure: StepFailure | None = None) -> StepOutput:
-        """End a request that failed, by itself or with its whole step."""
+        """End a request that failed, either by itself or with its whole step."""
         self._end(sequence)
         return StepOutput(
             sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message, step_failure=failure
         )
 
     def _end(self, sequence: Sequence) -> None:
-        """Forget a request; its pages are free at once."""
+        """Forget a request; its pages become free at once."""
         self.scheduler.finish(sequence)
         self._compiling.discard(sequence)
         self._text_streams.pop(sequence.request_id, None)

@@ -1,8 +1,8 @@
-"""What ranks 1 and up do with a step: the model's part of it, as rank 0's runner does it, and no draws.
+"""What ranks 1 and up do in a step: run their part of the model, like rank 0's runner, but draw nothing.
 
-Each collective that rank 0's runner joins, they join too, in the same order: those of the layers, and the gathering of
-logits for draws and for log probabilities of prompts. On a GPU the tokens that rank 0 has drawn come back, for the next
-step may be launched before anybody has read them.
+They join every collective that rank 0's runner joins, in the same order: those of the layers, and the gathering of
+logits for draws and for log probabilities of prompts. On a GPU they also receive the tokens that rank 0 has drawn,
+because the next step may be launched before the host has read them.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from llm.serving.step_arrays import Int32Array, StepArrays
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
-    """What a rank has to know of a step.
+    """What a rank has to know about a step.
 
     Attributes:
-        arrays: of the step.
-        page_indices: places in the page tables, (groups, rows, pages) flattened, that change.
-        pages: what is there from now on.
+        arrays: the step's arrays.
+        page_indices: places that change in the page tables, (groups, rows, pages) flattened.
+        pages: the new pages at these places.
         draws_plainly: whether none of the draws needs more than temperature, cuts and noise.
     """
 
@@ -36,12 +36,12 @@ class RankStep:
     draws_plainly: bool
 
     def to_arrays(self) -> list[Int32Array]:
-        """All of it as arrays."""
+        """All of its data as arrays."""
         return [*self.arrays.fields(), self.page_indices, self.pages, np.array([self.draws_plainly], dtype=np.int32)]
 
     @classmethod
     def num_arrays(cls) -> int:
-        """How many `to_arrays` gives."""
+        """How many arrays `to_arrays` returns."""
         return StepArrays.num_fields() + 3
 
     @classmethod
@@ -59,22 +59,22 @@ class Follower(Protocol):
         ...
 
     def run_largest(self, num_tokens: int) -> None:
-        """As rank 0's runner does."""
+        """Run the largest step, as rank 0's runner does."""
         ...
 
     def warm_up(self) -> None:
-        """As rank 0's runner does."""
+        """Warm up, as rank 0's runner does."""
         ...
 
 
 class EagerFollower:
-    """The fellow of an `EagerRunner`.
+    """The counterpart of an `EagerRunner` on another rank.
 
     Args:
         model: in evaluation mode, on its device.
         kv_cache: memory of the slot pool, on the same device.
         backend: paged attention.
-        max_rows: rows that the scheduler gives out.
+        max_rows: rows that the scheduler hands out.
         max_seq_len: longest sequence in tokens.
         num_snapshots: see `RecurrentStates`.
     """
@@ -98,7 +98,7 @@ class EagerFollower:
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
 
     def run_largest(self, num_tokens: int) -> None:
-        """See `Follower.run_largest`: on a CPU nothing is measured."""
+        """See `Follower.run_largest`; nothing is measured on a CPU."""
 
     def warm_up(self) -> None:
         """See `Follower.warm_up`: there is nothing to prepare."""
@@ -126,6 +126,6 @@ class EagerFollower:
 
 
 def _num_scored(arrays: StepArrays) -> list[int]:
-    """The tokens of each part that scores any."""
+    """Number of scored tokens in each part that has any."""
     parts = np.searchsorted(arrays.query_starts, arrays.scored_tokens, side="right")
     return [int(count) for count in np.bincount(parts) if count]

@@ -1,4 +1,4 @@
-"""`GraphFollower`: what ranks 1 and up do with a step on a GPU."""
+"""`GraphFollower`: what ranks 1 and up do in a step on a GPU."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,10 +11,10 @@ from llm.serving.model_runner import MAX_SCORED_AT_ONCE
 
 
 class GraphFollower:
-    """The fellow of a `GraphRunner`.
+    """The counterpart of a `GraphRunner` on another rank.
 
     Args:
-        graphs: what runs the model; it is this follower's alone.
+        graphs: runs the model; used by this follower only.
     """
 
     def __init__(self, graphs: GraphModel) -> None:
@@ -51,7 +51,7 @@ class GraphFollower:
             self._draw(graphs.draw_size(num_draws), draws_plainly=step.draws_plainly)
 
     def _draw(self, size: int, *, draws_plainly: bool) -> None:
-        """Give rank 0 the logits that are here, and take the tokens that it draws."""
+        """Send rank 0 this rank's logits, and receive the tokens that it draws."""
         self._graphs.run(("draws", size, draws_plainly), partial(self._run_draws, size))
 
     def _run_draws(self, size: int) -> torch.Tensor:
@@ -63,6 +63,6 @@ class GraphFollower:
 
 
 def _chunks(first: int, length: int, at_once: int) -> Iterator[slice]:
-    """`length` places from `first` on, some at a time."""
+    """Split `length` places, starting at `first`, into slices of at most `at_once`."""
     for begin in range(first, first + length, at_once):
         yield slice(begin, min(begin + at_once, first + length))

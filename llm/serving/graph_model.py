@@ -1,4 +1,4 @@
-"""`GraphModel`: the model's part of steps on a GPU, captured as CUDA graphs."""
+"""`GraphModel`: runs the model's part of steps on a GPU, captured as CUDA graphs."""
 
 import gc
 from bisect import bisect_left
@@ -20,28 +20,28 @@ from llm.serving.step_inputs import StepInputs, fill
 
 STEPS_AHEAD = 1
 _WARM_PREFILLS = 64, 2048
-"""Tokens of the steps with prefills that are captured at start, and the largest, which a burst of requests begins with;
-the others are when they first come."""
+"""Token counts of the steps with prefills that are captured at start, the largest being the one that a burst of
+requests begins with; other sizes are captured when they first occur."""
 _REPLAYED_TOKENS = 512
-"""Graphs of so many tokens at most are replayed at start, too: the first replay uploads a graph (`cudaGraphUpload`),
-which would hold up a step that takes a few milliseconds."""
+"""Graphs of at most this many tokens are also replayed at start: the first replay uploads a graph (`cudaGraphUpload`),
+which would delay a step that takes a few milliseconds."""
 NUM_BUFFERS = STEPS_AHEAD + 2
-"""Of memory that the host fills and the device reads: one for each step in flight, one being filled."""
+"""Number of buffers that the host fills and the device reads: one for each step in flight, and one being filled."""
 
 
 class GraphModel:
     """Runs the model on a step's arrays, up to the hidden states of the tokens that are kept.
 
-    Captured for each padded number of tokens and parts. The first step of a size runs kernel by kernel and is captured
-    on the way. On a CPU (Triton's interpreter, in tests) every step runs kernel by kernel. Where more tokens are pooled
-    than could draw, the graph is another one, which keeps every token's hidden state. Steps that copy contexts out of
-    their pages have graphs of their own, too; where those contexts are long, they run kernel by kernel every time, for
-    the launches hide behind them.
+    Steps are captured for each padded number of tokens and parts. The first step of a size runs kernel by kernel and is
+    then captured. On a CPU (Triton's interpreter, in tests) every step runs kernel by kernel. Steps that pool more
+    tokens than could draw use another graph, which keeps every token's hidden state. Steps that copy contexts out of
+    their pages also have graphs of their own; if those contexts are long, the steps always run kernel by kernel,
+    because the computation hides the cost of the launches.
 
     Args:
         model: in evaluation mode, on its device.
         kv_cache: memory of the slot pool, on the same device.
-        max_rows: rows that the scheduler gives out.
+        max_rows: rows that the scheduler hands out.
         max_tokens: token budget of a step.
         max_seq_len: longest sequence in tokens.
         max_draws_per_row: tokens that a row may draw in one step, 1 plus its guesses.
@@ -49,10 +49,10 @@ class GraphModel:
         num_snapshots: see `RecurrentStates`.
 
     Attributes:
-        pages: of the rows.
-        uploads: memory for what a step sends.
+        pages: page tables and last tokens of the rows.
+        uploads: memory for the data that a step sends.
         inputs: the step's arrays on the device.
-        hidden: (most kept, hidden_size) of the tokens that are kept: those that draw, then those that are pooled.
+        hidden: (most kept, hidden_size), of the tokens that are kept: those that draw, then those that are pooled.
         to_logits: hidden states (rows, hidden_size) → logits (rows, vocab_size), in the model's dtype.
         draw_sizes: numbers of draws that steps are padded to.
     """
@@ -75,8 +75,8 @@ class GraphModel:
         self._token_sizes = _padded_sizes(max_tokens, 4)
         self.draw_sizes = _padded_sizes(max_rows * max_draws_per_row, 8)
         self._max_draws_per_row = max_draws_per_row
-        # Steps with prefills pad their parts, which cost little, generously: sizes of tokens times sizes of parts is
-        # what may have to be captured.
+        # Steps with prefills pad their parts generously, which costs little: the number of graphs to capture is the
+        # number of token sizes times the number of part sizes.
         self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
         max_pages = -(-max_seq_len // kv_cache.page_size)
         self.pages = DevicePages(max_rows, max_pages, kv_cache.num_groups, kv_cache.scratch_page, device)
@@ -100,7 +100,7 @@ class GraphModel:
         self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def launch(self, arrays: StepArrays) -> None:
-        """Run the model on a step, whose rows' pages are there."""
+        """Run the model on a step; the pages of its rows have been written already."""
         shape = self._send(arrays)
         num_gathered = self._workspace.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
         self._states.restore(arrays.restored)
@@ -112,28 +112,28 @@ class GraphModel:
 
     @property
     def captures(self) -> bool:
-        """Whether steps are captured: on a GPU."""
+        """Whether steps are captured, which is so on a GPU."""
         return self._graph_pool is not None
 
     def warm_draws(self) -> list[tuple[int, bool]]:
-        """Sizes of draws to capture, and whether they are plain; each twice: to capture, and to replay."""
+        """Sizes of draws to capture, and whether they are plain; each twice: once to capture, once to replay."""
         return [(size, plain) for size in [*self.draw_sizes, *self.draw_sizes] for plain in (True, False)]
 
     def draw_size(self, num_draws: int) -> int:
-        """What so many draws are padded to."""
+        """The size to which this many draws are padded."""
         return _padded(self.draw_sizes, num_draws)
 
     def run_largest(self, num_tokens: int) -> None:
-        """Run the largest step of so many tokens, which belong to nobody; capture it where steps are captured."""
+        """Run the largest step of this many tokens, which belong to no sequence; capture it if steps are captured."""
         self.inputs.upload_padding(self.pages.padding_row)
         num_tokens = _padded(self._token_sizes, num_tokens)
         shape = num_tokens, self._row_sizes[-1], True, num_tokens
         self.run(("model", *shape), partial(self._run_model, *shape))
 
     def warm_up(self) -> None:
-        """Capture every decode step, and the steps with prefills that come while others decode."""
+        """Capture every decode step, and the steps with prefills that occur while others decode."""
         self.inputs.upload_padding(self.pages.padding_row)
-        fewest = _WARM_PREFILLS[0] if self._max_draws_per_row == 1 else 1  # guesses make decodes of several tokens
+        fewest = _WARM_PREFILLS[0] if self._max_draws_per_row == 1 else 1  # guesses give decodes several tokens
         largest = self._token_sizes[-1]
         shapes = [(size, size, False) for size in self._row_sizes]
         shapes += [
@@ -143,13 +143,13 @@ class GraphModel:
             if (fewest <= tokens <= _WARM_PREFILLS[1] or tokens == largest) and fewer_parts < tokens
         ]
         small = [shape for shape in shapes if shape[0] <= _REPLAYED_TOKENS]
-        for tokens, parts, has_prefills in [*shapes, *small]:  # these twice: to capture, and to replay
+        for tokens, parts, has_prefills in [*shapes, *small]:  # these twice: once to capture, once to replay
             shape = tokens, parts, has_prefills, self._num_drawing(tokens, parts)
             self.run(("model", *shape, 0), partial(self._run_model, *shape))
         self._warm_up_gathering()
 
     def _warm_up_gathering(self) -> None:
-        """Capture the largest step of few long prompts, and compile what those beside many decodes run."""
+        """Capture the largest step with a few long prompts, and compile the kernels of those beside many decodes."""
         num_gathered = self._workspace.fewest_gathered
         if num_gathered:
             tokens, parts = self._token_sizes[-1], self._part_sizes[0]
@@ -185,7 +185,7 @@ class GraphModel:
         return num_tokens, num_parts, has_prefills, num_kept
 
     def run(self, key: tuple[object, ...], run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Replay the graph of `key`; where there is none yet, run kernel by kernel, then capture for next time."""
+        """Replay the graph of `key`; if there is none yet, run kernel by kernel, then capture it for the next time."""
         captured = self._graphs.get(key)
         if captured is not None:
             captured.graph.replay()
@@ -211,13 +211,13 @@ class GraphModel:
         return self.model.run(KernelOperations(self._workspace, step, self.hidden[:num_kept]))
 
     def _num_drawing(self, num_tokens: int, num_parts: int) -> int:
-        """Tokens of a step that may have draws behind them."""
+        """Number of a step's tokens that may have draws after them."""
         return min(num_parts * self._max_draws_per_row, num_tokens, self.draw_sizes[-1])
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Collect nothing meanwhile: a graph of an engine that was given up, destroyed now, would spoil the capture."""
+    """Suspend garbage collection: destroying a graph of a discarded engine now would spoil the capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -229,14 +229,14 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A graph, and the tensor it leaves its result in."""
+    """A graph, and the tensor that holds its result."""
 
     graph: torch.cuda.CUDAGraph
     output: torch.Tensor
 
 
 def _padded_sizes(largest: int, steps_per_octave: int) -> list[int]:
-    """Sizes to pad to: 1, 2, 4, 8, then multiples of 8, so many between each power of two and the next."""
+    """Sizes to pad to: 1, 2, 4, 8, then multiples of 8, this many between each power of two and the next."""
     sizes = [1, 2, 4, 8]
     while sizes[-1] < largest:
         octave = 1 << (sizes[-1].bit_length() - 1)

@@ -1,4 +1,4 @@
-"""`GraphRunner`: steps as CUDA graphs, launched before the last step's tokens are read."""
+"""`GraphRunner`: runs steps as CUDA graphs, each launched before the previous step's tokens are read."""
 
 from collections.abc import Callable, Sequence as SequenceOf
 from functools import partial
@@ -20,15 +20,15 @@ from llm.serving.vector_rows import VectorRows
 
 
 class LaunchedGraphs:
-    """A step on its way through the device.
+    """A step in progress on the device.
 
     Args:
-        drawn: memory of the host's that the device copies its draws to.
+        drawn: host memory to which the device copies its draws.
         draw_rows: the row of each draw.
-        wanted: draws whose log probabilities were asked for, and how many of the likeliest tokens'.
-        done: waits until the copies are there; raises whatever keeps them from coming.
-        completed: gives the vectors.
-        scores: gives the log probabilities of prompts.
+        wanted: draws whose log probabilities were requested, and the number of likeliest tokens for each.
+        done: waits until the copies have arrived; raises any error that prevents them.
+        completed: returns the vectors.
+        scores: returns the log probabilities of prompts.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LaunchedGraphs:
         self._draws: list[Draw] | None = None
 
     def draws(self) -> list[Draw]:
-        """See `LaunchedStep.draws`; here as often as is wanted."""
+        """See `LaunchedStep.draws`; may be called more than once here."""
         if self._draws is None:
             self._done()
             self._draws = list(map(Draw, self._drawn.token_ids[: len(self._draw_rows)].tolist()))
@@ -67,7 +67,7 @@ class LaunchedGraphs:
         return self._scores()
 
     def last_token_id(self, row: int) -> int:
-        """The token that this step drew (last) at `row`; 0 where nothing could be drawn."""
+        """The (last) token that this step drew at `row`; 0 if nothing could be drawn."""
         index = int(np.flatnonzero(self._draw_rows == row)[-1])
         return max(self.draws()[index].token_id, 0)
 
@@ -75,13 +75,13 @@ class LaunchedGraphs:
 class GraphRunner:
     """The `ModelRunner` for GPUs.
 
-    A step is two graphs: the model's, see `GraphModel`; then logits and draws, captured for each padded number of
+    A step is two graphs: the model's (see `GraphModel`), then logits and draws, captured for each padded number of
     draws.
 
     Args:
-        model: what runs the model; it is this runner's alone.
+        model: runs the model; used by this runner only.
         kv_cache: memory of the slot pool, on the same device.
-        max_rows: rows that the scheduler gives out.
+        max_rows: rows that the scheduler hands out.
         wait: waits for an event of the device; None for `torch.cuda.Event.synchronize`.
     """
 
@@ -154,7 +154,7 @@ class GraphRunner:
         return launched
 
     def _end(self) -> Callable[[], None]:
-        """Waits for all that has been launched; raises what keeps it from being done."""
+        """Return a function that waits for everything launched so far and raises any error that prevents it."""
         if not self._graphs.captures:
             return lambda: None
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -170,7 +170,7 @@ class GraphRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """See `ModelRunner.warm_up`; draws are all captured."""
+        """See `ModelRunner.warm_up`; all draws are captured."""
         if not self._graphs.captures:
             return
         self._graphs.warm_up()
@@ -181,8 +181,8 @@ class GraphRunner:
     def _run_draws(self, num_draws: int, *, are_plain: bool) -> torch.Tensor:
         """Draw the tokens of all drawing parts; returns them.
 
-        Draws of one row race for its `last_token_ids`. Nobody reads what stays: where a part draws several tokens, the
-        host knows them before it launches the row's next step.
+        The draws of one row race for its `last_token_ids`. The value that remains is never read: if a part draws
+        several tokens, the host knows them before it launches the row's next step.
         """
         graphs, exchange = self._graphs, self.model.exchange
         draw_tokens(
@@ -200,9 +200,9 @@ class GraphRunner:
         return self._drawn.token_ids
 
     def _bind(self, drawing: SequenceOf[Drawing]) -> None:
-        """Say what draws that a grammar binds may draw.
+        """Write the masks of the tokens allowed in draws that a grammar constrains.
 
-        This waits for the last step's tokens, while the device runs this step's model.
+        This waits for the last step's tokens while the device runs this step's model.
         """
         if not drawing:
             return
@@ -211,6 +211,6 @@ class GraphRunner:
         self._rows.sampling.bind([part.row for part, _ in drawing], masks)
 
     def _last_token_id(self, row: int) -> int:
-        """The token that the last step drew at `row`; only rows of that step have one that the host has not seen."""
+        """The token that the last step drew at `row`; only rows of that step have a token the host has not seen."""
         assert self._last is not None, "a first step's tokens are all known"
         return self._last.last_token_id(row)

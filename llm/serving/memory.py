@@ -10,14 +10,14 @@ from llm.serving.runners import kv_cache_dtype, make_runner, prepare_weights
 
 
 def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
-    """Pages for this model on its device.
+    """Number of pages for this model on its device.
 
-    `config.num_pages` where it is set. Else on a GPU what `gpu_memory_utilization` leaves beside the weights and what
-    the largest step takes, measured by running one; on a CPU what `max_batch_size` full sequences need, at most
-    `cpu_pool_bytes`, the states of rows included.
+    This is `config.num_pages` if it is set. Otherwise, on a GPU, it is what `gpu_memory_utilization` leaves after the
+    weights and the largest step, measured by running one; on a CPU it is what `max_batch_size` full sequences need, at
+    most `cpu_pool_bytes`, including the states of rows.
 
     Raises:
-        ConfigError: the memory holds no page.
+        ConfigError: the memory cannot hold a single page.
     """
     if config.num_pages is not None:
         return config.num_pages
@@ -52,17 +52,17 @@ def states_bytes(model: DecoderModel, config: EngineConfig) -> int:
 
 
 def _states_note(model: DecoderModel) -> str:
-    """What else takes memory, for a message: nothing, in most models."""
+    """What else takes memory, for a message; empty for most models."""
     state_bytes = model.held.state_bytes(model.dtype.itemsize)
     fewer = "lower max_batch_size and num_state_snapshots for fewer"
     return f", and the states of each row and snapshot {state_bytes} ({fewer})" if state_bytes else ""
 
 
 def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
-    """Bytes of GPU memory for the pool, after a trial of the largest step on a pool of one page.
+    """Bytes of GPU memory for the pool, measured by running the largest step on a pool of one page.
 
-    What counts is what the allocator has taken from the device: what lies unused between its blocks, and what captured
-    graphs keep for themselves, is not there for pages either.
+    The measure is what the allocator has taken from the device: unused space between its blocks, and what captured
+    graphs keep for themselves, is not available for pages either.
     """
     prepare_weights(model, config)
     torch.cuda.empty_cache()

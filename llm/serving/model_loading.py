@@ -1,4 +1,4 @@
-"""The model of a checkpoint, or a rank's part of it, as an engine wants it."""
+"""Loads the model of a checkpoint, or a rank's part of it, for an engine."""
 
 from pathlib import Path
 
@@ -22,13 +22,13 @@ def load_model(
     partition: Partition = WHOLE,
     progress: Progress = True,
 ) -> DecoderModel:
-    """Make the model of a directory, with an adapter in its weights if there is one.
+    """Load the model of a directory, with an adapter merged into its weights if there is one.
 
     Args:
         load_format: "auto" for the checkpoint's weights, "random" for random ones of its shape.
 
     Raises:
-        CheckpointError, ConfigError: what is wrong with the checkpoint, with the fix.
+        CheckpointError, ConfigError: something is wrong with the checkpoint; the message says how to fix it.
     """
     if load_format == "random":
         config = load_model_config(directory)

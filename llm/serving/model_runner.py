@@ -1,4 +1,4 @@
-"""Runs a planned step: packs it into tensors, calls the model, draws the tokens."""
+"""Runs a planned step: packs it into tensors, calls the model and draws the tokens."""
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,18 +20,18 @@ from llm.serving.schemas import TokenLogprobs
 from llm.serving.step_arrays import UNSEEN, StepArrays
 
 MAX_SCORED_AT_ONCE = 256
-"""Prompt tokens whose logits there is memory for at once."""
+"""Most prompt tokens whose logits there is memory for at once."""
 Drawing = tuple[StepPart, int]
-"""A draw of a step: part, and position of the token to draw."""
+"""A draw of a step: its part, and the position of the token to draw."""
 
 
 class LaunchedStep(Protocol):
-    """A step that the device runs, or has run."""
+    """A step that the device is running or has run."""
 
     def draws(self) -> list[Draw]:
-        """Wait for the step; return the draws of the plan's parts in order, `num_draws` of each.
+        """Wait for the step; return the draws of the plan's parts in order, `num_draws` for each.
 
-        Called once at most. Raises whatever went wrong in the step.
+        Called at most once. Raises any error that occurred in the step.
         """
         ...
 
@@ -43,7 +43,7 @@ class LaunchedStep(Protocol):
         ...
 
     def scores(self) -> SequenceOf[tuple[Sequence, list[TokenLogprobs]]]:
-        """How likely the next tokens of prompts were: of each part with `num_scored`, so many entries, in order.
+        """How likely the next tokens of prompts were: `num_scored` entries for each part that has any, in order.
 
         Called after `draws`.
         """
@@ -55,41 +55,41 @@ class ModelRunner(Protocol):
 
     @property
     def attention_backend(self) -> str:
-        """Name of the attention in use, for people to read."""
+        """Name of the attention backend in use, for display."""
         ...
 
     @property
     def max_steps_ahead(self) -> int:
-        """Steps that may be launched before the oldest one's draws are read; 0 for none."""
+        """Steps that may be launched before the draws of the oldest one are read; 0 for none."""
         ...
 
     @property
     def max_draws_per_step(self) -> int | None:
-        """Draws that a step has room for, at least one a row; None for any number."""
+        """Draws that a step has room for, at least one per row; None for any number."""
         ...
 
     def run_largest(self, num_tokens: int) -> None:
-        """Run the largest step there can be, with `num_tokens` tokens of several sequences, and capture it where steps
-        are captured: the memory it takes is what any may take."""
+        """Run the largest possible step, with `num_tokens` tokens of several sequences, and capture it if steps are
+        captured: no step takes more memory."""
         ...
 
     def warm_up(self) -> None:
-        """Prepare what would make a first request wait. Nothing has been launched yet."""
+        """Prepare whatever would make a first request wait. Called before anything has been launched."""
         ...
 
     def launch(self, plan: StepPlan, arrays: StepArrays | None = None) -> LaunchedStep:
-        """Start a step, which has at least one part; `arrays` are its, where the caller has made them.
+        """Start a step, which has at least one part; `arrays` are the step's arrays, if the caller has made them.
 
-        Everything that the host says of it (tokens, pages, requests) is read before this returns. A token that the
-        host does not know yet (see `StepPart`) is the one drawn last at the part's row. If this raises, there
-        are no draws of this step; those launched before it are not concerned.
+        All of its data on the host (tokens, pages, requests) is read before this returns. A token that the host does
+        not know yet (see `StepPart`) is the one drawn last at the part's row. If this raises, the step has no draws;
+        steps launched before it are not affected.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _FinishedStep:
-    """A step that ran while it was launched."""
+    """A step that ran during its launch."""
 
     results: list[Draw]
     completed: dict[int, bytes]
@@ -109,15 +109,15 @@ class _FinishedStep:
 
 
 class EagerRunner:
-    """The `ModelRunner` that calls PyTorch op by op; a step has run when its launch returns.
+    """The `ModelRunner` that calls PyTorch op by op; a step has finished when its launch returns.
 
     Args:
         model: in evaluation mode, on its device.
         kv_cache: memory of the slot pool, on the same device.
         backend: paged attention.
-        max_rows: rows that the scheduler gives out.
+        max_rows: rows that the scheduler hands out.
         num_snapshots: see `RecurrentStates`.
-        max_steps_ahead: nothing is won by any here; tests see by it that an engine may run ahead.
+        max_steps_ahead: brings no speed here; with it, tests check that an engine may run ahead.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class EagerRunner:
         self._states = RecurrentStates(model.delta_specs, max_rows, model.device, model.dtype, num_snapshots)
         self._last_token_ids = torch.zeros(max_rows, dtype=torch.long, device=model.device)
         self._pooled = torch.zeros(max_rows, model.hidden_size, dtype=torch.float32, device=model.device)
-        """By row: the sum of the hidden states that belong to its sequence's vector."""
+        """By row: the sum of the hidden states that make its sequence's vector."""
         self._masks = DrawMasks(model.config.vocab_size)
         self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
@@ -187,13 +187,13 @@ class EagerRunner:
         allowed = masks.result() if masks is not None else {}
         draws = sample(logits, [self._sampling_row(part, position, allowed) for part, position in drawing])
         if self.max_steps_ahead:  # otherwise the host knows every token it launches
-            # Of several draws of a row any may stay: the host knows them before the row's next step.
+            # Of several draws of a row any may remain: the host knows them before the row's next step.
             token_ids = torch.tensor([max(draw.token_id, 0) for draw in draws], device=hidden.device)
             self._last_token_ids[arrays.draw_rows] = token_ids
         return _FinishedStep(draws, vectors, scores)
 
     def _pool(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> dict[int, bytes]:
-        """Add hidden states (pooled, hidden_size) to the vectors they belong to; returns those that are complete."""
+        """Add hidden states (pooled, hidden_size) to their vectors; returns the vectors that are complete."""
         pooled = [part for part in parts if part.num_pooled]
         for part, states in zip(pooled, hidden.split_with_sizes([p.num_pooled for p in pooled]), strict=True):
             state = states.float().sum(0)
@@ -202,7 +202,7 @@ class EagerRunner:
         return vector_bytes(self._pooled[rows].cpu(), rows) if rows else {}
 
     def _score(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> list[tuple[Sequence, list[TokenLogprobs]]]:
-        """Log probabilities of the prompts' next tokens, from hidden states (scored, hidden_size), some at a time."""
+        """Log probabilities of the prompts' next tokens, from hidden states (scored, hidden_size), in batches."""
         scores = []
         scored = [part for part in parts if part.num_scored]
         for part, states in zip(scored, hidden.split_with_sizes([p.num_scored for p in scored]), strict=True):
@@ -216,7 +216,7 @@ class EagerRunner:
         return scores
 
     def _start_masks(self, drawing: SequenceOf[Drawing]) -> "Future[dict[int, Int32Array]] | None":
-        """Begin to work out, beside the forward pass, what draws that a grammar binds may draw: bits by row."""
+        """Begin to compute, during the forward pass, which tokens a grammar allows in draws: bits by row."""
         bound = [draw for draw in drawing if draw[0].sequence.constraint is not None]
         if not bound:
             return None
@@ -275,7 +275,7 @@ def pack_batch(
 
     Args:
         page_tables: (groups, parts, pages), of the step's parts.
-        last_token_ids: (rows,), what each row drew last.
+        last_token_ids: (rows,), the last token drawn at each row.
     """
     device = page_tables.device
     positions, token_rows = (torch.from_numpy(a).to(device) for a in (arrays.positions, arrays.token_rows))
@@ -296,7 +296,7 @@ def pack_batch(
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:
-    """Log probabilities of one token in each row of logits (rows, vocab_size), and of the row's likeliest."""
+    """Log probabilities of one token for each row of logits (rows, vocab_size), and of the row's likeliest tokens."""
     logits = logits.float()
     logprobs = logits.log_softmax(-1)
     top_ids = likeliest(logits, num_top)
@@ -306,7 +306,7 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) 
 
 
 def vector_bytes(sums: torch.Tensor, rows: SequenceOf[int]) -> dict[int, bytes]:
-    """Sums of hidden states, (rows, hidden_size) float32 on the host, as the vectors of `LaunchedStep.vectors`."""
+    """Convert sums of hidden states, (rows, hidden_size) float32 on the host, to `LaunchedStep.vectors`."""
     vectors = sums.numpy()
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
@@ -319,14 +319,14 @@ def draws_of(parts: SequenceOf[StepPart]) -> list[Drawing]:
 
 
 class DrawMasks(TokenMasks):
-    """What the draws of a step may draw where a grammar binds them."""
+    """The tokens that draws constrained by a grammar may draw."""
 
     def write_draws(self, drawing: SequenceOf[Drawing], last_token_id: Callable[[int], int], masks: Int32Array) -> None:
         """Write a row of bits for each of these draws.
 
         Args:
-            drawing: those that a grammar binds, as `draws_of` gives them.
-            last_token_id: gives the token that was drawn last at a row; asked where the host has not seen it yet.
+            drawing: draws that a grammar constrains, as `draws_of` returns them.
+            last_token_id: returns the token last drawn at a row; called if the host has not seen it yet.
             masks: (draws, num_words).
         """
         constraints = {}

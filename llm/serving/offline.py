@@ -1,4 +1,4 @@
-"""Whole batches for scripts: requests in, results out."""
+"""Runs whole batches for scripts: requests in, results out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Vectors = npt.NDArray[np.float32]
 
 
 class ResultBuilder:
-    """Adds one request's step outputs up to its result."""
+    """Combines one request's step outputs into its result."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
@@ -29,7 +29,7 @@ class ResultBuilder:
         self._prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     def add(self, output: StepOutput) -> GenerationResult | None:
-        """Take the next output; the result once it was the last."""
+        """Take the next output; returns the result if it was the last."""
         self._token_ids += output.token_ids
         self._texts.append(output.text)
         self._logprobs += output.logprobs or ()
@@ -55,7 +55,7 @@ class ResultBuilder:
 def run_to_end(
     engine: ContinuousBatchingEngine, requests: Sequence[GenerationRequest], *, progress: bool
 ) -> list[GenerationResult]:
-    """See `ContinuousBatchingEngine.generate`. Requests of others that the engine holds run along, unanswered."""
+    """See `ContinuousBatchingEngine.generate`. Other requests in the engine run too, but their outputs are dropped."""
     builders: dict[str, ResultBuilder] = {}
     try:
         for request in requests:

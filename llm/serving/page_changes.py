@@ -1,4 +1,4 @@
-"""Which pages rows get from step to step, as differences to what is known of them already."""
+"""Which pages rows get from step to step, as differences from what was sent before."""
 
 from collections.abc import Sequence as SequenceOf
 
@@ -6,10 +6,10 @@ from llm.scheduling.sequence import Sequence, StepPart
 
 
 class PageChanges:
-    """What page tables have to be told about each step. The only owner of what they have been told.
+    """Finds what page tables have to be told in each step. Only this class tracks what they have been told.
 
     Args:
-        num_rows: of a table, those that the scheduler gives out and one that nobody reads.
+        num_rows: rows of a table: those that the scheduler hands out, and one that is never read.
         table_len: pages of the longest sequence.
     """
 
@@ -21,7 +21,7 @@ class PageChanges:
         self._num_pages = [0] * num_rows
 
     def of(self, parts: SequenceOf[StepPart]) -> tuple[list[StepPart], list[int], list[int]]:
-        """Those of a step.
+        """The changes of a step.
 
         Returns:
             The parts whose sequences are new at their rows; then places in the tables, (groups, rows, pages) flattened,

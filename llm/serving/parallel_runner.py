@@ -1,4 +1,4 @@
-"""`ParallelRunner`: rank 0's runner, which has the other ranks run each step that it runs."""
+"""`ParallelRunner`: rank 0's runner, which makes the other ranks run each of its steps."""
 
 import numpy as np
 
@@ -11,12 +11,12 @@ from llm.serving.step_arrays import StepArrays
 
 
 class ParallelRunner:
-    """The `ModelRunner` of a model that several ranks hold.
+    """The `ModelRunner` of a model that is split across several ranks.
 
     Args:
-        runner: of this rank's part; it draws.
-        ranks: the others.
-        max_rows: rows that the scheduler gives out.
+        runner: runs this rank's part, and draws.
+        ranks: the other ranks.
+        max_rows: rows that the scheduler hands out.
         table_len: pages of the longest sequence.
     """
 
@@ -41,7 +41,7 @@ class ParallelRunner:
         return self._runner.max_draws_per_step
 
     def run_largest(self, num_tokens: int) -> None:
-        """See `ModelRunner.run_largest`; the ranks have been asked to do the same."""
+        """See `ModelRunner.run_largest`; the other ranks have been asked to do the same."""
         self._runner.run_largest(num_tokens)
 
     def warm_up(self) -> None:
@@ -65,7 +65,7 @@ class ParallelRunner:
         try:
             return self._runner.launch(plan, arrays)
         except Exception as error:
-            # The others are in the middle of this step, and will not meet this rank in the next one.
+            # The other ranks are in the middle of this step and will not meet this rank in the next one.
             self._ranks.fail_step(error)
             self._ranks.check()
             raise

@@ -1,4 +1,4 @@
-"""How likely the tokens of prompts were, worked out beside the draws of a step on a GPU."""
+"""Log probabilities of prompt tokens, computed on a GPU beside the draws of a step."""
 
 from collections.abc import Callable, Sequence as SequenceOf
 from functools import cached_property
@@ -17,15 +17,15 @@ Scores = list[tuple[Sequence, list[TokenLogprobs]]]
 
 
 class PromptScores:
-    """Log probabilities of prompt tokens, and their way to the host. Nothing is allocated before it is needed.
+    """Computes log probabilities of prompt tokens and copies them to the host. Allocates nothing until it is needed.
 
     Args:
-        max_tokens: of a step.
-        at_once: tokens whose logits there is memory for, and room in `workspace`.
+        max_tokens: tokens of the largest step.
+        at_once: tokens for whose logits there is memory, and room in `workspace`.
         to_logits: hidden states (tokens, hidden_size) → logits (tokens, vocab_size).
-        rows: what the sequences ask for.
-        workspace: of the draws, which come before or after.
-        uploads: how the host's values get there.
+        rows: what the sequences request.
+        workspace: workspace of the draws, which run before or after.
+        uploads: how the host's values get to the device.
         num_buffers: steps that may be in flight, plus one.
     """
 
@@ -58,14 +58,14 @@ class PromptScores:
         return [DrawnTokens.allocate(self._max_tokens, "cpu", pin_memory=pin) for _ in range(self._num_buffers)]
 
     def find(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> Callable[[], Scores]:
-        """Work out a step's; does not wait for the device.
+        """Compute a step's log probabilities; does not wait for the device.
 
         Args:
             parts: the step's parts.
-            hidden: (scored tokens or more, hidden_size), those of the parts' scored tokens first, in order.
+            hidden: (scored tokens or more, hidden_size), the parts' scored tokens first, in order.
 
         Returns:
-            Gives them. To be called once the step is over.
+            A function that returns them, to be called once the step has finished.
         """
         scored = [part for part in parts if part.num_scored]
         if not scored:

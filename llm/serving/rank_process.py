@@ -1,6 +1,6 @@
-"""A rank of a model as a process: `python -m llm.serving.rank_process FD`, which rank 0's engine starts.
+"""A rank of a model as a process, `python -m llm.serving.rank_process FD`, started by rank 0's engine.
 
-It loads its part of the model, then does what rank 0 says: see `llm.serving.ranks`.
+It loads its part of the model, then does what rank 0 tells it to: see `llm.serving.ranks`.
 """
 
 import logging
@@ -24,7 +24,7 @@ from llm.serving.runners import make_follower
 
 
 class RankProcess:
-    """One rank, from its settings on.
+    """One rank, starting from its settings.
 
     Args:
         leader: rank 0.
@@ -51,7 +51,7 @@ class RankProcess:
         self._follower: Follower | None = None
 
     def run(self) -> None:
-        """Do what rank 0 says, for ever: the process ends with rank 0's."""
+        """Do what rank 0 says, forever: the process ends with rank 0's."""
         while True:
             kind, payload = self._leader.next_frame()
             if kind is FrameKind.STEP:
@@ -81,7 +81,7 @@ def main() -> None:
     try:
         _, settings = leader.next_frame()
         RankProcess(leader, msgspec.json.decode(settings, type=RankSettings)).run()
-    except Exception as error:  # noqa: BLE001  # the edge of a process: rank 0 says what it was
+    except Exception as error:  # noqa: BLE001  # the edge of a process: rank 0 reports the error
         traceback.print_exc()
         leader.fail(f"{type(error).__name__}: {error}")
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks before steps: JSON."""
+"""What rank 0 tells the other ranks before the first step, as JSON."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     directory: str
     config: dict[str, Any]
-    """Of the engine."""
+    """The engine's configuration."""
     device: str
-    """Rank 0's; those of the others follow it."""
+    """Rank 0's device; those of the other ranks follow it."""
     dtype: str
     load_format: str
     lora: str | None
     store_path: str
-    """By which the ranks find each other."""
+    """Path by which the ranks find each other."""
     num_threads: int
-    """Of each rank on a CPU."""
+    """Threads of each rank on a CPU."""
 
     @property
     def rank_device(self) -> torch.device:
@@ -31,13 +31,13 @@ class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of its parameters."""
+        """Type of its parameters."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
 
 class RankCall(msgspec.Struct, frozen=True, kw_only=True):
-    """Something to do: "size" says how many pages there is room for, "build" makes the runner, "warm_up" readies it."""
+    """A command: "size" asks how many pages there is room for, "build" makes the runner, "warm_up" prepares it."""
 
     name: str
     num_pages: int = 0

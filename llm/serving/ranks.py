@@ -1,4 +1,4 @@
-"""How an engine gets its ranks, and a runner that has them run its steps."""
+"""How an engine gets its ranks, and a runner that makes them run its steps."""
 
 import shutil
 import tempfile
@@ -27,9 +27,9 @@ _MODULE = "llm.serving.rank_process"
 
 
 class Ranks:
-    """The ranks of an engine's model but its own, which is rank 0.
+    """The ranks of an engine's model other than rank 0, which is the engine's own process.
 
-    They are processes that load their parts while this one loads its own. Close it, or drop it, to end them.
+    They are processes that load their parts while this one loads its own. Close or drop this object to end them.
 
     Args:
         directory: of the checkpoint.
@@ -89,14 +89,14 @@ class Ranks:
         )
 
     def num_pool_pages(self, model: DecoderModel, context_len: int) -> int:
-        """Pages that every rank has room for."""
+        """Number of pages that every rank has room for."""
         self.group.call("size", context_len=context_len)
         own = num_pool_pages(model, self._config, context_len)
         others: Sequence[int] = self.group.replies()
         return min(own, *others)
 
     def make_runner(self, model: DecoderModel, *, num_pages: int, context_len: int) -> ModelRunner:
-        """The runner of this rank, which has the others run its steps."""
+        """Make this rank's runner, which has the others run its steps."""
         self.group.call("build", num_pages=num_pages, context_len=context_len)
         runner = make_runner(
             model, self._config, num_pages=num_pages, context_len=context_len, wait=self.group.wait_for
@@ -123,7 +123,7 @@ def load_with_ranks(
     lora: str | Path | None = None,
     progress: Progress = True,
 ) -> tuple[DecoderModel, Ranks | None]:
-    """The model of a checkpoint as `load_model` makes it; or rank 0's part of it, and the ranks with the other parts.
+    """Load the model of a checkpoint, as `load_model` does, or rank 0's part of it and the ranks with the other parts.
 
     Raises:
         CheckpointError, ConfigError, RankLostError: what is wrong.

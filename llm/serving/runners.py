@@ -1,4 +1,4 @@
-"""Which runner a model gets on its device, and in which formats."""
+"""Chooses a model's runner on its device, and its formats."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -31,19 +31,19 @@ def make_runner(
     context_len: int,
     wait: Callable[[torch.cuda.Event], None] | None = None,
 ) -> ModelRunner:
-    """What runs the steps, with memory for `num_pages` pages on the model's device. Prepares the weights if need be.
+    """Make the runner, with memory for `num_pages` pages on the model's device. Prepares the weights if necessary.
 
     Args:
         wait: see `GraphRunner`.
 
     Raises:
-        ConfigError: the attention backend asked for is unknown or does not run on this device, or the configuration
-            asks for what it cannot do.
+        ConfigError: the requested attention backend is unknown or does not run on this device, or the configuration
+            asks for something it cannot do.
     """
     backend, kv_cache = _prepare(model, config, num_pages, context_len)
     max_rows = config.batch_size(model.device.type)
     if backend == TRITON:
-        from llm.serving.graph_runner import GraphRunner  # triton is there on GPU machines only
+        from llm.serving.graph_runner import GraphRunner  # triton is installed only on GPU machines
 
         return GraphRunner(_graph_model(model, kv_cache, config, context_len), kv_cache, max_rows=max_rows, wait=wait)
     num_snapshots = _num_snapshots(model, config)
@@ -51,7 +51,7 @@ def make_runner(
 
 
 def make_follower(model: DecoderModel, config: EngineConfig, *, num_pages: int, context_len: int) -> Follower:
-    """What runs the steps of `make_runner`'s runner on another rank; see there."""
+    """Make what runs the steps of `make_runner`'s runner on another rank."""
     backend, kv_cache = _prepare(model, config, num_pages, context_len)
     if backend == TRITON:
         from llm.serving.graph_follower import GraphFollower
@@ -69,7 +69,7 @@ def make_follower(model: DecoderModel, config: EngineConfig, *, num_pages: int, 
 
 
 def _num_snapshots(model: DecoderModel, config: EngineConfig) -> int:
-    """Snapshots of states, as many on every rank."""
+    """Number of state snapshots, the same on every rank."""
     return config.num_snapshots(model.device.type, model.config.state_bytes(model.dtype.itemsize))
 
 
@@ -107,10 +107,10 @@ def _graph_model(model: DecoderModel, kv_cache: PagedKVCache, config: EngineConf
 
 
 def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
-    """Bring the weights into the format that the configuration asks for, in place; a second time changes nothing.
+    """Convert the weights in place to the format that the configuration asks for; a second call changes nothing.
 
     Raises:
-        ConfigError: the configuration asks for what this backend, this device or this model cannot do.
+        ConfigError: the configuration asks for something that this backend, device or model cannot do.
     """
     _check_formats(model, config)
     unpack_latent_heads(model)

@@ -1,4 +1,4 @@
-"""`StepArrays`: a step as arrays of integers, before it is anything else. Pure, the same for every runner."""
+"""`StepArrays`: a step as arrays of integers. Pure, the same for every runner."""
 
 from collections.abc import Iterable, Sequence as SequenceOf
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from llm.scheduling.sequence import StepPart
 
 Int32Array = npt.NDArray[np.int32]
 UNSEEN = -1
-"""In place of a token that the host has not seen: the one that was drawn last at its row."""
+"""Stands for a token that the host has not seen: the one drawn last at its row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +20,19 @@ class StepArrays:
 
     Attributes:
         token_ids: (tokens,), `UNSEEN` for one that only the device knows.
-        positions: (tokens,), in their sequences.
-        token_rows: (tokens,), of their sequences.
-        part_rows: (parts,), the same for the parts.
+        positions: (tokens,), position of each in its sequence.
+        token_rows: (tokens,), row of each token's sequence.
+        part_rows: (parts,), row of each part's sequence.
         query_starts: (parts,), the first token of each.
-        query_lens: (parts,), tokens that run.
+        query_lens: (parts,), number of tokens that run.
         context_lens: (parts,), tokens of the sequence once they have run.
         draw_rows: (draws,), the row of each draw.
-        draw_positions: (draws,), of the token to be drawn.
-        draw_tokens: (draws,), the token of the step behind which it is drawn.
+        draw_positions: (draws,), position of the token to be drawn.
+        draw_tokens: (draws,), the token of the step after which it is drawn.
         pooled_tokens: (pooled,), tokens whose hidden states belong to vectors.
-        scored_tokens: (scored,), tokens behind which the prompt's next one is given its log probability.
-        restored: (2 snapshots,), for each snapshot of states that a row begins from the row and its place.
-        saved: (2 snapshots,), the same of those that rows leave behind.
+        scored_tokens: (scored,), tokens after which the prompt's next token gets its log probability.
+        restored: (2 snapshots,), row and place of each snapshot of states from which a row begins.
+        saved: (2 snapshots,), row and place of each snapshot that a row leaves behind.
     """
 
     token_ids: Int32Array
@@ -52,7 +52,7 @@ class StepArrays:
 
     @classmethod
     def of(cls, parts: SequenceOf[StepPart]) -> Self:
-        """Those of the parts of a plan, at least one, as far as the host knows their tokens."""
+        """The arrays of a plan's parts, at least one, with their tokens as far as the host knows them."""
         token_ids: list[int] = []
         for part in parts:
             tokens = part.sequence.tokens
@@ -89,7 +89,7 @@ class StepArrays:
         return len(fields(cls))
 
     def fields(self) -> list[Int32Array]:
-        """The arrays in the order in which they are listed above."""
+        """The arrays in the order listed above."""
         return [getattr(self, field.name) for field in fields(self)]
 
     @property
@@ -99,17 +99,17 @@ class StepArrays:
 
     @property
     def kept_tokens(self) -> Int32Array:
-        """Tokens whose hidden states are wanted: those that draw, those that are pooled, those that are scored."""
+        """Tokens whose hidden states are needed: those that draw, are pooled or are scored, in this order."""
         return np.concatenate([self.draw_tokens, self.pooled_tokens, self.scored_tokens])
 
 
 def _pairs(pairs: Iterable[tuple[int, int]]) -> Int32Array:
-    """Pairs of numbers, one behind the other."""
+    """Pairs of numbers, flattened."""
     return np.array([number for pair in pairs for number in pair], dtype=np.int32)
 
 
 def ranges(starts: Int32Array, lens: Int32Array) -> Int32Array:
-    """`lens[0]` numbers from `starts[0]` on, then `lens[1]` from `starts[1]` on, and so forth."""
+    """`lens[0]` numbers starting at `starts[0]`, then `lens[1]` starting at `starts[1]`, and so on."""
     ends = lens.cumsum(dtype=np.int32)
     numbers: Int32Array = np.arange(ends[-1], dtype=np.int32) + (starts - ends + lens).repeat(lens)
     return numbers

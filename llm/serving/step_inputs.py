@@ -14,9 +14,9 @@ class StepInputs:
     """Persistent int32 tensors on the device, which captured graphs read, and pinned memory to fill them from.
 
     Args:
-        sizes: elements of each field.
-        device: of the tensors.
-        num_buffers: copies that may be under way at once, plus one to fill.
+        sizes: number of elements of each field.
+        device: device of the tensors.
+        num_buffers: copies that may be in progress at once, plus one to fill.
     """
 
     def __init__(self, sizes: Mapping[str, int], device: torch.device, num_buffers: int) -> None:
@@ -36,7 +36,7 @@ class StepInputs:
         return self._tensors[field]
 
     def next_arrays(self) -> dict[str, Int32Array]:
-        """Arrays to fill for the next step, field by field; they hold what was left in them."""
+        """Arrays to fill for the next step, by field; they still hold old values."""
         self._next = (self._next + 1) % len(self._arrays)
         return self._arrays[self._next]
 
@@ -45,7 +45,7 @@ class StepInputs:
         self._device_buffer.copy_(self._host_buffers[self._next], non_blocking=True)
 
     def upload_padding(self, padding_row: int) -> None:
-        """Send a step of tokens, parts and draws that belong to nobody."""
+        """Send a step whose tokens, parts and draws belong to no sequence."""
         for field, array in self.next_arrays().items():
             array[:] = padding_row if field.endswith("rows") else 0
         self.upload()

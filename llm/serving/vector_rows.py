@@ -1,4 +1,4 @@
-"""What the device keeps of sequences that are pooled: a sum of hidden states for each row."""
+"""A sum of hidden states for each row, kept on the device for sequences that are pooled."""
 
 from collections.abc import Callable, Sequence as SequenceOf
 from functools import cached_property
@@ -13,13 +13,13 @@ from llm.serving.model_runner import vector_bytes
 
 
 class VectorRows:
-    """Sums of hidden states by row, and the way of complete vectors to the host.
+    """Sums hidden states by row and copies complete vectors to the host.
 
     Args:
-        num_rows: rows that the scheduler gives out, and one that nobody reads.
+        num_rows: rows that the scheduler hands out, and one that is never read.
         hidden_size: of the model.
         device: where the hidden states are.
-        uploads: how the host's values get there.
+        uploads: how the host's values get to the device.
         num_buffers: steps that may be in flight, plus one.
     """
 
@@ -38,20 +38,20 @@ class VectorRows:
         return [torch.empty(shape, dtype=torch.float32, pin_memory=pin) for _ in range(self._num_buffers)]
 
     def warm_up(self, hidden: torch.Tensor) -> None:
-        """Compile the kernel, on a row that nobody reads."""
+        """Compile the kernel, on a row that is never read."""
         parts = torch.zeros(4, 1, dtype=torch.int32, device=self._sums.device)
         parts[1] = len(self._sums) - 1
         add_states(hidden, parts, self._sums)
 
     def add(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> Callable[[], dict[int, bytes]]:
-        """Add a step's hidden states to the vectors they belong to; does not wait for the device.
+        """Add a step's hidden states to their vectors; does not wait for the device.
 
         Args:
             parts: the step's parts.
-            hidden: (pooled tokens or more, hidden_size), those of the parts' pooled tokens first, in order.
+            hidden: (pooled tokens or more, hidden_size), the parts' pooled tokens first, in order.
 
         Returns:
-            Gives the vectors that are complete, by row. To be called once the step is over.
+            A function that returns the complete vectors by row, to be called once the step has finished.
         """
         pooled = [part for part in parts if part.num_pooled]
         if not pooled:
