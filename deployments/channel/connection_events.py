@@ -1,4 +1,4 @@
-"""ZeroMQ's own events of a socket's connections: accepted, shaken hands, lost."""
+"""ZeroMQ's own events for a socket's connections: accepted, handshake completed, lost."""
 
 import contextlib
 import struct
@@ -13,12 +13,12 @@ _event = struct.Struct("=HI")
 class ConnectionEvents:
     """Reads the events of one socket.
 
-    Their queue has no bound. With one, a thread that is stuck would after a thousand events stop ZeroMQ's I/O thread
-    too, and look dead to the other side.
+    The queue of events has no bound. With a bound, a stuck thread would block ZeroMQ's I/O thread too after a thousand
+    events, and look dead to the other side.
 
     Args:
-        context: the socket's.
-        socket: whose connections to watch.
+        context: the socket's ZeroMQ context.
+        socket: the socket whose connections to watch.
         events: which events, as a sum of ZeroMQ's constants.
     """
 
@@ -36,7 +36,7 @@ class ConnectionEvents:
         return int(self._events.getsockopt(zmq.FD))
 
     def read(self) -> Iterator[int]:
-        """The events that have come; each is one of ZeroMQ's constants."""
+        """The events that arrived; each is one of ZeroMQ's constants."""
         with contextlib.suppress(zmq.Again):
             while not self._events.closed:
                 event, _ = _event.unpack(self._events.recv_multipart(zmq.NOBLOCK)[0])

@@ -1,4 +1,4 @@
-"""What goes over a link between a replica and a router: numbered frames one way, acknowledgements the other."""
+"""What a link between a replica and a router carries: numbered frames one way, acknowledgements the other."""
 
 import struct
 from typing import NamedTuple
@@ -8,21 +8,21 @@ import msgspec
 from deployments.channel.messages import Frame
 
 MAX_FRAME_BYTES = 256 << 10
-"""A router reads no longer frame, and closes the connection that one begins on."""
+"""A router reads no frame longer than this, and closes a connection on which one begins."""
 MAX_ACKNOWLEDGEMENT_BYTES = 1 << 10
-"""More than any has: the messages of the handshake count too."""
+"""More than any acknowledgement needs; the limit applies to the handshake's messages too."""
 _header = struct.Struct("<QQQ")
 _frame_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 HEADER_BYTES = _header.size
 
 
 class FrameHeader(NamedTuple):
-    """What stands before the msgpack of every frame: its place among all frames of its link."""
+    """Precedes the msgpack of every frame, and gives its place among all frames of its link."""
 
     link_id: int
     """Drawn at random by the replica when it first connects to a router."""
     number: int
-    """Frames of a link count from 1."""
+    """Number of this frame; the frames of a link are numbered from 1."""
     oldest: int
     """Number of the first frame that the replica can still send again."""
 
@@ -31,23 +31,23 @@ class FrameHeader(NamedTuple):
         """The header of a frame.
 
         Raises:
-            struct.error: the frame is too short for one.
+            struct.error: the frame is too short to hold a header.
         """
         return cls(*_header.unpack_from(data))
 
     def pack(self) -> bytes:
-        """Its bytes."""
+        """The header as bytes."""
         return _header.pack(*self)
 
 
 class Acknowledgement(msgspec.Struct, array_like=True, frozen=True):
-    """What a router tells a replica of their link."""
+    """What a router tells a replica about their link."""
 
     link_id: int
     num_received: int
     """All frames up to this number have arrived."""
     is_missing_next: bool = False
-    """The next one has not, though a later one has: everything from there on must be sent again."""
+    """The next frame has not arrived although a later one has: everything from there on must be sent again."""
 
 
 _acknowledgement_decoder = msgspec.msgpack.Decoder(Acknowledgement)
@@ -57,7 +57,7 @@ def decode_frame(data: bytes) -> Frame:
     """Read what follows a frame's header.
 
     Raises:
-        msgspec.MsgspecError, UnicodeDecodeError: it is no frame.
+        msgspec.MsgspecError, UnicodeDecodeError: the data is not a frame.
     """
     return _frame_decoder.decode(memoryview(data)[HEADER_BYTES:])
 
@@ -66,6 +66,6 @@ def decode_acknowledgement(data: bytes) -> Acknowledgement:
     """Read a router's acknowledgement.
 
     Raises:
-        msgspec.MsgspecError, UnicodeDecodeError: it is none.
+        msgspec.MsgspecError, UnicodeDecodeError: the data is not an acknowledgement.
     """
     return _acknowledgement_decoder.decode(data)

@@ -1,9 +1,9 @@
-"""A replica's end of its link to one router: what is sent arrives once and in order, or the router is found to be gone.
+"""A replica's end of its link to one router. Each frame arrives once and in order, or the router counts as lost.
 
-A link outlives its connections. The replica keeps every frame until the router has acknowledged it, and sends again
-what the router misses. No more than a window of frames is ever on its way, so a router that does not read costs its
-replicas a bounded amount of memory, and ZeroMQ's own queues never fill: heartbeats, which its I/O thread answers
-whatever Python is doing, always get through.
+A link outlives its connections. The replica keeps every frame until the router has acknowledged it, and sends missing
+frames again. At most one window of frames is ever in flight, so a router that does not read costs its replicas a
+bounded amount of memory. ZeroMQ's own queues never fill either, so heartbeats always get through; its I/O thread
+answers them whatever Python is doing.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 WINDOW_FRAMES = 64
 WINDOW_BYTES = 4 << 20
 LOST_AFTER_S = 2.0
-"""How long a router may be away before it counts as dead. Noticing that it is away takes up to `_HEARTBEAT_TIMEOUT_MS`
-where its node has vanished, and no time where only its process has."""
+"""How long a router may be unreachable before it counts as dead. Noticing this takes up to `_HEARTBEAT_TIMEOUT_MS` if
+its node has vanished, and no time if only its process has."""
 _NEVER_REACHED_AFTER_S = 10.0
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS, _HEARTBEAT_TTL_MS = 500, 1_500, 6_000
 _HANDSHAKE_TIMEOUT_MS, _CONNECT_TIMEOUT_MS, _RECONNECT_MS = 2_000, 1_000, 100
@@ -42,10 +42,10 @@ Socket = zmq.Socket[bytes]
 
 
 class RouterLink:
-    """Frames to one router, over one connection at a time. Lives on the engine's thread.
+    """Sends frames to one router, over one connection at a time. Lives on the engine's thread.
 
     Args:
-        context: the replica's.
+        context: the replica's ZeroMQ context.
         channel: where the router listens.
     """
 
@@ -62,7 +62,7 @@ class RouterLink:
 
     @property
     def num_unacknowledged(self) -> int:
-        """Frames on their way."""
+        """Number of frames sent and not yet acknowledged."""
         return len(self._unacknowledged)
 
     @property
@@ -72,16 +72,17 @@ class RouterLink:
 
     @property
     def has_room_for_report(self) -> bool:
-        """Whether the window has room for a report. There is twice as much as for tokens: a slow router still hears."""
+        """Whether the window has room for a report. Reports get twice the window, so that they still reach a slow
+        router."""
         return len(self._unacknowledged) < 2 * WINDOW_FRAMES and self._num_unacknowledged_bytes < 2 * WINDOW_BYTES
 
     @property
     def endpoint(self) -> str:
-        """Where frames go now."""
+        """The address that frames are sent to now."""
         return self._connection.channel.endpoint
 
     def move_to(self, channel: ChannelAddress) -> None:
-        """Go over to another address of the same router, once a connection to it stands. Older ones are ignored."""
+        """Switch to another address of the same router once it is connected. Older addresses are ignored."""
         if channel.version > max(c.channel.version for c in self._connections()):
             if self._successor is not None:
                 self._successor.close()
@@ -100,7 +101,7 @@ class RouterLink:
         self._transmit(self._num_sent, frame)
 
     def poll(self) -> None:
-        """Take what the router has acknowledged, send again what it misses, and see whether it is still there."""
+        """Read acknowledgements, resend missing frames, and check whether the router is still there."""
         now = time.monotonic()
         for connection in self._connections():
             connection.poll(now)
@@ -123,7 +124,7 @@ class RouterLink:
         return all(connection.is_lost(now) for connection in self._connections())
 
     def close(self, linger_ms: int = 0) -> None:
-        """Close the connection and drop what is on its way, unless it leaves within so many milliseconds."""
+        """Close the connection. Frames that have not left within `linger_ms` milliseconds are dropped."""
         for connection in self._connections():
             connection.close(linger_ms)
 
@@ -184,18 +185,18 @@ class _Connection:
         self._socket.connect(channel.endpoint)
 
     def send(self, data: bytes) -> None:
-        """Hand a frame to ZeroMQ. Where even its queue is full, the frame counts as lost."""
+        """Hand a frame to ZeroMQ. If even its queue is full, the frame counts as lost."""
         with contextlib.suppress(zmq.Again):
             self._socket.send(data, zmq.NOBLOCK)
 
     def received(self) -> Iterator[bytes]:
-        """Everything that has come."""
+        """Every message that has arrived."""
         with contextlib.suppress(zmq.Again):
             while True:
                 yield self._socket.recv(zmq.NOBLOCK)
 
     def poll(self, now: float) -> None:
-        """Take note of whether the connection stands."""
+        """Note whether the connection is up."""
         for event in self._events.read():
             was_up, self.is_up = self.is_up, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self._was_up |= self.is_up
@@ -203,11 +204,11 @@ class _Connection:
                 self._down_since = now
 
     def is_lost(self, now: float) -> bool:
-        """Whether it has not stood for long."""
+        """Whether it has been down for too long."""
         longest_s = LOST_AFTER_S if self._was_up else _NEVER_REACHED_AFTER_S
         return not self.is_up and now - self._down_since > longest_s
 
     def close(self, linger_ms: int = 0) -> None:
-        """Close it; ZeroMQ may go on sending for so long."""
+        """Close it; ZeroMQ may keep sending for `linger_ms` milliseconds."""
         self._events.close()
         self._socket.close(linger_ms)

@@ -1,8 +1,8 @@
 """A router's end of the token channel: a ZeroMQ ROUTER socket that only its replicas can talk to.
 
-CURVE encrypts everything and refuses strangers in the handshake, in ZeroMQ's I/O thread, before a frame of theirs is
-read: whoever connects must know the router's public key, which travels to the replicas through Ray Serve alone, and
-which a handshake does not reveal to those who listen in.
+CURVE encrypts everything and refuses strangers during the handshake, in ZeroMQ's I/O thread, before any of their frames
+is read. Anyone who connects must know the router's public key. It reaches the replicas only through Ray Serve, and a
+handshake does not reveal it to eavesdroppers.
 """
 
 import asyncio
@@ -28,9 +28,9 @@ from deployments.channel.messages import ChannelAddress, Report, StepFrame, Toke
 
 _RECEIVE_QUEUE = 10_000
 _HANDSHAKE_TIMEOUT_MS = 2_000
-"""A connection that has not proved itself by then is closed: the bound on how many can be shaking hands."""
+"""A connection that has not completed the handshake by then is closed, which bounds how many can be pending."""
 _LONGEST_TURN_S = 0.005
-"""How long frames may keep the event loop from everything else."""
+"""How long reading frames may hold the event loop at a time."""
 _ACKNOWLEDGE_EVERY = 16
 _ASK_AGAIN_S = 0.3
 _MOST_EARLY_FRAMES = 4 * WINDOW_FRAMES
@@ -45,22 +45,22 @@ class ChannelCounters:
     num_frames: int = 0
     num_malformed: int = 0
     num_missed: int = 0
-    """Times that a frame was missing, and was asked for again."""
+    """How often a frame was missing and was requested again."""
     num_refused: int = 0
-    """Connections that did not prove to be a replica's; those that are still shaking hands count."""
+    """Connections not proven to be a replica's, including those whose handshake is still in progress."""
 
 
 @dataclass(slots=True)
 class _Link:
-    """How far the frames of one replica have come."""
+    """How far the frames of one replica have been received."""
 
     peer: bytes
-    """Which connection the latest frame came by."""
+    """The connection on which the latest frame arrived."""
     heard_at: float
     num_received: int = 0
     num_acknowledged: int = 0
     early: dict[int, bytes] = field(default_factory=dict)
-    """Frames that came before their turn, by number."""
+    """Frames that arrived before their turn, by number."""
     asked_for: int = 0
     asked_at: float = 0.0
 
@@ -68,11 +68,11 @@ class _Link:
 class TokenListener:
     """A router's end. Lives on one event loop, which also calls `on_items` and `on_report`.
 
-    Frames of a replica are handed on once each and in order.
+    Each frame of a replica is passed on once and in order.
 
     Args:
         host: address to listen on.
-        port: 0 for any free one.
+        port: the port; 0 for any free one.
         on_items: gets a replica's id and the items of each of its steps.
         on_report: gets each replica's state.
     """
@@ -112,7 +112,7 @@ class TokenListener:
         self._on_readable(self._connections.fileno(), self._count_connections)
 
     def listen_on(self, host: str) -> ChannelAddress:
-        """Listen on one more address of this node; `address` is the latest, to which replicas move."""
+        """Listen on one more address of this node; `address` is then the latest one, and replicas move to it."""
         if ":" in host:
             self._socket.setsockopt(zmq.IPV6, 1)
             host = f"[{host}]"
@@ -134,13 +134,13 @@ class TokenListener:
             self._socket.close()
 
     def _on_readable(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call back when ZeroMQ's descriptor `fd` signals, and once now for what came before."""
+        """Call back when ZeroMQ's descriptor `fd` signals, and once now for what arrived earlier."""
         self._fds.append(fd)
         self._loop.add_reader(fd, callback)
         self._loop.call_soon(callback)
 
     def _drain(self) -> None:
-        """Take what has arrived. ZeroMQ's descriptor signals edges: reading goes on until nothing is left."""
+        """Take what has arrived. ZeroMQ's descriptor is edge-triggered, so read until nothing is left."""
         until = time.monotonic() + _LONGEST_TURN_S
         while not self._socket.closed:
             try:
@@ -156,7 +156,7 @@ class TokenListener:
                 return
 
     def _count_connections(self) -> None:
-        """Count connections that are accepted and take back those that prove to be a replica's."""
+        """Count accepted connections, and stop counting those that prove to be a replica's."""
         until = time.monotonic() + _LONGEST_TURN_S
         for event in self._connections.read():
             self.counters.num_refused += 1 if event == zmq.EVENT_ACCEPTED else -1
@@ -178,7 +178,7 @@ class TokenListener:
             if len(link.early) < _MOST_EARLY_FRAMES:
                 link.early[header.number] = data
             self._ask_for(expected, header.link_id, link)
-        elif header.number < expected:  # sent again in vain; the replica does not know yet
+        elif header.number < expected:  # a needless resend; the replica does not know yet
             self._acknowledge(header.link_id, link)
         else:
             self._hand_on(header.link_id, link, data)
@@ -186,7 +186,7 @@ class TokenListener:
                 self._hand_on(header.link_id, link, early)
 
     def _hand_on(self, link_id: int, link: _Link, data: bytes) -> None:
-        """Hand on the frame whose turn it is."""
+        """Pass on the frame whose turn it is."""
         link.num_received += 1
         try:
             frame = decode_frame(data)
@@ -210,7 +210,7 @@ class TokenListener:
         return link
 
     def _ask_for(self, number: int, link_id: int, link: _Link) -> None:
-        """Have the replica send a frame again, and all after it. Asked again only when that does not help."""
+        """Have the replica resend a frame and all after it. The request is repeated only when it does not help."""
         if link.asked_for != number or link.heard_at - link.asked_at > _ASK_AGAIN_S:
             link.asked_for, link.asked_at = number, link.heard_at
             self.counters.num_missed += 1

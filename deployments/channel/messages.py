@@ -1,4 +1,4 @@
-"""What routers and engine replicas send each other: the call, its reply, and the frames of the token channel.
+"""Messages between routers and engine replicas: the call, its reply, and the frames of the token channel.
 
 All of it is msgpack, written and checked by msgspec, so that it costs microseconds and carries no code.
 """
@@ -15,15 +15,15 @@ _TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class ChannelAddress(msgspec.Struct, frozen=True):
-    """Where a router listens, and the key to get in. Whoever holds one may connect, so it is never logged."""
+    """Where a router listens, and the key to connect. Anyone who holds it may connect, so it is never logged."""
 
     router_id: str
-    """Stays the same, whatever address the router listens on."""
+    """Stays the same whatever address the router listens on."""
     endpoint: str
     server_key: bytes
-    """The public half of the router's CURVE key pair, known to the replicas alone."""
+    """The public half of the router's CURVE key pair, known only to the replicas."""
     version: int = 0
-    """Of several addresses of one router the highest is to be used."""
+    """If one router has several addresses, the one with the highest version is to be used."""
 
     def __repr__(self) -> str:
         return f"ChannelAddress({self.router_id}, {self.endpoint}, version {self.version})"
@@ -39,12 +39,12 @@ class End(msgspec.Struct, array_like=True, gc=False):
 
 
 class EngineTiming(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """How long an engine took until a request's first token, in seconds."""
+    """How long an engine took to produce a request's first token, in seconds."""
 
     queue_s: float
-    """Until its prompt began to be computed."""
+    """Time until its prompt began to be computed."""
     prefill_s: float
-    """From there."""
+    """Time from then until the first token."""
 
 
 class TokenItem(msgspec.Struct, array_like=True):
@@ -53,16 +53,16 @@ class TokenItem(msgspec.Struct, array_like=True):
     stream_id: int
     """The router's number for this stream and attempt."""
     offset: int
-    """Output tokens before these, counting what an earlier engine generated."""
+    """Number of output tokens before these, including what an earlier engine generated."""
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     end: End | None = None
     timing: EngineTiming | None = None
-    """With the first tokens."""
+    """Sent with the first tokens."""
 
 
 class StepFrame(msgspec.Struct, array_like=True, tag="tokens"):
-    """What one engine step gave to one router's requests."""
+    """What one engine step produced for one router's requests."""
 
     replica_id: str
     items: list[TokenItem]
@@ -72,7 +72,7 @@ class Gpu(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """One of a replica's GPUs."""
 
     index: int
-    """As the replica's process counts."""
+    """Index of the GPU in the replica's process."""
     name: str
     used_bytes: int
     total_bytes: int
@@ -81,7 +81,7 @@ class Gpu(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Machine(msgspec.Struct, array_like=True, frozen=True):
-    """Where a replica runs, and what it takes there."""
+    """Where a replica runs, and what it uses there."""
 
     node: str
     pid: int
@@ -90,24 +90,24 @@ class Machine(msgspec.Struct, array_like=True, frozen=True):
     num_cores: int
     """Cores that the process may use."""
     busy_cores: float
-    """Of these, how many it kept busy in the last second."""
+    """How many of these it kept busy in the last second."""
     gpus: list[Gpu] = []
-    """None where the replica runs on a CPU; several where the model is spread over them."""
+    """Empty if the replica runs on a CPU; several if the model is spread over them."""
 
 
 class Condition(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What a replica says of itself, beside its load."""
+    """What a replica says about itself, besides its load."""
 
     fingerprint: str = ""
-    """Of the model version that it runs."""
+    """Fingerprint of the model version that it runs."""
     num_failed_steps: int = 0
-    """Engine steps that failed one after the other, up to now."""
+    """Number of consecutive engine steps that have failed up to now."""
     failure: str | None = None
     """Why its engine will never step again; None while it does."""
     has_shut_down: bool = False
-    """It has been asked to end, and ends in good order: nothing more will come."""
+    """It was asked to shut down and is doing so in good order: nothing more will come."""
     machine: Machine | None = None
-    """None where it does not say."""
+    """None if it does not say."""
 
 
 class Report(msgspec.Struct, array_like=True, tag="report"):
@@ -116,12 +116,12 @@ class Report(msgspec.Struct, array_like=True, tag="report"):
     replica_id: str
     stats: EngineStats
     added_blocks: list[int] = []
-    """`block_hash` of pages that hold a prompt's beginning now."""
+    """`block_hash` of pages that now hold the beginning of a prompt."""
     removed_blocks: list[int] = []
     is_snapshot: bool = False
-    """`added_blocks` is everything there is; nothing told before counts."""
+    """`added_blocks` is everything the cache holds; earlier reports no longer count."""
     received: list[int] = []
-    """Streams of this router that have arrived since its last report, which count in `stats` from now on."""
+    """Streams of this router that arrived since the last report; `stats` counts them from now on."""
     condition: Condition = Condition()
 
 
@@ -129,27 +129,27 @@ Frame = StepFrame | Report
 
 
 def block_hash(page_hash: int) -> int:
-    """What a report says of a page: 64 of the 128 bits of `PageHashes`, enough to choose a replica by."""
+    """What a report says about a page: 64 of the 128 bits of `PageHashes`, enough for choosing a replica."""
     return page_hash & 0xFFFF_FFFF_FFFF_FFFF
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What a router needs to know of the engines behind it, the same for every replica."""
+    """What a router needs to know about its engines; the same for every replica."""
 
     model: str
     max_seq_len: int
     num_slots: int
     page_size: int
     max_step_tokens: int
-    """Tokens that a step computes at most."""
+    """Most tokens that a step computes."""
     vocab_size: int
     device: str
     dtype: str
     backend: str
     fingerprint: str = ""
-    """Of the model version: model, tokenizer, chat template, adapter and number formats."""
+    """Fingerprint of the model version: model, tokenizer, chat template, adapter and number formats."""
     weight_bytes: int = 0
-    """Memory of the weights on each GPU of a replica; 0 where there are none."""
+    """Memory of the weights on each GPU of a replica; 0 if there are no weights."""
     kv_cache_bytes: int = 0
     """Memory of all slots' keys and values on each GPU of a replica."""
     num_gpus: int = 1
@@ -160,16 +160,16 @@ class GenerateCall(msgspec.Struct):
     """Argument of `EngineReplica.generate`."""
 
     request: dict[str, Any]
-    """Fields of a `GenerationRequest` that differ from their defaults, but for the prompt's ids."""
+    """Fields of a `GenerationRequest` that differ from their defaults, except the prompt's ids."""
     prompt_ids: tuple[_TokenId, ...]
     """Checked as they are read, in a third of the time that the request's own check would take."""
     stream_id: int
     channel: ChannelAddress | None = None
-    """Where to push tokens; None to get them with the reply alone."""
+    """Where to push tokens; None to get them only with the reply."""
     fingerprint: str = ""
-    """Of the model version that it is for; a replica of another one declines it. "" for whatever version."""
+    """Fingerprint of the model version it is for; a replica of another version declines it. "" for any version."""
     is_suspect: bool = False
-    """It may be what a replica failed of: a replica begins one such request at a time."""
+    """It may have caused a replica to fail: a replica begins one such request at a time."""
 
     @classmethod
     def of(
@@ -184,7 +184,7 @@ class GenerateCall(msgspec.Struct):
         """The call for a request."""
         assert request.prompt_token_ids is not None, "a router sends tokens"
         fields = request.model_dump(exclude_defaults=True, exclude={"prompt_token_ids"})
-        # A default that is drawn, not fixed: always sent, so that the request keeps its identity and its noise.
+        # These defaults are random, so they are always sent: the request keeps its identity and its noise.
         fields["request_id"], fields["seed"] = request.request_id, request.seed
         return cls(fields, request.prompt_token_ids, stream_id, channel, fingerprint, is_suspect)
 
@@ -192,14 +192,14 @@ class GenerateCall(msgspec.Struct):
         """The request, validated again.
 
         Raises:
-            ValueError: something in it is wrong.
+            ValueError: one of its fields is not valid.
         """
         request = GenerationRequest.model_validate({**self.request, "prompt_token_ids": self.prompt_ids[:1]})
         return request.model_copy(update={"prompt_token_ids": self.prompt_ids})
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why a request can never be served, as `InvalidRequestError` has it."""
+    """Why a request can never be served, as in `InvalidRequestError`."""
 
     message: str
     param: str | None = None
@@ -207,18 +207,19 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class FailureKind(StrEnum):
-    """Why a replica has not finished a request that another one may go on with."""
+    """Why a replica has not finished a request that another replica may continue."""
 
     FAILED = "failed"
     """The engine, or a step of it, failed."""
     LEAVING = "leaving"
-    """The replica is shutting down, or has lost its way to the router."""
+    """The replica is shutting down, or has lost its connection to the router."""
     DECLINED = "declined"
-    """It has not begun it: it runs another model version, was not named, or has tried another suspect until now."""
+    """The replica has not begun it: it runs another model version, was not named, or was busy trying another
+    suspect."""
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why a replica has not finished a request, though another one may go on with it."""
+    """Why a replica has not finished a request, which another replica may continue."""
 
     kind: FailureKind
     message: str
@@ -229,28 +230,28 @@ class GenerateReply(msgspec.Struct):
 
     replica_id: str
     token_ids: list[int] = []
-    """Everything generated, what an earlier engine had generated included."""
+    """Everything generated, including what an earlier engine generated."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry for each token that this engine generated."""
     end: End | None = None
-    """None where the request was refused or the replica failed."""
+    """None if the request was refused or the replica failed."""
     refusal: Refusal | None = None
     failure: Failure | None = None
-    """Set where another replica may go on."""
+    """Set if another replica may continue."""
     timing: EngineTiming | None = None
     vector: bytes | None = None
-    """Of a request that is pooled, as in `StepOutput`. It comes with the reply alone; the channel tells of the end."""
+    """Vector of a pooled request, as in `StepOutput`. Only the reply carries it; the channel reports the end."""
     prompt_logprobs: bytes | None = None
-    """Where the request asked for them, what `pack_logprobs` made of them. They come with the reply alone, too."""
+    """Output of `pack_logprobs`, if the request asked for it. Only the reply carries it, too."""
 
 
 def pack_logprobs(entries: Sequence[TokenLogprobs]) -> bytes:
-    """Log probabilities as bytes, which cost those who only pass them on nothing."""
+    """Log probabilities as bytes, which cost nothing to pass on."""
     return _encoder.encode(entries)
 
 
 def unpack_logprobs(data: bytes) -> list[TokenLogprobs]:
-    """What `pack_logprobs` was given."""
+    """The log probabilities that `pack_logprobs` was given."""
     return _logprobs_decoder.decode(data)
 
 
@@ -265,12 +266,12 @@ _replies_decoder = msgspec.msgpack.Decoder(list[GenerateReply])
 
 
 def encode(message: Any) -> bytes:
-    """Bytes of any of the messages here."""
+    """Encode any of the messages in this module."""
     return _encoder.encode(message)
 
 
 def decode_info(data: bytes) -> EngineInfo:
-    """Read what a replica says of its engine."""
+    """Read what a replica says about its engine."""
     return _info_decoder.decode(data)
 
 

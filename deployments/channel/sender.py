@@ -1,8 +1,8 @@
-"""A replica's end of the token channel: each step's tokens go straight to the routers, past Ray Serve.
+"""A replica's end of the token channel: each step's tokens go straight to the routers, bypassing Ray Serve.
 
-Each replica has one link to each router (`RouterLink`), which carries one frame of msgpack a step, and a report ten
-times a second. What cannot be sent, because a router does not keep up, stays with its stream as it is and is encoded
-once, when there is room for it.
+Each replica has one link to each router (`RouterLink`), which carries one msgpack frame per step, and a report ten
+times a second. Tokens that cannot be sent because a router does not keep up stay unencoded in their stream, and are
+encoded once when there is room.
 """
 
 from collections import deque
@@ -27,11 +27,11 @@ from llm.serving.schemas import EngineStats, TokenLogprobs
 
 MAX_BLOCKS_A_REPORT = 8_192
 FRAME_BYTES = 64 << 10
-"""About how long a frame of tokens gets before the next one is begun."""
+"""Approximate length at which a frame of tokens is closed and the next one begins."""
 _UNKNOWN = Condition()
 _FAREWELL_MS = 200
 _CATCH_UP_PACE = 3
-"""A stream's backlog leaves at so many times the pace at which its tokens come, so that no step pays for all of it."""
+"""A stream's backlog leaves at this multiple of the pace at which its tokens come, so no step pays for all of it."""
 _POLL_FROM_FRAMES = WINDOW_FRAMES // 2
 _ITEM_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES, _TOP_BYTES = 24, 5, 20, 15
 
@@ -40,7 +40,7 @@ class TokenSender:
     """Sends tokens and reports to every router that has asked for them. Lives on the engine's thread.
 
     Args:
-        replica_id: goes with every frame.
+        replica_id: id of this replica, sent with every frame.
     """
 
     def __init__(self, replica_id: str) -> None:
@@ -54,7 +54,7 @@ class TokenSender:
         return len(self._routers)
 
     def attach(self, channel: ChannelAddress) -> None:
-        """Report to this router from now on, everything at first."""
+        """Report to this router from now on, beginning with everything."""
         self._router(channel).has_missed_report = True
 
     def open(
@@ -73,7 +73,7 @@ class TokenSender:
         return OutgoingStream(self._router(channel), stream_id, num_output_tokens, on_lost)
 
     def flush(self) -> None:
-        """Send what the last step gave."""
+        """Send what the last step produced."""
         for router in self._routers.values():
             if router.dirty:
                 router.flush(self._replica_id)
@@ -81,12 +81,12 @@ class TokenSender:
     def report(
         self, stats: EngineStats, changes: ContentChanges, content: Iterable[int], condition: Condition = _UNKNOWN
     ) -> None:
-        """Tell every router this replica's state, send again what got lost, and give up routers that are gone.
+        """Tell every router this replica's state, resend what was lost, and give up routers that are gone.
 
         Args:
-            changes: of the prefix cache since the last report.
-            content: all of the prefix cache, for routers that missed a report or never had one.
-            condition: what the replica says of itself.
+            changes: changes to the prefix cache since the last report.
+            content: everything in the prefix cache, for routers that missed a report or never had one.
+            condition: what the replica says about itself.
         """
         for router_id, router in list(self._routers.items()):
             router.link.poll()
@@ -105,7 +105,7 @@ class TokenSender:
                 router.link.send(encode(report))
 
     def close(self) -> None:
-        """Close the links. What has just been sent may still leave: the last report says why the replica ends."""
+        """Close the links. Frames just sent may still leave: the last report says why the replica is ending."""
         for router in self._routers.values():
             router.link.close(_FAREWELL_MS)
         self._routers.clear()
@@ -155,16 +155,17 @@ class OutgoingStream:
         self._router.dirty[self.stream_id] = self
 
     def close(self) -> None:
-        """The request has ended; call it once. What its router is too slow to take comes with the reply alone."""
+        """End the stream with its request; call once. Tokens its router is too slow to take come only with the
+        reply."""
         self._router.streams.pop(self.stream_id, None)
         if self._end is None or not self._router.link.has_room:
             self._router.dirty.pop(self.stream_id, None)
 
     def take(self) -> tuple[TokenItem, int]:
-        """What goes with the next frame, and about how many bytes that takes."""
+        """What the next frame carries of this stream, and roughly how many bytes that takes."""
         most = _CATCH_UP_PACE * max(self._num_pushed, 1)
         token_ids, logprobs = self._token_ids[:most], self._logprobs[:most]
-        # In place: a copy of what stays would cost each step of a long backlog as much as the backlog is long.
+        # In place: copying the rest would cost each step time in proportion to the backlog's length.
         del self._token_ids[:most], self._logprobs[:most]
         end = None if self._token_ids else self._end
         item = TokenItem(self.stream_id, self._num_sent, token_ids, logprobs or None, end, self._timing)
@@ -177,12 +178,12 @@ class OutgoingStream:
 
     @property
     def has_backlog(self) -> bool:
-        """Whether tokens wait for a later step's frame, and will get one."""
+        """Whether tokens wait for the frame of a later step, and will get one."""
         return bool(self._token_ids) and self._end is None
 
 
 class _Router:
-    """What a replica keeps of one router."""
+    """What a replica keeps for one router."""
 
     def __init__(self, link: RouterLink) -> None:
         self.link = link
@@ -192,7 +193,7 @@ class _Router:
         self.has_missed_report = True
 
     def flush(self, replica_id: str) -> None:
-        """Send what the streams have, as far as there is room; streams that are not reached come first next time."""
+        """Send what the streams have, as far as there is room; streams left out come first next time."""
         if self.link.num_unacknowledged >= _POLL_FROM_FRAMES:
             self.link.poll()
         if not self.link.has_room:
@@ -219,7 +220,7 @@ class _Router:
 
 
 def _reports(replica_id: str, stats: EngineStats, added: Iterable[int], removed: Iterable[int]) -> Iterator[Report]:
-    """A report, and as many more as it takes to tell of all blocks."""
+    """One report, and as many more as it takes to list all blocks."""
     added_blocks, removed_blocks = _blocks(added), _blocks(removed)
     for start in range(0, max(len(added_blocks), len(removed_blocks), 1), MAX_BLOCKS_A_REPORT):
         part = slice(start, start + MAX_BLOCKS_A_REPORT)

@@ -1,1 +1,1 @@
-"""What one router knows of its replicas, and which one gets a request."""
+"""What one router knows about its replicas, and which replica gets a request."""

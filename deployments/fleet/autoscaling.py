@@ -1,6 +1,6 @@
 """How many engine replicas there should be. The decision is a function of plain numbers; Serve's controller calls it.
 
-Serve ships this module to its controller by value, so it imports nothing of ours.
+Serve ships this module to its controller by value, so it imports no other module of this project.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 STATS_WAITING_TOKENS, STATS_ROW_USE, STATS_POOL_USE = "waiting_tokens", "row_use", "pool_use"
-"""What `EngineReplica.record_autoscaling_stats` gives."""
+"""Keys of what `EngineReplica.record_autoscaling_stats` returns."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class ReplicaUse:
     """How busy one replica is.
 
     Attributes:
-        waiting_tokens: tokens still to prefill, those included that a router holds back and told this replica of.
-        row_use: requests it has, by rows it has; more than 1 where some wait for a row.
+        waiting_tokens: tokens still to prefill, including those that a router holds back and told this replica about.
+        row_use: requests it has, divided by the rows it has; more than 1 if some wait for a row.
         pool_use: share of its slot pool in use.
     """
 
@@ -29,7 +29,7 @@ class ReplicaUse:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a replica should carry at most, on average."""
+    """The most that a replica should carry on average."""
 
     waiting_tokens: float
     row_use: float
@@ -37,7 +37,7 @@ class Targets:
 
 
 def desired_replicas(replicas: Iterable[ReplicaUse], targets: Targets) -> tuple[int, str]:
-    """Replicas that would carry the present load within the targets, and why so many; 0 where there is no load."""
+    """Number of replicas that would carry the present load within the targets, and why; 0 if there is no load."""
     uses = list(replicas)
     waiting_tokens = sum(use.waiting_tokens for use in uses)
     rows, pool = sum(use.row_use for use in uses), sum(use.pool_use for use in uses)
@@ -54,19 +54,19 @@ class EnginePolicy:
     """Serve's autoscaling policy for the engine replicas; bounds and delays are Serve's own.
 
     Args:
-        targets: fields of `Targets`.
+        targets: the fields of `Targets`.
     """
 
     def __init__(self, **targets: float) -> None:
         self._targets = Targets(**targets)
 
     def __call__(self, ctx: Any) -> tuple[float, dict[str, Any]]:
-        """Replicas wanted for a `ray.serve.config.AutoscalingContext`, and nothing to remember."""
+        """Number of replicas wanted in a `ray.serve.config.AutoscalingContext`, and no state to remember."""
         metrics: Mapping[str, Mapping[Any, float]] = ctx.aggregated_metrics or {}
         running = set(ctx.running_replicas)
         names = STATS_WAITING_TOKENS, STATS_ROW_USE, STATS_POOL_USE
         uses = [ReplicaUse(*(metrics.get(name, {}).get(replica, 0.0) for name in names)) for replica in running]
         number, _ = desired_replicas(uses, self._targets)
         if not number and ctx.total_num_requests > 0:
-            number = 1  # a call waits in Serve, or runs where no statistics have come from yet
+            number = 1  # a call waits in Serve, or runs on a replica that has sent no statistics yet
         return number, {}

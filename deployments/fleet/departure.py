@@ -1,6 +1,6 @@
-"""Why a replica is no longer there: what a router saw of its end, put into a sentence.
+"""Why a replica is no longer there: a sentence made of what a router saw of its end.
 
-Plain values in, a value out, as in `verdict`. Ray Serve itself says only that a replica is off its list.
+Plain values in, a value out, as in `verdict`. Ray Serve itself says only that a replica is no longer on its list.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from deployments.channel.messages import Condition
 
 
 class Cause(StrEnum):
-    """How a replica came to its end."""
+    """How a replica ended."""
 
     DIED = "died"
     """Its process or its node ended without a word."""
     BROKE_DOWN = "broke down"
-    """Its engine could not go on, and Ray Serve replaced it."""
+    """Its engine could not continue, and Ray Serve replaced it."""
     STALLED = "stalled"
     """It had stopped reporting, and Ray Serve replaced it."""
     REPLACED = "replaced"
-    """It ended in good order, and replicas of another version are there."""
+    """It ended in good order, and replicas of another version are running."""
     SCALED_DOWN = "scaled down"
     """It ended in good order, as autoscaling does with replicas that are not needed."""
     SHUT_DOWN = "shut down"
@@ -27,7 +27,7 @@ class Cause(StrEnum):
 
     @property
     def is_failure(self) -> bool:
-        """Whether nobody wanted it."""
+        """Whether the end was unintended."""
         return self in (Cause.DIED, Cause.BROKE_DOWN, Cause.STALLED)
 
 
@@ -36,11 +36,11 @@ class Traces:
     """What a router saw of a replica that is gone.
 
     Attributes:
-        condition: what it last said of itself.
-        call_error: why the last call to it failed, if that was shortly before its end.
-        silence_s: seconds that it had been silent when Ray Serve took it off its list.
+        condition: what it last said about itself.
+        call_error: why the last call to it failed, if that happened shortly before its end.
+        silence_s: seconds for which it had been silent when Ray Serve took it off its list.
         silence_timeout_s: how long a replica may be silent.
-        is_updating: whether replicas of another version are there.
+        is_updating: whether replicas of another version are running.
         is_autoscaled: whether the number of replicas follows the load.
     """
 
@@ -54,14 +54,14 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """The end of a replica: how it came, and why in a sentence about the replica."""
+    """The end of a replica: how it happened, and why, as a sentence about the replica."""
 
     cause: Cause
     why: str
 
 
 def explain(traces: Traces) -> Departure:
-    """Find the cause. What the replica said of itself counts most, then what its callers were told."""
+    """Find the cause. What the replica said about itself counts most, then what its callers were told."""
     condition = traces.condition
     if condition.has_shut_down:
         return _in_good_order(traces)

@@ -8,17 +8,17 @@ from deployments.channel.messages import ChannelAddress, EngineInfo
 
 
 class EngineClient(Protocol):
-    """Calls to engine replicas, each to the first of a ranking of replica ids that is there; to any, if none is.
+    """Calls to engine replicas. Each goes to the first replica of a ranking of ids that is there, or to any if none is.
 
-    A replica that is being taken away is there for those that name it.
+    A replica that is being taken away still counts as there for calls that name it.
     """
 
     def watch(self, callback: Callable[[frozenset[str]], None]) -> None:
-        """Tell the ids of the running replicas whenever these change, on the event loop of the caller."""
+        """Report the ids of the running replicas whenever they change, on the caller's event loop."""
         ...
 
     async def wake(self) -> None:
-        """Have a call wait for a replica: where the fleet is scaled to zero, one starts because of it.
+        """Have a call wait for a replica: if the fleet is scaled to zero, this starts one.
 
         Raises:
             ReplicaLostError: try again.
@@ -30,7 +30,7 @@ class EngineClient(Protocol):
         ...
 
     async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
-        """Have a replica report its state to this channel; returns what it is.
+        """Have a replica report its state to this channel; returns what its engine is.
 
         Raises:
             ReplicaLostError: it is gone.
@@ -38,7 +38,7 @@ class EngineClient(Protocol):
         ...
 
     async def stay(self, replica_id: str, duration_s: float) -> None:
-        """Have a replica that Ray Serve is taking away stay for so long; returns when that is over.
+        """Have a replica that Ray Serve is taking away stay for this long; returns when the time is up.
 
         Raises:
             ReplicaLostError: it is gone.
@@ -62,8 +62,8 @@ class EngineClient(Protocol):
         ...
 
     async def generate_batch(self, calls: bytes, ranking: Sequence[str]) -> bytes:
-        """Run an encoded list of `GenerateCall`s on one replica and return the encoded list of replies once all are
-        over. Cancelling aborts them there.
+        """Run an encoded list of `GenerateCall`s on one replica and return the encoded list of replies once all have
+        ended. Cancelling aborts them there.
 
         Raises:
             ReplicaLostError: the replica is gone.
@@ -72,10 +72,10 @@ class EngineClient(Protocol):
 
 
 def is_being_cancelled() -> bool:
-    """Whether it is the current task that somebody has cancelled, and not only what it waits for.
+    """Whether the current task itself was cancelled, and not only what it waits for.
 
-    To be asked in an `except`: with the task in a variable there, frame, task and exception would refer to each other,
-    and wait for the garbage collector.
+    Call this in an `except` block: with the task in a variable there, frame, task and exception would refer to each
+    other and wait for the garbage collector.
     """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

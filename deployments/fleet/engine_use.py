@@ -1,4 +1,4 @@
-"""An engine's state in the terms of the autoscaling policy, which itself may import nothing of ours."""
+"""An engine's state in the terms of the autoscaling policy, which itself may import nothing from this project."""
 
 from deployments.config import AutoscalingConfig
 from deployments.fleet.autoscaling import ReplicaUse, Targets
@@ -6,7 +6,7 @@ from llm.serving.schemas import EngineStats
 
 
 def replica_use(stats: EngineStats, queued_tokens: int) -> ReplicaUse:
-    """How busy a replica is, with what routers hold back for it."""
+    """How busy a replica is, including what routers hold back for it."""
     return ReplicaUse(
         waiting_tokens=stats.num_waiting_tokens + queued_tokens,
         row_use=(stats.num_running + stats.num_waiting) / max(stats.max_rows, 1),
@@ -15,7 +15,7 @@ def replica_use(stats: EngineStats, queued_tokens: int) -> ReplicaUse:
 
 
 def targets_of(autoscaling: AutoscalingConfig) -> Targets:
-    """What the configuration wants a replica to carry at most."""
+    """The most that the configuration wants a replica to carry."""
     return Targets(
         waiting_tokens=autoscaling.target_waiting_tokens,
         row_use=autoscaling.target_row_use,

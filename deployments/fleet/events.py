@@ -1,4 +1,4 @@
-"""What happened in the fleet lately, for people to read."""
+"""What happened in the fleet recently, for people to read."""
 
 import time
 from collections import deque
@@ -25,11 +25,11 @@ class EventLog:
         self._items: deque[dict[str, Any]] = deque(maxlen=_KEPT)
 
     def add(self, text: str, *, is_bad: bool = False) -> None:
-        """Something happened now."""
+        """Note something that happened now."""
         self._items.appendleft({"at": self._clock(), "text": text, "is_bad": is_bad})
 
     def count(self, once: str, often: str) -> None:
-        """Something happened that may happen many times in a few seconds: one item with their number.
+        """Note something that may happen many times in a few seconds: it makes one item with a count.
 
         Args:
             once: text for the first time.
@@ -44,13 +44,13 @@ class EventLog:
         self._items.appendleft({"at": now, "text": once, "is_bad": False, "often": often, "num": 1})
 
     def items(self) -> list[dict[str, Any]]:
-        """When (Unix time), what, and whether it is bad."""
+        """The events: when (Unix time), what, and whether it is bad."""
         oldest = self._clock() - _KEPT_S
         return [{name: item[name] for name in ("at", "text", "is_bad")} for item in self._items if item["at"] >= oldest]
 
 
 class FleetRecord:
-    """What the fleet page tells of the past: events, and the replicas that left, those of the last 15 minutes.
+    """What the fleet page shows of the last 15 minutes: events, and the replicas that left.
 
     Args:
         clock: Unix time in seconds.
@@ -62,12 +62,12 @@ class FleetRecord:
         self.events = EventLog(clock)
 
     def note_departure(self, replica_id: str, departure: Departure, node: str | None, lived_s: float) -> None:
-        """A replica has just left.
+        """Note that a replica has just left.
 
         Args:
-            replica_id: which.
+            replica_id: the replica.
             departure: how and why.
-            node: where it ran; None for not known.
+            node: where it ran; None if not known.
             lived_s: seconds since the router first saw it.
         """
         is_failure = departure.cause.is_failure
@@ -85,6 +85,6 @@ class FleetRecord:
         )
 
     def departures(self) -> list[dict[str, Any]]:
-        """Replicas that left, newest first: when (Unix time), which, from where, how and why."""
+        """Replicas that left, newest first: when (Unix time), which, where it ran, how and why."""
         oldest = self._clock() - _KEPT_S
         return [item for item in self._departures if item["at"] >= oldest]

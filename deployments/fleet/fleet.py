@@ -1,4 +1,4 @@
-"""`Fleet`: what one router knows of its replicas' loads and caches, up to date between their reports too."""
+"""`Fleet`: what one router knows about its replicas' loads and caches, kept up to date between their reports too."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ class _Replica:
     """One replica.
 
     Attributes:
-        load: its last report, and what this router has seen since.
-        blocks: what its prefix cache holds by its last report.
+        load: its load by its last report, and what this router has seen since.
+        blocks: what its prefix cache holds according to its last report.
         unreported: streams that its last report does not count.
-        coming: streams whose prompts its last report does not know as cached, though they are or will be.
-        coming_blocks: the blocks of these.
+        coming: streams whose prompts are or will be cached, although its last report does not say so.
+        coming_blocks: the blocks of these streams.
     """
 
     load: ReplicaLoad
@@ -31,7 +31,7 @@ class _Replica:
         return block not in self.blocks and block not in self.coming_blocks
 
     def drop_known_blocks(self) -> None:
-        """A report has come: it knows what prompts that are through have left in the cache."""
+        """Drop what a new report already covers: the cached blocks of prompts that are prefilled."""
         if any(stream.is_prefilled for stream in self.coming.values()):
             self.coming = {i: stream for i, stream in self.coming.items() if not stream.is_prefilled}
             self.coming_blocks = set().union(*(stream.block_hashes for stream in self.coming.values()))
@@ -39,12 +39,12 @@ class _Replica:
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """A request of this router that a replica has, or that is on its way there.
+    """A request of this router that a replica has, or that is on its way to one.
 
     Attributes:
-        replica: whose it is.
-        num_new_tokens: what the replica had to prefill for it, as known when it was sent.
-        block_hashes: of its full pages.
+        replica: the replica that it belongs to.
+        num_new_tokens: tokens that the replica had to prefill for it, as known when it was sent.
+        block_hashes: hashes of its full pages.
         is_prefilled: it has its first token, or has ended.
     """
 
@@ -57,14 +57,15 @@ class _Stream:
 class Fleet:
     """One router's view of its replicas. Lives on the router's event loop.
 
-    A replica's report says what it had when it was made. Requests of this router that it does not count are added:
-    it names the streams that have arrived since the report before, so nothing is counted twice or not at all, however
-    old it is and however many routers there are. First tokens and ends come through the same channel, in order: those
-    seen before a report are in it, those seen after it are taken off. Whatever goes another way than expected
-    (another replica took the request, a message is lost) is put right by the next report, first token or end.
+    A report says what the replica had when the report was made. Requests of this router that it does not count are
+    added. Each report names the streams that arrived since the previous one, so nothing is counted twice or left out,
+    however old the report is and however many routers there are. First tokens and ends come through the same channel,
+    in order: those seen before a report are in it, and those seen after it are subtracted. If something goes
+    differently than expected (another replica took the request, a message was lost), the next report, first token or
+    end corrects it.
 
     Args:
-        policy: puts the replicas in order.
+        policy: ranks the replicas.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -79,7 +80,7 @@ class Fleet:
         return tuple(self._replicas)
 
     def load(self, replica_id: str) -> ReplicaLoad:
-        """How busy a replica is. Read only; it changes as the fleet does.
+        """How busy a replica is. Do not change it; it changes with the fleet.
 
         Raises:
             KeyError: there is no such replica.
@@ -95,13 +96,13 @@ class Fleet:
         is_snapshot: bool,
         received: Iterable[int] = (),
     ) -> None:
-        """Take in a replica's state; one that is unknown joins the fleet.
+        """Take in a replica's state; an unknown replica joins the fleet.
 
         Args:
-            replica_id: whose.
-            stats: of its engine, between two steps.
+            replica_id: the replica.
+            stats: statistics of its engine, taken between two steps.
             added: blocks that its prefix cache has gained since its last report.
-            removed: blocks that it has given up.
+            removed: blocks that it has evicted.
             is_snapshot: `added` is all that it holds.
             received: streams of this router that have arrived there since its last report.
         """
@@ -122,15 +123,16 @@ class Fleet:
         load.num_prefill_tokens = stats.num_waiting_tokens + sum(stream.num_new_tokens for stream in unreported)
 
     def remove(self, replica_id: str) -> None:
-        """A replica is gone, or shall get nothing more. No effect on one that is unknown."""
+        """Remove a replica that is gone or shall get nothing more. No effect if it is unknown."""
         self._replicas.pop(replica_id, None)
 
     def rank(self, num_tokens: int, block_hashes: Sequence[int]) -> list[str]:
         """Ids of the replicas for a request, best first.
 
         Args:
-            num_tokens: to prefill if nothing is cached; at least 1.
-            block_hashes: of its full pages, first page first; each one names everything up to its page's end.
+            num_tokens: tokens to prefill if nothing is cached; at least 1.
+            block_hashes: hashes of the request's full pages, first page first; each covers everything up to its page's
+                end.
         """
         replicas = list(self._replicas.values())
         num_blocks = _num_cached_blocks(replicas, block_hashes)
@@ -138,10 +140,10 @@ class Fleet:
         return self._policy.rank([replica.load for replica in replicas], num_tokens, num_cached)
 
     def sent(self, replica_id: str, stream_id: int, num_tokens: int, block_hashes: Sequence[int]) -> None:
-        """A request goes to a replica; it counts there until `ended`. No effect where the replica is unknown.
+        """Note that a request goes to a replica, and counts there until `ended`. No effect if the replica is unknown.
 
         Args:
-            replica_id: where to.
+            replica_id: where it goes.
             stream_id: the router's number for it, not in use.
             num_tokens, block_hashes: as for `rank`. The hashes are kept, not copied.
         """
@@ -157,7 +159,7 @@ class Fleet:
         replica.load.num_prefill_tokens += stream.num_new_tokens
 
     def prefilled(self, stream_id: int) -> None:
-        """A request has its first token. No effect on one that is unknown, nor a second time."""
+        """Note that a request has its first token. No effect if it is unknown, or a second time."""
         stream = self._streams.get(stream_id)
         if stream is None or stream.is_prefilled:
             return
@@ -167,7 +169,7 @@ class Fleet:
         load.num_prefill_tokens = max(load.num_prefill_tokens - stream.num_new_tokens, 0)
 
     def ended(self, stream_id: int) -> None:
-        """A request has left its replica, done or not. No effect on one that is unknown, nor a second time."""
+        """Note that a request has left its replica, done or not. No effect if it is unknown, or a second time."""
         self.prefilled(stream_id)
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
@@ -176,7 +178,7 @@ class Fleet:
             load.num_own_rows -= 1
 
     def _note_arrival(self, stream_id: int, replica: _Replica) -> None:
-        """A report counts this stream from now on; it may be at another replica than the one it was sent to."""
+        """Reports count this stream from now on; it may have arrived at a replica other than the one it was sent to."""
         stream = self._streams.get(stream_id)
         if stream is None:
             return
@@ -192,18 +194,18 @@ class Fleet:
         replica.load.num_own_rows += 1
 
     def _num_tokens(self, num_blocks: int, num_tokens: int) -> int:
-        """Tokens that so many cached blocks save; never a prompt's last, which must run to draw the next."""
+        """Tokens that this many cached blocks save; never a prompt's last token, which must run to draw the next."""
         return min(num_blocks * self._page_size, num_tokens - 1)
 
 
 def _num_cached_blocks(replicas: Sequence[_Replica], blocks: Sequence[int]) -> dict[str, int]:
     """How many of a prompt's leading blocks each replica holds, by its id.
 
-    A cache that holds a block nearly always holds those before it, so the first that is missing is found by bisection.
-    Most replicas hold as much as some other, so one is searched, and of the others only those that differ from it.
+    A cache that holds a block nearly always holds those before it, so bisection finds the first missing block. Most
+    replicas hold as much as some other replica, so one is searched, and then only the replicas that differ from it.
     """
     num_blocks: dict[str, int] = {}
-    groups = [(replicas, 0, len(blocks))]  # none of a group holds less than the second or more than the third
+    groups = [(replicas, 0, len(blocks))]  # each replica of a group holds at least the second and at most the third
     while groups:
         group, low, high = groups.pop()
         if not group:

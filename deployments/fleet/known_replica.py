@@ -1,4 +1,4 @@
-"""`KnownReplica`: what a router knows of one replica."""
+"""`KnownReplica`: what a router knows about one replica."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -12,45 +12,45 @@ from deployments.fleet.verdict import Standing, Verdict
 from llm.serving.schemas import EngineStats
 
 _TOLD_BY_CALL_S = 30.0
-"""How long before a replica's end a call may have failed that tells of it."""
+"""A call that failed at most this long before a replica's end may tell why it ended."""
 
 
 @dataclass(slots=True)
 class KnownReplica:
-    """What is known of one replica. `FleetWatch` writes it. Times are those of its clock; None for never."""
+    """What is known about one replica. `FleetWatch` writes it, and times are on its clock; None means never."""
 
     joined_at: float
     since: float
     delisted_at: float | None = None
     """When it was taken off the list."""
     was_serving: bool = False
-    """Whether it got new requests then."""
+    """Whether it got new requests when it was delisted."""
     silence_then_s: float = 0.0
-    """How long it had been silent then."""
+    """How long it had been silent when it was delisted."""
     heard_at: float | None = None
     stats: EngineStats | None = None
     condition: Condition = field(default_factory=Condition)
     call_failed_at: float | None = None
     call_error: str = ""
-    """Why that call failed."""
+    """Why the last failed call failed."""
     departure: Departure | None = None
     """Set once it has left."""
     asked_to_stay_at: float = -math.inf
     standing: Standing = Standing.STARTING
-    """As the event log was last told."""
+    """The standing that the event log last showed."""
 
     def silence_s(self, now: float) -> float:
-        """Seconds since its last report, or since the router began to listen where none has come."""
+        """Seconds since its last report, or since the router began to listen if there has been none."""
         return now - (self.since if self.heard_at is None else self.heard_at)
 
     def forgive(self, absence_s: float, now: float) -> None:
-        """Whoever listens was away for so long: that was no silence."""
+        """Discount `absence_s` seconds in which the listener itself was not running."""
         self.since = min(self.since + absence_s, now)
         if self.heard_at is not None:
             self.heard_at = min(self.heard_at + absence_s, now)
 
     def traces(self, now: float, silence_timeout_s: float, *, is_updating: bool, is_autoscaled: bool) -> Traces:
-        """What tells how it came to its end."""
+        """The evidence of how it ended."""
         is_call_recent = self.call_failed_at is not None and now - self.call_failed_at < _TOLD_BY_CALL_S
         return Traces(
             self.condition,

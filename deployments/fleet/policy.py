@@ -1,6 +1,6 @@
 """Which replica a request goes to. Plain values in, an order out: no Ray, no sockets, no clock.
 
-`docs/decisions/0007-routing-by-cost.md` has the reasons and the numbers, `benchmarks/routing_sim.py` measures.
+`docs/decisions/0007-routing-by-cost.md` has the reasons and the numbers; `benchmarks/routing_sim.py` measures them.
 """
 
 import random
@@ -13,8 +13,8 @@ from deployments.config import PolicyName
 ROW_TOKENS = 512
 """Prefill tokens that one more row counts for.
 
-On an H200 a row with 1,024 tokens of context makes a step longer by what one prefill token takes, and a request shares
-some 250 steps with it. It slows that row as much as that row slows it: hence twice that.
+On an H200, a row with 1,024 tokens of context lengthens a step by as much as one prefill token, and a request shares
+some 250 steps with it. The request slows that row as much as the row slows the request, hence twice that number.
 """
 _MEMORY = 0.98
 _MAX_FOREIGN_SHARE = 0.9
@@ -22,47 +22,49 @@ _MAX_FOREIGN_SHARE = 0.9
 
 @dataclass(slots=True)
 class ReplicaLoad:
-    """How busy one replica is, as one router knows it. Written by `Fleet` alone; everybody else reads."""
+    """How busy one replica is, as far as one router knows. Only `Fleet` writes it; everything else reads it."""
 
     replica_id: str
     num_rows: int = 0
-    """Requests that it runs or queues, or that are on the way there."""
+    """Requests that it runs or queues, or that are on their way to it."""
     num_own_rows: int = 0
-    """Of those, how many this router sent."""
+    """How many of those requests this router sent."""
     max_rows: int = 0
-    """Requests that it runs at once."""
+    """Most requests that it runs at once."""
     num_prefill_tokens: int = 0
-    """Tokens that it must prefill before the first of a new request."""
+    """Tokens that it must prefill before the first token of a new request."""
 
 
 class Policy(Protocol):
-    """Puts replicas in order for one request. One object serves one router; it may remember what it chose."""
+    """Ranks replicas for one request. One object serves one router; it may remember what it chose."""
 
     def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
         """Ids of all replicas, best first. Called once for each request.
 
         Args:
             loads: the replicas, in an order that changes only as they come and go.
-            num_tokens: of the request's prompt, and of what an earlier replica generated.
-            num_cached_tokens: for each of `loads`, how many of these its prefix cache holds.
+            num_tokens: tokens of the request's prompt and of what an earlier replica generated.
+            num_cached_tokens: for each of `loads`, how many of these tokens its prefix cache holds.
         """
         ...
 
 
 class CostPolicy:
-    """Least cost first: tokens to prefill until this request's first token, and tokens' worth of decode load.
+    """Least cost first. The cost is the tokens to prefill before this request's first token, plus the decode load in
+    tokens.
 
-    A cached prefix makes a replica cheaper by its tokens and a queue makes it dearer by its tokens, so a prefix that
-    many ask for spreads as soon as waiting for it costs more than computing it again. Equal costs go to the fewest
-    rows, then in turn.
+    A cached prefix makes a replica cheaper by its tokens, and a queue makes it more expensive by its tokens. A popular
+    prefix therefore spreads as soon as waiting for it costs more than computing it again. Ties go to the replica with
+    the fewest rows, then in turn.
 
-    What other routers have sent since the last report is unknown, and routers that knew the same and chose the best
-    would all choose the same. So costs are blurred by up to a typical request's for each other router; how many there
-    are shows in the share of rows that this router did not send. A single router blurs nothing.
+    What other routers have sent since the last report is unknown, and routers that know the same and choose the best
+    would all choose the same replica. Costs are therefore blurred by up to the cost of a typical request for each other
+    router. The share of rows that this router did not send shows how many routers there are. A single router blurs
+    nothing.
 
     Args:
         row_tokens: prefill tokens that one more row counts for.
-        seed: of the blur, and of whose turn it is at first; None for any.
+        seed: seed of the blur and of whose turn is first; None for any.
     """
 
     def __init__(self, row_tokens: float = ROW_TOKENS, seed: int | None = None) -> None:
@@ -93,7 +95,7 @@ class CostPolicy:
         return [loads[index].replica_id for *_, index in order]
 
     def _blur(self, loads: Sequence[ReplicaLoad]) -> float:
-        """Tokens by which a cost may be off, since other routers have sent requests too."""
+        """Tokens by which a cost may be off because other routers have sent requests too."""
         num_rows = num_own_rows = 0
         for load in loads:
             num_rows += load.num_rows
@@ -105,10 +107,10 @@ class CostPolicy:
 
 
 class RoundRobin:
-    """In turn.
+    """Ranks replicas in turn.
 
     Args:
-        seed: of whose turn it is at first; None for any.
+        seed: seed of whose turn is first; None for any.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -124,10 +126,10 @@ class RoundRobin:
 
 
 class PowerOfTwoChoices:
-    """Fewer rows first of two drawn at random (Mitzenmacher 2001), then the others as drawn.
+    """Of two replicas drawn at random, the one with fewer rows first (Mitzenmacher 2001); then the others as drawn.
 
     Args:
-        seed: of the draws; None for any.
+        seed: seed of the draws; None for any.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -153,5 +155,5 @@ def make_policy(name: PolicyName, seed: int | None = None) -> Policy:
 
 
 def _moved(mean: float, value: float) -> float:
-    """An average that forgets, one value later."""
+    """An exponential moving average after one more value."""
     return _MEMORY * mean + (1 - _MEMORY) * value

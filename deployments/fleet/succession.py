@@ -4,10 +4,10 @@ import math
 
 
 class Succession:
-    """Compares when replicas of the router's version joined, and those of others.
+    """Compares when replicas of the router's version and of other versions joined.
 
-    Ray Serve starts replicas of the newest version only. So once the one that joined last is of another version than
-    the router, no more of the router's will come.
+    Ray Serve starts replicas of the newest version only. Once the newest replica is of a version other than the
+    router's, no more replicas of the router's version will join.
     """
 
     def __init__(self) -> None:
@@ -15,16 +15,16 @@ class Succession:
 
     @property
     def is_over(self) -> bool:
-        """Whether no more replicas of the router's version will come."""
+        """Whether no more replicas of the router's version will join."""
         return self._other_at > self._own_at
 
     def begin(self, now: float) -> None:
-        """The router has its first list of replicas. Those on it may be of the version before its own."""
+        """Note that the router has its first list of replicas. They may be of the version before its own."""
         if self._own_at == -math.inf:
             self._own_at = now
 
     def note(self, joined_at: float, *, is_own: bool) -> None:
-        """A replica that Ray Serve has listed since `joined_at` has told its version."""
+        """Note that a replica that Ray Serve has listed since `joined_at` has reported its version."""
         if is_own:
             self._own_at = max(self._own_at, joined_at)
         else:

@@ -9,8 +9,8 @@ from enum import StrEnum
 from deployments.channel.messages import Condition
 
 _PROOF_S = 0.3
-"""A replica that has failed a call is believed again once it reports well so much later: what it sent before counts
-for nothing."""
+"""A replica that failed a call is trusted again once it sends a good report at least this much later; what it sent
+before does not count."""
 _GONE_AFTER_S = 1.0
 
 
@@ -20,17 +20,17 @@ class Standing(StrEnum):
     SERVING = "serving"
     """It gets new requests."""
     STARTING = "starting"
-    """It has not told this router yet what it holds."""
+    """It has not yet told this router what it holds."""
     DOUBTFUL = "doubtful"
     """It has just failed a step or a call and has not proven itself since."""
     SILENT = "silent"
     """It has not reported for a while."""
     STALLED = "stalled"
-    """It has been silent for so long that its requests go on elsewhere."""
+    """It has been silent for so long that its requests continue elsewhere."""
     BROKEN = "broken"
     """Its engine will never step again."""
     OTHER_VERSION = "other version"
-    """It runs another version of the model than this router was made for."""
+    """It runs a version of the model other than the one this router was made for."""
     LEAVING = "leaving"
     """It is being taken away, and finishes what it has."""
     STAYING = "staying"
@@ -40,18 +40,18 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a router knows of a replica.
+    """What a router knows about a replica.
 
     Attributes:
         is_listed: Ray Serve lists it as running.
         has_joined: it has told this router everything that its prefix cache holds.
-        is_same_version: it runs the version of the model that this router was made for; None for not yet known.
-        silence_s: seconds since its last report, or since the router began to listen where none has come.
-        has_reported: whether any has come.
-        condition: what it says of itself.
+        is_same_version: it runs the version of the model that this router was made for; None if not yet known.
+        silence_s: seconds since its last report, or since the router began to listen if there has been none.
+        has_reported: whether there has been any report.
+        condition: what it says about itself.
         call_failed_s: seconds since a call to it failed; None for never.
         delisted_s: seconds since Ray Serve took it off its list; None while it is listed.
-        is_last: it is not listed, and those that are run, or may run, another version than the router's.
+        is_last: it is not listed, and all listed replicas run, or may run, a version other than the router's.
     """
 
     is_listed: bool
@@ -79,12 +79,12 @@ class Verdict:
     """What a router does with a replica.
 
     Attributes:
-        standing: in a word.
-        why: in a sentence, for people.
+        standing: the replica's standing in a word.
+        why: the reason in a sentence, for people.
         may_get_new: whether new requests go there.
-        may_keep: whether the requests that it has stay there; else they go on elsewhere.
-        must_be_replaced: whether it will not serve again, so that Ray Serve has to start another one.
-        is_failure: whether requests that may not stay leave because it failed, and not because it is taken away.
+        may_keep: whether the requests that it has stay there; otherwise they continue elsewhere.
+        must_be_replaced: whether it will never serve again, so Ray Serve has to start another one.
+        is_failure: whether requests that may not stay leave because it failed, not because it is taken away.
     """
 
     standing: Standing
@@ -96,7 +96,7 @@ class Verdict:
 
 
 def judge(evidence: Evidence, limits: Limits) -> Verdict:
-    """Decide. The gravest evidence counts."""
+    """Decide. The most serious evidence counts."""
     condition, silence_s = evidence.condition, evidence.silence_s
     if condition.failure is not None and evidence.is_listed:
         return _failed(Standing.BROKEN, f"its engine broke down: {condition.failure}")
@@ -130,7 +130,7 @@ def _has_just_failed(evidence: Evidence) -> bool:
 
 
 def _judge_leaving(evidence: Evidence, delisted_s: float, limits: Limits) -> Verdict:
-    """Ray Serve takes the replica away."""
+    """Judge a replica that Ray Serve is taking away."""
     may_keep, condition = delisted_s <= limits.drain_after_s, evidence.condition
     if evidence.silence_s > _GONE_AFTER_S:
         return Verdict(Standing.GONE, "Ray Serve removed it", may_keep=may_keep)

@@ -1,4 +1,4 @@
-"""`FleetWatch`: which replicas there are, which of them are well, and whose streams have to move."""
+"""`FleetWatch`: which replicas there are, which of them are healthy, and whose streams have to move."""
 
 import asyncio
 import logging
@@ -26,34 +26,34 @@ logger = logging.getLogger("ray.serve")
 
 _CHECK_INTERVAL_S = 0.2
 _ABSENT_AFTER_S = 0.5
-"""A check that comes later than this after the one before: the router itself did not run meanwhile."""
+"""If a check comes more than this long after the previous one, the router itself was not running in between."""
 _ATTACH_TIMEOUT_S = 5.0
 _ATTACH_RETRY_S = 0.3
 _FORGET_AFTER_S = 10.0
 _DELIBERATE_S = 1.0
-"""A replica that was well when Ray Serve took it off its list, and is lost no sooner than this, was taken away."""
+"""A replica that was healthy when Ray Serve took it off its list, and is lost no sooner than this, was taken away."""
 _QUEUE_NEWS_INTERVAL_S = 0.5
 _STARTING_INTERVAL_S = 1.0
 _STARTING_LIFETIME_S = 10.0
-"""How long Ray Serve's word counts that a replica is starting; it does not answer where its controller hangs."""
+"""How long Ray Serve's word that a replica is starting counts; it does not answer if its controller hangs."""
 _STAY_INTERVAL_S, _STAY_S = 1.0, 3.0
 """How often a replica is asked to stay, and for how long each time."""
 _TROUBLE = frozenset({Standing.DOUBTFUL, Standing.SILENT, Standing.STALLED, Standing.BROKEN})
 
 
 class FleetWatch:
-    """Keeps a router's `Fleet` true. Lives on the router's event loop.
+    """Keeps a router's `Fleet` correct. Lives on the router's event loop.
 
-    It gathers the evidence on each replica, has `verdict.judge` decide, and does what was decided: a replica that may
-    not get new requests leaves the fleet, and the requests of one that may not keep them go on elsewhere.
+    It gathers the evidence on each replica, has `verdict.judge` decide, and acts on the decision: a replica that may
+    not get new requests leaves the fleet, and if it may not keep the requests it has, they continue elsewhere.
 
     Args:
         client: the replicas.
-        fleet: what to keep true.
+        fleet: what to keep correct.
         work: the router's requests.
         channel: where replicas shall report; may be changed.
         config: the router's; may be changed.
-        num_expected: replicas that Ray Serve keeps running at least.
+        num_expected: least number of replicas that Ray Serve keeps running.
         fingerprint: the version of the model that the router was made for; may be changed.
         is_autoscaled: whether the number of replicas follows the load.
         clock: seconds; monotonic.
@@ -90,7 +90,7 @@ class FleetWatch:
         self._asked_at = self._told_at = -math.inf
         self._succession = Succession()
         self._is_without_own = False
-        """Whether no replica of the router's version is on Serve's list, in an update or what may be one."""
+        """Whether an update seems to be under way and Serve lists no replica of the router's version."""
         self._staying: set[asyncio.Task[None]] = set()
         self._telling: asyncio.Task[None] | None = None
         self._queue_news_at = 0.0
@@ -100,7 +100,7 @@ class FleetWatch:
         self._task = asyncio.get_running_loop().create_task(self._check_for_ever())
 
     def snapshot(self) -> dict[str, Any]:
-        """Last reports of the replicas and the verdicts on them; those gone for a few seconds are included."""
+        """Last reports of the replicas and the verdicts on them, including replicas gone for a few seconds."""
         now = self._clock()
         states = {}
         for replica_id, replica in self._replicas.items():
@@ -124,12 +124,12 @@ class FleetWatch:
         return {replica_id: stats.num_generated_tokens for replica_id, stats in known.items() if stats is not None}
 
     def versions(self) -> dict[str, str]:
-        """Fingerprints of the replicas on Serve's list, as far as they have told theirs."""
+        """Fingerprints of the replicas on Serve's list, as far as they have reported them."""
         known = {replica_id: self._replicas[replica_id].condition.fingerprint for replica_id in self._running}
         return {replica_id: fingerprint for replica_id, fingerprint in known.items() if fingerprint}
 
     def note_move(self, replica_id: str | None) -> None:
-        """A stream of this replica goes on elsewhere."""
+        """Note that a stream of this replica continues elsewhere."""
         if replica_id is not None:
             self.record.events.count(
                 f"A stream of replica {replica_id} continues elsewhere",
@@ -137,14 +137,14 @@ class FleetWatch:
             )
 
     def note_failed_call(self, replica_id: str, why: str) -> bool:
-        """A call to a replica has failed, or the replica has died.
+        """Note that a call to a replica has failed, or the replica has died.
 
         Args:
-            replica_id: which.
-            why: in a sentence about the replica.
+            replica_id: the replica.
+            why: the reason, in a sentence about the replica.
 
         Returns:
-            Whether something is wrong; False where Ray Serve has taken the replica away in good order.
+            Whether something is wrong; False if Ray Serve has taken the replica away in good order.
         """
         replica, now = self._replicas.get(replica_id), self._clock()
         if replica is None:
@@ -156,7 +156,7 @@ class FleetWatch:
         return True
 
     def set_running(self, replica_ids: frozenset[str]) -> None:
-        """Serve's list of running replicas has changed."""
+        """Take in a change of Serve's list of running replicas."""
         now = self._clock()
         left, joined = self._running - replica_ids, replica_ids - self._running
         self._running = replica_ids
@@ -178,7 +178,7 @@ class FleetWatch:
         self._work.fleet_changed()
 
     def take_report(self, report: Report) -> None:
-        """A replica has told its state."""
+        """Take in a replica's state."""
         replica_id, now = report.replica_id, self._clock()
         replica = self._replicas.setdefault(replica_id, KnownReplica(now, now, delisted_at=now))
         replica.heard_at, replica.stats, replica.condition = now, report.stats, report.condition
@@ -224,7 +224,8 @@ class FleetWatch:
         return is_same_version(self.fingerprint, replica.condition.fingerprint)
 
     def _lacks_own_version(self) -> bool:
-        """Whether no replica on Serve's list is of the router's version, and at least one is or may be of a later."""
+        """Whether no replica on Serve's list is of the router's version, and at least one is or may be of a later
+        one."""
         is_unknown = False
         for replica_id in self._running:
             replica = self._replicas[replica_id]
@@ -235,7 +236,7 @@ class FleetWatch:
         return is_unknown or self._succession.is_over
 
     def _review(self, replica_id: str) -> None:
-        """Judge a replica anew and do what was decided."""
+        """Judge a replica again and act on the verdict."""
         replica = self._replicas[replica_id]
         verdict = self._judge(replica_id, replica)
         if not verdict.may_get_new:
@@ -260,7 +261,7 @@ class FleetWatch:
             self.record.events.add(f"Replica {replica_id} is serving again")
 
     def _note_departure(self, replica_id: str, replica: KnownReplica, verdict: Verdict) -> None:
-        """Say why a replica that Ray Serve no longer lists has left, once it has."""
+        """Record why a replica that Ray Serve no longer lists has left, once it has."""
         if verdict.standing is not Standing.GONE and not replica.condition.has_shut_down:
             return
         now, condition = self._clock(), replica.condition
@@ -288,7 +289,7 @@ class FleetWatch:
         absence_s, self._checked_at = now - self._checked_at - _CHECK_INTERVAL_S, now
         self._is_without_own = self._lacks_own_version()
         for replica_id, replica in list(self._replicas.items()):
-            if absence_s > _ABSENT_AFTER_S:  # all replicas would look dead at once to a process that was stopped
+            if absence_s > _ABSENT_AFTER_S:  # to a process that was stopped, all replicas would look dead at once
                 replica.forgive(absence_s, now)
             self._review(replica_id)
             is_left = replica.delisted_at is not None and not self._work.is_on(replica_id)
@@ -315,7 +316,7 @@ class FleetWatch:
         return Prospects(frozenset(hopeful), is_one_coming, is_starting)
 
     def _ask_to_stay(self, now: float) -> None:
-        """Keep what Serve is taking away while this router has nothing else; new routers take over in a moment."""
+        """Keep replicas that Serve is taking away while this router has no others; new routers will soon take over."""
         for replica_id, replica in self._replicas.items():
             if replica.standing is Standing.STAYING and now - replica.asked_to_stay_at >= _STAY_INTERVAL_S:
                 replica.asked_to_stay_at = now
@@ -325,7 +326,7 @@ class FleetWatch:
                 task.add_done_callback(self._staying.discard)
 
     def _attach(self, replica_id: str) -> None:
-        """Have a replica report here, with everything its prefix cache holds; until it does, nothing goes there."""
+        """Have a replica report here everything its prefix cache holds; until it does, no request goes there."""
         if replica_id not in self._attaching:
             task = asyncio.get_running_loop().create_task(self._attach_until_heard(replica_id))
             self._attaching[replica_id] = task
@@ -345,7 +346,7 @@ class FleetWatch:
                 return
 
     def _wake_up(self) -> None:
-        """While requests wait and there is no replica, have a call wait in Serve, which scales up from 0 by that."""
+        """While requests wait and there is no replica, have a call wait in Serve, which makes it scale up from 0."""
         is_needed = self._work.is_engine_wanted and not self._running
         if is_needed and (self._waking is None or self._waking.done()):
             self._waking = asyncio.get_running_loop().create_task(_unless_lost(self._client.wake()))
@@ -354,7 +355,7 @@ class FleetWatch:
             self._waking = None
 
     def _ask_who_starts(self, now: float) -> None:
-        """While requests wait and there is no replica, keep up with how many are being started."""
+        """While requests wait and there is no replica, keep track of how many are being started."""
         if not self._work.is_engine_wanted or self._fleet.replica_ids:
             self._num_starting = 0
         elif now - self._asked_at > _STARTING_INTERVAL_S and (self._asking is None or self._asking.done()):
@@ -369,7 +370,7 @@ class FleetWatch:
             logger.exception("Serve cannot be asked which replicas are starting; trying again")
 
     def _tell_queue(self, now: float) -> None:
-        """Tell one replica how much waits here: its autoscaling statistics count it in."""
+        """Tell one replica how much waits here, for its autoscaling statistics to include."""
         if self._work.num_waiting and self._fleet.replica_ids and now >= self._queue_news_at:
             self._queue_news_at = now + _QUEUE_NEWS_INTERVAL_S
             replica_id = min(self._fleet.replica_ids)

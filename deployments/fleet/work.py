@@ -1,4 +1,4 @@
-"""What a router's requests and its view of the fleet are to each other."""
+"""How a router's requests and its view of the fleet see each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from deployments.channel.messages import EngineInfo
 
 @dataclass(frozen=True, slots=True)
 class Prospects:
-    """Where requests may hope to go.
+    """Where requests can expect to go.
 
     Attributes:
         replica_ids: replicas of the router's version that serve, or may serve soon.
-        is_one_coming: whether another one is to replace one that failed, or is missing.
-        is_starting: whether Ray Serve says that one is being started that may be of the router's version.
-        is_outdated: whether an update has left the router behind: no replica of its version is left, and none comes.
+        is_one_coming: whether a replica will replace one that failed or is missing.
+        is_starting: whether Ray Serve says that a replica that may be of the router's version is being started.
+        is_outdated: whether an update has left the router behind: no replica of its version is left or will join.
     """
 
     replica_ids: frozenset[str]
@@ -29,33 +29,33 @@ class Work(Protocol):
 
     @property
     def num_waiting(self) -> int:
-        """Requests that no replica has yet."""
+        """Number of requests that no replica has yet."""
         ...
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Tokens that these have to prefill."""
+        """Number of tokens to prefill for these requests."""
         ...
 
     def fleet_changed(self) -> None:
-        """Send on what has room now."""
+        """Send on the requests for which there is room now."""
         ...
 
     @property
     def is_engine_wanted(self) -> bool:
-        """Whether any request waits for a replica to start or to say what its engine is."""
+        """Whether any request waits for a replica to start or to report its engine."""
         ...
 
     def learn(self, info: EngineInfo) -> None:
-        """A replica has said what its engine is."""
+        """Take in what a replica says about its engine."""
         ...
 
     def tick(self, prospects: Prospects) -> None:
-        """Give up what has waited too long, or waits for nothing; called a few times a second."""
+        """Give up requests that have waited too long or in vain; called a few times a second."""
         ...
 
     def note_arrivals(self, stream_ids: Sequence[int]) -> None:
-        """Streams have arrived at the replica that they were sent to."""
+        """Note that streams have arrived at the replica that they were sent to."""
         ...
 
     def is_on(self, replica_id: str) -> bool:
@@ -63,11 +63,11 @@ class Work(Protocol):
         ...
 
     def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
-        """Have what runs on a replica go on elsewhere, if failover is on.
+        """Have the requests on a replica continue elsewhere, if failover is on.
 
         Args:
-            replica_id: where it runs.
-            why: in a sentence about the replica.
-            is_failure: the replica failed; else it is being taken away.
+            replica_id: where they run.
+            why: the reason, in a sentence about the replica.
+            is_failure: the replica failed; otherwise it is being taken away.
         """
         ...

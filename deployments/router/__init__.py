@@ -1,1 +1,1 @@
-"""Live requests of one router: admission, choice of replica, failover."""
+"""One router's live requests: admission, choice of replica, failover."""

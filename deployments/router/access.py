@@ -1,4 +1,4 @@
-"""`Access`: which keys count now, and what each may still do."""
+"""`Access`: which keys are valid now, and what each may still do."""
 
 import asyncio
 import logging
@@ -16,15 +16,15 @@ _LOOK_INTERVAL_S = 0.5
 
 
 class Access:
-    """Who may use a router, and how much. Make it on the event loop that it is to live on.
+    """Who may use a router, and how much. Create it on the event loop that it is to live on.
 
-    A key that is taken out of its file, or gets another secret there, is refused at once, and what runs with it ends
-    with an error. Limits that change keep what has been used of the old ones.
+    A key that is removed from its file, or gets another secret there, is refused at once, and requests that run with it
+    end with an error. When limits change, what has been used of the old ones still counts.
 
     Args:
-        source: the keys; without any, everybody may do everything.
-        accountant: who leases the keys' limits to all routers; None where this router is the only one.
-        when_away: what becomes of requests of keys with limits while the accountant cannot be reached.
+        source: the keys; if there are none, everyone may do everything.
+        accountant: who leases the keys' limits to all routers; None if this router is the only one.
+        when_away: what happens to requests of keys with limits while the accountant cannot be reached.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class Access:
         return bool(self.keys)
 
     def account(self, key: ApiKey) -> Account:
-        """What a key has used."""
+        """The account of what a key has used."""
         return self._quotas.account(key)
 
     async def enter(self, account: Account) -> Refusal | None:
-        """Open a request, which must `leave`; or say why not.
+        """Open a request, which must `leave` later, or say why it cannot be opened.
 
         Raises:
-            AccountantAwayError: it cannot be known, and such requests are to be refused.
+            AccountantAwayError: the accountant cannot be reached, and the configuration refuses requests meanwhile.
         """
         return await self._quotas.enter(account)
 
     def change_keys(self, keys: tuple[ApiKey, ...]) -> None:
-        """Let other keys count from now on."""
+        """Replace the valid keys from now on."""
         old, new = {key.name: key for key in self.keys}, {key.name: key for key in keys}
         self.keys = keys
         self._num_changes += 1

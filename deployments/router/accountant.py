@@ -1,12 +1,12 @@
-"""`Accountant`: what each API key may still do, counted once for all routers.
+"""`Accountant`: what each API key may still do, counted in one place for all routers.
 
 A router leases units of a key's rates and slots for its open requests, and spends them without asking. Each exchange
-states what the router holds, as absolute figures, and the reply adds to it. So an exchange that is lost, late or
-repeated changes nothing: the next one puts both sides right. All routers together hold at most `MAX_IDLE_SHARE` of a
-limit idle; whoever needs more at once asks for it by number of waiting requests.
+states what the router holds, in absolute figures, and the reply adds to that. An exchange that is lost, late or
+repeated therefore changes nothing: the next one corrects both sides. All routers together hold at most `MAX_IDLE_SHARE`
+of a limit idle; a router that needs more at once asks for it by its number of waiting requests.
 
-An accountant that starts anew learns from the routers what they hold and how much of each limit was left. It grants
-nothing before it has heard from all of them, or `RECOVERY_S` have passed.
+An accountant that restarts learns from the routers what they hold and how much of each limit was left. It grants
+nothing until it has heard from all of them, or `RECOVERY_S` has passed.
 """
 
 import math
@@ -19,9 +19,9 @@ from deployments.router.bucket import Bucket
 from deployments.router.leases import Ask, Claim, Grant, Holding, Lease, Quota, Reply
 
 MAX_IDLE_SHARE = 0.05
-"""Share of a limit that routers may hold without using it, all together."""
+"""Share of a limit that all routers together may hold without using it."""
 LEASE_S = 10.0
-"""A router that is silent for so long holds nothing any more."""
+"""A router that is silent for this long no longer holds anything."""
 RECOVERY_S = 3.0
 
 _TIDY_INTERVAL_S = 1.0
@@ -33,7 +33,7 @@ class _Purse:
     in_hand: int
     num_spent: int
     num_entering: int = 0
-    """What of `in_hand` the router spends at once."""
+    """How much of `in_hand` the router spends at once."""
 
     @property
     def num_idle(self) -> int:
@@ -48,7 +48,7 @@ class _SharedRate:
         self._purses: dict[str, _Purse] = {}
 
     def hear(self, router_id: str, holding: Holding, now: float) -> None:
-        """Take in what a router holds. What it was granted, has not spent and does not hold goes back."""
+        """Take in what a router holds. Units that it was granted, has not spent and does not hold go back."""
         known = self._purses.get(router_id)
         if known is not None:
             num_spent = holding.num_spent - known.num_spent
@@ -58,7 +58,7 @@ class _SharedRate:
         self._purses[router_id] = _Purse(holding.in_hand, holding.num_spent)
 
     def settle(self, router_id: str, now: float) -> int:
-        """Take what a router has spent without a lease out of the bucket; returns how much."""
+        """Take out of the bucket what a router has spent without a lease; returns how much."""
         purse = self._purses[router_id]
         debt = max(0, -purse.in_hand)
         self._move(purse, debt, now)
@@ -69,12 +69,12 @@ class _SharedRate:
         return self._purses[router_id].in_hand + max(0, math.floor(self.bucket.level(now) + _ROUNDING))
 
     def lease(self, router_id: str, num_needed: int, num_spare: int, num_spent_at_once: int, now: float) -> int:
-        """Lease what is missing to `num_needed` in hand, and up to `num_spare` units more if that leaves no more than
-        the share of the limit idle; returns how many.
+        """Lease enough to have `num_needed` in hand, and up to `num_spare` more units while no more than the allowed
+        share of the limit is idle; returns how many.
 
         Args:
             num_needed: at most `available`.
-            num_spent_at_once: what is not idle of it.
+            num_spent_at_once: how many of these are spent at once and so are not idle.
         """
         purse = self._purses[router_id]
         num_missing = max(0, num_needed - purse.in_hand)
@@ -94,7 +94,7 @@ class _SharedRate:
         return Lease(num_units, level, level + purse.in_hand + self._num_idle_elsewhere(purse))
 
     def forget(self, router_id: str) -> None:
-        """A router holds nothing any more."""
+        """Note that a router no longer holds anything."""
         self._purses.pop(router_id, None)
 
     def _num_idle_elsewhere(self, purse: _Purse) -> int:
@@ -126,8 +126,8 @@ class _SharedSlots:
         return max(0, limit - sum(self._held.values()))
 
     def lease(self, router_id: str, num_busy: int, num_spare: int, limit: int) -> int:
-        """Lease what is missing to `num_busy`, and up to `num_spare` idle ones if that leaves no more than the share of
-        the limit idle; returns how many."""
+        """Lease enough to have `num_busy`, and up to `num_spare` idle ones while no more than the allowed share of the
+        limit is idle; returns how many."""
         held = self._held[router_id]
         num_missing = max(0, num_busy - held)
         idle = held + num_missing - num_busy
@@ -139,7 +139,7 @@ class _SharedSlots:
         return num_missing + extra
 
     def forget(self, router_id: str) -> None:
-        """A router holds nothing any more."""
+        """Note that a router no longer holds anything."""
         self._held.pop(router_id, None)
         self._idle.pop(router_id, None)
 
@@ -155,7 +155,7 @@ class _Book:
         self._slots = _SharedSlots()
 
     def hear(self, router_id: str, claim: Claim, now: float) -> None:
-        """Take in what a router holds, and the limits as it read them last."""
+        """Take in what a router holds, and the limits as the router last read them."""
         self.quota = claim.quota
         self._requests = _resized(self._requests, claim.quota.requests_per_min, now)
         self._tokens = _resized(self._tokens, claim.quota.tokens_per_min, now)
@@ -166,7 +166,7 @@ class _Book:
                 rate.hear(router_id, holding, now)
 
     def grant(self, router_id: str, claim: Claim, now: float) -> Grant:
-        """Give a router what its waiting requests need, all of it for each or nothing, and some to spare."""
+        """Give a router what its waiting requests need, for each request all of it or nothing, and some to spare."""
         requests, tokens, limit = self._requests, self._tokens, self.quota.max_concurrent_requests
         num_settled = [rate.settle(router_id, now) if rate is not None else 0 for rate in (requests, tokens)]
         num_entering = claim.num_waiting
@@ -183,13 +183,13 @@ class _Book:
         if requests is not None:
             num_units = requests.lease(router_id, num_entering, claim.requests.num_spare, num_entering, now)
             leased_requests = requests.report(router_id, num_settled[0] + num_units, now)
-        if tokens is not None:  # to be allowed in takes one in hand; what it costs is known later
+        if tokens is not None:  # entering requires one unit in hand; the cost is known later
             num_units = tokens.lease(router_id, min(1, num_entering), claim.tokens.num_spare, 0, now)
             leased_tokens = tokens.report(router_id, num_settled[1] + num_units, now)
         return Grant(claim.key, num_slots, most_idle_slots, leased_requests, leased_tokens)
 
     def forget(self, router_id: str) -> None:
-        """A router holds nothing any more."""
+        """Note that a router no longer holds anything."""
         self.router_ids.discard(router_id)
         self._slots.forget(router_id)
         for rate in (self._requests, self._tokens):
@@ -203,10 +203,10 @@ class _Book:
 
 
 class Accountant:
-    """Leases every key's limits to the routers. One writer: `exchange`, which takes one call at a time.
+    """Leases every key's limits to the routers. The only writer is `exchange`, which takes one call at a time.
 
     Args:
-        num_routers: routers whose holdings it has to hear of before it grants anything.
+        num_routers: number of routers that must state their holdings before it grants anything.
         clock: seconds; monotonic.
     """
 
@@ -222,7 +222,7 @@ class Accountant:
         self._tidied_at = clock()
 
     def exchange(self, ask: Ask) -> Reply:
-        """Take in what a router holds and give it what it needs, as far as the limits go."""
+        """Take in what a router holds and give it what it needs, as far as the limits allow."""
         now = self._clock()
         self._tidy(now)
         if ask.number <= self._numbers.get(ask.router_id, -1):
@@ -242,14 +242,14 @@ class Accountant:
         return Reply(self._incarnation, False, grants)
 
     def _drop_empty_claims(self, router_id: str, claims: Iterable[Claim]) -> None:
-        """A router that holds nothing of a key has no share in what may be idle of it."""
+        """Drop empty claims: a router that holds nothing of a key has no share in what may be idle."""
         for claim in claims:
             wants = claim.num_waiting or claim.num_spare_slots or claim.requests.num_spare or claim.tokens.num_spare
             if not wants and not claim.num_slots and claim.requests.in_hand <= 0 and claim.tokens.in_hand <= 0:
                 self._books[claim.key].forget(router_id)
 
     def _tidy(self, now: float) -> None:
-        """Forget routers that are silent, and keys that nobody has used for a minute."""
+        """Forget silent routers, and keys that nobody has used for a minute."""
         if now - self._tidied_at < _TIDY_INTERVAL_S:
             return
         self._tidied_at = now

@@ -1,4 +1,4 @@
-"""What one router holds of each API key's limits, and what its requests use of them."""
+"""How much of each API key's limits one router holds, and how much its requests use."""
 
 import math
 import time
@@ -20,12 +20,12 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a key may not ask now.
+    """Why a key may not make a request now.
 
     Attributes:
         limit: `requests`, `tokens` or `concurrency`.
-        message: for people.
-        retry_after_s: when it may again, as far as is known.
+        message: the reason, for people.
+        retry_after_s: seconds until it may again, as far as is known.
     """
 
     limit: str
@@ -34,19 +34,19 @@ class Refusal:
 
 
 class Revocable(Protocol):
-    """Work that ends when the key behind it is revoked."""
+    """Work that ends when its key is revoked."""
 
     def revoke(self) -> None:
-        """End with an error. No effect on what is over."""
+        """End with an error. No effect once it has ended."""
         ...
 
 
 class Account:
-    """One key's use of one router. One writer for every field: the methods here, on the router's event loop.
+    """One key's use of one router. Only the methods here write its fields, on the router's event loop.
 
-    Tokens are counted as they are used: those of the prompt when the request starts, those of the answer when it ends.
-    A request may start while there are any left, so one that is larger than a minute's allowance is possible too; it
-    leaves a debt that later requests wait for.
+    Tokens are counted as they are used: the prompt's when the request starts, the answer's when it ends. A request may
+        start while any tokens are left, so it may be larger than a minute's allowance; it then leaves a debt that later
+        requests wait for.
 
     Args:
         key: whose account it is.
@@ -54,8 +54,8 @@ class Account:
         on_need: called when the accountant should hear of this account soon.
 
     Attributes:
-        key: as the configuration has it now.
-        num_open: requests that run.
+        key: the key as now configured.
+        num_open: number of running requests.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Account:
 
     @property
     def has_news(self) -> bool:
-        """Whether the accountant should hear of this account: it holds something, or has changed."""
+        """Whether the accountant should hear of this account, because it holds something or has changed."""
         holds = self._num_slots > 0 or any(purse.in_hand for _, purse in self._purses())
         return self.is_limited and (self._is_changed or holds)
 
     def change_key(self, key: ApiKey) -> None:
-        """Take another secret or other limits; what has been used stays counted."""
+        """Take another secret or other limits; what has been used still counts."""
         now = self._clock()
         self.key = key
         self._is_revoked = False
@@ -98,11 +98,11 @@ class Account:
         self._is_changed = True
 
     def watch(self, work: Revocable, digest: bytes) -> None:
-        """Have `work` end when its key is revoked before it is over, or now if that has happened already.
+        """Have `work` end if its key is revoked while it runs, or now if the key has already been revoked.
 
         Args:
             work: what runs.
-            digest: of the secret that the work's request came with.
+            digest: digest of the secret that the work's request came with.
         """
         if self._is_revoked or digest != self.key.digest:
             work.revoke()
@@ -110,7 +110,7 @@ class Account:
             self._open_work.add(work)
 
     def revoke(self, *, is_gone: bool) -> int:
-        """End everything that runs with the present secret; returns how many requests that were.
+        """End everything that runs with the present secret; returns how many requests that was.
 
         Args:
             is_gone: the key has no other secret for now.
@@ -123,7 +123,7 @@ class Account:
         return len(open_work)
 
     def try_enter(self) -> bool:
-        """Open a request, which must `leave`, if what is in hand allows it."""
+        """Open a request, which must `leave` later, if what is in hand allows it."""
         if self.key.limits.max_concurrent_requests is not None and self._num_slots <= self.num_open:
             return False
         if any(purse.in_hand < 1 for _, purse in self._purses()):
@@ -132,7 +132,7 @@ class Account:
         return True
 
     def try_enter_alone(self) -> Refusal | None:
-        """Open a request, which must `leave`, if the limits would allow it to this router alone; or say why not."""
+        """Open a request, which must `leave` later, if the limits would allow it to a lone router, or say why not."""
         now, limit = self._clock(), self.key.limits.max_concurrent_requests
         if limit is not None and self.num_open >= limit:
             return _too_many_open(limit)
@@ -143,7 +143,7 @@ class Account:
         return None
 
     def leave(self) -> None:
-        """The request is over."""
+        """Close a request that has ended."""
         self.num_open -= 1
         self._is_changed = True
         num_idle = self._num_slots - self.num_open
@@ -157,7 +157,7 @@ class Account:
             self._note_spending(self._tokens)
 
     def drop_idle_slots(self) -> None:
-        """Hold no slots but those of open requests: the accountant may come to think that this router is gone."""
+        """Hold only the slots of open requests: the accountant may take this router for gone."""
         self._num_slots = self.num_open
 
     def touch(self) -> None:
@@ -165,7 +165,7 @@ class Account:
         self._is_changed = True
 
     def claim(self, num_waiting: int, *, with_level: bool) -> Claim:
-        """What to state to the accountant, having let go of what is not worth holding."""
+        """Release what is not worth holding, and return what to state to the accountant."""
         now = self._clock()
         self._pace.note(self._num_entered - self._num_entered_claimed, now)
         self._num_entered_claimed = self._num_entered
@@ -199,7 +199,7 @@ class Account:
         return Refusal("requests", "Other requests of this API key came first; try again", 1.0)
 
     def fresh_refusal(self) -> Refusal | None:
-        """Why a request cannot be opened, if the accountant has just said so: no need to ask it again."""
+        """Why a request cannot be opened, if the accountant has just said so and need not be asked again."""
         now = self._clock()
         for name, purse in self._purses():
             if purse.is_fresh(now) and (wait_s := purse.wait_s(now)):

@@ -1,4 +1,4 @@
-"""Calls to replicas that go together, because each of them asks for less than a call costs."""
+"""Calls to replicas that are sent together, because each asks for less work than a call costs."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _MOST_TOKENS = 16_384
 
 
 class _Batch:
-    """Calls that go to one replica in one message. All end together, when the last is over."""
+    """Calls that go to one replica in one message. All end together, when the last one has ended."""
 
     def __init__(self, client: EngineClient, ranking: Sequence[str]) -> None:
         self._is_sent = False
@@ -21,12 +21,12 @@ class _Batch:
         self._replies: list[asyncio.Future[GenerateReply]] = []
         self._num_tokens = 0
         loop = asyncio.get_running_loop()
-        # One turn of the event loop later: whoever was let go with the first has joined by then.
+        # One turn of the event loop later, the calls released together with the first have joined.
         self._task: asyncio.Task[list[GenerateReply]] = loop.create_task(self._send())
         self._task.add_done_callback(self._on_sent)
 
     def add(self, call: GenerateCall, num_tokens: int) -> "asyncio.Future[GenerateReply]":
-        """Let a call come along. Cancel what this returns to give it up."""
+        """Add a call to the batch. Cancel what this returns to give it up."""
         reply: asyncio.Future[GenerateReply] = asyncio.get_running_loop().create_future()
         reply.add_done_callback(self._on_done)
         self._calls.append(call)
@@ -35,7 +35,7 @@ class _Batch:
         return reply
 
     def has_room(self, num_tokens: int) -> bool:
-        """Whether another call may come along."""
+        """Whether another call may join."""
         return not self._is_sent and len(self._calls) < _MOST_CALLS and self._num_tokens + num_tokens <= _MOST_TOKENS
 
     async def _send(self) -> list[GenerateReply]:
@@ -45,7 +45,7 @@ class _Batch:
         return decode_replies(await self._client.generate_batch(calls, self._ranking))
 
     def _on_sent(self, task: "asyncio.Task[list[GenerateReply]]") -> None:
-        """Hand out the replies, or what went wrong; all were given up if the task was cancelled."""
+        """Hand out the replies, or what went wrong. If the task was cancelled, all calls had been given up."""
         error = None if task.cancelled() else task.exception()
         for index, future in enumerate(self._replies):
             if future.done():
@@ -61,12 +61,12 @@ class _Batch:
 
 
 class CallBatches:
-    """Sends the calls of one HTTP request that go to the same replica at the same time in one message.
+    """Sends calls of one HTTP request that go to the same replica at the same time as one message.
 
-    A call through Ray Serve takes milliseconds, the vector of a short text far less.
+    A call through Ray Serve takes milliseconds; computing the vector of a short text takes far less.
 
-    Each call fails, is refused and is given up by itself; what has begun for one that is given up while others go on
-    is computed in vain.
+    Each call fails, is refused and is given up by itself. If one is given up while others continue, the work begun for
+    it is wasted.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class CallBatches:
             client: takes the messages.
             call: what to run.
             ranking: ids of replicas, best first.
-            num_tokens: of the call's prompt.
+            num_tokens: tokens of the call's prompt.
 
         Raises:
             ReplicaLostError: the replica is gone.

@@ -4,10 +4,10 @@ MINUTE_S = 60.0
 
 
 class Bucket:
-    """A token bucket (Turner 1986): it fills evenly over a minute, and what is taken out is gone until then.
+    """A token bucket (Turner 1986): what is taken out comes back evenly over a minute.
 
     Args:
-        capacity: most that it holds, which is what a minute allows.
+        capacity: the most that it holds, which is what a minute allows.
         now: the time, in seconds.
     """
 
@@ -17,7 +17,7 @@ class Bucket:
         self._at = now
 
     def level(self, now: float) -> float:
-        """What is in it; below zero after more was taken than there was."""
+        """What is in it; below zero after more was taken than it held."""
         self._level = min(self.capacity, self._level + (now - self._at) * self.capacity / MINUTE_S)
         self._at = now
         return self._level
@@ -35,6 +35,6 @@ class Bucket:
         self._level = min(self.level(now), level)
 
     def resize(self, capacity: float, now: float) -> None:
-        """Allow another number a minute; what was used of the old one stays used."""
+        """Allow another number per minute; what was used of the old one still counts."""
         self._level = capacity - (self.capacity - self.level(now))
         self.capacity = capacity

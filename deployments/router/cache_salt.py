@@ -1,18 +1,18 @@
-"""Which requests share cached prompts: those with equal salts."""
+"""Requests share cached prompts if their salts are equal."""
 
 import hashlib
 
 
 def salt_of(tenant: str, salt: str) -> str:
-    """The salt of an API key's requests that bring `salt`; different for each pair of the two.
+    """The salt of an API key's requests that bring `salt`; different for each pair of tenant and salt.
 
     Args:
-        tenant: whose cache it is; "" for everybody's.
-        salt: of the request; "" for none.
+        tenant: whose cache it is; "" for the shared one.
+        salt: the request's own salt; "" for none.
 
     Returns:
-        "" for everybody's cache without a salt, else a SHA-256 over both in a form that tells them apart: the length
-        of the first stands in front.
+        "" for the shared cache without a salt; otherwise a SHA-256 over both, preceded by the length of the first so
+        that no two pairs are confused.
     """
     if not tenant and not salt:
         return ""

@@ -1,4 +1,4 @@
-"""Who asks: what the router needs to know of the sender of an HTTP request."""
+"""What the router needs to know about the sender of an HTTP request."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, and how urgently.
+    """Who sent a request, and how urgent it is.
 
     Attributes:
-        tenant: whose share the request counts on; "" where there are no keys.
+        tenant: whose share the request counts toward; "" if there are no keys.
         priority: lower goes first.
         timeout_s: how long the client waits for the whole answer; None for as long as it takes.
-        received_at: when the HTTP request came, by the monotonic clock; None for now.
-        account: where its tokens are counted; None where there are no keys.
-        key_digest: of the secret that it came with; empty where there are no keys.
-        span: the HTTP request's in its trace; None where there are no traces.
+        received_at: when the HTTP request arrived, by the monotonic clock; None for now.
+        account: where its tokens are counted; None if there are no keys.
+        key_digest: digest of the secret that it came with; empty if there are no keys.
+        span: the HTTP request's span in its trace; None if there are no traces.
         request_id: the HTTP request's `X-Request-ID`, for the log.
     """
 

@@ -1,4 +1,4 @@
-"""`Dispatcher`: which replica a request goes to, when, and whether it is taken at all."""
+"""`Dispatcher`: which replica a request goes to, when, and whether it is accepted at all."""
 
 import math
 import time
@@ -12,14 +12,14 @@ from deployments.router.waiting import Ticket, WaitingQueue
 from llm.errors import EngineError, LLMError
 
 _ROWS_AHEAD = 1.25
-"""Requests that a replica may hold for each of its rows: the next ones are there when rows become free."""
+"""Requests that a replica may hold per row, so that the next ones are there when rows become free."""
 _HOPELESS_AFTER_S = 0.5
-"""The news of a replica's end, and that another one is to come, take a moment."""
+"""News that a replica has ended, and that another one will replace it, takes a moment to arrive."""
 _OUTDATED_AFTER_S = 3.0
-"""What an outdated router cannot begin for so long it never will: the client had better ask a new router."""
+"""A request that an outdated router could not begin for this long never will: the client should ask a new router."""
 _SUSPECTS_A_REPLICA = 2
 """Suspects that a replica is sent at a time: one that it tries, and one that follows without a pause. The others wait
-here, where they can still go to another replica."""
+in the router, where they can still go to another replica."""
 _RATE_WINDOW_S, _RATE_HALF_LIFE_S = 1.0, 10.0
 
 
@@ -51,7 +51,7 @@ class Dispatcher:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Tokens that these have to prefill."""
+        """Tokens to prefill for these requests."""
         return self._waiting.num_tokens
 
     def learn_step_tokens(self, max_step_tokens: int) -> None:
@@ -66,7 +66,7 @@ class Dispatcher:
             timeout_s: how long the client waits for the whole answer.
 
         Raises:
-            OverloadedError: come back later.
+            OverloadedError: it could not; the client should come back later.
         """
         if not self._waiting:
             return
@@ -81,25 +81,26 @@ class Dispatcher:
 
     def enqueue(self, ticket: Ticket) -> None:
         """Have a request wait for a replica with room. `ticket.ranking` gets ids of replicas, best first, and the
-        request counts with the first of them until `Fleet.ended`; or NoReplicaError, if there is none for too long.
+        request counts toward the first of them until `Fleet.ended`; or it gets NoReplicaError if there is no replica
+        for too long.
         """
         ticket.since = self._clock()
         self._waiting.push(ticket)
         self.pump()
 
     def withdraw(self, ticket: Ticket) -> None:
-        """It waits no longer, and is no longer tried. No effect on one that does neither."""
+        """Stop waiting with a request, or trying it as a suspect. No effect if neither applies."""
         if ticket in self._waiting:
             self._waiting.remove(ticket)
         self.clear(ticket.stream_id)
 
     def clear(self, stream_id: int) -> None:
-        """A suspect has proven that it is not what replicas fail of: the next one may be tried. No effect on others."""
+        """Note that a suspect has proven harmless, so the next one may be tried. No effect on other requests."""
         for tried in self._trying.values():
             tried.discard(stream_id)
 
     def pump(self) -> None:
-        """Send on what has room now. To be called whenever the fleet has changed."""
+        """Send on the requests for which there is room now. Call this whenever the fleet has changed."""
         self._note_emptiness()
         while self._waiting and self._has_room():
             ticket = self._waiting.pop(self._has_target)
@@ -109,8 +110,8 @@ class Dispatcher:
         self._rate.measure(bool(self._waiting))
 
     def tick(self, prospects: Prospects) -> None:
-        """Give up what has waited too long for any replica to appear, and what no replica is left for that has not
-        failed it. To be called about once a second.
+        """Give up requests that have waited too long for any replica to appear, and requests that every remaining
+        replica has failed. Call this about once a second.
         """
         self._note_emptiness()
         self._is_outdated = prospects.is_outdated
@@ -125,7 +126,8 @@ class Dispatcher:
                 )
 
     def is_hopeless(self, since: float) -> bool:
-        """Whether there has been no replica, and none on its way, for too long for what waits since then."""
+        """Whether there has been no replica, and none starting, for too long for a request that has waited since
+        then."""
         if self._empty_since is None:
             return False
         timeout_s = self.config.no_replica_timeout_s
@@ -133,14 +135,14 @@ class Dispatcher:
         return self._clock() - max(since, self._empty_since) > patience_s
 
     def no_replica(self) -> NoReplicaError:
-        """What a request ends with for which it is hopeless."""
+        """The error with which a hopeless request ends."""
         if self._is_outdated:
             return NoReplicaError("the server has just been updated to another model; try again")
         timeout_s = self.config.no_replica_timeout_s
         return NoReplicaError(f"no engine replica has been running or starting for {timeout_s:g} s")
 
     def _has_nowhere_to_go(self, ticket: Ticket, prospects: Prospects) -> bool:
-        """Whether all replicas that there are, and will be soon, have failed a request."""
+        """Whether all replicas that exist or will exist soon have failed a request."""
         if prospects.is_starting or not ticket.excluded or prospects.replica_ids - ticket.excluded:
             return False
         patience_s = self.config.no_replica_timeout_s if prospects.is_one_coming else _HOPELESS_AFTER_S
@@ -196,7 +198,7 @@ class Dispatcher:
 
 
 class _Rate:
-    """Work begun a second while more was waiting: what the fleet can carry, as an average that forgets."""
+    """Work begun per second while more was waiting: what the fleet can carry, as an exponential moving average."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.tokens_per_s = 0.0
@@ -212,7 +214,7 @@ class _Rate:
             self._since, self._num_tokens = self._clock(), 0
 
     def add(self, num_tokens: int) -> None:
-        """Some of what waited has been sent on."""
+        """Note that some of the waiting work has been sent on."""
         if self._since is None:
             return
         self._num_tokens += num_tokens

@@ -1,4 +1,4 @@
-"""What a router shows people of the fleet at this moment; the fleet page draws it."""
+"""What a router shows people about the fleet at this moment; the fleet page draws it."""
 
 import time
 from typing import Any
@@ -18,9 +18,9 @@ class FleetView:
 
     Args:
         config: the application's configuration.
-        router_id: the router's name among all.
+        router_id: the router's name among all routers.
         watch: its view of the replicas.
-        dispatcher: what waits in it.
+        dispatcher: holds the router's waiting requests.
     """
 
     def __init__(self, config: AppConfig, router_id: str, watch: FleetWatch, dispatcher: Dispatcher) -> None:
@@ -30,11 +30,11 @@ class FleetView:
         self._dispatcher = dispatcher
 
     def event(self, state: dict[str, Any], info: EngineInfo | None) -> dict[str, Any]:
-        """The router, the replicas of each model, and what happened lately.
+        """The router, the replicas of each model, and what happened recently.
 
         Args:
             state: `Router.snapshot`.
-            info: what the engines are; None while none has said so.
+            info: what the engines are; None until one has reported it.
         """
         replicas = self._config.replicas
         return {
@@ -55,7 +55,7 @@ class FleetView:
         }
 
     def _scaling(self) -> str | None:
-        """What autoscaling wants and why, worked out here as Serve's controller does from the replicas' statistics."""
+        """What autoscaling wants and why, computed from the replicas' statistics as Serve's controller does."""
         autoscaling = self._config.replicas.autoscaling
         if autoscaling is None:
             return None

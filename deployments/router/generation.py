@@ -31,32 +31,33 @@ _Placement = Placement["Generation"]
 
 _RESUME_DELAY_S = 0.05
 _INLINE_TOKENS = 4096
-"""Calls with prompts of up to so many tokens are encoded at once; longer ones in a thread."""
+"""Calls with prompts of up to this many tokens are encoded at once; longer ones in a thread."""
 _MAX_DECLINED = 200
-"""Times that replicas may decline a request one after the other: it goes where it fits within a few."""
+"""How often in a row replicas may decline a request; it normally finds a replica within a few attempts."""
 
 
 class Generation:
     """One request on its way through the engines. Lives on the router's event loop.
 
-    Tokens come from the token channel as they are made, and once more, in full, with the reply to the call. If the
-    replica dies, stalls or is taken away, the request goes on in another one behind the tokens that have come so far.
+    Tokens come from the token channel as they are made, and again, in full, with the reply to the call. If the replica
+    dies, stalls or is taken away, the request continues on another one after the tokens received so far.
 
     Attributes:
-        group: those that answer the same HTTP request; gone once its task has ended.
+        group: the generations that answer the same HTTP request; removed once the task of this one has ended.
         index: its place in the group.
         token_ids: all tokens so far.
-        logprobs: one entry for each of `token_ids` where the request asks for them.
-        vector: of a request that is pooled, once it is there; as in `StepOutput`.
-        prompt_logprobs: of a request that asks for them, once they are there; as in `GenerateReply`.
+        logprobs: one entry for each of `token_ids` if the request asks for them.
+        vector: vector of a pooled request, once it is there; as in `StepOutput`.
+        prompt_logprobs: those of the prompt, if the request asks for them and once they are there; as in
+            `GenerateReply`.
         end: how it ended, None while it runs.
-        error: what went wrong, with no further tokens to come. `end` stays None.
+        error: what went wrong; no further tokens will come, and `end` stays None.
         replica_id: where it runs, as far as known; None while it waits.
-        num_resumes: how often it has gone on elsewhere.
+        num_resumes: how often it has continued elsewhere.
         is_suspect, has_arrived, part: see `Passenger`.
         failed_on: replicas that failed it; it never returns to one of them.
         timeline: when things happened.
-        last_token_at: when its last tokens came, by the monotonic clock; `Journal` writes it.
+        last_token_at: when its last tokens arrived, by the monotonic clock; `Journal` writes it.
     """
 
     def __init__(self, group: "Siblings[Generation]", index: int, request: GenerationRequest) -> None:
@@ -95,44 +96,44 @@ class Generation:
     def start(self, placement: _Placement) -> None:
         """Send it to a replica, once one has room."""
         if not self.group.must_wait(self):
-            self._ticket = placement.claim(self)  # now, so that what is admitted next counts it
+            self._ticket = placement.claim(self)  # now, so that the next admission counts it
         self._task = asyncio.get_running_loop().create_task(self._drive(placement))
         self._task.add_done_callback(lambda _: self._end(placement))
 
     def cancel(self) -> None:
-        """Give it up; the engine drops it within a step. No effect on one that is over."""
+        """Give it up; the engine drops it within a step. No effect once it has ended."""
         if self._task is not None and self.end is None:
             self._task.cancel()
 
     def end_with(self, error: LLMError) -> None:
-        """Give it up and tell its reader why. No effect on one that is over, or has been given up."""
+        """Give it up and tell its reader why. No effect once it has ended or been given up."""
         if self._task is not None and not self.is_over:
             self._fail(error)
             self.cancel()
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it has been told to go on elsewhere."""
+        """Whether it has been told to continue elsewhere."""
         return self._leaving is not None
 
     def leave_replica(self, why: str, *, is_failure: bool) -> None:
-        """Go on elsewhere. No effect while it is on no replica, nor a second time.
+        """Continue elsewhere. No effect while it is on no replica, or a second time.
 
         Args:
-            why: for the log.
-            is_failure: the replica has failed; else it is being taken away.
+            why: the reason, for the log.
+            is_failure: the replica has failed; otherwise it is being taken away.
         """
         if self._call is not None and self._leaving is None and not self.is_over:
             self._leaving = Setback(SetbackKind.FAILURE if is_failure else SetbackKind.MOVE, why)
             self._call.cancel()
 
     def clear(self) -> None:
-        """It has had a token where it is: it is no suspect any more."""
+        """Note that it got a token where it runs, so it is no longer a suspect."""
         self.is_suspect = False
         self.part = None
 
     def finished(self) -> FinishedRequest:
-        """What metrics, traces and the log are told of it once it is over."""
+        """What metrics, traces and the log are told about it once it has ended."""
         caller = self.group.caller
         return FinishedRequest(
             http_request_id=caller.request_id,
@@ -148,9 +149,9 @@ class Generation:
         )
 
     def take_item(self, item: TokenItem, replica_id: str) -> None:
-        """Add what the token channel brought. After a gap only the reply can fill, later items are left out."""
+        """Add what the token channel brought. After a gap that only the reply can fill, later items are left out."""
         self.replica_id = replica_id
-        # The reply brings what the channel does not, and with it the end.
+        # The reply brings what the channel does not, including the end.
         if self.request.pooling is not None or self.request.prompt_logprobs is not None:
             return
         known = len(self.token_ids)
@@ -169,17 +170,17 @@ class Generation:
         self.announce()
 
     def announce(self) -> None:
-        """Tell the group that there is news, once until the news is collected."""
+        """Tell the group that there is news; do so only once until the news is collected."""
         if not self._is_announced:
             self._is_announced = True
             self.group.wake_up(self)
 
     def mark_collected(self) -> None:
-        """The group's reader has this generation in hand; later news is announced again."""
+        """Note that the group's reader now handles this generation; later news is announced again."""
         self._is_announced = False
 
     async def _drive(self, placement: _Placement) -> None:
-        """Call replicas until the request is over."""
+        """Call replicas until the request has ended."""
         try:
             await self.group.wait_for_turn(self)
             while not self.is_over:
@@ -191,7 +192,7 @@ class Generation:
             self._fail(EngineError(f"the request failed ({type(error).__name__})"))
 
     async def _attempt(self, placement: _Placement) -> None:
-        """One call to one replica. Returns with the request over, or ready to go on elsewhere."""
+        """Make one call to one replica. On return the request has ended or is ready to continue elsewhere."""
         if self._ticket is None:
             self._ticket = placement.claim(self)
         try:
@@ -208,7 +209,7 @@ class Generation:
             await self._prepare_resume(placement, last_replica_id, setback)
 
     async def _run_on(self, placement: _Placement, stream_id: int, ranking: Sequence[str]) -> Setback | None:
-        """Run on the first replica that takes it; returns why the request has to go on elsewhere, if it has to."""
+        """Run on the first replica that takes it; returns why the request has to continue elsewhere, if it has to."""
         call = GenerateCall.of(
             self._remaining_request(),
             stream_id,
@@ -242,17 +243,17 @@ class Generation:
             return await self.group.batches.generate(client, call, ranking, num_tokens)
         if num_tokens <= _INLINE_TOKENS:
             data = encode(call)
-        else:  # many answers to one long prompt are sent at once
+        else:  # many answers to one long prompt are sent at the same time
             data = await asyncio.to_thread(encode, call)
         return decode_reply(await client.generate(data, ranking))
 
     async def _prepare_resume(self, placement: _Placement, replica_id: str | None, setback: Setback) -> None:
-        """Get ready to go on elsewhere.
+        """Prepare to continue elsewhere.
 
         Raises:
             EngineError: it must not.
         """
-        if 0 < self.request.max_new_tokens <= len(self.token_ids):  # only the news of the end was lost
+        if 0 < self.request.max_new_tokens <= len(self.token_ids):  # only the report of the end was lost
             self._finish(End(FinishReason.LENGTH))
             self.announce()
             return
@@ -279,7 +280,7 @@ class Generation:
         await asyncio.sleep(_RESUME_DELAY_S)
 
     def _take_part(self, placement: _Placement, replica_id: str, why: str) -> None:
-        """A replica has failed while it had this request.
+        """Note that a replica has failed while it had this request.
 
         Raises:
             EngineError: the request has failed several replicas, or has been resumed too often.
@@ -299,12 +300,12 @@ class Generation:
         self._release(placement)
         self._charge()
         placement.note_over(self)
-        # Group and generations refer to each other. Left so, prompts and tokens would wait for the garbage collector.
+        # Group and generations refer to each other. Prompts and tokens would otherwise wait for the garbage collector.
         self._task = None
         del self.group
 
     def _charge(self) -> None:
-        """Count what was generated since the last time on the caller's account."""
+        """Charge what was generated since the last time to the caller's account."""
         account = self.group.caller.account
         if account is not None:
             account.charge(len(self.token_ids) - self._num_charged)
@@ -319,7 +320,7 @@ class Generation:
     def _remaining_request(self) -> GenerationRequest:
         if not self.num_resumes and not self._num_declined:
             return self.request
-        # A new id: the engine that is thought lost may still run the old one.
+        # A new id, because an engine presumed lost may still run the old one.
         request_id = f"{self.request.request_id}-{self.num_resumes}-{self._num_declined}"
         return self.request.model_copy(update={"request_id": request_id, "output_token_ids": tuple(self.token_ids)})
 

@@ -13,14 +13,14 @@ from llm.serving.schemas import GenerationRequest
 
 _PAGES_WORTH_SHARING = 2
 _NUM_AT_ONCE = 64
-"""Generations that start in one turn of the event loop."""
+"""Number of generations that start in one turn of the event loop."""
 
 
 class GenerationGroup:
-    """The generations of one HTTP request, with one waiter for all: one wake-up a step, however many there are.
+    """The generations of one HTTP request, with one waiter for all, so each step wakes it up once.
 
-    Where several continue the same prompt, all but the first wait until the first one's prompt is in a replica's
-    prefix cache, and share it there. Where there are many, they start a few at a time, so that the event loop can go on
+    If several continue the same prompt, all but the first wait until the first one's prompt is in a replica's prefix
+    cache, and share it there. If there are many, they start a few at a time, so that the event loop can run other work
     in between.
     """
 
@@ -49,7 +49,7 @@ class GenerationGroup:
             self._deadline = asyncio.get_running_loop().call_later(caller.timeout_s, self._expire)
 
     async def news(self) -> list[Generation]:
-        """Wait until generations have got on; return these. One caller at a time."""
+        """Wait until generations have news; return those. One caller at a time."""
         while not self._news:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -62,20 +62,20 @@ class GenerationGroup:
         return news
 
     def wake_up(self, generation: Generation) -> None:
-        """A generation has got on."""
+        """Note that a generation has news."""
         self._news.append(generation)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def cancel(self) -> None:
-        """Give up what still runs. Safe to call at any time, more than once."""
+        """Give up the generations that still run. Safe to call at any time, more than once."""
         if self._deadline is not None:
             self._deadline.cancel()
         for generation in self.generations:
             generation.cancel()
 
     async def vectors(self) -> list[bytes]:
-        """Wait for the vector of each request; all of them are pooled. Gives up what runs if this is cancelled.
+        """Wait for the vector of each request; all of them are pooled. Cancelling gives up those that run.
 
         Raises:
             LLMError: one of them failed; the others are given up.
@@ -95,11 +95,11 @@ class GenerationGroup:
         return [generation.vector for generation in generations if generation.vector is not None]
 
     def must_wait(self, generation: Generation) -> bool:
-        """Whether the generation lets others go first."""
+        """Whether the generation must let others go first."""
         return generation.index >= _NUM_AT_ONCE or generation.index in self._leaders
 
     async def wait_for_turn(self, generation: Generation) -> None:
-        """Wait until it may start, and until its prompt has been prefilled, if another one sees to that."""
+        """Wait until it may start, and, if another generation prefills its prompt, until that is done."""
         if generation.index >= _NUM_AT_ONCE:
             await self._turns[generation.index // _NUM_AT_ONCE - 1].wait()
         leader = self._leaders.get(generation.index)
@@ -107,19 +107,19 @@ class GenerationGroup:
             await self._begun[leader].wait()
 
     def note_begun(self, generation: Generation) -> None:
-        """A generation has its first token, or never will."""
+        """Note that a generation has its first token, or never will."""
         if generation.index in self._begun:
             self._begun[generation.index].set()
 
     def block_hashes(self, generation: Generation) -> Sequence[int]:
-        """What the replicas' reports call the full pages of a prompt; worked out once for equal prompts."""
+        """The hashes by which replicas' reports name the full pages of a prompt; computed once for equal prompts."""
         name = id(generation.request.prompt_token_ids)
         if name not in self._hashes:
             self._hashes |= prompt_hashes([generation.request], self._page_size)
         return self._hashes[name]
 
     def revoke(self) -> None:
-        """End what still runs, because its API key has been revoked."""
+        """End the generations that still run, because their API key has been revoked."""
         for generation in self.generations:
             generation.end_with(KeyRevokedError("The API key of this request has been revoked"))
 

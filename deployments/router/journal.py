@@ -1,4 +1,4 @@
-"""A router's journal of live requests: what each one asked for, what it has got, and where it runs."""
+"""A router's journal of live requests: what each one asked for, what it has received, and where it runs."""
 
 import itertools
 import logging
@@ -27,16 +27,16 @@ _OUTPUT_MEMORY = 0.99
 
 
 class Journal:
-    """Every live generation of a router, by the number its tokens come under.
+    """Every live generation of a router, by the number under which its tokens arrive.
 
     Args:
         client: the engine replicas.
         fleet: this router's view of them.
         dispatcher: says where a request goes, and when.
-        channel: where tokens come in; None to live on replies alone.
-        max_resumes: how often a request may go on elsewhere after a failure; 0 turns failover off.
-        on_over: told of every request that has ended, in whatever way.
-        history: told when tokens come.
+        channel: where tokens arrive; None to rely only on replies.
+        max_resumes: how often a request may continue elsewhere after a failure; 0 turns failover off.
+        on_over: called for every request that has ended, in whatever way.
+        history: is told when tokens arrive.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Journal:
         self._history = history if history is not None else History()
         self._on_over = on_over
         self.on_move: Callable[[str | None], None] = lambda _: None
-        """Told the replica whose stream goes on elsewhere."""
+        """Called with the replica whose stream continues elsewhere."""
         self.on_failed_call: Callable[[str, str], bool] = lambda _, __: True
-        """Told the replica that failed a call, and why; says whether something is wrong with it."""
+        """Called with the replica that failed a call, and why; returns whether something is wrong with it."""
         self.client = client
         self.dispatcher = dispatcher
         self.channel = channel
@@ -73,7 +73,7 @@ class Journal:
 
     @property
     def num_live(self) -> int:
-        """Generations that a replica runs or that wait for one."""
+        """Number of generations that run on a replica or wait for one."""
         return len(self._live)
 
     def start(
@@ -84,7 +84,7 @@ class Journal:
         Args:
             requests: what to generate.
             caller: who asks.
-            hashes: what `prompt_hashes` returned for them; None to work it out here, which long prompts should not.
+            hashes: what `prompt_hashes` returned for them; None to compute it here, which is too slow for long prompts.
 
         Raises:
             OverloadedError: too much waits already.
@@ -103,12 +103,12 @@ class Journal:
         return group
 
     def work_of(self, request: GenerationRequest) -> int:
-        """Tokens of prompt and expected output: what it takes out of a replica."""
+        """Tokens of prompt and expected output: the work that it costs a replica."""
         output = min(request.max_new_tokens, round(self._mean_output_tokens)) if request.pooling is None else 0
         return len(request.prompt_token_ids or ()) + output
 
     def claim(self, generation: Generation) -> Ticket:
-        """Begin an attempt: a number for its tokens, and a place among those that wait for a replica.
+        """Begin an attempt: get a number for its tokens, and a place in the queue for a replica.
 
         Raises:
             ShuttingDownError: after `shut_down`.
@@ -132,7 +132,7 @@ class Journal:
         return ticket
 
     def release(self, generation: Generation, ticket: Ticket) -> None:
-        """The attempt is over; what still comes under its number is dropped."""
+        """End the attempt; anything that still arrives under its number is dropped."""
         del self._live[ticket.stream_id]
         self.dispatcher.withdraw(ticket)
         if generation.end is not None and generation.request.pooling is None:
@@ -142,7 +142,7 @@ class Journal:
         self.dispatcher.pump()
 
     def note_move(self, replica_id: str | None, *, is_failure: bool) -> None:
-        """A stream of this replica goes on elsewhere, after a failure or because it was asked to leave."""
+        """Note that a stream of this replica continues elsewhere, after a failure or because it was asked to leave."""
         if is_failure:
             self.num_resumes += 1
         else:
@@ -150,7 +150,7 @@ class Journal:
         self.on_move(replica_id)
 
     def note_failure(self, generation: Generation, replica_id: str, why: str) -> Part:
-        """A replica has failed while it had the generation; see `Placement`."""
+        """Note that a replica has failed while it had the generation; see `Placement`."""
         if not self.on_failed_call(replica_id, why):
             return Part.BYSTANDER
         now = time.monotonic()
@@ -160,21 +160,21 @@ class Journal:
         return part
 
     def note_arrivals(self, stream_ids: Iterable[int]) -> None:
-        """Streams have arrived at the replica that they were sent to."""
+        """Note that streams have arrived at the replica that they were sent to."""
         for stream_id in stream_ids:
             generation = self._live.get(stream_id)
             if generation is not None:
                 generation.has_arrived = True
 
     def note_over(self, generation: Generation) -> None:
-        """A generation is over, in whatever way."""
+        """Note that a generation has ended, in whatever way."""
         timeline = generation.timeline
         if generation.last_token_at is None and timeline.first_token_at is not None and generation.token_ids:
             self._history.note_first_token(timeline.first_token_at - timeline.received_at)  # it came with the reply
         self._on_over(generation.finished())
 
     def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
-        """Have what runs on a replica go on elsewhere. No effect where failover is off."""
+        """Have the requests on a replica continue elsewhere. No effect if failover is off."""
         generations = [generation for generation in self.on_replica(replica_id) if not generation.is_leaving]
         if not self.max_resumes or not generations:
             return
@@ -185,7 +185,7 @@ class Journal:
             generation.leave_replica(why, is_failure=is_failure)
 
     def shut_down(self) -> None:
-        """End every live generation with `ShuttingDownError`, and begin no other."""
+        """End every live generation with `ShuttingDownError`, and begin no more."""
         self._is_shut_down = True
         for generation in list(self._live.values()):
             generation.end_with(ShuttingDownError())
@@ -207,7 +207,7 @@ class Journal:
             if generation is not None:
                 if generation.timeline.first_token_at is None:
                     self._fleet.prefilled(item.stream_id)
-                if item.end is not None:  # reports come by the same way: the next one leaves it out
+                if item.end is not None:  # reports use the same channel: the next one leaves it out
                     self._fleet.ended(item.stream_id)
                 generation.take_item(item, replica_id)
                 if item.token_ids:
@@ -220,12 +220,12 @@ class Journal:
             self._history.note_gaps(*gaps)
 
     def _note_arrival(self, generation: Generation, now: float, gaps: list[float]) -> None:
-        """Tokens have come: tell the history of the first, add to `gaps` how long after the last these come."""
+        """Note new tokens: tell the history of the first ones, and add the time since the last ones to `gaps`."""
         last_at = generation.last_token_at
         if last_at is not None:
             gaps.append(now - last_at)
         elif generation.timeline.first_token_at is not None:
             self._history.note_first_token(now - generation.timeline.received_at)
-        else:  # what it waits for comes with the reply alone
+        else:  # what it waits for comes only with the reply
             return
         generation.last_token_at = now

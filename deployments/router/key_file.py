@@ -1,4 +1,4 @@
-"""`KeyFile`: the keys in `api_keys_file` as they change, on the node of one router."""
+"""`KeyFile`: follows the keys in `api_keys_file` on the node of one router."""
 
 import hashlib
 import logging
@@ -11,17 +11,17 @@ logger = logging.getLogger("ray.serve")
 
 
 class KeyFile:
-    """Reads a file with keys again and again. What is wrong with it changes no key.
+    """Reads a file with keys again and again. A faulty file changes no key.
 
-    The whole content is compared: a time of change has a grain, and a mounted secret changes by its links. New content
-    counts once it has been seen twice, so that a file that is being written revokes nothing.
+    The whole content is compared, because modification times are coarse and a mounted secret changes through its links.
+    New content counts once it has been seen twice, so that a half-written file revokes nothing.
 
     Args:
-        source: keys to begin with, and the file.
+        source: the initial keys, and the file.
 
     Attributes:
-        keys: those that count now, with the fixed ones.
-        error: what is wrong with the file, in one line without a word of its content; None while nothing is.
+        keys: the keys that are valid now, including the fixed ones.
+        error: what is wrong with the file, in one line that quotes none of its content; None if nothing is wrong.
     """
 
     def __init__(self, source: KeySource) -> None:
@@ -34,10 +34,10 @@ class KeyFile:
         self._taken = b""
 
     def look(self, *, is_first: bool = False) -> tuple[ApiKey, ...] | None:
-        """Read the file, which may block; returns the keys if other ones count from now on.
+        """Read the file, which may block; returns the keys if they have changed.
 
         Args:
-            is_first: take what is there at once.
+            is_first: accept the content at once.
         """
         try:
             content = read_file(self._path)
@@ -57,7 +57,7 @@ class KeyFile:
         return None
 
     def _note(self, error: str | None) -> None:
-        """Log once that something is wrong, or is so no longer."""
+        """Log once that something is wrong, or no longer wrong."""
         if error is not None and error != self.error:
             logger.error("%s; the API keys stay as they are", error)
         elif error is None and self.error is not None:

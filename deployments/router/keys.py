@@ -1,4 +1,4 @@
-"""API keys: whose each is, and how much it may ask for."""
+"""API keys: whose each key is, and how much it may ask for."""
 
 import hashlib
 import os
@@ -21,9 +21,9 @@ class ApiKey:
     """A key as routers know it.
 
     Attributes:
-        name: whose it is, for fair shares; never the key.
+        name: whose it is, for fair shares; never the key itself.
         digest: SHA-256 of the key.
-        limits: of this key.
+        limits: the limits of this key.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ApiKey:
 
 
 class KeyEntry(KeyLimits):
-    """One key of a YAML file. A limit that is left out is that of `limits.per_key`."""
+    """One key of a YAML file. A limit that is left out comes from `limits.per_key`."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     key: SecretStr | None = None
@@ -48,7 +48,7 @@ class KeyEntry(KeyLimits):
         return self
 
     def api_key(self, defaults: KeyLimits) -> ApiKey:
-        """What routers need to know of it."""
+        """What routers need to know about it."""
         digest = bytes.fromhex(self.key_sha256) if self.key_sha256 else _digest(self.key)  # type: ignore[arg-type]
         own = self.model_dump(include=set(KeyLimits.model_fields), exclude_unset=True)
         return ApiKey(self.name, digest, defaults.model_copy(update=own))
@@ -62,10 +62,10 @@ class KeySource:
     """Where an application's keys come from. It travels to the routers, so it holds digests only.
 
     Attributes:
-        fixed: keys of the configuration and of its environment variable.
+        fixed: keys from the configuration and from its environment variable.
         from_file: keys that the file held when the application was deployed.
-        path: the file, by its absolute path; None for none.
-        defaults: limits of keys that have none of their own.
+        path: absolute path of the file; None for none.
+        defaults: limits for keys that have none of their own.
     """
 
     fixed: tuple[ApiKey, ...] = ()
@@ -83,7 +83,8 @@ def find_keys(config: AppConfig) -> KeySource:
     """Every key that clients may use, from the configuration, its file and its environment variable.
 
     Raises:
-        ConfigError: the file or the variable is not there, holds no key, or is wrong; two entries share a key or name.
+        ConfigError: the file or the variable is missing, holds no key, or is wrong; or two entries share a key or a
+            name.
     """
     secrets: list[SecretStr] = list(config.api_keys)
     if config.api_keys_env is not None:
@@ -114,7 +115,7 @@ def read_file(path: Path) -> bytes:
 
 
 def parse_keys(path: Path, content: bytes, defaults: KeyLimits) -> tuple[ApiKey, ...]:
-    """The keys in a file. No message of an error repeats any of its content.
+    """The keys in a file. No error message repeats any of its content.
 
     Raises:
         ConfigError: it holds no key, or is wrong.
@@ -147,7 +148,7 @@ def together(fixed: Sequence[ApiKey], from_file: Sequence[ApiKey]) -> tuple[ApiK
 
 def _parse_entries(path: Path, text: str) -> list[KeyEntry]:
     try:
-        # The parser in C takes a tenth of the time, while which a router's event loop waits for its thread.
+        # The parser in C takes a tenth of the time, during which a router's event loop waits for its thread.
         entries = _ENTRIES.validate_python(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -161,7 +162,7 @@ def _parse_entries(path: Path, text: str) -> list[KeyEntry]:
 
 
 def _describe(error: ValidationError) -> str:
-    """The first thing that is wrong, without what stands in its place: a key may have got anywhere."""
+    """The first thing that is wrong, without quoting the content: a key may be anywhere in it."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = [part for part in first["loc"] if isinstance(part, int) or part in KeyEntry.model_fields]
     message = first["msg"].removeprefix("Value error, ")
@@ -172,7 +173,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _unnamed(secrets: Sequence[SecretStr], defaults: KeyLimits) -> tuple[ApiKey, ...]:
-    """Keys that are named by their digest, which tells them apart without telling the key."""
+    """Keys named by their digest, which distinguishes them without revealing the key."""
     keys = (ApiKey(f"key-{_digest(secret).hex()[:8]}", _digest(secret), defaults) for secret in secrets)
     return together((), tuple(keys))
 

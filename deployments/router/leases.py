@@ -1,4 +1,4 @@
-"""What routers and the accountant of API keys' limits tell each other."""
+"""Messages between routers and the accountant of API keys' limits."""
 
 import msgspec
 
@@ -12,13 +12,13 @@ class Quota(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Holding(msgspec.Struct, frozen=True, array_like=True):
-    """What a router holds of one of a key's rates, in requests or tokens.
+    """How much of one of a key's rates a router holds, in requests or tokens.
 
     Attributes:
-        in_hand: leased and not spent; below zero for what was spent without a lease.
-        num_spent: spent since the router started.
-        num_spare: what the router would like to have in hand for requests to come.
-        level: what the shared bucket holds as far as the router knows; for an accountant that has just started.
+        in_hand: units leased and not spent; below zero if units were spent without a lease.
+        num_spent: units spent since the router started.
+        num_spare: units that the router would like to have in hand for future requests.
+        level: what the shared bucket holds as far as the router knows, for an accountant that has just started.
     """
 
     in_hand: int = 0
@@ -36,9 +36,9 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
         num_waiting: requests that wait for this exchange.
         num_open: requests that run.
         num_slots: slots that the router holds, at least `num_open`.
-        num_spare_slots: slots that it would like to hold for requests to come.
-        requests: of `quota.requests_per_min`.
-        tokens: of `quota.tokens_per_min`.
+        num_spare_slots: slots that it would like to hold for future requests.
+        requests: what it holds of `quota.requests_per_min`.
+        tokens: what it holds of `quota.tokens_per_min`.
     """
 
     key: str
@@ -52,13 +52,13 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
-    """One exchange, as a router begins it.
+    """A router's side of one exchange, which it begins.
 
     Attributes:
-        router_id: of the router, for as long as it lives.
-        number: exchanges that the router has begun; what comes after a later one is dropped.
-        incarnation: of the accountant that the router knows; "" for none yet.
-        claims: of all keys that the router holds or needs something of.
+        router_id: id of the router, for as long as it lives.
+        number: how many exchanges the router has begun; one that arrives after a later one is dropped.
+        incarnation: incarnation of the accountant that the router knows; "" for none yet.
+        claims: one for each key of which the router holds or needs something.
     """
 
     router_id: str
@@ -68,12 +68,12 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Lease(msgspec.Struct, frozen=True, array_like=True):
-    """What comes to what a router holds of a rate.
+    """What is added to a router's holding of a rate.
 
     Attributes:
-        num_units: to be added to what is in hand.
+        num_units: units to be added to those in hand.
         level: what the shared bucket holds after that.
-        remaining: the same with what this router has in hand, and what others have idle.
+        remaining: `level` plus what this router has in hand and what others have idle.
     """
 
     num_units: int = 0
@@ -86,9 +86,9 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         key: name of the key.
-        num_slots: to be added to those that the router holds.
-        most_idle_slots: idle ones that the router may hold from now on.
-        requests, tokens: None for a rate that is not limited.
+        num_slots: slots to be added to those that the router holds.
+        most_idle_slots: most idle slots that the router may hold from now on.
+        requests, tokens: the leases; None for a rate that is not limited.
     """
 
     key: str
@@ -102,9 +102,9 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     """The answer to an exchange.
 
     Attributes:
-        incarnation: of this accountant. If it is new to the router, the router states everything once more.
+        incarnation: incarnation of this accountant. If it is new to the router, the router states everything again.
         is_recovering: nothing is granted yet; ask again soon.
-        grants: one for each claim, unless the accountant is new to the router or recovers.
+        grants: one for each claim, unless the accountant is new to the router or is recovering.
     """
 
     incarnation: str

@@ -1,7 +1,7 @@
-"""The prompts of one HTTP request's generations, of which many may be one and the same.
+"""The prompts of one HTTP request's generations, many of which may be the same.
 
-Equal prompts are known by identity: hashing and comparing long ones again and again would hold up the event loop, and
-those of one HTTP request are one object.
+Equal prompts are recognized by identity: hashing and comparing long ones again and again would hold up the event loop,
+and equal prompts of one HTTP request are one object.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from llm.serving.schemas import GenerationRequest
 
 
 def num_prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
-    """Tokens of the prompts of an HTTP request, as its answer counts them: one that several continue counts once."""
+    """Number of prompt tokens of an HTTP request, as its answer counts them: a prompt that several continue counts
+    once."""
     pooled = [len(request.prompt_token_ids or ()) for request in requests if request.pooling is not None]
     continued = {id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests if r.pooling is None}
     return sum(pooled) + sum(continued.values())
 
 
 def prompt_hashes(requests: Sequence[GenerationRequest], page_size: int) -> dict[int, list[int]]:
-    """What the replicas' reports call the full pages of each prompt, by the prompt's `id`."""
+    """The hashes by which replicas' reports name the full pages of each prompt, by the prompt's `id`."""
     found: dict[int, list[int]] = {}
     for request in requests:
         prompt = request.prompt_token_ids or ()
@@ -30,7 +31,7 @@ def prompt_hashes(requests: Sequence[GenerationRequest], page_size: int) -> dict
 
 
 def leaders(requests: Sequence[GenerationRequest], min_tokens: int) -> dict[int, int]:
-    """For each request whose prompt an earlier one has too, if it is worth sharing, the index of that one."""
+    """Maps each request whose prompt an earlier request has too, if it is worth sharing, to the earlier one's index."""
     firsts: dict[tuple[int, ...], int] = {}
     same: dict[int, int] = {}
     found: dict[int, int] = {}

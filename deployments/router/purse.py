@@ -1,4 +1,4 @@
-"""`Purse`: what one router holds of one rate of one API key."""
+"""`Purse`: how much of one rate of one API key a router holds."""
 
 import math
 
@@ -7,13 +7,13 @@ from deployments.router.leases import Holding, Lease
 
 _PACE_WINDOW_S, _PACE_HALF_LIFE_S = 0.1, 1.0
 _HAND_FOR_S = 0.5
-"""A router wants to have in hand what it uses in so long, twice the time between two exchanges."""
+"""A router wants to have in hand what it uses in this time, which is twice the time between two exchanges."""
 _FRESH_FOR_S = 0.2
-"""For so long a router believes that nothing is left of a rate, without asking again."""
+"""How long a router believes that nothing is left of a rate before it asks again."""
 
 
 class Pace:
-    """Units a second, as an average that forgets."""
+    """Units per second, as an exponential moving average."""
 
     def __init__(self, now: float) -> None:
         self._per_s = 0.0
@@ -21,7 +21,7 @@ class Pace:
         self._at = now
 
     def note(self, num_units: int, now: float) -> None:
-        """So many since the last note."""
+        """Note the units since the last call."""
         self._num_units += num_units
         elapsed_s = now - self._at
         if elapsed_s < _PACE_WINDOW_S:
@@ -36,10 +36,10 @@ class Pace:
 
 
 class Purse:
-    """What this router holds of one rate of one key.
+    """How much of one rate of one key this router holds.
 
     Attributes:
-        in_hand: leased and not spent; below zero for what was spent without a lease.
+        in_hand: units leased and not spent; below zero if units were spent without a lease.
         alone: what would be left if this router were the only one.
     """
 
@@ -54,7 +54,7 @@ class Purse:
         self._spent_when_heard = 0
 
     def resize(self, per_min: int, now: float) -> None:
-        """The limit is another one now; what was used stays used."""
+        """Change the limit; what was used still counts."""
         change = per_min - self.alone.capacity
         self.alone.resize(per_min, now)
         if self._lease is not None:
@@ -67,7 +67,7 @@ class Purse:
         self.alone.take(num_units, now)
 
     def holding(self, now: float, *, with_level: bool) -> Holding:
-        """What to state, having let go of what is not worth holding."""
+        """Release what is not worth holding, and return what to state."""
         self._pace.note(self._num_spent - self._num_claimed, now)
         self._num_claimed = self._num_spent
         num_spare = self._pace.num_ahead()
@@ -83,14 +83,14 @@ class Purse:
         self._spent_when_heard = self._num_claimed
 
     def wait_s(self, now: float) -> float:
-        """Seconds until there is a unit for this router, as far as it knows."""
+        """Seconds until this router can have a unit, as far as it knows."""
         if self._lease is None or self.in_hand >= 1:
             return 0.0
         num_missing = 1 - self.in_hand - self._extrapolated(self._lease.level, now)
         return max(0.0, num_missing) * MINUTE_S / self.alone.capacity
 
     def is_fresh(self, now: float) -> bool:
-        """Whether the accountant has only just been heard."""
+        """Whether the accountant has just answered."""
         return self._lease is not None and now - self._heard_at < _FRESH_FOR_S
 
     def is_low(self) -> bool:
@@ -109,7 +109,7 @@ class Purse:
 
 
 def resized(purse: Purse | None, per_min: int | None, now: float) -> Purse | None:
-    """The purse for a limit that may have changed; None where there is none."""
+    """The purse for a limit that may have changed; None if there is no limit."""
     if per_min is None:
         return None
     if purse is None:

@@ -63,14 +63,14 @@ _Waiters = dict[str, list["asyncio.Future[_Answer]"]]
 
 
 class Quotas:
-    """Lets requests in as far as their key's limits go. Lives on the router's event loop.
+    """Lets requests in as far as their key's limits allow. Lives on the router's event loop.
 
-    One exchange runs at a time: requests that need more than their router has in hand wait for the next one, in order
-    of arrival. Others are let in at once.
+    One exchange runs at a time: requests that need more than their router has in hand wait for the next exchange, in
+        order of arrival. Others are let in at once.
 
     Args:
         accountant: who leases the limits.
-        when_away: what becomes of requests that need more than is in hand while it cannot be reached.
+        when_away: what happens to requests that need more than is in hand while the accountant cannot be reached.
         clock: seconds; monotonic.
     """
 
@@ -94,27 +94,27 @@ class Quotas:
         self._task: asyncio.Task[None] | None = None
 
     def account(self, key: ApiKey) -> Account:
-        """The account of a key, opened if there is none. It stays, whatever becomes of the key."""
+        """The account of a key, opened if there is none. It is kept, whatever happens to the key."""
         account = self._accounts.get(key.name)
         if account is None:
             account = self._accounts[key.name] = Account(key, self._clock, self._need.set)
         return account
 
     def start(self) -> None:
-        """Begin to exchange with the accountant. No effect when begun."""
+        """Begin the exchanges with the accountant. No effect if they have begun."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._exchange_for_ever())
 
     def close(self) -> None:
-        """Stop exchanging."""
+        """Stop the exchanges."""
         if self._task is not None:
             self._task.cancel()
 
     async def enter(self, account: Account) -> Refusal | None:
-        """Open a request, which must `leave`; or say why not.
+        """Open a request, which must `leave` later, or say why it cannot be opened.
 
         Raises:
-            AccountantAwayError: the accountant cannot be reached, and requests are to be refused for as long.
+            AccountantAwayError: the accountant cannot be reached, and requests are to be refused meanwhile.
         """
         is_first = account.key.name not in self._waiting and account.key.name not in self._asking
         if is_first and account.try_enter():
@@ -123,7 +123,7 @@ class Quotas:
             return refusal
         answer = await self._ask_for_entry(account)
         if answer is _Answer.REFUSED and self._accountant.is_shared and account.refusal().limit == "concurrency":
-            await asyncio.sleep(_RELEASE_ON_ITS_WAY_S)  # the client may have had an answer of another router just now
+            await asyncio.sleep(_RELEASE_ON_ITS_WAY_S)  # another router may just have answered this client
             answer = await self._ask_for_entry(account)
         if answer is _Answer.LET_IN:
             return None
@@ -169,7 +169,7 @@ class Quotas:
                 await asyncio.sleep(_SHORTEST_INTERVAL_S)
 
     async def _exchange(self) -> None:
-        """State what is held, take what is granted, let in or refuse what waits.
+        """State what is held, take what is granted, and let in or refuse the waiting requests.
 
         Raises:
             AccountantAwayError: there is no answer.
@@ -213,13 +213,13 @@ class Quotas:
                 return await self._accountant.exchange(Ask(self._router_id, self._number, self._incarnation, claims))
         except BaseException as error:
             for account in accounts:
-                account.touch()  # what has just been stated may not have been heard
+                account.touch()  # the accountant may not have heard what was just stated
             if isinstance(error, TimeoutError):
                 raise AccountantAwayError(f"no answer within {_TIMEOUT_S:g} s") from None
             raise
 
     def _note_away(self, why: str) -> None:
-        """Nothing is granted until the next exchange that works."""
+        """Note that nothing is granted until the next successful exchange."""
         if not self.is_away:
             fate = "refused" if self._when_away is AwayPolicy.CLOSED else "counted by each router alone"
             logger.warning("the accountant of the API keys' limits is away (%s): requests are %s", why, fate)

@@ -1,4 +1,4 @@
-"""`Router`: everything between chats and the engine replicas. A plain class: it runs without Ray underneath."""
+"""`Router`: everything between chats and the engine replicas. A plain class that runs without Ray."""
 
 import asyncio
 import logging
@@ -42,22 +42,22 @@ _FIRST_LOOK_S, _OWN_VERSION_CHECK_S = 1.0, 0.05
 _SAMPLE_INTERVAL_S = 1.0
 _TOTALS = ("num_live", "num_waiting", "num_requests", "num_refused", "num_resumes", "num_moves")
 _REQUESTS_AT_ONCE = 64
-"""Requests that are made in one turn of the event loop."""
+"""Number of requests created in one turn of the event loop."""
 _INLINE_TOKENS = 4096
-"""Prompts of so many tokens together are hashed at once; more of them in a thread."""
+"""Prompts of up to this many tokens in total are hashed at once; larger ones in a thread."""
 
 
 class Router:
     """Owns the token channel, the view of the fleet and the journal of live requests.
 
-    Make it on the event loop that it is to run on.
+    Create it on the event loop that it is to run on.
 
     Args:
         config: the application's configuration.
         client: the engine replicas.
         channel_host: address to listen on for tokens.
-        peers: the other routers of the deployment; None where there are none.
-        access: who may ask for how much; None for everybody, as much as they like. Closed with the router.
+        peers: the other routers of the deployment; None if there are none.
+        access: who may ask for how much; None for no limits on anyone. Closed with the router.
 
     Raises:
         ConfigError: tracing is wanted and OpenTelemetry is not installed.
@@ -127,13 +127,13 @@ class Router:
 
     @property
     def is_ready(self) -> bool:
-        """Whether an engine has told what it is."""
+        """Whether an engine has reported what it is."""
         return self._engine_known.is_set()
 
     @property
     def can_answer(self) -> bool:
-        """Whether a request that comes now is answered: a replica serves, or all are gone on purpose, and a request
-        starts one."""
+        """Whether a request that arrives now is answered: a replica serves, or the fleet is at zero on purpose and a
+        request starts one."""
         autoscaling = self.config.replicas.autoscaling
         wakes_up = autoscaling is not None and autoscaling.min_replicas == 0 and not self._watch.has_running
         return wakes_up or (self.is_ready and bool(self.fleet.replica_ids))
@@ -156,11 +156,11 @@ class Router:
         return self.journal.start(requests, caller, hashes)
 
     async def embed(self, inputs: Sequence[Sequence[int]], pooling: str, caller: Caller | None = None) -> list[bytes]:
-        """Make the vector of each input, 32-bit floats. Cancelling gives up all of them.
+        """Compute the vector of each input, as 32-bit floats. Cancelling gives up all of them.
 
         Raises:
             OverloadedError: too much waits already.
-            LLMError: one of the vectors could not be made.
+            LLMError: one of the vectors could not be computed.
         """
         requests = []
         for token_ids in inputs:
@@ -170,10 +170,10 @@ class Router:
         return await (await self.start(requests, caller)).vectors()
 
     async def wait_for_own_version(self) -> None:
-        """Wait until a replica of this router's version of the model is there, if all that are there are of others.
+        """If all running replicas are of other model versions, wait for one of this router's version.
 
-        While a rolling update goes on, the routers before it keep the clients until this one can serve them. Where
-        there is no replica at all, or none that this router knows within a second, it does not wait.
+        During a rolling update, the earlier routers keep the clients until this one can serve them. If there is no
+        replica at all, or this router learns of none within a second, it does not wait.
         """
         started = time.monotonic()
         while not self.is_ready:
@@ -188,7 +188,7 @@ class Router:
         return self.info
 
     async def engine_info(self, timeout_s: float | None = None) -> EngineInfo:
-        """What the engines are. Where none has said so yet, wait for one, and have one started if there is none.
+        """What the engines are. If none has reported it yet, wait for one, and have one started if there is none.
 
         Args:
             timeout_s: how long the client waits; None for as long as it takes.
@@ -216,10 +216,10 @@ class Router:
         return await self.wait_until_ready()
 
     def learn(self, info: EngineInfo) -> None:
-        """A replica has said what its engine is; the word of the first one of this router's version counts."""
+        """Take in what a replica says about its engine; the first replica of this router's version decides."""
         if self.info is not None or not is_same_version(self.journal.fingerprint, info.fingerprint):
             return
-        # More exact than this router's own, where only the replicas have the weights.
+        # More exact than this router's own value, because only the replicas have the weights.
         self.journal.fingerprint = self._watch.fingerprint = info.fingerprint
         self.journal.page_size = info.page_size
         self.dispatcher.learn_step_tokens(info.max_step_tokens)
@@ -227,7 +227,7 @@ class Router:
         self._engine_known.set()
 
     def reconfigure(self, live: LiveConfig) -> None:
-        """Take other settings from now on; what `live` leaves out is as it was at the start."""
+        """Use other settings from now on; what `live` leaves out returns to its initial value."""
         changes = live.model_dump(exclude={"admission"}, exclude_none=True)
         self._watch.config = self.config.router.model_copy(update=changes)
         self.journal.max_resumes = self._watch.config.max_resumes
@@ -240,12 +240,12 @@ class Router:
         self.journal.channel = self._watch.channel = self._listener.listen_on(host)
 
     def shut_down(self) -> None:
-        """End everything that is open with an error, and refuse what still comes: the server is about to stop."""
+        """End all open requests with an error and refuse new ones: the server is about to stop."""
         self.is_shutting_down = True
         self.journal.shut_down()
 
     def snapshot(self) -> dict[str, Any]:
-        """State of this router and, as it last heard, of the replicas."""
+        """State of this router and, as last reported, of the replicas."""
         return {
             "router": {
                 "num_live": self.journal.num_live,
@@ -262,7 +262,7 @@ class Router:
         }
 
     def fleet_event(self) -> dict[str, Any]:
-        """What the fleet page shows of the present; see `FleetView`."""
+        """The current state for the fleet page; see `FleetView`."""
         return self._view.event(self.snapshot(), self.info)
 
     def history(self) -> RouterHistory:
@@ -271,13 +271,13 @@ class Router:
         return RouterHistory(self._peers.router_id, self._history.slots(), {name: counts[name] for name in _TOTALS})
 
     async def fleet_history(self) -> dict[str, Any]:
-        """The last 15 minutes as all routers saw them, as far as they answer: see `history.describe`."""
+        """The last 15 minutes as seen by all routers that answer; see `history.describe`."""
         own = self.history()
         others = [one for one in await self._peers.histories() if one.router_id != own.router_id]
         return await asyncio.to_thread(describe, [own, *others], time.time())
 
     def sample(self) -> None:
-        """Note how things stand, once a second; called more often."""
+        """Record the current state once a second; called more often."""
         now = time.monotonic()
         if now - self._sampled_at < _SAMPLE_INTERVAL_S:
             return
@@ -311,7 +311,7 @@ class Router:
 
 
 def _salted(request: GenerationRequest, tenant: str) -> GenerationRequest:
-    """The request as engines get it: its salt also keeps tenants apart. The same object where there is none."""
+    """The request as engines get it, with a salt that also separates tenants. The same object if there is no salt."""
     salt = salt_of(tenant, request.cache_salt)
     return request if salt == request.cache_salt else request.model_copy(update={"cache_salt": salt})
 

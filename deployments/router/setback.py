@@ -1,4 +1,4 @@
-"""What keeps a replica from finishing a request that another one may go on with."""
+"""What keeps a replica from finishing a request that another one may continue."""
 
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -7,7 +7,7 @@ from deployments.channel.messages import FailureKind
 
 
 class SetbackKind(Enum):
-    """Why a request has to go on elsewhere."""
+    """Why a request has to continue elsewhere."""
 
     FAILURE = auto()
     """The replica failed, stalled or died."""
@@ -19,7 +19,7 @@ class SetbackKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Setback:
-    """What keeps a replica from finishing a request that another one may go on with."""
+    """What keeps a replica from finishing a request that another one may continue."""
 
     kind: SetbackKind
     message: str
@@ -30,4 +30,4 @@ SETBACKS = {
     FailureKind.LEAVING: SetbackKind.MOVE,
     FailureKind.DECLINED: SetbackKind.DECLINED,
 }
-"""What a replica's own word for its failure comes to."""
+"""The setback that each of a replica's own failure kinds amounts to."""

@@ -1,4 +1,4 @@
-"""What a generation sees of its surroundings: those that answer the same HTTP request, and the way to the replicas."""
+"""What a generation sees around it: the other generations of the same HTTP request, and the way to the replicas."""
 
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
@@ -27,23 +27,23 @@ class Siblings(Protocol[GenerationT]):
 
     @property
     def batches(self) -> CallBatches:
-        """Takes the calls of those that are pooled."""
+        """Sends the calls of pooled requests."""
         ...
 
     def must_wait(self, generation: GenerationT) -> bool:
-        """Whether the generation lets others go first."""
+        """Whether the generation must let others go first."""
         ...
 
     async def wait_for_turn(self, generation: GenerationT) -> None:
-        """Wait for those that go first: they are many, or one of them prefills the generation's prompt."""
+        """Wait for the generations that go first, because there are many or one of them prefills this one's prompt."""
         ...
 
     def note_begun(self, generation: GenerationT) -> None:
-        """The generation has its first token, or never will."""
+        """Note that the generation has its first token, or never will."""
         ...
 
     def block_hashes(self, generation: GenerationT) -> Sequence[int]:
-        """What the replicas' reports call the full pages of the generation's prompt."""
+        """The hashes by which replicas' reports name the full pages of the generation's prompt."""
         ...
 
 
@@ -57,21 +57,21 @@ class Placement(Protocol[GenerationT]):
 
     @property
     def channel(self) -> ChannelAddress | None:
-        """Where tokens come in; None to live on replies alone."""
+        """Where tokens arrive; None to rely only on replies."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Of the model version that requests are made for."""
+        """Fingerprint of the model version that requests are made for."""
         ...
 
     @property
     def max_resumes(self) -> int:
-        """How often a request may go on elsewhere after a failure."""
+        """How often a request may continue elsewhere after a failure."""
         ...
 
     def claim(self, generation: GenerationT) -> Ticket:
-        """Begin an attempt: a number for its tokens, and a place among those that wait for a replica."""
+        """Begin an attempt: get a number for its tokens, and a place in the queue for a replica."""
         ...
 
     def release(self, generation: GenerationT, ticket: Ticket) -> None:
@@ -79,22 +79,22 @@ class Placement(Protocol[GenerationT]):
         ...
 
     def note_failure(self, generation: GenerationT, replica_id: str, why: str) -> Part:
-        """A replica has failed while it had the generation.
+        """Note that a replica has failed while it had the generation.
 
         Args:
-            generation: what it had.
-            replica_id: which replica.
-            why: in a sentence about the replica.
+            generation: the generation that it had.
+            replica_id: the replica.
+            why: the reason, in a sentence about the replica.
 
         Returns:
-            What the generation had to do with it.
+            What the generation had to do with the failure.
         """
         ...
 
     def note_move(self, replica_id: str | None, *, is_failure: bool) -> None:
-        """A stream of this replica goes on elsewhere."""
+        """Note that a stream of this replica continues elsewhere."""
         ...
 
     def note_over(self, generation: GenerationT) -> None:
-        """The generation is over, in whatever way."""
+        """Note that the generation has ended, in whatever way."""
         ...

@@ -1,9 +1,10 @@
-"""Which request a replica may have failed of.
+"""Which request may have made a replica fail.
 
-A request that hangs or kills whatever runs it would fell the whole fleet if it were resumed like the others. So when a
-replica fails, every request that was in it is a suspect, and a replica begins one suspect at a time and says so before.
-The first token there clears it. A replica that fails while it tries one names the culprit: that request has felled two
-replicas and ends with an error; the others were bystanders.
+A request that hangs or kills whatever runs it would bring down the whole fleet if it were resumed like the others. So
+when a replica fails, every request that was on it becomes a suspect. A replica begins one suspect at a time, and
+reports that it does so beforehand. The first token there clears the suspect. If a replica fails while it tries a
+suspect, that request is the culprit: it has brought down two replicas and ends with an error. The others were
+bystanders.
 """
 
 from collections.abc import Iterable
@@ -11,35 +12,35 @@ from enum import Enum, auto
 from typing import Protocol
 
 _SAME_FAILURE_S = 2.0
-"""The requests of a replica learn of its failure one after the other."""
+"""The requests of a replica learn of its failure one after another, within this time."""
 
 
 class Part(Enum):
     """What a request had to do with the failure of a replica."""
 
     SUSPECT = auto()
-    """The replica may have failed of it."""
+    """It may have caused the failure."""
     CULPRIT = auto()
-    """The replica has failed of it, as another one has before."""
+    """It caused the failure, as it caused that of another replica before."""
     BYSTANDER = auto()
     """It has nothing to do with it."""
 
 
 class Passenger(Protocol):
-    """A request in a replica."""
+    """A request on a replica."""
 
     is_suspect: bool
-    """A replica has failed while it ran, and it has had no token since."""
+    """A replica has failed while the request ran, and the request has had no token since."""
     has_arrived: bool
-    """The replica has said that it begins it."""
+    """The replica has reported that it begins the request."""
     part: tuple[Part, float] | None
-    """In the failure that happened last, and when that was."""
+    """Its part in the latest failure, and when that was."""
 
 
 def assign_parts(passengers: Iterable[Passenger], now: float) -> None:
-    """A replica has failed: say what each of its requests had to do with it.
+    """After a replica's failure, set what each of its requests had to do with it.
 
-    What is known of the same failure already stays. A suspect that never arrived has not been tried, so it is not the
+    Parts already assigned for the same failure stay. A suspect that never arrived was not tried, so it is not the
     culprit.
     """
     passengers = list(passengers)
@@ -52,7 +53,7 @@ def assign_parts(passengers: Iterable[Passenger], now: float) -> None:
 
 
 def part_of(passenger: Passenger, now: float) -> Part | None:
-    """What a request had to do with the failure that happens now; None for not yet known."""
+    """What a request had to do with the current failure; None if not yet known."""
     if passenger.part is None or now - passenger.part[1] > _SAME_FAILURE_S:
         return None
     return passenger.part[0]

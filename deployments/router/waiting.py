@@ -1,4 +1,4 @@
-"""Who is next: requests that wait in a router for a replica with room."""
+"""Requests that wait in a router for a replica with room, and which of them is next."""
 
 import asyncio
 from bisect import insort
@@ -14,14 +14,14 @@ class Ticket:
     Attributes:
         stream_id: the router's number for this attempt.
         num_tokens: tokens to prefill: the prompt, and what an earlier replica generated.
-        num_output_tokens: of `num_tokens`, those that were generated.
-        num_work_tokens: `num_tokens` and the output that is expected.
-        block_hashes: of the prompt's full pages, first page first.
-        tenant: whose share it counts on; "" where there are no keys.
+        num_output_tokens: how many of `num_tokens` were generated.
+        num_work_tokens: `num_tokens` plus the expected output.
+        block_hashes: hashes of the prompt's full pages, first page first.
+        tenant: whose share it counts toward; "" if there are no keys.
         priority: lower goes first.
-        is_resumed: it has been in a replica already.
-        is_suspect: a replica failed while it ran.
-        excluded: replicas that it must not go to, for they failed it.
+        is_resumed: it has already been on a replica.
+        is_suspect: a replica failed while the request ran on it.
+        excluded: replicas that it must not go to because they failed it.
         since: when it began to wait, by the monotonic clock.
         ranking: gets the replicas to send it to, best first.
     """
@@ -41,10 +41,10 @@ class Ticket:
 
 
 class _FairShare:
-    """Tickets of one priority: every tenant's in order of arrival, tenants by what they have had so far.
+    """Tickets of one priority: each tenant's in order of arrival, and tenants by the work they have had so far.
 
     Start-time fair queueing (Goyal et al. 1996): a tenant's clock advances by the work that it is given, the smallest
-    clock is next, and who comes back after a pause starts at the present, without credit for the pause.
+    clock is next, and a tenant that returns after a pause starts at the present, without credit for the pause.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class _FairShare:
             del self._tickets[ticket.tenant]
 
     def _forget_the_past(self) -> None:
-        """Tenants without tickets whose clock is behind would start at the present anyway."""
+        """Forget tenants without tickets whose clock is behind: they would start at the present anyway."""
         for tenant, clock in list(self._clocks.items()):
             if clock <= self._now and tenant not in self._tickets:
                 del self._clocks[tenant]
@@ -91,8 +91,9 @@ class _FairShare:
 class WaitingQueue:
     """Resumed requests first, then by priority, then fair among tenants, then in order of arrival.
 
-    Of the resumed ones suspects come last, and of these those with the fewest tokens first: what fells a replica does
-    so most often with its prompt or its first tokens, and the sooner it is found, the fewer others it disturbs again.
+    Among the resumed requests, suspects come last, those with the fewest tokens first. A request that brings down a
+    replica usually does so with its prompt or its first tokens, and the sooner it is found, the fewer other requests it
+    disturbs again.
     """
 
     def __init__(self) -> None:
@@ -109,13 +110,13 @@ class WaitingQueue:
         return isinstance(ticket, Ticket) and ticket.stream_id in self._waiting
 
     def __iter__(self) -> Iterator[Ticket]:
-        """All that wait, in no particular order."""
+        """All waiting tickets, in no particular order."""
         yield from self._resumed
         for level in self._levels.values():
             yield from level
 
     def push(self, ticket: Ticket) -> None:
-        """Have it wait."""
+        """Add a ticket."""
         self._waiting.add(ticket.stream_id)
         if ticket.is_resumed:
             insort(self._resumed, ticket, key=_resumed_order)
@@ -124,10 +125,10 @@ class WaitingQueue:
         self._count(ticket, 1)
 
     def pop(self, fits: Callable[[Ticket], bool] = lambda _: True) -> Ticket | None:
-        """Take the next one; None where nothing waits that fits.
+        """Take the next ticket; None if nothing that fits is waiting.
 
         Args:
-            fits: whether a resumed request can go on now. Others all fit, or none does.
+            fits: whether a resumed request can be sent now. All other requests fit, or none does.
         """
         for ticket in self._resumed:
             if fits(ticket):
@@ -143,7 +144,7 @@ class WaitingQueue:
         return ticket
 
     def remove(self, ticket: Ticket) -> None:
-        """Take out one that waits."""
+        """Remove a waiting ticket."""
         if ticket.is_resumed:
             self._resumed.remove(ticket)
         else:
