@@ -1,11 +1,11 @@
-"""Ray Serve deployments: the router, the engine replicas and what passes between them."""
+"""Ray Serve deployments: the router, the engine replicas and the messages between them."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 
 def _check_engine() -> None:
-    """Refuse another package of the name `llm` in the engine's place; the index has one that is a command-line tool."""
+    """Refuse another package named `llm`; the package index has one, a command-line tool."""
     spec = find_spec("llm")
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
     if not any((place / "serving" / "engine.py").is_file() for place in places):

@@ -22,17 +22,17 @@ from deployments.serve.response_store import ResponseStoreReplica
 
 _HEALTH_CHECK_PERIOD_S = 1
 _HEALTH_CHECK_TIMEOUT_S = 8
-"""Serve gives a replica up after three strikes: 24 s."""
+"""Serve gives up on a replica after three failures: 24 s."""
 _METRICS_INTERVAL_S, _LOOK_BACK_S = 0.5, 1.0
 _SMALLEST_AMOUNT = 0.0001
-"""Of a resource; Ray counts in these."""
+"""Smallest amount of a resource that Ray counts."""
 _RUNTIME_ENV = {"env_vars": {"MALLOC_ARENA_MAX": "2"}}
-"""Of every replica, set before its process starts. Else glibc spreads its 40 threads over 8 arenas a core, and free
-memory collects in each: a router comes to hold some 20 MB more, with the same amount in use."""
+"""Environment of every replica, set before its process starts. Otherwise glibc spreads the process's 40 threads over 8
+arenas per core, and free memory collects in each: a router holds about 20 MB more for the same amount in use."""
 
 
 def build_app(args: AppConfig) -> Application:
-    """Bind a router in front of engine replicas, as `args` says.
+    """Bind a router in front of engine replicas, as `args` describes them.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint or the configuration cannot be used; one line with the fix.
@@ -57,13 +57,13 @@ def build_app(args: AppConfig) -> Application:
 
 
 def _needs_accountant(config: AppConfig, keys: KeySource) -> bool:
-    """Whether several routers have limits to share, or may get some with a change of the file."""
+    """Whether several routers share limits, or may come to when the key file changes."""
     has_limits = any(key.limits.model_dump(exclude={"min_priority"}, exclude_none=True) for key in keys.keys)
     return config.router.num_replicas > 1 and (has_limits or keys.path is not None)
 
 
 def _needs_store(config: AppConfig) -> bool:
-    """Whether several routers have stored responses to share; a single one keeps them itself."""
+    """Whether several routers share stored responses; a single router keeps them itself."""
     return config.router.num_replicas > 1 and config.responses.max_responses > 0
 
 
@@ -76,9 +76,9 @@ def _store_deployment(config: AppConfig) -> Any:
 
 
 def _shared_deployment(config: AppConfig, deployed: type, name: str) -> Any:
-    """A deployment of one replica that all routers ask."""
-    # Where routers run, not on a node that is scaled down once no replica needs it. It takes next to nothing of what
-    # they take there.
+    """A deployment with one replica, which all routers call."""
+    # It runs where routers run, not on a node that is scaled down once no replica needs it, and takes almost nothing of
+    # the resources that the routers take there.
     resources = {kind: min(amount, _SMALLEST_AMOUNT) for kind, amount in config.router.resources.items()}
     return serve.deployment(deployed).options(
         name=name,
@@ -110,7 +110,7 @@ def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:
 
 
 def _serve_autoscaling(autoscaling: AutoscalingConfig) -> ServeAutoscalingConfig:
-    """Serve's configuration, with our policy and a pace that follows the load within seconds."""
+    """Serve's autoscaling configuration, with our policy and a pace that follows the load within seconds."""
     return ServeAutoscalingConfig(
         min_replicas=autoscaling.min_replicas,
         max_replicas=autoscaling.max_replicas,
@@ -136,7 +136,7 @@ def _router_deployment(config: AppConfig) -> Any:
             "resources": router.resources,
             "runtime_env": _RUNTIME_ENV,
         },
-        # More than the router takes, so that what is too much gets its answer instead of waiting in Serve.
+        # More than the router accepts, so that excess requests get an answer instead of waiting in Serve.
         max_ongoing_requests=2 * router.max_ongoing_requests,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
@@ -146,7 +146,7 @@ def _router_deployment(config: AppConfig) -> Any:
 
 
 def __getattr__(name: str) -> Application:
-    """`app`, for `serve build`, with every setting at its default; made when it is asked for."""
+    """`app` for `serve build`, with every setting at its default; built on first access."""
     if name == "app":
         return build_app(AppConfig())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration file, in one line, before anything starts.
+"""Says in one line what is wrong with a configuration file, before anything starts.
 
     python -m deployments.check serve_config.yaml
     python -m deployments.check --start serve_config.yaml

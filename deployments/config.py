@@ -18,12 +18,12 @@ MIN_PRIORITY, MAX_PRIORITY = -100, 100
 
 
 class EngineKind(StrEnum):
-    """What stands behind an `EngineReplica`."""
+    """The kind of engine that an `EngineReplica` runs."""
 
     TORCH = "torch"
     """The model, on this replica's device."""
     EMULATED = "emulated"
-    """No model: tokens at a set pace, to measure or test everything around an engine."""
+    """No model: it makes tokens at a set pace, to measure or test everything around an engine."""
 
 
 class DType(StrEnum):
@@ -40,15 +40,15 @@ class PolicyName(StrEnum):
     """How a router chooses among replicas."""
 
     COST = "cost"
-    """Fewest tokens to compute first, what the prefix cache holds left out."""
+    """The replica with the fewest tokens to compute, not counting those in its prefix cache."""
     POWER_OF_TWO = "power_of_two"
-    """The less busy of two drawn at random."""
+    """The less busy of two replicas drawn at random."""
     ROUND_ROBIN = "round_robin"
-    """In turn."""
+    """Each replica in turn."""
 
 
 class ToolParserName(StrEnum):
-    """How the model writes calls of tools."""
+    """How the model writes tool calls."""
 
     AUTO = "auto"
     """As its chat template shows."""
@@ -108,35 +108,36 @@ class EmulationConfig(StrictModel):
     """Pace of the emulated engine, and ways to break it."""
 
     tokens_per_s: float = Field(default=100.0, gt=0)
-    """Output tokens a second of each running stream."""
+    """Output tokens per second of each running stream."""
     prefill_tokens_per_s: float = Field(default=100_000.0, gt=0)
-    """Prompt tokens a second, of all streams together."""
+    """Prompt tokens per second, of all streams together."""
     max_seq_len: int = Field(default=8192, ge=2)
     """Context length in tokens."""
     start_s: float = Field(default=0.0, ge=0)
     """How long a replica takes to start, as loading a model does."""
     fault_dir: str | None = None
-    """Directory to break single engines through: as long as it holds a file named by an engine's process id, each step
-    of that engine does what the file says (`fail`, `break`, `hang` or `kill`). Steps of a real engine meet a
-    device-side assert instead."""
+    """Directory for breaking single engines: while it holds a file named after an engine's process id, each step of
+    that engine does what the file says (`fail`, `break`, `hang` or `kill`). Steps of a real engine meet a device-side
+    assert instead."""
     poison_token_id: int | None = Field(default=None, ge=0)
-    """A prompt that holds this token breaks every engine that runs it; None for no such prompt."""
+    """A prompt that contains this token breaks every engine that runs it; None for no such token."""
     poison: EmulatedFault = EmulatedFault.HANG
-    """What such a prompt does."""
+    """What a prompt with this token does to the engine."""
     poison_after: int = Field(default=0, ge=0)
-    """Output tokens that it makes before."""
+    """Output tokens that the engine makes before it breaks."""
 
 
 class AutoscalingConfig(StrictModel):
-    """When there are more or fewer replicas. Up at once, down after a while."""
+    """When to add or remove replicas. They are added at once and removed after a while."""
 
     min_replicas: int = Field(default=1, ge=0)
-    """0 to let the last one go after `downscale_to_zero_delay_s` without a request; the next one waits for a start."""
+    """0 to remove the last replica after `downscale_to_zero_delay_s` without a request; the next request waits for a
+    start."""
     max_replicas: int = Field(ge=1)
     initial_replicas: int | None = Field(default=None, ge=0)
     """None for `min_replicas`."""
     target_waiting_tokens: float = Field(default=16_384, gt=0)
-    """Tokens waiting to be prefilled, for each replica, that are no reason for another one."""
+    """Tokens per replica that may wait for prefill before another replica is added."""
     target_row_use: float = Field(default=0.8, gt=0)
     """Share of each replica's rows (`engine.max_batch_size`) that may be in use."""
     target_pool_use: float = Field(default=0.9, gt=0, le=1)
@@ -160,7 +161,7 @@ class ReplicasConfig(StrictModel):
     autoscaling: AutoscalingConfig | None = None
     """Run as many replicas as the load needs."""
     num_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs that Ray sets aside for each replica, which waits until a node has them free. None for
+    """GPUs that Ray sets aside for each replica, which waits until a node has that many free. None for
     `engine.tensor_parallel_size` of them if `device` is `cuda`, or if a node of the cluster has a GPU or may join with
     one (on Kubernetes, or with Ray's cluster launcher); otherwise for zero, so that replicas run on CPUs. Set it where
     GPU nodes come and go."""
@@ -180,12 +181,12 @@ class ReplicasConfig(StrictModel):
 
     @property
     def most_replicas(self) -> int:
-        """Largest number of replicas that there may be."""
+        """Largest number of replicas allowed."""
         return self.autoscaling.max_replicas if self.autoscaling is not None else self.num_replicas
 
     @property
     def fewest_replicas(self) -> int:
-        """Smallest number of replicas that there may be."""
+        """Smallest number of replicas allowed."""
         return self.autoscaling.min_replicas if self.autoscaling is not None else self.num_replicas
 
 
@@ -219,23 +220,23 @@ class RouterConfig(StrictModel):
 
 
 class AdmissionConfig(StrictModel):
-    """How much work may wait in a router, in tokens of prompts and of expected answers."""
+    """How much work may wait in a router, counted in tokens of prompts and expected answers."""
 
     max_queue_tokens: int = Field(default=4_000_000, ge=1)
     """Beyond this, requests are refused with 429."""
     max_queue_s: float = Field(default=30.0, gt=0)
     """Requests that would wait longer than this for a replica, at the pace measured last, are refused with 429."""
     max_backlog_steps: float = Field(default=4.0, gt=0)
-    """Engine steps' worth of prompts that a replica is sent ahead; what comes after waits in the router, where it can
-    still go elsewhere."""
+    """How many engine steps' worth of prompts a router sends to a replica ahead of time. Further requests wait in the
+    router, which can still send them elsewhere."""
     no_replica_timeout_s: float = Field(default=60.0, gt=0)
-    """How long requests wait while no replica runs and none is being started; then 503. They wait for as long as one is
-    starting."""
+    """How long requests wait while no replica runs and none is being started; then the answer is 503. While a replica
+    is starting, they wait without a limit."""
 
 
 class LiveConfig(StrictModel):
-    """What running routers take without a restart: `user_config` of the deployment `Router`. What is left out stays as
-    `args` has it."""
+    """Settings that running routers accept without a restart: `user_config` of the deployment `Router`. Settings that
+    are left out stay as in `args`."""
 
     admission: AdmissionConfig | None = None
     max_resumes: int | None = Field(default=None, ge=0)
@@ -245,33 +246,33 @@ class LiveConfig(StrictModel):
 
 
 class AwayPolicy(StrEnum):
-    """What becomes of requests of keys with limits while several routers cannot reach the accountant they share."""
+    """What happens to requests of keys with limits while several routers cannot reach the accountant they share."""
 
     OPEN = "open"
-    """Each router counts alone, up to the whole limit."""
+    """Each router counts by itself, up to the whole limit."""
     CLOSED = "closed"
-    """503 with `Retry-After`, beyond what a router has in hand."""
+    """Beyond what a router holds in reserve, the answer is 503 with `Retry-After`."""
 
 
 class KeyLimits(StrictModel):
-    """How much one API key may ask for, all routers together; None for as much as it likes."""
+    """How much one API key may ask of all routers together; None for no limit."""
 
     requests_per_min: int | None = Field(default=None, ge=1)
     tokens_per_min: int | None = Field(default=None, ge=1)
-    """Of prompts and answers."""
+    """Tokens of prompts and answers per minute."""
     max_concurrent_requests: int | None = Field(default=None, ge=1)
     min_priority: int = Field(default=0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
-    """The lowest `priority` that requests may ask for, where lower ones go first; and theirs, where it is above 0, if
-    they ask for none."""
+    """The lowest `priority` that requests may ask for; lower ones go first. If it is above 0, it is also the priority
+    of requests that ask for none."""
 
 
 class LimitsConfig(StrictModel):
     """Bounds on what clients may do."""
 
     per_key: KeyLimits = KeyLimits()
-    """For each API key; `api_keys_file` can give a key its own."""
+    """Limits of each API key; `api_keys_file` can give a key limits of its own."""
     when_accountant_is_away: AwayPolicy = AwayPolicy.OPEN
-    """The accountant counts what API keys use of their limits for all routers, where there are several."""
+    """What to do while the accountant is away, which counts for several routers what API keys use of their limits."""
     body_timeout_s: float = Field(default=30.0, gt=0)
     """Time to send a body; a client that takes longer gets 408."""
     send_timeout_s: float = Field(default=25.0, gt=0)
@@ -279,11 +280,11 @@ class LimitsConfig(StrictModel):
     its own time: see docs/operations.md."""
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_header_bytes: int = Field(default=64 << 10, ge=1024)
-    """Names and values of all headers together, and the path."""
+    """Total bytes of the path and of all header names and values."""
     max_choices: int = Field(default=128, ge=1, le=4096)
-    """Answers of one request: prompts times `n`."""
+    """Maximum number of answers to one request: prompts times `n`."""
     max_stop_chars: int = Field(default=1024, ge=1)
-    """Length of one stop string."""
+    """Maximum length of one stop string, in characters."""
 
 
 class TracingConfig(StrictModel):
@@ -300,14 +301,14 @@ class ChannelConfig(StrictModel):
     """Where routers listen for tokens from the engine replicas."""
 
     host: str = Field(default="auto", min_length=1)
-    """`auto`: 127.0.0.1 while the cluster has one node, the node's address too once another joins; or an address of the
-    router's node."""
+    """An address of the router's node; or `auto`: 127.0.0.1 while the cluster has one node, and the node's own address
+    as well once another joins."""
     port: int = Field(default=0, ge=0, le=65535)
     """0 for any free port; a fixed one allows a single router per node."""
 
 
 class AppConfig(StrictModel):
-    """Everything `build_app` takes."""
+    """All arguments of `build_app`."""
 
     model: str = Field(default="configs/demo", min_length=1)
     """Directory of a Hugging Face checkpoint, a GGUF file, or a Hub id. A relative path counts from the working
@@ -334,22 +335,22 @@ class AppConfig(StrictModel):
     token_channel: ChannelConfig = ChannelConfig()
     tracing: TracingConfig = TracingConfig()
     prefix_cache_per_key: bool = False
-    """Share cached prompts only among requests with the same API key, so that no one can tell by the time to the
+    """Share cached prompts only among requests with the same API key, so that nobody can tell from the time to the
     first token what others have asked."""
     strict_fields: bool = False
-    """Refuse requests that hold a field which this server does not know, with 400. Otherwise such fields are
-    ignored, and named in the answer's header `X-Rayline-Ignored`."""
+    """Refuse requests that contain a field unknown to this server, with 400. Otherwise unknown fields are ignored and
+    named in the answer's header `X-Rayline-Ignored`."""
     tool_parser: ToolParserName = ToolParserName.AUTO
-    """What becomes a `tool_call` in answers to requests with tools."""
+    """What text becomes a `tool_call` in answers to requests with tools."""
     reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO
-    """What becomes `reasoning_content` in answers to chats."""
+    """What text becomes `reasoning_content` in answers to chats."""
     api_keys: tuple[SecretStr, ...] = ()
-    """Keys that clients may use. With none here, in the file or in the variable, no key is asked for.
+    """Keys that clients may use. If there is none here, in the file or in the variable, clients need no key.
 
-    Ray Serve writes a config file's arguments to its log: in `serve_config.yaml`, use one of the other two."""
+    Ray Serve writes a config file's arguments to its log. In `serve_config.yaml`, use one of the next two instead."""
     api_keys_file: str | None = None
     """File with one key a line; or, if it ends in `.yaml`, a list of keys with `name`, `key` or `key_sha256`, and
-    limits of their own, as in `limits.per_key`. Every router follows it: changes count within seconds."""
+    limits of their own, as in `limits.per_key`. Every router follows the file; changes take effect within seconds."""
     api_keys_env: str | None = None
     """Environment variable with keys separated by commas; read when the application is deployed."""
     allow_open_without_keys: bool = False
@@ -374,7 +375,7 @@ class AppConfig(StrictModel):
 
     @property
     def model_name(self) -> str:
-        """What clients call the model."""
+        """The name that clients use for the model."""
         if self.served_model_name is not None:
             return self.served_model_name
         path = Path(self.model).expanduser()
@@ -386,8 +387,8 @@ class AppConfig(StrictModel):
 def resolve_paths(config: AppConfig) -> AppConfig:
     """The same configuration with relative paths made absolute, so that every worker reads the same files.
 
-    What is not here is left alone: it may be a Hub id, or a path of the replicas' nodes. A chat template is
-    read here, for nodes that do not have the file.
+    A path that does not exist here is not changed: it may be a Hub id, or a path on the replicas' nodes. A chat
+        template is read here, for nodes that do not have the file.
 
     Raises:
         ConfigError: the chat template's file cannot be read.
@@ -420,7 +421,7 @@ def read_chat_template(config: AppConfig) -> str | None:
 
 
 def _find_place(value: str | None) -> Path | None:
-    """An existing directory or GGUF file by this name, here or among what comes with the package."""
+    """An existing directory or GGUF file by this name, here or among the files that come with the package."""
     if value is None:
         return None
     path = Path(value).expanduser()
@@ -428,10 +429,10 @@ def _find_place(value: str | None) -> Path | None:
         if candidate.is_dir():
             return candidate.resolve()
         if is_gguf(candidate):
-            return candidate.absolute()  # what a link of the Hub's cache points to has another name
+            return candidate.absolute()  # the target of a link in the Hub's cache has another name
     return None
 
 
 def without_secrets(config: AppConfig) -> AppConfig:
-    """The same configuration for processes that need no keys."""
+    """The same configuration without API keys, for processes that need none."""
     return config.model_copy(update={"api_keys": ()})

@@ -4,11 +4,11 @@ from llm.errors import LLMError
 
 
 class ReplicaLostError(LLMError):
-    """The replica that ran a call died or was taken away; another one may go on."""
+    """The replica that ran a call died or was taken away; another one may continue the call."""
 
 
 class OverloadedError(LLMError):
-    """More work waits than can be begun in time; `retry_after_s` says when it is worth coming back."""
+    """More work waits than can be started in time; `retry_after_s` says when to try again."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -27,11 +27,11 @@ class ShuttingDownError(LLMError):
 
 
 class DeadlineError(LLMError):
-    """The time that the client gave is over."""
+    """The client's deadline has passed."""
 
 
 class AccountantAwayError(LLMError):
-    """Nobody can say what an API key may still do."""
+    """The accountant that knows what an API key may still use cannot be reached."""
 
 
 class KeyRevokedError(LLMError):

@@ -1,4 +1,4 @@
-"""The fingerprint of a model version, worked out alike by routers and replicas."""
+"""The fingerprint of a model version, which routers and replicas compute in the same way."""
 
 from deployments.config import AppConfig, read_chat_template
 from llm.checkpoint.fingerprint import fingerprint
@@ -6,7 +6,8 @@ from llm.checkpoint.hub import resolve_model_path
 
 
 def fingerprint_of(config: AppConfig) -> str:
-    """What must be equal for one replica to go on with what another one began, and for a router's token ids to fit.
+    """A fingerprint of all that must be equal for one replica to continue another's request, and for token ids to
+    match.
 
     Settings that change no text, such as batch sizes, limits and the name that clients use, do not count.
 

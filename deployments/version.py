@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("rayline")
-except PackageNotFoundError:  # run from a checkout that is not installed
+except PackageNotFoundError:  # running from a checkout that is not installed
     __version__ = "0+unknown"

@@ -46,7 +46,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; what is wrong goes to standard error in one line, with exit code 1."""
+    """Run the command line; an error goes to standard error in one line, with exit code 1."""
     try:
         app()
     except LLMError as error:

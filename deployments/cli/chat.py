@@ -29,7 +29,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="By default the model's own.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
 ) -> None:
-    """Chat with the served model; answers come as they are made.
+    """Chat with the served model; answers appear as they are generated.
 
     rayline chat
     rayline chat "What is 17 + 25?"
@@ -54,7 +54,7 @@ def chat(
 
 
 class _Talk:
-    """A conversation and what it is held with."""
+    """A conversation, with the client and the settings it uses."""
 
     def __init__(
         self, client: httpx.Client, console: Console, model: str, system: str | None, settings: dict[str, Any]
@@ -67,7 +67,7 @@ class _Talk:
         self._turns: list[dict[str, str]] = []
 
     def ask(self, text: str, *, with_stats: bool = True) -> None:
-        """Send a message and print the answer as it comes.
+        """Send a message and print the answer as it arrives.
 
         Raises:
             ServerError: the server refuses, or the stream ends with an error.
@@ -109,7 +109,7 @@ class _Talk:
             )
 
     def obey(self, text: str) -> bool:
-        """Do what a line that begins with a slash says; False to leave."""
+        """Run the command of a line that begins with a slash; returns False to leave."""
         command, _, rest = text[1:].partition(" ")
         name, _, value = rest.partition(" ")
         match command:
@@ -136,7 +136,7 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def _messages(console: Console) -> Iterator[str]:
-    """What the user types: a line each, or several between lines of three quotes."""
+    """The user's messages: one per line, or several lines between lines of three quotes."""
     with contextlib.suppress(ImportError, OSError):
         import readline  # gives input() editing and history
 

@@ -1,4 +1,4 @@
-"""`rayline check`: what is wrong with a configuration, and what it will need, before anything starts."""
+"""`rayline check`: says what is wrong with a configuration and what it will need, before anything starts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +36,7 @@ def check(
 ) -> None:
     """Check a configuration, its checkpoint and its port without a GPU, and say what memory they need.
 
-    Exit code 1 where it cannot be served, with the reason and the fix in one line. A port in use is only noted.
+    The exit code is 1 if it cannot be served, with the reason and the fix in one line. A port in use is only noted.
 
         rayline check serve_config.yaml
         rayline check my.yaml --gpu-memory 48
@@ -66,7 +66,7 @@ def check(
 
 
 def _print_port(console: Console, front_end: FrontEnd) -> None:
-    """Say where it will listen; a port in use is no mistake of the file's."""
+    """Say where it will listen; a port in use is not an error in the file."""
     try:
         check_port(front_end)
     except ConfigError as error:
@@ -77,7 +77,7 @@ def _print_port(console: Console, front_end: FrontEnd) -> None:
 
 
 def _width(model: ModelConfig, itemsize: int) -> str:
-    """How many bits a number of the weights takes."""
+    """How many bits each weight takes."""
     width = f"{8 * itemsize} bits a number"
     if model.quantization is None:
         return width
@@ -109,7 +109,7 @@ def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
 
 
 def _what_fits(app: AppConfig, model: ModelConfig, share: GPUShare, size: float) -> str:
-    """What the pool of a replica holds on GPUs of so many GiB; if nothing, how many of them it takes."""
+    """How much a replica's pool holds on GPUs of so many GiB; if nothing, how many GPUs the model needs."""
     slots = share.num_slots(size * GIB * app.engine.gpu_memory_utilization)
     if slots >= fewest_slots(app, model):
         return f"about {slots:,} slots: {slots // 1000:,} sequences of 1,000 tokens"

@@ -1,4 +1,4 @@
-"""The reference of the command line, made from the commands themselves.
+"""The command-line reference, generated from the commands themselves.
 
 python -m deployments.cli.command_reference > docs/command-line.md
 """
@@ -35,7 +35,7 @@ def reference() -> str:
 
 
 def _sections(name: str, command: Any) -> Iterator[str]:
-    """One section for each command below this one that does something by itself, in the order of the help."""
+    """One section for each command below this one that can be run by itself, in the order of the help."""
     for part, child in getattr(command, "commands", {}).items():
         if hasattr(child, "commands"):
             yield from _sections(f"{name} {part}", child)
@@ -64,7 +64,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _is_argument(parameter: Any) -> bool:
-    """Whether it is given by its place on the command line, and not by a name."""
+    """Whether the parameter is given by its position on the command line and not by name."""
     return not parameter.opts[0].startswith("-")
 
 
@@ -85,7 +85,7 @@ def _row(parameter: Any, annotation: Any) -> str:
 
 
 def _value(parameter: Any, annotation: Any) -> str:
-    """What is written behind the name; nothing for a switch."""
+    """What is written after the option's name; nothing for a switch."""
     annotation, info = typing.get_args(annotation)
     (kind,) = [item for item in _alternatives(annotation) if item is not NoneType]
     is_repeated = typing.get_origin(kind) is list

@@ -1,4 +1,4 @@
-"""The configuration reference, made from the models that check configurations.
+"""The configuration reference, generated from the models that validate configurations.
 
 python -m deployments.cli.config_reference > docs/configuration.md
 """
@@ -69,7 +69,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _group(field: FieldInfo) -> type[BaseModel] | None:
-    """The model that a field holds, if it holds one."""
+    """The model type of a field, if its value is a model."""
     for candidate in (field.annotation, *get_args(field.annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

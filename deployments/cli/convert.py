@@ -11,7 +11,7 @@ from llm.errors import CheckpointError
 
 
 class WeightType(StrEnum):
-    """Number format of the weights that are written."""
+    """Number format of the written weights."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"

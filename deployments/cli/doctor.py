@@ -1,4 +1,4 @@
-"""`rayline doctor`: what is wrong with this machine."""
+"""`rayline doctor`: says what is wrong with this machine."""
 
 import importlib.metadata
 import importlib.util
@@ -18,7 +18,7 @@ _GIB = 1 << 30
 
 
 class Finding(NamedTuple):
-    """One thing looked at."""
+    """The result of one check."""
 
     level: str
     """ok, note or bad."""
@@ -28,9 +28,9 @@ class Finding(NamedTuple):
 
 
 def doctor() -> None:
-    """Look for what would keep Rayline from running well here: versions, GPU, memory, ports.
+    """Look for problems that would keep Rayline from running well here: versions, GPU, memory, ports.
 
-    Exit code 1 where something has to be mended first.
+    The exit code is 1 if something has to be fixed first.
     """
     table = Table(box=None, pad_edge=False, show_header=False)
     marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "bad": "[red]✗[/]"}

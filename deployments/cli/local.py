@@ -11,9 +11,9 @@ from llm.checkpoint.local_models import local_models, remove_local_model
 
 
 def list_models() -> None:
-    """List the models that have been downloaded, by names that rayline serve takes.
+    """List the downloaded models, by the names that rayline serve accepts.
 
-    Directories and files that you have put somewhere yourself are not among them.
+    Directories and files that you placed somewhere yourself are not listed.
 
         rayline list
     """
@@ -28,7 +28,7 @@ def list_models() -> None:
 
 
 def rm(models: Annotated[list[str], typer.Argument(help="Names, as rayline list shows them.")]) -> None:
-    """Remove models that have been downloaded, with all of their revisions.
+    """Remove downloaded models, with all of their revisions.
 
     rayline rm smollm2
     """
@@ -37,5 +37,5 @@ def rm(models: Annotated[list[str], typer.Argument(help="Names, as rayline list 
 
 
 def size_text(num_bytes: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in readable form."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

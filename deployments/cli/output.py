@@ -1,14 +1,14 @@
-"""Where commands print what people read."""
+"""The console on which commands print text for people."""
 
 import sys
 
 from rich.console import Console
 
 _UNBOUNDED = 10_000
-"""Columns for a line that no screen ends: more than any path or table needs."""
+"""Width, in columns, of output that is not wrapped: more than any path or table needs."""
 
 
 def make_console() -> Console:
-    """Return a console that leaves a line whole: a terminal wraps it as it likes, a file or a pipe gets it as one."""
+    """Return a console that does not break lines: a terminal wraps them itself, a file or a pipe gets them whole."""
     width = None if sys.stdout.isatty() else _UNBOUNDED
     return Console(highlight=False, soft_wrap=True, width=width)

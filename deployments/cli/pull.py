@@ -1,4 +1,4 @@
-"""`rayline pull`: models, brought to this machine before they are served."""
+"""`rayline pull`: downloads models to this machine before they are served."""
 
 import sys
 from typing import Annotated

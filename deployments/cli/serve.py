@@ -1,4 +1,4 @@
-"""`rayline serve`: a configuration file and the command line's settings, checked, and a server of them."""
+"""`rayline serve`: checks a configuration file and the command line's settings, and starts a server with them."""
 
 import importlib.util
 import os
@@ -72,7 +72,7 @@ def serve(
             TERMINAL_VARIABLE: "1",
             "RAY_SERVE_LOG_TO_STDERR": "1" if verbose else "0",
             "RAY_DEDUP_LOGS": "0",
-            # So that a second server that is started beside this one cannot share its port.
+            # So that a second server started next to this one cannot share its port.
             "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
         }
         if with_haproxy:
@@ -105,7 +105,7 @@ def _override(
     api_keys_env: str | None,
     settings: list[str],
 ) -> None:
-    """Put the command line's settings over the file's."""
+    """Override the file's settings with the command line's."""
     args = content["applications"][0]["args"]
     options = content.setdefault("http_options", {})
     options.setdefault("host", _LOCAL)
@@ -119,7 +119,7 @@ def _override(
         args.setdefault("replicas", {})["num_replicas"] = replicas
     if tp is not None:
         args.setdefault("engine", {})["tensor_parallel_size"] = tp
-        if args.get("replicas", {}).get("num_gpus"):  # the file's are for its own number
+        if args.get("replicas", {}).get("num_gpus"):  # the file's ports are for its own number of servers
             args["replicas"]["num_gpus"] = tp
     if api_keys_env is not None:
         args["api_keys_env"] = api_keys_env
@@ -137,10 +137,10 @@ def _override(
 
 
 def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
-    """Put paths in place of all models, with what has to come from the Hub downloaded.
+    """Replace all model names by paths, downloading what has to come from the Hub.
 
     Raises:
-        CheckpointError, ConfigError: a model or an adapter is nowhere.
+        CheckpointError, ConfigError: a model or an adapter cannot be found.
     """
     for application in content["applications"]:
         if application.get("import_path") != BUILDER:
@@ -148,7 +148,7 @@ def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
         config = resolve_paths(apps[str(application.get("name") or "default")])
         args = application.setdefault("args", {})
         directory = resolve_model_path(config.model).resolve()
-        # Other nodes have the file, but not what this one's cache holds of it.
+        # Other nodes have the file, but not this node's cached copy.
         is_made_here = is_gguf(config.model) or config.model in PACKAGED_MODELS
         args["model"] = config.model if is_made_here else str(directory)
         for warning in load_generation_defaults(directory).warnings:
@@ -163,7 +163,7 @@ def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
 
 
 def _scratch_directory() -> Path:
-    # HAProxy's sockets go there, whose paths may not be longer than about 100 characters.
+    # HAProxy's sockets go there; their paths may not be longer than about 100 characters.
     parent = "/tmp" if os.path.isdir("/tmp") else None
     return Path(tempfile.mkdtemp(prefix="rayline-", dir=parent))
 

@@ -37,7 +37,7 @@ def connect(url: str, api_key: str | None) -> Iterator[httpx.Client]:
 
 
 def check(response: httpx.Response) -> None:
-    """See that a request succeeded; for a stream, before anything of it is read.
+    """Check that a request succeeded; for a stream, before any of it is read.
 
     Raises:
         ServerError: what the server says is wrong.
@@ -55,7 +55,7 @@ def check(response: httpx.Response) -> None:
 
 
 def get(client: httpx.Client, path: str) -> Any:
-    """JSON of a GET.
+    """The JSON that a GET request returns.
 
     Raises:
         ServerError: the server refuses.

@@ -14,7 +14,7 @@ from deployments.cli.output import make_console
 from deployments.cli.server import DEFAULT_URL, KeyOption, UrlOption, connect, get
 
 _STYLES = {"serving": "green", "stalled": "red", "broken": "red", "gone": "red"}
-"""Colours of states; the others are yellow."""
+"""Colors of states; the others are yellow."""
 
 
 def status(
@@ -24,9 +24,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and exit.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
 ) -> None:
-    """Show every replica: what runs, how full its slot pool is, how fast it goes.
+    """Show for every replica what runs, how full its slot pool is, and how fast it is.
 
-    Exit code 0, or with --once and --json 2 where no replica serves.
+    The exit code is 0, or with --once and --json 2 if no replica serves.
 
         rayline status
         rayline status --json | jq .replicas

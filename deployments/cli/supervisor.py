@@ -1,4 +1,5 @@
-"""Runs the server in a process of its own, shows how it gets on, and sees that nothing of it is left in the end."""
+"""Runs the server in a process of its own, shows its progress, and makes sure that no process of it is left at the
+end."""
 
 import json
 import os
@@ -24,7 +25,7 @@ from deployments.replica.engine_factory import PROGRESS_MARK
 from deployments.serve.processes import adopt_orphans, kill_descendants
 
 _STOP_TIMEOUT_S = 4.2
-"""From the first Ctrl-C until what is left is killed."""
+"""Seconds from the first Ctrl-C until all remaining processes are killed."""
 _NUM_LAST_LINES = 20
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PROGRESS = re.compile(rf"pid=(\d+).*{PROGRESS_MARK} (\d+) (\d+)")
@@ -37,7 +38,7 @@ def run_server(path: Path, environment: Mapping[str, str], *, is_verbose: bool) 
 
     A second Ctrl-C ends everything at once.
     """
-    # Service managers stop by SIGTERM; shells start background jobs with SIGINT ignored, here and in what is started.
+    # Service managers stop with SIGTERM; shells start background jobs, and so their children, with SIGINT ignored.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     adopt_orphans()
@@ -50,7 +51,7 @@ def run_server(path: Path, environment: Mapping[str, str], *, is_verbose: bool) 
         except KeyboardInterrupt:
             return _stop(process, news, screen)
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it cannot be any faster now
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it cannot stop any faster now
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if process is not None:
                 process.kill()
@@ -59,7 +60,7 @@ def run_server(path: Path, environment: Mapping[str, str], *, is_verbose: bool) 
 
 
 def _start(path: Path, environment: Mapping[str, str], news: "queue.Queue[object]") -> "subprocess.Popen[str]":
-    """Start the server; what it prints and tells goes to `news`, and in the end `_END`."""
+    """Start the server; its output and events go to `news`, and at the end `_END`."""
     events, descriptor = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "deployments.serve.runner", str(path), str(descriptor)],
@@ -88,7 +89,7 @@ def _start(path: Path, environment: Mapping[str, str], news: "queue.Queue[object
 
 
 def _follow(process: "subprocess.Popen[str]", news: "queue.Queue[object]", screen: "_Screen") -> int:
-    """Show what comes until the server ends by itself."""
+    """Show output and events until the server ends by itself."""
     has_said_why = False
     while (item := news.get()) is not _END:
         has_said_why |= screen.show(item)
@@ -98,7 +99,7 @@ def _follow(process: "subprocess.Popen[str]", news: "queue.Queue[object]", scree
 
 
 def _stop(process: "subprocess.Popen[str] | None", news: "queue.Queue[object]", screen: "_Screen") -> int:
-    """Have the server end its requests and then itself; returns the exit code, 130 if it had to be killed."""
+    """Have the server end its requests and then exit; returns the exit code, 130 if it had to be killed."""
     if process is None or not screen.is_ready:
         return 130  # nobody has been served yet
     deadline = time.monotonic() + _STOP_TIMEOUT_S
@@ -115,7 +116,7 @@ def _stop(process: "subprocess.Popen[str] | None", news: "queue.Queue[object]", 
 
 
 class _Screen:
-    """What the user sees: one line for what is going on, bars while weights are loaded, the banner, warnings.
+    """What the user sees: one line for the current stage, bars while weights load, the banner, warnings.
 
     Args:
         is_verbose: whether to show every line that the server and Ray print.
@@ -163,13 +164,13 @@ class _Screen:
         self._console.print(text, style="dim", soft_wrap=True)
 
     def show_last_lines(self, why: str) -> None:
-        """Print the end of what the server printed, where that is all that is known."""
+        """Print the last lines of the server's output, if nothing else is known about the failure."""
         self._stop_progress()
         lines: Iterable[str] = () if self._is_verbose else self._last_lines
         print("\n".join([f"rayline: {why}", *lines]), file=sys.stderr, flush=True)
 
     def _stop_progress(self) -> None:
-        if self._console.is_terminal:  # else it was not started, and would print an empty line
+        if self._console.is_terminal:  # otherwise it was not started, and would print an empty line
             self._progress.stop()
 
     def _show_line(self, line: str) -> None:
