@@ -29,7 +29,7 @@ class RotaryEmbedding:
         self._query_scales: torch.Tensor | None = None
 
     def fit_context(self, context_len: int) -> None:
-        """Choose the angles for sequences of so many tokens at most; `max_seq_len` unless this is called.
+        """Choose the angles for sequences of at most this many tokens; `max_seq_len` unless this is called.
 
         LongRoPE has two sets of them. Which counts must not change while a sequence's keys are kept, so it goes by the
         longest sequence that there may be, not by the sequence.

@@ -22,7 +22,7 @@ class Partition:
 
 
 WHOLE = Partition()
-"""That of a process that holds a whole model."""
+"""The partition of a process that holds a whole model."""
 
 
 class Exchange(Protocol):

@@ -31,7 +31,7 @@ def read_rope(config: ReadKeys, *, can_be_partial: bool = False, harmless: Colle
     """RoPE's parameters and the context length, from either generation of config.json.
 
     Args:
-        can_be_partial: whether the family can turn a part of each head alone.
+        can_be_partial: whether the family can rotate only part of each head.
         harmless: keys that change nothing for the family.
 
     Raises:
