@@ -1,1 +1,1 @@
-"""The HTTP side: what each path is answered with, in the words of the API that was asked."""
+"""The HTTP side: how each path is answered, in the format of the API that the client uses."""

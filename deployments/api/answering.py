@@ -1,4 +1,4 @@
-"""From a turn to an HTTP answer, whole or as server-sent events, in the words of whichever API was asked."""
+"""Turns a turn into an HTTP answer, whole or as server-sent events, in the format of the API that was used."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -17,28 +17,28 @@ from deployments.chat.turn import Turn
 
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_S = 10.0
-"""How often a client that waits for its stream to begin is told that the connection is well."""
+"""How often a client that waits for its stream to begin is told that the connection is alive."""
 _INLINE_VALUES = 2_000
 
 
 class AnswerWriter(Protocol):
-    """Writes a turn in the words of one API: either as events (`begin`, `write`, `settle`, `end`, or `failure`), or
+    """Writes a turn in the format of one API: either as events (`begin`, `write`, `settle`, `end`, or `failure`), or
     whole (`add`, `settle`, `whole`)."""
 
     def begin(self) -> bytes:
-        """Events that come before anything is known."""
+        """Events sent before anything is known."""
         ...
 
     def write(self, updates: Sequence[Update]) -> bytes:
-        """Events that tell what is new."""
+        """Events for what is new."""
         ...
 
     async def settle(self) -> None:
-        """Do what is to be done before the client is told that the turn is complete."""
+        """Do what must be done before the client is told that the turn is complete."""
         ...
 
     def end(self) -> bytes:
-        """Events that come once the turn is complete."""
+        """Events sent once the turn is complete."""
         ...
 
     def failure(self, error: APIError) -> bytes:
@@ -55,7 +55,7 @@ class AnswerWriter(Protocol):
 
     @property
     def num_values(self) -> int:
-        """About how many values the whole answer has."""
+        """Approximate number of values in the whole answer."""
         ...
 
 
@@ -66,19 +66,19 @@ async def answer(
     *,
     is_streamed: bool,
 ) -> Response:
-    """A turn in the form that was asked for.
+    """Answer with a turn, in the form that was asked for.
 
-    A stream that has nothing to say for long begins all the same, with comments that keep the connection open. From
-    then on an error is an event.
+    A stream that has nothing to send for a while begins anyway, with comments that keep the connection open. From then
+    on an error is sent as an event.
 
     Args:
-        request: its client is who waits.
-        start: starts the turn, and makes its writer.
+        request: the HTTP request whose client waits.
+        start: starts the turn, and creates its writer.
         failure: events that end a stream whose turn could not be started.
-        is_streamed: the form.
+        is_streamed: whether to stream the answer.
 
     Raises:
-        APIError, LLMError: it failed before anything was sent.
+        APIError, LLMError: the turn failed before anything was sent.
     """
     if not is_streamed:
         pieces, headers = await until_disconnect(request.receive, _whole(start))
@@ -96,7 +96,7 @@ async def answer(
 
 
 async def _begun(start: Coroutine[Any, Any, tuple[Turn, AnswerWriter]]) -> tuple[Turn, AnswerWriter]:
-    """A turn that has something to say.
+    """A turn that has something to send.
 
     Raises:
         APIError, LLMError: it could not be started, or failed at once.
@@ -132,7 +132,7 @@ async def _late_stream(begun: "asyncio.Task[tuple[Turn, AnswerWriter]]") -> Asyn
 
 
 async def event_stream(turn: Turn, writer: AnswerWriter) -> AsyncGenerator[bytes, None]:
-    """Events of a turn that has begun, those that are ready together in one piece.
+    """Events of a turn that has begun; events that are ready at the same time come as one chunk.
 
     Raises:
         APIError: a choice failed.
@@ -167,5 +167,5 @@ async def _whole(
 
 
 def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:
-    """An answer of plain values."""
+    """A JSON answer made of plain values."""
     return Response(encode_json(value), media_type="application/json", headers=headers)

@@ -1,4 +1,4 @@
-"""The HTTP application of a router: its routes, and what stands around them."""
+"""The HTTP application of a router: its routes, and the middleware around them."""
 
 from collections.abc import Sequence
 
@@ -30,10 +30,10 @@ _OPENAPI_PATH = "/openapi.json"
 
 
 def create_api(router: Router, store: ResponseStore | None = None) -> FastAPI:
-    """The HTTP application of a router, whose keys it asks for.
+    """Create the HTTP application of a router; it asks for the router's keys.
 
     Args:
-        router: generates.
+        router: generates the answers.
         store: where responses are kept; None for nowhere.
 
     Raises:
@@ -67,7 +67,7 @@ def create_api(router: Router, store: ResponseStore | None = None) -> FastAPI:
 
 
 def _add_routes(api: FastAPI, table: Sequence[Route]) -> None:
-    """Add the table's routes; what answers GET answers HEAD too, unless its answer has no end."""
+    """Add the table's routes. A route that answers GET answers HEAD too, unless its answer is endless."""
     for route in table:
         api.add_api_route(
             route.path, route.handler, methods=[route.method], summary=route.summary, response_model=None,
@@ -78,7 +78,7 @@ def _add_routes(api: FastAPI, table: Sequence[Route]) -> None:
 
 
 def _add_cors(api: FastAPI, cors: CorsConfig) -> None:
-    """Let pages of other origins use the API. Outside of `KeyGuard`: a browser asks in advance without a key."""
+    """Let pages of other origins use the API. This goes outside `KeyGuard`: a browser's preflight has no key."""
     api.add_middleware(
         CORSMiddleware,
         allow_origins=cors.allow_origins,
@@ -101,7 +101,7 @@ async def _on_llm_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses."""
+    """Answer requests that Starlette itself refuses."""
     assert isinstance(error, HTTPException), "registered for it"
     known = {404: unknown_route(), 405: wrong_method(error.headers)}
     other = APIError(error.status_code, str(error.detail), headers=error.headers)

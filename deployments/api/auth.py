@@ -1,11 +1,11 @@
-"""Keys: with any configured, every route is closed but the ones listed as open, and each key keeps to its limits."""
+"""API keys: if any are configured, every route needs one except those listed as open, and each key has its limits."""
 
 import hashlib
 import hmac
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from starlette._utils import get_route_path  # the path that Starlette's routes look at
+from starlette._utils import get_route_path  # the path that Starlette matches routes against
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.errors import answer_to
@@ -17,17 +17,16 @@ from deployments.router.keys import ApiKey
 
 
 class KeyGuard:
-    """ASGI middleware that lets requests through that carry a known key, as often as the key's limits allow.
+    """ASGI middleware that lets requests with a known key through, as often as the key's limits allow.
 
-    The key comes as `Authorization: Bearer <key>`, or as `x-api-key: <key>`, which is what Anthropic's clients send, or
-    as both if they agree.
-    The guard looks at the path that the routes look at, so no header changes which route is guarded.
+    The key comes as `Authorization: Bearer <key>`, or as `x-api-key: <key>`, which Anthropic's clients send, or as both
+    if they agree. The guard checks the same path as the routes, so no header can change which route is guarded.
 
     Args:
-        app: what is guarded.
+        app: the application to guard.
         access: the keys, and what each may still do.
         open_paths: paths that need no key.
-        metered_paths: paths whose POST requests count on the key's limits.
+        metered_paths: paths whose POST requests count toward the key's limits.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class KeyGuard:
                 await self._app(scope, receive, send)
 
     async def _metered(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on if the account allows it; say in the answer's headers what is left."""
+        """Pass the request on if the account allows it, and report in the answer's headers what is left."""
 
         async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -88,19 +87,19 @@ class KeyGuard:
         if len(set(given)) != 1:
             return None
         digest = hashlib.sha256(given[0]).digest()
-        # Every key is compared, so that the time tells nothing about which one came near.
+        # Every key is compared, so that the time reveals nothing about a near match.
         matches = [key for key in self._access.keys if hmac.compare_digest(digest, key.digest)]
         return matches[0] if matches else None
 
 
 def _keys_given(scope: Scope) -> list[bytes]:
-    """Every key that the headers hold; an empty one, which is nobody's, for what is no bearer token."""
+    """Every key in the headers; for anything that is not a bearer token, an empty key, which belongs to nobody."""
     given = []
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, token = value.strip().partition(b" ")
             is_bearer = scheme.lower() == b"bearer"
-            if not is_bearer or token:  # some clients send the word with nothing behind it, beside another header
+            if not is_bearer or token:  # some clients send only the word "Bearer", along with another header
                 given.append(token.strip() if is_bearer else b"")
         elif name == b"x-api-key":
             given.append(value.strip())

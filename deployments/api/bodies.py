@@ -1,7 +1,7 @@
-"""Bodies of requests: read up to a size, bounded in how many values they hold, parsed and checked.
+"""Request bodies: read up to a size limit, bounded in how many values they hold, parsed and checked.
 
-The parser holds Python's interpreter lock for its whole call, so that nothing else runs beside it, on whatever thread
-it is called. How long it takes depends on the number of values, far more than on their size; that is why it is bounded.
+The parser holds Python's interpreter lock for its whole call, so nothing else runs meanwhile, whatever thread it is
+called on. The time it takes depends on the number of values far more than on their size, so that number is bounded.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from deployments.config import LimitsConfig
 Body = TypeVar("Body", bound=RequestBody)
 
 MAX_KEYS = 2_048
-"""Keys of one object."""
+"""Most keys in one object."""
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:
-    """The request's body, which must be JSON by its content type.
+    """Read the request's body, which must be JSON according to its content type.
 
     Raises:
-        APIError: 415 for another type or an unknown encoding, 413 for too many bytes, as sent or once inflated, without
-            going on, 408 if the client takes too long to send it, 400 if it cannot be inflated.
+        APIError: 415 for another type or an unknown encoding; 413 for too many bytes, as sent or once inflated, at
+            which point it stops reading; 408 if the client takes too long to send it; 400 if it cannot be inflated.
     """
     max_bytes = limits.max_body_bytes
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -79,7 +79,7 @@ def parse(model: type[Body], data: bytes, *, is_strict: bool = False) -> tuple[B
         is_strict: refuse unknown fields.
 
     Returns:
-        The body, and the places of fields in it that were ignored.
+        The body, and the paths of its fields that were ignored.
 
     Raises:
         APIError: a 400 that names the field at fault, or says that the body holds too much.
@@ -101,7 +101,7 @@ def parse(model: type[Body], data: bytes, *, is_strict: bool = False) -> tuple[B
 
 
 def _check_size(data: bytes) -> int:
-    """Refuse a body of too many values; returns an upper bound on its objects, arrays and keys."""
+    """Refuse a body with too many values; returns an upper bound on its objects, arrays and keys."""
     size = json_size(data)
     if size.is_too_much:
         raise too_complex("The body holds")
@@ -109,7 +109,7 @@ def _check_size(data: bytes) -> int:
 
 
 def _check_keys(value: Any) -> None:
-    """Refuse objects of too many keys: each key that no field has costs an error message."""
+    """Refuse objects with too many keys: each unknown key costs an error message."""
     left = [value]
     while left:
         item = left.pop()
@@ -122,12 +122,13 @@ def _check_keys(value: Any) -> None:
 
 
 def _body_lost() -> APIError:
-    """A front end has dropped a body because its request offers another protocol: see `deployments.api.upgrades`."""
+    """The error for a body that a front end dropped because the request offers another protocol; see
+    `deployments.api.upgrades`."""
     message = "The body is missing: the request offers another protocol, so send it without an Upgrade header"
     return APIError(400, message, code="body_missing", headers={"Connection": "close"})
 
 
 def _too_large(max_bytes: int) -> APIError:
-    # The rest of the body is still on its way: the connection cannot be used again.
+    # The rest of the body is still arriving, so the connection cannot be reused.
     return APIError(413, f"The body is larger than {max_bytes} bytes", code="body_too_large",
                     headers={"Connection": "close"})  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who asks, how urgently and for how long: what the request's headers say beside its body."""
+"""Who sent a request, how urgent it is and how long the client waits: what its headers say besides its body."""
 
 import math
 
@@ -10,15 +10,15 @@ from deployments.router.caller import Caller
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 REQUEST_ID_HEADER = "X-Request-ID"
-"""Ray Serve takes a client's or makes one, and gives it back with the answer."""
+"""Ray Serve takes the client's value or makes one, and returns it with the answer."""
 TIMING_HEADER = "X-Rayline-Timing"
 
 
 def caller_of(request: Request, priority: int | None = None) -> Caller:
-    """What the router needs to know of the client.
+    """What the router needs to know about the client.
 
     Raises:
-        APIError: 400, the timeout is not a positive number, or the priority is not for this API key.
+        APIError: a 400; the timeout is not a positive number, or this API key may not use the priority.
     """
     state = request.scope.get("state", {})
     return Caller(
@@ -34,13 +34,13 @@ def caller_of(request: Request, priority: int | None = None) -> Caller:
 
 
 def tenant_of(request: Request) -> str:
-    """The name of the API key that the request brought; empty where none is asked for."""
+    """The name of the API key that came with the request; empty if no key is required."""
     tenant: str = request.scope.get("state", {}).get("tenant", "")
     return tenant
 
 
 def _priority(asked: int | None, account: Account | None) -> int:
-    """The request's priority: what it asks for, as far as its key may."""
+    """The request's priority: the one it asks for, as far as its key allows."""
     if account is None:
         return asked or 0
     lowest = account.key.limits.min_priority
@@ -52,7 +52,8 @@ def _priority(asked: int | None, account: Account | None) -> int:
 
 
 def timing_header(phases_ms: dict[str, float]) -> dict[str, str]:
-    """Where the time went, in milliseconds, in the syntax of `Server-Timing` (W3C): `route;dur=1.2, queue;dur=0.1`."""
+    """How long each phase took, in milliseconds, in the syntax of `Server-Timing` (W3C): `route;dur=1.2,
+    queue;dur=0.1`."""
     return {TIMING_HEADER: ", ".join(f"{name};dur={duration:.1f}" for name, duration in phases_ms.items())}
 
 

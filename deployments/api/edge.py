@@ -1,4 +1,4 @@
-"""The outermost layer: limits on what clients do, and an OpenAI-shaped answer to whatever goes wrong inside."""
+"""The outermost layer: limits on what clients do, and an OpenAI-style answer to whatever goes wrong inside."""
 
 import logging
 import time
@@ -17,12 +17,12 @@ logger = logging.getLogger("ray.serve")
 
 
 class Edge:
-    """ASGI middleware: refuses what is too much, tidies up paths, answers exceptions that nothing else answered.
+    """ASGI middleware: refuses excessive requests, normalizes paths, and answers exceptions that nothing else answered.
 
     Args:
         app: everything inside.
-        limits: on headers, and on how long a client may take nothing of its answer.
-        max_open_requests: requests at once; of the rest, those that want work done are refused.
+        limits: limits on headers, and on how long a client may go without reading its answer.
+        max_open_requests: most requests at once; beyond that, requests that ask for work are refused.
     """
 
     def __init__(self, app: ASGIApp, limits: LimitsConfig, max_open_requests: int) -> None:
@@ -70,7 +70,7 @@ class Edge:
             if has_started:
                 raise
             await answer_to(scope, error)(scope, receive, send_and_note)
-        except Exception:  # the edge of a request: logged in full here, not a word of it to the client
+        except Exception:  # the edge of a request: logged in full here, with nothing revealed to the client
             logger.exception("request to %s failed", scope["path"])
             if has_started:
                 raise
@@ -78,9 +78,9 @@ class Edge:
 
 
 def _plain_path(scope: Scope) -> str:
-    """The path with single slashes and none at the end. Clients put base addresses and paths together carelessly.
+    """The path with single slashes and none at the end. Clients join base addresses and paths carelessly.
 
-    Whatever looks at paths is inside of this layer, so that all see the same one.
+    Everything that looks at paths is inside this layer, so all of it sees the same path.
     """
     path: str = scope["path"]
     plain = "/" + "/".join(part for part in path.split("/") if part)

@@ -1,4 +1,4 @@
-"""Errors on the wire: OpenAI's `{"error": {"message", "type", "param", "code"}}`, or Anthropic's on its own paths."""
+"""Errors on the wire: OpenAI's `{"error": {"message", "type", "param", "code"}}`, or Anthropic's form on its paths."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from deployments.chat.errors import INVALID_REQUEST, SERVER_ERROR, APIError, Pro
 
 _MESSAGES_PATH = "/v1/messages"
 _NO_THREADS = "thread_unsupported_request"
-"""By this code Anthropic's clients know that they must do without a conversation kept for them, and try again."""
+"""From this code Anthropic's clients know that the server keeps no conversation for them, and try again without one."""
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -28,12 +28,12 @@ class ErrorDetail(BaseModel):
     """What went wrong."""
 
     message: str
-    """For people."""
+    """The error message, for people."""
     type: str = Field(examples=[INVALID_REQUEST])
     param: str | None = None
     """The request field at fault."""
     code: str | None = Field(default=None, examples=["model_not_found"])
-    """For programs."""
+    """The kind of error, for programs."""
 
 
 class ErrorResponse(BaseModel):
@@ -63,23 +63,23 @@ def anthropic_error_body(error: APIError) -> bytes:
 
 
 def asks_for_messages(scope: Mapping[str, Any]) -> bool:
-    """Whether a request is one of Anthropic's API."""
+    """Whether a request belongs to Anthropic's API."""
     return _MESSAGES_PATH in scope["path"]
 
 
 def answer_to(scope: Mapping[str, Any], error: APIError) -> Response:
-    """The HTTP answer that tells the client of this request what is wrong, in the words of the API that it asked."""
+    """The HTTP answer that tells the client of this request what is wrong, in the format of the API that it uses."""
     body = anthropic_error_body(error) if asks_for_messages(scope) else error_body(error)
     return Response(body, error.status, error.headers, media_type="application/json")
 
 
 def model_not_found(name: str) -> APIError:
-    """The request names another model."""
+    """The error for a request that names another model."""
     return APIError(404, f"The model {name[:100]!r} does not exist", param="model", code="model_not_found")
 
 
 def too_many_open() -> APIError:
-    """This router has as many requests open as it may."""
+    """The error for a router that has reached its limit of open requests."""
     return APIError(
         503, "The server has too many open requests; try again in a second", type=SERVER_ERROR, code="overloaded",
         headers={"Retry-After": "1"},
@@ -87,10 +87,10 @@ def too_many_open() -> APIError:
 
 
 def unknown_route() -> APIError:
-    """Nothing is served at this path."""
+    """The error for a path at which nothing is served."""
     return APIError(404, "There is no such route", code="unknown_route")
 
 
 def wrong_method(headers: Mapping[str, str] | None) -> APIError:
-    """The path is served, the method is not."""
+    """The error for a method that the path does not support."""
     return APIError(405, "This route does not take this method", code="method_not_allowed", headers=headers)

@@ -10,7 +10,8 @@ from deployments.router.router import Router
 
 _INTERVAL_S = 0.5
 _HISTORY_INTERVAL_S = 2.0
-"""The last 15 minutes come with the first event, and then from time to time: it is 30 KB, and all routers are asked."""
+"""The last 15 minutes are sent with the first event, then at this interval: they take 30 KB and a call to each
+router."""
 
 
 async def watch_fleet(router: Router) -> AsyncGenerator[bytes, None]:

@@ -1,16 +1,16 @@
-"""Compressed bodies of requests, made whole again up to a size."""
+"""Decompresses request bodies, up to a size limit."""
 
 import zlib
 
 ENCODINGS = ("gzip", "x-gzip", "deflate")
 MAX_MEMBERS = 64
-"""Streams that gzip may hold one behind the other; each of them copies what is left."""
+"""Most consecutive streams in gzip data; each of them copies what is left."""
 _ANY_HEADER = 32 + zlib.MAX_WBITS
-"""zlib's word for finding out by itself whether a stream has gzip's header or zlib's."""
+"""Tells zlib to detect by itself whether a stream has gzip's header or zlib's."""
 
 
 class InflateError(Exception):
-    """The data is not in the encoding that it is said to be in, or is cut off."""
+    """The data is not in its declared encoding, or is cut off."""
 
 
 class TooLargeError(Exception):
@@ -18,15 +18,14 @@ class TooLargeError(Exception):
 
 
 def inflate(data: bytes, encoding: str, max_bytes: int) -> bytes:
-    """What compressed data stands for. Never holds more than a little over `max_bytes` of it.
+    """Decompress data. Never holds much more than `max_bytes` of the result.
 
     Args:
-        data: as sent.
+        data: the compressed data, as sent.
         encoding: one of `ENCODINGS` (RFC 9110, section 8.4.1).
-        max_bytes: most bytes that may come out.
+        max_bytes: most bytes that the result may have.
 
-    Raises:
-        InflateError, TooLargeError: see there.
+    Raises: InflateError, TooLargeError: see these classes.
     """
     # Some clients send deflate without zlib's header, which the RFC asks for.
     is_bare = encoding == "deflate" and (not data or data[0] & 0x0F != zlib.DEFLATED)

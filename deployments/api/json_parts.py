@@ -1,7 +1,7 @@
 """Long answers in JSON, written in pieces.
 
-The encoder holds the interpreter's lock for its whole call, so that one call for a million numbers would hold all else
-up.
+The encoder holds the interpreter's lock for its whole call, so one call for a million numbers would block everything
+else.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ _PIECE_BYTES = 256 << 10
 
 
 def json_pieces(value: Any) -> list[bytes]:
-    """The JSON of a value in pieces of a size worth sending. Belongs in a thread where the value may be large."""
+    """The JSON of a value, in pieces of a size worth sending. Call it in a thread if the value may be large."""
     pieces: list[bytes] = []
     parts: list[bytes] = []
     size = 0
@@ -67,7 +67,7 @@ class JSONResponse(Response):
 
     Args:
         pieces: what `json_pieces` returned.
-        headers: beside those of JSON.
+        headers: headers besides those of JSON.
     """
 
     def __init__(self, pieces: Iterable[bytes], headers: Mapping[str, str] | None = None) -> None:

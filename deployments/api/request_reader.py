@@ -1,4 +1,4 @@
-"""From an HTTP request to what is made of it before an engine gets it."""
+"""Reads HTTP requests and prepares them for the engines."""
 
 import logging
 from collections.abc import Callable
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class RequestReader:
-    """Reads requests, and begins to answer those that are chats.
+    """Reads requests, and starts to answer those that are chats.
 
     Args:
         router: knows the limits, and the engines.
@@ -40,10 +40,10 @@ class RequestReader:
         self._model = router.config.model_name
 
     async def body(self, request: Request, model: type[Body]) -> tuple[Body, int]:
-        """The request's body, checked, and its size in bytes.
+        """The request's validated body, and its size in bytes.
 
         Raises:
-            APIError: what is wrong with it.
+            APIError: something is wrong with the body.
         """
         data = await read_body(request, self._router.config.limits)
         is_strict = self._router.config.strict_fields
@@ -55,12 +55,13 @@ class RequestReader:
         return body, len(data)
 
     async def prepared(self, request: Request, body: Body, size: int, prepare: Callable[[PromptEncoder, Body], T]) -> T:
-        """What is made of a body before the engines get it, in a thread if that is long.
+        """Prepare a body for the engines, in a thread if that takes long.
 
-        It waits until an engine has told its limits, by which requests are checked; a fleet at zero starts one.
+        It waits until an engine has reported its limits, against which requests are checked; a fleet at zero starts
+        one.
 
         Raises:
-            APIError, LLMError: what is wrong with the request; or see `Router.engine_info`.
+            APIError, LLMError: something is wrong with the request; or see `Router.engine_info`.
         """
         if not self._router.is_ready:
             await self._router.engine_info(caller_of(request).timeout_s)
@@ -71,12 +72,12 @@ class RequestReader:
     async def prepared_at_once(
         self, request: Request, model: type[Body], prepare: Callable[[PromptEncoder, Body], T]
     ) -> T:
-        """As `prepared`, of a request that is answered with it."""
+        """Like `prepared`, for a request whose answer is the prepared value itself."""
         body, size = await self.body(request, model)
         return await until_disconnect(request.receive, self.prepared(request, body, size, prepare))
 
     async def turn(self, request: Request, body: ResponsesRequest | MessagesRequest, size: int) -> Turn:
-        """Begin to answer what is a chat in another API's words."""
+        """Begin to answer a chat that is written in another API's format."""
 
         def encode(encoder: PromptEncoder, body: ResponsesRequest | MessagesRequest) -> tuple[EncodedChat, ChatRequest]:
             with in_words_of(body.FIELDS):
@@ -90,7 +91,7 @@ class RequestReader:
         """Refuse a request that names another model.
 
         Raises:
-            APIError: 404.
+            APIError: a 404.
         """
         if name != self._model:
             raise model_not_found(name)

@@ -1,4 +1,4 @@
-"""What the paths of OpenAI's Responses API do."""
+"""The handlers for the paths of OpenAI's Responses API."""
 
 from typing import Any
 
@@ -25,13 +25,13 @@ _DEFAULT_PAGE_ITEMS = 20
 
 
 class ResponseEndpoints:
-    """Answers requests for responses, and for those that are stored.
+    """Answers requests for new and for stored responses.
 
     Args:
         chats: knows the tokenizer.
         requests: reads them, and begins the answers.
         store: where responses are kept; None for nowhere.
-        model: name to give.
+        model: model name to give in the answers.
     """
 
     def __init__(self, chats: ChatService, requests: RequestReader, store: ResponseStore | None, model: str) -> None:
@@ -41,7 +41,7 @@ class ResponseEndpoints:
         self._model = model
 
     def table(self) -> list[Route]:
-        """These routes."""
+        """The routes of this class."""
         return [
             Route("POST", "/v1/responses", self.respond, "Response", ResponseObject, ResponsesRequest),
             Route("GET", f"{_ONE}/input_items", self.input_items, "What a response was made of", ResponseItems),
@@ -75,18 +75,18 @@ class ResponseEndpoints:
         return await answer(request, start(), response_failure, is_streamed=bool(body.stream))
 
     async def read(self, request: Request) -> Response:
-        """Give a response that is stored."""
+        """Return a stored response."""
         if request.query_params.get("stream", "false") not in ("", "0", "false"):
             raise unsupported("stream", "Streaming of a stored response")
         found = await self._conversations.read(tenant_of(request), request.path_params["response_id"])
         return Response(found, media_type="application/json")
 
     async def delete(self, request: Request) -> Response:
-        """Let a stored response go."""
+        """Delete a stored response."""
         return json_response(await self._conversations.delete(tenant_of(request), request.path_params["response_id"]))
 
     async def input_items(self, request: Request) -> Response:
-        """List what a stored response was made of, the whole conversation before it, the newest first."""
+        """List the input of a stored response, which is the whole conversation before it, newest first."""
         query = request.query_params
         limit, order = query.get("limit", str(_DEFAULT_PAGE_ITEMS)), query.get("order", "desc")
         if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE_ITEMS):

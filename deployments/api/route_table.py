@@ -1,4 +1,4 @@
-"""The route table: what each path is answered with, and how `/docs` describes it."""
+"""The route table: how each path is answered, and how `/docs` describes it."""
 
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -39,10 +39,10 @@ class Route:
     """A JSON object, or another media type."""
     body: type[BaseModel] | None = None
     is_open: bool = False
-    """Answered without a key even where keys are asked for."""
+    """Answered without a key even if keys are required."""
 
     def operation(self) -> dict[str, Any]:
-        """The route's entry in the description: handlers read and write their bodies themselves."""
+        """The route's entry in the description, needed because handlers read and write their bodies themselves."""
         if isinstance(self.answer, str):
             contents: dict[str, Any] = {self.answer: {"schema": {"type": "string"}}}
         else:
@@ -76,12 +76,12 @@ _SECURITY = {"type": "http", "scheme": "bearer", "description": "An API key"}
 
 
 def describe(api: FastAPI, table: Sequence[Route], *, needs_key: bool = False) -> dict[str, Any]:
-    """The API's description, made once, with the bodies that handlers read and write themselves.
+    """The API's description, made once, including the bodies that handlers read and write themselves.
 
     Args:
         api: has the routes.
         table: the routes.
-        needs_key: whether those that are not open ask for a key.
+        needs_key: whether routes that are not open require a key.
     """
     if api.openapi_schema is None:
         schema = get_openapi(title=api.title, version=api.version, routes=api.routes)

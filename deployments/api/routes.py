@@ -1,4 +1,4 @@
-"""The HTTP API over a router: which path does what."""
+"""The HTTP API of a router: what each path does."""
 
 import asyncio
 from typing import Any
@@ -54,7 +54,7 @@ class Endpoints:
     """What each route does.
 
     Args:
-        router: what generates.
+        router: generates the answers.
         store: where responses are kept; None for nowhere.
 
     Raises:
@@ -124,7 +124,7 @@ class Endpoints:
         return await answer(request, start(), error_events, is_streamed=bool(body.stream))
 
     async def completion(self, request: Request) -> Response:
-        """Continue a prompt, or several, whole or as server-sent events."""
+        """Continue one or more prompts, whole or as server-sent events."""
         body, size = await self._requests.body(request, CompletionRequest)
 
         async def start() -> tuple[Turn, AnswerWriter]:
@@ -169,7 +169,7 @@ class Endpoints:
         return CompletionWriter(turn, tokenizer, model=self._model, include_usage=include_usage, **options)
 
     async def embeddings(self, request: Request) -> Response:
-        """Give the vector of each input: hidden states of the model, pooled, of length 1."""
+        """Return a vector for each input: the model's hidden states, pooled and normalized to length 1."""
         body, size = await self._requests.body(request, EmbeddingsRequest)
 
         async def embed() -> tuple[list[list[int]], list[bytes]]:
@@ -206,38 +206,39 @@ class Endpoints:
         return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Answer 200 while requests are answered: a replica serves, or one starts when a request comes. Else 503."""
+        """Answer 200 while requests can be answered: a replica serves, or one starts when a request arrives. Otherwise
+        503."""
         if not self._router.can_answer:
             missing = of_engine(NoReplicaError("No engine replica serves at the moment"))
             raise missing if self._router.is_ready else not_ready()
         return json_response({"status": "ready"})
 
     async def version(self, _: Request) -> Response:
-        """Tell the server's version."""
+        """Return the server's version."""
         return json_response({"version": __version__})
 
     async def stats(self, _: Request) -> Response:
-        """Tell what runs and how full the engines are, as this router last heard."""
+        """Report what is running and how full the engines are, as this router last heard."""
         return json_response(self._router.snapshot())
 
     async def metrics(self, _: Request) -> Response:
-        """Give the metrics of all routers and replicas, whichever router is asked, in Prometheus' text format."""
+        """Return the metrics of all routers and replicas, whichever router is asked, in Prometheus' text format."""
         return Response(await self._router.metrics.text(), media_type=CONTENT_TYPE)
 
     async def chat_page(self, _: Request) -> Response:
-        """Give the chat page."""
+        """Return the chat page."""
         return page("chat")
 
     async def fleet_page(self, _: Request) -> Response:
-        """Give the fleet page."""
+        """Return the fleet page."""
         return page("fleet")
 
     async def docs_page(self, _: Request) -> Response:
-        """Give the page that describes this API."""
+        """Return the page that describes this API."""
         return page("docs")
 
     async def events(self, _: Request) -> Response:
-        """Tell what runs and what happened, as server-sent events, until the client leaves."""
+        """Report what is running and what happened, as server-sent events, until the client disconnects."""
         return EventStream(watch_fleet(self._router), error_events)
 
     def _model_object(self) -> dict[str, Any]:

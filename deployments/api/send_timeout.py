@@ -1,9 +1,9 @@
-"""Cutting off clients that take nothing of their answer: whoever stands before the router, what waits to be sent to a
+"""Cuts off clients that do not read their answers. Whatever is in front of the router, the data that waits for such a
 client is bounded, and its generation ends.
 
-Two processes use this. A router does, where it is the one that talks to the client, or to HAProxy, which passes the
-pressure on. Behind Ray Serve's own proxy a router's `send` never waits: the proxy gathers the answer for the client. So
-the proxy does the same as the router; set `PROXY_VARIABLES` in the environment that Ray is started in.
+Two processes use this. A router does if it talks directly to the client, or to HAProxy, which passes backpressure on.
+Behind Ray Serve's own proxy a router's `send` never waits, because the proxy buffers the answer for the client. The
+proxy therefore does the same as the router; set `PROXY_VARIABLES` in the environment in which Ray is started.
 """
 
 import asyncio
@@ -22,20 +22,19 @@ logger = logging.getLogger("ray.serve")
 TIMEOUT_VARIABLE = "RAYLINE_PROXY_SEND_TIMEOUT_S"
 _DEFAULT_TIMEOUT_S = 25.0
 _SWEEPS = 5
-"""Looks at each request while its client takes nothing, before it is cut off."""
+"""How many checks a client may fail to read through before it is cut off."""
 SEND_BUFFER_BYTES = 128 << 10
-"""What the kernel holds at most for a client that does not read. By itself it takes megabytes, minutes of a stream."""
+"""The most that the kernel buffers for a client that does not read. By default it is megabytes: minutes of a stream."""
 
 
 class SendTimeout:
-    """ASGI middleware that ends a request whose client takes nothing of its answer.
+    """ASGI middleware that ends a request whose client does not read its answer.
 
-    One sweep now and then looks at all requests, because a timer for each event of a stream would cost as much as the
-    event.
+    A periodic sweep checks all requests, because a timer for each event of a stream would cost as much as the event.
 
     Args:
         app: everything inside. It is cancelled when the client is cut off.
-        timeout_s: how long a client may take nothing; up to a fifth more passes until it is noticed.
+        timeout_s: how long a client may go without reading; noticing it may take up to a fifth longer.
     """
 
     def __init__(self, app: ASGIApp, timeout_s: float) -> None:
@@ -66,7 +65,7 @@ class SendTimeout:
                 logger.warning("a client of %s took nothing for %g s and was cut off", scope["path"], self._timeout_s)
 
     def _sweep(self) -> None:
-        """Cut off the clients that took nothing during the last sweeps, as long as there are requests."""
+        """While there are requests, cut off the clients that read nothing during the last sweeps."""
         for sender in self._open:
             sender.cut_off_if_stuck()
         loop = asyncio.get_running_loop()
@@ -74,17 +73,17 @@ class SendTimeout:
 
 
 def _bound_send_buffer(send: Send) -> None:
-    """Have the kernel hold little for this client. ASGI knows no connection, but uvicorn's `send` belongs to one."""
+    """Have the kernel buffer little for this client. ASGI has no connections, but uvicorn's `send` belongs to one."""
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     connection = transport.get_extra_info("socket") if transport is not None else None
     if connection is None:
         return
-    with suppress(OSError):  # it has gone already
+    with suppress(OSError):  # it has already gone
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
 class _Sender:
-    """Sends one answer; knows whether its client takes it."""
+    """Sends one answer and knows whether its client reads it."""
 
     def __init__(self, send: Send) -> None:
         self.was_cut_off = False
@@ -98,7 +97,7 @@ class _Sender:
         self.task = task
 
     async def __call__(self, message: Message) -> None:
-        """Send; this waits while the connection's buffer is full."""
+        """Send a message; this waits while the connection's buffer is full."""
         self._num_started += 1
         await self._send(message)
         self._num_sent += 1
@@ -117,7 +116,8 @@ class _Sender:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Ray Serve's proxy is to put around every request; Serve calls this before the proxy's HTTP server starts."""
+    """The middleware that Ray Serve's proxy puts around every request; Serve calls this before its HTTP server
+    starts."""
     decline_upgrades()
     timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S))
     return [Middleware(SendTimeout, timeout_s=timeout_s)]
@@ -127,5 +127,5 @@ PROXY_VARIABLES = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{proxy_middlewares.__module__}:{proxy_middlewares.__name__}",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
 }
-"""To be set where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too. For HAProxy see also
-`deployments.serve.haproxy`: as it is, the kernel takes megabytes for a client before HAProxy notices anything."""
+"""Set these where Ray is started, so that Serve's proxy, or HAProxy, cuts off clients too. For HAProxy see also
+`deployments.serve.haproxy`: by default the kernel buffers megabytes for a client before HAProxy notices anything."""

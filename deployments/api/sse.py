@@ -1,4 +1,4 @@
-"""Server-sent events, and answers that end when the client leaves."""
+"""Server-sent events, and answers that end when the client disconnects."""
 
 import asyncio
 import logging
@@ -33,15 +33,15 @@ class ClientLeftError(Exception):
 
 
 class EventStream(Response):
-    """Sends byte chunks as they come, straight through ASGI.
+    """Sends byte chunks directly through ASGI as they arrive.
 
     Args:
         chunks: whole events.
-        failure: the events that tell of an error in the words of the API that was asked. Every stream that fails ends
-            with them: by then it is too late for a status, but a stream is never just cut.
-        headers: beside those of an event stream.
-        stop: stops the work behind the chunks. Called when the answer ends, in whatever way: closing a generator that
-            nobody has begun to read runs none of its code.
+        failure: the events that report an error in the format of the API that the client uses. Every stream that fails
+            ends with them: by then it is too late for a status, but a stream is never just cut off.
+        headers: headers besides those of an event stream.
+        stop: stops the work that produces the chunks. Called when the answer ends, in whatever way, because closing a
+            generator that nobody has begun to read runs none of its code.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class EventStream(Response):
         self._extra_headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
-        """Send the chunks until they end or the client leaves."""
+        """Send the chunks until they end or the client disconnects."""
         try:
             with suppress(ClientLeftError):
                 await until_disconnect(receive, self._send_all(send))
@@ -75,17 +75,17 @@ class EventStream(Response):
         except (APIError, LLMError) as raised:
             error = of_engine(raised) if isinstance(raised, LLMError) else raised
             await send({"type": "http.response.body", "body": self._failure(error), "more_body": True})
-        except Exception:  # the edge of a request: logged in full here, not a word of it to the client
+        except Exception:  # the edge of a request: logged in full here, with nothing revealed to the client
             logger.exception("a stream failed")
             await send({"type": "http.response.body", "body": self._failure(internal()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """Do `work`; cancel it when the client leaves. The request's body must have been read.
+    """Do `work`; cancel it when the client disconnects. The request's body must have been read.
 
     Raises:
-        ClientLeftError: the client left first.
+        ClientLeftError: the client disconnected first.
     """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnect(receive))
@@ -108,10 +108,10 @@ async def _disconnect(receive: Receive) -> None:
 
 
 def event(value: Any) -> bytes:
-    """An event of plain values."""
+    """An event made of plain values."""
     return b"data: " + encode_json(value) + b"\n\n"
 
 
 def error_events(error: APIError) -> bytes:
-    """How a stream of OpenAI's completions ends after a failure."""
+    """The events that end a stream of OpenAI's completions after a failure."""
     return b"data: " + error_body(error) + b"\n\n" + DONE

@@ -1,8 +1,8 @@
-"""Requests that offer another protocol beside HTTP/1.1, answered over HTTP/1.1, as RFC 9110 (section 7.8) allows.
+"""Answers requests that offer another protocol besides HTTP/1.1 over HTTP/1.1, as RFC 9110 (section 7.8) allows.
 
 Java's own HTTP client offers `Upgrade: h2c` with its first request on each connection. httptools takes the body of such
 a request for the beginning of the other protocol: uvicorn then runs the application without a body, or reads the body
-as the next request. HAProxy removes the offer; this module does so where uvicorn itself talks to the client.
+as the next request. HAProxy removes the offer; this module does so if uvicorn itself talks to the client.
 """
 
 from array import array
@@ -16,7 +16,7 @@ _OFFER = (b"upgrade", b"http2-settings")
 
 
 class PlainHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, for which an offer that nobody takes was never made. WebSockets are left to uvicorn."""
+    """uvicorn's protocol, but it ignores offers that nobody accepts. WebSockets are left to uvicorn."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -25,7 +25,7 @@ class PlainHttpProtocol(HttpToolsProtocol):
 
     @property
     def declines(self) -> bool:
-        """Whether the request whose headers have been read offers what nobody here takes."""
+        """Whether the request whose headers have just been read offers a protocol that is not accepted here."""
         if not self.parser.should_upgrade():
             return False
         offered = [value.lower() for name, value in self.headers if name == b"upgrade"]
@@ -56,14 +56,14 @@ class PlainHttpProtocol(HttpToolsProtocol):
 
 
 class _Parser(httptools.HttpRequestParser):
-    """Where an offer is declined, reads the same head again without the offer, and then goes on."""
+    """If an offer is declined, reads the same head again without the offer, and then continues."""
 
     def __init__(self, protocol: PlainHttpProtocol) -> None:
         super().__init__(protocol)
         self._protocol = protocol
 
     def feed_data(self, data: "bytes | bytearray | memoryview | array[int]") -> None:
-        """Read what has come.
+        """Read the data that has arrived.
 
         Raises:
             HttpParserError: it is not HTTP.
@@ -80,5 +80,6 @@ class _Parser(httptools.HttpRequestParser):
 
 
 def decline_upgrades() -> None:
-    """Have the uvicorn servers that this process starts from now on decline offers, unless they name a protocol."""
+    """Make uvicorn servers that this process starts from now on decline offers, unless they name a protocol
+    themselves."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{PlainHttpProtocol.__name__}"

@@ -1,1 +1,1 @@
-"""Anthropic's Messages API, in front of the same chats."""
+"""Anthropic's Messages API, on top of the same chats."""

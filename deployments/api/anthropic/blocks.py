@@ -1,4 +1,4 @@
-"""Blocks of which messages of Anthropic's Messages API consist, and the turns of a chat that they stand for.
+"""The blocks that make up messages of Anthropic's Messages API, and the chat turns that they stand for.
 
 After https://docs.anthropic.com/en/api/messages. What the model once wrote is never refused, whatever its form.
 """
@@ -16,8 +16,8 @@ from deployments.chat.tools import Written
 from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
 
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
-"""A line that some clients put in front of the system prompt. It changes from request to request, so that no two
-prompts would share a beginning, and it is no business of the model's."""
+"""A line that some clients put in front of the system prompt. It changes from request to request, so no two prompts
+would share a beginning, and the model has no use for it."""
 
 
 class TextBlock(WireModel):
@@ -26,12 +26,12 @@ class TextBlock(WireModel):
     type: Literal["text"]
     text: str = ""
     cache_control: NoEffect = None
-    """What prompts share is always cached."""
+    """Ignored: shared parts of prompts are always cached."""
     citations: NoEffect = None
 
 
 class ToolUseBlock(WireModel):
-    """A call that the model made."""
+    """A tool call that the model made."""
 
     type: Literal["tool_use"]
     id: Written = ""
@@ -42,13 +42,13 @@ class ToolUseBlock(WireModel):
     caller: NoEffect = None
 
     def call(self) -> dict[str, Any]:
-        """As chats have it."""
+        """The same in the form that chats use."""
         arguments = self.input if isinstance(self.input, str) else json.dumps(self.input or {}, ensure_ascii=False)
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 
 class ThinkingBlock(WireModel):
-    """What the model thought."""
+    """The model's thoughts."""
 
     type: Literal["thinking"]
     thinking: str = ""
@@ -69,7 +69,7 @@ OtherBlock = dict[str, Any]
 
 
 class ToolResultBlock(WireModel):
-    """What came of a call."""
+    """The result of a tool call."""
 
     type: Literal["tool_result"]
     tool_use_id: Written = ""
@@ -87,7 +87,7 @@ class ToolResultBlock(WireModel):
     cache_control: NoEffect = None
 
     def turn(self) -> dict[str, Any]:
-        """As chats have it, with a placeholder for what has no text."""
+        """The same in the form that chats use, with a placeholder for parts without text."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(map(_told, content))
@@ -105,7 +105,7 @@ Block = Annotated[
 
 
 def check_block(block: Block, role: str, param: str) -> None:
-    """Refuse what the model cannot be told of what a user says, and blocks in messages of the wrong role.
+    """Refuse user content that cannot be passed to the model, and blocks in messages of the wrong role.
 
     Raises:
         APIError: a 400 that names the block.
@@ -135,14 +135,14 @@ def assistant_turn(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def user_turns(blocks: Sequence[Block]) -> list[dict[str, Any]]:
-    """Results of tools, each a turn of its own, then the text."""
+    """Tool results, each as its own turn, then the text."""
     turns = [block.turn() for block in blocks if isinstance(block, ToolResultBlock)]
     texts = [_told(block) for block in blocks if not isinstance(block, ToolResultBlock)]
     return [*turns, {"role": "user", "content": "\n".join(texts)}] if texts or not turns else turns
 
 
 def system_text(content: str | Sequence[Block] | None) -> str:
-    """The text of a system prompt, without the line of its clients' bookkeeping."""
+    """The text of a system prompt, without the line that some clients add for billing."""
     if content is None or isinstance(content, str):
         return _BILLING.sub("", content or "")
     texts = [_BILLING.sub("", _told(block)) for block in content]
@@ -150,7 +150,7 @@ def system_text(content: str | Sequence[Block] | None) -> str:
 
 
 def _told(block: Block) -> str:
-    """What the model is told of a block: its text, or a placeholder."""
+    """What the model is shown for a block: its text, or a placeholder."""
     if isinstance(block, TextBlock):
         return block.text
     assert isinstance(block, dict), "checked"
@@ -159,7 +159,7 @@ def _told(block: Block) -> str:
 
 
 def _text_in(block: OtherBlock) -> str | None:
-    """The text of a document or of a search result, or the name of a tool that was found, if it has one."""
+    """The text of a document or of a search result, or the name of a found tool, if it has one."""
     source = block.get("source")
     if block.get("type") == "document" and isinstance(source, dict):
         found = source.get("data") if source.get("type") == "text" else source.get("content")

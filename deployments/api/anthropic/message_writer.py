@@ -21,8 +21,8 @@ class MessageWriter:
     """Writes one turn of one choice; see `AnswerWriter`.
 
     Args:
-        turn: begun, or about to.
-        model: name to give.
+        turn: a turn that has begun or is about to.
+        model: model name to give in the answer.
     """
 
     def __init__(self, turn: Turn, *, model: str) -> None:
@@ -38,11 +38,11 @@ class MessageWriter:
         return _written([{"type": "message_start", "message": message}, {"type": "ping"}])
 
     def write(self, updates: Sequence[Update]) -> bytes:
-        """The events that tell what is new."""
+        """The events for what is new."""
         return _written([event for update in updates for event in self._take(update.events)])
 
     async def settle(self) -> None:
-        """Nothing: nothing is kept."""
+        """Do nothing: nothing is stored."""
 
     def end(self) -> bytes:
         """The events that close the last block and the message."""
@@ -50,7 +50,7 @@ class MessageWriter:
         return _written([*self._close(), last, {"type": "message_stop"}])
 
     def failure(self, error: APIError) -> bytes:
-        """The event that tells of a failure."""
+        """The event that reports a failure."""
         return message_failure(error)
 
     def add(self, updates: Sequence[Update]) -> None:
@@ -65,11 +65,11 @@ class MessageWriter:
 
     @property
     def num_values(self) -> int:
-        """About as many pieces of text as tokens."""
+        """Roughly one piece of text per token."""
         return self._turn.num_output_tokens
 
     def _take(self, events: Sequence[OutputEvent]) -> list[Event]:
-        """Take in what is new; the events that tell it."""
+        """Take in what is new, and return the events for it."""
         told: list[Event] = []
         for event in events:
             match event:
@@ -86,7 +86,7 @@ class MessageWriter:
         return told
 
     def _open(self, kind: str, **fields: Any) -> list[Event]:
-        """Begin a block of this kind, unless it is the one that goes on."""
+        """Begin a block of this kind, unless the open block is of this kind."""
         if self._is_open and self._blocks[-1]["type"] == kind:
             return []
         told = self._close()
@@ -107,7 +107,7 @@ class MessageWriter:
         return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
 
     def _finished_block(self, block: Event) -> Event:
-        """With a call's arguments as an object; what was cut off is left empty."""
+        """The block with a call's arguments as an object; arguments that were cut off become an empty one."""
         if "json" not in block:
             return block
         try:
@@ -129,7 +129,7 @@ class MessageWriter:
         return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self) -> Event:
-        """Anthropic counts tokens from the cache apart."""
+        """Token counts; Anthropic counts tokens from the cache separately."""
         turn = self._turn
         return {
             "input_tokens": turn.num_prompt_tokens - turn.num_cached_tokens,
@@ -140,7 +140,7 @@ class MessageWriter:
 
 
 def message_failure(error: APIError) -> bytes:
-    """The event that ends a stream after a failure, begun or not."""
+    """The event that ends a stream after a failure, whether it has begun or not."""
     return b"event: error\ndata: " + anthropic_error_body(error) + b"\n\n"
 
 

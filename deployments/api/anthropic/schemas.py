@@ -23,7 +23,7 @@ class InputMessage(WireModel):
     content: str | Items[Block] | None = None
 
     def turns(self) -> list[dict[str, Any]]:
-        """As chats have it."""
+        """The same in the form that chats use."""
         if self.role == "system":
             return [{"role": "system", "content": system_text(self.content)}]
         if self.content is None or isinstance(self.content, str):
@@ -32,17 +32,17 @@ class InputMessage(WireModel):
 
 
 class AnthropicTool(WireModel):
-    """A function that the model may ask for."""
+    """A function that the model may call."""
 
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
-    """As in chats."""
+    """The same as in chat completions."""
     cache_control: NoEffect = None
     eager_input_streaming: NoEffect = None
-    """Arguments always come as they are made."""
+    """Ignored: arguments are always sent as they are generated."""
 
 
 def _tool_tag(value: Any) -> str:
@@ -53,7 +53,7 @@ AnyTool = Annotated[Annotated[AnthropicTool, Tag("[custom]")] | AnySkipped, Disc
 
 
 class AnthropicToolChoice(WireModel):
-    """Whether and what to call."""
+    """Whether to call a tool, and which one."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -70,20 +70,20 @@ class Thinking(WireModel):
     """Whether to think first."""
 
     type: str
-    """`disabled` for not at all; else the model decides, as with `enabled` and `adaptive`."""
+    """`disabled` to turn thinking off; otherwise the model decides, as with `enabled` and `adaptive`."""
     budget_tokens: NoEffect = None
     display: NoEffect = None
 
 
 class OutputFormat(WireModel):
-    """A JSON schema that the answer keeps to."""
+    """A JSON schema that the answer follows."""
 
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
 class OutputConfig(WireModel):
-    """How the answer is to be."""
+    """How the answer should be."""
 
     effort: str | None = None
     """Given to the chat template as `reasoning_effort`: `low`, `medium`, `high`, `xhigh` or `max`."""
@@ -102,13 +102,13 @@ class CountTokensRequest(RequestBody):
         r"(tools\[\d+\])\.function(.*)": r"\1\2",
         "reasoning_effort": "output_config.effort",
     }
-    """From a chat's fields to those here."""
+    """Maps a chat's fields to the fields here."""
 
     model: str
     messages: Annotated[Items[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: str | Items[TextBlock] | None = None
     tools: Annotated[Items[AnyTool], Field(max_length=MAX_TOOLS)] | None = None
-    """Tools of other types than `custom` are ignored: Anthropic's servers run them, or its models know them."""
+    """Tools of other types than `custom` are ignored: Anthropic's servers run them, or only its models know them."""
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -123,9 +123,9 @@ class CountTokensRequest(RequestBody):
     mcp_servers: Annotated[Any, Unsupported()] = None
     """Not supported."""
     compaction: Annotated[Any, Unsupported()] = None
-    """Not supported: asks for a summary in place of an answer."""
+    """Not supported: it asks for a summary in place of an answer."""
     thread: Annotated[Any, Unsupported()] = None
-    """Not supported: no conversation is kept. Anthropic's clients then send all of it each time."""
+    """Not supported: no conversation is kept. Anthropic's clients then send the whole conversation each time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -140,11 +140,11 @@ class CountTokensRequest(RequestBody):
 
     @property
     def takes_long(self) -> bool:
-        """See `RequestBody`: what it has of tools and formats is known once it is a chat."""
+        """See `RequestBody`; its tools and formats are known once it has been converted to a chat."""
         return True
 
     def to_chat(self) -> ChatRequest:
-        """The same as a chat.
+        """The same request as a chat.
 
         Raises:
             APIError: a 400 with the field at fault.
@@ -186,7 +186,7 @@ class CountTokensRequest(RequestBody):
 
 
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "xhigh"}
-"""From efforts here to those of chats; others change nothing."""
+"""Maps effort levels to those of chats; other values have no effect."""
 
 
 class MessagesRequest(CountTokensRequest):
@@ -199,8 +199,7 @@ class MessagesRequest(CountTokensRequest):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     priority: Priority | None = None
-    """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
-    says."""
+    """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
     metadata: NoEffect = None
     service_tier: NoEffect = None
     inference_geo: NoEffect = None

@@ -1,1 +1,1 @@
-"""OpenAI's API: answers, responses, embeddings."""
+"""OpenAI's API: completions, responses, embeddings."""

@@ -1,4 +1,4 @@
-"""The assistant's message as chat completions have it, whole or in deltas."""
+"""The assistant's message in the form of chat completions, whole or in deltas."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from deployments.chat.output import OutputEvent, ReasoningDelta, TextDelta, Tool
 
 @dataclass(slots=True)
 class Call:
-    """One call of a tool."""
+    """One tool call."""
 
     call_id: str
     name: str
     arguments: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat completions have it."""
+        """The call in the form of chat completions."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.call_id, "type": "function", "function": function}
 
@@ -53,7 +53,8 @@ class Message:
         return "".join(self.thoughts)
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat completions have it: calls and reasoning only where there are any, and no empty text beside calls."""
+        """The message in the form of chat completions: calls and reasoning only if there are any, no empty text beside
+        calls."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
         if self.calls:
             message["content"] = self.content or None

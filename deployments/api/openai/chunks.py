@@ -1,6 +1,6 @@
 """Chunks of streamed completions, put together from strings made once per choice.
 
-Nothing here is validated or serialised per token but the new text itself.
+For each token, only the new text itself is validated or serialized.
 """
 
 from typing import Any
@@ -9,11 +9,11 @@ from deployments.api.sse import encode_json
 
 
 class ChunkWriter:
-    """Events of one streamed choice, with everything that stays the same made once.
+    """Writes the events of one streamed choice; everything that stays the same is made once.
 
     Args:
         head: the chunk's fields before `choices`.
-        index: of the choice.
+        index: index of the choice.
         is_chat: chat chunks carry `delta`, completion chunks `text`.
         with_usage: every chunk but the last says `"usage": null`.
     """
@@ -33,7 +33,7 @@ class ChunkWriter:
         return self._open_role + b',"finish_reason":null' + self._tail
 
     def text(self, text: str, logprobs: dict[str, Any] | None = None) -> bytes:
-        """New text."""
+        """A chunk of new text."""
         if logprobs is None:
             return self._open_text + encode_json(text) + self._plain_tail
         return (
@@ -42,7 +42,7 @@ class ChunkWriter:
         )  # fmt: skip
 
     def delta(self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> bytes:
-        """Anything else that is new in a chat choice."""
+        """A chunk for anything else that is new in a chat choice."""
         return (
             self._open_delta + encode_json(delta) + b',"logprobs":' + encode_json(logprobs)
             + b',"finish_reason":null' + self._tail

@@ -20,11 +20,11 @@ from llm.tokenization.tokenizer import Tokenizer
 
 @dataclass(slots=True)
 class _Answer:
-    """What has been written, or gathered, of a choice."""
+    """What has been written or gathered of a choice so far."""
 
     chunks: ChunkWriter
     offsets: TextOffsets
-    """Of the tokens that were generated."""
+    """Offsets of the tokens that were generated."""
     is_open: bool = False
     message: Message = field(default_factory=Message)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -34,15 +34,15 @@ class CompletionWriter:
     """Writes one turn; see `AnswerWriter`.
 
     Args:
-        turn: begun, or about to.
-        tokenizer: for the texts of tokens beside their log probabilities.
-        model: name to give.
-        is_chat: chat or plain completion.
+        turn: a turn that has begun or is about to.
+        tokenizer: gives the texts of tokens that go with their log probabilities.
+        model: model name to give in the answer.
+        is_chat: whether this is a chat rather than a plain completion.
         wants_logprobs: whether log probabilities were asked for.
         include_usage: end a stream with a chunk of token counts.
         echoes: whether log probabilities of the prompt come before those of the answer.
-        wants_prompt: whether log probabilities of the prompt were asked for by themselves.
-        num_kept: answers to give of each prompt, the best ones; None for all. Streams give all.
+        wants_prompt: whether log probabilities of the prompt were asked for separately.
+        num_kept: number of best answers to give for each prompt; None for all. Streams give all.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class CompletionWriter:
         ]
 
     def begin(self) -> bytes:
-        """Nothing: each choice's first chunk opens it."""
+        """Nothing, since each choice is opened by its first chunk."""
         return b""
 
     def write(self, updates: Sequence[Update]) -> bytes:
-        """Chunks that tell what is new."""
+        """Chunks for what is new."""
         events: list[bytes] = []
         for update in updates:
             choice, news = update.choice, update.events
@@ -110,7 +110,7 @@ class CompletionWriter:
         return b"".join(events)
 
     async def settle(self) -> None:
-        """Nothing: nothing is kept."""
+        """Do nothing: nothing is stored."""
 
     def end(self) -> bytes:
         """Token counts, if they were asked for, and the end."""
@@ -136,7 +136,7 @@ class CompletionWriter:
 
     @property
     def num_values(self) -> int:
-        """A piece of text a token, and its log probabilities."""
+        """One piece of text per token, and its log probabilities."""
         num_each = 1 + sum(2 + len(entry.top) for answer in self._answers for entry in answer.logprobs[:1])
         num_tokens = self._turn.num_output_tokens
         if self._wants_prompt or (self._echoes and self._wants_logprobs):
@@ -145,7 +145,7 @@ class CompletionWriter:
         return num_tokens * num_each
 
     def _kept(self) -> list[Choice]:
-        """The answers to give: of each prompt the best, the best one first, or all."""
+        """The answers to give: for each prompt the best ones, best first, or all."""
         choices, num_each = self._turn.choices, self._turn.answers_a_prompt
         if self._num_kept is None or self._num_kept == num_each:
             return choices

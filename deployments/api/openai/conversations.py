@@ -1,4 +1,4 @@
-"""Conversations of the Responses API that go on: what a request refers to, and what is kept of its response."""
+"""Continued conversations of the Responses API: what a request refers to, and what is kept of its response."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ class Conversation:
 
     Attributes:
         body: the request, with the whole conversation as its `input`.
-        earlier: what had been said before the request, as it is stored.
+        earlier: what was said before the request, as stored.
         new: items that the request adds.
     """
 
@@ -39,7 +39,7 @@ class Conversation:
 
 
 class Conversations:
-    """Puts conversations together from what is stored, and stores how they go on.
+    """Assembles conversations from what is stored, and stores their continuations.
 
     Args:
         store: where responses are kept; None for nowhere.
@@ -53,11 +53,11 @@ class Conversations:
         return self._store is not None and body.store is not False
 
     async def whole(self, owner: str, body: ResponsesRequest) -> Conversation:
-        """The conversation that a request goes on with, or begins.
+        """The conversation that a request continues or begins.
 
         Raises:
-            APIError: a 400, what it refers to is not stored.
-            StoreAwayError: that cannot be found out.
+            APIError: a 400; what the request refers to is not stored.
+            StoreAwayError: the store cannot be reached.
         """
         references = [item.id for item in body.items() if isinstance(item, ItemReference)]
         earlier = await self._earlier(owner, body.previous_response_id)
@@ -69,12 +69,12 @@ class Conversations:
         return Conversation(body.model_copy(update={"input": items}), earlier, new)
 
     async def keep(self, owner: str, conversation: Conversation, response: dict[str, Any]) -> None:
-        """Store a response; if that is not possible, it is answered all the same.
+        """Store a response; if that is not possible, it is still sent to the client.
 
         Args:
-            owner: whose it is.
-            conversation: what it answers.
-            response: as it is answered.
+            owner: whose response it is.
+            conversation: the conversation that it answers.
+            response: the response as sent.
         """
         assert self._store is not None, "asked before"
         try:
@@ -84,21 +84,21 @@ class Conversations:
             logger.warning("%s is not stored: %s", response["id"], error)
 
     async def read(self, owner: str, response_id: str) -> bytes:
-        """A response that is stored, in JSON.
+        """A stored response, in JSON.
 
         Raises:
-            APIError: 404, it is not.
-            StoreAwayError: that cannot be found out.
+            APIError: a 404; it is not stored.
+            StoreAwayError: the store cannot be reached.
         """
         stored = await self._find(owner, response_id)
         return stored.head[:-1] + b',"output":' + _list_of(stored.output) + b"}"
 
     async def delete(self, owner: str, response_id: str) -> dict[str, Any]:
-        """Let a response go.
+        """Delete a response.
 
         Raises:
-            APIError: 404, it is not stored.
-            StoreAwayError: that cannot be found out.
+            APIError: a 404; it is not stored.
+            StoreAwayError: the store cannot be reached.
         """
         if self._store is None or not await self._store.delete(owner, response_id):
             raise _unknown_response(response_id)
@@ -107,11 +107,11 @@ class Conversations:
     async def input_items(
         self, owner: str, response_id: str, *, limit: int, is_ascending: bool, after: str | None
     ) -> bytes:
-        """A page of what a stored response was made of, in JSON, from the conversation's beginning or from its end.
+        """A page of the input of a stored response, in JSON, from the conversation's beginning or from its end.
 
         Raises:
-            APIError: 404, the response is not stored; 400, no item has the id `after`.
-            StoreAwayError: that cannot be found out.
+            APIError: a 404 if the response is not stored; a 400 if no item has the id `after`.
+            StoreAwayError: the store cannot be reached.
         """
         stored = await self._find(owner, response_id)
         items = list(stored.input if is_ascending else reversed(stored.input))
@@ -136,7 +136,7 @@ class Conversations:
         return stored
 
     async def _earlier(self, owner: str, response_id: str | None) -> tuple[StoredItem, ...]:
-        """Items of the conversation that goes on."""
+        """Items of the conversation that is continued."""
         if response_id is None:
             return ()
         stored = await self._store.get(owner, response_id) if self._store is not None else None
@@ -146,7 +146,7 @@ class Conversations:
         return stored.input + stored.output
 
     async def _referred(self, owner: str, item_ids: Sequence[str]) -> dict[str, Any]:
-        """The items by these ids."""
+        """The items with these ids."""
         found = await self._store.find_items(owner, item_ids) if self._store is not None and item_ids else {}
         for item_id in item_ids:
             if item_id not in found:
@@ -155,7 +155,7 @@ class Conversations:
 
 
 async def _items(stored: Sequence[bytes]) -> list[Any]:
-    """Stored items as they are understood in a request; one after the other, in a thread where they are long."""
+    """Stored items, validated as in a request; one after another, and in a thread if they are long."""
 
     def understood() -> list[Any]:
         return [_as_item(msgspec.json.decode(data)) for data in stored]

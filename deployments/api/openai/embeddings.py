@@ -24,17 +24,16 @@ class EmbeddingsRequest(RequestBody):
 
     model: str
     input: Annotated[Any, BeforeValidator(_check_input, json_schema_input_type=Prompt)]
-    """A text, texts, token ids, or lists of token ids."""
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
     """`base64` for little-endian 32-bit floats."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """The model's own number only."""
+    """Only the model's own number of dimensions."""
     user: NoEffect = None
     pooling: Literal["last", "mean"] | None = None
-    """Extension. The last token's hidden state, or the average of all; `last` by default."""
+    """Extension. `last` for the last token's hidden state, `mean` for the average of all; `last` by default."""
     priority: Priority | None = None
-    """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
-    says."""
+    """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
 
     def inputs(self) -> list[Any]:
         """One entry for each vector.
@@ -56,7 +55,7 @@ def embeddings_object(body: EmbeddingsRequest, model: str, vectors: Sequence[byt
         vectors: one for each input, as 32-bit floats.
 
     Raises:
-        APIError: other dimensions were asked for than the model has.
+        APIError: the request asks for a number of dimensions that the model does not have.
     """
     num_dimensions = len(vectors[0]) // _BYTES_A_NUMBER
     if body.dimensions not in (None, num_dimensions):

@@ -1,4 +1,4 @@
-"""Log probabilities as chats and as plain completions have them."""
+"""Log probabilities in the forms of chats and of plain completions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,11 @@ from llm.tokenization.tokenizer import Tokenizer
 
 _LOWEST_LOGPROB = -9999.0
 _ENDS_OF_MARKUP = frozenset(">]}\n ")
-"""Characters of which one ends what models put between thoughts, text and calls."""
+"""Characters that can end the markup that models put between thoughts, text and calls."""
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """`logprobs` of a chat choice."""
+    """The `logprobs` of a chat choice."""
     content = []
     for entry in entries:
         top = [_chat_entry(token_id, logprob, tokenizer) for token_id, logprob in entry.top]
@@ -21,12 +21,13 @@ def chat_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dic
 
 
 class TextOffsets:
-    """Where in a text its tokens begin, in characters; a token that continues a character begins where that does.
+    """Where the tokens of a text begin, in characters. A token that continues a character begins where the character
+    does.
 
     Args:
-        tokenizer: the text is made by its decoder.
-        start: characters before the first token.
-        end: no token begins further on; None for no such bound.
+        tokenizer: its decoder makes the text.
+        start: number of characters before the first token.
+        end: upper bound on where a token may begin; None for no bound.
     """
 
     def __init__(self, tokenizer: Tokenizer, start: int = 0, end: int | None = None) -> None:
@@ -35,7 +36,7 @@ class TextOffsets:
         self._end = end
 
     def next(self, token_id: int) -> int:
-        """Where this token begins, which comes after all that were asked for before."""
+        """Where this token begins, given that it follows all tokens asked for before."""
         offset = self._offset if self._end is None else min(self._offset, self._end)
         self._offset += len(self._decoder.step(token_id))
         return offset
@@ -47,10 +48,10 @@ def completion_logprobs(
     """`logprobs` of a completion choice.
 
     Args:
-        entries: of tokens that follow one another.
-        tokenizer: for their texts.
-        offsets: of the tokens, `first_ids` included.
-        first_ids: tokens before the entries that have no log probability: the first of a prompt.
+        entries: log probabilities of consecutive tokens.
+        tokenizer: gives their texts.
+        offsets: offsets of the tokens, including `first_ids`.
+        first_ids: tokens before the entries that have no log probability, such as the first of a prompt.
     """
     nothing = [None] * len(first_ids)
     token_ids = [*first_ids, *(entry.token_id for entry in entries)]
@@ -74,10 +75,10 @@ def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 class TextLogprobs:
-    """Finds the tokens that a piece of a model's output was made of, where pieces come in order and markup is left out.
+    """Finds the tokens that make up a piece of a model's output. Pieces come in order, without the markup between them.
 
     Args:
-        tokenizer: the output is made by its decoder.
+        tokenizer: its decoder makes the output.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -93,7 +94,7 @@ class TextLogprobs:
             self._text += self._decoder.step(entry.token_id)
 
     def pop(self, piece: str) -> list[dict[str, Any]]:
-        """The tokens that begin in the next piece, as the parts of a response have them; what is before is dropped."""
+        """The tokens that begin in the next piece, in the form of a response's parts; tokens before it are dropped."""
         start = self._find(piece)
         end = start + len(piece)
         if start < 0 or not piece:
@@ -105,7 +106,7 @@ class TextLogprobs:
         return content
 
     def _find(self, piece: str) -> int:
-        """Where the piece begins: at once, or else behind markup, whose own letters may look the same."""
+        """Where the piece begins: at once, or after markup, which may contain the same letters."""
         first = start = self._text.find(piece)
         while start > 0 and self._text[start - 1] not in _ENDS_OF_MARKUP:
             start = self._text.find(piece, start + 1)
@@ -113,7 +114,8 @@ class TextLogprobs:
 
 
 def prompt_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
-    """`prompt_logprobs` of a completion choice: for each token its own and the likeliest, by id; None for the first."""
+    """The `prompt_logprobs` of a completion choice: each token's own and the likeliest ones, by id; None for the
+    first."""
     written: list[dict[str, Any] | None] = [None]
     for entry in entries:
         ranks = {token_id: rank for rank, (token_id, _) in enumerate(entry.top, 1)}

@@ -1,8 +1,8 @@
-"""Items of OpenAI's Responses API: what they hold, and the turns of a chat that they stand for.
+"""Items of OpenAI's Responses API: what they hold, and the chat turns that they stand for.
 
 After https://platform.openai.com/docs/api-reference/responses/create#responses-create-input. Items are history: what a
-model once wrote is never refused, however odd. Items of kinds that this server does not know are told as calls and
-their results where they are such, and left out where they are not.
+model once wrote is never refused, however odd. Items of unknown kinds are passed to the model as calls and results if
+that is what they are, and left out otherwise.
 """
 
 import base64
@@ -21,7 +21,7 @@ from deployments.chat.structured import NonEmpty
 from deployments.chat.wire_model import NoEffect, WireModel, type_tag
 
 _THOUGHTS_MARK = "rayline-1:"
-"""What encrypted contents of ours begin with."""
+"""Prefix of the encrypted contents that this server makes."""
 
 
 class MessageItem(WireModel):
@@ -38,12 +38,12 @@ class MessageItem(WireModel):
 
 
 def _as_text(value: Any) -> str:
-    """A text, or the JSON of what is none."""
+    """A text, or the JSON of a value that is not a text."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class FunctionCallItem(WireModel):
-    """A call that the model made."""
+    """A function call that the model made."""
 
     type: Literal["function_call"]
     call_id: str = ""
@@ -55,7 +55,7 @@ class FunctionCallItem(WireModel):
 
 
 def _output_text(value: Any) -> str:
-    """What came of a call, as text; what is no text is named in its place."""
+    """The result of a call, as text; a part that is not text is named in its place."""
     return "\n".join(_part_text(part) for part in value) if isinstance(value, list) else _as_text(value)
 
 
@@ -71,7 +71,7 @@ def _part_text(part: Any) -> str:
 
 
 class FunctionOutputItem(WireModel):
-    """What came of a call: a text or parts, of which those that are no text are named only."""
+    """The result of a call: a text, or parts; for parts that are not text only the kind is given."""
 
     type: Literal["function_call_output"]
     call_id: str = ""
@@ -87,7 +87,7 @@ class ReasoningItem(WireModel):
     summary: Any = None
     content: Any = None
     encrypted_content: Any = None
-    """Of this server's responses: the thoughts, for clients that give nothing else back."""
+    """In this server's responses: the thoughts, for clients that send nothing else back."""
     id: Any = None
     status: NoEffect = None
 
@@ -98,7 +98,7 @@ class ReasoningItem(WireModel):
 
 
 class ItemReference(WireModel):
-    """An item that has been stored."""
+    """A reference to a stored item."""
 
     type: Literal["item_reference"] = "item_reference"
     id: NonEmpty
@@ -132,12 +132,12 @@ InputItem = Annotated[
 
 
 def seal_thoughts(text: str) -> str:
-    """The thoughts as `encrypted_content`. They are no secret to the client, which gets them as `content` too."""
+    """The thoughts as `encrypted_content`. They are not secret from the client, which gets them as `content` too."""
     return _THOUGHTS_MARK + base64.b64encode(text.encode(errors="surrogatepass")).decode()
 
 
 def open_thoughts(sealed: Any) -> str:
-    """The thoughts that `seal_thoughts` was given; nothing for what another server has made."""
+    """The thoughts that `seal_thoughts` was given; empty for content that another server made."""
     if not isinstance(sealed, str) or not sealed.startswith(_THOUGHTS_MARK):
         return ""
     try:
@@ -147,9 +147,9 @@ def open_thoughts(sealed: Any) -> str:
 
 
 def chat_turns(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """The turns of a chat: thoughts, text and calls that follow one another are one turn of the assistant.
+    """The turns of a chat: consecutive thoughts, text and calls form one turn of the assistant.
 
-    Thoughts that no text and no call of the assistant follows are left out.
+    Thoughts that are not followed by text or a call of the assistant are left out.
     """
     turns: list[dict[str, Any]] = []
     thoughts: list[str] = []
@@ -174,7 +174,7 @@ def chat_turns(items: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _assistant_turn(turns: list[dict[str, Any]], thoughts: list[str], without: str | None = None) -> dict[str, Any]:
-    """The assistant's turn that goes on, or a new one; new too if it has the field `without` already, or calls then."""
+    """The assistant's open turn, or a new one if none is open, or if it already has calls or the field `without`."""
     if not turns or turns[-1]["role"] != "assistant" or without in turns[-1] or (without and "tool_calls" in turns[-1]):
         turns.append({"role": "assistant"})
     turn = turns[-1]
@@ -190,7 +190,7 @@ def _add_call(turns: list[dict[str, Any]], thoughts: list[str], call_id: str, na
 
 
 def _exchange_kind(value: dict[str, Any]) -> Literal["call", "output"] | None:
-    """Whether an item of an unknown kind is a call of something, or what came of one."""
+    """Whether an item of an unknown kind is a call, or the result of one."""
     kind, call_id = value.get("type"), value.get("call_id")
     if not isinstance(kind, str) or not isinstance(call_id, str) or not call_id:
         return None
@@ -201,7 +201,7 @@ _NO_ARGUMENTS = ("type", "id", "status", "call_id", "name")
 
 
 def _add_exchange(turns: list[dict[str, Any]], thoughts: list[str], value: dict[str, Any]) -> None:
-    """Tell of a call of a custom tool, a shell and the like as if it had been one of a function."""
+    """Add a call of a custom tool, a shell or the like, or its result, as if it were a function's."""
     kind = _exchange_kind(value)
     if kind is None:
         return
@@ -215,7 +215,7 @@ def _add_exchange(turns: list[dict[str, Any]], thoughts: list[str], value: dict[
 
 
 def _texts(parts: Any) -> str:
-    """The texts of parts; nothing for what has none."""
+    """The texts of parts; empty if there are none."""
     if isinstance(parts, str):
         return parts
     texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
@@ -232,7 +232,7 @@ _PREFIXES = {
 
 
 def stored_item(item: Any) -> dict[str, Any]:
-    """An item of the input as it is stored and listed: with an id, and its content in parts."""
+    """An input item as stored and listed: with an id, and its content in parts."""
     given = item.value.get("id") if isinstance(item, Skipped) else item.id
     item_id = given if isinstance(given, str) and given else f"{_PREFIXES[type(item)]}_{secrets.token_hex(12)}"
     match item:

@@ -33,11 +33,11 @@ class ResponseTextFormat(WireModel):
 
 
 class ResponseText(WireModel):
-    """How the text is to be."""
+    """How the text should be."""
 
     format: ResponseTextFormat | None = None
     verbosity: NoEffect = None
-    """The model decides how much it says."""
+    """Ignored: the model decides how much it writes."""
 
 
 class ResponseReasoning(WireModel):
@@ -45,7 +45,7 @@ class ResponseReasoning(WireModel):
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: NoEffect = None
-    """Thoughts are given whole."""
+    """Ignored: thoughts are given in full."""
     generate_summary: NoEffect = None
 
 
@@ -58,7 +58,7 @@ class ResponsesRequest(RequestBody):
         "response_format.*": "text.format",
         "reasoning_effort": "reasoning.effort",
     }
-    """From a chat's fields to those here."""
+    """Maps a chat's fields to the fields here."""
 
     model: str
     input: str | Annotated[Items[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -75,45 +75,44 @@ class ResponsesRequest(RequestBody):
     text: ResponseText | None = None
     reasoning: ResponseReasoning | None = None
     priority: Priority | None = None
-    """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
-    says."""
+    """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
 
     store: bool | None = None
-    """Keep the response, for `previous_response_id` and `GET /v1/responses/{id}`. True by default."""
+    """Store the response, for `previous_response_id` and `GET /v1/responses/{id}`. True by default."""
     previous_response_id: str | None = None
-    """The response whose conversation goes on; `input` is what is new."""
+    """The response whose conversation is continued; `input` holds what is new."""
     include: Items[str] | None = None
-    """`reasoning.encrypted_content`, `message.output_text.logprobs`; others are ignored."""
+    """`reasoning.encrypted_content` or `message.output_text.logprobs`; others are ignored."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     metadata: dict[str, Any] | None = None
-    """Given back with the response."""
+    """Returned with the response."""
     user: str | None = None
-    """Given back with the response."""
+    """Returned with the response."""
     safety_identifier: NoEffect = None
     service_tier: NoEffect = None
     prompt_cache_key: NoEffect = None
     prompt_cache_retention: NoEffect = None
     truncation: NoEffect = None
-    """A conversation that is too long is an error."""
+    """Ignored: a conversation that is too long is an error."""
     stream_options: NoEffect = None
 
     conversation: Annotated[Any, Unsupported()] = None
     """Not supported: use `previous_response_id`."""
     background: Annotated[Any, Unsupported()] = None
-    """False only."""
+    """Must be false."""
     prompt: Annotated[Any, Unsupported()] = None
     """Not supported."""
     max_tool_calls: NoEffect = None
-    """This server calls no tools itself."""
+    """Ignored: this server calls no tools itself."""
     context_management: NoEffect = None
 
     @property
     def takes_long(self) -> bool:
-        """See `RequestBody`: what it has of tools and formats is known once it is a chat."""
+        """See `RequestBody`; its tools and formats are known once it has been converted to a chat."""
         return True
 
     def to_chat(self) -> ChatRequest:
-        """The same as a chat.
+        """The same request as a chat.
 
         Raises:
             APIError: a 400 with the field at fault.
@@ -153,12 +152,12 @@ class ResponsesRequest(RequestBody):
             raise invalid(f"input: {error.errors()[0]['msg'].removeprefix('Value error, ')}", "input") from None
 
     def items(self) -> list[Any]:
-        """`input` as items."""
+        """The `input` as items."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
     @property
     def function_names(self) -> FunctionNames:
-        """What the client calls the functions."""
+        """The client's names for the functions."""
         return FunctionNames.of(functions_of(self.tools or ()))
 
     @property
@@ -168,7 +167,7 @@ class ResponsesRequest(RequestBody):
 
     @property
     def wants_sealed_thoughts(self) -> bool:
-        """Whether reasoning items are to hold what a client without memory gives back."""
+        """Whether reasoning items must hold the thoughts in a form that a stateless client can send back."""
         return "reasoning.encrypted_content" in (self.include or ())
 
 
@@ -184,11 +183,11 @@ def _chat_format(text_format: ResponseTextFormat | None) -> dict[str, Any] | Non
 
 
 def echoed(body: ResponsesRequest, *, is_stored: bool) -> dict[str, Any]:
-    """Fields of the request that its response repeats.
+    """The fields of the request that its response repeats.
 
     Args:
         body: the request.
-        is_stored: whether the response is going to be stored.
+        is_stored: whether the response will be stored.
     """
     choice = body.tool_choice
     return {

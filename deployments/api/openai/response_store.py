@@ -1,8 +1,8 @@
-"""Responses that can be asked for later: what is kept of them, within bounds, for the key that made them.
+"""Responses that can be requested later: what is stored of them, within bounds, for the key that made them.
 
-What a response was made of and what it gave are items. A conversation that goes on repeats the items of its earlier
-responses, so each item is kept once, for as long as any response has it. A response holds all it was made of: it can be
-built upon when earlier ones have gone.
+The input and the output of a response are items. A continued conversation repeats the items of its earlier responses,
+so each item is stored once, for as long as any response has it. A response holds all of its input, so it can be
+continued even after earlier ones have been deleted.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 MEMORY = ":memory:"
 _ROW_BYTES = 128
-"""About what a row takes beside its content."""
+"""Approximate size of a row without its content."""
 _BUSY_TIMEOUT_S = 5.0
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
@@ -49,8 +49,8 @@ class StoredItem(msgspec.Struct, frozen=True, array_like=True):
     """An item of a conversation.
 
     Attributes:
-        id: by which it can be referred to.
-        data: all of it, in JSON.
+        id: the id by which it can be referred to.
+        data: the whole item, in JSON.
     """
 
     id: str
@@ -58,13 +58,13 @@ class StoredItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
-    """A response and all that it was made of.
+    """A response and all of its input.
 
     Attributes:
-        id: the response's.
+        id: the response's id.
         head: the response without its output, in JSON.
-        input: what it was made of, from the conversation's beginning.
-        output: what it gave.
+        input: its input, from the conversation's beginning.
+        output: its output.
     """
 
     id: str
@@ -74,25 +74,25 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ResponseStore(Protocol):
-    """Keeps responses. Nobody finds what another owner has put in.
+    """Stores responses. No owner can find what another one stored.
 
-    Each method raises `StoreAwayError` where the store cannot be reached.
+    Each method raises `StoreAwayError` if the store cannot be reached.
     """
 
     async def put(self, owner: str, response: StoredResponse) -> bool:
-        """Keep a response, and let the oldest go to make room. False if it is larger than all the room there is."""
+        """Store a response, deleting the oldest ones to make room. False if it is larger than the whole store."""
         ...
 
     async def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        """The response by this id."""
+        """The response with this id."""
         ...
 
     async def delete(self, owner: str, response_id: str) -> bool:
-        """Let a response go; whether it was there."""
+        """Delete a response; returns whether it was there."""
         ...
 
     async def find_items(self, owner: str, item_ids: Sequence[str]) -> dict[str, bytes]:
-        """The data of those of these items that there are, each as it was last put in."""
+        """The data of the items that exist, each as last stored."""
         ...
 
 
@@ -114,7 +114,7 @@ class ResponseDatabase:
         self._lock = threading.Lock()
         try:
             if path is not None:
-                # It holds what people have written: for nobody else to read.
+                # It holds what people have written, so nobody else may read it.
                 os.close(os.open(Path(path).expanduser(), os.O_CREAT | os.O_RDWR, 0o600))
             self._database = sqlite3.connect(
                 str(Path(path).expanduser()) if path is not None else MEMORY,
@@ -176,18 +176,18 @@ class ResponseDatabase:
         return found
 
     def totals(self) -> tuple[int, int]:
-        """Responses and bytes that are kept."""
+        """Number of responses and of bytes that are stored."""
         with self._lock, closing(self._database.cursor()) as cursor:
             num_responses, num_bytes = cursor.execute("SELECT num_responses, num_bytes FROM totals").fetchone()
         return num_responses, num_bytes
 
     def close(self) -> None:
-        """Let go of the file, or of the memory."""
+        """Close the file, or free the memory."""
         self._database.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Cursor]:
-        """A change that is made as a whole or not at all."""
+        """A change that is made completely or not at all."""
         with self._lock, closing(self._database.cursor()) as cursor:
             cursor.execute("BEGIN IMMEDIATE")
             try:
@@ -217,7 +217,7 @@ class ResponseDatabase:
         return num_bytes
 
     def _remove(self, cursor: sqlite3.Cursor, seq: int) -> int:
-        """Remove a response, and the items that no other one has; returns how many bytes that freed."""
+        """Remove a response and the items that no other response has; returns how many bytes that freed."""
         (num_bytes,) = cursor.execute("SELECT length(head) FROM responses WHERE seq = ?", (seq,)).fetchone()
         cursor.execute("DELETE FROM responses WHERE seq = ?", (seq,))
         items = cursor.execute("SELECT item FROM parts WHERE response = ?", (seq,)).fetchall()
@@ -232,7 +232,7 @@ class ResponseDatabase:
         return int(num_bytes)
 
     def _make_room(self, cursor: sqlite3.Cursor) -> None:
-        """Let the oldest responses go until what is left is within bounds."""
+        """Delete the oldest responses until the rest is within bounds."""
         while True:
             num_responses, num_bytes = cursor.execute("SELECT num_responses, num_bytes FROM totals").fetchone()
             if num_responses <= self._max_responses and num_bytes <= self._max_bytes:
@@ -247,7 +247,7 @@ class ResponseDatabase:
 
 
 class OwnResponseStore:
-    """`ResponseStore` of one process.
+    """The `ResponseStore` of a single process.
 
     Args:
         database: does the work, in threads.
@@ -281,7 +281,7 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 def own_store(config: ResponsesConfig) -> OwnResponseStore | None:
-    """The store of a router that has it to itself; None where no responses are to be kept.
+    """A store that belongs to one router only; None if no responses are to be stored.
 
     Raises:
         ConfigError: its file cannot be used.

@@ -1,9 +1,9 @@
-"""Tools of OpenAI's Responses API, and the functions of a chat that they stand for.
+"""Tools of OpenAI's Responses API, and the chat functions that they stand for.
 
 After https://platform.openai.com/docs/api-reference/responses/create. A `namespace` groups functions: Codex offers the
-tools of each MCP server so. A model knows one list of functions, in which such a function is called
-`<namespace>__<name>`; its calls come back as the client knows them, with name and namespace apart. Tools that a server
-would have to run itself (`web_search`, `mcp`, …) and those that are no functions (`custom`, …) are left out.
+tools of each MCP server this way. A model sees one list of functions, in which such a function is called
+`<namespace>__<name>`; its calls are returned in the client's terms, with name and namespace separate. Tools that a
+server would have to run itself (`web_search`, `mcp`, …) and tools that are not functions (`custom`, …) are left out.
 """
 
 import re
@@ -23,7 +23,7 @@ _MAX_NAME_CHARS = 128
 
 
 class ResponseFunction(WireModel):
-    """A function that the model may ask for."""
+    """A function that the model may call."""
 
     type: Literal["function"]
     name: ToolName
@@ -31,7 +31,7 @@ class ResponseFunction(WireModel):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
     defer_loading: NoEffect = None
-    """The model is told of every function at once."""
+    """Ignored: the model is told about every function at once."""
     output_schema: NoEffect = None
 
 
@@ -62,7 +62,7 @@ ResponseTool = Annotated[
 
 
 class NamedChoice(WireModel):
-    """This function, and no other."""
+    """Call this function and no other."""
 
     type: Literal["function"]
     name: str
@@ -70,7 +70,7 @@ class NamedChoice(WireModel):
 
 
 class AllowedTools(WireModel):
-    """Only these of the tools."""
+    """Call only these tools."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -94,14 +94,14 @@ ResponseToolChoice = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class FunctionId:
-    """What a client calls a function."""
+    """A client's name for a function."""
 
     name: str
     namespace: str | None = None
 
     @property
     def chat_name(self) -> str:
-        """What the model calls it: at most 128 characters, none that tool names may not have."""
+        """The model's name for it: at most 128 characters, all of them allowed in tool names."""
         if self.namespace is None:
             return self.name
         joint = "" if self.namespace.endswith("__") else "__"
@@ -112,18 +112,18 @@ class FunctionId:
         return f"{name[: _MAX_NAME_CHARS - 9]}_{digest}"
 
     def fields(self) -> dict[str, str]:
-        """Its name as an item has it."""
+        """Its name as the fields of an item."""
         return {"name": self.name} | ({"namespace": self.namespace} if self.namespace is not None else {})
 
 
 @dataclass(frozen=True, slots=True)
 class OfferedFunction:
-    """A function that the model is told of.
+    """A function that the model is told about.
 
     Attributes:
-        id: what the client calls it.
-        function: what it takes.
-        place: where it stands in the request, such as `tools[2].tools[0]`.
+        id: the client's name for it.
+        function: its definition.
+        place: where it is in the request, such as `tools[2].tools[0]`.
     """
 
     id: FunctionId
@@ -133,35 +133,35 @@ class OfferedFunction:
 
 @dataclass(frozen=True, slots=True)
 class FunctionNames:
-    """Finds the functions of a request by what the model calls them."""
+    """Finds the functions of a request by the model's names for them."""
 
     ids: dict[str, FunctionId] = field(default_factory=dict)
 
     @classmethod
     def of(cls, functions: Iterable[OfferedFunction]) -> Self:
-        """Of these functions."""
+        """The names of these functions."""
         return cls({offered.id.chat_name: offered.id for offered in functions})
 
     def find(self, name: str) -> FunctionId:
-        """The function that a model's call names. Models leave out namespaces: a name that only one has is that one."""
+        """The function that a model's call names. Models may omit the namespace if only one function has the name."""
         if name in self.ids:
             return self.ids[name]
         same = [function for function in self.ids.values() if function.name == name]
         return same[0] if len(same) == 1 else FunctionId(name)
 
     def chosen(self, choice: NamedChoice) -> dict[str, Any]:
-        """A function that the client has chosen, as a chat chooses it."""
+        """A function that the client has chosen, as the choice is written in a chat."""
         name = self.find(FunctionId(choice.name, choice.namespace).chat_name).chat_name
         return {"type": "function", "function": {"name": name}}
 
 
 def functions_of(tools: Iterable[Any], place: str = "tools", namespace: str | None = None) -> list[OfferedFunction]:
-    """The functions that the model is told of.
+    """The functions that the model is told about.
 
     Args:
-        tools: with those that are left out.
-        place: where they stand in the request.
-        namespace: what they are grouped under.
+        tools: all tools, including those to be left out.
+        place: where they are in the request.
+        namespace: the namespace that groups them.
     """
     found = []
     for i, tool in enumerate(tools):
@@ -191,7 +191,7 @@ def chat_tools(functions: Sequence[OfferedFunction], choice: Any) -> tuple[list[
 
 
 def at_own_place(error: APIError, functions: Sequence[OfferedFunction]) -> APIError:
-    """An error about one of a chat's tools, told of the tool's place in the request that the chat was made of."""
+    """An error about one of a chat's tools, changed to name the tool's place in the original request."""
     found = re.match(r"tools\[(\d+)\]", error.param or "")
     if found is not None and error.param is not None and int(found[1]) < len(functions):
         old, place = error.param, functions[int(found[1])].place

@@ -24,13 +24,13 @@ class ResponseWriter:
     """Writes one turn of one choice; see `AnswerWriter`.
 
     Args:
-        turn: begun, or about to.
-        model: name to give.
+        turn: a turn that has begun or is about to.
+        model: model name to give in the answer.
         echoed: fields of the request that the response repeats.
-        names: what the client calls the functions.
-        logprobs: finds the tokens of the text; None where no log probabilities are asked for.
+        names: the client's names for the functions.
+        logprobs: finds the tokens of the text; None if no log probabilities are asked for.
         seals_thoughts: whether reasoning comes as `encrypted_content` too.
-        keep: stores the response; None where it is not to be stored.
+        keep: stores the response; None if it is not to be stored.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ResponseWriter:
         return self._written(created)
 
     def write(self, updates: Sequence[Update]) -> bytes:
-        """The events that tell what is new."""
+        """The events for what is new."""
         return self._written([event for update in updates for event in self._take(update)])
 
     async def settle(self) -> None:
@@ -87,7 +87,7 @@ class ResponseWriter:
         return self._written([*last, {"type": f"response.{response['status']}", "response": response}])
 
     def failure(self, error: APIError) -> bytes:
-        """The event that tells of a failure."""
+        """The event that reports a failure."""
         detail = {"code": error.code or "server_error", "message": error.message}
         response = {**self._response, "status": "failed", "error": detail,
                     "output": [item.as_dict("incomplete") for item in self._items]}  # fmt: skip
@@ -105,11 +105,11 @@ class ResponseWriter:
 
     @property
     def num_values(self) -> int:
-        """About as many pieces of text as tokens."""
+        """Roughly one piece of text per token."""
         return self._turn.num_output_tokens
 
     def _take(self, update: Update) -> list[Event]:
-        """Take in what is new; the events that tell it."""
+        """Take in what is new, and return the events for it."""
         if self._logprobs is not None:
             self._logprobs.push(update.logprobs)
         told: list[Event] = []
@@ -132,7 +132,7 @@ class ResponseWriter:
         return self._logprobs.pop(text) if self._logprobs is not None else []
 
     def _open_item(self, kind: str, **fields: str) -> list[Event]:
-        """Begin an item of this kind, unless it is the one that goes on."""
+        """Begin an item of this kind, unless the open item is of this kind."""
         if self._items and self._items[-1].is_open and self._items[-1].kind == kind:
             return []
         told = self._close_item()
@@ -170,7 +170,7 @@ class ResponseWriter:
 
 
 def response_failure(error: APIError) -> bytes:
-    """The event that ends a stream after a failure before there is a response."""
+    """The event that ends a stream if something fails before there is a response."""
     value = {"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}
     return b"event: error\ndata: " + encode_json(value) + b"\n\n"
 
@@ -207,7 +207,7 @@ class _Item:
         return [added, {"type": "response.content_part.added", **self._place, "part": self._part("")}]
 
     def add_text(self, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
-        """More of its text, or of its arguments."""
+        """Add to its text or arguments, and return the events for it."""
         self._texts.append(text)
         self._logprobs += logprobs
         return [{"type": f"{_EVENTS[self.kind]}.delta", **self._place, "delta": text, **self._told(logprobs)}]
@@ -226,7 +226,7 @@ class _Item:
         return [*told, {"type": "response.output_item.done", "output_index": index, "item": self.as_dict(status)}]
 
     def as_dict(self, status: str) -> dict[str, Any]:
-        """The item as far as it has come."""
+        """The item as generated so far."""
         text = "".join(self._texts)
         item: dict[str, Any] = {"id": self._id, "type": self.kind, "status": status}
         if self.kind == "message":

@@ -1,4 +1,5 @@
-"""Answers of the OpenAI API, as `/docs` describes them. The server writes plain JSON; tests hold it to these models."""
+"""Answers of the OpenAI API, as `/docs` describes them. The server writes plain JSON; tests check it against these
+models."""
 
 from typing import Any, Literal
 
@@ -6,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ResponseModel(BaseModel):
-    """Exactly these fields."""
+    """An answer with exactly these fields."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -18,14 +19,14 @@ class PromptTokensDetails(ResponseModel):
     """Where the prompt's tokens came from."""
 
     cached_tokens: int
-    """From the prefix cache."""
+    """Number of tokens from the prefix cache."""
 
 
 class CompletionTokensDetails(ResponseModel):
     """What the output tokens are."""
 
     reasoning_tokens: int
-    """Thoughts; an estimate by the share of the text."""
+    """Number of tokens of thoughts, estimated by their share of the text."""
 
 
 class Usage(ResponseModel):
@@ -39,12 +40,12 @@ class Usage(ResponseModel):
 
 
 class TopLogprob(ResponseModel):
-    """A token that might have been."""
+    """A token that could have been drawn instead."""
 
     token: str
     logprob: float
     bytes: list[int] | None
-    """None for a token that is part of a character."""
+    """The token's bytes; None for a token that is part of a character."""
 
 
 class TokenLogprob(TopLogprob):
@@ -65,7 +66,7 @@ class CalledFunction(ResponseModel):
 
     name: str
     arguments: str
-    """JSON, as the model wrote it."""
+    """The arguments in JSON, as the model wrote them."""
 
 
 class AssistantToolCall(ResponseModel):
@@ -81,7 +82,7 @@ class AssistantMessage(ResponseModel):
 
     role: Literal["assistant"]
     content: str | None
-    """None beside calls without a text."""
+    """The text; None if there are calls and no text."""
     refusal: None
     tool_calls: list[AssistantToolCall] | None = None
     reasoning_content: str | None = None
@@ -110,14 +111,14 @@ class ChatCompletion(ResponseModel):
 
 
 class FunctionDelta(ResponseModel):
-    """News of a call."""
+    """What is new in a call."""
 
     name: str | None = None
     arguments: str
 
 
 class ToolCallDelta(ResponseModel):
-    """A call that begins, with id and name, or more of its arguments."""
+    """The beginning of a call, with id and name, or more of its arguments."""
 
     index: int
     id: str | None = None
@@ -136,7 +137,7 @@ class ChatDelta(ResponseModel):
 
 
 class ChatChunkChoice(ResponseModel):
-    """News of one answer."""
+    """What is new in one answer."""
 
     index: int
     delta: ChatDelta
@@ -153,15 +154,15 @@ class ChatCompletionChunk(ResponseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
-    """With `stream_options.include_usage`: None in every chunk but the last, which has no choices."""
+    """With `stream_options.include_usage`: None in every chunk except the last, which has no choices."""
 
 
 class PromptLogprob(ResponseModel):
-    """How likely a token was in one place of a prompt."""
+    """How likely a token was at one position of a prompt."""
 
     logprob: float
     rank: int | None
-    """Among the likeliest, from 1; None where it is none of those asked for."""
+    """Rank among the likeliest tokens, from 1; None if the token is not one of those asked for."""
     decoded_token: str
 
 
@@ -176,13 +177,13 @@ class CompletionLogprobs(ResponseModel):
 
 
 class CompletionChoice(ResponseModel):
-    """One answer, or news of one in a stream."""
+    """One answer, or what is new in one in a stream."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
-    """Where asked for: of each token of the prompt, by token id; None for the first."""
+    """If asked for: one entry for each token of the prompt, by token id; None for the first."""
     finish_reason: FinishReasonName | None
 
 
@@ -206,7 +207,7 @@ class ResponseObject(BaseModel):
     status: Literal["completed", "incomplete", "failed", "in_progress"]
     model: str
     output: list[dict[str, Any]]
-    """Items: `reasoning`, `message`, `function_call`."""
+    """Items of type `reasoning`, `message` or `function_call`."""
     usage: dict[str, Any] | None
     error: dict[str, Any] | None
     incomplete_details: dict[str, Any] | None
@@ -238,7 +239,7 @@ class MessageObject(ResponseModel):
     role: Literal["assistant"]
     model: str
     content: list[dict[str, Any]]
-    """Blocks: `thinking`, `text`, `tool_use`."""
+    """Blocks of type `thinking`, `text` or `tool_use`."""
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
     usage: dict[str, int]
@@ -324,4 +325,4 @@ class Stats(ResponseModel):
 
     router: dict[str, Any]
     replicas: dict[str, dict[str, Any]]
-    """By replica id, as each one last reported."""
+    """What each replica last reported, by replica id."""

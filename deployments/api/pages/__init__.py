@@ -1,14 +1,15 @@
-"""The pages that people see: chat at `/`, the fleet at `/fleet`, the API at `/docs`. None loads from other servers."""
+"""The pages that people see: chat at `/`, the fleet at `/fleet`, the API at `/docs`. None of them loads anything from
+other servers."""
 
 from pathlib import Path
 
 from starlette.responses import Response
 
 STATIC_PATH = "/static"
-"""Where the files are that pages load."""
+"""Path under which the pages' files are served."""
 STATIC_DIRECTORY = Path(__file__).parent / "static"
 
-# Nothing from elsewhere, nothing to elsewhere; scripts and styles come in files of their own.
+# Nothing is loaded from or sent to other servers; scripts and styles are in separate files.
 _POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",

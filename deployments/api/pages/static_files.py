@@ -1,4 +1,4 @@
-"""Files that the pages load: scripts, styles and fonts, which lie beside the pages and come from this server alone."""
+"""Files that the pages load: scripts, styles and fonts, stored next to the pages and served only by this server."""
 
 import gzip
 import hashlib
@@ -29,30 +29,30 @@ _ASK_EACH_TIME = "no-cache"
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """A file as it is sent."""
+    """A file as it is served."""
 
     body: bytes
     gzipped: bytes | None
-    """The same in fewer bytes; None where compression gains nothing."""
+    """The same, compressed; None if compression gains nothing."""
     etag: str
 
 
 def add_static_files(api: Starlette, path: str, directory: Path) -> list[str]:
-    """Serve the files below a directory; whoever asks for one again is told when it has not changed.
+    """Serve the files below a directory; a client that asks for one again is told if it has not changed.
 
-    What lies in `vendor/` may be kept by browsers without asking: its version is a part of its path.
+    Browsers may cache files in `vendor/` without asking again, because their paths include the version.
 
     Args:
         api: gets one route, for GET and HEAD.
-        path: under which they are found, "/static" for instance. Pages name it without the slash, since a server may
-            be behind a prefix.
-        directory: where they lie. Which files there are is found out now; each is read when it is first asked for.
+        path: the path under which they are served, such as "/static". Pages use it without the leading slash, because a
+            server may be behind a prefix.
+        directory: where they are stored. They are listed now; each is read when it is first requested.
 
     Returns:
         The path of each file.
 
     Raises:
-        ValueError: a file is of a kind whose media type is not known.
+        ValueError: the media type of a file's kind is not known.
     """
     found = {file.relative_to(directory).as_posix(): file for file in sorted(directory.rglob("*")) if file.is_file()}
     for name, file in found.items():
