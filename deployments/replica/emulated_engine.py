@@ -1,4 +1,4 @@
-"""An engine without a model: tokens at a set pace, to measure and test everything around an engine."""
+"""An engine without a model: it makes tokens at a set pace, to measure and test everything around an engine."""
 
 import os
 import signal
@@ -48,18 +48,18 @@ class _Row:
 
 
 class EmulatedEngine:
-    """Stands in for `ContinuousBatchingEngine`: same methods, no computing.
+    """Stands in for `ContinuousBatchingEngine`: it has the same methods and computes nothing.
 
     A step lasts `1 / tokens_per_s` plus the time that its prompts take at `prefill_tokens_per_s`, and gives one token
-    to each running request. Token ids are lower-case ASCII letters that depend on model version, prompt and position
-    alone, so a request that goes on in another engine goes on with the same tokens. Prompts that begin alike share
-    pages as in a real engine, and what is shared takes no time. A vector depends on version and prompt alone, and is
-    there after one step.
+    to each running request. Token ids are lower-case ASCII letters that depend only on model version, prompt and
+    position, so a request that continues in another engine gets the same tokens. Prompts with a common beginning share
+    pages as in a real engine, and shared pages take no time. A vector depends only on version and prompt, and is ready
+    after one step.
 
     Args:
-        config: rows, page size and number of pages; pages default to what all rows need at once.
+        config: rows, page size and number of pages; the default number of pages is what all rows need at once.
         emulation: pace, context length, and what breaks it.
-        vocab_size: ids at or past it are refused in prompts.
+        vocab_size: prompts with ids at or above it are refused.
         version: of the pretended model.
     """
 
@@ -83,7 +83,7 @@ class EmulatedEngine:
 
     @property
     def scheduler(self) -> "EmulatedEngine":
-        """Itself: nothing else schedules."""
+        """The engine itself, which does its own scheduling."""
         return self
 
     @property
@@ -98,7 +98,7 @@ class EmulatedEngine:
 
     @property
     def failure(self) -> str | None:
-        """None: it has no parts that could fail by themselves."""
+        """Always None: it has no parts that could fail by themselves."""
         return None
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class EmulatedEngine:
         """Accept a request; its tokens come out of `step`.
 
         Raises:
-            InvalidRequestError: it has no token ids, ids past the vocabulary, or too many of them.
+            InvalidRequestError: it has no token ids, too many of them, or ids outside the vocabulary.
         """
         prompt = request.prompt_token_ids
         if prompt is None:
@@ -127,7 +127,7 @@ class EmulatedEngine:
         return request.request_id
 
     def abort(self, request_id: str) -> bool:
-        """Give a request up; False if it has ended or was never there."""
+        """Give up a request; False if it has ended or is unknown."""
         row = self._running.pop(request_id, None)
         if row is not None:
             self.pool.release(row.pages)
@@ -188,7 +188,7 @@ class EmulatedEngine:
         return emulation.poison if any(poisons) else None
 
     def _suffer(self, fault: EmulatedFault | None) -> bool:
-        """Break as told; True where only this step fails.
+        """Break in the given way; True if only this step fails.
 
         Raises:
             EngineError: the engine is broken for good.
@@ -214,7 +214,7 @@ class EmulatedEngine:
         )
 
     def _admit(self) -> int:
-        """Move waiting requests to free rows; return their tokens that are not cached."""
+        """Move waiting requests to free rows; return the number of their tokens that are not cached."""
         num_tokens = 0
         while self._waiting and len(self._running) < self.config.batch_size("cpu"):
             row = self._waiting[0]
@@ -229,7 +229,7 @@ class EmulatedEngine:
         return num_tokens
 
     def _take_pages(self, row: _Row) -> bool:
-        """Pages for all that the row may come to, the prompt's cached ones shared; False where there are too few."""
+        """Take pages for the row's greatest length, sharing the prompt's cached ones; False if there are too few."""
         pool, page_size = self.pool, self.config.page_size
         num_new_tokens = row.request.max_new_tokens if row.request.pooling is None else 0
         longest = min(len(row.prompt) + num_new_tokens, self.max_seq_len)

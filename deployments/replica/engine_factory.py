@@ -1,4 +1,4 @@
-"""What a replica needs of an engine, and how it gets one."""
+"""The interface that a replica needs of an engine, and the factory that makes one."""
 
 import os
 import time
@@ -25,7 +25,7 @@ class EngineScheduler(Protocol):
 
     @property
     def pool(self) -> SlotPool:
-        """What is where in the KV memory."""
+        """The pool that knows what is where in the KV memory."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class Engine(Protocol):
 
     @property
     def failure(self) -> str | None:
-        """Why it can run no further step, though none has failed yet perhaps; None for all is well."""
+        """Why it can run no further step, even if no step has failed yet; None if all is well."""
         ...
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Engine(Protocol):
         ...
 
     def abort(self, request_id: str) -> bool:
-        """Give a request up."""
+        """Give up a request."""
         ...
 
     def step(self) -> Sequence[StepOutput]:
@@ -79,7 +79,7 @@ class Engine(Protocol):
 
 
 def num_cores() -> int:
-    """Cores that this process may use: those of its affinity, less where a container's quota says so."""
+    """Number of cores that this process may use: those of its affinity, or fewer if a container's quota says so."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -92,7 +92,7 @@ def make_engine(config: AppConfig) -> tuple[Engine, EngineInfo]:
     """Load the model, or make the emulated engine.
 
     Raises:
-        CheckpointError, ConfigError: what is wrong with the checkpoint or the configuration, with the fix.
+        CheckpointError, ConfigError: the checkpoint or the configuration is wrong; the message has the fix.
     """
     if config.engine_kind is EngineKind.EMULATED:
         return _make_emulated(config)
@@ -123,7 +123,7 @@ def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
 
 
 def _report_progress() -> Callable[[int, int], None]:
-    """Prints the bytes of weights loaded and their total about twice a second; Ray brings it to the terminal."""
+    """Prints the loaded and total bytes of weights about twice a second; Ray forwards it to the terminal."""
     printed_at = 0.0
 
     def report(done: int, total: int) -> None:
@@ -137,7 +137,7 @@ def _report_progress() -> Callable[[int, int], None]:
 
 
 def _check_gpus(config: AppConfig) -> None:
-    """See that this replica's GPUs can hold the model, before it is read.
+    """Check that this replica's GPUs can hold the model, before it is read.
 
     Raises:
         ConfigError: they cannot, or there are too few.

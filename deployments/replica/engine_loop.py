@@ -38,19 +38,20 @@ logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 0.1
 _MAX_FAILED_STEPS = 3
-"""Steps that may fail one after the other before the engine counts as broken."""
+"""Consecutive failed steps after which the engine counts as broken."""
 _SHUTTING_DOWN = "the replica is shutting down"
 _ROUTER_IS_GONE = "the token channel to the router was lost"
 _PROBE_PROMPT, _PROBE_NEW_TOKENS = (0,), 2
 _MAX_NEW_TOKENS_BETWEEN_STEPS = 65_536
-"""Prompt tokens after which further requests begin only after the next step, so that those that run do not wait."""
+"""Once this many prompt tokens have begun, further requests begin after the next step, so that running ones do not
+wait."""
 _SUSPECT_HEAD_START_S = 0.002
 """The report that a suspect has arrived must leave the process before the suspect can end it."""
 
 
 @dataclass(slots=True)
 class _OpenRequest:
-    """A request that the engine runs, and everything it has generated."""
+    """A request that the engine runs, and all its tokens."""
 
     resolve: Callable[[GenerateReply], None]
     token_ids: list[int]
@@ -63,7 +64,7 @@ class _OpenRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A request as it came; see `EngineLoop.generate`."""
+    """A request as it arrived; see `EngineLoop.generate`."""
 
     request: GenerationRequest
     stream_id: int
@@ -74,25 +75,25 @@ class _Arrival:
 
 @dataclass(slots=True)
 class _Commands:
-    """What other threads ask of the loop, in order."""
+    """Commands of other threads to the loop, in order."""
 
     pending: deque[Callable[[], None]] = field(default_factory=deque)
     wake_up: threading.Event = field(default_factory=threading.Event)
 
 
 class EngineLoop:
-    """Runs an engine on a thread of its own; everything here but `_…` methods may be called from any thread.
+    """Runs an engine on a thread of its own; all methods except `_…` ones may be called from any thread.
 
     Every request that is submitted gets exactly one reply, unless it is aborted. Requests whose step fails are answered
-    with a failure, since another replica may go on with them. After a failed step the engine proves itself with a short
+    with a failure, since another replica may continue them. After a failed step the engine proves itself with a short
     request of its own; after some failures in a row, or at once when its device is lost, it breaks down for good.
 
     Args:
         engine: nobody else may touch it from now on.
         replica_id: goes with every reply and report.
-        sender: where tokens go while they are made; the loop's thread owns it.
-        fingerprint: of the model version, which goes with every report.
-        machine: says where the replica runs, which goes with every report, too.
+        sender: where tokens go as they are generated; the loop's thread owns it.
+        fingerprint: identifies the model version; it goes with every report.
+        machine: says where the replica runs; it goes with every report, too.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; open requests get a failure. Returns when it is done."""
+        """End the thread and return once it has ended; open requests get a failure."""
         self._is_stopping = True
         self._commands.wake_up.set()
         if self._thread.is_alive():
@@ -148,8 +149,8 @@ class EngineLoop:
             request: what to run.
             stream_id: the router's number for it.
             channel: where to push its tokens; None for the reply alone.
-            is_suspect: another replica failed while it ran. It begins once no other suspect is without a token here,
-                so that a failure can have one culprit only.
+            is_suspect: whether another replica failed while running it. It begins once every other suspect here has a
+                token, so that only one suspect can be the cause of a failure.
         """
         if self._is_stopping:
             return self._failed(list(request.output_token_ids), Failure(FailureKind.LEAVING, _SHUTTING_DOWN))
@@ -168,7 +169,7 @@ class EngineLoop:
             raise
 
     def attach(self, channel: ChannelAddress) -> None:
-        """Report to this router from now on, whether or not it sends requests."""
+        """Report to this router from now on, even if it sends no requests."""
         self._do(lambda: self._attach(channel))
 
     def is_alive(self) -> bool:
@@ -184,7 +185,7 @@ class EngineLoop:
         try:
             while not self._is_stopping:
                 self._obey()
-                if self._engine.failure is not None:  # no step needs to fail for that
+                if self._engine.failure is not None:  # this may happen without a failed step
                     raise EngineError(self._engine.failure)
                 if self._engine.scheduler.has_pending_work:
                     self._step()
@@ -197,7 +198,7 @@ class EngineLoop:
         else:
             self._break_down(Failure(FailureKind.LEAVING, _SHUTTING_DOWN))
         self._engine.close()
-        while not self._is_stopping:  # the health check fails by now; requests that still come are answered
+        while not self._is_stopping:  # the health check fails by now; requests that still arrive are answered
             self._commands.wake_up.wait(REPORT_INTERVAL_S)
             self._obey()
             self._report()
@@ -205,7 +206,7 @@ class EngineLoop:
         self._sender.close()
 
     def _obey(self) -> None:
-        """Do what other threads ask, in order; what comes behind many new prompt tokens waits for the next time."""
+        """Run other threads' commands in order; those after many new prompt tokens wait for the next time."""
         self._commands.wake_up.clear()
         self._num_new_tokens = 0
         while self._commands.pending:
@@ -224,7 +225,7 @@ class EngineLoop:
         if failed is not None:
             self.health.num_failed_steps += 1
             self._next_report_at = 0.0
-            self._report()  # before the requests are answered: nothing new must come here
+            self._report()  # before the requests are answered: nothing new may arrive here
         elif any(output.token_ids or output.vector for output in outputs):
             self.health.num_failed_steps = 0
         for output in outputs:
@@ -285,7 +286,7 @@ class EngineLoop:
             self._close(output.request_id, request, end, output.vector)
 
     def _fail(self, request_id: str, request: _OpenRequest, failure: Failure) -> None:
-        """Answer a request that another replica may go on with."""
+        """Answer with a failure a request that another replica may continue."""
         self._forget(request_id)
         if request.stream is not None:
             request.stream.close()
@@ -346,7 +347,7 @@ class EngineLoop:
             time.sleep(_SUSPECT_HEAD_START_S)
 
     def _decline_waiting_suspects(self, request_id: str | None = None) -> None:
-        """Answer suspects that have not begun: all of them, or one that is given up."""
+        """Answer suspects that have not begun: all of them, or only one that is given up."""
         for arrival in list(self._waiting_suspects):
             if request_id in (None, arrival.request.request_id):
                 self._waiting_suspects.remove(arrival)
@@ -368,7 +369,7 @@ class EngineLoop:
         request.resolve(GenerateReply(self._replica_id, request.token_ids, end=End(FinishReason.ABORT)))
 
     def _give_up(self, request_id: str) -> None:
-        """Stop generating for a router that is gone; one that lives on all the same may go on elsewhere."""
+        """Stop generating for a router that is gone; if it is alive after all, it may continue elsewhere."""
         request = self._forget(request_id)
         if request is None:
             return
@@ -379,7 +380,7 @@ class EngineLoop:
         request.resolve(self._failed(request.token_ids, failure, request.logprobs))
 
     def _report(self) -> None:
-        """Tell the routers how things stand, a few times a second."""
+        """Report the engine's state to the routers a few times a second."""
         now = time.monotonic()
         if now < self._next_report_at:
             return
@@ -390,7 +391,7 @@ class EngineLoop:
         self._sender.report(self.latest_stats, pool.take_changes(), pool.content, condition)
 
     def _break_down(self, failure: Failure) -> None:
-        """Answer everything that is open; from now on every request is answered with the failure."""
+        """Answer all open requests with the failure, and every later one too."""
         self._broken = failure
         self.health.failure = failure.message
         self.health.has_shut_down = failure.kind is FailureKind.LEAVING

@@ -1,4 +1,4 @@
-"""`EngineReplica`: what one engine does for the routers. It runs without Ray underneath."""
+"""`EngineReplica`: serves one engine to the routers. It does not depend on Ray."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ _WARM_UP_NEW_TOKENS = 4
 
 
 class EngineReplica:
-    """Owns one engine: loads it, warms it up, runs requests on it, and says whether it is well.
+    """Owns one engine: loads it, warms it up, runs requests on it, and reports its health.
 
     Args:
         config: the application's configuration.
@@ -62,11 +62,11 @@ class EngineReplica:
 
     @property
     def info(self) -> EngineInfo:
-        """What routers need to know of the engine."""
+        """What routers need to know about the engine."""
         return self._info
 
     async def wake(self, ranking: Sequence[str] = ()) -> None:
-        """Do nothing: a call that waits for a replica is what makes Serve start one."""
+        """Do nothing: Serve starts a replica because a call waits for one."""
 
     async def attach(self, channel: bytes, ranking: Sequence[str] = ()) -> bytes:  # noqa: ARG002 - the request router's
         """Report this replica's state to the router behind an encoded `ChannelAddress` from now on; returns `info`."""
@@ -74,17 +74,18 @@ class EngineReplica:
         return encode(self._info)
 
     async def stay(self, duration_s: float, ranking: Sequence[str]) -> None:
-        """Do nothing for so long: Ray Serve lets a replica that it takes away finish its calls."""
+        """Do nothing for this long: Ray Serve lets a replica that it removes finish its calls."""
         if self.replica_id in ranking:
             await asyncio.sleep(duration_s)
 
     async def note_queue(self, router: str, ranking: Sequence[str], num_tokens: int) -> None:  # noqa: ARG002
-        """Count what a router holds back in this replica's autoscaling statistics, until its next word or a while."""
+        """Count a router's waiting tokens in this replica's autoscaling statistics, until its next call or for a
+        while."""
         self._queues[router] = num_tokens, time.monotonic()
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens to prefill of requests that routers hold back, as far as they told this replica."""
+        """Tokens to prefill of requests that wait in routers, as far as these told this replica."""
         oldest = time.monotonic() - _QUEUE_NEWS_LIFETIME_S
         return sum(num_tokens for num_tokens, told_at in self._queues.values() if told_at >= oldest)
 
@@ -94,19 +95,19 @@ class EngineReplica:
         return self._loop.latest_stats
 
     async def generate(self, call: bytes, ranking: Sequence[str] = ()) -> bytes:
-        """Run a `GenerateCall` to its end and return the `GenerateReply`. Cancelling aborts it within a step.
+        """Run a `GenerateCall` to its end and return the `GenerateReply`. Canceling aborts it within a step.
 
         Args:
             call: encoded.
-            ranking: the replicas that the router wants it on. Ray Serve hands a call to another one where all of them
-                are gone, so that it does not wait for ever; that one declines it. Empty for any replica.
+            ranking: the replicas that the router wants for it. If all of them are gone, Ray Serve hands the call to
+                another one, which declines it, so that the call does not wait forever. Empty for any replica.
         """
         return encode(await self._run(decode_call(call), ranking))
 
     async def generate_batch(self, calls: bytes, ranking: Sequence[str] = ()) -> bytes:
-        """Run a list of `GenerateCall`s side by side; returns their replies once all are over. Cancelling aborts all.
+        """Run a list of `GenerateCall`s side by side; returns their replies once all have ended. Canceling aborts all.
 
-        For requests that take less time than a call: those that are pooled.
+        For pooled requests, which take less time than a call.
 
         Args:
             calls: encoded.
@@ -128,10 +129,10 @@ class EngineReplica:
         return None
 
     def check_health(self) -> None:
-        """Say whether the engine is well; Ray Serve calls this every second or so.
+        """Check that the engine is healthy; Ray Serve calls this about once a second.
 
         Raises:
-            EngineError: the engine broke down, or hangs in a step.
+            EngineError: the engine broke down or hangs in a step.
         """
         health = self._loop.health
         if health.failure is not None:
@@ -151,7 +152,7 @@ class EngineReplica:
 
 
 def _warm_up(engine: Engine) -> None:
-    """Run a short request, so that the first client does not pay for first-time work.
+    """Run a short request, so that the first client does not wait for one-time work.
 
     Raises:
         ConfigError: the engine has no room for even that.

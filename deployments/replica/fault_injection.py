@@ -1,4 +1,4 @@
-"""A real engine that loses its device when it is told to, for the chaos suite alone."""
+"""Makes a real engine lose its device on demand; only for the chaos suite."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from llm.serving.engine import ContinuousBatchingEngine
 
 
 def lose_device_on_demand(engine: ContinuousBatchingEngine, fault_dir: str) -> None:
-    """Have every step index past the end of a tensor, as long as the directory holds a file named by this process's id.
+    """Have every step index past the end of a tensor while the directory holds a file named after this process's id.
 
     On a GPU that is a device-side assert, after which every CUDA call of the process fails. On a CPU the step fails.
     """

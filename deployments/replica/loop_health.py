@@ -1,4 +1,4 @@
-"""`LoopHealth`: how an engine loop is, for health checks and routers."""
+"""`LoopHealth`: the state of an engine loop, for health checks and routers."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ from deployments.channel.messages import Condition, Machine
 
 @dataclass(slots=True)
 class LoopHealth:
-    """What a health check and the routers look at. The loop writes, others read."""
+    """The state that health checks and routers read. Only the loop writes it."""
 
     failure: str | None = None
     """Why the engine will never step again."""
     has_shut_down: bool = False
-    """Whether that is because the replica was asked to end."""
+    """Whether `failure` is set because the replica was asked to end."""
     num_failed_steps: int = 0
-    """Steps that failed one after the other, up to now."""
+    """Consecutive failed steps up to now."""
     busy_since: float | None = None
     """When the step that now runs began, by the monotonic clock."""
 
     def condition(self, fingerprint: str, machine: Machine | None) -> Condition:
-        """What routers are told.
+        """The condition as routers are told of it.
 
         Args:
             fingerprint: of the model version.

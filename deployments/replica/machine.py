@@ -1,4 +1,4 @@
-"""Where a replica runs, and what it takes of its node: GPUs and their memory, or cores and memory of the process."""
+"""Where a replica runs, and what it uses of its node: GPUs and their memory, or cores and memory of the process."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ _STATM = Path("/proc/self/statm")
 
 
 class MachineWatch:
-    """Looks once a second what the replica's process takes, on a thread of its own: the driver may be slow to answer.
+    """Measures once a second what the replica's process uses, on its own thread, as the driver may answer slowly.
 
     Args:
         devices: indices of the replica's GPUs as torch counts them; none where it runs on a CPU.
@@ -75,7 +75,7 @@ class _GpuProbe:
         self._uuid = f"GPU-{properties.uuid}"
 
     def look(self, nvml: Nvml | None) -> Gpu:
-        """How much of it is in use; without NVML only as far as this process uses it."""
+        """How much of the GPU is in use; without NVML, only this process's use."""
         import torch
 
         # Torch's own count, which asks neither the device nor the driver.
@@ -92,7 +92,7 @@ def gpu_indices(device: str, num_gpus: int = 1) -> list[int]:
 
     Args:
         device: torch's name of the first; any other device has none.
-        num_gpus: how many hold the model together.
+        num_gpus: number of GPUs that hold the model together.
     """
     kind, _, index = device.partition(":")
     return [int(index or 0) + place for place in range(num_gpus)] if kind == "cuda" else []
@@ -105,7 +105,7 @@ def _cpu_seconds() -> float:
 
 
 def _process_memory() -> int:
-    """Bytes of memory that this process has resident; where the system does not say, the most it has had."""
+    """Bytes of this process's resident memory; where the system does not tell, the highest so far."""
     try:
         return int(_STATM.read_text().split()[1]) * resource.getpagesize()
     except OSError:

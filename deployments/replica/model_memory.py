@@ -1,4 +1,4 @@
-"""What a model takes of each GPU of a replica, known before it is loaded."""
+"""How much memory a model needs on each GPU of a replica, computed before it is loaded."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ from llm.errors import ConfigError
 
 GIB = 1 << 30
 _WORKSPACE_BYTES = 2 * GIB
-"""What activations, CUDA graphs and the CUDA context take on a GPU, about."""
+"""Approximate memory that activations, CUDA graphs and the CUDA context need on a GPU."""
 _FEWEST_SLOTS = 8192
-"""A pool that holds less is of no use; that of a model with a shorter context holds that."""
+"""Smallest useful number of slots in a pool; for a model with a shorter context it is the context length."""
 _MOST_GPUS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class GPUShare:
-    """What each GPU of a replica holds.
+    """The memory of one model on each GPU of a replica.
 
     Attributes:
-        num_gpus: of the replica.
-        weight_bytes: of its part of the weights.
-        state_bytes: of the states of all rows and snapshots.
-        slot_bytes: of one token's keys and values.
+        num_gpus: number of GPUs of the replica.
+        weight_bytes: bytes of the GPU's part of the weights.
+        state_bytes: bytes of the states of all rows and snapshots.
+        slot_bytes: bytes of one token's keys and values.
     """
 
     num_gpus: int
@@ -31,7 +31,7 @@ class GPUShare:
     slot_bytes: int
 
     def num_slots(self, usable_bytes: float) -> int:
-        """Tokens that the pool has room for, where a GPU may use so many bytes; below 1 where the rest has none."""
+        """Tokens that the pool has room for if a GPU may use so many bytes; below 1 if the rest does not fit."""
         return int((usable_bytes - self.weight_bytes - self.state_bytes - _WORKSPACE_BYTES) // self.slot_bytes)
 
     def usable_bytes(self, num_slots: int) -> int:
@@ -45,10 +45,10 @@ def slot_bytes(model: ModelConfig, itemsize: int) -> int:
 
 
 def weight_bytes(model: ModelConfig, itemsize: int, num_gpus: int = 1, *, by_expert: bool = False) -> int:
-    """Bytes of the weights on each of so many GPUs, those of plain numbers in `itemsize` bytes each.
+    """Bytes of the weights on each of so many GPUs; an unquantized number takes `itemsize` bytes.
 
     Args:
-        by_expert: experts are cut by expert, not by column.
+        by_expert: whether experts are split by expert, not by column.
 
     Raises:
         ConfigError: the model cannot be cut so.
@@ -64,12 +64,12 @@ def weight_bytes(model: ModelConfig, itemsize: int, num_gpus: int = 1, *, by_exp
 
 
 def share_of(app: AppConfig, model: ModelConfig, num_gpus: int) -> GPUShare:
-    """What each of so many GPUs holds, with everything else as configured.
+    """The share of each of so many GPUs, with everything else as configured.
 
     Raises:
         ConfigError: the model cannot be cut so.
     """
-    from llm.core.partition import Partition  # this and the next bring PyTorch, which the rest does without
+    from llm.core.partition import Partition  # this and the next import PyTorch, which the rest does not need
     from llm.models.cuts import held_shape
 
     partition = Partition(0, num_gpus, by_expert=app.engine.expert_parallel)
@@ -89,7 +89,7 @@ def num_snapshots_of(app: AppConfig, model: ModelConfig) -> int:
 
 
 def itemsize_of(app: AppConfig) -> int:
-    """Bytes of a number on a GPU, where weights have no format of their own."""
+    """Bytes of one number on a GPU, if weights have no format of their own."""
     return 4 if app.dtype == "float32" else 2
 
 
@@ -99,7 +99,7 @@ def fewest_slots(app: AppConfig, model: ModelConfig) -> int:
 
 
 def fewest_gpus(app: AppConfig, model: ModelConfig, gpu_bytes: float) -> GPUShare | None:
-    """The shares of the smallest number of GPUs of this size that serve a model; None where none does."""
+    """The shares with the fewest GPUs of this size that can serve a model; None if no number can."""
     usable, num_gpus = gpu_bytes * app.engine.gpu_memory_utilization, 1
     while num_gpus <= _MOST_GPUS:
         try:
@@ -113,18 +113,18 @@ def fewest_gpus(app: AppConfig, model: ModelConfig, gpu_bytes: float) -> GPUShar
 
 
 def check_fits(app: AppConfig, model: ModelConfig, gpu_bytes: int) -> None:
-    """Refuse a model whose weights alone are more than a GPU may hold, before any of them is read.
+    """Refuse a model whose weights alone exceed what a GPU may hold, before any of them is read.
 
     Args:
         gpu_bytes: memory of each of the replica's GPUs.
 
     Raises:
-        ConfigError: they are, or the model cannot be cut as configured; with what would do.
+        ConfigError: they do, or the model cannot be split as configured; the message says what would work.
     """
     num_gpus, utilization = app.engine.tensor_parallel_size, app.engine.gpu_memory_utilization
     share = share_of(app, model, num_gpus)
     needed = share.weight_bytes + share.state_bytes
-    # Weights that are rounded to 8 bits are first read as they are, when nothing else is there yet.
+    # Weights that are rounded to 8 bits are first read in their own format, while the GPU holds nothing else.
     if needed <= gpu_bytes * (utilization if app.engine.quantization is None else 1):
         return
     enough = share.usable_bytes(fewest_slots(app, model)) / utilization / GIB

@@ -1,7 +1,7 @@
-"""What NVIDIA's driver says of a GPU, by NVML: https://docs.nvidia.com/deploy/nvml-api.
+"""GPU figures from NVIDIA's driver, through NVML: https://docs.nvidia.com/deploy/nvml-api.
 
-The library comes with the driver, so nothing has to be installed. It is asked instead of the CUDA runtime, which must
-be left alone by other threads while the engine captures a graph.
+The library comes with the driver, so nothing has to be installed. It is used instead of the CUDA runtime, which other
+threads must not call while the engine captures a graph.
 """
 
 import ctypes
@@ -39,19 +39,19 @@ class Nvml:
             raise OSError("NVML cannot be initialized")
 
     def memory(self, uuid: str) -> tuple[int, int] | None:
-        """Bytes in use on a GPU, by whatever process, and in all; None where the driver does not say."""
+        """Bytes in use on a GPU, by any process, and total bytes; None if the driver does not tell."""
         memory = _Memory()
         is_told = self._ask("nvmlDeviceGetMemoryInfo", uuid, memory)
         return (memory.used, memory.total) if is_told else None
 
     def busy_percent(self, uuid: str) -> int | None:
-        """Share of the time in which a GPU ran any kernel; None where the driver does not say."""
+        """Percentage of time in which a GPU ran any kernel; None if the driver does not tell."""
         utilization = _Utilization()
         is_told = self._ask("nvmlDeviceGetUtilizationRates", uuid, utilization)
         return int(utilization.gpu) if is_told else None
 
     def _ask(self, function: str, uuid: str, answer: ctypes.Structure) -> bool:
-        """Fill in `answer`; returns whether the driver has."""
+        """Have the driver fill in `answer`; returns whether it did."""
         handle = ctypes.c_void_p()
         if self._library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
             return False

@@ -1,4 +1,4 @@
-"""The accountant of several routers: a deployment of one replica, and how routers reach it."""
+"""The accountant of several routers: a deployment with one replica, and the client through which routers call it."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ _reply_decoder = msgspec.msgpack.Decoder(Reply)
 
 
 class AccountantReplica:
-    """An `Accountant` behind Ray Serve. What it knows lives in its memory; the routers tell a new one.
+    """An `Accountant` behind Ray Serve. Its state is only in memory; routers tell a new one what it needs.
 
     Args:
-        num_routers: routers of the application.
+        num_routers: number of routers of the application.
     """
 
     def __init__(self, num_routers: int) -> None:

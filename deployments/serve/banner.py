@@ -1,4 +1,4 @@
-"""What a server says of itself when it is ready."""
+"""The banner that a server shows when it is ready."""
 
 from collections.abc import Mapping
 
@@ -10,21 +10,21 @@ _GIB = 1 << 30
 
 
 class Announcement(msgspec.Struct, frozen=True):
-    """What a router knows of itself and of the engines behind it."""
+    """What a router knows about itself and its engines."""
 
     model: str
     needs_key: bool
     num_replicas: int
     engine: EngineInfo | None
-    """None where there is no engine: the fleet is scaled to zero."""
+    """None if there is no engine because the fleet is scaled to zero."""
 
 
 def ready_banner(url: str, told: Announcement, more: Mapping[str, str] | None = None) -> str:
-    """A block of lines for people: where to go, what answers there, and a request to paste.
+    """A block of lines for people: the address, what answers there, and a request to paste.
 
     Args:
         url: base address of the server.
-        told: by a router.
+        told: what a router announced.
         more: further lines, by their names.
     """
     rows = {"chat": f"{url}/", "fleet": f"{url}/fleet", "API": f"{url}/v1, described at {url}/docs"}

@@ -1,4 +1,4 @@
-"""Calls of the deployments that routers share, each of one replica."""
+"""Calls to the deployments that routers share, each with one replica."""
 
 import asyncio
 import contextvars
@@ -9,12 +9,12 @@ from llm.errors import LLMError
 
 
 async def call(method: Any, *arguments: Any, away: type[LLMError], timeout_s: float | None = None) -> Any:
-    """What a call of a deployment returns.
+    """Call a deployment and return its answer.
 
     Args:
-        method: of the deployment's handle.
+        method: the method of the deployment's handle to call.
         away: what to raise where the deployment cannot be reached, is being replaced, or takes too long.
-        timeout_s: None for any time.
+        timeout_s: longest time to wait; None for no limit.
     """
     import grpc  # type: ignore[import-untyped]
     from ray.exceptions import RayError
@@ -29,7 +29,7 @@ async def call(method: Any, *arguments: Any, away: type[LLMError], timeout_s: fl
         response.cancel()
         raise away(f"it did not answer within {timeout_s:g} s") from None
     except asyncio.CancelledError:
-        if not is_being_cancelled():  # but cancelled at the other end: the deployment is being taken away
+        if not is_being_cancelled():  # canceled at the other end: the deployment is being removed
             raise away("it is being replaced") from None
         response.cancel()
         raise

@@ -1,4 +1,4 @@
-"""What is known of the Ray cluster around this process, and what follows for the replicas."""
+"""Facts about the Ray cluster around this process, and what follows for the replicas."""
 
 import logging
 import os
@@ -17,20 +17,20 @@ _LAUNCHER_CONFIG = "ray_bootstrap_config.yaml"
 
 
 def gpus_now() -> float:
-    """GPUs of the nodes that are in the cluster at this moment."""
+    """Number of GPUs of the nodes that are in the cluster now."""
     return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0.0
 
 
 def may_nodes_join() -> bool:
-    """Whether something adds nodes to this cluster by itself: KubeRay, or Ray's autoscaler on machines.
+    """Whether something adds nodes to this cluster automatically: KubeRay, or Ray's autoscaler on machines.
 
-    Ray has no public call that tells which nodes there could be.
+    Ray has no public call that tells which nodes could join.
     """
     return any(os.environ.get(name) for name in _AUTOSCALED_BY) or (Path.home() / _LAUNCHER_CONFIG).exists()
 
 
 def gpus_a_replica(config: AppConfig, num_gpus: float, may_join: bool) -> float:
-    """GPUs that Ray is to set aside for each replica, which waits until one node has them free.
+    """Number of GPUs for Ray to set aside for each replica, which waits until one node has that many free.
 
     They are the replica's own request, and not bundles of a placement group: Ray gives an actor all its GPUs on one
     node, and the processes that the replica starts see those that it sees.

@@ -1,4 +1,4 @@
-"""A Serve configuration file with Rayline in it: read and checked before anything starts."""
+"""Reads and checks a Serve configuration file with Rayline applications before anything starts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class ServerConfig:
 
 
 def find_config_file(given: Path | None) -> Path:
-    """The file that is meant: a path, the name of one that comes with the package, or else the one of this directory.
+    """Find the configuration file: a path, the name of one in the package, or by default the one in this directory.
 
     Raises:
         ConfigError: there is none.
@@ -84,11 +84,11 @@ def check_config_file(path: Path) -> ServerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """What was found in a model's directory.
+    """The findings in a model's directory.
 
     Attributes:
-        model: its shape; None where its weights are not loaded, or are not here.
-        warnings: what whoever runs the server should know, each in one line.
+        model: its shape; None if its weights are not loaded or are not on this machine.
+        warnings: what the server's operator should know, one line each.
     """
 
     model: ModelConfig | None = None
@@ -96,7 +96,7 @@ class ModelReport:
 
 
 def check_model(config: AppConfig) -> ModelReport:
-    """Find mistakes here, in one line, that would else stop every replica after a while, or fail every request.
+    """Find mistakes now that would otherwise stop every replica later or fail every request.
 
     Raises:
         CheckpointError, ConfigError: the checkpoint or its adapter is here, and cannot be served as configured.
@@ -106,7 +106,7 @@ def check_model(config: AppConfig) -> ModelReport:
     directory = find_local_checkpoint(config.model)
     if directory is None:
         return ModelReport()
-    from deployments.chat.model_text import ModelText  # brings grammars, which `rayline --help` does without
+    from deployments.chat.model_text import ModelText  # imports grammars, which `rayline --help` does not need
 
     report = _check_weights(config, directory) if config.engine_kind is EngineKind.TORCH else ModelReport()
     vocab_size = load_vocab_size(directory) if report.model is None else report.model.vocab_size
@@ -117,7 +117,7 @@ def check_model(config: AppConfig) -> ModelReport:
 
 def _check_weights(config: AppConfig, directory: Path) -> ModelReport:
     """What the engines will load."""
-    from llm.attention.backends import check_known  # these bring PyTorch, which the rest does without
+    from llm.attention.backends import check_known  # these import PyTorch, which the rest does not need
     from llm.checkpoint.adapter import check_lora
     from llm.checkpoint.loading import check_checkpoint
     from llm.serving.checks import check_features, check_quantization, longest_context
@@ -128,7 +128,7 @@ def _check_weights(config: AppConfig, directory: Path) -> ModelReport:
     check_quantization(checked.config, config.engine)
     notes = check_features(checked.config, config.engine)
     if config.engine.tensor_parallel_size > 1:
-        share_of(config, checked.config, config.engine.tensor_parallel_size)  # refuses what cannot be cut
+        share_of(config, checked.config, config.engine.tensor_parallel_size)  # refuses a model that cannot be split
     if config.lora is not None:
         check_lora(checked.config, config.lora)
     return ModelReport(checked.config, (*checked.warnings, *notes))

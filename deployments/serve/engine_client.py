@@ -74,14 +74,14 @@ class ServeEngineClient:
         import grpc  # type: ignore[import-untyped]
         from ray.exceptions import RayActorError
 
-        # Outside the HTTP request's context. In it Ray Serve would give all calls that request's id, by which it finds
-        # those that wait for a replica, and lose all but one of those that wait at once; and cancel them itself when
-        # the client leaves, which looks like a lost replica.
+        # Calls run outside the HTTP request's context. Inside it, Ray Serve would give all calls that request's id. It
+        # finds waiting calls by that id, so it would lose all but one of those that wait at once. It would also cancel
+        # them itself when the client leaves, which looks like a lost replica.
         response = contextvars.Context().run(method.remote, *args)
         try:
             return await response
         except asyncio.CancelledError:
-            if not is_being_cancelled():  # but cancelled at the other end: the replica is being taken away
+            if not is_being_cancelled():  # canceled at the other end: the replica is being removed
                 raise ReplicaLostError("the replica gave up the call") from None
             response.cancel()
             raise
@@ -90,7 +90,7 @@ class ServeEngineClient:
 
 
 def num_starting_replicas(app_name: str, deployment_name: str) -> int:
-    """Number of a deployment's replicas that Serve is starting, by its own status; blocks until that is told."""
+    """Number of a deployment's replicas that Serve is starting, from Serve's status; blocks until Serve answers."""
     from ray import serve
 
     application = serve.status().applications.get(app_name)

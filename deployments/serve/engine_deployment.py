@@ -1,4 +1,4 @@
-"""`ServeEngineReplica`: the engine replica as Ray Serve starts it and asks for statistics."""
+"""`ServeEngineReplica`: the engine replica that Ray Serve starts and asks for statistics."""
 
 import gc
 import sys
@@ -12,12 +12,13 @@ from deployments.observe.terminal import show_warnings
 from deployments.replica.engine_replica import EngineReplica
 
 _SWITCH_INTERVAL_S = 0.0002
-"""Between Python threads, instead of 5 ms. The engine's lets go of the interpreter in each of a step's many calls into
-PyTorch, and while Serve's thread takes in a burst of requests it would wait so long each time to get it back."""
+"""Switch interval between Python threads, instead of 5 ms. The engine's thread releases the interpreter in each of a
+step's many calls into PyTorch. While Serve's thread takes in a burst of requests, the engine's would wait a whole
+interval each time to get it back."""
 
 
 class ServeEngineReplica(EngineReplica):
-    """An `EngineReplica` that owns its process, under the id that Ray Serve gave it.
+    """An `EngineReplica` in a process of its own, under the id that Ray Serve gave it.
 
     Args:
         config: the application's configuration.
@@ -27,12 +28,12 @@ class ServeEngineReplica(EngineReplica):
         show_warnings()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         super().__init__(config, serve.get_replica_context().replica_id.unique_id)
-        # What has been made so far stays. A collection that went through all of it takes 180 ms: a gap in every stream.
+        # All objects made so far stay. A collection that goes through them takes 180 ms: a gap in every stream.
         gc.collect()
         gc.freeze()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy decides by; Ray Serve asks twice a second."""
+        """The statistics that the autoscaling policy uses; Ray Serve asks twice a second."""
         use = replica_use(self.latest_stats, self.queued_tokens)
         return {
             STATS_WAITING_TOKENS: use.waiting_tokens,

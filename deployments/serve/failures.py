@@ -1,4 +1,4 @@
-"""Why an application does not start, and why a replica has ended, out of what Ray says of it."""
+"""Finds in Ray's reports why an application does not start and why a replica has ended."""
 
 import re
 from typing import Any
@@ -13,11 +13,11 @@ _ENDS = (
     ("INTENDED", "its process was asked to end"),
     ("worker process has died", "its process ended"),
 )
-"""What Ray's report on a dead actor has in it, the most telling first, and what it says of the replica."""
+"""Texts in Ray's report on a dead actor, the most telling first, and what each says about the replica."""
 
 
 def failure_of(app: Any) -> str | None:
-    """Why an application that is being started will not come up, by Serve's status of it; None while it may."""
+    """Why a starting application will not come up, by Serve's status of it; None while it still may."""
     for deployment in app.deployments.values():
         if "failed to start" in deployment.message:
             return root_cause(deployment.message)
@@ -25,7 +25,7 @@ def failure_of(app: Any) -> str | None:
 
 
 def root_cause(text: str) -> str:
-    """The exception that a traceback as text ends with: class and message; for our own errors the message alone."""
+    """The exception at the end of a traceback's text: class and message; for our own errors only the message."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     found = list(re.finditer(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit|Interrupt)): ", text, re.MULTILINE))
     if not found:
@@ -37,7 +37,7 @@ def root_cause(text: str) -> str:
 
 
 def end_of_actor(report: str) -> str:
-    """How a replica ended, by Ray's report on the actor that it was: a sentence about the replica.
+    """How a replica ended, by Ray's report on its actor: one sentence about the replica.
 
     Args:
         report: the text of a `RayActorError`.

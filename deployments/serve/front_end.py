@@ -17,9 +17,9 @@ _SERVES_HOST, _SERVES_PORT = "0.0.0.0", 8000
 
 @dataclass(frozen=True, slots=True)
 class FrontEnd:
-    """What Serve's `http_options` came to.
+    """Serve's HTTP front end, as its `http_options` describe it.
 
-    With HAProxy in front it is the same: on Ray 2.60, HAProxy and the routers behind it listen on `host`. Only
+    With HAProxy in front, this is the same: on Ray 2.60, HAProxy and the routers behind it listen on `host`. Only
     HAProxy's statistics and metrics are on every interface.
     """
 
@@ -29,7 +29,7 @@ class FrontEnd:
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> Self:
-        """By the `http_options` of a configuration file.
+        """Build it from the `http_options` of a configuration file.
 
         Raises:
             ConfigError: they cannot be used.
@@ -57,10 +57,10 @@ class FrontEnd:
 
 
 def find_front_end() -> FrontEnd | None:
-    """Where Serve listens; None where Serve does not run yet.
+    """Where Serve listens; None if Serve does not run yet.
 
-    Connects to Ray, and starts it where none runs, as `serve run module:app` does right after: whether the cluster has
-    GPUs could not be told otherwise.
+    Connects to Ray and starts it if none runs, as `serve run module:app` does right after. Otherwise nothing could tell
+    whether the cluster has GPUs.
     """
     try:
         from ray.serve.context import _get_global_client
@@ -72,10 +72,10 @@ def find_front_end() -> FrontEnd | None:
 
 
 def check_open(config: AppConfig, has_keys: bool, front_end: FrontEnd | None) -> None:
-    """See that a port that other machines reach asks for keys.
+    """Check that a port which other machines can reach asks for keys.
 
     Raises:
-        ConfigError: it does not, and the configuration does not say that this is meant.
+        ConfigError: it does not, and the configuration does not say that this is intended.
     """
     if has_keys or front_end is None or front_end.is_local:
         return

@@ -1,10 +1,10 @@
-"""HAProxy as it stands before the routers: with less memory for clients that do not read.
+"""Runs HAProxy in front of the routers with less memory for clients that do not read.
 
-By itself HAProxy's kernel holds up to 4 MB for each client, minutes of a stream, before HAProxy notices that nobody
-takes it. Ray Serve writes HAProxy's configuration and leaves no room in it, but says by an environment variable which
-program to run. So this module writes a program that runs HAProxy with a second configuration file.
+By default, HAProxy's kernel buffers up to 4 MB for each client, minutes of a stream, before HAProxy notices that nobody
+reads it. Ray Serve writes HAProxy's configuration and allows no additions, but takes the program to run from an
+environment variable. This module therefore writes a program that runs HAProxy with a second configuration file.
 
-`python -m deployments.serve.haproxy DIRECTORY` writes it for a cluster that something else starts.
+`python -m deployments.serve.haproxy DIRECTORY` writes the program for a cluster that something else starts.
 """
 
 import logging
@@ -25,10 +25,10 @@ _SETTINGS = f"global\n    tune.sndbuf.client {SEND_BUFFER_BYTES}\n"
 def haproxy_environment(directory: Path) -> dict[str, str]:
     """Have Serve put HAProxy in front, with a program and files that no other HAProxy on this machine uses.
 
-    By itself Serve keeps HAProxy's files in a directory in `/tmp`, where a second user cannot write.
+    By default, Serve keeps HAProxy's files in a directory in `/tmp`, where a second user cannot write.
 
     Args:
-        directory: for the files, as long as the cluster runs. HAProxy's sockets go there, whose paths may not be longer
+        directory: for the files, as long as the cluster runs. HAProxy's sockets go there; their paths may not be longer
             than about 100 characters.
 
     Returns:
@@ -60,11 +60,11 @@ def haproxy_environment(directory: Path) -> dict[str, str]:
 def write_haproxy(directory: Path) -> Path | None:
     """Write the program and its configuration file.
 
-    It runs the HAProxy that the environment names already, else the one that comes with Ray.
+    It runs the HAProxy that the environment already names, otherwise the one that comes with Ray.
 
     Args:
-        directory: where; as long as the cluster runs, because Ray Serve runs the program again for each change of its
-            configuration.
+        directory: where to write. It must exist as long as the cluster runs, because Ray Serve runs the program again
+            for each change of its configuration.
 
     Returns:
         The program; None where nothing in `directory` can be executed, as on a file system mounted `noexec`.

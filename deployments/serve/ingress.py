@@ -1,4 +1,4 @@
-"""`RouterIngress`: the router as Ray Serve starts it."""
+"""`RouterIngress`: the router that Ray Serve starts."""
 
 import asyncio
 import gc
@@ -41,16 +41,16 @@ class RouterIngress:
 
     Args:
         config: the application's configuration, without keys.
-        keys: where those come from that clients may use.
+        keys: where the clients' API keys come from.
         engines: handle of the `EngineReplica` deployment.
-        accountant: handle of the `Accountant` deployment; None where there is none.
-        store: handle of the `ResponseStore` deployment; None where this router keeps responses itself.
+        accountant: handle of the `Accountant` deployment; None if there is none.
+        store: handle of the `ResponseStore` deployment; None if this router keeps responses itself.
     """
 
     async def __init__(  # type: ignore[misc]
         self, config: AppConfig, keys: KeySource, engines: Any, accountant: Any = None, store: Any = None
     ) -> None:
-        # Asynchronous, so that it runs on the event loop of the requests: Ray Serve awaits it.
+        # Asynchronous, so that it runs on the requests' event loop: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         show_warnings()
@@ -77,7 +77,7 @@ class RouterIngress:
         """Take a `LiveConfig` without a restart; Ray Serve calls this with the deployment's `user_config`.
 
         Raises:
-            ConfigError: it is none, in one line.
+            ConfigError: it is not a valid one; the message is one line.
         """
         try:
             live = LiveConfig.model_validate(user_config or {})
@@ -94,9 +94,9 @@ class RouterIngress:
         return self._router.history()
 
     def __serve_build_asgi_app__(self) -> Any:
-        """Ray Serve serves what this returns."""
+        """Return the ASGI application that Ray Serve serves."""
         api = create_api(self._router, self._store)
-        # A full collection holds up the event loop: what has been loaded by now stays, and is left out.
+        # A full collection blocks the event loop; objects loaded by now stay and are excluded from it.
         gc.collect()
         gc.freeze()
         return api
@@ -109,7 +109,7 @@ class RouterIngress:
         return msgspec.msgpack.encode(self._announce())
 
     async def end_requests(self, timeout_s: float) -> int:
-        """Take no new request and end all open ones with an error, as the server is about to stop.
+        """Take no new requests and end all open ones with an error, as the server is about to stop.
 
         Returns how many generations are still open: 0, unless it takes longer than `timeout_s`.
         """
@@ -135,8 +135,8 @@ class RouterIngress:
         await self._router.wait_until_ready()
         url = self._router.config.public_url or "http://127.0.0.1:8000"
         banner = ready_banner(url, self._announce())
-        # Past Serve's own redirection of sys.stdout, so that it reaches the terminal of `serve run` in every mode; and
-        # not by print, which Serve makes print a tuple.
+        # This bypasses Serve's own redirection of sys.stdout, so that the text reaches the terminal of `serve run` in
+        # every mode. It does not use print, which under Serve prints a tuple.
         if sys.__stdout__ is not None:
             sys.__stdout__.write(banner + "\n")
             sys.__stdout__.flush()
@@ -150,7 +150,7 @@ def channel_host(setting: str) -> str:
 
 
 def num_nodes() -> int:
-    """Nodes of the cluster that are alive."""
+    """Number of the cluster's nodes that are alive."""
     import ray
 
     return sum(1 for node in ray.nodes() if node["Alive"])

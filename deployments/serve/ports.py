@@ -1,4 +1,4 @@
-"""Which ports a server takes, and whether it can have them."""
+"""The ports that a server takes, and whether they are free."""
 
 import errno
 import os
@@ -24,9 +24,9 @@ _NUM_TRIES = 200
 
 
 def bind_error(host: str, port: int) -> OSError | None:
-    """Why nothing could listen at this address now, or None.
+    """Why no server could listen at this address now; None if one could.
 
-    A listener that shares its port (SO_REUSEPORT), as Serve's proxy does, counts as one.
+    A listener that shares its port (SO_REUSEPORT), as Serve's proxy does, counts as an obstacle.
 
     Raises:
         OSError: `host` is no name or address.
@@ -43,10 +43,10 @@ def bind_error(host: str, port: int) -> OSError | None:
 
 
 def check_port(front_end: FrontEnd) -> None:
-    """See that a server can listen where the configuration says.
+    """Check that a server can listen where the configuration says.
 
     Raises:
-        ConfigError: it cannot; why, and what to change.
+        ConfigError: it cannot; the message says why and what to change.
     """
     host, port = front_end.host, front_end.port
     try:
@@ -70,12 +70,12 @@ def check_port(front_end: FrontEnd) -> None:
 
 @contextmanager
 def claimed_ports(front_end: FrontEnd, *, haproxy: bool) -> Iterator[dict[str, str]]:
-    """Claim all ports of a server that is about to start; gives the environment variables that have Serve take them.
+    """Claim all ports of a server that is about to start; yields the environment variables that make Serve use them.
 
     HAProxy gets its usual ports or the next free ones, and routers behind it a range of their own: with the same range
     for all, a router may get the port to which another server's HAProxy still sends requests. Ports that the
-    environment sets already stay. A claim holds from before the port is bound until this process ends, however it
-    does, against other servers that claim theirs.
+    environment sets already stay. A claim keeps out other servers that claim ports, from before the port is bound until
+    this process ends in any way.
 
     Raises:
         ConfigError: the server's own port, or one that the environment asks for, is in use.
@@ -107,7 +107,7 @@ def _haproxy_port(claims: ExitStack, name: str, usual: int) -> int:
 
 
 def _claim(claims: ExitStack, name: str) -> bool:
-    """Take a name that the kernel gives to one process at a time (Linux); True where it was free."""
+    """Take a name that the kernel gives to only one process at a time (Linux); True if it was free."""
     if sys.platform != "linux":
         return True
     claim = claims.enter_context(socket.socket(socket.AF_UNIX))

@@ -1,4 +1,4 @@
-"""The processes below this one: none of them outlives it."""
+"""Makes sure that no descendant of this process outlives it."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ _LOOK_INTERVAL_S = 0.02
 def adopt_orphans() -> None:
     """From now on, a descendant whose parent dies becomes a child of this process instead of init's (Linux).
 
-    So `kill_descendants` also finds what a killed process has left behind: Ray's workers, HAProxy.
+    `kill_descendants` then also finds what a killed process left behind: Ray's workers, HAProxy.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -24,7 +24,7 @@ def adopt_orphans() -> None:
 def descendants(ancestor: int | None = None) -> list[int]:
     """Ids of all living processes that `ancestor` (this process, if None) started, directly or not.
 
-    None where there is no /proc.
+    Returns None if there is no /proc.
     """
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -43,9 +43,9 @@ def descendants(ancestor: int | None = None) -> list[int]:
 
 
 def kill_descendants(timeout_s: float = 5.0) -> None:
-    """Send SIGKILL to all descendants until none is left, those included that are started meanwhile.
+    """Send SIGKILL to all descendants until none is left, including those started meanwhile.
 
-    Reaps children, so call it when nobody waits for them any more.
+    It reaps children, so call it only when nothing waits for them anymore.
     """
     deadline = time.monotonic() + timeout_s
     while (left := descendants()) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Which replicas Ray Serve lists as running: from the handle that is told of it, to whoever asked to know."""
+"""Passes the list of running replicas from the handle that Ray Serve tells to the callback that asked for it."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,9 @@ _latest: dict[tuple[str, str], frozenset[str]] = {}
 
 
 def watch_replicas(app_name: str, deployment_name: str, callback: ReplicasCallback) -> None:
-    """Have `callback` told the ids of a deployment's running replicas, now if they are known, and when they change.
+    """Call `callback` with the ids of a deployment's running replicas: now if they are known, and on each change.
 
-    Serve calls it on a thread of its own. One callback a deployment; a later one takes its place.
+    Serve calls it on a thread of its own. A deployment has one callback; a later one replaces it.
     """
     _watchers[app_name, deployment_name] = callback
     latest = _latest.get((app_name, deployment_name))
@@ -20,7 +20,7 @@ def watch_replicas(app_name: str, deployment_name: str, callback: ReplicasCallba
 
 
 def tell_watcher(app_name: str, deployment_name: str, replica_ids: frozenset[str]) -> None:
-    """The ids have changed."""
+    """Tell the callback that the ids have changed."""
     _latest[app_name, deployment_name] = replica_ids
     callback = _watchers.get((app_name, deployment_name))
     if callback is not None:

@@ -1,6 +1,6 @@
-"""How Ray Serve picks the replica that our ranking names. The one module on Serve's alpha API; made for Ray 2.60.
+"""Has Ray Serve pick the replica that our ranking names. Only this module uses Serve's alpha API, of Ray 2.60.
 
-Serve ships this module to every process by value: state that others are to see has to live in another one.
+Serve ships this module to every process by value: state that other modules should see has to live in another one.
 """
 
 import random
@@ -12,16 +12,16 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from deployments.serve.replica_list import tell_watcher
 
 _KEEP_LEAVING_S = 15.0
-"""Since it left Serve's list, or since a ranking last named it."""
+"""How long a replica is kept after it left Serve's list, or after a ranking last named it."""
 
 
 class RankedRequestRouter(RequestRouter):  # type: ignore[misc]
-    """Sends a call to the first replica of the ranking in its second argument that is there and takes it.
+    """Sends a call to the first replica in the ranking (its second argument) that is available and accepts it.
 
-    Replicas that the ranking does not name come last, in random order: a call waits only where there is none at all.
+    Replicas that the ranking does not name come last, in random order: a call waits only if there is no replica at all.
     Serve takes the replica with the shortest queue within a rank, so every rank has one replica.
 
-    A replica that Serve is taking away finishes its calls, and takes others until it has none. So it is kept for a
+    A replica that Serve is removing finishes its calls and accepts others until it has none. It is therefore kept for a
     while, for rankings that name it.
     """
 
@@ -36,7 +36,7 @@ class RankedRequestRouter(RequestRouter):  # type: ignore[misc]
         candidates = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         ranked = []
         if pending_request is not None:
-            # Serve comes back at once, for ever, unless it is told to wait a little after all have refused.
+            # Serve retries at once, forever, unless it is told to wait a little after all have refused.
             pending_request.routing_context.should_backoff = True
             ranking = pending_request.args[1] if len(pending_request.args) > 1 else ()
             ranked = [candidates.pop(replica_id) for replica_id in ranking if replica_id in candidates]
@@ -60,7 +60,7 @@ class RankedRequestRouter(RequestRouter):  # type: ignore[misc]
         self._tell()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """A call found a replica dead before Serve's list says so."""
+        """A call found a replica dead before Serve's list said so."""
         super().on_replica_actor_died(replica_id)
         self._leaving.pop(replica_id, None)
         self._tell()

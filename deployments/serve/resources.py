@@ -1,4 +1,4 @@
-"""What replicas need of a machine."""
+"""Checks that a machine has what replicas need."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,10 +8,10 @@ from llm.errors import ConfigError
 
 
 def check_resources(apps: Collection[AppConfig], resources: Mapping[str, float]) -> None:
-    """See that the machine has what all replicas need to start, which would else wait for it for ever.
+    """Check that the machine has what all replicas need to start; otherwise they would wait for it forever.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it does not.
     """
     num_gpus, num_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     gpus = cpus = 0.0
@@ -34,7 +34,7 @@ def check_resources(apps: Collection[AppConfig], resources: Mapping[str, float])
 
 
 def check_device(config: AppConfig) -> None:
-    """See that PyTorch has the device that the configuration names.
+    """Check that PyTorch has the device that the configuration names.
 
     Raises:
         ConfigError: it is a GPU, and there is none.

@@ -1,4 +1,5 @@
-"""The responses that several routers share: a deployment of one replica, and how routers reach it."""
+"""The responses that several routers share: a deployment with one replica, and the client through which routers call
+it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,10 @@ _decoder = msgspec.msgpack.Decoder(StoredResponse)
 
 
 class ResponseStoreReplica:
-    """A `ResponseDatabase` behind Ray Serve. What it keeps in memory ends with it.
+    """A `ResponseDatabase` behind Ray Serve. Responses kept in memory are lost when it ends.
 
     Args:
-        config: its bounds, and its file if it has one.
+        config: the database's bounds, and its file if it has one.
     """
 
     def __init__(self, config: ResponsesConfig) -> None:

@@ -1,4 +1,4 @@
-"""How a router asks the other routers of its deployment."""
+"""Lets a router ask the other routers of its deployment."""
 
 import contextvars
 import logging
@@ -10,7 +10,7 @@ from deployments.observe.history import RouterHistory
 logger = logging.getLogger("ray.serve")
 
 _TIMEOUT_S = 2.0
-"""Well under Prometheus' scrape timeout: one router that hangs must not blind it for the others."""
+"""Well under Prometheus' scrape timeout: one hanging router must not hide the others from it."""
 
 
 class ServePeers:
@@ -32,9 +32,9 @@ class ServePeers:
         return [answer for answer in await self._ask("history") if isinstance(answer, RouterHistory)]
 
     async def _ask(self, method: str) -> list[object]:
-        """What all routers answer. Those that die meanwhile are left out; if one hangs, all are."""
+        """All routers' answers. Those that die meanwhile are left out; if one hangs, all are."""
         try:
-            # Outside the HTTP request's context, which Ray Serve would put upon the calls.
+            # Outside the HTTP request's context, which Ray Serve would otherwise attach to the calls.
             response = contextvars.Context().run(self._handle.broadcast, method)
             return list(await response.results_async(timeout_s=_TIMEOUT_S, return_exceptions=True))
         except Exception as error:  # noqa: BLE001 - whatever it is, this router's own figures must still be had

@@ -1,7 +1,7 @@
 """A server with a Ray cluster of its own: `python -m deployments.serve.runner CONFIG EVENTS`.
 
-`rayline serve` starts it and reads what it tells, one JSON object a line, from the file descriptor EVENTS. It runs
-until SIGTERM, SIGINT or the end of its standard input; then every open request is ended before the cluster is.
+`rayline serve` starts it and reads its events, one JSON object per line, from the file descriptor EVENTS. It runs
+until SIGTERM, SIGINT or the end of its standard input; then it ends every open request before the cluster.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _POLL_S = 0.2
 _END_REQUESTS_S = 2.0
 """How long open requests may take to be answered with the error that ends them."""
 _FLUSH_S = 0.4
-"""For the last bytes to get from the routers through the front end to the clients."""
+"""Time for the last bytes to get from the routers through the front end to the clients."""
 
 
 class StartError(LLMError):
@@ -42,7 +42,7 @@ class StartError(LLMError):
 
 
 class Events:
-    """Tells the process that started this one what goes on."""
+    """Tells the process that started this one what is happening."""
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", buffering=1)
@@ -56,11 +56,11 @@ class Events:
         self._tell(ready=banner)
 
     def failed(self, message: str) -> None:
-        """It ends, for this reason."""
+        """The server ends, for this reason."""
         self._tell(failed=message)
 
     def _tell(self, **event: str) -> None:
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError):  # nobody reads anymore
             self._file.write(json.dumps(event) + "\n")
 
 
@@ -68,7 +68,7 @@ async def run_server(path: Path, events: Events) -> None:
     """Start Ray and Serve with a configuration file, and run until this process is told to stop.
 
     Raises:
-        CheckpointError, ConfigError, StartError: it cannot be served; why.
+        CheckpointError, ConfigError, StartError: it cannot be served; the message says why.
     """
     import ray
 
@@ -96,7 +96,7 @@ async def run_server(path: Path, events: Events) -> None:
 
 
 def _other_ports(dashboard_url: str | None) -> dict[str, str]:
-    """Lines of the banner that say what else listens."""
+    """Lines of the banner that name the other ports in use."""
     rows = {"dashboard": f"http://{dashboard_url}"} if dashboard_url else {}
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         statistics, metrics = (os.environ[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS"))
@@ -115,7 +115,7 @@ def _deploy(path: Path) -> None:
 
 
 async def _start(server: ServerConfig, events: Events) -> tuple[list[Any], list[Announcement]]:
-    """Wait until every application answers HTTP requests; returns handles of their routers, and what these tell.
+    """Wait until every application answers HTTP requests; returns handles of their routers and their announcements.
 
     Raises:
         StartError: one has failed.
@@ -162,7 +162,7 @@ def _stage(apps: Iterable[Any]) -> str:
 
 
 def _when_to_stop() -> "asyncio.Future[None]":
-    """Done with the first SIGTERM or SIGINT, or when the process that started this one is gone."""
+    """A future that is done on the first SIGTERM or SIGINT, or when the process that started this one is gone."""
     loop = asyncio.get_running_loop()
     stop = loop.create_future()
 
@@ -172,12 +172,12 @@ def _when_to_stop() -> "asyncio.Future[None]":
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    loop.add_reader(sys.stdin.fileno(), end)  # nobody writes there: it can only be its end
+    loop.add_reader(sys.stdin.fileno(), end)  # nobody writes there: it can only be the end of the input
     return stop
 
 
 async def _end_requests(handles: Iterable[Any]) -> None:
-    """Have all routers answer what is open with an error, and wait until the clients have it."""
+    """Have all routers answer open requests with an error, and wait until the clients have it."""
     started = time.monotonic()
     calls = [handle.broadcast("end_requests", _END_REQUESTS_S) for handle in handles]
     for call in calls:
@@ -188,7 +188,7 @@ async def _end_requests(handles: Iterable[Any]) -> None:
 
 
 def main() -> None:
-    """Run the server; whatever it started ends with it."""
+    """Run the server; every process it started ends with it."""
     path, events = Path(sys.argv[1]), Events(int(sys.argv[2]))
     adopt_orphans()
     exit_code = 1
@@ -201,7 +201,7 @@ def main() -> None:
         traceback.print_exc()
         events.failed(f"the server did not start ({type(error).__name__}: {root_cause(str(error))}); -v shows more")
     finally:
-        # The cluster is this server's alone: nothing in it has to be saved, and Serve's own way takes 10 s.
+        # The cluster belongs only to this server: nothing in it has to be saved, and Serve's own shutdown takes 10 s.
         kill_descendants()
         os._exit(exit_code)
 
