@@ -1,1 +1,1 @@
-"""Messages to tokens and tokens to messages."""
+"""Converts messages to tokens and tokens to messages."""

@@ -14,20 +14,20 @@ from llm.tokenization.tokenizer import Tokenizer
 
 
 class Choice:
-    """Follows a generation. Call `advance` when it has got on.
+    """Follows a generation. Call `advance` when it has news.
 
     Args:
-        generation: started.
+        generation: a generation that has been started.
         tokenizer: turns tokens into text.
         stop: stop strings.
         parser: tells reasoning, text and calls apart.
         echo: what the text begins with.
-        shown_ids: special tokens that the parser is to see.
+        shown_ids: special tokens that the parser must see as text.
 
     Attributes:
         finish_reason: "stop" or "length" once the choice is complete.
         error: what to tell the client instead of a finish.
-        has_calls: whether a call of a tool has begun.
+        has_calls: whether a tool call has begun.
         num_echoed_chars: length of `echo`.
     """
 
@@ -71,12 +71,12 @@ class Choice:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Output tokens of thoughts, an estimate by the share of the text: the parser knows text only."""
+        """Output tokens of thoughts, estimated by their share of the text, because the parser sees only text."""
         return round(self._num_taken * self._num_reasoning_chars / max(self._num_chars, 1))
 
     @property
     def mean_logprob(self) -> float:
-        """Mean log probability of its tokens, for which the request must ask."""
+        """Mean log probability of its tokens; the request must have asked for log probabilities."""
         logprobs = [entry.logprob for entry in self._generation.logprobs[: self._num_taken]]
         return sum(logprobs) / max(len(logprobs), 1)
 
@@ -92,22 +92,23 @@ class Choice:
         return self._generation.request.prompt_token_ids or ()
 
     def prompt_logprobs(self) -> list[TokenLogprobs]:
-        """Of each token of the prompt but the first, once the choice is complete; for which the request must ask."""
+        """One entry for each prompt token except the first, once the choice is complete; the request must have asked
+        for them."""
         packed = self._generation.prompt_logprobs
         return unpack_logprobs(packed) if packed is not None else []
 
     def failure(self) -> APIError | None:
-        """What went wrong with the generation, looked up without taking its tokens."""
+        """What went wrong with the generation, without taking its tokens."""
         error = self._generation.error
         return of_engine(error) if error is not None else None
 
     @property
     def has_more(self) -> bool:
-        """Whether tokens have come that `advance` has not taken."""
+        """Whether there are tokens that `advance` has not taken."""
         return not self.is_complete and self._num_taken < len(self._generation.token_ids)
 
     def advance(self, max_tokens: int) -> "Update":
-        """Take tokens that have come since the last call, which must not have completed the choice.
+        """Take tokens that arrived since the last call. The choice must not be complete.
 
         Args:
             max_tokens: how many at most; `has_more` tells whether some are left.
@@ -135,7 +136,7 @@ class Choice:
         if not is_all:
             total = start + max_tokens
         end = generation.end
-        # The token with which the model ends its answer is no part of the text.
+        # The token with which the model ends its answer is not part of the text.
         num_shown = total - 1 if is_all and end is not None and end.reason is FinishReason.STOP else total
         text = self._stream.push(generation.token_ids[start:num_shown])
         if self._stream.stop_reason is not None:
@@ -165,9 +166,9 @@ class Update(msgspec.Struct, frozen=True, gc=False):
     """What is new in a choice.
 
     Attributes:
-        choice: which may be complete by now.
+        choice: the choice, which may be complete by now.
         events: in order.
-        logprobs: of the tokens taken, where the request asked for them.
+        logprobs: log probabilities of the tokens taken, if the request asked for them.
     """
 
     choice: Choice

@@ -1,4 +1,4 @@
-"""Contents of messages as they come over the wire: strings, or lists of parts of which the text is taken."""
+"""Message contents as sent over the wire: strings, or lists of parts whose text is taken."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from pydantic import ValidationInfo
 from deployments.chat.wire_model import is_strict, note_ignored
 
 WRITTEN_BY_MODELS = frozenset({"assistant", "tool", "function"})
-"""Roles whose messages are told as far as they can be, and never refused: the client only repeats them."""
+"""Roles whose messages are passed on as far as possible and never refused: the client only repeats them."""
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of parts that hold text, and the field that holds it."""
 _THOUGHTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
@@ -16,11 +16,11 @@ _THOUGHTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 def text_of(value: Any, info: ValidationInfo) -> Any:
     """The text of a message's content: a string, or the texts of its parts, joined by line breaks.
 
-    An image in a tool's result becomes the text `[image]`, and so on for what else has no text there; what the
+    An image in a tool's result becomes the text `[image]`, and likewise for other parts without text; what the
     assistant once wrote in an unknown form is left out.
 
     Raises:
-        ValueError: it is neither, or a part of the user's is no text.
+        ValueError: it is neither, or a part of a user's message is not text.
     """
     if value is None or isinstance(value, str):
         return value
@@ -55,7 +55,7 @@ def _part_text(part: Any, role: str | None, info: ValidationInfo) -> str | None:
 
 
 def placeholder(kind: str) -> str:
-    """What a model is told in place of something that has no text, such as `[image]` for an image."""
+    """What a model is shown in place of something that has no text, such as `[image]` for an image."""
     return f"[{kind[:40].removeprefix('input_').removesuffix('_url')}]"
 
 

@@ -1,4 +1,4 @@
-"""From a request's body to what the engines run: tokenising, limits, sampling parameters."""
+"""Turns a request's body into what the engines run: tokenizing, limits, sampling parameters."""
 
 import json
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from llm.tokenization.hf_tokenizer import HFTokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 _MOST_TOKENS = 2**31 - 1
-"""Largest limit that a request may set. One that is larger than the room in the context, as those of clients often are
-that do not know the context, stands for that room."""
+"""Largest limit that a request may set. A limit larger than the room left in the context, which clients that do not
+know the context often set, means that room."""
 _SUPPRESSED = -1e9
-"""Bias under which no token is drawn, unless a grammar leaves nothing else."""
+"""Bias with which a token is never drawn, unless a grammar allows nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class EncodedChat:
 
     Attributes:
         requests: one for each answer.
-        form: how the answers are to be read.
+        form: how to read the answers.
     """
 
     requests: list[GenerationRequest]
@@ -52,9 +52,9 @@ class EncodedCompletion:
     """Prompts to be continued as the engines run them.
 
     Attributes:
-        requests: one for each answer, those of a prompt side by side.
+        requests: one for each answer; those of the same prompt are adjacent.
         num_prompts: how many prompts there are.
-        echoes: what each prompt's answers begin with, or nothing at all.
+        echoes: what each prompt's answers begin with; empty if they echo nothing.
     """
 
     requests: list[GenerationRequest]
@@ -64,11 +64,11 @@ class EncodedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
-    """Makes engine requests of API requests. Thread-safe; long requests belong in a thread.
+    """Turns API requests into engine requests. Thread-safe; prepare long requests in a thread.
 
     Args:
         tokenizer: the checkpoint's.
-        defaults: the checkpoint's recommended sampling, for what a request leaves open.
+        defaults: the checkpoint's recommended sampling, for parameters that a request does not set.
         info: the engines' context and pool.
         limits: bounds on requests.
         format: how the model writes calls and thoughts.
@@ -104,7 +104,7 @@ class PromptEncoder:
         return EncodedChat(requests, form)
 
     def _calls_grammar(self, body: ChatRequest) -> Grammar | None:
-        """What calls in the answers must look like; None where none must come and no tool is strict.
+        """What calls in the answers must look like; None if no call is required and no tool is strict.
 
         Raises:
             APIError: a strict tool's schema cannot be followed.
@@ -121,7 +121,7 @@ class PromptEncoder:
         return grammar
 
     def _form(self, body: ChatRequest, ids: list[int], *, is_forced: bool, is_bound: bool) -> AnswerForm:
-        """How the answers to a request are to be read."""
+        """How to read the answers to a request."""
         tools = body.tools or []
         tool_parser = self.format.tool_parser if tools and body.tool_choice != "none" and not is_bound else None
         if is_forced:
@@ -129,7 +129,7 @@ class PromptEncoder:
         reasoning = self.format.reasoning_parser
         is_reasoning = prompt_reasoning(self.tokenizer, reasoning, ids)
         if body.continue_final_message and not is_reasoning:
-            reasoning = None  # the answer has begun, so the thoughts are over
+            reasoning = None  # the answer has begun, so the thoughts have ended
         return AnswerForm(
             tool_parser,
             is_forced,
@@ -142,7 +142,7 @@ class PromptEncoder:
         """Tokens of a chat request's prompt.
 
         Raises:
-            APIError, InvalidRequestError: as `chat`.
+            APIError, InvalidRequestError: as in `chat`.
         """
         tools = body.tools or []
         if tools and body.tool_choice in (None, "auto") and not self.format.is_teaching:
@@ -176,7 +176,7 @@ class PromptEncoder:
         grammar = self._compiled(grammar_of(body))
         logprobs = body.logprobs
         if logprobs is None and body.num_answers > (body.n or 1):
-            logprobs = 0  # the best are found by them
+            logprobs = 0  # they determine the best answers
         requests = self._requests(body, batch, max_tokens, logprobs, "max_tokens", grammar, body.num_answers)
         return EncodedCompletion(requests, len(prompts), self._prompt_texts(prompts) if body.echo else ())
 
@@ -199,7 +199,7 @@ class PromptEncoder:
         """Tokens of a text.
 
         Raises:
-            APIError: it is past the context for certain; found without tokenising.
+            APIError: it certainly exceeds the context, which is found without tokenizing.
         """
         self._check_text(text, "prompt")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -208,7 +208,7 @@ class PromptEncoder:
         """Tokens of texts, or the tokens that were given.
 
         Raises:
-            APIError: a text is past the context for certain, or an id not in the vocabulary.
+            APIError: a text certainly exceeds the context, or an id is not in the vocabulary.
         """
         texts = [text for text in given if isinstance(text, str)]
         for text in texts:
@@ -231,7 +231,7 @@ class PromptEncoder:
         """Tokens of a chat; see `render_turns`.
 
         Raises:
-            APIError: it is past the context for certain; found without tokenising.
+            APIError: it certainly exceeds the context, which is found without tokenizing.
             InvalidRequestError: the template refuses it.
         """
         chat = render_turns(
@@ -246,10 +246,10 @@ class PromptEncoder:
         return self.tokenizer.encode_chat(chat)
 
     def check_length(self, ids: Sequence[int], param: str) -> None:
-        """Refuse what leaves no room for an answer, in the context or in the whole pool.
+        """Refuse a prompt that leaves no room for an answer, in the context or in the whole pool.
 
         Raises:
-            APIError: it does.
+            APIError: it leaves no room.
         """
         if not ids:
             raise invalid(f"{param}: holds no tokens", param)
@@ -272,10 +272,10 @@ class PromptEncoder:
             raise PromptTooLongError(f"at least {self.tokenizer.min_num_tokens(text)}", most, param)
 
     def _compiled(self, bound: tuple[str, Grammar] | None, form: AnswerForm | None = None) -> Grammar | None:
-        """The grammar, once it is known that the engines can follow it; behind the thoughts of a chat.
+        """The grammar, after checking that the engines can follow it; in a chat it applies after the thoughts.
 
         Raises:
-            APIError: it is wrong, under the name of its field.
+            APIError: the grammar is wrong; the error names its field.
         """
         if bound is None:
             return None
@@ -299,7 +299,7 @@ class PromptEncoder:
         grammar: Grammar | None,
         num_answers: int,
     ) -> list[GenerationRequest]:
-        """Put sampling parameters and seeds to the prompts."""
+        """Add sampling parameters and seeds to the prompts."""
         for name in ("ignore_eos", "min_tokens", "allowed_token_ids"):
             if grammar is not None and getattr(body, name):
                 raise invalid(f"{name}: the answer's format says which tokens may come and where it ends", name)
@@ -319,7 +319,7 @@ class PromptEncoder:
         return requests
 
     def _sampling(self, body: SamplingFields) -> dict[str, Any]:
-        """Sampling parameters of the request, else the checkpoint's, else OpenAI's."""
+        """Sampling parameters of the request; where not set, the checkpoint's; otherwise OpenAI's."""
         defaults = self.defaults
         top_k = defaults.top_k if body.top_k is None else body.top_k
         stop_ids, bias = body.stop_token_ids or [], body.logit_bias or {}
@@ -352,9 +352,9 @@ def _first(*values: Any) -> Any:
 
 
 def _copies(request: GenerationRequest, number: int) -> list[GenerationRequest]:
-    """Requests for several answers, the i-th with seed + i; past the largest seed the smallest follows.
+    """Requests for several answers, the i-th with seed + i; after the largest seed comes the smallest.
 
-    They share the prompt: checking it again for each answer, and comparing it, would take seconds where it is long.
+    They share the prompt object: checking and comparing a long prompt again for each answer would take seconds.
     """
     seeds = (request.seed + i for i in range(1, number))
     others = [

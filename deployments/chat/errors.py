@@ -1,4 +1,5 @@
-"""What is wrong with a request, as the APIs tell it: a status, a message, and the field at fault. No HTTP library."""
+"""What is wrong with a request, as the APIs report it: a status, a message, and the field at fault. Uses no HTTP
+library."""
 
 import math
 import re
@@ -29,7 +30,7 @@ _MAX_MESSAGE_CHARS = 500
 
 
 class APIError(Exception):
-    """An error with its place in HTTP."""
+    """An error with its HTTP status."""
 
     def __init__(
         self,
@@ -53,11 +54,11 @@ class APIError(Exception):
 class PromptTooLongError(APIError):
     """A prompt that leaves no room for an answer.
 
-    The words are those by which clients recognize this error, and shorten the conversation by themselves.
+    Clients recognize this error by its wording, and shorten the conversation by themselves.
 
     Args:
-        num_tokens: the prompt's length, or "at least" so many.
-        most: tokens that prompt and answer may have together.
+        num_tokens: the prompt's length, or "at least" a number.
+        most: most tokens that prompt and answer may have together.
         param: the field at fault.
 
     Attributes:
@@ -76,17 +77,17 @@ class PromptTooLongError(APIError):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
-    """A request that is wrong in itself."""
+    """The error for an invalid request."""
     return APIError(400, message, param=param, code=code)
 
 
 def unsupported(param: str, what: str | None = None) -> APIError:
-    """A field that would change the answer, and that this server does not have."""
+    """The error for a field that would change the answer and that this server does not support."""
     return APIError(400, f"{what or param} is not supported by this server", param=param, code="unsupported_parameter")
 
 
 def not_ready() -> APIError:
-    """No engine has reported yet."""
+    """The error for a request that arrives before any engine has reported."""
     return APIError(
         503, "The model is still loading; try again in a few seconds", type=SERVER_ERROR, code="model_loading",
         headers={"Retry-After": "5"},
@@ -94,12 +95,12 @@ def not_ready() -> APIError:
 
 
 def internal() -> APIError:
-    """Something that should not happen."""
+    """The error for something that should not happen."""
     return APIError(500, "The server failed to answer this request", type=SERVER_ERROR, code="internal_error")
 
 
 def of_engine(error: LLMError) -> APIError:
-    """What an engine's or tokenizer's error is to a client."""
+    """The error that a client gets for an engine's or tokenizer's error."""
     if isinstance(error, InvalidRequestError):
         return invalid(str(error), error.param, error.code)
     if isinstance(error, OverloadedError):
@@ -127,10 +128,10 @@ def of_engine(error: LLMError) -> APIError:
 
 @contextmanager
 def in_words_of(fields: Mapping[str, str]) -> Iterator[None]:
-    """What is wrong with a chat made of another API's request, told with that API's names of fields.
+    """Report what is wrong with a chat made from another API's request, with that API's field names.
 
     Args:
-        fields: from patterns of a chat's field, such as `messages.*`, to what the other API has in their place.
+        fields: maps patterns of a chat's field, such as `messages.*`, to the other API's field.
 
     Raises:
         APIError: the body of the `with` raised it, or an `InvalidRequestError`.
@@ -149,7 +150,7 @@ def in_words_of(fields: Mapping[str, str]) -> Iterator[None]:
 
 
 def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
-    """The first thing that a body got wrong, without repeating the body."""
+    """The first thing that is wrong with a body, without repeating the body."""
     first = _first_of(error.errors(include_url=False, include_input=False, include_context=True))
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, APIError):
@@ -172,7 +173,7 @@ def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
 
 
 def _first_of(found: list[ErrorDetails]) -> ErrorDetails:
-    """The first error; where a value may have several forms, of the form that fits it best."""
+    """The first error; if a value may have several forms, the first of the form that fits it best."""
     *place, form = found[0]["loc"] or ("",)
     if form not in _TYPE_NAMES:
         return found[0]

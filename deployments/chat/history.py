@@ -1,7 +1,7 @@
-"""How a chat template wants to be told of earlier calls: found by trying, since templates disagree.
+"""The form in which a chat template expects earlier calls: found by trying, since templates disagree.
 
-Some want arguments as text where most want an object, or no content at all beside calls, or one call a message, or
-ids of nine letters. A client's history is put into whatever form the template takes.
+Some want arguments as text where most want an object, or no content next to calls, or one call per message, or ids of
+nine letters. A client's history is converted to the form that the template accepts.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ class HistoryStyle:
     """What a template wants.
 
     Attributes:
-        is_content_null: where a message has calls and no text, its content is null, not empty.
+        is_content_null: if a message has calls and no text, its content is null, not empty.
         has_text_arguments: arguments are JSON text, not an object.
         has_single_calls: a message holds one call.
         has_short_ids: ids of calls are nine letters or digits.
-        has_calls_alone: a message with calls has no text, which stands in a message of its own before it.
-        has_channels: thoughts never stand beside content of a message with calls, and every tool has a description:
+        has_calls_alone: a message with calls has no text; the text goes into a separate message before it.
+        has_channels: a message with calls never has both thoughts and content, and every tool has a description, as in
             gpt-oss's template.
     """
 
@@ -80,7 +80,7 @@ class HistoryStyle:
 
 
 def find_style(tokenizer: HFTokenizer, tool_parser: ToolParserName | None) -> HistoryStyle:
-    """The style in which a checkpoint's template shows the arguments of earlier calls; the usual one if none does."""
+    """The style in which a checkpoint's template shows the arguments of earlier calls; the usual style if none does."""
     has_short_ids = tool_parser is ToolParserName.MISTRAL
     has_channels = tool_parser is ToolParserName.HARMONY
     for is_content_null, has_text_arguments in ((False, False), (True, False), (True, True), (False, True)):
@@ -94,7 +94,7 @@ def find_style(tokenizer: HFTokenizer, tool_parser: ToolParserName | None) -> Hi
 
 
 def _shows(tokenizer: HFTokenizer, style: HistoryStyle, num_calls: int, content: str = "") -> bool:
-    """Whether so many calls in one message, beside this text, all come out of the template."""
+    """Whether this many calls in one message, along with this text, all appear in the template's output."""
     values = [f"value{i}" for i in range(num_calls)]
     ids = [f"abcdefgh{i}" for i in range(num_calls)]
     function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
@@ -116,7 +116,7 @@ def _shows(tokenizer: HFTokenizer, style: HistoryStyle, num_calls: int, content:
 
 
 def _text_before_calls(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages of text and calls as two messages."""
+    """Split messages with text and calls into two messages."""
     split: list[Mapping[str, Any]] = []
     for message in messages:
         if message.get("tool_calls") and message.get("content"):
@@ -127,7 +127,7 @@ def _text_before_calls(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[st
 
 
 def _one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of several calls as several messages, each with its result behind it."""
+    """Split messages with several calls into several messages, each followed by its result."""
     results = {message["tool_call_id"]: message for message in messages if message.get("tool_call_id")}
     placed: set[str] = set()
     split: list[dict[str, Any]] = []
@@ -148,7 +148,7 @@ def _one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _short_id(call_id: str) -> str:
-    """The id itself where it is short enough, else nine letters made of it, always the same."""
+    """The id itself if it is short enough; otherwise nine letters derived from it, always the same."""
     if _SHORT_ID.fullmatch(call_id):
         return call_id
     digest = hashlib.sha256(call_id.encode(errors="surrogatepass")).digest()

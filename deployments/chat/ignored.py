@@ -1,11 +1,11 @@
-"""Fields of a request's body that were ignored: what they are called, and how a client is told."""
+"""Ignored fields of a request's body: how they are named, and how a client is told."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
 MAX_FIELDS = 64
-"""Different fields of one request that are noted; the rest are ignored all the same."""
+"""Most distinct fields of one request that are noted; the rest are ignored without a note."""
 _MAX_NAME_CHARS = 48
 _MAX_PATH_CHARS = 120
 _MAX_HEADER_CHARS = 1024
@@ -18,10 +18,10 @@ _Place = tuple["_Place | None", str | int]
 class IgnoredFields:
     """Collects the fields of one request that were ignored.
 
-    Of fields with the same name in the same kind of object, the first one stands for all.
+    Among fields with the same name in the same kind of object, only the first is noted.
 
     Args:
-        is_strict: unknown fields are to be refused, not ignored.
+        is_strict: refuse unknown fields instead of ignoring them.
     """
 
     def __init__(self, *, is_strict: bool = False) -> None:
@@ -32,15 +32,15 @@ class IgnoredFields:
         """Note a field.
 
         Args:
-            kind: of the object that holds the field, such as its model's name.
-            owner: the object itself, as it was parsed, by which its place in the body is found.
+            kind: kind of the object that holds the field, such as its model's name.
+            owner: the parsed object itself, by which its place in the body is found.
             name: the field's name.
         """
         if len(self._first) < MAX_FIELDS:
             self._first.setdefault((kind, name), owner)
 
     def paths(self, body: Any) -> list[str]:
-        """Where the fields stand in the body, such as `messages[0].cache_control`, in characters safe for HTTP.
+        """Where the fields are in the body, such as `messages[0].cache_control`, in characters safe for HTTP.
 
         Args:
             body: the JSON value whose objects were noted.
@@ -52,7 +52,7 @@ class IgnoredFields:
 
 
 def header_value(paths: list[str]) -> str:
-    """The paths as the value of a header, cut at a bounded length, where it ends with `...`."""
+    """The paths as the value of a header; if it is too long, it is cut and ends with `...`."""
     value = ""
     for path in paths:
         longer = f"{value}, {path}" if value else path
@@ -63,7 +63,7 @@ def header_value(paths: list[str]) -> str:
 
 
 def _places(body: Any, wanted: set[int]) -> dict[int, _Place | None]:
-    """Places of the objects with these ids, looked for until all are found."""
+    """Places of the objects with these ids; the search stops when all are found."""
     found: dict[int, _Place | None] = {}
     left: list[tuple[_Place | None, Any]] = [(None, body)]
     while left and len(found) < len(wanted):
@@ -72,7 +72,7 @@ def _places(body: Any, wanted: set[int]) -> dict[int, _Place | None]:
             found[id(value)] = place
         items = value.items() if isinstance(value, dict) else enumerate(value)
         inner = [((place, key), item) for key, item in items if type(item) is dict or type(item) is list]
-        left.extend(reversed(inner))  # so that the first of many is met first
+        left.extend(reversed(inner))  # so that the first of many is visited first
     return found
 
 

@@ -1,8 +1,8 @@
-"""How many values a JSON text holds, known before it is parsed.
+"""Counts how many values a JSON text holds before it is parsed.
 
-A parser holds Python's interpreter lock for its whole call, so that nothing else runs beside it, on whatever thread it
-is called. How long it takes depends on the number of values, far more than on the text's length. So whatever comes from
-clients is counted first.
+A parser holds Python's interpreter lock for its whole call, so nothing else runs meanwhile, whatever thread it is
+called on. The time it takes depends on the number of values far more than on the text's length. The values of
+everything that clients send are therefore counted first.
 """
 
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ import numpy as np
 from deployments.chat.errors import APIError, invalid
 
 MAX_VALUES = 300_000
-"""Numbers, strings and so on in one request; enough for two prompts of 128,000 token ids."""
+"""Most numbers, strings and so on in one request; enough for two prompts of 128,000 token ids."""
 MAX_STRUCTURE = 65_536
-"""Objects, arrays and keys in one request."""
+"""Most objects, arrays and keys in one request."""
 _SLICE_BYTES = 1 << 18
 
 
@@ -25,8 +25,8 @@ class JSONSize:
     """How much a JSON text holds; neither number is lower than the true one.
 
     Attributes:
-        num_values: commas, and so about as many values.
-        num_structure: objects, arrays and keys.
+        num_values: number of commas, which is about the number of values.
+        num_structure: number of objects, arrays and keys.
     """
 
     num_values: int
@@ -34,18 +34,18 @@ class JSONSize:
 
     @property
     def is_too_much(self) -> bool:
-        """Whether a request may not hold so much."""
+        """Whether this is more than a request may hold."""
         return self.num_values > MAX_VALUES or self.num_structure > MAX_STRUCTURE
 
 
 def json_size(*texts: bytes) -> JSONSize:
-    """Count what JSON texts hold together, exactly only where it may be too much."""
+    """Count what JSON texts hold in total; the count is exact only if it may be too much."""
     size = _sum(map(_count_roughly, texts))
     return _sum(map(_count_outside_strings, texts)) if size.is_too_much else size
 
 
 def too_complex(what: str, param: str | None = None) -> APIError:
-    """What a client is told of a request with too many values.
+    """The error for a request with too many values.
 
     Args:
         what: the part of the request that holds them, with its verb.
@@ -61,18 +61,18 @@ def _sum(sizes: Iterable[JSONSize]) -> JSONSize:
 
 
 def _count_roughly(data: bytes) -> JSONSize:
-    """What stands in strings counts too, which is quick. Few texts come near the bounds even so."""
+    """Count quickly, including the contents of strings. Even so, few texts come near the bounds."""
     return JSONSize(data.count(b","), sum(map(data.count, (b"[", b"{", b":"))))
 
 
 def _count_outside_strings(data: bytes) -> JSONSize:
-    """Commas, and opening brackets and colons together, that belong to the JSON's structure."""
+    """Count commas, and opening brackets plus colons, that belong to the JSON's structure."""
     num_values = num_structure = 0
     is_inside = False
     start = 0
     while start < len(data):
         end = min(start + _SLICE_BYTES, len(data))
-        while end < len(data) and data[end - 1] == ord("\\"):  # an escape is not cut in two
+        while end < len(data) and data[end - 1] == ord("\\"):  # do not cut an escape in two
             end += 1
         slice_ = np.frombuffer(data, np.uint8, end - start, start)
         quotes = (slice_ == ord('"')) & ~_is_escaped(slice_)
@@ -86,7 +86,7 @@ def _count_outside_strings(data: bytes) -> JSONSize:
 
 
 def _is_escaped(slice_: "np.ndarray[Any, np.dtype[np.uint8]]") -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    """For each byte whether an odd number of backslashes stands right before it."""
+    """For each byte, whether an odd number of backslashes comes right before it."""
     is_backslash = slice_ == ord("\\")
     places = np.arange(len(slice_))
     last_other = np.maximum.accumulate(np.where(is_backslash, -1, places))

@@ -1,6 +1,6 @@
-"""Messages of a chat as they come over the wire, and as chat templates know them.
+"""Messages of a chat as sent over the wire, and in the form that chat templates expect.
 
-What the user says is checked. What a model once wrote, and the client repeats, is never refused, whatever its form.
+What the user says is checked. What a model once wrote and the client repeats is never refused, whatever its form.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from deployments.chat.tools import FunctionCall, ToolCall, Written
 from deployments.chat.wire_model import Items, NoEffect, Unsupported, WireModel
 
 MAX_TOOL_CALLS = 4096
-"""Calls of one message."""
+"""Most calls in one message."""
 
 
 def _text_or_nothing(value: Any) -> Any:
@@ -34,15 +34,15 @@ class ChatMessage(WireModel):
     ] = None
     name: str | None = None
     tool_calls: Annotated[Items[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
-    """Of an assistant: what it called."""
+    """For an assistant: its tool calls."""
     tool_call_id: Written | None = None
-    """Of a tool: the call that it answers."""
+    """For a tool: the call that it answers."""
     reasoning_content: Thoughts = None
-    """Of an assistant: what it thought. What becomes of it is the chat template's affair."""
+    """For an assistant: its thoughts. The chat template decides what to do with them."""
     reasoning: Thoughts = None
     """Another name of `reasoning_content`."""
     function_call: FunctionCall | None = None
-    """Of an assistant: an older form of `tool_calls`, answered by a message with the role `function`."""
+    """For an assistant: an older form of `tool_calls`, answered by a message with the role `function`."""
     refusal: NoEffect = None
     annotations: NoEffect = None
     audio: Annotated[Any, Unsupported()] = None
@@ -60,17 +60,17 @@ class ChatMessage(WireModel):
 
     @property
     def thoughts(self) -> str | None:
-        """What an assistant thought, under either name."""
+        """An assistant's thoughts, under either name."""
         return self.reasoning_content or self.reasoning
 
     @property
     def calls(self) -> list[ToolCall]:
-        """What an assistant called, in either form."""
+        """An assistant's calls, in either form."""
         older = [ToolCall(function=self.function_call)] if self.function_call is not None else []
         return self.tool_calls or older
 
     def turn(self) -> dict[str, Any]:
-        """As chat templates know it."""
+        """The message in the form that chat templates expect."""
         turn: dict[str, Any] = {"role": _TEMPLATE_ROLES.get(self.role, self.role), "content": self.content or ""}
         for name, value in (("name", self.name), ("tool_call_id", self.tool_call_id)):
             if value is not None:
@@ -83,11 +83,11 @@ class ChatMessage(WireModel):
 
 
 _TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
-"""Roles that templates know under another name."""
+"""Roles for which templates use another name."""
 
 
 def check_continued(messages: Sequence[ChatMessage] | None, add_generation_prompt: bool | None) -> None:
-    """Refuse to go on with a last message that is no text of the assistant's, or behind which something is to come.
+    """Refuse to continue a last message that is not the assistant's text, or that a new turn would follow.
 
     Raises:
         APIError: a 400.
@@ -101,13 +101,13 @@ def check_continued(messages: Sequence[ChatMessage] | None, add_generation_promp
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:
-    """Refuse calls whose arguments hold too much, and answers of tools that nobody called.
+    """Refuse calls whose arguments hold too much, and results of calls that were never made.
 
     Raises:
         APIError: a 400 with the field at fault.
     """
     called: set[str] = set()
-    # Each text is parsed by itself; what they hold together is bounded as what a body holds by itself.
+    # Each text is parsed separately; together they may hold as much as a body may.
     texts = [call.arguments for message in messages for call in message.calls]
     if json_size(*(text.encode(errors="surrogatepass") for text in texts)).is_too_much:
         raise too_complex("messages: the arguments of all tool calls together hold", "messages")

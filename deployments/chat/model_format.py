@@ -1,4 +1,4 @@
-"""How a model writes calls and thoughts, and what its chat template wants: by the template itself."""
+"""How a model writes calls and thoughts, and what its chat template expects, as found in the template itself."""
 
 from dataclasses import dataclass, field
 
@@ -14,15 +14,15 @@ _TAIL_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class ModelFormat:
-    """What to look for in a model's text, and how to tell it what it once wrote.
+    """What to look for in a model's text, and how to show it what it once wrote.
 
     Attributes:
-        tool_parser: how it writes calls; None where that is not known.
-        reasoning_parser: how it marks thoughts; None where it has none.
-        is_teaching: its chat template tells it of tools, or the configuration says that it knows them.
+        tool_parser: how it writes calls; None if not known.
+        reasoning_parser: how it marks thoughts; None if it has none.
+        is_teaching: its chat template tells it about tools, or the configuration says that it knows them.
         history: how earlier calls are put into the template.
-        markup: what is around a call's arguments, where a grammar can bind them.
-        warning: what whoever runs the server should know.
+        markup: the text around a call's arguments, if a grammar can bind them.
+        warning: what the server's operator should know.
     """
 
     tool_parser: ToolParserName | None = None
@@ -36,7 +36,7 @@ class ModelFormat:
 def find_format(
     tokenizer: HFTokenizer, tool_parser: ToolParserName, reasoning_parser: ReasoningParserName
 ) -> ModelFormat:
-    """The model's format, where it is `auto` by what its chat templates hold. Nothing is guessed."""
+    """The model's format; where it is set to `auto`, the chat templates decide. Nothing is guessed."""
     templates = tokenizer.template_sources
     is_teaching = tool_parser is not ToolParserName.NONE and tokenizer.templates_read("tools")
     tools: ToolParserName | None = tool_parser if tool_parser in TOOL_FORMATS else None
@@ -57,7 +57,7 @@ def find_format(
 
 
 def prompt_reasoning(tokenizer: HFTokenizer, form: ReasoningParserName | None, prompt_ids: list[int]) -> bool | None:
-    """Whether a prompt ends within thoughts (True), behind them (False), or without any (None)."""
+    """Whether a prompt ends within thoughts (True), after them (False), or without any (None)."""
     if form is None or form not in THOUGHT_TAGS:
         return None
     tags = THOUGHT_TAGS[form]

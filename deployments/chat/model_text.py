@@ -1,4 +1,4 @@
-"""What a router reads of a model's directory: its tokenizer, what it recommends, and how it writes."""
+"""What a router reads from a model's directory: its tokenizer, its recommended settings, and how it writes."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -18,18 +18,18 @@ from llm.tokenization.hf_tokenizer import HFTokenizer
 _ENDLESS = 2**31 - 1
 _SAMPLE_TEXT = "What is the capital of France?"
 _SAMPLE_CHATS = (("user",), ("system", "user"))
-"""Roles of chats of which a chat template takes at least one."""
+"""Roles of sample chats; a chat template must accept at least one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelText:
-    """How a model's text is made and read.
+    """How a model's text is encoded and read.
 
     Attributes:
-        tokenizer: with its chat templates.
+        tokenizer: the tokenizer, with its chat templates.
         defaults: what the model recommends for generation.
         format: how it writes calls and thoughts.
-        warnings: what whoever runs the server should know, each in one line.
+        warnings: what the server's operator should know, each in one line.
     """
 
     tokenizer: HFTokenizer
@@ -54,19 +54,19 @@ class ModelText:
         return (*self.defaults.warnings, *([self.format.warning] if self.format.warning is not None else []))
 
     def encoder(self, config: AppConfig, info: EngineInfo) -> PromptEncoder:
-        """What makes engine requests of API requests.
+        """What turns API requests into engine requests.
 
         Args:
-            info: what the engines take.
+            info: what the engines accept.
         """
         grammars = GrammarCompiler(self.tokenizer, info.vocab_size)
         return PromptEncoder(self.tokenizer, self.defaults, info, config.limits, self.format, grammars)
 
     def check(self, config: AppConfig, vocab_size: int) -> None:
-        """See that a text and a chat can be told to a model of so many ids.
+        """Check that a text and a chat can be encoded for a model with this vocabulary size.
 
         Raises:
-            ConfigError: they cannot; which file is at fault.
+            ConfigError: they cannot; it names the file at fault.
         """
         encoder = self.encoder(config, EngineInfo(config.model_name, _ENDLESS, _ENDLESS, 1, 1, vocab_size, "", "", ""))
         try:

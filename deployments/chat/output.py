@@ -1,4 +1,4 @@
-"""What an answer consists of: pieces of content and of reasoning, and calls of tools, as they come."""
+"""What an answer consists of: pieces of content and reasoning, and tool calls, as they are generated."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +20,7 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallStart:
-    """A call of a tool begins; its arguments follow."""
+    """The beginning of a tool call; its arguments follow."""
 
     index: int
     call_id: str
@@ -39,17 +39,17 @@ OutputEvent = TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments
 
 
 class OutputParser(Protocol):
-    """Makes events of text."""
+    """Turns text into events."""
 
     def push(self, text: str) -> list[OutputEvent]:
         """Take the next piece."""
         ...
 
     def finish(self) -> list[OutputEvent]:
-        """The text is over; give what was held back."""
+        """End the text; return what was held back."""
         ...
 
 
 def num_held(text: str, tag: str) -> int:
-    """Characters at the end of `text` that may be the beginning of `tag`."""
+    """Number of characters at the end of `text` that may be the beginning of `tag`."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if tag.startswith(text[-n:])), 0)

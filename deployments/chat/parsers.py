@@ -1,6 +1,6 @@
-"""A model's text as what it means: reasoning, content, tool calls. Piece by piece, as the text comes.
+"""Separates a model's text into reasoning, content and tool calls, piece by piece as the text arrives.
 
-What looks like markup but is none is given back as content, so nothing that the model wrote is lost.
+Text that looks like markup but is not is returned as content, so nothing that the model wrote is lost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ class ThoughtTags:
     """What a model puts around its thoughts.
 
     Attributes:
-        before, behind: the tags.
-        interrupts: what ends thoughts as well, and belongs to what follows.
+        before, behind: the opening and closing tags.
+        interrupts: text that also ends thoughts, and belongs to what follows.
     """
 
     before: str
@@ -31,22 +31,22 @@ class ThoughtTags:
 
 
 THOUGHT_TAGS: Mapping[ReasoningParserName, ThoughtTags] = {
-    # Kimi K2 Thinking calls tools out of its thoughts without closing them.
+    # Kimi K2 Thinking calls tools from within its thoughts without closing them.
     ReasoningParserName.THINK: ThoughtTags("<think>", "</think>", (kimi.OPEN,)),
     ReasoningParserName.MISTRAL: ThoughtTags("[THINK]", "[/THINK]"),
 }
-"""Of Qwen3, DeepSeek, GLM and Kimi, and of Mistral's reasoning models, as their chat templates show them."""
+"""Tags of Qwen3, DeepSeek, GLM and Kimi, and of Mistral's reasoning models, as in their chat templates."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """How an answer is to be read.
+    """How to read an answer.
 
     Attributes:
-        tool_parser: how calls are written; None where none may come.
+        tool_parser: how calls are written; None if there can be none.
         is_forced: the answer consists of calls as bare JSON, whatever the model's own form is.
-        reasoning_parser: how thoughts are marked; None where none may come.
-        is_reasoning: whether the prompt ends within thoughts (True), behind them (False) or without any (None).
+        reasoning_parser: how thoughts are marked; None if there can be none.
+        is_reasoning: whether the prompt ends within thoughts (True), after them (False) or without any (None).
         parameters: JSON schemas of the tools' parameters, by the tools' names.
     """
 
@@ -58,7 +58,7 @@ class AnswerForm:
 
     @property
     def tags(self) -> frozenset[str]:
-        """What the parser looks for, which must reach it as text where it is a special token."""
+        """What the parser looks for. If a tag is a special token, it must reach the parser as text."""
         tags: set[str] = set()
         if self.tool_parser is not None and not self.is_forced:
             tags |= {*TOOL_FORMATS[self.tool_parser].tags}
@@ -83,7 +83,7 @@ class PlainParser:
 
 
 class ChainedParser:
-    """What is content to one parser is read by another.
+    """Passes the content that one parser finds to another.
 
     Args:
         first: takes the text.
@@ -110,7 +110,7 @@ class ChainedParser:
 
 
 class CallsOnlyParser:
-    """Leaves out content: of an answer that consists of calls, which a limit may cut before the first has a name.
+    """Drops content. For answers that consist only of calls, which a limit may cut before the first has a name.
 
     Args:
         calls: finds them.
@@ -144,10 +144,10 @@ def make_parser(form: AnswerForm) -> OutputParser:
 
 
 def preamble_of(form: AnswerForm, *, may_call: bool) -> Preamble | None:
-    """What an answer may begin with before a grammar binds it; None where that is nothing.
+    """What an answer may begin with before a grammar binds it; None if nothing.
 
     Args:
-        may_call: the grammar tells an answer from calls by itself.
+        may_call: the grammar itself distinguishes an answer from calls.
     """
     if form.reasoning_parser is ReasoningParserName.HARMONY:
         return harmony.PREAMBLE.model_copy(update={"lead": ""}) if may_call else harmony.PREAMBLE
@@ -165,7 +165,7 @@ def _read_calls(source: Source, form: AnswerForm) -> Reading[None]:
 
 
 def _thoughts_parser(form: AnswerForm) -> OutputParser | None:
-    """What tells thoughts from the rest, and in gpt-oss's format calls as well."""
+    """The parser that separates thoughts from the rest, and in gpt-oss's format calls as well."""
     is_harmony = form.tool_parser is ToolParserName.HARMONY
     if is_harmony or form.reasoning_parser is ReasoningParserName.HARMONY:
         has_reasoning = form.reasoning_parser is ReasoningParserName.HARMONY

@@ -1,6 +1,6 @@
-"""Requests of the OpenAI API as they come over the wire: strict types, every bound written down.
+"""Requests of the OpenAI API as sent over the wire, with strict types and explicit bounds.
 
-See `wire_model` for what becomes of fields without effect, of those this server lacks, and of unknown ones.
+See `wire_model` for how fields without effect, unsupported fields and unknown fields are treated.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -83,14 +83,14 @@ class SamplingFields(StructuredFields, RequestBody):
     """Name of the served model, as `/v1/models` gives it."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    """Without effect on an answer that is not streamed."""
+    """No effect on an answer that is not streamed."""
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    """Answers to each prompt; the i-th has seed + i."""
+    """Number of answers to each prompt; the i-th uses seed + i."""
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     stop: Annotated[str | Items[str] | None, BeforeValidator(_check_stop)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """0 for the likeliest token, as with `temperature: 0`."""
+    """0 to always take the likeliest token, as with `temperature: 0`."""
 
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -107,15 +107,14 @@ class SamplingFields(StructuredFields, RequestBody):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     """Extension. No stop of any kind before this many tokens."""
     ignore_eos: bool | None = None
-    """Extension. Go on past the end of the answer."""
+    """Extension. Continue past the end of the answer."""
     stop_token_ids: Annotated[Items[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     """Extension."""
     priority: Priority | None = None
-    """Extension. While requests wait, lower ones go first; 0 where it is not given. How low it may be, the API key
-    says."""
+    """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
 
     cache_salt: Annotated[str, Field(max_length=128)] | None = None
-    """Extension. Share cached prompts with requests of the same salt only."""
+    """Extension. Share cached prompts only with requests that have the same salt."""
 
     user: NoEffect = None
     metadata: NoEffect = None
@@ -126,7 +125,7 @@ class SamplingFields(StructuredFields, RequestBody):
     prompt_cache_retention: NoEffect = None
 
     chat_template: Any = Field(default=None, json_schema_extra={"deprecated": True})
-    """Refused: the template is the model's."""
+    """Refused: the model's own template is used."""
 
     @model_validator(mode="after")
     def _check_common(self) -> Self:
@@ -146,7 +145,7 @@ class SamplingFields(StructuredFields, RequestBody):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """How many likeliest tokens are asked for in the place of each of the prompt's; None for no such."""
+        """How many of the likeliest tokens are requested at each position of the prompt; None for none."""
         return None
 
     def stop_strings(self) -> tuple[str, ...]:
@@ -161,7 +160,7 @@ class ChatRequest(SamplingFields):
 
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens to generate; by default what the context has left."""
+    """Most tokens to generate; by default as many as fit in the context."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Older name of `max_completion_tokens`."""
     logprobs: bool | None = None
@@ -169,16 +168,16 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     """Extension. Variables for the model's chat template, such as `enable_thinking`."""
     add_generation_prompt: bool | None = None
-    """Extension. False to leave out what opens the assistant's answer."""
+    """Extension. False to leave out the text that opens the assistant's answer."""
     continue_final_message: bool | None = None
-    """Extension. The answer goes on with the last message, an assistant's, where that one ends."""
+    """Extension. The answer continues the last message, which must be an assistant's, where it ends."""
 
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    """Functions that the model may ask for."""
+    """Functions that the model may call."""
     tool_choice: ToolChoice | None = None
-    """`auto` where there are tools: the model decides. `required` and a name force a call by a grammar."""
+    """`auto` if there are tools: the model decides. `required` or a name forces a call by a grammar."""
     parallel_tool_calls: bool | None = None
-    """False for one call at most where calls are forced."""
+    """False for at most one call if calls are forced."""
     functions: Annotated[Any, Unsupported()] = None
     """Not supported: use `tools`."""
     function_call: Annotated[Any, Unsupported("none", "auto")] = None
@@ -192,7 +191,7 @@ class ChatRequest(SamplingFields):
     reasoning_effort: Effort | None = None
     """Given to the chat template, as `reasoning_effort`, and as `enable_thinking: false` for `none`."""
     verbosity: NoEffect = None
-    """The model decides how much it says."""
+    """Ignored: the model decides how much it writes."""
     web_search_options: Annotated[Any, Unsupported()] = None
     """Not supported."""
 
@@ -211,7 +210,7 @@ class ChatRequest(SamplingFields):
 
     @property
     def takes_long(self) -> bool:
-        """See `SamplingFields`; templates may do much with tools and variables."""
+        """See `SamplingFields`; templates may do a lot of work with tools and variables."""
         return super().takes_long or bool(self.tools or self.chat_template_kwargs or self.reasoning_effort)
 
     @property
@@ -224,10 +223,10 @@ Prompt = str | list[str] | list[int] | list[list[int]]
 
 
 def check_prompt(value: Any, param: str = "prompt") -> Any:
-    """Text, texts, ids or lists of ids; told apart here because a union's errors would name every form.
+    """A text, texts, ids or lists of ids; distinguished here because a union's errors would name every form.
 
     Raises:
-        APIError: it is neither.
+        APIError: it is none of these.
     """
     if isinstance(value, str):
         if not value:
@@ -252,7 +251,7 @@ def check_prompt(value: Any, param: str = "prompt") -> Any:
 
 
 def check_token_ids(ids: list[Any], param: str) -> None:
-    """Each must be a whole number from 0 up; booleans and fractions are none.
+    """Check that each is a whole number of at least 0; booleans and fractions are not.
 
     Raises:
         APIError: one is not.
@@ -267,13 +266,13 @@ class CompletionRequest(SamplingFields):
 
     prompt: Annotated[Any, BeforeValidator(check_prompt, json_schema_input_type=Prompt)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Most tokens to generate; 16 by default. 0 to have the prompt read only."""
+    """Most tokens to generate; 16 by default. 0 to only process the prompt."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
-    """Log probabilities of the tokens generated, and with `echo` of the prompt's."""
+    """Log probabilities of the generated tokens, and with `echo` of the prompt's tokens."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """Extension. Log probabilities of the prompt's tokens, and of so many likeliest in the place of each."""
+    """Extension. Log probabilities of the prompt's tokens, and of this many likeliest tokens at each position."""
     best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = None
-    """Answers to make of each prompt; the `n` with the highest mean log probability of a token are given."""
+    """Answers to generate for each prompt; the `n` with the highest mean log probability per token are returned."""
     echo: bool | None = None
     """Begin each answer with its prompt."""
     suffix: Annotated[Any, Unsupported()] = None
@@ -295,14 +294,14 @@ class CompletionRequest(SamplingFields):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are asked for in the place of each of the prompt's; None for no such."""
+        """How many of the likeliest tokens are requested at each position of the prompt; None for none."""
         asked = [self.prompt_logprobs] if self.prompt_logprobs is not None else []
         asked += [self.logprobs] if self.echo and self.logprobs is not None else []
         return max(asked, default=None)
 
     @property
     def num_answers(self) -> int:
-        """Answers to make of each prompt."""
+        """Number of answers to generate for each prompt."""
         return max(self.n or 1, self.best_of or 1)
 
 
@@ -313,9 +312,9 @@ class TokenizeRequest(RequestBody):
     prompt: str | None = None
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
-    """With a prompt: put the special tokens around it that the model's tokenizer does. True by default."""
+    """With a prompt: add the special tokens that the model's tokenizer adds. True by default."""
     add_generation_prompt: bool | None = None
-    """With messages: end with what opens the assistant's answer. True by default."""
+    """With messages: end with the text that opens the assistant's answer. True by default."""
     continue_final_message: bool | None = None
     """With messages: as in a chat."""
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -324,7 +323,7 @@ class TokenizeRequest(RequestBody):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Effort | None = None
     return_token_strs: bool | None = None
-    """Give each token's text too."""
+    """Return each token's text too."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -341,7 +340,7 @@ class TokenizeRequest(RequestBody):
         return bool(self.tools or self.chat_template_kwargs or self.reasoning_effort)
 
     def to_chat(self) -> ChatRequest:
-        """The chat whose prompt is asked for; only with messages.
+        """The chat whose prompt is requested; only with messages.
 
         Raises:
             APIError: a 400 with the field at fault.

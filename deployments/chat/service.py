@@ -1,4 +1,4 @@
-"""From a request of an API to a turn that is under way."""
+"""Turns an API request into a turn that is in progress."""
 
 import asyncio
 import logging
@@ -23,10 +23,10 @@ _LONG_BYTES = 64 << 10
 
 
 class ChatService:
-    """Owns the tokenizer, and gives the router what it makes of requests.
+    """Owns the tokenizer, prepares requests, and passes them to the router.
 
     Args:
-        router: generates.
+        router: generates the answers.
 
     Raises:
         CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
@@ -44,10 +44,10 @@ class ChatService:
 
     @property
     def encoder(self) -> PromptEncoder:
-        """Makes engine requests of API requests.
+        """Turns API requests into engine requests.
 
         Raises:
-            APIError: 503, no engine has told its limits yet.
+            APIError: a 503; no engine has reported its limits yet.
         """
         info, config = self._router.info, self._router.config
         if info is None:
@@ -60,12 +60,12 @@ class ChatService:
         """Do work on a request of this size without holding up the event loop.
 
         Args:
-            size: of the request's body, in bytes.
-            work: holds the interpreter's lock for a few milliseconds at a time only.
+            size: size of the request's body, in bytes.
+            work: must hold the interpreter's lock for only a few milliseconds at a time.
         """
         if size <= INLINE_BYTES:
             return work()
-        # A request that takes seconds keeps no short one waiting.
+        # A request that takes seconds must not keep short ones waiting.
         threads = self._threads if size <= _LONG_BYTES else self._thread_for_long
         return await asyncio.get_running_loop().run_in_executor(threads, work)
 
@@ -80,7 +80,7 @@ class ChatService:
         return Turn(group, self.tokenizer, stop or self._defaults.stop_strings, chat.parser, shown_ids=shown_ids)
 
     async def completion(self, completion: EncodedCompletion, stop: Sequence[str], caller: Caller) -> Turn:
-        """Begin to continue a prompt, or several.
+        """Begin to continue one or more prompts.
 
         Raises:
             LLMError: see `Router.start`.

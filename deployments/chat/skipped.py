@@ -1,4 +1,4 @@
-"""Parts of a request that are left out: of kinds that this server does not have, and that the answer can do without."""
+"""Parts of a request that are left out: kinds that this server does not support and that the answer can do without."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -10,16 +10,16 @@ from deployments.chat.wire_model import is_strict, note_ignored
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A tool or an item of a kind that this server does not have, as it came."""
+    """A tool or an item of a kind that this server does not support, as received."""
 
     value: dict[str, Any]
 
 
 def skip(value: Any, info: ValidationInfo) -> Skipped:
-    """Take in what is left out, and note that it is ignored.
+    """Accept a part that is left out, and note that it is ignored.
 
     Raises:
-        ValueError: it has no type, or the request is to be checked strictly.
+        ValueError: it has no type, or the request is checked strictly.
     """
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         raise ValueError("must be an object with a type")
@@ -30,4 +30,4 @@ def skip(value: Any, info: ValidationInfo) -> Skipped:
 
 
 AnySkipped = Annotated[Skipped, PlainValidator(skip, json_schema_input_type=dict[str, Any]), Tag("[skipped]")]
-"""Whatever has a type, as one member of a union by tags."""
+"""Anything with a type, as one member of a tagged union."""

@@ -1,4 +1,4 @@
-"""What an answer must look like, as requests say it: `response_format`, and vLLM's `guided_…` fields."""
+"""How requests say what an answer must look like: `response_format`, and vLLM's `guided_…` fields."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ class JsonSchemaFormat(WireModel):
     description: NoEffect = None
     schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
     strict: NoEffect = None
-    """Answers always keep to the schema."""
+    """Ignored: answers always follow the schema."""
 
 
 class ResponseFormat(WireModel):
@@ -31,7 +31,7 @@ class ResponseFormat(WireModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
-    """With `json_schema`."""
+    """The schema, if the type is `json_schema`."""
 
 
 class StructuredOutputs(WireModel):
@@ -46,7 +46,7 @@ class StructuredOutputs(WireModel):
 
 
 class StructuredFields(WireModel):
-    """Fields that bind an answer to a grammar; at most one is given."""
+    """Fields that bind an answer to a grammar; at most one may be given."""
 
     response_format: ResponseFormat | None = None
     guided_json: str | dict[str, Any] | bool | None = None
@@ -62,7 +62,7 @@ class StructuredFields(WireModel):
 
 
 def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
-    """The field that binds the answer, and how; None where it is free.
+    """The field that binds the answer, and its grammar; None if the answer is free.
 
     Raises:
         APIError: there are several such fields, or a schema is missing.
@@ -98,7 +98,7 @@ def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
 
 
 def grammar_error(error: InvalidRequestError, param: str) -> APIError:
-    """What is wrong with a grammar, under the name of the field that it came with."""
+    """The error for a wrong grammar, which names the field that it came with."""
     return invalid(f"{param}: {str(error).removeprefix('grammar: ')}", param, error.code)
 
 

@@ -1,4 +1,4 @@
-"""A chat's turns, told to a model's chat template in a form that it takes."""
+"""Renders a chat's turns in a form that the model's chat template accepts."""
 
 import secrets
 import time
@@ -18,17 +18,17 @@ def render_turns(
 ) -> RenderedChat:
     """The chat's text.
 
-    Templates differ in what they refuse. Where one refuses the turns as they are, they are told in another form: with
-    arguments that are no JSON object inside one, with all system messages as one in front, with what the user says
-    several times in a row as one turn, and with the system's text in front of the user's.
+    Templates differ in what they refuse. If one refuses the turns as they are, other forms are tried: arguments that
+    are not a JSON object are put inside one, all system messages become one at the front, consecutive user turns become
+    one, and the system's text goes in front of the user's.
 
     Args:
-        turns: as templates know them, the first one first.
+        turns: the turns in the form that templates expect, first turn first.
         is_continued: the text ends where the last turn's content ends, as with transformers' `continue_final_message`.
         options: see `HFTokenizer.render_chat`.
 
     Raises:
-        InvalidRequestError: the template refuses the turns in every form; what it said of the first one.
+        InvalidRequestError: the template refuses the turns in every form; gives its message about the first form.
         APIError: the last turn is to be continued, and the template does not show it.
     """
     mark = f"<end-{secrets.token_hex(8)}>"
@@ -60,7 +60,8 @@ def _cut(chat: RenderedChat, mark: str) -> RenderedChat:
 
 
 def _forms(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
-    """The turns, then those other forms that differ from them, the closest first; each change stays in what follows."""
+    """The turns, then other forms that differ from them, closest first; each form keeps the changes of the previous
+    ones."""
     form = list(turns)
     yield form
     for change in (_with_objects, _with_one_system_turn, _with_alternating_turns, _without_system_turn):
@@ -71,7 +72,7 @@ def _forms(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
 
 
 def _with_objects(turns: list[Turn]) -> list[Turn]:
-    """The arguments of each call are an object: a text goes into one."""
+    """Make the arguments of each call an object: a text is put inside one."""
     return [
         {**turn, "tool_calls": [_with_object(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
         for turn in turns
@@ -86,7 +87,7 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_one_system_turn(turns: list[Turn]) -> list[Turn]:
-    """The texts of all system messages stand in front, in one."""
+    """Combine the texts of all system messages into one at the front."""
     texts = [turn["content"] for turn in turns if turn["role"] == "system"]
     if not texts:
         return turns
@@ -94,7 +95,7 @@ def _with_one_system_turn(turns: list[Turn]) -> list[Turn]:
 
 
 def _with_alternating_turns(turns: list[Turn]) -> list[Turn]:
-    """What the user says several times in a row is one turn."""
+    """Combine consecutive user turns into one."""
     merged: list[Turn] = []
     for turn in turns:
         if merged and turn["role"] == merged[-1]["role"] == "user":
@@ -105,7 +106,7 @@ def _with_alternating_turns(turns: list[Turn]) -> list[Turn]:
 
 
 def _without_system_turn(turns: list[Turn]) -> list[Turn]:
-    """The text of the system message stands in front of the user's."""
+    """Put the text of the system message in front of the user's."""
     if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
         return turns
     system, user, *rest = turns

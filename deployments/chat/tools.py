@@ -1,4 +1,4 @@
-"""Tools in requests: what may be called, what must be, and how a call that must be is put into a grammar."""
+"""Tools in requests: which may be called, which must be called, and how a grammar forces a call."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def _check_tool_type(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """Text for anything, such as arguments, which some servers and clients give as an object."""
+    """Any value as text, such as arguments, which some servers and clients send as an object."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -34,14 +34,14 @@ Written = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=Any)]
 
 
 class FunctionDefinition(WireModel):
-    """A function that the model may ask for."""
+    """A function that the model may call."""
 
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """JSON schema of its arguments, an object; none for any object."""
+    """JSON schema of its arguments, which are an object; without it, any object is accepted."""
     strict: bool | None = None
-    """Calls that the model decides on keep to the schema as well, and a schema that cannot be followed is refused."""
+    """Calls that the model decides to make follow the schema too, and a schema that cannot be followed is refused."""
 
 
 class Tool(WireModel):
@@ -52,13 +52,13 @@ class Tool(WireModel):
 
 
 class FunctionName(WireModel):
-    """A function by its name."""
+    """The name of a function."""
 
     name: ToolName
 
 
 class NamedToolChoice(WireModel):
-    """This one, and no other."""
+    """Call this function and no other."""
 
     type: Literal["function"]
     function: FunctionName
@@ -72,7 +72,7 @@ class AllowedTools(WireModel):
 
 
 class AllowedToolsChoice(WireModel):
-    """Only these: the model is told of no others."""
+    """Call only these tools; the model is not told about any others."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -99,7 +99,7 @@ class FunctionCall(WireModel):
 
     name: Written = ""
     arguments: Written = ""
-    """A JSON object, as text, if the model made no mistake."""
+    """A JSON object as text, if the model made no mistake."""
 
 
 class CustomCall(WireModel):
@@ -117,7 +117,7 @@ class ToolCall(WireModel):
     function: FunctionCall | None = None
     custom: CustomCall | None = None
     index: NoEffect = None
-    """The call's number in a stream, from which it was put together."""
+    """Ignored: the call's number in the stream from which it was assembled."""
 
     @property
     def arguments(self) -> str:
@@ -127,7 +127,8 @@ class ToolCall(WireModel):
         return self.custom.input if self.custom is not None else ""
 
     def turn(self) -> dict[str, Any]:
-        """As chat templates know it, with arguments as an object, or as text if they are none."""
+        """The call in the form that chat templates expect, with arguments as an object, or as text if they are not
+        one."""
         called = self.function or self.custom
         function = {"name": called.name if called is not None else "", "arguments": _object_or_text(self.arguments)}
         return {"id": self.id, "type": "function", "function": function}
@@ -144,7 +145,7 @@ def _object_or_text(text: str) -> dict[str, Any] | str:
 
 
 def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> None:
-    """Refuse tools of the same name, parameters that describe no object, and a choice of what is not there.
+    """Refuse tools with the same name, parameters that do not describe an object, and a choice of a missing tool.
 
     Raises:
         APIError: a 400 with the field at fault.
@@ -173,7 +174,7 @@ def _chosen_names(choice: ToolChoice | None) -> list[str]:
 def allowed_tools(
     tools: Sequence[Tool] | None, choice: ToolChoice | None
 ) -> tuple[list[Tool] | None, Literal["none", "auto", "required"] | NamedToolChoice | None]:
-    """The tools that the model may be told of, and the choice among these."""
+    """The tools that the model may be told about, and the choice among them."""
     if not tools:
         return None, None
     if not isinstance(choice, AllowedToolsChoice):
@@ -183,9 +184,9 @@ def allowed_tools(
 
 
 def forced_grammar(tools: Sequence[Tool], choice: ToolChoice | None, *, may_be_many: bool) -> Grammar | None:
-    """What an answer must look like that must call; None where it need not.
+    """What an answer that must make a call has to look like; None if it need not make one.
 
-    Such an answer is a JSON list of calls, or one call by itself where a tool is named.
+    Such an answer is a JSON list of calls, or a single call if a tool is named.
     """
     if isinstance(choice, NamedToolChoice):
         chosen = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -199,12 +200,12 @@ def forced_grammar(tools: Sequence[Tool], choice: ToolChoice | None, *, may_be_m
     definitions = {
         tool.function.name: relocated(arguments_schema(tool), f"#/$defs/{tool.function.name}") for tool in chosen
     }
-    # Tools that are strict are checked by themselves.
+    # Strict tools are checked separately.
     return Grammar(kind=GrammarKind.JSON_SCHEMA, text=json.dumps({**schema, "$defs": definitions}), is_lenient=True)
 
 
 def strict_grammar(tools: Sequence[Tool], markup: CallMarkup, *, may_be_many: bool) -> Grammar | None:
-    """Free text in which calls keep to the schemas; None where no tool is strict."""
+    """Free text in which calls follow the schemas; None if no tool is strict."""
     if not any(tool.function.strict for tool in tools):
         return None
     calls = [
@@ -231,7 +232,7 @@ def strict_grammar(tools: Sequence[Tool], markup: CallMarkup, *, may_be_many: bo
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """What a tool's arguments must look like: an object, an empty one where there are no parameters."""
+    """What a tool's arguments must look like: an object, which is empty if there are no parameters."""
     parameters = tool.function.parameters or {}
     if not parameters.get("properties") and not parameters.keys() - _DESCRIBING:
         return {"type": "object", "properties": {}, "additionalProperties": False}

@@ -1,4 +1,4 @@
-"""One answer to a request: its choices as events, from which every API writes what it says."""
+"""One answer to a request: its choices as events, from which each API writes its own format."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -12,25 +12,25 @@ from deployments.router.group import GenerationGroup
 from llm.tokenization.tokenizer import Tokenizer
 
 _TOKENS_AT_ONCE = 512
-"""Tokens of a turn that are made text without giving others a turn on the event loop, where so many have gathered."""
+"""Most accumulated tokens that a turn turns into text before it lets other work run on the event loop."""
 
 
 class Turn:
-    """The assistant's turn, as it comes. Whoever reads it must `cancel` it at the end, in whatever way that comes.
+    """The assistant's turn, as it is generated. Its reader must `cancel` it at the end, however it ends.
 
     Args:
-        group: its generations, started.
+        group: its generations, which have been started.
         tokenizer: turns tokens into text.
         stop: stop strings.
         parser: makes a parser for each choice's text.
-        shown_ids: special tokens that the parsers are to see.
-        echoes: for each prompt what its choices begin with, or nothing at all.
-        num_prompts: prompts in the request; each has the same number of choices.
+        shown_ids: special tokens that the parsers must see as text.
+        echoes: what each prompt's choices begin with; empty if they echo nothing.
+        num_prompts: number of prompts in the request; each has the same number of choices.
 
     Attributes:
-        choices: of the first prompt, then of the second, and so on.
+        choices: the choices of the first prompt, then of the second, and so on.
         answers_a_prompt: number of choices that each prompt has.
-        generation_id: the first generation's, so that the answer can be found in the log.
+        generation_id: id of the first generation, so that the answer can be found in the log.
     """
 
     def __init__(
@@ -82,22 +82,22 @@ class Turn:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Of these, tokens of thoughts; an estimate."""
+        """How many of these are tokens of thoughts; an estimate."""
         return sum(choice.num_reasoning_tokens for choice in self.choices)
 
     def phases_ms(self) -> dict[str, float]:
-        """Where the time went so far, of the first choice."""
+        """How long each phase of the first choice has taken so far, in milliseconds."""
         return self._group.generations[0].timeline.phases_ms()
 
     def cancel(self) -> None:
-        """Give up what still runs. Safe to call at any time, more than once."""
+        """Give up the generations that still run. Safe to call at any time, more than once."""
         self._group.cancel()
 
     async def begin(self) -> None:
-        """Wait until something has come, so that a request which fails at once can still be answered with a status.
+        """Wait for the first news, so that a request that fails at once can still be answered with a status.
 
         Raises:
-            APIError: the first thing that came is a failure.
+            APIError: the first news is a failure.
         """
         self._news = await self._group.news()
         for generation in self._news:
@@ -106,10 +106,10 @@ class Turn:
                 raise error
 
     async def updates(self) -> list[Update]:
-        """Wait for what is new in the choices that have got on. Not to be called once the turn is complete.
+        """Wait for what is new in the choices. Do not call it once the turn is complete.
 
         Raises:
-            APIError: a choice failed. What came before has been returned.
+            APIError: a choice failed. Everything before that has been returned.
         """
         if self._error is not None:
             raise self._error

@@ -1,14 +1,14 @@
-"""The base of everything that comes in a request's body, and the one rule on its fields.
+"""The base class of everything in a request's body, and the rules on its fields.
 
 At every depth of a body:
 
-- `null` is absence, of a field and of an item in a list, but not of a token id in a list of these.
-- A field that no model declares is ignored, and so is one declared as `NoEffect`. An `IgnoredFields` given as the
+- `null` means absent, for a field and for an item in a list, but not for a token id in a list of token ids.
+- An undeclared field is ignored, and so is one declared as `NoEffect`. An `IgnoredFields` passed as the
   validation's context collects them; if it is strict, undeclared fields are refused.
 - A field declared as `Unsupported` is refused with its name, unless its value asks for nothing.
 - A whole number may be written with a fraction of zero, such as `3.0`.
 
-All other types are strict: nothing else is coerced, and NaN is no number.
+All other types are strict: nothing else is coerced, and NaN is not a number.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ from deployments.chat.ignored import IgnoredFields
 T = TypeVar("T")
 
 Items = Annotated[list[T], Field(fail_fast=True)]
-"""A list whose first wrong item ends its check: describing what is wrong takes far longer than the check itself."""
+"""A list whose check ends at the first wrong item: describing an error takes far longer than the check itself."""
 
 UNSUPPORTED = "unsupported_field"
-"""Type of pydantic's error for a field that is refused because this server lacks it."""
+"""Type of pydantic's error for a field that is refused because this server does not support it."""
 
 
 class _NoEffect:
-    """Marks a field of which any value is ignored."""
+    """Marks a field whose value is always ignored."""
 
 
 NoEffect = Annotated[Any, _NoEffect()]
@@ -39,10 +39,10 @@ NoEffect = Annotated[Any, _NoEffect()]
 
 
 class Unsupported:
-    """Marks a field that would change the answer and that this server lacks.
+    """Marks a field that would change the answer and that this server does not support.
 
     Args:
-        harmless: values beside `null`, `false`, and an empty string or list that ask for nothing.
+        harmless: values that ask for nothing, besides `null`, `false`, and an empty string or list.
     """
 
     def __init__(self, *harmless: Any) -> None:
@@ -53,7 +53,7 @@ class Unsupported:
         return value is None or value is False or value in ("", []) or value in self._harmless
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Whatever reaches validation is refused."""
+        """Refuse every value that reaches validation."""
         return core_schema.no_info_before_validator_function(_refuse, handler(source))
 
 
@@ -102,7 +102,7 @@ def _treatment(model: type[BaseModel]) -> _Fields:
 
 
 def _forms(annotation: Any) -> list[Any]:
-    """The types that a field may hold, out of unions and annotations."""
+    """The types that a field may hold, taken out of unions and annotations."""
     if get_origin(annotation) is Annotated:
         return _forms(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -111,7 +111,7 @@ def _forms(annotation: Any) -> list[Any]:
 
 
 class WireModel(BaseModel):
-    """An object of a request, to which the rule on fields applies."""
+    """An object of a request, to which the rules on fields apply."""
 
     model_config = ConfigDict(
         strict=True,
@@ -119,14 +119,14 @@ class WireModel(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         use_attribute_docstrings=True,
-        json_schema_extra=lambda schema: schema.pop("additionalProperties", None),  # what is undeclared is ignored
+        json_schema_extra=lambda schema: schema.pop("additionalProperties", None),  # undeclared fields are ignored
     )
 
     _fields: ClassVar[_Fields]
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Find out once how the fields are treated."""
+        """Determine once how the fields are treated."""
         cls._fields = _treatment(cls)
 
     @model_validator(mode="before")
@@ -149,23 +149,23 @@ class RequestBody(WireModel):
 
     @property
     def takes_long(self) -> bool:
-        """Whether it may take long to prepare, however short it is, because of a grammar, say."""
+        """Whether it may take long to prepare even if it is short, for example because of a grammar."""
         return False
 
 
 def note_ignored(info: ValidationInfo, kind: str, owner: dict[str, Any], name: str) -> None:
-    """Note that a field was ignored by a validator of its own; see `IgnoredFields.note`."""
+    """Note that a custom validator ignored a field; see `IgnoredFields.note`."""
     if isinstance(info.context, IgnoredFields):
         info.context.note(kind, owner, name)
 
 
 def is_strict(info: ValidationInfo) -> bool:
-    """Whether a validator of its own must refuse unknown fields."""
+    """Whether a custom validator must refuse unknown fields."""
     return isinstance(info.context, IgnoredFields) and info.context.is_strict
 
 
 def type_tag(value: Any, default: str = "") -> str:
-    """Tag of the form that a value's `type` says, in brackets, by which names of fields in errors leave it out."""
+    """Tag of the form that a value's `type` names. Its brackets mark it, so field names in errors leave it out."""
     found = value.get("type", default) if isinstance(value, dict) else getattr(value, "type", default)
     return f"[{found}]" if isinstance(found, str) else ""
 
@@ -191,7 +191,7 @@ def _kept(value: dict[str, Any], fields: _Fields, kind: str, context: Any) -> di
 
 
 def _normalized(value: dict[str, Any], fields: _Fields) -> dict[str, Any]:
-    """Fields whose whole numbers were written as floats, or whose lists held `null`, as they are meant."""
+    """Fix fields whose whole numbers were written as floats or whose lists held `null`."""
     changed: dict[str, Any] = {}
     for name in fields.numbers:
         number = value.get(name)

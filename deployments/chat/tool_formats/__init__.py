@@ -1,1 +1,1 @@
-"""How models write calls of tools: one file for each family, and a table of them all."""
+"""How models write tool calls: one file for each family, and a table of them all."""

@@ -1,7 +1,7 @@
-"""DeepSeek: calls between tokens of its own, V3 and R1 with the arguments in a fenced block, V3.1 without.
+"""DeepSeek: calls between special tokens. V3 and R1 put the arguments in a fenced block, V3.1 does not.
 
 V3: `<｜tool▁call▁begin｜>function<｜tool▁sep｜>name`, then a block ```` ```json ```` and `<｜tool▁call▁end｜>`.
-V3.1: `<｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>`. All calls of an answer stand between
+V3.1: `<｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>`. All calls of an answer are between
 `<｜tool▁calls▁begin｜>` and `<｜tool▁calls▁end｜>`. Source: the chat templates of deepseek-ai/DeepSeek-V3.1 and of
 deepseek-ai/DeepSeek-R1-Distill-Qwen-32B, and vLLM's examples/tool_chat_template_deepseekv3.jinja.
 """
@@ -39,7 +39,7 @@ def read(source: Source) -> Reading[None]:
 
 
 def _pass_calls(source: Source) -> Reading[bool]:
-    """Give the calls behind the first call's opening token; whether there is one."""
+    """Emit the calls after the first call's opening token; returns whether there is one."""
     if not (yield from _pass_call(source)):
         return False
     while True:
@@ -54,7 +54,7 @@ def _pass_calls(source: Source) -> Reading[bool]:
 
 
 def _pass_call(source: Source) -> Reading[bool]:
-    """Give the call behind its opening token; whether it is one."""
+    """Emit the call after its opening token; returns whether it is one."""
     name, tag = yield from source.text_until([SEPARATOR])
     if not tag:
         return False

@@ -1,6 +1,6 @@
 """GLM-4.5 to 4.7: `<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>`.
 
-Texts are plain, everything else is JSON. Source: the chat templates of zai-org/GLM-4.6 and zai-org/GLM-4.7-Flash.
+Text values are plain; everything else is JSON. Source: the chat templates of zai-org/GLM-4.6 and zai-org/GLM-4.7-Flash.
 """
 
 from deployments.chat.tool_formats.markup import NAME, CallMarkup
@@ -20,7 +20,7 @@ def read(source: Source, parameters: Parameters) -> Reading[None]:
     """Read a whole answer.
 
     Args:
-        parameters: schemas by which values get their types.
+        parameters: schemas that give values their types.
     """
     while (yield from source.until([OPEN], source.content)):
         source.mark()
@@ -29,7 +29,7 @@ def read(source: Source, parameters: Parameters) -> Reading[None]:
 
 
 def _pass_call(source: Source, parameters: Parameters) -> Reading[bool]:
-    """Give the call behind its opening tag; whether it is one."""
+    """Emit the call after its opening tag; returns whether it is one."""
     yield from source.skip_space()
     name, tag = yield from source.text_until(["\n", KEY, CLOSE])
     name = name.strip()

@@ -1,6 +1,6 @@
 """Granite 3: `<|tool_call|>[{"name": …, "arguments": {…}}]`.
 
-Source: the chat template of ibm-granite/granite-3.3-2b-instruct. Granite 4 writes as Hermes.
+Source: the chat template of ibm-granite/granite-3.3-2b-instruct. Granite 4 writes calls as Hermes does.
 """
 
 from deployments.chat.tool_formats.json_text import pass_calls

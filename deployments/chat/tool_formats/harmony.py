@@ -1,8 +1,8 @@
 """gpt-oss: an answer of several messages, each in a channel: thoughts, calls and the answer proper.
 
 `<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>commentary to=functions.name <|constrain|>json
-<|message|>{…}<|call|>`, or `<|channel|>final<|message|>…<|return|>`. Commentary to nobody is meant for the user.
-Source: https://cookbook.openai.com/articles/openai-harmony.
+<|message|>{…}<|call|>`, or `<|channel|>final<|message|>…<|return|>`. Commentary without a recipient is meant for the
+user. Source: https://cookbook.openai.com/articles/openai-harmony.
 """
 
 import re
@@ -20,7 +20,7 @@ PREAMBLE = Preamble(
     lead=f"{CHANNEL}final{MESSAGE}",
     is_optional=True,
 )
-"""What comes before an answer that a grammar binds."""
+"""What precedes an answer that a grammar binds."""
 
 MARKUPS = (
     CallMarkup(
@@ -42,11 +42,11 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 
 
 def read(source: Source, *, has_calls: bool, has_reasoning: bool) -> Reading[None]:
-    """Read a whole answer, which goes on behind `<|start|>assistant`.
+    """Read a whole answer, which continues after `<|start|>assistant`.
 
     Args:
-        has_calls: messages to a function are calls; else they are content.
-        has_reasoning: thoughts are reasoning; else they are content.
+        has_calls: messages to a function are calls; otherwise they are content.
+        has_reasoning: thoughts are reasoning; otherwise they are content.
     """
     source.mark()
     is_message = bool((yield from source.passes(*_BEGINNINGS)))

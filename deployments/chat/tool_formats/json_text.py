@@ -1,4 +1,4 @@
-"""Calls written as JSON, followed while they are written."""
+"""Reads calls written as JSON while they are being written."""
 
 import json
 import re
@@ -14,7 +14,7 @@ _KEYS = frozenset({"type", "id", "name", "arguments", "parameters"})
 
 
 class Nesting:
-    """Finds the end of a JSON object or array in text that comes in pieces, the first of which begins with it.
+    """Finds the end of a JSON object or array in text that comes in pieces. The first piece begins with it.
 
     Args:
         depth: brackets that are open already.
@@ -26,7 +26,7 @@ class Nesting:
         self._is_escaped = False
 
     def find_end(self, text: str) -> int:
-        """The place behind the last bracket, -1 while it has not come."""
+        """The position after the last bracket; -1 until it arrives."""
         for place, char in enumerate(text):
             if self._is_escaped:
                 self._is_escaped = False
@@ -45,7 +45,7 @@ class Nesting:
 
 
 def pass_json(source: Source, take: Callable[[str], None], depth: int = 0) -> Reading[bool]:
-    """Hand the text of an object or array to `take`, as it comes; whether it is whole.
+    """Pass the text of an object or array to `take` as it comes; returns whether it is complete.
 
     Args:
         depth: brackets that are open already.
@@ -61,7 +61,7 @@ def pass_json(source: Source, take: Callable[[str], None], depth: int = 0) -> Re
 
 
 def pass_arguments(source: Source) -> Reading[None]:
-    """Give the object here as the last call's arguments, as it comes; an empty one without white space in it."""
+    """Emit the object here as the last call's arguments, as it comes; an empty one without white space in it."""
     text = source.skip(1)
     while (char := (yield from source.peek())) and char.isspace():
         text += source.skip(1)
@@ -70,10 +70,10 @@ def pass_arguments(source: Source) -> Reading[None]:
 
 
 def pass_call(source: Source, *, is_marked: bool) -> Reading[bool]:
-    """Give the call that the JSON object here describes; whether it is one. If not, some of it may be passed.
+    """Emit the call that the JSON object here describes; returns whether it is one. If not, some may be consumed.
 
     Args:
-        is_marked: markup says that a call comes, so one without arguments is a call, too.
+        is_marked: markup announces a call, so an object without arguments is a call too.
     """
     nesting = Nesting()
     num_seen = 0
@@ -97,9 +97,10 @@ def pass_call(source: Source, *, is_marked: bool) -> Reading[bool]:
 
 
 def pass_calls(source: Source) -> Reading[bool]:
-    """Give the calls of a JSON list of them, or the one call here; whether there is one. If not, some may be passed.
+    """Emit the calls of a JSON list, or the single call here; returns whether there is one. If not, some may be
+    consumed.
 
-    Markup says that calls come.
+    Call this where markup has announced calls.
     """
     is_list = bool((yield from source.passes("[")))
     num_before = source.num_calls
@@ -120,7 +121,7 @@ def pass_calls(source: Source) -> Reading[bool]:
 
 
 def _give_whole(source: Source, text: str, is_marked: bool) -> bool:
-    """Give a call that is written in another order than usual; whether it is one."""
+    """Emit a call whose keys are in an unusual order; returns whether it is one."""
     try:
         value = json.loads(text, strict=False)
     except (ValueError, RecursionError):

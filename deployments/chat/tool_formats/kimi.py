@@ -1,7 +1,7 @@
 """Kimi K2: `<|tool_call_begin|>functions.name:0<|tool_call_argument_begin|>{…}<|tool_call_end|>`.
 
-All calls of an answer stand between `<|tool_calls_section_begin|>` and `<|tool_calls_section_end|>`. What the model
-writes in front of the arguments is the call's id, which its template wants back. Source: the chat template of
+All calls of an answer are between `<|tool_calls_section_begin|>` and `<|tool_calls_section_end|>`. What the model
+writes before the arguments is the call's id, which its template expects back. Source: the chat template of
 moonshotai/Kimi-K2-Instruct and the tool call guidance in that repository.
 """
 
@@ -40,7 +40,7 @@ def read(source: Source) -> Reading[None]:
 
 
 def _pass_call(source: Source) -> Reading[bool]:
-    """Give the call here; whether there is one. If not, some may be passed."""
+    """Emit the call here; returns whether there is one. If not, some may be consumed."""
     yield from source.skip_space()
     if not (yield from source.passes(CALL)):
         return False

@@ -1,6 +1,6 @@
-"""Llama 3: `{"name": …, "parameters": {…}}` in place of content, alone, one after the other or in a list.
+"""Llama 3: `{"name": …, "parameters": {…}}` in place of content: a single call, one after another, or a list.
 
-Calls that are forced are written like this by every model. Source: the chat template of
+Every model writes forced calls like this. Source: the chat template of
 meta-llama/Llama-3.1-8B-Instruct and https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1/.
 """
 

@@ -1,4 +1,4 @@
-"""What stands around a call's arguments, to the letter, so that a grammar can bind them."""
+"""The exact text around a call's arguments, so that a grammar can bind them."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ NAME = "\0"
 
 @dataclass(frozen=True, slots=True)
 class CallMarkup:
-    """How a family writes calls, to the letter. See `llm.sampling.tagged_calls.TaggedCalls`.
+    """How exactly a family writes calls. See `llm.sampling.tagged_calls.TaggedCalls`.
 
     Attributes:
         sign: part of the chat templates that teach this spelling; empty for any.
-        tag, open, separator, close, lead, note: around and between calls.
-        begins: in front of the arguments, any of these.
-        end: behind the arguments.
-        argument: around each argument, where they are written one by one; `NAME` stands for its name here.
+        tag, open, separator, close, lead, note: text around and between calls.
+        begins: texts of which any may precede the arguments.
+        end: text after the arguments.
+        argument: text around each argument, if they are written one by one; `NAME` stands for its name here.
     """
 
     sign: str

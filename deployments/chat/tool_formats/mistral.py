@@ -33,7 +33,7 @@ def read(source: Source) -> Reading[None]:
 
 
 def _pass_named(source: Source) -> Reading[bool]:
-    """Give a call whose name stands in front of its arguments; whether it is one."""
+    """Emit a call whose name comes before its arguments; returns whether it is one."""
     name = ""
     while (char := (yield from source.peek())) and char not in "[{" and len(name) <= 256:
         name += source.skip(1)

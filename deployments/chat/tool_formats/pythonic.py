@@ -1,6 +1,6 @@
 """Llama 3.2 and Llama 4: `[name(key="value", other=2), another()]`, a list of Python calls in place of content.
 
-Nothing but its brackets marks this format, so only names of the request's tools make a call of it. Source:
+Only brackets mark this format, so text counts as a call only if it names one of the request's tools. Source:
 https://www.llama.com/docs/model-cards-and-prompt-formats/llama4/ and vLLM's
 examples/tool_chat_template_llama3.2_pythonic.jinja.
 """
@@ -22,7 +22,7 @@ def read(source: Source, names: Collection[str]) -> Reading[None]:
     """Read a whole answer.
 
     Args:
-        names: of the tools that may be called.
+        names: names of the tools that may be called.
     """
     source.mark()
     yield from source.skip_space()
@@ -45,7 +45,7 @@ def read(source: Source, names: Collection[str]) -> Reading[None]:
 
 
 def _pass_call(source: Source, names: Collection[str]) -> Reading[bool]:
-    """Give the call here; whether there is one. If not, some may be passed."""
+    """Emit the call here; returns whether there is one. If not, some may be consumed."""
     yield from source.skip_space()
     name = yield from _word(source)
     if name not in names or not (yield from source.passes("(")):
@@ -77,7 +77,7 @@ def _pass_call(source: Source, names: Collection[str]) -> Reading[bool]:
 
 
 def _word(source: Source) -> Reading[str]:
-    """A name; empty where there is none."""
+    """A name; empty if there is none."""
     word = ""
     while True:
         char = yield from source.peek()
@@ -87,7 +87,7 @@ def _word(source: Source) -> Reading[str]:
 
 
 def _pass_value(source: Source) -> Reading[str | None]:
-    """The text of a Python value, up to the comma or bracket behind it; None where it is cut off."""
+    """The text of a Python value, up to the comma or bracket after it; None if it is cut off."""
     scan = _PythonScan()
     parts = ""
     while True:
@@ -102,7 +102,7 @@ def _pass_value(source: Source) -> Reading[str | None]:
 
 
 class _PythonScan:
-    """Finds where a Python value ends that comes in pieces."""
+    """Finds the end of a Python value that comes in pieces."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -110,7 +110,7 @@ class _PythonScan:
         self._is_escaped = False
 
     def find_end(self, text: str) -> int:
-        """The place of the comma or bracket behind the value, -1 while it has not come."""
+        """The position of the comma or bracket after the value; -1 until it arrives."""
         for place, char in enumerate(text):
             if self._is_escaped:
                 self._is_escaped = False

@@ -26,9 +26,9 @@ def read(source: Source, parameters: Parameters) -> Reading[None]:
     """Read a whole answer.
 
     Args:
-        parameters: schemas by which values get their types.
+        parameters: schemas that give values their types.
     """
-    # Some models leave out the outer tag.
+    # Some models omit the outer tag.
     while tag := (yield from source.until([OPEN, FUNCTION], source.content)):
         source.mark()
         if tag == OPEN:
@@ -42,7 +42,7 @@ def read(source: Source, parameters: Parameters) -> Reading[None]:
 
 
 def _pass_function(source: Source, parameters: Parameters) -> Reading[bool]:
-    """Give the call from its name on; whether it is one."""
+    """Emit the call, beginning at its name; returns whether it is one."""
     name, tag = yield from source.text_until([">"])
     if not tag or not is_name(name):
         return False

@@ -1,6 +1,6 @@
-"""Text that comes in pieces, and coroutines that read it as if it were there.
+"""Text that comes in pieces, and coroutines that read it as if it were all there.
 
-A reader asks for what comes next and is suspended until that is certain, so it finds the same however the text is cut.
+A reader asks for what comes next and is suspended until that is certain, so the way the text is cut does not matter.
 """
 
 import secrets
@@ -19,10 +19,10 @@ _LETTERS = string.ascii_letters + string.digits
 
 
 class Source:
-    """Text to be read, and the events that reading it gives.
+    """Text to read, and the events that reading it produces.
 
     Args:
-        id_length: length of the letters and digits that make a call's id; None for OpenAI's form.
+        id_length: number of letters and digits in a call's id; None for OpenAI's form.
 
     Attributes:
         is_over: no more text will come.
@@ -39,11 +39,11 @@ class Source:
         self._id_length = id_length
         self._call_ids: set[str] = set()
         self._blank: str | None = ""
-        """White space that came before any content, held until content follows; None once it has."""
+        """White space that came before any content, held until content follows; None after that."""
 
     @property
     def rest(self) -> str:
-        """Text that has come and is not read yet."""
+        """Text that has arrived and has not been read."""
         return self._text[self._place :]
 
     def feed(self, text: str) -> None:
@@ -67,10 +67,10 @@ class Source:
         self._mark = None
 
     def rewind(self, tag: str = "") -> None:
-        """Go back to the place remembered last, and forget it. Behind a call, what is cut off by the end is given up.
+        """Go back to the place remembered last, and forget it. After a call, text that the end cuts off is dropped.
 
         Args:
-            tag: what stands in front of that place and has turned out to be content.
+            tag: the text before that place that has turned out to be content.
         """
         assert self._mark is not None, "a place is remembered"
         is_cut = self.is_over and self.num_calls > 0
@@ -79,16 +79,16 @@ class Source:
             self.content(tag)
 
     def skip(self, num_chars: int) -> str:
-        """Pass text that has come."""
+        """Consume text that has arrived."""
         start, self._place = self._place, min(self._place + num_chars, len(self._text))
         return self._text[start : self._place]
 
     def back(self, num_chars: int) -> None:
-        """Go back over what has just been passed."""
+        """Go back over what has just been consumed."""
         self._place -= num_chars
 
     def content(self, text: str) -> None:
-        """Give content. White space alone is none before a call or behind one."""
+        """Emit content. White space by itself does not count before or after a call."""
         if self._blank is not None:
             if not text.strip():
                 self._blank += text
@@ -99,15 +99,15 @@ class Source:
             self._events.append(TextDelta(text))
 
     def reasoning(self, text: str) -> None:
-        """Give thoughts."""
+        """Emit thoughts."""
         if text:
             self._events.append(ReasoningDelta(text))
 
     def start_call(self, name: str, call_id: str | None = None) -> None:
-        """Give the start of a call. From here there is no going back.
+        """Emit the start of a call. It cannot be undone.
 
         Args:
-            call_id: what the model calls it; None, or one that was there before, for a new one.
+            call_id: the model's id for it; a new one is made if it is None or already used.
         """
         if call_id is None or call_id in self._call_ids:
             call_id = self._new_id()
@@ -118,23 +118,23 @@ class Source:
         self._mark = None
 
     def arguments(self, text: str) -> None:
-        """Give more of the last call's arguments."""
+        """Emit more of the last call's arguments."""
         if text:
             self._events.append(ToolCallArguments(self.num_calls - 1, text))
 
     def has(self, num_chars: int) -> Reading[bool]:
-        """Whether there are so many characters to read."""
+        """Whether there are this many characters to read."""
         while len(self._text) - self._place < num_chars and not self.is_over:
             yield
         return len(self._text) - self._place >= num_chars
 
     def peek(self) -> Reading[str]:
-        """The next character; nothing at the end."""
+        """The next character; empty at the end."""
         yield from self.has(1)
         return self._text[self._place : self._place + 1]
 
     def skip_space(self, chars: str = " \t\r\n") -> Reading[str]:
-        """Pass white space, or whatever consists of `chars`; return the character behind it, nothing at the end."""
+        """Consume white space, or any run of `chars`; return the character after it, empty at the end."""
         while True:
             char = yield from self.peek()
             if not char or char not in chars:
@@ -143,9 +143,9 @@ class Source:
             self.skip(len(rest) - len(rest.lstrip(chars)))
 
     def passes(self, *literals: str) -> Reading[str]:
-        """Pass the first of `literals` that the text goes on with; return it, nothing if it is none of them.
+        """Consume the one of `literals` that comes next; return it, or an empty string if none does.
 
-        None of them begins with another. Behind a call, what is cut off within one of them is passed as well.
+        None of them may begin with another. After a call, a literal that is cut off is consumed as well.
         """
         while True:
             rest = self.rest
@@ -161,12 +161,12 @@ class Source:
             yield
 
     def until(self, tags: Sequence[str], take: Callable[[str], None], *, keeps_cut: bool = True) -> Reading[str]:
-        """Hand text to `take`, piece by piece, up to the first of `tags`; pass that and return it, nothing at the end.
+        """Pass text to `take`, piece by piece, up to the first of `tags`; consume and return the tag, empty at the end.
 
-        Where one tag contains another, both end at the same place.
+        If one tag contains another, both must end at the same place.
 
         Args:
-            keeps_cut: a tag that is cut off by the end is text, too, unless it stands right behind a call.
+            keeps_cut: a tag that the end cuts off counts as text too, unless it comes right after a call.
         """
         beginnings = {tag[0] for tag in tags}
         while True:
@@ -191,13 +191,13 @@ class Source:
             yield
 
     def text_until(self, tags: Sequence[str]) -> Reading[tuple[str, str]]:
-        """The text up to the first of `tags`, and that tag, which is passed; nothing for the tag at the end."""
+        """The text up to the first of `tags`, and that tag, which is consumed; the tag is empty at the end."""
         parts: list[str] = []
         tag = yield from self.until(tags, parts.append)
         return "".join(parts), tag
 
     def to_the_end(self) -> Reading[None]:
-        """Give all that comes as content."""
+        """Emit everything that follows as content."""
         self.unmark()
         while True:
             self.content(self.skip(len(self._text)))
@@ -206,7 +206,7 @@ class Source:
             yield
 
     def close(self) -> None:
-        """Give white space that was all of the content."""
+        """Emit white space that was all of the content."""
         if self._blank and not self.num_calls:
             self._events.append(TextDelta(self._blank))
 
@@ -217,10 +217,10 @@ class Source:
 
 
 class SourceParser:
-    """An `OutputParser` of a coroutine that reads the whole text.
+    """An `OutputParser` made from a coroutine that reads the whole text.
 
     Args:
-        read: reads `source`; whatever it leaves is content.
+        read: reads `source`; whatever it leaves unread is content.
     """
 
     def __init__(self, source: Source, read: Callable[[Source], Reading[None]]) -> None:

@@ -29,10 +29,10 @@ class ToolFormat:
 
     Attributes:
         read: reads an answer, given the schemas of the tools' parameters.
-        signs: regular expressions, all of which a chat template matches that teaches this format.
-        tags: what the reader looks for; where one is a special token, its text is shown to the reader.
+        signs: regular expressions, all of which match a chat template that teaches this format.
+        tags: what the reader looks for; if a tag is a special token, its text is shown to the reader.
         id_length: see `Source`.
-        markups: spellings by which a grammar can bind calls, the more special first; none where it cannot.
+        markups: spellings with which a grammar can bind calls, most specific first; empty if it cannot.
     """
 
     read: Callable[[Source, Parameters], Reading[None]]
@@ -46,7 +46,7 @@ class ToolFormat:
         return next((each for each in self.markups if each.sign in template), None)
 
     def is_taught(self, template: str) -> bool:
-        """Whether a chat template teaches it."""
+        """Whether a chat template teaches this format."""
         return all(re.search(sign, template) for sign in self.signs)
 
 
@@ -113,4 +113,4 @@ TOOL_FORMATS: Mapping[ToolParserName, ToolFormat] = {
         markups=llama_json.MARKUPS,
     ),
 }
-"""In the order in which a template is tried against them: what is more special comes first."""
+"""In the order in which a template is matched against them: more specific formats come first."""

@@ -1,4 +1,4 @@
-"""Arguments that models write as plain text, or as Python, made JSON by the tools' schemas."""
+"""Converts arguments that models write as plain text or as Python to JSON, by the tools' schemas."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ def quoted(text: str) -> str:
 
 
 def from_literal(text: str) -> str:
-    """JSON of a value written in JSON or in Python; of the text itself where it is neither."""
+    """JSON of a value written in JSON or in Python; JSON of the text itself if it is neither."""
     for read in (_load, _evaluate):
         try:
             return json.dumps(read(text), ensure_ascii=False, allow_nan=False)
@@ -28,17 +28,17 @@ def from_literal(text: str) -> str:
 
 
 def types_of(parameters: Mapping[str, Any], key: str) -> set[str]:
-    """JSON types that a tool's schema allows a parameter to have; nothing where it does not say."""
+    """JSON types that a tool's schema allows for a parameter; empty if it does not say."""
     properties = parameters.get("properties")
     schema = properties.get(key) if isinstance(properties, Mapping) else None
     return _types(schema, 0)
 
 
 class Arguments:
-    """Gives the arguments of one call, each a key and a plain text that follows it.
+    """Emits the arguments of one call, each a key followed by plain text.
 
     Args:
-        source: where the call was started.
+        source: the source in which the call was started.
         parameters: schema of the tool's parameters.
     """
 
@@ -48,9 +48,9 @@ class Arguments:
         self._separator = "{"
 
     def pass_value(self, key: str, tags: Sequence[str]) -> Reading[str]:
-        """Give a key and the value up to the first of `tags`, which is passed; returns it, nothing at the end.
+        """Emit a key and the value up to the first of `tags`, which is consumed; returns the tag, empty at the end.
 
-        Texts are given as they come, everything else once it is whole.
+        Texts are emitted as they come, everything else once it is complete.
         """
         self._source.arguments(f"{self._separator}{quoted(key)}: ")
         self._separator = ", "
@@ -69,7 +69,7 @@ class Arguments:
         return tag
 
     def close(self) -> None:
-        """The last argument has been given, unless the text is cut off here."""
+        """Finish the arguments after the last one, unless the text is cut off here."""
         if not self._source.is_over:
             self._source.arguments("{}" if self._separator == "{" else "}")
 
