@@ -138,6 +138,7 @@ def test_a_deleted_conversation_comes_back(page: Page, server: Server):
     page.reload()
     expect(answers(page)).to_have_count(2)
     choose(page, SAMPLE_TITLE, "Delete")
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()  # which says that it is gone from the store, too
     page.reload()
     expect(page.locator("#model")).to_have_text("demo")
     expect(listed(page)).to_have_count(0)
