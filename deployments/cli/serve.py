@@ -119,7 +119,7 @@ def _override(
         args.setdefault("replicas", {})["num_replicas"] = replicas
     if tp is not None:
         args.setdefault("engine", {})["tensor_parallel_size"] = tp
-        if args.get("replicas", {}).get("num_gpus"):  # the file's ports are for its own number of servers
+        if args.get("replicas", {}).get("num_gpus"):  # the file's are for its own tensor_parallel_size
             args["replicas"]["num_gpus"] = tp
     if api_keys_env is not None:
         args["api_keys_env"] = api_keys_env
