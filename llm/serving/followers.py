@@ -16,7 +16,7 @@ from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.recurrent_state import RecurrentStates
 from llm.models.decoder import DecoderModel
 from llm.serving.model_runner import MAX_SCORED_AT_ONCE, pack_batch
-from llm.serving.step_arrays import Int32Array, StepArrays
+from llm.serving.step_arrays import Int32Array, StepArrays, batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class EagerFollower:
         """See `Follower.follow`."""
         model, arrays = self._model, step.arrays
         self._page_tables.reshape(-1)[step.page_indices] = step.pages
-        num_columns = int((-(-arrays.context_lens // self._kv_cache.page_size)).max())
+        num_columns = arrays.most_pages(self._kv_cache.page_size)
         page_tables = torch.from_numpy(self._page_tables[:, arrays.part_rows, :num_columns]).to(model.device)
         token_ids, batch = pack_batch(arrays, page_tables, self._kv_cache.page_size, self._last_token_ids)
         context = PagedContext(self._backend, self._kv_cache, batch, self._states)
@@ -119,8 +119,8 @@ class EagerFollower:
         lens = len(arrays.draw_rows), len(arrays.pooled_tokens), len(arrays.scored_tokens)
         drawn, _, scored = hidden.split_with_sizes(lens)
         for part in scored.split_with_sizes(_num_scored(arrays)):
-            for begin in range(0, len(part), MAX_SCORED_AT_ONCE):
-                model.logits(part[begin : begin + MAX_SCORED_AT_ONCE])
+            for these in batches(len(part), MAX_SCORED_AT_ONCE):
+                model.logits(part[these])
         if len(drawn):
             model.logits(drawn)
 

@@ -1,6 +1,5 @@
 """`GraphFollower`: what ranks 1 and up do in a step on a GPU."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from llm.serving.followers import RankStep
 from llm.serving.graph_model import GraphModel
 from llm.serving.model_runner import MAX_SCORED_AT_ONCE
+from llm.serving.step_arrays import batches
 
 
 class GraphFollower:
@@ -44,9 +44,9 @@ class GraphFollower:
             graphs.pages.write(step.page_indices, step.pages, graphs.uploads)
         graphs.launch(arrays)
         num_draws = len(arrays.draw_rows)
-        first, num_scored = num_draws + len(arrays.pooled_tokens), len(arrays.scored_tokens)
-        for some in _chunks(first, num_scored, min(MAX_SCORED_AT_ONCE, graphs.draw_sizes[-1])):
-            graphs.to_logits(graphs.hidden[some])
+        scored = graphs.hidden[num_draws + len(arrays.pooled_tokens) :]
+        for these in batches(len(arrays.scored_tokens), min(MAX_SCORED_AT_ONCE, graphs.draw_sizes[-1])):
+            graphs.to_logits(scored[these])
         if num_draws:
             self._draw(graphs.draw_size(num_draws), draws_plainly=step.draws_plainly)
 
@@ -60,9 +60,3 @@ class GraphFollower:
         graphs.to_logits(graphs.hidden[:size])
         exchange.broadcast(graphs.pages.last_token_ids)
         return graphs.pages.last_token_ids
-
-
-def _chunks(first: int, length: int, at_once: int) -> Iterator[slice]:
-    """Split `length` places, starting at `first`, into slices of at most `at_once`."""
-    for begin in range(first, first + length, at_once):
-        yield slice(begin, min(begin + at_once, first + length))

@@ -17,7 +17,7 @@ from llm.sampling.constraint import Int32Array, TokenMasks, words_of
 from llm.sampling.draw import Draw, SamplingRow, likeliest, sample
 from llm.scheduling.sequence import Sequence, StepPart, StepPlan
 from llm.serving.schemas import TokenLogprobs
-from llm.serving.step_arrays import UNSEEN, StepArrays
+from llm.serving.step_arrays import UNSEEN, StepArrays, batches
 
 MAX_SCORED_AT_ONCE = 256
 """Most prompt tokens whose logits there is memory for at once."""
@@ -209,8 +209,7 @@ class EagerRunner:
             targets = torch.tensor(part.scored_ids, device=hidden.device)
             num_top = min(part.sequence.request.prompt_logprobs or 0, self.model.config.vocab_size)
             entries: list[TokenLogprobs] = []
-            for i in range(0, part.num_scored, MAX_SCORED_AT_ONCE):
-                these = slice(i, i + MAX_SCORED_AT_ONCE)
+            for these in batches(part.num_scored, MAX_SCORED_AT_ONCE):
                 entries += token_logprobs(self.model.logits(states[these]), targets[these], num_top)
             scores.append((part.sequence, entries))
         return scores
@@ -257,7 +256,7 @@ class EagerRunner:
 
     def _page_tables(self, parts: SequenceOf[StepPart], arrays: StepArrays) -> torch.Tensor:
         """The pages of the step's parts, (groups, parts, pages), as many as the longest context needs."""
-        num_columns = int((-(-arrays.context_lens // self.kv_cache.page_size)).max())
+        num_columns = arrays.most_pages(self.kv_cache.page_size)
         padding = [self.kv_cache.scratch_page] * num_columns
         return torch.tensor(
             [

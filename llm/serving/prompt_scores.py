@@ -12,6 +12,7 @@ from llm.kernels.logprobs import LogprobWorkspace, find_logprobs
 from llm.kernels.sampling import DrawnTokens
 from llm.scheduling.sequence import Sequence, StepPart
 from llm.serving.schemas import TokenLogprobs
+from llm.serving.step_arrays import batches
 
 Scores = list[tuple[Sequence, list[TokenLogprobs]]]
 
@@ -75,8 +76,7 @@ class PromptScores:
         rows = np.repeat(np.array([part.row for part in scored], dtype=np.int32), lens)
         targets = np.concatenate([np.array(part.scored_ids, dtype=np.int32) for part in scored])
         sent = self._uploads.send(np.stack([rows, targets]))
-        for first in range(0, num_scored, self._at_once):
-            part = slice(first, min(first + self._at_once, num_scored))
+        for part in batches(num_scored, self._at_once):
             find_logprobs(
                 self._to_logits(hidden[part]), sent[0, part], sent[1, part], self._rows, self._workspace,
                 self._on_device.logprobs[part], of_prompts=True,

@@ -1,6 +1,6 @@
 """`StepArrays`: a step as arrays of integers. Pure, the same for every runner."""
 
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Iterable, Iterator, Sequence as SequenceOf
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -102,10 +102,23 @@ class StepArrays:
         """Tokens whose hidden states are needed: those that draw, are pooled or are scored, in this order."""
         return np.concatenate([self.draw_tokens, self.pooled_tokens, self.scored_tokens])
 
+    def most_pages(self, page_size: int) -> int:
+        """Pages of the longest context, once the step has run."""
+        return int((-(-self.context_lens // page_size)).max())
+
 
 def _pairs(pairs: Iterable[tuple[int, int]]) -> Int32Array:
     """Pairs of numbers, flattened."""
     return np.array([number for pair in pairs for number in pair], dtype=np.int32)
+
+
+def batches(length: int, at_once: int) -> Iterator[slice]:
+    """Split `length` places into slices of at most `at_once`.
+
+    All ranks of a model must split what they score in the same way, because they gather the logits slice by slice.
+    """
+    for first in range(0, length, at_once):
+        yield slice(first, min(first + at_once, length))
 
 
 def ranges(starts: Int32Array, lens: Int32Array) -> Int32Array:
