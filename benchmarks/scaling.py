@@ -35,7 +35,8 @@ from benchmarks.scaling_cores import CoreMeter
 from benchmarks.scaling_prediction import emulated_speed, predict
 from chaos.fleet import Fleet, Place, cluster, emulated, num_serving
 from chaos.streams import Clients
-from deployments.config import EmulationConfig, PolicyName
+from deployments.config import PolicyName
+from deployments.model_config import EmulationConfig
 
 _PARTS = ("throughput", "trace", "faults", "autoscaling")
 _KILL_EVERY_S = 20.0

@@ -21,7 +21,7 @@ from chaos.streams import Clients, percentile
 from deployments.channel.listener import TokenListener
 from deployments.channel.messages import ChannelAddress, Report, TokenItem
 from deployments.channel.sender import TokenSender
-from deployments.config import EmulationConfig
+from deployments.model_config import EmulationConfig
 from deployments.replica.emulated_engine import EmulatedEngine
 from deployments.replica.engine_loop import EngineLoop
 from llm.config import EngineConfig

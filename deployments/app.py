@@ -7,14 +7,16 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from deployments.config import AppConfig, AutoscalingConfig, resolve_paths, without_secrets
+from deployments.config import AppConfig, resolve_paths, without_secrets
 from deployments.fleet.autoscaling import EnginePolicy
 from deployments.fleet.engine_use import targets_of
+from deployments.model_config import AutoscalingConfig, ReplicasConfig, ServedModelConfig
 from deployments.router.keys import KeySource, find_keys
 from deployments.serve.accountant import AccountantReplica
 from deployments.serve.cluster import gpus_a_replica, gpus_now, may_nodes_join
 from deployments.serve.config_file import check_model
 from deployments.serve.engine_deployment import ServeEngineReplica
+from deployments.serve.engine_names import engine_names
 from deployments.serve.front_end import check_open, find_front_end
 from deployments.serve.ingress import RouterIngress
 from deployments.serve.request_router import RankedRequestRouter
@@ -41,14 +43,12 @@ def build_app(args: AppConfig) -> Application:
     front_end = find_front_end()
     check_open(args, bool(keys.keys), front_end)
     config = without_secrets(resolve_paths(args))
-    check_model(config)
+    for entry in config.entries:
+        check_model(entry)
     if config.public_url is None and front_end is not None:
         config = config.model_copy(update={"public_url": front_end.url})
-    num_gpus = gpus_a_replica(config, gpus_now(), may_nodes_join())
-    if not num_gpus and config.device is None:
-        # A replica without a GPU of its own still sees those of its node.
-        config = config.model_copy(update={"device": "cpu"})
-    engines = _engine_deployment(config, num_gpus).bind(config)
+    names, entries = engine_names(config), config.by_key
+    engines = {key: _engines(names[key], entry) for key, entry in entries.items()}
     accountant = (
         _accountant_deployment(config).bind(config.router.num_replicas) if _needs_accountant(config, keys) else None
     )
@@ -91,13 +91,22 @@ def _shared_deployment(config: AppConfig, deployed: type, name: str) -> Any:
     )
 
 
-def _engine_deployment(config: AppConfig, num_gpus: float) -> Any:
-    replicas = config.replicas
+def _engines(name: str, config: ServedModelConfig) -> Application:
+    """The engine replicas of one model. What they get is the model's own settings alone, so that a change of another
+    model's is none of theirs."""
+    num_gpus = gpus_a_replica(config, gpus_now(), may_nodes_join())
+    if not num_gpus and config.device is None:
+        # A replica without a GPU of its own still sees those of its node.
+        config = config.model_copy(update={"device": "cpu"})
+    return _engine_deployment(name, config.replicas, num_gpus).bind(config)
+
+
+def _engine_deployment(name: str, replicas: ReplicasConfig, num_gpus: float) -> Any:
     scale: dict[str, Any] = {"num_replicas": replicas.num_replicas}
     if replicas.autoscaling is not None:
         scale = {"autoscaling_config": _serve_autoscaling(replicas.autoscaling)}
     return serve.deployment(ServeEngineReplica).options(
-        name="EngineReplica",
+        name=name,
         ray_actor_options={"num_gpus": num_gpus, "num_cpus": replicas.num_cpus, "runtime_env": _RUNTIME_ENV},
         request_router_config=RequestRouterConfig(request_router_class=RankedRequestRouter),
         max_ongoing_requests=replicas.max_ongoing_requests,

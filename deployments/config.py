@@ -1,39 +1,18 @@
 """Arguments of the application, as `serve_config.yaml` gives them: typed, bounded, checked before anything starts."""
 
+from collections import Counter
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, SecretStr, model_validator
 
 from deployments.api_config import CorsConfig, ResponsesConfig
-from llm.checkpoint.hub import is_gguf
-from llm.config import EngineConfig, StrictModel
+from deployments.model_config import AdmissionConfig, ServedModelConfig, resolve_model
+from llm.config import StrictModel
 from llm.errors import ConfigError
-
-_PACKAGE = Path(__file__).parent
 
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 """Bounds of a request's `priority`."""
-
-
-class EngineKind(StrEnum):
-    """The kind of engine that an `EngineReplica` runs."""
-
-    TORCH = "torch"
-    """The model, on this replica's device."""
-    EMULATED = "emulated"
-    """No model: it makes tokens at a set pace, to measure or test everything around an engine."""
-
-
-class DType(StrEnum):
-    """Number format of weights, activations and KV cache."""
-
-    AUTO = "auto"
-    """bfloat16 on a GPU, float32 on a CPU."""
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
 
 
 class PolicyName(StrEnum):
@@ -45,149 +24,6 @@ class PolicyName(StrEnum):
     """The less busy of two replicas drawn at random."""
     ROUND_ROBIN = "round_robin"
     """Each replica in turn."""
-
-
-class ToolParserName(StrEnum):
-    """How the model writes tool calls."""
-
-    AUTO = "auto"
-    """As its chat template shows."""
-    HERMES = "hermes"
-    """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen2.5, Qwen3, Granite 4."""
-    QWEN3_CODER = "qwen3_coder"
-    """`<tool_call><function=…><parameter=…>…`: Qwen3-Coder, Qwen3.5."""
-    LLAMA3 = "llama3"
-    """`{"name": …, "parameters": {…}}`: Llama 3."""
-    PYTHONIC = "pythonic"
-    """`[name(key="value")]`: Llama 3.2, Llama 4."""
-    MISTRAL = "mistral"
-    """`[TOOL_CALLS]…`: Mistral."""
-    DEEPSEEK = "deepseek"
-    """`<｜tool▁calls▁begin｜>…`: DeepSeek V3, V3.1 and R1."""
-    GLM = "glm"
-    """`<tool_call>name<arg_key>…`: GLM-4.5 to 4.7."""
-    KIMI = "kimi"
-    """`<|tool_calls_section_begin|>…`: Kimi K2."""
-    GRANITE = "granite"
-    """`<|tool_call|>[…]`: Granite 3."""
-    HARMONY = "harmony"
-    """`<|channel|>commentary to=functions.name…`: gpt-oss."""
-    NONE = "none"
-    """Not at all."""
-
-
-class ReasoningParserName(StrEnum):
-    """How the model marks what it thinks before it answers."""
-
-    AUTO = "auto"
-    """As its chat template shows."""
-    THINK = "think"
-    """`<think>…</think>`: Qwen3, DeepSeek, GLM, Kimi and others."""
-    MISTRAL = "mistral"
-    """`[THINK]…[/THINK]`: Magistral, Ministral."""
-    HARMONY = "harmony"
-    """`<|channel|>analysis…`: gpt-oss."""
-    NONE = "none"
-    """Not at all."""
-
-
-class EmulatedFault(StrEnum):
-    """How an emulated engine breaks."""
-
-    FAIL = "fail"
-    """Every step fails, as with a GPU that has lost its context."""
-    BREAK = "break"
-    """The engine raises out of its step and never steps again."""
-    HANG = "hang"
-    """A step does not return."""
-    KILL = "kill"
-    """The process ends at once, as after a segmentation fault."""
-
-
-class EmulationConfig(StrictModel):
-    """Pace of the emulated engine, and ways to break it."""
-
-    tokens_per_s: float = Field(default=100.0, gt=0)
-    """Output tokens per second of each running stream."""
-    prefill_tokens_per_s: float = Field(default=100_000.0, gt=0)
-    """Prompt tokens per second, of all streams together."""
-    max_seq_len: int = Field(default=8192, ge=2)
-    """Context length in tokens."""
-    start_s: float = Field(default=0.0, ge=0)
-    """How long a replica takes to start, as loading a model does."""
-    fault_dir: str | None = None
-    """Directory for breaking single engines: while it holds a file named after an engine's process id, each step of
-    that engine does what the file says (`fail`, `break`, `hang` or `kill`). Steps of a real engine meet a device-side
-    assert instead."""
-    poison_token_id: int | None = Field(default=None, ge=0)
-    """A prompt that contains this token breaks every engine that runs it; None for no such token."""
-    poison: EmulatedFault = EmulatedFault.HANG
-    """What a prompt with this token does to the engine."""
-    poison_after: int = Field(default=0, ge=0)
-    """Output tokens that the engine makes before it breaks."""
-
-
-class AutoscalingConfig(StrictModel):
-    """When to add or remove replicas. They are added at once and removed after a while."""
-
-    min_replicas: int = Field(default=1, ge=0)
-    """0 to remove the last replica after `downscale_to_zero_delay_s` without a request; the next request waits for a
-    start."""
-    max_replicas: int = Field(ge=1)
-    initial_replicas: int | None = Field(default=None, ge=0)
-    """None for `min_replicas`."""
-    target_waiting_tokens: float = Field(default=16_384, gt=0)
-    """Tokens per replica that may wait for prefill before another replica is added."""
-    target_row_use: float = Field(default=0.8, gt=0)
-    """Share of each replica's rows (`engine.max_batch_size`) that may be in use."""
-    target_pool_use: float = Field(default=0.9, gt=0, le=1)
-    """Share of each replica's slot pool that may be in use."""
-    upscale_delay_s: float = Field(default=0.0, ge=0)
-    downscale_delay_s: float = Field(default=60.0, ge=0)
-    downscale_to_zero_delay_s: float = Field(default=300.0, ge=0)
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> Self:
-        if self.max_replicas < max(self.min_replicas, self.initial_replicas or 0):
-            raise ValueError("max_replicas must be at least min_replicas and initial_replicas")
-        return self
-
-
-class ReplicasConfig(StrictModel):
-    """How many engine replicas there are and what each one gets."""
-
-    num_replicas: int = Field(default=1, ge=1)
-    """Fixed number of replicas; it has no effect if `autoscaling` is set."""
-    autoscaling: AutoscalingConfig | None = None
-    """Run as many replicas as the load needs."""
-    num_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs that Ray sets aside for each replica, which waits until a node has that many free. None for
-    `engine.tensor_parallel_size` of them if `device` is `cuda`, or if a node of the cluster has a GPU or may join with
-    one (on Kubernetes, or with Ray's cluster launcher); otherwise for zero, so that replicas run on CPUs. Set it where
-    GPU nodes come and go."""
-    num_cpus: float = Field(default=0.5, ge=0)
-    """CPUs that Ray sets aside for each replica. It only decides what fits on a node; see `torch_threads`."""
-    torch_threads: int | None = Field(default=None, ge=1)
-    """Threads of each replica's CPU kernels; None for an even share of the node's cores among the replicas."""
-    max_ongoing_requests: int = Field(default=1024, ge=1)
-    """Requests that one replica runs or queues at once."""
-    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
-    """How long a replica that is being removed may take to finish its streams."""
-    stall_timeout_s: float = Field(default=20.0, gt=0)
-    """A step that takes longer fails the replica's health check; Serve then replaces the replica."""
-    max_surge_percent: int = Field(default=0, ge=0, le=100)
-    """Replicas that a rolling update may start before it removes old ones, in percent. The default is 0 because there
-    is rarely a GPU to spare, and streams of a replica that is removed continue on the others."""
-
-    @property
-    def most_replicas(self) -> int:
-        """Largest number of replicas allowed."""
-        return self.autoscaling.max_replicas if self.autoscaling is not None else self.num_replicas
-
-    @property
-    def fewest_replicas(self) -> int:
-        """Smallest number of replicas allowed."""
-        return self.autoscaling.min_replicas if self.autoscaling is not None else self.num_replicas
 
 
 class RouterConfig(StrictModel):
@@ -217,21 +53,6 @@ class RouterConfig(StrictModel):
     drain_after_s: float = Field(default=10.0, ge=0)
     """A replica that is being removed may finish its streams for this long; the rest continue elsewhere, if failover is
     on and there is another replica."""
-
-
-class AdmissionConfig(StrictModel):
-    """How much work may wait in a router, counted in tokens of prompts and expected answers."""
-
-    max_queue_tokens: int = Field(default=4_000_000, ge=1)
-    """Beyond this, requests are refused with 429."""
-    max_queue_s: float = Field(default=30.0, gt=0)
-    """Requests that would wait longer than this for a replica, at the pace measured last, are refused with 429."""
-    max_backlog_steps: float = Field(default=4.0, gt=0)
-    """How many engine steps' worth of prompts a router sends to a replica ahead of time. Further requests wait in the
-    router, which can still send them elsewhere."""
-    no_replica_timeout_s: float = Field(default=60.0, gt=0)
-    """How long requests wait while no replica runs and none is being started; then the answer is 503. While a replica
-    is starting, they wait without a limit."""
 
 
 class LiveConfig(StrictModel):
@@ -307,28 +128,10 @@ class ChannelConfig(StrictModel):
     """0 for any free port; a fixed one allows a single router per node."""
 
 
-class AppConfig(StrictModel):
-    """All arguments of `build_app`."""
+class PlatformConfig(StrictModel):
+    """What concerns all models together: the routers, their API, and who may use it."""
 
-    model: str = Field(default="configs/demo", min_length=1)
-    """Directory of a Hugging Face checkpoint, a GGUF file, or a Hub id. A relative path counts from the working
-    directory, or from this repository if it does not exist there."""
-    served_model_name: str | None = Field(default=None, min_length=1, max_length=256)
-    """The name clients use; None for the directory's name, the file's without its suffix, or the Hub id."""
-    lora: str | None = None
-    """Directory of a PEFT adapter that is merged into the weights."""
-    chat_template: str | None = Field(default=None, min_length=1)
-    """File with a chat template in Jinja, used in place of the checkpoint's; or the template itself. It also says how
-    tools are described to the model."""
-    dtype: DType = DType.AUTO
-    device: str | None = None
-    """Torch device of the replicas; None for the GPU if a replica has one, otherwise the CPU."""
-    engine_kind: EngineKind = EngineKind.TORCH
-    engine: EngineConfig = EngineConfig()
-    emulation: EmulationConfig = EmulationConfig()
-    replicas: ReplicasConfig = ReplicasConfig()
     router: RouterConfig = RouterConfig()
-    admission: AdmissionConfig = AdmissionConfig()
     limits: LimitsConfig = LimitsConfig()
     cors: CorsConfig = CorsConfig()
     responses: ResponsesConfig = ResponsesConfig()
@@ -340,10 +143,6 @@ class AppConfig(StrictModel):
     strict_fields: bool = False
     """Refuse requests that contain a field unknown to this server, with 400. Otherwise unknown fields are ignored and
     named in the answer's header `X-Rayline-Ignored`."""
-    tool_parser: ToolParserName = ToolParserName.AUTO
-    """What text becomes a `tool_call` in answers to requests with tools."""
-    reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO
-    """What text becomes `reasoning_content` in answers to chats."""
     api_keys: tuple[SecretStr, ...] = ()
     """Keys that clients may use. If there is none here, in the file or in the variable, clients need no key.
 
@@ -364,73 +163,96 @@ class AppConfig(StrictModel):
             raise ValueError("api_keys holds an empty key; remove it or give a real one")
         return self
 
+
+class AppConfig(PlatformConfig, ServedModelConfig):
+    """All arguments of `build_app`. With a single model, its settings may stand here; otherwise they are in
+    `models`."""
+
+    models: tuple[ServedModelConfig, ...] = ()
+    """The models to serve. If this is left out, there is one, with the settings of a model that stand at the top
+    level."""
+
     @model_validator(mode="after")
-    def _check_gpus(self) -> Self:
-        set_aside, needed = self.replicas.num_gpus, self.engine.tensor_parallel_size
-        if needed > 1 and set_aside not in (None, 0) and set_aside != needed:
-            raise ValueError(
-                f"replicas.num_gpus: {set_aside:g} is not engine.tensor_parallel_size: {needed}; leave the first out"
-            )
+    def _check_models(self) -> Self:
+        beside = [name for name in ServedModelConfig.model_fields if name in self.model_fields_set]
+        if self.models and beside:
+            raise ValueError(f"{', '.join(beside)}: with `models`, settings of a model go into its entry there")
+        if not self.models and self.weight is not None:
+            raise ValueError("weight: it splits requests among entries of `models`; leave it out for a single model")
+        if not self.models and "models" in self.model_fields_set:
+            raise ValueError("models: it has no entry; add one, or leave it out to serve the demo model")
+        if any("model" not in entry.model_fields_set for entry in self.models):
+            raise ValueError("models: an entry does not say which `model` it serves")
+        check_names(self.models)
         return self
 
     @property
-    def model_name(self) -> str:
-        """The name that clients use for the model."""
-        if self.served_model_name is not None:
-            return self.served_model_name
-        path = Path(self.model).expanduser()
-        if path.is_dir():
-            return path.resolve().name
-        return path.name.removesuffix(".gguf") if is_gguf(path) else self.model
+    def by_key(self) -> dict[str, ServedModelConfig]:
+        """The settings of each model by a name that only this entry has; see `variant`."""
+        return dict(zip(keys_of(self.entries), self.entries, strict=True))
+
+    @property
+    def entries(self) -> tuple[ServedModelConfig, ...]:
+        """The settings of each model."""
+        if self.models:
+            return self.models
+        own = {name: getattr(self, name) for name in ServedModelConfig.model_fields}
+        return (ServedModelConfig.model_construct(self.model_fields_set & own.keys(), **own),)
+
+
+def keys_of(entries: tuple[ServedModelConfig, ...]) -> list[str]:
+    """A name for each entry that no other has: its model's, followed by its variant or its place among several."""
+    keys: list[str] = []
+    seen: Counter[str] = Counter()
+    for entry in entries:
+        name = entry.model_name
+        seen[name] += 1
+        variant = entry.variant or (str(seen[name]) if seen[name] > 1 else None)
+        keys.append(name if variant is None else f"{name}:{variant}")
+    return keys
+
+
+def check_names(entries: tuple[ServedModelConfig, ...]) -> None:
+    """Check that every name that clients may use stands for one model, or for entries that share its requests.
+
+    Raises:
+        ValueError: it does not; one line with the fix.
+    """
+    by_name: dict[str, list[ServedModelConfig]] = {}
+    for entry in entries:
+        by_name.setdefault(entry.model_name, []).append(entry)
+    for name, sharing in by_name.items():
+        if len(sharing) > 1 and any(entry.weight is None for entry in sharing):
+            raise ValueError(
+                f"models: {len(sharing)} entries have the name {name!r}; give each a `weight` to share its requests, "
+                "or a `served_model_name` of its own"
+            )
+        if len(sharing) > 1 and not any(entry.weight for entry in sharing):
+            raise ValueError(f"models: every entry with the name {name!r} has weight 0; one must get requests")
+    uses = Counter(name for name, sharing in by_name.items() for name in {n for entry in sharing for n in entry.names})
+    twice = [name for name, number in uses.items() if number > 1]
+    if twice:
+        raise ValueError(f"models: {twice[0]!r} is a name or alias of two models; each name must stand for one")
+    same = [key for key, number in Counter(keys_of(entries)).items() if number > 1]
+    if same:
+        raise ValueError(f"models: two entries come to {same[0]!r} by name and variant; give each its own `variant`")
 
 
 def resolve_paths(config: AppConfig) -> AppConfig:
-    """The same configuration with relative paths made absolute, so that every worker reads the same files.
-
-    A path that does not exist here is not changed: it may be a Hub id, or a path on the replicas' nodes. A chat
-        template is read here, for nodes that do not have the file.
+    """The same configuration with the paths of every model made absolute; see `resolve_model`.
 
     Raises:
-        ConfigError: the chat template's file cannot be read.
+        ConfigError: the file of a chat template cannot be read, or two models come to the same name.
     """
-    changes: dict[str, Any] = {}
-    for name in ("model", "lora"):
-        place = _find_place(getattr(config, name))
-        if place is not None:
-            changes[name] = str(place)
-    changes["chat_template"] = read_chat_template(config)
-    resolved = config.model_copy(update=changes)
-    return resolved.model_copy(update={"served_model_name": resolved.model_name})
-
-
-def read_chat_template(config: AppConfig) -> str | None:
-    """The text of the chat template that the configuration names; None where the checkpoint's is used.
-
-    Raises:
-        ConfigError: its file cannot be read.
-    """
-    given = config.chat_template
-    if given is None or "{" in given:
-        return given
-    path = Path(given).expanduser()
-    beside_code = _PACKAGE / path
-    try:
-        return (path if path.exists() else beside_code).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"chat_template: {path} cannot be read: {error}; name a file with Jinja text") from None
-
-
-def _find_place(value: str | None) -> Path | None:
-    """An existing directory or GGUF file by this name, here or among the files that come with the package."""
-    if value is None:
-        return None
-    path = Path(value).expanduser()
-    for candidate in (path, _PACKAGE / path, _PACKAGE / "configs" / path):
-        if candidate.is_dir():
-            return candidate.resolve()
-        if is_gguf(candidate):
-            return candidate.absolute()  # the target of a link in the Hub's cache has another name
-    return None
+    if config.models:
+        models = tuple(map(resolve_model, config.models))
+        try:
+            check_names(models)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return config.model_copy(update={"models": models})
+    (resolved,) = map(resolve_model, config.entries)
+    return config.model_copy(update={name: getattr(resolved, name) for name in ServedModelConfig.model_fields})
 
 
 def without_secrets(config: AppConfig) -> AppConfig:

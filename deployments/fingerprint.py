@@ -1,11 +1,11 @@
 """The fingerprint of a model version, which routers and replicas compute in the same way."""
 
-from deployments.config import AppConfig, read_chat_template
+from deployments.model_config import ServedModelConfig, read_chat_template
 from llm.checkpoint.fingerprint import fingerprint
 from llm.checkpoint.hub import resolve_model_path
 
 
-def fingerprint_of(config: AppConfig) -> str:
+def fingerprint_of(config: ServedModelConfig) -> str:
     """A fingerprint of all that must be equal for one replica to continue another's request, and for token ids to
     match.
 

@@ -21,7 +21,7 @@ from deployments.api.tracing import TraceRequests
 from deployments.api_config import CorsConfig
 from deployments.chat.errors import APIError, of_engine
 from deployments.router.accounts import LIMIT_HEADERS
-from deployments.router.router import Router
+from deployments.router.directory import ModelDirectory
 from deployments.version import __version__
 from llm.errors import LLMError
 
@@ -29,40 +29,40 @@ TITLE = "Rayline"
 _OPENAPI_PATH = "/openapi.json"
 
 
-def create_api(router: Router, store: ResponseStore | None = None) -> FastAPI:
+def create_api(directory: ModelDirectory, store: ResponseStore | None = None) -> FastAPI:
     """Create the HTTP application of a router; it asks for the router's keys.
 
     Args:
-        router: generates the answers.
+        directory: the models, which generate the answers.
         store: where responses are kept; None for nowhere.
 
     Raises:
-        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
+        CheckpointError, ConfigError: a tokenizer cannot be loaded; one line with the fix.
     """
-    config = router.config
-    table = Endpoints(router, store).table()
+    config = directory.platform
+    table = Endpoints(directory, store).table()
     api = FastAPI(
         title=TITLE, version=__version__, openapi_url=_OPENAPI_PATH, docs_url=None, redoc_url=None,
         redirect_slashes=False,
     )  # fmt: skip
     _add_routes(api, table)
     static_paths = add_static_files(api, STATIC_PATH, STATIC_DIRECTORY)
-    api.openapi = lambda: describe(api, table, needs_key=router.access.needs_key)  # type: ignore[method-assign]
+    api.openapi = lambda: describe(api, table, needs_key=directory.access.needs_key)  # type: ignore[method-assign]
     api.add_exception_handler(APIError, _on_api_error)
     api.add_exception_handler(LLMError, _on_llm_error)
     api.add_exception_handler(HTTPException, _on_http_error)
     # The last one added is the outermost.
     api.add_middleware(
         KeyGuard,
-        access=router.access,
+        access=directory.access,
         open_paths=[*(route.path for route in table if route.is_open), _OPENAPI_PATH, *static_paths],
         metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
     )
     api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
     if config.cors.is_on:
         _add_cors(api, config.cors)
-    if router.tracer is not None:
-        api.add_middleware(TraceRequests, tracer=router.tracer)
+    if directory.tracer is not None:
+        api.add_middleware(TraceRequests, tracer=directory.tracer)
     return api
 
 

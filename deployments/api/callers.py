@@ -1,13 +1,16 @@
 """Who sent a request, how urgent it is and how long the client waits: what its headers say besides its body."""
 
 import math
+import uuid
 
 from starlette.requests import Request
 
 from deployments.chat.errors import invalid
+from deployments.chat.wire_model import RequestBody
 from deployments.router.accounts import Account
 from deployments.router.caller import Caller
 
+SESSION_HEADER = "X-Session-Id"
 TIMEOUT_HEADER = "X-Request-Timeout"
 REQUEST_ID_HEADER = "X-Request-ID"
 """Ray Serve takes the client's value or makes one, and returns it with the answer."""
@@ -31,6 +34,16 @@ def caller_of(request: Request, priority: int | None = None) -> Caller:
         span=state.get("span"),
         request_id=request.headers.get(REQUEST_ID_HEADER, "")[:128],
     )
+
+
+def session_of(request: Request, body: RequestBody) -> str:
+    """What the request has in common with others that should be answered by the same version of a model: the session
+    that its client names in a header or as `prompt_cache_key`; without one its API key; without keys nothing, so it is
+    the request's own id."""
+    named = request.headers.get(SESSION_HEADER) or getattr(body, "prompt_cache_key", None)
+    if isinstance(named, str) and named:
+        return f"{tenant_of(request)}\0{named}"
+    return tenant_of(request) or request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
 
 
 def tenant_of(request: Request) -> str:

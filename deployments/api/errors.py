@@ -1,6 +1,6 @@
 """Errors on the wire: OpenAI's `{"error": {"message", "type", "param", "code"}}`, or Anthropic's form on its paths."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -73,9 +73,15 @@ def answer_to(scope: Mapping[str, Any], error: APIError) -> Response:
     return Response(body, error.status, error.headers, media_type="application/json")
 
 
-def model_not_found(name: str) -> APIError:
-    """The error for a request that names another model."""
-    return APIError(404, f"The model {name[:100]!r} does not exist", param="model", code="model_not_found")
+_MOST_NAMES = 20
+"""Names of models that an error gives."""
+
+
+def model_not_found(name: str, names: Sequence[str]) -> APIError:
+    """The error for a request that names another model than those there are."""
+    there = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
+    message = f"The model {name[:100]!r} does not exist; there is {there}"
+    return APIError(404, message, param="model", code="model_not_found")
 
 
 def too_many_open() -> APIError:

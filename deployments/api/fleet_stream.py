@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 
 from deployments.api.sse import event
-from deployments.router.router import Router
+from deployments.router.directory import ModelDirectory
 
 _INTERVAL_S = 0.5
 _HISTORY_INTERVAL_S = 2.0
@@ -14,13 +14,13 @@ _HISTORY_INTERVAL_S = 2.0
 router."""
 
 
-async def watch_fleet(router: Router) -> AsyncGenerator[bytes, None]:
+async def watch_fleet(directory: ModelDirectory) -> AsyncGenerator[bytes, None]:
     """The state of router and replicas twice a second, as server-sent events, until the router shuts down."""
     history_at = -math.inf
-    while not router.is_shutting_down:
-        state, now = router.fleet_event(), time.monotonic()
+    while not directory.is_shutting_down:
+        state, now = directory.fleet_event(), time.monotonic()
         if now - history_at >= _HISTORY_INTERVAL_S:
             history_at = now
-            state["history"] = await router.fleet_history()
+            state["history"] = await directory.fleet_history()
         yield event(state)
         await asyncio.sleep(_INTERVAL_S)

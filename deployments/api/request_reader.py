@@ -1,7 +1,8 @@
-"""Reads HTTP requests and prepares them for the engines."""
+"""Reads HTTP requests, finds the models that they are for, and prepares them for the engines."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -9,16 +10,18 @@ from starlette.requests import Request
 from deployments.api.answer_headers import IGNORED_HEADER, add_header
 from deployments.api.anthropic.schemas import MessagesRequest
 from deployments.api.bodies import Body, parse, read_body
-from deployments.api.callers import caller_of
+from deployments.api.callers import caller_of, session_of
 from deployments.api.errors import model_not_found
 from deployments.api.openai.response_requests import ResponsesRequest
 from deployments.api.sse import until_disconnect
 from deployments.chat.encoder import EncodedChat, PromptEncoder
-from deployments.chat.errors import in_words_of
+from deployments.chat.errors import in_words_of, invalid
 from deployments.chat.ignored import header_value
 from deployments.chat.requests import ChatRequest
-from deployments.chat.service import INLINE_BYTES, ChatService
+from deployments.chat.service import ChatService
+from deployments.chat.threads import INLINE_BYTES, TokenizerThreads
 from deployments.chat.turn import Turn
+from deployments.router.directory import ModelDirectory
 from deployments.router.router import Router
 
 logger = logging.getLogger("ray.serve")
@@ -26,18 +29,39 @@ logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 
 
-class RequestReader:
-    """Reads requests, and starts to answer those that are chats.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What answers a request.
 
-    Args:
-        router: knows the limits, and the engines.
-        chats: prepares and begins chats.
+    Attributes:
+        chats: prepares and begins the answers of the model that the request is for.
+        name: the model's name, for the answer.
     """
 
-    def __init__(self, router: Router, chats: ChatService) -> None:
-        self._router = router
-        self._chats = chats
-        self._model = router.config.model_name
+    chats: ChatService
+    name: str
+
+    @property
+    def router(self) -> Router:
+        """The model's router."""
+        return self.chats.router
+
+
+class RequestReader:
+    """Reads requests, says which model each is for, and starts to answer those that are chats.
+
+    Args:
+        directory: the models.
+
+    Raises:
+        CheckpointError, ConfigError: a tokenizer cannot be loaded; one line with the fix.
+    """
+
+    def __init__(self, directory: ModelDirectory) -> None:
+        self._directory = directory
+        self._platform = directory.platform
+        self.threads = TokenizerThreads(self._platform.router.tokenizer_threads)
+        self._chats = {router.key: ChatService(router) for router in directory.routers}
 
     async def body(self, request: Request, model: type[Body]) -> tuple[Body, int]:
         """The request's validated body, and its size in bytes.
@@ -45,16 +69,32 @@ class RequestReader:
         Raises:
             APIError: something is wrong with the body.
         """
-        data = await read_body(request, self._router.config.limits)
-        is_strict = self._router.config.strict_fields
-        body, ignored = await self._chats.run(len(data), lambda: parse(model, data, is_strict=is_strict))
+        data = await read_body(request, self._platform.limits)
+        is_strict = self._platform.strict_fields
+        body, ignored = await self.threads.run(len(data), lambda: parse(model, data, is_strict=is_strict))
         if ignored:
             add_header(request.scope, IGNORED_HEADER, header_value(ignored))
             logger.debug("fields ignored: %s", header_value(ignored))
-        self.check_model(body.model or self._model)
         return body, len(data)
 
-    async def prepared(self, request: Request, body: Body, size: int, prepare: Callable[[PromptEncoder, Body], T]) -> T:
+    def target(self, request: Request, body: Body) -> Target:
+        """What answers a request with this body, by its `model`; without one, the only model.
+
+        Raises:
+            APIError: a 404, there is no such model; a 400, there are several and the body names none.
+        """
+        names = self._directory.names
+        if not body.model and len(names) > 1:
+            raise invalid(f"model: name one of {', '.join(names)}", "model")
+        name = body.model or names[0]
+        router = self._directory.pick(name, session_of(request, body))
+        if router is None:
+            raise model_not_found(name, names)
+        return Target(self._chats[router.key], router.config.model_name)
+
+    async def prepared(
+        self, request: Request, target: Target, body: Body, size: int, prepare: Callable[[PromptEncoder, Body], T]
+    ) -> T:
         """Prepare a body for the engines, in a thread if that takes long.
 
         It waits until an engine has reported its limits, against which requests are checked; a fleet at zero starts
@@ -63,20 +103,21 @@ class RequestReader:
         Raises:
             APIError, LLMError: something is wrong with the request; or see `Router.engine_info`.
         """
-        if not self._router.is_ready:
-            await self._router.engine_info(caller_of(request).timeout_s)
-        encoder = self._chats.encoder
+        if not target.router.is_ready:
+            await target.router.engine_info(caller_of(request).timeout_s)
+        encoder = target.chats.encoder
         size = max(size, INLINE_BYTES + 1) if body.takes_long else size
-        return await self._chats.run(size, lambda: prepare(encoder, body))
+        return await self.threads.run(size, lambda: prepare(encoder, body))
 
     async def prepared_at_once(
         self, request: Request, model: type[Body], prepare: Callable[[PromptEncoder, Body], T]
     ) -> T:
         """Like `prepared`, for a request whose answer is the prepared value itself."""
         body, size = await self.body(request, model)
-        return await until_disconnect(request.receive, self.prepared(request, body, size, prepare))
+        target = self.target(request, body)
+        return await until_disconnect(request.receive, self.prepared(request, target, body, size, prepare))
 
-    async def turn(self, request: Request, body: ResponsesRequest | MessagesRequest, size: int) -> Turn:
+    async def turn(self, request: Request, target: Target, body: ResponsesRequest | MessagesRequest, size: int) -> Turn:
         """Begin to answer a chat that is written in another API's format."""
 
         def encode(encoder: PromptEncoder, body: ResponsesRequest | MessagesRequest) -> tuple[EncodedChat, ChatRequest]:
@@ -84,14 +125,5 @@ class RequestReader:
                 chat = body.to_chat()
                 return encoder.chat(chat), chat
 
-        encoded, chat = await self.prepared(request, body, size, encode)
-        return await self._chats.chat(encoded, chat.stop_strings(), caller_of(request, chat.priority))
-
-    def check_model(self, name: str) -> None:
-        """Refuse a request that names another model.
-
-        Raises:
-            APIError: a 404.
-        """
-        if name != self._model:
-            raise model_not_found(name)
+        encoded, chat = await self.prepared(request, target, body, size, encode)
+        return await target.chats.chat(encoded, chat.stop_strings(), caller_of(request, chat.priority))

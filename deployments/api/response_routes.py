@@ -17,7 +17,6 @@ from deployments.api.request_reader import RequestReader
 from deployments.api.route_table import Route
 from deployments.api.sse import until_disconnect
 from deployments.chat.errors import invalid, unsupported
-from deployments.chat.service import ChatService
 from deployments.chat.turn import Turn
 
 _ONE = "/v1/responses/{response_id}"
@@ -28,17 +27,13 @@ class ResponseEndpoints:
     """Answers requests for new and for stored responses.
 
     Args:
-        chats: knows the tokenizer.
         requests: reads them, and begins the answers.
         store: where responses are kept; None for nowhere.
-        model: model name to give in the answers.
     """
 
-    def __init__(self, chats: ChatService, requests: RequestReader, store: ResponseStore | None, model: str) -> None:
-        self._chats = chats
+    def __init__(self, requests: RequestReader, store: ResponseStore | None) -> None:
         self._requests = requests
         self._conversations = Conversations(store)
-        self._model = model
 
     def table(self) -> list[Route]:
         """The routes of this class."""
@@ -52,6 +47,7 @@ class ResponseEndpoints:
     async def respond(self, request: Request) -> Response:
         """Answer a conversation as OpenAI's Responses API does, whole or as server-sent events."""
         body, size = await self._requests.body(request, ResponsesRequest)
+        target = self._requests.target(request, body)
         owner = tenant_of(request)
         conversation = await until_disconnect(request.receive, self._conversations.whole(owner, body))
         is_kept = self._conversations.is_kept(body)
@@ -61,13 +57,13 @@ class ResponseEndpoints:
 
         async def start() -> tuple[Turn, AnswerWriter]:
             num_bytes = size + sum(len(item.data) for item in conversation.earlier)
-            turn = await self._requests.turn(request, conversation.body, num_bytes)
+            turn = await self._requests.turn(request, target, conversation.body, num_bytes)
             return turn, ResponseWriter(
                 turn,
-                model=self._model,
-                echoed=await self._chats.run(size, lambda: echoed(body, is_stored=is_kept)),
+                model=target.name,
+                echoed=await self._requests.threads.run(size, lambda: echoed(body, is_stored=is_kept)),
                 names=body.function_names,
-                logprobs=TextLogprobs(self._chats.tokenizer) if body.wants_logprobs else None,
+                logprobs=TextLogprobs(target.chats.tokenizer) if body.wants_logprobs else None,
                 seals_thoughts=body.wants_sealed_thoughts,
                 keep=keep if is_kept else None,
             )

@@ -12,6 +12,7 @@ from deployments.api.anthropic.schemas import CountTokensRequest, MessagesReques
 from deployments.api.callers import caller_of
 from deployments.api.fleet_stream import watch_fleet
 from deployments.api.json_parts import JSONResponse, json_pieces
+from deployments.api.model_routes import ModelEndpoints
 from deployments.api.openai.completion_writer import CompletionWriter
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
 from deployments.api.openai.response_store import ResponseStore
@@ -21,8 +22,6 @@ from deployments.api.openai.responses import (
     EmbeddingList,
     InputTokens,
     MessageObject,
-    ModelList,
-    ModelObject,
     Stats,
     Status,
     Text,
@@ -30,23 +29,21 @@ from deployments.api.openai.responses import (
     Version,
 )
 from deployments.api.pages import page
-from deployments.api.request_reader import RequestReader
+from deployments.api.request_reader import RequestReader, Target
 from deployments.api.response_routes import ResponseEndpoints
 from deployments.api.route_table import EVENT_STREAM, Route
 from deployments.api.sse import EventStream, error_events, until_disconnect
 from deployments.chat.encoder import PromptEncoder
-from deployments.chat.errors import in_words_of, not_ready, of_engine
+from deployments.chat.errors import in_words_of
 from deployments.chat.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
-from deployments.chat.service import ChatService
 from deployments.chat.turn import Turn
-from deployments.errors import NoReplicaError
 from deployments.observe.exposition import CONTENT_TYPE
-from deployments.router.router import Router
+from deployments.router.directory import ModelDirectory
 from deployments.version import __version__
 
 
@@ -54,19 +51,18 @@ class Endpoints:
     """What each route does.
 
     Args:
-        router: generates the answers.
+        directory: the models, which generate the answers.
         store: where responses are kept; None for nowhere.
 
     Raises:
-        CheckpointError, ConfigError: the tokenizer cannot be loaded; one line with the fix.
+        CheckpointError, ConfigError: a tokenizer cannot be loaded; one line with the fix.
     """
 
-    def __init__(self, router: Router, store: ResponseStore | None = None) -> None:
-        self._router = router
-        self._chats = ChatService(router)
-        self._requests = RequestReader(router, self._chats)
-        self._responses = ResponseEndpoints(self._chats, self._requests, store, router.config.model_name)
-        self._model = router.config.model_name
+    def __init__(self, directory: ModelDirectory, store: ResponseStore | None = None) -> None:
+        self._directory = directory
+        self._requests = RequestReader(directory)
+        self._responses = ResponseEndpoints(self._requests, store)
+        self._models = ModelEndpoints(directory)
 
     def table(self) -> list[Route]:
         """Every route there is."""
@@ -91,12 +87,10 @@ class Endpoints:
                 CountTokensRequest,
             ),
             Route("POST", "/v1/embeddings", self.embeddings, "Vectors of texts", EmbeddingList, EmbeddingsRequest),
-            Route("GET", "/v1/models", self.models, "Models", ModelList),
-            Route("GET", "/v1/models/{model:path}", self.model, "One model", ModelObject),
+            *self._models.table(),
             Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", Tokens, TokenizeRequest),
             Route("POST", "/detokenize", self.detokenize, "Tokens to text", Text, DetokenizeRequest),
             Route("GET", "/health", self.health, "Whether this router runs", Status, is_open=True),
-            Route("GET", "/ready", self.ready, "Whether requests can be answered", Status, is_open=True),
             Route("GET", "/version", self.version, "Version of the server", Version),
             Route("GET", "/metrics", self.metrics, "Metrics for Prometheus", "text/plain"),
             Route("GET", "/", self.chat_page, "The chat page", "text/html", is_open=True),
@@ -115,23 +109,26 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         """Answer a chat, whole or as server-sent events."""
         body, size = await self._requests.body(request, ChatRequest)
+        target = self._requests.target(request, body)
 
         async def start() -> tuple[Turn, AnswerWriter]:
-            chat = await self._requests.prepared(request, body, size, PromptEncoder.chat)
-            turn = await self._chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
-            return turn, self._completion_writer(turn, body, is_chat=True, wants_logprobs=bool(body.logprobs))
+            chat = await self._requests.prepared(request, target, body, size, PromptEncoder.chat)
+            turn = await target.chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
+            return turn, _completion_writer(turn, target, body, is_chat=True, wants_logprobs=bool(body.logprobs))
 
         return await answer(request, start(), error_events, is_streamed=bool(body.stream))
 
     async def completion(self, request: Request) -> Response:
         """Continue one or more prompts, whole or as server-sent events."""
         body, size = await self._requests.body(request, CompletionRequest)
+        target = self._requests.target(request, body)
 
         async def start() -> tuple[Turn, AnswerWriter]:
-            completion = await self._requests.prepared(request, body, size, PromptEncoder.completion)
-            turn = await self._chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
-            return turn, self._completion_writer(
+            completion = await self._requests.prepared(request, target, body, size, PromptEncoder.completion)
+            turn = await target.chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
+            return turn, _completion_writer(
                 turn,
+                target,
                 body,
                 is_chat=False,
                 wants_logprobs=body.logprobs is not None,
@@ -145,10 +142,11 @@ class Endpoints:
     async def message(self, request: Request) -> Response:
         """Answer a conversation as Anthropic's Messages API does, whole or as server-sent events."""
         body, size = await self._requests.body(request, MessagesRequest)
+        target = self._requests.target(request, body)
 
         async def start() -> tuple[Turn, AnswerWriter]:
-            turn = await self._requests.turn(request, body, size)
-            return turn, MessageWriter(turn, model=self._model)
+            turn = await self._requests.turn(request, target, body, size)
+            return turn, MessageWriter(turn, model=target.name)
 
         return await answer(request, start(), message_failure, is_streamed=bool(body.stream))
 
@@ -163,35 +161,22 @@ class Endpoints:
             {"input_tokens": await self._requests.prepared_at_once(request, CountTokensRequest, count)}
         )
 
-    def _completion_writer(self, turn: Turn, body: ChatRequest | CompletionRequest, **options: Any) -> CompletionWriter:
-        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        tokenizer = self._chats.tokenizer
-        return CompletionWriter(turn, tokenizer, model=self._model, include_usage=include_usage, **options)
-
     async def embeddings(self, request: Request) -> Response:
         """Return a vector for each input: the model's hidden states, pooled and normalized to length 1."""
         body, size = await self._requests.body(request, EmbeddingsRequest)
+        target = self._requests.target(request, body)
 
         async def embed() -> tuple[list[list[int]], list[bytes]]:
             inputs = await self._requests.prepared(
-                request, body, size, lambda encoder, body: encoder.inputs(body.inputs())
+                request, target, body, size, lambda encoder, body: encoder.inputs(body.inputs())
             )
             caller = caller_of(request, body.priority)
-            return inputs, await self._router.embed(inputs, body.pooling or "last", caller)
+            return inputs, await target.router.embed(inputs, body.pooling or "last", caller)
 
         inputs, vectors = await until_disconnect(request.receive, embed())
         num_tokens = sum(map(len, inputs))
-        write = lambda: json_pieces(embeddings_object(body, self._model, vectors, num_tokens))  # noqa: E731
+        write = lambda: json_pieces(embeddings_object(body, target.name, vectors, num_tokens))  # noqa: E731
         return JSONResponse(await asyncio.to_thread(write))
-
-    async def models(self, _: Request) -> Response:
-        """List the served model."""
-        return json_response({"object": "list", "data": [self._model_object()]})
-
-    async def model(self, request: Request) -> Response:
-        """Describe the served model."""
-        self._requests.check_model(request.path_params["model"])
-        return json_response(self._model_object())
 
     async def tokenize(self, request: Request) -> Response:
         """Turn a text or a chat into token ids."""
@@ -205,25 +190,17 @@ class Endpoints:
         """Answer as long as this process runs."""
         return json_response({"status": "ok"})
 
-    async def ready(self, _: Request) -> Response:
-        """Answer 200 while requests can be answered: a replica serves, or one starts when a request arrives. Otherwise
-        503."""
-        if not self._router.can_answer:
-            missing = of_engine(NoReplicaError("No engine replica serves at the moment"))
-            raise missing if self._router.is_ready else not_ready()
-        return json_response({"status": "ready"})
-
     async def version(self, _: Request) -> Response:
         """Return the server's version."""
         return json_response({"version": __version__})
 
     async def stats(self, _: Request) -> Response:
         """Report what is running and how full the engines are, as this router last heard."""
-        return json_response(self._router.snapshot())
+        return json_response(self._directory.snapshot())
 
     async def metrics(self, _: Request) -> Response:
         """Return the metrics of all routers and replicas, whichever router is asked, in Prometheus' text format."""
-        return Response(await self._router.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(await self._directory.metrics(), media_type=CONTENT_TYPE)
 
     async def chat_page(self, _: Request) -> Response:
         """Return the chat page."""
@@ -239,17 +216,14 @@ class Endpoints:
 
     async def events(self, _: Request) -> Response:
         """Report what is running and what happened, as server-sent events, until the client disconnects."""
-        return EventStream(watch_fleet(self._router), error_events)
+        return EventStream(watch_fleet(self._directory), error_events)
 
-    def _model_object(self) -> dict[str, Any]:
-        info = self._router.info
-        return {
-            "id": self._model,
-            "object": "model",
-            "created": self._router.started_at,
-            "owned_by": "rayline",
-            "max_model_len": info.max_seq_len if info is not None else None,
-        }
+
+def _completion_writer(
+    turn: Turn, target: Target, body: ChatRequest | CompletionRequest, **options: Any
+) -> CompletionWriter:
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return CompletionWriter(turn, target.chats.tokenizer, model=target.name, include_usage=include_usage, **options)
 
 
 def _tokens(encoder: PromptEncoder, body: TokenizeRequest) -> list[bytes]:

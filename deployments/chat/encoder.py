@@ -15,7 +15,8 @@ from deployments.chat.requests import ChatRequest, CompletionRequest, SamplingFi
 from deployments.chat.structured import grammar_error, grammar_of
 from deployments.chat.template_turns import render_turns
 from deployments.chat.tools import arguments_schema, forced_grammar, strict_grammar
-from deployments.config import LimitsConfig, ToolParserName
+from deployments.config import LimitsConfig
+from deployments.model_config import ToolParserName
 from llm.checkpoint.generation_defaults import GenerationDefaults
 from llm.errors import InvalidRequestError
 from llm.sampling.grammar import GrammarCompiler

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.chat.tool_formats.mistral import ID_LENGTH
-from deployments.config import ToolParserName
+from deployments.model_config import ToolParserName
 from llm.errors import InvalidRequestError
 from llm.tokenization.hf_tokenizer import HFTokenizer
 

@@ -6,7 +6,7 @@ from deployments.chat.history import HistoryStyle, find_style
 from deployments.chat.parsers import THOUGHT_TAGS
 from deployments.chat.tool_formats.markup import CallMarkup
 from deployments.chat.tool_formats.table import TOOL_FORMATS
-from deployments.config import ReasoningParserName, ToolParserName
+from deployments.model_config import ReasoningParserName, ToolParserName
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 _TAIL_TOKENS = 16

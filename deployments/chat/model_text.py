@@ -8,7 +8,8 @@ from deployments.chat.encoder import PromptEncoder
 from deployments.chat.errors import APIError
 from deployments.chat.model_format import ModelFormat, find_format
 from deployments.chat.requests import ChatRequest
-from deployments.config import AppConfig, read_chat_template
+from deployments.config import LimitsConfig
+from deployments.model_config import ServedModelConfig, read_chat_template
 from llm.checkpoint.generation_defaults import GenerationDefaults, load_generation_defaults
 from llm.checkpoint.hub import resolve_model_path
 from llm.errors import ConfigError, InvalidRequestError
@@ -37,7 +38,7 @@ class ModelText:
     format: ModelFormat
 
     @classmethod
-    def load(cls, config: AppConfig) -> Self:
+    def load(cls, config: ServedModelConfig) -> Self:
         """Read the directory of the model that a configuration names.
 
         Raises:
@@ -53,22 +54,24 @@ class ModelText:
         """See the class."""
         return (*self.defaults.warnings, *([self.format.warning] if self.format.warning is not None else []))
 
-    def encoder(self, config: AppConfig, info: EngineInfo) -> PromptEncoder:
+    def encoder(self, limits: LimitsConfig, info: EngineInfo) -> PromptEncoder:
         """What turns API requests into engine requests.
 
         Args:
+            limits: bounds on what clients may do.
             info: what the engines accept.
         """
         grammars = GrammarCompiler(self.tokenizer, info.vocab_size)
-        return PromptEncoder(self.tokenizer, self.defaults, info, config.limits, self.format, grammars)
+        return PromptEncoder(self.tokenizer, self.defaults, info, limits, self.format, grammars)
 
-    def check(self, config: AppConfig, vocab_size: int) -> None:
+    def check(self, config: ServedModelConfig, vocab_size: int) -> None:
         """Check that a text and a chat can be encoded for a model with this vocabulary size.
 
         Raises:
             ConfigError: they cannot; it names the file at fault.
         """
-        encoder = self.encoder(config, EngineInfo(config.model_name, _ENDLESS, _ENDLESS, 1, 1, vocab_size, "", "", ""))
+        info = EngineInfo(config.model_name, _ENDLESS, _ENDLESS, 1, 1, vocab_size, "", "", "")
+        encoder = self.encoder(LimitsConfig(), info)
         try:
             encoder.inputs([_SAMPLE_TEXT])
         except APIError as error:

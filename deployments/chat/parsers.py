@@ -12,7 +12,7 @@ from deployments.chat.output import OutputEvent, OutputParser, TextDelta
 from deployments.chat.tool_formats import harmony, kimi, llama_json
 from deployments.chat.tool_formats.source import Reading, Source, SourceParser
 from deployments.chat.tool_formats.table import TOOL_FORMATS
-from deployments.config import ReasoningParserName, ToolParserName
+from deployments.model_config import ReasoningParserName, ToolParserName
 from llm.serving.schemas import Preamble
 
 

@@ -1,10 +1,7 @@
 """Turns an API request into a turn that is in progress."""
 
-import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
 
 from deployments.chat.encoder import EncodedChat, EncodedCompletion, PromptEncoder
 from deployments.chat.errors import not_ready
@@ -13,17 +10,11 @@ from deployments.chat.turn import Turn
 from deployments.router.caller import Caller
 from deployments.router.router import Router
 
-T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
-
-INLINE_BYTES = 2_000
-"""Requests up to this size are read at once: handing them to a thread would take longer."""
-_LONG_BYTES = 64 << 10
 
 
 class ChatService:
-    """Owns the tokenizer, prepares requests, and passes them to the router.
+    """Owns the tokenizer of one model, and passes prepared requests to the model's router.
 
     Args:
         router: generates the answers.
@@ -37,9 +28,7 @@ class ChatService:
         self.tokenizer, self._defaults = self._text.tokenizer, self._text.defaults
         for warning in self._text.warnings:
             logger.warning(warning)
-        self._router = router
-        self._threads = ThreadPoolExecutor(router.config.router.tokenizer_threads, thread_name_prefix="tokenizer")
-        self._thread_for_long = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-long")
+        self.router = router
         self._encoder: PromptEncoder | None = None
 
     @property
@@ -49,25 +38,12 @@ class ChatService:
         Raises:
             APIError: a 503; no engine has reported its limits yet.
         """
-        info, config = self._router.info, self._router.config
+        info = self.router.info
         if info is None:
             raise not_ready()
         if self._encoder is None:
-            self._encoder = self._text.encoder(config, info)
+            self._encoder = self._text.encoder(self.router.platform.limits, info)
         return self._encoder
-
-    async def run(self, size: int, work: Callable[[], T]) -> T:
-        """Do work on a request of this size without holding up the event loop.
-
-        Args:
-            size: size of the request's body, in bytes.
-            work: must hold the interpreter's lock for only a few milliseconds at a time.
-        """
-        if size <= INLINE_BYTES:
-            return work()
-        # A request that takes seconds must not keep short ones waiting.
-        threads = self._threads if size <= _LONG_BYTES else self._thread_for_long
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     async def chat(self, chat: EncodedChat, stop: Sequence[str], caller: Caller) -> Turn:
         """Begin to answer a chat.
@@ -75,7 +51,7 @@ class ChatService:
         Raises:
             LLMError: see `Router.start`.
         """
-        group = await self._router.start(chat.requests, caller)
+        group = await self.router.start(chat.requests, caller)
         shown_ids = self.tokenizer.special_ids(chat.form.tags)
         return Turn(group, self.tokenizer, stop or self._defaults.stop_strings, chat.parser, shown_ids=shown_ids)
 
@@ -85,7 +61,7 @@ class ChatService:
         Raises:
             LLMError: see `Router.start`.
         """
-        group = await self._router.start(completion.requests, caller)
+        group = await self.router.start(completion.requests, caller)
         return Turn(
             group,
             self.tokenizer,

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from deployments.cli.output import make_console
-from deployments.config import AppConfig, resolve_paths
+from deployments.config import resolve_paths
+from deployments.model_config import ServedModelConfig
 from deployments.replica.model_memory import (
     GIB,
     GPUShare,
@@ -49,7 +50,7 @@ def check(
     config = find_config_file(config)
     server = read_config_file(config)
     _print_port(console, server.front_end)
-    for app in map(resolve_paths, server.apps.values()):
+    for app in (entry for each in server.apps.values() for entry in resolve_paths(each).entries):
         report = check_model(app)
         console.print(f"[green]✓[/] {config}: model [bold]{app.model_name}[/], {app.replicas.most_replicas} replica(s)")
         if find_local_checkpoint(app.model) is None:
@@ -88,7 +89,7 @@ def _width(model: ModelConfig, itemsize: int) -> str:
     return f"{' and '.join(map(str, bits))} in the layers' projections, elsewhere {width}"
 
 
-def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
+def _memory(app: ServedModelConfig, model: ModelConfig, sizes: list[float]) -> Table:
     itemsize, share = itemsize_of(app), share_of(app, model, app.engine.tensor_parallel_size)
     table = Table(box=None, pad_edge=False, show_header=False)
     on_each = f" on each of {share.num_gpus} GPUs" if share.num_gpus > 1 else ""
@@ -108,7 +109,7 @@ def _memory(app: AppConfig, model: ModelConfig, sizes: list[float]) -> Table:
     return table
 
 
-def _what_fits(app: AppConfig, model: ModelConfig, share: GPUShare, size: float) -> str:
+def _what_fits(app: ServedModelConfig, model: ModelConfig, share: GPUShare, size: float) -> str:
     """How much a replica's pool holds on GPUs of so many GiB; if nothing, how many GPUs the model needs."""
     slots = share.num_slots(size * GIB * app.engine.gpu_memory_utilization)
     if slots >= fewest_slots(app, model):
@@ -119,7 +120,7 @@ def _what_fits(app: AppConfig, model: ModelConfig, share: GPUShare, size: float)
     return f"too small; {enough.num_gpus} of them hold it: engine.tensor_parallel_size: {enough.num_gpus}"
 
 
-def _checklist(app: AppConfig, model: ModelConfig) -> Table:
+def _checklist(app: ServedModelConfig, model: ModelConfig) -> Table:
     """The inference checklist, ticked for this model."""
     group = model.num_heads // model.kv_heads
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -6,13 +6,14 @@ python -m deployments.cli.config_reference > docs/configuration.md
 import typing
 from enum import Enum
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from deployments.config import AppConfig
+from deployments.model_config import ServedModelConfig
 
 _HEAD = """# Configuration
 
@@ -25,18 +26,31 @@ This page is made from the code: `python -m deployments.cli.config_reference > d
 _TABLE = "| setting | type | default | |\n|---|---|---|---|\n"
 
 
+class _Section(NamedTuple):
+    """A heading with a table below it: some fields of a group."""
+
+    title: str
+    prefix: str
+    group: type[BaseModel]
+    names: list[str]
+
+
 def reference() -> str:
     """The page, in Markdown."""
     sections = [_HEAD]
-    pending: list[tuple[str, type[BaseModel]]] = [("", AppConfig)]
+    own = [name for name in AppConfig.model_fields if name not in ServedModelConfig.model_fields]
+    pending = [
+        _Section("Top level", "", AppConfig, own),
+        _Section("A model", "", ServedModelConfig, list(ServedModelConfig.model_fields)),
+    ]
     while pending:
-        prefix, model = pending.pop(0)
-        title = prefix.removesuffix(".") or "Top level"
+        title, prefix, model, names = pending.pop(0)
         sections.append(f"\n## {title}\n\n{_one_line(model.__doc__ or '')}\n\n{_TABLE}")
-        for name, field in model.model_fields.items():
+        for name in names:
+            field = model.model_fields[name]
             group = _group(field)
             if group is not None:
-                pending.append((f"{prefix}{name}.", group))
+                pending.append(_Section(f"{prefix}{name}", f"{prefix}{name}.", group, list(group.model_fields)))
             sections.append(_row(prefix + name, field, group))
     return "".join(sections)
 
@@ -69,7 +83,9 @@ def _default(field: FieldInfo) -> str:
 
 
 def _group(field: FieldInfo) -> type[BaseModel] | None:
-    """The model type of a field, if its value is a model."""
+    """The model type of a field, if its value is a model; None for a list of models."""
+    if get_origin(field.annotation) is tuple:
+        return None
     for candidate in (field.annotation, *get_args(field.annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

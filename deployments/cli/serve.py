@@ -15,6 +15,7 @@ import yaml
 from deployments.api.send_timeout import PROXY_VARIABLES
 from deployments.cli.supervisor import run_server
 from deployments.config import AppConfig, resolve_paths
+from deployments.model_config import ServedModelConfig
 from deployments.observe.terminal import TERMINAL_VARIABLE
 from deployments.serve.config_file import BUILDER, find_config_file, read_config_file
 from deployments.serve.haproxy import haproxy_environment
@@ -147,19 +148,23 @@ def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:
             continue
         config = resolve_paths(apps[str(application.get("name") or "default")])
         args = application.setdefault("args", {})
-        directory = resolve_model_path(config.model).resolve()
-        # Other nodes have the file, but not this node's cached copy.
-        is_made_here = is_gguf(config.model) or config.model in PACKAGED_MODELS
-        args["model"] = config.model if is_made_here else str(directory)
-        for warning in load_generation_defaults(directory).warnings:
-            print(f"rayline: warning: {warning}", file=sys.stderr)
-        args["served_model_name"] = config.served_model_name
-        if config.lora is not None:
-            if not Path(config.lora).is_dir():
-                raise ConfigError(
-                    f"lora: {config.lora} is not a directory; give the one that holds adapter_config.json"
-                )
-            args["lora"] = config.lora
+        for own, entry in zip(args.get("models") or [args], config.entries, strict=True):
+            own |= _found(entry)
+
+
+def _found(entry: ServedModelConfig) -> dict[str, str]:
+    """The settings that say where a model is, downloaded if need be, and what it is called."""
+    directory = resolve_model_path(entry.model).resolve()
+    for warning in load_generation_defaults(directory).warnings:
+        print(f"rayline: warning: {warning}", file=sys.stderr)
+    # Other nodes have the file, but not this node's cached copy.
+    is_made_here = is_gguf(entry.model) or entry.model in PACKAGED_MODELS
+    found = {"model": entry.model if is_made_here else str(directory), "served_model_name": entry.model_name}
+    if entry.lora is not None:
+        if not Path(entry.lora).is_dir():
+            raise ConfigError(f"lora: {entry.lora} is not a directory; give the one that holds adapter_config.json")
+        found["lora"] = entry.lora
+    return found
 
 
 def _scratch_directory() -> Path:

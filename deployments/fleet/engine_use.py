@@ -1,7 +1,7 @@
 """An engine's state in the terms of the autoscaling policy, which itself may import nothing from this project."""
 
-from deployments.config import AutoscalingConfig
 from deployments.fleet.autoscaling import ReplicaUse, Targets
+from deployments.model_config import AutoscalingConfig
 from llm.serving.schemas import EngineStats
 
 

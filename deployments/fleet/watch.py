@@ -113,6 +113,10 @@ class FleetWatch:
         """Whether Serve lists any replica as running."""
         return bool(self._running)
 
+    def knows(self, replica_id: str) -> bool:
+        """Whether this is one of the replicas, or was until a moment ago."""
+        return replica_id in self._replicas
+
     def running_stats(self) -> list[EngineStats]:
         """What the replicas on Serve's list last reported."""
         known = [self._replicas[replica_id].stats for replica_id in self._running]

@@ -5,7 +5,7 @@ Time is cut into slots of 5 s at the same moments for every router, so that slot
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +50,14 @@ class RouterHistory:
     Attributes:
         router_id: whose.
         slots: by time, the latest last.
-        totals: the router's own counts, see `Router.snapshot`.
+        totals: the router's own counts, see `Router.counts`.
+        model: of which model's requests and replicas.
     """
 
     router_id: str
     slots: tuple[Slot, ...]
     totals: Mapping[str, int] = field(default_factory=dict)
+    model: str = ""
 
 
 class History:
@@ -117,20 +119,20 @@ def describe(parts: Sequence[RouterHistory], now: float) -> dict[str, Any]:
     """The history of several routers together, as the fleet page gets it. Takes milliseconds; may run in a thread.
 
     Args:
-        parts: one a router.
+        parts: one a router and model.
         now: Unix time in seconds.
     """
-    by_number: dict[int, list[Slot]] = {}
+    by_number: dict[int, dict[str, list[Slot]]] = {}
     for part in parts:
         for slot in part.slots:
-            by_number.setdefault(slot.number, []).append(slot)
-    points = [_point(by_number[number]) for number in sorted(by_number)]
+            by_number.setdefault(slot.number, {}).setdefault(part.model, []).append(slot)
+    points = [_point(number, by_number[number].values()) for number in sorted(by_number)]
     slots = [slot for part in parts for slot in part.slots]
     latest = int(now) // SLOT_S
     recent = [slot for slot in slots if slot.number > latest - RECENT_S // SLOT_S]
     names = {name for part in parts for name in part.totals}
     return {
-        "num_routers": len(parts),
+        "num_routers": len({part.router_id for part in parts}),
         "span_s": HISTORY_S,
         "totals": {name: sum(part.totals.get(name, 0) for part in parts) for name in sorted(names)},
         "points": points,
@@ -138,15 +140,19 @@ def describe(parts: Sequence[RouterHistory], now: float) -> dict[str, Any]:
     }
 
 
-def _point(slots: Sequence[Slot]) -> dict[str, Any]:
-    """One slot of all routers. Each hears of all replicas: what these made is taken from who sampled longest."""
-    sampled = max(slots, key=lambda slot: slot.sampled_s)
+def _point(number: int, models: Collection[Sequence[Slot]]) -> dict[str, Any]:
+    """One slot of all routers, by model. Each router hears of all replicas of a model: what these made is taken from
+    the router that sampled longest."""
+    slots = [slot for own in models for slot in own]
+    sampled = [max(own, key=lambda slot: slot.sampled_s) for own in models]
+    paces = [slot.num_generated_tokens / slot.sampled_s for slot in sampled if slot.sampled_s]
+    serving = [slot.num_serving for slot in sampled if slot.num_serving is not None]
     return {
-        "at": slots[0].number * SLOT_S,
-        "tokens_per_s": round(sampled.num_generated_tokens / sampled.sampled_s, 1) if sampled.sampled_s else None,
+        "at": number * SLOT_S,
+        "tokens_per_s": round(sum(paces), 1) if paces else None,
         "num_live": sum(slot.num_live for slot in slots),
         "num_waiting": sum(slot.num_waiting for slot in slots),
-        "num_serving": sampled.num_serving,
+        "num_serving": sum(serving) if serving else None,
         "ttft_p50_s": _rounded(sum_of(slot.ttft for slot in slots).percentile(50)),
     }
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from deployments.observe.exposition import ROUTER_LABELS, RouterFigures, write_metrics
+from deployments.observe.exposition import ROUTER_LABELS, RouterFigures
 from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.history import RouterHistory
 from llm.serving.schemas import FinishReason
@@ -58,7 +58,7 @@ class RouterState(Protocol):
 
 
 class RouterPeers(Protocol):
-    """The other routers of the same deployment."""
+    """The other routers of the same deployment. Each has one part of everything for each model."""
 
     @property
     def router_id(self) -> str:
@@ -89,22 +89,21 @@ class NoPeers:
 
 
 class RouterMetrics:
-    """Counts what becomes of a router's requests.
+    """Counts what becomes of a router's requests to one model.
 
     Args:
         model: value of the label `model_name`.
+        router_id: value of the label `router`.
         state: the router's.
-        peers: the other routers.
         min_replicas: number of replicas that the configuration keeps whatever the load.
         gpus_a_replica: GPUs that hold the model together; on a CPU, processes.
     """
 
     def __init__(
-        self, model: str, state: RouterState, peers: RouterPeers, *, min_replicas: int = 1, gpus_a_replica: int = 1
+        self, model: str, router_id: str, state: RouterState, *, min_replicas: int = 1, gpus_a_replica: int = 1
     ) -> None:
-        self._peers = peers
         self._state = state
-        self._labels = (model, peers.router_id)
+        self._labels = (model, router_id)
         self._registry = CollectorRegistry()
         self._registry.register(_StateCollector(self._labels, state, min_replicas, gpus_a_replica))
         self._histograms = {
@@ -119,16 +118,6 @@ class RouterMetrics:
         )
         for reason in FinishReason:
             self._ended.labels(*self._labels, reason)  # from 0: what begins at 1 has no rate
-
-    async def text(self) -> bytes:
-        """The metrics of all routers and replicas in Prometheus' text format, whichever router is asked.
-
-        Routers that do not answer are left out; nothing that is left out makes a counter fall, as each router's series
-        carry its name.
-        """
-        others = await self._peers.figures()
-        own = self.figures()
-        return write_metrics([own, *(one for one in others if one.router_id != own.router_id)])
 
     def figures(self) -> RouterFigures:
         """This router's part."""
@@ -160,6 +149,19 @@ class RouterMetrics:
             values["vllm:request_time_per_output_token_seconds"] = decode_s / (num_output - 1)
         for name, value in values.items():
             self._histograms[name].observe(value)
+
+
+def key_figures(router_id: str, access: Mapping[str, Any]) -> RouterFigures:
+    """A router's part that concerns its keys.
+
+    Args:
+        router_id: value of the label `router`.
+        access: `Access.snapshot`.
+    """
+    gauges = [GaugeMetricFamily(name, text, labels=ROUTER_LABELS) for name, text in _OF_ALL_MODELS.values()]
+    for gauge, key in zip(gauges, _OF_ALL_MODELS, strict=True):
+        gauge.add_metric(("", router_id), access[key])
+    return RouterFigures("", router_id, tuple(gauges), {})
 
 
 class _StateCollector(Collector):
@@ -197,10 +199,13 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
         "Requests that wait in this router for a replica with room.",
     ),
     "num_waiting_tokens": ("rayline:router_waiting_tokens", "Tokens that these have to prefill."),
+}
+_OF_ALL_MODELS: Mapping[str, tuple[str, str]] = {
     "num_keys": ("rayline:api_keys", "Keys that clients may use."),
     "is_key_file_wrong": ("rayline:api_keys_file_wrong", "1 while the file with keys cannot be read or used."),
     "is_accountant_away": ("rayline:accountant_away", "1 while the accountant of the keys' limits is away."),
 }
+"""What concerns a router's keys, not one of its models: the label `model_name` is empty."""
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "num_requests": ("rayline:requests", "Requests begun."),
     "num_refused": ("rayline:requests_refused", "Requests refused with 429."),

@@ -24,13 +24,12 @@ class RequestTracer:
 
     Args:
         config: where to, and how many.
-        model: name of the served model.
 
     Raises:
         ConfigError: OpenTelemetry is not installed.
     """
 
-    def __init__(self, config: TracingConfig, model: str) -> None:
+    def __init__(self, config: TracingConfig) -> None:
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -41,7 +40,6 @@ class RequestTracer:
             raise ConfigError(
                 "tracing.endpoint needs opentelemetry-sdk and opentelemetry-exporter-otlp-proto-http: pip install them"
             ) from error
-        self._model = model
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)),
             resource=Resource.create({"service.name": config.service_name}),
@@ -66,8 +64,8 @@ class RequestTracer:
             attributes,
         )
 
-    def request_over(self, request: FinishedRequest) -> None:
-        """Add what a generation spent its time on to its HTTP request's span."""
+    def request_over(self, request: FinishedRequest, model: str) -> None:
+        """Add what a generation of this model spent its time on to its HTTP request's span."""
         parent = request.span
         timeline = request.timeline
         # The HTTP request may be over before: it needs only the last token, not the engine's goodbye.
@@ -75,7 +73,7 @@ class RequestTracer:
             return
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "chat",
-            "gen_ai.request.model": self._model,
+            "gen_ai.request.model": model,
             "gen_ai.response.id": request.generation_id,
             "gen_ai.usage.input_tokens": request.num_prompt_tokens,
             "gen_ai.usage.output_tokens": request.num_output_tokens,
@@ -86,7 +84,7 @@ class RequestTracer:
         if request.error_type is not None:
             attributes["error.type"] = request.error_type
         last = timeline.ended_at or time.monotonic()
-        span = self._span(f"generate {self._model}", parent, timeline.received_at, last, attributes)
+        span = self._span(f"generate {model}", parent, timeline.received_at, last, attributes)
         self._span("route", span, timeline.received_at, timeline.started_at)
         if timeline.placed_at is not None:
             self._span("router queue", span, timeline.started_at, timeline.placed_at)

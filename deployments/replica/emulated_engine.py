@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deployments.config import EmulatedFault, EmulationConfig
+from deployments.model_config import EmulatedFault, EmulationConfig
 from llm.config import EngineConfig
 from llm.errors import EngineError, InvalidRequestError
 from llm.scheduling.prefix_cache import PageHashes

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from deployments.channel.messages import EngineInfo
-from deployments.config import AppConfig, DType, EngineKind
 from deployments.fingerprint import fingerprint_of
+from deployments.model_config import DType, EngineKind, ServedModelConfig
 from deployments.replica.emulated_engine import EmulatedEngine
 from deployments.replica.model_memory import check_fits, slot_bytes
 from llm.errors import ConfigError
@@ -88,7 +88,7 @@ def num_cores() -> int:
         return cores
 
 
-def make_engine(config: AppConfig) -> tuple[Engine, EngineInfo]:
+def make_engine(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
     """Load the model, or make the emulated engine.
 
     Raises:
@@ -99,7 +99,7 @@ def make_engine(config: AppConfig) -> tuple[Engine, EngineInfo]:
     return _make_torch(config)
 
 
-def _make_emulated(config: AppConfig) -> tuple[Engine, EngineInfo]:
+def _make_emulated(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
     from llm.checkpoint.generation_defaults import load_vocab_size
     from llm.checkpoint.hub import resolve_model_path
 
@@ -136,7 +136,7 @@ def _report_progress() -> Callable[[int, int], None]:
     return report
 
 
-def _check_gpus(config: AppConfig) -> None:
+def _check_gpus(config: ServedModelConfig) -> None:
     """Check that this replica's GPUs can hold the model, before it is read.
 
     Raises:
@@ -160,7 +160,7 @@ def _check_gpus(config: AppConfig) -> None:
     check_fits(config, check_checkpoint(resolve_model_path(config.model)).config, gpu_bytes)
 
 
-def _make_torch(config: AppConfig) -> tuple[Engine, EngineInfo]:
+def _make_torch(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
     import torch
 
     from llm.serving.engine import ContinuousBatchingEngine

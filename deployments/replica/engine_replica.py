@@ -16,7 +16,7 @@ from deployments.channel.messages import (
     decode_calls,
     encode,
 )
-from deployments.config import AppConfig
+from deployments.model_config import ServedModelConfig
 from deployments.replica.engine_factory import Engine, make_engine, num_cores
 from deployments.replica.engine_loop import EngineLoop
 from deployments.replica.machine import MachineWatch, gpu_indices
@@ -35,11 +35,11 @@ class EngineReplica:
     """Owns one engine: loads it, warms it up, runs requests on it, and reports its health.
 
     Args:
-        config: the application's configuration.
+        config: the settings of the model.
         replica_id: the name in replies and reports.
     """
 
-    def __init__(self, config: AppConfig, replica_id: str) -> None:
+    def __init__(self, config: ServedModelConfig, replica_id: str) -> None:
         started = time.monotonic()
         self._stall_timeout_s = config.replicas.stall_timeout_s
         self._queues: dict[str, tuple[int, float]] = {}

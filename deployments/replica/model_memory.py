@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deployments.config import AppConfig
+from deployments.model_config import ServedModelConfig
 from llm.config import ModelConfig
 from llm.errors import ConfigError
 
@@ -63,7 +63,7 @@ def weight_bytes(model: ModelConfig, itemsize: int, num_gpus: int = 1, *, by_exp
     return sum(weight.nbytes for weight in part.parameters())
 
 
-def share_of(app: AppConfig, model: ModelConfig, num_gpus: int) -> GPUShare:
+def share_of(app: ServedModelConfig, model: ModelConfig, num_gpus: int) -> GPUShare:
     """The share of each of so many GPUs, with everything else as configured.
 
     Raises:
@@ -83,22 +83,22 @@ def share_of(app: AppConfig, model: ModelConfig, num_gpus: int) -> GPUShare:
     )
 
 
-def num_snapshots_of(app: AppConfig, model: ModelConfig) -> int:
+def num_snapshots_of(app: ServedModelConfig, model: ModelConfig) -> int:
     """Snapshots of states that the prefix cache keeps on a GPU."""
     return app.engine.num_snapshots("cuda", model.state_bytes(itemsize_of(app)))
 
 
-def itemsize_of(app: AppConfig) -> int:
+def itemsize_of(app: ServedModelConfig) -> int:
     """Bytes of one number on a GPU, if weights have no format of their own."""
     return 4 if app.dtype == "float32" else 2
 
 
-def fewest_slots(app: AppConfig, model: ModelConfig) -> int:
+def fewest_slots(app: ServedModelConfig, model: ModelConfig) -> int:
     """Tokens that a pool should hold at least."""
     return min(app.engine.max_seq_len or model.max_seq_len, _FEWEST_SLOTS)
 
 
-def fewest_gpus(app: AppConfig, model: ModelConfig, gpu_bytes: float) -> GPUShare | None:
+def fewest_gpus(app: ServedModelConfig, model: ModelConfig, gpu_bytes: float) -> GPUShare | None:
     """The shares with the fewest GPUs of this size that can serve a model; None if no number can."""
     usable, num_gpus = gpu_bytes * app.engine.gpu_memory_utilization, 1
     while num_gpus <= _MOST_GPUS:
@@ -112,7 +112,7 @@ def fewest_gpus(app: AppConfig, model: ModelConfig, gpu_bytes: float) -> GPUShar
     return None
 
 
-def check_fits(app: AppConfig, model: ModelConfig, gpu_bytes: int) -> None:
+def check_fits(app: ServedModelConfig, model: ModelConfig, gpu_bytes: int) -> None:
     """Refuse a model whose weights alone exceed what a GPU may hold, before any of them is read.
 
     Args:

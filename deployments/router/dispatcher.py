@@ -4,10 +4,10 @@ import math
 import time
 from collections.abc import Callable
 
-from deployments.config import AdmissionConfig
 from deployments.errors import NoReplicaError, OverloadedError
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.work import Prospects
+from deployments.model_config import AdmissionConfig
 from deployments.router.waiting import Ticket, WaitingQueue
 from llm.errors import EngineError, LLMError
 

@@ -1,14 +1,14 @@
-"""What a router shows people about the fleet at this moment; the fleet page draws it."""
+"""What a router shows people about a model's fleet at this moment; the fleet page draws it."""
 
-import time
 from typing import Any
 
 from deployments.channel.messages import EngineInfo
-from deployments.config import AppConfig
 from deployments.fleet.autoscaling import ReplicaUse, desired_replicas
 from deployments.fleet.engine_use import replica_use, targets_of
 from deployments.fleet.watch import FleetWatch
+from deployments.model_config import ServedModelConfig
 from deployments.router.dispatcher import Dispatcher
+from deployments.router.model_state import ModelState
 
 _ENGINE_FIELDS = ("device", "dtype", "backend", "max_seq_len", "num_slots", "num_gpus")
 
@@ -17,41 +17,35 @@ class FleetView:
     """Puts into words and plain values what a router knows.
 
     Args:
-        config: the application's configuration.
-        router_id: the router's name among all routers.
+        key: the name that only this model has.
+        config: the model's settings.
         watch: its view of the replicas.
         dispatcher: holds the router's waiting requests.
     """
 
-    def __init__(self, config: AppConfig, router_id: str, watch: FleetWatch, dispatcher: Dispatcher) -> None:
+    def __init__(self, key: str, config: ServedModelConfig, watch: FleetWatch, dispatcher: Dispatcher) -> None:
+        self._key = key
         self._config = config
-        self._router_id = router_id
         self._watch = watch
         self._dispatcher = dispatcher
 
-    def event(self, state: dict[str, Any], info: EngineInfo | None) -> dict[str, Any]:
-        """The router, the replicas of each model, and what happened recently.
+    def event(self, replicas: dict[str, Any], info: EngineInfo | None, state: ModelState) -> dict[str, Any]:
+        """The model and its replicas.
 
         Args:
-            state: `Router.snapshot`.
+            replicas: `FleetWatch.snapshot`.
             info: what the engines are; None until one has reported it.
+            state: whether the model answers.
         """
-        replicas = self._config.replicas
+        bounds = self._config.replicas
         return {
-            "at": time.time(),
-            "router_id": self._router_id,
-            "router": state["router"],
-            "models": [
-                {
-                    "name": self._config.model_name,
-                    "engine": None if info is None else {name: getattr(info, name) for name in _ENGINE_FIELDS},
-                    "wanted": (replicas.fewest_replicas, replicas.most_replicas),
-                    "scaling": self._scaling(),
-                    "replicas": state["replicas"],
-                }
-            ],
-            "events": self._watch.record.events.items(),
-            "departures": self._watch.record.departures(),
+            "name": self._key,
+            "aliases": list(self._config.aliases),
+            "state": state,
+            "engine": None if info is None else {name: getattr(info, name) for name in _ENGINE_FIELDS},
+            "wanted": (bounds.fewest_replicas, bounds.most_replicas),
+            "scaling": self._scaling(),
+            "replicas": replicas,
         }
 
     def _scaling(self) -> str | None:

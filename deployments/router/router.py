@@ -1,4 +1,4 @@
-"""`Router`: everything between chats and the engine replicas. A plain class that runs without Ray."""
+"""`Router`: everything between chats and the engine replicas of one model. A plain class that runs without Ray."""
 
 import asyncio
 import logging
@@ -6,32 +6,33 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
-from deployments.channel.listener import TokenListener
-from deployments.channel.messages import EngineInfo
-from deployments.config import AppConfig, LiveConfig
+from deployments.channel.messages import ChannelAddress, EngineInfo, Report, TokenItem
+from deployments.config import LiveConfig, PlatformConfig
 from deployments.errors import DeadlineError, ShuttingDownError
 from deployments.fingerprint import fingerprint_of
 from deployments.fleet.engine_client import EngineClient
+from deployments.fleet.events import FleetRecord
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import make_policy
 from deployments.fleet.watch import FleetWatch
 from deployments.fleet.work import Prospects
+from deployments.model_config import ServedModelConfig
 from deployments.observe.finished_request import FinishedRequest
-from deployments.observe.history import History, RouterHistory, describe
+from deployments.observe.history import History, RouterHistory
 from deployments.observe.metrics import NoPeers, RouterMetrics, RouterPeers
 from deployments.observe.request_log import log_request
 from deployments.observe.tracing import RequestTracer
-from deployments.router.access import Access
 from deployments.router.cache_salt import salt_of
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.fleet_view import FleetView
 from deployments.router.group import GenerationGroup
 from deployments.router.journal import Journal
+from deployments.router.model_state import ModelState
 from deployments.router.prompts import num_prompt_tokens, prompt_hashes
+from deployments.router.token_hub import TokenHub
 from llm.checkpoint.fingerprint import is_same_version
 from llm.serving.schemas import GenerationRequest, Pooling
 
@@ -48,32 +49,33 @@ _INLINE_TOKENS = 4096
 
 
 class Router:
-    """Owns the token channel, the view of the fleet and the journal of live requests.
+    """Owns the view of one model's fleet and the journal of its live requests.
 
     Create it on the event loop that it is to run on.
 
     Args:
-        config: the application's configuration.
-        client: the engine replicas.
-        channel_host: address to listen on for tokens.
+        key: a name that only this model has among those of the process: see `AppConfig.by_key`.
+        config: the model's settings.
+        platform: what concerns all models.
+        client: the model's engine replicas.
+        hub: where tokens arrive; shared with the other models' routers.
         peers: the other routers of the deployment; None if there are none.
-        access: who may ask for how much; None for no limits on anyone. Closed with the router.
-
-    Raises:
-        ConfigError: tracing is wanted and OpenTelemetry is not installed.
+        tracer: makes spans of requests; None for no traces. Shared, too.
     """
 
     def __init__(
         self,
-        config: AppConfig,
+        key: str,
+        config: ServedModelConfig,
+        platform: PlatformConfig,
         client: EngineClient,
-        channel_host: str = "127.0.0.1",
+        hub: TokenHub,
         peers: RouterPeers | None = None,
-        access: Access | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
+        self.key = key
         self.config = config
-        self.access = access or Access()
-        self.channel_host = channel_host
+        self.platform = platform
         self.started_at = int(time.time())
         self.info: EngineInfo | None = None
         self.num_awaiting_engine = 0
@@ -81,31 +83,27 @@ class Router:
         self._engine_known = asyncio.Event()
         self.is_shutting_down = False
         self._client = client
-        self.fleet = Fleet(make_policy(config.router.policy))
+        self.fleet = Fleet(make_policy(platform.router.policy))
         self.dispatcher = Dispatcher(self.fleet, config.admission)
-        self._listener = TokenListener(
-            channel_host, config.token_channel.port, on_items=self._take_items, on_report=self._take_report
-        )
-        channel = self._listener.address
-        self._peers = peers or NoPeers()
+        self._hub = hub
+        channel = hub.address
+        self._router_id = (peers or NoPeers()).router_id
         self.metrics = RouterMetrics(
-            config.model_name,
+            key,
+            self._router_id,
             self,
-            self._peers,
             min_replicas=config.replicas.fewest_replicas,
             gpus_a_replica=config.engine.tensor_parallel_size,
         )
         self._history = History()
         self._sampled_at = -math.inf
-        self.tracer = None
-        if config.tracing.endpoint is not None:
-            self.tracer = RequestTracer(config.tracing, config.model_name)
+        self._tracer = tracer
         self.journal = Journal(
             client,
             self.fleet,
             self.dispatcher,
             channel,
-            max_resumes=config.router.max_resumes,
+            max_resumes=platform.router.max_resumes,
             on_over=self._request_over,
             history=self._history,
         )
@@ -115,15 +113,16 @@ class Router:
             self.fleet,
             _Work(self),
             channel,
-            config.router,
+            platform.router,
             config.replicas.fewest_replicas,
             fingerprint,
             is_autoscaled=config.replicas.autoscaling is not None,
         )
-        self._view = FleetView(config, self._peers.router_id, self._watch, self.dispatcher)
+        self._view = FleetView(key, config, self._watch, self.dispatcher)
         self.journal.fingerprint = fingerprint
         self.journal.on_move = self._watch.note_move
         self.journal.on_failed_call = self._watch.note_failed_call
+        hub.join(self)
 
     @property
     def is_ready(self) -> bool:
@@ -131,12 +130,30 @@ class Router:
         return self._engine_known.is_set()
 
     @property
+    def weight(self) -> float:
+        """Its share of the requests for its name, relative to other entries with the name."""
+        return 1.0 if self.config.weight is None else self.config.weight
+
+    @property
+    def state(self) -> ModelState:
+        """How the model's fleet stands."""
+        if self.is_ready and self.fleet.replica_ids:
+            return ModelState.READY
+        if self.config.replicas.fewest_replicas == 0 and not self._watch.has_running:
+            return ModelState.ASLEEP if not self.is_engine_wanted else ModelState.STARTING
+        return ModelState.STARTING
+
+    @property
     def can_answer(self) -> bool:
         """Whether a request that arrives now is answered: a replica serves, or the fleet is at zero on purpose and a
         request starts one."""
-        autoscaling = self.config.replicas.autoscaling
-        wakes_up = autoscaling is not None and autoscaling.min_replicas == 0 and not self._watch.has_running
-        return wakes_up or (self.is_ready and bool(self.fleet.replica_ids))
+        wakes_up = self.config.replicas.fewest_replicas == 0 and not self._watch.has_running
+        return wakes_up or self.state is ModelState.READY
+
+    @property
+    def is_engine_wanted(self) -> bool:
+        """Whether requests wait for a replica."""
+        return self.dispatcher.num_waiting > 0 or self.num_awaiting_engine > 0
 
     async def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
         """Begin to generate.
@@ -146,7 +163,7 @@ class Router:
             ShuttingDownError: after `shut_down`.
         """
         caller = caller or Caller()
-        tenant = caller.tenant if self.config.prefix_cache_per_key else ""
+        tenant = caller.tenant if self.platform.prefix_cache_per_key else ""
         requests = [_salted(request, tenant) for request in requests]
         page_size = self.journal.page_size
         if num_prompt_tokens(requests) > _INLINE_TOKENS:
@@ -229,52 +246,53 @@ class Router:
     def reconfigure(self, live: LiveConfig) -> None:
         """Use other settings from now on; what `live` leaves out returns to its initial value."""
         changes = live.model_dump(exclude={"admission"}, exclude_none=True)
-        self._watch.config = self.config.router.model_copy(update=changes)
+        self._watch.config = self.platform.router.model_copy(update=changes)
         self.journal.max_resumes = self._watch.config.max_resumes
         self.dispatcher.config = live.admission or self.config.admission
         self.dispatcher.pump()
 
-    def listen_on(self, host: str) -> None:
-        """Have replicas send tokens to this address of this node from now on."""
-        self.channel_host = host
-        self.journal.channel = self._watch.channel = self._listener.listen_on(host)
+    def use_channel(self, channel: ChannelAddress) -> None:
+        """Have replicas send tokens to this address from now on."""
+        self.journal.channel = self._watch.channel = channel
+
+    def knows(self, replica_id: str) -> bool:
+        """Whether this is a replica of the model."""
+        return self._watch.knows(replica_id)
 
     def shut_down(self) -> None:
         """End all open requests with an error and refuse new ones: the server is about to stop."""
         self.is_shutting_down = True
         self.journal.shut_down()
 
+    def counts(self) -> dict[str, int]:
+        """What this router has to do, and has done."""
+        return {
+            "num_live": self.journal.num_live,
+            "num_waiting": self.dispatcher.num_waiting,
+            "num_waiting_tokens": self.dispatcher.num_waiting_tokens,
+            "num_requests": self.journal.num_requests,
+            "num_refused": self.dispatcher.num_refused,
+            "num_resumes": self.journal.num_resumes,
+            "num_moves": self.journal.num_moves,
+        }
+
     def snapshot(self) -> dict[str, Any]:
         """State of this router and, as last reported, of the replicas."""
-        return {
-            "router": {
-                "num_live": self.journal.num_live,
-                "num_waiting": self.dispatcher.num_waiting,
-                "num_waiting_tokens": self.dispatcher.num_waiting_tokens,
-                "num_requests": self.journal.num_requests,
-                "num_refused": self.dispatcher.num_refused,
-                "num_resumes": self.journal.num_resumes,
-                "num_moves": self.journal.num_moves,
-                "channel": asdict(self._listener.counters),
-                **self.access.snapshot(),
-            },
-            "replicas": self._watch.snapshot(),
-        }
+        return {"router": self.counts(), "replicas": self._watch.snapshot()}
 
     def fleet_event(self) -> dict[str, Any]:
         """The current state for the fleet page; see `FleetView`."""
-        return self._view.event(self.snapshot(), self.info)
+        return self._view.event(self._watch.snapshot(), self.info, self.state)
+
+    @property
+    def record(self) -> FleetRecord:
+        """What has happened to the model's fleet."""
+        return self._watch.record
 
     def history(self) -> RouterHistory:
         """This router's part of the last 15 minutes."""
-        counts = self.snapshot()["router"]
-        return RouterHistory(self._peers.router_id, self._history.slots(), {name: counts[name] for name in _TOTALS})
-
-    async def fleet_history(self) -> dict[str, Any]:
-        """The last 15 minutes as seen by all routers that answer; see `history.describe`."""
-        own = self.history()
-        others = [one for one in await self._peers.histories() if one.router_id != own.router_id]
-        return await asyncio.to_thread(describe, [own, *others], time.time())
+        counts = self.counts()
+        return RouterHistory(self._router_id, self._history.slots(), {name: counts[name] for name in _TOTALS}, self.key)
 
     def sample(self) -> None:
         """Record the current state once a second; called more often."""
@@ -290,23 +308,21 @@ class Router:
         )
 
     def close(self) -> None:
-        """Stop listening."""
-        self.access.close()
+        """Stop watching the fleet."""
         self._watch.close()
-        self._listener.close()
-        if self.tracer is not None:
-            self.tracer.close()
 
     def _request_over(self, request: FinishedRequest) -> None:
         self.metrics.request_over(request)
         log_request(request)
-        if self.tracer is not None:
-            self.tracer.request_over(request)
+        if self._tracer is not None:
+            self._tracer.request_over(request, self.config.model_name)
 
-    def _take_items(self, replica_id: str, items: list[Any]) -> None:
+    def take_items(self, replica_id: str, items: Sequence[TokenItem]) -> None:
+        """Take in what a replica has generated."""
         self.journal.take_items(replica_id, items)
 
-    def _take_report(self, report: Any) -> None:
+    def take_report(self, report: Report) -> None:
+        """Take in a replica's state."""
         self._watch.take_report(report)
 
 
@@ -341,7 +357,7 @@ class _Work:
     @property
     def is_engine_wanted(self) -> bool:
         """See `Work`."""
-        return self._dispatcher.num_waiting > 0 or self._router.num_awaiting_engine > 0
+        return self._router.is_engine_wanted
 
     def learn(self, info: EngineInfo) -> None:
         """See `Work`."""

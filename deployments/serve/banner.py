@@ -9,14 +9,23 @@ from deployments.channel.messages import EngineInfo
 _GIB = 1 << 30
 
 
-class Announcement(msgspec.Struct, frozen=True):
-    """What a router knows about itself and its engines."""
+class AnnouncedModel(msgspec.Struct, frozen=True):
+    """What a router knows about one model."""
 
-    model: str
-    needs_key: bool
+    key: str
+    """A name that only this model has."""
+    name: str
+    """The name that clients use."""
     num_replicas: int
     engine: EngineInfo | None
     """None if there is no engine because the fleet is scaled to zero."""
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """What a router knows about itself and its models."""
+
+    models: list[AnnouncedModel]
+    needs_key: bool
 
 
 def ready_banner(url: str, told: Announcement, more: Mapping[str, str] | None = None) -> str:
@@ -28,26 +37,38 @@ def ready_banner(url: str, told: Announcement, more: Mapping[str, str] | None = 
         more: further lines, by their names.
     """
     rows = {"chat": f"{url}/", "fleet": f"{url}/fleet", "API": f"{url}/v1, described at {url}/docs"}
-    rows["model"] = told.model
-    engine = told.engine
-    if engine is None:
-        rows["replicas"] = "none yet: the first request starts one"
-    else:
-        replicas = f" in each of {told.num_replicas} replicas" if told.num_replicas > 1 else ""
-        each = f" and {engine.num_gpus - 1} more a replica" if engine.num_gpus > 1 else ""
-        rows["device"] = f"{engine.device}{each}, {engine.dtype}"
-        rows["context"] = f"{engine.max_seq_len:,} tokens"
-        rows["slots"] = f"{engine.num_slots:,} tokens{replicas}"
-        if engine.weight_bytes:
-            weights, kv_cache = _size(engine.weight_bytes), _size(engine.kv_cache_bytes)
-            where = replicas if engine.num_gpus == 1 else " on each of their devices"
-            rows["memory"] = f"{weights} of weights, {kv_cache} of keys and values{where}"
+    rows |= _rows_of(told.models[0]) if len(told.models) == 1 else {"models": ", ".join(map(_line_of, told.models))}
     rows |= more or {}
     lines = [f"Rayline is ready: {url}", *(f"  {name:<10}{value}" for name, value in rows.items())]
     key = " -H 'Authorization: Bearer YOUR_KEY'" if told.needs_key else ""
-    body = f'{{"model": "{told.model}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
+    body = f'{{"model": "{told.models[0].name}", "messages": [{{"role": "user", "content": "What is 17 + 25?"}}]}}'
     lines.append(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'")
     return "\n".join(lines)
+
+
+def _rows_of(model: AnnouncedModel) -> dict[str, str]:
+    """All that is known of the only model."""
+    rows, engine = {"model": model.name}, model.engine
+    if engine is None:
+        return rows | {"replicas": "none yet: the first request starts one"}
+    replicas = f" in each of {model.num_replicas} replicas" if model.num_replicas > 1 else ""
+    each = f" and {engine.num_gpus - 1} more a replica" if engine.num_gpus > 1 else ""
+    rows["device"] = f"{engine.device}{each}, {engine.dtype}"
+    rows["context"] = f"{engine.max_seq_len:,} tokens"
+    rows["slots"] = f"{engine.num_slots:,} tokens{replicas}"
+    if engine.weight_bytes:
+        weights, kv_cache = _size(engine.weight_bytes), _size(engine.kv_cache_bytes)
+        where = replicas if engine.num_gpus == 1 else " on each of their devices"
+        rows["memory"] = f"{weights} of weights, {kv_cache} of keys and values{where}"
+    return rows
+
+
+def _line_of(model: AnnouncedModel) -> str:
+    """One of several models in a few words."""
+    if model.engine is None:
+        return f"{model.key} (asleep)"
+    replicas = f"{model.num_replicas} replicas" if model.num_replicas > 1 else "1 replica"
+    return f"{model.key} ({replicas}, {model.engine.max_seq_len:,} tokens of context)"
 
 
 def _size(num_bytes: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ray
 
-from deployments.config import AppConfig, EngineKind
+from deployments.model_config import EngineKind, ServedModelConfig
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,14 +29,14 @@ def may_nodes_join() -> bool:
     return any(os.environ.get(name) for name in _AUTOSCALED_BY) or (Path.home() / _LAUNCHER_CONFIG).exists()
 
 
-def gpus_a_replica(config: AppConfig, num_gpus: float, may_join: bool) -> float:
+def gpus_a_replica(config: ServedModelConfig, num_gpus: float, may_join: bool) -> float:
     """Number of GPUs for Ray to set aside for each replica, which waits until one node has that many free.
 
     They are the replica's own request, and not bundles of a placement group: Ray gives an actor all its GPUs on one
     node, and the processes that the replica starts see those that it sees.
 
     Args:
-        config: the application's configuration; `replicas.num_gpus` decides where it is set.
+        config: the settings of the model; `replicas.num_gpus` decides where it is set.
         num_gpus: GPUs of the cluster at this moment; an autoscaled one may have none just now.
         may_join: whether nodes join by themselves.
     """

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from deployments.config import AppConfig, EngineKind, resolve_paths
+from deployments.config import AppConfig, resolve_paths
+from deployments.model_config import EngineKind, ServedModelConfig
 from deployments.replica.model_memory import share_of
 from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
@@ -78,7 +79,8 @@ def check_config_file(path: Path) -> ServerConfig:
     """
     server = read_config_file(path)
     for config in server.apps.values():
-        check_model(resolve_paths(config))
+        for entry in resolve_paths(config).entries:
+            check_model(entry)
     return server
 
 
@@ -95,7 +97,7 @@ class ModelReport:
     warnings: tuple[str, ...] = ()
 
 
-def check_model(config: AppConfig) -> ModelReport:
+def check_model(config: ServedModelConfig) -> ModelReport:
     """Find mistakes now that would otherwise stop every replica later or fail every request.
 
     Raises:
@@ -115,7 +117,7 @@ def check_model(config: AppConfig) -> ModelReport:
     return ModelReport(report.model, (*report.warnings, *text.warnings))
 
 
-def _check_weights(config: AppConfig, directory: Path) -> ModelReport:
+def _check_weights(config: ServedModelConfig, directory: Path) -> ModelReport:
     """What the engines will load."""
     from llm.attention.backends import check_known  # these import PyTorch, which the rest does not need
     from llm.checkpoint.adapter import check_lora

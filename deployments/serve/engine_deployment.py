@@ -5,9 +5,9 @@ import sys
 
 from ray import serve
 
-from deployments.config import AppConfig
 from deployments.fleet.autoscaling import STATS_POOL_USE, STATS_ROW_USE, STATS_WAITING_TOKENS
 from deployments.fleet.engine_use import replica_use
+from deployments.model_config import ServedModelConfig
 from deployments.observe.terminal import show_warnings
 from deployments.replica.engine_replica import EngineReplica
 
@@ -21,10 +21,10 @@ class ServeEngineReplica(EngineReplica):
     """An `EngineReplica` in a process of its own, under the id that Ray Serve gave it.
 
     Args:
-        config: the application's configuration.
+        config: the settings of the model.
     """
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: ServedModelConfig) -> None:
         show_warnings()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         super().__init__(config, serve.get_replica_context().replica_id.unique_id)

@@ -19,10 +19,10 @@ from deployments.observe.exposition import RouterFigures
 from deployments.observe.history import RouterHistory
 from deployments.observe.terminal import show_warnings
 from deployments.router.access import Access
+from deployments.router.directory import ModelDirectory
 from deployments.router.keys import KeySource
-from deployments.router.router import Router
 from deployments.serve.accountant import ServeAccountantClient
-from deployments.serve.banner import Announcement, ready_banner
+from deployments.serve.banner import AnnouncedModel, Announcement, ready_banner
 from deployments.serve.engine_client import ServeEngineClient
 from deployments.serve.response_store import ServeResponseStore
 from deployments.serve.router_peers import ServePeers
@@ -42,13 +42,13 @@ class RouterIngress:
     Args:
         config: the application's configuration, without keys.
         keys: where the clients' API keys come from.
-        engines: handle of the `EngineReplica` deployment.
+        engines: handles of the deployments with engine replicas, by the keys of `AppConfig.by_key`.
         accountant: handle of the `Accountant` deployment; None if there is none.
         store: handle of the `ResponseStore` deployment; None if this router keeps responses itself.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: AppConfig, keys: KeySource, engines: Any, accountant: Any = None, store: Any = None
+        self, config: AppConfig, keys: KeySource, engines: dict[str, Any], accountant: Any = None, store: Any = None
     ) -> None:
         # Asynchronous, so that it runs on the requests' event loop: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
@@ -56,9 +56,9 @@ class RouterIngress:
         show_warnings()
         decline_upgrades()  # where clients reach the routers without Serve's proxy
         shared = ServeAccountantClient(accountant) if accountant is not None else None
-        self._router = Router(
+        self._directory = ModelDirectory(
             config,
-            ServeEngineClient(engines),
+            {key: ServeEngineClient(handle) for key, handle in engines.items()},
             channel_host(config.token_channel.host),
             ServePeers(),
             Access(keys, shared, config.limits.when_accountant_is_away),
@@ -66,11 +66,11 @@ class RouterIngress:
         self._store: ResponseStore | None = (
             ServeResponseStore(store) if store is not None else own_store(config.responses)
         )
-        await self._router.wait_for_own_version()
+        await self._directory.wait_for_own_versions()
         loop = asyncio.get_running_loop()
         self._banner = loop.create_task(self._print_banner())
         self._joining = None
-        if config.token_channel.host == "auto" and self._router.channel_host == _LOOPBACK:
+        if config.token_channel.host == "auto" and self._directory.hub.host == _LOOPBACK:
             self._joining = loop.create_task(self._open_channel_when_a_node_joins())
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
@@ -83,29 +83,27 @@ class RouterIngress:
             live = LiveConfig.model_validate(user_config or {})
         except ValidationError as error:
             raise ConfigError(f"user_config of Router: {describe(error)}") from error
-        self._router.reconfigure(live)
+        self._directory.reconfigure(live)
 
-    async def figures(self) -> RouterFigures:
-        """This router's part of the metrics; the other routers ask for it."""
-        return self._router.metrics.figures()
+    async def figures(self) -> list[RouterFigures]:
+        """This router's parts of the metrics; the other routers ask for them."""
+        return self._directory.figures()
 
-    async def history(self) -> RouterHistory:
-        """What this router saw in the last 15 minutes; the other routers ask for it."""
-        return self._router.history()
+    async def histories(self) -> list[RouterHistory]:
+        """What this router saw of each model in the last 15 minutes; the other routers ask for it."""
+        return self._directory.histories()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the ASGI application that Ray Serve serves."""
-        api = create_api(self._router, self._store)
+        api = create_api(self._directory, self._store)
         # A full collection blocks the event loop; objects loaded by now stay and are excluded from it.
         gc.collect()
         gc.freeze()
         return api
 
     async def announcement(self) -> bytes:
-        """An encoded `Announcement`; waits for an engine, unless the fleet may be scaled to zero."""
-        replicas = self._router.config.replicas
-        if replicas.autoscaling is None or replicas.autoscaling.min_replicas > 0:
-            await self._router.wait_until_ready()
+        """An encoded `Announcement`; waits for an engine of each model that may not be scaled to zero."""
+        await self._directory.wait_until_ready()
         return msgspec.msgpack.encode(self._announce())
 
     async def end_requests(self, timeout_s: float) -> int:
@@ -113,27 +111,28 @@ class RouterIngress:
 
         Returns how many generations are still open: 0, unless it takes longer than `timeout_s`.
         """
-        self._router.shut_down()
+        self._directory.shut_down()
         deadline = time.monotonic() + timeout_s
-        while self._router.journal.num_live and time.monotonic() < deadline:
+        while self._directory.num_live and time.monotonic() < deadline:
             await asyncio.sleep(_END_INTERVAL_S)
-        return self._router.journal.num_live
+        return self._directory.num_live
 
     async def _open_channel_when_a_node_joins(self) -> None:
         """Replicas on a node that joins later could not reach loopback."""
         while await asyncio.to_thread(num_nodes) < 2:
             await asyncio.sleep(_NODES_INTERVAL_S)
-        self._router.listen_on(node_address())
+        self._directory.hub.listen_on(node_address())
 
     def _announce(self) -> Announcement:
-        config = self._router.config
-        replicas = config.replicas
-        num_replicas = replicas.autoscaling.min_replicas if replicas.autoscaling is not None else replicas.num_replicas
-        return Announcement(config.model_name, self._router.access.needs_key, num_replicas, self._router.info)
+        models = [
+            AnnouncedModel(router.key, router.config.model_name, router.config.replicas.fewest_replicas, router.info)
+            for router in self._directory.routers
+        ]
+        return Announcement(models, self._directory.access.needs_key)
 
     async def _print_banner(self) -> None:
-        await self._router.wait_until_ready()
-        url = self._router.config.public_url or "http://127.0.0.1:8000"
+        await self._directory.wait_until_ready()
+        url = self._directory.platform.public_url or "http://127.0.0.1:8000"
         banner = ready_banner(url, self._announce())
         # This bypasses Serve's own redirection of sys.stdout, so that the text reaches the terminal of `serve run` in
         # every mode. It does not use print, which under Serve prints a tuple.

@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Mapping
 
-from deployments.config import AppConfig, EngineKind
+from deployments.config import AppConfig
+from deployments.model_config import EngineKind, ServedModelConfig
 from deployments.serve.cluster import gpus_a_replica
 from llm.errors import ConfigError
 
@@ -16,14 +17,17 @@ def check_resources(apps: Collection[AppConfig], resources: Mapping[str, float])
     num_gpus, num_cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     gpus = cpus = 0.0
     for config in apps:
-        replicas = config.replicas
+        cpus += config.router.num_replicas * config.router.num_cpus
+    entries = [entry for config in apps for entry in config.entries]
+    for entry in entries:
+        replicas = entry.replicas
         count = replicas.num_replicas
         if replicas.autoscaling is not None:
             count = replicas.autoscaling.initial_replicas or replicas.autoscaling.min_replicas
-        gpus += count * gpus_a_replica(config, num_gpus, may_join=False)
-        cpus += count * replicas.num_cpus + config.router.num_replicas * config.router.num_cpus
+        gpus += count * gpus_a_replica(entry, num_gpus, may_join=False)
+        cpus += count * replicas.num_cpus
     if gpus > num_gpus:
-        has_several = any(config.engine.tensor_parallel_size > 1 for config in apps)
+        has_several = any(entry.engine.tensor_parallel_size > 1 for entry in entries)
         fix = "fewer --replicas" + (", or a smaller --tp" if has_several else "")
         raise ConfigError(f"the replicas need {gpus:g} GPUs and this machine has {num_gpus:g}: set {fix}")
     if cpus > num_cpus:
@@ -33,7 +37,7 @@ def check_resources(apps: Collection[AppConfig], resources: Mapping[str, float])
         )
 
 
-def check_device(config: AppConfig) -> None:
+def check_device(config: ServedModelConfig) -> None:
     """Check that PyTorch has the device that the configuration names.
 
     Raises:

@@ -25,18 +25,19 @@ class ServePeers:
 
     async def figures(self) -> list[RouterFigures]:
         """See `RouterPeers`."""
-        return [answer for answer in await self._ask("figures") if isinstance(answer, RouterFigures)]
+        return [one for one in await self._ask("figures") if isinstance(one, RouterFigures)]
 
     async def histories(self) -> list[RouterHistory]:
         """See `RouterPeers`."""
-        return [answer for answer in await self._ask("history") if isinstance(answer, RouterHistory)]
+        return [one for one in await self._ask("histories") if isinstance(one, RouterHistory)]
 
     async def _ask(self, method: str) -> list[object]:
-        """All routers' answers. Those that die meanwhile are left out; if one hangs, all are."""
+        """The items of all routers' answers. Those that die meanwhile are left out; if one hangs, all are."""
         try:
             # Outside the HTTP request's context, which Ray Serve would otherwise attach to the calls.
             response = contextvars.Context().run(self._handle.broadcast, method)
-            return list(await response.results_async(timeout_s=_TIMEOUT_S, return_exceptions=True))
+            answers = await response.results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
+            return [item for answer in answers if isinstance(answer, list) for item in answer]
         except Exception as error:  # noqa: BLE001 - whatever it is, this router's own figures must still be had
             logger.warning("the other routers' %s are not available now: %s: %s", method, type(error).__name__, error)
             return []

@@ -22,13 +22,13 @@ import msgspec
 from deployments.config import resolve_paths
 from deployments.serve.banner import Announcement, ready_banner
 from deployments.serve.config_file import ServerConfig, check_model, read_config_file
+from deployments.serve.engine_names import ENGINE_DEPLOYMENT
 from deployments.serve.failures import failure_of, root_cause
 from deployments.serve.processes import adopt_orphans, kill_descendants
 from deployments.serve.resources import check_device, check_resources
 from llm.errors import LLMError
 
 ROUTER = "Router"
-ENGINE = "EngineReplica"
 
 _POLL_S = 0.2
 _END_REQUESTS_S = 2.0
@@ -75,8 +75,9 @@ async def run_server(path: Path, events: Events) -> None:
     server = read_config_file(path)
     events.stage("Checking the model")
     for config in server.apps.values():
-        check_model(resolve_paths(config))
-        check_device(config)
+        for entry in resolve_paths(config).entries:
+            check_model(entry)
+            check_device(entry)
     events.stage("Starting Ray")
     context = ray.init(address="local", namespace="serve", log_to_driver=True)
     check_resources(server.apps.values(), ray.cluster_resources())
@@ -153,12 +154,17 @@ async def _answers(client: httpx.AsyncClient) -> bool:
 
 
 def _stage(apps: Iterable[Any]) -> str:
-    for app in apps:
-        replicas = app.deployments[ENGINE].replica_states if ENGINE in app.deployments else {}
-        total = sum(replicas.values())
-        if total:
-            return f"Loading the model ({replicas.get('RUNNING', 0)} of {total} replicas)"
-    return "Starting the application"
+    engines = [
+        deployment.replica_states
+        for app in apps
+        for name, deployment in app.deployments.items()
+        if name.startswith(ENGINE_DEPLOYMENT)
+    ]
+    total = sum(sum(states.values()) for states in engines)
+    if not total:
+        return "Starting the application"
+    running = sum(states.get("RUNNING", 0) for states in engines)
+    return f"Loading the model{'s' if len(engines) > 1 else ''} ({running} of {total} replicas)"
 
 
 def _when_to_stop() -> "asyncio.Future[None]":

@@ -14,7 +14,7 @@ from deployments.api.openai.response_requests import ResponsesRequest
 from deployments.api.openai.response_store import ResponseStore, StoredItem, StoredResponse
 from deployments.api.sse import encode_json
 from deployments.chat.errors import APIError, invalid
-from deployments.chat.service import INLINE_BYTES
+from deployments.chat.threads import INLINE_BYTES
 from deployments.errors import StoreAwayError
 
 logger = logging.getLogger("ray.serve")

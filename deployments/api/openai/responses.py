@@ -284,6 +284,10 @@ class ModelObject(ResponseModel):
     owned_by: str
     max_model_len: int | None
     """Context length in tokens; None while the model loads."""
+    aliases: list[str]
+    """More names that requests may use."""
+    state: Literal["ready", "starting", "asleep"]
+    """`asleep`: it has no replica, and the next request starts one."""
 
 
 class ModelList(ResponseModel):
@@ -309,9 +313,17 @@ class Text(ResponseModel):
 
 
 class Status(ResponseModel):
-    """Answer of `GET /health` and `GET /ready`."""
+    """Answer of `GET /health`."""
 
     status: str
+
+
+class Ready(ResponseModel):
+    """Answer of `GET /ready`."""
+
+    status: str
+    models: dict[str, Literal["ready", "starting", "asleep"]]
+    """The state of each model."""
 
 
 class Version(ResponseModel):
@@ -326,3 +338,5 @@ class Stats(ResponseModel):
     router: dict[str, Any]
     replicas: dict[str, dict[str, Any]]
     """What each replica last reported, by replica id."""
+    models: dict[str, dict[str, Any]]
+    """The state of each model, what is running there, and which replicas are its own."""

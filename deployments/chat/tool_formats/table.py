@@ -20,7 +20,7 @@ from deployments.chat.tool_formats import (
 from deployments.chat.tool_formats.markup import CallMarkup
 from deployments.chat.tool_formats.source import Reading, Source
 from deployments.chat.tool_formats.values import Parameters
-from deployments.config import ToolParserName
+from deployments.model_config import ToolParserName
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from deployments.errors import ReplicaLostError
 from deployments.observe.metrics import RouterPeers
 from deployments.replica.engine_replica import EngineReplica
 from deployments.router.access import Access
+from deployments.router.directory import ModelDirectory
 from deployments.router.keys import ApiKey, KeySource
-from deployments.router.router import Router
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo"
 
@@ -137,16 +137,18 @@ class Service:
     def __init__(
         self,
         config: AppConfig,
-        client: LocalClient,
+        client: LocalClient | dict[str, LocalClient],
         keys: tuple[ApiKey, ...] = (),
         peers: RouterPeers | None = None,
         access: Access | None = None,
         store: ResponseStore | None = None,
     ) -> None:
         self.client = client
-        self.router = Router(config, client, peers=peers, access=access or Access(KeySource(keys)))
+        clients = client if isinstance(client, dict) else dict.fromkeys(config.by_key, client)
+        self.directory = ModelDirectory(config, clients, peers=peers, access=access or Access(KeySource(keys)))
+        self.router = self.directory.routers[0]
         self.store = store if store is not None else own_store(config.responses)
-        self.api = create_api(self.router, self.store)
+        self.api = create_api(self.directory, self.store)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.api, raise_app_exceptions=False), base_url="http://test", timeout=30
         )
@@ -189,5 +191,5 @@ async def end_service(service: Service) -> None:
     else:
         pytest.fail(f"{service.num_used_pages} pages are still in use")
     assert service.router.journal.num_live == 0, "a generation is still in the journal"
-    service.router.close()
+    service.directory.close()
     service.client.close()

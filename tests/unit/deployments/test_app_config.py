@@ -12,7 +12,7 @@ from deployments.app import build_app
 from deployments.channel.messages import EngineInfo
 from deployments.config import AppConfig, resolve_paths, without_secrets
 from deployments.router.keys import find_keys
-from deployments.serve.banner import Announcement, ready_banner
+from deployments.serve.banner import AnnouncedModel, Announcement, ready_banner
 from deployments.serve.front_end import FrontEnd, check_open
 from llm.errors import CheckpointError, ConfigError
 
@@ -84,7 +84,11 @@ def test_the_banner_is_one_block_with_a_line_to_paste():
         model="demo", max_seq_len=2048, num_slots=65536, page_size=16, max_step_tokens=512, vocab_size=320,
         device="cuda:0", dtype="bfloat16", backend="triton", weight_bytes=3 << 30, kv_cache_bytes=200 << 20,
     )  # fmt: skip
-    banner = ready_banner("http://127.0.0.1:8000", Announcement("demo", True, 2, info), {"dashboard": "http://d"})
+    banner = ready_banner(
+        "http://127.0.0.1:8000",
+        Announcement([AnnouncedModel("demo", "demo", 2, info)], True),
+        {"dashboard": "http://d"},
+    )
     first, *rows, command = banner.splitlines()
     assert first == "Rayline is ready: http://127.0.0.1:8000"
     assert dict(row.split(maxsplit=1) for row in rows) == {
@@ -103,7 +107,9 @@ def test_the_banner_is_one_block_with_a_line_to_paste():
 
 
 def test_a_fleet_at_zero_has_a_banner_too():
-    assert "none yet" in ready_banner("http://127.0.0.1:8000", Announcement("demo", False, 0, None))
+    assert "none yet" in ready_banner(
+        "http://127.0.0.1:8000", Announcement([AnnouncedModel("demo", "demo", 0, None)], False)
+    )
 
 
 @pytest.mark.parametrize("path", [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))], ids=str)
@@ -132,9 +138,9 @@ def test_there_is_an_app_for_serve_build():
 @pytest.mark.usefixtures("no_cluster")
 def test_every_deployment_starts_with_few_malloc_arenas():
     """With glibc's default of eight a core, free memory collects in each of them (F12)."""
-    router = build_app(AppConfig())._bound_deployment
-    engines = next(arg for arg in router.init_args if isinstance(arg, Application))._bound_deployment
-    for deployment in (router, engines):
+    deployments = deployments_of({})
+    assert set(deployments) == {"Router", "EngineReplica"}
+    for deployment in deployments.values():
         environment = deployment.ray_actor_options["runtime_env"]["env_vars"]
         assert environment["MALLOC_ARENA_MAX"] == "2", deployment.name
 
@@ -146,7 +152,8 @@ def deployments_of(args: dict) -> dict[str, Any]:
     while waiting:
         deployment = waiting.pop()._bound_deployment
         found[deployment.name] = deployment
-        waiting += [arg for arg in deployment.init_args if isinstance(arg, Application)]
+        arguments = [one for arg in deployment.init_args for one in (arg.values() if isinstance(arg, dict) else [arg])]
+        waiting += [argument for argument in arguments if isinstance(argument, Application)]
     return found
 
 

@@ -15,7 +15,7 @@ from test_tools import CLOCK, WEATHER, chat, message_of, streamed
 from deployments.chat.parsers import AnswerForm, make_parser
 from deployments.chat.tool_formats.table import TOOL_FORMATS
 from deployments.chat.tools import Tool, strict_grammar
-from deployments.config import ToolParserName
+from deployments.model_config import ToolParserName
 from llm.sampling.grammar import GrammarCompiler
 from llm.tokenization.hf_tokenizer import HFTokenizer
 

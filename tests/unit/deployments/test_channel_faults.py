@@ -71,7 +71,7 @@ async def test_a_lost_frame_costs_a_stream_less_than_a_second(
     assert max(after - before for (_, before), (_, after) in itertools.pairwise(arrivals)) < 100, "not by the reply"
     assert generation.token_ids == undisturbed.token_ids
     assert generation.logprobs == undisturbed.logprobs
-    assert service.router.snapshot()["router"]["channel"]["num_missed"] > 0
+    assert service.directory.snapshot()["router"]["channel"]["num_missed"] > 0
 
 
 async def test_nothing_is_generated_for_a_dead_router():
@@ -108,7 +108,7 @@ async def test_a_router_that_listens_on_another_address_hears_each_report_once(m
     before = service.router.journal.channel
     open_streams = await service.router.start([request(1000) for _ in range(4)])
     await open_streams.news()
-    service.router.listen_on("127.0.0.1")
+    service.directory.hub.listen_on("127.0.0.1")
     after = service.router.journal.channel
     assert after.endpoint != before.endpoint
     later = await service.router.start([request(20) for _ in range(8)])
@@ -121,7 +121,7 @@ async def test_a_router_that_listens_on_another_address_hears_each_report_once(m
     assert [sender.num_routers for sender in senders] == [1, 1]
     await wait_for(lambda: all(generation.end for generation in open_streams.generations))
     assert all(len(generation.token_ids) == 1000 for generation in open_streams.generations)
-    counters = service.router._listener.counters
+    counters = service.directory.hub.counters
     num_frames = counters.num_frames
     await asyncio.sleep(2)
     assert 2 <= counters.num_frames - num_frames <= 2 * 22, "ten reports a second of each replica, no more"

@@ -67,9 +67,9 @@ def test_the_application_asks_ray_for_it(monkeypatch, tmp_path):
         }
     )
     router = build_app(config)._bound_deployment
-    bound = [arg._bound_deployment for arg in router.init_args if isinstance(arg, Application)]
-    engines, *shared = bound
-    assert [deployment.name for deployment in bound] == ["EngineReplica", "Accountant", "ResponseStore"]
+    (engines,) = (application._bound_deployment for application in router.init_args[2].values())
+    shared = [arg._bound_deployment for arg in router.init_args if isinstance(arg, Application)]
+    assert [deployment.name for deployment in (engines, *shared)] == ["EngineReplica", "Accountant", "ResponseStore"]
     assert engines.ray_actor_options["num_gpus"] == 1
     assert router.ray_actor_options["num_gpus"] == 0
     assert router.ray_actor_options["resources"] == {"rayline_router": 0.001}

@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
-from deployments.config import AdmissionConfig
 from deployments.errors import NoReplicaError, OverloadedError
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.policy import CostPolicy
 from deployments.fleet.work import Prospects
+from deployments.model_config import AdmissionConfig
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.waiting import Ticket
 from llm.errors import EngineError

@@ -8,7 +8,7 @@ import pytest
 from in_process import emulated_config, eventually
 
 from deployments.channel.messages import Failure, FailureKind
-from deployments.config import EmulationConfig
+from deployments.model_config import EmulationConfig
 from deployments.replica import emulated_engine
 from deployments.replica.emulated_engine import EmulatedEngine
 from deployments.replica.engine_loop import EngineLoop

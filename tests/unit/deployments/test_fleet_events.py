@@ -30,7 +30,7 @@ class Peers:
 
 async def first_event(service: Service) -> dict[str, Any]:
     """The event that a page gets when it opens."""
-    stream = fleet_stream.watch_fleet(service.router)
+    stream = fleet_stream.watch_fleet(service.directory)
     data = await anext(stream)
     await stream.aclose()
     event: dict[str, Any] = json.loads(data.decode().removeprefix("data: "))
@@ -94,7 +94,7 @@ async def test_vectors_are_no_tokens(make_service: ServiceFactory, num_prompts: 
     answer = await service.post("/v1/embeddings", input=["text"] * num_prompts)
     assert answer.status_code == 200
     await over(service)
-    latency = (await service.router.fleet_history())["latency"]["900"]
+    latency = (await service.directory.fleet_history())["latency"]["900"]
     assert (latency["ttft"]["num"], latency["gap"]["num"]) == (0, 0)
 
 
@@ -104,7 +104,7 @@ async def test_what_comes_with_the_reply_alone_has_a_first_token_too(make_servic
     answer = await service.post("/v1/completions", **TOKENS, prompt_logprobs=1)
     assert answer.status_code == 200
     await over(service)
-    latency = (await service.router.fleet_history())["latency"]["900"]
+    latency = (await service.directory.fleet_history())["latency"]["900"]
     assert latency["ttft"]["num"] == 1
 
 
@@ -117,7 +117,7 @@ async def test_a_pause_of_a_stream_that_moves_is_a_gap(make_service: ServiceFact
     (generation,) = live.values()
     service.client.kill(int(generation.replica_id.removeprefix("replica-")))
     assert (await task).json()["usage"]["completion_tokens"] == 400
-    gaps = (await service.router.fleet_history())["latency"]["900"]["gap"]
+    gaps = (await service.directory.fleet_history())["latency"]["900"]["gap"]
     assert gaps["num"] > 10
     longest_s = max(slot.gaps.percentile(100) or 0.0 for slot in service.router.history().slots)
     assert longest_s > 0.04

@@ -47,7 +47,7 @@ async def until(condition, timeout_s: float = 10) -> None:
 
 
 async def changed(service: Service, num_changes: int) -> None:
-    await until(lambda: service.router.access.snapshot()["num_key_changes"] == num_changes)
+    await until(lambda: service.directory.access.snapshot()["num_key_changes"] == num_changes)
 
 
 @pytest.fixture
@@ -105,18 +105,18 @@ async def test_a_broken_file_changes_no_key_and_is_told_once(
 ):
     service = await make(make_service, path)
     path.unlink() if content is None else path.write_bytes(content)
-    await until(lambda: service.router.access.snapshot()["is_key_file_wrong"])
+    await until(lambda: service.directory.access.snapshot()["is_key_file_wrong"])
     metrics = await service.http.get("/metrics", headers={"x-api-key": FIRST})
     assert re.search(r"^rayline:api_keys_file_wrong{.*} 1.0$", metrics.text, re.M)
     assert (await ask(service, FIRST)).status_code == 200
     for _ in range(3):
-        service.router.access._file.look()
+        service.directory.access._file.look()
     told = [record.getMessage() for record in serve_log if "api_keys_file" in record.getMessage()]
     assert len(told) == 1
     assert "sk-" not in told[0]
     write(path, entry("second", SECOND))
     await changed(service, 1)
-    assert not service.router.access.snapshot()["is_key_file_wrong"]
+    assert not service.directory.access.snapshot()["is_key_file_wrong"]
     assert [(await ask(service, secret)).status_code for secret in (FIRST, SECOND)] == [401, 200]
 
 

@@ -42,7 +42,9 @@ class Peers:
         self.is_stuck = False
 
     async def figures(self) -> list[RouterFigures]:
-        return [] if self.is_stuck else [service.router.metrics.figures() for service in self._routers.values()]
+        return (
+            [] if self.is_stuck else [one for service in self._routers.values() for one in service.directory.figures()]
+        )
 
 
 async def heard(service: Service, num_tokens: int) -> None:
@@ -92,7 +94,7 @@ async def two_routers(make_service: ServiceFactory):
             await asyncio.sleep(0.005)
     yield first, second
     await second.http.aclose()
-    second.router.close()
+    second.directory.close()
 
 
 async def test_whichever_router_is_asked_counters_only_rise(two_routers):
@@ -120,7 +122,7 @@ async def test_routers_that_cannot_be_asked_are_left_out_and_nothing_falls(two_r
     for service in two_routers:
         await service.post("/v1/completions", prompt="abc", max_tokens=5)
     whole, counters = parse((await second.http.get("/metrics")).text)
-    first.router.metrics._peers.is_stuck = True
+    first.directory._peers.is_stuck = True
     part, _ = parse((await first.http.get("/metrics")).text)
     assert total(part, "rayline:requests_total") == 1
     assert {dict(labels).get("router") for _, labels in part} == {"a", None}

@@ -14,7 +14,7 @@ from deployments.chat.output import (
     ToolCallStart,
 )
 from deployments.chat.parsers import AnswerForm, make_parser
-from deployments.config import ReasoningParserName, ToolParserName
+from deployments.model_config import ReasoningParserName, ToolParserName
 
 
 def parse(parser: OutputParser, pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:

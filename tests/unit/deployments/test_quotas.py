@@ -104,9 +104,9 @@ async def test_tokens_are_counted_together(make_service: ServiceFactory):
     services = await routers(make_service, SharedAccountant(2), team(tokens_per_min=20))
     first = await ask(services[0], prompt=[97] * 10, max_tokens=8)
     assert first.headers["x-ratelimit-remaining-tokens"] == "2"
-    await until(lambda: not services[0].router.access.account(team())._tokens.in_hand)
+    await until(lambda: not services[0].directory.access.account(team())._tokens.in_hand)
     assert (await ask(services[1], prompt=[97] * 10)).status_code == 200, "a request may start while any are left"
-    await until(lambda: not services[1].router.access.account(team())._tokens.in_hand)
+    await until(lambda: not services[1].directory.access.account(team())._tokens.in_hand)
     assert (await ask(services[0])).json()["error"]["type"] == "tokens"
 
 
@@ -123,10 +123,10 @@ async def test_without_the_accountant(make_service: ServiceFactory, when_away: A
         assert answer.headers["retry-after"] == "2"
     else:
         assert await statuses(ask(services[0]), ask(services[0])) == [200, 429], "each router counts alone"
-    await until(lambda: all(s.router.access.snapshot()["is_accountant_away"] for s in services))
+    await until(lambda: all(s.directory.access.snapshot()["is_accountant_away"] for s in services))
     assert sum("is away" in record.getMessage() for record in serve_log) == 2, "told once by each router"
     shared.is_away = False
-    await until(lambda: not any(s.router.access.snapshot()["is_accountant_away"] for s in services))
+    await until(lambda: not any(s.directory.access.snapshot()["is_accountant_away"] for s in services))
     left = 3 - (3 if when_away is AwayPolicy.OPEN else 1)
     got = await statuses(*[ask(service) for service in services for _ in range(2)])
     assert got.count(200) == left, "what was used meanwhile counts"
@@ -139,7 +139,7 @@ async def test_an_accountant_that_does_not_answer_is_away(make_service: ServiceF
     await until(lambda: shared.num_exchanges >= 4)
     monkeypatch.setattr(shared, "exchange", lambda ask: asyncio.Event().wait())
     assert (await ask(services[0])).status_code == 200
-    assert services[0].router.access.snapshot()["is_accountant_away"]
+    assert services[0].directory.access.snapshot()["is_accountant_away"]
 
 
 async def test_a_new_accountant_counts_on(make_service: ServiceFactory):
@@ -154,7 +154,7 @@ async def test_a_new_accountant_counts_on(make_service: ServiceFactory):
     for task in long:
         task.cancel()
     await asyncio.gather(*long, return_exceptions=True)
-    await until(lambda: not any(s.router.access.account(team()).num_open for s in services))
+    await until(lambda: not any(s.directory.access.account(team()).num_open for s in services))
     num_in = 0
     for _ in range(8):
         num_in += (await statuses(ask(services[1]))).count(200)

@@ -15,7 +15,7 @@ from deployments.chat.history import HistoryStyle
 from deployments.chat.messages import ChatMessage
 from deployments.chat.model_format import ModelFormat, find_format, prompt_reasoning
 from deployments.chat.template_turns import render_turns
-from deployments.config import ReasoningParserName, ToolParserName
+from deployments.model_config import ReasoningParserName, ToolParserName
 from llm.errors import InvalidRequestError
 from llm.tokenization import chat_template as chat_template_module
 from llm.tokenization.chat_template import ChatTemplate

@@ -35,7 +35,7 @@ async def test_open_streams_end_with_an_error_event(make_service: ServiceFactory
     service = await make_service(SLOW)
     asking = asyncio.ensure_future(service.post(path, **body, stream=True))
     await until(lambda: any(len(g.token_ids) > 2 for g in service.router.journal._live.values()))
-    service.router.shut_down()
+    service.directory.shut_down()
     response = await asyncio.wait_for(asking, 5)
     assert response.status_code == 200, "it had begun"
     last = data(response.text)[-1]
@@ -52,7 +52,7 @@ async def test_what_is_not_a_stream_and_what_still_comes_get_503(make_service: S
     service = await make_service(SLOW)
     asking = asyncio.ensure_future(service.post(path, **body))
     await until(lambda: any(g.token_ids for g in service.router.journal._live.values()))
-    service.router.shut_down()
+    service.directory.shut_down()
     for response in (await asyncio.wait_for(asking, 5), await service.post(path, **body)):
         assert response.status_code == 503
         assert "The server is shutting down" in response.json()["error"]["message"]
@@ -64,7 +64,7 @@ async def test_what_waits_for_a_replica_gets_503(make_service: ServiceFactory):
     service.client.drain(0)
     asking = asyncio.ensure_future(service.post("/v1/completions", prompt="abc", max_tokens=5))
     await until(lambda: service.router.dispatcher.num_waiting == 1)
-    service.router.shut_down()
+    service.directory.shut_down()
     assert (await asyncio.wait_for(asking, 5)).status_code == 503
     assert service.router.dispatcher.num_waiting == 0
 
@@ -74,5 +74,5 @@ async def test_the_fleet_page_is_told_no_more(make_service: ServiceFactory):
     service = await make_service()
     asking = asyncio.ensure_future(service.http.get("/rayline/events"))
     await asyncio.sleep(0)
-    service.router.shut_down()
+    service.directory.shut_down()
     assert (await asyncio.wait_for(asking, 5)).status_code == 200

@@ -179,7 +179,7 @@ async def test_mutated_frames_from_inside_break_nothing(make_service: ServiceFac
     """Nobody who lacks the key can send these, but a replica of another version could."""
     service = await make_service()
     rng = random.Random(seed)
-    counters = service.router.snapshot
+    counters = service.directory.snapshot
     num_before = counters()["router"]["channel"]["num_frames"]
     logprobs = [TokenLogprobs(5, -1.0, ((5, -1.0), (6, -2.0)))]
     end = End(FinishReason.STOP)

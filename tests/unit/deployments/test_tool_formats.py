@@ -9,7 +9,7 @@ from test_output_parsers import parse
 
 from deployments.chat.output import ToolCallStart
 from deployments.chat.parsers import AnswerForm, make_parser
-from deployments.config import ReasoningParserName, ToolParserName
+from deployments.model_config import ReasoningParserName, ToolParserName
 
 PARAMETERS = {
     "get_weather": {

@@ -64,13 +64,13 @@ async def ask(service: Service, headers: dict[str, str] | None = None, **fields)
 
 
 async def flush(service: Service) -> None:
-    assert service.router.tracer is not None
+    assert service.directory.tracer is not None
     # An answer is out before its engine has said goodbye.
     ending = [task for task in asyncio.all_tasks() if "Generation." in str(task.get_coro())]
     if ending:
         await asyncio.wait(ending, timeout=10)
     await asyncio.sleep(0)  # a generation is over in its task's callback, which comes behind the task
-    await asyncio.to_thread(service.router.tracer.close)
+    await asyncio.to_thread(service.directory.tracer.close)
 
 
 async def test_one_trace_from_http_to_engine(make_service: ServiceFactory, collector: Collector):
@@ -102,7 +102,7 @@ async def test_a_generation_may_be_over_after_its_http_request(
     make_service: ServiceFactory, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ):
     service = await make_service(traced(collector.endpoint))
-    tracer = service.router.tracer
+    tracer = service.directory.tracer
     assert tracer is not None
     request_over = tracer.request_over
 

@@ -1,0 +1,74 @@
+"""The handlers for the paths that say which models there are, and whether they answer."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.api.answering import json_response
+from deployments.api.errors import model_not_found
+from deployments.api.openai.responses import ModelList, ModelObject, Ready
+from deployments.api.route_table import Route
+from deployments.chat.errors import not_ready, of_engine
+from deployments.errors import NoReplicaError
+from deployments.router.directory import ModelDirectory
+from deployments.router.model_state import ModelState
+from deployments.router.router import Router
+
+
+class ModelEndpoints:
+    """Answers requests about the models.
+
+    Args:
+        directory: the models.
+    """
+
+    def __init__(self, directory: ModelDirectory) -> None:
+        self._directory = directory
+
+    def table(self) -> list[Route]:
+        """The routes of this class."""
+        return [
+            Route("GET", "/v1/models", self.models, "Models", ModelList),
+            Route("GET", "/v1/models/{model:path}", self.model, "One model", ModelObject),
+            Route("GET", "/ready", self.ready, "Whether requests can be answered", Ready, is_open=True),
+        ]
+
+    async def models(self, _: Request) -> Response:
+        """List the models, with their aliases and states."""
+        found = [self._describe(self._directory.find(name)) for name in self._directory.names]
+        return json_response({"object": "list", "data": found})
+
+    async def model(self, request: Request) -> Response:
+        """Describe one model, by its name or an alias."""
+        return json_response(self._describe(self._find(request.path_params["model"])))
+
+    async def ready(self, request: Request) -> Response:
+        """Answer 200 while requests for any model can be answered: a replica serves, or one starts when a request
+        arrives. Otherwise 503. With `?model=NAME`, only that model counts."""
+        name = request.query_params.get("model")
+        routers = self._directory.routers if name is None else self._find(name)
+        if not any(router.can_answer for router in routers):
+            missing = of_engine(NoReplicaError("No engine replica serves at the moment"))
+            raise missing if any(router.is_ready for router in routers) else not_ready()
+        return json_response({"status": "ready", "models": {router.key: router.state for router in routers}})
+
+    def _find(self, name: str) -> tuple[Router, ...]:
+        found = self._directory.find(name)
+        if not found:
+            raise model_not_found(name, self._directory.names)
+        return found
+
+    def _describe(self, routers: tuple[Router, ...]) -> dict[str, Any]:
+        """The entries of one name, as one model."""
+        states = {router.state for router in routers}
+        infos = [router.info for router in routers if router.info is not None]
+        return {
+            "id": routers[0].config.model_name,
+            "object": "model",
+            "created": self._directory.started_at,
+            "owned_by": "rayline",
+            "max_model_len": min((info.max_seq_len for info in infos), default=None),
+            "aliases": list(dict.fromkeys(alias for router in routers for alias in router.config.aliases)),
+            "state": next(state for state in ModelState if state in states),
+        }
