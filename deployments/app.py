@@ -8,9 +8,10 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from deployments.config import AppConfig, resolve_paths, without_secrets
+from deployments.fingerprint import fingerprint_of
 from deployments.fleet.autoscaling import EnginePolicy
 from deployments.fleet.engine_use import targets_of
-from deployments.model_config import AutoscalingConfig, ReplicasConfig, ServedModelConfig
+from deployments.model_config import AutoscalingConfig, ReplicasConfig, ServedModelConfig, for_engines, restart_key
 from deployments.router.keys import KeySource, find_keys
 from deployments.serve.accountant import AccountantReplica
 from deployments.serve.cluster import gpus_a_replica, gpus_now, may_nodes_join
@@ -19,8 +20,10 @@ from deployments.serve.engine_deployment import ServeEngineReplica
 from deployments.serve.engine_names import engine_names
 from deployments.serve.front_end import check_open, find_front_end
 from deployments.serve.ingress import RouterIngress
+from deployments.serve.own_version import with_own_version
 from deployments.serve.request_router import RankedRequestRouter
 from deployments.serve.response_store import ResponseStoreReplica
+from llm.checkpoint.hub import find_local_checkpoint
 
 _HEALTH_CHECK_PERIOD_S = 1
 _HEALTH_CHECK_TIMEOUT_S = 8
@@ -49,10 +52,17 @@ def build_app(args: AppConfig) -> Application:
         config = config.model_copy(update={"public_url": front_end.url})
     names, entries = engine_names(config), config.by_key
     engines = {key: _engines(names[key], entry) for key, entry in entries.items()}
+    num_routers = config.router.num_replicas
     accountant = (
-        _accountant_deployment(config).bind(config.router.num_replicas) if _needs_accountant(config, keys) else None
+        with_own_version(_accountant_deployment(config).bind(num_routers), str(num_routers))
+        if _needs_accountant(config, keys)
+        else None
     )
-    store = _store_deployment(config).bind(config.responses) if _needs_store(config) else None
+    store = (
+        with_own_version(_store_deployment(config).bind(config.responses), config.responses.model_dump_json())
+        if _needs_store(config)
+        else None
+    )
     return _router_deployment(config).bind(config, keys, engines, accountant, store)
 
 
@@ -98,7 +108,10 @@ def _engines(name: str, config: ServedModelConfig) -> Application:
     if not num_gpus and config.device is None:
         # A replica without a GPU of its own still sees those of its node.
         config = config.model_copy(update={"device": "cpu"})
-    return _engine_deployment(name, config.replicas, num_gpus).bind(config)
+    # Where the files in the model's directory have changed, the routers' new version needs new replicas.
+    files = fingerprint_of(config) if find_local_checkpoint(config.model) is not None else ""
+    bound = _engine_deployment(name, config.replicas, num_gpus).bind(for_engines(config))
+    return with_own_version(bound, restart_key(config), files)
 
 
 def _engine_deployment(name: str, replicas: ReplicasConfig, num_gpus: float) -> Any:

@@ -149,7 +149,7 @@ class ReplicasConfig(StrictModel):
     """GPUs that Ray sets aside for each replica, which waits until a node has that many free. None for
     `engine.tensor_parallel_size` of them if `device` is `cuda`, or if a node of the cluster has a GPU or may join with
     one (on Kubernetes, or with Ray's cluster launcher); otherwise for zero, so that replicas run on CPUs. Set it where
-    GPU nodes come and go."""
+    GPU nodes come and go. Replicas with less than 1 share a GPU; each fills no more than its part of the memory."""
     num_cpus: float = Field(default=0.5, ge=0)
     """CPUs that Ray sets aside for each replica. It only decides what fits on a node; see `torch_threads`."""
     torch_threads: int | None = Field(default=None, ge=1)
@@ -163,6 +163,12 @@ class ReplicasConfig(StrictModel):
     max_surge_percent: int = Field(default=0, ge=0, le=100)
     """Replicas that a rolling update may start before it removes old ones, in percent. The default is 0 because there
     is rarely a GPU to spare, and streams of a replica that is removed continue on the others."""
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError(f"num_gpus: {self.num_gpus:g} is neither a whole number nor below 1")
+        return self
 
     @property
     def most_replicas(self) -> int:
@@ -243,9 +249,37 @@ class ServedModelConfig(StrictModel):
         return path.name.removesuffix(".gguf") if is_gguf(path) else self.model
 
     @property
+    def gpu_share(self) -> float:
+        """Part of a GPU that each replica may fill: 1 unless it shares the GPU with others."""
+        if self.engine.gpu_share is not None:
+            return self.engine.gpu_share
+        set_aside = self.replicas.num_gpus
+        return set_aside if set_aside is not None and 0 < set_aside < 1 else 1.0
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Every name that clients may use for the model, `model_name` first."""
         return tuple(dict.fromkeys((self.model_name, *self.aliases)))
+
+
+_OF_ROUTERS = ("aliases", "weight", "variant", "admission", "tool_parser", "reasoning_parser")
+"""Settings of a model that its engines have no use for."""
+_OF_SERVE = {
+    "num_replicas", "autoscaling", "num_gpus", "num_cpus", "max_ongoing_requests", "graceful_shutdown_timeout_s",
+    "max_surge_percent",
+}  # fmt: skip
+"""Settings of replicas that Ray Serve applies to those that run."""
+
+
+def for_engines(config: ServedModelConfig) -> ServedModelConfig:
+    """The settings as engine replicas get them: those for routers are at their defaults."""
+    fields = ServedModelConfig.model_fields
+    return config.model_copy(update={name: fields[name].default for name in _OF_ROUTERS})
+
+
+def restart_key(config: ServedModelConfig) -> str:
+    """All settings for which a model's replicas have to be started anew."""
+    return for_engines(config).model_dump_json(exclude={"replicas": _OF_SERVE})
 
 
 def resolve_model(config: ServedModelConfig) -> ServedModelConfig:

@@ -454,7 +454,10 @@ class EngineConfig(StrictModel):
     """Pages in the pool. None to size the pool by `gpu_memory_utilization` on a GPU and by `cpu_pool_bytes` on a
     CPU."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Fraction of the GPU's memory for weights, activations and the pool together."""
+    """Fraction of the GPU's memory, or of the engine's share of it, for weights, activations and the pool together."""
+    gpu_share: float | None = Field(default=None, gt=0, le=1)
+    """Part of the GPU that this engine may fill where it shares the GPU with others, whose memory then does not count
+    as its own; None for all of it. A served model's share is `replicas.num_gpus` if that is below 1."""
     cpu_pool_bytes: int = Field(default=1 << 30, gt=0)
     """Maximum size of the pool on a CPU, in bytes. The pool never takes more than `max_batch_size` full sequences
     need."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from deployments.cli.output import make_console
 from deployments.config import resolve_paths
 from deployments.model_config import ServedModelConfig
+from deployments.replica.gpu_sharing import sharing_notes
 from deployments.replica.model_memory import (
     GIB,
     GPUShare,
@@ -50,20 +51,33 @@ def check(
     config = find_config_file(config)
     server = read_config_file(config)
     _print_port(console, server.front_end)
-    for app in (entry for each in server.apps.values() for entry in resolve_paths(each).entries):
-        report = check_model(app)
-        console.print(f"[green]✓[/] {config}: model [bold]{app.model_name}[/], {app.replicas.most_replicas} replica(s)")
-        if find_local_checkpoint(app.model) is None:
-            console.print(
-                f"  {app.model} is neither a directory nor a GGUF file here: it is checked where it is loaded",
-                style="dim",
-            )
-            continue
-        for warning in report.warnings:
-            console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
-        if report.model is not None:
-            console.print(_memory(app, report.model, sizes))
-            console.print(_checklist(app, report.model))
+    for app in map(resolve_paths, server.apps.values()):
+        for key, model in app.by_key.items():
+            _print_model(console, config, key, model, sizes)
+        for note in sharing_notes(app.by_key):
+            _print_warning(console, note)
+
+
+def _print_model(console: Console, path: Path, key: str, app: ServedModelConfig, sizes: list[float]) -> None:
+    """Check a model, and say what it will need."""
+    report = check_model(app)
+    aliases = f", also called {', '.join(app.aliases)}" if app.aliases else ""
+    console.print(f"[green]✓[/] {path}: model [bold]{key}[/]{aliases}, {app.replicas.most_replicas} replica(s)")
+    if find_local_checkpoint(app.model) is None:
+        console.print(
+            f"  {app.model} is neither a directory nor a GGUF file here: it is checked where it is loaded",
+            style="dim",
+        )
+        return
+    for warning in report.warnings:
+        _print_warning(console, warning)
+    if report.model is not None:
+        console.print(_memory(app, report.model, sizes))
+        console.print(_checklist(app, report.model))
+
+
+def _print_warning(console: Console, warning: str) -> None:
+    console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
 
 
 def _print_port(console: Console, front_end: FrontEnd) -> None:
@@ -104,16 +118,21 @@ def _memory(app: ServedModelConfig, model: ModelConfig, sizes: list[float]) -> T
         holders = f"{num_rows} rows" + (f" and {num_snapshots} snapshots for the prefix cache" if num_snapshots else "")
         table.add_row("  a row", f"{a_row:.1f} MiB of states, {states:.2f} GiB for {holders}{on_each}")
     for size in sizes:
-        which = f"{share.num_gpus} GPUs" if on_each else "a GPU"
+        which = (
+            f"{share.num_gpus} GPUs" if on_each else "a GPU" if app.gpu_share == 1 else f"{app.gpu_share:g} of a GPU"
+        )
         table.add_row(f"  {which} of {size:g} GiB", _what_fits(app, model, share, size))
     return table
 
 
 def _what_fits(app: ServedModelConfig, model: ModelConfig, share: GPUShare, size: float) -> str:
     """How much a replica's pool holds on GPUs of so many GiB; if nothing, how many GPUs the model needs."""
-    slots = share.num_slots(size * GIB * app.engine.gpu_memory_utilization)
+    usable = app.gpu_share * app.engine.gpu_memory_utilization
+    slots = share.num_slots(size * GIB * usable)
     if slots >= fewest_slots(app, model):
         return f"about {slots:,} slots: {slots // 1000:,} sequences of 1,000 tokens"
+    if app.gpu_share < 1:
+        return f"too small for a replica with {app.gpu_share:g} of it"
     enough = fewest_gpus(app, model, size * GIB)
     if enough is None or enough.num_gpus <= share.num_gpus:
         return "too small"

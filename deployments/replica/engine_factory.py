@@ -156,7 +156,9 @@ def _check_gpus(config: ServedModelConfig) -> None:
             f"engine.tensor_parallel_size: {num_gpus} needs as many GPUs, and a replica sees "
             f"{torch.cuda.device_count()}; set it lower, or replicas.num_gpus higher"
         )
-    gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    gpu_bytes = int(torch.cuda.get_device_properties(device).total_memory * config.gpu_share)
+    if config.gpu_share < 1:  # whatever happens here, memory runs out here, and not in the other engines on the GPU
+        torch.cuda.set_per_process_memory_fraction(config.gpu_share, device.index)
     check_fits(config, check_checkpoint(resolve_model_path(config.model)).config, gpu_bytes)
 
 
@@ -170,9 +172,10 @@ def _make_torch(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
     torch.set_num_threads(config.replicas.torch_threads or max(1, num_cores() // config.replicas.most_replicas))
     _check_gpus(config)
     dtype = None if config.dtype is DType.AUTO else getattr(torch, config.dtype)
+    own_share = {"gpu_share": config.gpu_share} if config.gpu_share < 1 else {}
     engine = ContinuousBatchingEngine.from_pretrained(
         config.model,
-        config=config.engine,
+        config=config.engine.model_copy(update=own_share),
         device=config.device,
         dtype=dtype,
         with_tokenizer=False,

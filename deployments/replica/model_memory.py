@@ -116,7 +116,7 @@ def check_fits(app: ServedModelConfig, model: ModelConfig, gpu_bytes: int) -> No
     """Refuse a model whose weights alone exceed what a GPU may hold, before any of them is read.
 
     Args:
-        gpu_bytes: memory of each of the replica's GPUs.
+        gpu_bytes: memory of each of the replica's GPUs, or the replica's share of it.
 
     Raises:
         ConfigError: they do, or the model cannot be split as configured; the message says what would work.

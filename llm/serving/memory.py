@@ -8,6 +8,9 @@ from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
 from llm.serving.runners import kv_cache_dtype, make_runner, prepare_weights
 
+_CONTEXT_BYTES = 1 << 30
+"""About what the driver and its libraries keep on a GPU for one process, beside what the allocator holds."""
+
 
 def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
     """Number of pages for this model on its device.
@@ -75,5 +78,21 @@ def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> 
     needed = torch.cuda.max_memory_reserved(model.device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
-    in_use = total - free
-    return int(total * config.gpu_memory_utilization) - in_use - needed
+    return pool_bytes(config, total=total, free=free, reserved=torch.cuda.memory_reserved(model.device)) - needed
+
+
+def pool_bytes(config: EngineConfig, *, total: int, free: int, reserved: int) -> int:
+    """Bytes of a GPU that are left for the pool and for steps.
+
+    On a GPU of its own, everything that is in use counts as the engine's: the driver knows more of it than the
+    allocator. On a shared one, what others use is not its own, and it may take no more than what they leave.
+
+    Args:
+        total: bytes of the GPU.
+        free: of these, bytes that nobody uses.
+        reserved: bytes that this process's allocator holds.
+    """
+    if config.gpu_share is None:
+        return int(total * config.gpu_memory_utilization) - (total - free)
+    own = reserved + _CONTEXT_BYTES
+    return min(int(total * config.gpu_share * config.gpu_memory_utilization) - own, free)
