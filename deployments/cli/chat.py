@@ -25,19 +25,21 @@ def chat(
     message: Annotated[str | None, typer.Argument(help="Ask this, print the answer and exit.")] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
+    model: Annotated[str | None, typer.Option(help="The model that answers; by default the first one.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="By default the model's own.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
 ) -> None:
-    """Chat with the served model; answers appear as they are generated.
+    """Chat with a served model; answers appear as they are generated.
 
     rayline chat
     rayline chat "What is 17 + 25?"
+    rayline chat --model large
     echo "Summarise: $(cat notes.txt)" | rayline chat -
     """
     console = Console(highlight=False)
     with connect(url, api_key) as client:
-        model = get(client, "/v1/models")["data"][0]["id"]
+        model = model or str(get(client, "/v1/models")["data"][0]["id"])
         settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         talk = _Talk(client, console, model, system, {k: v for k, v in settings.items() if v is not None})
         if message is not None:

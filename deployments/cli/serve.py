@@ -46,7 +46,7 @@ def serve(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: engine.max_seq_len=8192.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show everything that Ray prints.")] = False,
 ) -> None:
-    """Serve a model over HTTP until Ctrl-C.
+    """Serve a model over HTTP until Ctrl-C, or several that a configuration file lists.
 
     The server has a Ray cluster of its own; several run side by side. For a
     cluster that runs already, use serve deploy. What is wrong is said in one
@@ -58,6 +58,7 @@ def serve(
         rayline serve ~/models/Qwen3-0.6B-Q8_0.gguf
         rayline serve my-model --set engine.quantization=fp8 --replicas 2
         rayline serve ~/models/Llama-3.3-70B-Instruct --tp 2
+        rayline serve --config platform.yaml --set models.0.replicas.num_replicas=2
     """
     content = _content(find_config_file(config))
     _override(content, model, host, port, replicas, tp, api_keys_env, settings or [])
@@ -129,12 +130,22 @@ def _override(
         *parents, last = name.strip().split(".")
         if not equals or not last:
             raise ConfigError(f"--set {setting}: give it as name=value, for example engine.max_seq_len=8192")
-        place = args
+        place: Any = args
         for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"--set {setting}: {parent} is a value, not a group of settings")
+            place = _inside(place, parent, setting)
         place[last] = yaml.safe_load(value)
+
+
+def _inside(place: dict[str, Any] | list[Any], name: str, setting: str) -> Any:
+    """The group of settings by this name, made if need be; of `models`, the entry with this number, from 0."""
+    if isinstance(place, list):
+        if not name.isdecimal() or int(name) >= len(place):
+            raise ConfigError(f"--set {setting}: number the models of the file from 0 to {len(place) - 1}")
+        return place[int(name)]
+    inside = place.setdefault(name, {})
+    if not isinstance(inside, dict) and not (name == "models" and isinstance(inside, list)):
+        raise ConfigError(f"--set {setting}: {name} is a value, not a group of settings")
+    return inside
 
 
 def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:

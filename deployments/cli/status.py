@@ -26,7 +26,8 @@ def status(
 ) -> None:
     """Show for every replica what runs, how full its slot pool is, and how fast it is.
 
-    The exit code is 0, or with --once and --json 2 if no replica serves.
+    Where there are several models, each has a line with its state. The exit
+    code is 0, or with --once and --json 2 if no replica serves.
 
         rayline status
         rayline status --json | jq .replicas
@@ -59,8 +60,11 @@ def _watch(client: Any, interval: float) -> None:
 
 
 def _table(stats: dict[str, Any], rates: dict[str, float]) -> Group:
+    models = stats["models"]
+    owners = {replica: key for key, model in models.items() for replica in model["replicas"]}
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in (
+        *(["model"] if len(models) > 1 else []),
         "replica",
         "state",
         "running",
@@ -71,11 +75,12 @@ def _table(stats: dict[str, Any], rates: dict[str, float]) -> Group:
         "prefix hits",
         "tokens/s",
     ):
-        table.add_column(name, justify="left" if name in ("replica", "state") else "right")
-    for name, replica in sorted(stats["replicas"].items()):
+        table.add_column(name, justify="left" if name in ("model", "replica", "state") else "right")
+    for name, replica in sorted(stats["replicas"].items(), key=lambda item: (owners[item[0]], item[0])):
         state = replica["state"]
         looked_up = replica["num_prompt_tokens"]
         table.add_row(
+            *([owners[name]] if len(models) > 1 else []),
             name,
             Text(state, style=_STYLES.get(state, "yellow")),
             f"{replica['num_running']}/{replica['max_rows']}",
@@ -91,4 +96,8 @@ def _table(stats: dict[str, Any], rates: dict[str, float]) -> Group:
         f"router: {router['num_live']} live, {router['num_waiting']} waiting, {router['num_requests']:,} so far, "
         f"{router['num_resumes'] + router['num_moves']:,} moved, {router['num_refused']:,} refused"
     )
-    return Group(table, Text(line, style="dim"))
+    lines = [Text(line, style="dim")]
+    if len(models) > 1:
+        states = ", ".join(f"{key} {model['state']}" for key, model in models.items())
+        lines.insert(0, Text(f"models: {states}"))
+    return Group(table, *lines)

@@ -143,14 +143,14 @@ class ModelDirectory:
 
     def fleet_event(self) -> dict[str, Any]:
         """The current state for the fleet page: the process, each model with its replicas, and what happened."""
-        records = [router.record for router in self.routers]
+        records = [(router.key, router.record) for router in self.routers]
         return {
             "at": time.time(),
             "router_id": self._peers.router_id,
             "router": self._totals(),
             "models": [router.fleet_event() for router in self.routers],
-            "events": _newest_first(event for record in records for event in record.events.items()),
-            "departures": _newest_first(departure for record in records for departure in record.departures()),
+            "events": _newest_first((key, event) for key, record in records for event in record.events.items()),
+            "departures": _newest_first((key, left) for key, record in records for left in record.departures()),
         }
 
     def figures(self) -> list[RouterFigures]:
@@ -186,5 +186,6 @@ class ModelDirectory:
             self.tracer.close()
 
 
-def _newest_first(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(items, key=lambda item: item["at"], reverse=True)
+def _newest_first(items: Iterable[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What happened to all models, each with its model's key."""
+    return sorted(({**item, "model": key} for key, item in items), key=lambda item: item["at"], reverse=True)

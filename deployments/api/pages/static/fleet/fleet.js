@@ -12,8 +12,10 @@ const at = (id) => document.getElementById(id);
 const drawCharts = makeCharts(at("charts"));
 let history = null;
 let lastMoved = null;
+let hasSeveral = false;
 
 function draw(state) {
+  hasSeveral = state.models.length > 1;
   history = state.history ?? history;
   const rate = drawModels(at("models"), state.models, state.at);
   drawTotals(state, rate);
@@ -67,7 +69,7 @@ function drawDepartures(departures) {
       ? departures.map((one) => {
           const head = element("p", "", element("span", "id", one.replica_id), element("span", "cause", one.cause), timeOf(one.at));
           const where = one.node ? ` on ${one.node}` : "";
-          return element("li", one.is_failure ? "failure" : "", head, element("p", "", `${sentence(one.why)}. Seen${where} for ${lifetime(one.lived_s)}.`));
+          return element("li", one.is_failure ? "failure" : "", head, element("p", "", `${ofModel(one)}${sentence(one.why)}. Seen${where} for ${lifetime(one.lived_s)}.`));
         })
       : [element("li", "empty", "None in the last 15 minutes.")],
   );
@@ -79,10 +81,15 @@ function timeOf(when) {
   return time;
 }
 
+/** Which model an event is about, where there are several. */
+function ofModel(one) {
+  return hasSeveral ? `${one.model}: ` : "";
+}
+
 function drawEvents(events) {
   renew(at("events"), events, () =>
     events.length
-      ? events.map((one) => element("li", one.is_bad ? "bad" : "", timeOf(one.at), element("span", "", one.text)))
+      ? events.map((one) => element("li", one.is_bad ? "bad" : "", timeOf(one.at), element("span", "", ofModel(one) + one.text)))
       : [element("li", "empty", "None in the last 15 minutes.")],
   );
 }

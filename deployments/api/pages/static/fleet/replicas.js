@@ -35,6 +35,8 @@ function facts(model, rate) {
   const serving = Object.values(replicas).filter((replica) => replica.is_serving).length;
   const [fewest, most] = model.wanted;
   const parts = [fewest === most ? `${serving} of ${count(most, "replica", "replicas")} serving` : `${count(serving, "replica", "replicas")} serving, ${fewest} to ${most} allowed`];
+  if (model.state === "asleep") parts.push("asleep until the next request");
+  if (model.aliases.length) parts.push(`also called ${model.aliases.join(", ")}`);
   if (engine) parts.push(engine.backend === "emulated" ? "emulated engine" : `${engine.dtype} on ${engine.device.split(":")[0].toUpperCase()}`);
   if (engine) parts.push(`context of ${engine.max_seq_len.toLocaleString("en")} tokens`);
   const present = Object.values(replicas).filter((replica) => !isGone(replica));
