@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from llm.checkpoint.weight_slots import Piece, Slot, find_slots
-from llm.core.weight_groups import WeightGroups, pack, unpack
+from llm.core.weight_groups import WeightGroups
 from llm.errors import ConfigError
 from llm.models.cuts import Cut, find_cut
 from llm.models.decoder import DecoderModel
@@ -226,10 +226,9 @@ def _repack(
     whole: WeightGroups, groups: WeightGroups, inputs: range, num_inputs: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Takes some inputs out of rows of 4-bit codes, which are packed in spans that may be shorter then."""
-    before, after = whole.span, groups.span
-    if before == after and len(inputs) == num_inputs:
+    if whole.span == groups.span and len(inputs) == num_inputs:
         return lambda packed: packed
-    return lambda packed: pack(unpack(packed, before)[:, _slice(inputs)].contiguous(), after)
+    return lambda packed: groups.pack(whole.unpack(packed)[:, _slice(inputs)].contiguous())
 
 
 def _order(model: DecoderModel, place: Destination) -> Pieces | None:

@@ -161,12 +161,12 @@ def _stack_slots(name: str, module: ExpertProjections, stack: ExpertStack) -> It
     if isinstance(module, QuantizedExperts):
         if module.weight_format.layout is not WeightLayout.MXFP4:
             raise _unsupported(module, name)
-        span, shape = module.groups.span, (num_experts, num_outputs, 2 * width // BLOCK_SIZE)
+        groups, shape = module.groups, (num_experts, num_outputs, 2 * width // BLOCK_SIZE)
 
         def repack(blocks: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
             packed = torch.empty(module.weight.shape, dtype=torch.uint8, device=blocks.device)
             for expert, codes in enumerate(blocks):  # one by one, for codes alone take twice as much memory
-                packed[expert] = pack(block_codes(codes), span)
+                packed[expert] = groups.pack(block_codes(codes))
             return arranged(packed)
 
         yield f"{name}_blocks", Slot(target(module.weight), ((*shape, BLOCK_SIZE // 2),), _BYTES, repack)

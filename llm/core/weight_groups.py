@@ -1,9 +1,10 @@
 """Weights in codes of 8 or 4 bits: `(code - zero) * scale`, a scale and a zero for each output and group of inputs.
 
 Whatever layout a checkpoint has, this is ours. Codes of 8 bits are E4M3 (Micikevicius et al. 2022, arXiv:2209.05433)
-and stand in a row as the inputs do. Codes of 4 bits are whole numbers from 0 to 15, or with scales of E8M0 the floats
-of MXFP4 (`llm.core.mxfp4`), two a byte: of a span of inputs the bytes hold the first half in their lower four bits and
-the second half in their upper four, so that a kernel that reads some bytes gets two runs of neighbouring inputs.
+and stand in a row as the inputs do. Codes of 4 bits are whole numbers from 0 to 15, two a byte: of a span of inputs the
+bytes hold the first half in their lower four bits and the second half in their upper four, so that a kernel that reads
+some bytes gets two runs of neighbouring inputs. With scales of E8M0 they are the floats of MXFP4, which are packed in
+another way (`llm.core.mxfp4`).
 
 The weights of all experts of a layer are stacked: codes, scales, zeros and order then have a first dimension more.
 """
@@ -13,7 +14,7 @@ from typing import Self
 
 import torch
 
-from llm.core.mxfp4 import code_values, scale_values
+from llm.core.mxfp4 import code_values, pack_codes, scale_values, unpack_codes
 
 FP8 = torch.float8_e4m3fn
 MIDDLE = 8
@@ -49,6 +50,14 @@ class WeightGroups:
         zeros, order = (None if each is None else each[expert] for each in (self.zeros, self.order))
         return replace(self, scales=self.scales[expert], zeros=zeros, order=order)
 
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes of 4 bits, (out, in) uint8, two a byte: (out, in // 2)."""
+        return pack_codes(codes, self.span) if self.is_mxfp4 else pack(codes, self.span)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """The reverse of `pack`."""
+        return unpack_codes(packed, self.span) if self.is_mxfp4 else unpack(packed, self.span)
+
 
 def span_of(num_inputs: int, group_size: int, num_bits: int) -> int:
     """The largest span, up to 256 inputs of 4 bits and 128 of 8, of which no half is in two groups."""
@@ -60,7 +69,7 @@ def span_of(num_inputs: int, group_size: int, num_bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, span: int) -> torch.Tensor:
-    """Codes of 4 bits, (out, in) uint8, two a byte: (out, in // 2)."""
+    """Codes of whole numbers, (out, in) uint8, two a byte: (out, in // 2)."""
     low, high = codes.view(len(codes), -1, 2, span // 2).unbind(2)
     return (low | high << 4).flatten(1)
 
@@ -75,9 +84,9 @@ def dequantize(codes: torch.Tensor, groups: WeightGroups) -> torch.Tensor:
     """The weight (out, in) that is meant, in float32."""
     has_8_bits = codes.dtype == FP8
     if groups.is_mxfp4:
-        values = code_values(unpack(codes, groups.span))
+        values = code_values(groups.unpack(codes))
     else:
-        values = codes.float() if has_8_bits else unpack(codes, groups.span).float()
+        values = codes.float() if has_8_bits else groups.unpack(codes).float()
     num_inputs = values.shape[1]
 
     def spread(numbers: torch.Tensor) -> torch.Tensor:

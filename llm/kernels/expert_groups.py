@@ -10,6 +10,7 @@ from llm.kernels.group_numbers import product_of_numbers
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
 from llm.kernels.linear import Weights
+from llm.kernels.mxfp4 import TILE_K, product_of_floats
 from llm.kernels.routing import Routes
 
 
@@ -24,8 +25,9 @@ def product_of_groups(
     if tile is None:
         tile = expert_group_tile(num_pairs, shape.num_experts, groups.span, x.dtype.itemsize, deterministic, swiglu)
     most_tiles = min((num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs), num_pairs)
-    code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(tile.k)
-    bytes_a_stage = code_bytes + tile.rows * tile.k * x.dtype.itemsize
+    inputs_a_turn = TILE_K.value if groups.is_mxfp4 else tile.k
+    code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(inputs_a_turn)
+    bytes_a_stage = code_bytes + tile.rows * inputs_a_turn * x.dtype.itemsize
     groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
         x, weights.weight, groups.scales, groups.zeros, groups.order, weights.bias, routes.order, routes.starts,
         routes.weights, output, num_outputs, num_inputs, groups.scales.shape[-2], groups.size,
@@ -33,7 +35,7 @@ def product_of_groups(
         PER_TOKEN=shape.per_token, ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, SWIGLU=swiglu,
         LIMIT=shape.swiglu_limit if swiglu else None, ALPHA=shape.swiglu_alpha,
         IS_EVEN=num_outputs % tile.outputs == 0,
-        AS_NUMBERS=groups.is_mxfp4 or (tile.rows > MAX_SUMMED_ROWS and not deterministic),
+        AS_NUMBERS=tile.rows > MAX_SUMMED_ROWS and not deterministic,
         IN_ASSEMBLY=device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
         num_stages=min(tile.num_stages, most_stages(device, bytes_a_stage)), **launch_options(device),
     )  # fmt: skip
@@ -49,7 +51,7 @@ def groups_tile_product(
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`.
 
-    AS_NUMBERS: weights are rounded to the format of `x`; else sums over groups are scaled.
+    AS_NUMBERS: weights are rounded to the format of `x`; else sums over groups are scaled. MXFP4 needs neither.
     """
     wait_for_inputs(PDL)
     mine, first, last = find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
@@ -71,7 +73,12 @@ def groups_tile_product(
         zeros += mine.to(tl.int64) * num_groups * num_rows
     if columns is not None:
         columns += mine * num_inputs
-    if AS_NUMBERS:
+    if scales.dtype.element_ty == tl.uint8:
+        acc, up = product_of_floats(
+            x, gate_row, up_row, scales, weight_row, source, num_outputs, num_inputs, OUTPUTS, TILE_K, SWIGLU,
+            IN_ASSEMBLY,
+        )  # fmt: skip
+    elif AS_NUMBERS:
         acc, up = product_of_numbers(
             x, gate_row, up_row, scales, zeros, columns, weight_row, source, None, num_outputs, num_inputs, group_size,
             0, num_inputs, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,

@@ -1,8 +1,8 @@
 """Weights in `WeightGroups` as plain numbers of the activations' format: written to memory, or made in registers.
 
 For many rows a weight is written out for the vendor's library or for the kernels of 16-bit experts to multiply: reading
-and writing it once is little beside what these do then. For fewer, and wherever nothing is lost by it (each number of
-MXFP4 is one of bfloat16), numbers are made on their way to the tensor cores, rounded once as those written out are.
+and writing it once is little beside what these do then. For fewer, numbers are made on their way to the tensor cores,
+rounded once as those written out are. `llm.kernels.mxfp4` does both for MXFP4.
 """
 
 import torch
@@ -12,83 +12,19 @@ import triton.language as tl
 from llm.core.weight_groups import FP8, WeightGroups
 from llm.kernels.groups import columns_of, halves, meaning
 from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.mxfp4 import floats_written_out
 
 _MIDDLE = tl.constexpr(8)
 _OUTPUTS = 32
 """Of a program that writes weights out."""
 
-_FLOATS_TO_BF16 = tl.constexpr("""{
-.reg .b32 a, b, s, zero, up;
-mov.b32 up, 0x7e807e80;
-mov.b32 zero, 0x80008000;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-shl.b32 s, a, 12;
-and.b32 s, s, 0x80008000;
-shl.b32 $0, a, 6;
-lop3.b32 $0, $0, 0x01c001c0, s, 0xea;
-shl.b32 s, b, 12;
-and.b32 s, s, 0x80008000;
-shl.b32 $1, b, 6;
-lop3.b32 $1, $1, 0x01c001c0, s, 0xea;
-shl.b32 s, a, 8;
-and.b32 s, s, 0x80008000;
-shl.b32 $2, a, 2;
-lop3.b32 $2, $2, 0x01c001c0, s, 0xea;
-shl.b32 s, b, 8;
-and.b32 s, s, 0x80008000;
-shl.b32 $3, b, 2;
-lop3.b32 $3, $3, 0x01c001c0, s, 0xea;
-fma.rn.bf16x2 $0, $0, up, zero;
-fma.rn.bf16x2 $1, $1, up, zero;
-fma.rn.bf16x2 $2, $2, up, zero;
-fma.rn.bf16x2 $3, $3, up, zero;
-fma.rn.bf16x2 $0, $0, $5, zero;
-fma.rn.bf16x2 $1, $1, $6, zero;
-fma.rn.bf16x2 $2, $2, $7, zero;
-fma.rn.bf16x2 $3, $3, $8, zero;
-}""")
-"""Four bytes of E2M1 and their scales to eight numbers: a code's exponent and fraction, in the lowest bits of a
-bfloat16's exponent and the highest of its fraction, are the number over 2 to the 126th; the smallest one is subnormal
-here and there."""
-
-
-@triton.jit
-def _factor(scale):
-    """A scale in float32; one of E8M0, uint8, is a power of two, or NaN."""
-    if scale.dtype == tl.uint8:
-        bits = (scale.to(tl.int32) << 23) | tl.where((scale == 0) | (scale == 255), 1 << 22, 0)
-        factor = bits.to(tl.float32, bitcast=True)
-    else:
-        factor = scale.to(tl.float32)
-    return factor
-
-
-@triton.jit
-def _float_of(code):
-    """What a code of E2M1 stands for, float32."""
-    magnitude = code & 7
-    twice = tl.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << (tl.maximum(magnitude >> 1, 1) - 1))
-    value = twice.to(tl.float32) * 0.5
-    return tl.where(code >= 8, -value, value)
-
 
 @triton.jit
 def _numbers(packed, low_scale, low_zero, high_scale, high_zero, dtype: tl.constexpr, IN_ASSEMBLY: tl.constexpr):
     """Codes of 4 bits, (outputs, span / 2) bytes, and what their halves mean, to numbers in `dtype`: both halves."""
-    low_factor, high_factor = _factor(low_scale)[:, None], _factor(high_scale)[:, None]
-    if low_scale.dtype == tl.uint8:
-        if IN_ASSEMBLY and dtype == tl.bfloat16:
-            low, high = tl.inline_asm_elementwise(
-                _FLOATS_TO_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [packed, low_factor.to(dtype), high_factor.to(dtype)],
-                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            low, high = _float_of(packed & 15) * low_factor, _float_of(packed >> 4) * high_factor
-    else:
-        low, high = halves(packed, dtype, IN_ASSEMBLY)
-        low = (low.to(tl.float32) - (low_zero.to(tl.float32) - _MIDDLE)[:, None]) * low_factor
-        high = (high.to(tl.float32) - (high_zero.to(tl.float32) - _MIDDLE)[:, None]) * high_factor
+    low, high = halves(packed, dtype, IN_ASSEMBLY)
+    low = (low.to(tl.float32) - (low_zero.to(tl.float32) - _MIDDLE)[:, None]) * low_scale.to(tl.float32)[:, None]
+    high = (high.to(tl.float32) - (high_zero.to(tl.float32) - _MIDDLE)[:, None]) * high_scale.to(tl.float32)[:, None]
     return low.to(dtype), high.to(dtype)
 
 
@@ -145,6 +81,8 @@ def product_of_numbers(
 
 def written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.dtype) -> torch.Tensor:
     """The weight (out, in), or stack of (experts, out, in), that codes mean, in `dtype`."""
+    if groups.is_mxfp4:
+        return floats_written_out(codes, groups, dtype)
     *stack, num_outputs, width = codes.shape
     num_inputs = width * (1 if codes.dtype == FP8 else 2)
     output = torch.empty(*stack, num_outputs, num_inputs, dtype=dtype, device=codes.device)

@@ -101,7 +101,7 @@ class Weights:
     def has_tiles(self) -> bool:
         """Whether our kernels take weights in groups: tensor cores take 16 inputs at once."""
         assert self.groups is not None, "asked of those alone"
-        return self.bytes_of(self.groups.span) >= _LEAST_INPUTS
+        return self.groups.is_mxfp4 or self.bytes_of(self.groups.span) >= _LEAST_INPUTS
 
     def bytes_of(self, num_inputs: int) -> int:
         """Bytes of the codes of so many inputs."""

@@ -14,7 +14,7 @@ from deployments.replica.model_memory import weight_bytes
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.config import EngineConfig
 from llm.core.mxfp4 import block_codes
-from llm.core.weight_groups import WeightGroups, dequantize, pack, span_of
+from llm.core.weight_groups import WeightGroups, dequantize, span_of
 from llm.errors import CheckpointError, ConfigError
 from llm.serving.checks import check_quantization
 from llm.serving.engine import ContinuousBatchingEngine
@@ -39,8 +39,8 @@ def random_blocks(num_experts: int, num_outputs: int, num_inputs: int, powers: t
 def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """What our layout of an expert's blocks means."""
     num_inputs = 32 * blocks.shape[-2]
-    span = span_of(num_inputs, 32, 4)
-    return dequantize(pack(block_codes(blocks), span), WeightGroups(scales.t(), None, None, 32, span))
+    groups = WeightGroups(scales.t(), None, None, 32, span_of(num_inputs, 32, 4))
+    return dequantize(groups.pack(block_codes(blocks)), groups)
 
 
 def test_numbers_equal_transformers():
