@@ -75,6 +75,21 @@ class Grammar(StrictModel):
     """What comes before the constrained part."""
 
 
+class AdapterRef(StrictModel):
+    """A low-rank adapter that a request is answered with: which one, and where its files are.
+
+    The engine reads it from `path` unless it has an adapter of the same digest. Requests whose adapters have equal
+    digests share one copy of its weights, and pages of the prefix cache.
+    """
+
+    name: str = Field(min_length=1, max_length=256)
+    """Name of the adapter, for messages."""
+    path: str = Field(min_length=1, max_length=4096)
+    """Directory of a PEFT adapter, on the engine's machine."""
+    digest: str = Field(min_length=1, max_length=256)
+    """Fingerprint of the content of its files. It alone says which adapter this is."""
+
+
 class Pooling(StrEnum):
     """Which of a prompt's final hidden states make its vector."""
 
@@ -137,6 +152,8 @@ class GenerationRequest(StrictModel):
     """The prefix cache shares pages only among requests with the same salt."""
     grammar: Grammar | None = None
     """What the output must look like; None for anything."""
+    adapter: AdapterRef | None = None
+    """The adapter that computes this request; None for the model itself."""
     pooling: Pooling | None = None
     """Which hidden states make the prompt's vector, the request's only output; None to generate tokens. With a vector,
     the generation settings are ignored."""
@@ -298,3 +315,5 @@ class EngineStats:
     """Tokens guessed and run by speculation, since the engine started."""
     num_accepted_tokens: int = 0
     """Of those, how many matched the token drawn."""
+    adapters: tuple[str, ...] = ()
+    """Digests of the adapters that are on the device or in host memory: requests for them need not wait for files."""
