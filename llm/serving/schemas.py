@@ -176,6 +176,13 @@ class GenerationRequest(StrictModel):
         return self
 
     @property
+    def page_salt(self) -> bytes:
+        """What `PageHashes` takes: pages depend on the adapter as well. 0xff, which UTF-8 never has, keeps the two
+        apart."""
+        salt = self.cache_salt.encode()
+        return salt if self.adapter is None else b"\xff" + self.adapter.digest.encode() + b"\xff" + salt
+
+    @property
     def uses_penalties(self) -> bool:
         """Whether draws depend on which tokens came before."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
