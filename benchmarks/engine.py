@@ -38,6 +38,7 @@ from benchmarks.engine_rows import (
     settings,
     timed,
 )
+from llm.checkpoint.adapter_digest import adapter_digest
 from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.models.experts import ExpertProjections
@@ -58,7 +59,6 @@ class Bench:
         self._options = options
         self._engine_options = engine_options
         self._rng = random.Random(0)
-        self._adapters: list[Path] = []
         self.engine: ContinuousBatchingEngine
 
     def start(self, **config: Any) -> None:
@@ -110,19 +110,16 @@ class Bench:
     def adapted_rows(self, directory: Path) -> Iterator[Row]:
         """Rows with adapters, which are written to `directory`; the engine has been started with room for them."""
         num_adapters, rank = self._options.adapters, self._options.adapter_rank
-        self._adapters = write_adapters(self._options.model, directory, num_adapters, rank)
+        paths = write_adapters(self._options.model, directory, num_adapters, rank)
+
+        refs = [adapter_ref(path) for path in paths]
 
         def run(input_lens: list[int], output_lens: list[int], adapters: Sequence[int | None]) -> float:
-            samplings = [{} if which is None else {"adapter": self.adapter(which)} for which in adapters]
+            samplings = [{} if which is None else {"adapter": refs[which]} for which in adapters]
             return self.run(input_lens, output_lens, samplings)
 
         yield from adapter_rows(run, num_adapters, rank, self._options.scale)
-        yield rotation_row(_Steps(self), num_adapters, self._options.rotating, self._options.scale)
-
-    def adapter(self, which: int, digest: str | None = None) -> AdapterRef:
-        """One of the adapters that were written, with a digest of its own if one is given."""
-        path = str(self._adapters[which])
-        return AdapterRef(name=f"adapter-{which}", path=path, digest=digest or path)
+        yield rotation_row(_Steps(self), paths, self._options.rotating, self._options.scale)
 
     def add(self, prompt: tuple[int, ...], num_tokens: int, sampling: Sampling | None = None) -> str:
         """Hand a request over."""
@@ -284,16 +281,21 @@ class Bench:
         }
 
 
+def adapter_ref(path: Path) -> AdapterRef:
+    """The adapter in a directory."""
+    return AdapterRef(name=path.name, path=str(path), digest=adapter_digest(path))
+
+
 class _Steps:
     """`Steps` of the benchmark's engine."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
 
-    def add(self, input_len: int, output_len: int, adapter: int | None, digest: str | None = None) -> str:
+    def add(self, input_len: int, output_len: int, adapter: Path | None) -> str:
         """See `Steps.add`."""
         most = self._bench.engine.max_seq_len - input_len
-        sampling = {} if adapter is None else {"adapter": self._bench.adapter(adapter, digest)}
+        sampling = {} if adapter is None else {"adapter": adapter_ref(adapter)}
         return self._bench.add(self._bench.prompt(input_len), min(output_len, most), sampling)
 
     def step(self) -> list[str]:

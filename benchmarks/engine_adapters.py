@@ -1,6 +1,7 @@
 """The engine's rows with adapters: what they cost beside the model alone, and gaps while hundreds rotate."""
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ RunAdapted = Callable[[list[int], list[int], Sequence[int | None]], float]
 class Steps(Protocol):
     """An engine that hands over what each step gives."""
 
-    def add(self, input_len: int, output_len: int, adapter: int | None, digest: str | None = None) -> str:
-        """Hand a request over; a digest of its own makes an adapter one that the engine has not seen."""
+    def add(self, input_len: int, output_len: int, adapter: Path | None) -> str:
+        """Hand a request over."""
         ...
 
     def step(self) -> list[str]:
@@ -65,14 +66,29 @@ def adapter_rows(run: RunAdapted, num_adapters: int, rank: int, scale: int = 1) 
     yield Row(f"adapters: {num_requests} rows over {num_adapters} of rank {rank}", measure)
 
 
-def rotation_row(steps: Steps, num_adapters: int, num_rotating: int, scale: int = 1) -> Row:
+def copies_of(paths: Sequence[Path], num_copies: int) -> list[Path]:
+    """Adapters of other digests with these weights, which are linked to."""
+    copies = []
+    for i in range(num_copies):
+        path = paths[i % len(paths)]
+        copy = path.with_name(f"copy-{i}")
+        copy.mkdir()
+        settings = json.loads((path / "adapter_config.json").read_text())
+        (copy / "adapter_config.json").write_text(json.dumps({**settings, "revision": str(i)}))
+        (copy / "adapter_model.safetensors").symlink_to(path / "adapter_model.safetensors")
+        copies.append(copy)
+    return copies
+
+
+def rotation_row(steps: Steps, paths: Sequence[Path], num_rotating: int, scale: int = 1) -> Row:
     """Gaps between the tokens of streams without adapters while requests for as many new adapters go by."""
 
     def measure() -> dict[str, Any]:
+        copies = copies_of(paths, num_rotating // scale)
         streams = {steps.add(128 // scale, 100_000, None) for _ in range(32 // scale)}
         for _ in range(40):
             steps.step()
-        rotating = {steps.add(16, 8, i % num_adapters, f"rotating-{i}") for i in range(num_rotating // scale)}
+        rotating = {steps.add(16, 8, path) for path in copies}
         last: dict[str, float] = {}
         gaps: list[float] = []
         start = time.perf_counter()

@@ -190,6 +190,18 @@ def check_lora(config: ModelConfig, adapter_dir: str | Path) -> None:
     load_lora(DecoderModel.from_config(config, device="meta"), adapter_dir)
 
 
+def check_adapter(config: ModelConfig, adapter_dir: str | Path, *, max_rank: int | None = None) -> None:
+    """See that requests to an engine of this model can choose an adapter.
+
+    Args:
+        max_rank: the engine's `max_adapter_rank`; None for any.
+
+    Raises:
+        CheckpointError, ConfigError: they cannot; see `AdapterReader`.
+    """
+    AdapterReader(DecoderModel.from_config(config, device="meta")).read(adapter_dir, max_rank=max_rank)
+
+
 def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)

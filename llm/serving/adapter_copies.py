@@ -4,9 +4,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from llm.checkpoint.adapter_digest import adapter_digest
 from llm.checkpoint.adapter_slots import AdapterPacker
-from llm.errors import ConfigError
+from llm.errors import AdapterChangedError, ConfigError
 from llm.models.adapters import AdapterMemory
+from llm.serving.schemas import AdapterRef
 
 _MOST_PLACES = 4096
 
@@ -42,9 +44,12 @@ class AdapterCopies:
         # A copy takes milliseconds and does not wait for files that are being read.
         self._reader, self._mover = (ThreadPoolExecutor(1, thread_name_prefix="adapters") for _ in range(2))
 
-    def read(self, path: str, place: int) -> Future[int]:
-        """Read an adapter into a place that nobody uses; gives its rank."""
-        return self._reader.submit(self._packer.read, path, self._places[place])
+    def read(self, adapter: AdapterRef, place: int) -> Future[int]:
+        """Read an adapter into a place that nobody uses; gives its rank.
+
+        What goes wrong is raised by the result: `AdapterChangedError`, or as `AdapterPacker.read`.
+        """
+        return self._reader.submit(self._read, adapter, place)
 
     def move(self, place: int, slot: int) -> Future[None]:
         """Copy a place to a slot that no later step uses; done when the slot is filled."""
@@ -58,6 +63,16 @@ class AdapterCopies:
         """End the threads; what they are doing is finished first."""
         self._reader.shutdown(wait=False, cancel_futures=True)
         self._mover.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, adapter: AdapterRef, place: int) -> int:
+        rank = self._packer.read(adapter.path, self._places[place])
+        # Compared behind the reading: whatever files were read, they are those of this digest, or it shows now.
+        if adapter_digest(adapter.path) != adapter.digest:
+            raise AdapterChangedError(
+                f"the files of the adapter {adapter.name!r} in {adapter.path} have changed since the request chose it; "
+                "load the adapter again"
+            )
+        return rank
 
     @torch.inference_mode()
     def _copy(self, place: int, slot: int) -> None:

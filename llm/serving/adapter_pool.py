@@ -9,11 +9,11 @@ from typing import Any
 
 from llm.checkpoint.adapter_slots import AdapterPacker
 from llm.config import EngineConfig
-from llm.errors import LLMError
+from llm.errors import AdapterChangedError, LLMError
 from llm.models.adapters import AdapterMemory
 from llm.scheduling.sequence import Sequence
 from llm.serving.adapter_copies import AdapterCopies
-from llm.serving.schemas import AdapterRef
+from llm.serving.schemas import AdapterFailure, AdapterRef
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,14 @@ class _Held:
 
     place: int
     rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailure:
+    """Why an adapter could not be loaded: a message, and what it means for the request."""
+
+    message: str
+    kind: AdapterFailure
 
 
 class AdapterPool:
@@ -108,8 +116,8 @@ class AdapterPool:
             self._free_slots.append(self._slots.pop(digest))
         return is_held
 
-    def take(self, timeout_s: float) -> list[tuple[Sequence, str | None]]:
-        """The sequences whose adapter is in a slot now, or could not be read, then with the error.
+    def take(self, timeout_s: float) -> list[tuple[Sequence, LoadFailure | None]]:
+        """The sequences whose adapter is in a slot now, or could not be loaded, then with the reason.
 
         Args:
             timeout_s: how long to wait if something is being read or copied.
@@ -119,7 +127,7 @@ class AdapterPool:
         if futures and timeout_s:
             wait(futures, timeout_s, return_when=FIRST_COMPLETED)
         errors = self._finish_readings() | self._finish_moves()
-        taken: list[tuple[Sequence, str | None]] = []
+        taken: list[tuple[Sequence, LoadFailure | None]] = []
         is_behind = False
         for sequence in islice(self._waiting, _MOST_INSPECTED):
             digest = _adapter_of(sequence).digest
@@ -174,7 +182,7 @@ class AdapterPool:
         if len(self._readings) < _MOST_READINGS:
             place = self._find_place()
             if place is not None:
-                self._readings[digest] = place, self._copies.read(adapter.path, place)
+                self._readings[digest] = place, self._copies.read(adapter, place)
         return True
 
     def _find_slot(self) -> int | None:
@@ -192,7 +200,7 @@ class AdapterPool:
         unused = next((digest for digest in self._held if digest not in self._moves and digest not in wanted), None)
         return None if unused is None else self._held.pop(unused).place
 
-    def _finish_readings(self) -> dict[str, str]:
+    def _finish_readings(self) -> dict[str, LoadFailure]:
         """Take in what has been read; what went wrong, by digest."""
         errors = {}
         for digest, (place, future) in list(self._readings.items()):
@@ -203,10 +211,10 @@ class AdapterPool:
                     self._held[digest] = _Held(place, future.result())
                 else:
                     self._free_places.append(place)
-                    errors[digest] = _describe(error)
+                    errors[digest] = _failure(error)
         return errors
 
-    def _finish_moves(self) -> dict[str, str]:
+    def _finish_moves(self) -> dict[str, LoadFailure]:
         """Take in what has been copied; what went wrong, by digest."""
         errors = {}
         for digest, (slot, future) in list(self._moves.items()):
@@ -218,7 +226,7 @@ class AdapterPool:
                     self._slots[digest] = slot
                 else:
                     self._free_slots.append(slot)
-                    errors[digest] = _describe(error)
+                    errors[digest] = _failure(error)
         return errors
 
 
@@ -235,10 +243,11 @@ def make_adapter_pool(
     return AdapterPool(AdapterCopies(packer, memory, int(config.adapter_host_gib * (1 << 30))), len(memory))
 
 
-def _describe(error: BaseException) -> str:
+def _failure(error: BaseException) -> LoadFailure:
     message = str(error) if isinstance(error, LLMError) else f"{type(error).__name__}: {error}"
     logger.warning("an adapter could not be loaded: %s", message)
-    return f"the adapter could not be loaded: {message}"
+    kind = AdapterFailure.CHANGED if isinstance(error, AdapterChangedError) else AdapterFailure.UNREADABLE
+    return LoadFailure(f"the adapter could not be loaded: {message}", kind)
 
 
 def _adapter_of(sequence: Sequence) -> AdapterRef:

@@ -31,6 +31,7 @@ from llm.serving.offline import Vectors, run_to_end, vectors_of
 from llm.serving.ranks import Ranks, load_with_ranks
 from llm.serving.runners import make_runner
 from llm.serving.schemas import (
+    AdapterFailure,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -287,11 +288,11 @@ class ContinuousBatchingEngine:
                 self._queue(sequence)
             else:
                 outputs.append(self._end_with(sequence, error))
-        for sequence, error in self._adapters.take(timeout_s) if self._adapters else ():
-            if error is None:
+        for sequence, failure in self._adapters.take(timeout_s) if self._adapters else ():
+            if failure is None:
                 self.scheduler.add(sequence)
             else:
-                outputs.append(self._end_with(sequence, error))
+                outputs.append(self._end_with(sequence, failure.message, adapter_failure=failure.kind))
         return outputs
 
     def unload_adapter(self, digest: str) -> bool:
@@ -469,12 +470,19 @@ class ContinuousBatchingEngine:
         failure = StepFailure.DEVICE if is_lost else StepFailure.STEP
         return [self._end_with(sequence, message, failure) for sequence in sequences]
 
-    def _end_with(self, sequence: Sequence, message: str, failure: StepFailure | None = None) -> StepOutput:
+    def _end_with(
+        self,
+        sequence: Sequence,
+        message: str,
+        failure: StepFailure | None = None,
+        adapter_failure: AdapterFailure | None = None,
+    ) -> StepOutput:
         """End a request that failed, either by itself or with its whole step."""
         self._end(sequence)
         return StepOutput(
-            sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message, step_failure=failure
-        )
+            sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message, step_failure=failure,
+            adapter_failure=adapter_failure,
+        )  # fmt: skip
 
     def _end(self, sequence: Sequence) -> None:
         """Forget a request; its pages become free at once."""

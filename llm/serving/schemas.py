@@ -217,6 +217,15 @@ class StepFailure(StrEnum):
     """The device: no later step of this process can succeed either."""
 
 
+class AdapterFailure(StrEnum):
+    """Why a request ended because of its adapter, before anything of it ran. The engine is well."""
+
+    UNREADABLE = "adapter_not_loaded"
+    """Its files are missing or damaged, or hold something that the engine or the model cannot do."""
+    CHANGED = "adapter_changed"
+    """Its files are not those of the digest."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Natural-log probabilities at one output position, of the model's distribution before temperature and cuts."""
@@ -253,6 +262,8 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     """What went wrong, with `FinishReason.ERROR`."""
     step_failure: StepFailure | None = None
     """Set if the whole step failed: the same request may succeed in another engine."""
+    adapter_failure: AdapterFailure | None = None
+    """Set if the request's adapter could not be loaded."""
     vector: bytes | None = None
     """The prompt's vector, of length 1, as 32-bit floats: `numpy.frombuffer(vector, numpy.float32)`. None if tokens are
     generated."""
@@ -288,6 +299,8 @@ class GenerationResult:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     error: str | None = None
+    adapter_failure: AdapterFailure | None = None
+    """As in `StepOutput`."""
     vector: bytes | None = None
     """As in `StepOutput`."""
 

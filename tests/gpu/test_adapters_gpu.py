@@ -9,6 +9,7 @@ from known_shapes import SHAPES
 
 from benchmarks.random_adapter import write_random_adapter
 from llm.checkpoint.adapter import load_lora
+from llm.checkpoint.adapter_digest import adapter_digest
 from llm.config import EngineConfig
 from llm.models.decoder import DecoderModel
 from llm.serving.engine import ContinuousBatchingEngine
@@ -20,7 +21,7 @@ RANKS = 1, 4, 8, 16, 16, 32, 16, 8
 
 
 def create_engine(model: DecoderModel, **config) -> ContinuousBatchingEngine:
-    defaults = {"max_batch_size": 32, "max_seq_len": 2048, "num_pages": 1200}
+    defaults = {"max_batch_size": 16, "max_seq_len": 2048, "num_pages": 1200, "max_tokens_per_step": 2048}
     return ContinuousBatchingEngine(model, config=EngineConfig(**{**defaults, **config}))
 
 
@@ -46,7 +47,8 @@ def logprobs(engine: ContinuousBatchingEngine, requests: list[GenerationRequest]
 def write_adapters(model: DecoderModel, directory: Path) -> list[AdapterRef]:
     for i, rank in enumerate(RANKS):
         write_random_adapter(model.config, directory / str(i), rank=rank, seed=i, std=0.05 / rank**0.25)
-    return [AdapterRef(name=str(i), path=str(directory / str(i)), digest=str(i)) for i in range(len(RANKS))]
+    paths = [directory / str(i) for i in range(len(RANKS))]
+    return [AdapterRef(name=path.name, path=str(path), digest=adapter_digest(path)) for path in paths]
 
 
 @pytest.mark.parametrize(

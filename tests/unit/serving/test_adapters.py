@@ -10,10 +10,11 @@ from small_engines import VOCAB_SIZE, create_engine, create_model, create_reques
 
 from benchmarks.random_adapter import write_random_adapter
 from llm.checkpoint.adapter import load_lora
+from llm.checkpoint.adapter_digest import adapter_digest
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.schemas import AdapterRef, FinishReason, GenerationRequest, Pooling
+from llm.serving.schemas import AdapterFailure, AdapterRef, FinishReason, GenerationRequest, Pooling
 
 RANKS = 1, 3, 4, 8, 16, 5, 2, 7
 
@@ -23,8 +24,12 @@ def write_adapters(model: DecoderModel, directory: Path, ranks: tuple[int, ...] 
     refs = []
     for i, rank in enumerate(ranks):
         write_random_adapter(model.config, directory / str(i), rank=rank, seed=i, std=0.3 / rank**0.25)
-        refs.append(AdapterRef(name=f"adapter {i}", path=str(directory / str(i)), digest=f"digest {i}"))
+        refs.append(ref_to(directory / str(i)))
     return refs
+
+
+def ref_to(path: Path) -> AdapterRef:
+    return AdapterRef(name=f"adapter {path.name}", path=str(path), digest=adapter_digest(path))
 
 
 def merged(model: DecoderModel, adapter: AdapterRef | None) -> DecoderModel:
@@ -218,12 +223,12 @@ def test_an_adapter_that_cannot_be_read_ends_its_requests_alone(tmp_path):
         if reason is None:
             assert result.token_ids == expected_tokens(model, request)
         else:
-            assert result.finish_reason is FinishReason.ERROR
+            assert (result.finish_reason, result.adapter_failure) == (FinishReason.ERROR, AdapterFailure.UNREADABLE)
             assert reason in result.error
             assert "\n" not in result.error
     engine._adapters.check()
     write_random_adapter(model.config, Path(missing.path), rank=4, std=0.2)
-    again = requests[4].model_copy(update={"request_id": "again"})
+    again = requests[4].model_copy(update={"request_id": "again", "adapter": ref_to(Path(missing.path))})
     assert engine.generate([again], progress=False)[0].token_ids == expected_tokens(model, again)
     engine.close()
 
@@ -296,9 +301,22 @@ def test_an_adapter_is_unloaded_once_no_request_needs_it(tmp_path):
     assert engine.unload_adapter(second.digest)
     assert engine.stats().adapters == ()
     assert len(outputs) > 0
-    write_random_adapter(model.config, Path(first.path), rank=8, seed=99, std=0.3)
     again = requests[0].model_copy(update={"request_id": "again"})
     assert engine.generate([again], progress=False)[0].token_ids == expected_tokens(model, again)
+    engine.close()
+
+
+def test_changed_files_are_never_run(tmp_path):
+    """A digest names what a request began with: other weights under its path do not answer it."""
+    model = create_model()
+    (adapter,) = write_adapters(model, tmp_path, (2,))
+    write_random_adapter(model.config, Path(adapter.path), rank=2, seed=99)
+    engine = create_engine(model, max_adapters=1)
+    (request,) = with_adapters(create_requests(1), [adapter])
+    (result,) = engine.generate([request], progress=False)
+    assert (result.token_ids, result.adapter_failure) == ((), AdapterFailure.CHANGED)
+    assert "have changed" in result.error
+    assert engine.stats().adapters == ()
     engine.close()
 
 
