@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from benchmarks.engine_adapters import adapter_rows, add_options, rotation_row, write_adapters
 from benchmarks.engine_profile import profile
 from benchmarks.engine_rows import (
     LONG_PROMPTS,
@@ -36,12 +38,13 @@ from benchmarks.engine_rows import (
     settings,
     timed,
 )
+from llm.checkpoint.adapter_digest import adapter_digest
 from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.models.experts import ExpertProjections
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.runners import kv_cache_dtype
-from llm.serving.schemas import GenerationRequest
+from llm.serving.schemas import AdapterRef, GenerationRequest
 
 
 class Bench:
@@ -69,7 +72,8 @@ class Bench:
                 torch.cuda.empty_cache()
         defaults = {
             "max_batch_size": 512 // self._options.scale, "max_seq_len": 4096, "enable_prefix_caching": False,
-            "tensor_parallel_size": self._options.tp,
+            "tensor_parallel_size": self._options.tp, "max_adapters": self._options.adapters,
+            "max_adapter_rank": self._options.adapter_rank,
         }  # fmt: skip
         torch.manual_seed(0)
         self.engine = ContinuousBatchingEngine.from_pretrained(
@@ -102,6 +106,20 @@ class Bench:
         if num_tokens != sum(output_lens):
             raise RuntimeError(f"{num_tokens} tokens came out, {sum(output_lens)} were asked for")
         return seconds
+
+    def adapted_rows(self, directory: Path) -> Iterator[Row]:
+        """Rows with adapters, which are written to `directory`; the engine has been started with room for them."""
+        num_adapters, rank = self._options.adapters, self._options.adapter_rank
+        paths = write_adapters(self._options.model, directory, num_adapters, rank)
+
+        refs = [adapter_ref(path) for path in paths]
+
+        def run(input_lens: list[int], output_lens: list[int], adapters: Sequence[int | None]) -> float:
+            samplings = [{} if which is None else {"adapter": refs[which]} for which in adapters]
+            return self.run(input_lens, output_lens, samplings)
+
+        yield from adapter_rows(run, num_adapters, rank, self._options.scale)
+        yield rotation_row(_Steps(self), paths, self._options.rotating, self._options.scale)
 
     def add(self, prompt: tuple[int, ...], num_tokens: int, sampling: Sampling | None = None) -> str:
         """Hand a request over."""
@@ -263,6 +281,31 @@ class Bench:
         }
 
 
+def adapter_ref(path: Path) -> AdapterRef:
+    """The adapter in a directory."""
+    return AdapterRef(name=path.name, path=str(path), digest=adapter_digest(path))
+
+
+class _Steps:
+    """`Steps` of the benchmark's engine."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+
+    def add(self, input_len: int, output_len: int, adapter: Path | None) -> str:
+        """See `Steps.add`."""
+        most = self._bench.engine.max_seq_len - input_len
+        sampling = {} if adapter is None else {"adapter": adapter_ref(adapter)}
+        return self._bench.add(self._bench.prompt(input_len), min(output_len, most), sampling)
+
+    def step(self) -> list[str]:
+        """See `Steps.step`."""
+        outputs = self._bench.engine.step()
+        if any(output.error for output in outputs):
+            raise RuntimeError(next(output.error for output in outputs if output.error))
+        return [output.request_id for output in outputs if output.token_ids]
+
+
 def main() -> None:
     """Measure, print, and exit with 1 if a row failed."""
     options = _parse()
@@ -281,6 +324,10 @@ def main() -> None:
         rows = comparable_rows(bench.run, options.scale, bench.least_reads())
         all_well = measure(rows, common, out, options.rows)
         emit({**common, "name": "memory", **_memory_in_use()}, out)
+        if options.adapters:
+            directory = Path(stack.enter_context(TemporaryDirectory()))
+            all_well &= measure(bench.adapted_rows(directory), common, out, options.rows)
+            sys.exit(0 if all_well else 1)
         all_well &= measure(bench.own_rows(), common, out, options.rows)
     sys.exit(0 if all_well else 1)
 
@@ -306,6 +353,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", help="file to append the JSON lines to")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of EngineConfig")
     parser.add_argument("--name", help="what the lines call the model; its directory's name if left out")
+    add_options(parser)
+    parser.add_argument("--rotating", type=int, default=500, metavar="N", help="adapters that rotate through these")
     parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the benchmark itself")
     return parser.parse_args()
 

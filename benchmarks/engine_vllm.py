@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks.engine_adapters import adapter_rows, add_options, write_adapters
 from benchmarks.engine_rows import (
     LONG_PROMPTS,
     TEMPERATURE,
@@ -38,21 +40,29 @@ def main() -> None:
     parser.add_argument("--name", help="what the lines call the model; its directory's name if left out")
     parser.add_argument("--out", help="file to append the JSON lines to")
     parser.add_argument("--scale", type=int, default=1, help="divides every size, to try the benchmark itself")
+    add_options(parser)
     options = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         import vllm  # not a dependency
+        from vllm.lora.request import LoRARequest
     except ImportError as error:
         sys.exit(f"vLLM cannot be imported ({error}); install it beside Rayline to run this side of the comparison")
     config = json.loads((Path(options.model) / "config.json").read_text())
+    adapters = {"enable_lora": True, "max_loras": options.adapters, "max_lora_rank": options.adapter_rank}
     max_model_len = min(max(LONG_PROMPTS) + 64, config["max_position_embeddings"])
     llm = vllm.LLM(
         options.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_model_len,
-        gpu_memory_utilization=0.9, enable_prefix_caching=False, **settings(options.set),
+        gpu_memory_utilization=0.9, enable_prefix_caching=False,
+        **(adapters if options.adapters else {}), **settings(options.set),
     )  # fmt: skip
     rng = random.Random(0)
+    written: list[Path] = []
 
-    def run(input_lens: list[int], output_lens: list[int], samplings: Sequence[Sampling] | None = None) -> float:
+    def run(
+        input_lens: list[int], output_lens: list[int], samplings: Sequence[Sampling] | None = None,
+        chosen: Sequence[int | None] | None = None,
+    ) -> float:  # fmt: skip
         params = [
             vllm.SamplingParams(
                 temperature=TEMPERATURE, ignore_eos=True, max_tokens=length, detokenize=False, **sampling
@@ -61,7 +71,10 @@ def main() -> None:
         ]
         prompts = [{"prompt_token_ids": list(random_prompt(rng, length))} for length in input_lens]
         start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
+        requests = None
+        if chosen is not None:
+            requests = [None if i is None else LoRARequest(f"adapter-{i}", i + 1, str(written[i])) for i in chosen]
+        llm.generate(prompts, params, use_tqdm=False, lora_request=requests)
         return time.perf_counter() - start
 
     common = {"engine": f"vllm {vllm.__version__}", "model": options.name or Path(options.model).name}
@@ -70,6 +83,14 @@ def main() -> None:
         run([16], [1])
         emit({**common, "name": "startup", "s": round(seconds_since_process_start(), 1)}, out)
         llm.apply_model(draw_weights)
+        if options.adapters:
+            directory = Path(stack.enter_context(TemporaryDirectory()))
+            written += write_adapters(options.model, directory, options.adapters, options.adapter_rank)
+            rows = adapter_rows(
+                lambda lens, outs, chosen: run(lens, outs, None, chosen), options.adapters, options.adapter_rank,
+                options.scale,
+            )  # fmt: skip
+            sys.exit(0 if measure(rows, common, out, options.rows) else 1)
         all_well = measure(comparable_rows(run, options.scale), common, out, options.rows)
         all_well &= measure(long_rows(run, max_model_len, options.scale), common, out, options.rows)
     sys.exit(0 if all_well else 1)

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from enum import StrEnum
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from llm.adapter_config import AdapterSettings
+from llm.strict_model import StrictModel as StrictModel
 
 MAX_TOP_LOGPROBS = 20
 """The largest number of most likely tokens whose log probabilities a request may ask for."""
@@ -15,25 +17,6 @@ MAX_TOP_LOGPROBS = 20
 
 _SNAPSHOT_BYTES, _SNAPSHOT_BYTES_ON_CPU = 4 << 30, 256 << 20
 """Memory for snapshots of states if the configuration does not set their number; a few snapshots may take more."""
-
-
-class StrictModel(BaseModel):
-    """Frozen pydantic model that refuses unknown keys and says which known one is nearest."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
-                    raise ValueError(f"unknown key {str(key)[:80]!r}; {hint}")
-        return data
 
 
 def describe(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
@@ -434,7 +417,7 @@ class ModelConfig(StrictModel):
         return self.window_size if self.window_layers is None or layer in self.window_layers else None
 
 
-class EngineConfig(StrictModel):
+class EngineConfig(AdapterSettings):
     """How one engine runs a model: memory, batching, numerics."""
 
     max_batch_size: int | None = Field(default=None, ge=1, le=4096)

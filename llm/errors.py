@@ -13,6 +13,10 @@ class CheckpointError(LLMError):
     """A checkpoint cannot be loaded: for example a missing shard, a wrong shape, or an unknown architecture."""
 
 
+class AdapterChangedError(CheckpointError):
+    """The files of an adapter are not those that its digest names."""
+
+
 class CapacityError(LLMError):
     """There are more tokens than their memory holds: a `KVCache` is full, or a pool is too small for a prompt."""
 

@@ -182,6 +182,20 @@ class Linear:
             if weights.bias is not None:
                 total += weights.bias
 
+    def normed(self, stream: ResidualStream, norm: Norm) -> torch.Tensor:
+        """The stream's norm as plain numbers, (rows, in). Nothing is pending on the stream behind this."""
+        output = torch.empty_like(stream.total)
+        rms_norm(stream, norm, output)
+        return output
+
+    def add_part(self, stream: ResidualStream, part: torch.Tensor, norm: Norm | None = None) -> None:
+        """Add this rank's part of a product, (rows, hidden_size), or the product's norm, as `add` does."""
+        assert stream.pending is None, "a norm comes between two additions"
+        if self._exchange is not None:
+            add_parts(stream, part, self._exchange, norm)
+        else:
+            stream.pending, stream.pending_norm = part, norm
+
     def part(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor:
         """The product of x, (rows, in), as plain numbers."""
         product = self(x, weights)

@@ -17,6 +17,7 @@ from llm.core.page_groups import PageGroup, group_layers
 from llm.core.partition import WHOLE, Exchange, Partition
 from llm.core.recurrent_state import DeltaSpec, RecurrentCache
 from llm.errors import CapacityError, ConfigError
+from llm.models.adapters import TokenAdapters
 from llm.models.cuts import find_cut, held_shape, hold_experts
 from llm.models.experts import Experts
 from llm.models.family import Layer
@@ -231,16 +232,18 @@ class DecoderModel(nn.Module):
         positions: torch.Tensor,
         context: AttentionContext,
         kept: torch.Tensor | None = None,
+        adapters: TokenAdapters | None = None,
     ) -> torch.Tensor:
         """Final hidden states, (…, hidden_size), of `token_ids` (…) at `positions`, which broadcasts to them.
 
         Args:
             kept: (kept,) indices into (tokens,) token ids: only their hidden states are returned. None for all.
+            adapters: those of the tokens, (tokens,); None if no token has one.
         """
         return self.run(
             TorchOperations(
                 token_ids, positions, context, kept=kept, last_layer=self.num_layers - 1, partition=self.partition,
-                exchange=self.exchange,
+                exchange=self.exchange, adapters=adapters,
             )
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm.config import ModelConfig, RoutingConfig
+from llm.models.adapters import TokenAdapters, product
 
 _LEAST_SUM = 1e-20
 """Added to the sum of a token's weights: sigmoids may all be 0."""
@@ -120,10 +121,10 @@ class SharedExpert(nn.Module):
         self.down_proj = nn.Linear(size, hidden_size, bias=False)
         self.gate = ShareGate(hidden_size) if has_gate else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapters: TokenAdapters | None = None) -> torch.Tensor:
         """(…, hidden_size) → (…, hidden_size)."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        made: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        gate, up = product(self.gate_up_proj, x, adapters).chunk(2, dim=-1)
+        made = product(self.down_proj, F.silu(gate) * up, adapters)
         return made if self.gate is None else self.gate(x) * made
 
 
@@ -188,9 +189,9 @@ class Experts(nn.Module):
             routing=config.routing,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapters: TokenAdapters | None = None) -> torch.Tensor:
         """(…, hidden_size) → (…, hidden_size): for each token, the weighted sum of its experts' outputs, as far as this
-        process holds them."""
+        process holds them. Tokens' adapters are on the shared expert alone."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.router(tokens)
         output = torch.zeros_like(tokens)
@@ -203,7 +204,7 @@ class Experts(nn.Module):
             made = self.down_proj(self._gated(gate, up), place)
             output.index_add_(0, token, (made * weights[token, slot, None]).to(x.dtype))
         if self.shared is not None:
-            output = output + self.shared(tokens)
+            output = output + self.shared(tokens, adapters)
         return output.view_as(x)
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -35,11 +35,13 @@ from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolu
 from llm.kernels.experts import ExpertMixture
 from llm.kernels.linear import Linear, Weights, add_parts
 from llm.kernels.norm import ResidualStream, embed_tokens, keep_tokens, rms_norm
-from llm.kernels.quantization import ScaledProduct
+from llm.kernels.quantization import EightBitRows, ScaledProduct
 from llm.kernels.shares import scale_by_share
 from llm.kernels.soft_cap import cap_softly
+from llm.models.adapters import AdapterMemory
 from llm.models.delta import DeltaMixer
 from llm.models.experts import Experts
+from llm.models.kernel_adapters import KernelAdapters, PackedAdapters
 from llm.models.kernel_arguments import expert_shape_of, norm_of, scaled, weights_of
 from llm.models.latent import LatentHeads
 from llm.models.latent_kernels import store_and_ask, values_of
@@ -71,6 +73,7 @@ class PackedStep:
         kept: (kept,) int32, indices of the requested tokens.
         has_prefills: whether any part has more than one new token.
         num_gathered: the result of `KernelWorkspace.num_gathered_tokens` for these parts.
+        adapters: those of the tokens, for `AdaptedOperations`; None if no token has one.
     """
 
     tokens: StepTokens
@@ -78,6 +81,7 @@ class PackedStep:
     kept: torch.Tensor
     has_prefills: bool
     num_gathered: int = 0
+    adapters: PackedAdapters | None = None
 
 
 class KernelWorkspace:
@@ -97,6 +101,7 @@ class KernelWorkspace:
         states: of layers with a gated delta rule; needed where there are any.
         partition: of the model.
         exchange: with the ranks that hold the rest of the model; None where this one holds all of it.
+        adapters: slots of adapters that tokens may have; None for none.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class KernelWorkspace:
         states: RecurrentStates | None = None,
         partition: Partition = WHOLE,
         exchange: Exchange | None = None,
+        adapters: AdapterMemory | None = None,
     ) -> None:
         attention_specs = [spec for spec in specs if isinstance(spec, AttentionSpec)]
         device, spec = page_tables.device, attention_specs[0]
@@ -125,6 +131,7 @@ class KernelWorkspace:
         self.deterministic = deterministic
         self.partition = partition
         self.exchange = exchange
+        self.adapters = None if adapters is None else KernelAdapters(adapters, deterministic=deterministic)
         self.linear = Linear(device, deterministic=deterministic, exchange=exchange)
         self.experts = None
         if experts is not None:
@@ -279,14 +286,33 @@ class KernelOperations:
         pages, page_tables = kv_cache.layers[layer][0], workspace.page_tables[kv_cache.group_of[layer]]
         rope_table, is_interleaved = spec.rope.table(pages.device), heads.shape.is_interleaved
         rows = LatentRows(pages, page_tables, tokens.rows, tokens.positions, rope_table, is_interleaved)
-        q_weights = None if heads.q_proj is None else weights_of(heads.q_proj)
-        query = store_and_ask(heads, projected, rows, workspace.linear, q_weights, deterministic=is_fixed)
+        query = self._ask(heads, projected, rows)
         found = query.new_empty(*query.shape[:2], spec.value_size)
         if not is_fixed:
             attention.decode(query, pages, page_tables, parts, workspace.decode_items[None], found)
         if self._step.has_prefills or is_fixed:
             attention.prefill(query, pages, page_tables, parts, workspace.prefill_items, found)
-        return self._asked_for(layer, values_of(heads, found, deterministic=is_fixed))
+        return self._asked_for(layer, self._values(heads, found))
+
+    def _ask(self, heads: LatentHeads, projected: torch.Tensor, rows: LatentRows) -> torch.Tensor:
+        """Store the tokens' latents, and return the heads' queries for latents."""
+
+        def make_queries(latents: torch.Tensor) -> torch.Tensor:
+            assert heads.q_proj is not None, "latents of queries are there to be projected"
+            return self._part(latents, heads.q_proj)
+
+        def add_keys(plain: torch.Tensor, queries: torch.Tensor) -> None:
+            self._add_keys(heads, plain, queries)
+
+        is_fixed = self._workspace.deterministic
+        return store_and_ask(heads, projected, rows, make_queries, add_keys, deterministic=is_fixed)
+
+    def _add_keys(self, heads: LatentHeads, plain: torch.Tensor, queries: torch.Tensor) -> None:
+        """Add to queries for latents, (tokens, num_heads, rank), what is not in the weights of `heads`: nothing."""
+
+    def _values(self, heads: LatentHeads, found: torch.Tensor) -> torch.Tensor:
+        """What attention has found, (tokens, num_heads, rank), as values, (tokens, num_heads value_dim)."""
+        return values_of(heads, found, deterministic=self._workspace.deterministic)
 
     def mix(
         self,
@@ -354,8 +380,7 @@ class KernelOperations:
     ) -> None:
         """See `Operations.add_product`."""
         assert isinstance(rows, torch.Tensor), "what attention gives"
-        norm_behind = None if norm is None else norm_of(norm)
-        self._workspace.linear.add(self._stream, rows, weights_of(projection), norm_behind)
+        self._add(rows, projection, norm)
 
     def add_gated_mlp(
         self,
@@ -370,15 +395,30 @@ class KernelOperations:
         weights = weights_of(gate_up), weights_of(down)
         self._workspace.linear.mlp(self._stream, norm_of(norm), *weights, activation, behind)
 
+    def _gated(
+        self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear, activation: Activation
+    ) -> torch.Tensor | EightBitRows:
+        """What a gated feed-forward multiplies with `down`, (tokens, size). Nothing is pending behind this."""
+        weights = weights_of(gate_up), weights_of(down)
+        return self._workspace.linear.gated(self._stream, norm_of(norm), *weights, activation)
+
+    def _add(self, rows: torch.Tensor | EightBitRows, projection: nn.Linear, norm: RMSNorm | None = None) -> None:
+        """Add the product of `rows`, or its norm, to the stream."""
+        behind = None if norm is None else norm_of(norm)
+        self._workspace.linear.add(self._stream, rows, weights_of(projection), behind)
+
+    def _part(self, rows: torch.Tensor | EightBitRows, projection: nn.Linear) -> torch.Tensor:
+        """The product of `rows` as plain numbers: this rank's part of it."""
+        return self._workspace.linear.part(rows, weights_of(projection))
+
     def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
         """See `Operations.add_experts`."""
         mixture = self._workspace.experts
         assert mixture is not None, "a workspace for a model with experts"
         gate_up, down = weights_of(experts.gate_up_proj), weights_of(experts.down_proj)
-        router, shared, linear = experts.router, experts.shared, self._workspace.linear
+        router, shared = experts.router, experts.shared
         if shared is not None:  # before the others have added to the stream, whose norm it takes
-            weights = weights_of(shared.gate_up_proj), weights_of(shared.down_proj)
-            rows = linear.gated(self._stream, norm_of(norm), *weights, Activation.SILU)
+            rows = self._gated(norm, shared.gate_up_proj, shared.down_proj, Activation.SILU)
             if shared.gate is not None:
                 scale_by_share(self._stream, norm_of(norm), shared.gate.weight, rows)
         exchange = self._workspace.exchange
@@ -389,10 +429,10 @@ class KernelOperations:
         )  # fmt: skip
         if exchange is None or output is None:
             if shared is not None:
-                linear.add(self._stream, rows, weights[1])
+                self._add(rows, shared.down_proj)
             return
         if shared is not None:
-            output += linear.part(rows, weights[1])
+            output += self._part(rows, shared.down_proj)
         add_parts(self._stream, output, exchange)
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from llm.attention.rope import apply_rotary
 from llm.config import LatentConfig
+from llm.models.adapters import TokenAdapters, product
 from llm.models.layers import RMSNorm
 
 _NORM_EPS = 1e-6
@@ -60,11 +61,13 @@ class LatentHeads(nn.Module):
         key."""
         return self.query_width, self.shape.rank, self.shape.rope_dim
 
-    def queries(self, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> LatentQuery:
+    def queries(
+        self, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, adapters: TokenAdapters | None = None
+    ) -> LatentQuery:
         """Convert the first projection's output, (…, sum of `sizes`), to the input of attention."""
         query, latent, key = projected.split_with_sizes(self.sizes, dim=-1)
         if self.q_norm is not None and self.q_proj is not None:
-            query = self.q_proj(self.q_norm(query))
+            query = product(self.q_proj, self.q_norm(query), adapters)
         plain, turning = torch.unflatten(query, -1, (self.num_heads, -1)).split_with_sizes(
             (self.shape.plain_dim, self.shape.rope_dim), dim=-1
         )
@@ -73,13 +76,20 @@ class LatentHeads(nn.Module):
             turning, key = _halves(turning), _halves(key)
         turned, key = apply_rotary(turning, cos, sin), apply_rotary(key, cos, sin)
         absorbed = torch.einsum("...hd,hdr->...hr", plain, self.projections()[:, : self.shape.plain_dim])
+        for tokens, factor_a, factor_b in () if adapters is None else adapters.factors(self.kv_proj):
+            keys = factor_b.view(self.num_heads, -1, factor_b.shape[1])[:, : self.shape.plain_dim]
+            absorbed[tokens] += torch.einsum("thd,hdr->thr", plain[tokens], keys) @ factor_a
         return LatentQuery(
             torch.cat([absorbed, turned], dim=-1), torch.cat([self.kv_norm(latent).unsqueeze(-2), key], dim=-1)
         )
 
-    def values(self, found: torch.Tensor) -> torch.Tensor:
+    def values(self, found: torch.Tensor, adapters: TokenAdapters | None = None) -> torch.Tensor:
         """Project the output of attention, (…, num_heads, rank), to the heads' values, (…, num_heads, value_dim)."""
-        return torch.einsum("...hr,hvr->...hv", found, self.projections()[:, self.shape.plain_dim :])
+        values = torch.einsum("...hr,hvr->...hv", found, self.projections()[:, self.shape.plain_dim :])
+        for tokens, factor_a, factor_b in () if adapters is None else adapters.factors(self.kv_proj):
+            own = factor_b.view(self.num_heads, -1, factor_b.shape[1])[:, self.shape.plain_dim :]
+            values[tokens] += torch.einsum("thr,hvr->thv", found[tokens] @ factor_a.t(), own)
+        return values
 
     def projections(self) -> torch.Tensor:
         """The weight of `kv_proj` by head, (num_heads, plain_dim + value_dim, rank)."""

@@ -1,5 +1,7 @@
 """What `LatentHeads` computes, by kernels."""
 
+from collections.abc import Callable
+
 import torch
 
 from llm.kernels.attention.latent_rows import (
@@ -9,8 +11,7 @@ from llm.kernels.attention.latent_rows import (
     store_latents,
     turn_queries,
 )
-from llm.kernels.linear import Linear, Weights
-from llm.models.kernel_arguments import norm_of, scaled
+from llm.models.kernel_arguments import norm_of
 from llm.models.latent import LatentHeads
 
 
@@ -18,8 +19,8 @@ def store_and_ask(
     heads: LatentHeads,
     projected: torch.Tensor,
     rows: LatentRows,
-    linear: Linear,
-    q_weights: Weights | None,
+    make_queries: Callable[[torch.Tensor], torch.Tensor],
+    add_keys: Callable[[torch.Tensor, torch.Tensor], None],
     *,
     deterministic: bool,
 ) -> torch.Tensor:
@@ -27,19 +28,22 @@ def store_and_ask(
 
     Args:
         projected: (tokens, sum of `heads.sizes`), contiguous.
-        q_weights: of `heads.q_proj`, None where there is none.
+        make_queries: `heads.q_proj`, where there is one, applied to latents (tokens, query_width).
+        add_keys: given the parts of queries that are not rotated, (tokens, num_heads, plain_dim), adds to the products
+            of these with the keys' weights, (tokens, num_heads, rank).
         deterministic: see `head_product`.
     """
     shape = heads.shape
     store_latents(rows, projected, heads.query_width, norm_of(heads.kv_norm))
     queries = projected[:, : heads.query_width]
-    if heads.q_norm is not None and q_weights is not None:
-        queries = scaled(linear(normalise_columns(projected, norm_of(heads.q_norm)), q_weights))
+    if heads.q_norm is not None:
+        queries = make_queries(normalise_columns(projected, norm_of(heads.q_norm)))
     by_head = torch.unflatten(queries, 1, (heads.num_heads, -1))
     query = projected.new_empty(len(projected), heads.num_heads, shape.rank + shape.rope_dim)
     turn_queries(rows, by_head, query)
     keys = heads.projections()[:, : shape.plain_dim].transpose(1, 2)
     head_product(by_head[..., : shape.plain_dim], keys, query[..., : shape.rank], deterministic=deterministic)
+    add_keys(by_head[..., : shape.plain_dim], query[..., : shape.rank])
     return query
 
 

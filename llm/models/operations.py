@@ -16,6 +16,7 @@ from llm.attention.spec import AttentionSpec
 from llm.config import Activation
 from llm.core.partition import WHOLE, Exchange, Partition
 from llm.core.recurrent_state import DeltaSpec
+from llm.models.adapters import TokenAdapters, product
 from llm.models.delta import DeltaMixer
 from llm.models.experts import Experts
 from llm.models.latent import LatentHeads
@@ -133,6 +134,7 @@ class TorchOperations:
         last_layer: index of the layer after whose attention the other tokens are dropped; needed with `kept`.
         partition: which part of the model this is.
         exchange: communication with the ranks that hold the rest of the model; None if this rank holds all of it.
+        adapters: adapters of the tokens, which then have one dimension; None if no token has one.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class TorchOperations:
         last_layer: int = 0,
         partition: Partition = WHOLE,
         exchange: Exchange | None = None,
+        adapters: TokenAdapters | None = None,
     ) -> None:
         self._token_ids = token_ids
         self._positions = positions
@@ -153,6 +156,7 @@ class TorchOperations:
         self._last_layer = last_layer
         self._partition = partition
         self._exchange = exchange
+        self._adapters = adapters
         self._angles: dict[RotaryEmbedding, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stream: torch.Tensor
 
@@ -173,14 +177,13 @@ class TorchOperations:
         found = table(places.clamp(0, num_rows - 1))
         return self._exchange.all_reduce(found.where(is_here.unsqueeze(-1), 0.0))
 
-    def _summed(self, product: torch.Tensor) -> torch.Tensor:
+    def _summed(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' parts of a product."""
-        return product if self._exchange is None else self._exchange.all_reduce(product.contiguous())
+        return part if self._exchange is None else self._exchange.all_reduce(part.contiguous())
 
     def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
         """See `Operations.product_of_norm`."""
-        product: torch.Tensor = projection(norm(self._stream))
-        return product
+        return product(projection, norm(self._stream), self._adapters)
 
     def attend(
         self,
@@ -213,9 +216,9 @@ class TorchOperations:
         self, layer: int, spec: AttentionSpec, projected: torch.Tensor, heads: LatentHeads
     ) -> torch.Tensor:
         """See `Operations.attend_latents`."""
-        query, key = heads.queries(projected, *self._angles_of(spec.rope))
+        query, key = heads.queries(projected, *self._angles_of(spec.rope), self._adapters)
         found = self._context.attend(layer, spec, query, key, key[..., : spec.value_size])
-        return self._asked_for(layer, heads.values(found).flatten(-2))
+        return self._asked_for(layer, heads.values(found, self._adapters).flatten(-2))
 
     def _angles_of(self, rope: RotaryEmbedding) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the tokens' positions, computed once per pass."""
@@ -239,12 +242,13 @@ class TorchOperations:
         if layer != self._last_layer or self._kept is None:
             return output
         self._stream = self._stream[self._kept]
+        self._adapters = None if self._adapters is None else self._adapters.kept(self._kept)
         return output[self._kept]
 
     def add_product(self, rows: torch.Tensor, projection: nn.Linear, norm: RMSNorm | None = None) -> None:
         """See `Operations.add_product`."""
-        product = self._summed(projection(rows))
-        self._stream = self._stream + (product if norm is None else norm(product))
+        added = self._summed(product(projection, rows, self._adapters))
+        self._stream = self._stream + (added if norm is None else norm(added))
 
     def add_gated_mlp(
         self,
@@ -255,12 +259,12 @@ class TorchOperations:
         norm_behind: RMSNorm | None = None,
     ) -> None:
         """See `Operations.add_gated_mlp`."""
-        gate, up = gate_up(norm(self._stream)).chunk(2, dim=-1)
+        gate, up = product(gate_up, norm(self._stream), self._adapters).chunk(2, dim=-1)
         self.add_product(activate(gate, activation) * up, down, norm_behind)
 
     def add_experts(self, norm: RMSNorm, experts: Experts) -> None:
         """See `Operations.add_experts`."""
-        self._stream = self._stream + self._summed(experts(norm(self._stream)))
+        self._stream = self._stream + self._summed(experts(norm(self._stream), self._adapters))
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""

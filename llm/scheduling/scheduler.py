@@ -98,8 +98,8 @@ class Scheduler:
             max_draws_per_step=max_draws_per_step or max_tokens_per_step,
         )  # fmt: skip
         self._waiting = WaitingQueue()
-        self.compiling: set[Sequence] = set()
-        """New sequences whose grammar is being compiled; `add` or `finish` them."""
+        self.preparing: set[Sequence] = set()
+        """New sequences whose grammar is being compiled or whose adapter is being loaded; `add` or `finish` them."""
         self._running: list[Sequence] = []
         """In order of arrival."""
         self._free_rows = list(range(max_batch_size))
@@ -108,7 +108,7 @@ class Scheduler:
     @property
     def has_pending_work(self) -> bool:
         """Whether any sequence is running or waiting."""
-        return bool(self._running or self._waiting or self.compiling)
+        return bool(self._running or self._waiting or self.preparing)
 
     @property
     def num_running(self) -> int:
@@ -118,7 +118,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a row, including preempted ones."""
-        return len(self._waiting) + len(self.compiling)
+        return len(self._waiting) + len(self.preparing)
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -148,7 +148,7 @@ class Scheduler:
                 f"the sequence has {len(sequence.tokens)} tokens; the pool holds {max_tokens}, and one is generated"
             )
         assert len(sequence.tokens) < max_tokens, "a sequence that cannot grow would never end"
-        self.compiling.discard(sequence)
+        self.preparing.discard(sequence)
         sequence.max_tokens = max_tokens
         self._waiting.add(sequence)
 
@@ -238,7 +238,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._release(sequence)
         else:
-            (self.compiling if sequence in self.compiling else self._waiting).remove(sequence)
+            (self.preparing if sequence in self.preparing else self._waiting).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def pages_needed(self, num_tokens: int) -> int:

@@ -62,6 +62,8 @@ class Sequence:
         is_speculating: whether a step in flight runs such guesses; until its draws are known, how many of the tokens
             counted in `num_in_flight` and `num_computed` are really the sequence's own is unknown.
         constraint: what its output must look like; None for anything.
+        adapter_slot: place of its adapter on the device, written by the engine before the sequence is queued; None for
+            the model itself.
         num_cached_tokens: prompt tokens found in the prefix cache when the sequence was first admitted, None before.
         queue_s: seconds that it waited until then.
     """
@@ -95,10 +97,11 @@ class Sequence:
         self.lookup: PromptLookup | None = None
         self.is_speculating = False
         self.constraint: Constraint | None = None
+        self.adapter_slot: int | None = None
         self.num_cached_tokens: int | None = None
         self.queue_s = 0.0
         self._created_at = time.monotonic()
-        self.hashes = PageHashes(page_size, request.cache_salt.encode())
+        self.hashes = PageHashes(page_size, request.page_salt)
         self.end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_ids)
         """Ids that end this sequence."""
         self.uses_penalties = request.uses_penalties

@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from llm.checkpoint.adapter_slots import AdapterPacker
 from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.hub import resolve_model_path
 from llm.checkpoint.loading import Progress
@@ -21,6 +22,7 @@ from llm.scheduling.scheduler import Scheduler, StepPlan, TokenEvent
 from llm.scheduling.sequence import Sequence, SequenceStatus, VectorEvent
 from llm.scheduling.slot_pool import SlotPool
 from llm.serving import device_health
+from llm.serving.adapter_pool import make_adapter_pool
 from llm.serving.checks import check_features, check_request, fit_context_to_pool, longest_context, with_overrides
 from llm.serving.compiling import CompilingRequests
 from llm.serving.memory import num_pool_pages
@@ -29,6 +31,7 @@ from llm.serving.offline import Vectors, run_to_end, vectors_of
 from llm.serving.ranks import Ranks, load_with_ranks
 from llm.serving.runners import make_runner
 from llm.serving.schemas import (
+    AdapterFailure,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -94,9 +97,11 @@ class ContinuousBatchingEngine:
             logger.info(note)
         context_len = longest_context(model.config, config)
         num_snapshots = config.num_snapshots(model.device.type, model.config.state_bytes(model.dtype.itemsize))
+        packer = AdapterPacker(model, config.max_adapter_rank) if config.max_adapters else None
+        layout = None if packer is None else packer.layout
         if ranks is None:
-            pool = SlotPool(num_pool_pages(model, config, context_len), config.page_size)
-            self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len)
+            pool = SlotPool(num_pool_pages(model, config, context_len, layout), config.page_size)
+            self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len, adapters=layout)
         else:
             pool = SlotPool(ranks.num_pool_pages(model, context_len), config.page_size)
             self.runner = ranks.make_runner(model, num_pages=pool.num_pages, context_len=context_len)
@@ -118,6 +123,7 @@ class ContinuousBatchingEngine:
         if grammars is None and isinstance(tokenizer, HFTokenizer):
             grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
         self._compiling = CompilingRequests(grammars)
+        self._adapters = make_adapter_pool(packer, self.runner.adapters, config)
         self._sequences: dict[str, Sequence] = {}
         self._text_streams: dict[str, TextStream] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
@@ -200,7 +206,9 @@ class ContinuousBatchingEngine:
         return [] if self._ranks is None else self._ranks.group.process_ids
 
     def close(self) -> None:
-        """End the processes that hold the other parts of the model. No step can run after this."""
+        """End the processes that hold the other parts of the model, and all threads. No step can run after this."""
+        if self._adapters is not None:
+            self._adapters.close()
         if self._ranks is not None:
             self._ranks.close()
 
@@ -223,11 +231,15 @@ class ContinuousBatchingEngine:
             request, prompt_ids, sequence.end_ids,
             vocab_size=self.model.config.vocab_size, max_seq_len=self.max_seq_len, has_tokenizer=bool(self.tokenizer),
         )  # fmt: skip
+        if request.adapter is not None and self._adapters is None:
+            raise InvalidRequestError(
+                f"this engine has no room for the adapter {request.adapter.name!r}: set max_adapters", param="adapter"
+            )
         if request.grammar is not None:
             self._compiling.add(sequence)
-            self.scheduler.compiling.add(sequence)
+            self.scheduler.preparing.add(sequence)
         else:
-            self.scheduler.add(sequence)
+            self._queue(sequence)
         if self.tokenizer is not None and request.pooling is None:
             stream = TextStream(self.tokenizer, request.stop, request.min_new_tokens)
             stream.push(request.output_token_ids)
@@ -244,7 +256,7 @@ class ContinuousBatchingEngine:
         If the model fails, the requests of that step end with `FinishReason.ERROR`, their outputs say what failed
         (`step_failure`), and all other requests continue.
         """
-        return [*self._begin_compiled(), *self._step()] if self._compiling else self._step()
+        return [*self._begin_prepared(), *self._step()] if self.scheduler.preparing else self._step()
 
     def _step(self) -> list[StepOutput]:
         plan = self.scheduler.schedule()
@@ -258,16 +270,34 @@ class ContinuousBatchingEngine:
                 return []
         return self._finish_oldest_step() if self._in_flight else []
 
-    def _begin_compiled(self) -> list[StepOutput]:
-        """Queue the requests whose grammar is ready; if it could not be compiled, the request ends."""
+    def _queue(self, sequence: Sequence) -> None:
+        """Queue a sequence that needs no grammar any more; if it has an adapter, once that is on the device."""
+        if self._adapters is not None and sequence.request.adapter is not None:
+            self._adapters.add(sequence)
+            self.scheduler.preparing.add(sequence)
+        else:
+            self.scheduler.add(sequence)
+
+    def _begin_prepared(self) -> list[StepOutput]:
+        """Queue the requests whose grammar and adapter are ready; if one could not be made, the request ends."""
         outputs = []
-        is_idle = not self.scheduler.num_running and self.scheduler.num_waiting == len(self._compiling)
-        for sequence, error in self._compiling.take(_IDLE_WAIT_S if is_idle else 0):
+        is_idle = not self.scheduler.num_running and self.scheduler.num_waiting == len(self.scheduler.preparing)
+        timeout_s = _IDLE_WAIT_S if is_idle else 0
+        for sequence, error in self._compiling.take(timeout_s) if self._compiling else ():
             if error is None:
-                self.scheduler.add(sequence)
+                self._queue(sequence)
             else:
                 outputs.append(self._end_with(sequence, error))
+        for sequence, failure in self._adapters.take(timeout_s) if self._adapters else ():
+            if failure is None:
+                self.scheduler.add(sequence)
+            else:
+                outputs.append(self._end_with(sequence, failure.message, adapter_failure=failure.kind))
         return outputs
+
+    def unload_adapter(self, digest: str) -> bool:
+        """Forget an adapter as soon as no accepted request needs it; False if the engine does not hold it."""
+        return self._adapters is not None and self._adapters.unload(digest)
 
     def abort(self, request_id: str) -> bool:
         """Stop a request at once; False if it has ended or never existed. It yields no further output."""
@@ -322,6 +352,7 @@ class ContinuousBatchingEngine:
             max_rows=self.scheduler.max_batch_size,
             num_proposed_tokens=self.scheduler.num_proposed_tokens,
             num_accepted_tokens=self.scheduler.num_accepted_tokens,
+            adapters=() if self._adapters is None else self._adapters.digests,
         )
 
     def _prompt_ids(self, request: GenerationRequest) -> tuple[int, ...]:
@@ -439,17 +470,26 @@ class ContinuousBatchingEngine:
         failure = StepFailure.DEVICE if is_lost else StepFailure.STEP
         return [self._end_with(sequence, message, failure) for sequence in sequences]
 
-    def _end_with(self, sequence: Sequence, message: str, failure: StepFailure | None = None) -> StepOutput:
+    def _end_with(
+        self,
+        sequence: Sequence,
+        message: str,
+        failure: StepFailure | None = None,
+        adapter_failure: AdapterFailure | None = None,
+    ) -> StepOutput:
         """End a request that failed, either by itself or with its whole step."""
         self._end(sequence)
         return StepOutput(
-            sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message, step_failure=failure
-        )
+            sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message, step_failure=failure,
+            adapter_failure=adapter_failure,
+        )  # fmt: skip
 
     def _end(self, sequence: Sequence) -> None:
         """Forget a request; its pages become free at once."""
         self.scheduler.finish(sequence)
         self._compiling.discard(sequence)
+        if self._adapters is not None and sequence.request.adapter is not None:
+            self._adapters.release(sequence)
         self._text_streams.pop(sequence.request_id, None)
         self._prompt_logprobs.pop(sequence.request_id, None)
         del self._sequences[sequence.request_id]

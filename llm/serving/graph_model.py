@@ -12,9 +12,12 @@ import torch
 
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.recurrent_state import RecurrentStates
+from llm.models.adapted_operations import AdaptedOperations
+from llm.models.adapters import AdapterMemory
 from llm.models.decoder import DecoderModel
 from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep
 from llm.serving.device_rows import DevicePages, make_uploads
+from llm.serving.step_adapters import StepAdapters
 from llm.serving.step_arrays import StepArrays
 from llm.serving.step_inputs import StepInputs, fill
 
@@ -47,6 +50,8 @@ class GraphModel:
         max_draws_per_row: tokens that a row may draw in one step, 1 plus its guesses.
         deterministic: see `KernelWorkspace`.
         num_snapshots: see `RecurrentStates`.
+        adapters: slots for adapters that requests choose; None if they cannot. Steps with adapters have graphs of their
+            own, so that other steps cost what they cost without.
 
     Attributes:
         pages: page tables and last tokens of the rows.
@@ -68,8 +73,10 @@ class GraphModel:
         max_draws_per_row: int = 1,
         deterministic: bool = False,
         num_snapshots: int = 0,
+        adapters: AdapterMemory | None = None,
     ) -> None:
         self.model = model
+        self.adapters = adapters
         device = model.device
         self._row_sizes = _padded_sizes(max_rows, 8)
         self._token_sizes = _padded_sizes(max_tokens, 4)
@@ -86,13 +93,17 @@ class GraphModel:
         sizes |= dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), most_rows)
         sizes |= dict.fromkeys(("draw_rows", "draw_positions"), most_draws)
         most_kept = sizes["kept_tokens"] = max(most_draws, self.most_tokens)
+        self._step_adapters = None
+        if adapters is not None:
+            self._step_adapters = StepAdapters(adapters, most_kept, deterministic=deterministic)
+            sizes |= self._step_adapters.sizes
         self.inputs = StepInputs(sizes, device, NUM_BUFFERS)
         self._states = RecurrentStates(model.delta_specs, max_rows, device, model.dtype, num_snapshots)
         self._workspace = KernelWorkspace(
             model.layer_specs, kv_cache, self.pages.page_tables, self.pages.last_token_ids, model.dtype,
             max_tokens=self.most_tokens, max_parts=most_rows, deterministic=deterministic, experts=model.experts,
             states=self._states,
-            partition=model.partition, exchange=model.exchange,
+            partition=model.partition, exchange=model.exchange, adapters=adapters,
         )  # fmt: skip
         self.to_logits = partial(model.logits, head=self._workspace.head)
         self.hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)
@@ -101,7 +112,7 @@ class GraphModel:
 
     def launch(self, arrays: StepArrays) -> None:
         """Run the model on a step; the pages of its rows have been written already."""
-        shape = self._send(arrays)
+        shape = (*self._send(arrays), arrays.has_adapters)
         num_gathered = self._workspace.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
         self._states.restore(arrays.restored)
         if num_gathered > self._workspace.fewest_gathered:
@@ -127,8 +138,8 @@ class GraphModel:
         """Run the largest step of this many tokens, which belong to no sequence; capture it if steps are captured."""
         self.inputs.upload_padding(self.pages.padding_row)
         num_tokens = _padded(self._token_sizes, num_tokens)
-        shape = num_tokens, self._row_sizes[-1], True, num_tokens
-        self.run(("model", *shape), partial(self._run_model, *shape))
+        shape = num_tokens, self._row_sizes[-1], True, num_tokens, self.adapters is not None
+        self.run(("model", *shape, 0), partial(self._run_model, *shape))
 
     def warm_up(self) -> None:
         """Capture every decode step, and the steps with prefills that occur while others decode."""
@@ -144,8 +155,9 @@ class GraphModel:
         ]
         small = [shape for shape in shapes if shape[0] <= _REPLAYED_TOKENS]
         for tokens, parts, has_prefills in [*shapes, *small]:  # these twice: once to capture, once to replay
-            shape = tokens, parts, has_prefills, self._num_drawing(tokens, parts)
-            self.run(("model", *shape, 0), partial(self._run_model, *shape))
+            for has_adapters in (False,) if self.adapters is None else (False, True):
+                shape = tokens, parts, has_prefills, self._num_drawing(tokens, parts), has_adapters
+                self.run(("model", *shape, 0), partial(self._run_model, *shape))
         self._warm_up_gathering()
 
     def _warm_up_gathering(self) -> None:
@@ -153,10 +165,11 @@ class GraphModel:
         num_gathered = self._workspace.fewest_gathered
         if num_gathered:
             tokens, parts = self._token_sizes[-1], self._part_sizes[0]
-            shape = tokens, parts, True, self._num_drawing(tokens, parts)
-            self.run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
+            for has_adapters in (False,) if self.adapters is None else (False, True):
+                shape = tokens, parts, True, self._num_drawing(tokens, parts), has_adapters
+                self.run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
             for parts in self._part_sizes[1:]:
-                self._run_model(parts, parts, True, parts, num_gathered)
+                self._run_model(parts, parts, True, parts, False, num_gathered)
 
     def _send(self, arrays: StepArrays) -> tuple[int, int, bool, int]:
         """Send a step's arrays, padded.
@@ -181,6 +194,8 @@ class GraphModel:
         fill(inputs["kept_tokens"], kept_tokens, num_kept, 0)
         fill(inputs["draw_rows"], arrays.draw_rows, num_draws, padding_row)
         fill(inputs["draw_positions"], arrays.draw_positions, num_draws, 0)
+        if self._step_adapters is not None and arrays.has_adapters:
+            self._step_adapters.fill(inputs, arrays.token_adapters, kept_tokens, num_tokens, num_kept)
         self.inputs.upload()
         return num_tokens, num_parts, has_prefills, num_kept
 
@@ -202,13 +217,19 @@ class GraphModel:
         return output
 
     def _run_model(
-        self, num_tokens: int, num_parts: int, has_prefills: bool, num_kept: int, num_gathered: int = 0
-    ) -> torch.Tensor:
+        self, num_tokens: int, num_parts: int, has_prefills: bool, num_kept: int, has_adapters: bool,
+        num_gathered: int = 0,
+    ) -> torch.Tensor:  # fmt: skip
+        adapters = None
+        if has_adapters:
+            assert self._step_adapters is not None, "there are slots"
+            adapters = self._step_adapters.of(self.inputs, num_tokens, num_kept)
         step = PackedStep(
             self.inputs.tokens(num_tokens), self.inputs.parts(num_parts), self.inputs["kept_tokens"][:num_kept],
-            has_prefills, num_gathered,
+            has_prefills, num_gathered, adapters,
         )  # fmt: skip
-        return self.model.run(KernelOperations(self._workspace, step, self.hidden[:num_kept]))
+        operations = AdaptedOperations if has_adapters else KernelOperations
+        return self.model.run(operations(self._workspace, step, self.hidden[:num_kept]))
 
     def _num_drawing(self, num_tokens: int, num_parts: int) -> int:
         """Number of a step's tokens that may have draws after them."""

@@ -8,6 +8,7 @@ import torch
 
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.kernels.sampling import DrawnTokens, SamplingWorkspace, draw_tokens
+from llm.models.adapters import AdapterMemory
 from llm.sampling.constraint import Int32Array
 from llm.sampling.draw import Draw
 from llm.scheduling.sequence import StepPlan
@@ -115,6 +116,11 @@ class GraphRunner:
         self._num_steps = 0
         self._masks = DrawMasks(model.config.vocab_size)
         self._last: LaunchedGraphs | None = None
+
+    @property
+    def adapters(self) -> AdapterMemory | None:
+        """See `ModelRunner.adapters`."""
+        return self._graphs.adapters
 
     @property
     def max_draws_per_step(self) -> int:

@@ -5,6 +5,7 @@ import torch
 from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
+from llm.models.adapters import AdapterLayout
 from llm.models.decoder import DecoderModel
 from llm.serving.runners import kv_cache_dtype, make_runner, prepare_weights
 
@@ -12,12 +13,17 @@ _CONTEXT_BYTES = 1 << 30
 """About what the driver and its libraries keep on a GPU for one process, beside what the allocator holds."""
 
 
-def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
+def num_pool_pages(
+    model: DecoderModel, config: EngineConfig, context_len: int, adapters: AdapterLayout | None = None
+) -> int:
     """Number of pages for this model on its device.
 
     This is `config.num_pages` if it is set. Otherwise, on a GPU, it is what `gpu_memory_utilization` leaves after the
     weights and the largest step, measured by running one; on a CPU it is what `max_batch_size` full sequences need, at
-    most `cpu_pool_bytes`, including the states of rows.
+    most `cpu_pool_bytes`, including the states of rows and the slots of adapters.
+
+    Args:
+        adapters: what the slots of `max_adapters` adapters hold; None if requests cannot choose one.
 
     Raises:
         ConfigError: the memory cannot hold a single page.
@@ -33,15 +39,16 @@ def num_pool_pages(model: DecoderModel, config: EngineConfig, context_len: int) 
         dtype=kv_cache_dtype(model, config),
     )
     if model.device.type == "cuda":
-        num_pages = (_gpu_budget(model, config, context_len) // bytes_per_page) - 1
+        num_pages = (_gpu_budget(model, config, context_len, adapters) // bytes_per_page) - 1
     else:
         pages_a_row = len(model.page_groups) * -(-context_len // config.page_size)
         most_useful = config.batch_size("cpu") * pages_a_row
-        room = config.cpu_pool_bytes - states_bytes(model, config)
+        room = config.cpu_pool_bytes - states_bytes(model, config) - adapters_bytes(model, config, adapters)
         num_pages = min(room // bytes_per_page, most_useful)
     if num_pages < 1:
         raise ConfigError(
-            f"no memory left for the KV cache: a page takes {bytes_per_page} bytes{_states_note(model)}; raise "
+            f"no memory left for the KV cache: a page takes {bytes_per_page} bytes{_states_note(model)}"
+            f"{_adapters_note(model, config, adapters)}; raise "
             "gpu_memory_utilization (GPU) or cpu_pool_bytes (CPU), or set num_pages"
         )
     return num_pages
@@ -54,6 +61,17 @@ def states_bytes(model: DecoderModel, config: EngineConfig) -> int:
     return (config.batch_size(device_type) + 1 + num_snapshots) * model.held.state_bytes(itemsize)
 
 
+def adapters_bytes(model: DecoderModel, config: EngineConfig, adapters: AdapterLayout | None) -> int:
+    """Bytes of the slots of adapters on the model's device."""
+    return 0 if adapters is None else config.max_adapters * adapters.size * model.dtype.itemsize
+
+
+def _adapters_note(model: DecoderModel, config: EngineConfig, adapters: AdapterLayout | None) -> str:
+    """How much memory adapters take, for a message; empty if there is none for them."""
+    num_bytes = adapters_bytes(model, config, adapters)
+    return f", and max_adapters adapters of max_adapter_rank {num_bytes}" if num_bytes else ""
+
+
 def _states_note(model: DecoderModel) -> str:
     """What else takes memory, for a message; empty for most models."""
     state_bytes = model.held.state_bytes(model.dtype.itemsize)
@@ -61,7 +79,7 @@ def _states_note(model: DecoderModel) -> str:
     return f", and the states of each row and snapshot {state_bytes} ({fewer})" if state_bytes else ""
 
 
-def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> int:
+def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int, adapters: AdapterLayout | None) -> int:
     """Bytes of GPU memory for the pool, measured by running the largest step on a pool of one page.
 
     The measure is what the allocator has taken from the device: unused space between its blocks, and what captured
@@ -71,7 +89,7 @@ def _gpu_budget(model: DecoderModel, config: EngineConfig, context_len: int) -> 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_reserved(model.device)
-    runner = make_runner(model, config, num_pages=1, context_len=context_len)
+    runner = make_runner(model, config, num_pages=1, context_len=context_len, adapters=adapters)
     runner.run_largest(config.token_budget(model.device.type))
     del runner
     torch.cuda.synchronize(model.device)

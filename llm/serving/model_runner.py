@@ -12,6 +12,7 @@ from llm.attention.dense import DenseContext
 from llm.attention.paged import PackedBatch, PagedAttentionBackend, PagedContext
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.recurrent_state import RecurrentStates
+from llm.models.adapters import AdapterMemory, TokenAdapters
 from llm.models.decoder import DecoderModel
 from llm.sampling.constraint import Int32Array, TokenMasks, words_of
 from llm.sampling.draw import Draw, SamplingRow, likeliest, sample
@@ -68,6 +69,11 @@ class ModelRunner(Protocol):
         """Draws that a step has room for, at least one per row; None for any number."""
         ...
 
+    @property
+    def adapters(self) -> AdapterMemory | None:
+        """Slots for adapters that requests choose; None if they cannot."""
+        ...
+
     def run_largest(self, num_tokens: int) -> None:
         """Run the largest possible step, with `num_tokens` tokens of several sequences, and capture it if steps are
         captured: no step takes more memory."""
@@ -118,6 +124,7 @@ class EagerRunner:
         max_rows: rows that the scheduler hands out.
         num_snapshots: see `RecurrentStates`.
         max_steps_ahead: brings no speed here; with it, tests check that an engine may run ahead.
+        adapters: see `ModelRunner.adapters`.
     """
 
     def __init__(
@@ -129,8 +136,10 @@ class EagerRunner:
         max_rows: int,
         num_snapshots: int = 0,
         max_steps_ahead: int = 0,
+        adapters: AdapterMemory | None = None,
     ) -> None:
         self.model = model
+        self.adapters = adapters
         self.kv_cache = kv_cache
         self.backend = backend
         self.max_steps_ahead = max_steps_ahead
@@ -174,7 +183,8 @@ class EagerRunner:
         masks = self._start_masks(drawing)
         kept = torch.from_numpy(arrays.kept_tokens).to(token_ids.device)
         self._states.restore(arrays.restored)
-        hidden = self.model.hidden_states(token_ids, batch.positions, context, kept)
+        adapters = token_adapters(self.adapters, arrays)
+        hidden = self.model.hidden_states(token_ids, batch.positions, context, kept, adapters)
         self._states.save(arrays.saved)
         drawn, pooled, scored = hidden.split_with_sizes(
             [len(drawing), len(arrays.pooled_tokens), len(arrays.scored_tokens)]
@@ -292,6 +302,13 @@ def pack_batch(
     )
     token_ids = torch.from_numpy(arrays.token_ids).to(device).long()
     return torch.where(token_ids == UNSEEN, last_token_ids[token_rows.long()], token_ids), batch
+
+
+def token_adapters(memory: AdapterMemory | None, arrays: StepArrays) -> TokenAdapters | None:
+    """The adapters of a step's tokens; None if none has one."""
+    if memory is None or not arrays.has_adapters:
+        return None
+    return TokenAdapters(memory, torch.from_numpy(arrays.token_adapters).to(memory.slots.device).long())
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:

@@ -48,6 +48,7 @@ class ResultBuilder:
             num_prompt_tokens=output.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
             error=output.error,
+            adapter_failure=output.adapter_failure,
             vector=output.vector,
         )
 

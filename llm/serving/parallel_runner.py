@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from llm.models.adapters import AdapterMemory
 from llm.parallel.ranks import RankGroup
 from llm.scheduling.scheduler import StepPlan
 from llm.serving.followers import RankStep
@@ -39,6 +40,11 @@ class ParallelRunner:
     def max_draws_per_step(self) -> int | None:
         """See `ModelRunner.max_draws_per_step`."""
         return self._runner.max_draws_per_step
+
+    @property
+    def adapters(self) -> AdapterMemory | None:
+        """See `ModelRunner.adapters`."""
+        return self._runner.adapters
 
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`; the other ranks have been asked to do the same."""

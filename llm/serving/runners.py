@@ -9,6 +9,7 @@ from llm.attention.backends import TRITON, choose_backend, make_backend
 from llm.config import EngineConfig
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
+from llm.models.adapters import AdapterLayout, AdapterMemory
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
 from llm.models.latent import unpack_latent_heads
@@ -30,11 +31,13 @@ def make_runner(
     num_pages: int,
     context_len: int,
     wait: Callable[[torch.cuda.Event], None] | None = None,
+    adapters: AdapterLayout | None = None,
 ) -> ModelRunner:
     """Make the runner, with memory for `num_pages` pages on the model's device. Prepares the weights if necessary.
 
     Args:
         wait: see `GraphRunner`.
+        adapters: what a slot of `max_adapters` adapters holds; None if requests cannot choose one.
 
     Raises:
         ConfigError: the requested attention backend is unknown or does not run on this device, or the configuration
@@ -42,12 +45,16 @@ def make_runner(
     """
     backend, kv_cache = _prepare(model, config, num_pages, context_len)
     max_rows = config.batch_size(model.device.type)
+    memory = None if adapters is None else AdapterMemory(model, adapters, config.max_adapters, model.dtype)
     if backend == TRITON:
         from llm.serving.graph_runner import GraphRunner  # triton is installed only on GPU machines
 
-        return GraphRunner(_graph_model(model, kv_cache, config, context_len), kv_cache, max_rows=max_rows, wait=wait)
+        graphs = _graph_model(model, kv_cache, config, context_len, memory)
+        return GraphRunner(graphs, kv_cache, max_rows=max_rows, wait=wait)
     num_snapshots = _num_snapshots(model, config)
-    return EagerRunner(model, kv_cache, make_backend(backend), max_rows=max_rows, num_snapshots=num_snapshots)
+    return EagerRunner(
+        model, kv_cache, make_backend(backend), max_rows=max_rows, num_snapshots=num_snapshots, adapters=memory
+    )
 
 
 def make_follower(model: DecoderModel, config: EngineConfig, *, num_pages: int, context_len: int) -> Follower:
@@ -91,7 +98,13 @@ def _prepare(model: DecoderModel, config: EngineConfig, num_pages: int, context_
     return backend, kv_cache
 
 
-def _graph_model(model: DecoderModel, kv_cache: PagedKVCache, config: EngineConfig, context_len: int) -> "GraphModel":
+def _graph_model(
+    model: DecoderModel,
+    kv_cache: PagedKVCache,
+    config: EngineConfig,
+    context_len: int,
+    adapters: AdapterMemory | None = None,
+) -> "GraphModel":
     from llm.serving.graph_model import GraphModel
 
     return GraphModel(
@@ -103,6 +116,7 @@ def _graph_model(model: DecoderModel, kv_cache: PagedKVCache, config: EngineConf
         max_draws_per_row=1 + config.num_speculative_tokens,
         deterministic=config.deterministic,
         num_snapshots=_num_snapshots(model, config),
+        adapters=adapters,
     )
 
 

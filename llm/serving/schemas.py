@@ -75,6 +75,21 @@ class Grammar(StrictModel):
     """What comes before the constrained part."""
 
 
+class AdapterRef(StrictModel):
+    """A low-rank adapter that a request is answered with: which one, and where its files are.
+
+    The engine reads it from `path` unless it has an adapter of the same digest. Requests whose adapters have equal
+    digests share one copy of its weights, and pages of the prefix cache.
+    """
+
+    name: str = Field(min_length=1, max_length=256)
+    """Name of the adapter, for messages."""
+    path: str = Field(min_length=1, max_length=4096)
+    """Directory of a PEFT adapter, on the engine's machine."""
+    digest: str = Field(min_length=1, max_length=256)
+    """Fingerprint of the content of its files. It alone says which adapter this is."""
+
+
 class Pooling(StrEnum):
     """Which of a prompt's final hidden states make its vector."""
 
@@ -137,6 +152,8 @@ class GenerationRequest(StrictModel):
     """The prefix cache shares pages only among requests with the same salt."""
     grammar: Grammar | None = None
     """What the output must look like; None for anything."""
+    adapter: AdapterRef | None = None
+    """The adapter that computes this request; None for the model itself."""
     pooling: Pooling | None = None
     """Which hidden states make the prompt's vector, the request's only output; None to generate tokens. With a vector,
     the generation settings are ignored."""
@@ -157,6 +174,13 @@ class GenerationRequest(StrictModel):
         if self.pooling is not None and (self.output_token_ids or self.grammar or wants_logprobs):
             raise ValueError("pooling gives a vector: leave out output_token_ids, grammar, logprobs, prompt_logprobs")
         return self
+
+    @property
+    def page_salt(self) -> bytes:
+        """What `PageHashes` takes: pages depend on the adapter as well. 0xff, which UTF-8 never has, keeps the two
+        apart."""
+        salt = self.cache_salt.encode()
+        return salt if self.adapter is None else b"\xff" + self.adapter.digest.encode() + b"\xff" + salt
 
     @property
     def uses_penalties(self) -> bool:
@@ -191,6 +215,15 @@ class StepFailure(StrEnum):
     """This step; a later one may succeed."""
     DEVICE = "device"
     """The device: no later step of this process can succeed either."""
+
+
+class AdapterFailure(StrEnum):
+    """Why a request ended because of its adapter, before anything of it ran. The engine is well."""
+
+    UNREADABLE = "adapter_not_loaded"
+    """Its files are missing or damaged, or hold something that the engine or the model cannot do."""
+    CHANGED = "adapter_changed"
+    """Its files are not those of the digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +262,8 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     """What went wrong, with `FinishReason.ERROR`."""
     step_failure: StepFailure | None = None
     """Set if the whole step failed: the same request may succeed in another engine."""
+    adapter_failure: AdapterFailure | None = None
+    """Set if the request's adapter could not be loaded."""
     vector: bytes | None = None
     """The prompt's vector, of length 1, as 32-bit floats: `numpy.frombuffer(vector, numpy.float32)`. None if tokens are
     generated."""
@@ -264,6 +299,8 @@ class GenerationResult:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     error: str | None = None
+    adapter_failure: AdapterFailure | None = None
+    """As in `StepOutput`."""
     vector: bytes | None = None
     """As in `StepOutput`."""
 
@@ -298,3 +335,5 @@ class EngineStats:
     """Tokens guessed and run by speculation, since the engine started."""
     num_accepted_tokens: int = 0
     """Of those, how many matched the token drawn."""
+    adapters: tuple[str, ...] = ()
+    """Digests of the adapters that are on the device or in host memory: requests for them need not wait for files."""

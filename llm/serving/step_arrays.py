@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from llm.models.adapters import NO_ADAPTER
 from llm.scheduling.sequence import StepPart
 
 Int32Array = npt.NDArray[np.int32]
@@ -33,6 +34,7 @@ class StepArrays:
         scored_tokens: (scored,), tokens after which the prompt's next token gets its log probability.
         restored: (2 snapshots,), row and place of each snapshot of states from which a row begins.
         saved: (2 snapshots,), row and place of each snapshot that a row leaves behind.
+        part_adapters: (parts,), slot of each part's adapter, `NO_ADAPTER` for none.
     """
 
     token_ids: Int32Array
@@ -49,6 +51,7 @@ class StepArrays:
     scored_tokens: Int32Array
     restored: Int32Array
     saved: Int32Array
+    part_adapters: Int32Array
 
     @classmethod
     def of(cls, parts: SequenceOf[StepPart]) -> Self:
@@ -81,6 +84,9 @@ class StepArrays:
             scored_tokens=ranges(query_ends - ends + first_scored, num_scored),
             restored=_pairs((part.row, part.restored) for part in parts if part.restored is not None),
             saved=_pairs((part.row, part.saved) for part in parts if part.saved is not None),
+            part_adapters=np.array(
+                [NO_ADAPTER if (slot := part.sequence.adapter_slot) is None else slot for part in parts], dtype=np.int32
+            ),
         )
 
     @classmethod
@@ -96,6 +102,16 @@ class StepArrays:
     def has_prefills(self) -> bool:
         """Whether any part has more than one token."""
         return len(self.token_ids) > len(self.part_rows)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether any part has an adapter."""
+        return bool((self.part_adapters != NO_ADAPTER).any())
+
+    @property
+    def token_adapters(self) -> Int32Array:
+        """(tokens,), the slot of each token's adapter."""
+        return self.part_adapters.repeat(self.query_lens)
 
     @property
     def kept_tokens(self) -> Int32Array:

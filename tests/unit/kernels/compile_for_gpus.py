@@ -15,6 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from llm.kernels import (
     activation,
+    adapters,
     adjust,
     all_reduce,
     delta_chunks,
@@ -432,6 +433,24 @@ def compile_all_reduce() -> None:
         compile_kernel("all-reduce", all_reduce._all_reduce, {**arguments, **more})
 
 
+def compile_adapters() -> None:
+    """Of few tokens and of many, one part and three, in 16 bits and in 32, on the chip with the least shared memory."""
+    arguments = dict.fromkeys(("order", "entries", "blocks"), INT)
+    arguments |= {"shrunk": FLOAT, "num_tokens": "i32", "num_inputs": "i32", "inputs_per_split": "i32"}
+    arguments |= {"slot_stride": "i64", "num_numbers": "i32", "num_outputs": "i32"}
+    for dtype, size, rows, rank, num_parts, capability in (
+        (BF16, 2, 16, 16, 3, 90), (BF16, 2, 64, 256, 1, 90), (BF16, 2, 16, 48, 2, 89), (FLOAT, 4, 64, 32, 3, 89),
+    ):  # fmt: skip
+        numbers = min(64, triton.next_power_of_2(num_parts * rank))
+        num_stages = min(4, stages_in(SHARED_MEMORY[capability], (rows + numbers) * 128 * size, capability // 10))
+        kernel = {**arguments, "x": dtype, "factor_a": dtype, "factor_b": dtype, "output": dtype, "RANK": rank}
+        kernel |= {"ROWS": rows, "NUMBERS": numbers, "TILE_K": 128, "CAN_PREFETCH": True, "OUTPUTS": 128}
+        kernel |= {"RANKS": min(64, triton.next_power_of_2(rank)), "NUM_SPLITS": 8}
+        taken = compile_kernel("shrink", adapters._shrink, kernel, capability=capability, num_stages=max(num_stages, 1))
+        assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
+        compile_kernel("expand", adapters._expand, kernel, capability=capability)
+
+
 def compile_draws() -> None:
     """Of logits in 16 bits and in 32, for all rows and for either sort."""
     arguments = {"fields": INT, "rows": INT, "positions": INT, "vocab_size": "i32", "row_stride": "i32"}
@@ -456,6 +475,7 @@ def compile_draws() -> None:
 
 
 if __name__ == "__main__":
+    compile_adapters()
     compile_draws()
     compile_norms()
     compile_activations()

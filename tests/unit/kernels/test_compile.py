@@ -68,4 +68,6 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "prefill": 9,
         "merge": 1,
         "stages": 6,
+        "shrink": 4,
+        "expand": 4,
     }

@@ -42,6 +42,7 @@ def create_engine(
         max_rows=engine.config.max_batch_size,
         num_snapshots=engine.config.num_snapshots("cpu", model.config.state_bytes(model.dtype.itemsize)),
         max_steps_ahead=max_steps_ahead,
+        adapters=runner.adapters,
     )
     return engine
 

@@ -1,0 +1,17 @@
+"""Settings for adapters that requests choose."""
+
+from pydantic import Field
+
+from llm.strict_model import StrictModel
+
+
+class AdapterSettings(StrictModel):
+    """How many low-rank adapters an engine holds for its requests, and where. `EngineConfig` has these fields too."""
+
+    max_adapters: int = Field(default=0, ge=0, le=512)
+    """Most adapters whose requests run at once: the device has memory for so many, each of rank `max_adapter_rank`.
+    Requests for others wait. 0 for an engine whose requests cannot choose an adapter."""
+    max_adapter_rank: int = Field(default=16, ge=1, le=256)
+    """Largest rank of an adapter that requests choose. Memory on the device grows with it."""
+    adapter_host_gib: float = Field(default=4.0, gt=0, le=4096)
+    """Memory of the host for adapters that were read before, in GiB. The least recently used one is given up first."""

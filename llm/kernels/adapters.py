@@ -1,0 +1,209 @@
+"""Low-rank adapters that tokens choose: all tokens of one adapter are multiplied together (Punica, Chen et al. 2023,
+arXiv:2310.18547).
+
+A product's inputs are first shrunk to a few numbers a token, by the token's own A, then expanded by its own B and added
+to the product. Both kernels go by entries: some tokens, at most so many, that have the same adapter. Tokens without an
+adapter are in no entry. A program has one entry, so what it computes for a token depends on that token alone.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import triton
+import triton.language as tl
+
+from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
+
+ENTRY_FIELDS = 4
+"""Numbers of an entry: the slot of its adapter, the place of its first token in the order, how many tokens it has, and
+the adapter's rank."""
+_OUTPUTS = 128
+"""Outputs of a program that expands."""
+_NUMBERS, _TILE_K, _RANKS = 64, 128, 64
+"""Of a program that shrinks: numbers at most, and inputs at once. Numbers that a program expands at once, at most."""
+_FEW_TOKENS, _SOME_TOKENS = 256, 2048
+_FEW_ROWS, _MANY_ROWS = 16, 64
+"""Tokens of an entry at most, in steps of few tokens and of more."""
+_FIXED_SPLITS = 4
+_LONG_INPUTS = 8192
+
+
+def entry_rows(num_tokens: int, *, deterministic: bool = False) -> int:
+    """Most tokens of an entry, in a step of so many.
+
+    Args:
+        deterministic: a token's numbers may not depend on how many others there are.
+    """
+    return _FEW_ROWS if deterministic or num_tokens <= _FEW_TOKENS else _MANY_ROWS
+
+
+def most_entries(num_tokens: int, num_slots: int, rows: int) -> int:
+    """Most entries of a step of so many tokens, each of at most so many `rows`."""
+    return min(num_tokens, num_tokens // rows + num_slots)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEntries:
+    """The tokens of a step that have adapters.
+
+    Attributes:
+        order: (tokens,) int32, indices of the tokens in the step, those of an adapter together.
+        entries: (entries, ENTRY_FIELDS) int32; those without tokens come last.
+        rows: most tokens of an entry, `entry_rows`.
+    """
+
+    order: torch.Tensor
+    entries: torch.Tensor
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFactors:
+    """Factors of all slots for one product.
+
+    Attributes:
+        a: (slots, parts · rank, inputs); each slot contiguous.
+        b: (slots, outputs, rank); each slot contiguous.
+        blocks: (blocks, 3) int32: a part, the first output of a program, and the end of its outputs.
+        rank: of a slot, a multiple of 16.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    blocks: torch.Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor, ranges: tuple[tuple[int, int, int], ...]) -> Self:
+        """Factors whose parts add to these ranges of outputs: (part, first, end) each."""
+        blocks = [
+            (part, start, min(start + _OUTPUTS, end))
+            for part, first, end in ranges
+            for start in range(first, end, _OUTPUTS)
+        ]
+        return cls(a, b, torch.tensor(blocks, dtype=torch.int32, device=a.device), b.shape[2])
+
+
+def shrink(x: torch.Tensor, which: AdapterEntries, factors: AdapterFactors, *, deterministic: bool) -> torch.Tensor:
+    """Multiply x, (tokens, inputs), contiguous, by the tokens' A.
+
+    Args:
+        deterministic: how a sum is split depends on the shape of A alone.
+
+    Returns:
+        (splits, tokens, parts · rank) float32, by place in the order, to be summed over the splits.
+    """
+    (num_tokens, num_inputs), num_numbers = x.shape, factors.a.shape[1]
+    num_splits = _FIXED_SPLITS if deterministic else _num_splits(num_tokens, num_inputs)
+    inputs_per_split = triton.cdiv(triton.cdiv(num_inputs, _TILE_K), num_splits) * _TILE_K
+    shrunk = torch.empty(num_splits, num_tokens, num_numbers, dtype=torch.float32, device=x.device)
+    numbers, rows = min(_NUMBERS, triton.next_power_of_2(num_numbers)), which.rows
+    num_stages = min(4, most_stages(x.device, (rows + numbers) * _TILE_K * x.dtype.itemsize))
+    _shrink[(len(which.entries), num_splits, triton.cdiv(num_numbers, numbers))](
+        x, which.order, which.entries, factors.a, shrunk, num_tokens, num_inputs, inputs_per_split,
+        factors.a.stride(0), num_numbers, RANK=factors.rank, ROWS=rows, NUMBERS=numbers, TILE_K=_TILE_K,
+        CAN_PREFETCH=x.device.type == "cuda", num_warps=4, num_stages=num_stages, **launch_options(x.device),
+    )  # fmt: skip
+    return shrunk
+
+
+def expand(shrunk: torch.Tensor, which: AdapterEntries, factors: AdapterFactors, output: torch.Tensor) -> None:
+    """Add what the tokens' B make of `shrunk`, as `shrink` gives it, to `output`, (tokens, outputs), contiguous."""
+    num_splits, num_tokens, num_numbers = shrunk.shape
+    _expand[(len(factors.blocks), len(which.entries))](
+        shrunk, which.order, which.entries, factors.b, factors.blocks, output, num_tokens, num_numbers,
+        factors.b.stride(0), output.shape[1], RANK=factors.rank,
+        RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits, ROWS=which.rows,
+        OUTPUTS=_OUTPUTS, CAN_PREFETCH=output.device.type == "cuda", num_warps=4, **launch_options(output.device),
+    )  # fmt: skip
+
+
+def _num_splits(num_tokens: int, num_inputs: int) -> int:
+    """How many programs share a sum: enough to keep the chip busy."""
+    if num_tokens > _SOME_TOKENS:
+        return 1
+    if num_tokens > _FEW_TOKENS:
+        return _FIXED_SPLITS
+    return 16 if num_inputs >= _LONG_INPUTS else 8
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _shrink(
+    x, order, entries, factor_a, shrunk, num_tokens, num_inputs, inputs_per_split, slot_stride, num_numbers,
+    RANK: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, TILE_K: tl.constexpr, CAN_PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (entry, split, block of numbers)."""
+    split = tl.program_id(1)
+    number = tl.program_id(2) * NUMBERS + tl.arange(0, NUMBERS)
+    row = tl.arange(0, ROWS)
+    # Entries, the order and factors are what the step began with: no kernel of the step writes them.
+    entry = entries + tl.program_id(0) * 4
+    slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
+    count, rank = tl.load(entry + 2), tl.load(entry + 3)
+    is_token = row < count
+    token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
+    is_number = (number < num_numbers) & (number % RANK < rank)
+    rows = x + token[:, None] * num_inputs
+    own = factor_a + slot * slot_stride + number.to(tl.int64) * num_inputs
+    begin = split * inputs_per_split
+    end = tl.minimum(begin + inputs_per_split, num_inputs)
+    if CAN_PREFETCH:
+        line_size: tl.constexpr = 1024 // factor_a.dtype.element_ty.primitive_bitwidth
+        line = begin + tl.arange(0, 8) * line_size
+        prefetch(own[:, None] + tl.minimum(line, num_inputs - 1)[None, :])
+    wait_for_inputs(PDL)
+    if count == 0:
+        return
+    columns = own[None, :]
+    acc = tl.zeros([ROWS, NUMBERS], tl.float32)
+    for start in range(begin, end, TILE_K):
+        k = start + tl.arange(0, TILE_K)
+        exists = k < end
+        inputs = tl.load(rows + k[None, :], mask=is_token[:, None] & exists[None, :], other=0.0)
+        factor = tl.load(columns + k[:, None], mask=is_number[None, :] & exists[:, None], other=0.0)
+        acc = tl.dot(inputs, factor, acc, input_precision="ieee")
+    place = (split.to(tl.int64) * num_tokens + first + row) * num_numbers
+    mask = is_token[:, None] & (number < num_numbers)[None, :]
+    tl.store(shrunk + place[:, None] + number[None, :], acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _expand(
+    shrunk, order, entries, factor_b, blocks, output, num_tokens, num_numbers, slot_stride, num_outputs,
+    RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (block of outputs, entry)."""
+    block = blocks + tl.program_id(0) * 3
+    part, first_output, end_output = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    row = tl.arange(0, ROWS)
+    out = first_output + tl.arange(0, OUTPUTS)
+    entry = entries + tl.program_id(1) * 4
+    slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
+    count, rank = tl.load(entry + 2), tl.load(entry + 3)
+    is_token, is_output = row < count, out < end_output
+    token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
+    own = factor_b + slot * slot_stride + tl.minimum(out, end_output - 1).to(tl.int64) * RANK
+    if CAN_PREFETCH:
+        prefetch(own)
+    wait_for_inputs(PDL)
+    if count == 0:
+        return
+    columns = own[None, :]
+    sums = shrunk + (first + row).to(tl.int64)[:, None] * num_numbers + part * RANK
+    acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for start in range(0, rank, RANKS):
+        r = start + tl.arange(0, RANKS)
+        is_rank = r < rank
+        factor = tl.load(columns + r[:, None], mask=is_rank[:, None] & is_output[None, :], other=0.0)
+        numbers = tl.zeros([ROWS, RANKS], tl.float32)
+        for split in tl.static_range(NUM_SPLITS):
+            pointers = sums + split * num_tokens.to(tl.int64) * num_numbers + r[None, :]
+            numbers += tl.load(pointers, mask=is_token[:, None] & is_rank[None, :], other=0.0)
+        acc = tl.dot(numbers.to(factor.dtype), factor, acc, input_precision="ieee")
+    pointers = output + token[:, None] * num_outputs + out[None, :]
+    mask = is_token[:, None] & is_output[None, :]
+    total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + acc
+    tl.store(pointers, total.to(output.dtype.element_ty), mask=mask)

@@ -1,0 +1,84 @@
+"""`KernelOperations` of steps in which tokens have adapters."""
+
+import torch
+from torch import nn
+
+from llm.config import Activation
+from llm.kernels.activation import activate_gated
+from llm.kernels.quantization import EightBitRows
+from llm.models.kernel_arguments import norm_of
+from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep
+from llm.models.latent import LatentHeads
+from llm.models.layers import RMSNorm
+
+
+class AdaptedOperations(KernelOperations):
+    """Each product's inputs are shrunk beside it, then expanded into it.
+
+    Products take their inputs as plain numbers, so norms are kernels of their own here, and so is the activation of a
+    gated feed-forward.
+
+    Args:
+        workspace, step, output: see `KernelOperations`; the step has adapters.
+    """
+
+    def __init__(self, workspace: KernelWorkspace, step: PackedStep, output: torch.Tensor) -> None:
+        super().__init__(workspace, step, output)
+        assert workspace.adapters is not None, "a workspace with slots"
+        assert step.adapters is not None, "a step with adapters"
+        self._adapters = workspace.adapters
+        self._packed = step.adapters
+        self._which = step.adapters.tokens
+
+    def product_of_norm(self, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
+        """See `Operations.product_of_norm`."""
+        return self._part(self._workspace.linear.normed(self._stream, norm_of(norm)), projection)
+
+    def add_gated_mlp(
+        self,
+        norm: RMSNorm,
+        gate_up: nn.Linear,
+        down: nn.Linear,
+        activation: Activation = Activation.SILU,
+        norm_behind: RMSNorm | None = None,
+    ) -> None:
+        """See `Operations.add_gated_mlp`."""
+        self._add(self._gated(norm, gate_up, down, activation), down, norm_behind)
+
+    def _gated(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear, activation: Activation) -> torch.Tensor:
+        del down  # it takes plain numbers here, whatever its format
+        product = self.product_of_norm(norm, gate_up)
+        rows = product.new_empty(len(product), product.shape[1] // 2)
+        activate_gated(product, rows, activation)
+        return rows
+
+    def _add(self, rows: torch.Tensor | EightBitRows, projection: nn.Linear, norm: RMSNorm | None = None) -> None:
+        assert isinstance(rows, torch.Tensor), "all rows are plain numbers here"
+        if norm is not None or self._workspace.exchange is not None:
+            behind = None if norm is None else norm_of(norm)
+            self._workspace.linear.add_part(self._stream, self._part(rows, projection), behind)
+            return
+        shrunk = self._adapters.shrink(projection, rows, self._which)
+        super()._add(rows, projection)
+        self._adapters.expand(projection, shrunk, self._which, self._stream.total)
+
+    def _part(self, rows: torch.Tensor | EightBitRows, projection: nn.Linear) -> torch.Tensor:
+        assert isinstance(rows, torch.Tensor), "all rows are plain numbers here"
+        # The inputs are shrunk first: the product fetches its weights at the same time.
+        shrunk = self._adapters.shrink(projection, rows, self._which)
+        product = super()._part(rows, projection)
+        self._adapters.expand(projection, shrunk, self._which, product)
+        return product
+
+    def _asked_for(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        if layer == self._workspace.last_layer:
+            self._which = self._packed.kept
+        return super()._asked_for(layer, output)
+
+    def _add_keys(self, heads: LatentHeads, plain: torch.Tensor, queries: torch.Tensor) -> None:
+        self._adapters.add_keys(heads, plain, queries, self._packed.slots)
+
+    def _values(self, heads: LatentHeads, found: torch.Tensor) -> torch.Tensor:
+        values = super()._values(heads, found)
+        self._adapters.add_values(heads, found, values, self._packed.slots)
+        return values

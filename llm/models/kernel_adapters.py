@@ -1,0 +1,87 @@
+"""What tokens' adapters add to products, by kernels."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llm.kernels.adapters import AdapterEntries, AdapterFactors, expand, shrink
+from llm.models.adapters import AdapterMemory
+from llm.models.latent import LatentHeads
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapters:
+    """The adapters of a step's tokens.
+
+    Attributes:
+        tokens: of all tokens.
+        kept: of the requested tokens, the only ones after the last layer's attention; indices are among these.
+        slots: (tokens,) int32, the slot of each token's adapter, `NO_ADAPTER` for none.
+    """
+
+    tokens: AdapterEntries
+    kept: AdapterEntries
+    slots: torch.Tensor
+
+
+class KernelAdapters:
+    """The slots of an engine, as kernels take them.
+
+    Args:
+        memory: the slots.
+        deterministic: see `KernelWorkspace`.
+    """
+
+    def __init__(self, memory: AdapterMemory, *, deterministic: bool) -> None:
+        rank, slots = memory.layout.rank, memory.slots
+        self._factors = {
+            module: AdapterFactors.of(adapted.factor_a(slots, rank), adapted.factor_b(slots, rank), adapted.ranges)
+            for module, adapted in memory.modules.items()
+        }
+        self._deterministic = deterministic
+
+    def shrink(self, projection: nn.Module, x: torch.Tensor, which: AdapterEntries) -> torch.Tensor:
+        """The tokens' A for a projection times its inputs, (tokens, in); see `llm.kernels.adapters.shrink`."""
+        return shrink(x, which, self._factors[projection], deterministic=self._deterministic)
+
+    def expand(self, projection: nn.Module, shrunk: torch.Tensor, which: AdapterEntries, output: torch.Tensor) -> None:
+        """Add the tokens' B for a projection times `shrunk` to `output`, (tokens, out)."""
+        expand(shrunk, which, self._factors[projection], output)
+
+    def add_keys(self, heads: LatentHeads, plain: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor) -> None:
+        """Add the adapters of `heads.kv_proj` to queries for latents.
+
+        Every token is multiplied by the factors of every slot, and keeps what its own gives: heads are many, so this
+        has enough rows for the vendor's library, and ranks are few.
+
+        Args:
+            plain: (tokens, num_heads, plain_dim), the parts of queries that are not rotated.
+            queries: (tokens, num_heads, rank), the products of these with the keys' weights.
+        """
+        factor_a, factor_b = self._latent_factors(heads)
+        numbers = torch.einsum("thd,shdr->thsr", plain, factor_b[:, :, : heads.shape.plain_dim])
+        queries += _own(numbers, slots) @ factor_a.flatten(0, 1)
+
+    def add_values(self, heads: LatentHeads, found: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Add the adapters of `heads.kv_proj` to values.
+
+        Args:
+            found: (tokens, num_heads, rank), what attention to latents has given.
+            values: (tokens, num_heads value_dim), what the weights make of it.
+        """
+        factor_a, factor_b = self._latent_factors(heads)
+        numbers = torch.unflatten(found @ factor_a.flatten(0, 1).t(), 2, factor_a.shape[:2])
+        own = torch.unflatten(_own(numbers, slots), 2, factor_a.shape[:2])
+        values += torch.einsum("thsr,shvr->thv", own, factor_b[:, :, heads.shape.plain_dim :]).flatten(1)
+
+    def _latent_factors(self, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, (slots, adapters' rank, rank), and B, (slots, num_heads, plain_dim + value_dim, adapters' rank)."""
+        factors = self._factors[heads.kv_proj]
+        return factors.a, torch.unflatten(factors.b, 1, (heads.num_heads, -1))
+
+
+def _own(numbers: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Numbers (tokens, heads, slots, rank) as (tokens, heads, slots · rank), zeros for slots that are not a token's."""
+    is_own = slots[:, None] == torch.arange(numbers.shape[2], device=slots.device)
+    return numbers.where(is_own[:, None, :, None], 0.0).flatten(2)

@@ -1,0 +1,90 @@
+"""Reads adapters into host memory and copies them to slots on the device, in threads of its own."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from llm.checkpoint.adapter_digest import adapter_digest
+from llm.checkpoint.adapter_slots import AdapterPacker
+from llm.errors import AdapterChangedError, ConfigError
+from llm.models.adapters import AdapterMemory
+from llm.serving.schemas import AdapterRef
+
+_MOST_PLACES = 4096
+
+
+class AdapterCopies:
+    """Places in host memory, each as large as a slot, and the threads that fill them and copy them.
+
+    Host memory is pinned where the device is a GPU, and allocated at once: pinning later would stop the device.
+
+    Args:
+        packer: reads adapters.
+        memory: the slots.
+        host_bytes: memory for the places.
+
+    Raises:
+        ConfigError: the memory does not hold one adapter.
+    """
+
+    def __init__(self, packer: AdapterPacker, memory: AdapterMemory, host_bytes: int) -> None:
+        self.memory = memory
+        self._packer = packer
+        slots = memory.slots
+        bytes_each = slots.shape[1] * slots.itemsize
+        self.num_places = min(host_bytes // bytes_each, _MOST_PLACES)
+        if not self.num_places:
+            raise ConfigError(
+                f"adapter_host_gib: one adapter takes {bytes_each} bytes; raise it, or lower max_adapter_rank"
+            )
+        self._device = slots.device
+        is_cuda = self._device.type == "cuda"
+        self._places = torch.empty(self.num_places, slots.shape[1], dtype=slots.dtype, pin_memory=is_cuda)
+        self._stream = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
+        # A copy takes milliseconds and does not wait for files that are being read.
+        self._reader, self._mover = (ThreadPoolExecutor(1, thread_name_prefix="adapters") for _ in range(2))
+
+    def read(self, adapter: AdapterRef, place: int) -> Future[int]:
+        """Read an adapter into a place that nobody uses; gives its rank.
+
+        What goes wrong is raised by the result: `AdapterChangedError`, or as `AdapterPacker.read`.
+        """
+        return self._reader.submit(self._read, adapter, place)
+
+    def move(self, place: int, slot: int) -> Future[None]:
+        """Copy a place to a slot that no later step uses; done when the slot is filled."""
+        if self._stream is None:
+            return self._mover.submit(self._copy, place, slot)
+        launched = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        launched.record(torch.cuda.current_stream(self._device))
+        return self._mover.submit(self._copy_after, place, slot, launched)
+
+    def close(self) -> None:
+        """End the threads; what they are doing is finished first."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._mover.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, adapter: AdapterRef, place: int) -> int:
+        rank = self._packer.read(adapter.path, self._places[place])
+        # Compared behind the reading: whatever files were read, they are those of this digest, or it shows now.
+        if adapter_digest(adapter.path) != adapter.digest:
+            raise AdapterChangedError(
+                f"the files of the adapter {adapter.name!r} in {adapter.path} have changed since the request chose it; "
+                "load the adapter again"
+            )
+        return rank
+
+    @torch.inference_mode()
+    def _copy(self, place: int, slot: int) -> None:
+        self.memory.slots[slot].copy_(self._places[place])
+
+    @torch.inference_mode()
+    def _copy_after(self, place: int, slot: int, launched: torch.cuda.Event) -> None:
+        """Copy beside the steps in progress, of which the last that read the slot are over first."""
+        assert self._stream is not None, "on a GPU"
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(launched)
+            self.memory.slots[slot].copy_(self._places[place], non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied.record(self._stream)
+        copied.synchronize()

@@ -1,0 +1,101 @@
+"""Which tokens of a step have which adapter, as the kernels take it."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from llm.kernels.adapters import ENTRY_FIELDS, AdapterEntries, entry_rows, most_entries
+from llm.models.adapters import NO_ADAPTER, AdapterMemory
+from llm.models.kernel_adapters import PackedAdapters
+from llm.serving.step_arrays import Int32Array, ranges
+from llm.serving.step_inputs import StepInputs, fill
+
+
+class StepAdapters:
+    """Writes the adapters of a step's tokens to a step's inputs, and names them there.
+
+    Args:
+        memory: the slots.
+        most_tokens: tokens of the largest step, or that are kept in it.
+        deterministic: see `KernelWorkspace`.
+    """
+
+    def __init__(self, memory: AdapterMemory, most_tokens: int, *, deterministic: bool) -> None:
+        self._memory = memory
+        self._deterministic = deterministic
+        # Steps of fewer tokens may have shorter entries, and so more of them.
+        num_entries = max(map(self._most_entries, range(1, most_tokens + 1)))
+        sizes = {"order": most_tokens, "entries": ENTRY_FIELDS * num_entries}
+        by_kind = {f"{kind}_{field}": size for kind in _KINDS for field, size in sizes.items()}
+        self.sizes = {**by_kind, _SLOTS: most_tokens}
+        """Number of elements of each field of `StepInputs`."""
+
+    def fill(
+        self, inputs: Mapping[str, Int32Array], slots: Int32Array, kept: Int32Array, num_tokens: int, num_kept: int
+    ) -> None:
+        """Write the adapters of a step.
+
+        Args:
+            slots: (tokens,), the slot of each token's adapter.
+            kept: (kept,), indices of the tokens that are kept.
+            num_tokens, num_kept: what they are padded to.
+        """
+        fill(inputs[_SLOTS], slots, num_tokens, NO_ADAPTER)
+        self._fill(inputs, _TOKENS, slots, num_tokens)
+        self._fill(inputs, _KEPT, slots[kept], num_kept)
+
+    def of(self, inputs: StepInputs, num_tokens: int, num_kept: int) -> PackedAdapters:
+        """The adapters of a step padded to so many tokens."""
+        return PackedAdapters(
+            self._named(inputs, _TOKENS, num_tokens), self._named(inputs, _KEPT, num_kept), inputs[_SLOTS][:num_tokens]
+        )
+
+    def _fill(self, inputs: Mapping[str, Int32Array], kind: str, slots: Int32Array, padded: int) -> None:
+        order, entries = group_by_adapter(slots, self._memory.ranks, self._rows(padded))
+        inputs[f"{kind}_order"][: len(order)] = order
+        numbers = inputs[f"{kind}_entries"]
+        numbers[: entries.size] = entries.reshape(-1)
+        numbers[entries.size : ENTRY_FIELDS * self._most_entries(padded)] = 0
+
+    def _named(self, inputs: StepInputs, kind: str, padded: int) -> AdapterEntries:
+        num_entries = self._most_entries(padded)
+        entries = inputs[f"{kind}_entries"][: ENTRY_FIELDS * num_entries].view(num_entries, ENTRY_FIELDS)
+        return AdapterEntries(inputs[f"{kind}_order"][:padded], entries, self._rows(padded))
+
+    def _rows(self, num_tokens: int) -> int:
+        return entry_rows(num_tokens, deterministic=self._deterministic)
+
+    def _most_entries(self, num_tokens: int) -> int:
+        return most_entries(num_tokens, len(self._memory), self._rows(num_tokens))
+
+
+_TOKENS, _KEPT = _KINDS = "adapters", "kept_adapters"
+"""Fields of all tokens, and of those that are kept, begin so."""
+_SLOTS = "adapter_slots"
+
+
+def group_by_adapter(slots: Int32Array, ranks: Int32Array, rows: int) -> tuple[Int32Array, Int32Array]:
+    """Group the tokens of a step by their adapters.
+
+    Args:
+        slots: (tokens,), the slot of each token's adapter, `NO_ADAPTER` for none.
+        ranks: (slots,), the rank of the adapter in each slot.
+        rows: most tokens of an entry.
+
+    Returns:
+        The indices of the tokens with an adapter, those of an adapter together; and the entries, (entries, 4): slot,
+        first token in this order, number of tokens, rank.
+    """
+    order = slots.argsort(kind="stable").astype(np.int32)
+    order = order[np.count_nonzero(slots == NO_ADAPTER) :]
+    found, firsts, counts = np.unique(slots[order], return_index=True, return_counts=True)
+    if not len(found):
+        return order, np.zeros((0, 4), np.int32)
+    num_entries = (-(-counts // rows)).astype(np.int32)
+    within = ranges(np.zeros_like(num_entries), num_entries) * rows
+    entries = np.empty((len(within), 4), np.int32)
+    entries[:, 0] = found.repeat(num_entries)
+    entries[:, 1] = firsts.repeat(num_entries) + within
+    entries[:, 2] = np.minimum(counts.repeat(num_entries) - within, rows)
+    entries[:, 3] = ranks[entries[:, 0]]
+    return order, entries

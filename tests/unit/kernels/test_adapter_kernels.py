@@ -1,0 +1,127 @@
+"""Shrinking and expanding by each token's adapter, against float64: by Triton's interpreter, or on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from test_deterministic import sum_in_order
+from triton.runtime.interpreter import InterpreterBuilder
+
+from llm.kernels.adapters import (
+    ENTRY_FIELDS,
+    AdapterEntries,
+    AdapterFactors,
+    entry_rows,
+    expand,
+    most_entries,
+    shrink,
+)
+from llm.serving.step_adapters import group_by_adapter
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+NUM_SLOTS = 5
+
+
+def entries_of(slots: np.ndarray, ranks: np.ndarray, *, deterministic: bool) -> AdapterEntries:
+    """As an engine pads them."""
+    rows = entry_rows(len(slots), deterministic=deterministic)
+    order, entries = group_by_adapter(slots, ranks, rows)
+    padded = np.zeros((most_entries(len(slots), NUM_SLOTS, rows), ENTRY_FIELDS), np.int32)
+    padded[: len(entries)] = entries
+    full_order = np.zeros(len(slots), np.int32)
+    full_order[: len(order)] = order
+    return AdapterEntries(torch.from_numpy(full_order).to(DEVICE), torch.from_numpy(padded).to(DEVICE), rows)
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(*shape) / 4).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize(
+    ("num_tokens", "rank", "num_inputs", "ranges"),
+    [
+        (1, 16, 128, ((0, 0, 64),)),
+        (23, 16, 200, ((0, 0, 130), (1, 130, 150), (2, 150, 170))),
+        (40, 48, 96, ((0, 0, 20), (1, 20, 40))),
+        (300, 16, 64, ((0, 3, 70),)),
+        (9, 256, 64, ((0, 0, 40), (1, 48, 64))),
+    ],
+    ids=["one token", "parts", "odd rank", "many tokens", "largest rank"],
+)
+def test_tokens_get_what_their_own_adapters_make(num_tokens, rank, num_inputs, ranges, dtype, deterministic):
+    """Adapters of lower ranks, tokens without one, outputs of no part: all of it leaves the rest alone."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(num_tokens)
+    num_outputs = ranges[-1][2] + 5
+    num_parts = 1 + max(part for part, _, _ in ranges)
+    slots = rng.integers(-1, NUM_SLOTS, num_tokens).astype(np.int32) if num_tokens > 1 else np.array([3], np.int32)
+    ranks = np.array([rank, 1, 7, 5, rank // 2], np.int32)
+    memory = random(NUM_SLOTS, num_parts * rank * num_inputs + num_outputs * rank + 3, dtype=dtype)
+    end = num_parts * rank * num_inputs
+    factor_a = memory[:, :end].unflatten(1, (num_parts * rank, num_inputs))
+    factor_b = memory[:, end : end + num_outputs * rank].unflatten(1, (num_outputs, rank))
+    x, output = random(num_tokens, num_inputs, dtype=dtype), random(num_tokens, num_outputs, dtype=dtype)
+    expected = output.double()
+    for token, slot in enumerate(slots):
+        for part, first, last in ranges if slot >= 0 else ():
+            own = slice(part * rank, part * rank + ranks[slot])
+            numbers = factor_a[slot, own].double() @ x[token].double()
+            expected[token, first:last] += factor_b[slot, first:last, : ranks[slot]].double() @ numbers
+    factors, which = (
+        AdapterFactors.of(factor_a, factor_b, ranges),
+        entries_of(slots, ranks, deterministic=deterministic),
+    )
+    expand(shrink(x, which, factors, deterministic=deterministic), which, factors, output)
+    error = (output.double() - expected).norm() / expected.norm()
+    assert error < TOLERANCE[dtype]
+    untouched = torch.from_numpy(slots == -1).to(DEVICE)
+    assert torch.equal(output[untouched].double(), expected[untouched])
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_a_token_gets_the_same_bits_whatever_is_beside_it(dtype, monkeypatch):
+    """If the engine asks for it; other tokens, of its own adapter or of others, make no difference."""
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", sum_in_order)
+    torch.manual_seed(0)
+    rank, num_inputs, num_outputs = 16, 300, 140
+    factor_a, factor_b = (random(NUM_SLOTS, *shape, dtype=dtype) for shape in ((rank, num_inputs), (num_outputs, rank)))
+    factors = AdapterFactors.of(factor_a, factor_b, ((0, 0, num_outputs),))
+    x, ranks = random(290, num_inputs, dtype=dtype), np.full(NUM_SLOTS, rank, np.int32)
+    slots = (np.arange(290) % NUM_SLOTS).astype(np.int32)
+
+    def run(tokens: slice) -> torch.Tensor:
+        which = entries_of(slots[tokens], ranks, deterministic=True)
+        output = torch.zeros(len(slots[tokens]), num_outputs, dtype=dtype, device=DEVICE)
+        expand(shrink(x[tokens].contiguous(), which, factors, deterministic=True), which, factors, output)
+        return output
+
+    together = run(slice(0, 290))
+    for token in (0, 7, 131):
+        assert torch.equal(run(slice(token, token + 1))[0], together[token])
+    assert torch.equal(run(slice(100, 140)), together[100:140])
+
+
+def test_entries_hold_each_token_once():
+    rng = np.random.default_rng(0)
+    ranks = np.arange(1, 9, dtype=np.int32)
+    for num_tokens, num_slots in ((1, 1), (16, 1), (17, 2), (64, 8), (300, 8), (5000, 3)):
+        slots = rng.integers(-1, num_slots, num_tokens).astype(np.int32)
+        rows = entry_rows(num_tokens)
+        order, entries = group_by_adapter(slots, ranks, rows)
+        assert sorted(order) == np.flatnonzero(slots >= 0).tolist()
+        assert len(entries) <= most_entries(num_tokens, num_slots, rows)
+        covered = 0
+        for slot, first, count, rank in entries:
+            assert (slots[order[first : first + count]] == slot).all()
+            assert 0 < count <= rows
+            assert (first, rank) == (covered, ranks[slot])
+            covered += count
+        assert covered == len(order)
+
+
+def test_no_token_has_an_adapter():
+    order, entries = group_by_adapter(np.full(7, -1, np.int32), np.ones(3, np.int32), 16)
+    assert (len(order), entries.shape) == (0, (0, ENTRY_FIELDS))
