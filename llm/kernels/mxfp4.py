@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from llm.core.weight_groups import WeightGroups
-from llm.kernels.launch import launch_options, wait_for_inputs
+from llm.kernels.launch import launch_options, prefetch, wait_for_inputs
 
 TILE_K = tl.constexpr(64)
 """Inputs that one turn of the product takes: each quarter of them is what the tensor cores multiply at once."""
@@ -118,6 +118,16 @@ def _load_scales(scales, out, size, start, num_inputs, SPAN: tl.constexpr):
 
 
 @triton.jit
+def _prefetch_scales(scales, out, size, num_inputs):
+    """Ask for all scales of some outputs. They are read turn by turn, and nothing else hides the time that takes."""
+    num_blocks = num_inputs // _BLOCK_SIZE
+    column = tl.min(out)
+    for first in range(0, num_blocks, 128):
+        block = tl.minimum(first + tl.arange(0, 128), num_blocks - 1)
+        prefetch(scales + block * size + column)
+
+
+@triton.jit
 def _load_rows(x, row, start, num_inputs, quarter: tl.constexpr, SPAN: tl.constexpr):
     """The rows' numbers at the inputs of one quarter: (TILE_K / 4, rows)."""
     column = _columns(start, quarter, SPAN)[:, None]
@@ -142,6 +152,10 @@ def product_of_floats(
     size = 2 * num_outputs if SWIGLU else num_outputs
     dtype: tl.constexpr = x.dtype.element_ty
     in_assembly: tl.constexpr = IN_ASSEMBLY and dtype == tl.bfloat16
+    if in_assembly:
+        _prefetch_scales(scales, weight_row, size, num_inputs)
+        if SWIGLU:
+            _prefetch_scales(scales, weight_row + num_outputs, size, num_inputs)
     gate_words = gate_row.to(tl.pointer_type(tl.int16))
     up_words = up_row.to(tl.pointer_type(tl.int16))
     for start in range(0, num_inputs, TILE_K):

@@ -27,6 +27,7 @@ from llm.kernels import (
     group_numbers,
     groups as groups_kernels,
     logprobs,
+    mxfp4,
     norm,
     pair_order,
     quantization,
@@ -369,14 +370,17 @@ def compile_expert_groups() -> None:
     for (scales, (codes, span)), num_pairs, swiglu in product(formats.items(), (128, 4096), (False, True)):
         tile = expert_tiles.expert_group_tile(num_pairs, 32, span, 2, False, swiglu)
         cut = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k, "SWIGLU": swiglu}
-        cut["AS_NUMBERS"] = scales == "*u8" or tile.rows > expert_tiles.MAX_SUMMED_ROWS
+        cut["AS_NUMBERS"] = tile.rows > expert_tiles.MAX_SUMMED_ROWS
         taken = compile_kernel(
             "experts in groups", expert_groups.groups_tile_product, {**arguments, **codes, **cut},
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         assert taken <= SHARED_MEMORY[90] - 1024, (tile, scales, taken)
-    older = {**arguments, **formats["*u8"][0], **cut, "TILE_K": 64, "AS_NUMBERS": True}
-    compile_kernel("experts in groups", expert_groups.groups_tile_product, older, capability=80)
+    older = {**arguments, **formats["*u8"][0], **cut, "AS_NUMBERS": False}
+    for span in (32, 64):
+        compile_kernel(
+            "experts in groups", expert_groups.groups_tile_product, {**older, "TILE_K": span}, capability=80
+        )
 
 
 def compile_stages() -> None:
@@ -399,8 +403,9 @@ def compile_groups() -> None:
     arguments |= dict.fromkeys(("num_rows", "num_outputs", "num_inputs", "inputs_per_part", "group_size"), "i32")
     codes = {"4 bits": ("*u8", "*fp16", "*u8", INT), "of one group": ("*u8", BF16, None, None)}
     arguments["num_groups"] = "i32"
-    written = {**arguments, "codes": "*u8", "scales": "*u8", "zeros": None, "order": None}
-    compile_kernel("written out", group_numbers._write_out, written, OUTPUTS=32, SPAN=64, IN_ASSEMBLY=True)
+    for span in (32, 64):
+        written = {**arguments, "codes": "*u8", "scales": "*u8", "num_blocks": "i32"}
+        compile_kernel("floats written out", mxfp4._write_out, written, OUTPUTS=32, SPAN=span)
     for weight, scales, zeros, order in (*codes.values(), (FP8, FLOAT, None, None)):
         groups = {"group_scales": scales, "zeros": zeros, "order": order}
         written = {**arguments, "codes": weight, "scales": scales, "zeros": zeros, "order": order}
