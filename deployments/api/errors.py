@@ -77,10 +77,15 @@ _MOST_NAMES = 20
 """Names of models that an error gives."""
 
 
-def model_not_found(name: str, names: Sequence[str]) -> APIError:
-    """The error for a request that names another model than those there are."""
+def model_not_found(name: str, names: Sequence[str] = ()) -> APIError:
+    """The error for a request that names another model than those there are.
+
+    Args:
+        name: what it names.
+        names: the models' names, as far as this client may know them.
+    """
     there = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
-    message = f"The model {name[:100]!r} does not exist; there is {there}"
+    message = f"The model {name[:100]!r} does not exist" + (f"; there is {there}" if names else "")
     return APIError(404, message, param="model", code="model_not_found")
 
 

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from deployments.api.answering import json_response
 from deployments.api.errors import model_not_found
-from deployments.api.openai.responses import ModelList, ModelObject, Ready
+from deployments.api.openai.responses import ModelList, ModelObject, Status
 from deployments.api.route_table import Route
 from deployments.chat.errors import not_ready, of_engine
 from deployments.errors import NoReplicaError
@@ -31,7 +31,7 @@ class ModelEndpoints:
         return [
             Route("GET", "/v1/models", self.models, "Models", ModelList),
             Route("GET", "/v1/models/{model:path}", self.model, "One model", ModelObject),
-            Route("GET", "/ready", self.ready, "Whether requests can be answered", Ready, is_open=True),
+            Route("GET", "/ready", self.ready, "Whether requests can be answered", Status, is_open=True),
         ]
 
     async def models(self, _: Request) -> Response:
@@ -47,11 +47,14 @@ class ModelEndpoints:
         """Answer 200 while requests for any model can be answered: a replica serves, or one starts when a request
         arrives. Otherwise 503. With `?model=NAME`, only that model counts."""
         name = request.query_params.get("model")
-        routers = self._directory.routers if name is None else self._find(name)
+        # This needs no key, so it names no model.
+        routers = self._directory.routers if name is None else self._directory.find(name)
+        if not routers:
+            raise model_not_found(name or "")
         if not any(router.can_answer for router in routers):
             missing = of_engine(NoReplicaError("No engine replica serves at the moment"))
             raise missing if any(router.is_ready for router in routers) else not_ready()
-        return json_response({"status": "ready", "models": {router.key: router.state for router in routers}})
+        return json_response({"status": "ready"})
 
     def _find(self, name: str) -> tuple[Router, ...]:
         found = self._directory.find(name)

@@ -8,11 +8,11 @@ from deployments.observe.finished_request import FinishedRequest
 logger = logging.getLogger("ray.serve")
 
 
-def log_request(request: FinishedRequest) -> None:
+def log_request(request: FinishedRequest, model: str) -> None:
     """Log how a request went. With Serve's `logging_config: {encoding: JSON}` each of `request_fields` is a field."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    fields = request_fields(request)
+    fields = request_fields(request) | {"model": model}
     logger.info(
         "request %s over: %s, %d + %d tokens%s%s",
         fields["generation_id"],

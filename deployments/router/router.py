@@ -313,7 +313,7 @@ class Router:
 
     def _request_over(self, request: FinishedRequest) -> None:
         self.metrics.request_over(request)
-        log_request(request)
+        log_request(request, self.key)
         if self._tracer is not None:
             self._tracer.request_over(request, self.config.model_name)
 

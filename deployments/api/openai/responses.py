@@ -313,17 +313,9 @@ class Text(ResponseModel):
 
 
 class Status(ResponseModel):
-    """Answer of `GET /health`."""
+    """Answer of `GET /health` and `GET /ready`."""
 
     status: str
-
-
-class Ready(ResponseModel):
-    """Answer of `GET /ready`."""
-
-    status: str
-    models: dict[str, Literal["ready", "starting", "asleep"]]
-    """The state of each model."""
 
 
 class Version(ResponseModel):

@@ -81,7 +81,7 @@ async def test_the_history_comes_at_first_and_then_from_time_to_time(
 ):
     monkeypatch.setattr(fleet_stream, "_INTERVAL_S", 0.0)
     monkeypatch.setattr(fleet_stream, "_HISTORY_INTERVAL_S", interval_s)
-    stream = fleet_stream.watch_fleet((await make_service(num_replicas=1)).router)
+    stream = fleet_stream.watch_fleet((await make_service(num_replicas=1)).directory)
     has_history = [b'"history"' in await anext(stream) for _ in range(10)]
     await stream.aclose()
     assert has_history[0]

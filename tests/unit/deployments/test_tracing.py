@@ -106,10 +106,10 @@ async def test_a_generation_may_be_over_after_its_http_request(
     assert tracer is not None
     request_over = tracer.request_over
 
-    def late(request: FinishedRequest) -> None:
+    def late(request: FinishedRequest, model: str) -> None:
         assert request.span is not None
         request.span.end()
-        request_over(request)
+        request_over(request, model)
 
     monkeypatch.setattr(tracer, "request_over", late)
     await ask(service)
