@@ -113,7 +113,8 @@ class Endpoints:
 
         async def start() -> tuple[Turn, AnswerWriter]:
             chat = await self._requests.prepared(request, target, body, size, PromptEncoder.chat)
-            turn = await target.chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
+            caller = caller_of(request, body.priority, body.prompt_cache_key)
+            turn = await target.chats.chat(chat, body.stop_strings(), caller)
             return turn, _completion_writer(turn, target, body, is_chat=True, wants_logprobs=bool(body.logprobs))
 
         return await answer(request, start(), error_events, is_streamed=bool(body.stream))
@@ -125,7 +126,8 @@ class Endpoints:
 
         async def start() -> tuple[Turn, AnswerWriter]:
             completion = await self._requests.prepared(request, target, body, size, PromptEncoder.completion)
-            turn = await target.chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
+            caller = caller_of(request, body.priority, body.prompt_cache_key)
+            turn = await target.chats.completion(completion, body.stop_strings(), caller)
             return turn, _completion_writer(
                 turn,
                 target,
