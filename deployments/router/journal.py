@@ -9,6 +9,7 @@ from deployments.channel.messages import ChannelAddress, TokenItem
 from deployments.errors import ShuttingDownError
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.fleet import Fleet
+from deployments.fleet.sessions import session_key
 from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.history import History
 from deployments.router.caller import Caller
@@ -120,6 +121,7 @@ class Journal:
             num_tokens=len(request.prompt_token_ids or ()) + len(generation.token_ids),
             num_work_tokens=self.work_of(request),
             block_hashes=generation.group.block_hashes(generation),
+            session=session_key(caller.tenant, caller.session_id),
             tenant=caller.tenant,
             priority=caller.priority,
             num_output_tokens=len(generation.token_ids),
