@@ -14,8 +14,8 @@ from llm.serving.schemas import GenerationRequest
 def num_prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
     """Number of prompt tokens of an HTTP request, as its answer counts them: a prompt that several continue counts
     once."""
-    pooled = [len(request.prompt_token_ids or ()) for request in requests if request.pooling is not None]
-    continued = {id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests if r.pooling is None}
+    pooled = [len(request.prompt_token_ids or ()) for request in requests if request.gives_vector]
+    continued = {id(r.prompt_token_ids): len(r.prompt_token_ids or ()) for r in requests if not r.gives_vector}
     return sum(pooled) + sum(continued.values())
 
 
