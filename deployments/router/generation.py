@@ -47,7 +47,7 @@ class Generation:
         index: its place in the group.
         token_ids: all tokens so far.
         logprobs: one entry for each of `token_ids` if the request asks for them.
-        vector: vector of a pooled request, once it is there; as in `StepOutput`.
+        vector: the vector that its request gives, once it is there; as in `StepOutput`.
         prompt_logprobs: those of the prompt, if the request asks for them and once they are there; as in
             `GenerateReply`.
         end: how it ended, None while it runs.

@@ -75,7 +75,7 @@ class GenerationGroup:
             generation.cancel()
 
     async def vectors(self) -> list[bytes]:
-        """Wait for the vector of each request; all of them are pooled. Cancelling gives up those that run.
+        """Wait for the vector that each request gives. Cancelling gives up those that run.
 
         Raises:
             LLMError: one of them failed; the others are given up.

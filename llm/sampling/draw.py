@@ -173,7 +173,7 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             adjusted[i, ids] += _send_floats(list(row.logit_bias.values()), logits.device)
         if row.banned_ids:
             adjusted[i, _send_ints(row.banned_ids, logits.device)] = -torch.inf
-    return _bound(adjusted, rows, lambda row: True)
+    return _bound(adjusted, rows, lambda _: True)
 
 
 def _bound(logits: torch.Tensor, rows: Sequence[SamplingRow], concerns: Callable[[SamplingRow], bool]) -> torch.Tensor:

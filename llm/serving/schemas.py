@@ -10,6 +10,7 @@ import msgspec
 from pydantic import Field, model_validator
 
 from llm.config import MAX_TOP_LOGPROBS, StrictModel
+from llm.core.pooling import Pooling as Pooling
 
 INT64_MAX = 2**63 - 1
 
@@ -88,15 +89,6 @@ class AdapterRef(StrictModel):
     """Directory of a PEFT adapter, on the engine's machine."""
     digest: str = Field(min_length=1, max_length=256)
     """Fingerprint of the content of its files. It alone says which adapter this is."""
-
-
-class Pooling(StrEnum):
-    """Which of a prompt's final hidden states make its vector."""
-
-    LAST = "last"
-    """The last token's."""
-    MEAN = "mean"
-    """The average over all tokens."""
 
 
 class GenerationRequest(StrictModel):
@@ -186,7 +178,8 @@ class GenerationRequest(StrictModel):
             raise ValueError(f"scores_allowed needs 1 to {MAX_TOP_LOGPROBS} allowed_token_ids, each of them once")
         if self.max_new_tokens or self.logprobs is not None or self.prompt_logprobs is not None or self.pooling:
             raise ValueError(
-                "scores_allowed generates nothing: set max_new_tokens to 0, leave out logprobs, prompt_logprobs, pooling"
+                "scores_allowed generates nothing: set max_new_tokens to 0, "
+                "leave out logprobs, prompt_logprobs and pooling"
             )
 
     @property
@@ -289,8 +282,8 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     adapter_failure: AdapterFailure | None = None
     """Set if the request's adapter could not be loaded."""
     vector: bytes | None = None
-    """The prompt's vector, as 32-bit floats: `numpy.frombuffer(vector, numpy.float32)`. Its length is 1 if it is made of
-    hidden states. None if tokens are generated."""
+    """The prompt's vector, as 32-bit floats: `numpy.frombuffer(vector, numpy.float32)`. One made of hidden states has
+    length 1. None if tokens are generated."""
 
     def joined(self, later: "StepOutput") -> "StepOutput":
         """This output and what the same step added after it, as one."""

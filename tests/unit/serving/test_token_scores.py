@@ -1,4 +1,4 @@
-"""Log probabilities of chosen tokens after a prompt: those of the model, however unlikely, in whatever steps it is read.
+"""Log probabilities of chosen tokens after a prompt: those of the model, however unlikely, in whatever steps they come.
 
 The graph runner's kernels run in Triton's interpreter where there is no GPU.
 """
