@@ -23,7 +23,8 @@ _QUERY = "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='conte
 _DOCUMENT = "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
 DEFAULT_TEMPLATE = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "provided. Note "
+    'that the answer can only be "yes" or "no".<|im_end|>\n'
     "<|im_start|>user\n<Instruct>: {{ instruction }}\n"
     f"<Query>: {_QUERY}\n<Document>: {_DOCUMENT}<|im_end|>\n"
     "<|im_start|>assistant\n<think>\n\n</think>\n{{ '\n' }}"
