@@ -21,11 +21,12 @@ from llm.tokenization.hf_tokenizer import HFTokenizer
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 _QUERY = "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}"
 _DOCUMENT = "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+_TASK = " ".join((
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note",
+    'that the answer can only be "yes" or "no".',
+))  # fmt: skip
 DEFAULT_TEMPLATE = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-    "provided. Note "
-    'that the answer can only be "yes" or "no".<|im_end|>\n'
-    "<|im_start|>user\n<Instruct>: {{ instruction }}\n"
+    f"<|im_start|>system\n{_TASK}<|im_end|>\n<|im_start|>user\n<Instruct>: {{{{ instruction }}}}\n"
     f"<Query>: {_QUERY}\n<Document>: {_DOCUMENT}<|im_end|>\n"
     "<|im_start|>assistant\n<think>\n\n</think>\n{{ '\n' }}"
 )
