@@ -123,6 +123,19 @@ async def test_the_query_is_read_once(service: Service):
     assert replica._loop._engine.stats().num_cached_prompt_tokens - before > 2 * 100
 
 
+async def test_many_documents_wait_for_the_first_to_read_a_long_query(service: Service):
+    """So the query is computed once, not for each of the documents that arrive together."""
+    (replica,) = service.client.replicas
+    before = replica._loop._engine.stats()
+    answer = await rerank(
+        service, query="What is the capital of China? " * 20, documents=[f"It is {i}." for i in range(20)]
+    )
+    after = replica._loop._engine.stats()
+    num_tokens = after.num_prompt_tokens - before.num_prompt_tokens
+    assert num_tokens == answer["usage"]["prompt_tokens"]
+    assert after.num_cached_prompt_tokens - before.num_cached_prompt_tokens > 0.8 * num_tokens
+
+
 async def test_documents_cannot_write_the_prompt(service: Service):
     """A document that closes the user's turn by itself is read as text: more tokens, and no control token."""
     plain = (await rerank(service, documents=["x"]))["usage"]["prompt_tokens"]
