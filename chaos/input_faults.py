@@ -34,6 +34,7 @@ def _bad_inputs() -> dict[str, tuple[str, dict[str, Any]]]:
         "10,000 prompts": (_COMPLETIONS, {"model": "demo", "prompt": ["a"] * 10_000}),
         "120,000 token ids": (_COMPLETIONS, {"model": "demo", "prompt": [97] * 120_000, "n": 128}),
         "5,000 inputs to embed": (_EMBEDDINGS, {"model": "demo", "input": ["a"] * 5000}),
+        "5,000 documents to rank": ("/v1/rerank", {"model": "demo", "query": "a", "documents": ["a"] * 5000}),
     }
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from deployments.vectors_config import EmbeddingsConfig, ScoringConfig
 from llm.checkpoint.hub import is_gguf
 from llm.config import EngineConfig, StrictModel
 from llm.errors import ConfigError
@@ -228,6 +229,8 @@ class ServedModelConfig(StrictModel):
     """What text becomes a `tool_call` in answers to requests with tools."""
     reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO
     """What text becomes `reasoning_content` in answers to chats."""
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    scoring: ScoringConfig = ScoringConfig()
 
     @model_validator(mode="after")
     def _check_gpus(self) -> Self:
@@ -262,7 +265,7 @@ class ServedModelConfig(StrictModel):
         return tuple(dict.fromkeys((self.model_name, *self.aliases)))
 
 
-_OF_ROUTERS = ("aliases", "weight", "variant", "admission", "tool_parser", "reasoning_parser")
+_OF_ROUTERS = ("aliases", "weight", "variant", "admission", "tool_parser", "reasoning_parser", "embeddings", "scoring")
 """Settings of a model that its engines have no use for."""
 _OF_SERVE = {
     "num_replicas", "autoscaling", "num_gpus", "num_cpus", "max_ongoing_requests", "graceful_shutdown_timeout_s",
@@ -297,6 +300,7 @@ def resolve_model(config: ServedModelConfig) -> ServedModelConfig:
         if place is not None:
             changes[name] = str(place)
     changes["chat_template"] = read_chat_template(config)
+    changes["scoring"] = config.scoring.with_template_read()
     resolved = config.model_copy(update=changes)
     return resolved.model_copy(update={"served_model_name": resolved.model_name})
 

@@ -45,6 +45,7 @@ def server() -> Iterator[Server]:
                 "model": str(ROOT / "configs" / "demo"),
                 "device": "cpu",
                 "engine": {"max_batch_size": 16},
+                "scoring": {"method": "embeddings"},
                 "replicas": {"num_replicas": 2, "torch_threads": 1, "graceful_shutdown_timeout_s": 5},
                 "router": {"graceful_shutdown_timeout_s": 5},
             }

@@ -56,7 +56,7 @@ def create_api(directory: ModelDirectory, store: ResponseStore | None = None) ->
         KeyGuard,
         access=directory.access,
         open_paths=[*(route.path for route in table if route.is_open), _OPENAPI_PATH, *static_paths],
-        metered_paths=[route.path for route in table if route.path.startswith("/v1/")],
+        metered_paths=[route.path for route in table if route.is_metered],
     )
     api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
     if config.cors.is_on:

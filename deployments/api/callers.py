@@ -6,6 +6,7 @@ import uuid
 from starlette.requests import Request
 
 from deployments.chat.errors import invalid
+from deployments.chat.requests import MAX_SESSION_CHARS
 from deployments.chat.wire_model import RequestBody
 from deployments.router.accounts import Account
 from deployments.router.caller import Caller
@@ -17,11 +18,17 @@ REQUEST_ID_HEADER = "X-Request-ID"
 TIMING_HEADER = "X-Rayline-Timing"
 
 
-def caller_of(request: Request, priority: int | None = None) -> Caller:
+def caller_of(request: Request, priority: int | None = None, session_key: str | None = None) -> Caller:
     """What the router needs to know about the client.
 
+    Args:
+        request: the HTTP request.
+        priority: the one that its body asks for.
+        session_key: the `prompt_cache_key` in its body.
+
     Raises:
-        APIError: a 400; the timeout is not a positive number, or this API key may not use the priority.
+        APIError: a 400; the timeout is not a positive number, this API key may not use the priority, or the name of the
+            session is too long.
     """
     state = request.scope.get("state", {})
     return Caller(
@@ -33,16 +40,20 @@ def caller_of(request: Request, priority: int | None = None) -> Caller:
         key_digest=state.get("key_digest", b""),
         span=state.get("span"),
         request_id=request.headers.get(REQUEST_ID_HEADER, "")[:128],
+        session_id=session_of(request, session_key),
     )
 
 
-def session_of(request: Request, body: RequestBody) -> str:
-    """What the request has in common with others that should be answered by the same version of a model: the session
-    that its client names in a header or as `prompt_cache_key`; without one its API key; without keys nothing, so it is
-    the request's own id."""
-    named = request.headers.get(SESSION_HEADER) or getattr(body, "prompt_cache_key", None)
-    if isinstance(named, str) and named:
-        return f"{tenant_of(request)}\0{named}"
+def version_key_of(request: Request, body: RequestBody) -> str:
+    """What the request has in common with others that should be answered by the same version of a model: its session;
+    without one its API key; without keys nothing, so it is the request's own id.
+
+    Raises:
+        APIError: as in `session_of`.
+    """
+    session = session_of(request, getattr(body, "prompt_cache_key", None))
+    if session:
+        return f"{tenant_of(request)}\0{session}"
     return tenant_of(request) or request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
 
 
@@ -50,6 +61,19 @@ def tenant_of(request: Request) -> str:
     """The name of the API key that came with the request; empty if no key is required."""
     tenant: str = request.scope.get("state", {}).get("tenant", "")
     return tenant
+
+
+def session_of(request: Request, session_key: str | None = None) -> str:
+    """The client's name for the session that a request belongs to: its header, otherwise the `prompt_cache_key` in its
+    body; empty if it has neither.
+
+    Raises:
+        APIError: a 400; the header is too long.
+    """
+    session = request.headers.get(SESSION_HEADER, "").strip()
+    if len(session) > MAX_SESSION_CHARS:
+        raise invalid(f"{SESSION_HEADER}: at most {MAX_SESSION_CHARS} characters", SESSION_HEADER)
+    return session or session_key or ""
 
 
 def _priority(asked: int | None, account: Account | None) -> int:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from deployments.api.answer_headers import IGNORED_HEADER, add_header
 from deployments.api.anthropic.schemas import MessagesRequest
 from deployments.api.bodies import Body, parse, read_body
-from deployments.api.callers import caller_of, session_of
+from deployments.api.callers import caller_of, version_key_of
 from deployments.api.errors import model_not_found
 from deployments.api.openai.response_requests import ResponsesRequest
 from deployments.api.sse import until_disconnect
@@ -87,7 +87,7 @@ class RequestReader:
         if not body.model and len(names) > 1:
             raise invalid(f"model: name one of {', '.join(names)}", "model")
         name = body.model or names[0]
-        router = self._directory.pick(name, session_of(request, body))
+        router = self._directory.pick(name, version_key_of(request, body))
         if router is None:
             raise model_not_found(name, names)
         return Target(self._chats[router.key], router.config.model_name)
@@ -126,4 +126,5 @@ class RequestReader:
                 return encoder.chat(chat), chat
 
         encoded, chat = await self.prepared(request, target, body, size, encode)
-        return await target.chats.chat(encoded, chat.stop_strings(), caller_of(request, chat.priority))
+        caller = caller_of(request, chat.priority, chat.prompt_cache_key)
+        return await target.chats.chat(encoded, chat.stop_strings(), caller)

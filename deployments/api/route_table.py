@@ -24,6 +24,8 @@ from deployments.api.openai.responses import (
 Handler = Callable[[Request], Awaitable[Response]]
 
 EVENT_STREAM = "text/event-stream"
+_METERED = ("/rerank", "/score")
+"""Paths outside `/v1` at which a model is asked."""
 _EVENT = {"type": "string", "description": "Server-sent events"}
 
 
@@ -40,6 +42,11 @@ class Route:
     body: type[BaseModel] | None = None
     is_open: bool = False
     """Answered without a key even if keys are required."""
+
+    @property
+    def is_metered(self) -> bool:
+        """Whether its requests count toward their key's limits."""
+        return self.path.startswith(("/v1/", "/v2/")) or self.path in _METERED
 
     def operation(self) -> dict[str, Any]:
         """The route's entry in the description, needed because handlers read and write their bodies themselves."""

@@ -1,6 +1,5 @@
 """The HTTP API of a router: what each path does."""
 
-import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -14,12 +13,10 @@ from deployments.api.fleet_stream import watch_fleet
 from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.model_routes import ModelEndpoints
 from deployments.api.openai.completion_writer import CompletionWriter
-from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
 from deployments.api.openai.response_store import ResponseStore
 from deployments.api.openai.responses import (
     ChatCompletion,
     Completion,
-    EmbeddingList,
     InputTokens,
     MessageObject,
     Stats,
@@ -32,7 +29,8 @@ from deployments.api.pages import page
 from deployments.api.request_reader import RequestReader, Target
 from deployments.api.response_routes import ResponseEndpoints
 from deployments.api.route_table import EVENT_STREAM, Route
-from deployments.api.sse import EventStream, error_events, until_disconnect
+from deployments.api.sse import EventStream, error_events
+from deployments.api.vector_routes import VectorEndpoints
 from deployments.chat.encoder import PromptEncoder
 from deployments.chat.errors import in_words_of
 from deployments.chat.requests import (
@@ -62,6 +60,7 @@ class Endpoints:
         self._directory = directory
         self._requests = RequestReader(directory)
         self._responses = ResponseEndpoints(self._requests, store)
+        self._vectors = VectorEndpoints(self._requests)
         self._models = ModelEndpoints(directory)
 
     def table(self) -> list[Route]:
@@ -86,7 +85,7 @@ class Endpoints:
                 InputTokens,
                 CountTokensRequest,
             ),
-            Route("POST", "/v1/embeddings", self.embeddings, "Vectors of texts", EmbeddingList, EmbeddingsRequest),
+            *self._vectors.table(),
             *self._models.table(),
             Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", Tokens, TokenizeRequest),
             Route("POST", "/detokenize", self.detokenize, "Tokens to text", Text, DetokenizeRequest),
@@ -113,7 +112,8 @@ class Endpoints:
 
         async def start() -> tuple[Turn, AnswerWriter]:
             chat = await self._requests.prepared(request, target, body, size, PromptEncoder.chat)
-            turn = await target.chats.chat(chat, body.stop_strings(), caller_of(request, body.priority))
+            caller = caller_of(request, body.priority, body.prompt_cache_key)
+            turn = await target.chats.chat(chat, body.stop_strings(), caller)
             return turn, _completion_writer(turn, target, body, is_chat=True, wants_logprobs=bool(body.logprobs))
 
         return await answer(request, start(), error_events, is_streamed=bool(body.stream))
@@ -125,7 +125,8 @@ class Endpoints:
 
         async def start() -> tuple[Turn, AnswerWriter]:
             completion = await self._requests.prepared(request, target, body, size, PromptEncoder.completion)
-            turn = await target.chats.completion(completion, body.stop_strings(), caller_of(request, body.priority))
+            caller = caller_of(request, body.priority, body.prompt_cache_key)
+            turn = await target.chats.completion(completion, body.stop_strings(), caller)
             return turn, _completion_writer(
                 turn,
                 target,
@@ -160,23 +161,6 @@ class Endpoints:
         return json_response(
             {"input_tokens": await self._requests.prepared_at_once(request, CountTokensRequest, count)}
         )
-
-    async def embeddings(self, request: Request) -> Response:
-        """Return a vector for each input: the model's hidden states, pooled and normalized to length 1."""
-        body, size = await self._requests.body(request, EmbeddingsRequest)
-        target = self._requests.target(request, body)
-
-        async def embed() -> tuple[list[list[int]], list[bytes]]:
-            inputs = await self._requests.prepared(
-                request, target, body, size, lambda encoder, body: encoder.inputs(body.inputs())
-            )
-            caller = caller_of(request, body.priority)
-            return inputs, await target.router.embed(inputs, body.pooling or "last", caller)
-
-        inputs, vectors = await until_disconnect(request.receive, embed())
-        num_tokens = sum(map(len, inputs))
-        write = lambda: json_pieces(embeddings_object(body, target.name, vectors, num_tokens))  # noqa: E731
-        return JSONResponse(await asyncio.to_thread(write))
 
     async def tokenize(self, request: Request) -> Response:
         """Turn a text or a chat into token ids."""

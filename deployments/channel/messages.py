@@ -152,6 +152,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Memory of the weights on each GPU of a replica; 0 if there are no weights."""
     kv_cache_bytes: int = 0
     """Memory of all slots' keys and values on each GPU of a replica."""
+    vector_size: int = 0
+    """Dimensions of a text's vector."""
     num_gpus: int = 1
     """GPUs of each replica that hold the model together; on a CPU, processes."""
 
@@ -240,7 +242,7 @@ class GenerateReply(msgspec.Struct):
     """Set if another replica may continue."""
     timing: EngineTiming | None = None
     vector: bytes | None = None
-    """Vector of a pooled request, as in `StepOutput`. Only the reply carries it; the channel reports the end."""
+    """Vector that the request gives, as in `StepOutput`. Only the reply carries it; the channel reports the end."""
     prompt_logprobs: bytes | None = None
     """Output of `pack_logprobs`, if the request asked for it. Only the reply carries it, too."""
 

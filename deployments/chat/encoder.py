@@ -185,15 +185,15 @@ class PromptEncoder:
         """Each prompt as text; special tokens in prompts of ids are left out."""
         return [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in prompts]
 
-    def inputs(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
+    def inputs(self, inputs: Sequence[str | list[int]], param: str = "input") -> list[list[int]]:
         """Tokens of each input to be embedded.
 
         Raises:
             APIError: a 400.
         """
-        batch = self._batch(inputs, "input")
+        batch = self._batch(inputs, param)
         for ids in batch:
-            self.check_length(ids, "input")
+            self.check_length(ids, param)
         return batch
 
     def text_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -202,7 +202,7 @@ class PromptEncoder:
         Raises:
             APIError: it certainly exceeds the context, which is found without tokenizing.
         """
-        self._check_text(text, "prompt")
+        self.check_text(text, "prompt")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _batch(self, given: Sequence[str | list[int]], param: str) -> list[list[int]]:
@@ -213,7 +213,7 @@ class PromptEncoder:
         """
         texts = [text for text in given if isinstance(text, str)]
         for text in texts:
-            self._check_text(text, param)
+            self.check_text(text, param)
         encoded = iter(self.tokenizer.encode_all(texts))
         batch = [next(encoded) if isinstance(item, str) else item for item in given]
         for ids in batch:
@@ -243,7 +243,7 @@ class PromptEncoder:
             tools=self.format.history.tools(tools),
             **_checked_variables(variables),
         )
-        self._check_text(chat.text, "messages")
+        self.check_text(chat.text, "messages")
         return self.tokenizer.encode_chat(chat)
 
     def check_length(self, ids: Sequence[int], param: str) -> None:
@@ -267,7 +267,12 @@ class PromptEncoder:
         if ids and max(ids) >= self.info.vocab_size:
             raise invalid(f"{param}: token ids must be below the vocabulary's {self.info.vocab_size}", param)
 
-    def _check_text(self, text: str, param: str) -> None:
+    def check_text(self, text: str, param: str) -> None:
+        """Refuse a text that certainly exceeds the context, which is found without tokenizing.
+
+        Raises:
+            APIError: it does.
+        """
         most = min(self.info.max_seq_len, self.info.num_slots)
         if len(text) > most and self.tokenizer.min_num_tokens(text) >= most:
             raise PromptTooLongError(f"at least {self.tokenizer.min_num_tokens(text)}", most, param)

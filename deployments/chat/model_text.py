@@ -8,10 +8,13 @@ from deployments.chat.encoder import PromptEncoder
 from deployments.chat.errors import APIError
 from deployments.chat.model_format import ModelFormat, find_format
 from deployments.chat.requests import ChatRequest
+from deployments.chat.scoring import Scorer, make_scorer
+from deployments.chat.vectors import VectorStyle
 from deployments.config import LimitsConfig
 from deployments.model_config import ServedModelConfig, read_chat_template
 from llm.checkpoint.generation_defaults import GenerationDefaults, load_generation_defaults
 from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.vector_defaults import load_vector_defaults
 from llm.errors import ConfigError, InvalidRequestError
 from llm.sampling.grammar import GrammarCompiler
 from llm.tokenization.hf_tokenizer import HFTokenizer
@@ -30,12 +33,16 @@ class ModelText:
         tokenizer: the tokenizer, with its chat templates.
         defaults: what the model recommends for generation.
         format: how it writes calls and thoughts.
+        vectors: how its vectors are made.
+        scorer: scores queries and documents; None if nothing says how.
         warnings: what the server's operator should know, each in one line.
     """
 
     tokenizer: HFTokenizer
     defaults: GenerationDefaults
     format: ModelFormat
+    vectors: VectorStyle
+    scorer: Scorer | None
 
     @classmethod
     def load(cls, config: ServedModelConfig) -> Self:
@@ -47,7 +54,11 @@ class ModelText:
         directory = resolve_model_path(config.model)
         tokenizer = HFTokenizer.from_pretrained(directory, chat_template=read_chat_template(config))
         defaults = load_generation_defaults(directory)
-        return cls(tokenizer, defaults, find_format(tokenizer, config.tool_parser, config.reasoning_parser))
+        found = load_vector_defaults(directory)
+        vectors = VectorStyle.of(config.embeddings, found)
+        scorer = make_scorer(config.scoring, vectors, found, tokenizer)
+        form = find_format(tokenizer, config.tool_parser, config.reasoning_parser)
+        return cls(tokenizer, defaults, form, vectors, scorer)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -22,9 +22,11 @@ MAX_STOP_STRINGS = 64
 MAX_COMPLETION_LOGPROBS = 5
 MAX_STOP_TOKEN_IDS = 128
 MAX_MESSAGES = 4096
+MAX_SESSION_CHARS = 512
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
+SessionKey = Annotated[str, Field(max_length=MAX_SESSION_CHARS)]
 
 
 def _check_stop(value: Any) -> Any:
@@ -116,12 +118,15 @@ class SamplingFields(StructuredFields, RequestBody):
     cache_salt: Annotated[str, Field(max_length=128)] | None = None
     """Extension. Share cached prompts only with requests that have the same salt."""
 
+    prompt_cache_key: SessionKey | None = None
+    """Name of the session: where replicas cost the same, its requests go to the replica that served it last. The header
+    `X-Session-Id` says the same, and counts first."""
+
     user: NoEffect = None
     metadata: NoEffect = None
     store: NoEffect = None
     service_tier: NoEffect = None
     safety_identifier: NoEffect = None
-    prompt_cache_key: NoEffect = None
     prompt_cache_retention: NoEffect = None
 
     chat_template: Any = Field(default=None, json_schema_extra={"deprecated": True})

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from deployments.fleet.policy import Policy, ReplicaLoad
+from deployments.fleet.sessions import SessionHomes
 from llm.serving.schemas import EngineStats
 
 
@@ -45,12 +46,14 @@ class _Stream:
         replica: the replica that it belongs to.
         num_new_tokens: tokens that the replica had to prefill for it, as known when it was sent.
         block_hashes: hashes of its full pages.
+        session: its session, as in `session_key`.
         is_prefilled: it has its first token, or has ended.
     """
 
     replica: _Replica
     num_new_tokens: int
     block_hashes: Sequence[int]
+    session: bytes = b""
     is_prefilled: bool = False
 
 
@@ -72,6 +75,7 @@ class Fleet:
         self._policy = policy
         self._replicas: dict[str, _Replica] = {}
         self._streams: dict[int, _Stream] = {}
+        self._sessions = SessionHomes()
         self._page_size = 1
 
     @property
@@ -125,38 +129,44 @@ class Fleet:
     def remove(self, replica_id: str) -> None:
         """Remove a replica that is gone or shall get nothing more. No effect if it is unknown."""
         self._replicas.pop(replica_id, None)
+        self._sessions.forget(replica_id)
 
-    def rank(self, num_tokens: int, block_hashes: Sequence[int]) -> list[str]:
+    def rank(self, num_tokens: int, block_hashes: Sequence[int], session: bytes = b"") -> list[str]:
         """Ids of the replicas for a request, best first.
 
         Args:
             num_tokens: tokens to prefill if nothing is cached; at least 1.
             block_hashes: hashes of the request's full pages, first page first; each covers everything up to its page's
                 end.
+            session: what `session_key` says; empty for a request without a session.
         """
         replicas = list(self._replicas.values())
         num_blocks = _num_cached_blocks(replicas, block_hashes)
         num_cached = [self._num_tokens(num_blocks[replica.load.replica_id], num_tokens) for replica in replicas]
-        return self._policy.rank([replica.load for replica in replicas], num_tokens, num_cached)
+        home_id = self._sessions.home(session, self._replicas)
+        return self._policy.rank([replica.load for replica in replicas], num_tokens, num_cached, home_id)
 
-    def sent(self, replica_id: str, stream_id: int, num_tokens: int, block_hashes: Sequence[int]) -> None:
+    def sent(
+        self, replica_id: str, stream_id: int, num_tokens: int, block_hashes: Sequence[int], session: bytes = b""
+    ) -> None:
         """Note that a request goes to a replica, and counts there until `ended`. No effect if the replica is unknown.
 
         Args:
             replica_id: where it goes.
             stream_id: the router's number for it, not in use.
-            num_tokens, block_hashes: as for `rank`. The hashes are kept, not copied.
+            num_tokens, block_hashes, session: as for `rank`. The hashes are kept, not copied.
         """
         replica = self._replicas.get(replica_id)
         if replica is None:
             return
         num_blocks = _num_cached_blocks([replica], block_hashes)[replica_id]
-        stream = _Stream(replica, num_tokens - self._num_tokens(num_blocks, num_tokens), block_hashes)
+        stream = _Stream(replica, num_tokens - self._num_tokens(num_blocks, num_tokens), block_hashes, session)
         self._streams[stream_id] = replica.unreported[stream_id] = replica.coming[stream_id] = stream
         replica.coming_blocks.update(block_hashes)
         replica.load.num_rows += 1
         replica.load.num_own_rows += 1
         replica.load.num_prefill_tokens += stream.num_new_tokens
+        self._sessions.note(session, replica_id)
 
     def prefilled(self, stream_id: int) -> None:
         """Note that a request has its first token. No effect if it is unknown, or a second time."""
@@ -192,6 +202,7 @@ class Fleet:
             load.num_prefill_tokens -= stream.num_new_tokens
         stream.replica = replica
         replica.load.num_own_rows += 1
+        self._sessions.note(stream.session, replica.load.replica_id)
 
     def _num_tokens(self, num_blocks: int, num_tokens: int) -> int:
         """Tokens that this many cached blocks save; never a prompt's last token, which must run to draw the next."""

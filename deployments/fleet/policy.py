@@ -16,6 +16,8 @@ ROW_TOKENS = 512
 On an H200, a row with 1,024 tokens of context lengthens a step by as much as one prefill token, and a request shares
 some 250 steps with it. The request slows that row as much as the row slows the request, hence twice that number.
 """
+_HOME_ADVANTAGE = 0.5
+"""Share of a row's cost by which the home of a request's session may be dearer than the cheapest replica."""
 _MEMORY = 0.98
 _MAX_FOREIGN_SHARE = 0.9
 
@@ -38,13 +40,20 @@ class ReplicaLoad:
 class Policy(Protocol):
     """Ranks replicas for one request. One object serves one router; it may remember what it chose."""
 
-    def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
+    def rank(
+        self,
+        loads: Sequence[ReplicaLoad],
+        num_tokens: int,
+        num_cached_tokens: Sequence[int],
+        home_id: str | None = None,
+    ) -> list[str]:
         """Ids of all replicas, best first. Called once for each request.
 
         Args:
             loads: the replicas, in an order that changes only as they come and go.
             num_tokens: tokens of the request's prompt and of what an earlier replica generated.
             num_cached_tokens: for each of `loads`, how many of these tokens its prefix cache holds.
+            home_id: the replica that the request's session belongs to, which wins ties; None without a session.
         """
         ...
 
@@ -56,6 +65,8 @@ class CostPolicy:
     A cached prefix makes a replica cheaper by its tokens, and a queue makes it more expensive by its tokens. A popular
     prefix therefore spreads as soon as waiting for it costs more than computing it again. Ties go to the replica with
     the fewest rows, then in turn.
+
+    A session's home goes first if its cost is within half a row's of the least, so never if that means one row more.
 
     What other routers have sent since the last report is unknown, and routers that know the same and choose the best
     would all choose the same replica. Costs are therefore blurred by up to the cost of a typical request for each other
@@ -74,25 +85,32 @@ class CostPolicy:
         self._foreign_share = 0.0
         self._typical_cost = row_tokens
 
-    def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
+    def rank(
+        self,
+        loads: Sequence[ReplicaLoad],
+        num_tokens: int,
+        num_cached_tokens: Sequence[int],
+        home_id: str | None = None,
+    ) -> list[str]:
         """See `Policy.rank`."""
         if not loads:
             return []
         num_loads, row_tokens, draw = len(loads), self._row_tokens, self._random.random
         blur = self._blur(loads)
         self._turn += 1
+        costs = [
+            load.num_prefill_tokens + num_tokens - num_cached + row_tokens * load.num_rows
+            for load, num_cached in zip(loads, num_cached_tokens, strict=True)
+        ]
+        turn = self._turn
         order = sorted(
-            (
-                load.num_prefill_tokens + num_tokens - num_cached + row_tokens * load.num_rows + blur * draw(),
-                load.num_rows,
-                (index - self._turn) % num_loads,
-                index,
-            )
-            for index, (load, num_cached) in enumerate(zip(loads, num_cached_tokens, strict=True))
+            range(num_loads),
+            key=lambda index: (costs[index] + blur * draw(), loads[index].num_rows, (index - turn) % num_loads),
         )
-        best = order[0][3]
-        self._typical_cost = _moved(self._typical_cost, num_tokens - num_cached_tokens[best] + row_tokens)
-        return [loads[index].replica_id for *_, index in order]
+        dearest = min(costs) + _HOME_ADVANTAGE * row_tokens
+        order.sort(key=lambda index: loads[index].replica_id != home_id or costs[index] > dearest)
+        self._typical_cost = _moved(self._typical_cost, num_tokens - num_cached_tokens[order[0]] + row_tokens)
+        return [loads[index].replica_id for index in order]
 
     def _blur(self, loads: Sequence[ReplicaLoad]) -> float:
         """Tokens by which a cost may be off because other routers have sent requests too."""
@@ -107,7 +125,7 @@ class CostPolicy:
 
 
 class RoundRobin:
-    """Ranks replicas in turn.
+    """Ranks replicas in turn, whatever the request's session.
 
     Args:
         seed: seed of whose turn is first; None for any.
@@ -116,9 +134,15 @@ class RoundRobin:
     def __init__(self, seed: int | None = None) -> None:
         self._turn = random.Random(seed).randrange(1 << 16)
 
-    def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
+    def rank(
+        self,
+        loads: Sequence[ReplicaLoad],
+        num_tokens: int,
+        num_cached_tokens: Sequence[int],
+        home_id: str | None = None,
+    ) -> list[str]:
         """See `Policy.rank`."""
-        del num_tokens, num_cached_tokens
+        del num_tokens, num_cached_tokens, home_id
         replica_ids = [load.replica_id for load in loads]
         self._turn += 1
         first = self._turn % max(len(replica_ids), 1)
@@ -127,6 +151,7 @@ class RoundRobin:
 
 class PowerOfTwoChoices:
     """Of two replicas drawn at random, the one with fewer rows first (Mitzenmacher 2001); then the others as drawn.
+    If both have as many, the home of the request's session goes first.
 
     Args:
         seed: seed of the draws; None for any.
@@ -135,11 +160,17 @@ class PowerOfTwoChoices:
     def __init__(self, seed: int | None = None) -> None:
         self._random = random.Random(seed)
 
-    def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
+    def rank(
+        self,
+        loads: Sequence[ReplicaLoad],
+        num_tokens: int,
+        num_cached_tokens: Sequence[int],
+        home_id: str | None = None,
+    ) -> list[str]:
         """See `Policy.rank`."""
         del num_tokens, num_cached_tokens
         drawn = self._random.sample(loads, len(loads))
-        drawn[:2] = sorted(drawn[:2], key=lambda load: load.num_rows)
+        drawn[:2] = sorted(drawn[:2], key=lambda load: (load.num_rows, load.replica_id != home_id))
         return [load.replica_id for load in drawn]
 
 

@@ -26,7 +26,7 @@ from llm.serving.schemas import (
 
 _FIRST_TOKEN = 97
 _NUM_TOKENS = 26
-_VECTOR_SIZE = 16
+VECTOR_SIZE = 16
 _HANG_S = 3600.0
 
 
@@ -151,7 +151,7 @@ class EmulatedEngine:
         rows = list(self._running.values())
         if self._suffer(self._find_fault()):
             return [self._fail(row) for row in rows]
-        outputs = [self._advance(row) if row.request.pooling is None else self._pool(row) for row in rows]
+        outputs = [self._pool(row) if row.request.gives_vector else self._advance(row) for row in rows]
         self._num_generated += sum(len(output.token_ids) for output in outputs)
         return outputs
 
@@ -231,7 +231,7 @@ class EmulatedEngine:
     def _take_pages(self, row: _Row) -> bool:
         """Take pages for the row's greatest length, sharing the prompt's cached ones; False if there are too few."""
         pool, page_size = self.pool, self.config.page_size
-        num_new_tokens = row.request.max_new_tokens if row.request.pooling is None else 0
+        num_new_tokens = 0 if row.request.gives_vector else row.request.max_new_tokens
         longest = min(len(row.prompt) + num_new_tokens, self.max_seq_len)
         num_pages = min(pool.pages_for(longest), pool.num_pages)
         # At least one token is left to compute, as in a real engine.
@@ -253,7 +253,12 @@ class EmulatedEngine:
         """The vector of a row's prompt, its last output."""
         del self._running[row.request.request_id]
         self.pool.release(row.pages)
-        vector = np.cos(np.arange(1, _VECTOR_SIZE + 1) * (1 + (self._version + row.fingerprint) % 1009))
+        number = 1 + (self._version + row.fingerprint) % 1009
+        if row.request.scores_allowed:
+            vector = -1 - np.cos(np.arange(1, len(row.request.allowed_token_ids or ()) + 1) * number)
+        else:
+            vector = np.cos(np.arange(1, VECTOR_SIZE + 1) * number)
+            vector /= np.linalg.norm(vector)
         return StepOutput(
             row.request.request_id,
             (),
@@ -261,7 +266,7 @@ class EmulatedEngine:
             num_prompt_tokens=len(row.prompt),
             num_cached_tokens=row.num_cached,
             queue_s=row.queue_s,
-            vector=(vector / np.linalg.norm(vector)).astype(np.float32).tobytes(),
+            vector=vector.astype(np.float32).tobytes(),
         )
 
     def _advance(self, row: _Row) -> StepOutput:

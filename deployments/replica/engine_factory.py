@@ -10,7 +10,7 @@ from typing import Protocol
 from deployments.channel.messages import EngineInfo
 from deployments.fingerprint import fingerprint_of
 from deployments.model_config import DType, EngineKind, ServedModelConfig
-from deployments.replica.emulated_engine import EmulatedEngine
+from deployments.replica.emulated_engine import VECTOR_SIZE, EmulatedEngine
 from deployments.replica.model_memory import check_fits, slot_bytes
 from llm.errors import ConfigError
 from llm.scheduling.slot_pool import SlotPool
@@ -119,6 +119,7 @@ def _make_emulated(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
         dtype="none",
         backend="emulated",
         fingerprint=fingerprint,
+        vector_size=VECTOR_SIZE,
     )
 
 
@@ -201,5 +202,6 @@ def _make_torch(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
         fingerprint=fingerprint_of(config),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
         kv_cache_bytes=engine.num_slots * slot_bytes(model.held, kv_itemsize) + states_bytes(model, engine.config),
+        vector_size=model.hidden_size,
         num_gpus=config.engine.tensor_parallel_size,
     )

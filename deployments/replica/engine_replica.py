@@ -107,7 +107,7 @@ class EngineReplica:
     async def generate_batch(self, calls: bytes, ranking: Sequence[str] = ()) -> bytes:
         """Run a list of `GenerateCall`s side by side; returns their replies once all have ended. Canceling aborts all.
 
-        For pooled requests, which take less time than a call.
+        For requests that give vectors, which take less time than a call.
 
         Args:
             calls: encoded.

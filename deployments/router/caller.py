@@ -22,6 +22,8 @@ class Caller:
         key_digest: digest of the secret that it came with; empty if there are no keys.
         span: the HTTP request's span in its trace; None if there are no traces.
         request_id: the HTTP request's `X-Request-ID`, for the log.
+        session_id: the client's name for the conversation that the request belongs to; "" if it gives none. Two API
+            keys may use the same name for different sessions.
     """
 
     tenant: str = ""
@@ -32,3 +34,4 @@ class Caller:
     key_digest: bytes = b""
     span: "Span | None" = None
     request_id: str = ""
+    session_id: str = ""

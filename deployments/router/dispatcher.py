@@ -152,12 +152,12 @@ class Dispatcher:
         """Let a request go to the best replica for it."""
         ranking = [
             replica_id
-            for replica_id in self._fleet.rank(ticket.num_tokens, ticket.block_hashes)
+            for replica_id in self._fleet.rank(ticket.num_tokens, ticket.block_hashes, ticket.session)
             if replica_id not in ticket.excluded
         ]
         chosen = next(replica_id for replica_id in ranking if self._takes(replica_id, ticket))
         ranking.remove(chosen)
-        self._fleet.sent(chosen, ticket.stream_id, ticket.num_tokens, ticket.block_hashes)
+        self._fleet.sent(chosen, ticket.stream_id, ticket.num_tokens, ticket.block_hashes, ticket.session)
         self._rate.add(ticket.num_work_tokens)
         if ticket.ranking.done():  # cancelled; its owner withdraws it
             return

@@ -47,7 +47,7 @@ class Generation:
         index: its place in the group.
         token_ids: all tokens so far.
         logprobs: one entry for each of `token_ids` if the request asks for them.
-        vector: vector of a pooled request, once it is there; as in `StepOutput`.
+        vector: the vector that its request gives, once it is there; as in `StepOutput`.
         prompt_logprobs: those of the prompt, if the request asks for them and once they are there; as in
             `GenerateReply`.
         end: how it ended, None while it runs.
@@ -152,7 +152,7 @@ class Generation:
         """Add what the token channel brought. After a gap that only the reply can fill, later items are left out."""
         self.replica_id = replica_id
         # The reply brings what the channel does not, including the end.
-        if self.request.pooling is not None or self.request.prompt_logprobs is not None:
+        if self.request.gives_vector or self.request.prompt_logprobs is not None:
             return
         known = len(self.token_ids)
         skip = known - item.offset
@@ -239,7 +239,7 @@ class Generation:
 
     async def _send(self, client: EngineClient, call: GenerateCall, ranking: Sequence[str]) -> GenerateReply:
         num_tokens = len(self.request.prompt_token_ids or ())
-        if self.request.pooling is not None:
+        if self.request.gives_vector:
             return await self.group.batches.generate(client, call, ranking, num_tokens)
         if num_tokens <= _INLINE_TOKENS:
             data = encode(call)

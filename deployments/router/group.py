@@ -19,9 +19,9 @@ _NUM_AT_ONCE = 64
 class GenerationGroup:
     """The generations of one HTTP request, with one waiter for all, so each step wakes it up once.
 
-    If several continue the same prompt, all but the first wait until the first one's prompt is in a replica's prefix
-    cache, and share it there. If there are many, they start a few at a time, so that the event loop can run other work
-    in between.
+    If several have the same prompt, or all of them a long beginning in common, all but the first wait until the first
+    one's prompt is in a replica's prefix cache, and share it there. If there are many, they start a few at a time, so
+    that the event loop can run other work in between.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class GenerationGroup:
             generation.cancel()
 
     async def vectors(self) -> list[bytes]:
-        """Wait for the vector of each request; all of them are pooled. Cancelling gives up those that run.
+        """Wait for the vector that each request gives. Cancelling gives up those that run.
 
         Raises:
             LLMError: one of them failed; the others are given up.

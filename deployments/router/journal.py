@@ -9,6 +9,7 @@ from deployments.channel.messages import ChannelAddress, TokenItem
 from deployments.errors import ShuttingDownError
 from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.fleet import Fleet
+from deployments.fleet.sessions import session_key
 from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.history import History
 from deployments.router.caller import Caller
@@ -104,7 +105,7 @@ class Journal:
 
     def work_of(self, request: GenerationRequest) -> int:
         """Tokens of prompt and expected output: the work that it costs a replica."""
-        output = min(request.max_new_tokens, round(self._mean_output_tokens)) if request.pooling is None else 0
+        output = min(request.max_new_tokens, round(self._mean_output_tokens)) if not request.gives_vector else 0
         return len(request.prompt_token_ids or ()) + output
 
     def claim(self, generation: Generation) -> Ticket:
@@ -120,6 +121,7 @@ class Journal:
             num_tokens=len(request.prompt_token_ids or ()) + len(generation.token_ids),
             num_work_tokens=self.work_of(request),
             block_hashes=generation.group.block_hashes(generation),
+            session=session_key(caller.tenant, caller.session_id),
             tenant=caller.tenant,
             priority=caller.priority,
             num_output_tokens=len(generation.token_ids),
@@ -135,7 +137,7 @@ class Journal:
         """End the attempt; anything that still arrives under its number is dropped."""
         del self._live[ticket.stream_id]
         self.dispatcher.withdraw(ticket)
-        if generation.end is not None and generation.request.pooling is None:
+        if generation.end is not None and not generation.request.gives_vector:
             num_output = len(generation.token_ids)
             self._mean_output_tokens += (1 - _OUTPUT_MEMORY) * (num_output - self._mean_output_tokens)
         self._fleet.ended(ticket.stream_id)

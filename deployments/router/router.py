@@ -34,7 +34,7 @@ from deployments.router.model_state import ModelState
 from deployments.router.prompts import num_prompt_tokens, prompt_hashes
 from deployments.router.token_hub import TokenHub
 from llm.checkpoint.fingerprint import is_same_version
-from llm.serving.schemas import GenerationRequest, Pooling
+from llm.serving.schemas import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,8 +42,6 @@ _ENGINE_CHECK_INTERVAL_S = 0.2
 _FIRST_LOOK_S, _OWN_VERSION_CHECK_S = 1.0, 0.05
 _SAMPLE_INTERVAL_S = 1.0
 _TOTALS = ("num_live", "num_waiting", "num_requests", "num_refused", "num_resumes", "num_moves")
-_REQUESTS_AT_ONCE = 64
-"""Number of requests created in one turn of the event loop."""
 _INLINE_TOKENS = 4096
 """Prompts of up to this many tokens in total are hashed at once; larger ones in a thread."""
 
@@ -172,18 +170,13 @@ class Router:
             hashes = prompt_hashes(requests, page_size)
         return self.journal.start(requests, caller, hashes)
 
-    async def embed(self, inputs: Sequence[Sequence[int]], pooling: str, caller: Caller | None = None) -> list[bytes]:
-        """Compute the vector of each input, as 32-bit floats. Cancelling gives up all of them.
+    async def vectors(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> list[bytes]:
+        """Compute the vector that each request gives, as 32-bit floats. Cancelling gives up all of them.
 
         Raises:
             OverloadedError: too much waits already.
             LLMError: one of the vectors could not be computed.
         """
-        requests = []
-        for token_ids in inputs:
-            requests.append(GenerationRequest(prompt_token_ids=tuple(token_ids), pooling=Pooling(pooling)))
-            if len(requests) % _REQUESTS_AT_ONCE == 0:
-                await asyncio.sleep(0)
         return await (await self.start(requests, caller)).vectors()
 
     async def wait_for_own_version(self) -> None:

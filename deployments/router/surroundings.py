@@ -27,7 +27,7 @@ class Siblings(Protocol[GenerationT]):
 
     @property
     def batches(self) -> CallBatches:
-        """Sends the calls of pooled requests."""
+        """Sends the calls of requests that give vectors."""
         ...
 
     def must_wait(self, generation: GenerationT) -> bool:

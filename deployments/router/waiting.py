@@ -17,6 +17,7 @@ class Ticket:
         num_output_tokens: how many of `num_tokens` were generated.
         num_work_tokens: `num_tokens` plus the expected output.
         block_hashes: hashes of the prompt's full pages, first page first.
+        session: the session it belongs to, as in `session_key`; empty for none.
         tenant: whose share it counts toward; "" if there are no keys.
         priority: lower goes first.
         is_resumed: it has already been on a replica.
@@ -30,6 +31,7 @@ class Ticket:
     num_tokens: int
     num_work_tokens: int
     block_hashes: Sequence[int] = ()
+    session: bytes = b""
     tenant: str = ""
     priority: int = 0
     num_output_tokens: int = 0

@@ -37,12 +37,12 @@ ROW_FIELDS = np.dtype(
         ("num_logprobs", np.int32),
         ("seed", np.int64),
         ("num_prompt_logprobs", np.int32),
-        ("unused", np.int32),
+        ("are_top_allowed", np.int32),
     ]
 )
 """One row's parameters, 16 words of 32 bits. As in `GenerationRequest`, but: `top_k` is 0 for off; `banned_before`
 is the position from which the banned ids may be drawn; `num_logprobs` and `num_prompt_logprobs` are one more than was
-asked for, 0 for none."""
+asked for, 0 for none; `are_top_allowed` is 1 if only allowed ids count among the likeliest of a draw."""
 
 
 @dataclass(frozen=True, slots=True)

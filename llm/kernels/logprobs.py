@@ -16,7 +16,7 @@ import triton.language as tl
 from llm.config import MAX_TOP_LOGPROBS
 from llm.core.row_tensors import RowTensors
 from llm.kernels.cuts import ordered_key, value_of_key
-from llm.kernels.row_fields import NUM_LOGPROBS, NUM_PROMPT_LOGPROBS, int_field
+from llm.kernels.row_fields import ARE_TOP_ALLOWED, NUM_LOGPROBS, NUM_PROMPT_LOGPROBS, int_field
 
 _BLOCK = 4096
 _CAPACITY = tl.constexpr(triton.next_power_of_2(MAX_TOP_LOGPROBS))
@@ -63,7 +63,8 @@ def find_logprobs(
         token_ids: (draws or more,) int32, what was drawn, or what comes next in a prompt; negative for nothing.
         workspace: allocated for at least as many draws and this vocabulary.
         output: (draws or more, 1 + 2 * MAX_TOP_LOGPROBS) int32, contiguous. Of each row that asks: the float32 of the
-            drawn token as bits, then ids of the likeliest, then theirs, likeliest first, as many as it asks for.
+            drawn token as bits, then ids of the likeliest, then theirs, likeliest first, as many as it asks for. Of
+            rows with `are_top_allowed` only the ids that they may draw count, which must be as many.
         of_prompts: look at what rows ask of their prompts, not of what is drawn.
     """
     num_draws, vocab_size = logits.shape
@@ -71,7 +72,7 @@ def find_logprobs(
     field = (NUM_PROMPT_LOGPROBS if of_prompts else NUM_LOGPROBS).value
     _of_blocks[(num_blocks, num_draws)](
         logits, logits.stride(0), vocab_size, rows, state.fields, workspace.stats, workspace.stats.stride(0),
-        workspace.keys, ASKED=field, BLOCK=_BLOCK, num_warps=8,
+        workspace.keys, state.allowed, state.allowed.shape[1], ASKED=field, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     _of_rows[(num_draws,)](
         logits, logits.stride(0), rows, token_ids, state.fields, workspace.stats, workspace.stats.stride(0),
@@ -82,11 +83,13 @@ def find_logprobs(
 
 @triton.jit
 def _of_blocks(
-    logits, row_stride, vocab_size, rows, fields, stats, stats_stride, keys, ASKED: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, row_stride, vocab_size, rows, fields, stats, stats_stride, keys, allowed, num_words,
+    ASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (block, draw)."""
     draw = tl.program_id(1).to(tl.int64)
-    num_top = int_field(fields, tl.load(rows + draw).to(tl.int64), ASKED) - 1
+    row = tl.load(rows + draw).to(tl.int64)
+    num_top = int_field(fields, row, ASKED) - 1
     if num_top < 0:
         return
     token_id = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -99,6 +102,9 @@ def _of_blocks(
     tl.store(stats + stats_stride + place, tl.sum(tl.exp(x - origin), 0))
     key = (ordered_key(x + 0.0, 0) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))  # + 0.0 makes one zero of both
     key = tl.where(exists, key, _NO_KEY)
+    if int_field(fields, row, ARE_TOP_ALLOWED) != 0:
+        word = tl.load(allowed + row * num_words + token_id // 32, mask=exists, other=0)
+        key = tl.where(((word >> (token_id % 32)) & 1) != 0, key, _NO_KEY)
     for i in range(num_top):
         best = tl.max(key, 0)
         tl.store(keys + place * _CAPACITY + i, best)

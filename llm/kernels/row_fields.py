@@ -16,6 +16,7 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P = map(_word, ("temperature", "top_k", "top_p", 
 REPETITION, PRESENCE, FREQUENCY = map(_word, ("repetition_penalty", "presence_penalty", "frequency_penalty"))
 KIND, NUM_BIASES, NUM_BANS, BANNED_BEFORE = map(_word, ("kind", "num_biases", "num_bans", "banned_before"))
 NUM_LOGPROBS, NUM_PROMPT_LOGPROBS, SEED = map(_word, ("num_logprobs", "num_prompt_logprobs", "seed"))
+ARE_TOP_ALLOWED = _word("are_top_allowed")
 PENALISED, HAS_ENTRIES, BOUND = (tl.constexpr(int(kind)) for kind in RowKind)
 _WORDS = tl.constexpr(ROW_FIELDS.itemsize // 4)
 

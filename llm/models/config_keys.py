@@ -37,6 +37,7 @@ _HARMLESS = key_names("""
     diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    is_matryoshka matryoshka_dimensions classifier_from_token is_original_qwen3_reranker sentence_transformers
     attention_bias mlp_bias bias qkv_bias max_window_layers
 """)
 """Keys that do not affect what a model computes if its family does not read them. Sampling is the matter of

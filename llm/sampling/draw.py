@@ -1,6 +1,6 @@
 """From logits to the next token: penalties, cuts, and a draw whose noise depends only on (seed, position)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -39,6 +39,8 @@ class SamplingRow:
     allowed: npt.NDArray[np.int32] | None = None
     """One bit for each id, set if it may be drawn, starting with the lowest bit of the first word; None for all."""
     num_logprobs: int | None = None
+    are_top_allowed: bool = False
+    """Whether only the allowed ids count among the likeliest; they must be as many as `num_logprobs`."""
 
     @property
     def is_greedy(self) -> bool:
@@ -52,6 +54,11 @@ class Draw(msgspec.Struct, frozen=True, gc=False):
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+    def scores(self, token_ids: Sequence[int]) -> bytes:
+        """Log probabilities of these ids, all of them among the likeliest, in their order, as 32-bit floats."""
+        found = dict(self.top)
+        return np.array([found[token_id] for token_id in token_ids], dtype=np.float32).tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,7 @@ def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draws:
         return Draws(token_ids)
     logprobs = logits.log_softmax(-1)
     num_top = max(row.num_logprobs or 0 for row in rows)
-    top_ids = likeliest(logits, min(num_top, logprobs.shape[1]))
+    top_ids = likeliest(_bound(logits, rows, lambda row: row.are_top_allowed), min(num_top, logprobs.shape[1]))
     drawn = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1)
     return Draws(token_ids, drawn, logprobs.gather(1, top_ids), top_ids)
 
@@ -166,16 +173,20 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             adjusted[i, ids] += _send_floats(list(row.logit_bias.values()), logits.device)
         if row.banned_ids:
             adjusted[i, _send_ints(row.banned_ids, logits.device)] = -torch.inf
-    constrained = [i for i, row in enumerate(rows) if row.allowed is not None]
-    if constrained:
-        masks = np.stack([row.allowed for row in rows if row.allowed is not None])
-        is_allowed = _unpack_bits(masks, logits.shape[1], logits.device)
-        if len(constrained) == len(rows):
-            return adjusted.masked_fill(~is_allowed, -torch.inf)
-        index = _send_ints(constrained, logits.device)
-        adjusted = adjusted.clone() if adjusted is logits else adjusted
-        adjusted[index] = adjusted[index].masked_fill(~is_allowed, -torch.inf)
-    return adjusted
+    return _bound(adjusted, rows, lambda _: True)
+
+
+def _bound(logits: torch.Tensor, rows: Sequence[SamplingRow], concerns: Callable[[SamplingRow], bool]) -> torch.Tensor:
+    """Logits with -inf for what rows do not allow, of those rows that this concerns; the same tensor if it is none."""
+    bound = [i for i, row in enumerate(rows) if row.allowed is not None and concerns(row)]
+    if not bound:
+        return logits
+    masks = np.stack([mask for i in bound if (mask := rows[i].allowed) is not None])
+    is_allowed = _unpack_bits(masks, logits.shape[1], logits.device)
+    if len(bound) == len(rows):
+        return logits.masked_fill(~is_allowed, -torch.inf)
+    index = _send_ints(bound, logits.device)
+    return logits.index_put((index,), logits[index].masked_fill(~is_allowed, -torch.inf))
 
 
 def _unpack_bits(masks: npt.NDArray[np.int32], num_bits: int, device: torch.device) -> torch.Tensor:

@@ -71,8 +71,8 @@ class RowState:
                 request.temperature, min(request.top_k or 0, 2**31 - 1), request.top_p, request.min_p,
                 request.repetition_penalty, request.presence_penalty, request.frequency_penalty, row_kind(request),
                 len(request.logit_bias), len(bans), start.num_prompt_tokens + request.min_new_tokens,
-                0 if request.logprobs is None else 1 + request.logprobs, request.seed,
-                0 if request.prompt_logprobs is None else 1 + request.prompt_logprobs, 0,
+                _count_field(request.num_draw_logprobs), request.seed,
+                _count_field(request.prompt_logprobs), request.scores_allowed,
             )  # fmt: skip
         sent = self._uploads.send(self._mirror.view(np.int32))
         self.tensors.fields.copy_(sent.view(self.tensors.fields.shape))
@@ -113,6 +113,11 @@ class RowState:
         if len(outputs):
             index = self._uploads.send(outputs)
             counts.index_add_(0, index, torch.full_like(index, 2, dtype=torch.int32))
+
+
+def _count_field(number: int | None) -> int:
+    """How `ROW_FIELDS` writes a number that may be none."""
+    return 0 if number is None else 1 + number
 
 
 def row_kind(request: GenerationRequest) -> RowKind:

@@ -240,7 +240,7 @@ class ContinuousBatchingEngine:
             self.scheduler.preparing.add(sequence)
         else:
             self._queue(sequence)
-        if self.tokenizer is not None and request.pooling is None:
+        if self.tokenizer is not None and not request.gives_vector:
             stream = TextStream(self.tokenizer, request.stop, request.min_new_tokens)
             stream.push(request.output_token_ids)
             self._text_streams[request.request_id] = stream
@@ -405,6 +405,8 @@ class ContinuousBatchingEngine:
             self._count_prompt(sequence)
             if request.prompt_logprobs is not None:
                 prompt_logprobs = tuple(self._prompt_logprobs.pop(request.request_id, ()))
+        if request.scores_allowed:
+            return self._vector_output(sequence, draw.scores(request.allowed_token_ids or ()))
         if request.max_new_tokens == 0:
             return self._end_of_prompt(sequence, prompt_logprobs)
         stop_reason: int | str | None = None
@@ -440,8 +442,9 @@ class ContinuousBatchingEngine:
 
     def _vector_output(self, sequence: Sequence, vector: bytes) -> StepOutput:
         if not np.isfinite(np.frombuffer(vector, np.float32)).all():
-            return self._end_with(sequence, "the model's hidden states are not finite")
-        self._count_prompt(sequence)
+            return self._end_with(sequence, "the model's hidden states or logits are not finite")
+        if sequence.pooling is not None:
+            self._count_prompt(sequence)
         self._end(sequence)
         return StepOutput(
             sequence.request_id, (), finish_reason=FinishReason.STOP, num_prompt_tokens=sequence.num_prompt_tokens,

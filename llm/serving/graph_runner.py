@@ -149,7 +149,7 @@ class GraphRunner:
                 wanted = [
                     (index, min(num_top, self.model.config.vocab_size))
                     for index, (part, _) in enumerate(drawing)
-                    if (num_top := part.sequence.request.logprobs) is not None
+                    if (num_top := part.sequence.request.num_draw_logprobs) is not None
                 ]
             size = graphs.draw_size(num_draws)
             graphs.run(("draws", size, are_plain), partial(self._run_draws, size, are_plain=are_plain))

@@ -261,7 +261,8 @@ class EagerRunner:
             output_ids=output_ids,
             banned_ids=() if sequence.may_end_at(position) else tuple(sequence.end_ids),
             allowed=bits,
-            num_logprobs=request.logprobs,
+            num_logprobs=request.num_draw_logprobs,
+            are_top_allowed=request.scores_allowed,
         )
 
     def _page_tables(self, parts: SequenceOf[StepPart], arrays: StepArrays) -> torch.Tensor:

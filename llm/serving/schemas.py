@@ -10,6 +10,7 @@ import msgspec
 from pydantic import Field, model_validator
 
 from llm.config import MAX_TOP_LOGPROBS, StrictModel
+from llm.core.pooling import Pooling as Pooling
 
 INT64_MAX = 2**63 - 1
 
@@ -90,15 +91,6 @@ class AdapterRef(StrictModel):
     """Fingerprint of the content of its files. It alone says which adapter this is."""
 
 
-class Pooling(StrEnum):
-    """Which of a prompt's final hidden states make its vector."""
-
-    LAST = "last"
-    """The last token's."""
-    MEAN = "mean"
-    """The average over all tokens."""
-
-
 class GenerationRequest(StrictModel):
     """One prompt and how to continue it, or which vector to make of it.
 
@@ -154,6 +146,9 @@ class GenerationRequest(StrictModel):
     """What the output must look like; None for anything."""
     adapter: AdapterRef | None = None
     """The adapter that computes this request; None for the model itself."""
+    scores_allowed: bool = False
+    """Whether the request's only output, its vector, is the log probability of each of `allowed_token_ids` after the
+    prompt, in their order; `max_new_tokens` must be 0."""
     pooling: Pooling | None = None
     """Which hidden states make the prompt's vector, the request's only output; None to generate tokens. With a vector,
     the generation settings are ignored."""
@@ -171,9 +166,31 @@ class GenerationRequest(StrictModel):
         if self.grammar is not None and self.allowed_token_ids is not None:
             raise ValueError("a grammar says which tokens may come: leave out allowed_token_ids")
         wants_logprobs = self.logprobs is not None or self.prompt_logprobs is not None
+        if self.scores_allowed:
+            self._check_scores()
         if self.pooling is not None and (self.output_token_ids or self.grammar or wants_logprobs):
             raise ValueError("pooling gives a vector: leave out output_token_ids, grammar, logprobs, prompt_logprobs")
         return self
+
+    def _check_scores(self) -> None:
+        ids = self.allowed_token_ids or ()
+        if not 0 < len(set(ids)) == len(ids) <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"scores_allowed needs 1 to {MAX_TOP_LOGPROBS} allowed_token_ids, each of them once")
+        if self.max_new_tokens or self.logprobs is not None or self.prompt_logprobs is not None or self.pooling:
+            raise ValueError(
+                "scores_allowed generates nothing: set max_new_tokens to 0, "
+                "leave out logprobs, prompt_logprobs and pooling"
+            )
+
+    @property
+    def gives_vector(self) -> bool:
+        """Whether its only output is a vector: of hidden states, or of scores."""
+        return self.pooling is not None or self.scores_allowed
+
+    @property
+    def num_draw_logprobs(self) -> int | None:
+        """How many log probabilities a draw gives besides the drawn token's; None for none at all."""
+        return len(self.allowed_token_ids or ()) if self.scores_allowed else self.logprobs
 
     @property
     def page_salt(self) -> bytes:
@@ -265,8 +282,8 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     adapter_failure: AdapterFailure | None = None
     """Set if the request's adapter could not be loaded."""
     vector: bytes | None = None
-    """The prompt's vector, of length 1, as 32-bit floats: `numpy.frombuffer(vector, numpy.float32)`. None if tokens are
-    generated."""
+    """The prompt's vector, as 32-bit floats: `numpy.frombuffer(vector, numpy.float32)`. One made of hidden states has
+    length 1. None if tokens are generated."""
 
     def joined(self, later: "StepOutput") -> "StepOutput":
         """This output and what the same step added after it, as one."""

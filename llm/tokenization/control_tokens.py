@@ -7,9 +7,11 @@ token was written by the template, and the stand-ins go back to plain text.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
 
 from llm.errors import InvalidRequestError
 
@@ -176,3 +178,13 @@ def _escaped(match: re.Match[str]) -> str:
 def _twin(stand_in: str) -> str:
     """The stand-in of the same text in ASCII."""
     return chr(ord(stand_in) + len(_STAND_INS))
+
+
+def find_control_tokens(tokenizer: RustTokenizer, named: Collection[str]) -> ControlTokens:
+    """Special tokens and markup of a tokenizer."""
+    added = tokenizer.get_added_tokens_decoder()
+    return ControlTokens(
+        ControlToken(token_id, token.content, token.special or token.content in named, token.lstrip, token.rstrip)
+        for token_id, token in added.items()
+        if token.special or token.content in named or is_markup(token.content)
+    )

@@ -1,9 +1,12 @@
-"""Changes to the content of a `tokenizer.json`."""
+"""Reading a `tokenizer.json`, and changes to its content."""
 
 import json
 import secrets
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
+
+from llm.errors import CheckpointError
 
 
 def without_control_tokens(definition: str, control_ids: Collection[int], model_vocab: Mapping[str, int]) -> str:
@@ -48,3 +51,18 @@ def _is_in(merge: str | list[str], vocab: Mapping[str, int]) -> bool:
 
 def _bare(definition: dict[str, Any]) -> dict[str, Any]:
     return {**definition, "post_processor": None, "truncation": None, "padding": None}
+
+
+def read_definition(path: Path) -> str:
+    """The content of a `tokenizer.json`.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); save one with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        ) from error

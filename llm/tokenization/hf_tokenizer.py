@@ -1,7 +1,7 @@
 """`HFTokenizer`: the tokenizer and chat template of a Hugging Face checkpoint, through the `tokenizers` library."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,8 +12,8 @@ from llm.checkpoint.generation_defaults import find_vocab_size, load_generation_
 from llm.checkpoint.json_files import read_json_if_there
 from llm.errors import CheckpointError, InvalidRequestError
 from llm.tokenization.chat_template import ChatTemplate
-from llm.tokenization.control_tokens import ControlToken, ControlTokens, Disguise, is_markup, without_surrogates
-from llm.tokenization.definitions import with_ids_below, without_control_tokens
+from llm.tokenization.control_tokens import Disguise, find_control_tokens, without_surrogates
+from llm.tokenization.definitions import read_definition, with_ids_below, without_control_tokens
 from llm.tokenization.detokenizer import ByteDecoder, TokenBytes, WindowDecoder, decode_all
 from llm.tokenization.special_tokens import CONFIG, SpecialTokens, read_special_tokens
 from llm.tokenization.template_files import find_templates
@@ -54,13 +54,14 @@ class HFTokenizer:
         self._full = _without_limits(RustTokenizer.from_str(definition))
         if special.add_to(self._full):
             definition = str(self._full.to_str())
-        self._control = _control_tokens(self._full, special.texts)
+        self._control = find_control_tokens(self._full, special.texts)
         plain = without_control_tokens(definition, self._control.ids, self._full.get_vocab(with_added_tokens=False))
         self._plain = RustTokenizer.from_str(plain)
         # A piece that does not begin the text must not get the space that SentencePiece puts in front of one.
         inner = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
         self._plain_inner = self._plain if inner == plain else RustTokenizer.from_str(inner)
         self._templates = templates or {}
+        self._special_tokens = dict(special.named)
         self._vocab_size = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         special_ids = frozenset(token.token_id for token in self._control.by_text.values() if token.is_special)
         try:
@@ -101,7 +102,7 @@ class HFTokenizer:
         defaults = load_generation_defaults(directory)
         try:
             return cls(
-                _read_definition(path),
+                read_definition(path),
                 special_tokens=special,
                 add_bos_token=config.get("add_bos_token") is True,
                 add_eos_token=config.get("add_eos_token") is True,
@@ -139,6 +140,11 @@ class HFTokenizer:
         return self._templates["default"].origin if self.has_chat_template else ""
 
     @property
+    def default_template(self) -> ChatTemplate | None:
+        """The chat template that is used without tools."""
+        return self._templates.get("default")
+
+    @property
     def template_sources(self) -> str:
         """Jinja text of all chat templates, to see what they know."""
         return "\n".join(template.source for template in self._templates.values())
@@ -154,6 +160,26 @@ class HFTokenizer:
     def templates_read(self, name: str) -> bool:
         """Whether a chat template reads a variable of that name."""
         return any(template.reads(name) for template in self._templates.values())
+
+    def new_template(self, source: str, origin: str) -> ChatTemplate:
+        """A template that is given this tokenizer's special tokens.
+
+        Args:
+            source: Jinja text.
+            origin: where it is from, for error messages.
+
+        Raises:
+            ConfigError: it is not valid Jinja.
+        """
+        return ChatTemplate(source, origin=origin, special_tokens=self._special_tokens)
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the token that the vocabulary has under this text, or else of the one token that the text becomes."""
+        found: int | None = self._full.token_to_id(text)
+        if found is not None:
+            return found
+        ids = self.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -258,6 +284,22 @@ class HFTokenizer:
         template = template or self._templates.get("default")
         if template is None:
             raise InvalidRequestError("this model has no chat template; send a prompt instead", param="messages")
+        return self.render(template, messages, variables, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def render(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[dict[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> "RenderedChat":
+        """As `render_chat`, by a given template; see `new_template`.
+
+        Raises:
+            InvalidRequestError: it refuses these messages, or works too long on them.
+        """
         if not messages:
             raise InvalidRequestError("messages is empty; send at least one", param="messages")
         for message in messages:
@@ -351,27 +393,7 @@ def _encode(tokenizer: RustTokenizer, text: str) -> list[int]:
     return ids
 
 
-def _read_definition(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); save one with transformers' "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        ) from error
-
-
 def _without_limits(tokenizer: RustTokenizer) -> RustTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _control_tokens(tokenizer: RustTokenizer, named: Collection[str]) -> ControlTokens:
-    """Special tokens and markup of a tokenizer."""
-    added = tokenizer.get_added_tokens_decoder()
-    return ControlTokens(
-        ControlToken(token_id, token.content, token.special or token.content in named, token.lstrip, token.rstrip)
-        for token_id, token in added.items()
-        if token.special or token.content in named or is_markup(token.content)
-    )

@@ -26,6 +26,14 @@ def completion(**changes: Any) -> dict[str, Any]:
     return {"path": COMPLETIONS, "json": {"model": "demo", "prompt": "hi", **changes}}
 
 
+def embedding(**changes: Any) -> dict[str, Any]:
+    return {"path": "/v1/embeddings", "json": {"model": "demo", "input": "hi", **changes}}
+
+
+def rerank(**changes: Any) -> dict[str, Any]:
+    return {"path": "/v1/rerank", "json": {"model": "demo", "query": "hi", "documents": ["ho"], **changes}}
+
+
 def raw(content: bytes | Iterator[bytes], path: str = CHAT, **headers: str) -> dict[str, Any]:
     return {"path": path, "content": content, "headers": {**JSON, **headers}}
 
@@ -144,6 +152,25 @@ CASES: dict[str, tuple[int, str | None, dict[str, Any]]] = {
     "a response to nothing": (400, "input", {"path": "/v1/responses", "json": {"model": "demo", "input": []}}),
     "a stored response": (400, "previous_response_id", {
         "path": "/v1/responses", "json": {"model": "demo", "input": "a", "previous_response_id": "resp_1"}}),
+    # vectors and scores
+    "no input to embed": (400, "input", embedding(input=[])),
+    "dimensions of another model": (400, "dimensions", embedding(dimensions=3)),
+    "dimensions below one": (400, "dimensions", embedding(dimensions=0)),
+    "a prompt that the model lacks": (400, "prompt_name", embedding(prompt_name="query")),
+    "an unknown pooling": (400, "pooling", embedding(pooling="cls")),
+    "no documents": (400, "documents", rerank(documents=[])),
+    "a document that is none": (400, "documents[1]", rerank(documents=["a", 5])),
+    "a document without a text": (400, "documents[0].text", rerank(documents=[{"title": "a"}])),
+    "too many documents": (400, "documents", rerank(documents=["a"] * 3000)),
+    "a document past the context": (400, "documents", rerank(documents=["a" * 100_000])),
+    "a query of many": (400, "query", rerank(query=["a", "b"])),
+    "a negative top_n": (400, "top_n", rerank(top_n=-1)),
+    "an instruction for vectors": (400, "instruction", rerank(instruction="Is it so?")),
+    "another model's documents": (404, "model", rerank(model="other")),
+    "half a pair": (400, "text_2", {"path": "/v1/score", "json": {"model": "demo", "text_1": "a"}}),
+    "two with three": (
+        400, "text_1", {"path": "/score", "json": {"model": "demo", "text_1": ["a", "b"], "text_2": ["a", "b", "c"]}}),
+    "a session of a thousand characters": (400, "prompt_cache_key", chat(prompt_cache_key="s" * 1000)),
     # 12
     "chat_template": (400, "chat_template", chat(chat_template="{{ 1 }}")),
 }  # fmt: skip

@@ -109,6 +109,19 @@ def test_openai_embeddings(server: Server):
     assert sum(x * x for x in answer.data[0].embedding) == pytest.approx(1, abs=1e-4)
 
 
+def test_documents_are_ranked_and_pairs_scored(server: Server):
+    """By cosines here; what is most like the query is the query itself."""
+    body = {"model": "demo", "query": "seventeen", "documents": ["12 + 30", "seventeen", {"text": "What is 17 + 25?"}]}
+    for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        answer = server.http.post(path, json={**body, "top_n": 2}).json()
+        best, second = answer["results"]
+        assert (best["index"], best["document"]) == (1, {"text": "seventeen"})
+        assert best["relevance_score"] == pytest.approx(1, abs=1e-5)
+        assert second["relevance_score"] < 1
+    scores = server.http.post("/v1/score", json={"model": "demo", "text_1": "seventeen", "text_2": ["12 + 30", "17"]})
+    assert [entry["index"] for entry in scores.json()["data"]] == [0, 1]
+
+
 def test_many_embeddings_beside_a_stream(server: Server):
     """None of a request's inputs gets lost on its way to a replica, however they overtake each other."""
     client = server.openai.with_options(timeout=15)

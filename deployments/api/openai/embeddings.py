@@ -1,18 +1,16 @@
 """`POST /v1/embeddings`: bodies and answers."""
 
 import base64
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BeforeValidator, Field
 
 from deployments.chat.errors import invalid
 from deployments.chat.requests import Priority, Prompt, check_prompt
+from deployments.chat.vectors import Vectors
 from deployments.chat.wire_model import NoEffect, RequestBody
 
 MAX_INPUTS = 2048
-_BYTES_A_NUMBER = 4
 
 
 def _check_input(value: Any) -> Any:
@@ -28,10 +26,14 @@ class EmbeddingsRequest(RequestBody):
     encoding_format: Literal["float", "base64"] | None = None
     """`base64` for little-endian 32-bit floats."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Only the model's own number of dimensions."""
+    """How many of its first numbers each vector keeps, if the model is trained for it (Matryoshka); all by default."""
     user: NoEffect = None
     pooling: Literal["last", "mean"] | None = None
-    """Extension. `last` for the last token's hidden state, `mean` for the average of all; `last` by default."""
+    """Extension. `last` for the last token's hidden state, `mean` for the average of all; what the model's files say by
+    default."""
+    prompt_name: str | None = None
+    """Extension. The prompt of the model's `config_sentence_transformers.json` that goes in front of each text, such as
+    `query`; by default what that file names as the default, or none."""
     priority: Priority | None = None
     """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
 
@@ -48,28 +50,22 @@ class EmbeddingsRequest(RequestBody):
         return inputs
 
 
-def embeddings_object(body: EmbeddingsRequest, model: str, vectors: Sequence[bytes], num_tokens: int) -> dict[str, Any]:
+def embeddings_object(body: EmbeddingsRequest, model: str, vectors: Vectors, num_tokens: int) -> dict[str, Any]:
     """The answer.
 
     Args:
-        vectors: one for each input, as 32-bit floats.
-
-    Raises:
-        APIError: the request asks for a number of dimensions that the model does not have.
+        vectors: one for each input.
     """
-    num_dimensions = len(vectors[0]) // _BYTES_A_NUMBER
-    if body.dimensions not in (None, num_dimensions):
-        raise invalid(f"dimensions: this model's vectors have {num_dimensions}", "dimensions")
     encode = _base64 if body.encoding_format == "base64" else _numbers
     data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
-def _base64(vector: bytes) -> str:
-    return base64.b64encode(np.frombuffer(vector, np.float32).astype("<f4").tobytes()).decode()
+def _base64(vector: Vectors) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _numbers(vector: bytes) -> list[float]:
-    numbers: list[float] = np.frombuffer(vector, np.float32).tolist()
+def _numbers(vector: Vectors) -> list[float]:
+    numbers: list[float] = vector.tolist()
     return numbers

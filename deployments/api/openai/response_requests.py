@@ -16,7 +16,7 @@ from deployments.api.openai.response_tools import (
 )
 from deployments.chat.errors import APIError, invalid, of_validation
 from deployments.chat.messages import ChatMessage
-from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority
+from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority, SessionKey
 from deployments.chat.skipped import Skipped
 from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
 from llm.config import MAX_TOP_LOGPROBS
@@ -77,6 +77,9 @@ class ResponsesRequest(RequestBody):
     priority: Priority | None = None
     """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
 
+    prompt_cache_key: SessionKey | None = None
+    """Name of the session, as in a chat."""
+
     store: bool | None = None
     """Store the response, for `previous_response_id` and `GET /v1/responses/{id}`. True by default."""
     previous_response_id: str | None = None
@@ -90,7 +93,6 @@ class ResponsesRequest(RequestBody):
     """Returned with the response."""
     safety_identifier: NoEffect = None
     service_tier: NoEffect = None
-    prompt_cache_key: NoEffect = None
     prompt_cache_retention: NoEffect = None
     truncation: NoEffect = None
     """Ignored: a conversation that is too long is an error."""
@@ -133,6 +135,7 @@ class ResponsesRequest(RequestBody):
             "response_format": _chat_format(self.text.format if self.text is not None else None),
             "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,
             "priority": self.priority,
+            "prompt_cache_key": self.prompt_cache_key,
         }
         try:
             return ChatRequest.model_validate(chat)

@@ -38,8 +38,10 @@ class Setup:
         self.dispatcher = Dispatcher(self.fleet, AdmissionConfig.model_validate(config), self.clock)
         self.dispatcher.learn_step_tokens(1000)
 
-    def place(self, stream_id: int, tokens: int = 100, work: int = 200) -> "asyncio.Future[list[str]]":
-        ticket = Ticket(stream_id, tokens, work)
+    def place(
+        self, stream_id: int, tokens: int = 100, work: int = 200, session: bytes = b""
+    ) -> "asyncio.Future[list[str]]":
+        ticket = Ticket(stream_id, tokens, work, session=session)
         self.dispatcher.enqueue(ticket)
         return ticket.ranking
 

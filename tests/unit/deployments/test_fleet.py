@@ -22,7 +22,13 @@ IDLE = EngineStats(
 class Recorder:
     """Notes what the fleet tells the policy of cached tokens."""
 
-    def rank(self, loads: Sequence[ReplicaLoad], num_tokens: int, num_cached_tokens: Sequence[int]) -> list[str]:
+    def rank(
+        self,
+        loads: Sequence[ReplicaLoad],
+        num_tokens: int,
+        num_cached_tokens: Sequence[int],
+        home_id: str | None = None,
+    ) -> list[str]:
         self.cached = {load.replica_id: cached for load, cached in zip(loads, num_cached_tokens, strict=True)}
         return [load.replica_id for load in loads]
 
