@@ -9,11 +9,14 @@ from starlette._utils import get_route_path  # the path that Starlette matches r
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.errors import answer_to
+from deployments.api.on_behalf import behalf_of
 from deployments.chat.errors import APIError, of_engine
 from deployments.errors import AccountantAwayError
 from deployments.router.access import Access
 from deployments.router.accounts import Account, Refusal
 from deployments.router.keys import ApiKey
+
+_KEPT_FREE = Refusal("requests", "Half of this API key's limits is kept for requests that are not of batches", 1.0)
 
 
 class KeyGuard:
@@ -47,7 +50,8 @@ class KeyGuard:
             await self._app(scope, receive, send)
             return
         given = _keys_given(scope)
-        key = self._find(given)
+        behalf = behalf_of(scope)
+        key = self._find(given) if behalf is None else self._access.named(behalf.owner)
         if key is None and scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif key is None:
@@ -56,6 +60,9 @@ class KeyGuard:
             account = self._access.account(key)
             scope.setdefault("state", {}).update(tenant=key.name, account=account, key_digest=key.digest)
             if scope.get("method") == "POST" and get_route_path(scope) in self._metered_paths:
+                if behalf is not None and account.is_half_used:
+                    await answer_to(scope, _too_many(_KEPT_FREE))(scope, receive, send)
+                    return
                 await self._metered(account, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
