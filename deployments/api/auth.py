@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from starlette._utils import get_route_path  # the path that Starlette matches routes against
@@ -43,6 +44,7 @@ class KeyGuard:
         self._access = access
         self._open_paths = frozenset(open_paths)
         self._metered_paths = frozenset(metered_paths)
+        self._num_entering: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or 429, or pass the request on."""
@@ -60,9 +62,6 @@ class KeyGuard:
             account = self._access.account(key)
             scope.setdefault("state", {}).update(tenant=key.name, account=account, key_digest=key.digest)
             if scope.get("method") == "POST" and get_route_path(scope) in self._metered_paths:
-                if behalf is not None and account.is_half_used:
-                    await answer_to(scope, _too_many(_KEPT_FREE))(scope, receive, send)
-                    return
                 await self._metered(account, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
@@ -77,7 +76,7 @@ class KeyGuard:
             await send(message)
 
         try:
-            refusal = await self._access.enter(account)
+            refusal = await self._enter(account, is_of_batch=behalf_of(scope) is not None)
         except AccountantAwayError as error:
             await answer_to(scope, of_engine(error))(scope, receive, send)
             return
@@ -88,6 +87,19 @@ class KeyGuard:
             await self._app(scope, receive, send_with_limits)
         finally:
             account.leave()
+
+    async def _enter(self, account: Account, *, is_of_batch: bool) -> Refusal | None:
+        """Open a request, or say why it cannot be opened; see `Access.enter`. Batches leave half of each limit."""
+        if not is_of_batch:
+            return await self._access.enter(account)
+        name = account.key.name
+        if account.is_half_used(self._num_entering[name]):
+            return _KEPT_FREE
+        self._num_entering[name] += 1
+        try:
+            return await self._access.enter(account)
+        finally:
+            self._num_entering[name] -= 1
 
     def _find(self, given: Sequence[bytes]) -> ApiKey | None:
         """The known key that was given, once or in several headers."""

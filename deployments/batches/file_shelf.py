@@ -71,7 +71,7 @@ class FileShelf:
         most = self._config.max_files_per_key
         if len(self._store.names(_records(owner))) >= most:
             raise BatchRefusedError(
-                RefusalKind.TOO_MANY, f"This API key has {most} files; delete some", code="too_many_files"
+                RefusalKind.INVALID, f"This API key has {most} files; delete some", code="too_many_files"
             )
         return self.begin_as(owner, new_file_id(self._clock()), self._config.max_file_bytes)
 
