@@ -5,7 +5,9 @@ They take the whole way of a request that came through a socket, with the same l
 
 import asyncio
 import logging
+import os
 import secrets
+import socket
 
 from starlette.types import ASGIApp, Message, Scope
 
@@ -81,7 +83,8 @@ def create_runner(desk: BatchDesk, app: ASGIApp, directory: ModelDirectory) -> B
         app: the whole application.
         directory: the models.
     """
-    name, max_body_bytes = secrets.token_hex(8), directory.platform.limits.max_body_bytes
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"  # for people; the last part makes it unique
+    max_body_bytes = directory.platform.limits.max_body_bytes
     runner = BatchRunner(desk, InProcessCalls(app), IdleCapacity(directory), name, max_body_bytes)
     directory.batches = runner
     return runner
