@@ -11,7 +11,7 @@ from live_server import Server
 
 from chaos.fleet import Fleet, emulated
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(560)
 
 NUM_LINES = 1000
 
@@ -75,7 +75,7 @@ def test_a_batch_survives_a_router_and_a_replica(fleet: Fleet, tmp_path: Path):
     if client.batches.retrieve(batch.id).status == "in_progress":
         fleet.delete()
         fleet.deploy(fleet.args)
-    app.wait_for(lambda: client.batches.retrieve(batch.id).status == "completed", 150, "the batch did not end")
+    app.wait_for(lambda: client.batches.retrieve(batch.id).status == "completed", 300, "the batch did not end")
     ended = client.batches.retrieve(batch.id)
     assert ended.request_counts is not None
     assert ended.request_counts.model_dump() == {"total": NUM_LINES, "completed": NUM_LINES, "failed": 0}
