@@ -117,7 +117,7 @@ class BatchLedger:
         batch = self.get(owner, batch_id)
         if batch.cancelling_at is None and batch.status.is_final:
             raise BatchRefusedError(
-                RefusalKind.CONFLICT, f"A batch that is {batch.status} cannot be cancelled", code="batch_ended"
+                RefusalKind.CONFLICT, f"A batch that is {batch.status} cannot be canceled", code="batch_ended"
             )
         self._store.create(f"{_folder(owner, batch_id)}/cancel", _encode(int(self._clock())))
         return self.get(owner, batch_id)

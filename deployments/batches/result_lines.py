@@ -11,7 +11,7 @@ _NOT_RUN = {
         "batch_expired",
         "This request could not be executed before the completion window expired",
     ),
-    BatchStatus.CANCELLED: ("batch_cancelled", "This request was not executed before the batch was cancelled"),
+    BatchStatus.CANCELLED: ("batch_cancelled", "This request was not executed before the batch was canceled"),
 }
 
 
