@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, SecretStr, model_validator
 
 from deployments.api_config import CorsConfig, ResponsesConfig
+from deployments.batches_config import BatchesConfig, resolve_store
 from deployments.model_config import AdmissionConfig, ServedModelConfig, resolve_model
 from llm.config import StrictModel
 from llm.errors import ConfigError
@@ -135,6 +136,7 @@ class PlatformConfig(StrictModel):
     limits: LimitsConfig = LimitsConfig()
     cors: CorsConfig = CorsConfig()
     responses: ResponsesConfig = ResponsesConfig()
+    batches: BatchesConfig = BatchesConfig()
     token_channel: ChannelConfig = ChannelConfig()
     tracing: TracingConfig = TracingConfig()
     prefix_cache_per_key: bool = False
@@ -161,6 +163,12 @@ class PlatformConfig(StrictModel):
     def _check_keys(self) -> Self:
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("api_keys holds an empty key; remove it or give a real one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        if self.router.num_replicas > 1 and not self.batches.is_shared:
+            raise ValueError("batches.store: several routers need a directory or a URL that they share, not memory://")
         return self
 
 
@@ -239,11 +247,12 @@ def check_names(entries: tuple[ServedModelConfig, ...]) -> None:
 
 
 def resolve_paths(config: AppConfig) -> AppConfig:
-    """The same configuration with the paths of every model made absolute; see `resolve_model`.
+    """The same configuration with all paths made absolute; see `resolve_model` and `resolve_store`.
 
     Raises:
         ConfigError: the file of a chat template cannot be read, or two models come to the same name.
     """
+    config = config.model_copy(update={"batches": resolve_store(config.batches)})
     if config.models:
         models = tuple(map(resolve_model, config.models))
         try:

@@ -19,6 +19,7 @@ from deployments.api.route_table import EVENT_STREAM, Route, describe
 from deployments.api.routes import Endpoints
 from deployments.api.tracing import TraceRequests
 from deployments.api_config import CorsConfig
+from deployments.batches.desk import BatchDesk
 from deployments.chat.errors import APIError, of_engine
 from deployments.router.accounts import LIMIT_HEADERS
 from deployments.router.directory import ModelDirectory
@@ -29,18 +30,19 @@ TITLE = "Rayline"
 _OPENAPI_PATH = "/openapi.json"
 
 
-def create_api(directory: ModelDirectory, store: ResponseStore | None = None) -> FastAPI:
+def create_api(directory: ModelDirectory, store: ResponseStore | None = None, desk: BatchDesk | None = None) -> FastAPI:
     """Create the HTTP application of a router; it asks for the router's keys.
 
     Args:
         directory: the models, which generate the answers.
         store: where responses are kept; None for nowhere.
+        desk: where files and batches are kept; None for nowhere.
 
     Raises:
         CheckpointError, ConfigError: a tokenizer cannot be loaded; one line with the fix.
     """
     config = directory.platform
-    table = Endpoints(directory, store).table()
+    table = Endpoints(directory, store, desk).table()
     api = FastAPI(
         title=TITLE, version=__version__, openapi_url=_OPENAPI_PATH, docs_url=None, redoc_url=None,
         redirect_slashes=False,

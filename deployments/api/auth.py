@@ -3,17 +3,21 @@
 import hashlib
 import hmac
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from starlette._utils import get_route_path  # the path that Starlette matches routes against
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.errors import answer_to
+from deployments.api.on_behalf import behalf_of
 from deployments.chat.errors import APIError, of_engine
 from deployments.errors import AccountantAwayError
 from deployments.router.access import Access
 from deployments.router.accounts import Account, Refusal
 from deployments.router.keys import ApiKey
+
+_KEPT_FREE = Refusal("requests", "Half of this API key's limits is kept for requests that are not of batches", 1.0)
 
 
 class KeyGuard:
@@ -40,6 +44,7 @@ class KeyGuard:
         self._access = access
         self._open_paths = frozenset(open_paths)
         self._metered_paths = frozenset(metered_paths)
+        self._num_entering: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or 429, or pass the request on."""
@@ -47,7 +52,8 @@ class KeyGuard:
             await self._app(scope, receive, send)
             return
         given = _keys_given(scope)
-        key = self._find(given)
+        behalf = behalf_of(scope)
+        key = self._find(given) if behalf is None else self._access.named(behalf.owner)
         if key is None and scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif key is None:
@@ -70,7 +76,7 @@ class KeyGuard:
             await send(message)
 
         try:
-            refusal = await self._access.enter(account)
+            refusal = await self._enter(account, is_of_batch=behalf_of(scope) is not None)
         except AccountantAwayError as error:
             await answer_to(scope, of_engine(error))(scope, receive, send)
             return
@@ -81,6 +87,19 @@ class KeyGuard:
             await self._app(scope, receive, send_with_limits)
         finally:
             account.leave()
+
+    async def _enter(self, account: Account, *, is_of_batch: bool) -> Refusal | None:
+        """Open a request, or say why it cannot be opened; see `Access.enter`. Batches leave half of each limit."""
+        if not is_of_batch:
+            return await self._access.enter(account)
+        name = account.key.name
+        if account.is_half_used(self._num_entering[name]):
+            return _KEPT_FREE
+        self._num_entering[name] += 1
+        try:
+            return await self._access.enter(account)
+        finally:
+            self._num_entering[name] -= 1
 
     def _find(self, given: Sequence[bytes]) -> ApiKey | None:
         """The known key that was given, once or in several headers."""

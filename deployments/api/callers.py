@@ -5,9 +5,11 @@ import uuid
 
 from starlette.requests import Request
 
+from deployments.api.on_behalf import behalf_of
 from deployments.chat.errors import invalid
 from deployments.chat.requests import MAX_SESSION_CHARS
 from deployments.chat.wire_model import RequestBody
+from deployments.config import MAX_PRIORITY
 from deployments.router.accounts import Account
 from deployments.router.caller import Caller
 
@@ -31,9 +33,10 @@ def caller_of(request: Request, priority: int | None = None, session_key: str | 
             session is too long.
     """
     state = request.scope.get("state", {})
+    is_batch = behalf_of(request.scope) is not None
     return Caller(
         tenant=state.get("tenant", ""),
-        priority=_priority(priority, state.get("account")),
+        priority=MAX_PRIORITY if is_batch else _priority(priority, state.get("account")),
         timeout_s=_timeout_s(request.headers.get(TIMEOUT_HEADER)),
         received_at=state.get("received_at"),
         account=state.get("account"),

@@ -40,6 +40,7 @@ class Route:
     answer: type[BaseModel] | str
     """A JSON object, or another media type."""
     body: type[BaseModel] | None = None
+    body_type: str = "application/json"
     is_open: bool = False
     """Answered without a key even if keys are required."""
 
@@ -62,7 +63,7 @@ class Route:
             "responses": {"200": {"description": "Success", "content": contents}, "4XX": error, "5XX": error}
         }
         if self.body is not None:
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(self.body)}}}
+            operation["requestBody"] = {"required": True, "content": {self.body_type: {"schema": _ref(self.body)}}}
         names = re.findall(r"{(\w+)", self.path)
         if names:
             operation["parameters"] = [

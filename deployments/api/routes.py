@@ -8,7 +8,9 @@ from starlette.responses import Response
 from deployments.api.answering import AnswerWriter, answer, json_response
 from deployments.api.anthropic.message_writer import MessageWriter, message_failure
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
+from deployments.api.batch_routes import BatchEndpoints
 from deployments.api.callers import caller_of
+from deployments.api.file_routes import FileEndpoints
 from deployments.api.fleet_stream import watch_fleet
 from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.model_routes import ModelEndpoints
@@ -31,6 +33,7 @@ from deployments.api.response_routes import ResponseEndpoints
 from deployments.api.route_table import EVENT_STREAM, Route
 from deployments.api.sse import EventStream, error_events
 from deployments.api.vector_routes import VectorEndpoints
+from deployments.batches.desk import BatchDesk
 from deployments.chat.encoder import PromptEncoder
 from deployments.chat.errors import in_words_of
 from deployments.chat.requests import (
@@ -51,12 +54,16 @@ class Endpoints:
     Args:
         directory: the models, which generate the answers.
         store: where responses are kept; None for nowhere.
+        desk: where files and batches are kept; None for nowhere.
 
     Raises:
         CheckpointError, ConfigError: a tokenizer cannot be loaded; one line with the fix.
     """
 
-    def __init__(self, directory: ModelDirectory, store: ResponseStore | None = None) -> None:
+    def __init__(
+        self, directory: ModelDirectory, store: ResponseStore | None = None, desk: BatchDesk | None = None
+    ) -> None:
+        self._desk = desk
         self._directory = directory
         self._requests = RequestReader(directory)
         self._responses = ResponseEndpoints(self._requests, store)
@@ -65,6 +72,12 @@ class Endpoints:
 
     def table(self) -> list[Route]:
         """Every route there is."""
+        routes = self._routes_of_requests()
+        limits = self._directory.platform.limits
+        batches = BatchEndpoints(self._desk, limits, [route.path for route in routes])
+        return [*routes, *FileEndpoints(self._desk, limits).table(), *batches.table()]
+
+    def _routes_of_requests(self) -> list[Route]:
         return [
             Route("POST", "/v1/chat/completions", self.chat, "Chat completion", ChatCompletion, ChatRequest),
             Route("POST", "/v1/completions", self.completion, "Completion", Completion, CompletionRequest),

@@ -50,6 +50,10 @@ class Access:
         """Whether requests must bring a key."""
         return bool(self.keys)
 
+    def named(self, name: str) -> ApiKey | None:
+        """The valid key with this name; None if there is none."""
+        return next((key for key in self.keys if key.name == name), None)
+
     def account(self, key: ApiKey) -> Account:
         """The account of what a key has used."""
         return self._quotas.account(key)

@@ -142,6 +142,17 @@ class Account:
         self._enter()
         return None
 
+    def is_half_used(self, num_entering: int = 0) -> bool:
+        """Whether the key has used half of a limit or more, so that the rest is for requests that do not wait.
+
+        Args:
+            num_entering: requests that are about to be opened.
+        """
+        limit, now = self.key.limits.max_concurrent_requests, self._clock()
+        if limit is not None and self.num_open + num_entering >= max(limit // 2, 1):
+            return True
+        return any(purse.remaining(now) - num_entering < purse.alone.capacity / 2 for _, purse in self._purses())
+
     def leave(self) -> None:
         """Close a request that has ended."""
         self.num_open -= 1

@@ -4,10 +4,11 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from deployments.config import AppConfig, LiveConfig, PlatformConfig
 from deployments.fleet.engine_client import EngineClient
+from deployments.observe.batch_metrics import batch_figures
 from deployments.observe.exposition import RouterFigures, write_metrics
 from deployments.observe.history import RouterHistory, describe
 from deployments.observe.metrics import NoPeers, RouterPeers, key_figures
@@ -16,6 +17,14 @@ from deployments.router.access import Access
 from deployments.router.canary import share_out
 from deployments.router.router import Router
 from deployments.router.token_hub import TokenHub
+
+
+class BatchesState(Protocol):
+    """What runs batches."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """What runs, and what has run."""
+        ...
 
 
 class ModelDirectory:
@@ -53,6 +62,8 @@ class ModelDirectory:
             Router(key, model, config, clients[key], self.hub, self._peers, self.tracer)
             for key, model in config.by_key.items()
         )
+        self.batches: BatchesState | None = None
+        """What runs batches in this process; None if nothing does. Whoever makes it sets it."""
         self._by_name: dict[str, list[Router]] = {}
         for router in self.routers:
             self._by_name.setdefault(router.config.model_name, []).append(router)
@@ -120,6 +131,7 @@ class ModelDirectory:
         parts = {router.key: router.snapshot() for router in self.routers}
         return {
             "router": self._totals(),
+            "batches": self.batches.snapshot() if self.batches is not None else None,
             "replicas": {name: replica for part in parts.values() for name, replica in part["replicas"].items()},
             "models": {
                 router.key: {
@@ -148,6 +160,7 @@ class ModelDirectory:
             "at": time.time(),
             "router_id": self._peers.router_id,
             "router": self._totals(),
+            "batches": self.batches.snapshot() if self.batches is not None else None,
             "models": [router.fleet_event() for router in self.routers],
             "events": _newest_first((key, event) for key, record in records for event in record.events.items()),
             "departures": _newest_first((key, left) for key, record in records for left in record.departures()),
@@ -156,7 +169,10 @@ class ModelDirectory:
     def figures(self) -> list[RouterFigures]:
         """This process's parts of the metrics: one for each model, and one for what concerns none."""
         own = [router.metrics.figures() for router in self.routers]
-        return [*own, key_figures(self._peers.router_id, self.access.snapshot())]
+        shared = [key_figures(self._peers.router_id, self.access.snapshot())]
+        if self.batches is not None:
+            shared.append(batch_figures(self._peers.router_id, self.batches.snapshot()))
+        return [*own, *shared]
 
     async def metrics(self) -> bytes:
         """The metrics of all routers and replicas in Prometheus' text format, whichever router is asked.

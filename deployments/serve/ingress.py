@@ -12,8 +12,11 @@ import msgspec
 from pydantic import ValidationError
 
 from deployments.api.application import create_api
+from deployments.api.in_process_calls import create_runner
 from deployments.api.openai.response_store import ResponseStore, own_store
 from deployments.api.upgrades import decline_upgrades
+from deployments.batches.desk import own_desk
+from deployments.batches.runner import BatchRunner
 from deployments.config import AppConfig, LiveConfig
 from deployments.observe.exposition import RouterFigures
 from deployments.observe.history import RouterHistory
@@ -56,6 +59,8 @@ class RouterIngress:
         show_warnings()
         decline_upgrades()  # where clients reach the routers without Serve's proxy
         shared = ServeAccountantClient(accountant) if accountant is not None else None
+        self._batches: BatchRunner | None = None
+        self._desk = own_desk(config.batches)
         self._directory = ModelDirectory(
             config,
             {key: ServeEngineClient(handle) for key, handle in engines.items()},
@@ -95,7 +100,10 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the ASGI application that Ray Serve serves."""
-        api = create_api(self._directory, self._store)
+        api = create_api(self._directory, self._store, self._desk)
+        if self._desk is not None:
+            self._batches = create_runner(self._desk, api, self._directory)
+            self._batches.start()
         # A full collection blocks the event loop; objects loaded by now stay and are excluded from it.
         gc.collect()
         gc.freeze()
@@ -111,6 +119,8 @@ class RouterIngress:
 
         Returns how many generations are still open: 0, unless it takes longer than `timeout_s`.
         """
+        if self._batches is not None:
+            await self._batches.stop()  # another router can go on with them
         self._directory.shut_down()
         deadline = time.monotonic() + timeout_s
         while self._directory.num_live and time.monotonic() < deadline:

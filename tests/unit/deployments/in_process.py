@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from deployments.api.application import create_api
+from deployments.api.in_process_calls import create_runner
 from deployments.api.openai.response_store import ResponseStore, own_store
+from deployments.batches.desk import own_desk
 from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.config import AppConfig
 from deployments.errors import ReplicaLostError
@@ -148,7 +150,11 @@ class Service:
         self.directory = ModelDirectory(config, clients, peers=peers, access=access or Access(KeySource(keys)))
         self.router = self.directory.routers[0]
         self.store = store if store is not None else own_store(config.responses)
-        self.api = create_api(self.directory, self.store)
+        self.desk = own_desk(config.batches)
+        self.api = create_api(self.directory, self.store, self.desk)
+        self.batches = create_runner(self.desk, self.api, self.directory) if self.desk is not None else None
+        if self.batches is not None:
+            self.batches.start()
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.api, raise_app_exceptions=False), base_url="http://test", timeout=30
         )
@@ -184,6 +190,9 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> No
 
 async def end_service(service: Service) -> None:
     await service.http.aclose()
+    if service.batches is not None:
+        await service.batches.stop()
+        service.desk.close()
     for _ in range(100):
         if service.num_used_pages == 0 or len(service.client._calls) < len(service.client.replicas):
             break

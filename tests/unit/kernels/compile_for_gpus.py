@@ -378,9 +378,7 @@ def compile_expert_groups() -> None:
         assert taken <= SHARED_MEMORY[90] - 1024, (tile, scales, taken)
     older = {**arguments, **formats["*u8"][0], **cut, "AS_NUMBERS": False}
     for span in (32, 64):
-        compile_kernel(
-            "experts in groups", expert_groups.groups_tile_product, {**older, "TILE_K": span}, capability=80
-        )
+        compile_kernel("experts in groups", expert_groups.groups_tile_product, {**older, "TILE_K": span}, capability=80)
 
 
 def compile_stages() -> None:
