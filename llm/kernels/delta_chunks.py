@@ -17,6 +17,7 @@ import triton.language as tl
 
 from llm.core.recurrent_state import DeltaSpec
 from llm.kernels.attention.work import StepParts
+from llm.kernels.delta_rule import DecayOperand
 from llm.kernels.launch import launch_options, triton_type, wait_for_inputs
 
 CHUNK = 64
@@ -71,45 +72,40 @@ def gated_delta_chunks(
     solved = convolved.new_empty(num_tokens, spec.num_value_heads, spec.key_dim + spec.value_dim)
     key_block, value_block = (max(triton.next_power_of_2(size), 16) for size in (spec.key_dim, spec.value_dim))
     values = min(value_block, num_values)
-    num_chunks = num_tokens // CHUNK + len(parts)  # no step of this size has more
-    sizes = {
-        "NUM_KEY_HEADS": spec.num_key_heads, "NUM_VALUE_HEADS": spec.num_value_heads, "KEY_DIM": spec.key_dim,
-        "KEY_BLOCK": key_block, "VALUE_DIM": spec.value_dim, "CONV_SIZE": spec.conv_size, "LEAST": least_tokens,
-        "IS_EXACT": dtype == torch.float32,
-    }  # fmt: skip
+    num_chunks = num_tokens // CHUNK + parts.num_parts  # no step of this size has more
+    sizes = {"SPEC": spec, "KEY_BLOCK": key_block, "LEAST": least_tokens, "IS_EXACT": dtype == torch.float32}
     options = launch_options(output.device)
+    decays = DecayOperand(decay, log_rates, decay_bias, decay.stride(0))
     _solve_chunks[(spec.num_value_heads, num_chunks)](
-        convolved, decay, log_rates, decay_bias, parts.query_starts, parts.query_lens, solved, len(parts),
-        decay.stride(0), **sizes, VALUE_BLOCK=value_block, ROWS=_ROWS,
-        PARTS_BLOCK=triton.next_power_of_2(len(parts)), num_warps=4, **options,
+        convolved, decays, parts, solved, parts.num_parts, **sizes, VALUE_BLOCK=value_block, ROWS=_ROWS,
+        PARTS_BLOCK=triton.next_power_of_2(parts.num_parts), num_warps=4, **options,
     )  # fmt: skip
     num_blocks = triton.cdiv(spec.value_dim, values)
-    _walk_chunks[(spec.num_value_heads * num_blocks, len(parts))](
-        convolved, decay, log_rates, decay_bias, matrices, parts.rows, parts.query_starts, parts.query_lens,
-        parts.context_lens, solved, output, spec.key_dim**-0.5, decay.stride(0), **sizes, VALUES=values,
+    _walk_chunks[(spec.num_value_heads * num_blocks, parts.num_parts)](
+        convolved, decays, matrices, parts, solved, output, spec.key_dim**-0.5, **sizes, VALUES=values,
         NUM_BLOCKS=num_blocks, DTYPE=triton_type(dtype), num_warps=4, num_stages=2, **options,
     )  # fmt: skip
 
 
 @triton.jit
-def _load_unit(convolved, token, first_column, exists, CONV_SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Vectors of some tokens from `first_column` on, (tokens, BLOCK) float32, brought to length 1; zeros past DIM."""
+def _load_unit(convolved, token, first_column, exists, SPEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Queries or keys of some tokens from `first_column` on, (tokens, BLOCK) float32, brought to length 1."""
     dim = tl.arange(0, BLOCK)
-    mask = exists[:, None] & (dim < DIM)[None, :]
-    x = tl.load(convolved + token[:, None] * CONV_SIZE + first_column + dim[None, :], mask=mask, other=0.0)
+    mask = exists[:, None] & (dim < SPEC.key_dim)[None, :]
+    x = tl.load(convolved + token[:, None] * SPEC.conv_size + first_column + dim[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x, 1) + _NORM_EPS)[:, None]
 
 
 @triton.jit
-def _load_decay(decay, log_rates, decay_bias, token, head, exists, stride, NUM_VALUE_HEADS: tl.constexpr):
+def _load_decay(decay, token, head, exists, SPEC: tl.constexpr):
     """Share and log of the decay of some tokens, float32: 0 each for those that do not exist."""
-    source = decay + token * stride + head
+    source = decay.inputs + token * decay.stride + head
     share = tl.load(source, mask=exists, other=0.0).to(tl.float32)
-    rate = tl.load(source + NUM_VALUE_HEADS, mask=exists, other=0.0).to(tl.float32)
-    rate += tl.load(decay_bias + head).to(tl.float32)
+    rate = tl.load(source + SPEC.num_value_heads, mask=exists, other=0.0).to(tl.float32)
+    rate += tl.load(decay.bias + head).to(tl.float32)
     softplus = tl.where(rate > 20, rate, tl.log(1 + tl.exp(tl.minimum(rate, 20.0))))
-    log_decay = -tl.exp(tl.load(log_rates + head).to(tl.float32)) * softplus
+    log_decay = -tl.exp(tl.load(decay.log_rates + head).to(tl.float32)) * softplus
     return tl.where(exists, 1 / (1 + tl.exp(-share)), 0.0), tl.where(exists, log_decay, 0.0)
 
 
@@ -134,9 +130,8 @@ def _invert(system, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_parts"])
 def _solve_chunks(
-    convolved, decay, log_rates, decay_bias, query_starts, query_lens, solved, num_parts, decay_stride,
-    NUM_KEY_HEADS: tl.constexpr, NUM_VALUE_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, CONV_SIZE: tl.constexpr, LEAST: tl.constexpr,
+    convolved, decay, parts, solved, num_parts,
+    SPEC: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, LEAST: tl.constexpr,
     ROWS: tl.constexpr, PARTS_BLOCK: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (head, chunk): W and U of its tokens, one behind the other, by blocks of ROWS tokens.
@@ -147,21 +142,21 @@ def _solve_chunks(
     wait_for_inputs(PDL)
     head, chunk = tl.program_id(0), tl.program_id(1)
     part = tl.arange(0, PARTS_BLOCK)
-    lens = tl.load(query_lens + part, mask=part < num_parts, other=0)
+    lens = tl.load(parts.query_lens + part, mask=part < num_parts, other=0)
     lens = tl.where(lens >= LEAST, lens, 0)
     ends = tl.cumsum((lens + _CHUNK - 1) // _CHUNK, 0)  # chunks of the parts so far
     is_own = (ends > chunk) & (ends - (lens + _CHUNK - 1) // _CHUNK <= chunk)
     own_len = tl.sum(tl.where(is_own, lens, 0), 0)
     if own_len > 0:
         first = chunk - tl.sum(tl.where(is_own, ends - (lens + _CHUNK - 1) // _CHUNK, 0), 0)
-        starts = tl.load(query_starts + part, mask=part < num_parts, other=0)
+        starts = tl.load(parts.query_starts + part, mask=part < num_parts, other=0)
         start = (tl.sum(tl.where(is_own, starts, 0), 0) + first * _CHUNK).to(tl.int64)
         num_tokens = tl.minimum(own_len - first * _CHUNK, _CHUNK)
         dtype: tl.constexpr = solved.dtype.element_ty
         row = tl.arange(0, ROWS)
         key_dim, value_dim = tl.arange(0, KEY_BLOCK), tl.arange(0, VALUE_BLOCK)
-        key_column = (NUM_KEY_HEADS + head // (NUM_VALUE_HEADS // NUM_KEY_HEADS)) * KEY_DIM
-        value_column = 2 * NUM_KEY_HEADS * KEY_DIM + head * VALUE_DIM + value_dim
+        key_column = (SPEC.num_key_heads + head // (SPEC.num_value_heads // SPEC.num_key_heads)) * SPEC.key_dim
+        value_column = 2 * SPEC.num_key_heads * SPEC.key_dim + head * SPEC.value_dim + value_dim
         total = 0.0
         # Of the last three blocks, the nearest first.
         key_0 = tl.zeros([ROWS, KEY_BLOCK], tl.float32)
@@ -172,14 +167,12 @@ def _solve_chunks(
         for block in tl.static_range(0, _CHUNK // ROWS):
             token = start + block * ROWS + row
             exists = block * ROWS + row < num_tokens
-            share, log_decay = _load_decay(
-                decay, log_rates, decay_bias, token, head, exists, decay_stride, NUM_VALUE_HEADS
-            )
+            share, log_decay = _load_decay(decay, token, head, exists, SPEC)
             faded = total + tl.cumsum(log_decay, 0)
             total += tl.sum(log_decay, 0)
-            key = _load_unit(convolved, token, key_column, exists, CONV_SIZE, KEY_DIM, KEY_BLOCK)
-            place = convolved + token[:, None] * CONV_SIZE + value_column[None, :]
-            mask = exists[:, None] & (value_dim < VALUE_DIM)[None, :]
+            key = _load_unit(convolved, token, key_column, exists, SPEC, KEY_BLOCK)
+            place = convolved + token[:, None] * SPEC.conv_size + value_column[None, :]
+            mask = exists[:, None] & (value_dim < SPEC.value_dim)[None, :]
             values = share[:, None] * tl.load(place, mask=mask, other=0.0).to(tl.float32)
             keys = (share * tl.exp(faded))[:, None] * key
             if block > 0:
@@ -198,9 +191,10 @@ def _solve_chunks(
             inverse = _invert(system, ROWS)
             values = tl.dot(inverse, values, input_precision="ieee" if IS_EXACT else "tf32")
             keys = tl.dot(inverse, keys, input_precision="ieee" if IS_EXACT else "tf32")
-            target = solved + (token * NUM_VALUE_HEADS + head)[:, None] * (KEY_DIM + VALUE_DIM)
-            tl.store(target + key_dim[None, :], keys.to(dtype), mask=exists[:, None] & (key_dim < KEY_DIM)[None, :])
-            tl.store(target + KEY_DIM + value_dim[None, :], values.to(dtype), mask=mask)
+            target = solved + (token * SPEC.num_value_heads + head)[:, None] * (SPEC.key_dim + SPEC.value_dim)
+            key_mask = exists[:, None] & (key_dim < SPEC.key_dim)[None, :]
+            tl.store(target + key_dim[None, :], keys.to(dtype), mask=key_mask)
+            tl.store(target + SPEC.key_dim + value_dim[None, :], values.to(dtype), mask=mask)
             key_2, faded_2, values_2, keys_2 = key_1, faded_1, values_1, keys_1
             key_1, faded_1, values_1, keys_1 = key_0, faded_0, values_0, keys_0
             key_0, faded_0, values_0, keys_0 = key, faded, values, keys
@@ -208,38 +202,37 @@ def _solve_chunks(
 
 @triton.jit
 def _walk_chunks(
-    convolved, decay, log_rates, decay_bias, matrices, part_rows, query_starts, query_lens, context_lens, solved,
-    output, scale, decay_stride, NUM_KEY_HEADS: tl.constexpr, NUM_VALUE_HEADS: tl.constexpr, KEY_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, CONV_SIZE: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, LEAST: tl.constexpr, DTYPE: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
+    convolved, decay, matrices, parts, solved, output, scale, SPEC: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUES: tl.constexpr, NUM_BLOCKS: tl.constexpr, LEAST: tl.constexpr, DTYPE: tl.constexpr,
+    IS_EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (head and block of its values, part): these columns of the memory, through all chunks of the part."""
     wait_for_inputs(PDL)
     head, part = tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
-    num_new = tl.load(query_lens + part)
+    num_new = tl.load(parts.query_lens + part)
     if num_new >= LEAST:
         dim, row = tl.arange(0, KEY_BLOCK), tl.arange(0, _CHUNK)
         value = (tl.program_id(0) % NUM_BLOCKS) * VALUES + tl.arange(0, VALUES)
-        key_mask, value_mask = dim < KEY_DIM, value < VALUE_DIM
-        query_column = head // (NUM_VALUE_HEADS // NUM_KEY_HEADS) * KEY_DIM
-        state_row = tl.load(part_rows + part).to(tl.int64) * NUM_VALUE_HEADS + head
-        places = matrices + (state_row * VALUE_DIM + value[None, :]) * KEY_DIM + dim[:, None]
+        key_mask, value_mask = dim < SPEC.key_dim, value < SPEC.value_dim
+        query_column = head // (SPEC.num_value_heads // SPEC.num_key_heads) * SPEC.key_dim
+        state_row = tl.load(parts.rows + part).to(tl.int64) * SPEC.num_value_heads + head
+        places = matrices + (state_row * SPEC.value_dim + value[None, :]) * SPEC.key_dim + dim[:, None]
         mask = key_mask[:, None] & value_mask[None, :]
-        is_begun = tl.load(context_lens + part) > num_new
+        is_begun = tl.load(parts.context_lens + part) > num_new
         memory = tl.load(places, mask=mask & is_begun, other=0.0)
-        start = tl.load(query_starts + part).to(tl.int64)
+        start = tl.load(parts.query_starts + part).to(tl.int64)
         for first in range(0, num_new, _CHUNK):
             token, exists = start + first + row, first + row < num_new
-            _, log_decay = _load_decay(decay, log_rates, decay_bias, token, head, exists, decay_stride, NUM_VALUE_HEADS)
+            _, log_decay = _load_decay(decay, token, head, exists, SPEC)
             faded = tl.cumsum(log_decay, 0)
             total = tl.sum(log_decay, 0)
-            query = _load_unit(convolved, token, query_column, exists, CONV_SIZE, KEY_DIM, KEY_BLOCK) * scale
-            key_column = NUM_KEY_HEADS * KEY_DIM + query_column
-            key = _load_unit(convolved, token, key_column, exists, CONV_SIZE, KEY_DIM, KEY_BLOCK)
-            source = solved + (token * NUM_VALUE_HEADS + head)[:, None] * (KEY_DIM + VALUE_DIM)
+            query = _load_unit(convolved, token, query_column, exists, SPEC, KEY_BLOCK) * scale
+            key_column = SPEC.num_key_heads * SPEC.key_dim + query_column
+            key = _load_unit(convolved, token, key_column, exists, SPEC, KEY_BLOCK)
+            source = solved + (token * SPEC.num_value_heads + head)[:, None] * (SPEC.key_dim + SPEC.value_dim)
             weights = tl.load(source + dim[None, :], mask=exists[:, None] & key_mask[None, :], other=0.0)
             value_tile = exists[:, None] & value_mask[None, :]
-            wanted = tl.load(source + KEY_DIM + value[None, :], mask=value_tile, other=0.0).to(tl.float32)
+            wanted = tl.load(source + SPEC.key_dim + value[None, :], mask=value_tile, other=0.0).to(tl.float32)
             held = memory.to(DTYPE)
             correction = wanted - tl.dot(weights, held, input_precision="ieee" if IS_EXACT else "tf32")
             narrow = correction.to(DTYPE)
@@ -249,7 +242,8 @@ def _walk_chunks(
             scores = tl.dot(query_rows, tl.trans(key_rows), input_precision="ieee" if IS_EXACT else "tf32") * decayed
             result = tl.exp(faded)[:, None] * tl.dot(query_rows, held, input_precision="ieee" if IS_EXACT else "tf32")
             result += tl.dot(scores.to(DTYPE), narrow, input_precision="ieee" if IS_EXACT else "tf32")
-            target = output + token[:, None] * (NUM_VALUE_HEADS * VALUE_DIM) + head * VALUE_DIM + value[None, :]
+            output_row = output + token[:, None] * (SPEC.num_value_heads * SPEC.value_dim)
+            target = output_row + head * SPEC.value_dim + value[None, :]
             tl.store(target, result.to(output.dtype.element_ty), mask=value_tile)
             left = (key * tl.exp(total - faded)[:, None]).to(DTYPE)
             memory = tl.exp(total) * memory + tl.dot(

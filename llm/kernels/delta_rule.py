@@ -6,6 +6,8 @@ two sums a token cross no warp; heads, rows of the matrix and parts run side by 
 bit, on the tokens before it in its sequence alone: not on the steps in which those came.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,21 @@ _ANY = 2**31 - 1
 """More tokens than any part has."""
 _NORM_EPS = tl.constexpr(1e-6)
 """As in `llm.attention.delta_rule`."""
+
+
+class DecayOperand(NamedTuple):
+    """What decides how much of its memory each head of values keeps, see `DeltaMixer`.
+
+    Attributes:
+        inputs: (tokens, 2 num_value_heads or more): what decides each head's share, then its decay.
+        log_rates, bias: (num_value_heads,).
+        stride: elements between two tokens of `inputs`.
+    """
+
+    inputs: torch.Tensor
+    log_rates: torch.Tensor
+    bias: torch.Tensor
+    stride: int
 
 
 def short_convolution(
@@ -58,9 +75,9 @@ def store_tails(mixed: torch.Tensor | ScaledProduct, tails: torch.Tensor, parts:
         parts: of the step.
     """
     _, tail_len, num_channels = tails.shape
-    _store_tails[(len(parts), triton.cdiv(num_channels, _CHANNELS))](
-        unscaled(mixed), tails, parts.rows, parts.query_starts, parts.query_lens, parts.context_lens,
-        unscaled(mixed).stride(0), **scale_arguments(mixed), NUM_CHANNELS=num_channels, TAIL_LEN=tail_len,
+    _store_tails[(parts.num_parts, triton.cdiv(num_channels, _CHANNELS))](
+        unscaled(mixed), tails, parts, unscaled(mixed).stride(0), **scale_arguments(mixed),
+        NUM_CHANNELS=num_channels, TAIL_LEN=tail_len,
         BLOCK=_CHANNELS, num_warps=4, **launch_options(tails.device),
     )  # fmt: skip
 
@@ -89,12 +106,10 @@ def gated_delta_rule(
     """
     num_values = _VALUES * _NUM_WARPS
     num_blocks = triton.cdiv(spec.value_dim, num_values)
-    _gated_delta_rule[(spec.num_value_heads * num_blocks, len(parts))](
-        convolved, decay, log_rates, decay_bias, matrices, parts.rows, parts.query_starts, parts.query_lens,
-        parts.context_lens, output, spec.key_dim**-0.5, decay.stride(0),
-        NUM_KEY_HEADS=spec.num_key_heads, NUM_VALUE_HEADS=spec.num_value_heads, KEY_DIM=spec.key_dim,
-        KEY_BLOCK=triton.next_power_of_2(spec.key_dim), VALUE_DIM=spec.value_dim, VALUES=num_values,
-        CONV_SIZE=spec.conv_size, NUM_BLOCKS=num_blocks, MOST=most_tokens or _ANY,
+    _gated_delta_rule[(spec.num_value_heads * num_blocks, parts.num_parts)](
+        convolved, DecayOperand(decay, log_rates, decay_bias, decay.stride(0)), matrices, parts, output,
+        spec.key_dim**-0.5, SPEC=spec, KEY_BLOCK=triton.next_power_of_2(spec.key_dim), VALUES=num_values,
+        NUM_BLOCKS=num_blocks, MOST=most_tokens or _ANY,
         num_warps=_NUM_WARPS, **launch_options(output.device),
     )  # fmt: skip
 
@@ -170,7 +185,7 @@ def _short_convolution(
 
 @triton.jit
 def _store_tails(
-    mixed, tails, part_rows, query_starts, query_lens, context_lens, stride, row_scales, scales, bias,
+    mixed, tails, parts, stride, row_scales, scales, bias,
     NUM_CHANNELS: tl.constexpr, TAIL_LEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (part, block of channels). A tail's places are written in order; what moves comes from later ones."""
@@ -178,11 +193,11 @@ def _store_tails(
     part = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < NUM_CHANNELS
-    num_new = tl.load(query_lens + part)
+    num_new = tl.load(parts.query_lens + part)
     if num_new > 1:
-        end = (tl.load(query_starts + part) + num_new).to(tl.int64)
-        context_len = tl.load(context_lens + part)
-        tail = tails + tl.load(part_rows + part).to(tl.int64) * (TAIL_LEN * NUM_CHANNELS) + channel
+        end = (tl.load(parts.query_starts + part) + num_new).to(tl.int64)
+        context_len = tl.load(parts.context_lens + part)
+        tail = tails + tl.load(parts.rows + part).to(tl.int64) * (TAIL_LEN * NUM_CHANNELS) + channel
         for i in tl.static_range(0, TAIL_LEN):
             num_back = TAIL_LEN - i
             is_new = num_back <= num_new
@@ -199,54 +214,51 @@ def _store_tails(
 
 @triton.jit
 def _load_token(
-    convolved, decay, token, query_column, key_column, value_column, key_mask, value_mask, head, decay_stride,
-    CONV_SIZE: tl.constexpr, NUM_VALUE_HEADS: tl.constexpr,
+    convolved, decay, token, query_column, key_column, value_column, key_mask, value_mask, head, SPEC: tl.constexpr
 ):  # fmt: skip
     """What the rule needs of one token: query and key (KEY_BLOCK,), values (VALUES,), share and decay of the head."""
-    source = convolved + token * CONV_SIZE
+    source = convolved + token * SPEC.conv_size
     query = tl.load(source + query_column, mask=key_mask, other=0.0).to(tl.float32)
     key = tl.load(source + key_column, mask=key_mask, other=0.0).to(tl.float32)
     value = tl.load(source + value_column, mask=value_mask, other=0.0).to(tl.float32)
-    share = tl.load(decay + token * decay_stride + head).to(tl.float32)
-    rate = tl.load(decay + token * decay_stride + NUM_VALUE_HEADS + head).to(tl.float32)
+    share = tl.load(decay.inputs + token * decay.stride + head).to(tl.float32)
+    rate = tl.load(decay.inputs + token * decay.stride + SPEC.num_value_heads + head).to(tl.float32)
     return query, key, value, share, rate
 
 
 @triton.jit
 def _gated_delta_rule(
-    convolved, decay, log_rates, decay_bias, matrices, part_rows, query_starts, query_lens, context_lens, output,
-    scale, decay_stride, NUM_KEY_HEADS: tl.constexpr, NUM_VALUE_HEADS: tl.constexpr, KEY_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, CONV_SIZE: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
+    convolved, decay, matrices, parts, output, scale, SPEC: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    VALUES: tl.constexpr, NUM_BLOCKS: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (head and block of its values, part): these rows of the head's matrix, through all tokens of the part."""
     wait_for_inputs(PDL)
     head, part = tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
-    num_new = tl.load(query_lens + part)
+    num_new = tl.load(parts.query_lens + part)
     if (num_new > 0) & (num_new <= MOST):
         dim = tl.arange(0, KEY_BLOCK)
         value = (tl.program_id(0) % NUM_BLOCKS) * VALUES + tl.arange(0, VALUES)
-        key_mask, value_mask = dim < KEY_DIM, value < VALUE_DIM
-        query_column = head // (NUM_VALUE_HEADS // NUM_KEY_HEADS) * KEY_DIM + dim
-        key_column = NUM_KEY_HEADS * KEY_DIM + query_column
-        value_column = 2 * NUM_KEY_HEADS * KEY_DIM + head * VALUE_DIM + value
-        row = tl.load(part_rows + part).to(tl.int64)
-        places = matrices + ((row * NUM_VALUE_HEADS + head) * VALUE_DIM + value[:, None]) * KEY_DIM + dim[None, :]
+        key_mask, value_mask = dim < SPEC.key_dim, value < SPEC.value_dim
+        query_column = head // (SPEC.num_value_heads // SPEC.num_key_heads) * SPEC.key_dim + dim
+        key_column = SPEC.num_key_heads * SPEC.key_dim + query_column
+        value_column = 2 * SPEC.num_key_heads * SPEC.key_dim + head * SPEC.value_dim + value
+        row = tl.load(parts.rows + part).to(tl.int64)
+        matrix_row = (row * SPEC.num_value_heads + head) * SPEC.value_dim + value[:, None]
+        places = matrices + matrix_row * SPEC.key_dim + dim[None, :]
         mask = value_mask[:, None] & key_mask[None, :]
-        is_begun = tl.load(context_lens + part) > num_new
+        is_begun = tl.load(parts.context_lens + part) > num_new
         matrix = tl.load(places, mask=mask & is_begun, other=0.0)
-        speed = -tl.exp(tl.load(log_rates + head).to(tl.float32))
-        offset = tl.load(decay_bias + head).to(tl.float32)
-        token = tl.load(query_starts + part).to(tl.int64)
+        speed = -tl.exp(tl.load(decay.log_rates + head).to(tl.float32))
+        offset = tl.load(decay.bias + head).to(tl.float32)
+        token = tl.load(parts.query_starts + part).to(tl.int64)
         query, key, values, share, rate = _load_token(
-            convolved, decay, token, query_column, key_column, value_column, key_mask, value_mask, head,
-            decay_stride, CONV_SIZE, NUM_VALUE_HEADS,
+            convolved, decay, token, query_column, key_column, value_column, key_mask, value_mask, head, SPEC,
         )  # fmt: skip
         for i in range(num_new):
             # The next token is on its way while this one is worked on.
             next_query, next_key, next_values, next_share, next_rate = _load_token(
                 convolved, decay, token + (i + 1 < num_new).to(tl.int64), query_column, key_column, value_column,
-                key_mask, value_mask, head, decay_stride, CONV_SIZE, NUM_VALUE_HEADS,
+                key_mask, value_mask, head, SPEC,
             )  # fmt: skip
             rate += offset
             softplus = tl.where(rate > 20, rate, tl.log(1 + tl.exp(tl.minimum(rate, 20.0))))
@@ -257,7 +269,7 @@ def _gated_delta_rule(
             correction = (values - held) / (1 + tl.exp(-share))
             matrix += correction[:, None] * key[None, :]
             result = tl.sum(matrix * query[None, :], 1)
-            target = output + token * (NUM_VALUE_HEADS * VALUE_DIM) + head * VALUE_DIM + value
+            target = output + token * (SPEC.num_value_heads * SPEC.value_dim) + head * SPEC.value_dim + value
             tl.store(target, result.to(output.dtype.element_ty), mask=value_mask)
             query, key, values, share, rate = next_query, next_key, next_values, next_share, next_rate
             token += 1

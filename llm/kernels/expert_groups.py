@@ -4,13 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.expert_pairs import find_tile, store_pairs
+from llm.kernels.expert_pairs import find_tile, load_pairs, store_pairs
 from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, ExpertTile, expert_group_tile
 from llm.kernels.group_numbers import product_of_numbers
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
 from llm.kernels.linear import Weights
 from llm.kernels.mxfp4 import TILE_K, product_of_floats
+from llm.kernels.operands import GroupOperand
 from llm.kernels.routing import Routes
 
 
@@ -29,12 +30,10 @@ def product_of_groups(
     code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(inputs_a_turn)
     bytes_a_stage = code_bytes + tile.rows * inputs_a_turn * x.dtype.itemsize
     groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
-        x, weights.weight, groups.scales, groups.zeros, groups.order, weights.bias, routes.order, routes.starts,
-        routes.weights, output, num_outputs, num_inputs, groups.scales.shape[-2], groups.size,
-        NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
-        PER_TOKEN=shape.per_token, ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, SWIGLU=swiglu,
-        LIMIT=shape.swiglu_limit if swiglu else None, ALPHA=shape.swiglu_alpha,
-        IS_EVEN=num_outputs % tile.outputs == 0,
+        x, weights.operand, weights.group_operand, routes.pairs, output, num_outputs, num_inputs,
+        groups.scales.shape[-2], NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
+        PER_TOKEN=shape.per_token, TILE=tile, SWIGLU=swiglu, LIMIT=shape.swiglu_limit if swiglu else None,
+        ALPHA=shape.swiglu_alpha, IS_EVEN=num_outputs % tile.outputs == 0,
         AS_NUMBERS=tile.rows > MAX_SUMMED_ROWS and not deterministic,
         IN_ASSEMBLY=device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
         num_stages=min(tile.num_stages, most_stages(device, bytes_a_stage)), **launch_options(device),
@@ -43,52 +42,51 @@ def product_of_groups(
 
 @triton.jit
 def groups_tile_product(
-    x, weight, scales, zeros, columns, bias, order, starts, pair_weights, output, num_outputs, num_inputs, num_groups,
-    group_size,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    IS_EVEN: tl.constexpr, AS_NUMBERS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+    x, weights, groups, pairs, output, num_outputs, num_inputs, num_groups, NUM_EXPERTS: tl.constexpr,
+    EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr, SWIGLU: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, AS_NUMBERS: tl.constexpr,
+    IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`.
 
     AS_NUMBERS: weights are rounded to the format of `x`; else sums over groups are scaled. MXFP4 needs neither.
     """
     wait_for_inputs(PDL)
-    mine, first, last = find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
+    mine, first, last = find_tile(pairs.starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, TILE.rows)
     if mine >= EXPERT_BLOCK:
         return
-    place = first + tl.arange(0, ROWS)
-    is_pair = place < last
-    pair = tl.load(order + place, mask=is_pair, other=0)
-    source = (pair // PER_TOKEN if SWIGLU else tl.where(is_pair, place, first)).to(tl.int64)
-    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    place, is_pair, pair, source = load_pairs(pairs, first, last, TILE.rows, PER_TOKEN, SWIGLU)
+    source = source.to(tl.int64)
+    out = tl.program_id(0) * TILE.outputs + tl.arange(0, TILE.outputs)
     # Outputs past the last one read its weights, and are not written.
     weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
     num_rows = (2 if SWIGLU else 1) * num_outputs
-    row_size = num_inputs // 2 if weight.dtype.element_ty == tl.uint8 else num_inputs
-    gate_row = weight + mine.to(tl.int64) * num_rows * row_size + weight_row[:, None] * row_size
+    row_size = num_inputs // 2 if weights.numbers.dtype.element_ty == tl.uint8 else num_inputs
+    gate_row = weights.numbers + mine.to(tl.int64) * num_rows * row_size + weight_row[:, None] * row_size
     up_row = gate_row + num_outputs * row_size
+    scales, zeros, columns = groups.scales, groups.zeros, groups.order
     scales += mine.to(tl.int64) * num_groups * num_rows
     if zeros is not None:
         zeros += mine.to(tl.int64) * num_groups * num_rows
     if columns is not None:
         columns += mine * num_inputs
+    own_groups = GroupOperand(scales, zeros, columns, groups.size)
     if scales.dtype.element_ty == tl.uint8:
         acc, up = product_of_floats(
-            x, gate_row, up_row, scales, weight_row, source, num_outputs, num_inputs, OUTPUTS, TILE_K, SWIGLU,
+            x, gate_row, up_row, scales, weight_row, source, num_outputs, num_inputs, TILE.outputs, TILE.k, SWIGLU,
             IN_ASSEMBLY,
         )  # fmt: skip
     elif AS_NUMBERS:
         acc, up = product_of_numbers(
-            x, gate_row, up_row, scales, zeros, columns, weight_row, source, None, num_outputs, num_inputs, group_size,
-            0, num_inputs, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,
+            x, gate_row, up_row, own_groups, weight_row, source, None, num_outputs, num_inputs, 0, num_inputs, TILE,
+            SWIGLU, IN_ASSEMBLY,
         )  # fmt: skip
     else:
         acc, up = sum_of_groups(
-            x, gate_row, up_row, scales, zeros, columns, weight_row, source, None, num_outputs, num_inputs, group_size,
-            0, num_inputs, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,
+            x, gate_row, up_row, own_groups, weight_row, source, None, num_outputs, num_inputs, 0, num_inputs, TILE,
+            SWIGLU, IN_ASSEMBLY,
         )  # fmt: skip
     store_pairs(
-        acc, up, bias, mine * num_rows + weight_row, place, pair, is_pair, out, pair_weights, output, num_outputs,
-        SWIGLU, LIMIT, ALPHA, IS_EVEN,
+        acc, up, weights.bias, mine * num_rows + weight_row, place, pair, is_pair, out, pairs.weights, output,
+        num_outputs, SWIGLU, LIMIT, ALPHA, IS_EVEN,
     )  # fmt: skip

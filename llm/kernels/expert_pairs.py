@@ -1,9 +1,39 @@
 """What kernels of experts do around a tile of pairs: find it, and write what an expert makes of it."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from llm.kernels.activation import bounded_swiglu, swiglu
+
+
+class ExpertPairs(NamedTuple):
+    """The pairs of tokens and experts, see `Routes`.
+
+    Attributes:
+        order: (pairs,) int32, the pairs ordered by expert.
+        starts: (num_experts + 1,) int32, where the pairs of each expert begin in `order`, and where they end.
+        weights: (pairs,) float32, the weight of each pair.
+    """
+
+    order: torch.Tensor
+    starts: torch.Tensor
+    weights: torch.Tensor
+
+
+@triton.jit
+def load_pairs(pairs, first, last, ROWS: tl.constexpr, PER_TOKEN: tl.constexpr, SWIGLU: tl.constexpr):
+    """The pairs of a tile from `first` to `last`.
+
+    Returns, (ROWS,) each: their places in the order of experts, which of these exist, their numbers in the order of
+    tokens, and the row of the input that each one multiplies.
+    """
+    place = first + tl.arange(0, ROWS)
+    is_pair = place < last
+    pair = tl.load(pairs.order + place, mask=is_pair, other=0)
+    return place, is_pair, pair, pair // PER_TOKEN if SWIGLU else tl.where(is_pair, place, first)
 
 
 @triton.jit

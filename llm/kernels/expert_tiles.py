@@ -1,7 +1,7 @@
 """How the products of a mixture of experts are cut up: rules of the shape alone, found by measuring (decision 14)."""
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import triton
 
@@ -11,8 +11,7 @@ MAX_SUMMED_ROWS = 32
 """Most rows of a tile whose sums over groups are scaled one by one; beyond it there are no registers for that."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertTile:
+class ExpertTile(NamedTuple):
     """How an expert's product is cut up.
 
     Attributes:

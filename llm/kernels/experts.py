@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 
 from llm.kernels.expert_groups import product_of_groups
-from llm.kernels.expert_pairs import expert_swiglu, find_tile, store_pairs
+from llm.kernels.expert_pairs import expert_swiglu, find_tile, load_pairs, store_pairs
 from llm.kernels.expert_tiles import WRITTEN_OUT_PAIRS, ExpertTile, expert_tile
 from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
+from llm.kernels.operands import WeightOperand
 from llm.kernels.routing import ExpertShape, Routes, route
 
 _SINGLE_LEAST_TILE_K, _SINGLE_MOST_TILE_K = 256, 1024
@@ -146,19 +147,19 @@ class ExpertMixture:
         grid = triton.cdiv(num_outputs, tile.outputs), most_tiles
         bytes_a_stage = ((2 if swiglu else 1) * tile.outputs + tile.rows) * tile.k * x.dtype.itemsize
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
-        tensors = x, weights.weight, weights.scales, weights.bias, routes.order, routes.starts, routes.weights, output
+        arguments = x, weights.operand, routes.pairs, output, num_outputs, num_inputs
         sizes = {
             "NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": triton.next_power_of_2(shape.num_experts),
-            "PER_TOKEN": shape.per_token, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k,
-            "SWIGLU": swiglu, "LIMIT": shape.swiglu_limit if swiglu else None, "ALPHA": shape.swiglu_alpha,
+            "PER_TOKEN": shape.per_token, "TILE": tile, "SWIGLU": swiglu,
+            "LIMIT": shape.swiglu_limit if swiglu else None, "ALPHA": shape.swiglu_alpha,
             "num_warps": tile.num_warps,
             "num_stages": min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
             **launch_options(self._device),
         }  # fmt: skip
         if tile.rows >= _MANY_ROWS and is_even and not self._deterministic:
-            _many_pairs_product[grid](*tensors, num_outputs, num_inputs, **sizes)
+            _many_pairs_product[grid](*arguments, **sizes)
         else:
-            _expert_product[grid](*tensors, num_outputs, num_inputs, IS_EVEN=is_even, **sizes)
+            _expert_product[grid](*arguments, IS_EVEN=is_even, **sizes)
 
     def _writes_out(self, num_tokens: int) -> bool:
         """Whether weights in groups are written out first, which takes about as long as the product of some tokens."""
@@ -185,15 +186,15 @@ class ExpertMixture:
         tile_k = _row_tile(hidden_size)
         outputs, warps = _GATE_UP_CUT
         single_row_product[(size // outputs, shape.per_token)](
-            total, norm.weight, gate_up.weight, gate_up.scales, gate_up.bias, self._activated, routes.experts, size,
-            hidden_size, norm.eps, OUTPUTS=outputs, TILE_K=tile_k, IS_EVEN=hidden_size % tile_k == 0,
+            total, norm.weight, gate_up.operand, self._activated, routes.experts, size, hidden_size, norm.eps,
+            OUTPUTS=outputs, TILE_K=tile_k, IS_EVEN=hidden_size % tile_k == 0,
             SWIGLU=True, GELU=False, OFFSET=None, ADDS=False, LIMIT=shape.swiglu_limit, ALPHA=shape.swiglu_alpha,
             CAN_PREFETCH=False, num_warps=warps, **options,
         )  # fmt: skip
         tile_k = min(_SINGLE_MOST_TILE_K, triton.next_power_of_2(size))
         outputs, warps = _DOWN_CUT
         _single_sum[(hidden_size // outputs,)](
-            self._activated, down.weight, down.scales, down.bias, routes.experts, routes.weights, output, hidden_size,
+            self._activated, down.operand, routes.experts, routes.weights, output, hidden_size,
             SIZE=size, PER_TOKEN=shape.per_token, OUTPUTS=outputs, TILE_K=tile_k,
             CAN_PREFETCH=self._device.type == "cuda" and tile_k >= 64, num_warps=warps, **options,
         )  # fmt: skip
@@ -209,31 +210,29 @@ def _row_tile(num_inputs: int) -> int:
 
 @triton.jit
 def _expert_product(
-    x, weight, scales, bias, order, starts, pair_weights, output, num_outputs, num_inputs,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    IS_EVEN: tl.constexpr, PDL: tl.constexpr,
+    x, weights, pairs, output, num_outputs, num_inputs,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
+    SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`."""
     wait_for_inputs(PDL)
-    mine, first, last = find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
+    rows: tl.constexpr = TILE.rows
+    outputs: tl.constexpr = TILE.outputs
+    mine, first, last = find_tile(pairs.starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, rows)
     if mine >= EXPERT_BLOCK:
         return
-    place = first + tl.arange(0, ROWS)
-    is_pair = place < last
-    pair = tl.load(order + place, mask=is_pair, other=0)
-    source = pair // PER_TOKEN if SWIGLU else tl.where(is_pair, place, first)
+    place, is_pair, pair, source = load_pairs(pairs, first, last, rows, PER_TOKEN, SWIGLU)
     column_of = x + source[None, :].to(tl.int64) * num_inputs
-    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    out = tl.program_id(0) * outputs + tl.arange(0, outputs)
     # Outputs past the last one read its weights, and are not written.
     weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
     num_rows = (2 if SWIGLU else 1) * num_outputs
-    gate_row = weight + mine.to(tl.int64) * num_rows * num_inputs + weight_row[:, None] * num_inputs
+    gate_row = weights.numbers + mine.to(tl.int64) * num_rows * num_inputs + weight_row[:, None] * num_inputs
     up_row = gate_row + num_outputs * num_inputs
-    k = tl.arange(0, TILE_K)
-    acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    up = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    for start in range(0, num_inputs, TILE_K):
+    k = tl.arange(0, TILE.k)
+    acc = tl.zeros([outputs, rows], tl.float32)
+    up = tl.zeros([outputs, rows], tl.float32)
+    for start in range(0, num_inputs, TILE.k):
         column = start + k
         if IS_EVEN:
             columns = tl.load(column_of + column[:, None])
@@ -249,43 +248,40 @@ def _expert_product(
             else:
                 more = tl.load(up_row + column[None, :], mask=(column < num_inputs)[None, :], other=0.0)
             up = tl.dot(more.to(columns.dtype), columns, up, input_precision="ieee")
-    if scales is not None:
-        scale = scales + mine * num_rows + weight_row
+    if weights.scales is not None:
+        scale = weights.scales + mine * num_rows + weight_row
         acc *= tl.load(scale)[:, None]
         if SWIGLU:
             up *= tl.load(scale + num_outputs)[:, None]
     store_pairs(
-        acc, up, bias, mine * num_rows + weight_row, place, pair, is_pair, out, pair_weights, output, num_outputs,
-        SWIGLU, LIMIT, ALPHA, IS_EVEN,
+        acc, up, weights.bias, mine * num_rows + weight_row, place, pair, is_pair, out, pairs.weights, output,
+        num_outputs, SWIGLU, LIMIT, ALPHA, IS_EVEN,
     )  # fmt: skip
 
 
 @triton.jit
 def _tokens_times_weights(
-    x, weight, scales, bias, order, pair_weights, output, first, last, block, num_outputs, num_inputs,
+    x, weights, pairs, output, first, last, block, num_outputs, num_inputs,
     PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr,
     LIMIT: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """A tile of pairs times a block of one expert's outputs, written to `output`."""
-    place = first + tl.arange(0, ROWS)
-    is_pair = place < last
-    pair = tl.load(order + place, mask=is_pair, other=0)
-    source = pair // PER_TOKEN if SWIGLU else tl.where(is_pair, place, first)
+    place, is_pair, pair, source = load_pairs(pairs, first, last, ROWS, PER_TOKEN, SWIGLU)
     row_of = x + source[:, None].to(tl.int64) * num_inputs
     num_columns: tl.constexpr = 2 * OUTPUTS if SWIGLU else OUTPUTS
     number = tl.arange(0, num_columns)
     weight_row = block * OUTPUTS + number % OUTPUTS + number // OUTPUTS * num_outputs  # of the gate, then of the other
-    weight_of = weight + weight_row[None, :] * num_inputs
+    weight_of = weights.numbers + weight_row[None, :] * num_inputs
     k = tl.arange(0, TILE_K)
     acc = tl.zeros([ROWS, num_columns], tl.float32)
     for start in range(0, num_inputs, TILE_K):
         column = start + k
         rows = tl.load(row_of + column[None, :])
         acc = tl.dot(rows, tl.load(weight_of + column[:, None]).to(rows.dtype), acc)
-    if scales is not None:
-        acc *= tl.load(scales + weight_row)[None, :]
-    if bias is not None:
-        acc += tl.load(bias + weight_row).to(tl.float32)[None, :]
+    if weights.scales is not None:
+        acc *= tl.load(weights.scales + weight_row)[None, :]
+    if weights.bias is not None:
+        acc += tl.load(weights.bias + weight_row).to(tl.float32)[None, :]
     dtype: tl.constexpr = output.dtype.element_ty
     out = block * OUTPUTS + tl.arange(0, OUTPUTS)
     if SWIGLU:
@@ -293,41 +289,42 @@ def _tokens_times_weights(
         result = expert_swiglu(gate, up, dtype, LIMIT, ALPHA)
         to = place
     else:
-        result = (acc * tl.load(pair_weights + pair, mask=is_pair, other=0.0)[:, None]).to(dtype)
+        result = (acc * tl.load(pairs.weights + pair, mask=is_pair, other=0.0)[:, None]).to(dtype)
         to = pair
     tl.store(output + to[:, None].to(tl.int64) * num_outputs + out[None, :], result, mask=is_pair[:, None])
 
 
 @triton.jit
 def _many_pairs_product(
-    x, weight, scales, bias, order, starts, pair_weights, output, num_outputs, num_inputs,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-    PDL: tl.constexpr,
+    x, weights, pairs, output, num_outputs, num_inputs,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
+    SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for sizes that tiles divide. An expert's last tile is half as high if that is enough.
 
     Tokens are the left factor: instructions then have 256 columns, and read less shared memory.
     """
     wait_for_inputs(PDL)
-    mine, first, last = find_tile(starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
+    mine, first, last = find_tile(pairs.starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, TILE.rows)
     if mine >= EXPERT_BLOCK:
         return
     num_rows = (2 if SWIGLU else 1) * num_outputs
-    weight += mine.to(tl.int64) * num_rows * num_inputs
+    numbers, scales, bias = weights.numbers, weights.scales, weights.bias
+    numbers += mine.to(tl.int64) * num_rows * num_inputs
     if scales is not None:
         scales += mine * num_rows
     if bias is not None:
         bias += mine * num_rows
-    if last - first > ROWS // 2:
+    own_weights = WeightOperand(numbers, scales, bias)
+    if last - first > TILE.rows // 2:
         _tokens_times_weights(
-            x, weight, scales, bias, order, pair_weights, output, first, last, tl.program_id(0), num_outputs,
-            num_inputs, PER_TOKEN, ROWS, OUTPUTS, TILE_K, SWIGLU, LIMIT, ALPHA,
+            x, own_weights, pairs, output, first, last, tl.program_id(0), num_outputs, num_inputs,
+            PER_TOKEN, TILE.rows, TILE.outputs, TILE.k, SWIGLU, LIMIT, ALPHA,
         )  # fmt: skip
     else:
         _tokens_times_weights(
-            x, weight, scales, bias, order, pair_weights, output, first, last, tl.program_id(0), num_outputs,
-            num_inputs, PER_TOKEN, ROWS // 2, OUTPUTS, TILE_K, SWIGLU, LIMIT, ALPHA,
+            x, own_weights, pairs, output, first, last, tl.program_id(0), num_outputs, num_inputs,
+            PER_TOKEN, TILE.rows // 2, TILE.outputs, TILE.k, SWIGLU, LIMIT, ALPHA,
         )  # fmt: skip
 
 
@@ -349,7 +346,7 @@ def _add_pairs(
 
 @triton.jit
 def _single_sum(
-    activated, weight, scales, bias, experts, weights, total, num_outputs,
+    activated, weights, experts, shares, total, num_outputs,
     SIZE: tl.constexpr, PER_TOKEN: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr,
     CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -359,14 +356,14 @@ def _single_sum(
         line = tl.minimum(tl.arange(0, TILE_K // 64) * 64, SIZE - 1)
         for slot in tl.static_range(PER_TOKEN):
             expert = tl.load(experts + slot).to(tl.int64)
-            prefetch(weight + expert * num_outputs * SIZE + out[:, None] * SIZE + line[None, :])
+            prefetch(weights.numbers + expert * num_outputs * SIZE + out[:, None] * SIZE + line[None, :])
     wait_for_inputs(PDL)
     acc = tl.zeros([OUTPUTS, TILE_K], tl.float32)
     for slot in tl.static_range(PER_TOKEN):
         expert = tl.load(experts + slot).to(tl.int64)
-        share = tl.load(weights + slot)
-        row = weight + expert * num_outputs * SIZE + out[:, None] * SIZE
-        scale = 1.0 if scales is None else tl.load(scales + expert * num_outputs + out)[:, None]
+        share = tl.load(shares + slot)
+        row = weights.numbers + expert * num_outputs * SIZE + out[:, None] * SIZE
+        scale = 1.0 if weights.scales is None else tl.load(weights.scales + expert * num_outputs + out)[:, None]
         for start in tl.static_range(0, SIZE, TILE_K):
             column = start + tl.arange(0, TILE_K)
             mask = column < SIZE
@@ -375,8 +372,8 @@ def _single_sum(
             acc += products * (values * share)[None, :]
     before = tl.load(total + out)
     after = before.to(tl.float32) + tl.sum(acc, 1)
-    if bias is not None:
+    if weights.bias is not None:
         for slot in tl.static_range(PER_TOKEN):
             expert = tl.load(experts + slot).to(tl.int64)
-            after += tl.load(bias + expert * num_outputs + out).to(tl.float32) * tl.load(weights + slot)
+            after += tl.load(weights.bias + expert * num_outputs + out).to(tl.float32) * tl.load(shares + slot)
     tl.store(total + out, after.to(before.dtype))

@@ -12,13 +12,14 @@ from llm.kernels.launch import prefetch, wait_for_inputs, wait_then_launch
 @triton.jit
 def _sum_of_products(
     x, gate_row, up_row, row, num_rows, num_inputs, begin, end,
-    OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr,
+    TILE: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
     """Weights times rows over the inputs from `begin` to `end`: (OUTPUTS, rows) float32, of gate and of up."""
-    k = tl.arange(0, TILE_K)
-    acc = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
-    up = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
-    for start in range(begin, end, TILE_K):
+    outputs: tl.constexpr = TILE.outputs
+    k = tl.arange(0, TILE.k)
+    acc = tl.zeros([outputs, row.shape[0]], tl.float32)
+    up = tl.zeros([outputs, row.shape[0]], tl.float32)
+    for start in range(begin, end, TILE.k):
         column = start + k
         pointers = x + row[None, :] * num_inputs + column[:, None]
         if IS_EVEN:
@@ -36,117 +37,114 @@ def _sum_of_products(
 
 @triton.jit
 def _sum(
-    x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size, begin,
-    end, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr,
-    AS_NUMBERS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+    x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end, TILE: tl.constexpr,
+    SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr, AS_NUMBERS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Weights, plain or in groups, times rows over the inputs from `begin` to `end`: of gate and of up."""
-    if scales is None:
-        acc, up = _sum_of_products(
-            x, gate_row, up_row, row, num_rows, num_inputs, begin, end, OUTPUTS, TILE_K, SWIGLU, IS_EVEN
-        )
+    if groups.scales is None:
+        acc, up = _sum_of_products(x, gate_row, up_row, row, num_rows, num_inputs, begin, end, TILE, SWIGLU, IS_EVEN)
     elif AS_NUMBERS:
         acc, up = product_of_numbers(
-            x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size,
-            begin, end, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,
+            x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end, TILE, SWIGLU,
+            IN_ASSEMBLY,
         )  # fmt: skip
     else:
         acc, up = sum_of_groups(
-            x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size,
-            begin, end, OUTPUTS, TILE_K, SWIGLU, IN_ASSEMBLY,
+            x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end, TILE, SWIGLU,
+            IN_ASSEMBLY,
         )  # fmt: skip
     return acc, up
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def tile_product(
-    x, weight, scales, bias, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
-    group_scales, zeros, order, group_size,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, IS_SHARED: tl.constexpr,
-    SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, AS_NUMBERS: tl.constexpr,
-    CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    x, weights, groups, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
+    TILE: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr,
+    AS_NUMBERS: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows in its turn, block of outputs, turn and part of the sum).
 
     The weights are the left factor: a tensor-core product has at least 64 rows on its left, but as few as 8 columns on
     its right. Where the sum's parts are shared out, the program that arrives last adds them up, always in the same
-    order; where not, each program adds up all parts in that order. With `group_scales` the weights are `WeightGroups`,
-    which AS_NUMBERS rounds to the format of the rows.
+    order; where not, each program adds up all parts in that order. AS_NUMBERS rounds weights in groups to the format
+    of the rows.
     """
-    num_shares: tl.constexpr = NUM_PARTS if IS_SHARED else 1
+    rows: tl.constexpr = TILE.rows
+    outputs: tl.constexpr = TILE.outputs
+    num_shares: tl.constexpr = TILE.num_parts if TILE.is_shared else 1
     row_block = tl.program_id(2) // num_shares * tl.num_programs(0) + tl.program_id(0)
     block = tl.program_id(1)
     part = tl.program_id(2) % num_shares
-    num_rows -= row_block * ROWS
+    num_rows -= row_block * rows
     if num_rows <= 0:
         return
-    out = block * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.arange(0, ROWS)
+    out = block * outputs + tl.arange(0, outputs)
+    row = tl.arange(0, rows)
     begin = part * inputs_per_part
     # Outputs past the last one read its weights, and are not written.
     weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
-    codes_per_number: tl.constexpr = 2 if weight.dtype.element_ty == tl.uint8 else 1
+    codes_per_number: tl.constexpr = 2 if weights.numbers.dtype.element_ty == tl.uint8 else 1
     row_size = num_inputs // codes_per_number
-    gate_row = weight + weight_row[:, None].to(tl.int64) * row_size
+    gate_row = weights.numbers + weight_row[:, None].to(tl.int64) * row_size
     up_row = gate_row + num_outputs.to(tl.int64) * row_size
     if CAN_PREFETCH:  # weights depend on nobody: fetch the first tiles while the kernel before drains
-        line_size: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-        num_lines: tl.constexpr = max(2 * TILE_K // codes_per_number // line_size, 1)
+        line_size: tl.constexpr = 1024 // weights.numbers.dtype.element_ty.primitive_bitwidth
+        num_lines: tl.constexpr = max(2 * TILE.k // codes_per_number // line_size, 1)
         line = begin // codes_per_number + tl.arange(0, num_lines) * line_size
         prefetch(gate_row + line[None, :])
         if SWIGLU:
             prefetch(up_row + line[None, :])
     wait_for_inputs(PDL)
-    x += row_block.to(tl.int64) * ROWS * num_inputs
-    if NUM_PARTS == 1 or IS_SHARED:
+    x += row_block.to(tl.int64) * rows * num_inputs
+    if TILE.num_parts == 1 or TILE.is_shared:
         acc, up = _sum(
-            x, gate_row, up_row, group_scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs,
-            group_size, begin, begin + inputs_per_part, OUTPUTS, TILE_K, SWIGLU, IS_EVEN, AS_NUMBERS, CAN_PREFETCH,
+            x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin,
+            begin + inputs_per_part, TILE, SWIGLU, IS_EVEN, AS_NUMBERS, CAN_PREFETCH,
         )  # fmt: skip
     else:
         tl.static_assert(not SWIGLU)
-        acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
-        for other in range(NUM_PARTS):
+        acc = tl.zeros([outputs, rows], tl.float32)
+        for other in range(TILE.num_parts):
             start = other * inputs_per_part
             share, up = _sum(
-                x, gate_row, up_row, group_scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs,
-                group_size, start, start + inputs_per_part, OUTPUTS, TILE_K, SWIGLU, IS_EVEN, AS_NUMBERS, CAN_PREFETCH,
+                x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, start,
+                start + inputs_per_part, TILE, SWIGLU, IS_EVEN, AS_NUMBERS, CAN_PREFETCH,
             )  # fmt: skip
             acc += share
     is_last = True
-    if IS_SHARED:
-        size: tl.constexpr = 2 * OUTPUTS * ROWS if SWIGLU else OUTPUTS * ROWS
-        tile = tl.arange(0, OUTPUTS)[:, None] * ROWS + row[None, :]
+    if TILE.is_shared:
+        size: tl.constexpr = 2 * outputs * rows if SWIGLU else outputs * rows
+        tile = tl.arange(0, outputs)[:, None] * rows + row[None, :]
         place = row_block * tl.num_programs(1) + block
-        tiles = partial + place.to(tl.int64) * (NUM_PARTS * size)
+        tiles = partial + place.to(tl.int64) * (TILE.num_parts * size)
         tl.store(tiles + part * size + tile, acc)
         if SWIGLU:
-            tl.store(tiles + part * size + OUTPUTS * ROWS + tile, up)
+            tl.store(tiles + part * size + outputs * rows + tile, up)
         tl.debug_barrier()  # every thread's share is written before this program counts as arrived
-        is_last = tl.atomic_add(arrivals + place, 1, sem="acq_rel") == NUM_PARTS - 1
+        is_last = tl.atomic_add(arrivals + place, 1, sem="acq_rel") == TILE.num_parts - 1
         if is_last:
             tl.store(arrivals + place, 0)
-            acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
-            up = tl.zeros([OUTPUTS, ROWS], tl.float32)
-            for other in range(NUM_PARTS):
+            acc = tl.zeros([outputs, rows], tl.float32)
+            up = tl.zeros([outputs, rows], tl.float32)
+            for other in range(TILE.num_parts):
                 # Past the first-level cache, which does not see other multiprocessors' writes.
                 acc += tl.load(tiles + other * size + tile, cache_modifier=".cg")
                 if SWIGLU:
-                    up += tl.load(tiles + other * size + OUTPUTS * ROWS + tile, cache_modifier=".cg")
+                    up += tl.load(tiles + other * size + outputs * rows + tile, cache_modifier=".cg")
     if is_last:
         dtype: tl.constexpr = output.dtype.element_ty
-        if scales is not None:
-            acc *= tl.load(scales + weight_row)[:, None]
+        if weights.scales is not None:
+            acc *= tl.load(weights.scales + weight_row)[:, None]
             if SWIGLU:
-                up *= tl.load(scales + num_outputs + weight_row)[:, None]
-        if bias is not None:
-            acc += tl.load(bias + weight_row).to(tl.float32)[:, None]
+                up *= tl.load(weights.scales + num_outputs + weight_row)[:, None]
+        if weights.bias is not None:
+            acc += tl.load(weights.bias + weight_row).to(tl.float32)[:, None]
         result = gated(acc, up, dtype, GELU) if SWIGLU else acc.to(dtype)
         offsets = row[None, :] * num_outputs.to(tl.int64) + out[:, None]
         mask = row[None, :] < num_rows
         if not IS_EVEN:
             mask &= out[:, None] < num_outputs
-        pointers = output + row_block.to(tl.int64) * ROWS * num_outputs + offsets
+        pointers = output + row_block.to(tl.int64) * rows * num_outputs + offsets
         if ADDS:
             result += tl.load(pointers, mask=mask, other=0.0)
         tl.store(pointers, result, mask=mask)
@@ -160,7 +158,7 @@ def _load(pointers, exists, IS_EVEN: tl.constexpr):
 
 @triton.jit
 def single_row_product(
-    x, norm, weight, scales, bias, output, experts, num_outputs, num_inputs, norm_eps,
+    x, norm, weights, output, experts, num_outputs, num_inputs, norm_eps,
     OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, OFFSET: tl.constexpr,
     ADDS: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
@@ -173,6 +171,7 @@ def single_row_product(
     """
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, TILE_K)
+    weight, scales, bias = weights.numbers, weights.scales, weights.bias
     if experts is not None:
         wait_then_launch(PDL)
         expert = tl.load(experts + tl.program_id(1)).to(tl.int64)

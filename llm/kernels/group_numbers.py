@@ -13,6 +13,7 @@ from llm.core.weight_groups import FP8, WeightGroups
 from llm.kernels.groups import columns_of, halves, meaning
 from llm.kernels.launch import launch_options, wait_for_inputs
 from llm.kernels.mxfp4 import floats_written_out
+from llm.kernels.operands import GroupOperand
 
 _MIDDLE = tl.constexpr(8)
 _OUTPUTS = 32
@@ -30,50 +31,47 @@ def _numbers(packed, low_scale, low_zero, high_scale, high_zero, dtype: tl.const
 
 @triton.jit
 def _load_numbers(
-    codes, scales, zeros, start, group_size, size, out, dtype: tl.constexpr, HALF: tl.constexpr,
-    IN_ASSEMBLY: tl.constexpr,
+    codes, groups, start, size, out, dtype: tl.constexpr, HALF: tl.constexpr, IN_ASSEMBLY: tl.constexpr
 ):  # fmt: skip
     """The weights of some outputs, at whose codes `codes` points, over the span from `start` on: both halves."""
-    low_scale, low_zero = meaning(scales, zeros, start, group_size, size, out)
-    high_scale, high_zero = meaning(scales, zeros, start + HALF, group_size, size, out)
+    low_scale, low_zero = meaning(groups, start, size, out)
+    high_scale, high_zero = meaning(groups, start + HALF, size, out)
     packed = tl.load(codes + (start // 2 + tl.arange(0, HALF))[None, :])
     return _numbers(packed, low_scale, low_zero, high_scale, high_zero, dtype, IN_ASSEMBLY)
 
 
 @triton.jit
 def product_of_numbers(
-    x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size, begin,
-    end, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+    x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end,
+    TILE: tl.constexpr, SWIGLU: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """The same as `sum_of_groups`, of weights that are rounded to the format of the rows."""
-    acc = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
-    up = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
+    outputs: tl.constexpr = TILE.outputs
+    acc = tl.zeros([outputs, row.shape[0]], tl.float32)
+    up = tl.zeros([outputs, row.shape[0]], tl.float32)
     size = 2 * num_outputs if SWIGLU else num_outputs
     dtype: tl.constexpr = x.dtype.element_ty
-    half: tl.constexpr = TILE_K // 2
-    for start in range(begin, end, TILE_K):
+    half: tl.constexpr = TILE.k // 2
+    for start in range(begin, end, TILE.k):
         if gate_row.dtype.element_ty == tl.uint8:
-            low_x = columns_of(x, order, start, row, num_rows, num_inputs, half)
-            high_x = columns_of(x, order, start + half, row, num_rows, num_inputs, half)
-            low, high = _load_numbers(
-                gate_row, scales, zeros, start, group_size, size, weight_row, dtype, half, IN_ASSEMBLY
-            )
+            low_x = columns_of(x, groups.order, start, row, num_rows, num_inputs, half)
+            high_x = columns_of(x, groups.order, start + half, row, num_rows, num_inputs, half)
+            low, high = _load_numbers(gate_row, groups, start, size, weight_row, dtype, half, IN_ASSEMBLY)
             acc = tl.dot(low, low_x, acc, input_precision="ieee")
             acc = tl.dot(high, high_x, acc, input_precision="ieee")
             if SWIGLU:
-                low, high = _load_numbers(
-                    up_row, scales, zeros, start, group_size, size, weight_row + num_outputs, dtype, half, IN_ASSEMBLY
-                )
+                up_out = weight_row + num_outputs
+                low, high = _load_numbers(up_row, groups, start, size, up_out, dtype, half, IN_ASSEMBLY)
                 up = tl.dot(low, low_x, up, input_precision="ieee")
                 up = tl.dot(high, high_x, up, input_precision="ieee")
         else:
-            rows = columns_of(x, order, start, row, num_rows, num_inputs, TILE_K)
-            column = start + tl.arange(0, TILE_K)
-            scale, _ = meaning(scales, zeros, start, group_size, size, weight_row)
+            rows = columns_of(x, groups.order, start, row, num_rows, num_inputs, TILE.k)
+            column = start + tl.arange(0, TILE.k)
+            scale, _ = meaning(groups, start, size, weight_row)
             gate = tl.load(gate_row + column[None, :]).to(tl.float32) * scale.to(tl.float32)[:, None]
             acc = tl.dot(gate.to(dtype), rows, acc, input_precision="ieee")
             if SWIGLU:
-                scale, _ = meaning(scales, zeros, start, group_size, size, weight_row + num_outputs)
+                scale, _ = meaning(groups, start, size, weight_row + num_outputs)
                 above = tl.load(up_row + column[None, :]).to(tl.float32) * scale.to(tl.float32)[:, None]
                 up = tl.dot(above.to(dtype), rows, up, input_precision="ieee")
     return acc, up
@@ -88,8 +86,8 @@ def written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.dtype) -
     output = torch.empty(*stack, num_outputs, num_inputs, dtype=dtype, device=codes.device)
     grid = triton.cdiv(num_outputs, _OUTPUTS), num_inputs // groups.span, codes.shape[0] if stack else 1
     _write_out[grid](
-        codes, groups.scales, groups.zeros, groups.order, output, num_outputs, num_inputs, groups.scales.shape[-2],
-        groups.size, OUTPUTS=_OUTPUTS, SPAN=groups.span,
+        codes, GroupOperand(groups.scales, groups.zeros, groups.order, groups.size), output, num_outputs, num_inputs,
+        groups.scales.shape[-2], OUTPUTS=_OUTPUTS, SPAN=groups.span,
         IN_ASSEMBLY=codes.device.type == "cuda" and dtype.itemsize == 2, num_warps=4, **launch_options(codes.device),
     )  # fmt: skip
     return output
@@ -97,7 +95,7 @@ def written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.dtype) -
 
 @triton.jit
 def _write_out(
-    codes, scales, zeros, order, output, num_outputs, num_inputs, num_groups, group_size,
+    codes, groups, output, num_outputs, num_inputs, num_groups,
     OUTPUTS: tl.constexpr, SPAN: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, span of inputs, weight of a stack)."""
@@ -110,15 +108,16 @@ def _write_out(
     dtype: tl.constexpr = output.dtype.element_ty
     row = number * num_outputs + out
     rows = output + row[:, None] * num_inputs
+    scales, zeros, order = groups.scales, groups.zeros, groups.order
     scales += number * num_groups * num_outputs
     if zeros is not None:
         zeros += number * num_groups * num_outputs
+    own_groups = GroupOperand(scales, zeros, order, groups.size)
     if codes.dtype.element_ty == tl.uint8:
         half: tl.constexpr = SPAN // 2
         low, high = _load_numbers(
-            codes + row[:, None] * (num_inputs // 2), scales, zeros, start, group_size, num_outputs, out, dtype, half,
-            IN_ASSEMBLY,
-        )  # fmt: skip
+            codes + row[:, None] * (num_inputs // 2), own_groups, start, num_outputs, out, dtype, half, IN_ASSEMBLY
+        )
         low_column = start + tl.arange(0, half)
         high_column = low_column + half
         if order is not None:
@@ -128,6 +127,6 @@ def _write_out(
         tl.store(rows + high_column[None, :], high, mask=mask)
     else:
         column = start + tl.arange(0, SPAN)
-        scale, _ = meaning(scales, zeros, start, group_size, num_outputs, out)
+        scale, _ = meaning(own_groups, start, num_outputs, out)
         code = tl.load(codes + row[:, None] * num_inputs + column[None, :]).to(tl.float32)
         tl.store(rows + column[None, :], (code * scale.to(tl.float32)[:, None]).to(dtype), mask=mask)

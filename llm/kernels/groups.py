@@ -97,13 +97,13 @@ def _scaled(total, row_sums, scale, zero, HAS_ZEROS: tl.constexpr):
 
 
 @triton.jit
-def meaning(scales, zeros, start, group_size, num_rows_of_weight, out):
+def meaning(groups, start, num_rows_of_weight, out):
     """Scales and zeros of some outputs, as they are stored, in the group of the inputs from `start` on."""
-    offsets = start // group_size * num_rows_of_weight + out
+    offsets = start // groups.size * num_rows_of_weight + out
     zero = tl.full(out.shape, _MIDDLE, tl.uint8)
-    if zeros is not None:
-        zero = tl.load(zeros + offsets)
-    return tl.load(scales + offsets), zero
+    if groups.zeros is not None:
+        zero = tl.load(groups.zeros + offsets)
+    return tl.load(groups.scales + offsets), zero
 
 
 @triton.jit
@@ -118,67 +118,68 @@ def columns_of(x, order, start, row, num_rows, num_inputs, SIZE: tl.constexpr):
 
 @triton.jit
 def sum_of_groups(
-    x, gate_row, up_row, scales, zeros, order, weight_row, row, num_rows, num_outputs, num_inputs, group_size, begin,
-    end, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+    x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end,
+    TILE: tl.constexpr, SWIGLU: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Weights in groups times rows over the inputs from `begin` to `end`: (OUTPUTS, rows) float32, of gate and of up.
 
-    With codes of 4 bits TILE_K is the span, with 8 bits it divides the size of a group.
+    With codes of 4 bits `TILE.k` is the span, with 8 bits it divides the size of a group.
     """
-    acc = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
-    up = tl.zeros([OUTPUTS, row.shape[0]], tl.float32)
+    outputs: tl.constexpr = TILE.outputs
+    acc = tl.zeros([outputs, row.shape[0]], tl.float32)
+    up = tl.zeros([outputs, row.shape[0]], tl.float32)
     size = 2 * num_outputs if SWIGLU else num_outputs
     dtype: tl.constexpr = x.dtype.element_ty
     has_4_bits: tl.constexpr = gate_row.dtype.element_ty == tl.uint8
-    half: tl.constexpr = TILE_K // 2 if has_4_bits else 0
+    half: tl.constexpr = TILE.k // 2 if has_4_bits else 0
     # Asked for a turn before they are needed: nothing else hides the time they take.
-    next_scale, next_zero = meaning(scales, zeros, begin, group_size, size, weight_row)
+    next_scale, next_zero = meaning(groups, begin, size, weight_row)
     next_high_scale, next_high_zero = next_scale, next_zero
     if has_4_bits:
-        next_high_scale, next_high_zero = meaning(scales, zeros, begin + half, group_size, size, weight_row)
+        next_high_scale, next_high_zero = meaning(groups, begin + half, size, weight_row)
     next_up_scale, next_up_zero = next_scale, next_zero
     next_high_up_scale, next_high_up_zero = next_scale, next_zero
     if SWIGLU:
         up_out = weight_row + num_outputs
-        next_up_scale, next_up_zero = meaning(scales, zeros, begin, group_size, size, up_out)
+        next_up_scale, next_up_zero = meaning(groups, begin, size, up_out)
         if has_4_bits:
-            next_high_up_scale, next_high_up_zero = meaning(scales, zeros, begin + half, group_size, size, up_out)
-    for start in range(begin, end, TILE_K):
+            next_high_up_scale, next_high_up_zero = meaning(groups, begin + half, size, up_out)
+    for start in range(begin, end, TILE.k):
         scale, zero, high_scale, high_zero = next_scale, next_zero, next_high_scale, next_high_zero
         up_scale, up_zero, high_up_scale, high_up_zero = (
             next_up_scale, next_up_zero, next_high_up_scale, next_high_up_zero,
         )  # fmt: skip
-        then = tl.minimum(start + TILE_K, end - TILE_K)
-        next_scale, next_zero = meaning(scales, zeros, then, group_size, size, weight_row)
+        then = tl.minimum(start + TILE.k, end - TILE.k)
+        next_scale, next_zero = meaning(groups, then, size, weight_row)
         if has_4_bits:
-            next_high_scale, next_high_zero = meaning(scales, zeros, then + half, group_size, size, weight_row)
+            next_high_scale, next_high_zero = meaning(groups, then + half, size, weight_row)
         if SWIGLU:
-            next_up_scale, next_up_zero = meaning(scales, zeros, then, group_size, size, up_out)
+            next_up_scale, next_up_zero = meaning(groups, then, size, up_out)
             if has_4_bits:
-                next_high_up_scale, next_high_up_zero = meaning(scales, zeros, then + half, group_size, size, up_out)
+                next_high_up_scale, next_high_up_zero = meaning(groups, then + half, size, up_out)
         if has_4_bits:
-            low_x = columns_of(x, order, start, row, num_rows, num_inputs, half)
-            high_x = columns_of(x, order, start + half, row, num_rows, num_inputs, half)
+            low_x = columns_of(x, groups.order, start, row, num_rows, num_inputs, half)
+            high_x = columns_of(x, groups.order, start + half, row, num_rows, num_inputs, half)
             byte = start // 2 + tl.arange(0, half)
             low_sums, high_sums = acc, acc
-            if zeros is not None:  # by tensor cores, which have time
-                ones = tl.full([OUTPUTS, half], 1.0, dtype)
+            if groups.zeros is not None:  # by tensor cores, which have time
+                ones = tl.full([outputs, half], 1.0, dtype)
                 low_sums = tl.dot(ones, low_x, input_precision="ieee")
                 high_sums = tl.dot(ones, high_x, input_precision="ieee")
             low, high = halves(tl.load(gate_row + byte[None, :]), dtype, IN_ASSEMBLY)
             low_total = tl.dot(low, low_x, input_precision="ieee")
             high_total = tl.dot(high, high_x, input_precision="ieee")
-            acc += _scaled(low_total, low_sums, scale, zero, zeros is not None)
-            acc += _scaled(high_total, high_sums, high_scale, high_zero, zeros is not None)
+            acc += _scaled(low_total, low_sums, scale, zero, groups.zeros is not None)
+            acc += _scaled(high_total, high_sums, high_scale, high_zero, groups.zeros is not None)
             if SWIGLU:
                 low, high = halves(tl.load(up_row + byte[None, :]), dtype, IN_ASSEMBLY)
                 low_total = tl.dot(low, low_x, input_precision="ieee")
                 high_total = tl.dot(high, high_x, input_precision="ieee")
-                up += _scaled(low_total, low_sums, up_scale, up_zero, zeros is not None)
-                up += _scaled(high_total, high_sums, high_up_scale, high_up_zero, zeros is not None)
+                up += _scaled(low_total, low_sums, up_scale, up_zero, groups.zeros is not None)
+                up += _scaled(high_total, high_sums, high_up_scale, high_up_zero, groups.zeros is not None)
         else:
-            rows = columns_of(x, order, start, row, num_rows, num_inputs, TILE_K)
-            column = start + tl.arange(0, TILE_K)
+            rows = columns_of(x, groups.order, start, row, num_rows, num_inputs, TILE.k)
+            column = start + tl.arange(0, TILE.k)
             gate = tl.load(gate_row + column[None, :]).to(dtype)
             acc += tl.dot(gate, rows, input_precision="ieee") * scale.to(tl.float32)[:, None]
             if SWIGLU:
@@ -189,7 +190,7 @@ def sum_of_groups(
 
 @triton.jit
 def _piece_sums(
-    codes, scales, zeros, out, byte, low_group, high_group, low_x, high_x, low_sum, high_sum, row_size, size, exists,
+    codes, groups, out, byte, low_group, high_group, low_x, high_x, low_sum, high_sum, row_size, size, exists,
     IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Some outputs' weights times one row, over pieces of 8 bytes: (pieces, outputs) float32.
@@ -203,13 +204,13 @@ def _piece_sums(
     )  # fmt: skip
     low_at, high_at = low_group[:, None] * size + out[None, :], high_group[:, None] * size + out[None, :]
     mask = exists[:, None]
-    low_scale = tl.load(scales + low_at, mask=mask, other=0.0).to(tl.float32)
-    high_scale = tl.load(scales + high_at, mask=mask, other=0.0).to(tl.float32)
+    low_scale = tl.load(groups.scales + low_at, mask=mask, other=0.0).to(tl.float32)
+    high_scale = tl.load(groups.scales + high_at, mask=mask, other=0.0).to(tl.float32)
     low_zero = tl.full(low_at.shape, _MIDDLE, tl.float32)
     high_zero = low_zero
-    if zeros is not None:
-        low_zero = tl.load(zeros + low_at, mask=mask, other=0).to(tl.float32)
-        high_zero = tl.load(zeros + high_at, mask=mask, other=0).to(tl.float32)
+    if groups.zeros is not None:
+        low_zero = tl.load(groups.zeros + low_at, mask=mask, other=0).to(tl.float32)
+        high_zero = tl.load(groups.zeros + high_at, mask=mask, other=0).to(tl.float32)
     if IN_ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
             _TO_FP32, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [packed], dtype=(low_x.dtype, high_x.dtype), is_pure=True,
@@ -224,7 +225,7 @@ def _piece_sums(
 
 @triton.jit
 def single_row_of_groups(
-    x, norm, codes, scales, zeros, order, bias, output, num_outputs, num_inputs, group_size, norm_eps,
+    x, norm, weights, groups, output, num_outputs, num_inputs, norm_eps,
     OUTPUTS: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr,
     OFFSET: tl.constexpr, ADDS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -245,13 +246,13 @@ def single_row_of_groups(
         byte = start + tl.arange(0, PIECES) * _PIECE
         exists = byte < row_size
         first = byte // half * SPAN + byte % half
-        low_group, high_group = first // group_size, (first + half) // group_size
+        low_group, high_group = first // groups.size, (first + half) // groups.size
         column = first[:, None] + offset[None, :]
         high_column = column + half
         mask = exists[:, None] & (offset[None, :] >= 0)
-        if order is not None:
-            high_column = tl.load(order + high_column, mask=mask, other=0)
-            column = tl.load(order + column, mask=mask, other=0)
+        if groups.order is not None:
+            high_column = tl.load(groups.order + high_column, mask=mask, other=0)
+            column = tl.load(groups.order + column, mask=mask, other=0)
         low_x = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
         high_x = tl.load(x + high_column, mask=mask, other=0.0).to(tl.float32)
         if norm is not None:
@@ -262,21 +263,21 @@ def single_row_of_groups(
             high_x *= high_factor if OFFSET is None else high_factor + OFFSET
         low_sum, high_sum = tl.sum(low_x, 1), tl.sum(high_x, 1)
         acc += _piece_sums(
-            codes, scales, zeros, out, byte, low_group, high_group, low_x, high_x, low_sum, high_sum, row_size, size,
+            weights.numbers, groups, out, byte, low_group, high_group, low_x, high_x, low_sum, high_sum, row_size, size,
             exists, IN_ASSEMBLY,
         )  # fmt: skip
         if SWIGLU:
             up += _piece_sums(
-                codes, scales, zeros, out + num_outputs, byte, low_group, high_group, low_x, high_x, low_sum, high_sum,
-                row_size, size, exists, IN_ASSEMBLY,
+                weights.numbers, groups, out + num_outputs, byte, low_group, high_group, low_x, high_x, low_sum,
+                high_sum, row_size, size, exists, IN_ASSEMBLY,
             )  # fmt: skip
     result, up_result = tl.sum(acc, 0), tl.sum(up, 0)
     if norm is not None:
         inverse = tl.rsqrt(tl.sum(squares, 0) / num_inputs + norm_eps)
         result *= inverse
         up_result *= inverse
-    if bias is not None:
-        result += tl.load(bias + out).to(tl.float32)
+    if weights.bias is not None:
+        result += tl.load(weights.bias + out).to(tl.float32)
     dtype: tl.constexpr = output.dtype.element_ty
     rounded = gated(result, up_result, dtype, GELU) if SWIGLU else result.to(dtype)
     if ADDS:

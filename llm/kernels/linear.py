@@ -31,6 +31,7 @@ from llm.kernels.group_numbers import written_out
 from llm.kernels.groups import single_row_of_groups
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
+from llm.kernels.operands import NO_GROUPS, GroupOperand, WeightOperand
 from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
 from llm.kernels.tiles import (
     MAX_FEW_ROWS,
@@ -75,6 +76,17 @@ class Weights:
 
     def __len__(self) -> int:
         return len(self.weight)
+
+    @property
+    def operand(self) -> WeightOperand:
+        """The weight as kernels take it."""
+        return WeightOperand(self.weight, self.scales, self.bias)
+
+    @property
+    def group_operand(self) -> GroupOperand:
+        """What its codes mean, as kernels take it."""
+        groups = self.groups
+        return NO_GROUPS if groups is None else GroupOperand(groups.scales, groups.zeros, groups.order, groups.size)
 
     @property
     def num_inputs(self) -> int:
@@ -288,8 +300,8 @@ class Linear:
         if weights.groups is not None:
             return self._single_of_groups(x, weights, weights.groups, output, norm, gated_by, adds=adds)
         single_row_product[(num_outputs // _SINGLE_OUTPUTS,)](
-            x, None if norm is None else norm.weight, weights.weight, weights.scales, weights.bias, output, None,
-            num_outputs, num_inputs, 0.0 if norm is None else norm.eps,
+            x, None if norm is None else norm.weight, weights.operand, output, None, num_outputs, num_inputs,
+            0.0 if norm is None else norm.eps,
             OUTPUTS=_SINGLE_OUTPUTS, TILE_K=min(1024, num_inputs & -num_inputs), IS_EVEN=True,
             SWIGLU=gated_by is not None, GELU=gated_by is Activation.GELU_TANH,
             OFFSET=None if norm is None else norm.offset, ADDS=adds, LIMIT=None, ALPHA=None,
@@ -306,8 +318,8 @@ class Linear:
         outputs, most_pieces = _GROUP_CUT if gated_by is None else _GATED_GROUP_CUT
         pieces = min(most_pieces, triton.next_power_of_2(num_inputs // 16))
         single_row_of_groups[(num_outputs // outputs,)](
-            x, None if norm is None else norm.weight, weights.weight, groups.scales, groups.zeros, groups.order,
-            weights.bias, output, num_outputs, num_inputs, groups.size, 0.0 if norm is None else norm.eps,
+            x, None if norm is None else norm.weight, weights.operand, weights.group_operand, output, num_outputs,
+            num_inputs, 0.0 if norm is None else norm.eps,
             OUTPUTS=outputs, PIECES=pieces, SPAN=groups.span, SWIGLU=gated_by is not None,
             GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds,
             IN_ASSEMBLY=self._device.type == "cuda", num_warps=max(pieces // 32, 1), **launch_options(self._device),
@@ -338,10 +350,8 @@ class Linear:
             bytes_a_stage = weight_rows * weights.bytes_of(tile.k) + tile.rows * tile.k * x.dtype.itemsize
         num_programs = triton.cdiv(num_row_blocks, in_turn) * (tile.num_parts if tile.is_shared else 1)
         tile_product[(in_turn, num_blocks, num_programs)](
-            x, weights.weight, weights.scales, weights.bias, output, self._partial, self._arrivals, num_rows,
-            num_outputs, num_inputs, triton.cdiv(num_inputs, tile.k) // tile.num_parts * tile.k,
-            *((None, None, None, 0) if groups is None else (groups.scales, groups.zeros, groups.order, groups.size)),
-            ROWS=tile.rows, OUTPUTS=tile.outputs, TILE_K=tile.k, NUM_PARTS=tile.num_parts, IS_SHARED=tile.is_shared,
+            x, weights.operand, weights.group_operand, output, self._partial, self._arrivals, num_rows, num_outputs,
+            num_inputs, triton.cdiv(num_inputs, tile.k) // tile.num_parts * tile.k, TILE=tile,
             SWIGLU=swiglu, GELU=gated_by is Activation.GELU_TANH, ADDS=adds, IS_EVEN=is_even,
             AS_NUMBERS=groups is not None and tile.rows > MAX_SUMMED_ROWS,
             CAN_PREFETCH=is_even and self._device.type == "cuda",

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from llm.config import RoutingConfig
+from llm.kernels.expert_pairs import ExpertPairs
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.norm import Norm
 from llm.kernels.pair_order import num_counts, order_by_expert
@@ -50,6 +51,25 @@ class ExpertShape(NamedTuple):
     routing: RoutingConfig = RoutingConfig()
 
 
+class _Choice(NamedTuple):
+    """How experts are chosen, a constant of compiled kernels.
+
+    Attributes:
+        per_token: experts of a token.
+        slots: `per_token` rounded up to a size that tiles have.
+        normalizes: whether the weights of a token's experts add up to 1; else those of all experts do.
+        uses_sigmoid, num_groups, num_top_groups, scale: see `RoutingConfig`.
+    """
+
+    per_token: int
+    slots: int
+    normalizes: bool
+    uses_sigmoid: bool
+    num_groups: int
+    num_top_groups: int
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class Routes:
     """Where the tokens of a step go, and scratch memory to find out.
@@ -83,6 +103,11 @@ class Routes:
         squares = torch.empty(num_parts, device=device)
         counts = torch.empty(num_counts(num_pairs, shape.num_experts), dtype=torch.int32, device=device)
         return cls(shape, experts, torch.zeros(num_pairs, device=device), order, starts, partial, squares, counts)
+
+    @property
+    def pairs(self) -> ExpertPairs:
+        """The pairs as products' kernels take them."""
+        return ExpertPairs(self.order, self.starts, self.weights)
 
     def order_pairs(self, num_tokens: int) -> None:
         """Order the pairs of the first `num_tokens` by expert; those of one expert stay in their order."""
@@ -119,16 +144,15 @@ def route(
     inputs_per_part = triton.cdiv(num_inputs, num_parts)
     sizes = {"NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": block, "NUM_PARTS": num_parts}
     routing = shape.routing
-    choice = {
-        "PER_TOKEN": shape.per_token, "SLOTS": triton.next_power_of_2(shape.per_token), "NORMALIZES": shape.normalizes,
-        "SIGMOID": routing.uses_sigmoid, "NUM_GROUPS": routing.num_groups, "TOP_GROUPS": routing.num_top_groups,
-        "SCALE": routing.scale,
-    }  # fmt: skip
+    choice = _Choice(
+        shape.per_token, triton.next_power_of_2(shape.per_token), shape.normalizes, routing.uses_sigmoid,
+        routing.num_groups, routing.num_top_groups, routing.scale,
+    )  # fmt: skip
     if num_tokens > _MANY_TOKENS:
         assert norm is None, "of one token alone"
         _route_many[(triton.cdiv(num_tokens, _ROWS_OF_MANY),)](
             x, router, bias, correction, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part,
-            **sizes, **choice, ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=_num_warps(block),
+            **sizes, CHOICE=choice, ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=_num_warps(block),
             num_stages=_num_stages(x, (block + _ROWS_OF_MANY) * tile_k), **options,
         )  # fmt: skip
         return
@@ -140,7 +164,7 @@ def route(
     )  # fmt: skip
     _choose[(num_tokens,)](
         routes.partial, routes.squares, bias, correction, routes.experts, routes.weights, num_inputs,
-        0.0 if norm is None else norm.eps, **sizes, **choice, HAS_NORM=norm is not None, num_warps=1, **options,
+        0.0 if norm is None else norm.eps, **sizes, CHOICE=choice, HAS_NORM=norm is not None, num_warps=1, **options,
     )  # fmt: skip
 
 
@@ -202,26 +226,26 @@ def _sum_by_halves(x):
 
 
 @triton.jit
-def _in_best_groups(
-    choice, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BY_TWO: tl.constexpr
-):
+def _in_best_groups(scores, NUM_EXPERTS: tl.constexpr, CHOICE: tl.constexpr):
     """Where the experts of a row's best groups are, (experts, rows) boolean, of what experts are chosen by.
 
-    A group of neighbouring experts is as good as its best expert, or, BY_TWO, as the sum of its two best.
+    A group of neighbouring experts is as good as its best expert or, with a sigmoid, as the sum of its two best.
     """
-    expert = tl.arange(0, choice.shape[0])
-    group_of = expert // (NUM_EXPERTS // NUM_GROUPS)
-    is_best = tl.zeros([choice.shape[0], choice.shape[1]], tl.int1)
-    best_of = tl.full([choice.shape[0], choice.shape[1]], -float("inf"), tl.float32)
-    for group in tl.static_range(NUM_GROUPS):  # at each of its experts, what the group is worth
-        inside = tl.where((group_of == group)[:, None], choice, -float("inf"))
+    num_groups: tl.constexpr = CHOICE.num_groups
+    num_best: tl.constexpr = CHOICE.num_top_groups
+    expert = tl.arange(0, scores.shape[0])
+    group_of = expert // (NUM_EXPERTS // num_groups)
+    is_best = tl.zeros([scores.shape[0], scores.shape[1]], tl.int1)
+    best_of = tl.full([scores.shape[0], scores.shape[1]], -float("inf"), tl.float32)
+    for group in tl.static_range(num_groups):  # at each of its experts, what the group is worth
+        inside = tl.where((group_of == group)[:, None], scores, -float("inf"))
         worth, found = tl.max(inside, 0, return_indices=True)
-        if BY_TWO:
+        if CHOICE.uses_sigmoid:
             worth += tl.max(tl.where(expert[:, None] == found[None, :], -float("inf"), inside), 0)
         best_of = tl.where((group_of == group)[:, None], worth[None, :], best_of)
-    for _ in tl.static_range(TOP_GROUPS):
+    for _ in tl.static_range(num_best):
         _, found = tl.max(best_of, 0, return_indices=True)
-        is_found = group_of[:, None] == (found // (NUM_EXPERTS // NUM_GROUPS))[None, :]
+        is_found = group_of[:, None] == (found // (NUM_EXPERTS // num_groups))[None, :]
         is_best |= is_found
         best_of = tl.where(is_found, -float("inf"), best_of)
     return is_best
@@ -229,44 +253,46 @@ def _in_best_groups(
 
 @triton.jit
 def _store_best(
-    logits, correction, row, experts, weights, num_tokens,
-    NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr, NORMALIZES: tl.constexpr,
-    SIGMOID: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SCALE: tl.constexpr,
+    logits, correction, row, experts, weights, num_tokens, NUM_EXPERTS: tl.constexpr, CHOICE: tl.constexpr
 ):  # fmt: skip
     """Store the best experts of a row by its logits, (experts, rows) float32, and their weights."""
+    slots: tl.constexpr = CHOICE.slots
     expert = tl.arange(0, logits.shape[0])
     exists = expert[:, None] < NUM_EXPERTS
     logits = tl.where(exists, logits, -float("inf"))
     highest = tl.max(logits, 0)
-    scores = 1 / (1 + tl.exp(-logits)) if SIGMOID else logits  # a softmax keeps the order of logits
+    scores = 1 / (1 + tl.exp(-logits)) if CHOICE.uses_sigmoid else logits  # a softmax keeps the order of logits
     left = scores
     if correction is not None:
         left += tl.load(correction + tl.minimum(expert, NUM_EXPERTS - 1))[:, None]
     left = tl.where(exists, left, -float("inf"))
-    if NUM_GROUPS > 1:
-        left = tl.where(_in_best_groups(left, NUM_EXPERTS, NUM_GROUPS, TOP_GROUPS, SIGMOID), left, -float("inf"))
-    slot = tl.arange(0, SLOTS)
-    values = tl.full([SLOTS, row.shape[0]], 0.0 if SIGMOID else -float("inf"), tl.float32)
-    chosen = tl.zeros([SLOTS, row.shape[0]], tl.int32)
-    total = tl.full([row.shape[0]], 1e-20 if SIGMOID else 0.0, tl.float32)  # in order, however many rows there are
-    for i in range(PER_TOKEN):
+    if CHOICE.num_groups > 1:
+        left = tl.where(_in_best_groups(left, NUM_EXPERTS, CHOICE), left, -float("inf"))
+    slot = tl.arange(0, slots)
+    values = tl.full([slots, row.shape[0]], 0.0 if CHOICE.uses_sigmoid else -float("inf"), tl.float32)
+    chosen = tl.zeros([slots, row.shape[0]], tl.int32)
+    # Added up in order, however many rows there are.
+    total = tl.full([row.shape[0]], 1e-20 if CHOICE.uses_sigmoid else 0.0, tl.float32)
+    for i in range(CHOICE.per_token):
         best, found = tl.max(left, 0, return_indices=True)
         found = tl.minimum(found, NUM_EXPERTS - 1)  # one that exists, even of logits that are NaN
         is_found = expert[:, None] == found[None, :]
-        if SIGMOID:  # without the correction
+        if CHOICE.uses_sigmoid:  # without the correction
             best = tl.sum(tl.where(is_found, scores, 0.0), 0)
-        total += best if SIGMOID else tl.exp(best - highest)
+        total += best if CHOICE.uses_sigmoid else tl.exp(best - highest)
         left = tl.where(is_found, -float("inf"), left)
         values = tl.where(slot[:, None] == i, best[None, :], values)
         chosen = tl.where(slot[:, None] == i, found[None, :], chosen)
-    shares = values if SIGMOID else tl.exp(values - highest[None, :])
-    if not NORMALIZES:
+    shares = values if CHOICE.uses_sigmoid else tl.exp(values - highest[None, :])
+    if not CHOICE.normalizes:
         total = (
-            tl.full([row.shape[0]], 1.0, tl.float32) if SIGMOID else _sum_by_halves(tl.exp(logits - highest[None, :]))
+            tl.full([row.shape[0]], 1.0, tl.float32)
+            if CHOICE.uses_sigmoid
+            else _sum_by_halves(tl.exp(logits - highest[None, :]))
         )
-    pair = row[None, :] * PER_TOKEN + slot[:, None]
-    mask = (row < num_tokens)[None, :] & (slot < PER_TOKEN)[:, None]
-    tl.store(weights + pair, shares / total[None, :] * SCALE, mask=mask)
+    pair = row[None, :] * CHOICE.per_token + slot[:, None]
+    mask = (row < num_tokens)[None, :] & (slot < CHOICE.per_token)[:, None]
+    tl.store(weights + pair, shares / total[None, :] * CHOICE.scale, mask=mask)
     tl.store(experts + pair, chosen, mask=mask)
 
 
@@ -297,9 +323,8 @@ def _parts_of_logits(
 @triton.jit
 def _choose(
     partial, squares, bias, correction, experts, weights, num_inputs, norm_eps,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
-    NORMALIZES: tl.constexpr, SIGMOID: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    SCALE: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, CHOICE: tl.constexpr, NUM_PARTS: tl.constexpr,
+    HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: one token, whose logits' parts are added up in order."""
     token = tl.program_id(0)
@@ -316,18 +341,14 @@ def _choose(
     if HAS_NORM:
         logits *= tl.rsqrt(square / num_inputs + norm_eps)
     logits = _add_bias(logits, bias, NUM_EXPERTS)
-    _store_best(
-        logits, correction, row, experts, weights, token + 1, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES, SIGMOID,
-        NUM_GROUPS, TOP_GROUPS, SCALE,
-    )  # fmt: skip
+    _store_best(logits, correction, row, experts, weights, token + 1, NUM_EXPERTS, CHOICE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route_many(
     x, router, bias, correction, experts, weights, num_tokens, num_inputs, inputs_per_part,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SLOTS: tl.constexpr,
-    NORMALIZES: tl.constexpr, SIGMOID: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    SCALE: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, CHOICE: tl.constexpr, ROWS: tl.constexpr,
+    TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: a block of tokens, whose sums are cut and added up as those of few tokens are."""
     expert = tl.arange(0, EXPERT_BLOCK)
@@ -341,7 +362,4 @@ def _route_many(
         share, _ = _logits(x, None, router_row, source, begin, begin + inputs_per_part, num_inputs, TILE_K)
         logits += share
     logits = _add_bias(logits, bias, NUM_EXPERTS)
-    _store_best(
-        logits, correction, row, experts, weights, num_tokens, NUM_EXPERTS, PER_TOKEN, SLOTS, NORMALIZES, SIGMOID,
-        NUM_GROUPS, TOP_GROUPS, SCALE,
-    )  # fmt: skip
+    _store_best(logits, correction, row, experts, weights, num_tokens, NUM_EXPERTS, CHOICE)

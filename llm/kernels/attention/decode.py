@@ -9,9 +9,13 @@ import triton
 import triton.language as tl
 
 from llm.kernels.attention.work import (
+    AttentionOutputs,
+    HeadShape,
+    PagedCache,
     Scoring,
     StepParts,
     WorkItems,
+    add_share,
     load_sinks,
     num_decode_items,
     product_type,
@@ -66,43 +70,38 @@ class PagedDecode:
         scoring = scoring or Scoring(head_dim**-0.5)
         bytes_a_stage = 2 * _BLOCK_TOKENS * head_block * kv_pages.dtype.itemsize
         has_8_bits = kv_pages.dtype.itemsize == 1
-        _paged_decode[(self._num_kv_heads, num_decode_items(len(parts)))](
-            query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.context_lens,
-            items.parts, items.chunks, items.summary, output, self._partial, self._partial_lse,
-            query.stride(0), page_tables.stride(0), window or 0, *scoring.factors, scoring.sinks,
-            NUM_KV_HEADS=self._num_kv_heads, GROUP=group_size, GROUP_BLOCK=max(16, triton.next_power_of_2(group_size)),
-            HEAD_DIM=head_dim, HEAD_BLOCK=head_block, PAGE_SIZE=kv_pages.shape[2],
-            BLOCK=_BLOCK_TOKENS, INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
+        outputs = AttentionOutputs(output, self._partial, self._partial_lse)
+        _paged_decode[(self._num_kv_heads, num_decode_items(parts.num_parts))](
+            query, PagedCache.of(kv_pages, page_tables), parts, items, outputs, query.stride(0), window or 0,
+            scoring.factors, HEADS=HeadShape(self._num_kv_heads, group_size, head_dim, head_block),
+            GROUP_BLOCK=max(16, triton.next_power_of_2(group_size)), PAGE_SIZE=kv_pages.shape[2], BLOCK=_BLOCK_TOKENS,
+            INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
             HAS_PAIRS=has_8_bits and query.is_cuda, num_warps=_NUM_WARPS_8_BITS if has_8_bits else _NUM_WARPS,
             num_stages=min(_NUM_STAGES, most_stages(query.device, bytes_a_stage)), **launch_options(query.device),
         )  # fmt: skip
-        merge_chunks(parts, items, self._partial, self._partial_lse, output, group_size, window)
+        merge_chunks(parts, items, outputs, group_size, window)
 
 
 def merge_chunks(
     parts: StepParts,
     items: WorkItems,
-    partial: torch.Tensor,
-    partial_lse: torch.Tensor,
-    output: torch.Tensor,
+    outputs: AttentionOutputs,
     group_size: int,
     window: int | None = None,
 ) -> None:
     """Write the output of decodes whose contexts were cut.
 
     Args:
-        partial: (items, num_heads, head_dim) float32, what was found in each chunk.
-        partial_lse: (items, num_heads) float32, log2 of the sum of its weights.
-        output: (tokens, num_heads, head_dim), contiguous.
+        outputs: its partial results are (items, …), what was found in each chunk.
         group_size: heads a program, a divisor of `num_heads`.
         window: that the items were planned for.
     """
-    num_heads, head_dim = output.shape[1:]
-    _merge_chunks[(len(parts), num_heads // group_size)](
-        parts.query_starts, parts.query_lens, parts.context_lens, items.first_items, items.summary, partial,
-        partial_lse, output, window or 0, NUM_HEADS=num_heads, GROUP=group_size,
-        GROUP_BLOCK=triton.next_power_of_2(group_size), HEAD_DIM=head_dim, HEAD_BLOCK=triton.next_power_of_2(head_dim),
-        num_warps=4, **launch_options(output.device),
+    num_heads, head_dim = outputs.output.shape[1:]
+    num_groups = num_heads // group_size
+    _merge_chunks[(parts.num_parts, num_groups)](
+        parts, items, outputs, window or 0,
+        HEADS=HeadShape(num_groups, group_size, head_dim, triton.next_power_of_2(head_dim)),
+        GROUP_BLOCK=triton.next_power_of_2(group_size), num_warps=4, **launch_options(outputs.output.device),
     )  # fmt: skip
 
 
@@ -131,102 +130,101 @@ def _load_heads(pages, head, exists, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.cons
 
 @triton.jit
 def _paged_decode(
-    query, keys, values, page_tables, part_rows, query_starts, context_lens, item_parts, item_chunks, summary,
-    output, partial, partial_lse, query_stride, table_stride, window, scale, scale_log2, sinks,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
+    query, cache, parts, items, outputs, query_stride, window, factors, HEADS: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
     PRODUCT: tl.constexpr, HAS_PAIRS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, item): the head's group of queries against one chunk of one row's context."""
     wait_for_inputs(PDL)
+    head_block: tl.constexpr = HEADS.head_block
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    if item >= tl.load(summary):
+    if item >= tl.load(items.summary):
         return
-    chunk_size = tl.load(summary + 1)
-    part = tl.load(item_parts + item)
-    context_len = tl.load(context_lens + part)
-    token = tl.load(query_starts + part).to(tl.int64)
-    table = page_tables + tl.load(part_rows + part).to(tl.int64) * table_stride
+    chunk_size = tl.load(items.summary + 1)
+    part = tl.load(items.parts + item)
+    context_len = tl.load(parts.context_lens + part)
+    token = tl.load(parts.query_starts + part).to(tl.int64)
+    table = cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
     begin = tl.where(window > 0, tl.maximum(context_len - window, 0), 0)
     num_visible = context_len - begin
-    begin += tl.load(item_chunks + item) * chunk_size
+    begin += tl.load(items.chunks + item) * chunk_size
     end = tl.minimum(begin + chunk_size, context_len)
 
     head = tl.arange(0, GROUP_BLOCK)
-    dim = tl.arange(0, HEAD_BLOCK)
-    head_mask = (head[:, None] < GROUP) & (dim[None, :] < HEAD_DIM)
-    query_offsets = (kv_head * GROUP + head[:, None]) * HEAD_DIM + dim[None, :]
+    dim = tl.arange(0, head_block)
+    head_mask = (head[:, None] < HEADS.group) & (dim[None, :] < HEADS.head_dim)
+    query_offsets = (kv_head * HEADS.group + head[:, None]) * HEADS.head_dim + dim[None, :]
     q = tl.load(query + token * query_stride + query_offsets, mask=head_mask, other=0.0).to(PRODUCT)
 
     highest = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
     weight = tl.zeros([GROUP_BLOCK], tl.float32)
-    if sinks is not None:
-        is_first = tl.load(item_chunks + item) == 0  # the chunk that weighs the sinks
-        highest = tl.where(is_first, load_sinks(sinks, kv_head * GROUP + head, head < GROUP), highest)
+    if factors.sinks is not None:
+        is_first = tl.load(items.chunks + item) == 0  # the chunk that weighs the sinks
+        highest = tl.where(
+            is_first, load_sinks(factors.sinks, kv_head * HEADS.group + head, head < HEADS.group), highest
+        )
         weight = tl.where(is_first, 1.0, weight)
-    acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
+    acc = tl.zeros([GROUP_BLOCK, head_block], tl.float32)
     for start in range(begin, end, BLOCK):
         position = start + tl.arange(0, BLOCK)
         visible = position < end
         page = tl.load(table + position // PAGE_SIZE, mask=visible, other=0).to(INDEX)
-        kv_index = (page * PAGE_SIZE + position % PAGE_SIZE) * NUM_KV_HEADS + kv_head
-        k = _load_heads(keys, kv_index, visible, HEAD_DIM, HEAD_BLOCK, HAS_PAIRS)
+        kv_index = (page * PAGE_SIZE + position % PAGE_SIZE) * HEADS.num_kv_heads + kv_head
+        k = _load_heads(cache.key_pages, kv_index, visible, HEADS.head_dim, head_block, HAS_PAIRS)
         scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
-        if scale is not None:
-            scores = tanh(scores * scale)
-        scores *= scale_log2
+        if factors.scale is not None:
+            scores = tanh(scores * factors.scale)
+        scores *= factors.scale_log2
         scores = tl.where(visible[None, :], scores, -float("inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         rescale = tl.exp2(highest - new_highest)
         probability = tl.exp2(scores - new_highest[:, None])
         weight = weight * rescale + tl.sum(probability, 1)
-        v = _load_heads(values, kv_index, visible, HEAD_DIM, HEAD_BLOCK, HAS_PAIRS)
+        v = _load_heads(cache.value_pages, kv_index, visible, HEADS.head_dim, head_block, HAS_PAIRS)
         acc = acc * rescale[:, None] + tl.dot(probability.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         highest = new_highest
 
     result = acc / weight[:, None]
     if chunk_size >= num_visible:
-        out = output + token * (NUM_KV_HEADS * GROUP * HEAD_DIM) + query_offsets
-        tl.store(out, result.to(output.dtype.element_ty), mask=head_mask)
+        out = outputs.output + token * (HEADS.num_kv_heads * HEADS.group * HEADS.head_dim) + query_offsets
+        tl.store(out, result.to(outputs.output.dtype.element_ty), mask=head_mask)
     else:
-        first_head = item.to(tl.int64) * (NUM_KV_HEADS * GROUP)
-        tl.store(partial + first_head * HEAD_DIM + query_offsets, result, mask=head_mask)
+        first_head = item.to(tl.int64) * (HEADS.num_kv_heads * HEADS.group)
+        tl.store(outputs.partial + first_head * HEADS.head_dim + query_offsets, result, mask=head_mask)
         lse = highest + tl.log2(weight)
-        tl.store(partial_lse + first_head + kv_head * GROUP + head, lse, mask=head < GROUP)
+        tl.store(outputs.partial_lse + first_head + kv_head * HEADS.group + head, lse, mask=head < HEADS.group)
 
 
 @triton.jit
 def _merge_chunks(
-    query_starts, query_lens, context_lens, first_items, summary, partial, partial_lse, output, window,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    parts, items, outputs, window, HEADS: tl.constexpr, GROUP_BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """Program (part, kv head): weigh the chunks' results by their log-sum-exp, always in the same order."""
     wait_for_inputs(PDL)
+    head_block: tl.constexpr = HEADS.head_block
+    num_heads: tl.constexpr = HEADS.num_kv_heads * HEADS.group
     part = tl.program_id(0)
-    context_len = tl.load(context_lens + part)
+    context_len = tl.load(parts.context_lens + part)
     if window > 0:
         context_len = tl.minimum(context_len, window)
-    chunk_size = tl.load(summary + 1)
-    if tl.load(query_lens + part) != 1 or chunk_size >= context_len:
+    chunk_size = tl.load(items.summary + 1)
+    if tl.load(parts.query_lens + part) != 1 or chunk_size >= context_len:
         return
-    head = tl.program_id(1) * GROUP + tl.arange(0, GROUP_BLOCK)
-    dim = tl.arange(0, HEAD_BLOCK)
-    head_exists = tl.arange(0, GROUP_BLOCK) < GROUP
-    mask = head_exists[:, None] & (dim[None, :] < HEAD_DIM)
-    first = tl.load(first_items + part).to(tl.int64)
+    head = tl.program_id(1) * HEADS.group + tl.arange(0, GROUP_BLOCK)
+    dim = tl.arange(0, head_block)
+    head_exists = tl.arange(0, GROUP_BLOCK) < HEADS.group
+    mask = head_exists[:, None] & (dim[None, :] < HEADS.head_dim)
+    first = tl.load(items.first_items + part).to(tl.int64)
     highest = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
     weight = tl.zeros([GROUP_BLOCK], tl.float32)
-    acc = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
+    acc = tl.zeros([GROUP_BLOCK, head_block], tl.float32)
     for item in range(first, first + tl.cdiv(context_len, chunk_size)):
-        lse = tl.load(partial_lse + item * NUM_HEADS + head, mask=head_exists, other=0.0)
-        chunk = tl.load(partial + (item * NUM_HEADS + head[:, None]) * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-        new_highest = tl.maximum(highest, lse)
-        rescale, share = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
-        weight = weight * rescale + share
-        acc = acc * rescale[:, None] + chunk * share[:, None]
-        highest = new_highest
-    token = tl.load(query_starts + part).to(tl.int64)
-    out = output + (token * NUM_HEADS + head[:, None]) * HEAD_DIM + dim[None, :]
-    tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=mask)
+        lse = tl.load(outputs.partial_lse + item * num_heads + head, mask=head_exists, other=0.0)
+        chunk = tl.load(
+            outputs.partial + (item * num_heads + head[:, None]) * HEADS.head_dim + dim[None, :], mask=mask, other=0.0
+        )
+        acc, highest, weight = add_share(acc, highest, weight, chunk, lse)
+    token = tl.load(parts.query_starts + part).to(tl.int64)
+    out = outputs.output + (token * num_heads + head[:, None]) * HEADS.head_dim + dim[None, :]
+    tl.store(out, (acc / weight[:, None]).to(outputs.output.dtype.element_ty), mask=mask)

@@ -53,10 +53,9 @@ class GatheredContexts:
             num_tokens: of the contexts that are to be copied, in all, or more; `max_tokens` at most.
         """
         _plan_gather[(triton.cdiv(num_tokens, _PLANNED_TOKENS_A_PROGRAM),)](
-            parts.rows, parts.query_lens, parts.context_lens, page_tables, self.starts, self._slots, len(parts),
-            num_tokens, page_tables.stride(0), PAGE_SIZE=page_size, MIN_QUERY_LEN=_MIN_QUERY_LEN,
-            BLOCK=triton.next_power_of_2(len(parts)), TOKEN_BLOCK=_PLANNED_TOKENS_A_PROGRAM, num_warps=8,
-            **launch_options(self.keys.device),
+            parts, page_tables, self.starts, self._slots, parts.num_parts, num_tokens, page_tables.stride(0),
+            PAGE_SIZE=page_size, MIN_QUERY_LEN=_MIN_QUERY_LEN, BLOCK=triton.next_power_of_2(parts.num_parts),
+            TOKEN_BLOCK=_PLANNED_TOKENS_A_PROGRAM, num_warps=8, **launch_options(self.keys.device),
         )  # fmt: skip
 
     def copy(self, kv_pages: torch.Tensor, num_tokens: int) -> None:
@@ -76,7 +75,7 @@ class GatheredContexts:
 
 @triton.jit(do_not_specialize=["num_parts", "num_tokens"])
 def _plan_gather(
-    part_rows, query_lens, context_lens, page_tables, starts, slots, num_parts, num_tokens, table_stride,
+    parts, page_tables, starts, slots, num_parts, num_tokens, table_stride,
     PAGE_SIZE: tl.constexpr, MIN_QUERY_LEN: tl.constexpr, BLOCK: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +83,8 @@ def _plan_gather(
     wait_for_inputs(PDL)
     part = tl.arange(0, BLOCK)
     exists = part < num_parts
-    query_len = tl.load(query_lens + part, mask=exists, other=0)
-    context_len = tl.load(context_lens + part, mask=exists, other=0)
+    query_len = tl.load(parts.query_lens + part, mask=exists, other=0)
+    context_len = tl.load(parts.context_lens + part, mask=exists, other=0)
     context_len = tl.where(query_len >= MIN_QUERY_LEN, context_len, 0)
     ends = tl.cumsum(context_len, 0)
     if tl.program_id(0) == 0:
@@ -94,7 +93,7 @@ def _plan_gather(
     is_planned = token < tl.minimum(num_tokens, tl.max(ends, 0))
     is_behind = ends[None, :] <= token[:, None]
     position = token - tl.max(tl.where(is_behind, ends[None, :], 0), 1)
-    row = tl.load(part_rows + tl.sum(is_behind.to(tl.int32), 1), mask=is_planned, other=0)
+    row = tl.load(parts.rows + tl.sum(is_behind.to(tl.int32), 1), mask=is_planned, other=0)
     page = tl.load(page_tables + row.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=is_planned, other=0)
     tl.store(slots + token, page * PAGE_SIZE + position % PAGE_SIZE, mask=is_planned)
 

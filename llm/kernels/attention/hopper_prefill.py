@@ -140,11 +140,10 @@ class HopperPrefill:
         self._contexts.copy(kv_pages, num_gathered)
         num_tokens, num_heads, head_dim = query.shape
         num_kv_heads = kv_pages.shape[3]
-        _, scale_log2 = Scoring(scale or head_dim**-0.5).factors
-        num_items = num_prefill_items(num_tokens, len(parts), self._tile_tokens)
+        scale_log2 = Scoring(scale or head_dim**-0.5).factors.scale_log2
+        num_items = num_prefill_items(num_tokens, parts.num_parts, self._tile_tokens)
         _hopper_prefill[(num_items, num_kv_heads)](
-            query, *self._descriptors, parts.query_starts, parts.query_lens, parts.context_lens,
-            self._contexts.starts, items.parts, items.chunks, items.summary, output, scale_log2,
+            query, *self._descriptors, self._contexts.starts, parts, items, output, scale_log2,
             NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, TILE_TOKENS=self._tile_tokens,
             HEAD_DIM=head_dim, BLOCK=_BLOCK_TOKENS, STAGES=_NUM_STAGES, ROWS=_TILE_ROWS // 2,
             CONSUMER_REGISTERS=_CONSUMER_REGISTERS, PRODUCER_REGISTERS=_PRODUCER_REGISTERS, num_warps=4,
@@ -153,22 +152,21 @@ class HopperPrefill:
 
 @gluon.jit
 def _hopper_prefill(
-    query, keys, values, query_starts, query_lens, context_lens, kv_starts, item_parts, item_chunks, summary, output,
-    scale_log2, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, TILE_TOKENS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    query, keys, values, kv_starts, parts, items, output, scale_log2, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
+    TILE_TOKENS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Program (item, kv head): a tile of one part's new tokens, all heads of a group, against what they see."""
     # One head's keys and values at a time are all that programs which run together read: they find them in the cache.
     item = gl.program_id(0)
     kv_head = gl.program_id(1)
-    if item >= gl.load(summary):
+    if item >= gl.load(items.summary):
         return
-    part = gl.load(item_parts + item)
-    query_len = gl.load(query_lens + part)
-    context_len = gl.load(context_lens + part)
+    part = gl.load(items.parts + item)
+    query_len = gl.load(parts.query_lens + part)
+    context_len = gl.load(parts.context_lens + part)
     # The last tiles see most: they start first.
-    tile_first = (gl.cdiv(query_len, TILE_TOKENS) - 1 - gl.load(item_chunks + item)) * TILE_TOKENS
+    tile_first = (gl.cdiv(query_len, TILE_TOKENS) - 1 - gl.load(items.chunks + item)) * TILE_TOKENS
     first_position = context_len - query_len + tile_first
     num_blocks = gl.cdiv(gl.minimum(first_position + TILE_TOKENS, context_len), BLOCK)
     num_masked = gl.maximum(num_blocks - (first_position + 1) // BLOCK, 1)
@@ -188,7 +186,7 @@ def _hopper_prefill(
         mbarrier.init(v_free.index(stage), count=2)
     ring = k_tiles, v_tiles, k_ready, v_ready, k_free, v_free
 
-    first_token = gl.load(query_starts + part) + tile_first
+    first_token = gl.load(parts.query_starts + part) + tile_first
     num_rows = gl.minimum(query_len - tile_first, TILE_TOKENS) * GROUP
     num_heads: gl.constexpr = NUM_KV_HEADS * GROUP
     tile = first_token, num_rows, kv_head * GROUP

@@ -6,12 +6,22 @@ read once for both products. Long contexts of decodes are cut among programs and
 `prefill`, one program for a tile's whole context.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from llm.kernels.attention.decode import merge_chunks
-from llm.kernels.attention.work import StepParts, WorkItems, num_decode_items, num_prefill_items, slot_index_type
+from llm.kernels.attention.work import (
+    AttentionOutputs,
+    StepParts,
+    WorkItems,
+    load_item,
+    num_decode_items,
+    num_prefill_items,
+    slot_index_type,
+)
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
 
 _BLOCK_BYTES = 64
@@ -20,6 +30,39 @@ _TILE_ROWS, _FEW_TILE_ROWS = 64, 16
 """Queries of a tile: in 16 bits on Hopper, whose instructions take as many; elsewhere, with less room."""
 _MERGED_HEADS = 8
 _LOG2_E = 1.4426950408889634
+
+
+class _LatentCache(NamedTuple):
+    """One layer's latents in their pages, and where each row's pages are.
+
+    Attributes:
+        pages: (pages, page_size, 1, width).
+        tables: (rows, pages a row) int32, each row's pages in order of position.
+        table_stride: elements between two rows of `tables`.
+    """
+
+    pages: torch.Tensor
+    tables: torch.Tensor
+    table_stride: int
+
+
+class _Shape(NamedTuple):
+    """Shape of attention to latents, a constant of compiled kernels.
+
+    Attributes:
+        num_heads: number of heads of queries.
+        group: heads of a tile, a divisor of `num_heads`.
+        rank: width of a latent.
+        width: width of a latent and what has been turned behind it.
+        rank_block, turned_block: `rank` and `width - rank` rounded up to sizes that tiles have.
+    """
+
+    num_heads: int
+    group: int
+    rank: int
+    width: int
+    rank_block: int
+    turned_block: int
 
 
 class LatentAttention:
@@ -81,14 +124,12 @@ class LatentAttention:
             output: (tokens, num_heads, rank), contiguous.
         """
         num_groups = self._num_heads // self._group
-        _decode_latents[(num_groups, num_decode_items(len(parts)))](
-            query, pages, page_tables, parts.rows, parts.query_starts, parts.context_lens, items.parts, items.chunks,
-            items.summary, output, self._partial, self._partial_lse, page_tables.stride(0), self._scale_log2,
-            GROUP=self._group, **self._cut(query, pages, max(16, triton.next_power_of_2(self._group))),
+        outputs = AttentionOutputs(output, self._partial, self._partial_lse)
+        _decode_latents[(num_groups, num_decode_items(parts.num_parts))](
+            query, _LatentCache(pages, page_tables, page_tables.stride(0)), parts, items, outputs, self._scale_log2,
+            **self._cut(query, pages, max(16, triton.next_power_of_2(self._group))),
         )  # fmt: skip
-        merge_chunks(
-            parts, items, self._partial, self._partial_lse, output, _largest_divisor(self._group, _MERGED_HEADS)
-        )
+        merge_chunks(parts, items, outputs, _largest_divisor(self._group, _MERGED_HEADS))
 
     def prefill(
         self,
@@ -106,12 +147,11 @@ class LatentAttention:
             items: planned by `plan_prefills` with `block_tokens`.
         """
         min_query_len = 1 if self._deterministic else 2
-        num_items = num_prefill_items(len(query), len(parts), self.block_tokens, min_query_len)
+        num_items = num_prefill_items(len(query), parts.num_parts, self.block_tokens, min_query_len)
         tile_rows = max(16, triton.next_power_of_2(self.block_tokens * self._group))
         _prefill_latents[(self._num_heads // self._group, num_items)](
-            query, pages, page_tables, parts.rows, parts.query_starts, parts.query_lens, parts.context_lens,
-            items.parts, items.chunks, items.summary, output, page_tables.stride(0), self._scale_log2,
-            GROUP=self._group, BLOCK_TOKENS=self.block_tokens, **self._cut(query, pages, tile_rows),
+            query, _LatentCache(pages, page_tables, page_tables.stride(0)), parts, items, output, self._scale_log2,
+            BLOCK_TOKENS=self.block_tokens, **self._cut(query, pages, tile_rows),
         )  # fmt: skip
 
     def _cut(self, query: torch.Tensor, pages: torch.Tensor, tile_rows: int) -> dict[str, object]:
@@ -122,8 +162,8 @@ class LatentAttention:
         bytes_a_token = (rank_block + turned_block) * query.itemsize
         num_stages = most_stages(query.device, block * bytes_a_token, tile_rows * bytes_a_token)
         return {
-            "NUM_HEADS": self._num_heads, "TILE_ROWS": tile_rows, "RANK": self._rank, "RANK_BLOCK": rank_block,
-            "WIDTH": self._width, "TURNED_BLOCK": turned_block, "PAGE_SIZE": pages.shape[1], "BLOCK": block,
+            "SHAPE": _Shape(self._num_heads, self._group, self._rank, self._width, rank_block, turned_block),
+            "TILE_ROWS": tile_rows, "PAGE_SIZE": pages.shape[1], "BLOCK": block,
             "INDEX": slot_index_type(pages[None]), "num_warps": 8 if tile_rows > _FEW_TILE_ROWS else 4,
             "num_stages": min(num_stages, 2), **launch_options(query.device),
         }  # fmt: skip
@@ -134,37 +174,37 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 @triton.jit
-def _load_queries(query, place, exists, RANK, RANK_BLOCK: tl.constexpr, WIDTH, TURNED_BLOCK: tl.constexpr):
+def _load_queries(query, place, exists, SHAPE: tl.constexpr):
     """The queries at `place`, (rows,) int64, in two parts: for latents, and for what has been turned."""
-    dim = tl.arange(0, RANK_BLOCK)
-    turned = RANK + tl.arange(0, TURNED_BLOCK)
-    row = query + place[:, None] * WIDTH
-    plain = tl.load(row + dim[None, :], mask=exists[:, None] & (dim < RANK)[None, :], other=0.0)
-    return plain, tl.load(row + turned[None, :], mask=exists[:, None] & (turned < WIDTH)[None, :], other=0.0)
+    dim = tl.arange(0, SHAPE.rank_block)
+    turned = SHAPE.rank + tl.arange(0, SHAPE.turned_block)
+    row = query + place[:, None] * SHAPE.width
+    plain = tl.load(row + dim[None, :], mask=exists[:, None] & (dim < SHAPE.rank)[None, :], other=0.0)
+    return plain, tl.load(row + turned[None, :], mask=exists[:, None] & (turned < SHAPE.width)[None, :], other=0.0)
 
 
 @triton.jit
 def _attend(
     plain, turned, pages, table, begin, end, position, scale_log2,
-    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, WIDTH: tl.constexpr, TURNED_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
+    SHAPE: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the context from `begin` to `end`, of which a query at `position` sees what is not later.
 
     A block that is hidden from a row leaves that row's state as it was, bit by bit.
     """
+    rank_block: tl.constexpr = SHAPE.rank_block
     highest = tl.full([plain.shape[0]], -1.0e30, tl.float32)
     weight = tl.zeros([plain.shape[0]], tl.float32)
-    acc = tl.zeros([plain.shape[0], RANK_BLOCK], tl.float32)
-    dim = tl.arange(0, RANK_BLOCK)
-    behind = RANK + tl.arange(0, TURNED_BLOCK)
+    acc = tl.zeros([plain.shape[0], rank_block], tl.float32)
+    dim = tl.arange(0, rank_block)
+    behind = SHAPE.rank + tl.arange(0, SHAPE.turned_block)
     for start in range(begin, end, BLOCK):
         key_position = start + tl.arange(0, BLOCK)
         exists = key_position < end
         page = tl.load(table + key_position // PAGE_SIZE, mask=exists, other=0).to(INDEX)
-        row = pages + ((page * PAGE_SIZE + key_position % PAGE_SIZE) * WIDTH)[:, None]
-        latent = tl.load(row + dim[None, :], mask=exists[:, None] & (dim < RANK)[None, :], other=0.0)
-        key = tl.load(row + behind[None, :], mask=exists[:, None] & (behind < WIDTH)[None, :], other=0.0)
+        row = pages + ((page * PAGE_SIZE + key_position % PAGE_SIZE) * SHAPE.width)[:, None]
+        latent = tl.load(row + dim[None, :], mask=exists[:, None] & (dim < SHAPE.rank)[None, :], other=0.0)
+        key = tl.load(row + behind[None, :], mask=exists[:, None] & (behind < SHAPE.width)[None, :], other=0.0)
         scores = tl.dot(plain, tl.trans(latent), input_precision="ieee")
         scores = tl.dot(turned, tl.trans(key), scores, input_precision="ieee")
         visible = exists[None, :] & (key_position[None, :] <= position[:, None])
@@ -180,77 +220,66 @@ def _attend(
 
 @triton.jit
 def _decode_latents(
-    query, pages, page_tables, part_rows, query_starts, context_lens, item_parts, item_chunks, summary, output, partial,
-    partial_lse, table_stride, scale_log2,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_ROWS: tl.constexpr, RANK: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, WIDTH: tl.constexpr, TURNED_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
+    query, cache, parts, items, outputs, scale_log2, SHAPE: tl.constexpr, TILE_ROWS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (group of heads, item): their queries against one chunk of one row's context."""
     wait_for_inputs(PDL)
     item = tl.program_id(1)
-    if item >= tl.load(summary):
+    if item >= tl.load(items.summary):
         return
-    chunk_size = tl.load(summary + 1)
-    part = tl.load(item_parts + item)
-    context_len = tl.load(context_lens + part)
-    token = tl.load(query_starts + part).to(tl.int64)
-    table = page_tables + tl.load(part_rows + part).to(tl.int64) * table_stride
-    begin = tl.load(item_chunks + item) * chunk_size
+    chunk_size = tl.load(items.summary + 1)
+    part = tl.load(items.parts + item)
+    context_len = tl.load(parts.context_lens + part)
+    token = tl.load(parts.query_starts + part).to(tl.int64)
+    table = cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
+    begin = tl.load(items.chunks + item) * chunk_size
     end = tl.minimum(begin + chunk_size, context_len)
     row = tl.arange(0, TILE_ROWS)
-    exists = row < GROUP
-    head = tl.program_id(0) * GROUP + row
-    plain, turned = _load_queries(query, token * NUM_HEADS + head, exists, RANK, RANK_BLOCK, WIDTH, TURNED_BLOCK)
+    exists = row < SHAPE.group
+    head = tl.program_id(0) * SHAPE.group + row
+    plain, turned = _load_queries(query, token * SHAPE.num_heads + head, exists, SHAPE)
     position = tl.full([TILE_ROWS], context_len, tl.int32)
     acc, highest, weight = _attend(
-        plain, turned, pages, table, begin, end, position, scale_log2, RANK, RANK_BLOCK, WIDTH, TURNED_BLOCK, PAGE_SIZE,
-        BLOCK, INDEX,
-    )  # fmt: skip
-    dim = tl.arange(0, RANK_BLOCK)
-    mask = exists[:, None] & (dim < RANK)[None, :]
+        plain, turned, cache.pages, table, begin, end, position, scale_log2, SHAPE, PAGE_SIZE, BLOCK, INDEX
+    )
+    dim = tl.arange(0, SHAPE.rank_block)
+    mask = exists[:, None] & (dim < SHAPE.rank)[None, :]
     found = acc / weight[:, None]
     if chunk_size >= context_len:
-        place = (token * NUM_HEADS + head) * RANK
-        tl.store(output + place[:, None] + dim[None, :], found.to(output.dtype.element_ty), mask=mask)
+        place = (token * SHAPE.num_heads + head) * SHAPE.rank
+        tl.store(outputs.output + place[:, None] + dim[None, :], found.to(outputs.output.dtype.element_ty), mask=mask)
     else:
-        place = item.to(tl.int64) * NUM_HEADS + head
-        tl.store(partial + place[:, None] * RANK + dim[None, :], found, mask=mask)
-        tl.store(partial_lse + place, highest + tl.log2(weight), mask=exists)
+        place = item.to(tl.int64) * SHAPE.num_heads + head
+        tl.store(outputs.partial + place[:, None] * SHAPE.rank + dim[None, :], found, mask=mask)
+        tl.store(outputs.partial_lse + place, highest + tl.log2(weight), mask=exists)
 
 
 @triton.jit
 def _prefill_latents(
-    query, pages, page_tables, part_rows, query_starts, query_lens, context_lens, item_parts, item_chunks, summary,
-    output, table_stride, scale_log2,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE_ROWS: tl.constexpr,
-    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, WIDTH: tl.constexpr, TURNED_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
+    query, cache, parts, items, output, scale_log2, SHAPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (group of heads, item): a block of one part's new tokens against what they see."""
     wait_for_inputs(PDL)
     item = tl.program_id(1)
-    if item >= tl.load(summary):
+    if item >= tl.load(items.summary):
         return
-    part = tl.load(item_parts + item)
-    query_len = tl.load(query_lens + part)
-    context_len = tl.load(context_lens + part)
-    # The last blocks see most: they start first.
-    block = tl.cdiv(query_len, BLOCK_TOKENS) - 1 - tl.load(item_chunks + item)
-    table = page_tables + tl.load(part_rows + part).to(tl.int64) * table_stride
+    part, query_len, context_len, block = load_item(parts, items, item, BLOCK_TOKENS)
+    table = cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
     row = tl.arange(0, TILE_ROWS)
-    token_in_part = block * BLOCK_TOKENS + row // GROUP
-    exists = (token_in_part < query_len) & (row < BLOCK_TOKENS * GROUP)
-    token = (tl.load(query_starts + part) + token_in_part).to(tl.int64)
-    place = token * NUM_HEADS + tl.program_id(0) * GROUP + row % GROUP
-    plain, turned = _load_queries(query, place, exists, RANK, RANK_BLOCK, WIDTH, TURNED_BLOCK)
+    token_in_part = block * BLOCK_TOKENS + row // SHAPE.group
+    exists = (token_in_part < query_len) & (row < BLOCK_TOKENS * SHAPE.group)
+    token = (tl.load(parts.query_starts + part) + token_in_part).to(tl.int64)
+    place = token * SHAPE.num_heads + tl.program_id(0) * SHAPE.group + row % SHAPE.group
+    plain, turned = _load_queries(query, place, exists, SHAPE)
     first_position = context_len - query_len
     end = tl.minimum(first_position + (block + 1) * BLOCK_TOKENS, context_len)
     acc, _, weight = _attend(
-        plain, turned, pages, table, 0, end, first_position + token_in_part, scale_log2, RANK, RANK_BLOCK, WIDTH,
-        TURNED_BLOCK, PAGE_SIZE, BLOCK, INDEX,
+        plain, turned, cache.pages, table, 0, end, first_position + token_in_part, scale_log2, SHAPE, PAGE_SIZE,
+        BLOCK, INDEX,
     )  # fmt: skip
-    dim = tl.arange(0, RANK_BLOCK)
-    mask = exists[:, None] & (dim < RANK)[None, :]
+    dim = tl.arange(0, SHAPE.rank_block)
+    mask = exists[:, None] & (dim < SHAPE.rank)[None, :]
     found = (acc / weight[:, None]).to(output.dtype.element_ty)
-    tl.store(output + place[:, None] * RANK + dim[None, :], found, mask=mask)
+    tl.store(output + place[:, None] * SHAPE.rank + dim[None, :], found, mask=mask)

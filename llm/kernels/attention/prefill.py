@@ -5,14 +5,21 @@ tile, so that each key is read once for all of them. Few new tokens behind a lon
 read each, so their context is cut among programs and merged by log-sum-exp, as in `decode`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from llm.kernels.attention.work import (
+    AttentionOutputs,
+    HeadShape,
+    PagedCache,
     Scoring,
     StepParts,
     WorkItems,
+    add_share,
+    load_item,
     load_sinks,
     num_prefill_items,
     product_type,
@@ -35,6 +42,22 @@ _MOST_SPLITS, _FEW_TILES = 4, 200
 """Programs that share a tile's context at most, and tiles up to which they do: more fill the chip by themselves."""
 _MIN_SPLIT_BLOCKS = 8
 """Blocks of the context that each of them is left with at least."""
+
+
+class _Tile(NamedTuple):
+    """How a prefill is cut up, a constant of compiled kernels.
+
+    Attributes:
+        rows: rows of a tile of queries: tokens times the heads of a group, and what is left over.
+        block_tokens: new tokens of a tile.
+        block: tokens of the context that are read at once.
+        min_split_blocks: blocks of the context that each program which shares it has at least.
+    """
+
+    rows: int
+    block_tokens: int
+    block: int
+    min_split_blocks: int
 
 
 class PrefillScratch:
@@ -94,7 +117,7 @@ def paged_prefill(
     group_size = num_heads // num_kv_heads
     block_tokens = prefill_block_tokens(num_heads, num_kv_heads, 0 if deterministic else num_tokens)
     tile_rows = triton.next_power_of_2(block_tokens * group_size)  # fewer than a group's rows are left over
-    num_items = num_prefill_items(num_tokens, len(parts), block_tokens, 1 if deterministic else 2)
+    num_items = num_prefill_items(num_tokens, parts.num_parts, block_tokens, 1 if deterministic else 2)
     num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= scratch.max_tokens else 1
     head_block = max(16, triton.next_power_of_2(head_dim))
     num_stages = _NUM_STAGES if tile_rows <= _TILE_ROWS else _MANY_TOKENS_NUM_STAGES
@@ -104,44 +127,36 @@ def paged_prefill(
         num_stages = min(num_stages, most_stages(query.device, bytes_a_stage, other_bytes))
     scoring = scoring or Scoring(head_dim**-0.5)
     partial, partial_lse = (output, output) if scratch is None else (scratch.partial, scratch.partial_lse)
+    outputs = AttentionOutputs(output, partial, partial_lse)
     shape = {
-        "NUM_KV_HEADS": num_kv_heads, "GROUP": group_size, "BLOCK_TOKENS": block_tokens,
-        "TILE_ROWS": tile_rows, "HEAD_DIM": head_dim, "HEAD_BLOCK": head_block,
-        "BLOCK": _BLOCK_TOKENS, "MIN_SPLIT_BLOCKS": _MIN_SPLIT_BLOCKS,
+        "HEADS": HeadShape(num_kv_heads, group_size, head_dim, head_block),
+        "TILE": _Tile(tile_rows, block_tokens, _BLOCK_TOKENS, _MIN_SPLIT_BLOCKS), "HAS_WINDOW": window is not None,
         **launch_options(query.device),
     }  # fmt: skip
     _paged_prefill[(num_kv_heads, num_items, num_splits)](
-        query, kv_pages[0], kv_pages[1], page_tables, parts.rows, parts.query_starts, parts.query_lens,
-        parts.context_lens, items.parts, items.chunks, items.summary, output, partial, partial_lse, num_tokens,
-        num_splits, query.stride(0), page_tables.stride(0), window or 0, *scoring.factors, scoring.sinks,
-        PAGE_SIZE=kv_pages.shape[2], HAS_WINDOW=window is not None, IS_UNIFORM=deterministic,
+        query, PagedCache.of(kv_pages, page_tables), parts, items, outputs, num_tokens, num_splits, query.stride(0),
+        window or 0, scoring.factors, PAGE_SIZE=kv_pages.shape[2], IS_UNIFORM=deterministic,
         INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
         num_warps=_NUM_WARPS if tile_rows * head_block <= _WIDE_TILE else _WIDE_TILE_NUM_WARPS, num_stages=num_stages,
         **shape,
     )  # fmt: skip
     if num_splits > 1:
         _merge_splits[(num_kv_heads, num_items)](
-            parts.query_starts, parts.query_lens, parts.context_lens, items.parts, items.chunks, items.summary, output,
-            partial, partial_lse, num_tokens, num_splits, window or 0,
-            HAS_WINDOW=window is not None, num_warps=8, **shape,
-        )  # fmt: skip
+            parts, items, outputs, num_tokens, num_splits, window or 0, num_warps=8, **shape
+        )
 
 
 @triton.jit
-def _split_len(begin, end, num_splits, BLOCK: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr):
+def _split_len(begin, end, num_splits, TILE: tl.constexpr):
     """Tokens of the context from `begin` to `end` for each program that shares it; the last may have fewer."""
-    return tl.maximum(tl.cdiv(tl.cdiv(end - begin, BLOCK), num_splits), MIN_SPLIT_BLOCKS) * BLOCK
+    return tl.maximum(tl.cdiv(tl.cdiv(end - begin, TILE.block), num_splits), TILE.min_split_blocks) * TILE.block
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def _paged_prefill(
-    query, keys, values, page_tables, part_rows, query_starts, query_lens, context_lens, item_parts, item_chunks,
-    summary, output, partial, partial_lse, num_tokens, num_splits, query_stride, table_stride, window, scale,
-    scale_log2, sinks,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, IS_UNIFORM: tl.constexpr, INDEX: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr,
-    PRODUCT: tl.constexpr, PDL: tl.constexpr,
+    query, cache, parts, items, outputs, num_tokens, num_splits, query_stride, window, factors,
+    HEADS: tl.constexpr, TILE: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    IS_UNIFORM: tl.constexpr, INDEX: tl.constexpr, PRODUCT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, item, split): a block of one part's new tokens, all heads of a group, against what they see.
 
@@ -149,157 +164,148 @@ def _paged_prefill(
     state as it was: its weights are exactly 0, its rescaling exactly 1, or 0 before anything was visible.
     """
     wait_for_inputs(PDL)
+    tile_rows: tl.constexpr = TILE.rows
+    head_block: tl.constexpr = HEADS.head_block
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    if item >= tl.load(summary):
+    if item >= tl.load(items.summary):
         return
-    part = tl.load(item_parts + item)
-    query_len = tl.load(query_lens + part)
-    context_len = tl.load(context_lens + part)
+    part, query_len, context_len, block = load_item(parts, items, item, TILE.block_tokens)
     first_position = context_len - query_len
-    # The last blocks see most: they start first.
-    block = tl.cdiv(query_len, BLOCK_TOKENS) - 1 - tl.load(item_chunks + item)
-    table = page_tables + tl.load(part_rows + part).to(tl.int64) * table_stride
+    table = cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
 
-    tile_row = tl.arange(0, TILE_ROWS)
-    token_in_part = block * BLOCK_TOKENS + tile_row // GROUP
-    head = tile_row % GROUP
+    tile_row = tl.arange(0, tile_rows)
+    token_in_part = block * TILE.block_tokens + tile_row // HEADS.group
+    head = tile_row % HEADS.group
     position = first_position + token_in_part
-    dim = tl.arange(0, HEAD_BLOCK)
-    row_exists = (token_in_part < query_len) & (tile_row < BLOCK_TOKENS * GROUP)
-    row_mask = row_exists[:, None] & (dim[None, :] < HEAD_DIM)
-    token = (tl.load(query_starts + part) + token_in_part).to(tl.int64)
-    head_offsets = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    dim = tl.arange(0, head_block)
+    row_exists = (token_in_part < query_len) & (tile_row < TILE.block_tokens * HEADS.group)
+    row_mask = row_exists[:, None] & (dim[None, :] < HEADS.head_dim)
+    token = (tl.load(parts.query_starts + part) + token_in_part).to(tl.int64)
+    head_offsets = (kv_head * HEADS.group + head)[:, None] * HEADS.head_dim + dim[None, :]
     q = tl.load(query + token[:, None] * query_stride + head_offsets, mask=row_mask, other=0.0).to(PRODUCT)
 
-    block_first = first_position + block * BLOCK_TOKENS
-    end = tl.minimum(block_first + BLOCK_TOKENS, context_len)
+    block_first = first_position + block * TILE.block_tokens
+    end = tl.minimum(block_first + TILE.block_tokens, context_len)
     begin = 0
     if HAS_WINDOW:
-        begin = tl.maximum(block_first - window + 1, 0) // BLOCK * BLOCK
+        begin = tl.maximum(block_first - window + 1, 0) // TILE.block * TILE.block
         all_visible = begin
     elif IS_UNIFORM:
         all_visible = 0  # the same instructions for every block, for which rows are in the tile decides what is visible
     else:
-        all_visible = (block_first + 1) // BLOCK * BLOCK
+        all_visible = (block_first + 1) // TILE.block * TILE.block
     split = tl.program_id(2)
-    split_len = _split_len(begin, end, num_splits, BLOCK, MIN_SPLIT_BLOCKS)
+    split_len = _split_len(begin, end, num_splits, TILE)
     is_whole = begin + split_len >= end
     begin += split * split_len
     if begin >= end:
         return
     end = tl.minimum(begin + split_len, end)
     all_visible = tl.minimum(tl.maximum(all_visible, begin), end)
-    highest = tl.full([TILE_ROWS], -1.0e30, tl.float32)
-    weight = tl.zeros([TILE_ROWS], tl.float32)
-    if sinks is not None:
+    highest = tl.full([tile_rows], -1.0e30, tl.float32)
+    weight = tl.zeros([tile_rows], tl.float32)
+    if factors.sinks is not None:
         is_first = split == 0  # the split that weighs the sinks
-        highest = tl.where(is_first, load_sinks(sinks, kv_head * GROUP + head, row_exists), highest)
+        highest = tl.where(is_first, load_sinks(factors.sinks, kv_head * HEADS.group + head, row_exists), highest)
         weight = tl.where(is_first, 1.0, weight)
-    state = tl.zeros([TILE_ROWS, HEAD_BLOCK], tl.float32), highest, weight
+    state = tl.zeros([tile_rows, head_block], tl.float32), highest, weight
     state = _attend_blocks(
-        state, q, keys, values, table, kv_head, begin, all_visible, position, context_len, window, scale, scale_log2,
-        NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, INDEX, False, False,
+        state, q, cache, table, kv_head, begin, all_visible, position, context_len, window, factors, HEADS,
+        PAGE_SIZE, TILE.block, INDEX, False, False,
     )  # fmt: skip
     acc, highest, weight = _attend_blocks(
-        state, q, keys, values, table, kv_head, all_visible, end, position, context_len, window, scale, scale_log2,
-        NUM_KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_SIZE, BLOCK, INDEX, True, HAS_WINDOW,
+        state, q, cache, table, kv_head, all_visible, end, position, context_len, window, factors, HEADS,
+        PAGE_SIZE, TILE.block, INDEX, True, HAS_WINDOW,
     )  # fmt: skip
     if is_whole:
-        out = output + token[:, None] * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head_offsets
-        tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=row_mask)
+        out = outputs.output + token[:, None] * (HEADS.num_kv_heads * HEADS.group * HEADS.head_dim) + head_offsets
+        tl.store(out, (acc / weight[:, None]).to(outputs.output.dtype.element_ty), mask=row_mask)
     else:
         # A row that sees nothing here weighs nothing.
-        place = (split * num_tokens + token) * (NUM_KV_HEADS * GROUP)
+        place = (split * num_tokens + token) * (HEADS.num_kv_heads * HEADS.group)
         saw_some = weight > 0
         result = tl.where(saw_some[:, None], acc / tl.where(saw_some, weight, 1.0)[:, None], 0.0)
-        tl.store(partial + place[:, None] * HEAD_DIM + head_offsets, result, mask=row_mask)
+        tl.store(outputs.partial + place[:, None] * HEADS.head_dim + head_offsets, result, mask=row_mask)
         lse = tl.where(saw_some, highest + tl.log2(tl.where(saw_some, weight, 1.0)), -float("inf"))
-        tl.store(partial_lse + place + kv_head * GROUP + head, lse, mask=row_exists)
+        tl.store(outputs.partial_lse + place + kv_head * HEADS.group + head, lse, mask=row_exists)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def _merge_splits(
-    query_starts, query_lens, context_lens, item_parts, item_chunks, summary, output, partial, partial_lse, num_tokens,
-    num_splits, window, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, MIN_SPLIT_BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    parts, items, outputs, num_tokens, num_splits, window,
+    HEADS: tl.constexpr, TILE: tl.constexpr, HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kv head, item): weigh the splits' results by their log-sum-exp."""
     wait_for_inputs(PDL)
+    tile_rows: tl.constexpr = TILE.rows
+    head_block: tl.constexpr = HEADS.head_block
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    if item >= tl.load(summary):
+    if item >= tl.load(items.summary):
         return
-    part = tl.load(item_parts + item)
-    query_len = tl.load(query_lens + part)
-    context_len = tl.load(context_lens + part)
-    block = tl.cdiv(query_len, BLOCK_TOKENS) - 1 - tl.load(item_chunks + item)
-    block_first = context_len - query_len + block * BLOCK_TOKENS
-    end = tl.minimum(block_first + BLOCK_TOKENS, context_len)
+    part, query_len, context_len, block = load_item(parts, items, item, TILE.block_tokens)
+    block_first = context_len - query_len + block * TILE.block_tokens
+    end = tl.minimum(block_first + TILE.block_tokens, context_len)
     begin = 0
     if HAS_WINDOW:
-        begin = tl.maximum(block_first - window + 1, 0) // BLOCK * BLOCK
-    split_len = _split_len(begin, end, num_splits, BLOCK, MIN_SPLIT_BLOCKS)
+        begin = tl.maximum(block_first - window + 1, 0) // TILE.block * TILE.block
+    split_len = _split_len(begin, end, num_splits, TILE)
     if begin + split_len >= end:
         return
-    tile_row = tl.arange(0, TILE_ROWS)
-    token_in_part = block * BLOCK_TOKENS + tile_row // GROUP
-    head = tile_row % GROUP
-    dim = tl.arange(0, HEAD_BLOCK)
-    row_exists = (token_in_part < query_len) & (tile_row < BLOCK_TOKENS * GROUP)
-    row_mask = row_exists[:, None] & (dim[None, :] < HEAD_DIM)
-    token = (tl.load(query_starts + part) + token_in_part).to(tl.int64)
-    head_offsets = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
-    highest = tl.full([TILE_ROWS], -1.0e30, tl.float32)
-    weight = tl.zeros([TILE_ROWS], tl.float32)
-    acc = tl.zeros([TILE_ROWS, HEAD_BLOCK], tl.float32)
+    tile_row = tl.arange(0, tile_rows)
+    token_in_part = block * TILE.block_tokens + tile_row // HEADS.group
+    head = tile_row % HEADS.group
+    dim = tl.arange(0, head_block)
+    row_exists = (token_in_part < query_len) & (tile_row < TILE.block_tokens * HEADS.group)
+    row_mask = row_exists[:, None] & (dim[None, :] < HEADS.head_dim)
+    token = (tl.load(parts.query_starts + part) + token_in_part).to(tl.int64)
+    head_offsets = (kv_head * HEADS.group + head)[:, None] * HEADS.head_dim + dim[None, :]
+    highest = tl.full([tile_rows], -1.0e30, tl.float32)
+    weight = tl.zeros([tile_rows], tl.float32)
+    acc = tl.zeros([tile_rows, head_block], tl.float32)
     for split in range(tl.cdiv(end - begin, split_len)):
-        place = (split * num_tokens + token) * (NUM_KV_HEADS * GROUP)
-        lse = tl.load(partial_lse + place + kv_head * GROUP + head, mask=row_exists, other=-float("inf"))
-        result = tl.load(partial + place[:, None] * HEAD_DIM + head_offsets, mask=row_mask, other=0.0)
-        new_highest = tl.maximum(highest, lse)
-        rescale, share = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
-        weight = weight * rescale + share
-        acc = acc * rescale[:, None] + result * share[:, None]
-        highest = new_highest
-    out = output + token[:, None] * (NUM_KV_HEADS * GROUP * HEAD_DIM) + head_offsets
-    tl.store(out, (acc / weight[:, None]).to(output.dtype.element_ty), mask=row_mask)
+        place = (split * num_tokens + token) * (HEADS.num_kv_heads * HEADS.group)
+        lse = tl.load(outputs.partial_lse + place + kv_head * HEADS.group + head, mask=row_exists, other=-float("inf"))
+        result = tl.load(outputs.partial + place[:, None] * HEADS.head_dim + head_offsets, mask=row_mask, other=0.0)
+        acc, highest, weight = add_share(acc, highest, weight, result, lse)
+    out = outputs.output + token[:, None] * (HEADS.num_kv_heads * HEADS.group * HEADS.head_dim) + head_offsets
+    tl.store(out, (acc / weight[:, None]).to(outputs.output.dtype.element_ty), mask=row_mask)
 
 
 @triton.jit
 def _attend_blocks(
-    state, q, keys, values, table, kv_head, begin, end, position, context_len, window, scale, scale_log2,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, INDEX: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    state, q, cache, table, kv_head, begin, end, position, context_len, window, factors,
+    HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the context from `begin` to `end`; MASKED where some of it is hidden from some rows."""
     acc, highest, weight = state
-    dim = tl.arange(0, HEAD_BLOCK)
+    dim = tl.arange(0, HEADS.head_block)
     for start in range(begin, end, BLOCK):
         key_position = start + tl.arange(0, BLOCK)
-        mask = dim[None, :] < HEAD_DIM
+        mask = dim[None, :] < HEADS.head_dim
         if MASKED:
             mask &= key_position[:, None] < context_len
             page = tl.load(table + key_position // PAGE_SIZE, mask=key_position < context_len, other=0)
         else:
             page = tl.load(table + key_position // PAGE_SIZE)
         slot = page.to(INDEX) * PAGE_SIZE + key_position % PAGE_SIZE
-        offsets = (slot[:, None] * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
-        k = tl.load(keys + offsets, mask=mask, other=0.0)
-        v = tl.load(values + offsets, mask=mask, other=0.0)
+        offsets = (slot[:, None] * HEADS.num_kv_heads + kv_head) * HEADS.head_dim + dim[None, :]
+        k = tl.load(cache.key_pages + offsets, mask=mask, other=0.0)
+        v = tl.load(cache.value_pages + offsets, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
-        if scale is not None:
-            scores = tanh(scores * scale)
+        if factors.scale is not None:
+            scores = tanh(scores * factors.scale)
         if MASKED:
             visible = key_position[None, :] <= position[:, None]
             if HAS_WINDOW:
                 visible &= key_position[None, :] > position[:, None] - window
             scores = tl.where(visible, scores, -float("inf"))
         # Scaled after the maximum, so that scaling and subtraction are one instruction.
-        new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
+        new_highest = tl.maximum(highest, tl.max(scores, 1) * factors.scale_log2)
         rescale = tl.exp2(highest - new_highest)
-        probability = tl.exp2(scores * scale_log2 - new_highest[:, None])
+        probability = tl.exp2(scores * factors.scale_log2 - new_highest[:, None])
         weight = weight * rescale + tl.sum(probability, 1)
         acc = acc * rescale[:, None]
         acc = tl.dot(probability.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")

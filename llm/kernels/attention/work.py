@@ -1,6 +1,7 @@
 """Cuts a step's attention into work items of like size, on the device, once a step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +16,20 @@ _SPARE_ITEMS = 64
 _ITEMS_A_PROGRAM = 32
 """Items that a program of the plan looks up."""
 _LOG2_E = 1.4426950408889634
+
+
+class ScoreFactors(NamedTuple):
+    """What kernels multiply and weigh scores by.
+
+    Attributes:
+        scale: what products of queries and keys are multiplied by before tanh; None for no tanh.
+        scale_log2: what is multiplied after that, so that weights are powers of 2.
+        sinks: (num_heads,), each head's score for nothing; None for none.
+    """
+
+    scale: float | None
+    scale_log2: float
+    sinks: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +47,17 @@ class Scoring:
     sinks: torch.Tensor | None = None
 
     @property
-    def factors(self) -> tuple[float | None, float]:
-        """What products are multiplied by before tanh, None for no tanh; and, after it, to be powers of 2."""
+    def factors(self) -> ScoreFactors:
+        """The same as kernels take it."""
         if self.soft_cap is None:
-            return None, self.scale * _LOG2_E
-        return self.scale / self.soft_cap, self.soft_cap * _LOG2_E
+            return ScoreFactors(None, self.scale * _LOG2_E, self.sinks)
+        return ScoreFactors(self.scale / self.soft_cap, self.soft_cap * _LOG2_E, self.sinks)
 
 
-@dataclass(frozen=True, slots=True)
-class StepParts:
+class StepParts(NamedTuple):
     """The step's parts as device tensors, (parts,) int32 each; unused ones have a query length of 0.
+
+    Kernels take it whole, as they take every other named tuple of tensors and numbers.
 
     Attributes:
         rows: row of each part's sequence, into the page tables.
@@ -55,12 +71,13 @@ class StepParts:
     query_lens: torch.Tensor
     context_lens: torch.Tensor
 
-    def __len__(self) -> int:
+    @property
+    def num_parts(self) -> int:
+        """Number of parts, unused ones included."""
         return len(self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkItems:
+class WorkItems(NamedTuple):
     """Items of one kind of attention. Written by `plan_work`, read by the kernels.
 
     Attributes:
@@ -80,6 +97,56 @@ class WorkItems:
         """Room for `capacity` items of `num_parts` parts."""
         sizes = (capacity, capacity, num_parts, 2)
         return cls(*(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))
+
+
+class PagedCache(NamedTuple):
+    """One layer's keys and values in their pages, and where each row's pages are.
+
+    Attributes:
+        key_pages, value_pages: (pages, page_size, num_kv_heads, head_dim).
+        tables: (rows, pages a row) int32, each row's pages in order of position.
+        table_stride: elements between two rows of `tables`.
+    """
+
+    key_pages: torch.Tensor
+    value_pages: torch.Tensor
+    tables: torch.Tensor
+    table_stride: int
+
+    @classmethod
+    def of(cls, kv_pages: torch.Tensor, page_tables: torch.Tensor) -> "PagedCache":
+        """A layer's `kv_pages`, (2, pages, page_size, num_kv_heads, head_dim), behind their `page_tables`."""
+        return cls(kv_pages[0], kv_pages[1], page_tables, page_tables.stride(0))
+
+
+class AttentionOutputs(NamedTuple):
+    """Where attention writes: what is complete, and what programs that share a context have found.
+
+    Attributes:
+        output: (tokens, num_heads, value_dim), contiguous.
+        partial: (…, num_heads, value_dim) float32, the result of each share of a context.
+        partial_lse: (…, num_heads) float32, log2 of the sum of its weights.
+    """
+
+    output: torch.Tensor
+    partial: torch.Tensor
+    partial_lse: torch.Tensor
+
+
+class HeadShape(NamedTuple):
+    """Shape of attention's heads, a constant of compiled kernels.
+
+    Attributes:
+        num_kv_heads: number of heads of keys and values.
+        group: number of query heads that share each of these.
+        head_dim: numbers of a head.
+        head_block: `head_dim` rounded up to a size that tiles have.
+    """
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    head_block: int
 
 
 def num_decode_items(num_parts: int) -> int:
@@ -113,12 +180,35 @@ def load_sinks(sinks, head, exists):
     return tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
 
 
+@triton.jit
+def load_item(parts, items, item, BLOCK_TOKENS: tl.constexpr):
+    """The part of a prefill's item, its lengths of query and context, and which block of its new tokens the item is.
+
+    The last blocks see most: they start first.
+    """
+    part = tl.load(items.parts + item)
+    query_len = tl.load(parts.query_lens + part)
+    context_len = tl.load(parts.context_lens + part)
+    block = tl.cdiv(query_len, BLOCK_TOKENS) - 1 - tl.load(items.chunks + item)
+    return part, query_len, context_len, block
+
+
+@triton.jit
+def add_share(acc, highest, weight, result, lse):
+    """Add one share's result, (rows, dims), weighed by its log-sum-exp, to the sum of the shares before it."""
+    new_highest = tl.maximum(highest, lse)
+    rescale, share = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
+    weight = weight * rescale + share
+    acc = acc * rescale[:, None] + result * share[:, None]
+    return acc, new_highest, weight
+
+
 def plan_decodes(parts: StepParts, items: WorkItems, window: int | None) -> None:
     """Cut the context of each decoding part into chunks: equal for all parts, `num_decode_items` of them at most.
 
     However much room `items` has: so many programs will look for them.
     """
-    capacity = num_decode_items(len(parts))
+    capacity = num_decode_items(parts.num_parts)
     _launch_plan(parts, items, capacity, window=window or 0, block_tokens=0, min_query_len=1)
 
 
@@ -131,18 +221,16 @@ def _launch_plan(
     parts: StepParts, items: WorkItems, capacity: int, *, window: int, block_tokens: int, min_query_len: int
 ) -> None:
     _plan_work[(triton.cdiv(capacity, _ITEMS_A_PROGRAM),)](
-        parts.query_lens, parts.context_lens, items.parts, items.chunks, items.first_items, items.summary,
-        len(parts), window, capacity, BLOCK_TOKENS=block_tokens, MIN_QUERY_LEN=min_query_len,
-        MIN_CHUNK=MIN_CHUNK, BLOCK=triton.next_power_of_2(len(parts)), ITEM_BLOCK=_ITEMS_A_PROGRAM,
+        parts, items, parts.num_parts, window, capacity, BLOCK_TOKENS=block_tokens, MIN_QUERY_LEN=min_query_len,
+        MIN_CHUNK=MIN_CHUNK, BLOCK=triton.next_power_of_2(parts.num_parts), ITEM_BLOCK=_ITEMS_A_PROGRAM,
         num_warps=8, **launch_options(parts.rows.device),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_parts", "capacity"])
 def _plan_work(
-    query_lens, context_lens, item_parts, item_chunks, first_items, summary, num_parts, window, capacity,
-    BLOCK_TOKENS: tl.constexpr, MIN_QUERY_LEN: tl.constexpr, MIN_CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, ITEM_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    parts, items, num_parts, window, capacity, BLOCK_TOKENS: tl.constexpr, MIN_QUERY_LEN: tl.constexpr,
+    MIN_CHUNK: tl.constexpr, BLOCK: tl.constexpr, ITEM_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program: a block of items. BLOCK_TOKENS > 0 plans prefills, else decodes.
 
@@ -151,12 +239,12 @@ def _plan_work(
     wait_for_inputs(PDL)
     part = tl.arange(0, BLOCK)
     exists = part < num_parts
-    query_len = tl.load(query_lens + part, mask=exists, other=0)
+    query_len = tl.load(parts.query_lens + part, mask=exists, other=0)
     if BLOCK_TOKENS > 0:
         num_tokens = tl.where(query_len >= MIN_QUERY_LEN, query_len, 0)
         chunk_size = BLOCK_TOKENS
     else:
-        context_len = tl.load(context_lens + part, mask=exists, other=0)
+        context_len = tl.load(parts.context_lens + part, mask=exists, other=0)
         if window > 0:
             context_len = tl.minimum(context_len, window)
         num_tokens = tl.where(query_len == 1, context_len, 0)
@@ -166,11 +254,11 @@ def _plan_work(
     num_chunks = tl.cdiv(num_tokens, chunk_size)
     ends = tl.cumsum(num_chunks, 0)
     if tl.program_id(0) == 0:
-        tl.store(first_items + part, ends - num_chunks, mask=exists)
-        tl.store(summary, tl.sum(num_chunks))
-        tl.store(summary + 1, chunk_size)
+        tl.store(items.first_items + part, ends - num_chunks, mask=exists)
+        tl.store(items.summary, tl.sum(num_chunks))
+        tl.store(items.summary + 1, chunk_size)
     item = tl.program_id(0) * ITEM_BLOCK + tl.arange(0, ITEM_BLOCK)
     is_behind = ends[None, :] <= item[:, None]
     chunk = item - tl.max(tl.where(is_behind, ends[None, :], 0), 1)
-    tl.store(item_parts + item, tl.sum(is_behind.to(tl.int32), 1), mask=item < capacity)
-    tl.store(item_chunks + item, chunk, mask=item < capacity)
+    tl.store(items.parts + item, tl.sum(is_behind.to(tl.int32), 1), mask=item < capacity)
+    tl.store(items.chunks + item, chunk, mask=item < capacity)

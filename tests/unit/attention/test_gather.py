@@ -31,7 +31,7 @@ def test_contexts_of_prefills_lie_one_behind_the_other(lens, stored):
     gathered = [(row, context) for row, (new, context) in zip(rows, lens, strict=True) if new > 1]
     total = sum(context for _, context in gathered)
 
-    contexts = GatheredContexts(total + 20, len(parts), num_kv_heads, head_dim, torch.float16, DEVICE)
+    contexts = GatheredContexts(total + 20, parts.num_parts, num_kv_heads, head_dim, torch.float16, DEVICE)
     contexts.plan(parts, tables, PAGE_SIZE, total)
     contexts.copy(kv_pages, total)
 

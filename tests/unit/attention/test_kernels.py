@@ -118,7 +118,7 @@ def test_decode_equals_float64(num_heads, num_kv_heads, head_dim, window, kind, 
     torch.manual_seed(num_heads)
     parts = create_parts([(1, 1), (1, 17), (1, 300), (1, 640), (1, 128), (1, 129)])
     kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
-    qkv = torch.randn(len(parts), num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
+    qkv = torch.randn(parts.num_parts, num_heads + 2 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
     query = qkv[:, :num_heads]
     items = WorkItems.allocate(num_decode_items(max_parts), max_parts, DEVICE)
     output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
@@ -176,7 +176,7 @@ def test_prefill_equals_float64(
     kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
     query = torch.randn(num_tokens, num_heads, head_dim, device=DEVICE).to(dtype)
     block_tokens = prefill_block_tokens(num_heads, num_kv_heads, num_tokens)
-    items = WorkItems.allocate(num_prefill_items(num_tokens, len(parts), block_tokens), len(parts), DEVICE)
+    items = WorkItems.allocate(num_prefill_items(num_tokens, parts.num_parts, block_tokens), parts.num_parts, DEVICE)
     output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
     plan_prefills(parts, items, block_tokens)
     scratch = None
@@ -204,7 +204,7 @@ def test_decode_work_covers_every_context_once(window, max_parts):
     visible = [min(n, window or n) if new == 1 else 0 for new, n in lens]
     expected = [(part, chunk) for part, n in enumerate(visible) for chunk in range(-(-n // chunk_size))]
     assert list(zip(items.parts.tolist(), items.chunks.tolist(), strict=True))[:num_items] == expected
-    assert num_items <= num_decode_items(len(parts))
+    assert num_items <= num_decode_items(parts.num_parts)
 
 
 @CASES

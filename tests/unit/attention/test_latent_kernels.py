@@ -57,9 +57,9 @@ def test_decodes_equal_float64(num_heads, rank, width, dtype, monkeypatch):
     torch.manual_seed(num_heads)
     parts = create_parts([(1, 1), (1, 17), (1, 300), (1, 640), (1, 129)])
     pages, tables = create_latents(width, dtype)
-    query = torch.randn(len(parts), num_heads, width, device=DEVICE).to(dtype)
+    query = torch.randn(parts.num_parts, num_heads, width, device=DEVICE).to(dtype)
     items = WorkItems.allocate(num_decode_items(20), 20, DEVICE)
-    output = torch.full((len(parts), num_heads, rank), torch.nan, dtype=dtype, device=DEVICE)
+    output = torch.full((parts.num_parts, num_heads, rank), torch.nan, dtype=dtype, device=DEVICE)
     plan_decodes(parts, items, None)
     LatentAttention(20, num_heads, rank, width, SCALE, dtype, DEVICE).decode(query, pages, tables, parts, items, output)
     assert relative_error(output[:5], expected_values(query, pages, tables, parts, rank)) < TOLERANCE[dtype]

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from llm.core.recurrent_state import DeltaSpec
 from llm.kernels import (
     activation,
     adapters,
@@ -37,7 +38,11 @@ from llm.kernels import (
     soft_cap,
 )
 from llm.kernels.attention import decode, gates, gather, hopper_prefill, latent, latent_rows, prefill, rope
+from llm.kernels.attention.work import AttentionOutputs, HeadShape, PagedCache, ScoreFactors, StepParts, WorkItems
+from llm.kernels.expert_pairs import ExpertPairs
 from llm.kernels.launch import stages_in
+from llm.kernels.operands import GroupOperand, WeightOperand
+from llm.kernels.tiles import Tile
 
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
 """Bytes of a multiprocessor's, by compute capability (CUDA C++ programming guide, table 27)."""
@@ -45,7 +50,8 @@ BF16, FLOAT, INT, FP8 = "*bf16", "*fp32", "*i32", "*fp8e4nv"
 ALIGNED = {"num_inputs", "num_outputs", "inputs_per_part", "query_stride", "table_stride", "num_words", "capacity"}
 SCALES = {"row_scales": FLOAT, "scales": FLOAT, "bias": BF16}
 NO_SCALES = dict.fromkeys(SCALES)
-NO_GROUPS = {**dict.fromkeys(("group_scales", "zeros", "order")), "group_size": "i32"}
+PARTS, ITEMS = StepParts(*[INT] * 4), WorkItems(*[INT] * 4)
+NO_GROUPS = GroupOperand(None, None, None, "i32")
 
 
 def compile_kernel(
@@ -60,17 +66,26 @@ def compile_kernel(
     source: type[ASTSource] = ASTSource,
     **constants: Any,
 ) -> int:
-    """Compile for these types of arguments; None, and what is no type, is a constant. Returns its shared memory."""
+    """Compile for these types of arguments; None, and what is no type, is a constant. Returns its shared memory.
+
+    A named tuple has a type for each of its fields.
+    """
     is_hopper = capability == 90
     values = {**arguments, **constants, "PDL": is_hopper}
-    is_type = {name: isinstance(value, str) for name, value in values.items()}
-    signature = {name: values[name] if is_type[name] else "constexpr" for name in kernel.arg_names}
-    constexprs = {(i,): values[name] for i, name in enumerate(kernel.arg_names) if not is_type[name]}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if is_type[name] and (values[name].startswith("*") or name in ALIGNED)
-    }
+    signature, constexprs, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        fields = [((i,), parameter.name, value)]
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            fields = [((i, j), field, value[j]) for j, field in enumerate(value._fields)]
+            signature[parameter.name] = type(value)(*(each if isinstance(each, str) else "constexpr" for each in value))
+        else:
+            signature[parameter.name] = value if isinstance(value, str) else "constexpr"
+        for path, field, each in fields:
+            if not isinstance(each, str):
+                constexprs[path] = each
+            elif each.startswith("*") or field in ALIGNED:
+                aligned[path] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         source(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": is_hopper, "maxnreg": maxnreg},
@@ -118,16 +133,14 @@ def compile_activations() -> None:
 def compile_rope() -> None:
     """Keys and values in 16 bits and in 8, QK-norm, a product to be scaled or of heads that turn in part: every two."""
     arguments = {"qkv": BF16, "query": BF16, "rope_table": FLOAT, "norm_eps": "fp32"}
-    arguments |= {"page_tables": INT, "token_rows": INT, "positions": INT, "table_stride": "i32", "sin_offset": "i32"}
-    sizes = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "HALF": 64, "HALF_BLOCK": 64, "BLOCK_HEADS": 2, "PAGE_SIZE": 16}
+    arguments |= {"token_rows": INT, "positions": INT, "sin_offset": "i32", "PAGE_SIZE": 16}
     for is_narrow, is_scaled in product((False, True), repeat=2):
         pages, scales = FP8 if is_narrow else BF16, SCALES if is_scaled else NO_SCALES
         weight = BF16 if is_narrow == is_scaled else None
-        more = {"keys": pages, "values": pages, "query_norm": weight, "key_norm": weight, **scales}
-        num_pairs = 48 if is_scaled else 64
-        more |= {"QUERY_PARTS": 1 + is_narrow, "OFFSET": 1.0 if is_scaled else None}
-        more["query_scales"] = FLOAT if is_scaled else None
-        compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, **sizes, NUM_PAIRS=num_pairs)
+        more = {"cache": PagedCache(pages, pages, INT, "i32"), "query_norm": weight, "key_norm": weight, **scales}
+        more |= {"query_scales": FLOAT if is_scaled else None, "OFFSET": 1.0 if is_scaled else None}
+        heads = rope._Heads(8, 2, 1 + is_narrow, 64, 48 if is_scaled else 64, 64, 2)
+        compile_kernel("rope", rope._rope_and_store, {**arguments, **more}, HEADS=heads)
 
 
 def compile_attention() -> None:
@@ -135,12 +148,10 @@ def compile_attention() -> None:
 
     Plain scores, and bounded ones beside sinks; small tiles and large ones.
     """
-    arguments = dict.fromkeys(("page_tables", "part_rows", "query_starts", "query_lens", "context_lens"), INT)
-    arguments |= dict.fromkeys(("item_parts", "item_chunks", "first_items", "summary"), INT)
-    arguments |= {"query": BF16, "output": BF16, "partial": FLOAT, "partial_lse": FLOAT, "scale_log2": "fp32"}
-    arguments |= dict.fromkeys(("num_tokens", "num_splits", "query_stride", "table_stride", "window"), "i32")
-    plain, all_scores = {"scale": None, "sinks": None}, {"scale": "fp32", "sinks": BF16}
-    common = {"NUM_HEADS": 8, "NUM_KV_HEADS": 2, "GROUP": 4, "PAGE_SIZE": 16, "BLOCK": 64, "INDEX": tl.int32}
+    arguments = {"query": BF16, "parts": PARTS, "items": ITEMS, "outputs": AttentionOutputs(BF16, FLOAT, FLOAT)}
+    arguments |= dict.fromkeys(("num_tokens", "num_splits", "query_stride", "window"), "i32")
+    plain, all_scores = ScoreFactors(None, "fp32", None), ScoreFactors("fp32", "fp32", BF16)
+    common = {"PAGE_SIZE": 16, "BLOCK": 64, "INDEX": tl.int32}
     for capability, pages, head_dim, tile_rows, scores in (
         (80, BF16, 128, 128, plain),
         (89, BF16, 128, 128, plain),
@@ -153,10 +164,9 @@ def compile_attention() -> None:
         (90, BF16, 256, 128, plain),
     ):
         has_8_bits, head_block = pages == FP8, triton.next_power_of_2(head_dim)
-        heads = {"HEAD_DIM": head_dim, "HEAD_BLOCK": head_block, "PRODUCT": tl.float16 if has_8_bits else tl.bfloat16}
-        stored = {**arguments, **common, **heads, **scores, "keys": pages, "values": pages}
-        tile = {"TILE_ROWS": tile_rows, "BLOCK_TOKENS": tile_rows // 4, "MIN_SPLIT_BLOCKS": 8}
-        tile |= {"IS_UNIFORM": False, "HAS_WINDOW": True}
+        heads = {"HEADS": HeadShape(2, 4, head_dim, head_block), "PRODUCT": tl.float16 if has_8_bits else tl.bfloat16}
+        stored = {**arguments, **common, **heads, "factors": scores, "cache": PagedCache(pages, pages, INT, "i32")}
+        tile = {"TILE": prefill._Tile(tile_rows, tile_rows // 4, 64, 8), "IS_UNIFORM": False, "HAS_WINDOW": True}
         room, bytes_a_stage = SHARED_MEMORY[capability], 2 * 64 * head_block * (1 if has_8_bits else 2)
         room_beside_tile = room - tile_rows * (head_block + 64) * 2
         num_stages = tile_rows // 64 + 1
@@ -180,25 +190,24 @@ def compile_attention() -> None:
             ),
         )
         assert max(taken) <= SHARED_MEMORY[capability] - 1024, (capability, pages, head_dim, taken)
-    compile_kernel("merge", decode._merge_chunks, {**arguments, **common}, GROUP_BLOCK=4, HEAD_DIM=80, HEAD_BLOCK=128)
+    compile_kernel("merge", decode._merge_chunks, arguments, HEADS=HeadShape(2, 4, 80, 128), GROUP_BLOCK=4)
 
 
 def compile_latents() -> None:
     """Of DeepSeek-V3's shape and of GLM-4.7-Flash's, on older chips too, whose tiles are lower."""
-    fields = ("page_tables", "part_rows", "query_starts", "query_lens", "context_lens", "item_parts", "item_chunks")
-    arguments = dict.fromkeys((*fields, "summary", "token_rows", "positions"), INT)
-    arguments |= dict.fromkeys(("query", "pages", "output", "projected", "norm", "queries", "x", "weight"), BF16)
-    arguments |= dict.fromkeys(("partial", "partial_lse", "rope_table"), FLOAT)
+    arguments = {"parts": PARTS, "items": ITEMS, "rope_table": FLOAT}
+    arguments |= dict.fromkeys(("page_tables", "token_rows", "positions"), INT)
+    arguments |= dict.fromkeys(("pages", "output", "projected", "norm", "queries", "x", "weight"), BF16)
     arguments |= dict.fromkeys(("stride", "first", "sin_offset", "num_tokens", "x_stride", "output_stride"), "i32")
     arguments |= {"table_stride": "i32", "eps": "fp32", "scale_log2": "fp32"}
-    sizes = {"RANK": 512, "RANK_BLOCK": 512, "WIDTH": 576, "TURNED_BLOCK": 64, "PAGE_SIZE": 16}
     kinds = [*product(SHARED_MEMORY.items(), (128, 20), (2,)), ((89, SHARED_MEMORY[89]), 16, 4)]
     for (capability, room), num_heads, itemsize in kinds:
         tile_rows, block = 64 if capability == 90 else 16, 64 // itemsize
         group = latent._largest_divisor(num_heads, tile_rows)
-        cut = {**arguments, **sizes, "NUM_HEADS": num_heads, "GROUP": group, "INDEX": tl.int64, "BLOCK": block}
-        if itemsize == 4:
-            cut |= dict.fromkeys(("query", "pages", "output"), FLOAT)
+        number = FLOAT if itemsize == 4 else BF16
+        cut = {**arguments, "query": number, "cache": latent._LatentCache(number, INT, "i32"), "output": number}
+        cut |= {"outputs": AttentionOutputs(number, FLOAT, FLOAT), "INDEX": tl.int64, "BLOCK": block, "PAGE_SIZE": 16}
+        cut["SHAPE"] = latent._Shape(num_heads, group, 512, 576, 512, 64)
         for name, kernel, block_tokens in (
             ("latent decode", latent._decode_latents, 1),
             ("latent prefill", latent._prefill_latents, tile_rows // group),
@@ -225,7 +234,7 @@ def compile_latents() -> None:
 
 def compile_long_prefill() -> None:
     """Copies of contexts in 16 bits and in 8, and attention over them."""
-    arguments = dict.fromkeys(("part_rows", "query_lens", "context_lens", "page_tables", "starts", "slots"), INT)
+    arguments = {"parts": PARTS, **dict.fromkeys(("page_tables", "starts", "slots"), INT)}
     arguments |= dict.fromkeys(("num_parts", "num_tokens", "table_stride"), "i32")
     blocks = {"PAGE_SIZE": 16, "MIN_QUERY_LEN": 2, "BLOCK": 512, "TOKEN_BLOCK": 32}
     compile_kernel("plan of copies", gather._plan_gather, arguments, num_warps=8, **blocks)
@@ -234,11 +243,10 @@ def compile_long_prefill() -> None:
         sizes = {"WIDTH": 1024, "WIDTH_BLOCK": 1024, "TOKEN_BLOCK": 8, "INDEX": tl.int64}
         compile_kernel("copies", gather._gather, tokens, **sizes)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    fields = ("query_starts", "query_lens", "context_lens", "kv_starts", "item_parts", "item_chunks", "summary")
     for dtype, head_dim in (("bf16", 128), ("fp16", 64)):
         copies = f"tensordesc<{dtype}[128, {head_dim}],{layout!r}>"
-        arguments = {**dict.fromkeys(fields, INT), "keys": copies, "values": copies, "scale_log2": "fp32"}
-        arguments |= {"query": f"*{dtype}", "output": f"*{dtype}"}
+        arguments = {"keys": copies, "values": copies, "kv_starts": INT, "parts": PARTS, "items": ITEMS}
+        arguments |= {"scale_log2": "fp32", "query": f"*{dtype}", "output": f"*{dtype}"}
         shared_memory = compile_kernel(
             "long prefill", hopper_prefill._hopper_prefill, arguments, source=GluonASTSource, NUM_KV_HEADS=4, GROUP=7,
             TILE_TOKENS=18, HEAD_DIM=head_dim, BLOCK=128, STAGES=2, ROWS=64, CONSUMER_REGISTERS=240,
@@ -252,34 +260,34 @@ def compile_products() -> None:
 
     Every two of these together: norms of a row and cuts of a tile take turns.
     """
-    arguments = {"x": BF16, "output": BF16, "bias": None, "num_outputs": "i32", "num_inputs": "i32"}
+    arguments = {"x": BF16, "output": BF16, "num_outputs": "i32", "num_inputs": "i32"}
     kinds = product(((BF16, None), (FP8, FLOAT)), ((False, False), (False, True), (True, False)))
     for i, ((weight, scales), (swiglu, adds)) in enumerate(kinds):
-        common = {**arguments, "weight": weight, "scales": scales, "SWIGLU": swiglu, "ADDS": adds}
-        common["GELU"] = swiglu and i % 2 == 0
+        common = {**arguments, "SWIGLU": swiglu, "ADDS": adds, "GELU": swiglu and i % 2 == 0}
         row = {**common, "norm": BF16 if i % 2 else None, "norm_eps": "fp32", "OUTPUTS": 4, "TILE_K": 1024}
         row |= {"OFFSET": 1.0 if adds else None, "experts": INT if swiglu else None, "CAN_PREFETCH": not swiglu}
         is_bounded = swiglu and scales is None
-        row |= {"bias": BF16 if is_bounded else None, "LIMIT": 7.0 if is_bounded else None, "ALPHA": 1.702}
-        row["IS_EVEN"] = not is_bounded
+        row["weights"] = WeightOperand(weight, scales, BF16 if is_bounded else None)
+        row |= {"LIMIT": 7.0 if is_bounded else None, "ALPHA": 1.702, "IS_EVEN": not is_bounded}
         compile_kernel("single row", few_rows.single_row_product, row)
         num_parts = 1 + i % 2
-        tile = {**common, **NO_GROUPS, "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
-        tile |= {"ROWS": 16, "OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": num_parts, "IS_SHARED": num_parts > 1}
+        tile = {**common, "weights": WeightOperand(weight, scales, None), "groups": NO_GROUPS, "partial": FLOAT}
+        tile |= {"arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
+        tile["TILE"] = Tile(16, 64, 128, num_parts, num_parts > 1, num_warps=4, num_stages=3)
         compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
 
 
 def compile_delta_rule() -> None:
     """Of Qwen3.6 27B's shape, on older chips too; products as they are and to be scaled."""
-    arguments = dict.fromkeys(("part_rows", "query_starts", "query_lens", "context_lens"), INT)
-    arguments |= dict.fromkeys(("token_rows", "positions"), INT)
-    arguments |= dict.fromkeys(("mixed", "weight", "tails", "output", "convolved", "decay", "decay_bias", "qkv"), BF16)
-    arguments |= {"log_rates": FLOAT, "matrices": FLOAT, "scale": "fp32", "eps": "fp32", "num_tokens": "i32"}
+    arguments = {"parts": PARTS, **dict.fromkeys(("token_rows", "positions"), INT)}
+    arguments |= dict.fromkeys(("mixed", "weight", "tails", "output", "convolved", "qkv"), BF16)
+    arguments |= {"decay": delta_rule.DecayOperand(BF16, FLOAT, BF16, "i32"), "matrices": FLOAT}
+    arguments |= {"scale": "fp32", "eps": "fp32", "num_tokens": "i32", "SPEC": DeltaSpec(16, 48, 128, 128, 4)}
     sizes = {"NUM_CHANNELS": 10240, "KERNEL_SIZE": 4, "TAIL_LEN": 3, "BLOCK": 512, "CONV_SIZE": 10240}
-    sizes |= {"NUM_KEY_HEADS": 16, "NUM_VALUE_HEADS": 48, "KEY_DIM": 128, "KEY_BLOCK": 128, "VALUE_DIM": 128}
-    sizes |= {"VALUES": 8, "NUM_BLOCKS": 16, "OUTPUT_SIZE": 6144, "NUM_HEADS": 24, "HEAD_DIM": 256}
+    sizes |= {"KEY_BLOCK": 128, "VALUE_DIM": 128, "VALUES": 8, "NUM_BLOCKS": 16, "OUTPUT_SIZE": 6144}
+    sizes |= {"NUM_HEADS": 24, "HEAD_DIM": 256}
     for scales in (SCALES, NO_SCALES):
-        step = {**arguments, **sizes, **scales, "stride": "i32", "decay_stride": "i32"}
+        step = {**arguments, **sizes, **scales, "stride": "i32"}
         compile_kernel("short convolution", delta_rule._short_convolution, step)
         compile_kernel("tails", delta_rule._store_tails, step)
         compile_kernel("gated norm", delta_rule._gate_by_norm, {**step, "BLOCK": 128}, num_warps=1)
@@ -317,14 +325,15 @@ def compile_experts() -> None:
     plain, bounded = {"bias": None, "LIMIT": None, "ALPHA": None}, {"bias": BF16, "LIMIT": 7.0, "ALPHA": 1.702}
     for num_experts, weight in ((128, BF16), (128, None), (8, None), (512, None), (256, BF16)):
         router = {**arguments, "norm": weight, "NUM_EXPERTS": num_experts, "EXPERT_BLOCK": max(num_experts, 16)}
-        router |= {"squares": FLOAT, "PER_TOKEN": 6, "SLOTS": 8, "NORMALIZES": weight is None}
+        router["squares"] = FLOAT
         router |= {"NUM_PARTS": 8, "HAS_NORM": weight is not None, "CAN_PREFETCH": True}
         router["bias"] = BF16 if num_experts == 8 else None
         router["TILE_K"] = 64 if num_experts == 512 else 128
         num_warps = 8 if num_experts >= 256 else 4
         has_groups = num_experts == 256
-        router |= {"correction": FLOAT if has_groups else None, "SIGMOID": has_groups, "SCALE": 2.5}
-        router |= {"NUM_GROUPS": 8 if has_groups else 1, "TOP_GROUPS": 4 if has_groups else 1}
+        router["correction"] = FLOAT if has_groups else None
+        num_groups = (8, 4) if has_groups else (1, 1)
+        router["CHOICE"] = routing._Choice(6, 8, weight is None, has_groups, *num_groups, 2.5)
         compile_routes("logits of experts", routing._parts_of_logits, router, 16, num_warps)
         compile_kernel("choice of experts", routing._choose, router, num_warps=1)
         if num_experts != 8:
@@ -335,61 +344,67 @@ def compile_experts() -> None:
     many = {**arguments, "NUM_EXPERTS": 128, "BLOCKS_AT_ONCE": 16, "PAIRS_AT_ONCE": 64}
     compile_kernel("order of pairs", pair_order._place_pairs, many, BLOCK=512, num_warps=8)
     sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
-    arguments |= {"output": BF16, "pair_weights": FLOAT, "num_outputs": "i32", **sizes}
+    arguments |= {"output": BF16, "pairs": ExpertPairs(INT, INT, FLOAT), "num_outputs": "i32", **sizes}
     kinds = [*product(((BF16, None), (FP8, FLOAT)), (512, 16_384), (False, True), (plain,))]
     kinds += [((BF16, None), 512, False, bounded), ((BF16, None), 16_384, True, bounded)]
     kinds += [((FP8, FLOAT), 512, True, bounded), ((FP8, FLOAT), 16_384, False, bounded)]
     for (weight, scales), num_pairs, swiglu, more in kinds:
         tile = expert_tiles.expert_tile(num_pairs, 128, 2, False, swiglu)
-        cut = {"weight": weight, "scales": scales, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k}
+        more = dict(more)
+        cut = {"weights": WeightOperand(weight, scales, more.pop("bias")), "TILE": tile}
         kernel = experts._expert_product if num_pairs == 512 else experts._many_pairs_product
         taken = compile_kernel(
-            "experts", kernel, {**arguments, **cut, **more}, SWIGLU=swiglu, IS_EVEN=more is plain,
+            "experts", kernel, {**arguments, **cut, **more}, SWIGLU=swiglu, IS_EVEN=more["LIMIT"] is None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         assert taken <= SHARED_MEMORY[90] - 1024, (tile, weight, taken)
     arguments |= {"made": BF16, "total": BF16, "activated": BF16, "HIDDEN": 2048, "BLOCK": 1024}
     compile_kernel("sum of experts", experts._add_pairs, arguments)
     for weight, scales in ((BF16, None), (FP8, FLOAT)):
-        single = {**arguments, "weight": weight, "scales": scales, "SIZE": 768, "OUTPUTS": 4, "TILE_K": 1024}
-        single["bias"] = None if scales else BF16
+        single = {**arguments, "shares": FLOAT, "SIZE": 768, "OUTPUTS": 4, "TILE_K": 1024}
+        single["weights"] = WeightOperand(weight, scales, None if scales else BF16)
         compile_kernel("single sum", experts._single_sum, {**single, "CAN_PREFETCH": True})
 
 
 def compile_expert_groups() -> None:
     """Of MXFP4, 4 bits with zeros and an order, and 8: few pairs and many, gated and not, for older chips too."""
-    arguments = {"x": BF16, "output": BF16, "pair_weights": FLOAT, "starts": INT, "order": INT}
-    arguments |= dict.fromkeys(("num_outputs", "num_inputs", "num_groups", "group_size"), "i32")
+    arguments = {"x": BF16, "output": BF16, "pairs": ExpertPairs(INT, INT, FLOAT)}
+    arguments |= dict.fromkeys(("num_outputs", "num_inputs", "num_groups"), "i32")
     arguments |= {"NUM_EXPERTS": 32, "EXPERT_BLOCK": 32, "PER_TOKEN": 4, "IS_EVEN": True, "IN_ASSEMBLY": True}
-    plain, bounded = {"bias": None, "LIMIT": None, "ALPHA": None}, {"bias": BF16, "LIMIT": 7.0, "ALPHA": 1.702}
+    plain, bounded = {"LIMIT": None, "ALPHA": None}, {"LIMIT": 7.0, "ALPHA": 1.702}
     formats = {
-        "*u8": ({"weight": "*u8", "scales": "*u8", "zeros": None, "columns": None, **bounded}, 64),
-        "*fp16": ({"weight": "*u8", "scales": "*fp16", "zeros": "*u8", "columns": INT, **plain}, 256),
-        BF16: ({"weight": FP8, "scales": BF16, "zeros": None, "columns": None, **plain}, 128),
+        "*u8": ("*u8", GroupOperand("*u8", None, None, "i32"), bounded, 64),
+        "*fp16": ("*u8", GroupOperand("*fp16", "*u8", INT, "i32"), plain, 256),
+        BF16: (FP8, GroupOperand(BF16, None, None, "i32"), plain, 128),
     }
-    for (scales, (codes, span)), num_pairs, swiglu in product(formats.items(), (128, 4096), (False, True)):
+    for (scales, (codes, groups, more, span)), num_pairs, swiglu in product(
+        formats.items(), (128, 4096), (False, True)
+    ):
         tile = expert_tiles.expert_group_tile(num_pairs, 32, span, 2, False, swiglu)
-        cut = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "TILE_K": tile.k, "SWIGLU": swiglu}
+        bias = BF16 if more is bounded else None
+        cut = {"weights": WeightOperand(codes, None, bias), "groups": groups, **more, "TILE": tile, "SWIGLU": swiglu}
         cut["AS_NUMBERS"] = tile.rows > expert_tiles.MAX_SUMMED_ROWS
         taken = compile_kernel(
-            "experts in groups", expert_groups.groups_tile_product, {**arguments, **codes, **cut},
+            "experts in groups", expert_groups.groups_tile_product, {**arguments, **cut},
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         assert taken <= SHARED_MEMORY[90] - 1024, (tile, scales, taken)
-    older = {**arguments, **formats["*u8"][0], **cut, "AS_NUMBERS": False}
+    codes, groups, more, _ = formats["*u8"]
+    older = {**arguments, **cut, **more, "weights": WeightOperand(codes, None, BF16), "groups": groups}
     for span in (32, 64):
-        compile_kernel("experts in groups", expert_groups.groups_tile_product, {**older, "TILE_K": span}, capability=80)
+        older |= {"TILE": tile._replace(k=span), "AS_NUMBERS": False}
+        compile_kernel("experts in groups", expert_groups.groups_tile_product, older, capability=80)
 
 
 def compile_stages() -> None:
     """Pipelined products fill the shared memory of every chip, and no more."""
-    arguments = {"x": BF16, "output": BF16, "weight": BF16, "scales": None, "bias": None, "num_outputs": "i32"}
-    arguments |= {"num_inputs": "i32", "partial": FLOAT, "arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
-    arguments |= {"OUTPUTS": 64, "TILE_K": 128, "NUM_PARTS": 1, "IS_SHARED": False, "ADDS": False, "IS_EVEN": True}
-    arguments["GELU"] = False
+    arguments = {"x": BF16, "output": BF16, "weights": WeightOperand(BF16, None, None), "groups": NO_GROUPS}
+    arguments |= dict.fromkeys(("num_outputs", "num_inputs", "num_rows", "inputs_per_part"), "i32")
+    arguments |= {"partial": FLOAT, "arrivals": INT, "ADDS": False, "IS_EVEN": True, "GELU": False}
     for (capability, shared_memory), (rows, swiglu) in product(SHARED_MEMORY.items(), ((32, False), (64, True))):
         num_stages = min(5, stages_in(shared_memory, (64 * (1 + swiglu) + rows) * 128 * 2, capability // 10))
-        tile = {**arguments, **NO_GROUPS, "ROWS": rows, "SWIGLU": swiglu, "CAN_PREFETCH": True, "AS_NUMBERS": False}
+        tile = {**arguments, "SWIGLU": swiglu, "CAN_PREFETCH": True, "AS_NUMBERS": False}
+        tile["TILE"] = Tile(rows, 64, 128, 1, False, num_warps=4, num_stages=num_stages)
         taken = compile_kernel("stages", few_rows.tile_product, tile, capability=capability, num_stages=num_stages)
         assert num_stages > 2, (capability, rows, swiglu)
         assert taken <= shared_memory - 1024, (capability, rows, swiglu, taken)
@@ -397,33 +412,33 @@ def compile_stages() -> None:
 
 def compile_groups() -> None:
     """Codes of 4 bits and of 8, gated and added, with zeros and an order and without, for few rows and for many."""
-    arguments = {"x": BF16, "output": BF16, "bias": None, "scales": None, "partial": FLOAT, "arrivals": INT}
-    arguments |= dict.fromkeys(("num_rows", "num_outputs", "num_inputs", "inputs_per_part", "group_size"), "i32")
+    arguments = {"x": BF16, "output": BF16, "partial": FLOAT, "arrivals": INT}
+    arguments |= dict.fromkeys(("num_rows", "num_outputs", "num_inputs", "inputs_per_part"), "i32")
     codes = {"4 bits": ("*u8", "*fp16", "*u8", INT), "of one group": ("*u8", BF16, None, None)}
     arguments["num_groups"] = "i32"
     for span in (32, 64):
         written = {**arguments, "codes": "*u8", "scales": "*u8", "num_blocks": "i32"}
         compile_kernel("floats written out", mxfp4._write_out, written, OUTPUTS=32, SPAN=span)
     for weight, scales, zeros, order in (*codes.values(), (FP8, FLOAT, None, None)):
-        groups = {"group_scales": scales, "zeros": zeros, "order": order}
-        written = {**arguments, "codes": weight, "scales": scales, "zeros": zeros, "order": order}
+        operands = {"weights": WeightOperand(weight, None, None), "groups": GroupOperand(scales, zeros, order, "i32")}
+        written = {**arguments, **operands, "codes": weight}
         compile_kernel("written out", group_numbers._write_out, written, OUTPUTS=32, SPAN=128, IN_ASSEMBLY=True)
         for rows, swiglu in ((16, False), (64, True)):
-            tile = {**arguments, **groups, "weight": weight, "ROWS": rows, "SWIGLU": swiglu, "ADDS": not swiglu}
-            tile["GELU"] = False
-            tile |= {"OUTPUTS": 64, "TILE_K": 128 if weight == FP8 else 256, "NUM_PARTS": 2, "IS_SHARED": True}
+            tile = {**arguments, **operands, "SWIGLU": swiglu, "ADDS": not swiglu, "GELU": False}
+            tile["TILE"] = Tile(rows, 64, 128 if weight == FP8 else 256, 2, True, num_warps=4, num_stages=3)
             compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
         if weight != FP8:
             row = {**written, "norm": BF16 if zeros else None, "norm_eps": "fp32", "OUTPUTS": 4, "PIECES": 128}
             row |= {"SPAN": 256, "SWIGLU": zeros is not None, "GELU": False, "OFFSET": None, "ADDS": zeros is None}
             compile_kernel("row of groups", groups_kernels.single_row_of_groups, row, IN_ASSEMBLY=True)
-    tile |= {"x": "*fp16", "output": "*fp16", "weight": "*u8", "TILE_K": 64}
+    tile |= {"x": "*fp16", "output": "*fp16", "weights": WeightOperand("*u8", None, None)}
+    tile["TILE"] = tile["TILE"]._replace(k=64)
     compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
     tile["AS_NUMBERS"] = False
     compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True, capability=80)
     for weight, span in (("*u8", 256), (FP8, 128)):
-        wide = {**tile, "x": BF16, "output": BF16, "weight": weight, "AS_NUMBERS": True, "ROWS": 128, "OUTPUTS": 128}
-        wide |= {"TILE_K": span, "NUM_PARTS": 1, "IS_SHARED": False}
+        wide = {**tile, "x": BF16, "output": BF16, "weights": WeightOperand(weight, None, None), "AS_NUMBERS": True}
+        wide["TILE"] = Tile(128, 128, span, 1, False, num_warps=8, num_stages=3)
         compile_kernel("groups", few_rows.tile_product, wide, IS_EVEN=True, CAN_PREFETCH=True, num_warps=8)
 
 

@@ -105,7 +105,7 @@ def attend(query, kv_pages, tables, lens: list[tuple[int, int, int]], window, sc
     rows, news, contexts = zip(*lens, strict=True)
     parts = StepParts(ints(list(rows)), ints(starts), ints(list(news)), ints(list(contexts)))
     block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
-    items = WorkItems.allocate(num_prefill_items(num_tokens, len(parts), block_tokens, 1), len(parts), DEVICE)
+    items = WorkItems.allocate(num_prefill_items(num_tokens, parts.num_parts, block_tokens, 1), parts.num_parts, DEVICE)
     plan_prefills(parts, items, block_tokens, 1)
     output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=DEVICE)
     paged_prefill(query, kv_pages, tables, parts, items, window, output, scoring=scoring, deterministic=True)
