@@ -46,7 +46,7 @@ def logprobs_of(engine: ContinuousBatchingEngine, adapters: list[AdapterRef | No
 def write_adapters(model: DecoderModel, directory: Path) -> list[AdapterRef | None]:
     """Two of different ranks, and none."""
     for rank in (3, 8):
-        write_random_adapter(model.config, directory / str(rank), rank=rank, seed=rank, std=0.12)
+        write_random_adapter(model.config, directory / str(rank), rank=rank, seed=rank, std=0.08)
     paths = [directory / str(rank) for rank in (3, 8)]
     return [*(AdapterRef(name="x", path=str(path), digest=adapter_digest(path)) for path in paths), None]
 
