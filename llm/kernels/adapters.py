@@ -2,8 +2,8 @@
 arXiv:2310.18547).
 
 A product's inputs are first shrunk to a few numbers a token, by the token's own A, then expanded by its own B and added
-to the product. Both kernels go by entries: some tokens, at most so many, that have the same adapter. Tokens without an
-adapter are in no entry. A program has one entry, so what it computes for a token depends on that token alone.
+to the product. Kernels go by entries: some tokens, at most so many, that have the same adapter, or none. A program has
+one entry, so what it computes for a token depends on that token alone.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.config import Activation
+from llm.kernels.activation import gated
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 
 ENTRY_FIELDS = 4
 """Numbers of an entry: the slot of its adapter, the place of its first token in the order, how many tokens it has, and
-the adapter's rank."""
+the adapter's rank, 0 for tokens without one."""
 _OUTPUTS = 128
 """Outputs of a program that expands."""
 _NUMBERS, _TILE_K, _RANKS = 64, 128, 64
@@ -40,15 +42,15 @@ def entry_rows(num_tokens: int, *, deterministic: bool = False) -> int:
 
 def most_entries(num_tokens: int, num_slots: int, rows: int) -> int:
     """Most entries of a step of so many tokens, each of at most so many `rows`."""
-    return min(num_tokens, num_tokens // rows + num_slots)
+    return min(num_tokens, num_tokens // rows + num_slots + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterEntries:
-    """The tokens of a step that have adapters.
+    """The tokens of a step by their adapters.
 
     Attributes:
-        order: (tokens,) int32, indices of the tokens in the step, those of an adapter together.
+        order: (tokens,) int32, indices of all tokens in the step, those of an adapter together.
         entries: (entries, ENTRY_FIELDS) int32; those without tokens come last.
         rows: most tokens of an entry, `entry_rows`.
     """
@@ -67,12 +69,14 @@ class AdapterFactors:
         b: (slots, outputs, rank); each slot contiguous.
         blocks: (blocks, 3) int32: a part, the first output of a program, and the end of its outputs.
         rank: of a slot, a multiple of 16.
+        halves: parts that add to the first half of the outputs and to the second; None if these are not parts.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     blocks: torch.Tensor
     rank: int
+    halves: tuple[int, int] | None
 
     @classmethod
     def of(cls, a: torch.Tensor, b: torch.Tensor, ranges: tuple[tuple[int, int, int], ...]) -> Self:
@@ -82,7 +86,9 @@ class AdapterFactors:
             for part, first, end in ranges
             for start in range(first, end, _OUTPUTS)
         ]
-        return cls(a, b, torch.tensor(blocks, dtype=torch.int32, device=a.device), b.shape[2])
+        size = b.shape[1] // 2
+        halves = {((0, 0, size), (1, size, 2 * size)): (0, 1), ((0, 0, 2 * size),): (0, 0)}.get(ranges)
+        return cls(a, b, torch.tensor(blocks, dtype=torch.int32, device=a.device), b.shape[2], halves)
 
 
 def shrink(x: torch.Tensor, which: AdapterEntries, factors: AdapterFactors, *, deterministic: bool) -> torch.Tensor:
@@ -116,6 +122,33 @@ def expand(shrunk: torch.Tensor, which: AdapterEntries, factors: AdapterFactors,
         factors.b.stride(0), output.shape[1], RANK=factors.rank,
         RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits, ROWS=which.rows,
         OUTPUTS=_OUTPUTS, CAN_PREFETCH=output.device.type == "cuda", num_warps=4, **launch_options(output.device),
+    )  # fmt: skip
+
+
+def expand_gated(
+    shrunk: torch.Tensor,
+    which: AdapterEntries,
+    factors: AdapterFactors,
+    gate_up: torch.Tensor,
+    output: torch.Tensor,
+    activation: Activation,
+) -> None:
+    """Write activation(gate) * up, where the tokens' B add what they make of `shrunk` to gate and up.
+
+    Args:
+        factors: those of gate and up, whose `halves` are parts.
+        gate_up: (tokens, 2 size), contiguous, gate first.
+        output: (tokens, size), contiguous.
+    """
+    assert factors.halves is not None, "gate and up are parts"
+    num_splits, num_tokens, num_numbers = shrunk.shape
+    size = output.shape[1]
+    _expand_gated[(triton.cdiv(size, _OUTPUTS), len(which.entries))](
+        shrunk, which.order, which.entries, factors.b, gate_up, output, num_tokens, num_numbers, factors.b.stride(0),
+        size, RANK=factors.rank, RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits,
+        GATE_PART=factors.halves[0], UP_PART=factors.halves[1], ROWS=which.rows, OUTPUTS=_OUTPUTS,
+        GELU=activation is Activation.GELU_TANH, CAN_PREFETCH=output.device.type == "cuda", num_warps=4,
+        **launch_options(output.device),
     )  # fmt: skip
 
 
@@ -154,7 +187,7 @@ def _shrink(
         line = begin + tl.arange(0, 8) * line_size
         prefetch(own[:, None] + tl.minimum(line, num_inputs - 1)[None, :])
     wait_for_inputs(PDL)
-    if count == 0:
+    if rank == 0:
         return
     columns = own[None, :]
     acc = tl.zeros([ROWS, NUMBERS], tl.float32)
@@ -167,6 +200,25 @@ def _shrink(
     place = (split.to(tl.int64) * num_tokens + first + row) * num_numbers
     mask = is_token[:, None] & (number < num_numbers)[None, :]
     tl.store(shrunk + place[:, None] + number[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _update(
+    sums, columns, is_token, is_output, rank, num_tokens, num_numbers,
+    RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """What B makes of shrunk numbers: (ROWS, OUTPUTS) float32; zeros where the rank is 0."""
+    acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for start in range(0, rank, RANKS):
+        r = start + tl.arange(0, RANKS)
+        is_rank = r < rank
+        factor = tl.load(columns[None, :] + r[:, None], mask=is_rank[:, None] & is_output[None, :], other=0.0)
+        numbers = tl.zeros([ROWS, RANKS], tl.float32)
+        for split in tl.static_range(NUM_SPLITS):
+            pointers = sums[:, None] + split * num_tokens.to(tl.int64) * num_numbers + r[None, :]
+            numbers += tl.load(pointers, mask=is_token[:, None] & is_rank[None, :], other=0.0)
+        acc = tl.dot(numbers.to(factor.dtype), factor, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -185,25 +237,56 @@ def _expand(
     count, rank = tl.load(entry + 2), tl.load(entry + 3)
     is_token, is_output = row < count, out < end_output
     token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
-    own = factor_b + slot * slot_stride + tl.minimum(out, end_output - 1).to(tl.int64) * RANK
+    columns = factor_b + slot * slot_stride + tl.minimum(out, end_output - 1).to(tl.int64) * RANK
     if CAN_PREFETCH:
-        prefetch(own)
+        prefetch(columns)
     wait_for_inputs(PDL)
-    if count == 0:
+    if rank == 0:
         return
-    columns = own[None, :]
-    sums = shrunk + (first + row).to(tl.int64)[:, None] * num_numbers + part * RANK
-    acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for start in range(0, rank, RANKS):
-        r = start + tl.arange(0, RANKS)
-        is_rank = r < rank
-        factor = tl.load(columns + r[:, None], mask=is_rank[:, None] & is_output[None, :], other=0.0)
-        numbers = tl.zeros([ROWS, RANKS], tl.float32)
-        for split in tl.static_range(NUM_SPLITS):
-            pointers = sums + split * num_tokens.to(tl.int64) * num_numbers + r[None, :]
-            numbers += tl.load(pointers, mask=is_token[:, None] & is_rank[None, :], other=0.0)
-        acc = tl.dot(numbers.to(factor.dtype), factor, acc, input_precision="ieee")
+    sums = shrunk + (first + row).to(tl.int64) * num_numbers + part * RANK
+    acc = _update(
+        sums, columns, is_token, is_output, rank, num_tokens, num_numbers, RANKS, NUM_SPLITS, ROWS, OUTPUTS
+    )  # fmt: skip
     pointers = output + token[:, None] * num_outputs + out[None, :]
     mask = is_token[:, None] & is_output[None, :]
     total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + acc
     tl.store(pointers, total.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _expand_gated(
+    shrunk, order, entries, factor_b, gate_up, output, num_tokens, num_numbers, slot_stride, size,
+    RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, GATE_PART: tl.constexpr, UP_PART: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GELU: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (block of outputs, entry); tokens without an adapter too."""
+    row = tl.arange(0, ROWS)
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    entry = entries + tl.program_id(1) * 4
+    slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
+    count, rank = tl.load(entry + 2), tl.load(entry + 3)
+    is_token, is_output = row < count, out < size
+    token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
+    columns = factor_b + slot * slot_stride + tl.minimum(out, size - 1).to(tl.int64) * RANK
+    up_columns = columns + size.to(tl.int64) * RANK
+    if CAN_PREFETCH:
+        prefetch(columns)
+        prefetch(up_columns)
+    wait_for_inputs(PDL)
+    if count == 0:
+        return
+    sums = shrunk + (first + row).to(tl.int64) * num_numbers
+    gate = _update(
+        sums + GATE_PART * RANK, columns, is_token, is_output, rank, num_tokens, num_numbers, RANKS, NUM_SPLITS, ROWS,
+        OUTPUTS,
+    )  # fmt: skip
+    up = _update(
+        sums + UP_PART * RANK, up_columns, is_token, is_output, rank, num_tokens, num_numbers, RANKS, NUM_SPLITS, ROWS,
+        OUTPUTS,
+    )  # fmt: skip
+    pointers = gate_up + token[:, None] * (2 * size) + out[None, :]
+    mask = is_token[:, None] & is_output[None, :]
+    gate += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    up += tl.load(pointers + size, mask=mask, other=0.0).to(tl.float32)
+    result = gated(gate, up, output.dtype.element_ty, GELU)
+    tl.store(output + token[:, None] * size + out[None, :], result, mask=mask)

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from llm.config import Activation
-from llm.kernels.activation import activate_gated
 from llm.kernels.quantization import EightBitRows
 from llm.models.kernel_arguments import norm_of
 from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep
@@ -15,8 +14,8 @@ from llm.models.layers import RMSNorm
 class AdaptedOperations(KernelOperations):
     """Each product's inputs are shrunk beside it, then expanded into it.
 
-    Products take their inputs as plain numbers, so norms are kernels of their own here, and so is the activation of a
-    gated feed-forward.
+    Products take their inputs as plain numbers, so norms are kernels of their own here; the activation of a gated
+    feed-forward is part of the expansion before it.
 
     Args:
         workspace, step, output: see `KernelOperations`; the step has adapters.
@@ -47,10 +46,10 @@ class AdaptedOperations(KernelOperations):
 
     def _gated(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear, activation: Activation) -> torch.Tensor:
         del down  # it takes plain numbers here, whatever its format
-        product = self.product_of_norm(norm, gate_up)
-        rows = product.new_empty(len(product), product.shape[1] // 2)
-        activate_gated(product, rows, activation)
-        return rows
+        x = self._workspace.linear.normed(self._stream, norm_of(norm))
+        shrunk = self._adapters.shrink(gate_up, x, self._which)
+        product = super()._part(x, gate_up)
+        return self._adapters.expand_gated(gate_up, shrunk, self._which, product, activation)
 
     def _add(self, rows: torch.Tensor | EightBitRows, projection: nn.Linear, norm: RMSNorm | None = None) -> None:
         assert isinstance(rows, torch.Tensor), "all rows are plain numbers here"

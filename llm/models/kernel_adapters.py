@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llm.kernels.adapters import AdapterEntries, AdapterFactors, expand, shrink
+from llm.config import Activation
+from llm.kernels.activation import activate_gated
+from llm.kernels.adapters import AdapterEntries, AdapterFactors, expand, expand_gated, shrink
 from llm.models.adapters import AdapterMemory
 from llm.models.latent import LatentHeads
 
@@ -48,6 +50,24 @@ class KernelAdapters:
     def expand(self, projection: nn.Module, shrunk: torch.Tensor, which: AdapterEntries, output: torch.Tensor) -> None:
         """Add the tokens' B for a projection times `shrunk` to `output`, (tokens, out)."""
         expand(shrunk, which, self._factors[projection], output)
+
+    def expand_gated(
+        self,
+        gate_up_proj: nn.Module,
+        shrunk: torch.Tensor,
+        which: AdapterEntries,
+        gate_up: torch.Tensor,
+        activation: Activation,
+    ) -> torch.Tensor:
+        """activation(gate) * up, (tokens, size), with the tokens' B; see `llm.kernels.adapters.expand_gated`."""
+        factors = self._factors[gate_up_proj]
+        output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        if factors.halves is None:
+            expand(shrunk, which, factors, gate_up)
+            activate_gated(gate_up, output, activation)
+        else:
+            expand_gated(shrunk, which, factors, gate_up, output, activation)
+        return output
 
     def add_keys(self, heads: LatentHeads, plain: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor) -> None:
         """Add the adapters of `heads.kv_proj` to queries for latents.

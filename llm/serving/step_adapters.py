@@ -41,8 +41,10 @@ class StepAdapters:
             num_tokens, num_kept: what they are padded to.
         """
         fill(inputs[_SLOTS], slots, num_tokens, NO_ADAPTER)
-        self._fill(inputs, _TOKENS, slots, num_tokens)
-        self._fill(inputs, _KEPT, slots[kept], num_kept)
+        self._fill(inputs, _TOKENS, inputs[_SLOTS][:num_tokens])
+        padded = np.full(num_kept, NO_ADAPTER, np.int32)
+        padded[: len(kept)] = slots[kept]
+        self._fill(inputs, _KEPT, padded)
 
     def of(self, inputs: StepInputs, num_tokens: int, num_kept: int) -> PackedAdapters:
         """The adapters of a step padded to so many tokens."""
@@ -50,12 +52,11 @@ class StepAdapters:
             self._named(inputs, _TOKENS, num_tokens), self._named(inputs, _KEPT, num_kept), inputs[_SLOTS][:num_tokens]
         )
 
-    def _fill(self, inputs: Mapping[str, Int32Array], kind: str, slots: Int32Array, padded: int) -> None:
-        order, entries = group_by_adapter(slots, self._memory.ranks, self._rows(padded))
+    def _fill(self, inputs: Mapping[str, Int32Array], kind: str, slots: Int32Array) -> None:
+        order, entries = group_by_adapter(slots, self._memory.ranks, self._rows(len(slots)))
         inputs[f"{kind}_order"][: len(order)] = order
-        numbers = inputs[f"{kind}_entries"]
-        numbers[: entries.size] = entries.reshape(-1)
-        numbers[entries.size : ENTRY_FIELDS * self._most_entries(padded)] = 0
+        most = ENTRY_FIELDS * self._most_entries(len(slots))
+        fill(inputs[f"{kind}_entries"], entries.reshape(-1), most, 0)
 
     def _named(self, inputs: StepInputs, kind: str, padded: int) -> AdapterEntries:
         num_entries = self._most_entries(padded)
@@ -83,19 +84,16 @@ def group_by_adapter(slots: Int32Array, ranks: Int32Array, rows: int) -> tuple[I
         rows: most tokens of an entry.
 
     Returns:
-        The indices of the tokens with an adapter, those of an adapter together; and the entries, (entries, 4): slot,
-        first token in this order, number of tokens, rank.
+        The indices of all tokens, those of an adapter together; and the entries, (entries, 4): slot, first token in
+        this order, number of tokens, rank. Tokens without an adapter have entries of rank 0.
     """
     order = slots.argsort(kind="stable").astype(np.int32)
-    order = order[np.count_nonzero(slots == NO_ADAPTER) :]
     found, firsts, counts = np.unique(slots[order], return_index=True, return_counts=True)
-    if not len(found):
-        return order, np.zeros((0, 4), np.int32)
     num_entries = (-(-counts // rows)).astype(np.int32)
     within = ranges(np.zeros_like(num_entries), num_entries) * rows
-    entries = np.empty((len(within), 4), np.int32)
-    entries[:, 0] = found.repeat(num_entries)
+    entries = np.empty((len(within), ENTRY_FIELDS), np.int32)
+    entries[:, 0] = np.maximum(found, 0).repeat(num_entries)
     entries[:, 1] = firsts.repeat(num_entries) + within
     entries[:, 2] = np.minimum(counts.repeat(num_entries) - within, rows)
-    entries[:, 3] = ranks[entries[:, 0]]
+    entries[:, 3] = np.where(found == NO_ADAPTER, 0, ranks[found]).repeat(num_entries)
     return order, entries

@@ -6,15 +6,18 @@ import torch
 from test_deterministic import sum_in_order
 from triton.runtime.interpreter import InterpreterBuilder
 
+from llm.config import Activation
 from llm.kernels.adapters import (
     ENTRY_FIELDS,
     AdapterEntries,
     AdapterFactors,
     entry_rows,
     expand,
+    expand_gated,
     most_entries,
     shrink,
 )
+from llm.models.layers import activate
 from llm.serving.step_adapters import group_by_adapter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,9 +32,7 @@ def entries_of(slots: np.ndarray, ranks: np.ndarray, *, deterministic: bool) -> 
     order, entries = group_by_adapter(slots, ranks, rows)
     padded = np.zeros((most_entries(len(slots), NUM_SLOTS, rows), ENTRY_FIELDS), np.int32)
     padded[: len(entries)] = entries
-    full_order = np.zeros(len(slots), np.int32)
-    full_order[: len(order)] = order
-    return AdapterEntries(torch.from_numpy(full_order).to(DEVICE), torch.from_numpy(padded).to(DEVICE), rows)
+    return AdapterEntries(torch.from_numpy(order).to(DEVICE), torch.from_numpy(padded).to(DEVICE), rows)
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -111,17 +112,37 @@ def test_entries_hold_each_token_once():
         slots = rng.integers(-1, num_slots, num_tokens).astype(np.int32)
         rows = entry_rows(num_tokens)
         order, entries = group_by_adapter(slots, ranks, rows)
-        assert sorted(order) == np.flatnonzero(slots >= 0).tolist()
+        assert sorted(order) == list(range(num_tokens))
         assert len(entries) <= most_entries(num_tokens, num_slots, rows)
         covered = 0
         for slot, first, count, rank in entries:
-            assert (slots[order[first : first + count]] == slot).all()
+            tokens = order[first : first + count]
+            assert (slots[tokens] == (slot if rank else -1)).all()
             assert 0 < count <= rows
-            assert (first, rank) == (covered, ranks[slot])
+            assert (first, rank) == (covered, ranks[slot] if rank else 0)
             covered += count
-        assert covered == len(order)
+        assert covered == num_tokens
 
 
-def test_no_token_has_an_adapter():
-    order, entries = group_by_adapter(np.full(7, -1, np.int32), np.ones(3, np.int32), 16)
-    assert (len(order), entries.shape) == (0, (0, ENTRY_FIELDS))
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "num_parts", "activation"),
+    [(23, 150, 2, Activation.SILU), (70, 128, 1, Activation.GELU_TANH)],
+    ids=["gate and up", "one part"],
+)
+def test_gated_expansion_equals_expansion_and_activation(num_tokens, size, num_parts, activation, dtype):
+    """For tokens without an adapter too."""
+    torch.manual_seed(0)
+    rank, num_inputs = 16, 64
+    slots = np.random.default_rng(0).integers(-1, NUM_SLOTS, num_tokens).astype(np.int32)
+    which = entries_of(slots, np.array([16, 1, 7, 5, 8], np.int32), deterministic=False)
+    ranges = ((0, 0, size), (1, size, 2 * size)) if num_parts == 2 else ((0, 0, 2 * size),)
+    factor_a = random(NUM_SLOTS, num_parts * rank, num_inputs, dtype=dtype)
+    factors = AdapterFactors.of(factor_a, random(NUM_SLOTS, 2 * size, rank, dtype=dtype), ranges)
+    x, gate_up = random(num_tokens, num_inputs, dtype=dtype), random(num_tokens, 2 * size, dtype=dtype)
+    shrunk = shrink(x, which, factors, deterministic=False)
+    output = torch.full((num_tokens, size), torch.nan, dtype=dtype, device=DEVICE)
+    expand_gated(shrunk, which, factors, gate_up, output, activation)
+    expand(shrunk, which, factors, gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
+    torch.testing.assert_close(output, activate(gate, activation) * up, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -71,4 +71,5 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "stages": 6,
         "shrink": 4,
         "expand": 4,
+        "gated expand": 4,
     }
