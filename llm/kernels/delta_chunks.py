@@ -9,8 +9,6 @@ Neither needs S, so one kernel solves these for all chunks side by side. The oth
 block of the head's values in each program, by products on tensor cores. Sums are float32 throughout.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -29,22 +27,15 @@ _VALUES = 32
 """Of a head, in a program that walks through the chunks."""
 _ROW_BYTES = 256
 """Of a token's query or key, for which every chip has room: compiled, 90 KB a program, and twice as much 189 KB."""
-_VARIABLE = "RAYLINE_DELTA_CHUNKS"
 _MUCH_SHARED_MEMORY = 200 << 10
 _CHUNK, _NORM_EPS = tl.constexpr(CHUNK), tl.constexpr(1e-6)
 """The second as in `llm.attention.delta_rule`."""
 
 
 def can_run(spec: DeltaSpec, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether prompts go this way: on a CPU, and on a GPU where it is asked for and a chip has room for the tiles.
-
-    It has for those of 128 keys in 16 bits, and on Hopper in float32 too. It has to be asked for, because no GPU has
-    shown yet that these kernels are right there.
-    """
+    """Whether a multiprocessor has room for the tiles: every chip has for 128 keys in 16 bits, Hopper in float32 too."""
     if device.type != "cuda":
         return True
-    if os.environ.get(_VARIABLE, "0") != "1":
-        return False
     row_bytes = triton.next_power_of_2(spec.key_dim) * dtype.itemsize
     if row_bytes <= _ROW_BYTES:
         return True
