@@ -33,7 +33,7 @@ _CHUNK, _NORM_EPS = tl.constexpr(CHUNK), tl.constexpr(1e-6)
 
 
 def can_run(spec: DeltaSpec, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a multiprocessor has room for the tiles: every chip has for 128 keys in 16 bits, Hopper in float32 too."""
+    """Whether a chip has room for the tiles: every one has for 128 keys in 16 bits, Hopper in float32 too."""
     if device.type != "cuda":
         return True
     row_bytes = triton.next_power_of_2(spec.key_dim) * dtype.itemsize
