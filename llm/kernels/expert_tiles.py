@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import triton
 
-WRITTEN_OUT_PAIRS = 512
+WRITTEN_OUT_PAIRS, WRITTEN_OUT_PAIRS_OF_MXFP4 = 512, 128
 """Pairs an expert, in the mean, from which on weights in groups are written out for the kernels of 16 bits."""
 MAX_SUMMED_ROWS = 32
 """Most rows of a tile whose sums over groups are scaled one by one; beyond it there are no registers for that."""

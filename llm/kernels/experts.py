@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.core.weight_groups import WeightGroups
 from llm.kernels.expert_groups import product_of_groups
 from llm.kernels.expert_pairs import expert_swiglu, find_tile, load_pairs, store_pairs
-from llm.kernels.expert_tiles import WRITTEN_OUT_PAIRS, ExpertTile, expert_tile
+from llm.kernels.expert_tiles import WRITTEN_OUT_PAIRS, WRITTEN_OUT_PAIRS_OF_MXFP4, ExpertTile, expert_tile
 from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
@@ -132,7 +133,7 @@ class ExpertMixture:
             tile: None for one that is fast.
         """
         if weights.groups is not None:
-            if weights.has_tiles and (tile is not None or not self._writes_out(num_tokens)):
+            if weights.has_tiles and (tile is not None or not self._writes_out(weights.groups, num_tokens)):
                 product_of_groups(
                     x, weights, self._routes, output, num_tokens, tile, swiglu=swiglu,
                     deterministic=self._deterministic,
@@ -161,10 +162,11 @@ class ExpertMixture:
         else:
             _expert_product[grid](*arguments, IS_EVEN=is_even, **sizes)
 
-    def _writes_out(self, num_tokens: int) -> bool:
+    def _writes_out(self, groups: WeightGroups, num_tokens: int) -> bool:
         """Whether weights in groups are written out first, which takes about as long as the product of some tokens."""
         shape = self._shape
-        return not self._deterministic and num_tokens * shape.per_token >= WRITTEN_OUT_PAIRS * shape.num_experts
+        least = WRITTEN_OUT_PAIRS_OF_MXFP4 if groups.is_mxfp4 else WRITTEN_OUT_PAIRS
+        return not self._deterministic and num_tokens * shape.per_token >= least * shape.num_experts
 
     def _is_single(self, stream: ResidualStream, norm: Norm, gate_up: Weights, down: Weights) -> bool:
         shape = self._shape

@@ -193,7 +193,8 @@ def floats_written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.d
     grid = triton.cdiv(num_outputs, _OUTPUTS), triton.cdiv(num_inputs, TILE_K.value), codes.shape[0] if stack else 1
     _write_out[grid](
         codes, groups.scales, output, num_outputs, num_inputs, groups.scales.shape[-2], OUTPUTS=_OUTPUTS,
-        SPAN=groups.span, num_warps=4, **launch_options(codes.device),
+        SPAN=groups.span, IN_ASSEMBLY=codes.device.type == "cuda" and dtype == torch.bfloat16, num_warps=4,
+        **launch_options(codes.device),
     )  # fmt: skip
     return output
 
@@ -201,7 +202,7 @@ def floats_written_out(codes: torch.Tensor, groups: WeightGroups, dtype: torch.d
 @triton.jit
 def _write_out(
     codes, scales, output, num_outputs, num_inputs, num_blocks,
-    OUTPUTS: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
+    OUTPUTS: tl.constexpr, SPAN: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, turn, weight of a stack)."""
     wait_for_inputs(PDL)
@@ -215,7 +216,10 @@ def _write_out(
     scales += number * num_blocks * num_outputs
     early, late = _load_scales(scales, out, num_outputs, start, num_inputs, SPAN)
     dtype: tl.constexpr = output.dtype.element_ty
-    first, second, third, fourth = _quarters(words, early, late, dtype, False)
+    first, second, third, fourth = _quarters(words, early, late, dtype, IN_ASSEMBLY)
+    if IN_ASSEMBLY:
+        power = tl.full([], 2.0**64, dtype)  # of _LESS
+        first, second, third, fourth = first * power, second * power, third * power, fourth * power
     rows = output + row * num_inputs
     _store_quarter(rows, first, start, num_inputs, is_output, 0, SPAN)
     _store_quarter(rows, second, start, num_inputs, is_output, 1, SPAN)

@@ -1,7 +1,7 @@
 """Orders pairs of token and expert by expert; those of one expert stay in their order.
 
-Of few pairs each expert's program reads all. Of many, one kernel counts what each block of pairs has of each expert,
-and another puts the pairs of each block where the counts say.
+Of few pairs, or for few experts, each expert's program reads all. Otherwise one kernel counts what each block of pairs
+has of each expert, and another puts the pairs of each block where the counts say.
 """
 
 import torch
@@ -10,7 +10,8 @@ import triton.language as tl
 
 from llm.kernels.launch import launch_options, wait_for_inputs
 
-_FEW_PAIRS = 8192
+_FEW_PAIRS, _FEW_EXPERTS = 8192, 64
+_PAIRS_A_TURN = 8192
 _BLOCK = 512
 _BLOCKS_AT_ONCE, _PAIRS_AT_ONCE = 16, 64
 
@@ -32,8 +33,8 @@ def order_by_expert(
         counts: int32 scratch memory, see `num_counts`.
     """
     num_pairs, options = len(experts), launch_options(experts.device)
-    if num_pairs <= _FEW_PAIRS:
-        block = max(triton.next_power_of_2(num_pairs), 128)
+    if num_pairs <= _FEW_PAIRS or num_experts <= _FEW_EXPERTS:
+        block = min(max(triton.next_power_of_2(num_pairs), 128), _PAIRS_A_TURN)
         _order_pairs[(num_experts + 1,)](
             experts, order, starts, num_pairs, BLOCK=block, num_warps=min(max(block // 256, 4), 16), **options
         )

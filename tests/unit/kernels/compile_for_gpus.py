@@ -418,7 +418,7 @@ def compile_groups() -> None:
     arguments["num_groups"] = "i32"
     for span in (32, 64):
         written = {**arguments, "codes": "*u8", "scales": "*u8", "num_blocks": "i32"}
-        compile_kernel("floats written out", mxfp4._write_out, written, OUTPUTS=32, SPAN=span)
+        compile_kernel("floats written out", mxfp4._write_out, written, OUTPUTS=32, SPAN=span, IN_ASSEMBLY=True)
     for weight, scales, zeros, order in (*codes.values(), (FP8, FLOAT, None, None)):
         operands = {"weights": WeightOperand(weight, None, None), "groups": GroupOperand(scales, zeros, order, "i32")}
         written = {**arguments, **operands, "codes": weight}

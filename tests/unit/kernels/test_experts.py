@@ -92,9 +92,12 @@ def test_routes_equal_the_layers(num_tokens, shape):
     assert routes.starts.tolist() == [0, *counts.cumsum(0).tolist()]
 
 
-def test_many_pairs_are_ordered_by_blocks(monkeypatch):
+@pytest.mark.parametrize("few_experts", [0, 21], ids=["by blocks", "in turns"])
+def test_many_pairs_are_ordered(few_experts, monkeypatch):
     """As few are: in their order within an expert, some of which have none."""
     monkeypatch.setattr(pair_order, "_FEW_PAIRS", 1000)
+    monkeypatch.setattr(pair_order, "_FEW_EXPERTS", few_experts)
+    monkeypatch.setattr(pair_order, "_PAIRS_A_TURN", 512)
     torch.manual_seed(0)
     experts = torch.randint(3, 20, (1300,), dtype=torch.int32, device=DEVICE)
     counts = torch.empty(pair_order.num_counts(1300, 21), dtype=torch.int32, device=DEVICE)
@@ -225,6 +228,7 @@ def test_experts_in_groups_written_out_deterministic_and_in_float32(name, monkey
     check_coded(shape, GROUPS[name], 9, torch.float32)
     check_coded(shape, GROUPS[name], 9, deterministic=True)
     monkeypatch.setattr(kernels, "WRITTEN_OUT_PAIRS", 4)
+    monkeypatch.setattr(kernels, "WRITTEN_OUT_PAIRS_OF_MXFP4", 4)
     check_coded(shape, GROUPS[name], 9)
 
 
