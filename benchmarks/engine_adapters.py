@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -103,7 +104,9 @@ def rotation_row(steps: Steps, paths: Sequence[Path], num_rotating: int, scale: 
                     last[request_id] = now
                 elif request_id in left:
                     num_left[request_id] -= 1
-                    left -= {request_id} if not num_left[request_id] else set()
+                    if not num_left[request_id]:
+                        left.remove(request_id)
+                        print(f"{len(rotating) - len(left)} adapters, longest gap {max(gaps):.3f} s", file=sys.stderr)
         return {
             "longest_gap_ms": round(max(gaps) * 1e3, 1), "p99_gap_ms": round(percentile(gaps, 0.99) * 1e3, 2),
             "median_gap_ms": round(percentile(gaps, 0.5) * 1e3, 2),

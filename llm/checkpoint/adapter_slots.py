@@ -58,27 +58,24 @@ class AdapterPacker:
         """
         factors = self._reader.read(adapter_dir, max_rank=self._max_rank)
         numbers.zero_()
-        self._fill(factors, numbers.unsqueeze(0), adapter_dir)
+        self._fill(factors, numbers.unsqueeze(0))
+        if not numbers.isfinite().all():
+            raise CheckpointError(
+                f"{adapter_dir}: the factors hold numbers that are not finite in {numbers.dtype}; train the adapter "
+                "again, or serve the model in another dtype"
+            )
         return max(len(each.a) for each in factors)
 
-    def _fill(self, factors: Iterable[Factors], slot: torch.Tensor, adapter_dir: str | Path) -> None:
+    def _fill(self, factors: Iterable[Factors], slot: torch.Tensor) -> None:
+        """Write factors to zeros, B times the scaling. Few calls each, since the engine's thread runs meanwhile."""
         rank = self.layout.rank
         for each in factors:
             place, own_rank = each.place, len(each.a)
             adapted, part = self.layout.modules[place.module], self._parts[place.module, place.rows.start]
             factor_a, factor_b = adapted.factor_a(slot, rank)[0], adapted.factor_b(slot, rank)[0]
-            # One rounding: of B times the scaling, which has to fit the format.
-            scaled = each.b.float() * each.scaling
-            own = factor_a[part * rank : part * rank + own_rank]
             for held in held_parts(self._model, place, len(each.b)):
-                own.copy_(each.a[:, held.inputs])
-                rows = factor_b[held.rows, :own_rank]
-                rows.copy_(scaled[held.source])
-                if not (own.isfinite().all() and rows.isfinite().all()):
-                    raise CheckpointError(
-                        f"{adapter_dir}: the factors for {place.module} hold numbers that are not finite in "
-                        f"{slot.dtype}; train the adapter again, or serve the model in another dtype"
-                    )
+                factor_a[part * rank : part * rank + own_rank].copy_(each.a[:, held.inputs])
+                torch.mul(each.b[held.source], each.scaling, out=factor_b[held.rows, :own_rank])
 
     def _lay_out(self, module: str, parts: list[Destination], first: int, rank: int) -> AdaptedModule:
         linear, whole = (_linear(each, module) for each in (self._model, self._whole))

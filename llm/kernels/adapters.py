@@ -69,6 +69,7 @@ class AdapterFactors:
         b: (slots, outputs, rank); each slot contiguous.
         blocks: (blocks, 3) int32: a part, the first output of a program, and the end of its outputs.
         rank: of a slot, a multiple of 16.
+        is_even: every block has as many outputs as a program takes, and begins at a multiple of them.
         halves: parts that add to the first half of the outputs and to the second; None if these are not parts.
     """
 
@@ -76,6 +77,7 @@ class AdapterFactors:
     b: torch.Tensor
     blocks: torch.Tensor
     rank: int
+    is_even: bool
     halves: tuple[int, int] | None
 
     @classmethod
@@ -88,7 +90,8 @@ class AdapterFactors:
         ]
         size = b.shape[1] // 2
         halves = {((0, 0, size), (1, size, 2 * size)): (0, 1), ((0, 0, 2 * size),): (0, 0)}.get(ranges)
-        return cls(a, b, torch.tensor(blocks, dtype=torch.int32, device=a.device), b.shape[2], halves)
+        is_even = all(first % _OUTPUTS == 0 and end - first == _OUTPUTS for _, first, end in blocks)
+        return cls(a, b, torch.tensor(blocks, dtype=torch.int32, device=a.device), b.shape[2], is_even, halves)
 
 
 def shrink(x: torch.Tensor, which: AdapterEntries, factors: AdapterFactors, *, deterministic: bool) -> torch.Tensor:
@@ -103,13 +106,15 @@ def shrink(x: torch.Tensor, which: AdapterEntries, factors: AdapterFactors, *, d
     (num_tokens, num_inputs), num_numbers = x.shape, factors.a.shape[1]
     num_splits = _FIXED_SPLITS if deterministic else _num_splits(num_tokens, num_inputs)
     inputs_per_split = triton.cdiv(triton.cdiv(num_inputs, _TILE_K), num_splits) * _TILE_K
+    is_even = inputs_per_split * num_splits == num_inputs
     shrunk = torch.empty(num_splits, num_tokens, num_numbers, dtype=torch.float32, device=x.device)
     numbers, rows = min(_NUMBERS, triton.next_power_of_2(num_numbers)), which.rows
     num_stages = min(4, most_stages(x.device, (rows + numbers) * _TILE_K * x.dtype.itemsize))
     _shrink[(len(which.entries), num_splits, triton.cdiv(num_numbers, numbers))](
         x, which.order, which.entries, factors.a, shrunk, num_tokens, num_inputs, inputs_per_split,
         factors.a.stride(0), num_numbers, RANK=factors.rank, ROWS=rows, NUMBERS=numbers, TILE_K=_TILE_K,
-        CAN_PREFETCH=x.device.type == "cuda", num_warps=4, num_stages=num_stages, **launch_options(x.device),
+        IS_EVEN=is_even, CAN_PREFETCH=x.device.type == "cuda", num_warps=4, num_stages=num_stages,
+        **launch_options(x.device),
     )  # fmt: skip
     return shrunk
 
@@ -121,7 +126,8 @@ def expand(shrunk: torch.Tensor, which: AdapterEntries, factors: AdapterFactors,
         shrunk, which.order, which.entries, factors.b, factors.blocks, output, num_tokens, num_numbers,
         factors.b.stride(0), output.shape[1], RANK=factors.rank,
         RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits, ROWS=which.rows,
-        OUTPUTS=_OUTPUTS, CAN_PREFETCH=output.device.type == "cuda", num_warps=4, **launch_options(output.device),
+        OUTPUTS=_OUTPUTS, IS_EVEN=factors.is_even, CAN_PREFETCH=output.device.type == "cuda", num_warps=4,
+        **launch_options(output.device),
     )  # fmt: skip
 
 
@@ -147,8 +153,8 @@ def expand_gated(
         shrunk, which.order, which.entries, factors.b, gate_up, output, num_tokens, num_numbers, factors.b.stride(0),
         size, RANK=factors.rank, RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits,
         GATE_PART=factors.halves[0], UP_PART=factors.halves[1], ROWS=which.rows, OUTPUTS=_OUTPUTS,
-        GELU=activation is Activation.GELU_TANH, CAN_PREFETCH=output.device.type == "cuda", num_warps=4,
-        **launch_options(output.device),
+        GELU=activation is Activation.GELU_TANH, IS_EVEN=size % _OUTPUTS == 0,
+        CAN_PREFETCH=output.device.type == "cuda", num_warps=4, **launch_options(output.device),
     )  # fmt: skip
 
 
@@ -164,8 +170,8 @@ def _num_splits(num_tokens: int, num_inputs: int) -> int:
 @triton.jit(do_not_specialize=["num_tokens"])
 def _shrink(
     x, order, entries, factor_a, shrunk, num_tokens, num_inputs, inputs_per_split, slot_stride, num_numbers,
-    RANK: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, TILE_K: tl.constexpr, CAN_PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, TILE_K: tl.constexpr, IS_EVEN: tl.constexpr,
+    CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (entry, split, block of numbers)."""
     split = tl.program_id(1)
@@ -181,7 +187,6 @@ def _shrink(
     rows = x + token[:, None] * num_inputs
     own = factor_a + slot * slot_stride + number.to(tl.int64) * num_inputs
     begin = split * inputs_per_split
-    end = tl.minimum(begin + inputs_per_split, num_inputs)
     if CAN_PREFETCH:
         line_size: tl.constexpr = 1024 // factor_a.dtype.element_ty.primitive_bitwidth
         line = begin + tl.arange(0, 8) * line_size
@@ -189,13 +194,16 @@ def _shrink(
     wait_for_inputs(PDL)
     if rank == 0:
         return
-    columns = own[None, :]
     acc = tl.zeros([ROWS, NUMBERS], tl.float32)
-    for start in range(begin, end, TILE_K):
+    for start in range(begin, begin + inputs_per_split, TILE_K):
         k = start + tl.arange(0, TILE_K)
-        exists = k < end
-        inputs = tl.load(rows + k[None, :], mask=is_token[:, None] & exists[None, :], other=0.0)
-        factor = tl.load(columns + k[:, None], mask=is_number[None, :] & exists[:, None], other=0.0)
+        # A mask along the inputs would have them loaded one by one.
+        row_mask, number_mask = is_token[:, None], is_number[None, :]
+        if not IS_EVEN:
+            exists = k < num_inputs
+            row_mask, number_mask = row_mask & exists[None, :], number_mask & exists[:, None]
+        inputs = tl.load(rows + k[None, :], mask=row_mask, other=0.0)
+        factor = tl.load(own[None, :] + k[:, None], mask=number_mask, other=0.0)
         acc = tl.dot(inputs, factor, acc, input_precision="ieee")
     place = (split.to(tl.int64) * num_tokens + first + row) * num_numbers
     mask = is_token[:, None] & (number < num_numbers)[None, :]
@@ -204,20 +212,24 @@ def _shrink(
 
 @triton.jit
 def _update(
-    sums, columns, is_token, is_output, rank, num_tokens, num_numbers,
-    RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    sums, columns, is_token, output_mask, rank, num_tokens, num_numbers,
+    RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """What B makes of shrunk numbers: (ROWS, OUTPUTS) float32; zeros where the rank is 0."""
+    """What B makes of shrunk numbers: (ROWS, OUTPUTS) float32; zeros where the rank is 0.
+
+    Past the adapter's rank, slots and shrunk numbers hold zeros.
+    """
     acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for start in range(0, rank, RANKS):
-        r = start + tl.arange(0, RANKS)
-        is_rank = r < rank
-        factor = tl.load(columns[None, :] + r[:, None], mask=is_rank[:, None] & is_output[None, :], other=0.0)
-        numbers = tl.zeros([ROWS, RANKS], tl.float32)
-        for split in tl.static_range(NUM_SPLITS):
-            pointers = sums[:, None] + split * num_tokens.to(tl.int64) * num_numbers + r[None, :]
-            numbers += tl.load(pointers, mask=is_token[:, None] & is_rank[None, :], other=0.0)
-        acc = tl.dot(numbers.to(factor.dtype), factor, acc, input_precision="ieee")
+    for start in tl.static_range(0, RANK, RANKS):
+        if start < rank:
+            r = start + tl.arange(0, RANKS)
+            is_rank = r < RANK
+            factor = tl.load(columns[None, :] + r[:, None], mask=is_rank[:, None] & output_mask, other=0.0)
+            numbers = tl.zeros([ROWS, RANKS], tl.float32)
+            for split in tl.static_range(NUM_SPLITS):
+                pointers = sums[:, None] + split * num_tokens.to(tl.int64) * num_numbers + r[None, :]
+                numbers += tl.load(pointers, mask=is_token[:, None] & is_rank[None, :], other=0.0)
+            acc = tl.dot(numbers.to(factor.dtype), factor, acc, input_precision="ieee")
     return acc
 
 
@@ -225,39 +237,45 @@ def _update(
 def _expand(
     shrunk, order, entries, factor_b, blocks, output, num_tokens, num_numbers, slot_stride, num_outputs,
     RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
-    CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, entry)."""
     block = blocks + tl.program_id(0) * 3
     part, first_output, end_output = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    if IS_EVEN:
+        first_output = tl.multiple_of(first_output, OUTPUTS)
     row = tl.arange(0, ROWS)
     out = first_output + tl.arange(0, OUTPUTS)
     entry = entries + tl.program_id(1) * 4
     slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
     count, rank = tl.load(entry + 2), tl.load(entry + 3)
-    is_token, is_output = row < count, out < end_output
+    is_token = row < count
     token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
-    columns = factor_b + slot * slot_stride + tl.minimum(out, end_output - 1).to(tl.int64) * RANK
-    if CAN_PREFETCH:
+    output_mask = (out >= 0)[None, :]
+    if not IS_EVEN:
+        output_mask = (out < end_output)[None, :]
+    columns = factor_b + slot * slot_stride + out.to(tl.int64) * RANK
+    if CAN_PREFETCH and IS_EVEN:
         prefetch(columns)
     wait_for_inputs(PDL)
     if rank == 0:
         return
-    sums = shrunk + (first + row).to(tl.int64) * num_numbers + part * RANK
-    acc = _update(
-        sums, columns, is_token, is_output, rank, num_tokens, num_numbers, RANKS, NUM_SPLITS, ROWS, OUTPUTS
-    )  # fmt: skip
     pointers = output + token[:, None] * num_outputs + out[None, :]
-    mask = is_token[:, None] & is_output[None, :]
-    total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + acc
+    mask = is_token[:, None] if IS_EVEN else is_token[:, None] & output_mask
+    total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    sums = shrunk + (first + row).to(tl.int64) * num_numbers + part * RANK
+    total += _update(
+        sums, columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS, NUM_SPLITS, ROWS, OUTPUTS
+    )  # fmt: skip
     tl.store(pointers, total.to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand_gated(
-    shrunk, order, entries, factor_b, gate_up, output, num_tokens, num_numbers, slot_stride, size,
+    shrunk, order, entries, factor_b, gate_up, output, num_tokens, num_numbers, slot_stride, num_outputs,
     RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, GATE_PART: tl.constexpr, UP_PART: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GELU: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GELU: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, entry); tokens without an adapter too."""
     row = tl.arange(0, ROWS)
@@ -265,28 +283,31 @@ def _expand_gated(
     entry = entries + tl.program_id(1) * 4
     slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
     count, rank = tl.load(entry + 2), tl.load(entry + 3)
-    is_token, is_output = row < count, out < size
+    is_token = row < count
     token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
-    columns = factor_b + slot * slot_stride + tl.minimum(out, size - 1).to(tl.int64) * RANK
-    up_columns = columns + size.to(tl.int64) * RANK
-    if CAN_PREFETCH:
+    output_mask = (out >= 0)[None, :]
+    if not IS_EVEN:
+        output_mask = (out < num_outputs)[None, :]
+    columns = factor_b + slot * slot_stride + out.to(tl.int64) * RANK
+    up_columns = columns + num_outputs.to(tl.int64) * RANK
+    if CAN_PREFETCH and IS_EVEN:
         prefetch(columns)
         prefetch(up_columns)
     wait_for_inputs(PDL)
     if count == 0:
         return
+    pointers = gate_up + token[:, None] * (2 * num_outputs) + out[None, :]
+    mask = is_token[:, None] if IS_EVEN else is_token[:, None] & output_mask
+    gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(pointers + num_outputs, mask=mask, other=0.0).to(tl.float32)
     sums = shrunk + (first + row).to(tl.int64) * num_numbers
-    gate = _update(
-        sums + GATE_PART * RANK, columns, is_token, is_output, rank, num_tokens, num_numbers, RANKS, NUM_SPLITS, ROWS,
-        OUTPUTS,
+    gate += _update(
+        sums + GATE_PART * RANK, columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS, NUM_SPLITS,
+        ROWS, OUTPUTS,
     )  # fmt: skip
-    up = _update(
-        sums + UP_PART * RANK, up_columns, is_token, is_output, rank, num_tokens, num_numbers, RANKS, NUM_SPLITS, ROWS,
-        OUTPUTS,
+    up += _update(
+        sums + UP_PART * RANK, up_columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS,
+        NUM_SPLITS, ROWS, OUTPUTS,
     )  # fmt: skip
-    pointers = gate_up + token[:, None] * (2 * size) + out[None, :]
-    mask = is_token[:, None] & is_output[None, :]
-    gate += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    up += tl.load(pointers + size, mask=mask, other=0.0).to(tl.float32)
     result = gated(gate, up, output.dtype.element_ty, GELU)
-    tl.store(output + token[:, None] * size + out[None, :], result, mask=mask)
+    tl.store(output + token[:, None] * num_outputs + out[None, :], result, mask=mask)

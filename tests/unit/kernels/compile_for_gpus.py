@@ -47,7 +47,18 @@ from llm.kernels.tiles import Tile
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
 """Bytes of a multiprocessor's, by compute capability (CUDA C++ programming guide, table 27)."""
 BF16, FLOAT, INT, FP8 = "*bf16", "*fp32", "*i32", "*fp8e4nv"
-ALIGNED = {"num_inputs", "num_outputs", "inputs_per_part", "query_stride", "table_stride", "num_words", "capacity"}
+ALIGNED = {
+    "num_inputs",
+    "num_outputs",
+    "inputs_per_part",
+    "inputs_per_split",
+    "slot_stride",
+    "num_numbers",
+    "query_stride",
+    "table_stride",
+    "num_words",
+    "capacity",
+}
 SCALES = {"row_scales": FLOAT, "scales": FLOAT, "bias": BF16}
 NO_SCALES = dict.fromkeys(SCALES)
 PARTS, ITEMS = StepParts(*[INT] * 4), WorkItems(*[INT] * 4)
@@ -463,11 +474,11 @@ def compile_adapters() -> None:
         num_stages = min(4, stages_in(SHARED_MEMORY[capability], (rows + numbers) * 128 * size, capability // 10))
         kernel = {**arguments, "x": dtype, "factor_a": dtype, "factor_b": dtype, "output": dtype, "RANK": rank}
         kernel |= {"ROWS": rows, "NUMBERS": numbers, "TILE_K": 128, "CAN_PREFETCH": True, "OUTPUTS": 128}
-        kernel |= {"RANKS": min(64, triton.next_power_of_2(rank)), "NUM_SPLITS": 8}
+        kernel |= {"IS_EVEN": rank != 48, "RANKS": min(64, triton.next_power_of_2(rank)), "NUM_SPLITS": 8}
         taken = compile_kernel("shrink", adapters._shrink, kernel, capability=capability, num_stages=max(num_stages, 1))
         assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
         compile_kernel("expand", adapters._expand, kernel, capability=capability)
-        halves = {"gate_up": dtype, "size": "i32", "GATE_PART": 0, "UP_PART": num_parts - 1, "GELU": rows == 64}
+        halves = {"gate_up": dtype, "GATE_PART": 0, "UP_PART": num_parts - 1, "GELU": rows == 64}
         compile_kernel("gated expand", adapters._expand_gated, {**kernel, **halves}, capability=capability)
 
 
