@@ -196,6 +196,25 @@ async def test_a_session_stays_with_its_entry():
         assert [model["id"] for model in (await service.http.get("/v1/models")).json()["data"]] == ["chat"]
 
 
+async def test_a_conversation_stays_with_the_entry_that_began_it():
+    """Without a session or a key each request is drawn by itself, but one that continues a response is not."""
+    config = platform(entry("chat", weight=0.5), entry("chat", weight=0.5, variant="canary"))
+    async with serving(config) as service:
+        began = set()
+        for _ in range(20):
+            before = num_requests(service)
+            previous = None
+            for _ in range(3):
+                body = {"input": "abc", "max_output_tokens": 2, "previous_response_id": previous}
+                answer = await service.post("/v1/responses", model="chat", **body)
+                assert answer.status_code == 200, answer.text
+                previous = answer.json()["id"]
+            added = {key: number - before[key] for key, number in num_requests(service).items()}
+            assert sorted(added.values()) == [0, 3], "one entry answered the whole conversation"
+            began.add(max(added, key=lambda key: added[key]))
+        assert len(began) == 2, "20 conversations on the same entry: once in 500,000 runs"
+
+
 @dataclass(frozen=True)
 class Entry:
     key: str
