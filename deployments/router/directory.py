@@ -17,6 +17,7 @@ from deployments.router.access import Access
 from deployments.router.canary import mark_of, share_out
 from deployments.router.router import Router
 from deployments.router.token_hub import TokenHub
+from llm.errors import ConfigError
 
 
 class BatchesState(Protocol):
@@ -118,7 +119,15 @@ class ModelDirectory:
         await asyncio.gather(*(router.wait_until_ready() for router in awake))
 
     def reconfigure(self, live: LiveConfig) -> None:
-        """Use other settings from now on; see `Router.reconfigure`."""
+        """Use other settings from now on; see `Router.reconfigure`.
+
+        Raises:
+            ConfigError: they name a model that there is not.
+        """
+        keys = [router.key for router in self.routers]
+        unknown = [key for key in live.admission_of if key not in keys]
+        if unknown:
+            raise ConfigError(f"user_config of Router: admission_of: there is no {unknown[0]!r}, but {', '.join(keys)}")
         for router in self.routers:
             router.reconfigure(live)
 

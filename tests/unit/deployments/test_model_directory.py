@@ -12,10 +12,11 @@ import pytest
 from in_process import DEMO, LocalClient, Service, eventually
 from pydantic import ValidationError
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, LiveConfig
 from deployments.replica.engine_replica import EngineReplica
 from deployments.router.canary import share_out
 from deployments.router.model_state import ModelState
+from llm.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -174,6 +175,25 @@ async def test_figures_are_kept_by_model():
         ]
         assert {item["text"] for item in event["events"]} == {"Replica small-0 joined", "Replica large-0 joined"}
         json.dumps(event)
+
+
+async def test_admission_is_each_models_own():
+    """As configured, and as changed while the routers run: for one model, or for all others."""
+    config = platform(entry("small", admission={"max_queue_s": 5}), entry("large"))
+    async with serving(config) as service:
+        small, large = service.directory.routers
+
+        def queues_s() -> tuple[float, float]:
+            return small.dispatcher.config.max_queue_s, large.dispatcher.config.max_queue_s
+
+        assert queues_s() == (5, 30)
+        live = {"admission": {"max_queue_s": 7}, "admission_of": {"large": {"max_queue_s": 9}}}
+        service.directory.reconfigure(LiveConfig.model_validate(live))
+        assert queues_s() == (7, 9)
+        with pytest.raises(ConfigError, match="there is no 'larg', but small, large"):
+            service.directory.reconfigure(LiveConfig.model_validate({"admission_of": {"larg": {}}}))
+        service.directory.reconfigure(LiveConfig())
+        assert queues_s() == (5, 30)
 
 
 CANARY = (entry("chat", weight=0.9), entry("chat", weight=0.1, variant="canary"))
