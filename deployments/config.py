@@ -61,6 +61,9 @@ class LiveConfig(StrictModel):
     are left out stay as in `args`."""
 
     admission: AdmissionConfig | None = None
+    """Of all models but those in `admission_of`."""
+    admission_of: dict[str, AdmissionConfig] = Field(default_factory=dict)
+    """Of single models, by their names; of entries that share one, by what metrics call them."""
     max_resumes: int | None = Field(default=None, ge=0)
     silence_timeout_s: float | None = Field(default=None, gt=0)
     stall_timeout_s: float | None = Field(default=None, gt=0)

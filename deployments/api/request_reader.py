@@ -36,10 +36,12 @@ class Target:
     Attributes:
         chats: prepares and begins the answers of the model that the request is for.
         name: the model's name, for the answer.
+        mark: what ids end with that tell which entry of the name made something; empty if there is only one.
     """
 
     chats: ChatService
     name: str
+    mark: str = ""
 
     @property
     def router(self) -> Router:
@@ -87,10 +89,11 @@ class RequestReader:
         if not body.model and len(names) > 1:
             raise invalid(f"model: name one of {', '.join(names)}", "model")
         name = body.model or names[0]
-        router = self._directory.pick(name, version_key_of(request, body))
+        continued = getattr(body, "previous_response_id", None) or ""
+        router = self._directory.pick(name, version_key_of(request, body), continued)
         if router is None:
             raise model_not_found(name, names)
-        return Target(self._chats[router.key], router.config.model_name)
+        return Target(self._chats[router.key], router.config.model_name, self._directory.mark(router))
 
     async def prepared(
         self, request: Request, target: Target, body: Body, size: int, prepare: Callable[[PromptEncoder, Body], T]

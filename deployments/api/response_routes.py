@@ -61,6 +61,7 @@ class ResponseEndpoints:
             return turn, ResponseWriter(
                 turn,
                 model=target.name,
+                mark=target.mark,
                 echoed=await self._requests.threads.run(size, lambda: echoed(body, is_stored=is_kept)),
                 names=body.function_names,
                 logprobs=TextLogprobs(target.chats.tokenizer) if body.wants_logprobs else None,

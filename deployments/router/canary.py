@@ -28,6 +28,11 @@ class Entry(Protocol):
 EntryT = TypeVar("EntryT", bound=Entry)
 
 
+def mark_of(key: str) -> str:
+    """A short mark of an entry, by which a later request can refer to it."""
+    return f"_{blake2b(key.encode(), digest_size=4).hexdigest()}"
+
+
 def share_out(entries: Sequence[EntryT], session: str) -> EntryT | None:
     """The entry that a session's requests go to; None if there are no entries.
 

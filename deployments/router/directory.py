@@ -14,9 +14,10 @@ from deployments.observe.history import RouterHistory, describe
 from deployments.observe.metrics import NoPeers, RouterPeers, key_figures
 from deployments.observe.tracing import RequestTracer
 from deployments.router.access import Access
-from deployments.router.canary import share_out
+from deployments.router.canary import mark_of, share_out
 from deployments.router.router import Router
 from deployments.router.token_hub import TokenHub
+from llm.errors import ConfigError
 
 
 class BatchesState(Protocol):
@@ -82,14 +83,21 @@ class ModelDirectory:
         """
         return tuple(self._by_name.get(self._names.get(name, ""), ()))
 
-    def pick(self, name: str, session: str) -> Router | None:
+    def pick(self, name: str, session: str, continued: str = "") -> Router | None:
         """The router for a request; None if there is no such model.
 
         Args:
             name: the model's name or one of its aliases.
             session: requests with the same one go to the same entry of the name, as long as it answers.
+            continued: an id that ends with the mark of the entry that made what is continued, if any; see `mark_of`.
         """
-        return share_out(self.find(name), session)
+        entries = self.find(name)
+        made_it = [router for router in entries if continued.endswith(mark_of(router.key)) and router.can_answer]
+        return made_it[0] if made_it else share_out(entries, session)
+
+    def mark(self, router: Router) -> str:
+        """The mark of a router's entry among several of its name; empty if it is the only one."""
+        return mark_of(router.key) if len(self.find(router.config.model_name)) > 1 else ""
 
     @property
     def is_ready(self) -> bool:
@@ -111,7 +119,15 @@ class ModelDirectory:
         await asyncio.gather(*(router.wait_until_ready() for router in awake))
 
     def reconfigure(self, live: LiveConfig) -> None:
-        """Use other settings from now on; see `Router.reconfigure`."""
+        """Use other settings from now on; see `Router.reconfigure`.
+
+        Raises:
+            ConfigError: they name a model that there is not.
+        """
+        keys = [router.key for router in self.routers]
+        unknown = [key for key in live.admission_of if key not in keys]
+        if unknown:
+            raise ConfigError(f"user_config of Router: admission_of: there is no {unknown[0]!r}, but {', '.join(keys)}")
         for router in self.routers:
             router.reconfigure(live)
 

@@ -238,10 +238,10 @@ class Router:
 
     def reconfigure(self, live: LiveConfig) -> None:
         """Use other settings from now on; what `live` leaves out returns to its initial value."""
-        changes = live.model_dump(exclude={"admission"}, exclude_none=True)
+        changes = live.model_dump(exclude={"admission", "admission_of"}, exclude_none=True)
         self._watch.config = self.platform.router.model_copy(update=changes)
         self.journal.max_resumes = self._watch.config.max_resumes
-        self.dispatcher.config = live.admission or self.config.admission
+        self.dispatcher.config = live.admission_of.get(self.key) or live.admission or self.config.admission
         self.dispatcher.pump()
 
     def use_channel(self, channel: ChannelAddress) -> None:

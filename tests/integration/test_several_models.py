@@ -38,7 +38,7 @@ class Platform(Fleet):
             "args": {"models": models, "router": {"num_cpus": 0.1, "graceful_shutdown_timeout_s": 60}},
         }
         schema = ServeDeploySchema.model_validate({"applications": [application]})
-        _get_global_client().deploy_apps(schema, _blocking=True)
+        _get_global_client().deploy_apps(schema, _blocking=False)  # it would wait no longer than a minute
 
     def pids(self, model: str) -> list[int]:
         """Processes of a model's replicas."""
@@ -136,3 +136,4 @@ def test_models_come_change_and_go_under_open_streams(server: Server, platform: 
     refused = httpx.post(f"{platform.url}/v1/completions", json={**SHORT, "model": "asleep"}, timeout=30)
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
     server.wait_for(lambda: platform.pids("asleep") == [], 120, "the removed model still runs")
+    assert platform.pids("stays") == before[0], "a replica was restarted"

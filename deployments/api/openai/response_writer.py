@@ -26,6 +26,7 @@ class ResponseWriter:
     Args:
         turn: a turn that has begun or is about to.
         model: model name to give in the answer.
+        mark: what the response's id ends with, to tell what made it; empty for nothing.
         echoed: fields of the request that the response repeats.
         names: the client's names for the functions.
         logprobs: finds the tokens of the text; None if no log probabilities are asked for.
@@ -38,6 +39,7 @@ class ResponseWriter:
         turn: Turn,
         *,
         model: str,
+        mark: str = "",
         echoed: dict[str, Any],
         names: FunctionNames,
         logprobs: TextLogprobs | None = None,
@@ -52,7 +54,7 @@ class ResponseWriter:
         self._items: list[_Item] = []
         self._sequence_number = 0
         self._response: dict[str, Any] = {
-            "id": f"resp_{turn.generation_id}",
+            "id": f"resp_{turn.generation_id}{mark}",
             "object": "response",
             "created_at": int(time.time()),
             "status": "in_progress",

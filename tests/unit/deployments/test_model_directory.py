@@ -12,10 +12,11 @@ import pytest
 from in_process import DEMO, LocalClient, Service, eventually
 from pydantic import ValidationError
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, LiveConfig
 from deployments.replica.engine_replica import EngineReplica
 from deployments.router.canary import share_out
 from deployments.router.model_state import ModelState
+from llm.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -176,6 +177,25 @@ async def test_figures_are_kept_by_model():
         json.dumps(event)
 
 
+async def test_admission_is_each_models_own():
+    """As configured, and as changed while the routers run: for one model, or for all others."""
+    config = platform(entry("small", admission={"max_queue_s": 5}), entry("large"))
+    async with serving(config) as service:
+        small, large = service.directory.routers
+
+        def queues_s() -> tuple[float, float]:
+            return small.dispatcher.config.max_queue_s, large.dispatcher.config.max_queue_s
+
+        assert queues_s() == (5, 30)
+        live = {"admission": {"max_queue_s": 7}, "admission_of": {"large": {"max_queue_s": 9}}}
+        service.directory.reconfigure(LiveConfig.model_validate(live))
+        assert queues_s() == (7, 9)
+        with pytest.raises(ConfigError, match="there is no 'larg', but small, large"):
+            service.directory.reconfigure(LiveConfig.model_validate({"admission_of": {"larg": {}}}))
+        service.directory.reconfigure(LiveConfig())
+        assert queues_s() == (5, 30)
+
+
 CANARY = (entry("chat", weight=0.9), entry("chat", weight=0.1, variant="canary"))
 
 
@@ -194,6 +214,25 @@ async def test_a_session_stays_with_its_entry():
             added = {key: number - before[key] for key, number in num_requests(service).items()}
             assert sorted(added.values()) == [0, 3], "one entry got all of them"
         assert [model["id"] for model in (await service.http.get("/v1/models")).json()["data"]] == ["chat"]
+
+
+async def test_a_conversation_stays_with_the_entry_that_began_it():
+    """Without a session or a key each request is drawn by itself, but one that continues a response is not."""
+    config = platform(entry("chat", weight=0.5), entry("chat", weight=0.5, variant="canary"))
+    async with serving(config) as service:
+        began = set()
+        for _ in range(20):
+            before = num_requests(service)
+            previous = None
+            for _ in range(3):
+                body = {"input": "abc", "max_output_tokens": 2, "previous_response_id": previous}
+                answer = await service.post("/v1/responses", model="chat", **body)
+                assert answer.status_code == 200, answer.text
+                previous = answer.json()["id"]
+            added = {key: number - before[key] for key, number in num_requests(service).items()}
+            assert sorted(added.values()) == [0, 3], "one entry answered the whole conversation"
+            began.add(max(added, key=lambda key: added[key]))
+        assert len(began) == 2, "20 conversations on the same entry: once in 500,000 runs"
 
 
 @dataclass(frozen=True)
