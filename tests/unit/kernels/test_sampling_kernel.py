@@ -53,6 +53,12 @@ def start_of(place: int, row: SamplingRow) -> RowStart:
     allowed = None
     if row.allowed is not None:
         allowed = tuple(np.unpackbits(row.allowed.view(np.uint8), bitorder="little").nonzero()[0].tolist())
+    if row.are_top_allowed:
+        request = GenerationRequest(
+            prompt_token_ids=(0,), max_new_tokens=0, seed=row.seed, scores_allowed=True, allowed_token_ids=allowed,
+            temperature=row.temperature,
+        )  # fmt: skip
+        return RowStart(place, request, (), (), frozenset(), row.position)
     request = GenerationRequest(
         prompt_token_ids=(0,), max_new_tokens=10_000, seed=row.seed, temperature=row.temperature, top_k=row.top_k,
         top_p=row.top_p, min_p=row.min_p, presence_penalty=row.presence_penalty, logprobs=row.num_logprobs,
@@ -458,3 +464,30 @@ def test_log_probabilities_are_the_references(vocab_size: int, dtype: torch.dtyp
         assert logprob == pytest.approx(expected[i].logprob, abs=2e-5)
         assert [token_id for token_id, _ in top] == [token_id for token_id, _ in expected[i].top]
         assert [value for _, value in top] == pytest.approx([value for _, value in expected[i].top], abs=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [33, 9000])
+def test_scores_of_allowed_ids_are_the_references(vocab_size: int, dtype: torch.dtype):
+    """However unlikely they are, and in whatever blocks; the other rows' likeliest stay those of all ids."""
+    last = vocab_size - 1
+    scored = [(0, last), (last,), tuple(range(3, 23)), (vocab_size // 2, 1)]
+    kinds = [
+        {"num_logprobs": len(ids), "are_top_allowed": True, "allowed": words_of(ids, vocab_size)} for ids in scored
+    ]
+    kinds += [{"num_logprobs": 3, "allowed": words_of((0, last), vocab_size)}, {"num_logprobs": 20}]
+    rows = create_rows(kinds)
+    logits = create_logits(len(rows), vocab_size, dtype)
+    logits[0, [0, last]] = -30
+    drawing = Drawing(logits, rows)
+    drawing.token_ids()
+    expected = sample(logits.cpu(), rows)
+    output = DrawnTokens(drawing.output.token_ids.cpu(), drawing.output.logprobs.cpu())
+    for i, row in enumerate(rows):
+        _, top = output.logprobs_of(i, row.num_logprobs)
+        assert [token_id for token_id, _ in top] == [token_id for token_id, _ in expected[i].top]
+        assert [value for _, value in top] == pytest.approx([value for _, value in expected[i].top], abs=2e-5)
+    for i, ids in enumerate(scored):
+        logprobs = logits[i].float().log_softmax(-1)[list(ids)]
+        found = np.frombuffer(expected[i].scores(ids), np.float32)
+        np.testing.assert_allclose(found, logprobs.cpu().numpy(), atol=1e-5)
