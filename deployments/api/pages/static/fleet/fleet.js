@@ -38,6 +38,7 @@ function drawTotals(state, rate) {
     figure("Prefix hits", percent(sum("num_cached_prompt_tokens"), sum("num_prompt_tokens"))),
     figure("Streams moved", number(moved)),
     figure("Refused (429)", number(totals.num_refused)),
+    ...(state.batches ? [figure("Batches", number(state.batches.num_unfinished))] : []),
   );
   if (lastMoved !== null && moved !== lastMoved) at("totals").children[5].classList.add("changed");
   lastMoved = moved;
