@@ -201,6 +201,7 @@ def compile_attention() -> None:
             ),
         )
         assert max(taken) <= SHARED_MEMORY[capability] - 1024, (capability, pages, head_dim, taken)
+    arguments |= dict.fromkeys(("query_starts", "query_lens", "context_lens", "first_items", "summary"), INT)
     compile_kernel("merge", decode._merge_chunks, arguments, HEADS=HeadShape(2, 4, 80, 128), GROUP_BLOCK=4)
 
 
