@@ -152,7 +152,7 @@ def expand_gated(
     _expand_gated[(triton.cdiv(size, _OUTPUTS), len(which.entries))](
         shrunk, which.order, which.entries, factors.b, gate_up, output, num_tokens, num_numbers, factors.b.stride(0),
         size, RANK=factors.rank, RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits,
-        GATE_PART=factors.halves[0], UP_PART=factors.halves[1], ROWS=which.rows, OUTPUTS=_OUTPUTS,
+        HALVES=factors.halves, ROWS=which.rows, OUTPUTS=_OUTPUTS,
         GELU=activation is Activation.GELU_TANH, IS_EVEN=size % _OUTPUTS == 0,
         CAN_PREFETCH=output.device.type == "cuda", num_warps=4, **launch_options(output.device),
     )  # fmt: skip
@@ -273,11 +273,11 @@ def _expand(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand_gated(
     shrunk, order, entries, factor_b, gate_up, output, num_tokens, num_numbers, slot_stride, num_outputs,
-    RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, GATE_PART: tl.constexpr, UP_PART: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, HALVES: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GELU: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of outputs, entry); tokens without an adapter too."""
+    """Program (block of outputs, entry); tokens without an adapter too. HALVES: the parts of gate and up."""
     row = tl.arange(0, ROWS)
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     entry = entries + tl.program_id(1) * 4
@@ -302,11 +302,11 @@ def _expand_gated(
     up = tl.load(pointers + num_outputs, mask=mask, other=0.0).to(tl.float32)
     sums = shrunk + (first + row).to(tl.int64) * num_numbers
     gate += _update(
-        sums + GATE_PART * RANK, columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS, NUM_SPLITS,
+        sums + HALVES[0] * RANK, columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS, NUM_SPLITS,
         ROWS, OUTPUTS,
     )  # fmt: skip
     up += _update(
-        sums + UP_PART * RANK, up_columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS,
+        sums + HALVES[1] * RANK, up_columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS,
         NUM_SPLITS, ROWS, OUTPUTS,
     )  # fmt: skip
     result = gated(gate, up, output.dtype.element_ty, GELU)

@@ -479,7 +479,7 @@ def compile_adapters() -> None:
         taken = compile_kernel("shrink", adapters._shrink, kernel, capability=capability, num_stages=max(num_stages, 1))
         assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
         compile_kernel("expand", adapters._expand, kernel, capability=capability)
-        halves = {"gate_up": dtype, "GATE_PART": 0, "UP_PART": num_parts - 1, "GELU": rows == 64}
+        halves = {"gate_up": dtype, "HALVES": (0, num_parts - 1), "GELU": rows == 64}
         compile_kernel("gated expand", adapters._expand_gated, {**kernel, **halves}, capability=capability)
 
 
