@@ -44,3 +44,7 @@ class StoreAwayError(LLMError):
 
 class RecordAwayError(LLMError):
     """The record of usage cannot be reached."""
+
+
+class CatalogAwayError(LLMError):
+    """The catalog of adapters cannot be reached."""
