@@ -264,7 +264,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_orders_are_known_to_all_routers_and_outlive_the_catalog(tmp_path, quick):
     """Each router hears of it at the latest when it is asked for the name; a new catalog hears of it from them."""
     adapter = write_adapter(tmp_path / "roots" / "a", seed=1)
-    far = FarCatalog(lambda: Catalog([catalog_model(tmp_path)], ["demo"], recovery_s=0.3))
+    write_adapter(tmp_path / "folder" / "kept")
+    model = catalog_model(tmp_path, folder=str(tmp_path / "folder"))
+    far = FarCatalog(lambda: Catalog([model], ["demo"], recovery_s=0.3))
     first, second = KnownAdapters(far), KnownAdapters(far)
     await eventually(lambda: far.catalog.is_settled)
     assert await first.load(LoadOrder("a", str(adapter))) is None
@@ -295,6 +297,7 @@ async def test_orders_are_known_to_all_routers_and_outlive_the_catalog(tmp_path,
     assert early.is_early
     await first.refresh()
     assert first.find("a"), "what the new catalog does not know yet is not lost"
+    assert first.find("kept"), "nor is what it has not read yet"
     newcomer = KnownAdapters(far)
     assert (await newcomer.find_anew("a"))[0].digest == changed, "the first router has told the catalog"
 
