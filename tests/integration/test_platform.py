@@ -120,7 +120,9 @@ def test_every_token_is_accounted_for_whatever_dies(server: Server, scene: Scene
         texts: dict[str, set[str]] = {name: set() for names in ASKS.values() for name in names}
         for stream in (*second, *third):
             texts[stream.model].add(stream.whole())
-        assert {name: len(found) for name, found in texts.items()} == dict.fromkeys(texts, 1), "streams went on as they were"
+        assert {name: len(found) for name, found in texts.items()} == dict.fromkeys(texts, 1), (
+            "streams went on as they were"
+        )
 
     server.wait_for(lambda: team.batches.retrieve(batch.id).status == "completed", 300, "the batch did not end")
     ended = team.batches.retrieve(batch.id)

@@ -148,12 +148,41 @@ def test_links_lead_somewhere(path: Path):
     assert [target for target in local if not (path.parent / target).exists()] == []
 
 
+def check_example(block: str) -> bool:
+    """Load an example of configuration as a server would, whole or in part; returns whether it is one."""
+    content = yaml.safe_load(block)
+    if isinstance(content, list):
+        parse_keys(Path("keys.yaml"), block.encode(), KeyLimits())
+        return True
+    if "applications" in content:
+        ours = [app["args"] for app in content["applications"] if app.get("import_path") == BUILDER]
+        for args in ours:
+            AppConfig.model_validate(args)
+        FrontEnd.of_options(content.get("http_options") or {})
+        return bool(ours)
+    if content.keys() <= AppConfig.model_fields.keys():
+        content = {"args": content}
+    if "args" in content:
+        AppConfig.model_validate(content["args"])
+    return "args" in content
+
+
 @pytest.mark.parametrize("path", DOCS, ids=IDS)
 def test_examples_of_configuration_load(path: Path):
+    """Whole files, arguments of an application, some of its settings, and files of API keys."""
     for block in blocks(path, "yaml"):
-        content = yaml.safe_load(block)
-        if isinstance(content, dict) and set(content) == {"args"}:
-            AppConfig.model_validate(content["args"])
+        assert check_example(block) or "logging_config" in block, block
+
+
+def test_examples_of_the_platform_page_are_found():
+    """The page begins with a configuration that has everything, and its keys file."""
+    page = ROOT / "docs" / "platform.md"
+    whole = yaml.safe_load(blocks(page, "yaml")[0])["applications"][0]["args"]
+    assert {"models", "api_keys_file", "accounts", "batches", "router"} <= whole.keys()
+    assert any("adapters" in model for model in whole["models"])
+    assert all(check_example(block) for block in blocks(page, "yaml"))
+    with pytest.raises(ValueError, match="replica"):
+        check_example(blocks(page, "yaml")[0].replace("num_replicas", "number_of_replicas", 1))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=IDS)
