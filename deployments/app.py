@@ -23,6 +23,8 @@ from deployments.serve.ingress import RouterIngress
 from deployments.serve.own_version import with_own_version
 from deployments.serve.request_router import RankedRequestRouter
 from deployments.serve.response_store import ResponseStoreReplica
+from deployments.usage.ledger import open_record
+from deployments.usage.place import RecordPlace, find_place
 from llm.checkpoint.hub import find_local_checkpoint
 
 _HEALTH_CHECK_PERIOD_S = 1
@@ -43,6 +45,8 @@ def build_app(args: AppConfig) -> Application:
         CheckpointError, ConfigError: the checkpoint or the configuration cannot be used; one line with the fix.
     """
     keys = find_keys(args)
+    place = find_place(args.accounts)
+    open_record(place.record).close()  # so that what is missing is said now
     front_end = find_front_end()
     check_open(args, bool(keys.keys), front_end)
     config = without_secrets(resolve_paths(args))
@@ -54,8 +58,8 @@ def build_app(args: AppConfig) -> Application:
     engines = {key: _engines(names[key], entry) for key, entry in entries.items()}
     num_routers = config.router.num_replicas
     accountant = (
-        with_own_version(_accountant_deployment(config).bind(num_routers), str(num_routers))
-        if _needs_accountant(config, keys)
+        with_own_version(_accountant_deployment(config).bind(num_routers, place), str(num_routers), place.record or "")
+        if _needs_accountant(config, keys, place)
         else None
     )
     store = (
@@ -63,13 +67,12 @@ def build_app(args: AppConfig) -> Application:
         if _needs_store(config)
         else None
     )
-    return _router_deployment(config).bind(config, keys, engines, accountant, store)
+    return _router_deployment(config).bind(config, keys, engines, accountant, store, place)
 
 
-def _needs_accountant(config: AppConfig, keys: KeySource) -> bool:
-    """Whether several routers share limits, or may come to when the key file changes."""
-    has_limits = any(key.limits.model_dump(exclude={"min_priority"}, exclude_none=True) for key in keys.keys)
-    return config.router.num_replicas > 1 and (has_limits or keys.path is not None)
+def _needs_accountant(config: AppConfig, keys: KeySource, place: RecordPlace) -> bool:
+    """Whether several routers count together what keys use."""
+    return config.router.num_replicas > 1 and (bool(keys.keys) or place.record is not None)
 
 
 def _needs_store(config: AppConfig) -> bool:

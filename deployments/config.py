@@ -6,14 +6,12 @@ from typing import Annotated, Self
 
 from pydantic import Field, SecretStr, model_validator
 
+from deployments.accounts_config import AccountsConfig, KeyLimits
 from deployments.api_config import CorsConfig, ResponsesConfig
 from deployments.batches_config import BatchesConfig, resolve_store
 from deployments.model_config import AdmissionConfig, ServedModelConfig, resolve_model
 from llm.config import StrictModel
 from llm.errors import ConfigError
-
-MIN_PRIORITY, MAX_PRIORITY = -100, 100
-"""Bounds of a request's `priority`."""
 
 
 class PolicyName(StrEnum):
@@ -79,18 +77,6 @@ class AwayPolicy(StrEnum):
     """Beyond what a router holds in reserve, the answer is 503 with `Retry-After`."""
 
 
-class KeyLimits(StrictModel):
-    """How much one API key may ask of all routers together; None for no limit."""
-
-    requests_per_min: int | None = Field(default=None, ge=1)
-    tokens_per_min: int | None = Field(default=None, ge=1)
-    """Tokens of prompts and answers per minute."""
-    max_concurrent_requests: int | None = Field(default=None, ge=1)
-    min_priority: int = Field(default=0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
-    """The lowest `priority` that requests may ask for; lower ones go first. If it is above 0, it is also the priority
-    of requests that ask for none."""
-
-
 class LimitsConfig(StrictModel):
     """Bounds on what clients may do."""
 
@@ -137,6 +123,7 @@ class PlatformConfig(StrictModel):
 
     router: RouterConfig = RouterConfig()
     limits: LimitsConfig = LimitsConfig()
+    accounts: AccountsConfig = AccountsConfig()
     cors: CorsConfig = CorsConfig()
     responses: ResponsesConfig = ResponsesConfig()
     batches: BatchesConfig = BatchesConfig()
@@ -154,7 +141,7 @@ class PlatformConfig(StrictModel):
     Ray Serve writes a config file's arguments to its log. In `serve_config.yaml`, use one of the next two instead."""
     api_keys_file: str | None = None
     """File with one key a line; or, if it ends in `.yaml`, a list of keys with `name`, `key` or `key_sha256`, and
-    limits of their own, as in `limits.per_key`. Every router follows the file; changes take effect within seconds."""
+    what each may do: see docs/platform.md. Every router follows the file; changes take effect within seconds."""
     api_keys_env: str | None = None
     """Environment variable with keys separated by commas; read when the application is deployed."""
     allow_open_without_keys: bool = False
@@ -268,5 +255,5 @@ def resolve_paths(config: AppConfig) -> AppConfig:
 
 
 def without_secrets(config: AppConfig) -> AppConfig:
-    """The same configuration without API keys, for processes that need none."""
-    return config.model_copy(update={"api_keys": ()})
+    """The same configuration without API keys and the record's address, for processes that need none."""
+    return config.model_copy(update={"api_keys": (), "accounts": AccountsConfig()})

@@ -40,3 +40,7 @@ class KeyRevokedError(LLMError):
 
 class StoreAwayError(LLMError):
     """Stored responses cannot be read or written."""
+
+
+class RecordAwayError(LLMError):
+    """The record of usage cannot be reached."""

@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from deployments.api.answer_headers import IGNORED_HEADER
+from deployments.api.audit import Audit
 from deployments.api.auth import KeyGuard
 from deployments.api.callers import REQUEST_ID_HEADER, TIMING_HEADER
 from deployments.api.edge import Edge
@@ -53,14 +54,12 @@ def create_api(directory: ModelDirectory, store: ResponseStore | None = None, de
     api.add_exception_handler(APIError, _on_api_error)
     api.add_exception_handler(LLMError, _on_llm_error)
     api.add_exception_handler(HTTPException, _on_http_error)
+    open_paths = [*(route.path for route in table if route.is_open), _OPENAPI_PATH, *static_paths]
+    metered_paths = [route.path for route in table if route.is_metered]
     # The last one added is the outermost.
-    api.add_middleware(
-        KeyGuard,
-        access=directory.access,
-        open_paths=[*(route.path for route in table if route.is_open), _OPENAPI_PATH, *static_paths],
-        metered_paths=[route.path for route in table if route.is_metered],
-    )
+    api.add_middleware(KeyGuard, access=directory.access, open_paths=open_paths, metered_paths=metered_paths)
     api.add_middleware(Edge, limits=config.limits, max_open_requests=config.router.max_ongoing_requests)
+    api.add_middleware(Audit, access=directory.access, table=table, open_paths=open_paths, metered_paths=metered_paths)
     if config.cors.is_on:
         _add_cors(api, config.cors)
     if directory.tracer is not None:

@@ -5,6 +5,7 @@ import hmac
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
 
 from starlette._utils import get_route_path  # the path that Starlette matches routes against
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,7 @@ from deployments.chat.errors import APIError, of_engine
 from deployments.errors import AccountantAwayError
 from deployments.router.access import Access
 from deployments.router.accounts import Account, Refusal
+from deployments.router.budgets import QUOTA
 from deployments.router.keys import ApiKey
 
 _KEPT_FREE = Refusal("requests", "Half of this API key's limits is kept for requests that are not of batches", 1.0)
@@ -54,10 +56,13 @@ class KeyGuard:
         given = _keys_given(scope)
         behalf = behalf_of(scope)
         key = self._find(given) if behalf is None else self._access.named(behalf.owner)
-        if key is None and scope["type"] == "websocket":
+        if scope["type"] == "websocket" and (key is None or key.is_expired(self._access.clock())):
             await send({"type": "websocket.close", "code": 1008})
         elif key is None:
             await answer_to(scope, _unauthorized(bool(given)))(scope, receive, send)
+        elif key.is_expired(self._access.clock()):
+            scope.setdefault("state", {})["tenant"] = key.name
+            await answer_to(scope, _expired(key))(scope, receive, send)
         else:
             account = self._access.account(key)
             scope.setdefault("state", {}).update(tenant=key.name, account=account, key_digest=key.digest)
@@ -130,10 +135,16 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 def _too_many(refusal: Refusal) -> APIError:
-    return APIError(
-        429, refusal.message, type=refusal.limit, code="rate_limit_exceeded",
-        headers={"Retry-After": str(math.ceil(refusal.retry_after_s))},
-    )  # fmt: skip
+    headers = {"Retry-After": str(math.ceil(refusal.retry_after_s))}
+    if refusal.code == QUOTA:
+        headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients would try again within seconds
+    return APIError(429, refusal.message, type=refusal.limit, code=refusal.code, headers=headers)
+
+
+def _expired(key: ApiKey) -> APIError:
+    at = datetime.fromtimestamp(key.expires_at or 0, UTC).isoformat()
+    message = f"This API key expired at {at}; ask for a new one, or for a later expires_at"
+    return APIError(401, message, code="expired_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _unauthorized(is_wrong: bool) -> APIError:

@@ -2,16 +2,19 @@
 
 import math
 import uuid
+from collections.abc import MutableMapping
+from typing import Any
 
 from starlette.requests import Request
 
+from deployments.accounts_config import MAX_PRIORITY
 from deployments.api.on_behalf import behalf_of
 from deployments.chat.errors import invalid
 from deployments.chat.requests import MAX_SESSION_CHARS
 from deployments.chat.wire_model import RequestBody
-from deployments.config import MAX_PRIORITY
 from deployments.router.accounts import Account
 from deployments.router.caller import Caller
+from deployments.router.metered_request import Sheet
 
 SESSION_HEADER = "X-Session-Id"
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -34,6 +37,8 @@ def caller_of(request: Request, priority: int | None = None, session_key: str | 
     """
     state = request.scope.get("state", {})
     is_batch = behalf_of(request.scope) is not None
+    sheet = sheet_of(request.scope)
+    sheet.request_id = request.headers.get(REQUEST_ID_HEADER, "")[:128]
     return Caller(
         tenant=state.get("tenant", ""),
         priority=MAX_PRIORITY if is_batch else _priority(priority, state.get("account")),
@@ -42,8 +47,9 @@ def caller_of(request: Request, priority: int | None = None, session_key: str | 
         account=state.get("account"),
         key_digest=state.get("key_digest", b""),
         span=state.get("span"),
-        request_id=request.headers.get(REQUEST_ID_HEADER, "")[:128],
+        request_id=sheet.request_id,
         session_id=session_of(request, session_key),
+        sheet=sheet,
     )
 
 
@@ -58,6 +64,12 @@ def version_key_of(request: Request, body: RequestBody) -> str:
     if session:
         return f"{tenant_of(request)}\0{session}"
     return tenant_of(request) or request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
+
+
+def sheet_of(scope: MutableMapping[str, Any]) -> Sheet:
+    """Where it is noted what a request asks for and begins."""
+    sheet: Sheet = scope.setdefault("state", {}).setdefault("sheet", Sheet())
+    return sheet
 
 
 def tenant_of(request: Request) -> str:
@@ -83,11 +95,13 @@ def _priority(asked: int | None, account: Account | None) -> int:
     """The request's priority: the one it asks for, as far as its key allows."""
     if account is None:
         return asked or 0
-    lowest = account.key.limits.min_priority
+    lowest, highest = account.key.limits.min_priority, account.key.limits.max_priority
     if asked is None:
-        return max(0, lowest)
+        return min(max(0, lowest), highest)
     if asked < lowest:
         raise invalid(f"priority: must be at least {lowest} with this API key", "priority")
+    if asked > highest:
+        raise invalid(f"priority: must be at most {highest} with this API key", "priority")
     return asked
 
 

@@ -36,7 +36,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = {**scope, "path": _plain_path(scope)}
+        scope = {**scope, "path": plain_path(scope)}
         if asks_for_messages(scope):
             add_request_id(scope)
         max_header_bytes = self._limits.max_header_bytes
@@ -77,7 +77,7 @@ class Edge:
             await answer_to(scope, internal())(scope, receive, send)
 
 
-def _plain_path(scope: Scope) -> str:
+def plain_path(scope: Scope) -> str:
     """The path with single slashes and none at the end. Clients join base addresses and paths carelessly.
 
     Everything that looks at paths is inside this layer, so all of it sees the same path.

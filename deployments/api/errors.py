@@ -69,6 +69,7 @@ def asks_for_messages(scope: Mapping[str, Any]) -> bool:
 
 def answer_to(scope: Mapping[str, Any], error: APIError) -> Response:
     """The HTTP answer that tells the client of this request what is wrong, in the format of the API that it uses."""
+    note_reason(scope, error)
     body = anthropic_error_body(error) if asks_for_messages(scope) else error_body(error)
     return Response(body, error.status, error.headers, media_type="application/json")
 
@@ -77,15 +78,22 @@ _MOST_NAMES = 20
 """Names of models that an error gives."""
 
 
+def note_reason(scope: Mapping[str, Any], error: APIError) -> None:
+    """Note the kind of error, for the audit."""
+    if "state" in scope:
+        scope["state"]["reason"] = error.code or error.type
+
+
 def model_not_found(name: str, names: Sequence[str] = ()) -> APIError:
-    """The error for a request that names another model than those there are.
+    """The error for a request that names another model than those that there are for its API key.
 
     Args:
         name: what it names.
         names: the models' names, as far as this client may know them.
     """
     there = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
-    message = f"The model {name[:100]!r} does not exist" + (f"; there is {there}" if names else "")
+    known = f"; there is {there}" if names else ""
+    message = f"The model {name[:100]!r} does not exist or you do not have access to it{known}"
     return APIError(404, message, param="model", code="model_not_found")
 
 

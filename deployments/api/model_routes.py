@@ -8,6 +8,7 @@ from starlette.responses import Response
 from deployments.api.answering import json_response
 from deployments.api.errors import model_not_found
 from deployments.api.openai.responses import ModelList, ModelObject, Status
+from deployments.api.permissions import may_use
 from deployments.api.route_table import Route
 from deployments.chat.errors import not_ready, of_engine
 from deployments.errors import NoReplicaError
@@ -34,14 +35,14 @@ class ModelEndpoints:
             Route("GET", "/ready", self.ready, "Whether requests can be answered", Status, is_open=True),
         ]
 
-    async def models(self, _: Request) -> Response:
-        """List the models, with their aliases and states."""
-        found = [self._describe(self._directory.find(name)) for name in self._directory.names]
+    async def models(self, request: Request) -> Response:
+        """List the models that the API key may use, with their aliases and states."""
+        found = [self._describe(self._directory.find(name)) for name in self._names_for(request)]
         return json_response({"object": "list", "data": found})
 
     async def model(self, request: Request) -> Response:
         """Describe one model, by its name or an alias."""
-        return json_response(self._describe(self._find(request.path_params["model"])))
+        return json_response(self._describe(self._find(request, request.path_params["model"])))
 
     async def ready(self, request: Request) -> Response:
         """Answer 200 while requests for any model can be answered: a replica serves, or one starts when a request
@@ -56,10 +57,14 @@ class ModelEndpoints:
             raise missing if any(router.is_ready for router in routers) else not_ready()
         return json_response({"status": "ready"})
 
-    def _find(self, name: str) -> tuple[Router, ...]:
+    def _names_for(self, request: Request) -> list[str]:
+        """The names of the models that the request's API key may use."""
+        return [name for name in self._directory.names if may_use(request, *self._directory.names_of(name))]
+
+    def _find(self, request: Request, name: str) -> tuple[Router, ...]:
         found = self._directory.find(name)
-        if not found:
-            raise model_not_found(name, self._directory.names)
+        if not found or not may_use(request, *self._directory.names_of(name)):
+            raise model_not_found(name, self._names_for(request))
         return found
 
     def _describe(self, routers: tuple[Router, ...]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from starlette.requests import Request
 from deployments.api.answer_headers import IGNORED_HEADER, add_header
 from deployments.api.anthropic.schemas import MessagesRequest
 from deployments.api.bodies import Body, parse, read_body
-from deployments.api.callers import caller_of, version_key_of
+from deployments.api.callers import caller_of, sheet_of, version_key_of
 from deployments.api.errors import model_not_found
 from deployments.api.openai.response_requests import ResponsesRequest
+from deployments.api.permissions import may_use
 from deployments.api.sse import until_disconnect
 from deployments.chat.encoder import EncodedChat, PromptEncoder
 from deployments.chat.errors import in_words_of, invalid
@@ -83,16 +84,18 @@ class RequestReader:
         """What answers a request with this body, by its `model`; without one, the only model.
 
         Raises:
-            APIError: a 404, there is no such model; a 400, there are several and the body names none.
+            APIError: a 404, there is no such model, or the API key may not use it; a 400, there are several and the
+                body names none.
         """
-        names = self._directory.names
+        names = [name for name in self._directory.names if may_use(request, *self._directory.names_of(name))]
         if not body.model and len(names) > 1:
             raise invalid(f"model: name one of {', '.join(names)}", "model")
-        name = body.model or names[0]
+        name = body.model or next(iter(names), "")
         continued = getattr(body, "previous_response_id", None) or ""
         router = self._directory.pick(name, version_key_of(request, body), continued)
-        if router is None:
+        if router is None or router.config.model_name not in names:
             raise model_not_found(name, names)
+        sheet_of(request.scope).model = router.config.model_name
         return Target(self._chats[router.key], router.config.model_name, self._directory.mark(router))
 
     async def prepared(

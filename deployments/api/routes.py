@@ -28,10 +28,12 @@ from deployments.api.openai.responses import (
     Version,
 )
 from deployments.api.pages import page
+from deployments.api.permissions import is_admin
 from deployments.api.request_reader import RequestReader, Target
 from deployments.api.response_routes import ResponseEndpoints
 from deployments.api.route_table import EVENT_STREAM, Route
 from deployments.api.sse import EventStream, error_events
+from deployments.api.usage_routes import UsageEndpoints
 from deployments.api.vector_routes import VectorEndpoints
 from deployments.batches.desk import BatchDesk
 from deployments.chat.encoder import PromptEncoder
@@ -69,6 +71,7 @@ class Endpoints:
         self._responses = ResponseEndpoints(self._requests, store)
         self._vectors = VectorEndpoints(self._requests)
         self._models = ModelEndpoints(directory)
+        self._usage = UsageEndpoints(directory.access)
 
     def table(self) -> list[Route]:
         """Every route there is."""
@@ -100,6 +103,7 @@ class Endpoints:
             ),
             *self._vectors.table(),
             *self._models.table(),
+            *self._usage.table(),
             Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", Tokens, TokenizeRequest),
             Route("POST", "/detokenize", self.detokenize, "Tokens to text", Text, DetokenizeRequest),
             Route("GET", "/health", self.health, "Whether this router runs", Status, is_open=True),
@@ -195,9 +199,11 @@ class Endpoints:
         """Report what is running and how full the engines are, as this router last heard."""
         return json_response(self._directory.snapshot())
 
-    async def metrics(self, _: Request) -> Response:
-        """Return the metrics of all routers and replicas, whichever router is asked, in Prometheus' text format."""
-        return Response(await self._directory.metrics(), media_type=CONTENT_TYPE)
+    async def metrics(self, request: Request) -> Response:
+        """Return the metrics of all routers and replicas, whichever router is asked, in Prometheus' text format. Those
+        that name API keys are for administrators."""
+        text = await self._directory.metrics(shows_keys=is_admin(request))
+        return Response(text, media_type=CONTENT_TYPE)
 
     async def chat_page(self, _: Request) -> Response:
         """Return the chat page."""

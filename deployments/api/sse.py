@@ -10,7 +10,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deployments.api.errors import error_body
+from deployments.api.errors import error_body, note_reason
 from deployments.chat.errors import APIError, internal, of_engine
 from llm.errors import LLMError
 
@@ -57,16 +57,16 @@ class EventStream(Response):
         self._stop = stop
         self._extra_headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the chunks until they end or the client disconnects."""
         try:
             with suppress(ClientLeftError):
-                await until_disconnect(receive, self._send_all(send))
+                await until_disconnect(receive, self._send_all(scope, send))
         finally:
             if self._stop is not None:
                 self._stop()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS + self._extra_headers})
         try:
             async with aclosing(self._chunks) as chunks:
@@ -74,9 +74,11 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except (APIError, LLMError) as raised:
             error = of_engine(raised) if isinstance(raised, LLMError) else raised
+            note_reason(scope, error)
             await send({"type": "http.response.body", "body": self._failure(error), "more_body": True})
         except Exception:  # the edge of a request: logged in full here, with nothing revealed to the client
             logger.exception("a stream failed")
+            note_reason(scope, internal())
             await send({"type": "http.response.body", "body": self._failure(internal()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -17,6 +17,7 @@ from deployments.errors import (
     KeyRevokedError,
     NoReplicaError,
     OverloadedError,
+    RecordAwayError,
     ShuttingDownError,
     StoreAwayError,
 )
@@ -117,6 +118,9 @@ def of_engine(error: LLMError) -> APIError:
     if isinstance(error, StoreAwayError):
         message = f"Stored responses cannot be reached at the moment: {error}"
         return APIError(503, message, type=SERVER_ERROR, code="store_unavailable", headers={"Retry-After": "2"})
+    if isinstance(error, RecordAwayError):
+        message = f"The record of usage cannot be reached at the moment: {error}"
+        return APIError(503, message, type=SERVER_ERROR, code="usage_unavailable", headers={"Retry-After": "2"})
     if isinstance(error, KeyRevokedError):
         return APIError(401, str(error), code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
     if isinstance(error, DeadlineError):

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from deployments.accounts_config import MAX_PRIORITY, MIN_PRIORITY
 from deployments.chat.errors import invalid, of_validation
 from deployments.chat.messages import ChatMessage, check_continued, check_messages
 from deployments.chat.structured import StructuredFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, allowed_tools, check_tools
 from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
-from deployments.config import MAX_PRIORITY, MIN_PRIORITY
 from llm.config import MAX_TOP_LOGPROBS
 from llm.serving.schemas import INT64_MAX
 

@@ -137,6 +137,8 @@ class Turn:
             updates.append(update)
             if choice.finish_reason is not None:
                 self._num_left -= 1
+                if not self._num_left:
+                    self._group.settle(choice.finish_reason, "", self.num_output_tokens)
         if self._error is not None and not updates:
             raise self._error
         return updates

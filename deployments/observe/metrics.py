@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from deployments.observe.exposition import ROUTER_LABELS, RouterFigures
 from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.history import RouterHistory
+from deployments.observe.usage_counts import UsageCounts
 from llm.serving.schemas import FinishReason
 
 _FIRST_TOKEN_BUCKETS = (
@@ -151,17 +152,18 @@ class RouterMetrics:
             self._histograms[name].observe(value)
 
 
-def key_figures(router_id: str, access: Mapping[str, Any]) -> RouterFigures:
+def key_figures(router_id: str, access: Mapping[str, Any], usage: UsageCounts) -> RouterFigures:
     """A router's part that concerns its keys.
 
     Args:
         router_id: value of the label `router`.
         access: `Access.snapshot`.
+        usage: what each key has used.
     """
     gauges = [GaugeMetricFamily(name, text, labels=ROUTER_LABELS) for name, text in _OF_ALL_MODELS.values()]
     for gauge, key in zip(gauges, _OF_ALL_MODELS, strict=True):
         gauge.add_metric(("", router_id), access[key])
-    return RouterFigures("", router_id, tuple(gauges), {})
+    return RouterFigures("", router_id, (*gauges, *usage.families(router_id)), {})
 
 
 class _StateCollector(Collector):

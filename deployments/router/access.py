@@ -2,29 +2,35 @@
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 from deployments.config import AwayPolicy
-from deployments.router.accounts import Account, Refusal
+from deployments.router.accounts import REVOKED, Account, Refusal
 from deployments.router.key_file import KeyFile
 from deployments.router.keys import ApiKey, KeySource
+from deployments.router.meter import Meter
 from deployments.router.quotas import AccountantClient, OwnAccountant, Quotas
 
 logger = logging.getLogger("ray.serve")
 
 _LOOK_INTERVAL_S = 0.5
+EXPIRED = "The API key of this request has expired"
 
 
 class Access:
     """Who may use a router, and how much. Create it on the event loop that it is to live on.
 
-    A key that is removed from its file, or gets another secret there, is refused at once, and requests that run with it
-    end with an error. When limits change, what has been used of the old ones still counts.
+    A key that is removed from its file, or gets another secret there, or expires, is refused at once, and requests that
+    run with it end with an error. When limits change, what has been used of the old ones still counts.
 
     Args:
         source: the keys; if there are none, everyone may do everything.
         accountant: who leases the keys' limits to all routers; None if this router is the only one.
         when_away: what happens to requests of keys with limits while the accountant cannot be reached.
+        clock: seconds since 1970.
+        meter: counts what requests use; None to count in memory. Closed with this.
     """
 
     def __init__(
@@ -32,8 +38,12 @@ class Access:
         source: KeySource | None = None,
         accountant: AccountantClient | None = None,
         when_away: AwayPolicy = AwayPolicy.OPEN,
+        clock: Callable[[], float] = time.time,
+        meter: Meter | None = None,
     ) -> None:
         source = source or KeySource()
+        self.clock = clock
+        self.meter = meter or Meter(when_away=when_away, clock=clock)
         self.keys = source.keys
         self._num_changes = 0
         self._quotas = Quotas(accountant or OwnAccountant(), when_away)
@@ -41,7 +51,8 @@ class Access:
         self._following: asyncio.Task[None] | None = None
         if self._file is not None:
             self.keys = self._file.look(is_first=True) or self.keys
-            self._following = asyncio.get_running_loop().create_task(self._follow(self._file))
+        if self.keys:
+            self._following = asyncio.get_running_loop().create_task(self._follow())
         if accountant is not None:
             self._quotas.start()
 
@@ -64,7 +75,7 @@ class Access:
         Raises:
             AccountantAwayError: the accountant cannot be reached, and the configuration refuses requests meanwhile.
         """
-        return await self._quotas.enter(account)
+        return await self.meter.budgets.refusal(account.key) or await self._quotas.enter(account)
 
     def change_keys(self, keys: tuple[ApiKey, ...]) -> None:
         """Replace the valid keys from now on."""
@@ -72,7 +83,7 @@ class Access:
         self.keys = keys
         self._num_changes += 1
         revoked = [key for key in old.values() if key.name not in new or new[key.name].digest != key.digest]
-        num_ended = sum(self._quotas.account(key).revoke(is_gone=key.name not in new) for key in revoked)
+        num_ended = sum(self._quotas.account(key).revoke(is_gone=key.name not in new, why=REVOKED) for key in revoked)
         for key in keys:
             self._quotas.account(key).change_key(key)
         logger.info("API keys have changed: there are %d now, revoked: %s; %d open requests end",
@@ -82,25 +93,37 @@ class Access:
         """State, for `Router.snapshot`."""
         error = self._file.error if self._file is not None else None
         return {
-            "num_keys": len(self.keys),
+            "num_keys": sum(not key.is_expired(self.clock()) for key in self.keys),
             "num_key_changes": self._num_changes,
             "is_key_file_wrong": error is not None,
             "key_file_error": error,
             "is_accountant_away": self._quotas.is_away,
+            "is_usage_record_away": self.meter.budgets.is_away,
         }
 
     def close(self) -> None:
         """Stop following the file and talking to the accountant."""
         self._quotas.close()
+        self.meter.close()
         if self._following is not None:
             self._following.cancel()
 
-    async def _follow(self, file: KeyFile) -> None:
+    async def _follow(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_INTERVAL_S)
             try:
-                keys = await asyncio.to_thread(file.look)
+                keys = await asyncio.to_thread(self._file.look) if self._file is not None else None
                 if keys is not None:
                     self.change_keys(keys)
             except Exception:
                 logger.exception("changes of the API keys cannot be read; the keys stay as they are")
+            self._end_expired()
+
+    def _end_expired(self) -> None:
+        """End what runs with keys that have expired."""
+        now = self.clock()
+        for key in self.keys:
+            if key.is_expired(now):
+                num_ended = self._quotas.account(key).revoke(is_gone=True, why=EXPIRED)
+                if num_ended:
+                    logger.info("API key %s has expired; %d open requests end", key.name, num_ended)

@@ -16,6 +16,7 @@ LIMIT_HEADERS = tuple(
     f"x-ratelimit-{what}-{name}" for name in ("requests", "tokens") for what in ("limit", "remaining", "reset")
 )
 _ROUNDING = 1e-6
+REVOKED = "The API key of this request has been revoked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +24,23 @@ class Refusal:
     """Why a key may not make a request now.
 
     Attributes:
-        limit: `requests`, `tokens` or `concurrency`.
+        limit: `requests`, `tokens`, `concurrency` or `insufficient_quota`.
         message: the reason, for people.
         retry_after_s: seconds until it may again, as far as is known.
+        code: kind of error.
     """
 
     limit: str
     message: str
     retry_after_s: float
+    code: str = "rate_limit_exceeded"
 
 
 class Revocable(Protocol):
     """Work that ends when its key is revoked."""
 
-    def revoke(self) -> None:
-        """End with an error. No effect once it has ended."""
+    def revoke(self, why: str) -> None:
+        """End with an error that says why. No effect once it has ended."""
         ...
 
 
@@ -74,6 +77,7 @@ class Account:
         self._pace = Pace(clock())
         self._is_changed = False
         self._is_revoked = False
+        self._why_revoked = REVOKED
         self._open_work: WeakSet[Revocable] = WeakSet()
         self.change_key(key)
 
@@ -105,21 +109,23 @@ class Account:
             digest: digest of the secret that the work's request came with.
         """
         if self._is_revoked or digest != self.key.digest:
-            work.revoke()
+            work.revoke(self._why_revoked)
         else:
             self._open_work.add(work)
 
-    def revoke(self, *, is_gone: bool) -> int:
+    def revoke(self, *, is_gone: bool, why: str) -> int:
         """End everything that runs with the present secret; returns how many requests that was.
 
         Args:
             is_gone: the key has no other secret for now.
+            why: what to tell the clients.
         """
         self._is_revoked = is_gone
+        self._why_revoked = why
         open_work = list(self._open_work)
         self._open_work.clear()
         for work in open_work:
-            work.revoke()
+            work.revoke(why)
         return len(open_work)
 
     def try_enter(self) -> bool:

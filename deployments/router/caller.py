@@ -1,9 +1,10 @@
 """What the router needs to know about the sender of an HTTP request."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deployments.router.accounts import Account
+from deployments.router.metered_request import Sheet
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -24,6 +25,7 @@ class Caller:
         request_id: the HTTP request's `X-Request-ID`, for the log.
         session_id: the client's name for the conversation that the request belongs to; "" if it gives none. Two API
             keys may use the same name for different sessions.
+        sheet: where the work that the request begins is noted.
     """
 
     tenant: str = ""
@@ -35,3 +37,4 @@ class Caller:
     span: "Span | None" = None
     request_id: str = ""
     session_id: str = ""
+    sheet: Sheet = field(default_factory=Sheet)

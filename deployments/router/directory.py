@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from deployments.config import AppConfig, LiveConfig, PlatformConfig
@@ -13,6 +13,7 @@ from deployments.observe.exposition import RouterFigures, write_metrics
 from deployments.observe.history import RouterHistory, describe
 from deployments.observe.metrics import NoPeers, RouterPeers, key_figures
 from deployments.observe.tracing import RequestTracer
+from deployments.observe.usage_counts import without_keys
 from deployments.router.access import Access
 from deployments.router.canary import mark_of, share_out
 from deployments.router.router import Router
@@ -60,7 +61,7 @@ class ModelDirectory:
         self.tracer = RequestTracer(config.tracing) if config.tracing.endpoint is not None else None
         self.hub = TokenHub(channel_host, config.token_channel.port)
         self.routers = tuple(
-            Router(key, model, config, clients[key], self.hub, self._peers, self.tracer)
+            Router(key, model, config, clients[key], self.hub, self._peers, self.tracer, self.access.meter)
             for key, model in config.by_key.items()
         )
         self.batches: BatchesState | None = None
@@ -82,6 +83,10 @@ class ModelDirectory:
             name: a model's name or one of its aliases.
         """
         return tuple(self._by_name.get(self._names.get(name, ""), ()))
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """Every name of a model, by one of them; none if there is no such model."""
+        return tuple(dict.fromkeys(each for router in self.find(name) for each in router.config.names))
 
     def pick(self, name: str, session: str, continued: str = "") -> Router | None:
         """The router for a request; None if there is no such model.
@@ -185,19 +190,25 @@ class ModelDirectory:
     def figures(self) -> list[RouterFigures]:
         """This process's parts of the metrics: one for each model, and one for what concerns none."""
         own = [router.metrics.figures() for router in self.routers]
-        shared = [key_figures(self._peers.router_id, self.access.snapshot())]
+        shared = [key_figures(self._peers.router_id, self.access.snapshot(), self.access.meter.counts)]
         if self.batches is not None:
             shared.append(batch_figures(self._peers.router_id, self.batches.snapshot()))
         return [*own, *shared]
 
-    async def metrics(self) -> bytes:
+    async def metrics(self, *, shows_keys: bool = True) -> bytes:
         """The metrics of all routers and replicas in Prometheus' text format, whichever router is asked.
 
         Routers that do not answer are left out; nothing that is left out makes a counter fall, as each router's series
         carry its name.
+
+        Args:
+            shows_keys: whether to include the metrics that name API keys.
         """
         others = [one for one in await self._peers.figures() if one.router_id != self._peers.router_id]
-        return write_metrics([*self.figures(), *others])
+        figures = [*self.figures(), *others]
+        if not shows_keys:
+            figures = [replace(one, families=without_keys(one.families)) for one in figures]
+        return write_metrics(figures)
 
     def histories(self) -> list[RouterHistory]:
         """This process's parts of the last 15 minutes, one for each model."""

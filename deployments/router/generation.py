@@ -160,6 +160,7 @@ class Generation:
             return
         if skip < len(item.token_ids):
             self.token_ids.extend(item.token_ids[skip:] if skip else item.token_ids)
+            self.group.note_tokens(len(item.token_ids) - skip)
             if item.logprobs is not None:
                 self.logprobs.extend(item.logprobs[skip:])
         elif item.end is None:
@@ -300,6 +301,7 @@ class Generation:
         self._release(placement)
         self._charge()
         placement.note_over(self)
+        self.group.note_over()
         # Group and generations refer to each other. Prompts and tokens would otherwise wait for the garbage collector.
         self._task = None
         del self.group
@@ -329,6 +331,7 @@ class Generation:
         missing = len(reply.token_ids) - len(self.token_ids)
         if missing > 0:
             self.token_ids.extend(reply.token_ids[-missing:])
+            self.group.note_tokens(missing)
             if reply.logprobs is not None:
                 self.logprobs.extend(reply.logprobs[-missing:])
         if reply.vector is not None:

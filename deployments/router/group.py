@@ -7,9 +7,10 @@ from deployments.errors import DeadlineError, KeyRevokedError
 from deployments.router.batch import CallBatches
 from deployments.router.caller import Caller
 from deployments.router.generation import Generation
+from deployments.router.metered_request import MeteredRequest
 from deployments.router.prompts import leaders, prompt_hashes
-from llm.errors import EngineError
-from llm.serving.schemas import GenerationRequest
+from llm.errors import EngineError, InvalidRequestError
+from llm.serving.schemas import FinishReason, GenerationRequest
 
 _PAGES_WORTH_SHARING = 2
 _NUM_AT_ONCE = 64
@@ -30,6 +31,7 @@ class GenerationGroup:
         caller: Caller,
         page_size: int,
         hashes: Mapping[int, list[int]] | None = None,
+        metered: MeteredRequest | None = None,
     ) -> None:
         self.caller = caller
         self.generations = [Generation(self, i, request) for i, request in enumerate(requests)]
@@ -37,6 +39,8 @@ class GenerationGroup:
         self._waiter: asyncio.Future[None] | None = None
         self._leaders = leaders(requests, _PAGES_WORTH_SHARING * page_size)
         self.batches = CallBatches()
+        self._metered = metered
+        self._num_running = len(requests)
         self._turns = [asyncio.Event() for _ in range(_NUM_AT_ONCE, len(requests), _NUM_AT_ONCE)]
         self._num_turns = 0
         if self._turns:
@@ -92,6 +96,7 @@ class GenerationGroup:
                     num_left -= generation.is_over
         finally:
             self.cancel()
+        self.settle(str(FinishReason.STOP))
         return [generation.vector for generation in generations if generation.vector is not None]
 
     def must_wait(self, generation: Generation) -> bool:
@@ -111,6 +116,45 @@ class GenerationGroup:
         if generation.index in self._begun:
             self._begun[generation.index].set()
 
+    def note_tokens(self, num_tokens: int) -> None:
+        """Count tokens that a generation has got."""
+        if self._metered is not None:
+            self._metered.add_output(num_tokens)
+
+    def note_over(self) -> None:
+        """Note that the task of a generation has ended. After the last one, what the group has used is recorded."""
+        self._num_running -= 1
+        if self._num_running:
+            return
+        error = next((generation.error for generation in self.generations if generation.error is not None), None)
+        ends = [generation.end for generation in self.generations if generation.end is not None]
+        if error is not None:
+            self.settle("error", type(error).__name__)
+        else:
+            self.settle(str(ends[0].reason) if len(ends) == len(self.generations) else "abort")
+
+    def settle(self, outcome: str, reason: str = "", num_output_tokens: int | None = None) -> None:
+        """Record what the group has used; call it before the client is told of the end. No effect a second time.
+
+        Args:
+            outcome, reason: as in `Entry`.
+            num_output_tokens: as the answer counts them; None for all that were generated.
+        """
+        metered = self._metered
+        if metered is None or metered.is_closed:
+            return
+        is_computed = any(
+            g.timeline.placed_at and not isinstance(g.error, InvalidRequestError) for g in self.generations
+        )
+        first_of_prompt = {id(g.request.prompt_token_ids): g for g in reversed(self.generations)}
+        metered.close(
+            outcome,
+            reason,
+            prompt_tokens=metered.entry.prompt_tokens if is_computed else 0,
+            cached_tokens=sum(g.end.num_cached_tokens for g in first_of_prompt.values() if g.end is not None),
+            output_tokens=metered.num_output_tokens if num_output_tokens is None else num_output_tokens,
+        )
+
     def block_hashes(self, generation: Generation) -> Sequence[int]:
         """The hashes by which replicas' reports name the full pages of a prompt; computed once for equal prompts."""
         name = id(generation.request.prompt_token_ids)
@@ -118,10 +162,10 @@ class GenerationGroup:
             self._hashes |= prompt_hashes([generation.request], self._page_size)
         return self._hashes[name]
 
-    def revoke(self) -> None:
-        """End the generations that still run, because their API key has been revoked."""
+    def revoke(self, why: str) -> None:
+        """End the generations that still run, because their API key has been revoked or has expired."""
         for generation in self.generations:
-            generation.end_with(KeyRevokedError("The API key of this request has been revoked"))
+            generation.end_with(KeyRevokedError(why))
 
     def _begin_turn(self) -> None:
         """Let the next few start."""

@@ -16,6 +16,7 @@ from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.generation import Generation
 from deployments.router.group import GenerationGroup
+from deployments.router.meter import Meter
 from deployments.router.prompts import num_prompt_tokens
 from deployments.router.suspicion import Part, assign_parts, part_of
 from deployments.router.waiting import Ticket
@@ -38,6 +39,7 @@ class Journal:
         max_resumes: how often a request may continue elsewhere after a failure; 0 turns failover off.
         on_over: called for every request that has ended, in whatever way.
         history: is told when tokens arrive.
+        meter: counts what requests use; None to count nothing.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Journal:
         max_resumes: int,
         on_over: Callable[[FinishedRequest], None] = lambda _: None,
         history: History | None = None,
+        meter: Meter | None = None,
     ) -> None:
+        self._meter = meter
         self._history = history if history is not None else History()
         self._on_over = on_over
         self.on_move: Callable[[str | None], None] = lambda _: None
@@ -93,9 +97,11 @@ class Journal:
         """
         self._check_is_up()
         self.dispatcher.check(sum(self.work_of(request) for request in requests), caller.timeout_s)
+        num_tokens = num_prompt_tokens(requests)
         if caller.account is not None:
-            caller.account.charge(num_prompt_tokens(requests))
-        group = GenerationGroup(requests, caller, self.page_size, hashes)
+            caller.account.charge(num_tokens)
+        metered = self._meter.open(caller.tenant, caller.sheet, num_tokens) if self._meter is not None else None
+        group = GenerationGroup(requests, caller, self.page_size, hashes, metered)
         self.num_requests += len(requests)
         for generation in group.generations:
             generation.start(self)

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from pathlib import Path
 
-from deployments.router.keys import ApiKey, KeySource, parse_keys, read_file, together
+from deployments.router.keys import ApiKey, KeySource, parse_keys, read_file
 from llm.errors import ConfigError
 
 logger = logging.getLogger("ray.serve")
@@ -46,7 +46,7 @@ class KeyFile:
             if seen == self._taken:
                 self._note(None)
             elif is_settled:
-                keys = together(self._source.fixed, parse_keys(self._path, content, self._source.defaults))
+                keys = self._source.keys_with(parse_keys(self._path, content, self._source.defaults))
                 self._note(None)
                 self._taken = seen
                 if keys != self.keys:

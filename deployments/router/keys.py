@@ -2,18 +2,22 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Self
 
 import yaml
-from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, SecretStr, TypeAdapter, ValidationError, field_validator, model_validator
 
-from deployments.config import AppConfig, KeyLimits
+from deployments.accounts_config import KeyLimits, Role
+from deployments.config import AppConfig
 from llm.errors import ConfigError
 
 _YAML_SUFFIXES = (".yaml", ".yml", ".json")
+_DATE_AND_TIME = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +28,53 @@ class ApiKey:
         name: whose it is, for fair shares; never the key itself.
         digest: SHA-256 of the key.
         limits: the limits of this key.
+        role: what it may do besides using models.
+        models: names of the models and adapters that it may use; empty for all.
+        expires_at: when it stops being valid, in seconds since 1970; None for never.
     """
 
     name: str
     digest: bytes
     limits: KeyLimits = field(default_factory=KeyLimits)
+    role: Role = Role.USER
+    models: frozenset[str] = frozenset()
+    expires_at: float | None = None
+
+    def may_use(self, *names: str) -> bool:
+        """Whether it may use a model that has these names."""
+        return not self.models or not self.models.isdisjoint(names)
+
+    def is_expired(self, now: float) -> bool:
+        """Whether it is no longer valid.
+
+        Args:
+            now: seconds since 1970.
+        """
+        return self.expires_at is not None and now >= self.expires_at
 
 
 class KeyEntry(KeyLimits):
     """One key of a YAML file. A limit that is left out comes from `limits.per_key`."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
     key: SecretStr | None = None
     key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Instead of the key itself: `printf %s "$KEY" | sha256sum`."""
+    role: Role = Role.USER
+    models: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] | None = None
+    """Names of the models and adapters that it may use; None or none at all for every one."""
+    expires_at: datetime | None = None
+    """When it stops being valid; in UTC unless it says otherwise."""
+
+    @field_validator("expires_at", mode="before")
+    @classmethod
+    def _check_time(cls, value: object) -> object:
+        """Take only what names a moment: a number might be in any unit, and a day does not say which of its ends."""
+        if value is None or isinstance(value, datetime):
+            return value
+        if not isinstance(value, str) or re.match(_DATE_AND_TIME, value) is None:
+            raise ValueError("must be a date with a time, such as 2030-01-31T00:00:00Z")
+        return value
 
     @model_validator(mode="after")
     def _check_key(self) -> Self:
@@ -48,10 +85,25 @@ class KeyEntry(KeyLimits):
         return self
 
     def api_key(self, defaults: KeyLimits) -> ApiKey:
-        """What routers need to know about it."""
+        """What routers need to know about it.
+
+        Raises:
+            ConfigError: its limits contradict the defaults, or each other.
+        """
         digest = bytes.fromhex(self.key_sha256) if self.key_sha256 else _digest(self.key)  # type: ignore[arg-type]
         own = self.model_dump(include=set(KeyLimits.model_fields), exclude_unset=True)
-        return ApiKey(self.name, digest, defaults.model_copy(update=own))
+        limits = _checked(defaults.model_copy(update=own), f"API key {self.name!r}")
+        expires_at = self.expires_at
+        if expires_at is not None and expires_at.tzinfo is None:
+            expires_at = expires_at.replace(tzinfo=UTC)
+        return ApiKey(
+            self.name,
+            digest,
+            limits,
+            self.role,
+            frozenset(self.models or ()),
+            expires_at.timestamp() if expires_at is not None else None,
+        )
 
 
 _ENTRIES = TypeAdapter(list[KeyEntry])
@@ -66,39 +118,58 @@ class KeySource:
         from_file: keys that the file held when the application was deployed.
         path: absolute path of the file; None for none.
         defaults: limits for keys that have none of their own.
+        has_record: whether a record is kept of what keys use, so that budgets outlast a restart.
     """
 
     fixed: tuple[ApiKey, ...] = ()
     from_file: tuple[ApiKey, ...] = ()
     path: str | None = None
     defaults: KeyLimits = field(default_factory=KeyLimits)
+    has_record: bool = True
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:
         """Every key that clients may use."""
-        return together(self.fixed, self.from_file)
+        return self.keys_with(self.from_file)
+
+    def keys_with(self, from_file: Sequence[ApiKey]) -> tuple[ApiKey, ...]:
+        """Every key that clients may use while these are in the file.
+
+        Raises:
+            ConfigError: two share a secret or a name, or one has a budget that a restart would forget.
+        """
+        keys = together(self.fixed, from_file)
+        for key in keys:
+            if key.limits.has_budget and not self.has_record:
+                raise ConfigError(
+                    f"API key {key.name!r} has a budget of tokens, which a restart would forget; set accounts.record, "
+                    "for example to usage.jsonl, or leave out tokens_per_day and tokens_per_month"
+                )
+        return keys
 
 
 def find_keys(config: AppConfig) -> KeySource:
     """Every key that clients may use, from the configuration, its file and its environment variable.
 
     Raises:
-        ConfigError: the file or the variable is missing, holds no key, or is wrong; or two entries share a key or a
-            name.
+        ConfigError: the file or the variable is missing, holds no key, or is wrong; two entries share a key or a name;
+            or limits contradict each other or need a record that is not kept.
     """
     secrets: list[SecretStr] = list(config.api_keys)
     if config.api_keys_env is not None:
         value = os.environ.get(config.api_keys_env, "")
         secrets += _nonempty(value.split(","), f"the environment variable {config.api_keys_env}")
-    defaults = config.limits.per_key
+    defaults = _checked(config.limits.per_key, "limits.per_key")
     from_file: tuple[ApiKey, ...] = ()
     path = None
     if config.api_keys_file is not None:
         # Not resolved: Kubernetes changes a mounted secret by pointing a link in the path to another directory.
         path = Path(config.api_keys_file).expanduser().absolute()
         from_file = parse_keys(path, read_file(path), defaults)
-    source = KeySource(_unnamed(secrets, defaults), from_file, str(path) if path is not None else None, defaults)
-    together(source.fixed, source.from_file)
+    has_record = config.accounts.record is not None or config.accounts.record_env is not None
+    file = str(path) if path is not None else None
+    source = KeySource(_unnamed(secrets, defaults), from_file, file, defaults, has_record)
+    source.keys_with(from_file)
     return source
 
 
@@ -149,11 +220,22 @@ def together(fixed: Sequence[ApiKey], from_file: Sequence[ApiKey]) -> tuple[ApiK
 def _parse_entries(path: Path, text: str) -> list[KeyEntry]:
     try:
         # The parser in C takes a tenth of the time, during which a router's event loop waits for its thread.
-        entries = _ENTRIES.validate_python(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    except (yaml.YAMLError, RecursionError) as error:
+        found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        # PyYAML passes on what Python says of a value that its tag does not fit, such as a 13th month.
         mark = getattr(error, "problem_mark", None)
         place = f" near line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"api_keys_file {path} is not valid YAML{place}") from None
+    try:
+        entries = _ENTRIES.validate_python(found)
     except ValidationError as error:
         raise ConfigError(f"api_keys_file {path}: {_describe(error)}") from None
     if not entries:
@@ -170,6 +252,12 @@ def _describe(error: ValidationError) -> str:
         message = f"a setting is unknown; known are {', '.join(KeyEntry.model_fields)}"
     where = f"entry {place[0] + 1}" if place and isinstance(place[0], int) else "it"
     return f"{where}: {'.'.join(map(str, place[1:]))}{': ' if place[1:] else ''}{message}"
+
+
+def _checked(limits: KeyLimits, whose: str) -> KeyLimits:
+    if limits.min_priority > limits.max_priority:
+        raise ConfigError(f"{whose}: min_priority {limits.min_priority} is above max_priority {limits.max_priority}")
+    return limits
 
 
 def _unnamed(secrets: Sequence[SecretStr], defaults: KeyLimits) -> tuple[ApiKey, ...]:

@@ -30,6 +30,7 @@ from deployments.router.dispatcher import Dispatcher
 from deployments.router.fleet_view import FleetView
 from deployments.router.group import GenerationGroup
 from deployments.router.journal import Journal
+from deployments.router.meter import Meter
 from deployments.router.model_state import ModelState
 from deployments.router.prompts import num_prompt_tokens, prompt_hashes
 from deployments.router.token_hub import TokenHub
@@ -59,6 +60,7 @@ class Router:
         hub: where tokens arrive; shared with the other models' routers.
         peers: the other routers of the deployment; None if there are none.
         tracer: makes spans of requests; None for no traces. Shared, too.
+        meter: counts what requests use; None to count nothing. Shared, too.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Router:
         hub: TokenHub,
         peers: RouterPeers | None = None,
         tracer: RequestTracer | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.key = key
         self.config = config
@@ -104,6 +107,7 @@ class Router:
             max_resumes=platform.router.max_resumes,
             on_over=self._request_over,
             history=self._history,
+            meter=meter,
         )
         fingerprint = fingerprint_of(config)
         self._watch = FleetWatch(
@@ -161,6 +165,7 @@ class Router:
             ShuttingDownError: after `shut_down`.
         """
         caller = caller or Caller()
+        caller.sheet.model = caller.sheet.model or self.config.model_name
         tenant = caller.tenant if self.platform.prefix_cache_per_key else ""
         requests = [_salted(request, tenant) for request in requests]
         page_size = self.journal.page_size

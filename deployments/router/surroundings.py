@@ -42,6 +42,14 @@ class Siblings(Protocol[GenerationT]):
         """Note that the generation has its first token, or never will."""
         ...
 
+    def note_tokens(self, num_tokens: int) -> None:
+        """Count tokens that the generation has got."""
+        ...
+
+    def note_over(self) -> None:
+        """Note that the generation's task has ended."""
+        ...
+
     def block_hashes(self, generation: GenerationT) -> Sequence[int]:
         """The hashes by which replicas' reports name the full pages of the generation's prompt."""
         ...

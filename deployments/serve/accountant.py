@@ -1,32 +1,58 @@
-"""The accountant of several routers: a deployment with one replica, and the client through which routers call it."""
+"""What several routers share about API keys, their limits and the record of what they use: a deployment with one
+replica, and the clients through which routers call it."""
 
 from typing import Any
 
 import msgspec
 
-from deployments.errors import AccountantAwayError
+from deployments.errors import AccountantAwayError, RecordAwayError
 from deployments.router.accountant import Accountant
 from deployments.router.leases import Ask, Reply
 from deployments.serve.calls import call
+from deployments.usage.entries import Delivery, Receipt, UsageQuery, UsageRow
+from deployments.usage.ledger import Ledger
+from deployments.usage.place import RecordPlace
 
 _encode = msgspec.msgpack.Encoder().encode
 _ask_decoder = msgspec.msgpack.Decoder(Ask)
 _reply_decoder = msgspec.msgpack.Decoder(Reply)
+_delivery_decoder = msgspec.msgpack.Decoder(Delivery)
+_receipt_decoder = msgspec.msgpack.Decoder(Receipt)
+_query_decoder = msgspec.msgpack.Decoder(UsageQuery)
+_rows_decoder = msgspec.msgpack.Decoder(list[UsageRow])
+_LEDGER_TIMEOUT_S = 10.0
 
 
 class AccountantReplica:
-    """An `Accountant` behind Ray Serve. Its state is only in memory; routers tell a new one what it needs.
+    """An `Accountant` and a `Ledger` behind Ray Serve. What the accountant knows is only in memory; routers tell a new
+    one what it needs.
 
     Args:
         num_routers: number of routers of the application.
+        place: where the record of usage is.
     """
 
-    def __init__(self, num_routers: int) -> None:
+    def __init__(self, num_routers: int, place: RecordPlace) -> None:
         self._accountant = Accountant(num_routers)
+        self._ledger = Ledger(place.record)
 
     async def exchange(self, ask: bytes) -> bytes:
         """See `Accountant.exchange`; both sides encoded."""
         return _encode(self._accountant.exchange(_ask_decoder.decode(ask)))
+
+    async def deliver(self, delivery: bytes) -> bytes | None:
+        """See `LedgerClient.deliver`; both sides encoded. None where the record cannot be reached."""
+        try:
+            return _encode(await self._ledger.deliver(_delivery_decoder.decode(delivery)))
+        except RecordAwayError:
+            return None
+
+    async def rows(self, query: bytes) -> bytes | None:
+        """See `LedgerClient.rows`; both sides encoded. None where the record cannot be reached."""
+        try:
+            return _encode(await self._ledger.rows(_query_decoder.decode(query)))
+        except RecordAwayError:
+            return None
 
 
 class ServeAccountantClient:
@@ -44,3 +70,29 @@ class ServeAccountantClient:
     async def exchange(self, ask: Ask) -> Reply:
         """See `AccountantClient`."""
         return _reply_decoder.decode(await call(self._exchange, _encode(ask), away=AccountantAwayError))
+
+
+class ServeLedgerClient:
+    """`LedgerClient` through a Ray Serve deployment handle.
+
+    Args:
+        handle: of the `Accountant` deployment.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def deliver(self, delivery: Delivery) -> Receipt:
+        """See `LedgerClient`."""
+        return _receipt_decoder.decode(await _answer(self._handle.deliver, _encode(delivery)))
+
+    async def rows(self, query: UsageQuery) -> list[UsageRow]:
+        """See `LedgerClient`."""
+        return _rows_decoder.decode(await _answer(self._handle.rows, _encode(query)))
+
+
+async def _answer(method: Any, data: bytes) -> bytes:
+    answer: bytes | None = await call(method, data, away=RecordAwayError, timeout_s=_LEDGER_TIMEOUT_S)
+    if answer is None:
+        raise RecordAwayError("the accountant cannot reach the database or the file; its log says why")
+    return answer

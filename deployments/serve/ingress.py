@@ -24,11 +24,13 @@ from deployments.observe.terminal import show_warnings
 from deployments.router.access import Access
 from deployments.router.directory import ModelDirectory
 from deployments.router.keys import KeySource
-from deployments.serve.accountant import ServeAccountantClient
+from deployments.router.meter import Meter
+from deployments.serve.accountant import ServeAccountantClient, ServeLedgerClient
 from deployments.serve.banner import AnnouncedModel, Announcement, ready_banner
 from deployments.serve.engine_client import ServeEngineClient
 from deployments.serve.response_store import ServeResponseStore
 from deployments.serve.router_peers import ServePeers
+from deployments.usage.place import RecordPlace
 from llm.config import describe
 from llm.errors import ConfigError
 
@@ -48,10 +50,17 @@ class RouterIngress:
         engines: handles of the deployments with engine replicas, by the keys of `AppConfig.by_key`.
         accountant: handle of the `Accountant` deployment; None if there is none.
         store: handle of the `ResponseStore` deployment; None if this router keeps responses itself.
+        place: where the record of usage is.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: AppConfig, keys: KeySource, engines: dict[str, Any], accountant: Any = None, store: Any = None
+        self,
+        config: AppConfig,
+        keys: KeySource,
+        engines: dict[str, Any],
+        accountant: Any = None,
+        store: Any = None,
+        place: RecordPlace | None = None,
     ) -> None:
         # Asynchronous, so that it runs on the requests' event loop: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
@@ -59,6 +68,8 @@ class RouterIngress:
         show_warnings()
         decline_upgrades()  # where clients reach the routers without Serve's proxy
         shared = ServeAccountantClient(accountant) if accountant is not None else None
+        ledger = ServeLedgerClient(accountant) if accountant is not None else None
+        when_away = config.limits.when_accountant_is_away
         self._batches: BatchRunner | None = None
         self._desk = own_desk(config.batches)
         self._directory = ModelDirectory(
@@ -66,7 +77,7 @@ class RouterIngress:
             {key: ServeEngineClient(handle) for key, handle in engines.items()},
             channel_host(config.token_channel.host),
             ServePeers(),
-            Access(keys, shared, config.limits.when_accountant_is_away),
+            Access(keys, shared, when_away, meter=Meter(place, ledger, when_away)),
         )
         self._store: ResponseStore | None = (
             ServeResponseStore(store) if store is not None else own_store(config.responses)

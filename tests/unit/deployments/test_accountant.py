@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from deployments.config import KeyLimits
+from deployments.accounts_config import KeyLimits
 from deployments.router.accountant import LEASE_S, MAX_IDLE_SHARE, RECOVERY_S, Accountant
 from deployments.router.accounts import Account
 from deployments.router.bucket import Bucket

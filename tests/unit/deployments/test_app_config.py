@@ -165,14 +165,15 @@ LIMITED = {"limits": {"per_key": {"requests_per_min": 5}}}
     ("args", "has_accountant"),
     [
         ({"router": {"num_replicas": 2}}, False),
-        ({"router": {"num_replicas": 2}, "api_keys": ["sk-one"]}, False),
+        ({"router": {"num_replicas": 2}, "api_keys": ["sk-one"]}, True),
+        ({"router": {"num_replicas": 2}, "accounts": {"record": "usage.jsonl"}}, True),
         ({"router": {"num_replicas": 2}, **LIMITED}, False),
         ({"router": {"num_replicas": 1}, "api_keys": ["sk-one"], **LIMITED}, False),
         ({"router": {"num_replicas": 2}, "api_keys": ["sk-one"], **LIMITED}, True),
         ({"router": {"num_replicas": 2}, "api_keys_file": "keys"}, True),
     ],
 )
-def test_an_accountant_is_bound_where_several_routers_may_share_limits(args, has_accountant, tmp_path, monkeypatch):
+def test_an_accountant_is_bound_where_several_routers_count_together(args, has_accountant, tmp_path, monkeypatch):
     (tmp_path / "keys").write_text("sk-one\n")
     if "api_keys_file" in args:  # which may get limits later
         args = {**args, "api_keys_file": str(tmp_path / "keys")}

@@ -16,7 +16,7 @@ from in_process import Service, ServiceFactory, emulated_config
 from openai import AsyncOpenAI
 from openai.types import Batch
 
-from deployments.config import KeyLimits
+from deployments.accounts_config import KeyLimits
 from deployments.router.keys import ApiKey
 
 FIRST, SECOND = "sk-first", "sk-second"

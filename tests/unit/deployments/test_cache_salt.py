@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given, strategies as st
 from in_process import Service, ServiceFactory, emulated_config, eventually
 
-from deployments.config import KeyLimits
+from deployments.accounts_config import KeyLimits
 from deployments.router.cache_salt import salt_of
 from deployments.router.keys import ApiKey
 from llm.serving.schemas import GenerationRequest

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from in_process import Service, ServiceFactory, emulated_config
 
-from deployments.config import AppConfig, KeyLimits, LimitsConfig
+from deployments.accounts_config import KeyLimits
+from deployments.config import AppConfig, LimitsConfig
 from deployments.router.bucket import Bucket
 from deployments.router.keys import ApiKey, find_keys
 from llm.errors import ConfigError

@@ -6,7 +6,8 @@ import hashlib
 import pytest
 from in_process import LocalClient, Service, ServiceFactory, emulated_config, end_service
 
-from deployments.config import AppConfig, KeyLimits
+from deployments.accounts_config import KeyLimits
+from deployments.config import AppConfig
 from deployments.router.keys import ApiKey
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}

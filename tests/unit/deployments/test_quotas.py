@@ -6,7 +6,8 @@ import hashlib
 import pytest
 from in_process import Service, ServiceFactory, emulated_config
 
-from deployments.config import AwayPolicy, KeyLimits
+from deployments.accounts_config import KeyLimits
+from deployments.config import AwayPolicy
 from deployments.errors import AccountantAwayError
 from deployments.router.access import Access
 from deployments.router.accountant import Accountant

@@ -1,0 +1,264 @@
+"""Where a router's entries wait until the record has them.
+
+A spool is two files on the router's node. `*.spool` holds entries, one JSON object a line, and is locked while its
+router lives; `*.open` holds what open requests have used so far. Both outlive a router that is killed: another router
+of the node finds the unlocked file, adds an entry for each request that was open, and delivers what is left.
+"""
+
+import fcntl
+import logging
+import os
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from deployments.usage.entries import REFUSED, Entry, moment
+from deployments.usage.open_requests import OpenRequests, last_number, left_open
+from llm.errors import ConfigError
+
+logger = logging.getLogger("ray.serve")
+
+_SUFFIX, _OPEN_SUFFIX = ".spool", ".open"
+_MAX_BATCH_BYTES = 256 << 10
+_TRUNCATE_BYTES = 1 << 20
+_MAX_IN_MEMORY = 100_000
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Entry).decode
+
+
+class Spool(Protocol):
+    """Keeps a router's entries until the record has them. One user at a time."""
+
+    writer: str
+
+    def open(self, entry: Entry, at: float) -> int | None:
+        """Note that a request begins; returns the number to name it by, None if it is not noted."""
+        ...
+
+    def note(self, number: int, count: int, at: float) -> None:
+        """Note how many tokens an open request has generated, or how many requests were refused."""
+        ...
+
+    def add(self, entry: Entry, number: int | None) -> None:
+        """Keep an entry; the open request of this number has ended."""
+        ...
+
+    def batch(self) -> list[Entry]:
+        """The next entries to deliver, in order; the same ones until they are dropped."""
+        ...
+
+    def drop_batch(self) -> None:
+        """Let go of the last batch: the record has it."""
+        ...
+
+    def close(self) -> None:
+        """Let another router take what is left."""
+        ...
+
+
+class MemorySpool:
+    """A `Spool` for where no record is kept. The oldest entries go if there are too many."""
+
+    def __init__(self) -> None:
+        self.writer = uuid.uuid4().hex
+        self._entries: deque[Entry] = deque(maxlen=_MAX_IN_MEMORY)
+        self._batch: list[Entry] = []
+
+    def open(self, entry: Entry, at: float) -> int | None:  # noqa: ARG002 - see `Spool`
+        """See `Spool`."""
+        return None
+
+    def note(self, number: int, count: int, at: float) -> None:
+        """See `Spool`."""
+
+    def add(self, entry: Entry, number: int | None) -> None:  # noqa: ARG002 - see `Spool`
+        """See `Spool`."""
+        self._entries.append(entry)
+
+    def batch(self) -> list[Entry]:
+        """See `Spool`."""
+        if not self._batch:
+            self._batch = [self._entries.popleft() for _ in range(min(len(self._entries), 1000))]
+        return self._batch
+
+    def drop_batch(self) -> None:
+        """See `Spool`."""
+        self._batch = []
+
+    def close(self) -> None:
+        """See `Spool`."""
+
+
+class FileSpool:
+    """A `Spool` that outlives its process.
+
+    An entry that cannot be written, because the disk is full, waits in memory and is written with the next one.
+
+    Args:
+        path: the file; it is created, or, if another router has left it, taken over.
+        fd: its descriptor, locked.
+        slots: the open requests of its router; None for a file that was taken over.
+    """
+
+    def __init__(self, path: Path, fd: int, slots: OpenRequests | None) -> None:
+        self.writer = path.stem
+        self._path = path
+        self._fd = fd
+        self._slots = slots
+        self._size = os.fstat(fd).st_size
+        self._delivered = 0
+        self._batch: list[Entry] = []
+        self._batch_end = 0
+        self._unwritten: deque[tuple[Entry, int | None]] = deque()
+
+    @classmethod
+    def create(cls, directory: Path) -> "FileSpool":
+        """The spool of a router that starts.
+
+        Raises:
+            ConfigError: the directory cannot be written to.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = directory / f"{uuid.uuid4().hex}{_SUFFIX}"
+            new = path.with_suffix(".new")
+            fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            slots = OpenRequests(path.with_suffix(_OPEN_SUFFIX))
+            new.rename(path)  # now that it is locked: an unlocked one would be taken for a dead router's
+        except OSError as error:
+            raise ConfigError(
+                f"accounts.spool: {directory} cannot be written to ({error.strerror}); name a directory of this node"
+            ) from None
+        return cls(path, fd, slots)
+
+    def open(self, entry: Entry, at: float) -> int | None:
+        """See `Spool`."""
+        return self._slots.open(_encode(entry), at) if self._slots is not None else None
+
+    def note(self, number: int, count: int, at: float) -> None:
+        """See `Spool`."""
+        if self._slots is not None:
+            self._slots.note(number, count, at)
+
+    def add(self, entry: Entry, number: int | None) -> None:
+        """See `Spool`. What it returns from is in the kernel's hands, and safe from the death of this process."""
+        self._unwritten.append((entry, number))
+        try:
+            while self._unwritten:
+                self._write(*self._unwritten[0])
+                self._unwritten.popleft()
+        except OSError as error:
+            logger.error("usage cannot be written to %s (%s); it waits in memory", self._path, error.strerror)
+
+    def batch(self) -> list[Entry]:
+        """See `Spool`."""
+        while not self._batch and self._delivered < self._size:
+            data = os.pread(self._fd, _MAX_BATCH_BYTES, self._delivered)
+            whole = data[: data.rfind(b"\n") + 1]
+            self._batch = list(_parsed(whole))
+            self._batch_end = self._delivered + len(whole)
+            if not self._batch:
+                self._delivered = self._batch_end if whole else self._size
+        return self._batch
+
+    def drop_batch(self) -> None:
+        """See `Spool`."""
+        if self._batch:
+            self._batch, self._delivered = [], self._batch_end
+        if self._delivered == self._size > _TRUNCATE_BYTES:
+            os.ftruncate(self._fd, 0)
+            self._size = self._delivered = self._batch_end = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything has been delivered."""
+        return self._delivered >= self._size and not self._unwritten
+
+    def close(self) -> None:
+        """See `Spool`."""
+        if self._slots is not None:
+            self._slots.close()
+        if self.is_empty:
+            self.remove()
+        else:
+            os.close(self._fd)
+
+    def remove(self) -> None:
+        """Delete the files, whose entries the record has."""
+        self._path.with_suffix(_OPEN_SUFFIX).unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def _write(self, entry: Entry, number: int | None) -> None:
+        line = _encode(entry) + b"\n"
+        if self._slots is not None:
+            self._slots.note_last(entry.seq)
+        try:
+            num_written = os.write(self._fd, line)
+            if num_written < len(line):
+                raise OSError(0, "only a part of it fits")
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(line)
+        if number is not None and self._slots is not None:
+            self._slots.free(number)
+
+
+def orphans(directory: Path) -> Iterator[FileSpool]:
+    """The spools that routers of this node have left, each locked and complete. The caller closes them."""
+    for path in sorted(directory.glob(f"*{_SUFFIX}")):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_APPEND)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_there = path.exists()  # whoever had the lock before may have deleted it
+        except BlockingIOError:
+            is_there = False
+        if not is_there:
+            os.close(fd)
+            continue
+        yield _complete(path, fd)
+
+
+def _complete(path: Path, fd: int) -> FileSpool:
+    """Add an entry for each request that was open when the spool's router was killed."""
+    data = path.read_bytes()
+    os.ftruncate(fd, data.rfind(b"\n") + 1)  # what follows was being written; its request counts as open
+    spool = FileSpool(path, fd, None)
+    known = list(_parsed(data[: data.rfind(b"\n") + 1]))
+    ended = {entry.opened for entry in known}
+    slots_path = path.with_suffix(_OPEN_SUFFIX)
+    slots = slots_path.read_bytes() if slots_path.exists() else b""
+    seq = max(last_number(slots), *(entry.seq for entry in known), 0)
+    for content, count, at in left_open(slots):
+        try:
+            entry = _decode(content)
+        except msgspec.MsgspecError:
+            continue
+        is_empty_tally = entry.outcome == REFUSED and not count
+        if entry.opened not in ended and not is_empty_tally:
+            seq += 1
+            spool.add(_as_left(entry, seq, count, at), None)
+    return spool
+
+
+def _as_left(entry: Entry, seq: int, count: int, at: float) -> Entry:
+    """The entry of a request that never ended, or of refusals that were still being counted."""
+    field = "num_requests" if entry.outcome == REFUSED else "output_tokens"
+    return msgspec.structs.replace(entry, seq=seq, at=moment(at), **{field: count})
+
+
+def _parsed(data: bytes) -> Iterator[Entry]:
+    for line in data.splitlines():
+        try:
+            yield _decode(line)
+        except msgspec.MsgspecError:
+            logger.error("a line of a spool with usage cannot be read and is left out")
