@@ -40,3 +40,7 @@ class KeyRevokedError(LLMError):
 
 class StoreAwayError(LLMError):
     """Stored responses cannot be read or written."""
+
+
+class CatalogAwayError(LLMError):
+    """The catalog of adapters cannot be reached."""
