@@ -101,6 +101,8 @@ class EmulationConfig(StrictModel):
     """Context length in tokens."""
     start_s: float = Field(default=0.0, ge=0)
     """How long a replica takes to start, as loading a model does."""
+    adapter_load_s: float = Field(default=0.05, ge=0)
+    """How long it takes to load an adapter. It holds up to `engine.max_adapters` of them."""
     fault_dir: str | None = None
     """Directory for breaking single engines: while it holds a file named after an engine's process id, each step of
     that engine does what the file says (`fail`, `break`, `hang` or `kill`). Steps of a real engine meet a device-side
