@@ -1,9 +1,9 @@
-"""Which adapters a model is served with, beside itself; a part of `ModelConfig`."""
+"""Settings of the adapters that requests for a model may choose; a part of `ServedModelConfig`."""
 
 import re
-from typing import Self
+from collections import Counter
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from llm.config import StrictModel
 
@@ -38,38 +38,26 @@ class AdapterEntry(StrictModel):
         return check_adapter_name(name)
 
 
-class AdapterFields(StrictModel):
-    """Which adapters requests for a model may choose. `ModelConfig` has these fields too."""
+def check_roots(roots: tuple[str, ...]) -> tuple[str, ...]:
+    """The value of `adapter_roots`, if it can be used.
 
-    adapters: tuple[AdapterEntry, ...] = ()
-    """Adapters that requests may name as their `model`, each with `name` and `path`. They need `engine.max_adapters`,
-    and their directories must be in the same place on the nodes of routers and replicas."""
-    adapter_folder: str | None = Field(default=None, min_length=1)
-    """A directory that is watched: each of its subdirectories that holds an `adapter_config.json` is an adapter of that
-    name. New, changed and removed ones take effect within seconds."""
-    adapter_roots: tuple[str, ...] = ()
-    """Directories whose adapters administrators may load by `/v1/load_lora_adapter`, at any depth. Empty for none."""
-    max_known_adapters: int = Field(default=1_000, ge=1, le=100_000)
-    """Most adapters that requests may name, from all three of these sources together."""
+    Raises:
+        ValueError: it cannot.
+    """
+    if any(not re.match(r"[/~]", root) for root in roots):
+        raise ValueError("adapter_roots holds a relative path; give absolute ones")
+    return roots
 
-    @field_validator("adapter_roots")
-    @classmethod
-    def _check_roots(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not re.match(r"[/~]", root) for root in roots):
-            raise ValueError("adapter_roots holds a relative path; give absolute ones")
-        return roots
 
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        names = [entry.name for entry in self.adapters]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"adapters has two entries named {twice!r}; give one of them another name")
-        if len(names) > self.max_known_adapters:
-            raise ValueError(f"adapters has {len(names)} entries; raise max_known_adapters to at least that")
-        return self
+def check_entries(entries: tuple[AdapterEntry, ...], max_known: int) -> None:
+    """Check that entries have different names, and are not too many.
 
-    @property
-    def names_adapters(self) -> bool:
-        """Whether any adapter can be served."""
-        return bool(self.adapters or self.adapter_folder or self.adapter_roots)
+    Raises:
+        ValueError: they have not, or are.
+    """
+    names = [entry.name for entry in entries]
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise ValueError(f"adapters: two entries have the name {twice[0]!r}; give one of them another name")
+    if len(names) > max_known:
+        raise ValueError(f"adapters: there are {len(names)} entries; raise max_known_adapters to at least that")

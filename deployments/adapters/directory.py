@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.checkpoint.adapter_digest import ADAPTER_FILES, adapter_digest
+from llm.checkpoint.hub import find_local_checkpoint
 from llm.checkpoint.json_files import read_json
 from llm.errors import CheckpointError, ConfigError
 
@@ -27,12 +28,12 @@ class AdapterRules:
     Attributes:
         max_rank: the largest rank that the engines take.
         max_bytes: the most bytes that its weights may have.
-        checkpoint: directory of the model whose shape it must fit; None if that is not known here.
+        model: the model whose shape it must fit, if its checkpoint is on this machine; None for any.
     """
 
     max_rank: int
     max_bytes: int
-    checkpoint: str | None = None
+    model: str | None = None
 
 
 def signature_of(directory: Path) -> Signature | None:
@@ -63,10 +64,11 @@ def read_adapter(directory: Path, rules: AdapterRules) -> str:
     _check_files(directory, rules)
     _check_rank(directory / CONFIG_FILE, rules.max_rank)
     _check_header(directory / WEIGHTS_FILE)
-    if rules.checkpoint is not None:
+    checkpoint = find_local_checkpoint(rules.model) if rules.model is not None else None
+    if checkpoint is not None:
         from llm.checkpoint.adapter import check_lora  # brings PyTorch, which routers do without
 
-        check_lora(_shape_of(rules.checkpoint), directory)
+        check_lora(_shape_of(checkpoint), directory)
     digest = adapter_digest(directory)
     if signature_of(directory) != before:
         raise CheckpointError(f"{directory} is being changed; try again once its files are complete")
@@ -134,7 +136,7 @@ def _check_header(path: Path) -> None:
 
 
 @lru_cache(maxsize=64)
-def _shape_of(checkpoint: str) -> "ModelConfig":
+def _shape_of(checkpoint: Path) -> "ModelConfig":
     from llm.checkpoint.loading import check_checkpoint
 
-    return check_checkpoint(Path(checkpoint)).config
+    return check_checkpoint(checkpoint).config

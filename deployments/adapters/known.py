@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from deployments.adapters.catalog import Catalog
 from deployments.adapters.messages import Ask, KnownAdapter, LoadOrder, OrderRefusal, Outcome, Reply, Wish
 from deployments.errors import CatalogAwayError
 
@@ -14,6 +13,7 @@ logger = logging.getLogger("ray.serve")
 
 _INTERVAL_S = 0.5
 _TIMEOUT_S = 2.0
+_MOST_WAIT_S, _WAIT_INTERVAL_S = 10.0, 0.05
 
 
 class CatalogClient(Protocol):
@@ -30,34 +30,6 @@ class CatalogClient(Protocol):
     async def unload(self, name: str) -> Outcome:
         """See `Catalog.unload`."""
         ...
-
-
-class OwnCatalog:
-    """A catalog in the process of its only router.
-
-    Args:
-        catalog: not started yet.
-    """
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        catalog.start()
-
-    async def exchange(self, ask: Ask) -> Reply:
-        """See `CatalogClient`."""
-        return self._catalog.exchange(ask)
-
-    async def load(self, order: LoadOrder) -> Outcome:
-        """See `CatalogClient`."""
-        return await self._catalog.load(order)
-
-    async def unload(self, name: str) -> Outcome:
-        """See `CatalogClient`."""
-        return await self._catalog.unload(name)
-
-    def close(self) -> None:
-        """Stop following the directories."""
-        self._catalog.close()
 
 
 class KnownAdapters:
@@ -100,12 +72,17 @@ class KnownAdapters:
         if self._client is not None and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._follow())
 
+    async def wait_until_settled(self) -> None:
+        """Wait until the first adapters are read, for a while: routers that are to be replaced serve meanwhile, and
+        tell the catalog what they remember."""
+        deadline = self._clock() + _MOST_WAIT_S
+        while not self._is_settled and self._clock() < deadline:
+            await asyncio.sleep(_WAIT_INTERVAL_S)
+
     def close(self) -> None:
-        """Stop following, and end a catalog of its own."""
+        """Stop following."""
         if self._task is not None:
             self._task.cancel()
-        if isinstance(self._client, OwnCatalog):
-            self._client.close()
 
     def find(self, name: str) -> tuple[KnownAdapter, ...]:
         """The adapters of this name, one for each entry of its model that takes it; none if there is no such name."""
@@ -117,9 +94,9 @@ class KnownAdapters:
             await self.refresh()
         return self.find(name)
 
-    def all(self) -> Sequence[KnownAdapter]:
-        """One adapter for each name, in their order."""
-        return [self._adapters[name][0] for name in sorted(self._adapters)]
+    def all(self) -> Sequence[tuple[KnownAdapter, ...]]:
+        """The adapters of each name, as `find` returns them, in the order of the names."""
+        return [self._adapters[name] for name in sorted(self._adapters)]
 
     def names_of(self, digests: Iterable[str]) -> list[str]:
         """A name of each adapter with one of these digests, in order; those that have no name anymore are left out."""

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from deployments.chat.wire_model import UNSUPPORTED
 from deployments.errors import (
     AccountantAwayError,
+    CatalogAwayError,
     DeadlineError,
     KeyRevokedError,
     NoReplicaError,
@@ -114,6 +115,9 @@ def of_engine(error: LLMError) -> APIError:
         return APIError(503, str(error), type=SERVER_ERROR, code="shutting_down", headers={"Retry-After": "10"})
     if isinstance(error, AccountantAwayError):
         return APIError(503, str(error), type=SERVER_ERROR, code="limits_unavailable", headers={"Retry-After": "2"})
+    if isinstance(error, CatalogAwayError):
+        message = f"The list of adapters cannot be reached at the moment: {error}"
+        return APIError(503, message, type=SERVER_ERROR, code="adapters_unavailable", headers={"Retry-After": "2"})
     if isinstance(error, StoreAwayError):
         message = f"Stored responses cannot be reached at the moment: {error}"
         return APIError(503, message, type=SERVER_ERROR, code="store_unavailable", headers={"Retry-After": "2"})

@@ -146,6 +146,7 @@ class Generation:
             num_moves=self.num_resumes,
             timeline=self.timeline,
             span=caller.span,
+            adapter=self.request.adapter.name if self.request.adapter is not None else "",
         )
 
     def take_item(self, item: TokenItem, replica_id: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
+from deployments.adapters.known import KnownAdapters
 from deployments.api.application import create_api
 from deployments.api.in_process_calls import create_runner
 from deployments.api.openai.response_store import ResponseStore, own_store
@@ -25,6 +26,7 @@ from deployments.router.access import Access
 from deployments.router.directory import ModelDirectory
 from deployments.router.keys import KeySource
 from deployments.serve.accountant import ServeAccountantClient
+from deployments.serve.adapter_catalog import ServeCatalogClient
 from deployments.serve.banner import AnnouncedModel, Announcement, ready_banner
 from deployments.serve.engine_client import ServeEngineClient
 from deployments.serve.response_store import ServeResponseStore
@@ -48,10 +50,17 @@ class RouterIngress:
         engines: handles of the deployments with engine replicas, by the keys of `AppConfig.by_key`.
         accountant: handle of the `Accountant` deployment; None if there is none.
         store: handle of the `ResponseStore` deployment; None if this router keeps responses itself.
+        catalog: handle of the `AdapterCatalog` deployment; None if no model takes adapters.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: AppConfig, keys: KeySource, engines: dict[str, Any], accountant: Any = None, store: Any = None
+        self,
+        config: AppConfig,
+        keys: KeySource,
+        engines: dict[str, Any],
+        accountant: Any = None,
+        store: Any = None,
+        catalog: Any = None,
     ) -> None:
         # Asynchronous, so that it runs on the requests' event loop: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
@@ -67,11 +76,13 @@ class RouterIngress:
             channel_host(config.token_channel.host),
             ServePeers(),
             Access(keys, shared, config.limits.when_accountant_is_away),
+            KnownAdapters(ServeCatalogClient(catalog) if catalog is not None else None),
         )
         self._store: ResponseStore | None = (
             ServeResponseStore(store) if store is not None else own_store(config.responses)
         )
         await self._directory.wait_for_own_versions()
+        await self._directory.adapters.wait_until_settled()
         loop = asyncio.get_running_loop()
         self._banner = loop.create_task(self._print_banner())
         self._joining = None

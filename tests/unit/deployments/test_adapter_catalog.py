@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from in_process import DEMO, eventually
+from own_catalog import OwnCatalog
 from small_adapters import write_adapter
 
-from deployments.adapters import catalog as catalog_module
+from deployments.adapters import catalog as catalog_module, follower as follower_module
 from deployments.adapters.catalog import Catalog, CatalogModel
 from deployments.adapters.directory import AdapterRules, read_adapter
 from deployments.adapters.follower import AdapterFollower
-from deployments.adapters.known import KnownAdapters, OwnCatalog
+from deployments.adapters.known import KnownAdapters
 from deployments.adapters.messages import (
     Ask,
     LoadOrder,
@@ -30,7 +31,7 @@ from deployments.adapters.messages import (
 )
 from deployments.errors import CatalogAwayError
 from llm.checkpoint.adapter_digest import adapter_digest
-from llm.errors import LLMError
+from llm.errors import CheckpointError, LLMError
 
 RULES = AdapterRules(max_rank=8, max_bytes=1 << 30)
 
@@ -198,6 +199,31 @@ def test_a_folder_that_cannot_be_read_keeps_what_it_had(tmp_path):
     assert "adapter_folder" in one.faults[""]
 
 
+def test_an_adapter_from_the_hub_is_asked_for_again(tmp_path, monkeypatch):
+    """Others are served meanwhile."""
+    now, asked = 0.0, []
+    there = write_adapter(tmp_path / "downloaded")
+
+    def resolve(name: str) -> Path:
+        asked.append(name)
+        if len(asked) < 2:
+            raise CheckpointError("no network")
+        return there
+
+    monkeypatch.setattr(follower_module, "resolve_model_path", resolve)
+    local = str(write_adapter(tmp_path / "local"))
+    one = follower(entries={"far": "org/name", "near": local}, clock=lambda: now)
+    assert look(one, 3) == ["near"]
+    assert one.is_settled
+    assert one.faults == {"far": "no network"}
+    assert asked == ["org/name"]
+    now = 60.0
+    assert look(one, 3) == ["far", "near"]
+    assert one.found["far"].path == str(there)
+    assert one.faults == {}
+    assert len(asked) == 2
+
+
 class FarCatalog:
     """A `CatalogClient` whose messages are encoded, and whose catalog may be away or start again."""
 
@@ -315,7 +341,7 @@ async def test_orders_that_are_refused(tmp_path, quick, order, param, why):
     model = catalog_model(tmp_path, entries=(("kept", str(tmp_path / "a")),))
     own = OwnCatalog(Catalog([model], ["demo"], recovery_s=0))
     known = KnownAdapters(own)
-    await eventually(lambda: own._catalog.is_settled)
+    await eventually(lambda: own.catalog.is_settled)
     order = {"name": "new", **order, "path": order["path"].replace("{roots}", str(roots))}
     refusal = await known.load(LoadOrder(**order, replaces=True))
     assert refusal is not None
@@ -325,6 +351,7 @@ async def test_orders_that_are_refused(tmp_path, quick, order, param, why):
     assert kept is not None
     assert "the setting adapters" in kept.message
     known.close()
+    own.catalog.close()
 
 
 async def test_entries_of_one_model_take_the_same_adapter_and_other_models_do_not(tmp_path, quick):
@@ -340,7 +367,7 @@ async def test_entries_of_one_model_take_the_same_adapter_and_other_models_do_no
     ]
     own = OwnCatalog(Catalog(models, ["demo", "other"], recovery_s=0))
     known = KnownAdapters(own)
-    await eventually(lambda: own._catalog.is_settled)
+    await eventually(lambda: own.catalog.is_settled)
     await known.refresh()
     assert [one.key for one in known.find("shared")] == ["demo", "demo-2"]
     assert len({one.digest for one in known.find("shared")}) == 2
@@ -352,6 +379,7 @@ async def test_entries_of_one_model_take_the_same_adapter_and_other_models_do_no
     assert await known.load(LoadOrder("b", str(adapter), "demo")) is None
     assert [one.key for one in known.find("b")] == ["demo", "demo-2"]
     known.close()
+    own.catalog.close()
 
 
 async def test_a_router_does_not_say_there_is_none_before_all_are_read(tmp_path, quick, monkeypatch):
@@ -363,7 +391,7 @@ async def test_a_router_does_not_say_there_is_none_before_all_are_read(tmp_path,
     assert not known.is_settled
     await known.refresh()
     assert not known.is_settled
-    await eventually(lambda: own._catalog.is_settled)
+    await eventually(lambda: own.catalog.is_settled)
     num_asked, exchange = 0, own.exchange
 
     async def counted(ask: Ask) -> Reply:
@@ -377,6 +405,7 @@ async def test_a_router_does_not_say_there_is_none_before_all_are_read(tmp_path,
     assert sum(bool(one) for one in found) == 50
     assert num_asked <= 2
     assert known.is_settled
-    assert [one.name for one in known.all()] == list("01234")
+    assert [one.name for (one,) in known.all()] == list("01234")
     assert known.names_of([known.find("3")[0].digest, "?"]) == ["0"], "all five are the same adapter"
     known.close()
+    own.catalog.close()
