@@ -42,5 +42,13 @@ class StoreAwayError(LLMError):
     """Stored responses cannot be read or written."""
 
 
+class AdapterUnavailableError(LLMError):
+    """An engine could not load a request's adapter; `code` says why."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class CatalogAwayError(LLMError):
     """The catalog of adapters cannot be reached."""

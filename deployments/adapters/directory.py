@@ -66,9 +66,9 @@ def read_adapter(directory: Path, rules: AdapterRules) -> str:
     _check_header(directory / WEIGHTS_FILE)
     checkpoint = find_local_checkpoint(rules.model) if rules.model is not None else None
     if checkpoint is not None:
-        from llm.checkpoint.adapter import check_lora  # brings PyTorch, which routers do without
+        from llm.checkpoint.adapter import check_adapter  # brings PyTorch, which routers do without
 
-        check_lora(_shape_of(checkpoint), directory)
+        check_adapter(_shape_of(checkpoint), directory, max_rank=rules.max_rank)
     digest = adapter_digest(directory)
     if signature_of(directory) != before:
         raise CheckpointError(f"{directory} is being changed; try again once its files are complete")
