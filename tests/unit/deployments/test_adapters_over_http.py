@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from in_process import DEMO, Service, ServiceFactory, emulated_config, eventually
 from small_adapters import write_adapter
+from test_model_directory import entry, platform, serving
 
 from deployments.adapters import catalog as catalog_module, known as known_module
 from deployments.router.keys import ApiKey
@@ -276,3 +277,36 @@ async def test_a_catalog_that_is_away_changes_nothing(service: Service, tmp_path
 def test_settings_that_cannot_work(settings, why):
     with pytest.raises(ValueError, match=why):
         emulated_config(**settings)
+
+
+async def test_several_models_have_adapters_of_their_own(tmp_path: Path):
+    """A canary's entries share the requests for an adapter, each with its own files; other models have other names."""
+    for place in ("v1/tuned", "v2/tuned", "roots/new"):
+        write_adapter(tmp_path / place, seed=len(place))
+    write_adapter(tmp_path / "v2" / "tuned", seed=2)
+    settings: dict[str, Any] = {"engine": ENGINE, "adapter_roots": [str(tmp_path / "roots")]}
+    config = platform(
+        entry("chat", weight=0.5, adapter_folder=str(tmp_path / "v1"), **settings),
+        entry("chat", weight=0.5, adapter_folder=str(tmp_path / "v2"), variant="v2", **settings),
+        entry("small", aliases=["tiny"], **settings),
+        allow_admin_without_keys=True,
+    )
+    async with serving(config) as service:
+        await eventually(lambda: service.directory.adapters.is_settled)
+        answers: dict[str, set[str]] = {}
+        for session in map(str, range(24)):
+            for _ in range(2):
+                body = {"model": "tuned", "prompt": "abc", "max_tokens": 12, "ignore_eos": True}
+                answer = await service.http.post("/v1/completions", json=body, headers={"X-Session-Id": session})
+                answers.setdefault(session, set()).add(answer.json()["choices"][0]["text"])
+        assert {len(texts) for texts in answers.values()} == {1}, "a session stays with its entry"
+        assert len(set.union(*answers.values())) == 2, "both entries answer"
+        listed = (await service.http.get("/v1/models")).json()["data"]
+        assert [(one["id"], one["parent"]) for one in listed] == [("chat", None), ("small", None), ("tuned", "chat")]
+
+        path = str(tmp_path / "roots" / "new")
+        unnamed = await load(service, lora_name="new", lora_path=path)
+        assert unnamed.json()["error"]["param"] == "model"
+        assert (await load(service, lora_name="new", lora_path=path, model="tiny")).status_code == 200
+        assert await text(service, "new")
+        assert service.directory.routers[2].journal.num_requests == 1
