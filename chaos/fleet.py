@@ -273,6 +273,7 @@ def _is_idle(stats: dict[str, Any]) -> bool:
 
 
 def pids_of(prefix: str) -> list[int]:
+    """Processes whose command line begins with a text."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -7,6 +7,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+from deployments.adapters.models import catalog_models, names_of_models
 from deployments.config import AppConfig, resolve_paths, without_secrets
 from deployments.fingerprint import fingerprint_of
 from deployments.fleet.autoscaling import EnginePolicy
@@ -14,6 +15,7 @@ from deployments.fleet.engine_use import targets_of
 from deployments.model_config import AutoscalingConfig, ReplicasConfig, ServedModelConfig, for_engines, restart_key
 from deployments.router.keys import KeySource, find_keys
 from deployments.serve.accountant import AccountantReplica
+from deployments.serve.adapter_catalog import AdapterCatalogReplica
 from deployments.serve.cluster import gpus_a_replica, gpus_now, may_nodes_join
 from deployments.serve.config_file import check_model
 from deployments.serve.engine_deployment import ServeEngineReplica
@@ -54,6 +56,8 @@ def build_app(args: AppConfig) -> Application:
         check_model(entry)
     if config.public_url is None and front_end is not None:
         config = config.model_copy(update={"public_url": front_end.url})
+    if config.allow_admin_without_keys is None:
+        config = config.model_copy(update={"allow_admin_without_keys": front_end is not None and front_end.is_local})
     names, entries = engine_names(config), config.by_key
     engines = {key: _engines(names[key], entry) for key, entry in entries.items()}
     num_routers = config.router.num_replicas
@@ -67,7 +71,11 @@ def build_app(args: AppConfig) -> Application:
         if _needs_store(config)
         else None
     )
-    return _router_deployment(config).bind(config, keys, engines, accountant, store, place)
+    models, taken = catalog_models(config), names_of_models(config)
+    catalog = (
+        with_own_version(_catalog_deployment(config).bind(models, taken), repr((models, taken))) if models else None
+    )
+    return _router_deployment(config).bind(config, keys, engines, accountant, store, place, catalog)
 
 
 def _needs_accountant(config: AppConfig, keys: KeySource, place: RecordPlace) -> bool:
@@ -86,6 +94,10 @@ def _accountant_deployment(config: AppConfig) -> Any:
 
 def _store_deployment(config: AppConfig) -> Any:
     return _shared_deployment(config, ResponseStoreReplica, "ResponseStore")
+
+
+def _catalog_deployment(config: AppConfig) -> Any:
+    return _shared_deployment(config, AdapterCatalogReplica, "AdapterCatalog")
 
 
 def _shared_deployment(config: AppConfig, deployed: type, name: str) -> Any:

@@ -146,6 +146,9 @@ class PlatformConfig(StrictModel):
     """Environment variable with keys separated by commas; read when the application is deployed."""
     allow_open_without_keys: bool = False
     """Start without keys even where Serve's HTTP port is open to other machines."""
+    allow_admin_without_keys: bool | None = None
+    """If there are no keys, let everyone do what is for administrators, such as loading adapters. None for only where
+    Serve's HTTP port is not open to other machines."""
     public_url: str | None = None
     """Address for the ready banner; None for this machine and Serve's HTTP port."""
 
@@ -182,6 +185,7 @@ class AppConfig(PlatformConfig, ServedModelConfig):
         if any("model" not in entry.model_fields_set for entry in self.models):
             raise ValueError("models: an entry does not say which `model` it serves")
         check_names(self.models)
+        check_adapter_names(self.entries)
         return self
 
     @property
@@ -234,6 +238,24 @@ def check_names(entries: tuple[ServedModelConfig, ...]) -> None:
     same = [key for key, number in Counter(keys_of(entries)).items() if number > 1]
     if same:
         raise ValueError(f"models: two entries come to {same[0]!r} by name and variant; give each its own `variant`")
+
+
+def check_adapter_names(entries: tuple[ServedModelConfig, ...]) -> None:
+    """Check that the name of an adapter stands for nothing else.
+
+    Raises:
+        ValueError: it does; one line with the fix.
+    """
+    if not any(entry.adapters for entry in entries):
+        return
+    models = {name for entry in entries for name in entry.names}
+    named: dict[str, str] = {}
+    for entry in entries:
+        for adapter in entry.adapters:
+            if adapter.name in models:
+                raise ValueError(f"adapters: {adapter.name!r} is the name of a model; give the adapter another name")
+            if named.setdefault(adapter.name, entry.model_name) != entry.model_name:
+                raise ValueError(f"adapters: two models have one named {adapter.name!r}; each name must stand for one")
 
 
 def resolve_paths(config: AppConfig) -> AppConfig:

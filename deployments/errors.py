@@ -44,3 +44,15 @@ class StoreAwayError(LLMError):
 
 class RecordAwayError(LLMError):
     """The record of usage cannot be reached."""
+
+
+class AdapterUnavailableError(LLMError):
+    """An engine could not load a request's adapter; `code` says why."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class CatalogAwayError(LLMError):
+    """The catalog of adapters cannot be reached."""

@@ -4,8 +4,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from deployments.adapters_config import AdapterEntry, check_entries, check_roots
 from deployments.vectors_config import EmbeddingsConfig, ScoringConfig
 from llm.checkpoint.hub import is_gguf
 from llm.config import EngineConfig, StrictModel
@@ -101,6 +102,8 @@ class EmulationConfig(StrictModel):
     """Context length in tokens."""
     start_s: float = Field(default=0.0, ge=0)
     """How long a replica takes to start, as loading a model does."""
+    adapter_load_s: float = Field(default=0.05, ge=0)
+    """How long it takes to load an adapter. It holds up to `engine.max_adapters` of them."""
     fault_dir: str | None = None
     """Directory for breaking single engines: while it holds a file named after an engine's process id, each step of
     that engine does what the file says (`fail`, `break`, `hang` or `kill`). Steps of a real engine meet a device-side
@@ -214,6 +217,17 @@ class ServedModelConfig(StrictModel):
     entry of a name is called `2`, and so on; with it, the entry keeps its replicas when the others are removed."""
     lora: str | None = None
     """Directory of a PEFT adapter that is merged into the weights."""
+    adapters: tuple[AdapterEntry, ...] = ()
+    """Adapters that requests may choose by name as their `model`. They need room in `engine.max_adapters`, and their
+    directories must be in the same place on the nodes of routers and replicas."""
+    adapter_folder: str | None = Field(default=None, min_length=1)
+    """A directory that is watched: each subdirectory that holds an `adapter_config.json` is an adapter of that name.
+    New, changed and removed ones take effect within seconds."""
+    adapter_roots: Annotated[tuple[str, ...], AfterValidator(check_roots)] = ()
+    """Directories whose adapters administrators may load with `/v1/load_lora_adapter`, at any depth; none by
+    default."""
+    max_known_adapters: int = Field(default=1_000, ge=1, le=100_000)
+    """Most adapters that requests may choose, from all of these sources together."""
     chat_template: str | None = Field(default=None, min_length=1)
     """File with a chat template in Jinja, used in place of the checkpoint's; or the template itself. It also says how
     tools are described to the model."""
@@ -233,6 +247,13 @@ class ServedModelConfig(StrictModel):
     scoring: ScoringConfig = ScoringConfig()
 
     @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        check_entries(self.adapters, self.max_known_adapters)
+        if self.may_have_adapters and not self.engine.max_adapters:
+            raise ValueError("adapters need room on the device: set engine.max_adapters to how many may run at once")
+        return self
+
+    @model_validator(mode="after")
     def _check_gpus(self) -> Self:
         set_aside, needed = self.replicas.num_gpus, self.engine.tensor_parallel_size
         if needed > 1 and set_aside not in (None, 0) and set_aside != needed:
@@ -240,6 +261,11 @@ class ServedModelConfig(StrictModel):
                 f"replicas.num_gpus: {set_aside:g} is not engine.tensor_parallel_size: {needed}; leave the first out"
             )
         return self
+
+    @property
+    def may_have_adapters(self) -> bool:
+        """Whether there is any place that adapters may come from."""
+        return bool(self.adapters or self.adapter_folder or self.adapter_roots)
 
     @property
     def model_name(self) -> str:
@@ -265,7 +291,10 @@ class ServedModelConfig(StrictModel):
         return tuple(dict.fromkeys((self.model_name, *self.aliases)))
 
 
-_OF_ROUTERS = ("aliases", "weight", "variant", "admission", "tool_parser", "reasoning_parser", "embeddings", "scoring")
+_OF_ROUTERS = (
+    "aliases", "weight", "variant", "admission", "tool_parser", "reasoning_parser", "embeddings", "scoring",
+    "adapters", "adapter_folder", "adapter_roots", "max_known_adapters",
+)  # fmt: skip
 """Settings of a model that its engines have no use for."""
 _OF_SERVE = {
     "num_replicas", "autoscaling", "num_gpus", "num_cpus", "max_ongoing_requests", "graceful_shutdown_timeout_s",
@@ -301,8 +330,16 @@ def resolve_model(config: ServedModelConfig) -> ServedModelConfig:
             changes[name] = str(place)
     changes["chat_template"] = read_chat_template(config)
     changes["scoring"] = config.scoring.with_template_read()
+    changes["adapters"] = tuple(map(_resolve_adapter, config.adapters))
+    if config.adapter_folder is not None:
+        changes["adapter_folder"] = str(Path(config.adapter_folder).expanduser().absolute())
     resolved = config.model_copy(update=changes)
     return resolved.model_copy(update={"served_model_name": resolved.model_name})
+
+
+def _resolve_adapter(entry: AdapterEntry) -> AdapterEntry:
+    path = Path(entry.path).expanduser()
+    return entry.model_copy(update={"path": str(path.absolute())}) if path.is_dir() else entry
 
 
 def read_chat_template(config: ServedModelConfig) -> str | None:

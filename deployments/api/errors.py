@@ -97,6 +97,14 @@ def model_not_found(name: str, names: Sequence[str] = ()) -> APIError:
     return APIError(404, message, param="model", code="model_not_found")
 
 
+def adapters_loading(name: str) -> APIError:
+    """The error for an unknown name while adapters are still being read, one of which may have it."""
+    return APIError(
+        503, f"There is no model {name[:100]!r} yet, and adapters are still being read; try again in a few seconds",
+        type=SERVER_ERROR, param="model", code="adapters_loading", headers={"Retry-After": "3"},
+    )  # fmt: skip
+
+
 def too_many_open() -> APIError:
     """The error for a router that has reached its limit of open requests."""
     return APIError(

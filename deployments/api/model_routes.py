@@ -5,6 +5,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.adapters.messages import KnownAdapter
 from deployments.api.answering import json_response
 from deployments.api.errors import model_not_found
 from deployments.api.openai.responses import ModelList, ModelObject, Status
@@ -36,13 +37,19 @@ class ModelEndpoints:
         ]
 
     async def models(self, request: Request) -> Response:
-        """List the models that the API key may use, with their aliases and states."""
+        """List the models and then the adapters that the API key may use, with their aliases and states."""
         found = [self._describe(self._directory.find(name)) for name in self._names_for(request)]
-        return json_response({"object": "list", "data": found})
+        known = [adapters for adapters in self._directory.adapters.all() if may_use(request, adapters[0].name)]
+        return json_response({"object": "list", "data": [*found, *map(self._describe_adapter, known)]})
 
     async def model(self, request: Request) -> Response:
-        """Describe one model, by its name or an alias."""
-        return json_response(self._describe(self._find(request, request.path_params["model"])))
+        """Describe one model, by its name or an alias, or one adapter."""
+        name = request.path_params["model"]
+        if not self._directory.find(name) and may_use(request, name):
+            adapters = await self._directory.adapters.find_anew(name)
+            if adapters:
+                return json_response(self._describe_adapter(adapters))
+        return json_response(self._describe(self._find(request, name)))
 
     async def ready(self, request: Request) -> Response:
         """Answer 200 while requests for any model can be answered: a replica serves, or one starts when a request
@@ -76,7 +83,17 @@ class ModelEndpoints:
             "object": "model",
             "created": self._directory.started_at,
             "owned_by": "rayline",
+            "root": routers[0].config.model,
+            "parent": None,
             "max_model_len": min((info.max_seq_len for info in infos), default=None),
             "aliases": list(dict.fromkeys(alias for router in routers for alias in router.config.aliases)),
             "state": next(state for state in ModelState if state in states),
         }
+
+    def _describe_adapter(self, adapters: tuple[KnownAdapter, ...]) -> dict[str, Any]:
+        """An adapter, in the form of the model that it belongs to."""
+        keys = {adapter.key for adapter in adapters}
+        routers = tuple(router for router in self._directory.routers if router.key in keys)
+        model = self._describe(routers)
+        changes = {"id": adapters[0].name, "created": adapters[0].created, "aliases": []}
+        return {**model, **changes, "root": adapters[0].path, "parent": model["id"]}

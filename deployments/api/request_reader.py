@@ -11,7 +11,7 @@ from deployments.api.answer_headers import IGNORED_HEADER, add_header
 from deployments.api.anthropic.schemas import MessagesRequest
 from deployments.api.bodies import Body, parse, read_body
 from deployments.api.callers import caller_of, sheet_of, version_key_of
-from deployments.api.errors import model_not_found
+from deployments.api.errors import adapters_loading, model_not_found
 from deployments.api.openai.response_requests import ResponsesRequest
 from deployments.api.permissions import may_use
 from deployments.api.sse import until_disconnect
@@ -24,6 +24,7 @@ from deployments.chat.threads import INLINE_BYTES, TokenizerThreads
 from deployments.chat.turn import Turn
 from deployments.router.directory import ModelDirectory
 from deployments.router.router import Router
+from llm.serving.schemas import AdapterRef
 
 logger = logging.getLogger("ray.serve")
 
@@ -36,13 +37,15 @@ class Target:
 
     Attributes:
         chats: prepares and begins the answers of the model that the request is for.
-        name: the model's name, for the answer.
+        name: the name of the model or the adapter, for the answer.
         mark: what ids end with that tell which entry of the name made something; empty if there is only one.
+        adapter: the adapter that the request chooses; None for the model itself.
     """
 
     chats: ChatService
     name: str
     mark: str = ""
+    adapter: AdapterRef | None = None
 
     @property
     def router(self) -> Router:
@@ -78,14 +81,16 @@ class RequestReader:
         if ignored:
             add_header(request.scope, IGNORED_HEADER, header_value(ignored))
             logger.debug("fields ignored: %s", header_value(ignored))
+        if body.model and not self._directory.find(body.model):
+            await self._directory.adapters.find_anew(body.model)  # another router may have loaded it a moment ago
         return body, len(data)
 
     def target(self, request: Request, body: Body) -> Target:
-        """What answers a request with this body, by its `model`; without one, the only model.
+        """What answers a request with this body, by its `model`, which may be an adapter; without one, the only model.
 
         Raises:
             APIError: a 404, there is no such model, or the API key may not use it; a 400, there are several and the
-                body names none.
+                body names none; a 503, adapters are still being read.
         """
         names = [name for name in self._directory.names if may_use(request, *self._directory.names_of(name))]
         if not body.model and len(names) > 1:
@@ -93,10 +98,14 @@ class RequestReader:
         name = body.model or next(iter(names), "")
         continued = getattr(body, "previous_response_id", None) or ""
         router = self._directory.pick(name, version_key_of(request, body), continued)
-        if router is None or router.config.model_name not in names:
+        if router is None and not self._directory.adapters.is_settled:
+            raise adapters_loading(name)
+        if router is None or not may_use(request, *(self._directory.names_of(name) or (name,))):
             raise model_not_found(name, names)
-        sheet_of(request.scope).model = router.config.model_name
-        return Target(self._chats[router.key], router.config.model_name, self._directory.mark(router))
+        adapter = self._directory.adapter(name, router)
+        served = adapter.name if adapter is not None else router.config.model_name
+        sheet_of(request.scope).model = served
+        return Target(self._chats[router.key], served, self._directory.mark(router), adapter)
 
     async def prepared(
         self, request: Request, target: Target, body: Body, size: int, prepare: Callable[[PromptEncoder, Body], T]
@@ -133,4 +142,4 @@ class RequestReader:
 
         encoded, chat = await self.prepared(request, target, body, size, encode)
         caller = caller_of(request, chat.priority, chat.prompt_cache_key)
-        return await target.chats.chat(encoded, chat.stop_strings(), caller)
+        return await target.chats.chat(encoded, chat.stop_strings(), caller, target.adapter)

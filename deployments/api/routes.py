@@ -5,6 +5,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.api.adapter_routes import AdapterEndpoints
 from deployments.api.answering import AnswerWriter, answer, json_response
 from deployments.api.anthropic.message_writer import MessageWriter, message_failure
 from deployments.api.anthropic.schemas import CountTokensRequest, MessagesRequest
@@ -72,6 +73,7 @@ class Endpoints:
         self._vectors = VectorEndpoints(self._requests)
         self._models = ModelEndpoints(directory)
         self._usage = UsageEndpoints(directory.access)
+        self._adapters = AdapterEndpoints(directory, self._requests)
 
     def table(self) -> list[Route]:
         """Every route there is."""
@@ -104,6 +106,7 @@ class Endpoints:
             *self._vectors.table(),
             *self._models.table(),
             *self._usage.table(),
+            *self._adapters.table(),
             Route("POST", "/tokenize", self.tokenize, "Text or chat to tokens", Tokens, TokenizeRequest),
             Route("POST", "/detokenize", self.detokenize, "Tokens to text", Text, DetokenizeRequest),
             Route("GET", "/health", self.health, "Whether this router runs", Status, is_open=True),
@@ -130,7 +133,7 @@ class Endpoints:
         async def start() -> tuple[Turn, AnswerWriter]:
             chat = await self._requests.prepared(request, target, body, size, PromptEncoder.chat)
             caller = caller_of(request, body.priority, body.prompt_cache_key)
-            turn = await target.chats.chat(chat, body.stop_strings(), caller)
+            turn = await target.chats.chat(chat, body.stop_strings(), caller, target.adapter)
             return turn, _completion_writer(turn, target, body, is_chat=True, wants_logprobs=bool(body.logprobs))
 
         return await answer(request, start(), error_events, is_streamed=bool(body.stream))
@@ -143,7 +146,7 @@ class Endpoints:
         async def start() -> tuple[Turn, AnswerWriter]:
             completion = await self._requests.prepared(request, target, body, size, PromptEncoder.completion)
             caller = caller_of(request, body.priority, body.prompt_cache_key)
-            turn = await target.chats.completion(completion, body.stop_strings(), caller)
+            turn = await target.chats.completion(completion, body.stop_strings(), caller, target.adapter)
             return turn, _completion_writer(
                 turn,
                 target,

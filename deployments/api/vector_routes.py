@@ -67,7 +67,8 @@ class VectorEndpoints:
 
         async def embed() -> tuple[list[GenerationRequest], list[bytes]]:
             requests = await self._requests.prepared(request, target, body, size, prepare)
-            return requests, await target.router.vectors(requests, caller_of(request, body.priority))
+            caller = caller_of(request, body.priority)
+            return requests, await target.router.vectors(requests, caller, target.adapter)
 
         requests, vectors = await until_disconnect(request.receive, embed())
         num_tokens = sum(len(each.prompt_token_ids or ()) for each in requests)
@@ -106,7 +107,8 @@ class VectorEndpoints:
 
         async def compute() -> tuple[Sequence[float], int]:
             work = await self._requests.prepared(request, target, body, size, prepare)
-            vectors = await target.router.vectors(work.requests, caller_of(request, body.priority))
+            caller = caller_of(request, body.priority)
+            vectors = await target.router.vectors(work.requests, caller, target.adapter)
             return work.scores(vectors), work.num_tokens
 
         return await until_disconnect(request.receive, compute())

@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 from deployments.chat.wire_model import UNSUPPORTED
 from deployments.errors import (
     AccountantAwayError,
+    AdapterUnavailableError,
+    CatalogAwayError,
     DeadlineError,
     KeyRevokedError,
     NoReplicaError,
@@ -115,6 +117,13 @@ def of_engine(error: LLMError) -> APIError:
         return APIError(503, str(error), type=SERVER_ERROR, code="shutting_down", headers={"Retry-After": "10"})
     if isinstance(error, AccountantAwayError):
         return APIError(503, str(error), type=SERVER_ERROR, code="limits_unavailable", headers={"Retry-After": "2"})
+    if isinstance(error, AdapterUnavailableError):
+        return APIError(
+            503, str(error), type=SERVER_ERROR, param="model", code=error.code, headers={"Retry-After": "3"}
+        )
+    if isinstance(error, CatalogAwayError):
+        message = f"The list of adapters cannot be reached at the moment: {error}"
+        return APIError(503, message, type=SERVER_ERROR, code="adapters_unavailable", headers={"Retry-After": "2"})
     if isinstance(error, StoreAwayError):
         message = f"Stored responses cannot be reached at the moment: {error}"
         return APIError(503, message, type=SERVER_ERROR, code="store_unavailable", headers={"Retry-After": "2"})

@@ -9,6 +9,7 @@ from deployments.chat.model_text import ModelText
 from deployments.chat.turn import Turn
 from deployments.router.caller import Caller
 from deployments.router.router import Router
+from llm.serving.schemas import AdapterRef
 
 logger = logging.getLogger(__name__)
 
@@ -46,23 +47,27 @@ class ChatService:
             self._encoder = self._text.encoder(self.router.platform.limits, info)
         return self._encoder
 
-    async def chat(self, chat: EncodedChat, stop: Sequence[str], caller: Caller) -> Turn:
-        """Begin to answer a chat.
+    async def chat(
+        self, chat: EncodedChat, stop: Sequence[str], caller: Caller, adapter: AdapterRef | None = None
+    ) -> Turn:
+        """Begin to answer a chat, with an adapter or the model itself.
 
         Raises:
             LLMError: see `Router.start`.
         """
-        group = await self.router.start(chat.requests, caller)
+        group = await self.router.start(chat.requests, caller, adapter)
         shown_ids = self.tokenizer.special_ids(chat.form.tags)
         return Turn(group, self.tokenizer, stop or self._defaults.stop_strings, chat.parser, shown_ids=shown_ids)
 
-    async def completion(self, completion: EncodedCompletion, stop: Sequence[str], caller: Caller) -> Turn:
-        """Begin to continue one or more prompts.
+    async def completion(
+        self, completion: EncodedCompletion, stop: Sequence[str], caller: Caller, adapter: AdapterRef | None = None
+    ) -> Turn:
+        """Begin to continue one or more prompts, with an adapter or the model itself.
 
         Raises:
             LLMError: see `Router.start`.
         """
-        group = await self.router.start(completion.requests, caller)
+        group = await self.router.start(completion.requests, caller, adapter)
         return Turn(
             group,
             self.tokenizer,

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from deployments.fleet.policy import Policy, ReplicaLoad
+from deployments.fleet.policy import ADAPTER_TOKENS, Policy, ReplicaLoad
 from deployments.fleet.sessions import SessionHomes
 from llm.serving.schemas import EngineStats
 
@@ -19,6 +19,8 @@ class _Replica:
         unreported: streams that its last report does not count.
         coming: streams whose prompts are or will be cached, although its last report does not say so.
         coming_blocks: the blocks of these streams.
+        adapters: digests of the adapters that it holds according to its last report.
+        coming_adapters: those of the streams in `coming`.
     """
 
     load: ReplicaLoad
@@ -26,16 +28,23 @@ class _Replica:
     unreported: dict[int, "_Stream"] = field(default_factory=dict)
     coming: dict[int, "_Stream"] = field(default_factory=dict)
     coming_blocks: set[int] = field(default_factory=set)
+    adapters: frozenset[str] = frozenset()
+    coming_adapters: set[str] = field(default_factory=set)
+
+    def holds(self, adapter: str) -> bool:
+        """Whether a request with this adapter, sent now, finds it there or being read for another request."""
+        return adapter in self.adapters or adapter in self.coming_adapters
 
     def lacks(self, block: int) -> bool:
         """Whether a prompt with this block, sent now, would not find it cached."""
         return block not in self.blocks and block not in self.coming_blocks
 
     def drop_known_blocks(self) -> None:
-        """Drop what a new report already covers: the cached blocks of prompts that are prefilled."""
+        """Drop what a new report already covers: the cached blocks and the adapters of prompts that are prefilled."""
         if any(stream.is_prefilled for stream in self.coming.values()):
             self.coming = {i: stream for i, stream in self.coming.items() if not stream.is_prefilled}
             self.coming_blocks = set().union(*(stream.block_hashes for stream in self.coming.values()))
+            self.coming_adapters = {stream.adapter for stream in self.coming.values()}
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +56,7 @@ class _Stream:
         num_new_tokens: tokens that the replica had to prefill for it, as known when it was sent.
         block_hashes: hashes of its full pages.
         session: its session, as in `session_key`.
+        adapter: digest of its adapter; "" for none.
         is_prefilled: it has its first token, or has ended.
     """
 
@@ -54,6 +64,7 @@ class _Stream:
     num_new_tokens: int
     block_hashes: Sequence[int]
     session: bytes = b""
+    adapter: str = ""
     is_prefilled: bool = False
 
 
@@ -120,6 +131,7 @@ class Fleet:
         replica.drop_known_blocks()
         for stream_id in received:
             self._note_arrival(stream_id, replica)
+        replica.adapters = frozenset(stats.adapters)
         self._page_size = stats.page_size
         load, unreported = replica.load, replica.unreported.values()
         load.max_rows = stats.max_rows
@@ -131,7 +143,7 @@ class Fleet:
         self._replicas.pop(replica_id, None)
         self._sessions.forget(replica_id)
 
-    def rank(self, num_tokens: int, block_hashes: Sequence[int], session: bytes = b"") -> list[str]:
+    def rank(self, num_tokens: int, block_hashes: Sequence[int], session: bytes = b"", adapter: str = "") -> list[str]:
         """Ids of the replicas for a request, best first.
 
         Args:
@@ -139,30 +151,42 @@ class Fleet:
             block_hashes: hashes of the request's full pages, first page first; each covers everything up to its page's
                 end.
             session: what `session_key` says; empty for a request without a session.
+            adapter: digest of the request's adapter; "" for none.
         """
         replicas = list(self._replicas.values())
         num_blocks = _num_cached_blocks(replicas, block_hashes)
-        num_cached = [self._num_tokens(num_blocks[replica.load.replica_id], num_tokens) for replica in replicas]
+        num_saved = [self._num_tokens(num_blocks[replica.load.replica_id], num_tokens) for replica in replicas]
+        if adapter:
+            for index, replica in enumerate(replicas):
+                num_saved[index] -= 0 if replica.holds(adapter) else ADAPTER_TOKENS
         home_id = self._sessions.home(session, self._replicas)
-        return self._policy.rank([replica.load for replica in replicas], num_tokens, num_cached, home_id)
+        return self._policy.rank([replica.load for replica in replicas], num_tokens, num_saved, home_id)
 
     def sent(
-        self, replica_id: str, stream_id: int, num_tokens: int, block_hashes: Sequence[int], session: bytes = b""
+        self,
+        replica_id: str,
+        stream_id: int,
+        num_tokens: int,
+        block_hashes: Sequence[int],
+        session: bytes = b"",
+        adapter: str = "",
     ) -> None:
         """Note that a request goes to a replica, and counts there until `ended`. No effect if the replica is unknown.
 
         Args:
             replica_id: where it goes.
             stream_id: the router's number for it, not in use.
-            num_tokens, block_hashes, session: as for `rank`. The hashes are kept, not copied.
+            num_tokens, block_hashes, session, adapter: as for `rank`. The hashes are kept, not copied.
         """
         replica = self._replicas.get(replica_id)
         if replica is None:
             return
         num_blocks = _num_cached_blocks([replica], block_hashes)[replica_id]
-        stream = _Stream(replica, num_tokens - self._num_tokens(num_blocks, num_tokens), block_hashes, session)
+        num_new_tokens = num_tokens - self._num_tokens(num_blocks, num_tokens)
+        stream = _Stream(replica, num_new_tokens, block_hashes, session, adapter)
         self._streams[stream_id] = replica.unreported[stream_id] = replica.coming[stream_id] = stream
         replica.coming_blocks.update(block_hashes)
+        replica.coming_adapters.add(adapter)
         replica.load.num_rows += 1
         replica.load.num_own_rows += 1
         replica.load.num_prefill_tokens += stream.num_new_tokens

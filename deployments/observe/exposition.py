@@ -97,6 +97,10 @@ def _usage(stats: _Stats) -> float:
     return float(stats["num_used_pages"] / max(stats["num_pages"], 1))
 
 
+def _num_adapters(stats: _Stats) -> float:
+    return float(len(stats.get("adapters", ())))  # routers of an earlier version do not tell
+
+
 def _is_silent(stats: _Stats) -> float:
     return float(stats["state"] == "silent")
 
@@ -116,4 +120,5 @@ _REPLICA_METRICS: tuple[tuple[_Kind, str, str, Callable[[_Stats], float]], ...] 
     (CounterMetricFamily, "vllm:prefix_cache_queries", "Prompt tokens looked up.", _field("num_prompt_tokens")),
     (CounterMetricFamily, "vllm:prefix_cache_hits", "Prompt tokens found.", _field("num_cached_prompt_tokens")),
     (GaugeMetricFamily, "rayline:waiting_prefill_tokens", "Tokens still to prefill.", _field("num_waiting_tokens")),
+    (GaugeMetricFamily, "rayline:adapters_held", "Adapters on the device or in host memory.", _num_adapters),
 )

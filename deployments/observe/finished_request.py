@@ -50,6 +50,7 @@ class FinishedRequest:
         error_type: the name of the error that ended it, if one did.
         num_moves: how often it went on in another replica.
         span: the HTTP request's span in its trace; None where there are no traces.
+        adapter: name of the adapter that it chose; "" for none.
     """
 
     http_request_id: str
@@ -62,3 +63,4 @@ class FinishedRequest:
     num_moves: int
     timeline: Timeline
     span: "Span | None"
+    adapter: str = ""

@@ -30,6 +30,9 @@ _REQUEST_BUCKETS = (
 _HOP_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 _LENGTH_BUCKETS = tuple(float(factor * 10**power) for power in range(6) for factor in (1, 2, 5))
 
+_MAX_ADAPTER_LABELS = 100
+_OTHER_ADAPTERS = "other"
+
 _HISTOGRAMS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "vllm:time_to_first_token_seconds": ("From the request's arrival to its first token.", _FIRST_TOKEN_BUCKETS),
     "vllm:e2e_request_latency_seconds": ("From the request's arrival to its last token.", _REQUEST_BUCKETS),
@@ -117,6 +120,13 @@ class RouterMetrics:
             (*ROUTER_LABELS, "finished_reason"),
             registry=self._registry,
         )
+        self._by_adapter = Counter(
+            "rayline:adapter_requests",
+            f"Requests with adapters that ended, by adapter; those beyond the first {_MAX_ADAPTER_LABELS} as `other`.",
+            (*ROUTER_LABELS, "adapter"),
+            registry=self._registry,
+        )
+        self._adapters: set[str] = set()
         for reason in FinishReason:
             self._ended.labels(*self._labels, reason)  # from 0: what begins at 1 has no rate
 
@@ -130,6 +140,8 @@ class RouterMetrics:
         timeline = request.timeline
         reason = "error" if request.error_type else request.finish_reason or "abort"
         self._ended.labels(*self._labels, reason).inc()
+        if request.adapter:
+            self._by_adapter.labels(*self._labels, self._adapter_label(request.adapter)).inc()
         if request.finish_reason is None or timeline.first_token_at is None or timeline.ended_at is None:
             return
         num_output = request.num_output_tokens
@@ -150,6 +162,12 @@ class RouterMetrics:
             values["vllm:request_time_per_output_token_seconds"] = decode_s / (num_output - 1)
         for name, value in values.items():
             self._histograms[name].observe(value)
+
+    def _adapter_label(self, name: str) -> str:
+        """The adapter's name, unless there are too many series already."""
+        if len(self._adapters) < _MAX_ADAPTER_LABELS:
+            self._adapters.add(name)
+        return name if name in self._adapters else _OTHER_ADAPTERS
 
 
 def key_figures(router_id: str, access: Mapping[str, Any], usage: UsageCounts) -> RouterFigures:

@@ -31,6 +31,7 @@ def request_fields(request: FinishedRequest) -> dict[str, Any]:
         "request_id": request.http_request_id,
         "generation_id": request.generation_id,
         "key": request.tenant,
+        "adapter": request.adapter,
         "outcome": request.error_type or request.finish_reason or "abort",
         "num_prompt_tokens": request.num_prompt_tokens,
         "num_output_tokens": request.num_output_tokens,

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from deployments.model_config import EmulatedFault, EmulationConfig
+from deployments.replica.emulated_adapters import EmulatedAdapters
 from llm.config import EngineConfig
 from llm.errors import EngineError, InvalidRequestError
 from llm.scheduling.prefix_cache import PageHashes
@@ -45,16 +47,18 @@ class _Row:
 
     def __post_init__(self) -> None:
         self.fingerprint = sum((i + 1) * token for i, token in enumerate(self.prompt[-64:]))
+        if self.request.adapter is not None:
+            self.fingerprint += zlib.crc32(self.request.adapter.digest.encode())
 
 
 class EmulatedEngine:
     """Stands in for `ContinuousBatchingEngine`: it has the same methods and computes nothing.
 
     A step lasts `1 / tokens_per_s` plus the time that its prompts take at `prefill_tokens_per_s`, and gives one token
-    to each running request. Token ids are lower-case ASCII letters that depend only on model version, prompt and
-    position, so a request that continues in another engine gets the same tokens. Prompts with a common beginning share
-    pages as in a real engine, and shared pages take no time. A vector depends only on version and prompt, and is ready
-    after one step.
+    to each running request. Token ids are lower-case ASCII letters that depend only on model version, adapter, prompt
+    and position, so a request that continues in another engine gets the same tokens. Prompts with a common beginning
+    share pages as in a real engine, and shared pages take no time. A request whose adapter is not loaded waits for it,
+    while others run. A vector depends only on version, adapter and prompt, and is ready after one step.
 
     Args:
         config: rows, page size and number of pages; the default number of pages is what all rows need at once.
@@ -73,6 +77,7 @@ class EmulatedEngine:
         self.pool = SlotPool(config.num_pages or config.batch_size("cpu") * pages_a_row, config.page_size)
         self.vocab_size = vocab_size
         self._version = version
+        self._adapters = EmulatedAdapters(config.max_adapters, emulation.adapter_load_s)
         self._fault_file = Path(emulation.fault_dir) / str(os.getpid()) if emulation.fault_dir is not None else None
         self._waiting: deque[_Row] = deque()
         self._running: dict[str, _Row] = {}
@@ -108,13 +113,16 @@ class EmulatedEngine:
         """Accept a request; its tokens come out of `step`.
 
         Raises:
-            InvalidRequestError: it has no token ids, too many of them, or ids outside the vocabulary.
+            InvalidRequestError: it has no token ids, too many of them, or ids outside the vocabulary; or it has an
+                adapter, and the engine holds none.
         """
         prompt = request.prompt_token_ids
         if prompt is None:
             raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids", param="prompt")
         if request.grammar is not None:
             raise InvalidRequestError("the emulated engine follows no grammar", param="grammar")
+        if request.adapter is not None and not self.config.max_adapters:
+            raise InvalidRequestError("this engine takes no adapters: engine.max_adapters is 0", param="model")
         if max(prompt) >= self.vocab_size:
             raise InvalidRequestError(f"token id {max(prompt)} is beyond the vocabulary", param="prompt")
         if len(prompt) + len(request.output_token_ids) >= min(self.max_seq_len, self.num_slots):
@@ -171,6 +179,7 @@ class EmulatedEngine:
             num_prompt_tokens=self._num_prompt,
             num_cached_prompt_tokens=self._num_cached_prompt,
             max_rows=self.config.batch_size("cpu"),
+            adapters=self._adapters.digests,
         )
 
     def _find_fault(self) -> EmulatedFault | None:
@@ -216,11 +225,18 @@ class EmulatedEngine:
     def _admit(self) -> int:
         """Move waiting requests to free rows; return the number of their tokens that are not cached."""
         num_tokens = 0
-        while self._waiting and len(self._running) < self.config.batch_size("cpu"):
-            row = self._waiting[0]
+        in_use = {row.request.adapter.digest for row in self._running.values() if row.request.adapter is not None}
+        for row in list(self._waiting):
+            adapter = row.request.adapter
+            if len(self._running) >= self.config.batch_size("cpu"):
+                break
+            if adapter is not None and not self._adapters.use(adapter.digest, in_use):
+                continue
             if not self._take_pages(row):
                 break
-            self._waiting.popleft()
+            self._waiting.remove(row)
+            if adapter is not None:
+                in_use.add(adapter.digest)
             self._running[row.request.request_id] = row
             self._num_prompt += len(row.prompt)
             self._num_cached_prompt += row.num_cached
@@ -235,7 +251,7 @@ class EmulatedEngine:
         longest = min(len(row.prompt) + num_new_tokens, self.max_seq_len)
         num_pages = min(pool.pages_for(longest), pool.num_pages)
         # At least one token is left to compute, as in a real engine.
-        hashes = PageHashes(page_size, row.request.cache_salt.encode()).extend(row.prompt, len(row.prompt) - 1)
+        hashes = PageHashes(page_size, row.request.page_salt).extend(row.prompt, len(row.prompt) - 1)
         may_share = self.config.enable_prefix_caching and row.request.pooling is not Pooling.MEAN
         shared = pool.find_prefix(hashes) if may_share else []
         pool.share(shared)

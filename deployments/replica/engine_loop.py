@@ -266,6 +266,10 @@ class EngineLoop:
         if output.step_failure is not None:
             self._fail(output.request_id, request, Failure(FailureKind.FAILED, output.error or "a step failed"))
             return
+        if output.adapter_failure is not None:
+            refusal = Refusal(output.error or "the adapter cannot be loaded", "model", output.adapter_failure)
+            self._answer(output.request_id, request, GenerateReply(self._replica_id, refusal=refusal))
+            return
         if output.request_id == self._suspect:
             self._suspect = None
         request.token_ids.extend(output.token_ids)
@@ -283,14 +287,22 @@ class EngineLoop:
         if request.stream is not None:
             request.stream.push(output.token_ids, output.logprobs, end, timing)
         if end is not None:
-            self._close(output.request_id, request, end, output.vector)
+            reply = GenerateReply(
+                self._replica_id, request.token_ids, request.logprobs, end,
+                timing=request.timing, vector=output.vector, prompt_logprobs=request.prompt_logprobs,
+            )  # fmt: skip
+            self._answer(output.request_id, request, reply)
 
-    def _fail(self, request_id: str, request: _OpenRequest, failure: Failure) -> None:
-        """Answer with a failure a request that another replica may continue."""
+    def _answer(self, request_id: str, request: _OpenRequest, reply: GenerateReply) -> None:
+        """Let go of a request and resolve it."""
         self._forget(request_id)
         if request.stream is not None:
             request.stream.close()
-        request.resolve(self._failed(request.token_ids, failure, request.logprobs))
+        request.resolve(reply)
+
+    def _fail(self, request_id: str, request: _OpenRequest, failure: Failure) -> None:
+        """Answer with a failure a request that another replica may continue."""
+        self._answer(request_id, request, self._failed(request.token_ids, failure, request.logprobs))
 
     def _failed(
         self, token_ids: list[int], failure: Failure, logprobs: list[TokenLogprobs] | None = None
@@ -301,22 +313,6 @@ class EngineLoop:
         if request_id == self._suspect:
             self._suspect = None
         return self._open.pop(request_id, None)
-
-    def _close(self, request_id: str, request: _OpenRequest, end: End, vector: bytes | None) -> None:
-        self._forget(request_id)
-        if request.stream is not None:
-            request.stream.close()
-        request.resolve(
-            GenerateReply(
-                self._replica_id,
-                request.token_ids,
-                request.logprobs,
-                end,
-                timing=request.timing,
-                vector=vector,
-                prompt_logprobs=request.prompt_logprobs,
-            )
-        )
 
     def _add(self, arrival: _Arrival) -> None:
         if self._broken is not None:
@@ -364,9 +360,8 @@ class EngineLoop:
         if request is None:
             return
         self._engine.abort(request_id)
-        if request.stream is not None:
-            request.stream.close()
-        request.resolve(GenerateReply(self._replica_id, request.token_ids, end=End(FinishReason.ABORT)))
+        reply = GenerateReply(self._replica_id, request.token_ids, end=End(FinishReason.ABORT))
+        self._answer(request_id, request, reply)
 
     def _give_up(self, request_id: str) -> None:
         """Stop generating for a router that is gone; if it is alive after all, it may continue elsewhere."""
@@ -374,10 +369,7 @@ class EngineLoop:
         if request is None:
             return
         self._engine.abort(request_id)
-        if request.stream is not None:
-            request.stream.close()
-        failure = Failure(FailureKind.LEAVING, _ROUTER_IS_GONE)
-        request.resolve(self._failed(request.token_ids, failure, request.logprobs))
+        self._fail(request_id, request, Failure(FailureKind.LEAVING, _ROUTER_IS_GONE))
 
     def _report(self) -> None:
         """Report the engine's state to the routers a few times a second."""

@@ -2,6 +2,8 @@
 
 import hashlib
 
+from llm.serving.schemas import AdapterRef, GenerationRequest
+
 
 def salt_of(tenant: str, salt: str) -> str:
     """The salt of an API key's requests that bring `salt`; different for each pair of tenant and salt.
@@ -18,3 +20,12 @@ def salt_of(tenant: str, salt: str) -> str:
         return ""
     first, second = tenant.encode(), salt.encode()
     return hashlib.sha256(len(first).to_bytes(8, "big") + first + second).hexdigest()
+
+
+def as_sent(request: GenerationRequest, tenant: str, adapter: AdapterRef | None) -> GenerationRequest:
+    """The request as engines get it: with its adapter, and with a salt that also separates tenants. The same object if
+    it has neither."""
+    salt = salt_of(tenant, request.cache_salt)
+    if salt == request.cache_salt and adapter is None:
+        return request
+    return request.model_copy(update={"cache_salt": salt, "adapter": adapter})

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
+from deployments.adapters.known import KnownAdapters
 from deployments.config import AppConfig, LiveConfig, PlatformConfig
 from deployments.fleet.engine_client import EngineClient
 from deployments.observe.batch_metrics import batch_figures
@@ -19,6 +20,10 @@ from deployments.router.canary import mark_of, share_out
 from deployments.router.router import Router
 from deployments.router.token_hub import TokenHub
 from llm.errors import ConfigError
+from llm.serving.schemas import AdapterRef
+
+_MOST_ADAPTER_NAMES = 12
+"""Names of adapters that the fleet page shows of each replica."""
 
 
 class BatchesState(Protocol):
@@ -40,6 +45,7 @@ class ModelDirectory:
         channel_host: address to listen on for tokens.
         peers: the other routers of the deployment; None if there are none.
         access: who may ask for how much; None for no limits on anyone. Closed with the directory.
+        adapters: the adapters that requests may choose; None for none. Started and closed with the directory.
 
     Raises:
         ConfigError: tracing is wanted and OpenTelemetry is not installed.
@@ -52,9 +58,12 @@ class ModelDirectory:
         channel_host: str = "127.0.0.1",
         peers: RouterPeers | None = None,
         access: Access | None = None,
+        adapters: KnownAdapters | None = None,
     ) -> None:
         self.platform: PlatformConfig = config
         self.access = access or Access()
+        self.adapters = adapters or KnownAdapters()
+        self.adapters.start()
         self.started_at = int(time.time())
         self.is_shutting_down = False
         self._peers = peers or NoPeers()
@@ -89,20 +98,32 @@ class ModelDirectory:
         return tuple(dict.fromkeys(each for router in self.find(name) for each in router.config.names))
 
     def pick(self, name: str, session: str, continued: str = "") -> Router | None:
-        """The router for a request; None if there is no such model.
+        """The router for a request; None if there is no such model or adapter.
 
         Args:
-            name: the model's name or one of its aliases.
+            name: the model's name, one of its aliases, or the name of an adapter.
             session: requests with the same one go to the same entry of the name, as long as it answers.
             continued: an id that ends with the mark of the entry that made what is continued, if any; see `mark_of`.
         """
-        entries = self.find(name)
+        entries = self.find(name) or self.with_adapter(name)
         made_it = [router for router in entries if continued.endswith(mark_of(router.key)) and router.can_answer]
         return made_it[0] if made_it else share_out(entries, session)
 
     def mark(self, router: Router) -> str:
         """The mark of a router's entry among several of its name; empty if it is the only one."""
         return mark_of(router.key) if len(self.find(router.config.model_name)) > 1 else ""
+
+    def adapter(self, name: str, router: Router) -> AdapterRef | None:
+        """What a router's engines need to know of the adapter that a request names; None if the name is a model's."""
+        if self.find(name):
+            return None
+        found = next((adapter for adapter in self.adapters.find(name) if adapter.key == router.key), None)
+        return None if found is None else AdapterRef(name=found.name, path=found.path, digest=found.digest)
+
+    def with_adapter(self, name: str) -> tuple[Router, ...]:
+        """The routers of the entries that have an adapter of this name; none if there is no such adapter."""
+        keys = {adapter.key for adapter in self.adapters.find(name)}
+        return tuple(router for router in self.routers if router.key in keys)
 
     @property
     def is_ready(self) -> bool:
@@ -172,6 +193,7 @@ class ModelDirectory:
             **{name: sum(each[name] for each in counts) for name in counts[0]},
             "channel": asdict(self.hub.counters),
             **self.access.snapshot(),
+            **self.adapters.snapshot(),
         }
 
     def fleet_event(self) -> dict[str, Any]:
@@ -182,10 +204,19 @@ class ModelDirectory:
             "router_id": self._peers.router_id,
             "router": self._totals(),
             "batches": self.batches.snapshot() if self.batches is not None else None,
-            "models": [router.fleet_event() for router in self.routers],
+            "models": [self._with_adapters(router.fleet_event()) for router in self.routers],
             "events": _newest_first((key, event) for key, record in records for event in record.events.items()),
             "departures": _newest_first((key, left) for key, record in records for left in record.departures()),
         }
+
+    def _with_adapters(self, model: dict[str, Any]) -> dict[str, Any]:
+        """A model's part of the state, in which the adapters that its replicas hold have names."""
+        replicas = {}
+        for replica_id, replica in model["replicas"].items():
+            names = self.adapters.names_of(replica["adapters"])
+            told = {"num": len(replica["adapters"]), "names": names[:_MOST_ADAPTER_NAMES]}
+            replicas[replica_id] = {**replica, "adapters": told}
+        return {**model, "replicas": replicas}
 
     def figures(self) -> list[RouterFigures]:
         """This process's parts of the metrics: one for each model, and one for what concerns none."""
@@ -222,6 +253,7 @@ class ModelDirectory:
     def close(self) -> None:
         """Stop listening."""
         self.access.close()
+        self.adapters.close()
         for router in self.routers:
             router.close()
         self.hub.close()

@@ -11,11 +11,12 @@ from deployments.channel.messages import (
     FailureKind,
     GenerateCall,
     GenerateReply,
+    Refusal,
     TokenItem,
     decode_reply,
     encode,
 )
-from deployments.errors import ReplicaLostError
+from deployments.errors import AdapterUnavailableError, ReplicaLostError
 from deployments.fleet.engine_client import EngineClient, is_being_cancelled
 from deployments.observe.finished_request import FinishedRequest, Timeline
 from deployments.router.setback import SETBACKS, Setback, SetbackKind
@@ -23,7 +24,7 @@ from deployments.router.surroundings import Placement, Siblings
 from deployments.router.suspicion import Part
 from deployments.router.waiting import Ticket
 from llm.errors import EngineError, InvalidRequestError, LLMError
-from llm.serving.schemas import FinishReason, GenerationRequest, TokenLogprobs
+from llm.serving.schemas import AdapterFailure, FinishReason, GenerationRequest, TokenLogprobs
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,6 +33,7 @@ _Placement = Placement["Generation"]
 _RESUME_DELAY_S = 0.05
 _INLINE_TOKENS = 4096
 """Calls with prompts of up to this many tokens are encoded at once; longer ones in a thread."""
+_ADAPTER_FAILURES = frozenset(map(str, AdapterFailure))
 _MAX_DECLINED = 200
 """How often in a row replicas may decline a request; it normally finds a replica within a few attempts."""
 
@@ -146,6 +148,7 @@ class Generation:
             num_moves=self.num_resumes,
             timeline=self.timeline,
             span=caller.span,
+            adapter=self.request.adapter.name if self.request.adapter is not None else "",
         )
 
     def take_item(self, item: TokenItem, replica_id: str) -> None:
@@ -230,7 +233,7 @@ class Generation:
         finally:
             self._call = None
         if reply.refusal is not None:
-            raise InvalidRequestError(reply.refusal.message, param=reply.refusal.param, code=reply.refusal.code)
+            raise _error_of(reply.refusal)
         self._absorb(reply)
         if reply.failure is None:
             return None
@@ -362,3 +365,9 @@ class Generation:
             self.error = error
             self.group.note_begun(self)
             self.announce()
+
+
+def _error_of(refusal: Refusal) -> LLMError:
+    if refusal.code in _ADAPTER_FAILURES:
+        return AdapterUnavailableError(refusal.message, refusal.code)
+    return InvalidRequestError(refusal.message, param=refusal.param, code=refusal.code)

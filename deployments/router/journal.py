@@ -128,6 +128,7 @@ class Journal:
             num_work_tokens=self.work_of(request),
             block_hashes=generation.group.block_hashes(generation),
             session=session_key(caller.tenant, caller.session_id),
+            adapter=request.adapter.digest if request.adapter is not None else "",
             tenant=caller.tenant,
             priority=caller.priority,
             num_output_tokens=len(generation.token_ids),

@@ -29,7 +29,7 @@ def prompt_hashes(requests: Sequence[GenerationRequest], page_size: int) -> dict
     for request in requests:
         prompt = request.prompt_token_ids or ()
         if id(prompt) not in found:
-            hashes = PageHashes(page_size, request.cache_salt.encode())
+            hashes = PageHashes(page_size, request.page_salt)
             found[id(prompt)] = [block_hash(name) for name in hashes.extend(prompt, len(prompt))]
     return found
 

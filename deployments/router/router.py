@@ -24,7 +24,7 @@ from deployments.observe.history import History, RouterHistory
 from deployments.observe.metrics import NoPeers, RouterMetrics, RouterPeers
 from deployments.observe.request_log import log_request
 from deployments.observe.tracing import RequestTracer
-from deployments.router.cache_salt import salt_of
+from deployments.router.cache_salt import as_sent
 from deployments.router.caller import Caller
 from deployments.router.dispatcher import Dispatcher
 from deployments.router.fleet_view import FleetView
@@ -35,7 +35,7 @@ from deployments.router.model_state import ModelState
 from deployments.router.prompts import num_prompt_tokens, prompt_hashes
 from deployments.router.token_hub import TokenHub
 from llm.checkpoint.fingerprint import is_same_version
-from llm.serving.schemas import GenerationRequest
+from llm.serving.schemas import AdapterRef, GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -157,8 +157,18 @@ class Router:
         """Whether requests wait for a replica."""
         return self.dispatcher.num_waiting > 0 or self.num_awaiting_engine > 0
 
-    async def start(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> GenerationGroup:
+    async def start(
+        self,
+        requests: Sequence[GenerationRequest],
+        caller: Caller | None = None,
+        adapter: AdapterRef | None = None,
+    ) -> GenerationGroup:
         """Begin to generate.
+
+        Args:
+            requests: what to generate.
+            caller: who asks.
+            adapter: what computes them; None for the model itself.
 
         Raises:
             OverloadedError: too much waits already.
@@ -167,7 +177,7 @@ class Router:
         caller = caller or Caller()
         caller.sheet.model = caller.sheet.model or self.config.model_name
         tenant = caller.tenant if self.platform.prefix_cache_per_key else ""
-        requests = [_salted(request, tenant) for request in requests]
+        requests = [as_sent(request, tenant, adapter) for request in requests]
         page_size = self.journal.page_size
         if num_prompt_tokens(requests) > _INLINE_TOKENS:
             hashes = await asyncio.to_thread(prompt_hashes, requests, page_size)
@@ -175,14 +185,19 @@ class Router:
             hashes = prompt_hashes(requests, page_size)
         return self.journal.start(requests, caller, hashes)
 
-    async def vectors(self, requests: Sequence[GenerationRequest], caller: Caller | None = None) -> list[bytes]:
+    async def vectors(
+        self,
+        requests: Sequence[GenerationRequest],
+        caller: Caller | None = None,
+        adapter: AdapterRef | None = None,
+    ) -> list[bytes]:
         """Compute the vector that each request gives, as 32-bit floats. Cancelling gives up all of them.
 
         Raises:
             OverloadedError: too much waits already.
             LLMError: one of the vectors could not be computed.
         """
-        return await (await self.start(requests, caller)).vectors()
+        return await (await self.start(requests, caller, adapter)).vectors()
 
     async def wait_for_own_version(self) -> None:
         """If all running replicas are of other model versions, wait for one of this router's version.
@@ -322,12 +337,6 @@ class Router:
     def take_report(self, report: Report) -> None:
         """Take in a replica's state."""
         self._watch.take_report(report)
-
-
-def _salted(request: GenerationRequest, tenant: str) -> GenerationRequest:
-    """The request as engines get it, with a salt that also separates tenants. The same object if there is no salt."""
-    salt = salt_of(tenant, request.cache_salt)
-    return request if salt == request.cache_salt else request.model_copy(update={"cache_salt": salt})
 
 
 class _Work:

@@ -18,6 +18,7 @@ class Ticket:
         num_work_tokens: `num_tokens` plus the expected output.
         block_hashes: hashes of the prompt's full pages, first page first.
         session: the session it belongs to, as in `session_key`; empty for none.
+        adapter: digest of the request's adapter; "" for none.
         tenant: whose share it counts toward; "" if there are no keys.
         priority: lower goes first.
         is_resumed: it has already been on a replica.
@@ -32,6 +33,7 @@ class Ticket:
     num_work_tokens: int
     block_hashes: Sequence[int] = ()
     session: bytes = b""
+    adapter: str = ""
     tenant: str = ""
     priority: int = 0
     num_output_tokens: int = 0

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deployments.adapters.directory import read_adapter
+from deployments.adapters.models import adapter_rules
 from deployments.config import AppConfig, resolve_paths
 from deployments.model_config import EngineKind, ServedModelConfig
 from deployments.replica.model_memory import share_of
@@ -15,7 +17,7 @@ from deployments.serve.front_end import FrontEnd, check_open
 from llm.checkpoint.generation_defaults import load_vocab_size
 from llm.checkpoint.hub import find_local_checkpoint
 from llm.config import ModelConfig, describe
-from llm.errors import ConfigError
+from llm.errors import ConfigError, LLMError
 
 BUILDER = "deployments.app:build_app"
 _PACKAGE = Path(__file__).parents[1]
@@ -105,6 +107,7 @@ def check_model(config: ServedModelConfig) -> ModelReport:
     """
     if config.lora is not None and not Path(config.lora).is_dir():
         raise ConfigError(f"lora: {config.lora} is not a directory; give the one that holds adapter_config.json")
+    _check_adapters(config)
     directory = find_local_checkpoint(config.model)
     if directory is None:
         return ModelReport()
@@ -115,6 +118,21 @@ def check_model(config: ServedModelConfig) -> ModelReport:
     text = ModelText.load(config)
     text.check(config, vocab_size)
     return ModelReport(report.model, (*report.warnings, *text.warnings))
+
+
+def _check_adapters(config: ServedModelConfig) -> None:
+    """Check the adapters that the configuration names, as far as they are here, and the places that it names."""
+    for entry in config.adapters:
+        directory = Path(entry.path).expanduser()
+        if directory.is_dir():
+            try:
+                read_adapter(directory, adapter_rules(config))
+            except LLMError as error:
+                raise type(error)(f"adapters, {entry.name!r}: {error}") from error
+        elif directory.is_absolute():
+            raise ConfigError(f"adapters, {entry.name!r}: {directory} is not a directory")
+    if config.adapter_folder is not None and not Path(config.adapter_folder).expanduser().is_dir():
+        raise ConfigError(f"adapter_folder: {config.adapter_folder} is not a directory; make it, even if it is empty")
 
 
 def _check_weights(config: ServedModelConfig, directory: Path) -> ModelReport:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
+from deployments.adapters.known import KnownAdapters
 from deployments.api.application import create_api
 from deployments.api.in_process_calls import create_runner
 from deployments.api.openai.response_store import ResponseStore, own_store
@@ -26,6 +27,7 @@ from deployments.router.directory import ModelDirectory
 from deployments.router.keys import KeySource
 from deployments.router.meter import Meter
 from deployments.serve.accountant import ServeAccountantClient, ServeLedgerClient
+from deployments.serve.adapter_catalog import ServeCatalogClient
 from deployments.serve.banner import AnnouncedModel, Announcement, ready_banner
 from deployments.serve.engine_client import ServeEngineClient
 from deployments.serve.response_store import ServeResponseStore
@@ -51,6 +53,7 @@ class RouterIngress:
         accountant: handle of the `Accountant` deployment; None if there is none.
         store: handle of the `ResponseStore` deployment; None if this router keeps responses itself.
         place: where the record of usage is.
+        catalog: handle of the `AdapterCatalog` deployment; None if no model takes adapters.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -61,6 +64,7 @@ class RouterIngress:
         accountant: Any = None,
         store: Any = None,
         place: RecordPlace | None = None,
+        catalog: Any = None,
     ) -> None:
         # Asynchronous, so that it runs on the requests' event loop: Ray Serve awaits it.
         # Actors without GPUs still see those of their node.
@@ -78,11 +82,13 @@ class RouterIngress:
             channel_host(config.token_channel.host),
             ServePeers(),
             Access(keys, shared, when_away, meter=Meter(place, ledger, when_away)),
+            KnownAdapters(ServeCatalogClient(catalog) if catalog is not None else None),
         )
         self._store: ResponseStore | None = (
             ServeResponseStore(store) if store is not None else own_store(config.responses)
         )
         await self._directory.wait_for_own_versions()
+        await self._directory.adapters.wait_until_settled()
         loop = asyncio.get_running_loop()
         self._banner = loop.create_task(self._print_banner())
         self._joining = None

@@ -23,7 +23,7 @@ def replica(state: str = "serving", why: str = "", **fields: Any) -> dict[str, A
         "num_used_pages": 5200, "num_cached_pages": 2100, "num_pages": 8300, "page_size": 16, "num_preemptions": 3,
         "num_generated_tokens": 1_234_567, "num_prompt_tokens": 900_000, "num_cached_prompt_tokens": 540_000,
         "max_rows": 256, "age_s": 0.05, "is_serving": state == "serving", "state": state, "why": why,
-        "machine": machine("gpu-node-1", 1),
+        "machine": machine("gpu-node-1", 1), "adapters": {"num": 0, "names": []},
     }  # fmt: skip
     return {**known, **fields}
 
@@ -60,7 +60,10 @@ def state() -> dict[str, Any]:
                 "wanted": [1, 4],
                 "scaling": "The load asks for 3 replicas (row use); 1 to 4 may run.",
                 "replicas": {
-                    "a81kfj20": replica(machine=machine("gpu-node-1.cluster.example.internal", 8)),
+                    "a81kfj20": replica(
+                        machine=machine("gpu-node-1.cluster.example.internal", 8),
+                        adapters={"num": 14, "names": ["billing-answers", "sql-from-questions-" + 60 * "x"]},
+                    ),
                     "b2k9dm3x": replica("doubtful", "its last 2 steps failed", num_running=0, num_waiting=0),
                     "c0": replica("gone", "its process ended suddenly: it was killed, or crashed"),
                 },

@@ -40,6 +40,8 @@ def test_it_says_what_there_is_to_know(page: Page, server: Server):
         re.compile("^gpu-node-1.cluster.example.internal · 8 . NVIDIA H200 · process 4711$")
     )
     expect(spread.locator(".streams b")).to_have_count(192)
+    expect(spread.locator(".adapters")).to_have_text(re.compile("^Adapters: billing-answers, sql-.*, and 12 more$"))
+    expect(second.locator('[data-id="d4"] .adapters')).to_be_hidden()
     expect(first.locator('[data-id="c0"] .why')).to_have_text("Its process ended suddenly: it was killed, or crashed")
     expect(second.locator('[data-id="d4"] .device')).to_contain_text("1.4 of 16 cores · 9.0 GiB")
     expect(second.locator('[data-id="older"] .node')).to_have_text("Node not known")

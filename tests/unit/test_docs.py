@@ -13,8 +13,12 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from deployments.accounts_config import KeyLimits
 from deployments.cli import app, command_reference, config_reference
 from deployments.config import AppConfig
+from deployments.router.keys import parse_keys
+from deployments.serve.config_file import BUILDER
+from deployments.serve.front_end import FrontEnd
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

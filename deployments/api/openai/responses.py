@@ -276,7 +276,7 @@ class InputTokens(ResponseModel):
 
 
 class ModelObject(ResponseModel):
-    """A model that is served."""
+    """A model that is served, or an adapter that requests may name in its place."""
 
     id: str
     object: Literal["model"]
@@ -284,6 +284,10 @@ class ModelObject(ResponseModel):
     owned_by: str
     max_model_len: int | None
     """Context length in tokens; None while the model loads."""
+    root: str
+    """Where it was loaded from."""
+    parent: str | None
+    """The model that an adapter belongs to; None for a model."""
     aliases: list[str]
     """More names that requests may use."""
     state: Literal["ready", "starting", "asleep"]

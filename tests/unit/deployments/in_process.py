@@ -7,7 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+from own_catalog import OwnCatalog
 
+from deployments.adapters.catalog import Catalog
+from deployments.adapters.known import KnownAdapters
+from deployments.adapters.models import catalog_models, names_of_models
 from deployments.api.application import create_api
 from deployments.api.in_process_calls import create_runner
 from deployments.api.openai.response_store import ResponseStore, own_store
@@ -147,7 +151,12 @@ class Service:
     ) -> None:
         self.client = client
         clients = client if isinstance(client, dict) else dict.fromkeys(config.by_key, client)
-        self.directory = ModelDirectory(config, clients, peers=peers, access=access or Access(KeySource(keys)))
+        models = catalog_models(config)
+        self.catalog = Catalog(models, names_of_models(config), recovery_s=0) if models else None
+        adapters = KnownAdapters(OwnCatalog(self.catalog) if self.catalog is not None else None)
+        self.directory = ModelDirectory(
+            config, clients, peers=peers, access=access or Access(KeySource(keys)), adapters=adapters
+        )
         self.router = self.directory.routers[0]
         self.store = store if store is not None else own_store(config.responses)
         self.desk = own_desk(config.batches)
@@ -158,6 +167,12 @@ class Service:
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.api, raise_app_exceptions=False), base_url="http://test", timeout=30
         )
+
+    def close(self) -> None:
+        """Stop the router, and its catalog of adapters."""
+        self.directory.close()
+        if self.catalog is not None:
+            self.catalog.close()
 
     @property
     def num_used_pages(self) -> int:
@@ -200,5 +215,5 @@ async def end_service(service: Service) -> None:
     else:
         pytest.fail(f"{service.num_used_pages} pages are still in use")
     assert service.router.journal.num_live == 0, "a generation is still in the journal"
-    service.directory.close()
+    service.close()
     service.client.close()

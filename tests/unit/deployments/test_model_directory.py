@@ -55,7 +55,7 @@ async def serving(config: AppConfig, num_replicas: dict[str, int] | None = None)
         await eventually(lambda: service.directory.num_live == 0)
     finally:
         await service.http.aclose()
-        service.directory.close()
+        service.close()
         for client in clients.values():
             client.close()
 

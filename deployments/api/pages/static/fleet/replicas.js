@@ -105,6 +105,7 @@ function makeCard(id) {
     element("p", "legend cache", element("span", "", "KV cache"), element("span")),
     meter("pool", "used", "cached"),
     element("div", "streams"),
+    element("p", "adapters"),
     element("dl", "figures"),
   );
   card.querySelector(".streams").setAttribute("aria-hidden", "true");
@@ -118,6 +119,7 @@ function drawCard(card, replica, rate) {
   drawMachine(card, replica.machine);
   drawPool(card, replica);
   drawStreams(card.querySelector(".streams"), replica);
+  card.querySelector(".adapters").textContent = isGone(replica) ? "" : describeAdapters(replica.adapters);
   card.querySelector(".figures").replaceChildren(
     figure("Tokens/s", number(rate)),
     figure("Running", isGone(replica) ? "0" : `${replica.num_running} of ${replica.max_rows}`),
@@ -127,6 +129,14 @@ function drawCard(card, replica, rate) {
     figure("Preempted", number(replica.num_preemptions)),
   );
   return card;
+}
+
+/** Which adapters it holds: some by name, the others as a number. */
+function describeAdapters({ num, names }) {
+  if (!num) return "";
+  const others = num - names.length;
+  const rest = names.length ? `and ${number(others)} more` : count(others, "without a name", "without names");
+  return `Adapters: ${[...names, ...(others ? [rest] : [])].join(", ")}`;
 }
 
 /** What is shown of a GPU: its memory as a bar, and how busy it is. */
