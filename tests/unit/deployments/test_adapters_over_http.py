@@ -11,6 +11,7 @@ from in_process import DEMO, Service, ServiceFactory, emulated_config, eventuall
 from small_adapters import write_adapter
 from test_model_directory import entry, platform, serving
 
+from deployments.accounts_config import Role
 from deployments.adapters import catalog as catalog_module, known as known_module
 from deployments.router.keys import ApiKey
 from llm.checkpoint.adapter_digest import adapter_digest
@@ -231,11 +232,50 @@ async def test_only_administrators_load_adapters(make_service: ServiceFactory, t
     assert refused.status_code == 403
     assert "allow_admin_without_keys" in refused.json()["error"]["message"]
 
-    keyed = await make_service(emulated_config(**settings), keys=(ApiKey("admin", hashlib.sha256(b"sk-1").digest()),))
-    assert (await load(keyed, lora_name="a", lora_path=path)).status_code == 401
+    keys = (key_of("sk-1", role=Role.ADMIN), key_of("sk-2"))
+    keyed = await make_service(emulated_config(**settings), keys=keys)
     body = {"lora_name": "a", "lora_path": path}
-    done = await keyed.http.post("/v1/load_lora_adapter", json=body, headers={"authorization": "Bearer sk-1"})
-    assert done.status_code == 200, done.text
+    assert (await load(keyed, **body)).status_code == 401
+    statuses = {"sk-2": 403, "sk-1": 200}
+    for secret, status in statuses.items():
+        answer = await keyed.http.post("/v1/load_lora_adapter", json=body, headers=bearer(secret))
+        assert answer.status_code == status, answer.text
+    unload = await keyed.http.post("/v1/unload_lora_adapter", json={"lora_name": "a"}, headers=bearer("sk-2"))
+    assert unload.status_code == 403
+
+
+async def test_a_key_uses_the_adapters_that_it_may_and_each_is_counted(make_service: ServiceFactory, tmp_path: Path):
+    """A key that may use the model may not use its adapters, unless they are named."""
+    adapters = [{"name": name, "path": str(write_adapter(tmp_path / name, seed))} for seed, name in enumerate("ab")]
+    keys = (key_of("sk-1", models=frozenset({"a"})), key_of("sk-2", models=frozenset({"demo"})))
+    service = await make_service(emulated_config(engine=ENGINE, adapters=adapters), keys=keys)
+    await eventually(lambda: service.directory.adapters.is_settled)
+
+    async def ask(secret: str, model: str) -> int:
+        body = {"model": model, "prompt": "abc", "max_tokens": 5, "ignore_eos": True}
+        return (await service.http.post("/v1/completions", json=body, headers=bearer(secret))).status_code
+
+    assert [await ask("sk-1", name) for name in ("a", "b", "demo")] == [200, 404, 404]
+    assert [await ask("sk-2", name) for name in ("a", "b", "demo")] == [404, 404, 200]
+    for secret, name in (("sk-1", "a"), ("sk-2", "demo")):
+        listed = await service.http.get("/v1/models", headers=bearer(secret))
+        assert [model["id"] for model in listed.json()["data"]] == [name]
+        statuses = [
+            (await service.http.get(f"/v1/models/{each}", headers=bearer(secret))).status_code
+            for each in ("a", "b", "demo")
+        ]
+        assert statuses == [200 if each == name else 404 for each in ("a", "b", "demo")]
+        used = (await service.http.get("/v1/usage", headers=bearer(secret))).json()["today"]
+        assert used["models"][name]["output_tokens"] == used["output_tokens"] == 5
+        assert used["refusals"] == {"model_not_found": 2}
+
+
+def key_of(secret: str, **fields: Any) -> ApiKey:
+    return ApiKey(secret, hashlib.sha256(secret.encode()).digest(), **fields)
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}"}
 
 
 async def test_a_server_without_adapters_says_what_to_set(make_service: ServiceFactory):
