@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fsspec
 from pydantic import Field, field_validator
 
 from llm.config import StrictModel
@@ -44,6 +45,12 @@ class BatchesConfig(StrictModel):
     def _check_store(cls, store: str | None) -> str | None:
         if store is not None and not store.removeprefix("file://").strip():
             raise ValueError("is empty; give a directory or a URL such as s3://bucket/folder, or leave it out")
+        protocol, separator, _ = (store or "").removeprefix("file://").partition("://")
+        if separator:
+            try:
+                fsspec.get_filesystem_class(protocol)
+            except (ImportError, ValueError) as error:
+                raise ValueError(f"{protocol}:// cannot be used here: {error}") from None
         return store
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 from deployments.batches.store import ByteRange
 
 _UNFINISHED = ".unfinished"
-_ATTEMPTS = 16
+_ATTEMPTS = 100
 
 
 class LocalStore:
@@ -123,7 +123,8 @@ class LocalWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         for attempt in range(1, _ATTEMPTS + 1):
-            self._place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with suppress(FileExistsError, FileNotFoundError):  # others make and remove the same folder meanwhile
+                self._place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             try:
                 how(self._path, self._place)
                 break

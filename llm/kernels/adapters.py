@@ -24,9 +24,15 @@ _OUTPUTS = 128
 """Outputs of a program that expands."""
 _NUMBERS, _TILE_K, _RANKS = 64, 128, 64
 """Of a program that shrinks: numbers at most, and inputs at once. Numbers that a program expands at once, at most."""
-_FEW_TOKENS, _SOME_TOKENS = 256, 2048
+FEW_TOKENS, _SOME_TOKENS = 256, 2048
 _FEW_ROWS, _MANY_ROWS = 16, 64
 """Tokens of an entry at most, in steps of few tokens and of more."""
+_AHEAD_PROGRAMS, _AHEAD_LINES = 64, 1024
+"""Programs that fetch weights ahead, and lines of 128 bytes of each: 8 MB together."""
+_PROGRAMS: tl.constexpr = tl.constexpr(_AHEAD_PROGRAMS)
+_LINES: tl.constexpr = tl.constexpr(_AHEAD_LINES)
+AHEAD_BYTES = _AHEAD_PROGRAMS * _AHEAD_LINES * 128
+"""What a launch fetches ahead at most."""
 _FIXED_SPLITS = 4
 _LONG_INPUTS = 8192
 
@@ -37,7 +43,7 @@ def entry_rows(num_tokens: int, *, deterministic: bool = False) -> int:
     Args:
         deterministic: a token's numbers may not depend on how many others there are.
     """
-    return _FEW_ROWS if deterministic or num_tokens <= _FEW_TOKENS else _MANY_ROWS
+    return _FEW_ROWS if deterministic or num_tokens <= FEW_TOKENS else _MANY_ROWS
 
 
 def most_entries(num_tokens: int, num_slots: int, rows: int) -> int:
@@ -94,10 +100,21 @@ class AdapterFactors:
         return cls(a, b, torch.tensor(blocks, dtype=torch.int32, device=a.device), b.shape[2], is_even, halves)
 
 
-def shrink(x: torch.Tensor, which: AdapterEntries, factors: AdapterFactors, *, deterministic: bool) -> torch.Tensor:
+def shrink(
+    x: torch.Tensor,
+    which: AdapterEntries,
+    factors: AdapterFactors,
+    *,
+    deterministic: bool,
+    ahead: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Multiply x, (tokens, inputs), contiguous, by the tokens' A.
 
+    These launches leave the memory idle, and products of few rows wait for nothing but the memory. So they ask for
+    some weights of the next product to be brought to the second-level cache.
+
     Args:
+        ahead: (bytes,) uint8, what is fetched of the weights of the next product; None for nothing.
         deterministic: how a sum is split depends on the shape of A alone.
 
     Returns:
@@ -111,20 +128,30 @@ def shrink(x: torch.Tensor, which: AdapterEntries, factors: AdapterFactors, *, d
     numbers, rows = min(_NUMBERS, triton.next_power_of_2(num_numbers)), which.rows
     num_stages = min(4, most_stages(x.device, (rows + numbers) * _TILE_K * x.dtype.itemsize))
     _shrink[(len(which.entries), num_splits, triton.cdiv(num_numbers, numbers))](
-        x, which.order, which.entries, factors.a, shrunk, num_tokens, num_inputs, inputs_per_split,
-        factors.a.stride(0), num_numbers, RANK=factors.rank, ROWS=rows, NUMBERS=numbers, TILE_K=_TILE_K,
-        IS_EVEN=is_even, CAN_PREFETCH=x.device.type == "cuda", num_warps=4, num_stages=num_stages,
+        x, which.order, which.entries, factors.a, shrunk, ahead, _num_ahead(ahead), num_tokens, num_inputs,
+        inputs_per_split, factors.a.stride(0), num_numbers, RANK=factors.rank, ROWS=rows, NUMBERS=numbers,
+        TILE_K=_TILE_K, IS_EVEN=is_even, CAN_PREFETCH=x.device.type == "cuda", num_warps=4, num_stages=num_stages,
         **launch_options(x.device),
     )  # fmt: skip
     return shrunk
 
 
-def expand(shrunk: torch.Tensor, which: AdapterEntries, factors: AdapterFactors, output: torch.Tensor) -> None:
-    """Add what the tokens' B make of `shrunk`, as `shrink` gives it, to `output`, (tokens, outputs), contiguous."""
+def expand(
+    shrunk: torch.Tensor,
+    which: AdapterEntries,
+    factors: AdapterFactors,
+    output: torch.Tensor,
+    ahead: torch.Tensor | None = None,
+) -> None:
+    """Add what the tokens' B make of `shrunk`, as `shrink` gives it, to `output`, (tokens, outputs), contiguous.
+
+    Args:
+        ahead: see `shrink`.
+    """
     num_splits, num_tokens, num_numbers = shrunk.shape
     _expand[(len(factors.blocks), len(which.entries))](
-        shrunk, which.order, which.entries, factors.b, factors.blocks, output, num_tokens, num_numbers,
-        factors.b.stride(0), output.shape[1], RANK=factors.rank,
+        shrunk, which.order, which.entries, factors.b, factors.blocks, output, ahead, _num_ahead(ahead), num_tokens,
+        num_numbers, factors.b.stride(0), output.shape[1], RANK=factors.rank,
         RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits, ROWS=which.rows,
         OUTPUTS=_OUTPUTS, IS_EVEN=factors.is_even, CAN_PREFETCH=output.device.type == "cuda", num_warps=4,
         **launch_options(output.device),
@@ -138,6 +165,7 @@ def expand_gated(
     gate_up: torch.Tensor,
     output: torch.Tensor,
     activation: Activation,
+    ahead: torch.Tensor | None = None,
 ) -> None:
     """Write activation(gate) * up, where the tokens' B add what they make of `shrunk` to gate and up.
 
@@ -145,31 +173,47 @@ def expand_gated(
         factors: those of gate and up, whose `halves` are parts.
         gate_up: (tokens, 2 size), contiguous, gate first.
         output: (tokens, size), contiguous.
+        ahead: see `shrink`.
     """
     assert factors.halves is not None, "gate and up are parts"
     num_splits, num_tokens, num_numbers = shrunk.shape
     size = output.shape[1]
     _expand_gated[(triton.cdiv(size, _OUTPUTS), len(which.entries))](
-        shrunk, which.order, which.entries, factors.b, gate_up, output, num_tokens, num_numbers, factors.b.stride(0),
-        size, RANK=factors.rank, RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits,
+        shrunk, which.order, which.entries, factors.b, gate_up, output, ahead, _num_ahead(ahead), num_tokens,
+        num_numbers, factors.b.stride(0), size, RANK=factors.rank,
+        RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits,
         GATE_PART=factors.halves[0], UP_PART=factors.halves[1], ROWS=which.rows, OUTPUTS=_OUTPUTS,
         GELU=activation is Activation.GELU_TANH, IS_EVEN=size % _OUTPUTS == 0,
         CAN_PREFETCH=output.device.type == "cuda", num_warps=4, **launch_options(output.device),
     )  # fmt: skip
 
 
+def _num_ahead(ahead: torch.Tensor | None) -> int | None:
+    return None if ahead is None else min(len(ahead), AHEAD_BYTES)
+
+
 def _num_splits(num_tokens: int, num_inputs: int) -> int:
     """How many programs share a sum: enough to keep the chip busy."""
     if num_tokens > _SOME_TOKENS:
         return 1
-    if num_tokens > _FEW_TOKENS:
+    if num_tokens > FEW_TOKENS:
         return _FIXED_SPLITS
     return 16 if num_inputs >= _LONG_INPUTS else 8
 
 
+@triton.jit
+def _fetch_ahead(ahead, num_bytes, PROGRAMS: tl.constexpr, LINES: tl.constexpr):
+    """Ask for a program's share of some weights to be brought to the second-level cache."""
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    begin = program * LINES * 128
+    if (program < PROGRAMS) & (begin < num_bytes):
+        prefetch(ahead + tl.minimum(begin + tl.arange(0, LINES) * 128, num_bytes - 1))
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _shrink(
-    x, order, entries, factor_a, shrunk, num_tokens, num_inputs, inputs_per_split, slot_stride, num_numbers,
+    x, order, entries, factor_a, shrunk, ahead, num_ahead, num_tokens, num_inputs, inputs_per_split, slot_stride,
+    num_numbers,
     RANK: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, TILE_K: tl.constexpr, IS_EVEN: tl.constexpr,
     CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -191,6 +235,8 @@ def _shrink(
         line_size: tl.constexpr = 1024 // factor_a.dtype.element_ty.primitive_bitwidth
         line = begin + tl.arange(0, 8) * line_size
         prefetch(own[:, None] + tl.minimum(line, num_inputs - 1)[None, :])
+    if CAN_PREFETCH and ahead is not None:
+        _fetch_ahead(ahead, num_ahead, _PROGRAMS, _LINES)
     wait_for_inputs(PDL)
     if rank == 0:
         return
@@ -235,7 +281,8 @@ def _update(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand(
-    shrunk, order, entries, factor_b, blocks, output, num_tokens, num_numbers, slot_stride, num_outputs,
+    shrunk, order, entries, factor_b, blocks, output, ahead, num_ahead, num_tokens, num_numbers, slot_stride,
+    num_outputs,
     RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
     IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -257,6 +304,8 @@ def _expand(
     columns = factor_b + slot * slot_stride + out.to(tl.int64) * RANK
     if CAN_PREFETCH and IS_EVEN:
         prefetch(columns)
+    if CAN_PREFETCH and ahead is not None:
+        _fetch_ahead(ahead, num_ahead, _PROGRAMS, _LINES)
     wait_for_inputs(PDL)
     if rank == 0:
         return
@@ -272,7 +321,8 @@ def _expand(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand_gated(
-    shrunk, order, entries, factor_b, gate_up, output, num_tokens, num_numbers, slot_stride, num_outputs,
+    shrunk, order, entries, factor_b, gate_up, output, ahead, num_ahead, num_tokens, num_numbers, slot_stride,
+    num_outputs,
     RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, GATE_PART: tl.constexpr, UP_PART: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GELU: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
@@ -293,6 +343,8 @@ def _expand_gated(
     if CAN_PREFETCH and IS_EVEN:
         prefetch(columns)
         prefetch(up_columns)
+    if CAN_PREFETCH and ahead is not None:
+        _fetch_ahead(ahead, num_ahead, _PROGRAMS, _LINES)
     wait_for_inputs(PDL)
     if count == 0:
         return

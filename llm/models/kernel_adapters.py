@@ -7,7 +7,15 @@ from torch import nn
 
 from llm.config import Activation
 from llm.kernels.activation import activate_gated
-from llm.kernels.adapters import AdapterEntries, AdapterFactors, expand, expand_gated, shrink
+from llm.kernels.adapters import (
+    AHEAD_BYTES,
+    FEW_TOKENS,
+    AdapterEntries,
+    AdapterFactors,
+    expand,
+    expand_gated,
+    shrink,
+)
 from llm.models.adapters import AdapterMemory
 from llm.models.latent import LatentHeads
 
@@ -42,14 +50,21 @@ class KernelAdapters:
             for module, adapted in memory.modules.items()
         }
         self._deterministic = deterministic
+        modules = list(memory.modules)
+        self._ahead = {module: _first_bytes(module) for module in modules}
+        self._next = dict(zip(modules, [*modules[1:], modules[0]], strict=True))
 
     def shrink(self, projection: nn.Module, x: torch.Tensor, which: AdapterEntries) -> torch.Tensor:
-        """The tokens' A for a projection times its inputs, (tokens, in); see `llm.kernels.adapters.shrink`."""
-        return shrink(x, which, self._factors[projection], deterministic=self._deterministic)
+        """The tokens' A for a projection times its inputs, (tokens, in); see `llm.kernels.adapters.shrink`.
+
+        The product with the projection's own weight comes next.
+        """
+        ahead = self._ahead[projection][0] if len(x) <= FEW_TOKENS else None
+        return shrink(x, which, self._factors[projection], deterministic=self._deterministic, ahead=ahead)
 
     def expand(self, projection: nn.Module, shrunk: torch.Tensor, which: AdapterEntries, output: torch.Tensor) -> None:
         """Add the tokens' B for a projection times `shrunk` to `output`, (tokens, out)."""
-        expand(shrunk, which, self._factors[projection], output)
+        expand(shrunk, which, self._factors[projection], output, self._behind(projection, output))
 
     def expand_gated(
         self,
@@ -60,14 +75,18 @@ class KernelAdapters:
         activation: Activation,
     ) -> torch.Tensor:
         """activation(gate) * up, (tokens, size), with the tokens' B; see `llm.kernels.adapters.expand_gated`."""
-        factors = self._factors[gate_up_proj]
+        factors, ahead = self._factors[gate_up_proj], self._behind(gate_up_proj, gate_up)
         output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         if factors.halves is None:
-            expand(shrunk, which, factors, gate_up)
+            expand(shrunk, which, factors, gate_up, ahead)
             activate_gated(gate_up, output, activation)
         else:
-            expand_gated(shrunk, which, factors, gate_up, output, activation)
+            expand_gated(shrunk, which, factors, gate_up, output, activation, ahead)
         return output
+
+    def _behind(self, projection: nn.Module, output: torch.Tensor) -> torch.Tensor | None:
+        """What to fetch after a projection: weights of the one after it, which its own shrinking does not fetch."""
+        return self._ahead[self._next[projection]][1] if len(output) <= FEW_TOKENS else None
 
     def add_keys(self, heads: LatentHeads, plain: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor) -> None:
         """Add the adapters of `heads.kv_proj` to queries for latents.
@@ -105,3 +124,10 @@ def _own(numbers: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Numbers (tokens, heads, slots, rank) as (tokens, heads, slots · rank), zeros for slots that are not a token's."""
     is_own = slots[:, None] == torch.arange(numbers.shape[2], device=slots.device)
     return numbers.where(is_own[:, None, :, None], 0.0).flatten(2)
+
+
+def _first_bytes(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The first bytes of a module's weight, as much as a launch fetches ahead, and the next ones; None for no more."""
+    content = module.get_parameter("weight").detach().view(torch.uint8).flatten()
+    first, second = content[:AHEAD_BYTES], content[AHEAD_BYTES : 2 * AHEAD_BYTES]
+    return first, second if len(second) else None

@@ -56,6 +56,8 @@ def state() -> dict[str, Any]:
         "models": [
             {
                 "name": "meta-llama/Llama-3.3-70B-Instruct",
+                "aliases": ["gpt-4o"],
+                "state": "ready",
                 "engine": engine,
                 "wanted": [1, 4],
                 "scaling": "The load asks for 3 replicas (row use); 1 to 4 may run.",
@@ -70,6 +72,8 @@ def state() -> dict[str, Any]:
             },
             {
                 "name": "demo",
+                "aliases": [],
+                "state": "ready",
                 "engine": {**engine, "device": "cpu", "dtype": "float32"},
                 "wanted": [3, 3],
                 "scaling": None,
@@ -78,16 +82,27 @@ def state() -> dict[str, Any]:
                     "older": replica(machine=None),
                 },
             },
+            {
+                "name": "embed:v2",
+                "aliases": [],
+                "state": "asleep",
+                "engine": None,
+                "wanted": [0, 2],
+                "scaling": "The load asks for 0 replicas (nothing runs or waits); 0 to 2 may run.",
+                "replicas": {},
+            },
         ],
         "events": [
-            {"at": now - 2, "text": "Replica c0 was lost: its process ended suddenly", "is_bad": True},
-            {"at": now - 60, "text": "Replica d4 joined", "is_bad": False},
+            {"at": now - 2, "text": "Replica c0 was lost: its process ended suddenly", "is_bad": True,
+             "model": "meta-llama/Llama-3.3-70B-Instruct"},
+            {"at": now - 60, "text": "Replica d4 joined", "is_bad": False, "model": "demo"},
         ],
         "departures": [
             {"at": now - 2, "replica_id": "c0", "node": "gpu-node-2", "lived_s": 7260.0, "cause": "died",
-             "is_failure": True, "why": "its process ended suddenly: it was killed, or crashed"},
+             "is_failure": True, "why": "its process ended suddenly: it was killed, or crashed",
+             "model": "meta-llama/Llama-3.3-70B-Instruct"},
             {"at": now - 300, "replica_id": "e7", "node": None, "lived_s": 42.0, "cause": "scaled down",
-             "is_failure": False, "why": "autoscaling removed it"},
+             "is_failure": False, "why": "autoscaling removed it", "model": "demo"},
         ],
         "history": {
             "num_routers": 2, "span_s": 900, "totals": totals, "points": points,

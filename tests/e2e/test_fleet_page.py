@@ -22,15 +22,17 @@ def open_sample(page: Page, server: Server) -> None:
 
 def test_it_says_what_there_is_to_know(page: Page, server: Server):
     open_sample(page, server)
-    first, second = page.locator(".model").all()
+    first, second, asleep = page.locator(".model").all()
     expect(first.get_by_role("heading", level=2)).to_have_text("meta-llama/Llama-3.3-70B-Instruct")
     expect(first.locator(".facts")).to_have_text(
-        "1 replica serving, 1 to 4 allowed · bfloat16 on CUDA · context of 131,072 tokens · 0 tokens/s · 180 running · "
-        "12 waiting"
+        "1 replica serving, 1 to 4 allowed · also called gpt-4o · bfloat16 on CUDA · context of 131,072 tokens · "
+        "0 tokens/s · 180 running · 12 waiting"
     )
     expect(first.locator(".scaling")).to_contain_text("The load asks for 3 replicas")
     expect(second.locator(".facts")).to_contain_text("2 of 3 replicas serving · float32 on CPU")
     expect(second.locator(".scaling")).to_be_hidden()
+    expect(asleep.locator(".facts")).to_contain_text("asleep until the next request")
+    expect(page.locator("#events li").nth(1)).to_contain_text("demo: Replica d4 joined")
     spread = first.locator('[data-id="a81kfj20"]')
     expect(spread.locator(".device")).to_have_count(8)
     expect(spread.locator(".device").nth(0)).to_contain_text("GPU 0")

@@ -336,3 +336,5 @@ class Stats(ResponseModel):
     """What each replica last reported, by replica id."""
     models: dict[str, dict[str, Any]]
     """The state of each model, what is running there, and which replicas are its own."""
+    batches: dict[str, Any] | None
+    """What this router does for batches; None if it runs none."""

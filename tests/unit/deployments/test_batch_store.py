@@ -125,10 +125,19 @@ def test_stores_that_cannot_be_used_are_named(tmp_path: Path):
         open_store(str(tmp_path / "file" / "store"))
     with pytest.raises(ConfigError, match=r"batches\.store: nonsense://x"):
         FsspecStore("nonsense://x")
+    with pytest.raises(ValueError, match="nonsense:// cannot be used here: Protocol not known"):
+        BatchesConfig(store="nonsense://x")
+    with pytest.raises(ValueError, match="is empty; give a directory"):
+        BatchesConfig(store="file://")
 
 
 def test_a_relative_directory_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    for given, wanted in (("a", str(tmp_path / "a")), ("file:///b", "/b"), ("s3://c/d", "s3://c/d"), (None, None)):
+    for given, wanted in (
+        ("a", str(tmp_path / "a")),
+        ("file:///b", "/b"),
+        ("memory://c/d", "memory://c/d"),
+        (None, None),
+    ):
         assert resolve_store(BatchesConfig(store=given)).store == wanted
     assert [BatchesConfig(store=place).is_shared for place in ("a", "memory://a", None)] == [True, False, True]

@@ -127,10 +127,12 @@ async def test_openai_client_runs_a_batch(make_service: ServiceFactory, tmp_path
         ("/v1/completions", {"model": "demo", "prompt": "a", "max_tokens": 3}),
         ("/v1/embeddings", {"model": "demo", "input": "a"}),
         ("/v1/responses", {"model": "demo", "input": "a", "max_output_tokens": 16}),
+        ("/v1/rerank", {"model": "demo", "query": "a", "documents": ["b", "c"]}),
+        ("/v1/score", {"model": "demo", "text_1": "a", "text_2": ["b", "c"]}),
     ],
 )
 async def test_each_endpoint_answers_as_over_http(make_service: ServiceFactory, tmp_path: Path, url: str, body: dict):
-    service = await make_service(config(tmp_path))
+    service = await make_service(config(tmp_path, scoring={"method": "embeddings"}))
     async with client_of(service) as client:
         file = await client.files.create(file=("a", line("one", url, **body).encode()), purpose="batch")
         batch = await client.batches.create(input_file_id=file.id, endpoint=url, completion_window="1h")

@@ -123,8 +123,10 @@ async def test_the_query_is_read_once(service: Service):
     assert replica._loop._engine.stats().num_cached_prompt_tokens - before > 2 * 100
 
 
-async def test_many_documents_wait_for_the_first_to_read_a_long_query(service: Service):
-    """So the query is computed once, not for each of the documents that arrive together."""
+async def test_many_documents_wait_for_the_first_to_read_a_long_query(make_service: ServiceFactory, directory: Path):
+    """So the query is computed once, not for each of the documents that fit into one step."""
+    engine = {"max_batch_size": 32, "num_pages": 1024, "max_tokens_per_step": 8192}
+    service = await make_service(service_config(directory, engine=engine))
     (replica,) = service.client.replicas
     before = replica._loop._engine.stats()
     answer = await rerank(

@@ -474,6 +474,7 @@ def compile_adapters() -> None:
         num_stages = min(4, stages_in(SHARED_MEMORY[capability], (rows + numbers) * 128 * size, capability // 10))
         kernel = {**arguments, "x": dtype, "factor_a": dtype, "factor_b": dtype, "output": dtype, "RANK": rank}
         kernel |= {"ROWS": rows, "NUMBERS": numbers, "TILE_K": 128, "CAN_PREFETCH": True, "OUTPUTS": 128}
+        kernel |= {"ahead": "*u8" if rows == 16 else None, "num_ahead": "i32" if rows == 16 else None}
         kernel |= {"IS_EVEN": rank != 48, "RANKS": min(64, triton.next_power_of_2(rank)), "NUM_SPLITS": 8}
         taken = compile_kernel("shrink", adapters._shrink, kernel, capability=capability, num_stages=max(num_stages, 1))
         assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)

@@ -8,6 +8,7 @@ import torch
 from real_texts import ODD_TEXTS, PARAGRAPH, QUESTIONS
 from transformers import PreTrainedModel
 
+from deployments.chat.scoring import DEFAULT_INSTRUCTION, DEFAULT_TEMPLATE
 from llm.config import EngineConfig
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
@@ -115,3 +116,28 @@ def test_tokens_of_texts_and_chats_are_known(models):
         assert tokenizer.decode(ids) == text
     assert tokenizer.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}]) == KNOWN_CHAT
     assert [tokenizer.token_text(i) for i in tokenizer.encode("In 1962")] == ["In", " ", "1", "9", "6", "2"]
+
+
+@torch.inference_mode()
+def test_scores_of_yes_and_no_and_vectors_are_transformers(models):
+    """In Qwen3-Reranker's prompt, whose tokens this model has too, wherever yes and no stand among all tokens."""
+    ours, theirs = models
+    template = ours.tokenizer.new_template(DEFAULT_TEMPLATE, "the prompt")
+    pair = tuple(ours.tokenizer.token_id(word) for word in ("yes", "no"))
+    query = {"role": "query", "content": QUESTIONS[0]}
+    for document in (PARAGRAPH, "Paris is the capital of France.", "no"):
+        turns = [query, {"role": "document", "content": document}]
+        chat = ours.tokenizer.render(template, turns, {"instruction": DEFAULT_INSTRUCTION})
+        ids = tuple(ours.tokenizer.encode_chat(chat))
+        requests = [
+            GenerationRequest(prompt_token_ids=ids, max_new_tokens=0, allowed_token_ids=pair, scores_allowed=True),
+            GenerationRequest(prompt_token_ids=ids, pooling="last"),
+            GenerationRequest(prompt_token_ids=ids, pooling="mean"),
+        ]
+        results = ours.generate(requests, progress=False)
+        found = [torch.frombuffer(bytearray(result.vector), dtype=torch.float32) for result in results]
+        states = theirs.model(torch.tensor([ids])).last_hidden_state[0]
+        expected = theirs.lm_head(states[-1])[list(pair)].softmax(-1)
+        torch.testing.assert_close(found[0].softmax(-1), expected, atol=1e-4, rtol=0)
+        for vector, state in zip(found[1:], (states[-1], states.mean(0)), strict=True):
+            torch.testing.assert_close(vector, state / state.norm(), atol=1e-4, rtol=0)
