@@ -38,7 +38,8 @@ class PagedDecode:
     """
 
     def __init__(self, max_parts: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
-        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        group_size, head_block = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_dim))
+        self._heads = HeadShape(num_kv_heads, group_size, head_dim, head_block)
         num_items = num_decode_items(max_parts)
         self._partial = torch.empty(num_items, num_heads, head_dim, device=device)
         self._partial_lse = torch.empty(num_items, num_heads, device=device)
@@ -65,21 +66,20 @@ class PagedDecode:
             output: (tokens, num_heads, head_dim), contiguous.
             scoring: None for a scale of `head_dim ** -0.5` alone.
         """
-        group_size = self._num_heads // self._num_kv_heads
-        head_dim, head_block = self._head_dim, max(16, triton.next_power_of_2(self._head_dim))
-        scoring = scoring or Scoring(head_dim**-0.5)
-        bytes_a_stage = 2 * _BLOCK_TOKENS * head_block * kv_pages.dtype.itemsize
+        heads = self._heads
+        scoring = scoring or Scoring(heads.head_dim**-0.5)
+        bytes_a_stage = 2 * _BLOCK_TOKENS * heads.head_block * kv_pages.dtype.itemsize
         has_8_bits = kv_pages.dtype.itemsize == 1
         outputs = AttentionOutputs(output, self._partial, self._partial_lse)
-        _paged_decode[(self._num_kv_heads, num_decode_items(parts.num_parts))](
+        _paged_decode[(heads.num_kv_heads, num_decode_items(parts.num_parts))](
             query, PagedCache.of(kv_pages, page_tables), parts, items, outputs, query.stride(0), window or 0,
-            scoring.factors, HEADS=HeadShape(self._num_kv_heads, group_size, head_dim, head_block),
-            GROUP_BLOCK=max(16, triton.next_power_of_2(group_size)), PAGE_SIZE=kv_pages.shape[2], BLOCK=_BLOCK_TOKENS,
+            scoring.factors, HEADS=heads, GROUP_BLOCK=max(16, triton.next_power_of_2(heads.group)),
+            PAGE_SIZE=kv_pages.shape[2], BLOCK=_BLOCK_TOKENS,
             INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
             HAS_PAIRS=has_8_bits and query.is_cuda, num_warps=_NUM_WARPS_8_BITS if has_8_bits else _NUM_WARPS,
             num_stages=min(_NUM_STAGES, most_stages(query.device, bytes_a_stage)), **launch_options(query.device),
         )  # fmt: skip
-        merge_chunks(parts, items, outputs, group_size, window)
+        merge_chunks(parts, items, outputs, heads.group, window)
 
 
 def merge_chunks(
@@ -99,8 +99,8 @@ def merge_chunks(
     num_heads, head_dim = outputs.output.shape[1:]
     num_groups = num_heads // group_size
     _merge_chunks[(parts.num_parts, num_groups)](
-        parts, items, outputs, window or 0,
-        HEADS=HeadShape(num_groups, group_size, head_dim, triton.next_power_of_2(head_dim)),
+        parts.query_starts, parts.query_lens, parts.context_lens, items.first_items, items.summary, outputs,
+        window or 0, HEADS=HeadShape(num_groups, group_size, head_dim, triton.next_power_of_2(head_dim)),
         GROUP_BLOCK=triton.next_power_of_2(group_size), num_warps=4, **launch_options(outputs.output.device),
     )  # fmt: skip
 
@@ -198,24 +198,25 @@ def _paged_decode(
 
 @triton.jit
 def _merge_chunks(
-    parts, items, outputs, window, HEADS: tl.constexpr, GROUP_BLOCK: tl.constexpr, PDL: tl.constexpr
+    query_starts, query_lens, context_lens, first_items, summary, outputs, window,
+    HEADS: tl.constexpr, GROUP_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (part, kv head): weigh the chunks' results by their log-sum-exp, always in the same order."""
     wait_for_inputs(PDL)
     head_block: tl.constexpr = HEADS.head_block
     num_heads: tl.constexpr = HEADS.num_kv_heads * HEADS.group
     part = tl.program_id(0)
-    context_len = tl.load(parts.context_lens + part)
+    context_len = tl.load(context_lens + part)
     if window > 0:
         context_len = tl.minimum(context_len, window)
-    chunk_size = tl.load(items.summary + 1)
-    if tl.load(parts.query_lens + part) != 1 or chunk_size >= context_len:
+    chunk_size = tl.load(summary + 1)
+    if tl.load(query_lens + part) != 1 or chunk_size >= context_len:
         return
     head = tl.program_id(1) * HEADS.group + tl.arange(0, GROUP_BLOCK)
     dim = tl.arange(0, head_block)
     head_exists = tl.arange(0, GROUP_BLOCK) < HEADS.group
     mask = head_exists[:, None] & (dim[None, :] < HEADS.head_dim)
-    first = tl.load(items.first_items + part).to(tl.int64)
+    first = tl.load(first_items + part).to(tl.int64)
     highest = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
     weight = tl.zeros([GROUP_BLOCK], tl.float32)
     acc = tl.zeros([GROUP_BLOCK, head_block], tl.float32)
@@ -225,6 +226,6 @@ def _merge_chunks(
             outputs.partial + (item * num_heads + head[:, None]) * HEADS.head_dim + dim[None, :], mask=mask, other=0.0
         )
         acc, highest, weight = add_share(acc, highest, weight, chunk, lse)
-    token = tl.load(parts.query_starts + part).to(tl.int64)
+    token = tl.load(query_starts + part).to(tl.int64)
     out = outputs.output + (token * num_heads + head[:, None]) * HEADS.head_dim + dim[None, :]
     tl.store(out, (acc / weight[:, None]).to(outputs.output.dtype.element_ty), mask=mask)

@@ -116,7 +116,8 @@ class PagedCache(NamedTuple):
     @classmethod
     def of(cls, kv_pages: torch.Tensor, page_tables: torch.Tensor) -> "PagedCache":
         """A layer's `kv_pages`, (2, pages, page_size, num_kv_heads, head_dim), behind their `page_tables`."""
-        return cls(kv_pages[0], kv_pages[1], page_tables, page_tables.stride(0))
+        key_pages, value_pages = kv_pages.unbind()
+        return cls(key_pages, value_pages, page_tables, page_tables.stride(0))
 
 
 class AttentionOutputs(NamedTuple):
@@ -161,7 +162,7 @@ def num_prefill_items(num_tokens: int, num_parts: int, block_tokens: int, min_qu
 
 def slot_index_type(kv_pages: torch.Tensor) -> tl.dtype:
     """Integers that count the elements of all keys: half as wide, half as many registers for addresses."""
-    return tl.int32 if kv_pages[0].numel() < 2**31 else tl.int64
+    return tl.int32 if kv_pages.numel() // len(kv_pages) < 2**31 else tl.int64
 
 
 def product_type(query: torch.Tensor, kv_pages: torch.Tensor) -> tl.dtype:

@@ -113,7 +113,10 @@ def test_what_stands_around_equals_the_module(shape, deterministic):
         positions = torch.randperm(640, device=DEVICE)[:num_tokens].int()
         projected = torch.randn(num_tokens, sum(heads.sizes), device=DEVICE).to(dtype)
         rows = LatentRows(pages, tables, token_rows, positions, rope.table(DEVICE), shape.is_interleaved)
-        query = store_and_ask(heads, projected, rows, Linear(DEVICE), q_weights, deterministic=deterministic)
+        query = store_and_ask(
+            heads, projected, rows, lambda latents: Linear(DEVICE)(latents, q_weights), lambda plain, products: None,
+            deterministic=deterministic,
+        )  # fmt: skip
         asked = heads.queries(projected, *rope.angles(positions.long()))
         stored = pages[tables[token_rows.long(), positions.long() // PAGE_SIZE].long(), positions.long() % PAGE_SIZE]
         found = torch.randn(num_tokens, num_heads, shape.rank, device=DEVICE).to(dtype)

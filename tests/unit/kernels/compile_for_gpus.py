@@ -201,6 +201,7 @@ def compile_attention() -> None:
             ),
         )
         assert max(taken) <= SHARED_MEMORY[capability] - 1024, (capability, pages, head_dim, taken)
+    arguments |= dict.fromkeys(("query_starts", "query_lens", "context_lens", "first_items", "summary"), INT)
     compile_kernel("merge", decode._merge_chunks, arguments, HEADS=HeadShape(2, 4, 80, 128), GROUP_BLOCK=4)
 
 
@@ -479,7 +480,7 @@ def compile_adapters() -> None:
         taken = compile_kernel("shrink", adapters._shrink, kernel, capability=capability, num_stages=max(num_stages, 1))
         assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
         compile_kernel("expand", adapters._expand, kernel, capability=capability)
-        halves = {"gate_up": dtype, "GATE_PART": 0, "UP_PART": num_parts - 1, "GELU": rows == 64}
+        halves = {"gate_up": dtype, "HALVES": (0, num_parts - 1), "GELU": rows == 64}
         compile_kernel("gated expand", adapters._expand_gated, {**kernel, **halves}, capability=capability)
 
 

@@ -1,4 +1,4 @@
-"""Kernels take few arguments: what belongs together is a named tuple, as docs/decisions says."""
+"""Kernels take few arguments: what belongs together is a named tuple, as docs/decisions/0020 says."""
 
 import ast
 from pathlib import Path
