@@ -9,7 +9,7 @@ import json
 import os
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -159,13 +159,14 @@ def check_entries(entries: Sequence[Entry], streams: Sequence[Stream], answers: 
     for entry in entries:
         if entry["outcome"] != "refused":
             by_request[entry["request_id"]].append(entry)
+    [num_prompt_tokens] = {stream.usage["prompt_tokens"] for stream in streams if stream.is_whole()}
     for stream in streams:
         [entry] = by_request.pop(stream.request_id)
         assert (entry["key"], entry["model"]) == (stream.key, stream.model)
         if stream.is_whole():
             assert (entry["outcome"], recorded(entry)) == ("length", tokens_of(stream.usage))
         else:
-            assert (entry["outcome"], entry["prompt_tokens"]) == ("killed", 3)
+            assert (entry["outcome"], entry["prompt_tokens"]) == ("killed", num_prompt_tokens)
             assert len(stream.text) <= entry["output_tokens"] <= NUM_TOKENS, "what its client had got, and no more"
     for answer in answers:
         # A line that ran when its router ended ran again, and what it had used until then counts too.
@@ -213,10 +214,18 @@ def check_reports(server: Server, scene: Scene, entries: Sequence[Entry]) -> Non
     assert own["budgets"]["tokens_per_month"]["used"] == spent, "the last key is the one with a budget"
 
 
-def run_the_day(server: Server, scene: Scene, batch: Batch, begun: Callable[[], list[Stream]]) -> list[Stream]:
+def run_the_day(server: Server, scene: Scene, batch: Batch, pool: ThreadPoolExecutor) -> list[Stream]:
     """Kill a router and a replica and change a model, each under open streams; returns all streams, ended."""
     platform = scene.platform
-    first = begun() + begun()
+
+    def begun(copies: int = 1) -> list[Stream]:
+        """Streams of every key that have begun."""
+        asked = [(key, name) for key, names in ASKS.items() for name in names] * copies
+        streams = [Stream(pool, platform.url, name, NUM_TOKENS, key) for key, name in asked]
+        server.wait_for(lambda: all(stream.num_chunks > 3 for stream in streams), 120, "a stream does not begin")
+        return streams
+
+    first = begun(copies=2)
     assert batch.num_completed() < NUM_LINES
     os.kill(scene.batch_router(batch.id), signal.SIGKILL)
     broken = [stream for stream in first if not stream.is_whole()]
@@ -255,15 +264,7 @@ def test_every_token_is_accounted_for_whatever_dies(server: Server, scene: Scene
     batch = Batch(scene.client("team"))
     server.wait_for(lambda: batch.num_completed() >= 50, 120, "no line was completed")
     with ThreadPoolExecutor(64) as pool:
-
-        def begun() -> list[Stream]:
-            """Streams of every key that have begun."""
-            asked = [(key, name) for key, names in ASKS.items() for name in names]
-            streams = [Stream(pool, platform.url, name, NUM_TOKENS, key) for key, name in asked]
-            server.wait_for(lambda: all(stream.num_chunks > 3 for stream in streams), 120, "a stream does not begin")
-            return streams
-
-        streams = run_the_day(server, scene, batch, begun)
+        streams = run_the_day(server, scene, batch, pool)
     server.wait_for(batch.has_ended, 300, "the batch did not end")
     answers = batch.answers()
     ids = {*(stream.request_id for stream in streams), *(answer["response"]["request_id"] for answer in answers)}
