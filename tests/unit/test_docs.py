@@ -13,12 +13,13 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from deployments.accounts_config import KeyLimits
+from deployments.accounts_config import KeyLimits, Role
 from deployments.cli import app, command_reference, config_reference
 from deployments.config import AppConfig
-from deployments.router.keys import parse_keys
-from deployments.serve.config_file import BUILDER
+from deployments.router.keys import find_keys, parse_keys
+from deployments.serve.config_file import BUILDER, read_config_file
 from deployments.serve.front_end import FrontEnd
+from llm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -178,15 +179,24 @@ def test_examples_of_configuration_load(path: Path):
         assert check_example(block) or "logging_config" in block, block
 
 
-def test_examples_of_the_platform_page_are_found():
-    """The page begins with a configuration that has everything, and its keys file."""
-    page = ROOT / "docs" / "platform.md"
-    whole = yaml.safe_load(blocks(page, "yaml")[0])["applications"][0]["args"]
-    assert {"models", "api_keys_file", "accounts", "batches", "router"} <= whole.keys()
-    assert any("adapters" in model for model in whole["models"])
-    assert all(check_example(block) for block in blocks(page, "yaml"))
-    with pytest.raises(ValueError, match="replica"):
-        check_example(blocks(page, "yaml")[0].replace("num_replicas", "number_of_replicas", 1))
+def test_the_platform_page_begins_with_a_whole_platform(tmp_path: Path):
+    """Its configuration and its keys file fit together, as `rayline check` would find."""
+    config, keys, *_ = blocks(ROOT / "docs" / "platform.md", "yaml")
+    (tmp_path / "keys.yaml").write_text(keys)
+    file = tmp_path / "serve_config.yaml"
+    file.write_text(config.replace("/etc/rayline/keys.yaml", str(tmp_path / "keys.yaml")))
+    app = read_config_file(file).apps["rayline"]
+    assert len(app.models) == 2
+    assert any(model.adapters and model.adapter_folder and model.adapter_roots for model in app.models)
+    assert app.batches.is_on
+    assert {key.role for key in find_keys(app).keys} == {Role.ADMIN, Role.USER}
+    named = {name for key in find_keys(app).keys for name in key.models}
+    assert named <= {
+        name for model in app.models for name in (*model.names, *(adapter.name for adapter in model.adapters))
+    }
+    file.write_text(file.read_text().replace("accounts:", "acounts:"))
+    with pytest.raises(ConfigError, match="acounts"):
+        read_config_file(file)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=IDS)
