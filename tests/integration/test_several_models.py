@@ -50,7 +50,10 @@ class Platform(Fleet):
 
     def states(self) -> dict[str, str]:
         """The state of each model; none while no router answers."""
-        answer = httpx.get(f"{self.url}/v1/models", timeout=30)
+        try:
+            answer = httpx.get(f"{self.url}/v1/models", timeout=30)
+        except httpx.TransportError:
+            return {}
         return {model["id"]: model["state"] for model in answer.json()["data"]} if answer.status_code == 200 else {}
 
 
