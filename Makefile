@@ -50,7 +50,7 @@ serve: $(VENV)/.runtime  ## Serve CONFIG (serve_config.yaml) on http://127.0.0.1
 endif
 
 system-packages:  ## Debian packages that some tests use (as root); without them these tests are skipped
-	command -v chromium && command -v prometheus && command -v amtool && command -v redis-server && command -v npm || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus prometheus-alertmanager redis-server $$(command -v npm >/dev/null || echo npm) >/dev/null; }
+	command -v chromium && command -v prometheus && command -v amtool && command -v redis-server && command -v npm && ls /usr/lib/postgresql/*/bin/initdb || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium prometheus prometheus-alertmanager redis-server postgresql $$(command -v npm >/dev/null || echo npm) >/dev/null; }
 
 models: $(VENV)/.dev  ## Download the real models that some tests use (350 MB) into ~/.cache/rayline
 	$(BIN)/rayline pull smollm2 gemma3-270m

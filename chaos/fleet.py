@@ -124,11 +124,11 @@ class Fleet:
 
     def replica_pids(self) -> list[int]:
         """Processes of its engine replicas."""
-        return _pids(f"ray::ServeReplica:{self.name}:EngineReplica")
+        return pids_of(f"ray::ServeReplica:{self.name}:EngineReplica")
 
     def router_pids(self) -> list[int]:
         """Processes of its routers."""
-        return _pids(f"ray::ServeReplica:{self.name}:Router")
+        return pids_of(f"ray::ServeReplica:{self.name}:Router")
 
     def hurt_one(self, how: signal.Signals) -> int:
         """Send a signal to one of its replicas; returns the process."""
@@ -252,7 +252,7 @@ def every_replica_works(stats: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def controller_stopped() -> Iterator[None]:
     """Serve's controller stands still: nothing is started, replaced, deployed or taken away until the end."""
-    pids = [pid for pid in _pids("ray::ServeController") if _is_ours(pid)]
+    pids = [pid for pid in pids_of("ray::ServeController") if _is_ours(pid)]
     assert len(pids) == 1, "one cluster has one controller"
     with _deploying:  # a deployment that is on its way needs it
         os.kill(pids[0], signal.SIGSTOP)
@@ -264,7 +264,7 @@ def controller_stopped() -> Iterator[None]:
 
 def proxy_pids() -> list[int]:
     """Processes of Serve's HTTP proxies under this process."""
-    return [pid for pid in _pids("ray::ProxyActor") if _is_ours(pid)]
+    return [pid for pid in pids_of("ray::ProxyActor") if _is_ours(pid)]
 
 
 def _is_idle(stats: dict[str, Any]) -> bool:
@@ -272,7 +272,8 @@ def _is_idle(stats: dict[str, Any]) -> bool:
     return stats["router"]["num_live"] == 0 and used == 0
 
 
-def _pids(prefix: str) -> list[int]:
+def pids_of(prefix: str) -> list[int]:
+    """Processes whose command line begins with a text."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -37,10 +37,10 @@ class ModelEndpoints:
         ]
 
     async def models(self, request: Request) -> Response:
-        """List the models that the API key may use, with their aliases and states, and then such adapters."""
+        """List the models and then the adapters that the API key may use, with their aliases and states."""
         found = [self._describe(self._directory.find(name)) for name in self._names_for(request)]
-        adapters = [each for each in self._directory.adapters.all() if may_use(request, each[0].name)]
-        return json_response({"object": "list", "data": [*found, *map(self._describe_adapter, adapters)]})
+        known = [adapters for adapters in self._directory.adapters.all() if may_use(request, adapters[0].name)]
+        return json_response({"object": "list", "data": [*found, *map(self._describe_adapter, known)]})
 
     async def model(self, request: Request) -> Response:
         """Describe one model, by its name or an alias, or one adapter."""

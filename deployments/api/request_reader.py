@@ -98,12 +98,11 @@ class RequestReader:
         name = body.model or next(iter(names), "")
         continued = getattr(body, "previous_response_id", None) or ""
         router = self._directory.pick(name, version_key_of(request, body), continued)
-        adapter = self._directory.adapter(name, router) if router is not None else None
         if router is None and not self._directory.adapters.is_settled:
             raise adapters_loading(name)
-        is_allowed = may_use(request, name) if adapter is not None else router and router.config.model_name in names
-        if router is None or not is_allowed:
+        if router is None or not may_use(request, *(self._directory.names_of(name) or (name,))):
             raise model_not_found(name, names)
+        adapter = self._directory.adapter(name, router)
         served = adapter.name if adapter is not None else router.config.model_name
         sheet_of(request.scope).model = served
         return Target(self._chats[router.key], served, self._directory.mark(router), adapter)

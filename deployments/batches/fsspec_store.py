@@ -1,8 +1,9 @@
 """A `Store` behind fsspec: object storage such as S3, or this process' memory."""
 
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from errno import EIO
 from typing import Any
 
 import fsspec
@@ -34,46 +35,51 @@ class FsspecStore:
 
     def read(self, name: str) -> bytes:
         """See `Store.read`."""
-        data: bytes = self._files.cat_file(self._path(name))
-        return data
+        with _plain_errors():
+            return bytes(self._files.cat_file(self._path(name)))
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """See `Store.read_ranges`."""
         paths = [self._path(one.name) for one in ranges]
-        found = self._files.cat_ranges(
-            paths, [one.start for one in ranges], [one.end for one in ranges], on_error="raise"
-        )
+        with _plain_errors():
+            found = self._files.cat_ranges(
+                paths, [one.start for one in ranges], [one.end for one in ranges], on_error="raise"
+            )
         return [bytes(data) for data in found]
 
     def write(self, name: str, data: bytes) -> None:
         """See `Store.write`."""
-        self._files.pipe_file(self._path(name), data)
+        with _plain_errors():
+            self._files.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """See `Store.create`."""
         with _creating:
             try:
-                self._files.pipe_file(self._path(name), data, mode="create")
+                with _plain_errors():
+                    self._files.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
                 return False
         return True
 
     def writer(self, name: str) -> "FsspecWriter":
         """See `Store.writer`."""
-        return FsspecWriter(self._files, self._path(name))
+        with _plain_errors():
+            return FsspecWriter(self._files, self._path(name))
 
     def names(self, folder: str) -> list[str]:
         """See `Store.names`."""
         self._files.invalidate_cache()
         try:
-            found = self._files.ls(self._path(folder), detail=False)
+            with _plain_errors():
+                found = self._files.ls(self._path(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(name for name in (path.rstrip("/").rpartition("/")[2] for path in found) if name)
 
     def delete(self, name: str) -> None:
         """See `Store.delete`."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _plain_errors():
             self._files.rm_file(self._path(name))
 
     def drop_leftovers(self, min_age_s: float) -> None:
@@ -96,15 +102,28 @@ class FsspecWriter:
 
     def write(self, data: bytes) -> None:
         """See `ObjectWriter.write`."""
-        self._file.write(data)
+        with _plain_errors():
+            self._file.write(data)
 
     def commit(self) -> None:
         """See `ObjectWriter.commit`."""
-        self._file.close()
-        self._file.commit()
+        with _plain_errors():
+            self._file.close()
+            self._file.commit()
 
     def abort(self) -> None:
         """See `ObjectWriter.abort`."""
         if not self._file.closed:
-            with suppress(OSError, NotImplementedError):
+            with suppress(OSError), _plain_errors():
                 self._file.discard()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise what the storage's own package raises as an `OSError`, which says that the store is away."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # the edge to packages whose errors have no class in common
+        raise OSError(EIO, f"{type(error).__name__} of the store") from error

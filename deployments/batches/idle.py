@@ -24,7 +24,9 @@ class IdleCapacity:
 
     def spare(self, model: str | None, max_row_use: float) -> Spare:
         """See `Capacity.spare`. A name that stands for no model may be known to the API, or is refused there."""
-        routers = self._directory.find(model or self._directory.names[0]) or self._directory.routers
+        directory = self._directory
+        name = model or directory.names[0]
+        routers = directory.find(name) or directory.with_adapter(name) or directory.routers
         if any(_is_busy(router) for router in routers):
             return _NOTHING
         found = [_spare(router, max_row_use) for router in routers]

@@ -223,6 +223,10 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
 _OF_ALL_MODELS: Mapping[str, tuple[str, str]] = {
     "num_keys": ("rayline:api_keys", "Keys that clients may use."),
     "is_key_file_wrong": ("rayline:api_keys_file_wrong", "1 while the file with keys cannot be read or used."),
+    "is_usage_record_away": (
+        "rayline:usage_record_away",
+        "1 while the record of usage cannot be reached; entries wait on the routers' nodes.",
+    ),
     "is_accountant_away": ("rayline:accountant_away", "1 while the accountant of the keys' limits is away."),
 }
 """What concerns a router's keys, not one of its models: the label `model_name` is empty."""

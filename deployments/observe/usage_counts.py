@@ -7,6 +7,9 @@ from prometheus_client.core import CounterMetricFamily, Metric
 PREFIX = "rayline:key_"
 """Metrics that name keys begin with this; they are for administrators."""
 _LABELS = ("model_name", "router", "key")
+_MAX_PLACES = 2_000
+OTHER = "other"
+"""The model's name in what is counted after so many pairs of key and model: adapters come and go, series only come."""
 _FAMILIES = (
     (f"{PREFIX}requests", "Requests of an API key that have ended, refused ones left out."),
     (f"{PREFIX}prompt_tokens", "Prompt tokens of an API key's requests."),
@@ -16,9 +19,11 @@ _FAMILIES = (
 
 
 class UsageCounts:
-    """Keys are those of the configuration, or `unknown`, so there are as many series as these and the models allow."""
+    """The number of series is bounded: keys are those of the configuration, or `unknown`, and after `_MAX_PLACES` pairs
+    of a key and a model or adapter, new ones are counted as `other`."""
 
     def __init__(self) -> None:
+        self._places: set[tuple[str, str]] = set()
         self._used: dict[tuple[str, str], list[int]] = {}
         self._refused: dict[tuple[str, str, str], int] = {}
 
@@ -34,6 +39,9 @@ class UsageCounts:
         output_tokens: int = 0,
     ) -> None:
         """Count requests that have ended, or, with a reason, refused ones."""
+        if (key, model) not in self._places and len(self._places) >= _MAX_PLACES:
+            model = OTHER
+        self._places.add((key, model))
         if refusal:
             place = key, model, refusal
             self._refused[place] = self._refused.get(place, 0) + num_requests

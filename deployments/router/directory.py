@@ -105,7 +105,7 @@ class ModelDirectory:
             session: requests with the same one go to the same entry of the name, as long as it answers.
             continued: an id that ends with the mark of the entry that made what is continued, if any; see `mark_of`.
         """
-        entries = self.find(name) or self._entries_with_adapter(name)
+        entries = self.find(name) or self.with_adapter(name)
         made_it = [router for router in entries if continued.endswith(mark_of(router.key)) and router.can_answer]
         return made_it[0] if made_it else share_out(entries, session)
 
@@ -120,8 +120,8 @@ class ModelDirectory:
         found = next((adapter for adapter in self.adapters.find(name) if adapter.key == router.key), None)
         return None if found is None else AdapterRef(name=found.name, path=found.path, digest=found.digest)
 
-    def _entries_with_adapter(self, name: str) -> tuple[Router, ...]:
-        """The routers of the entries that have an adapter of this name."""
+    def with_adapter(self, name: str) -> tuple[Router, ...]:
+        """The routers of the entries that have an adapter of this name; none if there is no such adapter."""
         keys = {adapter.key for adapter in self.adapters.find(name)}
         return tuple(router for router in self.routers if router.key in keys)
 

@@ -20,18 +20,16 @@ from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_i
 ENTRY_FIELDS = 4
 """Numbers of an entry: the slot of its adapter, the place of its first token in the order, how many tokens it has, and
 the adapter's rank, 0 for tokens without one."""
-_OUTPUTS = 128
+_OUTPUTS = tl.constexpr(128)
 """Outputs of a program that expands."""
-_NUMBERS, _TILE_K, _RANKS = 64, 128, 64
-"""Of a program that shrinks: numbers at most, and inputs at once. Numbers that a program expands at once, at most."""
+_NUMBERS, _TILE_K = 64, 128
+"""Of a program that shrinks: numbers at most, and inputs at once."""
 FEW_TOKENS, _SOME_TOKENS = 256, 2048
 _FEW_ROWS, _MANY_ROWS = 16, 64
 """Tokens of an entry at most, in steps of few tokens and of more."""
-_AHEAD_PROGRAMS, _AHEAD_LINES = 64, 1024
+_AHEAD_PROGRAMS, _AHEAD_LINES = tl.constexpr(64), tl.constexpr(1024)
 """Programs that fetch weights ahead, and lines of 128 bytes of each: 8 MB together."""
-_PROGRAMS: tl.constexpr = tl.constexpr(_AHEAD_PROGRAMS)
-_LINES: tl.constexpr = tl.constexpr(_AHEAD_LINES)
-AHEAD_BYTES = _AHEAD_PROGRAMS * _AHEAD_LINES * 128
+AHEAD_BYTES = _AHEAD_PROGRAMS.value * _AHEAD_LINES.value * 128
 """What a launch fetches ahead at most."""
 _FIXED_SPLITS = 4
 _LONG_INPUTS = 8192
@@ -90,13 +88,13 @@ class AdapterFactors:
     def of(cls, a: torch.Tensor, b: torch.Tensor, ranges: tuple[tuple[int, int, int], ...]) -> Self:
         """Factors whose parts add to these ranges of outputs: (part, first, end) each."""
         blocks = [
-            (part, start, min(start + _OUTPUTS, end))
+            (part, start, min(start + _OUTPUTS.value, end))
             for part, first, end in ranges
-            for start in range(first, end, _OUTPUTS)
+            for start in range(first, end, _OUTPUTS.value)
         ]
         size = b.shape[1] // 2
         halves = {((0, 0, size), (1, size, 2 * size)): (0, 1), ((0, 0, 2 * size),): (0, 0)}.get(ranges)
-        is_even = all(first % _OUTPUTS == 0 and end - first == _OUTPUTS for _, first, end in blocks)
+        is_even = all(first % _OUTPUTS.value == 0 and end - first == _OUTPUTS.value for _, first, end in blocks)
         return cls(a, b, torch.tensor(blocks, dtype=torch.int32, device=a.device), b.shape[2], is_even, halves)
 
 
@@ -151,9 +149,8 @@ def expand(
     num_splits, num_tokens, num_numbers = shrunk.shape
     _expand[(len(factors.blocks), len(which.entries))](
         shrunk, which.order, which.entries, factors.b, factors.blocks, output, ahead, _num_ahead(ahead), num_tokens,
-        num_numbers, factors.b.stride(0), output.shape[1], RANK=factors.rank,
-        RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits, ROWS=which.rows,
-        OUTPUTS=_OUTPUTS, IS_EVEN=factors.is_even, CAN_PREFETCH=output.device.type == "cuda", num_warps=4,
+        num_numbers, factors.b.stride(0), output.shape[1], RANK=factors.rank, NUM_SPLITS=num_splits, ROWS=which.rows,
+        IS_EVEN=factors.is_even, CAN_PREFETCH=output.device.type == "cuda", num_warps=4,
         **launch_options(output.device),
     )  # fmt: skip
 
@@ -178,12 +175,11 @@ def expand_gated(
     assert factors.halves is not None, "gate and up are parts"
     num_splits, num_tokens, num_numbers = shrunk.shape
     size = output.shape[1]
-    _expand_gated[(triton.cdiv(size, _OUTPUTS), len(which.entries))](
+    _expand_gated[(triton.cdiv(size, _OUTPUTS.value), len(which.entries))](
         shrunk, which.order, which.entries, factors.b, gate_up, output, ahead, _num_ahead(ahead), num_tokens,
-        num_numbers, factors.b.stride(0), size, RANK=factors.rank,
-        RANKS=min(_RANKS, triton.next_power_of_2(factors.rank)), NUM_SPLITS=num_splits,
-        GATE_PART=factors.halves[0], UP_PART=factors.halves[1], ROWS=which.rows, OUTPUTS=_OUTPUTS,
-        GELU=activation is Activation.GELU_TANH, IS_EVEN=size % _OUTPUTS == 0,
+        num_numbers, factors.b.stride(0), size, RANK=factors.rank, NUM_SPLITS=num_splits,
+        UP_PART=factors.halves[1], ROWS=which.rows,
+        GELU=activation is Activation.GELU_TANH, IS_EVEN=size % _OUTPUTS.value == 0,
         CAN_PREFETCH=output.device.type == "cuda", num_warps=4, **launch_options(output.device),
     )  # fmt: skip
 
@@ -202,12 +198,12 @@ def _num_splits(num_tokens: int, num_inputs: int) -> int:
 
 
 @triton.jit
-def _fetch_ahead(ahead, num_bytes, PROGRAMS: tl.constexpr, LINES: tl.constexpr):
+def _fetch_ahead(ahead, num_bytes):
     """Ask for a program's share of some weights to be brought to the second-level cache."""
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    begin = program * LINES * 128
-    if (program < PROGRAMS) & (begin < num_bytes):
-        prefetch(ahead + tl.minimum(begin + tl.arange(0, LINES) * 128, num_bytes - 1))
+    begin = program * _AHEAD_LINES * 128
+    if (program < _AHEAD_PROGRAMS) & (begin < num_bytes):
+        prefetch(ahead + tl.minimum(begin + tl.arange(0, _AHEAD_LINES) * 128, num_bytes - 1))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -236,7 +232,7 @@ def _shrink(
         line = begin + tl.arange(0, 8) * line_size
         prefetch(own[:, None] + tl.minimum(line, num_inputs - 1)[None, :])
     if CAN_PREFETCH and ahead is not None:
-        _fetch_ahead(ahead, num_ahead, _PROGRAMS, _LINES)
+        _fetch_ahead(ahead, num_ahead)
     wait_for_inputs(PDL)
     if rank == 0:
         return
@@ -259,19 +255,20 @@ def _shrink(
 @triton.jit
 def _update(
     sums, columns, is_token, output_mask, rank, num_tokens, num_numbers,
-    RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    RANK: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What B makes of shrunk numbers: (ROWS, OUTPUTS) float32; zeros where the rank is 0.
+    """What B makes of shrunk numbers: (ROWS, _OUTPUTS) float32; zeros where the rank is 0.
 
     Past the adapter's rank, slots and shrunk numbers hold zeros.
     """
-    acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for start in tl.static_range(0, RANK, RANKS):
+    ranks: tl.constexpr = RANK if RANK == 16 or RANK == 32 else 64
+    acc = tl.zeros([ROWS, _OUTPUTS], tl.float32)
+    for start in tl.static_range(0, RANK, ranks):
         if start < rank:
-            r = start + tl.arange(0, RANKS)
+            r = start + tl.arange(0, ranks)
             is_rank = r < RANK
             factor = tl.load(columns[None, :] + r[:, None], mask=is_rank[:, None] & output_mask, other=0.0)
-            numbers = tl.zeros([ROWS, RANKS], tl.float32)
+            numbers = tl.zeros([ROWS, ranks], tl.float32)
             for split in tl.static_range(NUM_SPLITS):
                 pointers = sums[:, None] + split * num_tokens.to(tl.int64) * num_numbers + r[None, :]
                 numbers += tl.load(pointers, mask=is_token[:, None] & is_rank[None, :], other=0.0)
@@ -283,16 +280,16 @@ def _update(
 def _expand(
     shrunk, order, entries, factor_b, blocks, output, ahead, num_ahead, num_tokens, num_numbers, slot_stride,
     num_outputs,
-    RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    RANK: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr,
     IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, entry)."""
     block = blocks + tl.program_id(0) * 3
     part, first_output, end_output = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     if IS_EVEN:
-        first_output = tl.multiple_of(first_output, OUTPUTS)
+        first_output = tl.multiple_of(first_output, _OUTPUTS)
     row = tl.arange(0, ROWS)
-    out = first_output + tl.arange(0, OUTPUTS)
+    out = first_output + tl.arange(0, _OUTPUTS)
     entry = entries + tl.program_id(1) * 4
     slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
     count, rank = tl.load(entry + 2), tl.load(entry + 3)
@@ -305,7 +302,7 @@ def _expand(
     if CAN_PREFETCH and IS_EVEN:
         prefetch(columns)
     if CAN_PREFETCH and ahead is not None:
-        _fetch_ahead(ahead, num_ahead, _PROGRAMS, _LINES)
+        _fetch_ahead(ahead, num_ahead)
     wait_for_inputs(PDL)
     if rank == 0:
         return
@@ -314,7 +311,7 @@ def _expand(
     total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     sums = shrunk + (first + row).to(tl.int64) * num_numbers + part * RANK
     total += _update(
-        sums, columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS, NUM_SPLITS, ROWS, OUTPUTS
+        sums, columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, NUM_SPLITS, ROWS
     )  # fmt: skip
     tl.store(pointers, total.to(output.dtype.element_ty), mask=mask)
 
@@ -323,13 +320,13 @@ def _expand(
 def _expand_gated(
     shrunk, order, entries, factor_b, gate_up, output, ahead, num_ahead, num_tokens, num_numbers, slot_stride,
     num_outputs,
-    RANK: tl.constexpr, RANKS: tl.constexpr, NUM_SPLITS: tl.constexpr, GATE_PART: tl.constexpr, UP_PART: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GELU: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
+    RANK: tl.constexpr, NUM_SPLITS: tl.constexpr, UP_PART: tl.constexpr, ROWS: tl.constexpr,
+    GELU: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of outputs, entry); tokens without an adapter too."""
+    """Program (block of outputs, entry); tokens without an adapter too. The gate is part 0."""
     row = tl.arange(0, ROWS)
-    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    out = tl.program_id(0) * _OUTPUTS + tl.arange(0, _OUTPUTS)
     entry = entries + tl.program_id(1) * 4
     slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
     count, rank = tl.load(entry + 2), tl.load(entry + 3)
@@ -344,7 +341,7 @@ def _expand_gated(
         prefetch(columns)
         prefetch(up_columns)
     if CAN_PREFETCH and ahead is not None:
-        _fetch_ahead(ahead, num_ahead, _PROGRAMS, _LINES)
+        _fetch_ahead(ahead, num_ahead)
     wait_for_inputs(PDL)
     if count == 0:
         return
@@ -354,12 +351,10 @@ def _expand_gated(
     up = tl.load(pointers + num_outputs, mask=mask, other=0.0).to(tl.float32)
     sums = shrunk + (first + row).to(tl.int64) * num_numbers
     gate += _update(
-        sums + GATE_PART * RANK, columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS, NUM_SPLITS,
-        ROWS, OUTPUTS,
+        sums, columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, NUM_SPLITS, ROWS,
     )  # fmt: skip
     up += _update(
-        sums + UP_PART * RANK, up_columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, RANKS,
-        NUM_SPLITS, ROWS, OUTPUTS,
+        sums + UP_PART * RANK, up_columns, is_token, output_mask, rank, num_tokens, num_numbers, RANK, NUM_SPLITS, ROWS,
     )  # fmt: skip
     result = gated(gate, up, output.dtype.element_ty, GELU)
     tl.store(output + token[:, None] * num_outputs + out[None, :], result, mask=mask)

@@ -179,7 +179,9 @@ class GraphModel:
         """
         has_prefills = arrays.has_prefills
         num_parts = _padded(self._part_sizes if has_prefills else self._row_sizes, len(arrays.part_rows))
-        num_tokens = _padded(self._token_sizes, len(arrays.token_ids)) if has_prefills else num_parts
+        # Graphs of shorter steps are not captured at start. With adapters that would be another pause for each of them.
+        fewest = min(_WARM_PREFILLS[0], self.most_tokens) if arrays.has_adapters else 1
+        num_tokens = _padded(self._token_sizes, max(len(arrays.token_ids), fewest)) if has_prefills else num_parts
         num_draws = _padded(self.draw_sizes, len(arrays.draw_rows)) if len(arrays.draw_rows) else 0
         kept_tokens, num_kept = arrays.kept_tokens, self._num_drawing(num_tokens, num_parts)
         num_kept = num_kept if len(kept_tokens) <= num_kept else num_tokens

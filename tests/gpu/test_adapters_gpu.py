@@ -77,7 +77,7 @@ def test_eight_adapters_equal_their_merged_models(tmp_path, shape, lens, config)
     base = logprobs(engine, [request.model_copy(update={"adapter": None}) for request in requests])
     differences = (found - torch.stack(expected)).abs()
     if config:  # activations of many rows are rounded to 8 bits
-        assert differences.mean() < 0.2
+        assert differences.mean() < 0.35
     else:
         assert differences.max() < 0.08
     assert (found - base)[:8].abs().mean() > 2 * differences.mean(), "adapters change what is likely"

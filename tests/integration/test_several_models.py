@@ -1,57 +1,18 @@
 """Models of one application: `serve deploy` adds, changes and removes one, and the streams of the others go on."""
 
-import json
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from live_platform import Platform, Stream, entry
 from live_server import Server
-
-from chaos.fleet import Fleet, _pids, emulated
 
 pytestmark = pytest.mark.timeout(300)
 
 NUM_TOKENS = 300
+"""Streams take half a minute: longer than most updates."""
 SHORT = {"prompt": "abc", "max_tokens": 3}
-
-
-def entry(name: str, tokens_per_s: float = 10.0, **changes: Any) -> dict[str, Any]:
-    """A model with one emulated engine, whose streams take half a minute: longer than most updates."""
-    args = emulated(1, tokens_per_s)
-    del args["router"]
-    return {**args, "served_model_name": name, **changes}
-
-
-class Platform(Fleet):
-    """An application that is deployed as `serve deploy` does: by a configuration file's content."""
-
-    def deploy_models(self, *models: dict[str, Any]) -> None:
-        from ray.serve.context import _get_global_client
-        from ray.serve.schema import ServeDeploySchema
-
-        application = {
-            "name": self.name,
-            "route_prefix": self.path,
-            "import_path": "deployments.app:build_app",
-            "args": {"models": models, "router": {"num_cpus": 0.1, "graceful_shutdown_timeout_s": 60}},
-        }
-        schema = ServeDeploySchema.model_validate({"applications": [application]})
-        _get_global_client().deploy_apps(schema, _blocking=False)  # it would wait no longer than a minute
-
-    def pids(self, model: str) -> list[int]:
-        """Processes of a model's replicas."""
-        return _pids(f"ray::ServeReplica:{self.name}:EngineReplica-{model}")
-
-    def lists(self, **states: str) -> bool:
-        """Whether every router that still gets requests knows these models, in these states."""
-        return all(self.states() == states for _ in range(10))
-
-    def states(self) -> dict[str, str]:
-        """The state of each model; none while no router answers."""
-        answer = httpx.get(f"{self.url}/v1/models", timeout=30)
-        return {model["id"]: model["state"] for model in answer.json()["data"]} if answer.status_code == 200 else {}
 
 
 @pytest.fixture
@@ -61,42 +22,6 @@ def platform(server: Server) -> Iterator[Platform]:
     platform = Platform(server.url, "platform")
     yield platform
     serve.delete(platform.name, _blocking=False)  # Serve waits for two seconds
-
-
-class Stream:
-    """A streamed answer that is read in a thread."""
-
-    def __init__(self, pool: ThreadPoolExecutor, url: str, model: str) -> None:
-        self.text = ""
-        self.num_chunks = 0
-        self.finish_reason: str | None = None
-        self.usage: dict[str, int] = {}
-        self._reading: Future[None] = pool.submit(self._read, url, model)
-
-    def _read(self, url: str, model: str) -> None:
-        body = {
-            "model": model, "prompt": "abc", "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True, "seed": 1,
-            "stream_options": {"include_usage": True},
-        }  # fmt: skip
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
-            assert answer.status_code == 200, answer.read()
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    self._take(json.loads(line.removeprefix("data: ")))
-
-    def _take(self, chunk: dict[str, Any]) -> None:
-        assert "error" not in chunk, chunk
-        self.num_chunks += 1
-        self.usage = chunk.get("usage") or self.usage
-        for choice in chunk["choices"]:
-            self.text += choice["text"]
-            self.finish_reason = choice["finish_reason"] or self.finish_reason
-
-    def whole(self) -> str:
-        """Its text, once it has ended as it should."""
-        self._reading.result()
-        assert (self.finish_reason, self.usage["completion_tokens"]) == ("length", NUM_TOKENS)
-        return self.text
 
 
 def test_models_come_change_and_go_under_open_streams(server: Server, platform: Platform):
@@ -113,7 +38,7 @@ def test_models_come_change_and_go_under_open_streams(server: Server, platform: 
 
         def streams(*models: str) -> list[Stream]:
             """Streams of these models that have begun."""
-            begun = [Stream(pool, platform.url, model) for model in models]
+            begun = [Stream(pool, platform.url, model, NUM_TOKENS) for model in models]
             server.wait_for(lambda: all(stream.num_chunks > 3 for stream in begun), 120, "no stream begins")
             return begun
 

@@ -13,8 +13,13 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from deployments.accounts_config import KeyLimits, Role
 from deployments.cli import app, command_reference, config_reference
 from deployments.config import AppConfig
+from deployments.router.keys import find_keys, parse_keys
+from deployments.serve.config_file import BUILDER, read_config_file
+from deployments.serve.front_end import FrontEnd
+from llm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -148,12 +153,50 @@ def test_links_lead_somewhere(path: Path):
     assert [target for target in local if not (path.parent / target).exists()] == []
 
 
+def check_example(block: str) -> bool:
+    """Load an example of configuration as a server would, whole or in part; returns whether it is one."""
+    content = yaml.safe_load(block)
+    if isinstance(content, list):
+        parse_keys(Path("keys.yaml"), block.encode(), KeyLimits())
+        return True
+    if "applications" in content:
+        ours = [app["args"] for app in content["applications"] if app.get("import_path") == BUILDER]
+        for args in ours:
+            AppConfig.model_validate(args)
+        FrontEnd.of_options(content.get("http_options") or {})
+        return bool(ours)
+    if content.keys() <= AppConfig.model_fields.keys():
+        content = {"args": content}
+    if "args" in content:
+        AppConfig.model_validate(content["args"])
+    return "args" in content
+
+
 @pytest.mark.parametrize("path", DOCS, ids=IDS)
 def test_examples_of_configuration_load(path: Path):
+    """Whole files, arguments of an application, some of its settings, and files of API keys."""
     for block in blocks(path, "yaml"):
-        content = yaml.safe_load(block)
-        if isinstance(content, dict) and set(content) == {"args"}:
-            AppConfig.model_validate(content["args"])
+        assert check_example(block) or "logging_config" in block, block
+
+
+def test_the_platform_page_begins_with_a_whole_platform(tmp_path: Path):
+    """Its configuration and its keys file fit together, as `rayline check` would find."""
+    config, keys, *_ = blocks(ROOT / "docs" / "platform.md", "yaml")
+    (tmp_path / "keys.yaml").write_text(keys)
+    file = tmp_path / "serve_config.yaml"
+    file.write_text(config.replace("/etc/rayline/keys.yaml", str(tmp_path / "keys.yaml")))
+    app = read_config_file(file).apps["rayline"]
+    assert len(app.models) == 2
+    assert any(model.adapters and model.adapter_folder and model.adapter_roots for model in app.models)
+    assert app.batches.is_on
+    assert {key.role for key in find_keys(app).keys} == {Role.ADMIN, Role.USER}
+    named = {name for key in find_keys(app).keys for name in key.models}
+    assert named <= {
+        name for model in app.models for name in (*model.names, *(adapter.name for adapter in model.adapters))
+    }
+    file.write_text(file.read_text().replace("accounts:", "acounts:"))
+    with pytest.raises(ConfigError, match="acounts"):
+        read_config_file(file)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=IDS)

@@ -251,6 +251,35 @@ async def test_whose_files_and_batches_they_are(bench: Bench):
         ledger.delete_file("me", batch.record.input_file_id)
 
 
+async def test_bounds_of_each_key(bench: Bench):
+    """Unfinished batches count; those that have ended make room, and another key has its own number."""
+    bench.config = bench.config.model_copy(update={"max_batches_per_key": 2})
+    bench.desk.ledger._config = bench.config
+    batches = [add_batch(bench.desk, lines_of(1)) for _ in range(2)]
+    with pytest.raises(BatchRefusedError, match="2 unfinished batches") as refusal:
+        add_batch(bench.desk, lines_of(1))
+    assert refusal.value.kind is RefusalKind.TOO_MANY
+    add_batch(bench.desk, lines_of(1), "you")
+    bench.start()
+    await end_of(bench.desk, batches[0])
+    add_batch(bench.desk, lines_of(1))
+
+
+async def test_results_go_when_the_batch_says_so(bench: Bench):
+    bench.start()
+    file_id = add_file(bench.desk, lines_of(2))
+    batch = bench.desk.ledger.create(
+        "me", input_file_id=file_id, endpoint=batch_parts.URL, completion_window="1h", results_expire_after_s=3600
+    )
+    ended = await end_of(bench.desk, batch)
+    record = bench.desk.files.get("me", ended.state.output_file_id)
+    assert record.expires_at == record.created_at + 3600
+    bench.clock.now += 3600
+    with pytest.raises(BatchRefusedError):
+        bench.desk.files.get("me", ended.state.output_file_id)
+    assert bench.desk.files.get("me", file_id)
+
+
 async def test_what_is_old_goes(bench: Bench):
     bench.start()
     batch = await end_of(bench.desk, add_batch(bench.desk, lines_of(2)))

@@ -131,6 +131,26 @@ def test_stores_that_cannot_be_used_are_named(tmp_path: Path):
         BatchesConfig(store="file://")
 
 
+def test_whatever_a_storage_package_raises_says_that_the_store_is_away(monkeypatch: pytest.MonkeyPatch):
+    """S3's package, for one, raises errors of its own when the address cannot be reached."""
+
+    class ConnectError(Exception):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectError("http://secret")
+
+    store = FsspecStore("memory://away")
+    for name in ("cat_file", "cat_ranges", "pipe_file", "ls", "rm_file", "open"):
+        monkeypatch.setattr(store._files, name, fail)
+    for attempt in (
+        lambda: store.read("a"), lambda: store.read_ranges([ByteRange("a", 0, 1)]), lambda: store.write("a", b""),
+        lambda: store.create("a", b""), lambda: store.names("a"), lambda: store.delete("a"), lambda: store.writer("a"),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match="ConnectError of the store"):
+            attempt()
+
+
 def test_a_relative_directory_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     for given, wanted in (

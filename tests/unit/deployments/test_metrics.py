@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.observe.exposition import RouterFigures, write_metrics
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 Series = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -49,7 +49,7 @@ class Peers:
 
 async def heard(service: Service, num_tokens: int) -> None:
     """Until the service's router has heard of so many generated tokens."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while sum(one["num_generated_tokens"] for one in service.router.snapshot()["replicas"].values()) < num_tokens:
             await asyncio.sleep(0.005)
 
@@ -60,7 +60,7 @@ async def test_metrics_tell_what_happened(make_service: ServiceFactory):
     for _ in range(3):
         await service.post("/v1/completions", prompt="abc", max_tokens=20)
     await heard(service, 60)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while service.router.journal.num_live:
             await asyncio.sleep(0.005)
     response = await service.http.get("/metrics")
@@ -89,7 +89,7 @@ async def two_routers(make_service: ServiceFactory):
     second = Service(emulated_config(), LocalClient(first.client.replicas), peers=Peers("b", routers))
     routers.update(a=first, b=second)
     await second.router.wait_until_ready()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(second.router.fleet.replica_ids) < 2:
             await asyncio.sleep(0.005)
     yield first, second
@@ -110,7 +110,7 @@ async def test_whichever_router_is_asked_counters_only_rise(two_routers):
         assert total(samples, "rayline:router_replicas", router="b") == 2
         last = samples
     assert total(last, "rayline:requests_total", router="a") == 5
-    async with asyncio.timeout(5):  # a generation is counted when its call has returned, after the client's answer
+    async with asyncio.timeout(60):  # a generation is counted when its call has returned, after the client's answer
         while total(last, "vllm:e2e_request_latency_seconds_count") < 8:
             await asyncio.sleep(0.01)
             last, _ = parse((await two_routers[0].http.get("/metrics")).text)

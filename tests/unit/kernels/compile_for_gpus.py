@@ -474,13 +474,13 @@ def compile_adapters() -> None:
         numbers = min(64, triton.next_power_of_2(num_parts * rank))
         num_stages = min(4, stages_in(SHARED_MEMORY[capability], (rows + numbers) * 128 * size, capability // 10))
         kernel = {**arguments, "x": dtype, "factor_a": dtype, "factor_b": dtype, "output": dtype, "RANK": rank}
-        kernel |= {"ROWS": rows, "NUMBERS": numbers, "TILE_K": 128, "CAN_PREFETCH": True, "OUTPUTS": 128}
+        kernel |= {"ROWS": rows, "NUMBERS": numbers, "TILE_K": 128, "CAN_PREFETCH": True}
         kernel |= {"ahead": "*u8" if rows == 16 else None, "num_ahead": "i32" if rows == 16 else None}
-        kernel |= {"IS_EVEN": rank != 48, "RANKS": min(64, triton.next_power_of_2(rank)), "NUM_SPLITS": 8}
+        kernel |= {"IS_EVEN": rank != 48, "NUM_SPLITS": 8}
         taken = compile_kernel("shrink", adapters._shrink, kernel, capability=capability, num_stages=max(num_stages, 1))
         assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
         compile_kernel("expand", adapters._expand, kernel, capability=capability)
-        halves = {"gate_up": dtype, "HALVES": (0, num_parts - 1), "GELU": rows == 64}
+        halves = {"gate_up": dtype, "UP_PART": num_parts - 1, "GELU": rows == 64}
         compile_kernel("gated expand", adapters._expand_gated, {**kernel, **halves}, capability=capability)
 
 
