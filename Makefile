@@ -145,7 +145,7 @@ TORCHS := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nv
 
 lock: $(VENV)/.dev  ## Write requirements.lock: versions and hashes of what the image installs
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra otel --extra gguf --universal --python-version 3.11 \
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra accounts --extra otel --extra gguf --universal --python-version 3.11 \
 		--generate-hashes --no-annotate --custom-compile-command 'make lock' --upgrade \
 		$(addprefix --no-emit-package ,$(TORCHS)) --output-file requirements.lock
 

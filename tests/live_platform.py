@@ -55,7 +55,10 @@ class Platform(Fleet):
 
     def states(self) -> dict[str, str]:
         """The state of each model; none while no router answers."""
-        answer = self.http.get("/v1/models")
+        try:
+            answer = self.http.get("/v1/models")
+        except httpx.TransportError:
+            return {}
         return {model["id"]: model["state"] for model in answer.json()["data"]} if answer.status_code == 200 else {}
 
 

@@ -11,6 +11,7 @@ from in_process import DEMO, Service, ServiceFactory, emulated_config, eventuall
 from small_adapters import write_adapter
 from test_model_directory import entry, platform, serving
 
+from deployments.accounts_config import Role
 from deployments.adapters import catalog as catalog_module, known as known_module
 from deployments.router.keys import ApiKey
 from llm.checkpoint.adapter_digest import adapter_digest
@@ -231,11 +232,26 @@ async def test_only_administrators_load_adapters(make_service: ServiceFactory, t
     assert refused.status_code == 403
     assert "allow_admin_without_keys" in refused.json()["error"]["message"]
 
-    keyed = await make_service(emulated_config(**settings), keys=(ApiKey("admin", hashlib.sha256(b"sk-1").digest()),))
+    digests = {name: hashlib.sha256(name.encode()).digest() for name in ("boss", "user", "bound")}
+    keys = (
+        ApiKey("boss", digests["boss"], role=Role.ADMIN),
+        ApiKey("user", digests["user"]),
+        ApiKey("bound", digests["bound"], models=frozenset({"demo"})),
+    )
+    keyed = await make_service(emulated_config(**settings), keys=keys)
     assert (await load(keyed, lora_name="a", lora_path=path)).status_code == 401
-    body = {"lora_name": "a", "lora_path": path}
-    done = await keyed.http.post("/v1/load_lora_adapter", json=body, headers={"authorization": "Bearer sk-1"})
-    assert done.status_code == 200, done.text
+
+    async def ask(key: str, path: str, **body: Any) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return (await keyed.http.post(path, json=body, headers=headers)).status_code
+
+    order = {"lora_name": "a", "lora_path": path}
+    assert await ask("user", "/v1/load_lora_adapter", **order) == 403
+    assert await ask("boss", "/v1/load_lora_adapter", **order) == 200
+    request = {"model": "a", "prompt": "b", "max_tokens": 1}
+    asked = {key: await ask(key, "/v1/completions", **request) for key in digests}
+    assert asked == {"boss": 200, "user": 200, "bound": 404}, "a key for some models may use only what it names"
+    assert await ask("user", "/v1/unload_lora_adapter", lora_name="a") == 403
 
 
 async def test_a_server_without_adapters_says_what_to_set(make_service: ServiceFactory):
