@@ -218,7 +218,9 @@ async def test_an_expired_key_is_refused_and_its_streams_end(make):
         asyncio.ensure_future(ask(service, key, max_tokens=num, stream=True))
         for key, num in (("guest", 1500), ("team", 40))
     )
-    await eventually(lambda: service.directory.num_live == 2)
+    router = service.router
+    streams = lambda: [each for name in router.fleet.replica_ids for each in router.journal.on_replica(name)]  # noqa: E731
+    await eventually(lambda: len(streams()) == 2 and all(len(each.token_ids) > 2 for each in streams()))
     clock.at += timedelta(hours=1)
     refused = await ask(service, "guest")
     assert refused.status_code == 401
