@@ -337,16 +337,20 @@ class FleetWatch:
             task.add_done_callback(lambda _: self._attaching.pop(replica_id, None))
 
     async def _attach_until_heard(self, replica_id: str) -> None:
+        has_answered = False  # its reports may come although the answer to the call is lost
         while True:
             try:
                 with suppress(ReplicaLostError, TimeoutError):
                     async with asyncio.timeout(_ATTACH_TIMEOUT_S):
                         self._work.learn(await self._client.attach(replica_id, self.channel))
+                        has_answered = True
             except Exception:
                 logger.exception("replica %s cannot be asked to report; trying again", replica_id)
             await asyncio.sleep(_ATTACH_RETRY_S)
             is_staying = replica_id in self._replicas and self._replicas[replica_id].standing is Standing.STAYING
-            if not (replica_id in self._running or is_staying) or replica_id in self._fleet.replica_ids:
+            if not (replica_id in self._running or is_staying):
+                return
+            if has_answered and replica_id in self._fleet.replica_ids:
                 return
 
     def _wake_up(self) -> None:

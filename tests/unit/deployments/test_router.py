@@ -4,9 +4,10 @@ import asyncio
 import json
 
 import pytest
-from in_process import DEMO, Service, ServiceFactory, emulated_config, eventually
+from in_process import DEMO, LocalClient, Service, ServiceFactory, emulated_config, eventually
 
 from deployments.channel.listener import TokenListener
+from deployments.channel.messages import ChannelAddress, EngineInfo
 from deployments.config import AppConfig
 
 
@@ -284,3 +285,23 @@ async def test_two_replicas_share_the_work(make_service: ServiceFactory):
                 break
             await asyncio.sleep(0.02)
     assert generated == {"replica-0": 4 * 50 + 8, "replica-1": 4 * 50 + 8}
+
+
+@pytest.mark.timeout(60)
+async def test_a_router_learns_what_an_engine_is_even_if_the_answer_is_lost(make_service: ServiceFactory, monkeypatch):
+    """A busy router gives up on a replica's answer, while the replica's reports, for which it asked, arrive."""
+    attach, num_lost = LocalClient.attach, 0
+
+    async def lose_the_first(client: LocalClient, replica_id: str, channel: ChannelAddress) -> EngineInfo:
+        nonlocal num_lost
+        info = await attach(client, replica_id, channel)
+        if not num_lost:
+            num_lost += 1
+            await asyncio.sleep(0.5)  # five reports
+            raise TimeoutError
+        return info
+
+    monkeypatch.setattr(LocalClient, "attach", lose_the_first)
+    service = await make_service()
+    assert num_lost == 1
+    assert (await service.post("/v1/completions", prompt="abc", max_tokens=3)).status_code == 200
