@@ -84,6 +84,7 @@ class Generation:
         self._num_charged = len(self.token_ids)
         self._is_announced = False
         self._leaving: Setback | None = None
+        self._has_started = self._is_given_up = False
         self._num_failures = 0
         self._num_declined = 0
         self._ticket: Ticket | None = None
@@ -96,20 +97,24 @@ class Generation:
         return self.end is not None or self.error is not None
 
     def start(self, placement: _Placement) -> None:
-        """Send it to a replica, once one has room."""
+        """Send it to a replica, once one has room. Even one that has been given up has to start, to end in order."""
+        self._has_started = True
         if not self.group.must_wait(self):
             self._ticket = placement.claim(self)  # now, so that the next admission counts it
         self._task = asyncio.get_running_loop().create_task(self._drive(placement))
         self._task.add_done_callback(lambda _: self._end(placement))
+        if self._is_given_up:
+            self._task.cancel()
 
     def cancel(self) -> None:
         """Give it up; the engine drops it within a step. No effect once it has ended."""
+        self._is_given_up = True
         if self._task is not None and self.end is None:
             self._task.cancel()
 
     def end_with(self, error: LLMError) -> None:
         """Give it up and tell its reader why. No effect once it has ended or been given up."""
-        if self._task is not None and not self.is_over:
+        if (self._task is not None or not self._has_started) and not self.is_over:
             self._fail(error)
             self.cancel()
 

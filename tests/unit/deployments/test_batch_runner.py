@@ -140,7 +140,7 @@ async def test_cancelling_gives_what_is_done(bench: Bench):
     assert custom_ids(errors) == sorted(custom_ids(errors), key=lambda one: int(one[3:]))
     assert {line["error"]["code"] for line in errors} == {"batch_cancelled"}
     bench.desk.ledger.cancel("me", batch.record.id)  # again: no effect
-    assert runner.snapshot()["num_ended"]["cancelled"] == 1
+    await until(lambda: runner.snapshot()["num_ended"]["cancelled"] == 1)
 
 
 async def test_a_window_that_ends_leaves_the_rest_expired(bench: Bench):

@@ -1,6 +1,7 @@
 """Where a replica says it runs, from the process itself and from NVIDIA's driver, to `/rayline/stats`."""
 
 import ctypes
+import mmap
 import os
 import socket
 import time
@@ -69,7 +70,9 @@ def test_a_process_without_a_gpu_tells_its_cores_and_memory():
     watch = MachineWatch([], num_cores=2)
     first = watch.latest
     assert (first.node, first.pid, first.num_cores, first.gpus) == (socket.gethostname(), os.getpid(), 2, [])
-    ballast = bytearray(os.urandom(1 << 20)) * 64
+    # Mapped anew: memory that was freed before would be used again, and the process would not grow.
+    ballast = mmap.mmap(-1, 64 << 20)
+    ballast.write(os.urandom(1 << 20) * 64)
     ends_at = time.process_time() + 0.3
     while watch.latest is first or time.process_time() < ends_at:
         pass
