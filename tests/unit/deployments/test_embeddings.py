@@ -177,7 +177,7 @@ async def test_log_and_metrics_tell_of_each_input(make_service: ServiceFactory, 
         ("stop", 5, 0),
         ("stop", 10, 0),
     ]
-    assert all(f["phases_ms"]["prefill"] > 0 for f in fields)
+    assert all(f["phases_ms"]["prefill"] >= 0 for f in fields)
 
 
 async def test_a_hung_engine_fails_its_health_check(make_service: ServiceFactory, monkeypatch: pytest.MonkeyPatch):
