@@ -9,6 +9,7 @@ from deployments.router.caller import Caller
 from deployments.router.generation import Generation
 from deployments.router.metered_request import MeteredRequest
 from deployments.router.prompts import leaders, prompt_hashes
+from deployments.router.surroundings import Placement
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import FinishReason, GenerationRequest
 
@@ -41,16 +42,20 @@ class GenerationGroup:
         self.batches = CallBatches()
         self._metered = metered
         self._num_running = len(requests)
-        self._turns = [asyncio.Event() for _ in range(_NUM_AT_ONCE, len(requests), _NUM_AT_ONCE)]
-        self._num_turns = 0
-        if self._turns:
-            asyncio.get_running_loop().call_soon(self._begin_turn)
         self._begun = {leader: asyncio.Event() for leader in set(self._leaders.values())}
         self._hashes = dict(hashes or {})
         self._page_size = page_size
         self._deadline: asyncio.TimerHandle | None = None
         if caller.timeout_s is not None:
             self._deadline = asyncio.get_running_loop().call_later(caller.timeout_s, self._expire)
+
+    def start(self, placement: Placement[Generation], first: int = 0) -> None:
+        """Start the generations, a few in each turn of the event loop, from the index `first` on."""
+        last = first + _NUM_AT_ONCE
+        for generation in self.generations[first:last]:
+            generation.start(placement)
+        if last < len(self.generations):
+            asyncio.get_running_loop().call_soon(self.start, placement, last)
 
     async def news(self) -> list[Generation]:
         """Wait until generations have news; return those. One caller at a time."""
@@ -104,9 +109,7 @@ class GenerationGroup:
         return generation.index >= _NUM_AT_ONCE or generation.index in self._leaders
 
     async def wait_for_turn(self, generation: Generation) -> None:
-        """Wait until it may start, and, if another generation prefills its prompt, until that is done."""
-        if generation.index >= _NUM_AT_ONCE:
-            await self._turns[generation.index // _NUM_AT_ONCE - 1].wait()
+        """If another generation prefills its prompt, wait until that is done."""
         leader = self._leaders.get(generation.index)
         if leader is not None:
             await self._begun[leader].wait()
@@ -166,13 +169,6 @@ class GenerationGroup:
         """End the generations that still run, because their API key has been revoked or has expired."""
         for generation in self.generations:
             generation.end_with(KeyRevokedError(why))
-
-    def _begin_turn(self) -> None:
-        """Let the next few start."""
-        self._turns[self._num_turns].set()
-        self._num_turns += 1
-        if self._num_turns < len(self._turns):
-            asyncio.get_running_loop().call_soon(self._begin_turn)
 
     def _expire(self) -> None:
         for generation in self.generations:

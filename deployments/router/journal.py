@@ -1,6 +1,5 @@
 """A router's journal of live requests: what each one asked for, what it has received, and where it runs."""
 
-import asyncio
 import itertools
 import logging
 import time
@@ -27,8 +26,6 @@ logger = logging.getLogger("ray.serve")
 
 _FIRST_GUESS_OUTPUT_TOKENS = 256.0
 _OUTPUT_MEMORY = 0.99
-_STARTED_AT_ONCE = 256
-"""Generations of an HTTP request that are started in one turn of the event loop, which takes some milliseconds."""
 
 
 class Journal:
@@ -75,7 +72,6 @@ class Journal:
         self.num_moves = 0
         self._fleet = fleet
         self._live: dict[int, Generation] = {}
-        self._starting: set[asyncio.Task[None]] = set()
         self._is_shut_down = False
         self._stream_ids = itertools.count(1)
         self._mean_output_tokens = _FIRST_GUESS_OUTPUT_TOKENS
@@ -107,22 +103,10 @@ class Journal:
         metered = self._meter.open(caller.tenant, caller.sheet, num_tokens) if self._meter is not None else None
         group = GenerationGroup(requests, caller, self.page_size, hashes, metered)
         self.num_requests += len(requests)
-        for generation in group.generations[:_STARTED_AT_ONCE]:
-            generation.start(self)
-        if len(group.generations) > _STARTED_AT_ONCE:
-            task = asyncio.get_running_loop().create_task(self._start_the_rest(group))
-            self._starting.add(task)
-            task.add_done_callback(self._starting.discard)
+        group.start(self)
         if caller.account is not None:
             caller.account.watch(group, caller.key_digest)
         return group
-
-    async def _start_the_rest(self, group: GenerationGroup) -> None:
-        """Start many generations without holding up the event loop."""
-        for first in range(_STARTED_AT_ONCE, len(group.generations), _STARTED_AT_ONCE):
-            await asyncio.sleep(0)
-            for generation in group.generations[first : first + _STARTED_AT_ONCE]:
-                generation.start(self)
 
     def work_of(self, request: GenerationRequest) -> int:
         """Tokens of prompt and expected output: the work that it costs a replica."""

@@ -35,7 +35,7 @@ class Siblings(Protocol[GenerationT]):
         ...
 
     async def wait_for_turn(self, generation: GenerationT) -> None:
-        """Wait for the generations that go first, because there are many or one of them prefills this one's prompt."""
+        """Wait for the generation that prefills this one's prompt, if another one does."""
         ...
 
     def note_begun(self, generation: GenerationT) -> None:
