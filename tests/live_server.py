@@ -110,14 +110,8 @@ def wait_until_ready(server: Server, num_replicas: int) -> None:
     server.wait_for(have_all_answered, 120, "not every replica answers")
 
 
-def replica_pids(app_name: str = APP_NAME) -> list[int]:
-    """Processes of one application's engine replicas, and of no other application on the machine."""
-    pids = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if command.startswith(f"ray::ServeReplica:{app_name}:EngineReplica"):
-            pids.append(int(path.parent.name))
-    return pids
+def replica_pids(app_name: str = APP_NAME, deployment: str = "EngineReplica") -> list[int]:
+    """Processes of one application's deployment, and of no other application on the machine."""
+    from chaos.fleet import pids_of
+
+    return pids_of(f"ray::ServeReplica:{app_name}:{deployment}")

@@ -9,12 +9,11 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 import yaml
-from live_server import APP_NAME, ROOT, Server
+from live_server import APP_NAME, ROOT, Server, replica_pids
 
 pytestmark = pytest.mark.timeout(480)
 
@@ -76,15 +75,7 @@ def report(server: Server, key: str = "boss") -> dict[str, Counter[str]]:
 
 
 def processes(*deployments: str) -> set[int]:
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if any(command.startswith(f"ray::ServeReplica:{NAME}:{deployment}") for deployment in deployments):
-            found.add(int(path.parent.name))
-    return found
+    return {pid for deployment in deployments for pid in replica_pids(NAME, deployment)}
 
 
 def read_until_killed(server: Server, processes: set[int]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import APP_NAME, ROOT, Server
+from live_server import APP_NAME, ROOT, Server, replica_pids
 from small_adapters import write_adapter
 
 pytestmark = pytest.mark.timeout(300)
@@ -81,15 +81,7 @@ def order(server: Server, path: str, **body: Any) -> httpx.Response:
 
 def pids(deployment: str) -> set[int]:
     """Processes of one deployment of this application."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if command.startswith(f"ray::ServeReplica:{NAME}:{deployment}"):
-            found.add(int(path.parent.name))
-    return found
+    return set(replica_pids(NAME, deployment))
 
 
 def kill_one(server: Server, deployment: str) -> None:

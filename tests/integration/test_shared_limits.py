@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from live_server import APP_NAME, ROOT, Server
+from live_server import APP_NAME, ROOT, Server, replica_pids
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -85,18 +85,6 @@ def filled_up_since(started: float) -> int:
     return math.ceil((time.monotonic() - started) * PER_MIN / 60) + 1
 
 
-def accountant_pids() -> set[int]:
-    pids = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if command.startswith(f"ray::ServeReplica:{NAME}:Accountant"):
-            pids.add(int(path.parent.name))
-    return pids
-
-
 def router_states(server: Server, secret: str) -> list[dict]:
     headers = {"authorization": f"Bearer {secret}"}
     return at_once(12, lambda: server.http.get("/rayline/stats", headers=headers).json()["router"])
@@ -112,9 +100,9 @@ def test_two_routers_share_limits_and_follow_the_keys(limited: Server, keys_file
     assert ask_at_once(limited, SINGLE, 6, num_tokens=40) == {200: 1, 429: 5}
     assert [ask(limited, SINGLE) for _ in range(10)] == [200] * 10, "one after the other, at whichever router"
 
-    [pid] = accountant_pids()
+    [pid] = replica_pids(NAME, "Accountant")
     os.kill(pid, signal.SIGKILL)
-    limited.wait_for(lambda: accountant_pids() - {pid}, 60, "no new accountant")
+    limited.wait_for(lambda: set(replica_pids(NAME, "Accountant")) - {pid}, 60, "no new accountant")
     limited.wait_for(
         lambda: not any(state["is_accountant_away"] for state in router_states(limited, MINUTE)), 60, "still away"
     )
