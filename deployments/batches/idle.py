@@ -35,7 +35,7 @@ class IdleCapacity:
 
 def _is_busy(router: Router) -> bool:
     """Whether requests wait already, or none is taken any more."""
-    return router.is_shutting_down or router.dispatcher.num_waiting > 0 or router.num_awaiting_engine > 0
+    return router.is_shutting_down or router.is_engine_wanted
 
 
 def _spare(router: Router, max_row_use: float) -> Spare:
@@ -46,11 +46,10 @@ def _spare(router: Router, max_row_use: float) -> Spare:
 
 def _of_replicas(router: Router, max_step_tokens: int, max_row_use: float) -> Spare:
     """Rows up to the share that batches may use, and one engine step's worth of prompts, of each replica."""
-    reports = router.snapshot()["replicas"]
     num_lines, num_tokens = 0, 0
     for replica_id in router.fleet.replica_ids:
-        load, report = router.fleet.load(replica_id), reports.get(replica_id)
-        if report is None or report["num_used_pages"] > _MAX_POOL_USE * report["num_pages"]:
+        load, stats = router.fleet.load(replica_id), router.stats_of(replica_id)
+        if stats is None or stats.num_used_pages > _MAX_POOL_USE * stats.num_pages:
             continue
         num_rows = max(1, math.floor(load.max_rows * max_row_use)) - load.num_rows
         num_prefill_tokens = max_step_tokens - load.num_prefill_tokens

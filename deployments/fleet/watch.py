@@ -117,6 +117,11 @@ class FleetWatch:
         """Whether this is one of the replicas, or was until a moment ago."""
         return replica_id in self._replicas
 
+    def stats_of(self, replica_id: str) -> EngineStats | None:
+        """What a replica last reported; None if it has reported nothing yet."""
+        replica = self._replicas.get(replica_id)
+        return None if replica is None else replica.stats
+
     def running_stats(self) -> list[EngineStats]:
         """What the replicas on Serve's list last reported."""
         known = [self._replicas[replica_id].stats for replica_id in self._running]

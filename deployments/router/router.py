@@ -35,7 +35,7 @@ from deployments.router.model_state import ModelState
 from deployments.router.prompts import num_prompt_tokens, prompt_hashes
 from deployments.router.token_hub import TokenHub
 from llm.checkpoint.fingerprint import is_same_version
-from llm.serving.schemas import AdapterRef, GenerationRequest
+from llm.serving.schemas import AdapterRef, EngineStats, GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -156,6 +156,10 @@ class Router:
     def is_engine_wanted(self) -> bool:
         """Whether requests wait for a replica."""
         return self.dispatcher.num_waiting > 0 or self.num_awaiting_engine > 0
+
+    def stats_of(self, replica_id: str) -> EngineStats | None:
+        """What a replica last reported; None if it has reported nothing yet."""
+        return self._watch.stats_of(replica_id)
 
     async def start(
         self,
