@@ -2,10 +2,11 @@
 
 import logging
 from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from llm.checkpoint.adapter_slots import AdapterPacker
 from llm.config import EngineConfig
@@ -16,6 +17,8 @@ from llm.serving.adapter_copies import AdapterCopies
 from llm.serving.schemas import AdapterFailure, AdapterRef
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MOST_PASSING = 64
 """Requests for adapters on the device that may pass one whose adapter finds no slot."""
@@ -203,30 +206,24 @@ class AdapterPool:
     def _finish_readings(self) -> dict[str, LoadFailure]:
         """Take in what has been read; what went wrong, by digest."""
         errors = {}
-        for digest, (place, future) in list(self._readings.items()):
-            if future.done():
-                del self._readings[digest]
-                error = future.exception()
-                if error is None:
-                    self._held[digest] = _Held(place, future.result())
-                else:
-                    self._free_places.append(place)
-                    errors[digest] = _failure(error)
+        for digest, place, future, failure in _ended(self._readings):
+            if failure is None:
+                self._held[digest] = _Held(place, future.result())
+            else:
+                self._free_places.append(place)
+                errors[digest] = failure
         return errors
 
     def _finish_moves(self) -> dict[str, LoadFailure]:
         """Take in what has been copied; what went wrong, by digest."""
         errors = {}
-        for digest, (slot, future) in list(self._moves.items()):
-            if future.done():
-                del self._moves[digest]
-                error = future.exception()
-                if error is None:
-                    self._copies.memory.ranks[slot] = self._held[digest].rank
-                    self._slots[digest] = slot
-                else:
-                    self._free_slots.append(slot)
-                    errors[digest] = _failure(error)
+        for digest, slot, _, failure in _ended(self._moves):
+            if failure is None:
+                self._copies.memory.ranks[slot] = self._held[digest].rank
+                self._slots[digest] = slot
+            else:
+                self._free_slots.append(slot)
+                errors[digest] = failure
         return errors
 
 
@@ -241,6 +238,15 @@ def make_adapter_pool(
     if packer is None or memory is None:
         return None
     return AdapterPool(AdapterCopies(packer, memory, int(config.adapter_host_gib * (1 << 30))), len(memory))
+
+
+def _ended(pending: dict[str, tuple[int, Future[T]]]) -> Iterator[tuple[str, int, Future[T], LoadFailure | None]]:
+    """Take out what has ended: its digest, its place or slot, its future, and what went wrong."""
+    for digest, (number, future) in list(pending.items()):
+        if future.done():
+            del pending[digest]
+            error = future.exception()
+            yield digest, number, future, None if error is None else _failure(error)
 
 
 def _failure(error: BaseException) -> LoadFailure:
