@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from llm.core.weight_groups import WeightGroups
-from llm.kernels.launch import launch_options, prefetch, wait_for_inputs
+from llm.kernels.launch import launch_options, wait_for_inputs
 
 TILE_K = tl.constexpr(64)
 """Inputs that one turn of the product takes: each quarter of them is what the tensor cores multiply at once."""
@@ -16,8 +16,10 @@ _BLOCK_SIZE = tl.constexpr(32)
 _OUTPUTS = 32
 """Outputs that one program writes out."""
 _LESS = tl.constexpr(64)
-"""Numbers in registers are made smaller by this power of two. Their factor, up to 126 powers more than the scale
-because of how codes are read, is then a number of bfloat16 for scales up to 2 to the 65th."""
+_MORE = tl.constexpr(2.0**_LESS.value)
+"""Numbers in registers are made smaller by this power of two, and what is made of them is multiplied by it. Their
+factor, up to 126 powers more than the scale because of how codes are read, is then a number of bfloat16 for scales up
+to 2 to the 65th."""
 
 _WORDS_TO_BF16 = tl.constexpr("""{
 .reg .b32 t, u, zero;
@@ -118,21 +120,26 @@ def _load_scales(scales, out, size, start, num_inputs, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_scales(scales, out, size, num_inputs):
-    """Ask for all scales of some outputs. They are read turn by turn, and nothing else hides the time that takes."""
-    num_blocks = num_inputs // _BLOCK_SIZE
-    column = tl.min(out)
-    for first in range(0, num_blocks, 128):
-        block = tl.minimum(first + tl.arange(0, 128), num_blocks - 1)
-        prefetch(scales + block * size + column)
-
-
-@triton.jit
 def _load_rows(x, row, start, num_inputs, quarter: tl.constexpr, SPAN: tl.constexpr):
     """The rows' numbers at the inputs of one quarter: (TILE_K / 4, rows)."""
     column = _columns(start, quarter, SPAN)[:, None]
     pointers = x + row[None, :] * num_inputs + column
     return tl.load(pointers) if SPAN == TILE_K else tl.load(pointers, mask=column < num_inputs, other=0.0)
+
+
+@triton.jit
+def _add_turn(
+    acc, word_row, scales, out, size, start, num_inputs, first_x, second_x, third_x, fourth_x,
+    SPAN: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Add what the weights of some outputs and the rows' numbers, by quarters, make in one turn."""
+    words = _load_words(word_row, start, num_inputs, SPAN)
+    early, late = _load_scales(scales, out, size, start, num_inputs, SPAN)
+    first, second, third, fourth = _quarters(words, early, late, first_x.dtype, IN_ASSEMBLY)
+    acc = tl.dot(first, first_x, acc, input_precision="ieee")
+    acc = tl.dot(second, second_x, acc, input_precision="ieee")
+    acc = tl.dot(third, third_x, acc, input_precision="ieee")
+    return tl.dot(fourth, fourth_x, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -152,10 +159,6 @@ def product_of_floats(
     size = 2 * num_outputs if SWIGLU else num_outputs
     dtype: tl.constexpr = x.dtype.element_ty
     in_assembly: tl.constexpr = IN_ASSEMBLY and dtype == tl.bfloat16
-    if in_assembly:
-        _prefetch_scales(scales, weight_row, size, num_inputs)
-        if SWIGLU:
-            _prefetch_scales(scales, weight_row + num_outputs, size, num_inputs)
     gate_words = gate_row.to(tl.pointer_type(tl.int16))
     up_words = up_row.to(tl.pointer_type(tl.int16))
     for start in range(0, num_inputs, TILE_K):
@@ -163,25 +166,18 @@ def product_of_floats(
         second_x = _load_rows(x, row, start, num_inputs, 1, SPAN)
         third_x = _load_rows(x, row, start, num_inputs, 2, SPAN)
         fourth_x = _load_rows(x, row, start, num_inputs, 3, SPAN)
-        words = _load_words(gate_words, start, num_inputs, SPAN)
-        early, late = _load_scales(scales, weight_row, size, start, num_inputs, SPAN)
-        first, second, third, fourth = _quarters(words, early, late, dtype, in_assembly)
-        acc = tl.dot(first, first_x, acc, input_precision="ieee")
-        acc = tl.dot(second, second_x, acc, input_precision="ieee")
-        acc = tl.dot(third, third_x, acc, input_precision="ieee")
-        acc = tl.dot(fourth, fourth_x, acc, input_precision="ieee")
+        acc = _add_turn(
+            acc, gate_words, scales, weight_row, size, start, num_inputs, first_x, second_x, third_x, fourth_x, SPAN,
+            in_assembly,
+        )  # fmt: skip
         if SWIGLU:
-            words = _load_words(up_words, start, num_inputs, SPAN)
-            early, late = _load_scales(scales, weight_row + num_outputs, size, start, num_inputs, SPAN)
-            first, second, third, fourth = _quarters(words, early, late, dtype, in_assembly)
-            up = tl.dot(first, first_x, up, input_precision="ieee")
-            up = tl.dot(second, second_x, up, input_precision="ieee")
-            up = tl.dot(third, third_x, up, input_precision="ieee")
-            up = tl.dot(fourth, fourth_x, up, input_precision="ieee")
+            up = _add_turn(
+                up, up_words, scales, weight_row + num_outputs, size, start, num_inputs, first_x, second_x, third_x,
+                fourth_x, SPAN, in_assembly,
+            )  # fmt: skip
     if in_assembly:
-        power: tl.constexpr = 2.0**64  # of _LESS
-        acc *= power
-        up *= power
+        acc *= _MORE
+        up *= _MORE
     return acc, up
 
 
@@ -218,7 +214,7 @@ def _write_out(
     dtype: tl.constexpr = output.dtype.element_ty
     first, second, third, fourth = _quarters(words, early, late, dtype, IN_ASSEMBLY)
     if IN_ASSEMBLY:
-        power = tl.full([], 2.0**64, dtype)  # of _LESS
+        power = tl.full([], _MORE, dtype)
         first, second, third, fourth = first * power, second * power, third * power, fourth * power
     rows = output + row * num_inputs
     _store_quarter(rows, first, start, num_inputs, is_output, 0, SPAN)
