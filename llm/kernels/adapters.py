@@ -206,6 +206,16 @@ def _fetch_ahead(ahead, num_bytes):
         prefetch(ahead + tl.minimum(begin + tl.arange(0, _AHEAD_LINES) * 128, num_bytes - 1))
 
 
+@triton.jit
+def _load_entry(entries, order, number, row):
+    """An entry's slot, its first place in the order, its number of tokens, its rank; which rows exist; their tokens."""
+    entry = entries + number * 4
+    slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
+    count, rank = tl.load(entry + 2), tl.load(entry + 3)
+    is_token = row < count
+    return slot, first, count, rank, is_token, tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _shrink(
     x, order, entries, factor_a, shrunk, ahead, num_ahead, num_tokens, num_inputs, inputs_per_split, slot_stride,
@@ -218,11 +228,7 @@ def _shrink(
     number = tl.program_id(2) * NUMBERS + tl.arange(0, NUMBERS)
     row = tl.arange(0, ROWS)
     # Entries, the order and factors are what the step began with: no kernel of the step writes them.
-    entry = entries + tl.program_id(0) * 4
-    slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
-    count, rank = tl.load(entry + 2), tl.load(entry + 3)
-    is_token = row < count
-    token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
+    slot, first, _, rank, is_token, token = _load_entry(entries, order, tl.program_id(0), row)
     is_number = (number < num_numbers) & (number % RANK < rank)
     rows = x + token[:, None] * num_inputs
     own = factor_a + slot * slot_stride + number.to(tl.int64) * num_inputs
@@ -290,11 +296,7 @@ def _expand(
         first_output = tl.multiple_of(first_output, _OUTPUTS)
     row = tl.arange(0, ROWS)
     out = first_output + tl.arange(0, _OUTPUTS)
-    entry = entries + tl.program_id(1) * 4
-    slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
-    count, rank = tl.load(entry + 2), tl.load(entry + 3)
-    is_token = row < count
-    token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
+    slot, first, _, rank, is_token, token = _load_entry(entries, order, tl.program_id(1), row)
     output_mask = (out >= 0)[None, :]
     if not IS_EVEN:
         output_mask = (out < end_output)[None, :]
@@ -327,11 +329,7 @@ def _expand_gated(
     """Program (block of outputs, entry); tokens without an adapter too. The gate is part 0."""
     row = tl.arange(0, ROWS)
     out = tl.program_id(0) * _OUTPUTS + tl.arange(0, _OUTPUTS)
-    entry = entries + tl.program_id(1) * 4
-    slot, first = tl.load(entry).to(tl.int64), tl.load(entry + 1)
-    count, rank = tl.load(entry + 2), tl.load(entry + 3)
-    is_token = row < count
-    token = tl.load(order + first + row, mask=is_token, other=0).to(tl.int64)
+    slot, first, count, rank, is_token, token = _load_entry(entries, order, tl.program_id(1), row)
     output_mask = (out >= 0)[None, :]
     if not IS_EVEN:
         output_mask = (out < num_outputs)[None, :]
