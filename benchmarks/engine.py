@@ -321,7 +321,7 @@ def main() -> None:
         if options.profile is not None:
             profile(bench, options.profile or [1, 64, 256], options.context, scale=options.scale)
             return
-        rows = comparable_rows(bench.run, options.scale, bench.least_reads())
+        rows = comparable_rows(bench.run, options.scale, bench.least_reads(), options.num_long)
         all_well = measure(rows, common, out, options.rows)
         emit({**common, "name": "memory", **_memory_in_use()}, out)
         if options.adapters:

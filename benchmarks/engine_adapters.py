@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.engine_rows import Row, percentile
+from benchmarks.engine_rows import NUM_LONG, Row, percentile
 from benchmarks.random_adapter import write_random_adapter
 from llm.checkpoint.model_config import load_model_config
 
@@ -34,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of both engines' benchmarks."""
     parser.add_argument("--adapters", type=int, default=0, metavar="N", help="rows with so many random adapters")
     parser.add_argument("--adapter-rank", type=int, default=16, metavar="RANK", help="their rank")
+    parser.add_argument("--num-long", type=int, default=NUM_LONG, metavar="N", help="requests of the row 1000/1000")
 
 
 def write_adapters(model: str, directory: Path, num_adapters: int, rank: int) -> list[Path]:

@@ -39,6 +39,8 @@ SAMPLINGS: dict[str, list[Sampling]] = {
     ],
 }  # fmt: skip
 MAX_TOKEN_ID = 10_000
+NUM_LONG = 384
+"""Requests of the row of 1,000 tokens in and out, unless told."""
 MODELS = Path(__file__).parent / "models"
 """Configurations of known models, for random weights."""
 
@@ -73,12 +75,15 @@ class LeastReads:
         return round(num_bytes / seconds / 1e9, 1)
 
 
-def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -> Iterator[Row]:
+def comparable_rows(
+    run: Run, scale: int = 1, reads: LeastReads | None = None, num_long: int = NUM_LONG
+) -> Iterator[Row]:
     """Rows that any engine can run.
 
     Args:
         scale: divides numbers of requests and of tokens, to try the benchmark itself.
         reads: of this engine, to go into the rows.
+        num_long: requests of the row of 1,000 tokens in and out.
     """
 
     def read(input_lens: list[int], output_lens: list[int], seconds: float) -> dict[str, float]:
@@ -119,7 +124,8 @@ def comparable_rows(run: Run, scale: int = 1, reads: LeastReads | None = None) -
 
     run([100] * 8, [16] * 8)
     yield Row("mixed: 256 requests, 100-1024 in, 100-1024 out", mixed)
-    yield Row("1000/1000 x384", lambda: throughput([1000 // scale] * (384 // scale), [1000 // scale] * (384 // scale)))
+    lens = [1000 // scale] * (num_long // scale)
+    yield Row(f"1000/1000 x{num_long}", lambda: throughput(lens, lens))
     for batch in (1, 8, 16, 32, 64, 128, 256):
         yield Row(f"decode batch {batch}", lambda batch=batch: decode(max(batch // scale, 1)))  # type: ignore[misc]
     yield Row("prefill 1x1024", prefill_one)

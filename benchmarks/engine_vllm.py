@@ -91,7 +91,7 @@ def main() -> None:
                 options.scale,
             )  # fmt: skip
             sys.exit(0 if measure(rows, common, out, options.rows) else 1)
-        all_well = measure(comparable_rows(run, options.scale), common, out, options.rows)
+        all_well = measure(comparable_rows(run, options.scale, None, options.num_long), common, out, options.rows)
         all_well &= measure(long_rows(run, max_model_len, options.scale), common, out, options.rows)
     sys.exit(0 if all_well else 1)
 
