@@ -98,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     for model, step_time in MODELS.items():
         for most in options.most:
-            scheduling._MOST_TOKENS = most
+            scheduling._MOST_TOKENS_BESIDE_DECODES = most
             result = simulate(step_time, options.arrive_within_s, options.beside)
             print(json.dumps({"model": model, "most_tokens": most, **result}), flush=True)
 

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from deployments.fleet.policy import ADAPTER_TOKENS, Policy, ReplicaLoad
+from deployments.fleet.policy import ADAPTER_TOKENS, Policy, ReplicaLoad, RoutedRequest
 from deployments.fleet.sessions import SessionHomes
 from llm.serving.schemas import EngineStats
 
@@ -159,8 +159,8 @@ class Fleet:
         if adapter:
             for index, replica in enumerate(replicas):
                 num_saved[index] -= 0 if replica.holds(adapter) else ADAPTER_TOKENS
-        home_id = self._sessions.home(session, self._replicas)
-        return self._policy.rank([replica.load for replica in replicas], num_tokens, num_saved, home_id)
+        request = RoutedRequest(num_tokens, num_saved, self._sessions.home(session, self._replicas))
+        return self._policy.rank([replica.load for replica in replicas], request)
 
     def sent(
         self,

@@ -43,24 +43,28 @@ class ReplicaLoad:
     """Tokens that it must prefill before the first token of a new request."""
 
 
+@dataclass(frozen=True, slots=True)
+class RoutedRequest:
+    """What a policy knows of the request for which it ranks replicas."""
+
+    num_tokens: int
+    """Tokens of its prompt and of what an earlier replica generated."""
+    num_saved_tokens: Sequence[int]
+    """For each replica, how many of these tokens its prefix cache holds, less `ADAPTER_TOKENS` if it must load the
+    request's adapter."""
+    home_id: str | None = None
+    """The replica that the request's session belongs to, which wins ties; None without a session."""
+
+
 class Policy(Protocol):
     """Ranks replicas for one request. One object serves one router; it may remember what it chose."""
 
-    def rank(
-        self,
-        loads: Sequence[ReplicaLoad],
-        num_tokens: int,
-        num_saved_tokens: Sequence[int],
-        home_id: str | None = None,
-    ) -> list[str]:
+    def rank(self, loads: Sequence[ReplicaLoad], request: RoutedRequest) -> list[str]:
         """Ids of all replicas, best first. Called once for each request.
 
         Args:
             loads: the replicas, in an order that changes only as they come and go.
-            num_tokens: tokens of the request's prompt and of what an earlier replica generated.
-            num_saved_tokens: for each of `loads`, how many of these tokens its prefix cache holds, less
-                `ADAPTER_TOKENS` if it must load the request's adapter.
-            home_id: the replica that the request's session belongs to, which wins ties; None without a session.
+            request: what is to be routed; its `num_saved_tokens` are in the order of `loads`.
         """
         ...
 
@@ -92,16 +96,11 @@ class CostPolicy:
         self._foreign_share = 0.0
         self._typical_cost = row_tokens
 
-    def rank(
-        self,
-        loads: Sequence[ReplicaLoad],
-        num_tokens: int,
-        num_saved_tokens: Sequence[int],
-        home_id: str | None = None,
-    ) -> list[str]:
+    def rank(self, loads: Sequence[ReplicaLoad], request: RoutedRequest) -> list[str]:
         """See `Policy.rank`."""
         if not loads:
             return []
+        num_tokens, num_saved_tokens = request.num_tokens, request.num_saved_tokens
         num_loads, row_tokens, draw = len(loads), self._row_tokens, self._random.random
         blur = self._blur(loads)
         self._turn += 1
@@ -115,7 +114,7 @@ class CostPolicy:
             key=lambda index: (costs[index] + blur * draw(), loads[index].num_rows, (index - turn) % num_loads),
         )
         dearest = min(costs) + _HOME_ADVANTAGE * row_tokens
-        order.sort(key=lambda index: loads[index].replica_id != home_id or costs[index] > dearest)
+        order.sort(key=lambda index: loads[index].replica_id != request.home_id or costs[index] > dearest)
         self._typical_cost = _moved(self._typical_cost, num_tokens - num_saved_tokens[order[0]] + row_tokens)
         return [loads[index].replica_id for index in order]
 
@@ -141,15 +140,9 @@ class RoundRobin:
     def __init__(self, seed: int | None = None) -> None:
         self._turn = random.Random(seed).randrange(1 << 16)
 
-    def rank(
-        self,
-        loads: Sequence[ReplicaLoad],
-        num_tokens: int,
-        num_saved_tokens: Sequence[int],
-        home_id: str | None = None,
-    ) -> list[str]:
+    def rank(self, loads: Sequence[ReplicaLoad], request: RoutedRequest) -> list[str]:
         """See `Policy.rank`."""
-        del num_tokens, num_saved_tokens, home_id
+        del request
         replica_ids = [load.replica_id for load in loads]
         self._turn += 1
         first = self._turn % max(len(replica_ids), 1)
@@ -167,17 +160,10 @@ class PowerOfTwoChoices:
     def __init__(self, seed: int | None = None) -> None:
         self._random = random.Random(seed)
 
-    def rank(
-        self,
-        loads: Sequence[ReplicaLoad],
-        num_tokens: int,
-        num_saved_tokens: Sequence[int],
-        home_id: str | None = None,
-    ) -> list[str]:
+    def rank(self, loads: Sequence[ReplicaLoad], request: RoutedRequest) -> list[str]:
         """See `Policy.rank`."""
-        del num_tokens, num_saved_tokens
         drawn = self._random.sample(loads, len(loads))
-        drawn[:2] = sorted(drawn[:2], key=lambda load: (load.num_rows, load.replica_id != home_id))
+        drawn[:2] = sorted(drawn[:2], key=lambda load: (load.num_rows, load.replica_id != request.home_id))
         return [load.replica_id for load in drawn]
 
 

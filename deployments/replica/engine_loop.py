@@ -12,18 +12,16 @@ from functools import partial
 from deployments.channel.messages import (
     ChannelAddress,
     End,
-    EngineTiming,
     Failure,
     FailureKind,
     GenerateReply,
     Machine,
     Refusal,
-    end_of,
-    pack_logprobs,
 )
-from deployments.channel.sender import OutgoingStream, TokenSender
+from deployments.channel.sender import TokenSender
 from deployments.replica.engine_factory import Engine
 from deployments.replica.loop_health import LoopHealth
+from deployments.replica.open_request import OpenRequest
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import (
     EngineStats,
@@ -47,19 +45,6 @@ _MAX_NEW_TOKENS_BETWEEN_STEPS = 65_536
 wait."""
 _SUSPECT_HEAD_START_S = 0.002
 """The report that a suspect has arrived must leave the process before the suspect can end it."""
-
-
-@dataclass(slots=True)
-class _OpenRequest:
-    """A request that the engine runs, and all its tokens."""
-
-    resolve: Callable[[GenerateReply], None]
-    token_ids: list[int]
-    stream: OutgoingStream | None
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: bytes | None = None
-    received_at: float = field(default_factory=time.monotonic)
-    timing: EngineTiming | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +97,7 @@ class EngineLoop:
         self._sender = sender or TokenSender(replica_id)
         self._fingerprint = fingerprint
         self._machine = machine
-        self._open: dict[str, _OpenRequest] = {}
+        self._open: dict[str, OpenRequest] = {}
         self._suspect: str | None = None
         self._waiting_suspects: deque[_Arrival] = deque()
         self._broken: Failure | None = None
@@ -272,35 +257,18 @@ class EngineLoop:
             return
         if output.request_id == self._suspect:
             self._suspect = None
-        request.token_ids.extend(output.token_ids)
-        if output.logprobs is not None:
-            if request.logprobs is None:
-                request.logprobs = []
-            request.logprobs.extend(output.logprobs)
-        if output.prompt_logprobs is not None:
-            request.prompt_logprobs = pack_logprobs(output.prompt_logprobs)
-        end = end_of(output)
-        timing = None
-        if request.timing is None and (output.token_ids or output.vector):
-            elapsed = time.monotonic() - request.received_at
-            timing = request.timing = EngineTiming(output.queue_s, max(0.0, elapsed - output.queue_s))
-        if request.stream is not None:
-            request.stream.push(output.token_ids, output.logprobs, end, timing)
+        end = request.take(output)
         if end is not None:
-            reply = GenerateReply(
-                self._replica_id, request.token_ids, request.logprobs, end,
-                timing=request.timing, vector=output.vector, prompt_logprobs=request.prompt_logprobs,
-            )  # fmt: skip
-            self._answer(output.request_id, request, reply)
+            self._answer(output.request_id, request, request.reply(self._replica_id, end, output.vector))
 
-    def _answer(self, request_id: str, request: _OpenRequest, reply: GenerateReply) -> None:
+    def _answer(self, request_id: str, request: OpenRequest, reply: GenerateReply) -> None:
         """Let go of a request and resolve it."""
         self._forget(request_id)
         if request.stream is not None:
             request.stream.close()
         request.resolve(reply)
 
-    def _fail(self, request_id: str, request: _OpenRequest, failure: Failure) -> None:
+    def _fail(self, request_id: str, request: OpenRequest, failure: Failure) -> None:
         """Answer with a failure a request that another replica may continue."""
         self._answer(request_id, request, self._failed(request.token_ids, failure, request.logprobs))
 
@@ -309,7 +277,7 @@ class EngineLoop:
     ) -> GenerateReply:
         return GenerateReply(self._replica_id, token_ids, logprobs, failure=failure)
 
-    def _forget(self, request_id: str) -> _OpenRequest | None:
+    def _forget(self, request_id: str) -> OpenRequest | None:
         if request_id == self._suspect:
             self._suspect = None
         return self._open.pop(request_id, None)
@@ -335,7 +303,7 @@ class EngineLoop:
         if arrival.channel is not None:
             on_lost = partial(self._give_up, request.request_id)
             stream = self._sender.open(arrival.stream_id, arrival.channel, num_output, on_lost)
-        self._open[request.request_id] = _OpenRequest(arrival.resolve, list(request.output_token_ids), stream)
+        self._open[request.request_id] = OpenRequest(arrival.resolve, list(request.output_token_ids), stream)
         if arrival.is_suspect:
             self._suspect = request.request_id
             self._next_report_at = 0.0

@@ -36,8 +36,11 @@ class Journal:
         fleet: this router's view of them.
         dispatcher: says where a request goes, and when.
         channel: where tokens arrive; None to rely only on replies.
+        fingerprint: the version of the model that requests are for; may be changed.
         max_resumes: how often a request may continue elsewhere after a failure; 0 turns failover off.
         on_over: called for every request that has ended, in whatever way.
+        on_move: called with the replica whose stream continues elsewhere.
+        on_failed_call: called with the replica that failed a call, and why; returns whether something is wrong with it.
         history: is told when tokens arrive.
         meter: counts what requests use; None to count nothing.
     """
@@ -49,22 +52,23 @@ class Journal:
         dispatcher: Dispatcher,
         channel: ChannelAddress | None,
         *,
+        fingerprint: str,
         max_resumes: int,
-        on_over: Callable[[FinishedRequest], None] = lambda _: None,
-        history: History | None = None,
+        on_over: Callable[[FinishedRequest], None],
+        on_move: Callable[[str | None], None],
+        on_failed_call: Callable[[str, str], bool],
+        history: History,
         meter: Meter | None = None,
     ) -> None:
         self._meter = meter
-        self._history = history if history is not None else History()
+        self._history = history
         self._on_over = on_over
-        self.on_move: Callable[[str | None], None] = lambda _: None
-        """Called with the replica whose stream continues elsewhere."""
-        self.on_failed_call: Callable[[str, str], bool] = lambda _, __: True
-        """Called with the replica that failed a call, and why; returns whether something is wrong with it."""
+        self._on_move = on_move
+        self.on_failed_call = on_failed_call
         self.client = client
         self.dispatcher = dispatcher
         self.channel = channel
-        self.fingerprint = ""
+        self.fingerprint = fingerprint
         self.max_resumes = max_resumes
         self.page_size = 16
         self.num_requests = 0
@@ -155,7 +159,7 @@ class Journal:
             self.num_resumes += 1
         else:
             self.num_moves += 1
-        self.on_move(replica_id)
+        self._on_move(replica_id)
 
     def note_failure(self, generation: Generation, replica_id: str, why: str) -> Part:
         """Note that a replica has failed while it had the generation; see `Placement`."""

@@ -83,47 +83,27 @@ class Router:
         """Requests that wait for the first engine to say what it is."""
         self._engine_known = asyncio.Event()
         self.is_shutting_down = False
-        self._client = client
-        self.fleet = Fleet(make_policy(platform.router.policy))
-        self.dispatcher = Dispatcher(self.fleet, config.admission)
-        self._hub = hub
-        channel = hub.address
+        self._tracer = tracer
         self._router_id = (peers or NoPeers()).router_id
-        self.metrics = RouterMetrics(
-            key,
-            self._router_id,
-            self,
-            min_replicas=config.replicas.fewest_replicas,
-            gpus_a_replica=config.engine.tensor_parallel_size,
-        )
         self._history = History()
         self._sampled_at = -math.inf
-        self._tracer = tracer
-        self.journal = Journal(
-            client,
-            self.fleet,
-            self.dispatcher,
-            channel,
-            max_resumes=platform.router.max_resumes,
-            on_over=self._request_over,
-            history=self._history,
-            meter=meter,
-        )
-        fingerprint = fingerprint_of(config)
+        replicas, fingerprint = config.replicas, fingerprint_of(config)
+        self.fleet = Fleet(make_policy(platform.router.policy))
+        self.dispatcher = Dispatcher(self.fleet, config.admission)
         self._watch = FleetWatch(
-            client,
-            self.fleet,
-            _Work(self),
-            channel,
-            platform.router,
-            config.replicas.fewest_replicas,
-            fingerprint,
-            is_autoscaled=config.replicas.autoscaling is not None,
-        )
+            client, self.fleet, _Work(self), hub.address, platform.router, replicas.fewest_replicas, fingerprint,
+            is_autoscaled=replicas.autoscaling is not None,
+        )  # fmt: skip
         self._view = FleetView(key, config, self._watch, self.dispatcher)
-        self.journal.fingerprint = fingerprint
-        self.journal.on_move = self._watch.note_move
-        self.journal.on_failed_call = self._watch.note_failed_call
+        self.journal = Journal(
+            client, self.fleet, self.dispatcher, hub.address, fingerprint=fingerprint,
+            max_resumes=platform.router.max_resumes, on_over=self._request_over, on_move=self._watch.note_move,
+            on_failed_call=self._watch.note_failed_call, history=self._history, meter=meter,
+        )  # fmt: skip
+        self.metrics = RouterMetrics(
+            key, self._router_id, self,
+            min_replicas=replicas.fewest_replicas, gpus_a_replica=config.engine.tensor_parallel_size,
+        )  # fmt: skip
         hub.join(self)
 
     @property
@@ -349,7 +329,6 @@ class _Work:
     def __init__(self, router: Router) -> None:
         self._router = router
         self._dispatcher = router.dispatcher
-        self._journal = router.journal
 
     @property
     def num_waiting(self) -> int:
@@ -381,12 +360,12 @@ class _Work:
 
     def note_arrivals(self, stream_ids: Sequence[int]) -> None:
         """See `Work`."""
-        self._journal.note_arrivals(stream_ids)
+        self._router.journal.note_arrivals(stream_ids)
 
     def is_on(self, replica_id: str) -> bool:
         """See `Work`."""
-        return any(True for _ in self._journal.on_replica(replica_id))
+        return any(True for _ in self._router.journal.on_replica(replica_id))
 
     def move_streams(self, replica_id: str, why: str, *, is_failure: bool) -> None:
         """See `Work`."""
-        self._journal.move_streams(replica_id, why, is_failure=is_failure)
+        self._router.journal.move_streams(replica_id, why, is_failure=is_failure)

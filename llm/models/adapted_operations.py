@@ -6,9 +6,11 @@ from torch import nn
 from llm.config import Activation
 from llm.kernels.quantization import EightBitRows
 from llm.models.kernel_arguments import norm_of
-from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep
+from llm.models.kernel_operations import KernelOperations
+from llm.models.kernel_workspace import KernelWorkspace
 from llm.models.latent import LatentHeads
 from llm.models.layers import RMSNorm
+from llm.models.packed_step import PackedStep
 
 
 class AdaptedOperations(KernelOperations):

@@ -24,7 +24,8 @@ from llm.scheduling.waiting_queue import WaitingQueue
 __all__ = ["Scheduler", "StepPart", "StepPlan", "TokenEvent"]
 _CROWD = 2
 """This many newcomers for each decoding sequence are a crowd."""
-_MOST_TOKENS = 2048  # of a step in which fewer newcomers than a crowd get their shares beside decodes
+_MOST_TOKENS_BESIDE_DECODES = 2048
+"""Most tokens of a step in which newcomers that are no crowd get their shares beside decodes."""
 _TOKEN_MULTIPLE = 128
 """A step with prefills has a multiple of this many tokens, if there is a choice."""
 _arrival = attrgetter("arrival")
@@ -162,8 +163,8 @@ class Scheduler:
         if may_guess and any(sequence.num_in_flight for sequence in self._running):
             return StepPlan(())
         num_preemptions = self.num_preemptions
-        singles, prefilling = self._decodes()
-        budget = self._prefill_budget(len(singles), len(prefilling))
+        parts, prefilling = self._decodes()
+        budget = self._prefill_budget(len(parts), len(prefilling))
         chunks = []
         for sequence in prefilling:
             num_tokens = self._chunk_len(sequence, budget)
@@ -173,21 +174,21 @@ class Scheduler:
         if self.num_preemptions == num_preemptions:
             chunks += self._admissions(budget, prefilling)
             if may_guess:
-                singles, guessing = self._speculation.add_guesses(singles, chunks, len(self._running))
+                parts, guessing = self._speculation.add_guesses(parts, chunks, len(self._running))
                 chunks += guessing
         else:
             # An old sequence may have preempted a younger one that was to run. No sequence is admitted to the pages
             # that this freed: the running ones need them next.
-            singles = [part for part in singles if part.sequence.status is SequenceStatus.RUNNING]
-        singles += sorted(chunks, key=lambda part: part.num_tokens > 1)
-        for part in singles:
+            parts = [part for part in parts if part.sequence.status is SequenceStatus.RUNNING]
+        parts += sorted(chunks, key=lambda part: part.num_tokens > 1)
+        for part in parts:
             sequence = part.sequence
             sequence.num_computed += part.num_tokens
             if part.draws or part.completes_vector:
                 sequence.num_in_flight += 1
             if part.num_scored:
                 sequence.num_scored = part.first_scored + part.num_scored
-        return StepPlan(tuple(singles))
+        return StepPlan(tuple(parts))
 
     def apply(self, plan: StepPlan, token_ids: SequenceOf[int]) -> list[TokenEvent | VectorEvent]:
         """Process what a step computed. Called once for each plan that ran, in the order they were made.
@@ -257,8 +258,9 @@ class Scheduler:
             self._snapshots.places.check()
             assert self._snapshots.places.num_used == in_flight, "a snapshot's place has leaked"
         rows = [sequence.row for sequence in self._running] + self._free_rows
-        assert sorted(row for row in rows if row is not None) == list(range(self.max_batch_size)), "rows are torn"
-        assert all(sequence.row is None and not sequence.pages for sequence in self._waiting), "a waiting one holds"
+        assert sorted(row for row in rows if row is not None) == list(range(self.max_batch_size)), "a row has leaked"
+        is_empty = (sequence.row is None and not sequence.pages for sequence in self._waiting)
+        assert all(is_empty), "a waiting sequence holds a row or pages"
         for queue in (self._running, list(self._waiting)):
             assert queue == sorted(queue, key=_arrival), "a sequence is out of its place"
 
@@ -299,7 +301,7 @@ class Scheduler:
         if num_newcomers >= _CROWD * num_decodes:
             return budget
         share = self.max_prefill_beside_decodes
-        num_tokens = max(min(num_decodes + num_newcomers * share, _MOST_TOKENS), num_decodes + share)
+        num_tokens = max(min(num_decodes + num_newcomers * share, _MOST_TOKENS_BESIDE_DECODES), num_decodes + share)
         return min(budget, -(-num_tokens // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE - num_decodes)
 
     def _apply_guesses(self, part: StepPart, token_ids: SequenceOf[int], first: int) -> list[TokenEvent]:
@@ -358,7 +360,7 @@ class Scheduler:
         if prefix is None or num_pages is None:
             return None
         sequence.num_computed = sequence.num_pages * self.pool.page_size
-        sequence.note_admission(min(sequence.num_computed, sequence.num_prompt_tokens))
+        sequence.record_admission(min(sequence.num_computed, sequence.num_prompt_tokens))
         sequence.status = SequenceStatus.RUNNING
         sequence.row = heappop(self._free_rows)
         insort(self._running, sequence, key=_arrival)

@@ -144,8 +144,8 @@ class Sequence:
         """Token ids generated so far."""
         return self.tokens[self.num_prompt_tokens :]
 
-    def note_admission(self, num_cached_tokens: int) -> None:
-        """Record that it has a row; the first time, also how many tokens the prefix cache had for it."""
+    def record_admission(self, num_cached_tokens: int) -> None:
+        """Record, when it first gets a row, how long it has waited and how many tokens the prefix cache had for it."""
         if self.num_cached_tokens is None:
             self.num_cached_tokens = num_cached_tokens
             self.queue_s = time.monotonic() - self._created_at

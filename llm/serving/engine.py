@@ -2,53 +2,40 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence as SequenceOf
+from collections.abc import Iterable, Sequence as SequenceOf
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 
-from llm.checkpoint.adapter_slots import AdapterPacker
 from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.hub import resolve_model_path
 from llm.checkpoint.loading import Progress
 from llm.config import EngineConfig
 from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.sampling.draw import NOTHING, Draw
 from llm.sampling.grammar import GrammarCompiler
-from llm.scheduling.scheduler import Scheduler, StepPlan, TokenEvent
-from llm.scheduling.sequence import Sequence, SequenceStatus, VectorEvent
-from llm.scheduling.slot_pool import SlotPool
+from llm.scheduling.sequence import Sequence, SequenceStatus, StepPlan
 from llm.serving import device_health
-from llm.serving.adapter_pool import make_adapter_pool
-from llm.serving.checks import check_features, check_request, fit_context_to_pool, longest_context, with_overrides
-from llm.serving.compiling import CompilingRequests
-from llm.serving.memory import num_pool_pages
+from llm.serving.assembly import build_parts
+from llm.serving.checks import check_request, with_overrides
 from llm.serving.model_runner import LaunchedStep
 from llm.serving.offline import Vectors, run_to_end, vectors_of
+from llm.serving.output_processor import OutputProcessor, failed
+from llm.serving.preparation import Preparation
 from llm.serving.ranks import Ranks, load_with_ranks
-from llm.serving.runners import make_runner
 from llm.serving.schemas import (
-    AdapterFailure,
     EngineStats,
-    FinishReason,
     GenerationRequest,
     GenerationResult,
     Pooling,
     StepFailure,
     StepOutput,
-    TokenLogprobs,
 )
 from llm.tokenization.hf_tokenizer import HFTokenizer
-from llm.tokenization.text_stream import TextStream
 from llm.tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_IDLE_WAIT_S = 0.005
-"""How long a step waits for a grammar when there is nothing else to do."""
 
 
 class ContinuousBatchingEngine:
@@ -93,43 +80,14 @@ class ContinuousBatchingEngine:
         if eos_token_ids is None:
             eos_token_ids = tokenizer.eos_token_ids if tokenizer else ()
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model.config.vocab_size)
-        for note in check_features(model.config, config):
-            logger.info(note)
-        context_len = longest_context(model.config, config)
-        num_snapshots = config.num_snapshots(model.device.type, model.config.state_bytes(model.dtype.itemsize))
-        packer = AdapterPacker(model, config.max_adapter_rank) if config.max_adapters else None
-        layout = None if packer is None else packer.layout
-        if ranks is None:
-            pool = SlotPool(num_pool_pages(model, config, context_len, layout), config.page_size)
-            self.runner = make_runner(model, config, num_pages=pool.num_pages, context_len=context_len, adapters=layout)
-        else:
-            pool = SlotPool(ranks.num_pool_pages(model, context_len), config.page_size)
-            self.runner = ranks.make_runner(model, num_pages=pool.num_pages, context_len=context_len)
-        self.scheduler = Scheduler(
-            pool,
-            max_batch_size=config.batch_size(model.device.type),
-            max_tokens_per_step=config.token_budget(model.device.type),
-            max_prefill_beside_decodes=config.prefill_beside_decodes(model.device.type),
-            max_seq_len=context_len,
-            windows=[group.window for group in model.page_groups],
-            enable_prefix_caching=config.enable_prefix_caching and (model.config.delta is None or num_snapshots > 0),
-            num_state_snapshots=num_snapshots,
-            num_speculative_tokens=config.num_speculative_tokens,
-            max_draws_per_step=self.runner.max_draws_per_step,
-        )
-        fit_context_to_pool(self.scheduler)
-        self.runner.warm_up()
-        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
+        parts = build_parts(self.model, config, ranks)
+        self.scheduler, self.runner, self._adapters = parts.scheduler, parts.runner, parts.adapters
         if grammars is None and isinstance(tokenizer, HFTokenizer):
             grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
-        self._compiling = CompilingRequests(grammars)
-        self._adapters = make_adapter_pool(packer, self.runner.adapters, config)
+        self._preparation = Preparation(self.scheduler, grammars, self._adapters)
+        self._outputs = OutputProcessor(tokenizer)
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self._sequences: dict[str, Sequence] = {}
-        self._text_streams: dict[str, TextStream] = {}
-        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
-        self._num_generated_tokens = 0
-        self._num_prompt_tokens = 0
-        self._num_cached_prompt_tokens = 0
         logger.info(
             "engine ready: %s %s, attention backend %s, %d slots in pages of %d, context %d tokens",
             model.device, model.dtype, self.attention_backend, self.num_slots, config.page_size, self.max_seq_len,
@@ -235,15 +193,8 @@ class ContinuousBatchingEngine:
             raise InvalidRequestError(
                 f"this engine has no room for the adapter {request.adapter.name!r}: set max_adapters", param="adapter"
             )
-        if request.grammar is not None:
-            self._compiling.add(sequence)
-            self.scheduler.preparing.add(sequence)
-        else:
-            self._queue(sequence)
-        if self.tokenizer is not None and not request.gives_vector:
-            stream = TextStream(self.tokenizer, request.stop, request.min_new_tokens)
-            stream.push(request.output_token_ids)
-            self._text_streams[request.request_id] = stream
+        self._preparation.add(sequence)
+        self._outputs.begin(request)
         self._sequences[request.request_id] = sequence
         return request.request_id
 
@@ -256,43 +207,10 @@ class ContinuousBatchingEngine:
         If the model fails, the requests of that step end with `FinishReason.ERROR`, their outputs say what failed
         (`step_failure`), and all other requests continue.
         """
-        return [*self._begin_prepared(), *self._step()] if self.scheduler.preparing else self._step()
-
-    def _step(self) -> list[StepOutput]:
-        plan = self.scheduler.schedule()
-        if plan.parts:
-            try:
-                self._in_flight.append((plan, self.runner.launch(plan)))
-            except Exception as error:  # the edge of a step: any error concerns only these requests
-                logger.exception("a step of %d sequences could not be launched", len(plan.parts))
-                return self._fail(plan, error)
-            if len(self._in_flight) <= self.runner.max_steps_ahead:
-                return []
-        return self._finish_oldest_step() if self._in_flight else []
-
-    def _queue(self, sequence: Sequence) -> None:
-        """Queue a sequence that needs no grammar any more; if it has an adapter, once that is on the device."""
-        if self._adapters is not None and sequence.request.adapter is not None:
-            self._adapters.add(sequence)
-            self.scheduler.preparing.add(sequence)
-        else:
-            self.scheduler.add(sequence)
-
-    def _begin_prepared(self) -> list[StepOutput]:
-        """Queue the requests whose grammar and adapter are ready; if one could not be made, the request ends."""
-        outputs = []
-        is_idle = not self.scheduler.num_running and self.scheduler.num_waiting == len(self.scheduler.preparing)
-        timeout_s = _IDLE_WAIT_S if is_idle else 0
-        for sequence, error in self._compiling.take(timeout_s) if self._compiling else ():
-            if error is None:
-                self._queue(sequence)
-            else:
-                outputs.append(self._end_with(sequence, error))
-        for sequence, failure in self._adapters.take(timeout_s) if self._adapters else ():
-            if failure is None:
-                self.scheduler.add(sequence)
-            else:
-                outputs.append(self._end_with(sequence, failure.message, adapter_failure=failure.kind))
+        outputs = [*self._preparation.proceed(), *self._run_step()]
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._end(self._sequences[output.request_id])
         return outputs
 
     def unload_adapter(self, digest: str) -> bool:
@@ -346,9 +264,9 @@ class ContinuousBatchingEngine:
             num_pages=num_pages,
             page_size=pool.page_size,
             num_preemptions=self.scheduler.num_preemptions,
-            num_generated_tokens=self._num_generated_tokens,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_prompt_tokens=self._num_cached_prompt_tokens,
+            num_generated_tokens=self._outputs.num_generated_tokens,
+            num_prompt_tokens=self._outputs.num_prompt_tokens,
+            num_cached_prompt_tokens=self._outputs.num_cached_prompt_tokens,
             max_rows=self.scheduler.max_batch_size,
             num_proposed_tokens=self.scheduler.num_proposed_tokens,
             num_accepted_tokens=self.scheduler.num_accepted_tokens,
@@ -363,136 +281,42 @@ class ContinuousBatchingEngine:
         assert request.prompt is not None, "the schema wants one of the two"
         return tuple(self.tokenizer.encode(request.prompt))
 
+    def _run_step(self) -> list[StepOutput]:
+        """Launch a step, and finish the oldest one if as many as possible are in flight."""
+        plan = self.scheduler.schedule()
+        if plan.parts:
+            try:
+                self._in_flight.append((plan, self.runner.launch(plan)))
+            except Exception as error:  # the edge of a step: any error concerns only these requests
+                logger.exception("a step of %d sequences could not be launched", len(plan.parts))
+                return self._fail(plan, error)
+            if len(self._in_flight) <= self.runner.max_steps_ahead:
+                return []
+        return self._finish_oldest_step() if self._in_flight else []
+
     def _finish_oldest_step(self) -> list[StepOutput]:
         """Wait for the oldest step in flight and process its results."""
         plan, launched = self._in_flight.popleft()
         try:
             draws, vectors, scores = launched.draws(), launched.vectors(), launched.scores()
-        except Exception as error:  # as in `step`
+        except Exception as error:  # as in `_run_step`
             logger.exception("a step of %d sequences failed", len(plan.parts))
             return self._fail(plan, error)
-        for sequence, entries in scores:
-            if sequence.status is not SequenceStatus.FINISHED:
-                self._prompt_logprobs.setdefault(sequence.request_id, []).extend(entries)
-        return self._outputs(self.scheduler.apply(plan, [draw.token_id for draw in draws]), draws, vectors)
-
-    def _outputs(
-        self, events: SequenceOf[TokenEvent | VectorEvent], draws: SequenceOf[Draw], vectors: Mapping[int, bytes]
-    ) -> list[StepOutput]:
-        """Turn a step's results into outputs, one per request, with text if there is a tokenizer."""
-        outputs: list[StepOutput] = []
-        last = None
-        for event in events:
-            if isinstance(event, VectorEvent):
-                outputs.append(self._vector_output(event.sequence, vectors[event.row]))
-            elif event.sequence is not last:
-                last = event.sequence
-                outputs.append(self._output(event, draws[event.draw_index]))
-            elif outputs[-1].finish_reason is None:  # a stop string may have ended it before all guesses counted
-                outputs[-1] = outputs[-1].joined(self._output(event, draws[event.draw_index]))
-        self._num_generated_tokens += sum(len(output.token_ids) for output in outputs)
-        return outputs
-
-    def _output(self, event: TokenEvent, draw: Draw) -> StepOutput:
-        sequence, reason = event.sequence, event.finish_reason
-        request = sequence.request
-        if event.token_id == NOTHING:
-            return self._end_with(sequence, "nothing could be drawn: the logits hold NaN or +inf, or all are forbidden")
-        if sequence.constraint is not None and sequence.constraint.failure is not None:
-            return self._end_with(sequence, f"grammar: {sequence.constraint.failure}")
-        prompt_logprobs = None
-        if sequence.num_output_tokens == len(request.output_token_ids) + 1:
-            self._count_prompt(sequence)
-            if request.prompt_logprobs is not None:
-                prompt_logprobs = tuple(self._prompt_logprobs.pop(request.request_id, ()))
-        if request.scores_allowed:
-            return self._vector_output(sequence, draw.scores(request.allowed_token_ids or ()))
-        if request.max_new_tokens == 0:
-            return self._end_of_prompt(sequence, prompt_logprobs)
-        stop_reason: int | str | None = None
-        if reason is FinishReason.STOP and event.token_id in request.stop_token_ids:
-            stop_reason = event.token_id
-        text = ""
-        stream = self._text_streams.get(request.request_id)
-        if stream is not None:
-            # The token that ends a sequence is not part of its text.
-            text = stream.push([event.token_id]) if reason is not FinishReason.STOP else ""
-            if stream.stop_reason is not None:
-                reason, stop_reason = FinishReason.STOP, stream.stop_reason
-            elif reason is not None:
-                text += stream.finish()
-        if reason is not None:
-            self._end(sequence)
-        logprobs = None
-        if request.logprobs is not None:
-            assert draw.logprob is not None, "the sampler gives log probabilities where they are asked for"
-            logprobs = (TokenLogprobs(draw.token_id, draw.logprob, draw.top),)
-        return StepOutput(
-            request_id=request.request_id,
-            token_ids=(event.token_id,),
-            text=text,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-            queue_s=sequence.queue_s,
-        )
-
-    def _vector_output(self, sequence: Sequence, vector: bytes) -> StepOutput:
-        if not np.isfinite(np.frombuffer(vector, np.float32)).all():
-            return self._end_with(sequence, "the model's hidden states or logits are not finite")
-        if sequence.pooling is not None:
-            self._count_prompt(sequence)
-        self._end(sequence)
-        return StepOutput(
-            sequence.request_id, (), finish_reason=FinishReason.STOP, num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=sequence.num_cached_tokens or 0, queue_s=sequence.queue_s, vector=vector,
-        )  # fmt: skip
-
-    def _end_of_prompt(self, sequence: Sequence, prompt_logprobs: tuple[TokenLogprobs, ...] | None) -> StepOutput:
-        """End a request that only wants its prompt computed; the token drawn after it is dropped."""
-        self._end(sequence)
-        return StepOutput(
-            sequence.request_id, (), prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH,
-            num_prompt_tokens=sequence.num_prompt_tokens, num_cached_tokens=sequence.num_cached_tokens or 0,
-            queue_s=sequence.queue_s,
-        )  # fmt: skip
-
-    def _count_prompt(self, sequence: Sequence) -> None:
-        """Count a prompt that has been computed."""
-        self._num_prompt_tokens += sequence.num_prompt_tokens
-        self._num_cached_prompt_tokens += sequence.num_cached_tokens or 0
+        self._outputs.add_prompt_logprobs(scores)
+        events = self.scheduler.apply(plan, [draw.token_id for draw in draws])
+        return self._outputs.process(events, draws, vectors)
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
-        """End every request of a step that failed."""
+        """The last outputs of the requests of a step that failed."""
         sequences = [part.sequence for part in plan.parts if part.sequence.status is not SequenceStatus.FINISHED]
         message = f"{type(error).__name__}: {error}"
         is_lost = self.failure is not None or device_health.is_lost(self.model.device)
         failure = StepFailure.DEVICE if is_lost else StepFailure.STEP
-        return [self._end_with(sequence, message, failure) for sequence in sequences]
-
-    def _end_with(
-        self,
-        sequence: Sequence,
-        message: str,
-        failure: StepFailure | None = None,
-        adapter_failure: AdapterFailure | None = None,
-    ) -> StepOutput:
-        """End a request that failed, either by itself or with its whole step."""
-        self._end(sequence)
-        return StepOutput(
-            sequence.request_id, (), finish_reason=FinishReason.ERROR, error=message, step_failure=failure,
-            adapter_failure=adapter_failure,
-        )  # fmt: skip
+        return [failed(sequence, message, failure) for sequence in sequences]
 
     def _end(self, sequence: Sequence) -> None:
         """Forget a request; its pages become free at once."""
         self.scheduler.finish(sequence)
-        self._compiling.discard(sequence)
-        if self._adapters is not None and sequence.request.adapter is not None:
-            self._adapters.release(sequence)
-        self._text_streams.pop(sequence.request_id, None)
-        self._prompt_logprobs.pop(sequence.request_id, None)
+        self._preparation.discard(sequence)
+        self._outputs.discard(sequence.request_id)
         del self._sequences[sequence.request_id]

@@ -15,7 +15,9 @@ from llm.core.recurrent_state import RecurrentStates
 from llm.models.adapted_operations import AdaptedOperations
 from llm.models.adapters import AdapterMemory
 from llm.models.decoder import DecoderModel
-from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep
+from llm.models.kernel_operations import KernelOperations
+from llm.models.kernel_workspace import KernelWorkspace
+from llm.models.packed_step import PackedStep
 from llm.serving.device_rows import DevicePages, make_uploads
 from llm.serving.step_adapters import StepAdapters
 from llm.serving.step_arrays import StepArrays
@@ -113,9 +115,9 @@ class GraphModel:
     def launch(self, arrays: StepArrays) -> None:
         """Run the model on a step; the pages of its rows have been written already."""
         shape = (*self._send(arrays), arrays.has_adapters)
-        num_gathered = self._workspace.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
+        num_gathered = self._workspace.attention.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
         self._states.restore(arrays.restored)
-        if num_gathered > self._workspace.fewest_gathered:
+        if num_gathered > self._workspace.attention.fewest_gathered:
             self._run_model(*shape, num_gathered)
         else:
             self.run(("model", *shape, num_gathered), partial(self._run_model, *shape, num_gathered))
@@ -162,7 +164,7 @@ class GraphModel:
 
     def _warm_up_gathering(self) -> None:
         """Capture the largest step with a few long prompts, and compile the kernels of those beside many decodes."""
-        num_gathered = self._workspace.fewest_gathered
+        num_gathered = self._workspace.attention.fewest_gathered
         if num_gathered:
             tokens, parts = self._token_sizes[-1], self._part_sizes[0]
             for has_adapters in (False,) if self.adapters is None else (False, True):

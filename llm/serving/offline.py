@@ -1,21 +1,35 @@
 """Runs whole batches for scripts: requests in, results out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llm.errors import EngineError, InvalidRequestError
+from llm.models.decoder import DecoderModel
 from llm.serving.schemas import GenerationRequest, GenerationResult, Pooling, StepOutput, TokenLogprobs
 
-if TYPE_CHECKING:
-    from llm.serving.engine import ContinuousBatchingEngine
-
 Vectors = npt.NDArray[np.float32]
+
+
+class SteppedEngine(Protocol):
+    """What a batch needs of `ContinuousBatchingEngine`."""
+
+    model: DecoderModel
+
+    def add_request(self, request: GenerationRequest) -> str:
+        """See `ContinuousBatchingEngine.add_request`."""
+        ...
+
+    def step(self) -> list[StepOutput]:
+        """See `ContinuousBatchingEngine.step`."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """See `ContinuousBatchingEngine.abort`."""
+        ...
 
 
 class ResultBuilder:
@@ -54,7 +68,7 @@ class ResultBuilder:
 
 
 def run_to_end(
-    engine: ContinuousBatchingEngine, requests: Sequence[GenerationRequest], *, progress: bool
+    engine: SteppedEngine, requests: Sequence[GenerationRequest], *, progress: bool
 ) -> list[GenerationResult]:
     """See `ContinuousBatchingEngine.generate`. Other requests in the engine run too, but their outputs are dropped."""
     builders: dict[str, ResultBuilder] = {}
@@ -85,7 +99,7 @@ def run_to_end(
 
 
 def vectors_of(
-    engine: ContinuousBatchingEngine, prompts: Sequence[str | Sequence[int]], pooling: Pooling, *, progress: bool
+    engine: SteppedEngine, prompts: Sequence[str | Sequence[int]], pooling: Pooling, *, progress: bool
 ) -> Vectors:
     """See `ContinuousBatchingEngine.embed`."""
     requests = [

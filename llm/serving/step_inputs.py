@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 
 from llm.kernels.attention.work import StepParts
-from llm.models.kernel_operations import StepTokens
+from llm.models.packed_step import StepTokens
 from llm.serving.step_arrays import Int32Array
 
 

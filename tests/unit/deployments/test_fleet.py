@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from deployments.fleet.fleet import Fleet
-from deployments.fleet.policy import CostPolicy, ReplicaLoad
+from deployments.fleet.policy import CostPolicy, ReplicaLoad, RoutedRequest
 from llm.serving.schemas import EngineStats
 
 PAGE = 16
@@ -22,14 +22,8 @@ IDLE = EngineStats(
 class Recorder:
     """Notes what the fleet tells the policy of cached tokens."""
 
-    def rank(
-        self,
-        loads: Sequence[ReplicaLoad],
-        num_tokens: int,
-        num_cached_tokens: Sequence[int],
-        home_id: str | None = None,
-    ) -> list[str]:
-        self.cached = {load.replica_id: cached for load, cached in zip(loads, num_cached_tokens, strict=True)}
+    def rank(self, loads: Sequence[ReplicaLoad], request: RoutedRequest) -> list[str]:
+        self.cached = {load.replica_id: saved for load, saved in zip(loads, request.num_saved_tokens, strict=True)}
         return [load.replica_id for load in loads]
 
 

@@ -14,7 +14,7 @@ from benchmarks.routing_trace import TraceRequest
 from deployments.config import PolicyName
 from deployments.fleet import sessions
 from deployments.fleet.fleet import Fleet
-from deployments.fleet.policy import ROW_TOKENS, CostPolicy, PowerOfTwoChoices
+from deployments.fleet.policy import ROW_TOKENS, CostPolicy, PowerOfTwoChoices, RoutedRequest
 from deployments.fleet.sessions import SessionHomes, session_key
 
 SHORT = 10
@@ -70,28 +70,31 @@ def test_a_session_follows_its_request_to_the_replica_that_took_it():
 @pytest.mark.parametrize("tokens", [0, 1, ROW_TOKENS // 2])
 def test_a_home_that_costs_about_the_same_wins(tokens: int):
     fleet = loads(home=tokens, cheaper=0)
-    assert {CostPolicy(seed=seed).rank(fleet, 100, [0, 0], "home")[0] for seed in range(10)} == {"home"}
+    request = RoutedRequest(100, [0, 0], "home")
+    assert {CostPolicy(seed=seed).rank(fleet, request)[0] for seed in range(10)} == {"home"}
 
 
 @pytest.mark.parametrize("tokens", [ROW_TOKENS // 2 + 1, ROW_TOKENS, 10_000])
 def test_a_replica_that_is_clearly_cheaper_wins(tokens: int):
     fleet = loads(home=tokens, cheaper=0)
-    assert {CostPolicy(seed=seed).rank(fleet, 100, [0, 0], "home")[0] for seed in range(10)} == {"cheaper"}
+    assert {CostPolicy(seed=seed).rank(fleet, RoutedRequest(100, [0, 0], "home"))[0] for seed in range(10)} == {
+        "cheaper"
+    }
 
 
 def test_one_row_more_or_a_cached_prefix_elsewhere_is_clearly_cheaper():
-    assert CostPolicy().rank(rows(1, 0), 100, [0, 0], "0")[0] == "1"
-    assert CostPolicy().rank(rows(0, 0), 2000, [0, 1024], "0")[0] == "1"
+    assert CostPolicy().rank(rows(1, 0), RoutedRequest(100, [0, 0], "0"))[0] == "1"
+    assert CostPolicy().rank(rows(0, 0), RoutedRequest(2000, [0, 1024], "0"))[0] == "1"
 
 
 def test_other_routers_requests_do_not_send_a_session_elsewhere():
     """With several routers costs are blurred, but a home's cost is compared as it is."""
     policy, fleet = CostPolicy(seed=0), rows(*[4] * 8, own=False)
     for _ in range(200):
-        policy.rank(fleet, 1000, [0] * 8)
-    assert {policy.rank(fleet, 1000, [0] * 8, "3")[0] for _ in range(100)} == {"3"}
+        policy.rank(fleet, RoutedRequest(1000, [0] * 8))
+    assert {policy.rank(fleet, RoutedRequest(1000, [0] * 8, "3"))[0] for _ in range(100)} == {"3"}
     busier = rows(*[4] * 3, 5, *[4] * 4, own=False)
-    assert Counter(policy.rank(busier, 1000, [0] * 8, "3")[0] for _ in range(400))["3"] < 100
+    assert Counter(policy.rank(busier, RoutedRequest(1000, [0] * 8, "3"))[0] for _ in range(400))["3"] < 100
 
 
 def test_routers_that_do_not_know_a_session_agree_on_its_replica():
@@ -108,9 +111,9 @@ def test_routers_that_do_not_know_a_session_agree_on_its_replica():
 
 def test_power_of_two_prefers_the_home_of_the_two_it_drew():
     policy = PowerOfTwoChoices(seed=0)
-    chosen = Counter(policy.rank(rows(0, 0, 0, 0), 100, [0] * 4, "2")[0] for _ in range(2000))
+    chosen = Counter(policy.rank(rows(0, 0, 0, 0), RoutedRequest(100, [0] * 4, "2"))[0] for _ in range(2000))
     assert chosen["2"] == pytest.approx(1000, abs=100), "whenever it is drawn: in 2 of 4 draws"
-    assert policy.rank(rows(1, 0), 100, [0, 0], "0")[0] == "1"
+    assert policy.rank(rows(1, 0), RoutedRequest(100, [0, 0], "0"))[0] == "1"
 
 
 def test_a_replica_that_goes_is_forgotten_and_its_sessions_find_another():

@@ -15,7 +15,9 @@ from llm.kernels.attention.work import Scoring, StepParts, WorkItems, num_prefil
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream
 from llm.models.decoder import DecoderModel
-from llm.models.kernel_operations import KernelOperations, KernelWorkspace, PackedStep, StepTokens
+from llm.models.kernel_operations import KernelOperations
+from llm.models.kernel_workspace import KernelWorkspace
+from llm.models.packed_step import PackedStep, StepTokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers

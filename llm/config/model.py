@@ -1,37 +1,12 @@
-"""Configuration as data: frozen, bounded, validated once. Unknown keys are refused with the nearest known name."""
+"""`ModelConfig`: the shape of a decoder."""
 
-import re
-from collections.abc import Mapping
 from enum import StrEnum
-from functools import cache
-from typing import Literal, Self
+from typing import Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from llm.adapter_config import AdapterSettings
-from llm.strict_model import StrictModel as StrictModel
-
-MAX_TOP_LOGPROBS = 20
-"""The largest number of most likely tokens whose log probabilities a request may ask for."""
-
-
-_SNAPSHOT_BYTES, _SNAPSHOT_BYTES_ON_CPU = 4 << 30, 256 << 20
-"""Memory for snapshots of states if the configuration does not set their number; a few snapshots may take more."""
-
-
-def describe(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
-    """One line on what pydantic found wrong.
-
-    Args:
-        names: maps fields to the names that they have in the value's source, where those differ.
-    """
-    renamed = names or {}
-    return "; ".join(
-        f"{'.'.join(renamed.get(str(part), str(part)) for part in item['loc'])}: {item['msg']}"
-        if item["loc"]
-        else item["msg"]
-        for item in error.errors()
-    )
+from llm.config.quantization import Quantization
+from llm.strict_model import StrictModel
 
 
 class RopeScalingType(StrEnum):
@@ -94,90 +69,6 @@ class Activation(StrEnum):
     """SwiGLU."""
     GELU_TANH = "gelu_tanh"
     """GeGLU, with the tanh approximation of GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
-
-
-class WeightLayout(StrEnum):
-    """How a checkpoint's files store the quantized weights of a projection."""
-
-    FP8 = "fp8"
-    """E4M3 in `weight`, scales in `weight_scale` or `weight_scale_inv`. compressed-tensors calls it float-quantized,
-    transformers fp8."""
-    PACKED = "pack-quantized"
-    """compressed-tensors: 4 bits in `weight_packed`."""
-    AWQ = "awq"
-    """Lin et al. 2023 (arXiv:2306.00978): 4 bits in `qweight`, packed along the outputs."""
-    GPTQ = "gptq"
-    """Frantar et al. 2022 (arXiv:2210.17323): 4 bits in `qweight`, packed along the inputs."""
-    MXFP4 = "mxfp4"
-    """gpt-oss's experts: 4-bit floats with one scale for every 32, in tensors named `…_blocks` and `…_scales`."""
-
-
-class WeightFormat(StrictModel):
-    """How the weights of some projections are stored: `(code - zero) * scale`."""
-
-    layout: WeightLayout
-    targets: tuple[str, ...] = ("Linear",)
-    """The projections it applies to: "Linear" for all, the end of a name, or "re:" and a pattern that matches the
-    beginning of a name."""
-    group_size: int | None = Field(default=None, gt=0)
-    """How many inputs of an output share a scale; None for all."""
-    block_rows: int | None = Field(default=None, gt=0)
-    """fp8: how many outputs share the scale of a group of inputs in the file. None if each output has its own scale, or
-    if one scale covers all."""
-    has_zeros: bool = False
-    """4 bits: each output and group has its own zero; otherwise the zero is 8."""
-    zero_offset: int = Field(default=0, ge=0, le=1)
-    """4 bits: number to add to each zero stored in the file."""
-    has_order: bool = False
-    """4 bits: `g_idx` says which group an input belongs to (GPTQ's act-order)."""
-
-    @property
-    def num_bits(self) -> int:
-        """Bits of a code."""
-        return 8 if self.layout is WeightLayout.FP8 else 4
-
-
-class Quantization(StrictModel):
-    """Which projections of a checkpoint are stored in fewer than 16 bits, and how."""
-
-    formats: tuple[WeightFormat, ...]
-    """The first format whose targets match a projection applies to it."""
-    ignored: tuple[str, ...] = ()
-    """Projections that are stored unquantized, named like targets; part of a dotted name is enough."""
-    has_cache_scales: bool = False
-    """The checkpoint may hold scales for 8-bit keys and values."""
-
-    def format_of(self, name: str) -> WeightFormat | None:
-        """The format of a projection, by its dotted name in the checkpoint; None for 16 or 32 bits."""
-        if _name_in(self.ignored, name):
-            return None
-        matching = (f for f in self.formats if any(t == "Linear" or _names(t, name) for t in f.targets))
-        return next(matching, None)
-
-
-def _name_in(patterns: tuple[str, ...], name: str) -> bool:
-    """Whether any of the patterns names a module. Plain names, of which there are many, take one lookup together."""
-    literals, others = _split_patterns(patterns)
-    parts = name.split(".")
-    ends = range(1, len(parts) + 1)
-    if any(".".join(parts[begin:end]) in literals for end in ends for begin in range(end)):
-        return True
-    return any(_names(pattern, name) for pattern in others)
-
-
-@cache
-def _split_patterns(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Plain names, as the text half has them, and regular expressions."""
-    literals = (pattern.replace("language_model.", "") for pattern in patterns if not pattern.startswith("re:"))
-    return frozenset(literals), tuple(pattern for pattern in patterns if pattern.startswith("re:"))
-
-
-def _names(pattern: str, name: str) -> bool:
-    """Whether a pattern of a quantized checkpoint names a module; in a multimodal checkpoint, one of the text half."""
-    if pattern.startswith("re:"):
-        in_text_half = name.replace("model.", "model.language_model.", 1)
-        return any(re.match(pattern[3:], each) is not None for each in (name, in_text_half))
-    return f".{pattern.replace('language_model.', '')}." in f".{name}."
 
 
 class DeltaConfig(StrictModel):
@@ -415,88 +306,3 @@ class ModelConfig(StrictModel):
     def layer_window(self, layer: int) -> int | None:
         """Sliding window of one layer in tokens; None if it attends to everything."""
         return self.window_size if self.window_layers is None or layer in self.window_layers else None
-
-
-class EngineConfig(AdapterSettings):
-    """How one engine runs a model: memory, batching, numerics."""
-
-    max_batch_size: int | None = Field(default=None, ge=1, le=4096)
-    """Maximum number of sequences that run at once (rows); None for 32 on a CPU and 256 on a GPU."""
-    max_seq_len: int | None = Field(default=None, ge=1)
-    """Longest sequence in tokens; None for the model's own context length."""
-    max_tokens_per_step: int | None = Field(default=None, ge=1)
-    """Token budget of one step, decodes and prefill chunks together. None for 256 on a CPU, where steps that fit its
-    caches are fastest, and 8192 on a GPU, but at least `max_batch_size`."""
-    max_prefill_tokens_beside_decodes: int | None = Field(default=None, ge=1)
-    """About how many prefill tokens of each new sequence go into a step in which others decode, up to 2,048 tokens in
-    total. This bounds the gap between tokens while prompts arrive. If there are twice as many new sequences as decoding
-    ones, the new ones start at once. None for 192 on a GPU and no separate bound on a CPU."""
-    page_size: int = Field(default=16, ge=1, le=256)
-    """Slots in a page. A slot holds one token's keys and values in every layer."""
-    num_pages: int | None = Field(default=None, ge=1)
-    """Pages in the pool. None to size the pool by `gpu_memory_utilization` on a GPU and by `cpu_pool_bytes` on a
-    CPU."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Fraction of the GPU's memory, or of the engine's share of it, for weights, activations and the pool together."""
-    gpu_share: float | None = Field(default=None, gt=0, le=1)
-    """Part of the GPU that this engine may fill where it shares the GPU with others, whose memory then does not count
-    as its own; None for all of it. A served model's share is `replicas.num_gpus` if that is below 1."""
-    cpu_pool_bytes: int = Field(default=1 << 30, gt=0)
-    """Maximum size of the pool on a CPU, in bytes. The pool never takes more than `max_batch_size` full sequences
-    need."""
-    enable_prefix_caching: bool = True
-    """Keep full pages of finished sequences and share them with prompts that begin the same way."""
-    num_state_snapshots: int | None = Field(default=None, ge=0)
-    """Number of state snapshots that the prefix cache keeps, in a model whose layers have states (Qwen3.5). A prefix
-    can be reused up to its last snapshot. None for twice the number of rows, limited to 4 GiB on a GPU and 256 MiB on a
-    CPU. 0 for no prefix cache in such a model."""
-    attention_backend: str | None = None
-    """Name of an attention backend; None for the best one on this device."""
-    quantization: Literal["fp8"] | None = None
-    """GPU: "fp8" rounds the weights of the layers' projections to 8 bits (E4M3, one scale for each output) at start,
-    which halves their memory and is faster. None for the checkpoint's own format, which may have 8 or 4 bits itself."""
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """GPU: "fp8" keeps keys and values in 8 bits (E4M3), which fits twice as many tokens in the same memory. It uses
-    the checkpoint's scales if there are any. "auto" keeps them in the model's format."""
-    deterministic: bool = False
-    """GPU: the same request gets the same tokens, bit for bit, whatever else runs at the time. It costs some speed."""
-    num_speculative_tokens: int = Field(default=0, ge=0, le=32)
-    """Maximum number of tokens that a sequence guesses from its own text (prompt-lookup decoding) and checks in one
-    step. The output stays the same and takes fewer steps where text repeats itself. 0 turns it off."""
-    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
-    """Number of GPUs in one node that share the model, each with a part of every layer. Use it for models larger than
-    one GPU, or for shorter steps. On a CPU, the number of processes."""
-    expert_parallel: bool = False
-    """With several GPUs per model: each GPU holds some of the experts whole, instead of a part of every expert."""
-
-    @model_validator(mode="after")
-    def _check_budget(self) -> Self:
-        if self.max_tokens_per_step is not None and self.max_tokens_per_step < (self.max_batch_size or 1):
-            raise ValueError(
-                f"max_tokens_per_step {self.max_tokens_per_step} is below max_batch_size {self.max_batch_size}: "
-                "every running sequence needs one token a step"
-            )
-        return self
-
-    def batch_size(self, device_type: str) -> int:
-        """Number of rows on a device of this type ("cpu", "cuda")."""
-        default = 32 if device_type == "cpu" else 256
-        return self.max_batch_size or min(default, self.max_tokens_per_step or default)
-
-    def num_snapshots(self, device_type: str, state_bytes: int) -> int:
-        """Number of state snapshots on a device of this type, each of `state_bytes`; 0 for a model without states."""
-        if not state_bytes or not self.enable_prefix_caching:
-            return 0
-        if self.num_state_snapshots is not None:
-            return self.num_state_snapshots
-        room = _SNAPSHOT_BYTES_ON_CPU if device_type == "cpu" else _SNAPSHOT_BYTES
-        return min(2 * self.batch_size(device_type), max(room // state_bytes, 4))
-
-    def token_budget(self, device_type: str) -> int:
-        """Maximum number of tokens in one step on a device of this type ("cpu", "cuda")."""
-        return self.max_tokens_per_step or max(256 if device_type == "cpu" else 8192, self.batch_size(device_type))
-
-    def prefill_beside_decodes(self, device_type: str) -> int:
-        """Prefill tokens of each new sequence in a step with decodes on a device of this type."""
-        default = self.token_budget(device_type) if device_type == "cpu" else 192
-        return self.max_prefill_tokens_beside_decodes or default

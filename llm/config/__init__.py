@@ -1,0 +1,31 @@
+"""Configuration as data: frozen, bounded, validated once. Unknown keys are refused with the nearest known name."""
+
+from llm.config.engine import MAX_TOP_LOGPROBS, EngineConfig
+from llm.config.model import (
+    Activation,
+    DeltaConfig,
+    LatentConfig,
+    ModelConfig,
+    RopeScaling,
+    RopeScalingType,
+    RoutingConfig,
+)
+from llm.config.quantization import Quantization, WeightFormat, WeightLayout
+from llm.strict_model import StrictModel, describe
+
+__all__ = [
+    "MAX_TOP_LOGPROBS",
+    "Activation",
+    "DeltaConfig",
+    "EngineConfig",
+    "LatentConfig",
+    "ModelConfig",
+    "Quantization",
+    "RopeScaling",
+    "RopeScalingType",
+    "RoutingConfig",
+    "StrictModel",
+    "WeightFormat",
+    "WeightLayout",
+    "describe",
+]

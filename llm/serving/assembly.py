@@ -1,0 +1,73 @@
+"""Sizes and builds what an engine consists of: the pool, the runner, the scheduler and the adapters' slots."""
+
+import logging
+from dataclasses import dataclass
+
+from llm.checkpoint.adapter_slots import AdapterPacker
+from llm.config import EngineConfig
+from llm.models.decoder import DecoderModel
+from llm.scheduling.scheduler import Scheduler
+from llm.scheduling.slot_pool import SlotPool
+from llm.serving.adapter_pool import AdapterPool, make_adapter_pool
+from llm.serving.checks import check_features, fit_context_to_pool, longest_context
+from llm.serving.memory import num_pool_pages
+from llm.serving.model_runner import ModelRunner
+from llm.serving.ranks import Ranks
+from llm.serving.runners import make_runner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What plans steps, what runs them, and the adapters that they may use; None if requests cannot choose one."""
+
+    scheduler: Scheduler
+    runner: ModelRunner
+    adapters: AdapterPool | None
+
+
+def build_parts(model: DecoderModel, config: EngineConfig, ranks: Ranks | None) -> EngineParts:
+    """Build the parts of an engine for a model on its device, ready for a first step.
+
+    Args:
+        ranks: processes with the other parts of the model; None if `model` is all of it.
+
+    Raises:
+        ConfigError: the configuration does not fit the model or the device.
+    """
+    for note in check_features(model.config, config):
+        logger.info(note)
+    context_len = longest_context(model.config, config)
+    packer = AdapterPacker(model, config.max_adapter_rank) if config.max_adapters else None
+    layout = None if packer is None else packer.layout
+    if ranks is None:
+        num_pages = num_pool_pages(model, config, context_len, layout)
+        runner = make_runner(model, config, num_pages=num_pages, context_len=context_len, adapters=layout)
+    else:
+        num_pages = ranks.num_pool_pages(model, context_len)
+        runner = ranks.make_runner(model, num_pages=num_pages, context_len=context_len)
+    scheduler = _make_scheduler(model, config, SlotPool(num_pages, config.page_size), context_len, runner)
+    runner.warm_up()
+    return EngineParts(scheduler, runner, make_adapter_pool(packer, runner.adapters, config))
+
+
+def _make_scheduler(
+    model: DecoderModel, config: EngineConfig, pool: SlotPool, context_len: int, runner: ModelRunner
+) -> Scheduler:
+    device_type = model.device.type
+    num_snapshots = config.num_snapshots(device_type, model.config.state_bytes(model.dtype.itemsize))
+    scheduler = Scheduler(
+        pool,
+        max_batch_size=config.batch_size(device_type),
+        max_tokens_per_step=config.token_budget(device_type),
+        max_prefill_beside_decodes=config.prefill_beside_decodes(device_type),
+        max_seq_len=context_len,
+        windows=[group.window for group in model.page_groups],
+        enable_prefix_caching=config.enable_prefix_caching and (model.config.delta is None or num_snapshots > 0),
+        num_state_snapshots=num_snapshots,
+        num_speculative_tokens=config.num_speculative_tokens,
+        max_draws_per_step=runner.max_draws_per_step,
+    )
+    fit_context_to_pool(scheduler)
+    return scheduler
