@@ -55,11 +55,6 @@ def _find_architecture(config: ReadKeys, path: Path) -> str:
     for name in names:
         if name in FAMILIES:
             return str(name)
-    if any(str(name).endswith("ForSequenceClassification") for name in names):
-        raise CheckpointError(
-            f"{path}: {', '.join(map(str, names))} has a head for classes in place of one for tokens, which is not "
-            "supported; a reranker is served from its original checkpoint, such as Qwen/Qwen3-Reranker-0.6B"
-        )
     raise CheckpointError(
         f"{path}: architecture {', '.join(map(str, names)) or 'not named'} is not supported; "
         f"supported: {', '.join(FAMILIES)}"
