@@ -32,7 +32,7 @@ def check_generates(info: EngineInfo) -> None:
         APIError: a 400.
     """
     if info.num_labels:
-        one = "; /v1/rerank and /v1/score score pairs by its label" if info.num_labels == 1 else ""
+        one = ", and with pairs of texts /v1/rerank or /v1/score" if info.num_labels == 1 else ""
         raise invalid(
             "model: this model gives labels to texts, and neither generates text nor makes vectors; ask POST "
             f"/v1/classify{one}",
