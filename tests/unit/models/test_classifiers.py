@@ -12,12 +12,15 @@ from safetensors.torch import load_file, save_file
 from thread_ranks import parallel_engine
 from transformers import PreTrainedModel
 
+from benchmarks.random_adapter import write_random_adapter
+from llm.checkpoint.adapter import load_lora
+from llm.checkpoint.adapter_digest import adapter_digest
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.config import EngineConfig
 from llm.errors import CheckpointError, ConfigError, InvalidRequestError
 from llm.models.registry import CLASSIFIERS
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.schemas import GenerationRequest, Pooling
+from llm.serving.schemas import AdapterRef, GenerationRequest, Pooling
 
 CLOSE = 1e-4
 LENGTHS = [1, 70, 7, 150, 60, 33]
@@ -186,3 +189,24 @@ def test_a_model_does_only_what_it_has_a_head_for(checkpoints):
     with pytest.raises(InvalidRequestError, match="no head for labels"):
         generator.classify([(7, 8)], progress=False)
     assert generator.embed([(7, 8)], progress=False).shape == (1, 64)
+
+
+def test_requests_choose_adapters(checkpoints, tmp_path):
+    """Each equals a model into which its adapter is merged."""
+    directory, _ = checkpoints("llama", num_labels=3)
+    model = load_decoder(directory, progress=False)
+    write_random_adapter(model.config, tmp_path, rank=4, seed=1, std=0.08)
+    adapter = AdapterRef(name="x", path=str(tmp_path), digest=adapter_digest(tmp_path))
+    engine, prompt = make_engine(directory, max_adapters=1), create_prompts([40])[0]
+    wanted = [
+        GenerationRequest(prompt_token_ids=prompt, pooling=Pooling.LABELS, adapter=each) for each in (None, adapter)
+    ]
+    found = [np.frombuffer(each.vector, np.float32) for each in engine.generate(wanted, progress=False)]
+    engine.close()
+    load_lora(model, tmp_path)
+    model.merge_lora()
+    merged = ContinuousBatchingEngine(model, config=EngineConfig(**SIZES))
+    plain = make_engine(directory)
+    expected = [each.classify([prompt], progress=False)[0] for each in (plain, merged)]
+    assert np.abs(expected[0] - expected[1]).max() > 1e-2
+    np.testing.assert_allclose(found, expected, atol=CLOSE, rtol=0)
