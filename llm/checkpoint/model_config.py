@@ -9,7 +9,7 @@ from llm.checkpoint.quantization_keys import read_quantization
 from llm.config import ModelConfig, describe
 from llm.errors import CheckpointError, ConfigError
 from llm.models.config_keys import ReadKeys
-from llm.models.registry import FAMILIES
+from llm.models.registry import CLASSIFIERS, FAMILIES
 
 _KEYS = {
     "num_layers": "num_hidden_layers",
@@ -55,7 +55,8 @@ def _find_architecture(config: ReadKeys, path: Path) -> str:
     for name in names:
         if name in FAMILIES:
             return str(name)
+    generators = [name for name in FAMILIES if name not in CLASSIFIERS]
     raise CheckpointError(
         f"{path}: architecture {', '.join(map(str, names)) or 'not named'} is not supported; "
-        f"supported: {', '.join(FAMILIES)}"
+        f"supported: {', '.join(generators)}, and classifiers: {', '.join(CLASSIFIERS)}"
     )
