@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from llm.config import StrictModel
 from llm.errors import ConfigError
 
+QWEN3_RERANKER = "qwen3_reranker"
+"""Stands for a template that is part of this package."""
+
 
 class PoolingName(StrEnum):
     """Which of a text's final hidden states make its vector."""
@@ -25,7 +28,8 @@ class ScoringMethod(StrEnum):
     """How a query and a document are scored."""
 
     AUTO = "auto"
-    """As the checkpoint's files say. A checkpoint that says nothing is not asked for scores."""
+    """As the checkpoint's files say: by the head of a classifier with one label, by yes and no, or by vectors. A
+    checkpoint that says nothing is not asked for scores."""
     YES_NO = "yes_no"
     """A cross-encoder reads both and answers yes or no: the score is how likely it is to say yes."""
     EMBEDDINGS = "embeddings"
@@ -50,12 +54,13 @@ class ScoringConfig(StrictModel):
     method: ScoringMethod = ScoringMethod.AUTO
     """How a query and a document are scored."""
     template: str | None = Field(default=None, min_length=1)
-    """For `yes_no`: file with a Jinja template of the prompt, or the template itself. It is given `messages` with the
-    roles `query` and `document`, and `instruction`. None for the checkpoint's chat template if it reads these roles,
-    and otherwise for Qwen3-Reranker's prompt."""
+    """For a cross-encoder: file with a Jinja template of the prompt, the template itself, or `qwen3_reranker` for the
+    prompt of Qwen3-Reranker. A template is given `messages` with the roles `query` and `document`, and `instruction`.
+    None for the checkpoint's chat template if it reads these roles. Otherwise, None is Qwen3-Reranker's prompt for
+    `yes_no`, and for a classifier the two texts as its tokenizer joins them."""
     instruction: str | None = Field(default=None, min_length=1)
-    """For `yes_no`: what requests get that bring no `instruction`. None for the checkpoint's own; without one, for
-    Qwen3-Reranker's."""
+    """For a cross-encoder with a template: what requests get that bring no `instruction`. None for the checkpoint's
+    own; without one, for Qwen3-Reranker's if its prompt is used."""
     yes_token: str | None = Field(default=None, min_length=1)
     """For `yes_no`: the token that says yes. None for the checkpoint's own; without one, for `yes`."""
     no_token: str | None = Field(default=None, min_length=1)
@@ -76,12 +81,12 @@ class ScoringConfig(StrictModel):
         return self if self.template is None else self.model_copy(update={"template": self.template_text()})
 
     def template_text(self) -> str:
-        """The template's text; empty if there is none.
+        """The template's text, or `qwen3_reranker`; empty if there is none.
 
         Raises:
             ConfigError: its file cannot be read.
         """
-        if self.template is None or "{" in self.template:
+        if self.template is None or self.template == QWEN3_RERANKER or "{" in self.template:
             return self.template or ""
         path = Path(self.template).expanduser()
         try:

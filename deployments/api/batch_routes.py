@@ -24,6 +24,7 @@ BATCHED_PATHS = (
     "/v1/responses",
     "/v1/rerank",
     "/v1/score",
+    "/v1/classify",
 )
 """Paths whose requests batches may hold, if they are served."""
 _ONE = "/v1/batches/{batch_id}"

@@ -88,6 +88,7 @@ class ModelEndpoints:
             "max_model_len": min((info.max_seq_len for info in infos), default=None),
             "aliases": list(dict.fromkeys(alias for router in routers for alias in router.config.aliases)),
             "state": next(state for state in ModelState if state in states),
+            "task": ("classify" if infos[0].num_labels else "generate") if infos else None,
         }
 
     def _describe_adapter(self, adapters: tuple[KnownAdapter, ...]) -> dict[str, Any]:

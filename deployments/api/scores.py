@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from deployments.api.openai.embeddings import MAX_INPUTS
 from deployments.api.openai.responses import EmbeddingUsage, ResponseModel
 from deployments.chat.errors import invalid
+from deployments.chat.pair_prompts import Pair, ScoreOptions
 from deployments.chat.requests import Priority
-from deployments.chat.scoring import Pair, ScoreOptions
 from deployments.chat.wire_model import NoEffect, RequestBody, Unsupported
 from llm.serving.schemas import new_request_id
 
@@ -59,7 +59,7 @@ class ScoringBody(RequestBody):
     chat_template_kwargs: dict[str, Any] | None = None
     """Extension. Further variables for a cross-encoder's prompt."""
     use_activation: bool | None = None
-    """Extension. False for a cross-encoder's log odds of yes against no, in place of the probability of yes."""
+    """Extension. False for a cross-encoder's logit, or its log odds of yes against no, in place of the probability."""
     priority: Priority | None = None
     """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
     user: NoEffect = None

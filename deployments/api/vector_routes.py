@@ -1,13 +1,14 @@
-"""The handlers for the paths that answer with vectors of texts, and with scores of texts by texts."""
+"""The handlers for the paths that answer with vectors and labels of texts, and with scores of texts by texts."""
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.callers import caller_of
+from deployments.api.classification import ClassifyRequest, ClassifyResponse, classify_object
 from deployments.api.json_parts import JSONResponse, json_pieces
 from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
 from deployments.api.openai.responses import EmbeddingList
@@ -23,14 +24,18 @@ from deployments.api.scores import (
 )
 from deployments.api.sse import until_disconnect
 from deployments.chat.encoder import PromptEncoder
-from deployments.chat.scoring import PairWork, ScoreOptions, cannot_score
+from deployments.chat.labels import cannot_classify, check_generates, label_request
+from deployments.chat.pair_prompts import ScoreOptions
+from deployments.chat.scoring import PairWork, cannot_score
 from deployments.chat.vectors import cut
 from llm.core.pooling import Pooling
 from llm.serving.schemas import GenerationRequest
 
+Embedded = TypeVar("Embedded", EmbeddingsRequest, ClassifyRequest)
+
 
 class VectorEndpoints:
-    """Answers requests for vectors and for scores.
+    """Answers requests for vectors, for labels and for scores.
 
     Args:
         requests: reads the HTTP requests, and finds the models that they are for.
@@ -51,6 +56,10 @@ class VectorEndpoints:
                 Route("POST", path, self.score, "Scores of pairs of texts", ScoreResponse, ScoreRequest)
                 for path in ("/v1/score", "/score")
             ),
+            *(
+                Route("POST", path, self.classify, "Labels of texts", ClassifyResponse, ClassifyRequest)
+                for path in ("/v1/classify", "/classify")
+            ),
         ]
 
     async def embeddings(self, request: Request) -> Response:
@@ -59,20 +68,45 @@ class VectorEndpoints:
         target = self._requests.target(request, body)
 
         def prepare(encoder: PromptEncoder, body: EmbeddingsRequest) -> list[GenerationRequest]:
+            check_generates(encoder.info)
             vectors = target.chats.vectors
             vectors.check_dimensions(body.dimensions, encoder.info.vector_size)
             pooling = Pooling(body.pooling) if body.pooling is not None else vectors.pooling
             inputs = vectors.inputs(encoder, body.inputs(), body.prompt_name)
             return [GenerationRequest(prompt_token_ids=tuple(ids), pooling=pooling) for ids in inputs]
 
-        async def embed() -> tuple[list[GenerationRequest], list[bytes]]:
-            requests = await self._requests.prepared(request, target, body, size, prepare)
-            caller = caller_of(request, body.priority)
-            return requests, await target.router.vectors(requests, caller, target.adapter)
-
-        requests, vectors = await until_disconnect(request.receive, embed())
+        computing = self._vectors(request, target, body, size, prepare)
+        requests, vectors = await until_disconnect(request.receive, computing)
         num_tokens = sum(len(each.prompt_token_ids or ()) for each in requests)
         return await _written(lambda: embeddings_object(body, target.name, cut(vectors, body.dimensions), num_tokens))
+
+    async def classify(self, request: Request) -> Response:
+        """Return the probabilities of each input's labels, by a classifier."""
+        body, size = await self._requests.body(request, ClassifyRequest)
+        target = self._requests.target(request, body)
+        labels = target.chats.labels
+        if labels is None:
+            raise cannot_classify()
+
+        def prepare(encoder: PromptEncoder, body: ClassifyRequest) -> list[GenerationRequest]:
+            return [label_request(ids) for ids in body.prompts(encoder)]
+
+        computing = self._vectors(request, target, body, size, prepare)
+        requests, vectors = await until_disconnect(request.receive, computing)
+        num_tokens = sum(len(each.prompt_token_ids or ()) for each in requests)
+        return await _written(lambda: classify_object(body, target.name, vectors, labels, num_tokens))
+
+    async def _vectors(
+        self,
+        request: Request,
+        target: Target,
+        body: Embedded,
+        size: int,
+        prepare: Callable[[PromptEncoder, Embedded], list[GenerationRequest]],
+    ) -> tuple[list[GenerationRequest], list[bytes]]:
+        """The requests that a body's inputs become, and the vector that each gives."""
+        requests = await self._requests.prepared(request, target, body, size, prepare)
+        return requests, await target.router.vectors(requests, caller_of(request, body.priority), target.adapter)
 
     async def rerank(self, request: Request) -> Response:
         """Order documents by how well they answer a query."""

@@ -154,6 +154,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Memory of all slots' keys and values on each GPU of a replica."""
     vector_size: int = 0
     """Dimensions of a text's vector."""
+    num_labels: int = 0
+    """Labels that the model gives to a text; 0 for a model that generates tokens, which is no classifier."""
     num_gpus: int = 1
     """GPUs of each replica that hold the model together; on a CPU, processes."""
 

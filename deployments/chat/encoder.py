@@ -7,6 +7,7 @@ from typing import Any
 
 from deployments.channel.messages import EngineInfo
 from deployments.chat.errors import PromptTooLongError, invalid
+from deployments.chat.labels import check_generates
 from deployments.chat.messages import ChatMessage
 from deployments.chat.model_format import ModelFormat, prompt_reasoning
 from deployments.chat.output import OutputParser
@@ -90,6 +91,7 @@ class PromptEncoder:
             APIError: a 400 that says which field is at fault.
             InvalidRequestError: the template refuses the messages.
         """
+        check_generates(self.info)
         ids = self.prompt_ids(body)
         self.check_ids(ids, "messages")
         self.check_length(ids, "messages")
@@ -166,6 +168,7 @@ class PromptEncoder:
         Raises:
             APIError: a 400 that says which field is at fault.
         """
+        check_generates(self.info)
         prompts = _as_list(body.prompt)
         num_choices = len(prompts) * body.num_answers
         if num_choices > self.limits.max_choices:

@@ -14,6 +14,7 @@ from deployments.config import LimitsConfig
 from deployments.model_config import ServedModelConfig, read_chat_template
 from llm.checkpoint.generation_defaults import GenerationDefaults, load_generation_defaults
 from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.label_defaults import LabelDefaults
 from llm.checkpoint.vector_defaults import load_vector_defaults
 from llm.errors import ConfigError, InvalidRequestError
 from llm.sampling.grammar import GrammarCompiler
@@ -35,6 +36,7 @@ class ModelText:
         format: how it writes calls and thoughts.
         vectors: how its vectors are made.
         scorer: scores queries and documents; None if nothing says how.
+        labels: what it gives to texts if it is a classifier; None if it is none.
         warnings: what the server's operator should know, each in one line.
     """
 
@@ -43,6 +45,7 @@ class ModelText:
     format: ModelFormat
     vectors: VectorStyle
     scorer: Scorer | None
+    labels: LabelDefaults | None = None
 
     @classmethod
     def load(cls, config: ServedModelConfig) -> Self:
@@ -58,7 +61,7 @@ class ModelText:
         vectors = VectorStyle.of(config.embeddings, found)
         scorer = make_scorer(config.scoring, vectors, found, tokenizer)
         form = find_format(tokenizer, config.tool_parser, config.reasoning_parser)
-        return cls(tokenizer, defaults, form, vectors, scorer)
+        return cls(tokenizer, defaults, form, vectors, scorer, found.labels)
 
     @property
     def warnings(self) -> tuple[str, ...]:

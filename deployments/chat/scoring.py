@@ -1,40 +1,31 @@
-"""How well documents answer queries: by a cross-encoder that says yes or no, or by the cosine of vectors."""
+"""How well documents answer queries: by a cross-encoder that says yes or no or has a head for one label, or by the
+cosine of vectors."""
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from deployments.chat.encoder import PromptEncoder
-from deployments.chat.errors import APIError, in_words_of, invalid
+from deployments.chat.errors import APIError, invalid
+from deployments.chat.labels import activated, label_request
+from deployments.chat.pair_prompts import (
+    Pair,
+    PairTemplate,
+    ScoreOptions,
+    joined_pairs,
+    pair_template,
+    refuse_variables,
+)
 from deployments.chat.vectors import VectorStyle
 from deployments.vectors_config import ScoringConfig, ScoringMethod
+from llm.checkpoint.label_defaults import LabelActivation, LabelDefaults
 from llm.checkpoint.vector_defaults import VectorDefaults, YesNo
 from llm.errors import ConfigError
 from llm.serving.schemas import GenerationRequest
-from llm.tokenization.chat_template import ChatTemplate
 from llm.tokenization.hf_tokenizer import HFTokenizer
-
-DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-_QUERY = "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}"
-_DOCUMENT = "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
-_TASK = " ".join((
-    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note",
-    'that the answer can only be "yes" or "no".',
-))  # fmt: skip
-DEFAULT_TEMPLATE = (
-    f"<|im_start|>system\n{_TASK}<|im_end|>\n<|im_start|>user\n<Instruct>: {{{{ instruction }}}}\n"
-    f"<Query>: {_QUERY}\n<Document>: {_DOCUMENT}<|im_end|>\n"
-    "<|im_start|>assistant\n<think>\n\n</think>\n{{ '\n' }}"
-)
-"""The prompt of Qwen3-Reranker's model card, as a template."""
-_NEEDED = "<|im_start|>"
-_READS_ROLES = re.compile(r"""['"]query['"].*['"]document['"]|['"]document['"].*['"]query['"]""", re.DOTALL)
-Pair = tuple[str, str]
-"""A query and a document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +44,6 @@ class PairWork:
     def num_tokens(self) -> int:
         """Prompt tokens of all requests."""
         return sum(len(request.prompt_token_ids or ()) for request in self.requests)
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreOptions:
-    """What a request says of how its pairs are scored.
-
-    Attributes:
-        variables: for the prompt's template, such as `instruction`.
-        is_raw: give what the last function would turn into a score.
-        params: what the request calls its queries and its documents, for errors.
-    """
-
-    variables: Mapping[str, Any]
-    is_raw: bool
-    params: tuple[str, str]
 
 
 class Scorer(Protocol):
@@ -91,20 +67,18 @@ class YesNoScorer:
     token (softmax over the two logits).
 
     Attributes:
-        template: makes the prompt.
-        instruction: for requests without one; None for what the template itself says.
+        prompt: makes the prompt.
         token_ids: of "yes" and of "no".
     """
 
-    template: ChatTemplate
-    instruction: str | None
+    prompt: PairTemplate
     token_ids: tuple[int, int]
 
     def work(self, encoder: PromptEncoder, pairs: Sequence[Pair], options: ScoreOptions) -> PairWork:
         """See `Scorer`."""
         requests = [
             GenerationRequest(
-                prompt_token_ids=tuple(self._prompt(encoder, pair, options)),
+                prompt_token_ids=tuple(self.prompt.ids(encoder, pair, options)),
                 max_new_tokens=0,
                 allowed_token_ids=self.token_ids,
                 scores_allowed=True,
@@ -113,21 +87,32 @@ class YesNoScorer:
         ]
         return PairWork(requests, lambda vectors: [_yes_score(vector, is_raw=options.is_raw) for vector in vectors])
 
-    def _prompt(self, encoder: PromptEncoder, pair: Pair, options: ScoreOptions) -> list[int]:
-        variables = dict(options.variables)
-        instruction = variables.setdefault("instruction", self.instruction)
-        if instruction is None:
-            del variables["instruction"]
-        query, document = pair
-        messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
-        if instruction is not None:
-            messages.insert(0, {"role": "system", "content": instruction})
-        with in_words_of({"messages": options.params[1]}):
-            chat = encoder.tokenizer.render(self.template, messages, variables)
-        encoder.check_text(chat.text, options.params[1])
-        ids = encoder.tokenizer.encode_chat(chat)
-        encoder.check_length(ids, options.params[1])
-        return ids
+
+@dataclass(frozen=True, slots=True)
+class LabelScorer:
+    """A cross-encoder with a head for labels: it reads query and document, and the score is that of its only label.
+
+    Attributes:
+        prompt: makes the prompt; None for the two texts as the tokenizer joins them.
+        labels: of the model.
+        refusal: why it cannot score; None if it can.
+    """
+
+    prompt: PairTemplate | None
+    labels: LabelDefaults
+    refusal: str | None = None
+
+    def work(self, encoder: PromptEncoder, pairs: Sequence[Pair], options: ScoreOptions) -> PairWork:
+        """See `Scorer`."""
+        if self.refusal is not None:
+            raise invalid(f"model: {self.refusal}", "model")
+        if self.prompt is not None:
+            prompts = [self.prompt.ids(encoder, pair, options) for pair in pairs]
+        else:
+            prompts = joined_pairs(encoder, pairs, options)
+        activation = LabelActivation.IDENTITY if options.is_raw else self.labels.score_activation
+        requests = [label_request(ids) for ids in prompts]
+        return PairWork(requests, lambda vectors: [activated(vector, activation)[0] for vector in vectors])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +127,7 @@ class CosineScorer:
 
     def work(self, encoder: PromptEncoder, pairs: Sequence[Pair], options: ScoreOptions) -> PairWork:
         """See `Scorer`; a text that stands in several pairs is read once."""
-        if options.variables:
-            name = next(iter(options.variables))
-            raise invalid(f"{name}: this model compares vectors, so there is no prompt to put it into", name)
+        refuse_variables(options, "this model compares vectors")
         queries, documents = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
         requests = [
             GenerationRequest(prompt_token_ids=tuple(ids), pooling=self.style.pooling)
@@ -166,6 +149,8 @@ def make_scorer(
     Raises:
         ConfigError: the model cannot score this way; the message has the fix.
     """
+    if defaults.labels is not None:
+        return _label_scorer(config, defaults, defaults.labels, tokenizer)
     is_cross_encoder = defaults.yes_no is not None or defaults.scores_refusal is not None
     match config.method:
         case ScoringMethod.YES_NO:
@@ -187,6 +172,25 @@ def cannot_score() -> APIError:
     )
 
 
+def _label_scorer(
+    config: ScoringConfig, defaults: VectorDefaults, labels: LabelDefaults, tokenizer: HFTokenizer
+) -> LabelScorer:
+    if config.method is not ScoringMethod.AUTO or config.yes_token is not None:
+        raise ConfigError(
+            "scoring: this model has a head for labels, which makes its scores; leave out method, yes_token and "
+            "no_token"
+        )
+    prompt, refusal = pair_template(config, defaults, tokenizer, is_needed=False), None
+    if len(labels.names) > 1:
+        refusal = f"gives {len(labels.names)} labels to a text, and no single score; ask POST /classify"
+    elif prompt is None and defaults.default_prompt is not None and defaults.prompts[defaults.default_prompt]:
+        refusal = (
+            "its files name a default prompt, and nothing says where in a pair of texts it goes; the server's operator "
+            "can set scoring.template"
+        )
+    return LabelScorer(prompt, labels, refusal)
+
+
 def _yes_no_scorer(config: ScoringConfig, defaults: VectorDefaults, tokenizer: HFTokenizer) -> YesNoScorer:
     names = defaults.yes_no or YesNo()
     if config.yes_token is not None:
@@ -199,22 +203,9 @@ def _yes_no_scorer(config: ScoringConfig, defaults: VectorDefaults, tokenizer: H
     )
     if yes == no:
         raise ConfigError("scoring: yes_token and no_token are the same token; name two")
-    instruction = config.instruction
-    if instruction is None and defaults.default_prompt is not None:
-        instruction = defaults.prompts[defaults.default_prompt]
-    own = tokenizer.default_template
-    if config.template is not None:
-        template = tokenizer.new_template(config.template_text(), "scoring.template")
-    elif own is not None and _READS_ROLES.search(own.source):
-        template = own
-    elif all(token_id is None for _, token_id in tokenizer.split_control(_NEEDED)):
-        raise ConfigError(
-            f"scoring: this model has no token {_NEEDED} for Qwen3-Reranker's prompt; set scoring.template"
-        )
-    else:
-        template = tokenizer.new_template(DEFAULT_TEMPLATE, "the prompt of Qwen3-Reranker")
-        instruction = instruction or DEFAULT_INSTRUCTION
-    return YesNoScorer(template, instruction, (yes, no))
+    prompt = pair_template(config, defaults, tokenizer, is_needed=True)
+    assert prompt is not None, "it is needed"
+    return YesNoScorer(prompt, (yes, no))
 
 
 def _token_id(tokenizer: HFTokenizer, wanted: int | str, name: str) -> int:

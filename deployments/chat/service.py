@@ -27,7 +27,7 @@ class ChatService:
     def __init__(self, router: Router) -> None:
         self._text = ModelText.load(router.config)
         self.tokenizer, self._defaults = self._text.tokenizer, self._text.defaults
-        self.vectors, self.scorer = self._text.vectors, self._text.scorer
+        self.vectors, self.scorer, self.labels = self._text.vectors, self._text.scorer, self._text.labels
         for warning in self._text.warnings:
             logger.warning(warning)
         self.router = router

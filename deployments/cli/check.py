@@ -111,6 +111,9 @@ def _memory(app: ServedModelConfig, model: ModelConfig, sizes: list[float]) -> T
     if on_each:
         weights += f", {share.weight_bytes / GIB:.2f} GiB{on_each}"
     table.add_row("  weights", f"{weights} ({_width(model, itemsize)})")
+    if model.classifier is not None:
+        what = "label" if model.num_labels == 1 else "labels"
+        table.add_row("  classifies", f"texts, with {model.num_labels} {what}; it generates none and makes no vectors")
     table.add_row("  a slot", f"{share.slot_bytes / 1024:.1f} KiB of keys and values for one token{on_each}")
     if share.state_bytes:
         num_rows, num_snapshots = app.engine.batch_size("cuda"), num_snapshots_of(app, model)

@@ -65,10 +65,17 @@ class EmulatedEngine:
         emulation: pace, context length, and what breaks it.
         vocab_size: prompts with ids at or above it are refused.
         version: of the pretended model.
+        num_labels: of the pretended model if it is a classifier; otherwise 0.
     """
 
     def __init__(
-        self, config: EngineConfig, emulation: EmulationConfig, *, vocab_size: int = 32_000, version: int = 0
+        self,
+        config: EngineConfig,
+        emulation: EmulationConfig,
+        *,
+        vocab_size: int = 32_000,
+        version: int = 0,
+        num_labels: int = 0,
     ) -> None:
         self.config = config
         self.emulation = emulation
@@ -77,6 +84,7 @@ class EmulatedEngine:
         self.pool = SlotPool(config.num_pages or config.batch_size("cpu") * pages_a_row, config.page_size)
         self.vocab_size = vocab_size
         self._version = version
+        self._num_labels = num_labels
         self._adapters = EmulatedAdapters(config.max_adapters, emulation.adapter_load_s)
         self._fault_file = Path(emulation.fault_dir) / str(os.getpid()) if emulation.fault_dir is not None else None
         self._waiting: deque[_Row] = deque()
@@ -100,6 +108,11 @@ class EmulatedEngine:
     def num_slots(self) -> int:
         """Tokens that the pretended pool holds."""
         return self.pool.num_pages * self.config.page_size
+
+    @property
+    def is_classifier(self) -> bool:
+        """See `Engine`."""
+        return self._num_labels > 0
 
     @property
     def failure(self) -> str | None:
@@ -272,6 +285,8 @@ class EmulatedEngine:
         number = 1 + (self._version + row.fingerprint) % 1009
         if row.request.scores_allowed:
             vector = -1 - np.cos(np.arange(1, len(row.request.allowed_token_ids or ()) + 1) * number)
+        elif row.request.pooling is Pooling.LABELS:
+            vector = np.cos(np.arange(1, self._num_labels + 1) * number)
         else:
             vector = np.cos(np.arange(1, VECTOR_SIZE + 1) * number)
             vector /= np.linalg.norm(vector)

@@ -53,6 +53,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def is_classifier(self) -> bool:
+        """Whether its model has a head for labels, and none for tokens."""
+        ...
+
+    @property
     def failure(self) -> str | None:
         """Why it can run no further step, even if no step has failed yet; None if all is well."""
         ...
@@ -102,12 +107,17 @@ def make_engine(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
 def _make_emulated(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
     from llm.checkpoint.generation_defaults import load_vocab_size
     from llm.checkpoint.hub import resolve_model_path
+    from llm.checkpoint.vector_defaults import load_vector_defaults
 
     time.sleep(config.emulation.start_s)
-    vocab_size = load_vocab_size(resolve_model_path(config.model))
+    directory = resolve_model_path(config.model)
+    vocab_size, labels = load_vocab_size(directory), load_vector_defaults(directory).labels
+    num_labels = 0 if labels is None else len(labels.names)
     fingerprint = fingerprint_of(config)
     version = zlib.crc32(fingerprint.encode())
-    engine = EmulatedEngine(config.engine, config.emulation, vocab_size=vocab_size, version=version)
+    engine = EmulatedEngine(
+        config.engine, config.emulation, vocab_size=vocab_size, version=version, num_labels=num_labels
+    )
     return engine, EngineInfo(
         model=config.model_name,
         max_seq_len=engine.max_seq_len,
@@ -120,6 +130,7 @@ def _make_emulated(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
         backend="emulated",
         fingerprint=fingerprint,
         vector_size=VECTOR_SIZE,
+        num_labels=num_labels,
     )
 
 
@@ -203,5 +214,6 @@ def _make_torch(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
         kv_cache_bytes=engine.num_slots * slot_bytes(model.held, kv_itemsize) + states_bytes(model, engine.config),
         vector_size=model.hidden_size,
+        num_labels=model.config.num_labels,
         num_gpus=config.engine.tensor_parallel_size,
     )

@@ -22,6 +22,7 @@ from deployments.channel.sender import TokenSender
 from deployments.replica.engine_factory import Engine
 from deployments.replica.loop_health import LoopHealth
 from deployments.replica.open_request import OpenRequest
+from deployments.replica.own_request import own_request
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import (
     EngineStats,
@@ -39,7 +40,7 @@ _MAX_FAILED_STEPS = 3
 """Consecutive failed steps after which the engine counts as broken."""
 _SHUTTING_DOWN = "the replica is shutting down"
 _ROUTER_IS_GONE = "the token channel to the router was lost"
-_PROBE_PROMPT, _PROBE_NEW_TOKENS = (0,), 2
+_PROBE_NEW_TOKENS = 2
 _MAX_NEW_TOKENS_BETWEEN_STEPS = 65_536
 """Once this many prompt tokens have begun, further requests begin after the next step, so that running ones do not
 wait."""
@@ -233,15 +234,10 @@ class EngineLoop:
             raise EngineError(f"{num_failed} steps failed one after the other, the last with {failed.error}")
         logger.error("a step failed, %d in a row: %s", num_failed, failed.error)
         self._num_probes += 1
-        self._engine.add_request(
-            GenerationRequest(
-                request_id=f"probe-{self._num_probes}",
-                prompt_token_ids=_PROBE_PROMPT,
-                max_new_tokens=_PROBE_NEW_TOKENS,
-                ignore_eos=True,
-                seed=0,
-            )
+        probe = own_request(
+            self._engine, num_prompt_tokens=1, max_new_tokens=_PROBE_NEW_TOKENS, request_id=f"probe-{self._num_probes}"
         )
+        self._engine.add_request(probe)
 
     def _take(self, output: StepOutput) -> None:
         """Send a request's new tokens and, at its end, resolve it."""

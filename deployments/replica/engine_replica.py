@@ -20,9 +20,10 @@ from deployments.model_config import ServedModelConfig
 from deployments.replica.engine_factory import Engine, make_engine, num_cores
 from deployments.replica.engine_loop import EngineLoop
 from deployments.replica.machine import MachineWatch, gpu_indices
+from deployments.replica.own_request import own_request
 from llm.checkpoint.fingerprint import is_same_version
 from llm.errors import ConfigError, EngineError
-from llm.serving.schemas import EngineStats, GenerationRequest
+from llm.serving.schemas import EngineStats
 
 logger = logging.getLogger("ray.serve")
 
@@ -161,15 +162,10 @@ def _warm_up(engine: Engine) -> None:
     if num_prompt < 1:
         raise ConfigError(f"max_seq_len {engine.max_seq_len} leaves no room for a token to generate; raise it")
     for temperature in (0.0, 1.0):
-        engine.add_request(
-            GenerationRequest(
-                prompt_token_ids=(0,) * num_prompt,
-                max_new_tokens=_WARM_UP_NEW_TOKENS,
-                temperature=temperature,
-                ignore_eos=True,
-                seed=0,
-            )
+        request = own_request(
+            engine, num_prompt_tokens=num_prompt, max_new_tokens=_WARM_UP_NEW_TOKENS, temperature=temperature
         )
+        engine.add_request(request)
         while engine.scheduler.has_pending_work:
             for output in engine.step():
                 if output.error is not None:

@@ -227,6 +227,8 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
                 raise CheckpointError(f"{path} and {copies[place].path.name} both hold {name}; remove one of them")
             copies[place] = _Copy(file, path, name, slots[place])
             _check_tensor(copies[place])
+        elif place == HEAD and model.score is not None:
+            continue  # a leftover of the model that it was trained from, which transformers leaves out, too
         elif place == HEAD and model.lm_head is None:
             head = _Copy(file, path, name, slots[EMBEDDINGS])
         elif not is_buffer(place) and not _is_left_out(family, name, place, model.num_layers):

@@ -9,7 +9,7 @@ from llm.checkpoint.quantization_keys import read_quantization
 from llm.config import ModelConfig, describe
 from llm.errors import CheckpointError, ConfigError
 from llm.models.config_keys import ReadKeys
-from llm.models.registry import FAMILIES
+from llm.models.registry import CLASSIFIERS, FAMILIES
 
 _KEYS = {
     "num_layers": "num_hidden_layers",
@@ -55,12 +55,8 @@ def _find_architecture(config: ReadKeys, path: Path) -> str:
     for name in names:
         if name in FAMILIES:
             return str(name)
-    if any(str(name).endswith("ForSequenceClassification") for name in names):
-        raise CheckpointError(
-            f"{path}: {', '.join(map(str, names))} has a head for classes in place of one for tokens, which is not "
-            "supported; a reranker is served from its original checkpoint, such as Qwen/Qwen3-Reranker-0.6B"
-        )
+    generators = [name for name in FAMILIES if name not in CLASSIFIERS]
     raise CheckpointError(
         f"{path}: architecture {', '.join(map(str, names)) or 'not named'} is not supported; "
-        f"supported: {', '.join(FAMILIES)}"
+        f"supported: {', '.join(generators)}, and classifiers: {', '.join(CLASSIFIERS)}"
     )

@@ -16,6 +16,8 @@ from llm.errors import ConfigError
 from llm.models.config_keys import key_names, shown
 
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+_HEADS = ("lm_head", "score")
+"""Modules that tools leave as they are without saying so."""
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -168,7 +170,7 @@ def _fp8(keys: _Keys) -> Quantization:
     keys.require("activation_scheme", "dynamic", "static", default="dynamic")
     keys.require("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
     keys.require("is_checkpoint_fp8_serialized", True, default=True)
-    ignored = (*_as_patterns(keys.names("modules_to_not_convert")), *keys.names("ignored_layers"), "lm_head")
+    ignored = (*_as_patterns(keys.names("modules_to_not_convert")), *keys.names("ignored_layers"), *_HEADS)
     rows, columns = _block(keys, "weight_block_size") if keys.get("weight_block_size") else (None, None)
     return Quantization(
         formats=(WeightFormat(layout=WeightLayout.FP8, block_rows=rows, group_size=columns),), ignored=ignored
@@ -189,7 +191,7 @@ def _awq(keys: _Keys) -> Quantization:
             raise keys.refuse(key, "only the gemm layout is")
     keys.require("zero_point", True, default=True)
     awq = WeightFormat(layout=WeightLayout.AWQ, group_size=keys.group_size(), has_zeros=True)
-    return Quantization(formats=(awq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), "lm_head"))
+    return Quantization(formats=(awq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS))
 
 
 _GPTQ = key_names("""
@@ -214,7 +216,7 @@ def _gptq(keys: _Keys) -> Quantization:
         zero_offset=0 if layout == "gptq_v2" else 1,
         has_order=bool(keys.get("desc_act", False)),
     )
-    return Quantization(formats=(gptq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), "lm_head"))
+    return Quantization(formats=(gptq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS))
 
 
 def _mxfp4(keys: _Keys) -> Quantization:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.checkpoint.json_files import read_json_if_there, wrong_type
+from llm.checkpoint.label_defaults import LabelDefaults, load_label_defaults
 from llm.core.pooling import Pooling
 from llm.errors import ConfigError
 
@@ -54,6 +55,7 @@ class VectorDefaults:
         yes_no: what makes it a cross-encoder; None if nothing says that it is one.
         scores_refusal: why its scores cannot be computed as it says; None if they can.
         is_embedder: whether it says that it is for vectors.
+        labels: what it gives to texts if it is a classifier, which has neither vectors nor tokens; None if it is none.
     """
 
     pooling: Pooling | None = None
@@ -65,6 +67,7 @@ class VectorDefaults:
     yes_no: YesNo | None = None
     scores_refusal: str | None = None
     is_embedder: bool = False
+    labels: LabelDefaults | None = None
 
 
 def load_vector_defaults(directory: str | Path) -> VectorDefaults:
@@ -76,8 +79,12 @@ def load_vector_defaults(directory: str | Path) -> VectorDefaults:
     directory = Path(directory)
     config = read_json_if_there(directory / "config.json")
     modules = _modules(directory)
-    pooling, refusal = _pooling(modules)
     prompts, default_prompt = _prompts(directory / "config_sentence_transformers.json")
+    labels = load_label_defaults(directory, config)
+    if labels is not None:
+        _refuse_modules_behind_labels(modules)
+        return VectorDefaults(prompts=prompts, default_prompt=default_prompt, labels=labels)
+    pooling, refusal = _pooling(modules)
     is_matryoshka, dimensions = _matryoshka(directory / "config.json", config)
     yes_no, scores_refusal = _yes_no(directory, config, modules)
     return VectorDefaults(
@@ -104,6 +111,15 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
         return [(str(module["type"]).rpartition(".")[2], directory / str(module["path"])) for module in content]
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is not a list of modules ({error!r}); download it again") from error
+
+
+def _refuse_modules_behind_labels(modules: Sequence[tuple[str, Path]]) -> None:
+    for kind, place in modules:
+        if kind != "Transformer":
+            raise ConfigError(
+                f"{place}: a module {kind} behind a model that classifies is not supported; remove it, and "
+                "modules.json if there is one, if the labels are computed without it"
+            )
 
 
 def _pooling(modules: Sequence[tuple[str, Path]]) -> tuple[Pooling | None, str | None]:

@@ -6,12 +6,12 @@ weights of another modality, and `module.model.layers.0.…` in one saved from a
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _BODY = "model."
-_HEAD_MODULE = "lm_head."
+_HEAD_MODULES = ("lm_head.", "score.")
 _IN_LAYER = re.compile(r"((?:.*?\.)?)layers\.\d+\.")
 _LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector|visual|mtp)\.")
@@ -30,7 +30,8 @@ def canonical_names(names: Iterable[str], wanted: Collection[str]) -> dict[str, 
     prefixes = sorted({match[1] for name in held if (match := _IN_LAYER.match(name))})
     # What stands in front of most of the model's names; other parts of a checkpoint may have layers, too.
     prefix = max(prefixes, key=lambda each: sum(each + name in held for name in inner), default=_BODY)
-    heads = [prefix[:end] + _HEAD_MODULE for end in range(len(prefix) + 1) if end == 0 or prefix[end - 1] == "."]
+    outer = [prefix[:end] for end in range(len(prefix) + 1) if end == 0 or prefix[end - 1] == "."]
+    heads = {beginning + head: head for beginning in outer for head in _HEAD_MODULES}
     return {name: _canonical(name, prefix, heads) for name in held}
 
 
@@ -50,8 +51,8 @@ def is_behind(name: str, num_layers: int) -> bool:
     return match is not None and int(match[1]) >= num_layers
 
 
-def _canonical(name: str, prefix: str, heads: Iterable[str]) -> str:
-    for head in heads:
-        if name.startswith(head):
-            return _HEAD_MODULE + name.removeprefix(head)
+def _canonical(name: str, prefix: str, heads: Mapping[str, str]) -> str:
+    for theirs, head in heads.items():
+        if name.startswith(theirs):
+            return head + name.removeprefix(theirs)
     return _BODY + name.removeprefix(prefix) if name.startswith(prefix) else name

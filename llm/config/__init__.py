@@ -3,6 +3,7 @@
 from llm.config.engine import MAX_TOP_LOGPROBS, EngineConfig
 from llm.config.model import (
     Activation,
+    ClassifierConfig,
     DeltaConfig,
     LatentConfig,
     ModelConfig,
@@ -16,6 +17,7 @@ from llm.strict_model import StrictModel, describe
 __all__ = [
     "MAX_TOP_LOGPROBS",
     "Activation",
+    "ClassifierConfig",
     "DeltaConfig",
     "EngineConfig",
     "LatentConfig",

@@ -132,6 +132,16 @@ class RoutingConfig(StrictModel):
     """Factor on the weights of a token's experts, applied last."""
 
 
+class ClassifierConfig(StrictModel):
+    """A head that gives labels to a text, from the final hidden state of its last token."""
+
+    num_labels: int = Field(gt=0)
+    """Number of labels; each gets a logit."""
+    pad_token_id: int | None = None
+    """Token that fills up texts. As in transformers, a text's last token is the last one that differs from it. None if
+    there is no such token."""
+
+
 class ModelConfig(StrictModel):
     """Shape of a decoder: everything that `DecoderModel` needs, and nothing about serving."""
 
@@ -192,6 +202,8 @@ class ModelConfig(StrictModel):
     mlp_bias: bool = False
     tie_embeddings: bool = False
     """The output head shares the token embedding's weight."""
+    classifier: ClassifierConfig | None = None
+    """A head for labels, which the model has in place of the output head; None for a model that generates tokens."""
     num_experts: int = Field(default=0, ge=0)
     """Number of experts that a layer has instead of an MLP; 0 for a model without experts."""
     num_experts_per_token: int = Field(default=2, gt=0)
@@ -257,6 +269,11 @@ class ModelConfig(StrictModel):
         size, per_token = self.num_experts // groups, self.num_experts_per_token
         if top_groups * size < per_token or (groups > 1 and self.routing.uses_sigmoid and size < 2):
             raise ValueError(f"{top_groups} groups of {size} experts are too few for {per_token} a token")
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels that the model gives to texts; 0 for a model that generates tokens."""
+        return 0 if self.classifier is None else self.classifier.num_labels
 
     @property
     def head_size(self) -> int:

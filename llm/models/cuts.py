@@ -18,7 +18,7 @@ from llm.core.recurrent_state import DeltaSpec
 from llm.errors import ConfigError
 from llm.models.experts import ExpertProjections, Experts
 
-_WHOLE = ("norm", "_norm", ".router", ".shared.gate")
+_WHOLE = ("norm", "_norm", ".router", ".shared.gate", "score")
 """Endings of the names of modules that every rank holds whole."""
 
 

@@ -77,7 +77,10 @@ class DecoderModel(nn.Module):
             self.embed_tokens = nn.Embedding(held.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(family.make_layers(held))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-            self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, held.vocab_size, False)
+            has_head = not config.tie_embeddings and config.classifier is None
+            self.lm_head = nn.Linear(config.hidden_size, held.vocab_size, False) if has_head else None
+            num_labels = config.num_labels
+            self.score = nn.Linear(config.hidden_size, num_labels, False) if num_labels else None
             if partition.by_expert and partition.size > 1:
                 hold_experts(self.layers.modules(), partition)
         for name in parts_of_modules(config) if partition.size > 1 else ():
@@ -197,7 +200,7 @@ class DecoderModel(nn.Module):
             use_cache: read and write `kv_caches`. Without it they are ignored and `input_ids` is the whole sequence.
 
         Returns:
-            (batch, seq, vocab_size).
+            (batch, seq, vocab_size); of a classifier (batch, seq, num_labels), of which only the last token's count.
 
         Raises:
             CapacityError: more tokens than the model's or the caches' `max_seq_len`.
@@ -248,11 +251,13 @@ class DecoderModel(nn.Module):
         )  # fmt: skip
 
     def logits(self, hidden: torch.Tensor, head: Head | None = None) -> torch.Tensor:
-        """Hidden states (…, hidden_size) → logits (…, vocab_size).
+        """Hidden states (…, hidden_size) → logits (…, vocab_size); of a classifier (…, num_labels) in float32.
 
         Args:
-            head: the function that computes the logits; None for PyTorch's.
+            head: the function that computes the logits of tokens; None for PyTorch's.
         """
+        if self.score is not None:  # few numbers, which the caller compares with others: they keep their digits
+            return F.linear(hidden.float(), self.score.weight.float())
         module = self.embed_tokens if self.lm_head is None else self.lm_head
         logits = (head or _torch_head)(hidden, module, self.config.logit_soft_cap)
         if self.exchange is None:

@@ -220,8 +220,8 @@ def use_formats(model: nn.Module, config: ModelConfig, sources: dict[str, list[s
 
 
 def _check(weight_format: WeightFormat, module: nn.Linear | ExpertProjections, name: str) -> None:
-    if name == "lm_head":
-        raise ConfigError("quantization_config: a quantized lm_head is not supported; use a checkpoint that ignores it")
+    if name in ("lm_head", "score"):
+        raise ConfigError(f"quantization_config: a quantized {name} is not supported; use a checkpoint that ignores it")
     num_inputs = module.weight.shape[-1]
     if weight_format.num_bits == 4 and (num_inputs % (weight_format.group_size or 8) or num_inputs % 8):
         raise ConfigError(

@@ -6,12 +6,14 @@ To add one, write its file like `llm.models.llama`, add a line here, and add its
 from dataclasses import replace
 
 from llm.config import ModelConfig
+from llm.models.classifiers import with_classifier
 from llm.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from llm.models.family import Destination, Family
 from llm.models.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT_HALF
 from llm.models.glm4_moe import GLM4_MOE
 from llm.models.glm4_moe_lite import GLM4_MOE_LITE
 from llm.models.gpt_oss import GPT_OSS
+from llm.models.label_keys import SUFFIX
 from llm.models.llama import LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from llm.models.mistral3 import MISTRAL3_TEXT_HALF
 from llm.models.mixtral import MIXTRAL
@@ -47,16 +49,28 @@ FAMILIES: dict[str, Family] = {
     "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE_TEXT_HALF,
 }
 
-_OUTSIDE_LAYERS = {"model.embed_tokens": "embed_tokens", "model.norm": "norm", "lm_head": "lm_head"}
+CLASSIFIERS: dict[str, str] = {
+    name.replace("ForCausalLM", SUFFIX): name
+    for name in FAMILIES
+    if name.endswith("ForCausalLM") and not name.startswith(("Gemma3", "Glm4", "Qwen3_5"))
+} | {
+    f"Gemma3Text{SUFFIX}": "Gemma3ForCausalLM",
+    f"Gemma3{SUFFIX}": "Gemma3ForConditionalGeneration",
+    f"Qwen3_5{SUFFIX}": "Qwen3_5ForConditionalGeneration",
+}
+"""Classifiers that transformers has, and the families with the same decoders."""
+FAMILIES |= {classifier: with_classifier(FAMILIES[name]) for classifier, name in CLASSIFIERS.items()}
+
+_OUTSIDE_LAYERS = {"model.embed_tokens": "embed_tokens", "model.norm": "norm"}
 
 
 def destinations(config: ModelConfig) -> dict[str, Destination]:
     """Destination of each module in a checkpoint of this shape, by its name in the checkpoint."""
-    found = {
-        theirs: Destination(ours)
-        for theirs, ours in _OUTSIDE_LAYERS.items()
-        if theirs != "lm_head" or not config.tie_embeddings
-    }
+    found = {theirs: Destination(ours) for theirs, ours in _OUTSIDE_LAYERS.items()}
+    if config.classifier is not None:
+        found["score"] = Destination("score")
+    elif not config.tie_embeddings:
+        found["lm_head"] = Destination("lm_head")
     inside = FAMILIES[config.architecture].layer_weights(config)
     for layer in range(config.num_layers):
         for theirs, place in inside.items():

@@ -228,7 +228,7 @@ class StepPart(msgspec.Struct, frozen=True, gc=False):
     @property
     def begins_vector(self) -> bool:
         """Whether its pooled tokens are the first of the vector, which begins again if the sequence is recomputed."""
-        return self.start == 0 or self.sequence.pooling is Pooling.LAST
+        return self.start == 0 or self.sequence.pooling is not Pooling.MEAN
 
     @property
     def token_ids(self) -> list[int]:

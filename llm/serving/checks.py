@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Sequence
 
 from llm.config import EngineConfig, ModelConfig
+from llm.core.pooling import Pooling
 from llm.core.row_tensors import MAX_ENTRIES
 from llm.errors import ConfigError, InvalidRequestError
 from llm.scheduling.scheduler import Scheduler
@@ -48,6 +49,32 @@ def check_request(
     if request.stop and not has_tokenizer:
         raise InvalidRequestError("stop strings need an engine with a tokenizer; use stop_token_ids", param="stop")
     check_prompt(prompt_ids, len(request.output_token_ids), vocab_size=vocab_size, max_seq_len=max_seq_len)
+
+
+def check_task(request: GenerationRequest, model: ModelConfig) -> None:
+    """Refuse a request for what the model has no head for.
+
+    Raises:
+        InvalidRequestError: a classifier can only give labels, and no other model can.
+    """
+    wants_labels = request.pooling is Pooling.LABELS
+    if wants_labels and model.classifier is None:
+        raise InvalidRequestError(f"{model.architecture} has no head for labels, so it cannot classify", param="model")
+    if model.classifier is not None and not wants_labels:
+        raise InvalidRequestError(
+            f"{model.architecture} gives labels to texts; it can neither generate tokens nor embed", param="model"
+        )
+
+
+def without_padding(prompt_ids: tuple[int, ...], pad_token_id: int | None) -> tuple[int, ...]:
+    """A classifier's prompt up to the last token that is no padding; of padding alone, the first token.
+
+    What stands behind this token cannot change its hidden state.
+    """
+    end = len(prompt_ids)
+    while end > 1 and prompt_ids[end - 1] == pad_token_id:
+        end -= 1
+    return prompt_ids[:end]
 
 
 def check_prompt(prompt_ids: Sequence[int], num_output: int = 0, *, vocab_size: int, max_seq_len: int) -> None:

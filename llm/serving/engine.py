@@ -18,7 +18,7 @@ from llm.sampling.grammar import GrammarCompiler
 from llm.scheduling.sequence import Sequence, SequenceStatus, StepPlan
 from llm.serving import device_health
 from llm.serving.assembly import build_parts
-from llm.serving.checks import check_request, with_overrides
+from llm.serving.checks import check_request, check_task, with_overrides, without_padding
 from llm.serving.model_runner import LaunchedStep
 from llm.serving.offline import Vectors, run_to_end, vectors_of
 from llm.serving.output_processor import OutputProcessor, failed
@@ -154,6 +154,11 @@ class ContinuousBatchingEngine:
         return self.scheduler.pool.num_pages // len(self.scheduler.windows) * self.scheduler.pool.page_size
 
     @property
+    def is_classifier(self) -> bool:
+        """Whether the model gives labels to texts, and nothing else: every request must ask for them."""
+        return self.model.config.classifier is not None
+
+    @property
     def failure(self) -> str | None:
         """Why the engine can run no further step, even if none has failed yet: a rank is lost. None if all is well."""
         return None if self._ranks is None else self._ranks.failure
@@ -181,6 +186,7 @@ class ContinuousBatchingEngine:
         Raises:
             InvalidRequestError: the request can never be served as asked. Nothing is accepted.
         """
+        check_task(request, self.model.config)
         prompt_ids = self._prompt_ids(request)
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
@@ -236,6 +242,16 @@ class ContinuousBatchingEngine:
         """
         return vectors_of(self, prompts, pooling, progress=progress)
 
+    def classify(self, prompts: SequenceOf[str | SequenceOf[int]], *, progress: bool = True) -> Vectors:
+        """Compute the logits of a classifier's labels for each prompt, a text or token ids: (prompts, num_labels)
+        float32.
+
+        Raises:
+            InvalidRequestError: as in `embed`; or the model is no classifier.
+            EngineError: the model failed.
+        """
+        return vectors_of(self, prompts, Pooling.LABELS, progress=progress)
+
     def generate(self, requests: SequenceOf[GenerationRequest], *, progress: bool = True) -> list[GenerationResult]:
         """Run requests to their end and return their results in the same order.
 
@@ -274,12 +290,13 @@ class ContinuousBatchingEngine:
         )
 
     def _prompt_ids(self, request: GenerationRequest) -> tuple[int, ...]:
-        if request.prompt_token_ids is not None:
-            return request.prompt_token_ids
-        if self.tokenizer is None:
-            raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids", param="prompt")
-        assert request.prompt is not None, "the schema wants one of the two"
-        return tuple(self.tokenizer.encode(request.prompt))
+        prompt_ids, classifier = request.prompt_token_ids, self.model.config.classifier
+        if prompt_ids is None:
+            if self.tokenizer is None:
+                raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids", param="prompt")
+            assert request.prompt is not None, "the schema wants one of the two"
+            prompt_ids = tuple(self.tokenizer.encode(request.prompt))
+        return prompt_ids if classifier is None else without_padding(prompt_ids, classifier.pad_token_id)
 
     def _run_step(self) -> list[StepOutput]:
         """Launch a step, and finish the oldest one if as many as possible are in flight."""

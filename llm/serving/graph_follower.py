@@ -24,7 +24,8 @@ class GraphFollower:
     def run_largest(self, num_tokens: int) -> None:
         """See `Follower.run_largest`."""
         self._graphs.run_largest(num_tokens)
-        self._draw(self._graphs.draw_sizes[-1], draws_plainly=False)
+        if self._graphs.draws:
+            self._draw(self._graphs.draw_sizes[-1], draws_plainly=False)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

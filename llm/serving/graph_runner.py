@@ -103,7 +103,7 @@ class GraphRunner:
         self._wait = wait or torch.cuda.Event.synchronize
         device = model.device
         self._rows = DeviceRows(graphs.pages, model.config.vocab_size, graphs.uploads)
-        self._vectors = VectorRows(max_rows + 1, model.hidden_size, device, graphs.uploads, NUM_BUFFERS)
+        self._vectors = VectorRows(max_rows + 1, model, graphs.uploads, NUM_BUFFERS)
         most_draws = graphs.draw_sizes[-1]
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
         self._prompt_scores = PromptScores(
@@ -171,8 +171,9 @@ class GraphRunner:
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`."""
         self._graphs.run_largest(num_tokens)
-        size = self._graphs.draw_sizes[-1]
-        self._graphs.run(("draws", size, False), partial(self._run_draws, size, are_plain=False))
+        if self._graphs.draws:
+            size = self._graphs.draw_sizes[-1]
+            self._graphs.run(("draws", size, False), partial(self._run_draws, size, are_plain=False))
 
     @torch.inference_mode()
     def warm_up(self) -> None:

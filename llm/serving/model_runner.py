@@ -209,7 +209,11 @@ class EagerRunner:
             state = states.float().sum(0)
             self._pooled[part.row] = state if part.begins_vector else self._pooled[part.row] + state
         rows = [part.row for part in parts if part.completes_vector]
-        return vector_bytes(self._pooled[rows].cpu(), rows) if rows else {}
+        if not rows:
+            return {}
+        is_classifier = self.model.config.classifier is not None
+        vectors = self.model.logits(self._pooled[rows]) if is_classifier else self._pooled[rows]
+        return vector_bytes(vectors.cpu(), rows, normalizes=not is_classifier)
 
     def _score(self, parts: SequenceOf[StepPart], hidden: torch.Tensor) -> list[tuple[Sequence, list[TokenLogprobs]]]:
         """Log probabilities of the prompts' next tokens, from hidden states (scored, hidden_size), in batches."""
@@ -322,11 +326,16 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) 
     return [TokenLogprobs(token_id, value, tuple(zip(*likely, strict=True))) for token_id, value, *likely in rows]
 
 
-def vector_bytes(sums: torch.Tensor, rows: SequenceOf[int]) -> dict[int, bytes]:
-    """Convert sums of hidden states, (rows, hidden_size) float32 on the host, to `LaunchedStep.vectors`."""
-    vectors = sums.numpy()
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+def vector_bytes(found: torch.Tensor, rows: SequenceOf[int], *, normalizes: bool) -> dict[int, bytes]:
+    """Convert sums of hidden states or logits of labels, (rows, size) float32 on the host, to `LaunchedStep.vectors`.
+
+    Args:
+        normalizes: make each vector's length 1.
+    """
+    vectors = found.numpy()
+    if normalizes:
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
     return {row: vector.tobytes() for row, vector in zip(rows, vectors, strict=True)}
 
 

@@ -101,7 +101,7 @@ def run_to_end(
 def vectors_of(
     engine: SteppedEngine, prompts: Sequence[str | Sequence[int]], pooling: Pooling, *, progress: bool
 ) -> Vectors:
-    """See `ContinuousBatchingEngine.embed`."""
+    """See `ContinuousBatchingEngine.embed` and `classify`."""
     requests = [
         GenerationRequest(prompt=prompt, pooling=pooling)
         if isinstance(prompt, str)
@@ -109,7 +109,8 @@ def vectors_of(
         for prompt in prompts
     ]
     results = run_to_end(engine, requests, progress=progress)
-    vectors = np.zeros((len(results), engine.model.hidden_size), dtype=np.float32)
+    width = engine.model.config.num_labels if pooling is Pooling.LABELS else engine.model.hidden_size
+    vectors = np.zeros((len(results), width), dtype=np.float32)
     for row, result in zip(vectors, results, strict=True):
         if result.vector is None:
             raise EngineError(f"a vector could not be computed: {result.error}")

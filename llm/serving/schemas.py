@@ -184,7 +184,7 @@ class GenerationRequest(StrictModel):
 
     @property
     def gives_vector(self) -> bool:
-        """Whether its only output is a vector: of hidden states, or of scores."""
+        """Whether its only output is a vector: of hidden states, of labels, or of scores."""
         return self.pooling is not None or self.scores_allowed
 
     @property
@@ -283,7 +283,7 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     """Set if the request's adapter could not be loaded."""
     vector: bytes | None = None
     """The prompt's vector, as 32-bit floats: `numpy.frombuffer(vector, numpy.float32)`. One made of hidden states has
-    length 1. None if tokens are generated."""
+    length 1; one of labels has a logit for each. None if tokens are generated."""
 
     def joined(self, later: "StepOutput") -> "StepOutput":
         """This output and what the same step added after it, as one."""

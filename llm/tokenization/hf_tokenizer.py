@@ -16,6 +16,7 @@ from llm.tokenization.control_tokens import Disguise, find_control_tokens, witho
 from llm.tokenization.definitions import read_definition, with_ids_below, without_control_tokens
 from llm.tokenization.detokenizer import ByteDecoder, TokenBytes, WindowDecoder, decode_all
 from llm.tokenization.special_tokens import CONFIG, SpecialTokens, read_special_tokens
+from llm.tokenization.surroundings import Surroundings
 from llm.tokenization.template_files import find_templates
 
 _BATCH_TEXTS = 256
@@ -70,9 +71,7 @@ class HFTokenizer:
             self._token_bytes = None
         self._longest_token = max(map(len, self._full.get_vocab(with_added_tokens=True)), default=1)
         bos_ids, eos_ids = (self._named_ids(special.named.get(name)) for name in ("bos_token", "eos_token"))
-        self._prefix_ids, self._suffix_ids = self._find_special_ids(
-            bos_ids if add_bos_token else (), eos_ids if add_eos_token else ()
-        )
+        self._around = Surroundings.of(self._full, bos_ids if add_bos_token else (), eos_ids if add_eos_token else ())
         self._eos_token_ids = frozenset(
             i for i in (*eos_token_ids, *eos_ids) if model_vocab_size is None or i < model_vocab_size
         )
@@ -189,10 +188,28 @@ class HFTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the checkpoint puts around a text unless told otherwise."""
         ids = self._encode_plain(without_surrogates(text))
-        return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
+        return [*self._around.prefix, *ids, *self._around.suffix] if add_special_tokens else ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, of many texts, which takes a fraction of the time where they are short."""
+        return [[*self._around.prefix, *ids, *self._around.suffix] for ids in self._encode_plain_all(texts)]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of each pair of texts, with the special tokens that the checkpoint puts around and between them, as
+        transformers' `tokenizer(text, text_pair)` gives them; a text that stands in several pairs is encoded once.
+
+        Raises:
+            InvalidRequestError: its post-processor does more with a pair than to put tokens around the texts.
+        """
+        if self._around.of_pair is None:
+            raise InvalidRequestError("this model's tokenizer joins two texts in a way that is not supported")
+        front, middle, end = self._around.of_pair
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        ids_of = dict(zip(texts, self._encode_plain_all(texts), strict=True))
+        return [[*front, *ids_of[first], *middle, *ids_of[second], *end] for first, second in pairs]
+
+    def _encode_plain_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in which nothing is a control token, without tokens around them."""
         batch: list[list[int]] = []
         for start in range(0, len(texts), _BATCH_TEXTS):
             some = [without_surrogates(text) for text in texts[start : start + _BATCH_TEXTS]]
@@ -200,7 +217,7 @@ class HFTokenizer:
                 ids = encoding.ids
                 if not self._control.ids.isdisjoint(ids):
                     ids = self._encode_plain(text)
-                batch.append([*self._prefix_ids, *ids, *self._suffix_ids])
+                batch.append(ids)
         return batch
 
     def min_num_tokens(self, text: str) -> int:
@@ -347,31 +364,6 @@ class HFTokenizer:
         """The id of a token, if there is one."""
         token_id = self._full.token_to_id(token) if token else None
         return () if token_id is None else (token_id,)
-
-    def _find_special_ids(
-        self, prefix: tuple[int, ...], suffix: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids that go in front of every text and behind it, by the post-processor of `tokenizer.json`.
-
-        Args:
-            prefix, suffix: where it has none.
-
-        Raises:
-            ValueError: it does something else with a text than to put tokens around it.
-        """
-        if self._full.post_processor is None:
-            return prefix, suffix
-        for sample in ("a", *self._full.get_vocab()):
-            bare, whole = (self._full.encode(sample, add_special_tokens=special) for special in (False, True))
-            if bare.ids:
-                break
-        # The mask has 1 for each token that the post-processor put there.
-        is_special = whole.special_tokens_mask
-        start = is_special.index(0) if 0 in is_special else len(is_special)
-        end = start + len(bare.ids)
-        if is_special != [*[1] * start, *[0] * len(bare.ids), *[1] * (len(whole.ids) - end)]:
-            raise ValueError("its post-processor does more than to put tokens around a text, which is not supported")
-        return tuple(whole.ids[:start]), tuple(whole.ids[end:])
 
 
 @dataclass(frozen=True, slots=True)

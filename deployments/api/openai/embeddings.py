@@ -13,7 +13,8 @@ from deployments.chat.wire_model import NoEffect, RequestBody
 MAX_INPUTS = 2048
 
 
-def _check_input(value: Any) -> Any:
+def check_input(value: Any) -> Any:
+    """See `check_prompt`."""
     return check_prompt(value, "input")
 
 
@@ -21,7 +22,7 @@ class EmbeddingsRequest(RequestBody):
     """Body of `POST /v1/embeddings`."""
 
     model: str
-    input: Annotated[Any, BeforeValidator(_check_input, json_schema_input_type=Prompt)]
+    input: Annotated[Any, BeforeValidator(check_input, json_schema_input_type=Prompt)]
     """A text, a list of texts, token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
     """`base64` for little-endian 32-bit floats."""
@@ -43,11 +44,20 @@ class EmbeddingsRequest(RequestBody):
         Raises:
             APIError: there are too many.
         """
-        several = not isinstance(self.input, str) and not isinstance(self.input[0], int)
-        inputs = list(self.input) if several else [self.input]
-        if len(inputs) > MAX_INPUTS:
-            raise invalid(f"input: at most {MAX_INPUTS} inputs", "input")
-        return inputs
+        return inputs_of(self.input)
+
+
+def inputs_of(given: Any) -> list[Any]:
+    """A text, or token ids, for each of the inputs given.
+
+    Raises:
+        APIError: there are too many.
+    """
+    several = not isinstance(given, str) and not isinstance(given[0], int)
+    inputs = list(given) if several else [given]
+    if len(inputs) > MAX_INPUTS:
+        raise invalid(f"input: at most {MAX_INPUTS} inputs", "input")
+    return inputs
 
 
 def embeddings_object(body: EmbeddingsRequest, model: str, vectors: Vectors, num_tokens: int) -> dict[str, Any]:

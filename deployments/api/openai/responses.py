@@ -292,6 +292,9 @@ class ModelObject(ResponseModel):
     """More names that requests may use."""
     state: Literal["ready", "starting", "asleep"]
     """`asleep`: it has no replica, and the next request starts one."""
+    task: Literal["generate", "classify"] | None
+    """`classify` for a model that gives labels to texts; `generate` for one that continues them, and makes vectors of
+    them. None while the model loads."""
 
 
 class ModelList(ResponseModel):

@@ -9,6 +9,7 @@ from in_process import ServiceFactory
 from pydantic import BaseModel
 
 from deployments.api.anthropic.schemas import MessagesRequest
+from deployments.api.classification import ClassifyRequest
 from deployments.api.openai.embeddings import EmbeddingsRequest
 from deployments.api.openai.response_requests import ResponsesRequest
 from deployments.chat.requests import ChatRequest, CompletionRequest
@@ -30,11 +31,12 @@ async def test_every_endpoint_is_there(make_service: ServiceFactory):
 
 
 @pytest.mark.parametrize(
-    "model", [ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, EmbeddingsRequest]
+    "model", [ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, EmbeddingsRequest, ClassifyRequest]
 )
 def test_every_field_is_there(model: type[BaseModel]):
     sections = {"ChatRequest": "Chats", "CompletionRequest": "Completions", "ResponsesRequest": "Responses",
-                "MessagesRequest": "Messages", "EmbeddingsRequest": "Embeddings"}  # fmt: skip
+                "MessagesRequest": "Messages", "EmbeddingsRequest": "Embeddings",
+                "ClassifyRequest": "Classify"}  # fmt: skip
     section = TEXT.partition(f"\n## {sections[model.__name__]}\n")[2].partition("\n## ")[0]
     if model is CompletionRequest:
         section += TEXT.partition("\n## Chats\n")[2].partition("\n## ")[0]

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vector_checkpoints import make_checkpoint
 
 from deployments.check import check_config_file
 from deployments.cli.check import check
@@ -253,3 +254,9 @@ def test_a_model_that_cannot_be_cut_so_is_refused_before_anything_starts():
         check_model(resolve_paths(AppConfig.model_validate(args)))
     assert "\n" not in str(caught.value)
     check_model(resolve_paths(AppConfig.model_validate({**args, "engine": {"tensor_parallel_size": 2}})))
+
+
+def test_a_classifier_is_called_one(tmp_path, capsys):
+    checkpoint = make_checkpoint(tmp_path / "model", labels=["bad", "fair", "good"])
+    check(write_config(tmp_path, model=str(checkpoint)))
+    assert "classifies texts, with 3 labels" in " ".join(capsys.readouterr().out.split())

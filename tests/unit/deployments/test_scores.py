@@ -11,8 +11,7 @@ from vector_checkpoints import DOCUMENTS, QUERIES, Reference, embedder, make_che
 
 from deployments.api.scores import RerankResponse, ScoreResponse
 from deployments.chat.model_text import ModelText
-from llm.checkpoint.loading import check_checkpoint
-from llm.errors import CheckpointError, ConfigError
+from llm.errors import ConfigError
 
 CLOSE = 1e-4
 PATHS = ["/v1/rerank", "/v2/rerank", "/rerank"]
@@ -335,12 +334,6 @@ def test_what_cannot_score_is_refused_at_the_start(
     checkpoint = make_checkpoint(tmp_path, files, **config)
     with pytest.raises(ConfigError, match=message):
         ModelText.load(service_config(checkpoint, scoring=settings))
-
-
-def test_a_head_for_classes_is_refused_with_the_way_out(tmp_path: Path):
-    checkpoint = make_checkpoint(tmp_path, architectures=["Qwen3ForSequenceClassification"], num_labels=1)
-    with pytest.raises(CheckpointError, match="its original checkpoint"):
-        check_checkpoint(checkpoint)
 
 
 def test_the_prompt_of_qwen_needs_its_tokens():

@@ -1,4 +1,4 @@
-"""Small random Qwen3 checkpoints that are for vectors or for scores, and what transformers makes of them."""
+"""Small random Qwen3 checkpoints that are for vectors, scores or labels, and what transformers makes of them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
 
 from deployments.config import AppConfig
 
@@ -51,12 +56,18 @@ def definition(ending: str | None = None) -> str:
 
 
 def make_checkpoint(
-    directory: Path, files: Mapping[str, object] | None = None, *, ending: str | None = None, **config: Any
+    directory: Path,
+    files: Mapping[str, object] | None = None,
+    *,
+    ending: str | None = None,
+    labels: Sequence[str] = (),
+    **config: Any,
 ) -> Path:
     """Save a checkpoint.
 
     Args:
         files: content of further JSON files, by their paths in it.
+        labels: those of a classifier.
         config: changes to its config.json.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +79,12 @@ def make_checkpoint(
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
         initializer_range=0.2, eos_token_id=2,
     )  # fmt: skip
-    Qwen3ForCausalLM(shape).save_pretrained(directory)
+    if labels:
+        shape.id2label, shape.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+        shape.pad_token_id = 0
+        Qwen3ForSequenceClassification(shape).save_pretrained(directory)
+    else:
+        Qwen3ForCausalLM(shape).save_pretrained(directory)
     for name, content in (files or {}).items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +132,27 @@ def service_config(directory: Path, **changes: object) -> AppConfig:
     fields = {"model": str(directory), "served_model_name": "demo", "dtype": "float32", "device": "cpu"}
     engine = {"max_batch_size": 8, "num_pages": 512, "max_tokens_per_step": 256}
     return AppConfig.model_validate({**fields, "engine": engine, **changes})
+
+
+class LabelReference:
+    """A classifier as transformers runs it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model = Qwen3ForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Of a prompt's labels."""
+        return self.model(torch.tensor([list(ids)])).logits[0]
+
+    def of_text(self, text: str) -> torch.Tensor:
+        """The logits of a text's labels."""
+        return self.logits(self.tokenizer.encode(text))
+
+    def of_pair(self, query: str, document: str) -> torch.Tensor:
+        """The logits of the labels of two texts that the tokenizer joins, as sentence-transformers has them."""
+        return self.logits(self.tokenizer(query, document)["input_ids"])
 
 
 class Reference:

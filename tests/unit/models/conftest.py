@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
@@ -292,10 +293,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def make_model(config: PreTrainedConfig) -> PreTrainedModel:
+def make_model(config: PreTrainedConfig, *, is_classifier: bool = False) -> PreTrainedModel:
     """A random model whose biases and norms are random too, so that a wrong one shows."""
     torch.manual_seed(0)
     auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if is_classifier else auto
     model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -323,14 +325,14 @@ class Checkpoints:
             config = CONFIGS[kind]()
             for key, value in changes.items():
                 setattr(config, key, value)
-            self._models[name] = make_model(config)
+            self._models[name] = make_model(config, is_classifier="num_labels" in changes)
             self._models[name].save_pretrained(directory)
         return directory, self._models[name]
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """`checkpoints(kind, **changes)` gives a directory and transformers' model of it."""
+    """`checkpoints(kind, **changes)` gives a directory and transformers' model; with `num_labels`, a classifier."""
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 

@@ -147,7 +147,7 @@ def test_vectors_of_two_ranks(checkpoints):
     prompts = [list(request.prompt_token_ids) for request in create_requests()]
     engine = ContinuousBatchingEngine(load_decoder(directory, progress=False), config=EngineConfig(**config))
     ranks = parallel_engine(directory, **config)
-    for pooling in Pooling:
+    for pooling in (Pooling.LAST, Pooling.MEAN):
         expected = engine.embed(prompts, pooling=pooling, progress=False)
         np.testing.assert_allclose(ranks.embed(prompts, pooling=pooling, progress=False), expected, atol=1e-5)
     ranks.close()

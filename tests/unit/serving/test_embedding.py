@@ -17,7 +17,8 @@ from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import FinishReason, GenerationRequest, Grammar, GrammarKind, Pooling
 
 LENGTHS = [1, 2, 40, 7, 100, 16, 33]
-each_pooling = pytest.mark.parametrize("pooling", list(Pooling))
+EMBEDDINGS = [Pooling.LAST, Pooling.MEAN]
+each_pooling = pytest.mark.parametrize("pooling", EMBEDDINGS)
 each_shape = pytest.mark.parametrize(
     "shape", [{}, {"window_size": 12}, {"window_size": 12, "window_layers": (1,)}], ids=["full", "window", "one layer"]
 )
@@ -166,7 +167,7 @@ def test_graph_runner_gives_the_same_vectors(shape, options):
     """In chunks, more sequences than rows, beside a generation that draws, of either pooling in one step."""
     model = create_model(**shape)
     prompts = create_prompts([1, 22])
-    wanted = [(prompt, pooling) for prompt in prompts for pooling in Pooling]
+    wanted = [(prompt, pooling) for prompt in prompts for pooling in EMBEDDINGS]
     requests = [GenerationRequest(prompt_token_ids=prompt, pooling=pooling) for prompt, pooling in wanted]
     (generation,) = create_requests(1, max_new_tokens=3, temperature=0.0)
     config = {"max_batch_size": 3, "max_tokens_per_step": 16, "num_pages": 32, "page_size": 16}
