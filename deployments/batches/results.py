@@ -32,7 +32,7 @@ class Result:
     line: int
     is_error: bool
     text: bytes
-    usage: TokenUsage = TokenUsage()
+    usage: TokenUsage
 
 
 class _Entry(msgspec.Struct, array_like=True, frozen=True):

@@ -1,5 +1,6 @@
 """`Sums`: what was used by day, key, model and kind of refusal, in memory."""
 
+import operator
 from collections.abc import Iterable
 
 from deployments.usage.entries import Entry, Spent, UsageQuery, UsageRow
@@ -37,7 +38,14 @@ class Sums:
 
     def rows(self, query: UsageQuery | None = None) -> list[UsageRow]:
         """What a query asks for, sorted; everything without one."""
-        return [UsageRow(*place, *self._rows[place]) for place in sorted(self._rows) if _is_asked(place, query)]
+        places = sorted(place for place in self._rows if _is_asked(place, query))
+        if query is None or query.is_by_day:
+            return [UsageRow(*place, *self._rows[place]) for place in places]
+        together: dict[_Place, list[int]] = {}
+        for place in places:
+            row = together.setdefault(("", *place[1:]), [0, 0, 0, 0])
+            row[:] = map(operator.add, row, self._rows[place])
+        return [UsageRow(*place, *row) for place, row in sorted(together.items())]
 
     def spent(self, keys: Iterable[str], today: str) -> dict[str, Spent]:
         """What these keys have used of their budgets."""
