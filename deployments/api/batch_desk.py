@@ -66,7 +66,8 @@ class DeskAccess:
             ) from None
 
 
-def page_of(request: Request, is_id: Callable[[str], bool], *, default: int, most: int) -> Page:
+def page_of(request: Request, is_id: Callable[[str], bool], *, default: int, most: int, order: str = "desc"
+            ) -> Page:  # fmt: skip
     """The page that a request's `limit`, `after` and `order` ask for.
 
     Args:
@@ -74,12 +75,13 @@ def page_of(request: Request, is_id: Callable[[str], bool], *, default: int, mos
         is_id: whether a text looks like the id of an entry.
         default: entries of a page if the request does not say.
         most: most entries of a page.
+        order: "asc" or "desc", if the request does not say.
 
     Raises:
         APIError: a 400.
     """
     query = request.query_params
-    limit, order = query.get("limit", str(default)), query.get("order", "desc")
+    limit, order = query.get("limit", str(default)), query.get("order", order)
     if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= most):
         raise invalid(f"limit: must be a number from 1 to {most}", "limit")
     if order not in ("asc", "desc"):

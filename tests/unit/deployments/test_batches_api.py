@@ -16,7 +16,7 @@ from in_process import Service, ServiceFactory, emulated_config
 from openai import AsyncOpenAI
 from openai.types import Batch
 
-from deployments.accounts_config import KeyLimits
+from deployments.accounts_config import KeyLimits, Role
 from deployments.router.keys import ApiKey
 
 FIRST, SECOND = "sk-first", "sk-second"
@@ -251,6 +251,27 @@ async def test_whose_files_and_batches_they_are_over_http(make_service: ServiceF
     await until(lambda: service.desk.ledger.get("a", late.record.id).status.is_final)
     state = service.desk.ledger.get("a", late.record.id).state
     assert (state.num_completed, state.num_failed) == (0, 1), "its key is no longer valid"
+
+
+async def test_administrators_see_the_unfinished_batches_of_all_keys(make_service: ServiceFactory, tmp_path: Path):
+    boss = ApiKey("boss", hashlib.sha256(b"sk-boss").digest(), role=Role.ADMIN)
+    service = await make_service(config(tmp_path), keys=(*KEYS, boss))
+    await service.batches.stop()
+    made = []
+    for key in (FIRST, SECOND):
+        own = {"Authorization": f"Bearer {key}"}
+        body = {"input_file_id": await upload(service, line("a").encode(), own), "endpoint": "/v1/chat/completions",
+                "completion_window": "1h"}  # fmt: skip
+        made.append((await service.http.post("/v1/batches", json=body, headers=own)).json())
+        await asyncio.sleep(0.002)  # ids sort by their milliseconds
+    assert (await service.http.get("/rayline/batches", headers=own)).status_code == 403
+    admin = {"Authorization": "Bearer sk-boss"}
+    listed = (await service.http.get("/rayline/batches", headers=admin)).json()
+    assert listed["data"] == [{**batch, "key": key} for batch, key in zip(made, "ab", strict=True)]
+    page = (await service.http.get("/rayline/batches?limit=1", headers=admin)).json()
+    assert ([batch["id"] for batch in page["data"]], page["has_more"]) == ([made[0]["id"]], True)
+    rest = (await service.http.get(f"/rayline/batches?after={made[0]['id']}", headers=admin)).json()
+    assert ([batch["id"] for batch in rest["data"]], rest["has_more"]) == ([made[1]["id"]], False)
 
 
 @pytest.mark.parametrize(
