@@ -113,7 +113,9 @@ def test_prometheus_scrapes_two_routers_and_the_board_has_data(fleet: Server, pr
     assert {"vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket", "rayline:moves_total"} <= {*names}
     fallen = [name for name in names if value(prometheus, f"sum(resets({name}[5m]))") > 0]
     assert fallen == []
-    assert value(prometheus, f"count(count_over_time(vllm:generation_tokens_total[5m]) >= {num_scrapes + 8})") == 2
+    # On a busy machine a scrape may take longer than it is given; each of the others had every series.
+    complete = "count_over_time(vllm:generation_tokens_total[5m]) >= on () group_left () sum_over_time(up[5m])"
+    assert value(prometheus, f"count({complete})") == 2
     board = json.loads((DEPLOY / "grafana" / "dashboards" / "rayline.json").read_text())
     assert len(board["panels"]) > 10
     for panel in board["panels"]:
