@@ -66,19 +66,30 @@ class DeskAccess:
             ) from None
 
 
-def page_of(request: Request, *, default: int, most: int) -> Page:
+def page_of(request: Request, is_id: Callable[[str], bool], *, default: int, most: int, order: str = "desc"
+            ) -> Page:  # fmt: skip
     """The page that a request's `limit`, `after` and `order` ask for.
+
+    Args:
+        request: the HTTP request.
+        is_id: whether a text looks like the id of an entry.
+        default: entries of a page if the request does not say.
+        most: most entries of a page.
+        order: "asc" or "desc", if the request does not say.
 
     Raises:
         APIError: a 400.
     """
     query = request.query_params
-    limit, order = query.get("limit", str(default)), query.get("order", "desc")
+    limit, order = query.get("limit", str(default)), query.get("order", order)
     if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= most):
         raise invalid(f"limit: must be a number from 1 to {most}", "limit")
     if order not in ("asc", "desc"):
         raise invalid("order: must be asc or desc", "order")
-    return Page(int(limit), query.get("after") or None, is_ascending=order == "asc")
+    after = query.get("after") or None
+    if after is not None and not is_id(after):
+        raise invalid("after: must be the id of the last entry of the page before", "after")
+    return Page(int(limit), after, is_ascending=order == "asc")
 
 
 def list_object(entries: list[dict[str, object]], *, has_more: bool) -> dict[str, object]:

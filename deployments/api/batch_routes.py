@@ -13,7 +13,7 @@ from deployments.api.openai.batches import BatchList, BatchObject, BatchRequest,
 from deployments.api.route_table import Route
 from deployments.batches.desk import BatchDesk
 from deployments.batches.ledger import BatchLedger
-from deployments.batches.records import Batch
+from deployments.batches.records import Batch, is_batch_id
 from deployments.chat.errors import invalid
 from deployments.config import LimitsConfig
 
@@ -76,7 +76,7 @@ class BatchEndpoints:
 
     async def list_batches(self, request: Request) -> Response:
         """List batches, the newest first."""
-        page, owner = page_of(request, default=_DEFAULT_PAGE, most=_MAX_PAGE), tenant_of(request)
+        page, owner = page_of(request, is_batch_id, default=_DEFAULT_PAGE, most=_MAX_PAGE), tenant_of(request)
         ledger = self._access.desk.ledger
         batches, has_more = await self._access.run(lambda: ledger.page(owner, page))
         return json_response(list_object([batch_object(batch) for batch in batches], has_more=has_more))

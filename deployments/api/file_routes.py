@@ -22,12 +22,12 @@ from deployments.api.route_table import Route
 from deployments.api.uploads import Form, read_form
 from deployments.batches.desk import BatchDesk
 from deployments.batches.file_shelf import Upload
-from deployments.batches.records import FileRecord, Purpose
+from deployments.batches.records import FileRecord, Purpose, is_file_id
 from deployments.chat.errors import invalid
 from deployments.config import LimitsConfig
 
 _ONE = "/v1/files/{file_id}"
-_DEFAULT_PAGE, _MAX_PAGE = 100, 10_000
+_MAX_PAGE = 10_000
 _CHUNK_BYTES = 1 << 20
 
 
@@ -92,7 +92,7 @@ class FileEndpoints:
 
     async def list_files(self, request: Request) -> Response:
         """List files, the newest first."""
-        page = page_of(request, default=_DEFAULT_PAGE, most=_MAX_PAGE)
+        page = page_of(request, is_file_id, default=_MAX_PAGE, most=_MAX_PAGE)
         owner, purpose = tenant_of(request), request.query_params.get("purpose") or None
         files = self._access.desk.files
         records, has_more = await self._access.run(lambda: files.page(owner, page, purpose))

@@ -28,6 +28,7 @@ from deployments.api.openai.responses import (
     Tokens,
     Version,
 )
+from deployments.api.overview_routes import OverviewEndpoints
 from deployments.api.pages import page
 from deployments.api.permissions import is_admin
 from deployments.api.request_reader import RequestReader, Target
@@ -74,13 +75,15 @@ class Endpoints:
         self._models = ModelEndpoints(directory)
         self._usage = UsageEndpoints(directory.access)
         self._adapters = AdapterEndpoints(directory, self._requests)
+        self._overview = OverviewEndpoints(directory, desk)
 
     def table(self) -> list[Route]:
         """Every route there is."""
         routes = self._routes_of_requests()
         limits = self._directory.platform.limits
         batches = BatchEndpoints(self._desk, limits, [route.path for route in routes])
-        return [*routes, *FileEndpoints(self._desk, limits).table(), *batches.table()]
+        files = FileEndpoints(self._desk, limits)
+        return [*routes, *files.table(), *batches.table(), *self._overview.table()]
 
     def _routes_of_requests(self) -> list[Route]:
         return [

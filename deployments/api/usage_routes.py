@@ -1,5 +1,7 @@
 """What API keys have used: `/v1/usage` for the key itself, `/rayline/usage` for administrators."""
 
+import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
 
@@ -13,7 +15,8 @@ from deployments.api.permissions import key_of, require_admin
 from deployments.api.route_table import Route
 from deployments.chat.errors import invalid
 from deployments.router.access import Access
-from deployments.usage.entries import UsageQuery, UsageRow
+from deployments.router.keys import ApiKey
+from deployments.usage.entries import Spent, UsageQuery, UsageRow
 
 _MAX_DAYS = 366
 
@@ -46,25 +49,31 @@ class Budget(BaseModel):
     renews_at: datetime
 
 
-class KeyUsage(BaseModel):
-    """What the key of this request has used and may use."""
+class KeyState(BaseModel):
+    """A key that is valid now, and what is left of its budgets."""
 
-    object: str = "usage"
     key: str
     role: Role
     models: list[str] | None
     """The models that it may use; null for all."""
     expires_at: datetime | None
-    today: PeriodUsage
-    this_month: PeriodUsage
     budgets: dict[str, Budget]
     """`tokens_per_day` and `tokens_per_month`, as far as the key has them."""
 
 
-class UsageLine(UsageSum):
-    """A day's use of a model by a key."""
+class KeyUsage(KeyState):
+    """What the key of this request has used and may use; where there are no keys, all requests without one."""
 
-    day: str
+    object: str = "usage"
+    today: PeriodUsage
+    this_month: PeriodUsage
+
+
+class UsageLine(UsageSum):
+    """A day's use of a model by a key, or that of all days of the report."""
+
+    day: str | None
+    """Null with `by=period`."""
     key: str
     model: str
 
@@ -77,6 +86,7 @@ class UsageReport(BaseModel):
     last_day: str
     data: list[UsageLine]
     total: UsageSum
+    keys: list[KeyState]
 
 
 class UsageEndpoints:
@@ -103,27 +113,18 @@ class UsageEndpoints:
         first = today.replace(day=1)
         name = key.name if key is not None else ""
         rows = await self._access.meter.rows(UsageQuery(first.isoformat(), today.isoformat(), name))
-        budgets = {}
         if key is not None and key.limits.has_budget:
             await self._access.meter.budgets.refresh(key.name)
-            for state in self._access.meter.budgets.states(key):
-                left = max(0, state.limit - state.used)
-                budgets[state.name] = Budget(limit=state.limit, used=state.used, left=left, renews_at=state.renews_at)
-        expires_at = datetime.fromtimestamp(key.expires_at, UTC) if key is not None and key.expires_at else None
+        state = self._state(key) if key is not None else _NO_KEY
         usage = KeyUsage(
-            key=name,
-            role=key.role if key is not None else Role.ADMIN,
-            models=sorted(key.models) if key is not None and key.models else None,
-            expires_at=expires_at,
-            today=_period(rows, today, today),
-            this_month=_period(rows, first, today),
-            budgets=budgets,
+            **state.model_dump(), today=_period(rows, today, today), this_month=_period(rows, first, today)
         )
         return json_response(usage.model_dump(mode="json"))
 
     async def everyone(self, request: Request) -> Response:
-        """Report what each key has used of each model, by day in UTC. The query's `from` and `to` are days, both
-        included, by default this month until today; `key` and `model` leave out all others."""
+        """Report what each key has used of each model, and has left of its budgets. The query's `from` and `to` are
+        days in UTC, both included, by default this month until today; `key` and `model` leave out all others; `by` is
+        `day`, or `period` for all days together."""
         require_admin(request)
         query = request.query_params
         today = self._today()
@@ -131,25 +132,73 @@ class UsageEndpoints:
         first = _day(query.get("from"), "from", min(today, last).replace(day=1))
         if not first <= last < first + timedelta(days=_MAX_DAYS):
             raise invalid(f"from: must be at most {_MAX_DAYS} days before `to`, and not after it", "from")
-        asked = UsageQuery(first.isoformat(), last.isoformat(), query.get("key"), query.get("model"))
+        by = query.get("by", "day")
+        if by not in ("day", "period"):
+            raise invalid("by: must be day or period", "by")
+        asked = UsageQuery(first.isoformat(), last.isoformat(), query.get("key"), query.get("model"), by == "day")
         rows = await self._access.meter.rows(asked)
-        places = sorted({(row.day, row.key, row.model) for row in rows})
-        by_place: dict[tuple[str, str, str], list[UsageRow]] = {place: [] for place in places}
-        for row in rows:
-            by_place[row.day, row.key, row.model].append(row)
-        report = UsageReport(
-            first_day=asked.first_day,
-            last_day=asked.last_day,
-            data=[
-                UsageLine(day=day, key=key, model=model, **_sum(some).model_dump())
-                for (day, key, model), some in by_place.items()
-            ],
-            total=_sum(rows),
+        keys = await self._states(query.get("key"), today)
+        # In a thread: keys, models and days can be many.
+        report = await asyncio.to_thread(lambda: _report(asked, rows, keys).model_dump_json())
+        return Response(report, media_type="application/json")
+
+    async def _states(self, name: str | None, today: date) -> list[KeyState]:
+        """What the keys are, or the one of this name, and what is left of their budgets."""
+        keys = [key for key in self._access.keys if name in (None, key.name)]
+        recorded: dict[str, Spent] = {}
+        if any(key.limits.has_budget for key in keys):
+            of_day, of_month = [
+                await self._tokens(UsageQuery(first.isoformat(), today.isoformat(), name, is_by_day=False))
+                for first in (today, today.replace(day=1))
+            ]
+            recorded = {key.name: Spent(today.isoformat(), of_day[key.name], of_month[key.name]) for key in keys}
+        return [self._state(key, recorded.get(key.name)) for key in keys]
+
+    async def _tokens(self, query: UsageQuery) -> Counter[str]:
+        """Tokens that count toward budgets, by key."""
+        tokens: Counter[str] = Counter()
+        for row in await self._access.meter.rows(query):
+            tokens[row.key] += row.prompt_tokens + row.output_tokens
+        return tokens
+
+    def _state(self, key: ApiKey, recorded: Spent | None = None) -> KeyState:
+        """A key and its budgets; see `Budgets.states`."""
+        budgets = {
+            state.name: Budget(
+                limit=state.limit, used=state.used, left=max(0, state.limit - state.used), renews_at=state.renews_at
+            )
+            for state in self._access.meter.budgets.states(key, recorded)
+        }
+        return KeyState(
+            key=key.name,
+            role=key.role,
+            models=sorted(key.models) or None,
+            expires_at=datetime.fromtimestamp(key.expires_at, UTC) if key.expires_at else None,
+            budgets=budgets,
         )
-        return json_response(report.model_dump(mode="json"))
 
     def _today(self) -> date:
         return datetime.fromtimestamp(self._access.clock(), UTC).date()
+
+
+_NO_KEY = KeyState(key="", role=Role.ADMIN, models=None, expires_at=None, budgets={})
+"""Whoever asks where there are no keys."""
+
+
+def _report(query: UsageQuery, rows: Sequence[UsageRow], keys: list[KeyState]) -> UsageReport:
+    by_place: dict[tuple[str, str, str], list[UsageRow]] = {}
+    for row in sorted(rows, key=lambda row: (row.day, row.key, row.model)):
+        by_place.setdefault((row.day, row.key, row.model), []).append(row)
+    return UsageReport(
+        first_day=query.first_day,
+        last_day=query.last_day,
+        data=[
+            UsageLine(day=day or None, key=key, model=model, **_sum(some).model_dump())
+            for (day, key, model), some in by_place.items()
+        ],
+        total=_sum(rows),
+        keys=keys,
+    )
 
 
 def _day(value: str | None, name: str, default: date) -> date:

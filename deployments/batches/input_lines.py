@@ -61,6 +61,13 @@ class InputLines:
 
     lines: list[InputLine] = field(default_factory=list)
     faults: list[LineFault] = field(default_factory=list)
+    models: set[str | None] = field(default_factory=set)
+    """The models that lines name; None stands for no name."""
+
+    @property
+    def only_model(self) -> str | None:
+        """The model that all lines name; None if they name several, or none."""
+        return next(iter(self.models)) if len(self.models) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,7 @@ def scan(
                 LineFault("too_many_lines", f"The file has more than {max_lines} lines; split it", number)
             )
             break
-        custom_id, fault = _check(line, number, url) if line is not None else ("", _too_long(max_bytes, number))
+        custom_id, model, fault = _check(line, number, url) if line is not None else _too_long(max_bytes, number)
         if fault is None:
             first = known.setdefault(custom_id, number)
             if first != number:
@@ -108,6 +115,7 @@ def scan(
                                   "own", number, "custom_id")  # fmt: skip
         if fault is None and line is not None:
             found.lines.append(InputLine(custom_id, start, start + len(line)))
+            found.models.add(model)
         elif fault is not None:
             found.faults.append(fault)
             if len(found.faults) == MAX_FAULTS:
@@ -117,8 +125,16 @@ def scan(
     return found
 
 
-def _too_long(max_bytes: int, number: int) -> LineFault | None:
-    return LineFault("line_too_long", f"The line is longer than {max_bytes} bytes", number)
+_Checked = tuple[str, str | None, LineFault | None]
+"""A line's `custom_id`, the model that it names, and what is wrong with it."""
+
+
+def _wrong(fault: LineFault) -> _Checked:
+    return "", None, fault
+
+
+def _too_long(max_bytes: int, number: int) -> _Checked:
+    return _wrong(LineFault("line_too_long", f"The line is longer than {max_bytes} bytes", number))
 
 
 def _split(read: Callable[[int, int], bytes], num_bytes: int, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
@@ -144,28 +160,28 @@ def _split(read: Callable[[int, int], bytes], num_bytes: int, max_bytes: int) ->
         yield start, rest
 
 
-def _check(line: bytes, number: int, url: str) -> tuple[str, LineFault | None]:
-    """A line's `custom_id`, and what is wrong with it."""
+def _check(line: bytes, number: int, url: str) -> _Checked:
+    """What a line says of itself, or what is wrong with it."""
     try:
         line.decode()
     except UnicodeDecodeError as error:
-        return "", LineFault("invalid_encoding", f"Byte {error.start + 1} of the line is not UTF-8", number)
+        return _wrong(LineFault("invalid_encoding", f"Byte {error.start + 1} of the line is not UTF-8", number))
     try:
         parsed = _decode_line(line)
         body = _decode_body(parsed.body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return "", _describe(line, number)
+        return _wrong(_describe(line, number))
     if not 1 <= len(parsed.custom_id) <= MAX_CUSTOM_ID_CHARS:
         message = f"custom_id: must have 1 to {MAX_CUSTOM_ID_CHARS} characters"
-        return "", LineFault("invalid_custom_id", message, number, "custom_id")
+        return _wrong(LineFault("invalid_custom_id", message, number, "custom_id"))
     if parsed.method != "POST":
-        return "", LineFault("invalid_method", "method: must be POST", number, "method")
+        return _wrong(LineFault("invalid_method", "method: must be POST", number, "method"))
     if parsed.url != url:
-        return "", LineFault("invalid_url", f"url: must be the batch's endpoint, {url}", number, "url")
+        return _wrong(LineFault("invalid_url", f"url: must be the batch's endpoint, {url}", number, "url"))
     if body.stream:
         message = "body.stream: must be false; batches are not streamed"
-        return "", LineFault("invalid_request", message, number, "body.stream")
-    return parsed.custom_id, None
+        return _wrong(LineFault("invalid_request", message, number, "body.stream"))
+    return parsed.custom_id, body.model, None
 
 
 def _describe(line: bytes, number: int) -> LineFault:

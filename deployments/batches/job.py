@@ -76,10 +76,12 @@ class BatchJob:
             return
         await self._desk.run(self._book.load)
         if self.state.in_progress_at is None:
-            await self._save(status=BatchStatus.IN_PROGRESS, in_progress_at=self._now(), num_lines=len(found.lines))
+            await self._save(status=BatchStatus.IN_PROGRESS, in_progress_at=self._now(), num_lines=len(found.lines),
+                             model=found.only_model)  # fmt: skip
         lines = LineRunner(self._desk, self._tools, self._batch, found.lines, self._book, self._note_results)
         ending = await lines.run()
-        await self._save(status=BatchStatus.FINALIZING, finalizing_at=self._now())
+        # The results, too: whoever kept the last ones may have died before it could say so.
+        await self._save(status=BatchStatus.FINALIZING, finalizing_at=self._now(), **self._kept())
         await self._desk.run(self._lease.renew)
         output, errors = await self._desk.run(
             lambda: assemble(self._desk.files, self._batch, found.lines, self._book, ending)
@@ -87,7 +89,8 @@ class BatchJob:
         if ending is BatchStatus.COMPLETED and await self._is_cancelled():
             ending = BatchStatus.CANCELLED
         await self._save(status=ending, output_file_id=output, error_file_id=errors, ended_at=self._now())
-        logger.info("%s is %s: %d lines completed, %d failed", self._batch.id, ending, *self._counts())
+        logger.info("%s is %s: %d lines completed, %d failed", self._batch.id, ending, self.state.num_completed,
+                    self.state.num_failed)  # fmt: skip
 
     def _scan(self) -> InputLines:
         batch = self._batch
@@ -101,10 +104,10 @@ class BatchJob:
 
     async def _note_results(self) -> None:
         """Results have been kept: note how many there are."""
-        completed, failed = self._counts()
-        self._on_results(completed - self.state.num_completed, failed - self.state.num_failed)
+        book, state = self._book, self.state
+        self._on_results(book.num_completed - state.num_completed, book.num_failed - state.num_failed)
         try:
-            await self._save(num_completed=completed, num_failed=failed)
+            await self._save(**self._kept())
         except BatchStoreAwayError:
             logger.warning("the counts of %s could not be saved; they will be with the next results", self._batch.id)
 
@@ -113,8 +116,10 @@ class BatchJob:
         await self._desk.run(lambda: self._desk.ledger.save(self._batch, state, self._lease.number))
         self.state = state
 
-    def _counts(self) -> tuple[int, int]:
-        return self._book.num_completed, self._book.num_failed
+    def _kept(self) -> dict[str, object]:
+        """What the state says of the results that have been kept."""
+        book = self._book
+        return {"num_completed": book.num_completed, "num_failed": book.num_failed, "usage": book.usage}
 
     def _now(self) -> int:
         return int(self._desk.clock())

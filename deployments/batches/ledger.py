@@ -153,6 +153,13 @@ class BatchLedger:
         found = (self.active(batch_id) for batch_id in self.active_ids())
         return [active for active in found if active is not None]
 
+    def unfinished(self, page: Page) -> tuple[list[Batch], bool]:
+        """A page of the unfinished batches of all keys, and whether there are more."""
+        ids = page.ids(self.active_ids())
+        entries = [self.active(batch_id) for batch_id in ids[: page.limit]]
+        found = [self.find(entry) for entry in entries if entry is not None]
+        return [batch for batch in found if batch is not None], len(ids) > page.limit
+
     def find(self, active: ActiveBatch) -> Batch | None:
         """An unfinished batch; None if it has no record, which is the case for a moment while it is made."""
         return self._find(active.owner, active.id)

@@ -12,6 +12,7 @@ from deployments.batches.calls import LineCalls
 from deployments.batches.desk import BatchDesk
 from deployments.batches.errors import BatchStoreAwayError
 from deployments.batches.input_lines import InputLine, LineRequest, request_of
+from deployments.batches.line_usage import usage_of
 from deployments.batches.pace import Pace
 from deployments.batches.records import BatchRecord, BatchStatus
 from deployments.batches.result_lines import answered, line_id
@@ -137,7 +138,7 @@ class LineRunner:
             return
         self._num_setbacks = 0
         text = answered(self._batch.id, index, self._lines[index].custom_id, answer)
-        self._fresh.append(Result(index, not answer.is_success, text))
+        self._fresh.append(Result(index, not answer.is_success, text, usage_of(answer.body)))
         self._num_fresh_bytes += len(text)
         if self._num_fresh_bytes > _FLUSH_BYTES:
             self._is_full.set()

@@ -6,6 +6,8 @@ from enum import StrEnum
 
 import msgspec
 
+from deployments.batches.line_usage import TokenUsage
+
 _FILE_ID = re.compile(r"file-[0-9a-f]{28}")
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{28}")
 
@@ -90,6 +92,10 @@ class BatchState(msgspec.Struct, frozen=True):
     num_lines: int = 0
     num_completed: int = 0
     num_failed: int = 0
+    usage: TokenUsage = TokenUsage()
+    """What lines with a result have used."""
+    model: str | None = None
+    """The model that all lines name; None if they name several, or none, and until they have been read."""
     faults: tuple[LineFault, ...] = ()
     output_file_id: str | None = None
     error_file_id: str | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from deployments.batches.line_usage import TokenUsage
 from deployments.batches.store import ByteRange, Store
 
 _AT_ONCE_BYTES, _AT_ONCE_LINES = 8 << 20, 256
@@ -25,11 +26,13 @@ class Result:
         line: its index in the file, from 0.
         is_error: it belongs in the file of errors.
         text: the line for the file of results, without a line break.
+        usage: its tokens.
     """
 
     line: int
     is_error: bool
     text: bytes
+    usage: TokenUsage
 
 
 class _Entry(msgspec.Struct, array_like=True, frozen=True):
@@ -38,6 +41,7 @@ class _Entry(msgspec.Struct, array_like=True, frozen=True):
     line: int
     is_error: bool
     num_bytes: int
+    usage: TokenUsage = TokenUsage()
 
 
 _encode = msgspec.json.encode
@@ -70,6 +74,8 @@ class ResultBook:
         self._kept: dict[int, _Kept] = {}
         self.num_failed = 0
         """Results that are errors."""
+        self.usage = TokenUsage()
+        """Tokens of all results."""
 
     @property
     def num_completed(self) -> int:
@@ -95,7 +101,7 @@ class ResultBook:
     def _add(self, results: Sequence[Result]) -> None:
         if not results:
             return
-        entries = [_Entry(result.line, result.is_error, len(result.text)) for result in results]
+        entries = [_Entry(result.line, result.is_error, len(result.text), result.usage) for result in results]
         head = _encode(entries)
         self._num_parts += 1
         name = f"{self._lease_number:08d}-{self._num_parts:08d}"
@@ -130,4 +136,5 @@ class ResultBook:
             if entry.line not in self._kept:
                 self._kept[entry.line] = _Kept(entry.is_error, place)
                 self.num_failed += entry.is_error
+                self.usage = self.usage.plus(entry.usage)
             start += entry.num_bytes

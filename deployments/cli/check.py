@@ -142,6 +142,14 @@ def _what_fits(app: ServedModelConfig, model: ModelConfig, share: GPUShare, size
     return f"too small; {enough.num_gpus} of them hold it: engine.tensor_parallel_size: {enough.num_gpus}"
 
 
+def _adapters(app: ServedModelConfig) -> str:
+    """How many adapters requests may choose, as far as the file says, and how many fit on the device."""
+    if not app.may_have_adapters:
+        return "no adapters, adapter_folder or adapter_roots given"
+    num_named = f"{len(app.adapters)} named here; " if app.adapters else ""
+    return f"{num_named}{app.engine.max_adapters} at once on the device, of rank {app.engine.max_adapter_rank} at most"
+
+
 def _checklist(app: ServedModelConfig, model: ModelConfig) -> Table:
     """The inference checklist, ticked for this model."""
     group = model.num_heads // model.kv_heads
@@ -160,6 +168,7 @@ def _checklist(app: ServedModelConfig, model: ModelConfig) -> Table:
         ),
         (app.dtype != "float32", "16-bit numbers", "on a GPU" if app.dtype == "auto" else str(app.dtype)),
         (app.lora is not None, "LoRA merged", str(app.lora) if app.lora else "no adapter given"),
+        (app.may_have_adapters, "LoRA by request", _adapters(app)),
     ]
     for is_on, name, what in rows:
         table.add_row("  [green]✓[/]" if is_on else "  [dim]-[/]", name, f"[dim]{what}[/]")

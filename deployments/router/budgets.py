@@ -130,11 +130,18 @@ class Budgets:
         )
         return Refusal(QUOTA, message, wait_s, code=QUOTA)
 
-    def states(self, key: ApiKey) -> list[BudgetState]:
-        """Every budget of a key, as far as this router knows."""
+    def states(self, key: ApiKey, recorded: Spent | None = None) -> list[BudgetState]:
+        """Every budget of a key, as far as this router knows.
+
+        Args:
+            key: the key.
+            recorded: what the record has just said of it; None for what the ledger last said, which includes what other
+                routers' requests have used that are not recorded yet.
+        """
         now = moment(self._clock())
         today = day_of(now)
-        spent = self.pending.added_to(self._spent.get(key.name, Spent(today)).on(today), key.name)
+        known = recorded or self._spent.get(key.name, Spent(today))
+        spent = self.pending.added_to(known.on(today), key.name)
         midnight = datetime.combine(now.date(), datetime.min.time(), UTC)
         next_month = (midnight.replace(day=1) + timedelta(days=32)).replace(day=1)
         budgets = (

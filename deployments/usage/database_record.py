@@ -11,7 +11,7 @@ from deployments.usage.sums import Sums
 from llm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine, Table
+    from sqlalchemy import Connection, Engine, Select, Table
 
 logger = logging.getLogger("ray.serve")
 
@@ -69,14 +69,18 @@ class DatabaseRecord:
         import sqlalchemy as sa
 
         days = self._days.c
-        asked = sa.select(self._days).where(days.day.between(query.first_day, query.last_day))
+        asked: Select[Any] = sa.select(self._days)
+        if not query.is_by_day:
+            places = [days[name] for name in _PLACES]
+            asked = sa.select(sa.literal(""), *places, *(sa.func.sum(days[name]) for name in _SUMS)).group_by(*places)
+        asked = asked.where(days.day.between(query.first_day, query.last_day))
         if query.key is not None:
             asked = asked.where(days.key == query.key)
         if query.model is not None:
             asked = asked.where(days.model == query.model)
         with self._transaction() as connection:
             return sorted(
-                (UsageRow(*row) for row in connection.execute(asked)),
+                (UsageRow(*row[:4], *map(int, row[4:])) for row in connection.execute(asked)),
                 key=lambda row: (row.day, row.key, row.model, row.refusal),
             )
 

@@ -62,10 +62,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UsageRow(msgspec.Struct, frozen=True, array_like=True):
-    """A day's use of a model by a key.
+    """A day's use of a model by a key, or that of several days.
 
     Attributes:
-        day: as in `Entry.day`.
+        day: as in `Entry.day`; "" for all days of a query together.
         refusal: "" for requests that began; otherwise the row counts refused ones, and this says why.
     """
 
@@ -86,6 +86,8 @@ class UsageQuery(msgspec.Struct, frozen=True, array_like=True):
     last_day: str
     key: str | None = None
     model: str | None = None
+    is_by_day: bool = True
+    """False to count all days together."""
 
 
 class Spent(msgspec.Struct, frozen=True, array_like=True):

@@ -1,17 +1,19 @@
 """`Sums`: what was used by day, key, model and kind of refusal, in memory."""
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 
 from deployments.usage.entries import Entry, Spent, UsageQuery, UsageRow
 
-_Place = tuple[str, str, str, str]
+_Place = tuple[str, str, str]
+"""Key, model and kind of refusal."""
 
 
 class Sums:
     """Adds up entries, each once however often it comes: a writer's entries come in order."""
 
     def __init__(self) -> None:
-        self._rows: dict[_Place, list[int]] = {}
+        self._days: dict[str, dict[_Place, list[int]]] = {}
         self._last: dict[str, int] = {}
         self._tokens: dict[tuple[str, str], dict[str, int]] = {}
 
@@ -27,7 +29,7 @@ class Sums:
 
     def count(self, entry: Entry) -> None:
         """Add an entry that certainly is new."""
-        row = self._rows.setdefault((entry.day, entry.key, entry.model, entry.refusal), [0, 0, 0, 0])
+        row = self._days.setdefault(entry.day, {}).setdefault((entry.key, entry.model, entry.refusal), [0, 0, 0, 0])
         row[0] += entry.num_requests
         row[1] += entry.prompt_tokens
         row[2] += entry.cached_tokens
@@ -37,7 +39,14 @@ class Sums:
 
     def rows(self, query: UsageQuery | None = None) -> list[UsageRow]:
         """What a query asks for, sorted; everything without one."""
-        return [UsageRow(*place, *self._rows[place]) for place in sorted(self._rows) if _is_asked(place, query)]
+        days = {
+            day: {place: row for place, row in rows.items() if _is_asked(place, query)}
+            for day, rows in self._days.items()
+            if query is None or query.first_day <= day <= query.last_day
+        }
+        if query is not None and not query.is_by_day:
+            days = {"": _together(days.values())}
+        return [UsageRow(day, *place, *row) for day in sorted(days) for place, row in sorted(days[day].items())]
 
     def spent(self, keys: Iterable[str], today: str) -> dict[str, Spent]:
         """What these keys have used of their budgets."""
@@ -50,7 +59,14 @@ class Sums:
 
 
 def _is_asked(place: _Place, query: UsageQuery | None) -> bool:
-    if query is None:
-        return True
-    day, key, model, _ = place
-    return query.first_day <= day <= query.last_day and query.key in (None, key) and query.model in (None, model)
+    key, model, _ = place
+    return query is None or (query.key in (None, key) and query.model in (None, model))
+
+
+def _together(days: Iterable[Mapping[_Place, list[int]]]) -> dict[_Place, list[int]]:
+    sums: dict[_Place, list[int]] = {}
+    for rows in days:
+        for place, row in rows.items():
+            known = sums.setdefault(place, [0, 0, 0, 0])
+            known[:] = map(operator.add, known, row)
+    return sums

@@ -1,9 +1,16 @@
 """A fleet that has everything the page can show: what `/rayline/events` would send of it."""
 
+import itertools
 import json
 import math
 import time
 from typing import Any
+
+from deployments.api.openai.batches import batch_object
+from deployments.api.overview_routes import AdapterStates, OwnedBatches
+from deployments.api.usage_routes import KeyUsage, UsageReport
+from deployments.batches.line_usage import TokenUsage
+from deployments.batches.records import Batch, BatchRecord, BatchState, BatchStatus, LineFault
 
 GIB = 1 << 30
 
@@ -47,12 +54,15 @@ def state() -> dict[str, Any]:
         "num_refused": 4,
         "num_resumes": 7,
         "num_moves": 2,
+        "num_adapters": 70,
+        "adapter_faults": {},
     }
     engine = {"device": "cuda:0", "dtype": "bfloat16", "backend": "kernels", "max_seq_len": 131_072, "num_slots": 1}
     return {
         "at": now,
         "router_id": "k3x9q2pz",
         "router": {**totals, "num_live": 200},
+        "batches": {"num_unfinished": 2},
         "models": [
             {
                 "name": "meta-llama/Llama-3.3-70B-Instruct",
@@ -109,6 +119,72 @@ def state() -> dict[str, Any]:
             "latency": {"60": latency(1), "900": latency(2)},
         },
     }  # fmt: skip
+
+
+def usage(num_keys: int) -> dict[str, Any]:
+    """What `/rayline/usage?by=period` answers: two models by each key, some refusals, and requests without a key."""
+    lines = [
+        {"day": None, "key": f"team-{n:03}", "model": model, "requests": n, "prompt_tokens": 1000 * n,
+         "cached_tokens": 400 * n, "output_tokens": 100 * n + place, "refusals": {}}
+        for n in range(num_keys) for place, model in enumerate(("chat", "embed:v2"))
+    ]  # fmt: skip
+    refusals = {"rate_limit_exceeded": 31, "insufficient_quota": 4}
+    lines.append({"day": None, "key": "", "model": "", "requests": 0, "refusals": refusals})
+    renews = {"tokens_per_day": "2030-02-01T00:00:00Z", "tokens_per_month": "2030-03-01T00:00:00Z"}
+    keys = [
+        {"key": f"team-{n:03}", "role": "admin" if n == 0 else "user", "models": None,
+         "expires_at": "2030-01-31T00:00:00Z" if n % 2 else None,
+         "budgets": {name: {"limit": 1000, "used": 2 * n, "left": max(0, 1000 - 2 * n), "renews_at": at}
+                     for name, at in renews.items() if n}}
+        for n in range(num_keys)
+    ]  # fmt: skip
+    total = {
+        "requests": 1234,
+        "prompt_tokens": 5_000_000,
+        "cached_tokens": 7,
+        "output_tokens": 99,
+        "refusals": refusals,
+    }
+    report = {"first_day": "2030-01-01", "last_day": "2030-01-31", "data": lines,
+              "total": {**total, "refusals": refusals}, "keys": keys}  # fmt: skip
+    return UsageReport.model_validate(report).model_dump(mode="json")
+
+
+def own_usage(role: str = "admin") -> dict[str, Any]:
+    """What `/v1/usage` answers."""
+    used = {"requests": 12, "prompt_tokens": 3400, "cached_tokens": 1200, "output_tokens": 560}
+    chat = {**used, "refusals": {"insufficient_quota": 3}}
+    days = {"first_day": "2030-01-01", "last_day": "2030-01-31", "models": {"chat": chat, "embed:v2": used}}
+    day = {"limit": 10_000, "used": 7_500, "left": 2_500, "renews_at": "2030-02-01T00:00:00Z"}
+    found = {
+        "key": "team-000", "role": role, "models": None, "expires_at": None, "budgets": {"tokens_per_day": day},
+        "today": {**chat, **days}, "this_month": {**chat, **days, "requests": 40_000},
+    }  # fmt: skip
+    return KeyUsage.model_validate(found).model_dump(mode="json")
+
+
+def batches(*keys: str) -> dict[str, Any]:
+    """A batch of each of these keys, in another state each."""
+    now = int(time.time())
+    found = []
+    for n, (key, status) in enumerate(zip(keys, itertools.cycle(("in_progress", "completed", "failed", "validating")))):
+        record = BatchRecord(f"batch_{n:028}", key, "/v1/responses", "file-x", 1, "24h", now - n, now + 86_400)
+        faults = (LineFault("invalid_json_line", "The line is not valid JSON", 3),) if status == "failed" else ()
+        state = BatchState(BatchStatus(status), 1000, 370, 5, TokenUsage(1_000_000, 10, 2345), "chat", faults)
+        found.append({"key": key, **batch_object(Batch(record, state))})
+    return OwnedBatches.model_validate({"data": found, "has_more": False}).model_dump(mode="json")
+
+
+def adapters(num: int) -> dict[str, Any]:
+    """What `/rayline/adapters` answers: adapters of the first model, of which every third is held."""
+    found = [
+        {"name": f"adapter-{n}", "model": "meta-llama/Llama-3.3-70B-Instruct", "created": 1_800_000_000 + n,
+         "source": ("configured", "folder")[n % 2], "path": f"/srv/adapters/{n}/" + 40 * "x",
+         "held_by": ["a81kfj20"] * (n % 3 == 0)}
+        for n in range(num)
+    ]  # fmt: skip
+    faults = {"broken": "/srv/adapters/broken/adapter_model.safetensors cannot be read"}
+    return AdapterStates.model_validate({"data": found, "faults": faults}).model_dump(mode="json")
 
 
 def events() -> str:

@@ -2,25 +2,28 @@
 
 import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 from accessibility import serious_faults
-from fleet_sample import events
+from fleet_sample import adapters, batches, events, own_usage, usage
 from live_server import Server
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 pytestmark = pytest.mark.timeout(240)
 
-PARTS = "#totals, #latency, #charts, #models, #departures, #events"
+PARTS = "#totals, #latency, #charts, #models, #faults, #batches, #usage, #departures, #events"
 
 
 def open_sample(page: Page, server: Server) -> None:
+    """Open the page with the sample; what it asks for besides is answered by routes that a test has set before."""
     page.route("**/rayline/events", lambda route: route.fulfill(body=events(), content_type="text/event-stream"))
     page.goto(f"{server.url}/fleet")
     expect(page.locator(".replica")).to_have_count(5)
 
 
 def test_it_says_what_there_is_to_know(page: Page, server: Server):
+    route_overview(page, "admin", num_keys=3)
     open_sample(page, server)
     first, second, asleep = page.locator(".model").all()
     expect(first.get_by_role("heading", level=2)).to_have_text("meta-llama/Llama-3.3-70B-Instruct")
@@ -70,7 +73,11 @@ def test_it_says_what_there_is_to_know(page: Page, server: Server):
 def test_layout_and_accessibility(page: Page, server: Server, width: int, height: int):
     """The parts lie below each other and within the window, nothing sticks out of its box, cards do not overlap."""
     page.set_viewport_size({"width": width, "height": height})
+    route_overview(page, "admin", num_keys=12)
     open_sample(page, server)
+    expect(page.locator("#usage tbody tr")).to_have_count(25 + 12)
+    expect(page.locator("#batches tbody tr")).to_have_count(4)
+    page.locator(".model summary").click()
     for theme in ("light", "dark"):
         if page.evaluate("document.documentElement.dataset.theme") != theme:
             page.get_by_role("button", name="Dark or light").click()
@@ -104,7 +111,98 @@ OVERLAPPING = """() => {
     return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) =>
         a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1)).map(String);
 }"""
-SMALL_TARGETS = """() => [...document.querySelectorAll("button, a")].filter((node) => {
+SMALL_TARGETS = """() => [...document.querySelectorAll("button, a, select, input, summary")].filter((node) => {
+    if (!node.checkVisibility()) return false;
     const { width, height } = node.getBoundingClientRect();
     return width < 40 || height < 40;
 }).map((node) => node.outerHTML)"""
+
+
+def route_overview(page: Page, role: str, num_keys: int = 500) -> list[str]:
+    """Answer what the page asks besides its events; returns the paths that it asks, as it does."""
+    asked: list[str] = []
+    answers = {
+        "**/v1/usage": own_usage(role),
+        "**/rayline/usage?*": usage(num_keys),
+        "**/v1/batches?*": batches("team-000", "team-000"),
+        "**/rayline/batches?*": batches(*(f"team-{n:03}" for n in range(4))),
+        "**/rayline/adapters": adapters(70),
+    }
+
+    def answering(answer: dict) -> Callable[[Route], None]:
+        def fulfill(route: Route) -> None:
+            asked.append(route.request.url.removeprefix("http://").partition("/")[2])
+            route.fulfill(json=answer)
+
+        return fulfill
+
+    for pattern, answer in answers.items():
+        page.route(pattern, answering(answer))
+    return asked
+
+
+def first_cells(table: Locator) -> list[str]:
+    return table.locator("tbody th").all_inner_texts()
+
+
+def test_administrators_see_usage_budgets_batches_and_adapters(page: Page, server: Server):
+    """500 keys with two models each, 70 adapters: sorted, bounded, filtered, and by keyboard."""
+    asked = route_overview(page, "admin")
+    open_sample(page, server)
+    used, keys, jobs = (
+        page.get_by_role("region", name=name)
+        for name in ("By key and model", "Keys and budgets", "Yours, and for administrators")
+    )
+    expect(used.locator("tbody tr")).to_have_count(50)
+    expect(page.locator("#used")).to_contain_text("1,234 requests, 5,000,000 prompt tokens (7 from the prefix cache)")
+    expect(used.locator("tbody tr").first).to_have_text("team-499embed:v2499499,000199,60049,9010")
+    expect(page.locator("#usage-rows .note")).to_have_text("50 of 1,001 rows")
+    page.locator("#usage-rows").get_by_role("button", name="Show 50 more").click()
+    expect(used.locator("tbody tr")).to_have_count(100)
+    used.get_by_role("button", name="Refused").focus()
+    page.keyboard.press("Enter")
+    expect(used.locator("tbody tr").first).to_have_text("nonenone000035rate_limit_exceeded 31insufficient_quota 4")
+    used.get_by_role("button", name="Key").press("Enter")
+    expect(used.get_by_role("columnheader", name="Key")).to_have_attribute("aria-sort", "ascending")
+    assert first_cells(used)[:3] == ["none", "team-000", "team-000"]
+    page.get_by_label("Filter: By key and model").fill("EMBED 49")
+    expect(used.locator("tbody tr")).to_have_count(15)  # 49, 149, … 449 and 490 to 499
+    expect(keys.locator("tbody tr").first).to_contain_text("team-499user2 of 1,000 left")
+    expect(keys.locator("tbody tr").first.locator(".meter").first).to_have_attribute("aria-label", "100 % used")
+    page.get_by_label("Filter: Keys and budgets").fill("admin")
+    expect(keys.locator("tbody tr")).to_have_text(["team-000adminno limitno limitnever"])
+    expect(jobs.locator("tbody tr")).to_have_count(4)
+    expect(jobs.locator("tbody tr").nth(0)).to_contain_text("team-000chatin progress370 of 1,000, 5 failed1,002,345")
+    expect(jobs.locator("tbody tr").nth(2)).to_contain_text("1 fault in its file")
+    model = page.locator(".model").first
+    expect(model.locator("summary")).to_have_text("70 adapters, 24 held by replicas")
+    model.locator("summary").press("Enter")
+    expect(model.locator("details tbody tr")).to_have_count(50)
+    expect(model.locator("details tbody tr").first).to_contain_text("adapter-01 replicaconfiguration/srv/adapters/0/x")
+    expect(page.locator(".model details")).to_have_count(1)
+    expect(page.locator("#faults li")).to_contain_text("broken /srv/adapters/broken/adapter_model.safetensors cannot")
+    page.get_by_label("Period of the usage").select_option("today")
+    expect(page.locator("#used")).to_have_text(re.compile(r"^\d{4}-\d\d-\d\d in UTC"))
+    day = page.locator("#used").inner_text()[:10]
+    assert [path for path in asked if path.startswith("rayline/usage")][
+        -1
+    ] == f"rayline/usage?by=period&from={day}&to={day}"
+
+
+def test_users_see_their_own_batches_alone(page: Page, server: Server):
+    """And ask for nothing that they would be refused, which would stand in the browser's log."""
+    asked = route_overview(page, "user")
+    open_sample(page, server)
+    expect(page.locator("#batches tbody tr")).to_have_count(2)
+    expect(page.locator("#usage")).to_be_hidden()
+    assert set(asked) == {"v1/usage", "v1/batches?limit=20"}
+
+
+def test_usage_where_there_are_no_keys(page: Page, server: Server):
+    """The real server, which keeps no batches: what was used without a key, and nothing else."""
+    assert server.ask() == "42"
+    page.goto(f"{server.url}/fleet")
+    row = page.get_by_role("region", name="By key and model").locator("tbody tr")
+    expect(row).to_have_text(re.compile(r"^nonedemo[\d,]+"))
+    for hidden in ("#key-rows", "#batches", "#faults"):
+        expect(page.locator(hidden)).to_be_hidden()

@@ -79,6 +79,9 @@ def test_a_batch_survives_a_router_and_a_replica(fleet: Fleet, tmp_path: Path):
     ended = client.batches.retrieve(batch.id)
     assert ended.request_counts is not None
     assert ended.request_counts.model_dump() == {"total": NUM_LINES, "completed": NUM_LINES, "failed": 0}
+    assert ended.usage is not None
+    assert ended.usage.output_tokens == 24 * NUM_LINES, "each line counts once, though some ran twice"
+    assert ended.model == "demo"
     assert ended.output_file_id is not None
     answers = [json.loads(text) for text in client.files.content(ended.output_file_id).text.splitlines()]
     assert [answer["custom_id"] for answer in answers] == [f"id-{n}" for n in range(NUM_LINES)]

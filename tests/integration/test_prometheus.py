@@ -14,12 +14,12 @@ from live_server import APP_NAME, ROOT, Server, free_port, wait_until_ready
 DEPLOY = ROOT / "deploy"
 needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus: apt-get install")
 
-MAY_BE_EMPTY = {"Prefix-hit rate", "Time per output token"}
-"""Panels whose quotient has no value while nothing happens."""
+MAY_BE_EMPTY = {"Prefix-hit rate", "Time per output token", "Requests/s by adapter: the ten largest"}
+"""Panels whose quotient has no value while nothing happens, and the one of adapters, of which this fleet has none."""
 
 
 @pytest.fixture(scope="module")
-def fleet(server: Server) -> Iterator[Server]:
+def fleet(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two routers behind Serve's proxy, which sends each scrape to either, and two engines that make letters."""
     from ray import serve
 
@@ -33,6 +33,7 @@ def fleet(server: Server) -> Iterator[Server]:
             "emulation": {"tokens_per_s": 500},
             "replicas": {"num_replicas": 2, "graceful_shutdown_timeout_s": 1},
             "router": {"num_replicas": 2, "graceful_shutdown_timeout_s": 1},
+            "batches": {"store": str(tmp_path_factory.mktemp("batches"))},
         }
     )
     name = f"{APP_NAME}-prometheus"
@@ -95,6 +96,7 @@ def say_something(fleet: Server) -> None:
 @needs_prometheus
 def test_prometheus_scrapes_two_routers_and_the_board_has_data(fleet: Server, prometheus: httpx.Client):
     fleet.wait_for(lambda: value(prometheus, 'up{job="rayline"}') == 1, 30, "nothing is scraped")
+    assert fleet.http.post("/v1/completions", json={"model": "nobody", "prompt": "abc"}).status_code == 404
     before = value(prometheus, "sum(rayline:requests_total)")
     num_scrapes, num_requests = value(prometheus, "count_over_time(up[5m])"), 0
     while value(prometheus, "count_over_time(up[5m])") < num_scrapes + 8:
@@ -111,7 +113,9 @@ def test_prometheus_scrapes_two_routers_and_the_board_has_data(fleet: Server, pr
     assert {"vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket", "rayline:moves_total"} <= {*names}
     fallen = [name for name in names if value(prometheus, f"sum(resets({name}[5m]))") > 0]
     assert fallen == []
-    assert value(prometheus, f"count(count_over_time(vllm:generation_tokens_total[5m]) >= {num_scrapes + 8})") == 2
+    # On a busy machine a scrape may take longer than it is given; each of the others had every series.
+    complete = "count_over_time(vllm:generation_tokens_total[5m]) >= on () group_left () sum_over_time(up[5m])"
+    assert value(prometheus, f"count({complete})") == 2
     board = json.loads((DEPLOY / "grafana" / "dashboards" / "rayline.json").read_text())
     assert len(board["panels"]) > 10
     for panel in board["panels"]:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from deployments.api.openai.files import ExpiresAfter
 from deployments.api.openai.responses import ResponseModel
+from deployments.batches.line_usage import TokenUsage
 from deployments.batches.records import Batch, BatchStatus
 from deployments.chat.wire_model import RequestBody
 
@@ -53,12 +54,37 @@ class RequestCounts(ResponseModel):
     failed: int
 
 
+class BatchInputDetails(ResponseModel):
+    """Of the input tokens."""
+
+    cached_tokens: int
+    """From the prefix cache."""
+
+
+class BatchOutputDetails(ResponseModel):
+    """Of the output tokens."""
+
+    reasoning_tokens: int
+
+
+class BatchUsage(ResponseModel):
+    """Tokens of the lines that have a result, as their answers say."""
+
+    input_tokens: int
+    input_tokens_details: BatchInputDetails
+    output_tokens: int
+    output_tokens_details: BatchOutputDetails
+    total_tokens: int
+
+
 class BatchObject(ResponseModel):
     """A batch; times in seconds since 1970."""
 
     id: str
     object: Literal["batch"]
     endpoint: str
+    model: str | None
+    """The model that all lines name; None if they name several, and until they have been read."""
     errors: BatchFaults | None
     input_file_id: str
     completion_window: str
@@ -79,6 +105,7 @@ class BatchObject(ResponseModel):
     cancelling_at: int | None
     cancelled_at: int | None
     request_counts: RequestCounts
+    usage: BatchUsage
     metadata: dict[str, str] | None
 
 
@@ -101,7 +128,7 @@ def batch_object(batch: Batch) -> dict[str, Any]:
         for fault in state.faults
     ]
     return {
-        "id": record.id, "object": "batch", "endpoint": record.endpoint,
+        "id": record.id, "object": "batch", "endpoint": record.endpoint, "model": state.model,
         "errors": {"object": "list", "data": faults} if faults else None,
         "input_file_id": record.input_file_id, "completion_window": record.completion_window, "status": batch.status,
         "output_file_id": state.output_file_id, "error_file_id": state.error_file_id,
@@ -110,5 +137,16 @@ def batch_object(batch: Batch) -> dict[str, Any]:
         "failed_at": ended[BatchStatus.FAILED], "expired_at": ended[BatchStatus.EXPIRED],
         "cancelling_at": batch.cancelling_at, "cancelled_at": ended[BatchStatus.CANCELLED],
         "request_counts": {"total": state.num_lines, "completed": state.num_completed, "failed": state.num_failed},
-        "metadata": record.metadata,
+        "usage": _usage(state.usage), "metadata": record.metadata,
     }  # fmt: skip
+
+
+def _usage(usage: TokenUsage) -> dict[str, Any]:
+    """Tokens, as `BatchUsage` describes them."""
+    return {
+        "input_tokens": usage.input_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }

@@ -138,10 +138,35 @@ async def test_a_report_has_what_it_is_asked_for(make):
     assert await report("?from=2030-01-31&key=team") == [first, second]
     assert await report("?from=2030-01-01&to=2030-01-31") == [first]
     assert await report("?to=2030-01-31") == [first]
+    assert await report("?from=2030-01-31&by=period") == [(None, "boss"), (None, "team")]
     assert await report("?model=other") == []
-    for wrong in ("?from=yesterday", "?from=2030-02-02", "?from=2028-01-01", "?to=2030-13-01", "?from=0001-01-01"):
+    for wrong in ("?from=yesterday", "?from=2030-02-02", "?from=2028-01-01", "?to=2030-13-01", "?from=0001-01-01",
+                  "?by=key"):  # fmt: skip
         answer = await get(service, f"/rayline/usage{wrong}", "boss")
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error"), wrong
+
+
+async def test_a_report_says_what_each_key_has_left(make):
+    """As the key itself is told, and without asking the ledger about each."""
+    clock = FakeClock()
+    boss = api_key("boss", role=Role.ADMIN, models=("demo",), expires_at=EVENING + timedelta(days=9))
+    service = await make(boss, api_key("team", tokens_per_day=40, tokens_per_month=100), api_key("free"), clock=clock)
+    await ask(service, "team")
+    clock.at += timedelta(days=-1)
+    await ask(service, "team")
+    clock.at += timedelta(days=1)
+    report = (await get(service, "/rayline/usage?by=period", "boss")).json()
+    told = {key["key"]: key for key in report["keys"]}
+    assert list(told) == ["boss", "team", "free"]
+    assert told["team"]["budgets"] == (await get(service, "/v1/usage", "team")).json()["budgets"]
+    day, month = told["team"]["budgets"]["tokens_per_day"], told["team"]["budgets"]["tokens_per_month"]
+    assert (day["used"], day["left"], month["used"], month["left"]) == (15, 25, 30, 70)
+    assert (told["boss"]["role"], told["boss"]["models"], told["boss"]["budgets"]) == ("admin", ["demo"], {})
+    assert told["boss"]["expires_at"] == "2030-02-09T22:00:00Z"
+    assert report["data"][0]["requests"] == 2
+    one = (await get(service, "/rayline/usage?key=team&model=none", "boss")).json()
+    assert ([key["key"] for key in one["keys"]], one["data"]) == (["team"], [])
+    assert one["keys"][0]["budgets"] == told["team"]["budgets"]
 
 
 async def test_without_keys_everyone_is_an_administrator(make):
@@ -149,6 +174,7 @@ async def test_without_keys_everyone_is_an_administrator(make):
     await ask(service, "whatever")
     report = (await get(service, "/rayline/usage", "")).json()
     assert [(line["key"], line["output_tokens"]) for line in report["data"]] == [("", 5)]
+    assert report["keys"] == []
     assert (await get(service, "/v1/usage", "")).json()["today"]["requests"] == 1
     request = Request({"type": "http", "headers": []})
     require_admin(request)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,29 @@ async def test_models_are_listed_with_their_adapters(service: Service, tmp_path:
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
     assert (await service.http.get("/v1/models/three")).status_code == 404
+
+
+async def test_administrators_see_which_replicas_hold_an_adapter(service: Service, tmp_path: Path):
+    (tmp_path / "folder" / "broken").mkdir()
+    (tmp_path / "folder" / "broken" / "adapter_config.json").write_text("{}")
+    await text(service, "one")
+
+    async def report_once(is_so: Callable[[dict], bool]) -> dict:
+        async with asyncio.timeout(60):
+            while not is_so(report := (await service.http.get("/rayline/adapters")).json()):
+                await asyncio.sleep(0.01)
+        return report
+
+    report = await report_once(lambda report: bool(report["data"][0]["held_by"] and report["faults"]))
+    one, two = report["data"]
+    assert (one["name"], one["model"], one["source"], one["path"]) == (
+        "one", "demo", "configured", str(tmp_path / "fixed"),
+    )  # fmt: skip
+    assert one["held_by"] in (["replica-0"], ["replica-1"])
+    assert (two["name"], two["source"], two["held_by"]) == ("two", "folder", [])
+    assert list(report["faults"]) == ["broken"]
+    service.client.kill(int(one["held_by"][0][-1]))
+    await report_once(lambda report: report["data"][0]["held_by"] == [])
 
 
 async def test_streams_of_several_adapters_survive_a_replica(service: Service):

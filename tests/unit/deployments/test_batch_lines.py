@@ -8,6 +8,7 @@ from hypothesis import given, strategies
 
 from deployments.batches import input_lines
 from deployments.batches.input_lines import MAX_FAULTS, InputLines, request_of, scan
+from deployments.batches.line_usage import TokenUsage, usage_of
 
 URL = "/v1/completions"
 
@@ -30,7 +31,38 @@ def test_lines_are_found_in_order_whatever_ends_them():
     for entry in found.lines:
         request = request_of(data[entry.start : entry.end])
         assert json.loads(request.body) == {"prompt": "x"}
+    assert found.only_model is None
     assert scanned(line("a")).lines == [input_lines.InputLine("a", 0, len(line("a")))]
+
+
+def test_the_model_of_a_batch_is_the_one_that_all_its_lines_name():
+    one, other, none = {"model": "one"}, {"model": "other"}, {"prompt": "x"}
+
+    def only(*bodies: dict) -> str | None:
+        return scanned(b"\n".join(line(str(n), body=body) for n, body in enumerate(bodies))).only_model
+
+    assert only(one, one) == "one"
+    assert only(one, other) is only(one, none) is only(none, none) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "usage"),
+    [
+        ({"usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12,
+                    "prompt_tokens_details": {"cached_tokens": 4},
+                    "completion_tokens_details": {"reasoning_tokens": 3}}}, (7, 4, 5, 3)),
+        ({"usage": {"input_tokens": 7, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 4, "other": 1},
+                    "output_tokens_details": {"reasoning_tokens": 3}}}, (7, 4, 5, 3)),
+        ({"usage": {"prompt_tokens": 7, "total_tokens": 7}}, (7, 0, 0, 0)),
+        ({"usage": None}, (0, 0, 0, 0)),
+        ({"error": {"message": "no"}}, (0, 0, 0, 0)),
+        ({"usage": {"prompt_tokens": "many"}}, (0, 0, 0, 0)),
+        ("not an object", (0, 0, 0, 0)),
+    ],
+)  # fmt: skip
+def test_usage_is_what_an_answer_says(body: Any, usage: tuple[int, ...]):
+    assert usage_of(json.dumps(body).encode()) == TokenUsage(*usage)
+    assert usage_of(b"\xff{") == TokenUsage()
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from deployments.batches.calls import LineAnswer
 from deployments.batches.desk import BatchDesk
 from deployments.batches.errors import BatchRefusedError, RefusalKind
+from deployments.batches.line_usage import TokenUsage
 from deployments.batches.open_store import open_store
 from deployments.batches.records import Batch, BatchStatus
+from deployments.batches.results import Result, ResultBook
 from deployments.batches.runner import BatchRunner
 from deployments.batches_config import BatchesConfig
 
@@ -141,6 +143,18 @@ async def test_cancelling_gives_what_is_done(bench: Bench):
     assert {line["error"]["code"] for line in errors} == {"batch_cancelled"}
     bench.desk.ledger.cancel("me", batch.record.id)  # again: no effect
     await until(lambda: runner.snapshot()["num_ended"]["cancelled"] == 1)
+
+
+async def test_results_that_nobody_had_noted_count(bench: Bench):
+    """A router dies after it has kept the last results and before it has noted how many there are."""
+    batch = add_batch(bench.desk, lines_of(3))
+    results = [Result(n, n == 2, b"{}", TokenUsage(5, 2, 3, 1)) for n in range(3)]
+    ResultBook(bench.desk.store, batch.record.id, lease_number=1).add([*results, *results[:1]])
+    bench.start()
+    ended = await end_of(bench.desk, batch)
+    assert bench.answers.asked == []
+    assert (ended.state.num_lines, ended.state.num_completed, ended.state.num_failed) == (3, 2, 1)
+    assert ended.state.usage == TokenUsage(15, 6, 9, 3)
 
 
 async def test_a_window_that_ends_leaves_the_rest_expired(bench: Bench):
@@ -342,7 +356,8 @@ def processes(tmp_path: Path):
 async def test_a_process_that_dies_or_freezes_is_replaced(processes: Processes, kind: signal.Signals):
     """Another process goes on from the results that were kept. One that comes back to life changes nothing."""
     num_lines = 400
-    batch = add_batch(processes.desk, lines_of(num_lines, delay_s=0.05))
+    usage = {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
+    batch = add_batch(processes.desk, lines_of(num_lines, delay_s=0.05, usage=usage))
     processes.start()
     processes.start()
     holder = await processes.holder(batch, 50)
@@ -356,6 +371,7 @@ async def test_a_process_that_dies_or_freezes_is_replaced(processes: Processes, 
         await asyncio.sleep(2)
     assert processes.desk.ledger.get("me", batch.record.id) == ended
     assert (ended.status, ended.state.num_completed) == (BatchStatus.COMPLETED, num_lines)
+    assert ended.state.usage == TokenUsage(5 * num_lines, 2 * num_lines, 3 * num_lines), "each line counts once"
     output = read_lines(processes.desk, ended.state.output_file_id)
     assert custom_ids(output) == [f"id-{n}" for n in range(num_lines)]
     assert [line["response"]["body"]["n"] for line in output] == list(range(num_lines))

@@ -16,7 +16,7 @@ from in_process import Service, ServiceFactory, emulated_config
 from openai import AsyncOpenAI
 from openai.types import Batch
 
-from deployments.accounts_config import KeyLimits
+from deployments.accounts_config import KeyLimits, Role
 from deployments.router.keys import ApiKey
 
 FIRST, SECOND = "sk-first", "sk-second"
@@ -90,7 +90,9 @@ async def test_openai_client_runs_a_batch(make_service: ServiceFactory, tmp_path
         created = await client.batches.create(
             input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"who": "me"}
         )
-        assert (created.status, created.metadata) == ("validating", {"who": "me"})
+        assert (created.status, created.metadata, created.model) == ("validating", {"who": "me"}, None)
+        assert created.usage is not None
+        assert created.usage.total_tokens == 0
         assert created.expires_at == created.created_at + 24 * 3600
         batch = await end_of(client, created)
         assert batch.status == "completed"
@@ -102,6 +104,16 @@ async def test_openai_client_runs_a_batch(make_service: ServiceFactory, tmp_path
         for answer in answers:
             assert (answer["response"]["status_code"], answer["error"]) == (200, None)
             assert answer["response"]["body"]["usage"]["completion_tokens"] == 4
+        used = [answer["response"]["body"]["usage"] for answer in answers]
+        cached = sum(one["prompt_tokens_details"]["cached_tokens"] for one in used)
+        prompts = sum(one["prompt_tokens"] for one in used)
+        assert batch.usage is not None
+        assert batch.usage.model_dump() == {
+            "input_tokens": prompts, "input_tokens_details": {"cached_tokens": cached}, "output_tokens": 4 * 38,
+            "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompts + 4 * 38,
+        }  # fmt: skip
+        assert prompts > 38
+        assert batch.model is None, "one of its lines names another model"
         errors = await results(client, batch.error_file_id)
         assert [(error["custom_id"], error["response"]["status_code"]) for error in errors] == [
             ("wrong", 400), ("other", 404),
@@ -138,6 +150,12 @@ async def test_each_endpoint_answers_as_over_http(make_service: ServiceFactory, 
         batch = await client.batches.create(input_file_id=file.id, endpoint=url, completion_window="1h")
         batch = await end_of(client, batch)
         (answer,) = await results(client, batch.output_file_id)
+        used = answer["response"]["body"]["usage"]
+        assert batch.model == "demo"
+        assert batch.usage is not None
+        assert batch.usage.input_tokens == used.get("prompt_tokens", used.get("input_tokens")) > 0
+        assert batch.usage.output_tokens == used.get("completion_tokens", used.get("output_tokens", 0))
+        assert batch.usage.total_tokens == used["total_tokens"]
         alone = (await service.http.post(url, json=body)).json()
         assert answer["response"]["body"].keys() == alone.keys()
         assert answer["response"]["body"]["usage"] == alone["usage"]
@@ -235,6 +253,27 @@ async def test_whose_files_and_batches_they_are_over_http(make_service: ServiceF
     assert (state.num_completed, state.num_failed) == (0, 1), "its key is no longer valid"
 
 
+async def test_administrators_see_the_unfinished_batches_of_all_keys(make_service: ServiceFactory, tmp_path: Path):
+    boss = ApiKey("boss", hashlib.sha256(b"sk-boss").digest(), role=Role.ADMIN)
+    service = await make_service(config(tmp_path), keys=(*KEYS, boss))
+    await service.batches.stop()
+    made = []
+    for key in (FIRST, SECOND):
+        own = {"Authorization": f"Bearer {key}"}
+        body = {"input_file_id": await upload(service, line("a").encode(), own), "endpoint": "/v1/chat/completions",
+                "completion_window": "1h"}  # fmt: skip
+        made.append((await service.http.post("/v1/batches", json=body, headers=own)).json())
+        await asyncio.sleep(0.002)  # ids sort by their milliseconds
+    assert (await service.http.get("/rayline/batches", headers=own)).status_code == 403
+    admin = {"Authorization": "Bearer sk-boss"}
+    listed = (await service.http.get("/rayline/batches", headers=admin)).json()
+    assert listed["data"] == [{**batch, "key": key} for batch, key in zip(made, "ab", strict=True)]
+    page = (await service.http.get("/rayline/batches?limit=1", headers=admin)).json()
+    assert ([batch["id"] for batch in page["data"]], page["has_more"]) == ([made[0]["id"]], True)
+    rest = (await service.http.get(f"/rayline/batches?after={made[0]['id']}", headers=admin)).json()
+    assert ([batch["id"] for batch in rest["data"]], rest["has_more"]) == ([made[1]["id"]], False)
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "param"),
     [
@@ -291,8 +330,10 @@ async def test_uploads_that_are_refused_leave_nothing(make_service: ServiceFacto
     await upload(service, b"x")
     full = await service.http.post(path, files=part, data={"purpose": "batch"})
     assert (full.status_code, full.json()["error"]["code"]) == (400, "too_many_files")
-    for query in ({"limit": "0"}, {"limit": "x"}, {"order": "up"}):
-        assert (await service.http.get(path, params=query)).status_code == 400
+    for query in ({"limit": "0"}, {"limit": "10001"}, {"limit": "x"}, {"order": "up"}, {"after": "nobody"}):
+        for listed in (path, "/v1/batches"):
+            answer = await service.http.get(listed, params=query)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(query))), (listed, query)
     assert (await service.http.get(path, params={"order": "asc", "limit": 1})).json()["last_id"] == kept.json()["id"]
 
 

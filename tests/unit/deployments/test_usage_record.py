@@ -107,6 +107,12 @@ def test_a_record_adds_up_and_remembers(open_again: Open):
         assert again.rows(ALL) == rows
         assert again.rows(UsageQuery(TODAY, TODAY, key="team", model="demo")) == rows[2:4]
         assert again.rows(UsageQuery("2030-01-30", "2030-01-30")) == rows[:1]
+        assert again.rows(UsageQuery("2030-01-30", TODAY, is_by_day=False)) == [
+            UsageRow("", "else", "demo", "", 1, 10, 4, 5),
+            UsageRow("", "team", "demo", "", 2, 20, 8, 10),
+            UsageRow("", "team", "demo", "tokens", 7, 0, 0, 0),
+            UsageRow("", "team", "other", "", 1, 10, 4, 5),
+        ]
         assert again.spent(["team", "new"], TODAY) == {"team": Spent(TODAY, 30, 45), "new": Spent(TODAY, 0, 0)}
         assert again.spent(["team"], "2030-02-01") == {"team": Spent("2030-02-01", 0, 0)}
 

@@ -59,6 +59,11 @@ export async function models() {
   return (await (await ask("v1/models")).json()).data.map(({ id }) => id);
 }
 
+/** What the key has used and has left, as `/v1/usage` says. */
+export async function usage() {
+  return (await ask("v1/usage")).json();
+}
+
 /** The chunks of an answer as they come, as OpenAI's API gives them. */
 export async function* chat(body, signal) {
   const response = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });

@@ -2,6 +2,7 @@
 
 import { $, keep, recall } from "./dom.js";
 import { keepKey, recallKey } from "./server.js";
+import { drawUsage } from "./usage.js";
 
 const TEXTS = ["system", "tools"];
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
@@ -25,6 +26,7 @@ export function openSettings(hint = KEY_HINT) {
   $("key").value = recallKey();
   $("key-hint").textContent = hint;
   if (!$("settings").open) $("settings").showModal();
+  drawUsage();
   if (hint !== KEY_HINT) $("key").focus();
 }
 

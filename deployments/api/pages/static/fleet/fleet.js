@@ -2,7 +2,9 @@
 
 import { makeCharts } from "./charts.js";
 import { clock, duration, element, figure, lifetime, number, percent, renew, sentence } from "./format.js";
+import { noteFleet } from "./overview.js";
 import { drawModels } from "./replicas.js";
+import { headers } from "./server.js";
 
 const RETRY_MS = 1000;
 const KINDS = [["ttft", "First token (TTFT)"], ["gap", "Token gap"]];
@@ -22,6 +24,7 @@ function draw(state) {
   if (state.history) drawHistory(state);
   drawDepartures(state.departures);
   drawEvents(state.events);
+  noteFleet(state);
 }
 
 /** The sums over all models, and over all routers as far as they answer. */
@@ -101,10 +104,9 @@ function tell(text, isLost) {
 }
 
 async function follow() {
-  const key = sessionStorage.getItem("rayline.key");
   for (;;) {
     try {
-      const response = await fetch("rayline/events", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+      const response = await fetch("rayline/events", { headers: headers() });
       if (response.status === 401) {
         tell("This server asks for an API key: set it in the chat page's settings", true);
         return;

@@ -6,6 +6,9 @@ export const number = (value) => {
   return value.toLocaleString("en", { maximumFractionDigits: 0 });
 };
 
+/** A whole number, to the last digit: what is accounted for is not rounded. */
+export const exact = (value) => value.toLocaleString("en");
+
 export const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(0)} %` : "–");
 
 export const bytes = (value) => {
@@ -31,6 +34,9 @@ export const lifetime = (seconds) => {
   return `${(seconds / 3600).toFixed(1)} h`;
 };
 
+/** A moment in the reader's own time, to the minute. */
+export const dateTime = (at) => new Date(at).toLocaleString(undefined, { dateStyle: "short", timeStyle: "short" });
+
 export const clock = (at) => new Date(1000 * at).toLocaleTimeString();
 
 export const count = (num, one, many) => `${number(num)} ${num === 1 ? one : many}`;
@@ -46,6 +52,13 @@ export function element(name, cls, ...children) {
 }
 
 export const figure = (name, value) => element("div", "", element("dt", "", name), element("dd", "", value));
+
+/** A bar of one or more parts, whose widths and label whoever draws it sets. */
+export function meter(cls, ...parts) {
+  const bar = element("div", `meter ${cls}`, ...parts.map((part) => element("i", part)));
+  bar.setAttribute("role", "img");
+  return bar;
+}
 
 /** Replace what an element holds, but only when `state` is not what it was last made from. */
 export function renew(target, state, make) {

@@ -1,6 +1,6 @@
 /* The replicas of one model: a heading, and a card each. */
 
-import { bytes, count, element, figure, number, percent, sentence } from "./format.js";
+import { bytes, count, element, figure, meter, number, percent, sentence } from "./format.js";
 
 const MAX_DOTS = 240;
 const isGone = (replica) => replica.state === "gone";
@@ -86,12 +86,6 @@ export function drawModels(target, models, at) {
   if (sections.some((section, place) => target.children[place] !== section) || sections.length !== target.children.length) target.replaceChildren(...sections);
   rates.keep(ids);
   return total;
-}
-
-function meter(cls, ...parts) {
-  const bar = element("div", `meter ${cls}`, ...parts.map((part) => element("i", part)));
-  bar.setAttribute("role", "img");
-  return bar;
 }
 
 function makeCard(id) {
