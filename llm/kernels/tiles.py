@@ -10,11 +10,12 @@ import triton
 
 MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
 """Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
-MAX_GROUP_ROWS, MAX_SUMMED_ROWS = 64, 64
-"""The same of weights in groups, and most rows of a tile whose sums over groups are scaled one by one; with more,
-weights become numbers of the rows' format on their way to the tensor cores."""
-_GROUP_PROGRAMS, _MOST_GROUP_PARTS = {16: 220, 32: 190, 64: 96}, 4
-"""With fewer programs, for so many rows, the sum of weights in groups is cut, into so many parts at most."""
+MAX_GROUP_ROWS, MAX_SUMMED_ROWS = 256, 32
+"""The same of weights in groups of 4 bits, and most rows of a tile that makes each group's part of a sum by itself;
+with more, sums have units."""
+_GROUP_PROGRAMS, _MOST_GROUP_PARTS = {16: 220, 32: 190, 64: 96, 128: 96}, 4
+"""With fewer programs, for tiles of so many rows, the sum of weights in groups is cut, into so many parts at most."""
+_MOST_GROUP_TILE_ROWS = 128
 OUTPUTS, TILE_K = 64, 128
 """Of a tile, in most cases. Our kernels take no weight whose sizes are not multiples of these."""
 _WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
@@ -82,12 +83,10 @@ def group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int) -> Tile
 
     Found by `benchmarks.group_tiles`.
     """
-    if num_rows > MAX_SUMMED_ROWS:
-        return Tile(128, _WIDE_OUTPUTS if num_outputs % _WIDE_OUTPUTS == 0 else OUTPUTS, k, 1, False, 8, 3)
-    rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
+    rows = min(max(_LEAST_ROWS, triton.next_power_of_2(num_rows)), _MOST_GROUP_TILE_ROWS)
     is_wide = rows > _SMALL_WEIGHT_ROWS and num_outputs % _WIDE_OUTPUTS == 0
     outputs = _WIDE_OUTPUTS if is_wide else OUTPUTS
-    num_blocks, num_tiles, num_parts = num_outputs // outputs, num_inputs // k, 1
+    num_blocks, num_tiles, num_parts = num_outputs // outputs * triton.cdiv(num_rows, rows), num_inputs // k, 1
     while num_parts < _MOST_GROUP_PARTS and num_tiles % (2 * num_parts) == 0:
         if num_parts * num_blocks >= _GROUP_PROGRAMS[rows]:
             break
@@ -145,6 +144,10 @@ def scratch_sizes(deterministic: bool) -> tuple[int, int]:
     """What programs that share sums need at most: numbers for parts of sums, and counters of programs that are done."""
     if deterministic:
         return _SHARING_ROW_BLOCKS * _MULTIPROCESSORS * 2 * OUTPUTS * _MOST_ROWS, _SHARING_TILES
-    # At most twice _GOOD_PROGRAMS programs ever share sums of all rows, each with at most two tiles.
+    # At most twice as many programs ever share sums, each with at most two tiles.
     num_arrivals = max(_GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS, *_GROUP_PROGRAMS.values())
-    return 4 * _GOOD_PROGRAMS * OUTPUTS * MAX_SOME_ROWS, num_arrivals
+    num_grouped = max(
+        4 * programs * rows * (OUTPUTS if rows <= _SMALL_WEIGHT_ROWS else _WIDE_OUTPUTS)
+        for rows, programs in _GROUP_PROGRAMS.items()
+    )
+    return max(4 * _GOOD_PROGRAMS * OUTPUTS * MAX_SOME_ROWS, num_grouped), num_arrivals
