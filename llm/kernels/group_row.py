@@ -105,18 +105,19 @@ def single_row_of_groups(
     OUTPUTS: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr,
     GELU: tl.constexpr, OFFSET: tl.constexpr, ADDS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program: a block of outputs of one row. See `single_row_product`.
+    """Program: a block of outputs of one row, gates and what they gate or both halves. See `single_row_product`.
 
     Each thread reads 8 bytes of each output, so it needs one scale and zero for each of the groups that these are in.
     """
-    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    out = tl.program_id(0) * (OUTPUTS if SWIGLU else 2 * OUTPUTS) + tl.arange(0, OUTPUTS)
+    other_out = out + (num_outputs if SWIGLU else OUTPUTS)
     quarter: tl.constexpr = SPAN // 4
     row_size = num_inputs // 4
     size = 2 * num_outputs if SWIGLU else num_outputs
     codes = weights.numbers.to(tl.pointer_type(tl.int16))
     wait_for_inputs(PDL)
     acc = tl.zeros([PIECES, OUTPUTS], tl.float32)
-    up = tl.zeros([PIECES, OUTPUTS], tl.float32)
+    other = tl.zeros([PIECES, OUTPUTS], tl.float32)
     squares = tl.zeros([PIECES], tl.float32)
     for begin in range(0, row_size, PIECES * _PIECE):
         word = begin + tl.arange(0, PIECES) * _PIECE
@@ -134,20 +135,28 @@ def single_row_of_groups(
             codes, groups, out, word, start, first_x, second_x, third_x, fourth_x, row_size, size, SPAN, GROUP,
             IN_ASSEMBLY,
         )  # fmt: skip
-        if SWIGLU:
-            up += _piece_sums(
-                codes, groups, out + num_outputs, word, start, first_x, second_x, third_x, fourth_x, row_size, size,
-                SPAN, GROUP, IN_ASSEMBLY,
-            )  # fmt: skip
-    result, up_result = tl.sum(acc, 0), tl.sum(up, 0)
+        other += _piece_sums(
+            codes, groups, other_out, word, start, first_x, second_x, third_x, fourth_x, row_size, size, SPAN, GROUP,
+            IN_ASSEMBLY,
+        )  # fmt: skip
+    result, other_result = tl.sum(acc, 0), tl.sum(other, 0)
     if norm is not None:
         inverse = tl.rsqrt(tl.sum(squares, 0) / num_inputs + norm_eps)
         result *= inverse
-        up_result *= inverse
-    if weights.bias is not None:
-        result += tl.load(weights.bias + out).to(tl.float32)
-    dtype: tl.constexpr = output.dtype.element_ty
-    rounded = gated(result, up_result, dtype, GELU) if SWIGLU else result.to(dtype)
+        other_result *= inverse
+    if SWIGLU:
+        tl.store(output + out, gated(result, other_result, output.dtype.element_ty, GELU))
+    else:
+        _store(result, weights.bias, output, out, ADDS)
+        _store(other_result, weights.bias, output, other_out, ADDS)
+
+
+@triton.jit
+def _store(result, bias, output, out, ADDS: tl.constexpr):
+    """Write some outputs, or add them to what is there."""
+    if bias is not None:
+        result += tl.load(bias + out).to(tl.float32)
+    rounded = result.to(output.dtype.element_ty)
     if ADDS:
         rounded += tl.load(output + out)
     tl.store(output + out, rounded)
