@@ -45,6 +45,9 @@ def create_weights(kind: str, num_outputs: int, num_inputs: int, *, has_bias: bo
     else:
         codes = torch.randn(num_outputs, num_inputs, device=DEVICE).to(FP8)
     groups = WeightGroups(scales.half() if num_bits == 4 else scales, zeros, order, size, span)
+    if num_bits == 4 and "apart" not in kind:
+        groups = groups.joined()
+        assert groups.scales.dtype == torch.int32, "scales of 16 bits leave room for zeros"
     return Weights(codes, random(num_outputs) if has_bias else None, groups=groups)
 
 
@@ -72,6 +75,19 @@ def test_packed_codes_are_unpacked_again(span):
 )  # fmt: skip
 def test_no_quarter_of_a_span_is_in_two_groups(num_inputs, size, num_bits, span):
     assert span_of(num_inputs, size, num_bits) == span
+
+
+@pytest.mark.parametrize("has_zeros", [True, False])
+def test_scales_and_zeros_are_joined_and_taken_apart(has_zeros):
+    """Bit by bit, unless a scale needs more than 16 bits."""
+    for dtype in (torch.float16, torch.bfloat16):
+        scales = torch.randn(3, 64).to(dtype)
+        zeros = torch.randint(0, 17, (3, 64), dtype=torch.uint8) if has_zeros else None
+        apart = WeightGroups(scales, zeros, None, 32, 64).joined().apart()
+        assert torch.equal(apart.scales, scales.float())
+        assert torch.equal(apart.zeros, zeros if has_zeros else torch.full((3, 64), 8, dtype=torch.uint8))
+    exact = WeightGroups(torch.full((3, 64), 0.1), None, None, 32, 64)
+    assert exact.joined() is exact
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,12 +121,18 @@ def test_linear_of_groups(kind, num_rows, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_rows_of_groups(kind, monkeypatch):
-    """Weights become numbers on their way to the tensor cores, plain and gated."""
-    monkeypatch.setattr(products, "MAX_GROUP_ROWS", 128)
+    """Sums have units, plain and gated; some groups' scales are nought, the first and the last of some outputs too."""
     monkeypatch.setattr(products, "MAX_SUMMED_ROWS", 16)
     monkeypatch.setattr(products, "group_tile", lambda _rows, _outputs, _inputs, k: Tile(32, 64, k, 1, False, 4, 2))
     torch.manual_seed(0)
     weights, x, linear = create_weights(kind, 128, 512), random(40, 512), Linear(DEVICE)
+    assert weights.groups is not None
+    scales = weights.groups.scales
+    is_nought = torch.rand(scales.shape, device=DEVICE) < 0.2
+    if scales.dtype == torch.int32:
+        scales[is_nought] &= 255
+    else:
+        scales[is_nought] = 0
     exact = x.double() @ meant(weights).t()
     assert relative_error(linear(x, weights), exact) < 2 * TIGHT[HALF]
     gated = linear._tiled(x, weights, x.new_empty(40, 64), gated_by=Activation.SILU)
