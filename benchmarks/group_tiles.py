@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -35,6 +36,8 @@ _SPAN = 128
 _BYTES_IN_TURN = 400 << 20
 """Weights that are multiplied one after the other, so that none is in the second-level cache."""
 _BANDWIDTH = 4.3e12
+_SHARED_MEMORY = 220 << 10
+"""Bytes that the stages of a program may take."""
 _DEVICE = torch.device("cuda")
 
 
@@ -47,17 +50,15 @@ class Cut(NamedTuple):
 
 def cuts(num_rows: int, name: str) -> Iterator[Cut]:
     """Those to try for so many rows."""
-    rows = max(16, 1 << (num_rows - 1).bit_length())
-    is_gated = name == "gate_up"
-    num_tiles = SHAPES[name][1] // _SPAN
-    if rows <= 64:
-        kinds = product((rows,), ((64, 4), (128, 8)), (3, 5) if rows < 64 else (3, 4), (False, True)[: rows // 16])
-    else:
-        tile_rows = (64, 128) if is_gated else (64, 128, 256)
-        kinds = product(tile_rows, ((64, 4), (128, 8)), (2, 3, 4), (True,))
-    for (tile_rows, (outputs, warps), stages, in_units), parts in product(kinds, (1,) if is_gated else (1, 2, 4)):
-        if num_tiles % parts == 0 and tile_rows <= rows and not (tile_rows == 256 and (warps == 4 or stages > 2)):
-            yield Cut(Tile(tile_rows, outputs, _SPAN, parts, parts > 1, warps, stages), in_units)
+    rows = max(32, 1 << (num_rows - 1).bit_length())
+    is_gated, num_inputs = name == "gate_up", SHAPES[name][1]
+    kinds = product((min(rows, 64), 128), ((64, 4), (128, 8)), (128, 256), (2, 3, 4), (False, True), (1, 2, 4, 8))
+    for tile_rows, (outputs, warps), k, stages, in_units, parts in kinds:
+        fits = (tile_rows + (1 + is_gated) * outputs // 4) * 2 * k * stages <= _SHARED_MEMORY
+        is_in_time = stages > 2 or (tile_rows == 128 and k == 256)
+        is_cut_well = num_inputs // k % parts == 0 and parts * num_rows <= (512 if is_gated else 1024)
+        if tile_rows <= rows and in_units == (tile_rows > 32) and fits and is_in_time and is_cut_well:
+            yield Cut(Tile(tile_rows, outputs, k, parts, parts > 1, warps, stages), in_units)
 
 
 def create_weights(num_outputs: int, num_inputs: int) -> Weights:
@@ -133,9 +134,13 @@ class Bench:
 def check(bench: Bench, cut: Cut | None) -> float:
     """Relative error of a call against the weights written out."""
     bench.output.zero_()
+    weights = bench.weights[0]
+    assert weights.groups is not None
+    if cut is not None:  # codes are as random in another layout
+        weights = replace(weights, groups=replace(weights.groups, span=cut.tile.k))
     with using(cut):
-        (bench.call if cut is not None or len(bench.x) > 1 else bench.single)(bench.weights[0])
-    expected = bench.x.float() @ bench.weights[0].written_out(torch.float32).weight.t()
+        (bench.call if cut is not None or len(bench.x) > 1 else bench.single)(weights)
+    expected = bench.x.float() @ weights.written_out(torch.float32).weight.t()
     if bench.is_gated:
         gate, up = expected.chunk(2, -1)
         expected = torch.nn.functional.silu(gate) * up

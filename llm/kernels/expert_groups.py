@@ -61,7 +61,9 @@ def groups_tile_product(
     # Outputs past the last one read its weights, and are not written.
     weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
     num_rows = (2 if SWIGLU else 1) * num_outputs
-    row_size = num_inputs // 2 if weights.numbers.dtype.element_ty == tl.uint8 else num_inputs
+    codes_per_number: tl.constexpr = 2 if weights.numbers.dtype.element_ty == tl.uint8 else 1
+    # Said so that the compiler sees that rows begin at multiples of a span, and loads are wide.
+    row_size = num_inputs // TILE.k * (TILE.k // codes_per_number)
     gate_row = weights.numbers + mine.to(tl.int64) * num_rows * row_size + weight_row[:, None] * row_size
     up_row = gate_row + num_outputs * row_size
     scales, zeros, columns = groups.scales, groups.zeros, groups.order

@@ -78,6 +78,8 @@ def tile_product(
     weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
     codes_per_number: tl.constexpr = 2 if weights.numbers.dtype.element_ty == tl.uint8 else 1
     row_size = num_inputs // codes_per_number
+    if groups.scales is not None:  # a way to say that rows begin at multiples of a span, so that loads are wide
+        row_size = num_inputs // TILE.k * (TILE.k // codes_per_number)
     gate_row = weights.numbers + weight_row[:, None].to(tl.int64) * row_size
     up_row = gate_row + num_outputs.to(tl.int64) * row_size
     if CAN_PREFETCH:  # weights depend on nobody: fetch the first tiles while the kernel before drains

@@ -343,7 +343,7 @@ class Linear:
             k = None if groups is None else groups.span
             tile = fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize, k)
         elif groups is not None:
-            tile = group_tile(num_rows, num_outputs, num_inputs, groups.span)
+            tile = group_tile(num_rows, num_outputs, num_inputs, groups.span, swiglu)
         else:
             tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)

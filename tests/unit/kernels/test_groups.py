@@ -123,7 +123,9 @@ def test_linear_of_groups(kind, num_rows, shape):
 def test_more_rows_of_groups(kind, monkeypatch):
     """Sums have units, plain and gated; some groups' scales are nought, the first and the last of some outputs too."""
     monkeypatch.setattr(products, "MAX_SUMMED_ROWS", 16)
-    monkeypatch.setattr(products, "group_tile", lambda _rows, _outputs, _inputs, k: Tile(32, 64, k, 1, False, 4, 2))
+    monkeypatch.setattr(
+        products, "group_tile", lambda _rows, _outputs, _inputs, k, _swiglu: Tile(32, 64, k, 1, False, 4, 2)
+    )
     torch.manual_seed(0)
     weights, x, linear = create_weights(kind, 128, 512), random(40, 512), Linear(DEVICE)
     assert weights.groups is not None
