@@ -57,7 +57,13 @@ def cuts(num_rows: int, name: str) -> Iterator[Cut]:
         fits = (tile_rows + (1 + is_gated) * outputs // 4) * 2 * k * stages <= _SHARED_MEMORY
         is_in_time = stages > 2 or (tile_rows == 128 and k == 256)
         is_cut_well = num_inputs // k % parts == 0 and parts * num_rows <= (512 if is_gated else 1024)
-        if tile_rows <= rows and in_units == (tile_rows > 32) and fits and is_in_time and is_cut_well:
+        if (
+            tile_rows <= rows
+            and (tile_rows == 64 or in_units == (tile_rows > 32))
+            and fits
+            and is_in_time
+            and is_cut_well
+        ):
             yield Cut(Tile(tile_rows, outputs, k, parts, parts > 1, warps, stages), in_units)
 
 

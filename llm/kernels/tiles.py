@@ -10,7 +10,7 @@ import triton
 
 MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
 """Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
-MAX_GROUP_ROWS, MAX_SUMMED_ROWS = 256, 32
+MAX_GROUP_ROWS, MAX_SUMMED_ROWS = 256, 64
 """The same of weights in groups of 4 bits, and most rows of a tile that makes each group's part of a sum by itself;
 with more, sums have units."""
 _GROUP_PROGRAMS, _MOST_GROUP_PARTS = 220, 4
