@@ -125,7 +125,8 @@ class Bench:
         """Microseconds of that kernel, by outputs and pieces."""
         for outputs, pieces in product((1, 2, 4, 8), (64, 128, 256)):
             cut = outputs, pieces
-            with patch.object(products, "_GROUP_CUT", cut), patch.object(products, "_GATED_GROUP_CUT", cut):
+            names = "_GROUP_CUT", "_LONG_GROUP_CUT", "_GATED_GROUP_CUT"
+            with patch.multiple(products, **dict.fromkeys(names, cut)):
                 yield self._timed(self.single), f"single row, {outputs} outputs, {pieces} pieces"
 
     def library(self) -> float:

@@ -51,9 +51,10 @@ _LEAST_INPUTS = 16
 _LARGE_WEIGHT = 1 << 24
 """Numbers of a weight from which on a tile has all rows, 32 at least."""
 _SINGLE_OUTPUTS = 4
-_GROUP_CUT, _GATED_GROUP_CUT = (4, 256), (4, 64)
+_GROUP_CUT, _LONG_GROUP_CUT, _GATED_GROUP_CUT = (8, 256), (4, 128), (4, 64)
 """Of a program of one row of weights in groups: half of its rows of the weight, and pieces of 8 bytes of each that it
-reads at once."""
+reads at once. The second one is for more than _MANY_OUTPUTS."""
+_MANY_OUTPUTS = 4096
 _ROW_BLOCKS_IN_TURN = 4
 """So many blocks of rows come one after another for the same weights, which the second-level cache then still has."""
 
@@ -317,7 +318,8 @@ class Linear:
         gated_by: Activation | None, *, adds: bool,
     ) -> torch.Tensor:  # fmt: skip
         num_outputs, num_inputs = output.shape[1], x.shape[1]
-        outputs, most_pieces = _GROUP_CUT if gated_by is None else _GATED_GROUP_CUT
+        cut = _GROUP_CUT if num_outputs <= _MANY_OUTPUTS else _LONG_GROUP_CUT
+        outputs, most_pieces = cut if gated_by is None else _GATED_GROUP_CUT
         pieces = min(most_pieces, triton.next_power_of_2(num_inputs // 16))
         single_row_of_groups[(num_outputs // (outputs if gated_by is not None else 2 * outputs),)](
             x, None if norm is None else norm.weight, weights.operand, weights.group_operand, output, num_outputs,
