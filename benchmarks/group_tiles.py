@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -124,9 +124,9 @@ class Bench:
     def singles(self) -> Iterator[tuple[float, str]]:
         """Microseconds of that kernel, by outputs and pieces."""
         for outputs, pieces in product((1, 2, 4, 8), (64, 128, 256)):
-            cut = outputs, pieces
             names = "_GROUP_CUT", "_LONG_GROUP_CUT", "_GATED_GROUP_CUT"
-            with patch.multiple(products, **dict.fromkeys(names, cut)):
+            cut: dict[str, Any] = dict.fromkeys(names, (outputs, pieces))
+            with patch.multiple(products, **cut):
                 yield self._timed(self.single), f"single row, {outputs} outputs, {pieces} pieces"
 
     def library(self) -> float:
