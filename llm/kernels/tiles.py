@@ -85,12 +85,12 @@ def group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int, swiglu:
     Found by `benchmarks.group_tiles`.
     """
     rows = min(max(_LEAST_GROUP_ROWS, triton.next_power_of_2(num_rows)), _MOST_GROUP_ROWS)
-    is_wide = num_rows > MAX_FEW_ROWS and num_outputs % _WIDE_OUTPUTS == 0
+    is_wide = num_rows > MAX_FEW_ROWS and num_outputs % _WIDE_OUTPUTS == 0 and not swiglu
     if num_rows <= MAX_SOME_ROWS and not swiglu:
         rows = min(rows, MAX_FEW_ROWS)
     outputs, num_warps = (_WIDE_OUTPUTS, 8) if is_wide else (OUTPUTS, 4)
     num_blocks, num_tiles, num_parts = num_outputs // outputs * triton.cdiv(num_rows, rows), num_inputs // k, 1
-    while num_parts < _MOST_GROUP_PARTS and num_tiles % (2 * num_parts) == 0 and not (swiglu and is_wide):
+    while num_parts < _MOST_GROUP_PARTS and num_tiles % (2 * num_parts) == 0:
         if num_parts * num_blocks >= _GROUP_PROGRAMS:
             break
         num_parts *= 2

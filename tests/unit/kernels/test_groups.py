@@ -10,7 +10,7 @@ from llm.kernels import linear as products
 from llm.kernels.group_numbers import written_out
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream
-from llm.kernels.tiles import Tile
+from llm.kernels.tiles import MAX_GROUP_ROWS, Tile, group_tile, scratch_sizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
@@ -140,6 +140,20 @@ def test_more_rows_of_groups(kind, monkeypatch):
     gated = linear._tiled(x, weights, x.new_empty(40, 64), gated_by=Activation.SILU)
     gate, up = exact.chunk(2, -1)
     assert relative_error(gated, F.silu(gate) * up) < 3 * TIGHT[HALF]
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("num_rows", [2, 33, 65, 129, MAX_GROUP_ROWS])
+def test_programs_that_share_sums_have_room(num_rows, swiglu):
+    """For parts of sums, twice as many of gated ones, and for counters."""
+    num_partial, num_arrivals = scratch_sizes(deterministic=False)
+    for num_outputs in range(64, 20_000, 64):
+        for num_inputs in (512, 4096, 14_336):
+            tile = group_tile(num_rows, num_outputs, num_inputs, 128, swiglu)
+            if tile.is_shared:
+                num_blocks = -(-num_outputs // tile.outputs) * -(-num_rows // tile.rows)
+                assert num_blocks <= num_arrivals
+                assert num_blocks * tile.num_parts * tile.rows * tile.outputs * (1 + swiglu) <= num_partial
 
 
 @pytest.mark.parametrize("kind", KINDS)
