@@ -87,6 +87,7 @@ class Bench:
             return Weights(self._random(num_experts, num_outputs, num_inputs))
         coded = QuantizedExperts(num_experts, num_inputs, num_outputs, weight_format, has_bias=False, dtype=dtype)
         coded.to_empty(device=self.device).reset_parameters()
+        coded.join()
         scales = coded.row_scales
         return Weights(coded.weight, None, scales, coded.groups if scales is None else None)
 

@@ -6,7 +6,6 @@ import triton.language as tl
 
 from llm.kernels.expert_pairs import find_tile, load_pairs, store_pairs
 from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, ExpertTile, expert_group_tile
-from llm.kernels.group_numbers import product_of_numbers
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
 from llm.kernels.linear import Weights
@@ -34,7 +33,8 @@ def product_of_groups(
         groups.scales.shape[-2], NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
         PER_TOKEN=shape.per_token, TILE=tile, SWIGLU=swiglu, LIMIT=shape.swiglu_limit if swiglu else None,
         ALPHA=shape.swiglu_alpha, IS_EVEN=num_outputs % tile.outputs == 0,
-        AS_NUMBERS=tile.rows > MAX_SUMMED_ROWS and not deterministic,
+        GROUP=groups.size,
+        IN_UNITS=tile.rows > MAX_SUMMED_ROWS and not deterministic,
         IN_ASSEMBLY=device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
         num_stages=min(tile.num_stages, most_stages(device, bytes_a_stage)), **launch_options(device),
     )  # fmt: skip
@@ -44,12 +44,12 @@ def product_of_groups(
 def groups_tile_product(
     x, weights, groups, pairs, output, num_outputs, num_inputs, num_groups, NUM_EXPERTS: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr, SWIGLU: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, AS_NUMBERS: tl.constexpr,
+    GROUP: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, IN_UNITS: tl.constexpr,
     IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`.
 
-    AS_NUMBERS: weights are rounded to the format of `x`; else sums over groups are scaled. MXFP4 needs neither.
+    IN_UNITS: see `sum_of_groups`; MXFP4 has no use for it.
     """
     wait_for_inputs(PDL)
     mine, first, last = find_tile(pairs.starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, TILE.rows)
@@ -61,7 +61,9 @@ def groups_tile_product(
     # Outputs past the last one read its weights, and are not written.
     weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
     num_rows = (2 if SWIGLU else 1) * num_outputs
-    row_size = num_inputs // 2 if weights.numbers.dtype.element_ty == tl.uint8 else num_inputs
+    codes_per_number: tl.constexpr = 2 if weights.numbers.dtype.element_ty == tl.uint8 else 1
+    # Said so that the compiler sees that rows begin at multiples of a span, and loads are wide.
+    row_size = num_inputs // TILE.k * (TILE.k // codes_per_number)
     gate_row = weights.numbers + mine.to(tl.int64) * num_rows * row_size + weight_row[:, None] * row_size
     up_row = gate_row + num_outputs * row_size
     scales, zeros, columns = groups.scales, groups.zeros, groups.order
@@ -70,21 +72,16 @@ def groups_tile_product(
         zeros += mine.to(tl.int64) * num_groups * num_rows
     if columns is not None:
         columns += mine * num_inputs
-    own_groups = GroupOperand(scales, zeros, columns, groups.size)
+    own_groups = GroupOperand(scales, zeros, columns)
     if scales.dtype.element_ty == tl.uint8:
         acc, up = product_of_floats(
             x, gate_row, up_row, scales, weight_row, source, num_outputs, num_inputs, TILE.outputs, TILE.k, SWIGLU,
             IN_ASSEMBLY,
         )  # fmt: skip
-    elif AS_NUMBERS:
-        acc, up = product_of_numbers(
-            x, gate_row, up_row, own_groups, weight_row, source, None, num_outputs, num_inputs, 0, num_inputs, TILE,
-            SWIGLU, IN_ASSEMBLY,
-        )  # fmt: skip
     else:
         acc, up = sum_of_groups(
             x, gate_row, up_row, own_groups, weight_row, source, None, num_outputs, num_inputs, 0, num_inputs, TILE,
-            SWIGLU, IN_ASSEMBLY,
+            GROUP, SWIGLU, IN_UNITS, IN_ASSEMBLY,
         )  # fmt: skip
     store_pairs(
         acc, up, weights.bias, mine * num_rows + weight_row, place, pair, is_pair, out, pairs.weights, output,

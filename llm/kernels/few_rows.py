@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from llm.kernels.activation import bounded_swiglu, gated
-from llm.kernels.group_numbers import product_of_numbers
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import prefetch, wait_for_inputs, wait_then_launch
 
@@ -38,20 +37,15 @@ def _sum_of_products(
 @triton.jit
 def _sum(
     x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end, TILE: tl.constexpr,
-    SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr, AS_NUMBERS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+    GROUP: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr, IN_UNITS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Weights, plain or in groups, times rows over the inputs from `begin` to `end`: of gate and of up."""
     if groups.scales is None:
         acc, up = _sum_of_products(x, gate_row, up_row, row, num_rows, num_inputs, begin, end, TILE, SWIGLU, IS_EVEN)
-    elif AS_NUMBERS:
-        acc, up = product_of_numbers(
-            x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end, TILE, SWIGLU,
-            IN_ASSEMBLY,
-        )  # fmt: skip
     else:
         acc, up = sum_of_groups(
-            x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end, TILE, SWIGLU,
-            IN_ASSEMBLY,
+            x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end, TILE, GROUP,
+            SWIGLU, IN_UNITS, IN_ASSEMBLY,
         )  # fmt: skip
     return acc, up
 
@@ -59,15 +53,14 @@ def _sum(
 @triton.jit(do_not_specialize=["num_rows"])
 def tile_product(
     x, weights, groups, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
-    TILE: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr,
-    AS_NUMBERS: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr,
+    IS_EVEN: tl.constexpr, IN_UNITS: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows in its turn, block of outputs, turn and part of the sum).
 
     The weights are the left factor: a tensor-core product has at least 64 rows on its left, but as few as 8 columns on
     its right. Where the sum's parts are shared out, the program that arrives last adds them up, always in the same
-    order; where not, each program adds up all parts in that order. AS_NUMBERS rounds weights in groups to the format
-    of the rows.
+    order; where not, each program adds up all parts in that order. GROUP and IN_UNITS: see `sum_of_groups`.
     """
     rows: tl.constexpr = TILE.rows
     outputs: tl.constexpr = TILE.outputs
@@ -85,6 +78,8 @@ def tile_product(
     weight_row = out if IS_EVEN else tl.minimum(out, num_outputs - 1)
     codes_per_number: tl.constexpr = 2 if weights.numbers.dtype.element_ty == tl.uint8 else 1
     row_size = num_inputs // codes_per_number
+    if groups.scales is not None:  # a way to say that rows begin at multiples of a span, so that loads are wide
+        row_size = num_inputs // TILE.k * (TILE.k // codes_per_number)
     gate_row = weights.numbers + weight_row[:, None].to(tl.int64) * row_size
     up_row = gate_row + num_outputs.to(tl.int64) * row_size
     if CAN_PREFETCH:  # weights depend on nobody: fetch the first tiles while the kernel before drains
@@ -99,7 +94,7 @@ def tile_product(
     if TILE.num_parts == 1 or TILE.is_shared:
         acc, up = _sum(
             x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin,
-            begin + inputs_per_part, TILE, SWIGLU, IS_EVEN, AS_NUMBERS, CAN_PREFETCH,
+            begin + inputs_per_part, TILE, GROUP, SWIGLU, IS_EVEN, IN_UNITS, CAN_PREFETCH,
         )  # fmt: skip
     else:
         tl.static_assert(not SWIGLU)
@@ -108,7 +103,7 @@ def tile_product(
             start = other * inputs_per_part
             share, up = _sum(
                 x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, start,
-                start + inputs_per_part, TILE, SWIGLU, IS_EVEN, AS_NUMBERS, CAN_PREFETCH,
+                start + inputs_per_part, TILE, GROUP, SWIGLU, IS_EVEN, IN_UNITS, CAN_PREFETCH,
             )  # fmt: skip
             acc += share
     is_last = True

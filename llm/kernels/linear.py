@@ -28,7 +28,7 @@ from llm.core.weight_groups import WeightGroups
 from llm.kernels.activation import activate_gated
 from llm.kernels.few_rows import single_row_product, tile_product
 from llm.kernels.group_numbers import written_out
-from llm.kernels.groups import single_row_of_groups
+from llm.kernels.group_row import single_row_of_groups
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.operands import NO_GROUPS, GroupOperand, WeightOperand
@@ -51,8 +51,10 @@ _LEAST_INPUTS = 16
 _LARGE_WEIGHT = 1 << 24
 """Numbers of a weight from which on a tile has all rows, 32 at least."""
 _SINGLE_OUTPUTS = 4
-_GROUP_CUT, _GATED_GROUP_CUT = (8, 256), (4, 64)
-"""Of a program of one row of weights in groups: outputs, and pieces of 8 bytes of each that it reads at once."""
+_GROUP_CUT, _LONG_GROUP_CUT, _GATED_GROUP_CUT = (8, 256), (4, 128), (4, 64)
+"""Of a program of one row of weights in groups: half of its rows of the weight, and pieces of 8 bytes of each that it
+reads at once. The second one is for more than _MANY_OUTPUTS."""
+_MANY_OUTPUTS = 4096
 _ROW_BLOCKS_IN_TURN = 4
 """So many blocks of rows come one after another for the same weights, which the second-level cache then still has."""
 
@@ -86,7 +88,7 @@ class Weights:
     def group_operand(self) -> GroupOperand:
         """What its codes mean, as kernels take it."""
         groups = self.groups
-        return NO_GROUPS if groups is None else GroupOperand(groups.scales, groups.zeros, groups.order, groups.size)
+        return NO_GROUPS if groups is None else GroupOperand(groups.scales, groups.zeros, groups.order)
 
     @property
     def num_inputs(self) -> int:
@@ -113,7 +115,8 @@ class Weights:
     def has_tiles(self) -> bool:
         """Whether our kernels take weights in groups: tensor cores take 16 inputs at once."""
         assert self.groups is not None, "asked of those alone"
-        return self.groups.is_mxfp4 or self.bytes_of(self.groups.span) >= _LEAST_INPUTS
+        parts = 4 if self.weight.dtype == torch.uint8 else 1
+        return self.groups.is_mxfp4 or self.groups.span // parts >= _LEAST_INPUTS
 
     def bytes_of(self, num_inputs: int) -> int:
         """Bytes of the codes of so many inputs."""
@@ -249,7 +252,7 @@ class Linear:
         takes_some = not weights.is_large or (swiglu and fits_wide_tiles(num_outputs))
         most_rows = MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS
         if weights.groups is not None:
-            most_rows = MAX_GROUP_ROWS
+            most_rows = MAX_GROUP_ROWS if weights.weight.dtype == torch.uint8 else MAX_FEW_ROWS
         elif weights.scales is not None:
             most_rows = 1  # the library reads 8-bit weights faster than our tiles widen them
         return (
@@ -315,12 +318,13 @@ class Linear:
         gated_by: Activation | None, *, adds: bool,
     ) -> torch.Tensor:  # fmt: skip
         num_outputs, num_inputs = output.shape[1], x.shape[1]
-        outputs, most_pieces = _GROUP_CUT if gated_by is None else _GATED_GROUP_CUT
+        cut = _GROUP_CUT if num_outputs <= _MANY_OUTPUTS else _LONG_GROUP_CUT
+        outputs, most_pieces = cut if gated_by is None else _GATED_GROUP_CUT
         pieces = min(most_pieces, triton.next_power_of_2(num_inputs // 16))
-        single_row_of_groups[(num_outputs // outputs,)](
+        single_row_of_groups[(num_outputs // (outputs if gated_by is not None else 2 * outputs),)](
             x, None if norm is None else norm.weight, weights.operand, weights.group_operand, output, num_outputs,
             num_inputs, 0.0 if norm is None else norm.eps,
-            OUTPUTS=outputs, PIECES=pieces, SPAN=groups.span, SWIGLU=gated_by is not None,
+            OUTPUTS=outputs, PIECES=pieces, SPAN=groups.span, GROUP=groups.size, SWIGLU=gated_by is not None,
             GELU=gated_by is Activation.GELU_TANH, OFFSET=None if norm is None else norm.offset, ADDS=adds,
             IN_ASSEMBLY=self._device.type == "cuda", num_warps=max(pieces // 32, 1), **launch_options(self._device),
         )  # fmt: skip
@@ -333,12 +337,15 @@ class Linear:
         """The product by tiles on tensor cores."""
         swiglu = gated_by is not None
         (num_rows, num_inputs), num_outputs = x.shape, output.shape[1]
-        groups = weights.groups
+        groups, operand = weights.groups, weights.group_operand
+        if operand.order is not None and num_rows > MAX_FEW_ROWS:
+            # Ordered once: tiles read columns in order much faster, and each column is read by many programs.
+            x, operand = x.index_select(1, operand.order), operand._replace(order=None)
         if self._deterministic:
             k = None if groups is None else groups.span
             tile = fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize, k)
         elif groups is not None:
-            tile = group_tile(num_rows, num_outputs, num_inputs, groups.span)
+            tile = group_tile(num_rows, num_outputs, num_inputs, groups.span, swiglu)
         else:
             tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_blocks, num_row_blocks = triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows)
@@ -350,10 +357,11 @@ class Linear:
             bytes_a_stage = weight_rows * weights.bytes_of(tile.k) + tile.rows * tile.k * x.dtype.itemsize
         num_programs = triton.cdiv(num_row_blocks, in_turn) * (tile.num_parts if tile.is_shared else 1)
         tile_product[(in_turn, num_blocks, num_programs)](
-            x, weights.operand, weights.group_operand, output, self._partial, self._arrivals, num_rows, num_outputs,
+            x, weights.operand, operand, output, self._partial, self._arrivals, num_rows, num_outputs,
             num_inputs, triton.cdiv(num_inputs, tile.k) // tile.num_parts * tile.k, TILE=tile,
-            SWIGLU=swiglu, GELU=gated_by is Activation.GELU_TANH, ADDS=adds, IS_EVEN=is_even,
-            AS_NUMBERS=groups is not None and tile.rows > MAX_SUMMED_ROWS,
+            GROUP=0 if groups is None else groups.size, SWIGLU=swiglu, GELU=gated_by is Activation.GELU_TANH,
+            ADDS=adds, IS_EVEN=is_even,
+            IN_UNITS=groups is not None and tile.rows > MAX_SUMMED_ROWS and not self._deterministic,
             CAN_PREFETCH=is_even and self._device.type == "cuda",
             num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
             **launch_options(self._device),

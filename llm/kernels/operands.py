@@ -24,17 +24,15 @@ class GroupOperand(NamedTuple):
     """What the codes of a weight mean, see `WeightGroups`; without scales the weight has no groups.
 
     Attributes:
-        scales: (groups, out), in any format of floats; or uint8, E8M0, for MXFP4.
+        scales: (groups, out), in any format of floats; uint8, E8M0, for MXFP4; int32 where they hold the zeros too.
         zeros: (groups, out) uint8, or None.
         order: (in,) int32, the input that each column of codes belongs to; None where they stand in order.
-        size: inputs of a group.
     """
 
     scales: torch.Tensor | None
     zeros: torch.Tensor | None
     order: torch.Tensor | None
-    size: int
 
 
-NO_GROUPS = GroupOperand(None, None, None, 0)
+NO_GROUPS = GroupOperand(None, None, None)
 """The groups of a weight that has none."""

@@ -10,11 +10,13 @@ import triton
 
 MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
 """Most rows that our kernels take: of any product, and of small weights and of most SwiGLUs."""
-MAX_GROUP_ROWS, MAX_SUMMED_ROWS = 64, 64
-"""The same of weights in groups, and most rows of a tile whose sums over groups are scaled one by one; with more,
-weights become numbers of the rows' format on their way to the tensor cores."""
-_GROUP_PROGRAMS, _MOST_GROUP_PARTS = {16: 220, 32: 190, 64: 96}, 4
-"""With fewer programs, for so many rows, the sum of weights in groups is cut, into so many parts at most."""
+MAX_GROUP_ROWS, MAX_SUMMED_ROWS = 256, 64
+"""The same of weights in groups of 4 bits, and most rows of a tile that makes each group's part of a sum by itself;
+with more, sums have units."""
+_GROUP_PROGRAMS, _MOST_GROUP_PARTS = 220, 4
+"""With fewer programs the sum of weights in groups is cut, into so many parts at most."""
+_LEAST_GROUP_ROWS, _MOST_GROUP_ROWS = 32, 128
+"""Rows of a tile with weights in groups. With 16, copies to shared memory are of 8 bytes, which takes longer."""
 OUTPUTS, TILE_K = 64, 128
 """Of a tile, in most cases. Our kernels take no weight whose sizes are not multiples of these."""
 _WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
@@ -77,23 +79,22 @@ def few_tile(num_rows: int, num_outputs: int, num_inputs: int, is_large: bool, s
 
 
 @cache
-def group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int) -> Tile:
+def group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int, swiglu: bool) -> Tile:
     """What is fast for up to MAX_GROUP_ROWS rows of weights in groups, `k` inputs at a time.
 
     Found by `benchmarks.group_tiles`.
     """
-    if num_rows > MAX_SUMMED_ROWS:
-        return Tile(128, _WIDE_OUTPUTS if num_outputs % _WIDE_OUTPUTS == 0 else OUTPUTS, k, 1, False, 8, 3)
-    rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
-    is_wide = rows > _SMALL_WEIGHT_ROWS and num_outputs % _WIDE_OUTPUTS == 0
-    outputs = _WIDE_OUTPUTS if is_wide else OUTPUTS
-    num_blocks, num_tiles, num_parts = num_outputs // outputs, num_inputs // k, 1
+    rows = min(max(_LEAST_GROUP_ROWS, triton.next_power_of_2(num_rows)), _MOST_GROUP_ROWS)
+    is_wide = num_rows > MAX_FEW_ROWS and num_outputs % _WIDE_OUTPUTS == 0 and not swiglu
+    if num_rows <= MAX_SOME_ROWS and not swiglu:
+        rows = min(rows, MAX_FEW_ROWS)
+    outputs, num_warps = (_WIDE_OUTPUTS, 8) if is_wide else (OUTPUTS, 4)
+    num_blocks, num_tiles, num_parts = num_outputs // outputs * triton.cdiv(num_rows, rows), num_inputs // k, 1
     while num_parts < _MOST_GROUP_PARTS and num_tiles % (2 * num_parts) == 0:
-        if num_parts * num_blocks >= _GROUP_PROGRAMS[rows]:
+        if num_parts * num_blocks >= _GROUP_PROGRAMS:
             break
         num_parts *= 2
-    num_stages = 5 if rows == _LEAST_ROWS and num_blocks <= MAX_FEW_ROWS else 3
-    return Tile(rows, outputs, k, num_parts, num_parts > 1, 8 if is_wide else 4, num_stages)
+    return Tile(rows, outputs, k, num_parts, num_parts > 1, num_warps, 3)
 
 
 @cache
@@ -145,6 +146,7 @@ def scratch_sizes(deterministic: bool) -> tuple[int, int]:
     """What programs that share sums need at most: numbers for parts of sums, and counters of programs that are done."""
     if deterministic:
         return _SHARING_ROW_BLOCKS * _MULTIPROCESSORS * 2 * OUTPUTS * _MOST_ROWS, _SHARING_TILES
-    # At most twice _GOOD_PROGRAMS programs ever share sums of all rows, each with at most two tiles.
-    num_arrivals = max(_GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS, *_GROUP_PROGRAMS.values())
-    return 4 * _GOOD_PROGRAMS * OUTPUTS * MAX_SOME_ROWS, num_arrivals
+    num_arrivals = max(_GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS, _GROUP_PROGRAMS)
+    # At most twice as many programs ever share sums, each with at most two tiles.
+    num_grouped = 2 * _GROUP_PROGRAMS * max(_WIDE_OUTPUTS * _MOST_GROUP_ROWS, 2 * OUTPUTS * _MOST_GROUP_ROWS)
+    return max(4 * _GOOD_PROGRAMS * OUTPUTS * MAX_SOME_ROWS, num_grouped), num_arrivals

@@ -45,7 +45,6 @@ def fold_cache_scales(model: DecoderModel) -> None:
 def _multiply(projection: nn.Linear, factors: torch.Tensor) -> None:
     """Multiply the rows of a weight."""
     if isinstance(projection, QuantizedLinear):
-        projection.scales = nn.Parameter(projection.scales.float() * factors, requires_grad=False)
-        projection.simplify()
+        projection.multiply_outputs(factors)
     else:
         projection.weight.mul_(factors[:, None])

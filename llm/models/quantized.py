@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm.config import ModelConfig, WeightFormat, WeightLayout
-from llm.core.weight_groups import FP8, MIDDLE, WeightGroups, dequantize, span_of
+from llm.core.weight_groups import FP8, MIDDLE, WeightGroups, dequantize, mxfp4_span_of, span_of
 from llm.errors import ConfigError
 from llm.models.delta import ExactLinear
 from llm.models.experts import ExpertProjections
@@ -47,7 +48,8 @@ class _Codes(nn.Module):
         num_bits = weight_format.num_bits
         self.weight_format = weight_format
         self.group_size = weight_format.group_size or num_inputs
-        self._span = span_of(num_inputs, self.group_size, num_bits)
+        is_mxfp4 = weight_format.layout is WeightLayout.MXFP4
+        self._span = mxfp4_span_of(num_inputs) if is_mxfp4 else span_of(num_inputs, self.group_size, num_bits)
         num_groups = -(-num_inputs // self.group_size)
 
         def constant(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -58,7 +60,6 @@ class _Codes(nn.Module):
             if num_bits == 8
             else constant(num_outputs, num_inputs // 2, dtype=torch.uint8)
         )
-        is_mxfp4 = weight_format.layout is WeightLayout.MXFP4
         self.scales = constant(num_groups, num_outputs, dtype=torch.uint8 if is_mxfp4 else torch.float32)
         self.zeros = constant(num_groups, num_outputs, dtype=torch.uint8) if weight_format.has_zeros else None
         self.order = constant(num_inputs, dtype=torch.int32) if weight_format.has_order else None
@@ -83,13 +84,30 @@ class _Codes(nn.Module):
         """
         if self.zeros is not None and bool((self.zeros == MIDDLE).all()):
             self.zeros = None
-        if self.row_scales is not None or self.groups.is_mxfp4:
+        if self.row_scales is not None or not self.scales.is_floating_point():
             return
         for dtype in (torch.float16, torch.bfloat16):
             short = self.scales.to(dtype)
             if torch.equal(short.to(self.scales.dtype), self.scales):
                 self.scales = nn.Parameter(short, requires_grad=False)
                 return
+
+    def join(self) -> None:
+        """Put scales and zeros of codes of 4 bits into one tensor, as kernels read them, where they fit."""
+        if self.weight.dtype == torch.uint8:
+            self._keep(self.groups.joined())
+
+    @torch.no_grad()
+    def multiply_outputs(self, factors: torch.Tensor) -> None:
+        """Multiply each output's weights with a factor of (out,) float32."""
+        groups = self.groups.apart()
+        self._keep(replace(groups, scales=groups.scales.float() * factors))
+        self.simplify()
+
+    def _keep(self, groups: WeightGroups) -> None:
+        scales, zeros = groups.scales, groups.zeros
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.zeros = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -138,6 +138,8 @@ def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
         quantize_weights(model)
     elif is_rounded(model):
         raise ConfigError("this model's weights were rounded to 8 bits by another engine; load it again, or set fp8")
+    for _, module in quantized_modules(model):
+        module.join()
 
 
 def kv_cache_dtype(model: DecoderModel, config: EngineConfig) -> torch.dtype:

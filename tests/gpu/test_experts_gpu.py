@@ -47,6 +47,7 @@ def coded(projections: ExpertProjections, weight_format: WeightFormat) -> Weight
         made.scales.data = (made.scales.float() * factors).to(made.scales)
     if made.order is not None:
         made.order.data = torch.rand(num_experts, num_inputs, device="cuda").argsort(-1).int()
+    made.join()
     exact = torch.stack([made.dequantized(expert) for expert in (0, num_experts - 1)])
     weights = Weights(made.weight, projections.bias, groups=made.groups)
     written = weights.written_out(torch.float32).weight

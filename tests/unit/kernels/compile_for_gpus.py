@@ -26,7 +26,7 @@ from llm.kernels import (
     experts,
     few_rows,
     group_numbers,
-    groups as groups_kernels,
+    group_row,
     logprobs,
     mxfp4,
     norm,
@@ -62,7 +62,7 @@ ALIGNED = {
 SCALES = {"row_scales": FLOAT, "scales": FLOAT, "bias": BF16}
 NO_SCALES = dict.fromkeys(SCALES)
 PARTS, ITEMS = StepParts(*[INT] * 4), WorkItems(*[INT] * 4)
-NO_GROUPS = GroupOperand(None, None, None, "i32")
+NO_GROUPS = GroupOperand(None, None, None)
 
 
 def compile_kernel(
@@ -385,9 +385,9 @@ def compile_expert_groups() -> None:
     arguments |= {"NUM_EXPERTS": 32, "EXPERT_BLOCK": 32, "PER_TOKEN": 4, "IS_EVEN": True, "IN_ASSEMBLY": True}
     plain, bounded = {"LIMIT": None, "ALPHA": None}, {"LIMIT": 7.0, "ALPHA": 1.702}
     formats = {
-        "*u8": ("*u8", GroupOperand("*u8", None, None, "i32"), bounded, 64),
-        "*fp16": ("*u8", GroupOperand("*fp16", "*u8", INT, "i32"), plain, 256),
-        BF16: (FP8, GroupOperand(BF16, None, None, "i32"), plain, 128),
+        "*u8": ("*u8", GroupOperand("*u8", None, None), bounded, 64),
+        INT: ("*u8", GroupOperand(INT, None, INT), plain, 128),
+        BF16: (FP8, GroupOperand(BF16, None, None), plain, 128),
     }
     for (scales, (codes, groups, more, span)), num_pairs, swiglu in product(
         formats.items(), (128, 4096), (False, True)
@@ -395,7 +395,7 @@ def compile_expert_groups() -> None:
         tile = expert_tiles.expert_group_tile(num_pairs, 32, span, 2, False, swiglu)
         bias = BF16 if more is bounded else None
         cut = {"weights": WeightOperand(codes, None, bias), "groups": groups, **more, "TILE": tile, "SWIGLU": swiglu}
-        cut["AS_NUMBERS"] = tile.rows > expert_tiles.MAX_SUMMED_ROWS
+        cut |= {"IN_UNITS": tile.rows > expert_tiles.MAX_SUMMED_ROWS, "GROUP": 128}
         taken = compile_kernel(
             "experts in groups", expert_groups.groups_tile_product, {**arguments, **cut},
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -404,7 +404,7 @@ def compile_expert_groups() -> None:
     codes, groups, more, _ = formats["*u8"]
     older = {**arguments, **cut, **more, "weights": WeightOperand(codes, None, BF16), "groups": groups}
     for span in (32, 64):
-        older |= {"TILE": tile._replace(k=span), "AS_NUMBERS": False}
+        older |= {"TILE": tile._replace(k=span), "IN_UNITS": False}
         compile_kernel("experts in groups", expert_groups.groups_tile_product, older, capability=80)
 
 
@@ -415,7 +415,8 @@ def compile_stages() -> None:
     arguments |= {"partial": FLOAT, "arrivals": INT, "ADDS": False, "IS_EVEN": True, "GELU": False}
     for (capability, shared_memory), (rows, swiglu) in product(SHARED_MEMORY.items(), ((32, False), (64, True))):
         num_stages = min(5, stages_in(shared_memory, (64 * (1 + swiglu) + rows) * 128 * 2, capability // 10))
-        tile = {**arguments, "SWIGLU": swiglu, "CAN_PREFETCH": True, "AS_NUMBERS": False}
+        tile = {**arguments, "SWIGLU": swiglu, "CAN_PREFETCH": True, "IN_UNITS": False}
+        tile["GROUP"] = 0
         tile["TILE"] = Tile(rows, 64, 128, 1, False, num_warps=4, num_stages=num_stages)
         taken = compile_kernel("stages", few_rows.tile_product, tile, capability=capability, num_stages=num_stages)
         assert num_stages > 2, (capability, rows, swiglu)
@@ -426,32 +427,38 @@ def compile_groups() -> None:
     """Codes of 4 bits and of 8, gated and added, with zeros and an order and without, for few rows and for many."""
     arguments = {"x": BF16, "output": BF16, "partial": FLOAT, "arrivals": INT}
     arguments |= dict.fromkeys(("num_rows", "num_outputs", "num_inputs", "inputs_per_part"), "i32")
-    codes = {"4 bits": ("*u8", "*fp16", "*u8", INT), "of one group": ("*u8", BF16, None, None)}
-    arguments["num_groups"] = "i32"
+    codes = {
+        "joined": ("*u8", INT, None, INT),
+        "apart": ("*u8", FLOAT, "*u8", None),
+        "8 bits": (FP8, FLOAT, None, None),
+    }
+    arguments |= {"num_groups": "i32", "GROUP": 128}
     for span in (32, 64):
         written = {**arguments, "codes": "*u8", "scales": "*u8", "num_blocks": "i32"}
         compile_kernel("floats written out", mxfp4._write_out, written, OUTPUTS=32, SPAN=span, IN_ASSEMBLY=True)
-    for weight, scales, zeros, order in (*codes.values(), (FP8, FLOAT, None, None)):
-        operands = {"weights": WeightOperand(weight, None, None), "groups": GroupOperand(scales, zeros, order, "i32")}
+    for weight, scales, zeros, order in codes.values():
+        operands = {"weights": WeightOperand(weight, None, None), "groups": GroupOperand(scales, zeros, order)}
         written = {**arguments, **operands, "codes": weight}
         compile_kernel("written out", group_numbers._write_out, written, OUTPUTS=32, SPAN=128, IN_ASSEMBLY=True)
         for rows, swiglu in ((16, False), (64, True)):
             tile = {**arguments, **operands, "SWIGLU": swiglu, "ADDS": not swiglu, "GELU": False}
-            tile["TILE"] = Tile(rows, 64, 128 if weight == FP8 else 256, 2, True, num_warps=4, num_stages=3)
-            compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
+            tile |= {"IS_EVEN": True, "CAN_PREFETCH": True, "IN_UNITS": rows > 16}
+            tile["TILE"] = Tile(rows, 64, 128, 2, True, num_warps=4, num_stages=3)
+            compile_kernel("groups", few_rows.tile_product, tile)
         if weight != FP8:
             row = {**written, "norm": BF16 if zeros else None, "norm_eps": "fp32", "OUTPUTS": 4, "PIECES": 128}
-            row |= {"SPAN": 256, "SWIGLU": zeros is not None, "GELU": False, "OFFSET": None, "ADDS": zeros is None}
-            compile_kernel("row of groups", groups_kernels.single_row_of_groups, row, IN_ASSEMBLY=True)
-    tile |= {"x": "*fp16", "output": "*fp16", "weights": WeightOperand("*u8", None, None)}
-    tile["TILE"] = tile["TILE"]._replace(k=64)
-    compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
-    tile["AS_NUMBERS"] = False
-    compile_kernel("groups", few_rows.tile_product, tile, IS_EVEN=True, CAN_PREFETCH=True, capability=80)
-    for weight, span in (("*u8", 256), (FP8, 128)):
-        wide = {**tile, "x": BF16, "output": BF16, "weights": WeightOperand(weight, None, None), "AS_NUMBERS": True}
-        wide["TILE"] = Tile(128, 128, span, 1, False, num_warps=8, num_stages=3)
-        compile_kernel("groups", few_rows.tile_product, wide, IS_EVEN=True, CAN_PREFETCH=True, num_warps=8)
+            row |= {"SPAN": 128, "SWIGLU": zeros is not None, "GELU": False, "OFFSET": None, "ADDS": zeros is None}
+            compile_kernel("row of groups", group_row.single_row_of_groups, row, IN_ASSEMBLY=True)
+    operands = {"weights": WeightOperand("*u8", None, None), "groups": GroupOperand(INT, None, None)}
+    for group, dtype, capability in ((32, BF16, 90), (64, "*fp16", 90), (128, "*fp16", 80)):
+        tile |= {**operands, "GROUP": group, "x": dtype, "output": dtype}
+        tile["TILE"] = tile["TILE"]._replace(k=64 if group == 64 else 128)
+        compile_kernel("groups", few_rows.tile_product, tile, capability=capability)
+    for swiglu in (False, True):
+        wide = {**tile, "x": BF16, "output": BF16, "SWIGLU": swiglu, "ADDS": not swiglu}
+        wide["TILE"] = Tile(128, 128, 128, 1, False, num_warps=8, num_stages=3)
+        taken = compile_kernel("groups", few_rows.tile_product, wide, num_warps=8)
+        assert taken <= SHARED_MEMORY[90] - 1024, taken
 
 
 def compile_all_reduce() -> None:

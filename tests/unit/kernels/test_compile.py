@@ -37,7 +37,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "gates": 2,
         "single row": 6,
         "tile": 6,
-        "groups": 10,
+        "groups": 11,
         "floats written out": 2,
         "written out": 3,
         "row of groups": 2,

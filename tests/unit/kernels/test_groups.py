@@ -10,7 +10,7 @@ from llm.kernels import linear as products
 from llm.kernels.group_numbers import written_out
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream
-from llm.kernels.tiles import Tile
+from llm.kernels.tiles import MAX_GROUP_ROWS, Tile, group_tile, scratch_sizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
@@ -21,6 +21,7 @@ KINDS = {
     "4 bits, 128": (4, 128, True, False),
     "4 bits, 32": (4, 32, True, False),
     "4 bits, one group, no zeros": (4, None, False, False),
+    "4 bits, 64, apart": (4, 64, True, False),
     "4 bits, act-order": (4, 64, True, True),
     "8 bits, 128": (8, 128, False, False),
 }
@@ -44,6 +45,9 @@ def create_weights(kind: str, num_outputs: int, num_inputs: int, *, has_bias: bo
     else:
         codes = torch.randn(num_outputs, num_inputs, device=DEVICE).to(FP8)
     groups = WeightGroups(scales.half() if num_bits == 4 else scales, zeros, order, size, span)
+    if num_bits == 4 and "apart" not in kind:
+        groups = groups.joined()
+        assert groups.scales.dtype == torch.int32, "scales of 16 bits leave room for zeros"
     return Weights(codes, random(num_outputs) if has_bias else None, groups=groups)
 
 
@@ -57,7 +61,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("span", [2, 16, 64, 256])
+@pytest.mark.parametrize("span", [4, 16, 64, 128])
 def test_packed_codes_are_unpacked_again(span):
     codes = torch.randint(0, 16, (3, 512), dtype=torch.uint8)
     assert pack(codes, span).shape == (3, 256)
@@ -66,11 +70,24 @@ def test_packed_codes_are_unpacked_again(span):
 
 @pytest.mark.parametrize(
     ("num_inputs", "size", "num_bits", "span"),
-    [(4096, 128, 4, 256), (4096, 32, 4, 64), (896, 128, 4, 128), (4096, 4096, 4, 256), (96, 32, 4, 32),
-     (4096, 128, 8, 128), (4096, 4096, 8, 128), (96, 32, 8, 32)],
+    [(4096, 128, 4, 128), (4096, 32, 4, 128), (896, 128, 4, 128), (4096, 4096, 4, 128), (192, 32, 4, 64),
+     (96, 32, 4, 32), (4096, 128, 8, 128), (4096, 4096, 8, 128), (96, 32, 8, 32)],
 )  # fmt: skip
-def test_no_half_of_a_span_is_in_two_groups(num_inputs, size, num_bits, span):
+def test_no_quarter_of_a_span_is_in_two_groups(num_inputs, size, num_bits, span):
     assert span_of(num_inputs, size, num_bits) == span
+
+
+@pytest.mark.parametrize("has_zeros", [True, False])
+def test_scales_and_zeros_are_joined_and_taken_apart(has_zeros):
+    """Bit by bit, unless a scale needs more than 16 bits."""
+    for dtype in (torch.float16, torch.bfloat16):
+        scales = torch.randn(3, 64).to(dtype)
+        zeros = torch.randint(0, 17, (3, 64), dtype=torch.uint8) if has_zeros else None
+        apart = WeightGroups(scales, zeros, None, 32, 64).joined().apart()
+        assert torch.equal(apart.scales, scales.float())
+        assert torch.equal(apart.zeros, zeros if has_zeros else torch.full((3, 64), 8, dtype=torch.uint8))
+    exact = WeightGroups(torch.full((3, 64), 0.1), None, None, 32, 64)
+    assert exact.joined() is exact
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,17 +121,39 @@ def test_linear_of_groups(kind, num_rows, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_rows_of_groups(kind, monkeypatch):
-    """Weights become numbers on their way to the tensor cores, plain and gated."""
-    monkeypatch.setattr(products, "MAX_GROUP_ROWS", 128)
+    """Sums have units, plain and gated; some groups' scales are nought, the first and the last of some outputs too."""
     monkeypatch.setattr(products, "MAX_SUMMED_ROWS", 16)
-    monkeypatch.setattr(products, "group_tile", lambda _rows, _outputs, _inputs, k: Tile(32, 64, k, 1, False, 4, 2))
+    monkeypatch.setattr(
+        products, "group_tile", lambda _rows, _outputs, _inputs, k, _swiglu: Tile(32, 64, k, 1, False, 4, 2)
+    )
     torch.manual_seed(0)
     weights, x, linear = create_weights(kind, 128, 512), random(40, 512), Linear(DEVICE)
+    assert weights.groups is not None
+    scales = weights.groups.scales
+    is_nought = torch.rand(scales.shape, device=DEVICE) < 0.2
+    if scales.dtype == torch.int32:
+        scales[is_nought] &= 255
+    else:
+        scales[is_nought] = 0
     exact = x.double() @ meant(weights).t()
     assert relative_error(linear(x, weights), exact) < 2 * TIGHT[HALF]
     gated = linear._tiled(x, weights, x.new_empty(40, 64), gated_by=Activation.SILU)
     gate, up = exact.chunk(2, -1)
     assert relative_error(gated, F.silu(gate) * up) < 3 * TIGHT[HALF]
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("num_rows", [2, 33, 65, 129, MAX_GROUP_ROWS])
+def test_programs_that_share_sums_have_room(num_rows, swiglu):
+    """For parts of sums, twice as many of gated ones, and for counters."""
+    num_partial, num_arrivals = scratch_sizes(deterministic=False)
+    for num_outputs in range(64, 20_000, 64):
+        for num_inputs in (512, 4096, 14_336):
+            tile = group_tile(num_rows, num_outputs, num_inputs, 128, swiglu)
+            if tile.is_shared:
+                num_blocks = -(-num_outputs // tile.outputs) * -(-num_rows // tile.rows)
+                assert num_blocks <= num_arrivals
+                assert num_blocks * tile.num_parts * tile.rows * tile.outputs * (1 + swiglu) <= num_partial
 
 
 @pytest.mark.parametrize("kind", KINDS)

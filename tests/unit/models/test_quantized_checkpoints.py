@@ -370,6 +370,18 @@ def test_a_model_with_random_codes_can_be_made(checkpoints, tmp_path):
     assert model(prompt(5)).isfinite().all()
 
 
+def test_outputs_are_multiplied_after_an_engine_has_joined_scales_and_zeros(checkpoints, tmp_path):
+    """As another engine of the same model does, whose cache has scales."""
+    write(checkpoints, tmp_path, awq())
+    (_, module), *_ = quantized_modules(load_decoder(tmp_path, progress=False))
+    before = module.dequantized()
+    module.join()
+    assert module.zeros is None
+    module.multiply_outputs(torch.full((len(before),), 4.0))
+    module.join()
+    assert torch.equal(module.dequantized(), 4 * before)
+
+
 def test_check_knows_the_memory(checkpoints, tmp_path):
     """A quarter of the projections' 16 bits, and their scales and zeros."""
     source = checkpoints("llama")[0]
