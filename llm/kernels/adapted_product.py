@@ -24,15 +24,34 @@ from llm.kernels.adapters import AdapterEntries, AdapterFactors
 from llm.kernels.few_rows import shared_sum, sum_of_products
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Linear, Weights
-from llm.kernels.tiles import MAX_FEW_ROWS, OUTPUTS, TILE_K, few_tile
+from llm.kernels.tiles import MAX_FEW_ROWS, OUTPUTS, TILE_K, Tile, few_tile
 
 _MAX_FLAGS = tl.constexpr(128)
 """Programs of a launch that shrink, for one block of rows, at most."""
 _MAX_ROW_BLOCKS = 4
-_CHUNK = tl.constexpr(64)
-"""Shrunk numbers that are expanded at once."""
+_MAX_SHARES = 4
+"""Programs that share a sum that shrinks at most, unless the product's sums have more."""
+_MULTIPROCESSORS = 132
+"""Of the chip that the rule is made for: each runs one program at a time."""
+_CHUNK, _GATED_CHUNK = tl.constexpr(128), tl.constexpr(64)
+"""Shrunk numbers that are expanded at once, of gate and of up each: as many as fit the registers."""
 _AHEAD_LINES = tl.constexpr(256)
 """Lines of 128 bytes of B that a program fetches before it begins."""
+
+
+class LowRankShape(NamedTuple):
+    """Sizes of a product's adapters.
+
+    Attributes:
+        num_slots: adapters that may be active.
+        num_numbers: that an adapter shrinks a row's inputs to, `rank` for each of the product's parts.
+        num_shares: programs that share each sum of these.
+    """
+
+    num_slots: int
+    num_numbers: int
+    rank: int
+    num_shares: int
 
 
 class AdapterOperand(NamedTuple):
@@ -45,7 +64,7 @@ class AdapterOperand(NamedTuple):
         active: (1 + slots,) int32: how many adapters the rows have, then their slots.
         step: (1,) int32, a number that no other step of late has had.
         parts: (blocks,) int32, the part that adds to each block of `OUTPUTS` outputs, -1 for none.
-        shrunk: (parts of a sum, rows, slots · numbers) float32.
+        shrunk: (shares of a sum, rows, numbers) float32, of each row by its own adapter.
         flags: int32, one for each program that shrinks.
         num_products: products of a step that wait for these flags.
     """
@@ -87,7 +106,7 @@ class AdaptedProduct:
         if num_rows > MAX_FEW_ROWS or num_outputs % OUTPUTS or num_inputs % TILE_K:
             return False
         tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
-        return self._num_tiles * tile.num_parts <= _MAX_FLAGS.value
+        return self._num_tiles * self._num_shares(tile, num_outputs) <= _MAX_FLAGS.value
 
     @property
     def num_outputs(self) -> int:
@@ -98,6 +117,16 @@ class AdaptedProduct:
     def _num_tiles(self) -> int:
         num_slots, num_numbers, _ = self.factors.a.shape
         return triton.cdiv(num_slots * num_numbers, OUTPUTS)
+
+    def _num_shares(self, tile: Tile, num_outputs: int) -> int:
+        """How many programs share a sum of those that shrink: more than of the others where these leave room."""
+        num_shares, num_programs = tile.num_parts, num_outputs // OUTPUTS * tile.num_parts
+        num_turns = triton.cdiv(num_programs + num_shares * self._num_tiles, _MULTIPROCESSORS)
+        while self.weights.num_inputs % (2 * num_shares * tile.k) == 0 and num_shares < _MAX_SHARES:
+            if num_programs + 2 * num_shares * self._num_tiles > num_turns * _MULTIPROCESSORS:
+                break
+            num_shares *= 2
+        return num_shares
 
     def run(
         self,
@@ -127,18 +156,19 @@ class AdaptedProduct:
         num_slots, num_numbers, _ = factors.a.shape
         tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_row_blocks = triton.cdiv(num_rows, tile.rows)
-        shrunk = torch.empty(tile.num_parts, num_rows, num_slots * num_numbers, dtype=torch.float32, device=x.device)
+        num_shares = self._num_shares(tile, num_outputs)
+        shrunk = torch.empty(num_shares, num_rows, num_numbers, dtype=torch.float32, device=x.device)
         operand = AdapterOperand(
             factors.a, factors.b, factors.a.stride(0), factors.b.stride(0), which.slots, which.active, which.step,
             factors.block_parts, shrunk, self.flags, self.num_products,
         )  # fmt: skip
-        num_tiles, num_blocks = self._num_tiles, num_outputs // OUTPUTS
+        num_programs = self._num_tiles * num_shares + num_outputs // OUTPUTS * tile.num_parts
         bytes_a_stage = ((2 if swiglu else 1) * OUTPUTS + tile.rows) * tile.k * x.dtype.itemsize
         on_gpu = x.device.type == "cuda"
-        _adapted_product[((num_tiles + num_blocks) * num_row_blocks * tile.num_parts,)](
+        _adapted_product[(num_programs * num_row_blocks,)](
             x, weights.operand, operand, output, *linear.scratch, num_rows, num_outputs, num_inputs,
             num_inputs // tile.num_parts, self.number,
-            NUM_SLOTS=num_slots, NUM_NUMBERS=num_numbers, RANK=factors.rank,
+            SHAPE=LowRankShape(num_slots, num_numbers, factors.rank, num_shares),
             TILE=tile, SWIGLU=swiglu, GELU=gated_by is Activation.GELU_TANH, ADDS=adds, ON_GPU=on_gpu,
             num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages(x.device, bytes_a_stage)),
             **launch_options(x.device),
@@ -166,49 +196,67 @@ def _wait_for_flags(flags, num_flags, raised, ON_GPU: tl.constexpr):
 
 @triton.jit
 def _expanded(
-    acc, adapters, first_output, part, row, row_block, num_rows, count,
-    TILE: tl.constexpr, NUM_SLOTS: tl.constexpr, NUM_NUMBERS: tl.constexpr, RANK: tl.constexpr,
+    acc, up, adapters, block, num_blocks, row, row_block, num_rows, num_outputs, count,
+    TILE: tl.constexpr, SWIGLU: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows' B make of their shrunk numbers to a tile, (OUTPUTS, rows) float32."""
+    """Add what the rows' B make of their shrunk numbers to a tile, (OUTPUTS, rows) float32: of gate and of up."""
     rows: tl.constexpr = TILE.rows
-    num_shares: tl.constexpr = TILE.num_parts
-    out = first_output + tl.arange(0, TILE.outputs)
+    num_numbers: tl.constexpr = SHAPE.num_numbers
+    rank: tl.constexpr = SHAPE.rank
+    num_shares: tl.constexpr = SHAPE.num_shares
+    chunk: tl.constexpr = _GATED_CHUNK if SWIGLU else _CHUNK
+    out = block * TILE.outputs + tl.arange(0, TILE.outputs)
     token = row_block * rows + row
     row_slot = tl.load(adapters.slots + token, mask=row < num_rows, other=-1)
-    width: tl.constexpr = NUM_SLOTS * NUM_NUMBERS
+    part = tl.load(adapters.parts + block)
+    up_part = part
+    if SWIGLU:
+        up_part = tl.load(adapters.parts + num_blocks + block)
     num_tokens = num_rows + row_block * rows
-    for start in range(0, count * RANK, _CHUNK):
-        number = start + tl.arange(0, _CHUNK)
-        adapter, place = number // RANK, number % RANK
-        exists = (adapter < count) & (part >= 0)
+    for start in range(0, count * rank, chunk):
+        number = start + tl.arange(0, chunk)
+        adapter, place = number // rank, number % rank
+        exists = adapter < count
         slot = tl.load(adapters.active + 1 + adapter, mask=exists, other=-2)
         columns = adapters.factor_b + slot.to(tl.int64) * adapters.b_stride + place
-        factor = tl.load(columns[None, :] + out[:, None].to(tl.int64) * RANK, mask=exists[None, :], other=0.0)
+        factors = columns[None, :] + out[:, None].to(tl.int64) * rank
         is_own = slot[:, None] == row_slot[None, :]
-        offsets = token[None, :] * width + (adapter * NUM_NUMBERS + part * RANK + place)[:, None]
-        shrunk = tl.zeros([_CHUNK, rows], tl.float32)
+        offsets = token[None, :] * num_numbers + place[:, None]
+        factor = tl.load(factors, mask=(exists & (part >= 0))[None, :], other=0.0)
+        if SWIGLU:
+            up_factor = tl.load(
+                factors + num_outputs.to(tl.int64) * rank, mask=(exists & (up_part >= 0))[None, :], other=0.0
+            )
+        shrunk = tl.zeros([chunk, rows], tl.float32)
+        up_shrunk = tl.zeros([chunk, rows], tl.float32)
         for share in tl.static_range(num_shares):
             # Past the first-level cache, which does not see other multiprocessors' writes.
-            pointers = adapters.shrunk + share * num_tokens * width + offsets
-            shrunk += tl.load(pointers, mask=is_own, other=0.0, cache_modifier=".cg")
+            pointers = adapters.shrunk + share * num_tokens * num_numbers + offsets
+            shrunk += tl.load(pointers + part * rank, mask=is_own & (part >= 0), other=0.0, cache_modifier=".cg")
+            if SWIGLU:
+                mask = is_own & (up_part >= 0)
+                up_shrunk += tl.load(pointers + up_part * rank, mask=mask, other=0.0, cache_modifier=".cg")
         acc = tl.dot(factor, shrunk.to(factor.dtype), acc, input_precision="ieee")
-    return acc
+        if SWIGLU:
+            up = tl.dot(up_factor, up_shrunk.to(factor.dtype), up, input_precision="ieee")
+    return acc, up
 
 
 @triton.jit(do_not_specialize=["num_rows", "number"])
 def _adapted_product(
     x, weights, adapters, output, partial, arrivals, num_rows, num_outputs, num_inputs, inputs_per_part,
-    number,
-    NUM_SLOTS: tl.constexpr, NUM_NUMBERS: tl.constexpr, RANK: tl.constexpr,
-    TILE: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr, ON_GPU: tl.constexpr,
-    PDL: tl.constexpr,
+    number, SHAPE: tl.constexpr, TILE: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr, ADDS: tl.constexpr,
+    ON_GPU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (part of a sum, block of outputs or of shrunk numbers, block of rows), those that shrink first."""
     rows: tl.constexpr = TILE.rows
     outputs: tl.constexpr = TILE.outputs
-    num_tiles: tl.constexpr = (NUM_SLOTS * NUM_NUMBERS + outputs - 1) // outputs
+    num_numbers: tl.constexpr = SHAPE.num_numbers
+    rank: tl.constexpr = SHAPE.rank
+    num_shares: tl.constexpr = SHAPE.num_shares
+    num_tiles: tl.constexpr = (SHAPE.num_slots * num_numbers + outputs - 1) // outputs
     num_row_blocks = tl.cdiv(num_rows, rows)
-    num_shrinking = num_tiles * TILE.num_parts * num_row_blocks
+    num_shrinking = num_tiles * num_shares * num_row_blocks
     program = tl.program_id(0)
     shrinks = program < num_shrinking
     work = tl.where(shrinks, program, program - num_shrinking)
@@ -218,19 +266,20 @@ def _adapted_product(
     num_rows -= row_block * rows
     # The adapters of the rows and their factors are what the step began with: no kernel of the step writes them.
     count = tl.load(adapters.active)
-    if shrinks & (block * outputs >= count * NUM_NUMBERS):
+    if shrinks & (block * outputs >= count * num_numbers):
         return
     raised = tl.load(adapters.step) * adapters.num_products + number
     row = tl.arange(0, rows)
     out = block * outputs + tl.arange(0, outputs)
-    adapter = out // NUM_NUMBERS
+    adapter = out // num_numbers
     slot = tl.load(adapters.active + 1 + tl.minimum(adapter, count - 1), mask=shrinks, other=0).to(tl.int64)
-    factor_row = adapters.factor_a + slot * adapters.a_stride + (out % NUM_NUMBERS) * num_inputs
+    factor_row = adapters.factor_a + slot * adapters.a_stride + (out % num_numbers) * num_inputs
     weight_row = weights.numbers + out.to(tl.int64) * num_inputs
     gate_row = tl.where(shrinks, factor_row, weight_row)[:, None]
     up_row = gate_row
     if SWIGLU:
         up_row = tl.where(shrinks, factor_row, weight_row + num_outputs.to(tl.int64) * num_inputs)[:, None]
+    inputs_per_part = tl.where(shrinks, num_inputs // num_shares, inputs_per_part)
     begin = part * inputs_per_part
     if ON_GPU:
         line_size: tl.constexpr = 1024 // weights.numbers.dtype.element_ty.primitive_bitwidth
@@ -238,44 +287,41 @@ def _adapted_product(
         prefetch(gate_row + line[None, :])
         if SWIGLU:
             prefetch(up_row + line[None, :])
+        # What a program expands by comes to the second-level cache meanwhile.
+        line = tl.arange(0, _AHEAD_LINES)
+        place = tl.where((line < count * rank) & (not shrinks), line, 0)
+        lines = adapters.factor_b + tl.load(adapters.active + 1 + place // rank).to(tl.int64) * adapters.b_stride
+        lines += tl.where(shrinks, 0, block) * outputs * rank + place % rank * 64
+        prefetch(lines)
+        if SWIGLU:
+            prefetch(lines + num_outputs * rank)
     wait_for_inputs(PDL)
     rows_of_block = x + row_block.to(tl.int64) * rows * num_inputs
     acc, up = sum_of_products(
         rows_of_block, gate_row, up_row, row, num_rows, num_inputs, begin, begin + inputs_per_part, TILE, SWIGLU, True
     )
-    flags = adapters.flags + row_block * num_tiles * TILE.num_parts
+    flags = adapters.flags + row_block * num_tiles * num_shares
     if shrinks:
-        width: tl.constexpr = NUM_SLOTS * NUM_NUMBERS
-        token = part * (num_rows + row_block * rows) + row_block * rows + row
-        pointers = adapters.shrunk + token[None, :].to(tl.int64) * width + out[:, None]
-        tl.store(pointers, acc, mask=(row < num_rows)[None, :] & (adapter < count)[:, None])
+        token = row_block * rows + row
+        is_own = slot[:, None] == tl.load(adapters.slots + token, mask=row < num_rows, other=-1)[None, :]
+        numbers = adapters.shrunk + part * (num_rows + row_block * rows) * num_numbers
+        pointers = numbers + token[None, :] * num_numbers + (out % num_numbers)[:, None]
+        tl.store(pointers, acc, mask=is_own & (adapter < count)[:, None])
         tl.debug_barrier()  # every thread's numbers are written before the flag goes up
         # Flags of active tiles come first: only these are waited for.
-        tl.atomic_xchg(flags + block * TILE.num_parts + part, raised, sem="release")
+        tl.atomic_xchg(flags + block * num_shares + part, raised, sem="release")
         return
-    if ON_GPU:
-        line = tl.arange(0, _AHEAD_LINES)
-        place = tl.where(line < count * RANK, line, 0)
-        lines = adapters.factor_b + tl.load(adapters.active + 1 + place // RANK).to(tl.int64) * adapters.b_stride
-        prefetch(lines + block * outputs * RANK + place % RANK * 64)
     is_last = True
     if TILE.is_shared:
         place = row_block * (num_outputs // outputs) + block
         acc, up, is_last = shared_sum(acc, up, partial, arrivals, place, part, row, TILE, SWIGLU)
     if is_last:
         dtype: tl.constexpr = output.dtype.element_ty
-        _wait_for_flags(flags, tl.cdiv(count * NUM_NUMBERS, outputs) * TILE.num_parts, raised, ON_GPU)
-        first = block * outputs
-        acc = _expanded(
-            acc, adapters, first, tl.load(adapters.parts + block), row, row_block, num_rows, count,
-            TILE, NUM_SLOTS, NUM_NUMBERS, RANK,
+        _wait_for_flags(flags, tl.cdiv(count * num_numbers, outputs) * num_shares, raised, ON_GPU)
+        acc, up = _expanded(
+            acc, up, adapters, block, num_blocks, row, row_block, num_rows, num_outputs, count,
+            TILE, SWIGLU, SHAPE,
         )  # fmt: skip
-        if SWIGLU:
-            up_part = tl.load(adapters.parts + num_outputs // outputs + block)
-            up = _expanded(
-                up, adapters, num_outputs + first, up_part, row, row_block, num_rows, count,
-                TILE, NUM_SLOTS, NUM_NUMBERS, RANK,
-            )  # fmt: skip
         if weights.bias is not None:
             acc += tl.load(weights.bias + out).to(tl.float32)[:, None]
         result = gated(acc, up, dtype, GELU) if SWIGLU else acc.to(dtype)

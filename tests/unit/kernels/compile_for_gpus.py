@@ -495,11 +495,12 @@ def compile_adapters() -> None:
         tile = Tile(num_rows, 64, 128, num_parts, num_parts > 1, num_warps=4, num_stages=4)
         bytes_a_stage = ((2 if swiglu else 1) * 64 + num_rows) * 128 * 2
         num_stages = min(4, stages_in(SHARED_MEMORY[capability], bytes_a_stage, capability // 10))
-        kernel = {**arguments, "SWIGLU": swiglu, "GELU": False, "ADDS": not swiglu, "NUM_SLOTS": 8, "RANK": 16}
-        kernel |= {"weights": WeightOperand(BF16, None, None), "NUM_NUMBERS": 32 if swiglu else 48, "ON_GPU": True}
+        kernel = {**arguments, "SWIGLU": swiglu, "GELU": False, "ADDS": not swiglu, "ON_GPU": True}
+        kernel |= {"weights": WeightOperand(BF16, None, None), "TILE": tile}
+        kernel["SHAPE"] = adapted_product.LowRankShape(8, 32 if swiglu else 48, 16, 2)
         taken = compile_kernel(
             "product with adapters", adapted_product._adapted_product, kernel, capability=capability,
-            num_stages=num_stages, TILE=tile,
+            num_stages=num_stages,
         )  # fmt: skip
         assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
 
