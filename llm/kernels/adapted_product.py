@@ -213,7 +213,7 @@ def _expanded(
     if SWIGLU:
         up_part = tl.load(adapters.parts + num_blocks + block)
     num_tokens = num_rows + row_block * rows
-    for start in range(0, count * rank, chunk):
+    for start in tl.range(0, count * rank, chunk, num_stages=1):  # stages of it would be memory that the product has
         number = start + tl.arange(0, chunk)
         adapter, place = number // rank, number % rank
         exists = adapter < count
