@@ -7,6 +7,7 @@ one entry, so what it computes for a token depends on that token alone.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from llm.config import Activation
 from llm.kernels.activation import gated
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
+from llm.kernels.tiles import OUTPUTS as _FUSED_OUTPUTS
 
 ENTRY_FIELDS = 4
 """Numbers of an entry: the slot of its adapter, the place of its first token in the order, how many tokens it has, and
@@ -27,10 +29,6 @@ _NUMBERS, _TILE_K = 64, 128
 FEW_TOKENS, _SOME_TOKENS = 256, 2048
 _FEW_ROWS, _MANY_ROWS = 16, 64
 """Tokens of an entry at most, in steps of few tokens and of more."""
-_AHEAD_PROGRAMS, _AHEAD_LINES = tl.constexpr(64), tl.constexpr(1024)
-"""Programs that fetch weights ahead, and lines of 128 bytes of each: 8 MB together."""
-AHEAD_BYTES = _AHEAD_PROGRAMS.value * _AHEAD_LINES.value * 128
-"""What a launch fetches ahead at most."""
 _FIXED_SPLITS = 4
 _LONG_INPUTS = 8192
 
@@ -57,11 +55,17 @@ class AdapterEntries:
         order: (tokens,) int32, indices of all tokens in the step, those of an adapter together.
         entries: (entries, ENTRY_FIELDS) int32; those without tokens come last.
         rows: most tokens of an entry, `entry_rows`.
+        slots: (tokens,) int32, the slot of each token's adapter, -1 for none.
+        active: (1 + slots,) int32: how many adapters the tokens have, then their slots.
+        step: (1,) int32, a number that no other step of late has had.
     """
 
     order: torch.Tensor
     entries: torch.Tensor
     rows: int
+    slots: torch.Tensor
+    active: torch.Tensor
+    step: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class AdapterFactors:
         rank: of a slot, a multiple of 16.
         is_even: every block has as many outputs as a program takes, and begins at a multiple of them.
         halves: parts that add to the first half of the outputs and to the second; None if these are not parts.
+        block_parts: (outputs / 64,) int32, the part that adds to each block of outputs, -1 for none; None if blocks
+            belong to several.
     """
 
     a: torch.Tensor
@@ -83,6 +89,7 @@ class AdapterFactors:
     rank: int
     is_even: bool
     halves: tuple[int, int] | None
+    block_parts: torch.Tensor | None
 
     @classmethod
     def of(cls, a: torch.Tensor, b: torch.Tensor, ranges: tuple[tuple[int, int, int], ...]) -> Self:
@@ -95,7 +102,20 @@ class AdapterFactors:
         size = b.shape[1] // 2
         halves = {((0, 0, size), (1, size, 2 * size)): (0, 1), ((0, 0, 2 * size),): (0, 0)}.get(ranges)
         is_even = all(first % _OUTPUTS.value == 0 and end - first == _OUTPUTS.value for _, first, end in blocks)
-        return cls(a, b, torch.tensor(blocks, dtype=torch.int32, device=a.device), b.shape[2], is_even, halves)
+        parts = _block_parts(b.shape[1], ranges)
+        tensor = partial(torch.tensor, dtype=torch.int32, device=a.device)
+        return cls(a, b, tensor(blocks), b.shape[2], is_even, halves, None if parts is None else tensor(parts))
+
+
+def _block_parts(num_outputs: int, ranges: tuple[tuple[int, int, int], ...]) -> list[int] | None:
+    if any(end % _FUSED_OUTPUTS for _, first, end in ranges for end in (num_outputs, first, end)):
+        return None
+    parts = [-1] * (num_outputs // _FUSED_OUTPUTS)
+    for part, first, end in ranges:
+        blocks = range(first // _FUSED_OUTPUTS, end // _FUSED_OUTPUTS)
+        for block in blocks:
+            parts[block] = part
+    return parts
 
 
 def shrink(
@@ -104,15 +124,10 @@ def shrink(
     factors: AdapterFactors,
     *,
     deterministic: bool,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply x, (tokens, inputs), contiguous, by the tokens' A.
 
-    These launches leave the memory idle, and products of few rows wait for nothing but the memory. So they ask for
-    some weights of the next product to be brought to the second-level cache.
-
     Args:
-        ahead: (bytes,) uint8, what is fetched of the weights of the next product; None for nothing.
         deterministic: how a sum is split depends on the shape of A alone.
 
     Returns:
@@ -126,7 +141,7 @@ def shrink(
     numbers, rows = min(_NUMBERS, triton.next_power_of_2(num_numbers)), which.rows
     num_stages = min(4, most_stages(x.device, (rows + numbers) * _TILE_K * x.dtype.itemsize))
     _shrink[(len(which.entries), num_splits, triton.cdiv(num_numbers, numbers))](
-        x, which.order, which.entries, factors.a, shrunk, ahead, _num_ahead(ahead), num_tokens, num_inputs,
+        x, which.order, which.entries, factors.a, shrunk, num_tokens, num_inputs,
         inputs_per_split, factors.a.stride(0), num_numbers, RANK=factors.rank, ROWS=rows, NUMBERS=numbers,
         TILE_K=_TILE_K, IS_EVEN=is_even, CAN_PREFETCH=x.device.type == "cuda", num_warps=4, num_stages=num_stages,
         **launch_options(x.device),
@@ -139,16 +154,11 @@ def expand(
     which: AdapterEntries,
     factors: AdapterFactors,
     output: torch.Tensor,
-    ahead: torch.Tensor | None = None,
 ) -> None:
-    """Add what the tokens' B make of `shrunk`, as `shrink` gives it, to `output`, (tokens, outputs), contiguous.
-
-    Args:
-        ahead: see `shrink`.
-    """
+    """Add what the tokens' B make of `shrunk`, as `shrink` gives it, to `output`, (tokens, outputs), contiguous."""
     num_splits, num_tokens, num_numbers = shrunk.shape
     _expand[(len(factors.blocks), len(which.entries))](
-        shrunk, which.order, which.entries, factors.b, factors.blocks, output, ahead, _num_ahead(ahead), num_tokens,
+        shrunk, which.order, which.entries, factors.b, factors.blocks, output, num_tokens,
         num_numbers, factors.b.stride(0), output.shape[1], RANK=factors.rank, NUM_SPLITS=num_splits, ROWS=which.rows,
         IS_EVEN=factors.is_even, CAN_PREFETCH=output.device.type == "cuda", num_warps=4,
         **launch_options(output.device),
@@ -162,7 +172,6 @@ def expand_gated(
     gate_up: torch.Tensor,
     output: torch.Tensor,
     activation: Activation,
-    ahead: torch.Tensor | None = None,
 ) -> None:
     """Write activation(gate) * up, where the tokens' B add what they make of `shrunk` to gate and up.
 
@@ -170,22 +179,17 @@ def expand_gated(
         factors: those of gate and up, whose `halves` are parts.
         gate_up: (tokens, 2 size), contiguous, gate first.
         output: (tokens, size), contiguous.
-        ahead: see `shrink`.
     """
     assert factors.halves is not None, "gate and up are parts"
     num_splits, num_tokens, num_numbers = shrunk.shape
     size = output.shape[1]
     _expand_gated[(triton.cdiv(size, _OUTPUTS.value), len(which.entries))](
-        shrunk, which.order, which.entries, factors.b, gate_up, output, ahead, _num_ahead(ahead), num_tokens,
+        shrunk, which.order, which.entries, factors.b, gate_up, output, num_tokens,
         num_numbers, factors.b.stride(0), size, RANK=factors.rank, NUM_SPLITS=num_splits,
         UP_PART=factors.halves[1], ROWS=which.rows,
         GELU=activation is Activation.GELU_TANH, IS_EVEN=size % _OUTPUTS.value == 0,
         CAN_PREFETCH=output.device.type == "cuda", num_warps=4, **launch_options(output.device),
     )  # fmt: skip
-
-
-def _num_ahead(ahead: torch.Tensor | None) -> int | None:
-    return None if ahead is None else min(len(ahead), AHEAD_BYTES)
 
 
 def _num_splits(num_tokens: int, num_inputs: int) -> int:
@@ -195,15 +199,6 @@ def _num_splits(num_tokens: int, num_inputs: int) -> int:
     if num_tokens > FEW_TOKENS:
         return _FIXED_SPLITS
     return 16 if num_inputs >= _LONG_INPUTS else 8
-
-
-@triton.jit
-def _fetch_ahead(ahead, num_bytes):
-    """Ask for a program's share of some weights to be brought to the second-level cache."""
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    begin = program * _AHEAD_LINES * 128
-    if (program < _AHEAD_PROGRAMS) & (begin < num_bytes):
-        prefetch(ahead + tl.minimum(begin + tl.arange(0, _AHEAD_LINES) * 128, num_bytes - 1))
 
 
 @triton.jit
@@ -218,7 +213,7 @@ def _load_entry(entries, order, number, row):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _shrink(
-    x, order, entries, factor_a, shrunk, ahead, num_ahead, num_tokens, num_inputs, inputs_per_split, slot_stride,
+    x, order, entries, factor_a, shrunk, num_tokens, num_inputs, inputs_per_split, slot_stride,
     num_numbers,
     RANK: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, TILE_K: tl.constexpr, IS_EVEN: tl.constexpr,
     CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
@@ -237,8 +232,6 @@ def _shrink(
         line_size: tl.constexpr = 1024 // factor_a.dtype.element_ty.primitive_bitwidth
         line = begin + tl.arange(0, 8) * line_size
         prefetch(own[:, None] + tl.minimum(line, num_inputs - 1)[None, :])
-    if CAN_PREFETCH and ahead is not None:
-        _fetch_ahead(ahead, num_ahead)
     wait_for_inputs(PDL)
     if rank == 0:
         return
@@ -284,7 +277,7 @@ def _update(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand(
-    shrunk, order, entries, factor_b, blocks, output, ahead, num_ahead, num_tokens, num_numbers, slot_stride,
+    shrunk, order, entries, factor_b, blocks, output, num_tokens, num_numbers, slot_stride,
     num_outputs,
     RANK: tl.constexpr, NUM_SPLITS: tl.constexpr, ROWS: tl.constexpr,
     IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr, PDL: tl.constexpr,
@@ -303,8 +296,6 @@ def _expand(
     columns = factor_b + slot * slot_stride + out.to(tl.int64) * RANK
     if CAN_PREFETCH and IS_EVEN:
         prefetch(columns)
-    if CAN_PREFETCH and ahead is not None:
-        _fetch_ahead(ahead, num_ahead)
     wait_for_inputs(PDL)
     if rank == 0:
         return
@@ -320,7 +311,7 @@ def _expand(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand_gated(
-    shrunk, order, entries, factor_b, gate_up, output, ahead, num_ahead, num_tokens, num_numbers, slot_stride,
+    shrunk, order, entries, factor_b, gate_up, output, num_tokens, num_numbers, slot_stride,
     num_outputs,
     RANK: tl.constexpr, NUM_SPLITS: tl.constexpr, UP_PART: tl.constexpr, ROWS: tl.constexpr,
     GELU: tl.constexpr, IS_EVEN: tl.constexpr, CAN_PREFETCH: tl.constexpr,
@@ -338,8 +329,6 @@ def _expand_gated(
     if CAN_PREFETCH and IS_EVEN:
         prefetch(columns)
         prefetch(up_columns)
-    if CAN_PREFETCH and ahead is not None:
-        _fetch_ahead(ahead, num_ahead)
     wait_for_inputs(PDL)
     if count == 0:
         return

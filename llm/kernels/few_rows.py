@@ -9,7 +9,7 @@ from llm.kernels.launch import prefetch, wait_for_inputs, wait_then_launch
 
 
 @triton.jit
-def _sum_of_products(
+def sum_of_products(
     x, gate_row, up_row, row, num_rows, num_inputs, begin, end,
     TILE: tl.constexpr, SWIGLU: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -41,13 +41,39 @@ def _sum(
 ):  # fmt: skip
     """Weights, plain or in groups, times rows over the inputs from `begin` to `end`: of gate and of up."""
     if groups.scales is None:
-        acc, up = _sum_of_products(x, gate_row, up_row, row, num_rows, num_inputs, begin, end, TILE, SWIGLU, IS_EVEN)
+        acc, up = sum_of_products(x, gate_row, up_row, row, num_rows, num_inputs, begin, end, TILE, SWIGLU, IS_EVEN)
     else:
         acc, up = sum_of_groups(
             x, gate_row, up_row, groups, weight_row, row, num_rows, num_outputs, num_inputs, begin, end, TILE, GROUP,
             SWIGLU, IN_UNITS, IN_ASSEMBLY,
         )  # fmt: skip
     return acc, up
+
+
+@triton.jit
+def shared_sum(acc, up, partial, arrivals, place, part, row, TILE: tl.constexpr, SWIGLU: tl.constexpr):
+    """Put a part of a sum to the others of its tile: the whole sum, and whether this program arrived last, as
+    otherwise there is none."""
+    rows: tl.constexpr = TILE.rows
+    outputs: tl.constexpr = TILE.outputs
+    size: tl.constexpr = 2 * outputs * rows if SWIGLU else outputs * rows
+    tile = tl.arange(0, outputs)[:, None] * rows + row[None, :]
+    tiles = partial + place.to(tl.int64) * (TILE.num_parts * size)
+    tl.store(tiles + part * size + tile, acc)
+    if SWIGLU:
+        tl.store(tiles + part * size + outputs * rows + tile, up)
+    tl.debug_barrier()  # every thread's share is written before this program counts as arrived
+    is_last = tl.atomic_add(arrivals + place, 1, sem="acq_rel") == TILE.num_parts - 1
+    if is_last:
+        tl.store(arrivals + place, 0)
+        acc = tl.zeros([outputs, rows], tl.float32)
+        up = tl.zeros([outputs, rows], tl.float32)
+        for other in range(TILE.num_parts):
+            # Past the first-level cache, which does not see other multiprocessors' writes.
+            acc += tl.load(tiles + other * size + tile, cache_modifier=".cg")
+            if SWIGLU:
+                up += tl.load(tiles + other * size + outputs * rows + tile, cache_modifier=".cg")
+    return acc, up, is_last
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -108,24 +134,8 @@ def tile_product(
             acc += share
     is_last = True
     if TILE.is_shared:
-        size: tl.constexpr = 2 * outputs * rows if SWIGLU else outputs * rows
-        tile = tl.arange(0, outputs)[:, None] * rows + row[None, :]
         place = row_block * tl.num_programs(1) + block
-        tiles = partial + place.to(tl.int64) * (TILE.num_parts * size)
-        tl.store(tiles + part * size + tile, acc)
-        if SWIGLU:
-            tl.store(tiles + part * size + outputs * rows + tile, up)
-        tl.debug_barrier()  # every thread's share is written before this program counts as arrived
-        is_last = tl.atomic_add(arrivals + place, 1, sem="acq_rel") == TILE.num_parts - 1
-        if is_last:
-            tl.store(arrivals + place, 0)
-            acc = tl.zeros([outputs, rows], tl.float32)
-            up = tl.zeros([outputs, rows], tl.float32)
-            for other in range(TILE.num_parts):
-                # Past the first-level cache, which does not see other multiprocessors' writes.
-                acc += tl.load(tiles + other * size + tile, cache_modifier=".cg")
-                if SWIGLU:
-                    up += tl.load(tiles + other * size + outputs * rows + tile, cache_modifier=".cg")
+        acc, up, is_last = shared_sum(acc, up, partial, arrivals, place, part, row, TILE, SWIGLU)
     if is_last:
         dtype: tl.constexpr = output.dtype.element_ty
         if weights.scales is not None:

@@ -155,6 +155,11 @@ class Linear:
         self._partial = torch.empty(num_partial, device=device)
         self._arrivals = torch.zeros(num_arrivals, dtype=torch.int32, device=device)
 
+    @property
+    def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for sums that programs of a launch share: parts of sums, and counters of programs that are done."""
+        return self._partial, self._arrivals
+
     def __call__(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor | ScaledProduct:
         """x (rows, in), contiguous, gives (rows, out): a `ScaledProduct` where the library multiplies 8-bit weights."""
         if isinstance(x, EightBitRows):

@@ -14,10 +14,11 @@ from llm.models.packed_step import PackedStep
 
 
 class AdaptedOperations(KernelOperations):
-    """Each product's inputs are shrunk beside it, then expanded into it.
+    """Products of few tokens include the tokens' adapters; the inputs of others are shrunk before them, and expanded
+    into them.
 
     Products take their inputs as plain numbers, so norms are kernels of their own here; the activation of a gated
-    feed-forward is part of the expansion before it.
+    feed-forward is part of the product, or of the expansion.
 
     Args:
         workspace, step, output: see `KernelOperations`; the step has adapters.
@@ -49,6 +50,9 @@ class AdaptedOperations(KernelOperations):
     def _gated(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear, activation: Activation) -> torch.Tensor:
         del down  # it takes plain numbers here, whatever its format
         x = self._workspace.linear.normed(self._stream, norm_of(norm))
+        if gate_up.bias is None and (fused := self._adapters.product(gate_up, x, swiglu=True)) is not None:
+            output = x.new_empty(len(x), gate_up.out_features // 2)
+            return fused.run(self._workspace.linear, x, self._which, output, gated_by=activation)
         shrunk = self._adapters.shrink(gate_up, x, self._which)
         product = super()._part(x, gate_up)
         return self._adapters.expand_gated(gate_up, shrunk, self._which, product, activation)
@@ -59,12 +63,17 @@ class AdaptedOperations(KernelOperations):
             behind = None if norm is None else norm_of(norm)
             self._workspace.linear.add_part(self._stream, self._part(rows, projection), behind)
             return
+        if (fused := self._adapters.product(projection, rows)) is not None:
+            fused.run(self._workspace.linear, rows, self._which, self._stream.total, adds=True)
+            return
         shrunk = self._adapters.shrink(projection, rows, self._which)
         super()._add(rows, projection)
         self._adapters.expand(projection, shrunk, self._which, self._stream.total)
 
     def _part(self, rows: torch.Tensor | EightBitRows, projection: nn.Linear) -> torch.Tensor:
         assert isinstance(rows, torch.Tensor), "all rows are plain numbers here"
+        if (fused := self._adapters.product(projection, rows)) is not None:
+            return fused.run(self._workspace.linear, rows, self._which, rows.new_empty(len(rows), fused.num_outputs))
         # The inputs are shrunk first: the product fetches its weights at the same time.
         shrunk = self._adapters.shrink(projection, rows, self._which)
         product = super()._part(rows, projection)
@@ -77,9 +86,9 @@ class AdaptedOperations(KernelOperations):
         return super()._asked_for(layer, output)
 
     def _add_keys(self, heads: LatentHeads, plain: torch.Tensor, queries: torch.Tensor) -> None:
-        self._adapters.add_keys(heads, plain, queries, self._packed.slots)
+        self._adapters.add_keys(heads, plain, queries, self._packed.tokens.slots)
 
     def _values(self, heads: LatentHeads, found: torch.Tensor) -> torch.Tensor:
         values = super()._values(heads, found)
-        self._adapters.add_values(heads, found, values, self._packed.slots)
+        self._adapters.add_values(heads, found, values, self._packed.tokens.slots)
         return values

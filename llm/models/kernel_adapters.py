@@ -7,16 +7,10 @@ from torch import nn
 
 from llm.config import Activation
 from llm.kernels.activation import activate_gated
-from llm.kernels.adapters import (
-    AHEAD_BYTES,
-    FEW_TOKENS,
-    AdapterEntries,
-    AdapterFactors,
-    expand,
-    expand_gated,
-    shrink,
-)
+from llm.kernels.adapted_product import AdaptedProduct, new_flags
+from llm.kernels.adapters import AdapterEntries, AdapterFactors, expand, expand_gated, shrink
 from llm.models.adapters import AdapterMemory
+from llm.models.kernel_arguments import weights_of
 from llm.models.latent import LatentHeads
 
 
@@ -27,12 +21,10 @@ class PackedAdapters:
     Attributes:
         tokens: of all tokens.
         kept: of the requested tokens, the only ones after the last layer's attention; indices are among these.
-        slots: (tokens,) int32, the slot of each token's adapter, `NO_ADAPTER` for none.
     """
 
     tokens: AdapterEntries
     kept: AdapterEntries
-    slots: torch.Tensor
 
 
 class KernelAdapters:
@@ -50,21 +42,28 @@ class KernelAdapters:
             for module, adapted in memory.modules.items()
         }
         self._deterministic = deterministic
-        modules = list(memory.modules)
-        self._ahead = {module: _first_bytes(module) for module in modules}
-        self._next = dict(zip(modules, [*modules[1:], modules[0]], strict=True))
+        flags = new_flags(memory.slots.device)
+        self._products = {
+            module: AdaptedProduct(weights_of(module), factors, number, len(self._factors), flags)
+            for number, (module, factors) in enumerate(self._factors.items())
+        }
+
+    def product(self, projection: nn.Module, x: torch.Tensor, *, swiglu: bool = False) -> AdaptedProduct | None:
+        """What multiplies x, (tokens, in), by a projection and the tokens' adapters at once, where anything does.
+
+        Args:
+            swiglu: the projection is one of gate and up, which an activation multiplies.
+        """
+        product = self._products[projection]
+        return None if self._deterministic or not product.takes(len(x), x.dtype, swiglu=swiglu) else product
 
     def shrink(self, projection: nn.Module, x: torch.Tensor, which: AdapterEntries) -> torch.Tensor:
-        """The tokens' A for a projection times its inputs, (tokens, in); see `llm.kernels.adapters.shrink`.
-
-        The product with the projection's own weight comes next.
-        """
-        ahead = self._ahead[projection][0] if len(x) <= FEW_TOKENS else None
-        return shrink(x, which, self._factors[projection], deterministic=self._deterministic, ahead=ahead)
+        """The tokens' A for a projection times its inputs, (tokens, in); see `llm.kernels.adapters.shrink`."""
+        return shrink(x, which, self._factors[projection], deterministic=self._deterministic)
 
     def expand(self, projection: nn.Module, shrunk: torch.Tensor, which: AdapterEntries, output: torch.Tensor) -> None:
         """Add the tokens' B for a projection times `shrunk` to `output`, (tokens, out)."""
-        expand(shrunk, which, self._factors[projection], output, self._behind(projection, output))
+        expand(shrunk, which, self._factors[projection], output)
 
     def expand_gated(
         self,
@@ -75,18 +74,14 @@ class KernelAdapters:
         activation: Activation,
     ) -> torch.Tensor:
         """activation(gate) * up, (tokens, size), with the tokens' B; see `llm.kernels.adapters.expand_gated`."""
-        factors, ahead = self._factors[gate_up_proj], self._behind(gate_up_proj, gate_up)
+        factors = self._factors[gate_up_proj]
         output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         if factors.halves is None:
-            expand(shrunk, which, factors, gate_up, ahead)
+            expand(shrunk, which, factors, gate_up)
             activate_gated(gate_up, output, activation)
         else:
-            expand_gated(shrunk, which, factors, gate_up, output, activation, ahead)
+            expand_gated(shrunk, which, factors, gate_up, output, activation)
         return output
-
-    def _behind(self, projection: nn.Module, output: torch.Tensor) -> torch.Tensor | None:
-        """What to fetch after a projection: weights of the one after it, which its own shrinking does not fetch."""
-        return self._ahead[self._next[projection]][1] if len(output) <= FEW_TOKENS else None
 
     def add_keys(self, heads: LatentHeads, plain: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor) -> None:
         """Add the adapters of `heads.kv_proj` to queries for latents.
@@ -124,10 +119,3 @@ def _own(numbers: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Numbers (tokens, heads, slots, rank) as (tokens, heads, slots · rank), zeros for slots that are not a token's."""
     is_own = slots[:, None] == torch.arange(numbers.shape[2], device=slots.device)
     return numbers.where(is_own[:, None, :, None], 0.0).flatten(2)
-
-
-def _first_bytes(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The first bytes of a module's weight, as much as a launch fetches ahead, and the next ones; None for no more."""
-    content = module.get_parameter("weight").detach().view(torch.uint8).flatten()
-    first, second = content[:AHEAD_BYTES], content[AHEAD_BYTES : 2 * AHEAD_BYTES]
-    return first, second if len(second) else None

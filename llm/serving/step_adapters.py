@@ -25,9 +25,13 @@ class StepAdapters:
         self._deterministic = deterministic
         # Steps of fewer tokens may have shorter entries, and so more of them.
         num_entries = max(map(self._most_entries, range(1, most_tokens + 1)))
-        sizes = {"order": most_tokens, "entries": ENTRY_FIELDS * num_entries}
+        sizes = {
+            "order": most_tokens, "entries": ENTRY_FIELDS * num_entries, "slots": most_tokens,
+            "active": 1 + len(memory),
+        }  # fmt: skip
+        self._step = 0
         by_kind = {f"{kind}_{field}": size for kind in _KINDS for field, size in sizes.items()}
-        self.sizes = {**by_kind, _SLOTS: most_tokens}
+        self.sizes = {**by_kind, _STEP: 1}
         """Number of elements of each field of `StepInputs`."""
 
     def fill(
@@ -40,28 +44,32 @@ class StepAdapters:
             kept: (kept,), indices of the tokens that are kept.
             num_tokens, num_kept: what they are padded to.
         """
-        fill(inputs[_SLOTS], slots, num_tokens, NO_ADAPTER)
-        self._fill(inputs, _TOKENS, inputs[_SLOTS][:num_tokens])
-        padded = np.full(num_kept, NO_ADAPTER, np.int32)
-        padded[: len(kept)] = slots[kept]
-        self._fill(inputs, _KEPT, padded)
+        self._step = (self._step + 1) % _STEPS
+        inputs[_STEP][0] = self._step
+        self._fill(inputs, _TOKENS, slots, num_tokens)
+        self._fill(inputs, _KEPT, slots[kept], num_kept)
 
     def of(self, inputs: StepInputs, num_tokens: int, num_kept: int) -> PackedAdapters:
         """The adapters of a step padded to so many tokens."""
-        return PackedAdapters(
-            self._named(inputs, _TOKENS, num_tokens), self._named(inputs, _KEPT, num_kept), inputs[_SLOTS][:num_tokens]
-        )
+        return PackedAdapters(self._named(inputs, _TOKENS, num_tokens), self._named(inputs, _KEPT, num_kept))
 
-    def _fill(self, inputs: Mapping[str, Int32Array], kind: str, slots: Int32Array) -> None:
-        order, entries = group_by_adapter(slots, self._memory.ranks, self._rows(len(slots)))
-        inputs[f"{kind}_order"][: len(order)] = order
-        most = ENTRY_FIELDS * self._most_entries(len(slots))
-        fill(inputs[f"{kind}_entries"], entries.reshape(-1), most, 0)
+    def _fill(self, inputs: Mapping[str, Int32Array], kind: str, slots: Int32Array, padded: int) -> None:
+        fill(inputs[f"{kind}_slots"], slots, padded, NO_ADAPTER)
+        slots = inputs[f"{kind}_slots"][:padded]
+        order, entries = group_by_adapter(slots, self._memory.ranks, self._rows(padded))
+        inputs[f"{kind}_order"][:padded] = order
+        fill(inputs[f"{kind}_entries"], entries.reshape(-1), ENTRY_FIELDS * self._most_entries(padded), 0)
+        active = np.unique(slots)
+        active = active[active != NO_ADAPTER]
+        inputs[f"{kind}_active"][0] = len(active)
+        inputs[f"{kind}_active"][1 : 1 + len(active)] = active
 
     def _named(self, inputs: StepInputs, kind: str, padded: int) -> AdapterEntries:
         num_entries = self._most_entries(padded)
         entries = inputs[f"{kind}_entries"][: ENTRY_FIELDS * num_entries].view(num_entries, ENTRY_FIELDS)
-        return AdapterEntries(inputs[f"{kind}_order"][:padded], entries, self._rows(padded))
+        order, slots = (inputs[f"{kind}_{field}"][:padded] for field in ("order", "slots"))
+        active = inputs[f"{kind}_active"][: 1 + len(self._memory)]
+        return AdapterEntries(order, entries, self._rows(padded), slots, active, inputs[_STEP])
 
     def _rows(self, num_tokens: int) -> int:
         return entry_rows(num_tokens, deterministic=self._deterministic)
@@ -72,7 +80,9 @@ class StepAdapters:
 
 _TOKENS, _KEPT = _KINDS = "adapters", "kept_adapters"
 """Fields of all tokens, and of those that are kept, begin so."""
-_SLOTS = "adapter_slots"
+_STEP = "adapters_step"
+_STEPS = 1 << 16
+"""So many steps have different numbers."""
 
 
 def group_by_adapter(slots: Int32Array, ranks: Int32Array, rows: int) -> tuple[Int32Array, Int32Array]:

@@ -16,6 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from llm.core.recurrent_state import DeltaSpec
 from llm.kernels import (
     activation,
+    adapted_product,
     adapters,
     adjust,
     all_reduce,
@@ -53,6 +54,8 @@ ALIGNED = {
     "inputs_per_part",
     "inputs_per_split",
     "slot_stride",
+    "a_stride",
+    "b_stride",
     "num_numbers",
     "query_stride",
     "table_stride",
@@ -482,13 +485,31 @@ def compile_adapters() -> None:
         num_stages = min(4, stages_in(SHARED_MEMORY[capability], (rows + numbers) * 128 * size, capability // 10))
         kernel = {**arguments, "x": dtype, "factor_a": dtype, "factor_b": dtype, "output": dtype, "RANK": rank}
         kernel |= {"ROWS": rows, "NUMBERS": numbers, "TILE_K": 128, "CAN_PREFETCH": True}
-        kernel |= {"ahead": "*u8" if rows == 16 else None, "num_ahead": "i32" if rows == 16 else None}
         kernel |= {"IS_EVEN": rank != 48, "NUM_SPLITS": 8}
         taken = compile_kernel("shrink", adapters._shrink, kernel, capability=capability, num_stages=max(num_stages, 1))
         assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
         compile_kernel("expand", adapters._expand, kernel, capability=capability)
         halves = {"gate_up": dtype, "UP_PART": num_parts - 1, "GELU": rows == 64}
         compile_kernel("gated expand", adapters._expand_gated, {**kernel, **halves}, capability=capability)
+    fields = {"factor_a": BF16, "factor_b": BF16, "a_stride": "i32", "b_stride": "i32", "shrunk": FLOAT}
+    fields["num_products"] = "i32"
+    operand = adapted_product.AdapterOperand(
+        **dict.fromkeys(("slots", "active", "step", "parts", "flags"), INT), **fields
+    )
+    arguments = {"x": BF16, "output": BF16, "partial": FLOAT, "arrivals": INT, "adapters": operand}
+    arguments |= dict.fromkeys(("num_rows", "num_outputs", "num_inputs", "inputs_per_part", "number"), "i32")
+    for capability, num_rows, swiglu, num_parts in ((90, 64, False, 2), (90, 64, True, 1), (89, 16, True, 1)):
+        tile = Tile(num_rows, 64, 128, num_parts, num_parts > 1, num_warps=4, num_stages=4)
+        bytes_a_stage = ((2 if swiglu else 1) * 64 + num_rows) * 128 * 2
+        num_stages = min(4, stages_in(SHARED_MEMORY[capability], bytes_a_stage, capability // 10))
+        kernel = {**arguments, "SWIGLU": swiglu, "GELU": False, "ADDS": not swiglu, "ON_GPU": True}
+        kernel |= {"weights": WeightOperand(BF16, None, None), "TILE": tile}
+        kernel["SHAPE"] = adapted_product.LowRankShape(8, 32 if swiglu else 48, 16, 2)
+        taken = compile_kernel(
+            "product with adapters", adapted_product._adapted_product, kernel, capability=capability,
+            num_stages=num_stages,
+        )  # fmt: skip
+        assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
 
 
 def compile_draws() -> None:

@@ -1,5 +1,7 @@
 """Shrinking and expanding by each token's adapter, against float64: by Triton's interpreter, or on a GPU."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from test_deterministic import sum_in_order
 from triton.runtime.interpreter import InterpreterBuilder
 
 from llm.config import Activation
+from llm.kernels.adapted_product import AdaptedProduct, new_flags
 from llm.kernels.adapters import (
     ENTRY_FIELDS,
     AdapterEntries,
@@ -17,6 +20,7 @@ from llm.kernels.adapters import (
     most_entries,
     shrink,
 )
+from llm.kernels.linear import Linear, Weights
 from llm.models.layers import activate
 from llm.serving.step_adapters import group_by_adapter
 
@@ -24,6 +28,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 NUM_SLOTS = 5
+STEPS = itertools.count()
 
 
 def entries_of(slots: np.ndarray, ranks: np.ndarray, *, deterministic: bool) -> AdapterEntries:
@@ -32,7 +37,13 @@ def entries_of(slots: np.ndarray, ranks: np.ndarray, *, deterministic: bool) -> 
     order, entries = group_by_adapter(slots, ranks, rows)
     padded = np.zeros((most_entries(len(slots), NUM_SLOTS, rows), ENTRY_FIELDS), np.int32)
     padded[: len(entries)] = entries
-    return AdapterEntries(torch.from_numpy(order).to(DEVICE), torch.from_numpy(padded).to(DEVICE), rows)
+    active = np.unique(slots[slots >= 0])
+    active = np.concatenate([[len(active)], active, np.full(NUM_SLOTS - len(active), 99)]).astype(np.int32)
+    tensors = (torch.from_numpy(each).to(DEVICE) for each in (order, padded, slots, active))
+    order, entries, slots, active = tensors
+    return AdapterEntries(
+        order, entries, rows, slots, active, torch.tensor([next(STEPS)], dtype=torch.int32).to(DEVICE)
+    )
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -146,3 +157,90 @@ def test_gated_expansion_equals_expansion_and_activation(num_tokens, size, num_p
     expand(shrunk, which, factors, gate_up)
     gate, up = gate_up.chunk(2, dim=1)
     torch.testing.assert_close(output, activate(gate, activation) * up, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(
+    ("num_rows", "num_inputs", "ranges", "rank"),
+    [
+        (1, 256, ((0, 0, 64),), 16),
+        (23, 256, ((0, 0, 128), (1, 128, 192), (2, 192, 256)), 16),
+        (40, 1024, ((0, 0, 128),), 16),
+        (64, 2048, ((0, 0, 64),), 32),
+        (50, 128, ((0, 64, 128),), 80),
+    ],
+    ids=["one row", "parts", "blocks of rows", "shared sums", "outputs without adapters"],
+)
+def test_a_product_with_adapters_equals_its_kernels(num_rows, num_inputs, ranges, rank, adds):
+    """In one launch, and by the kernels that shrink, multiply and expand; rows without an adapter bit by bit."""
+    torch.manual_seed(0)
+    num_outputs, num_parts = ranges[-1][2] if rank != 80 else 192, 1 + max(part for part, _, _ in ranges)
+    slots = np.random.default_rng(num_rows).choice([-1, 0, 3, 4], num_rows).astype(np.int32)
+    slots[0] = 3
+    factor_a, factor_b = factors_of(num_parts * rank, num_inputs, num_outputs, rank)
+    factors = AdapterFactors.of(factor_a, factor_b, ranges)
+    weights = Weights(random(num_outputs, num_inputs, dtype=HALF), random(num_outputs, dtype=HALF))
+    product = AdaptedProduct(weights, factors, 2, 7, new_flags(DEVICE))
+    assert product.takes(num_rows, HALF)
+    linear, x = Linear(DEVICE), random(num_rows, num_inputs, dtype=HALF)
+    before = random(num_rows, num_outputs, dtype=HALF)
+    which = entries_of(slots, np.full(NUM_SLOTS, rank, np.int32), deterministic=False)
+    output = product.run(linear, x, which, before.clone(), adds=adds)
+    expected = torch.nn.functional.linear(x.float(), weights.weight.float(), weights.bias.float())
+    expected += before.float() if adds else 0
+    plain = linear(x, weights) + (before if adds else 0)
+    expand(shrink(x, which, factors, deterministic=False), which, factors, expected)
+    error = (output.float() - expected).norm() / expected.norm()
+    assert error < TOLERANCE[HALF]
+    alone = torch.from_numpy(slots == -1).to(DEVICE)
+    assert num_rows == 1 or torch.equal(output[alone], plain[alone])
+    assert (output[~alone].float() - plain[~alone].float()).norm() > 0.1 * expected[~alone].norm()
+    assert (linear.scratch[1] == 0).all()
+
+
+def factors_of(num_numbers: int, num_inputs: int, num_outputs: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of all slots, which lie in one memory."""
+    end = num_numbers * num_inputs
+    memory = random(NUM_SLOTS, end + num_outputs * rank + 64, dtype=HALF)
+    factor_b = memory[:, end : end + num_outputs * rank].unflatten(1, (num_outputs, rank))
+    return memory[:, :end].unflatten(1, (num_numbers, num_inputs)), factor_b
+
+
+@pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU_TANH])
+def test_gate_and_up_with_adapters_equal_their_kernels(activation):
+    torch.manual_seed(0)
+    num_rows, num_inputs, size, rank = 37, 256, 128, 16
+    slots = np.random.default_rng(0).integers(-1, NUM_SLOTS, num_rows).astype(np.int32)
+    factor_a, factor_b = factors_of(2 * rank, num_inputs, 2 * size, rank)
+    factors = AdapterFactors.of(factor_a, factor_b, ((0, 0, size), (1, size, 2 * size)))
+    weights = Weights(random(2 * size, num_inputs, dtype=HALF))
+    product = AdaptedProduct(weights, factors, 0, 1, new_flags(DEVICE))
+    assert product.takes(num_rows, HALF, swiglu=True)
+    x = random(num_rows, num_inputs, dtype=HALF)
+    which = entries_of(slots, np.full(NUM_SLOTS, rank, np.int32), deterministic=False)
+    output = torch.empty(num_rows, size, dtype=HALF, device=DEVICE)
+    product.run(Linear(DEVICE), x, which, output, gated_by=activation)
+    gate_up = torch.nn.functional.linear(x.float(), weights.weight.float())
+    expand(shrink(x, which, factors, deterministic=False), which, factors, gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
+    expected = activate(gate, activation) * up
+    assert (output.float() - expected).norm() / expected.norm() < TOLERANCE[HALF]
+
+
+def test_each_step_waits_for_its_own_numbers():
+    """With the same flags, step after step and product after product."""
+    torch.manual_seed(0)
+    num_inputs, num_outputs, rank = 128, 128, 16
+    weights = Weights(random(num_outputs, num_inputs, dtype=HALF))
+    flags, linear, x = new_flags(DEVICE), Linear(DEVICE), random(8, num_inputs, dtype=HALF)
+    products = []
+    for number in range(2):
+        factors = AdapterFactors.of(*factors_of(rank, num_inputs, num_outputs, rank), ((0, 0, num_outputs),))
+        products.append(AdaptedProduct(weights, factors, number, 2, flags))
+    for slot in (0, 1, 0):
+        which = entries_of(np.full(8, slot, np.int32), np.full(NUM_SLOTS, rank, np.int32), deterministic=False)
+        for product in products:
+            output = product.run(linear, x, which, x.new_empty(8, num_outputs))
+            expected = x.float() @ weights.weight.float().t()
+            expand(shrink(x, which, product.factors, deterministic=False), which, product.factors, expected)
+            assert (output.float() - expected).norm() / expected.norm() < TOLERANCE[HALF]

@@ -72,4 +72,5 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "shrink": 4,
         "expand": 4,
         "gated expand": 4,
+        "product with adapters": 3,
     }
