@@ -103,10 +103,13 @@ class AdaptedProduct:
         parts, num_outputs = self.factors.block_parts, len(weights) // (2 if swiglu else 1)
         if parts is None or dtype.itemsize != 2 or weights.scales is not None or weights.groups is not None:
             return False
+        if swiglu and (weights.bias is not None or self.factors.halves is None):
+            return False
         if num_rows > MAX_FEW_ROWS or num_outputs % OUTPUTS or num_inputs % TILE_K:
             return False
         tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
-        return self._num_tiles * self._num_shares(tile, num_outputs) <= _MAX_FLAGS.value
+        num_flags = self._num_tiles * self._num_shares(tile, num_outputs)
+        return bool(num_flags <= _MAX_FLAGS.value)
 
     @property
     def num_outputs(self) -> int:
@@ -116,7 +119,7 @@ class AdaptedProduct:
     @property
     def _num_tiles(self) -> int:
         num_slots, num_numbers, _ = self.factors.a.shape
-        return triton.cdiv(num_slots * num_numbers, OUTPUTS)
+        return int(triton.cdiv(num_slots * num_numbers, OUTPUTS))
 
     def _num_shares(self, tile: Tile, num_outputs: int) -> int:
         """How many programs share a sum of those that shrink: more than of the others where these leave room."""

@@ -50,7 +50,7 @@ class AdaptedOperations(KernelOperations):
     def _gated(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear, activation: Activation) -> torch.Tensor:
         del down  # it takes plain numbers here, whatever its format
         x = self._workspace.linear.normed(self._stream, norm_of(norm))
-        if gate_up.bias is None and (fused := self._adapters.product(gate_up, x, swiglu=True)) is not None:
+        if (fused := self._adapters.product(gate_up, x, swiglu=True)) is not None:
             output = x.new_empty(len(x), gate_up.out_features // 2)
             return fused.run(self._workspace.linear, x, self._which, output, gated_by=activation)
         shrunk = self._adapters.shrink(gate_up, x, self._which)

@@ -1,6 +1,7 @@
 """What tokens' adapters add to products, by kernels."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ class KernelAdapters:
         self._deterministic = deterministic
         flags = new_flags(memory.slots.device)
         self._products = {
-            module: AdaptedProduct(weights_of(module), factors, number, len(self._factors), flags)
+            module: AdaptedProduct(weights_of(cast(nn.Linear, module)), factors, number, len(self._factors), flags)
             for number, (module, factors) in enumerate(self._factors.items())
         }
 
