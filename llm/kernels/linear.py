@@ -48,8 +48,8 @@ from llm.kernels.tiles import (
 )
 
 _LEAST_INPUTS = 16
-_LARGE_WEIGHT = 1 << 24
-"""Numbers of a weight from which on a tile has all rows, 32 at least."""
+_LARGE_WEIGHT = 1 << 23
+"""Numbers of a weight from which on a tile has all rows, 32 at least, and the library takes more than MAX_FEW_ROWS."""
 _SINGLE_OUTPUTS = 4
 _GROUP_CUT, _LONG_GROUP_CUT, _GATED_GROUP_CUT = (8, 256), (4, 128), (4, 64)
 """Of a program of one row of weights in groups: half of its rows of the weight, and pieces of 8 bytes of each that it
