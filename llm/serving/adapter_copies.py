@@ -1,16 +1,20 @@
 """Reads adapters into host memory and copies them to slots on the device, in threads of its own."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from llm.checkpoint.adapter_digest import adapter_digest
+from llm.checkpoint.adapter_digest import ADAPTER_FILES, adapter_digest
 from llm.checkpoint.adapter_slots import AdapterPacker
+from llm.checkpoint.hub import fetch_origin
 from llm.config import EngineConfig
 from llm.errors import AdapterChangedError, ConfigError
 from llm.models.adapters import AdapterMemory
 from llm.serving.schemas import AdapterRef
 
+MOST_READINGS = 2
+"""Adapters that are read at once."""
 _MOST_PLACES = 4096
 
 
@@ -34,8 +38,10 @@ class AdapterCopies:
         is_cuda = self._device.type == "cuda"
         self._places = torch.empty(num_places, slots.shape[1], dtype=slots.dtype, pin_memory=is_cuda)
         self._stream = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
-        # A copy takes milliseconds and does not wait for files that are being read.
-        self._reader, self._mover = (ThreadPoolExecutor(1, thread_name_prefix="adapters") for _ in range(2))
+        # A copy takes milliseconds and does not wait for files that are being read, nor one file for a download.
+        self._reader, self._mover = (
+            ThreadPoolExecutor(num, thread_name_prefix="adapters") for num in (MOST_READINGS, 1)
+        )
 
     def read(self, adapter: AdapterRef, place: int) -> Future[int]:
         """Read an adapter into a place that nobody uses; gives its rank.
@@ -58,11 +64,12 @@ class AdapterCopies:
         self._mover.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, adapter: AdapterRef, place: int) -> int:
-        rank = self._packer.read(adapter.path, self._places[place])
+        directory = _directory_of(adapter)
+        rank = self._packer.read(directory, self._places[place])
         # Compared behind the reading: whatever files were read, they are those of this digest, or it shows now.
-        if adapter_digest(adapter.path) != adapter.digest:
+        if adapter_digest(directory) != adapter.digest:
             raise AdapterChangedError(
-                f"the files of the adapter {adapter.name!r} in {adapter.path} have changed since the request chose it; "
+                f"the files of the adapter {adapter.name!r} in {directory} have changed since the request chose it; "
                 "load the adapter again"
             )
         return rank
@@ -83,6 +90,14 @@ class AdapterCopies:
             copied.record(self._stream)
         copied.synchronize()
         self._memory.ranks[slot] = rank
+
+
+def _directory_of(adapter: AdapterRef) -> Path:
+    """Where its files are on this machine; they are downloaded if another machine has got them from the Hub."""
+    directory = Path(adapter.path)
+    if adapter.origin is None or all((directory / name).is_file() for name in ADAPTER_FILES):
+        return directory
+    return fetch_origin(adapter.origin, ADAPTER_FILES)
 
 
 def num_host_places(memory: AdapterMemory, config: EngineConfig) -> int:

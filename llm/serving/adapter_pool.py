@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from llm.errors import AdapterChangedError, LLMError, RankLostError
 from llm.scheduling.sequence import Sequence
+from llm.serving.adapter_copies import MOST_READINGS
 from llm.serving.schemas import AdapterFailure, AdapterRef
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,6 @@ _MOST_PASSING = 64
 """Requests for adapters on the device that may pass one whose adapter finds no slot."""
 _MOST_INSPECTED = 512
 """Requests that a step looks at."""
-_MOST_READINGS = 2
-"""Adapters that are read at once, or wait for that."""
 
 
 class Copies(Protocol):
@@ -200,7 +199,7 @@ class AdapterPool:
                 held = self._held[digest]
                 self._moves[digest] = slot, self._copies.move(held.place, slot, held.rank)
             return slot is not None
-        if len(self._readings) < _MOST_READINGS:
+        if len(self._readings) < MOST_READINGS:
             place = self._find_place()
             if place is not None:
                 self._readings[digest] = place, self._copies.read(adapter, place)

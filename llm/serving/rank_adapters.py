@@ -20,9 +20,8 @@ T = TypeVar("T")
 class ReadAdapter(msgspec.Struct, frozen=True, tag="read"):
     """Rank 0's order to read an adapter into a place in host memory."""
 
-    name: str
-    path: str
-    digest: str
+    adapter: dict[str, Any]
+    """Fields of the `AdapterRef`."""
     place: int
 
 
@@ -51,7 +50,7 @@ def carry_out(copies: AdapterCopies, order: AdapterOrder, reply: Callable[[Adapt
     """Begin what rank 0 has ordered; the outcome is told from another thread."""
     future: Future[Any]
     if isinstance(order, ReadAdapter):
-        future = copies.read(AdapterRef(name=order.name, path=order.path, digest=order.digest), order.place)
+        future = copies.read(AdapterRef(**order.adapter), order.place)
     else:
         future = copies.move(order.place, order.slot, order.rank)
     future.add_done_callback(lambda done: reply(_outcome_of(done)))
@@ -84,7 +83,7 @@ class RankAdapters:
 
     def read(self, adapter: AdapterRef, place: int) -> Future[int]:
         """See `AdapterCopies.read`. A place is free again only when no rank reads into it any more."""
-        others = self._group.begin(ReadAdapter(adapter.name, adapter.path, adapter.digest, place))
+        others = self._group.begin(ReadAdapter(adapter.model_dump(), place))
         return _joined(self._own.read(adapter, place), others)
 
     def move(self, place: int, slot: int, rank: int) -> Future[None]:
