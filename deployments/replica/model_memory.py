@@ -150,11 +150,11 @@ def check_fits(app: ServedModelConfig, model: ModelConfig, gpu_bytes: int) -> No
         return
     enough = share.usable_bytes(fewest_slots(app, model)) / utilization / GIB
     ways = [f"GPUs of {enough:.0f} GiB"]
-    what = "weights and adapters" if share.adapter_bytes else "weights"
+    also = " (with room for max_adapters adapters)" if share.adapter_bytes else ""
     more = fewest_gpus(app, model, gpu_bytes)
     if more is not None:
         ways.insert(0, f"engine.tensor_parallel_size: {more.num_gpus}, for as many GPUs of this size a replica")
     raise ConfigError(
-        f"{app.model_name} does not fit: {needed / GIB:.1f} GiB of {what} on each GPU, which has "
+        f"{app.model_name} does not fit: {needed / GIB:.1f} GiB of weights on each GPU{also}, which has "
         f"{gpu_bytes / GIB:.1f} GiB and may use {utilization:g} of it; what would do: {', or '.join(ways)}"
     )

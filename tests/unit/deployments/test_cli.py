@@ -172,7 +172,7 @@ def test_memory_of_adapters_on_several_gpus():
     for num_gpus, numbers in ((1, whole), (2, half)):
         assert share_of(app, LLAMA_70B, num_gpus).adapter_bytes == 8 * 80 * 16 * sum(numbers) * 2
     assert share_of(app, LLAMA_70B, 1).num_slots(192 << 30) < share_of(AppConfig(), LLAMA_70B, 1).num_slots(192 << 30)
-    with pytest.raises(ConfigError, match="of weights and adapters on each GPU"):
+    with pytest.raises(ConfigError, match=r"GiB of weights on each GPU \(with room for max_adapters adapters\)"):
         check_fits(app, LLAMA_70B, 80 << 30)
 
 
