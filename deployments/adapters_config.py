@@ -30,7 +30,7 @@ class AdapterEntry(StrictModel):
     name: str
     """The name that requests give as their `model`."""
     path: str = Field(min_length=1, max_length=4096)
-    """Directory of a PEFT adapter, or a Hub id such as `org/name`, which routers download."""
+    """Directory of a PEFT adapter, or a Hub id such as `org/name`, which each node downloads that needs it."""
 
     @field_validator("name")
     @classmethod

@@ -219,7 +219,7 @@ class ServedModelConfig(StrictModel):
     """Directory of a PEFT adapter that is merged into the weights."""
     adapters: tuple[AdapterEntry, ...] = ()
     """Adapters that requests may choose by name as their `model`. They need room in `engine.max_adapters`, and their
-    directories must be in the same place on the nodes of routers and replicas."""
+    directories, unless they are Hub ids, must be in the same place on the nodes of routers and replicas."""
     adapter_folder: str | None = Field(default=None, min_length=1)
     """A directory that is watched: each subdirectory that holds an `adapter_config.json` is an adapter of that name.
     New, changed and removed ones take effect within seconds."""

@@ -12,6 +12,8 @@ class AdapterSettings(StrictModel):
     """Most adapters whose requests run at once: the device has memory for so many, each of rank `max_adapter_rank`.
     Requests for others wait. 0 for an engine whose requests cannot choose an adapter."""
     max_adapter_rank: int = Field(default=16, ge=1, le=256)
-    """Largest rank of an adapter that requests choose. Memory on the device grows with it."""
+    """Largest rank of an adapter that requests choose. Memory on the device grows with it. Where a model
+    is split over several GPUs, each holds its part of every adapter."""
     adapter_host_gib: float = Field(default=4.0, gt=0, le=4096)
-    """Memory of the host for adapters that were read before, in GiB. The least recently used one is given up first."""
+    """Memory of the host for adapters that were read before, in GiB, shared by all GPUs of an engine. The least
+    recently used one is given up first."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from llm.checkpoint.adapter_digest import ADAPTER_FILES, adapter_digest
 from llm.checkpoint.hub import find_local_checkpoint
-from llm.checkpoint.json_files import read_json
+from llm.checkpoint.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, refuse_pickle
 from llm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from llm.config import ModelConfig
 
-CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 Signature = tuple[tuple[int, ...], ...]
 """What changes whenever one of an adapter's files does."""
 _MAX_CONFIG_BYTES = 4 << 20
@@ -88,8 +87,7 @@ def _check_files(directory: Path, rules: AdapterRules) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give the one that holds {CONFIG_FILE}")
     config, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    if not weights.exists() and weights.with_suffix(".bin").exists():
-        raise CheckpointError(f"{weights.with_suffix('.bin')} is a pickle and is not read; save it as safetensors")
+    refuse_pickle(weights)
     for path in (config, weights):
         try:
             status = path.stat()
@@ -107,18 +105,11 @@ def _check_files(directory: Path, rules: AdapterRules) -> None:
 
 
 def _check_rank(path: Path, max_rank: int) -> None:
-    config = read_json(path)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ConfigError(f"{path}: peft_type {kind!r} is not supported; only LORA is")
-    pattern = config.get("rank_pattern") or {}
-    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [None])]
-    if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 for rank in ranks):
-        raise ConfigError(f"{path}: r and the values of rank_pattern must be whole numbers above 0")
-    if max(ranks) > max_rank:
+    rank = PeftConfig.read(path).largest_rank
+    if rank > max_rank:
         raise ConfigError(
-            f"{path}: rank {max(ranks)} is more than engine.max_adapter_rank: {max_rank}; raise that to at least "
-            f"{max(ranks)}, at most 256"
+            f"{path}: rank {rank} is more than engine.max_adapter_rank: {max_rank}; raise that to at least {rank}, at "
+            "most 256"
         )
 
 

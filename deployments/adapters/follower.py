@@ -11,7 +11,7 @@ from pathlib import Path
 from deployments.adapters.directory import Signature, created_at, signature_of
 from deployments.adapters.messages import KnownAdapter, Source
 from deployments.adapters_config import check_adapter_name
-from llm.checkpoint.hub import resolve_model_path
+from llm.checkpoint.hub import hub_origin, resolve_model_path
 from llm.errors import LLMError
 
 logger = logging.getLogger("ray.serve")
@@ -193,7 +193,9 @@ class AdapterFollower:
             return
         created = created_at(place.directory)
         self._note_mended(name)
-        self.found[name] = KnownAdapter(name, self._key, str(place.directory), digest, created, place.source)
+        origin = hub_origin(self._entries[name], place.directory) if name in self._hub_paths else None
+        directory = str(place.directory)
+        self.found[name] = KnownAdapter(name, self._key, directory, digest, created, place.source, origin)
         logger.info("adapter %s of model %s: %s, digest %s", name, self._key, place.directory, digest)
 
     def _note_absent(self, name: str) -> None:

@@ -58,6 +58,11 @@ class KnownAdapters:
         self._task: asyncio.Task[None] | None = None
 
     @property
+    def is_current(self) -> bool:
+        """Whether it knows what the catalog knew at the last exchange, and the catalog knows everything."""
+        return self._client is not None and self._is_settled and not self.is_away
+
+    @property
     def takes_orders(self) -> bool:
         """Whether there is a catalog, and so any model that takes adapters."""
         return self._client is not None
@@ -97,6 +102,10 @@ class KnownAdapters:
     def all(self) -> Sequence[tuple[KnownAdapter, ...]]:
         """The adapters of each name, as `find` returns them, in the order of the names."""
         return [self._adapters[name] for name in sorted(self._adapters)]
+
+    def digests(self, key: str) -> set[str]:
+        """Digests of all adapters of an entry of `models`."""
+        return {adapter.digest for found in self._adapters.values() for adapter in found if adapter.key == key}
 
     def names_of(self, digests: Iterable[str]) -> list[str]:
         """A name of each adapter with one of these digests, in order; those that have no name anymore are left out."""

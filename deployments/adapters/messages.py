@@ -26,6 +26,7 @@ class KnownAdapter(msgspec.Struct, frozen=True, array_like=True):
         digest: `adapter_digest` of its files.
         created: when its weights were written, in seconds since 1970.
         source: where its name comes from.
+        origin: where machines without `path` get its files, as in `AdapterRef`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class KnownAdapter(msgspec.Struct, frozen=True, array_like=True):
     digest: str
     created: int
     source: Source
+    origin: str | None = None
 
 
 class Wish(msgspec.Struct, frozen=True, array_like=True):

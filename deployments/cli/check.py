@@ -120,6 +120,11 @@ def _memory(app: ServedModelConfig, model: ModelConfig, sizes: list[float]) -> T
         a_row, states = share.state_bytes / (num_rows + num_snapshots) / (1 << 20), share.state_bytes / GIB
         holders = f"{num_rows} rows" + (f" and {num_snapshots} snapshots for the prefix cache" if num_snapshots else "")
         table.add_row("  a row", f"{a_row:.1f} MiB of states, {states:.2f} GiB for {holders}{on_each}")
+    if share.adapter_bytes:
+        num_adapters, rank = app.engine.max_adapters, app.engine.max_adapter_rank
+        each, whole = share.adapter_bytes / num_adapters / (1 << 20), share.adapter_bytes / GIB
+        room = f"{each:.1f} MiB of rank {rank}, {whole:.2f} GiB for {num_adapters} of them{on_each}"
+        table.add_row("  an adapter", room)
     for size in sizes:
         which = (
             f"{share.num_gpus} GPUs" if on_each else "a GPU" if app.gpu_share == 1 else f"{app.gpu_share:g} of a GPU"

@@ -53,6 +53,14 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def forget_adapters(self, replica_id: str, digests: Sequence[str]) -> None:
+        """Have a replica give up adapters as soon as none of its requests uses them.
+
+        Raises:
+            ReplicaLostError: it is gone.
+        """
+        ...
+
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         """Run an encoded `GenerateCall` on a replica and return the encoded reply. Cancelling aborts it there.
 

@@ -94,6 +94,14 @@ class Fleet:
         """Replicas that have reported and have not been removed."""
         return tuple(self._replicas)
 
+    def adapters(self, replica_id: str) -> frozenset[str]:
+        """Digests of the adapters that a replica holds according to its last report.
+
+        Raises:
+            KeyError: there is no such replica.
+        """
+        return self._replicas[replica_id].adapters
+
     def load(self, replica_id: str) -> ReplicaLoad:
         """How busy a replica is. Do not change it; it changes with the fleet.
 

@@ -40,6 +40,13 @@ class EmulatedAdapters:
         self._ready_at.move_to_end(digest)
         return self._ready_at[digest] <= self._clock()
 
+    def unload(self, digest: str, in_use: Collection[str]) -> bool:
+        """Give up an adapter unless a request has it; False if it is not held."""
+        is_held = digest in self._ready_at
+        if is_held and digest not in in_use:
+            del self._ready_at[digest]
+        return is_held
+
     def _give_up_one(self, in_use: Collection[str]) -> bool:
         now = self._clock()
         idle = (digest for digest, ready_at in self._ready_at.items() if digest not in in_use and ready_at <= now)

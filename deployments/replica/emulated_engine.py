@@ -147,6 +147,11 @@ class EmulatedEngine:
         self._waiting.append(_Row(request, prompt, len(request.output_token_ids)))
         return request.request_id
 
+    def unload_adapter(self, digest: str) -> bool:
+        """Give up an adapter unless a request has it, in which case routers ask again; False if it is not held."""
+        rows = [*self._running.values(), *self._waiting]
+        return self._adapters.unload(digest, {row.request.adapter.digest for row in rows if row.request.adapter})
+
     def abort(self, request_id: str) -> bool:
         """Give up a request; False if it has ended or is unknown."""
         row = self._running.pop(request_id, None)

@@ -70,6 +70,10 @@ class Engine(Protocol):
         """Accept a request or raise InvalidRequestError."""
         ...
 
+    def unload_adapter(self, digest: str) -> bool:
+        """Give up an adapter as soon as no accepted request needs it; False if it is not held."""
+        ...
+
     def abort(self, request_id: str) -> bool:
         """Give up a request."""
         ...

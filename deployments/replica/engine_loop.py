@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -63,7 +63,7 @@ class _Arrival:
 class _Commands:
     """Commands of other threads to the loop, in order."""
 
-    pending: deque[Callable[[], None]] = field(default_factory=deque)
+    pending: deque[Callable[[], object]] = field(default_factory=deque)
     wake_up: threading.Event = field(default_factory=threading.Event)
 
 
@@ -158,11 +158,16 @@ class EngineLoop:
         """Report to this router from now on, even if it sends no requests."""
         self._do(lambda: self._attach(channel))
 
+    def forget_adapters(self, digests: Sequence[str]) -> None:
+        """Have the engine give up adapters as soon as no request uses them."""
+        for digest in digests:
+            self._do(partial(self._engine.unload_adapter, digest))
+
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def _do(self, command: Callable[[], None]) -> None:
+    def _do(self, command: Callable[[], object]) -> None:
         """Have the loop's thread run `command` before its next step."""
         self._commands.pending.append(command)
         self._commands.wake_up.set()

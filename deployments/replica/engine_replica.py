@@ -84,6 +84,11 @@ class EngineReplica:
         while."""
         self._queues[router] = num_tokens, time.monotonic()
 
+    async def forget_adapters(self, digests: Sequence[str], ranking: Sequence[str]) -> None:
+        """Give up adapters as soon as no request uses them. No effect on a replica that was not meant."""
+        if self.replica_id in ranking:
+            self._loop.forget_adapters(digests)
+
     @property
     def queued_tokens(self) -> int:
         """Tokens to prefill of requests that wait in routers, as far as these told this replica."""

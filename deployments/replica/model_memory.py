@@ -1,10 +1,14 @@
 """How much memory a model needs on each GPU of a replica, computed before it is loaded."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deployments.model_config import ServedModelConfig
 from llm.config import ModelConfig
 from llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llm.core.partition import Partition
 
 GIB = 1 << 30
 _WORKSPACE_BYTES = 2 * GIB
@@ -23,20 +27,27 @@ class GPUShare:
         weight_bytes: bytes of the GPU's part of the weights.
         state_bytes: bytes of the states of all rows and snapshots.
         slot_bytes: bytes of one token's keys and values.
+        adapter_bytes: bytes of the GPU's part of all adapters that requests may choose at once.
     """
 
     num_gpus: int
     weight_bytes: int
     state_bytes: int
     slot_bytes: int
+    adapter_bytes: int = 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that are needed whatever the pool holds."""
+        return self.weight_bytes + self.state_bytes + self.adapter_bytes
 
     def num_slots(self, usable_bytes: float) -> int:
         """Tokens that the pool has room for if a GPU may use so many bytes; below 1 if the rest does not fit."""
-        return int((usable_bytes - self.weight_bytes - self.state_bytes - _WORKSPACE_BYTES) // self.slot_bytes)
+        return int((usable_bytes - self.fixed_bytes - _WORKSPACE_BYTES) // self.slot_bytes)
 
     def usable_bytes(self, num_slots: int) -> int:
         """Bytes that a GPU must be allowed to use for a pool of so many tokens."""
-        return self.weight_bytes + self.state_bytes + _WORKSPACE_BYTES + num_slots * self.slot_bytes
+        return self.fixed_bytes + _WORKSPACE_BYTES + num_slots * self.slot_bytes
 
 
 def slot_bytes(model: ModelConfig, itemsize: int) -> int:
@@ -80,7 +91,17 @@ def share_of(app: ServedModelConfig, model: ModelConfig, num_gpus: int) -> GPUSh
         weight_bytes(model, itemsize, num_gpus, by_expert=partition.by_expert),
         (app.engine.batch_size("cuda") + num_snapshots_of(app, model)) * held.state_bytes(itemsize),
         slot_bytes(held, kv_itemsize),
+        _adapter_bytes(app, model, partition),
     )
+
+
+def _adapter_bytes(app: ServedModelConfig, model: ModelConfig, partition: "Partition") -> int:
+    """Bytes of the slots of adapters on a GPU that holds this part of the model."""
+    from llm.checkpoint.adapter_slots import make_packer
+    from llm.models.decoder import DecoderModel
+
+    packer = make_packer(DecoderModel.from_config(model, device="meta", partition=partition), app.engine)
+    return 0 if packer is None else app.engine.max_adapters * packer.layout.size * itemsize_of(app)
 
 
 def num_snapshots_of(app: ServedModelConfig, model: ModelConfig) -> int:
@@ -123,16 +144,17 @@ def check_fits(app: ServedModelConfig, model: ModelConfig, gpu_bytes: int) -> No
     """
     num_gpus, utilization = app.engine.tensor_parallel_size, app.engine.gpu_memory_utilization
     share = share_of(app, model, num_gpus)
-    needed = share.weight_bytes + share.state_bytes
+    needed = share.fixed_bytes
     # Weights that are rounded to 8 bits are first read in their own format, while the GPU holds nothing else.
     if needed <= gpu_bytes * (utilization if app.engine.quantization is None else 1):
         return
     enough = share.usable_bytes(fewest_slots(app, model)) / utilization / GIB
     ways = [f"GPUs of {enough:.0f} GiB"]
+    also = " (with room for max_adapters adapters)" if share.adapter_bytes else ""
     more = fewest_gpus(app, model, gpu_bytes)
     if more is not None:
         ways.insert(0, f"engine.tensor_parallel_size: {more.num_gpus}, for as many GPUs of this size a replica")
     raise ConfigError(
-        f"{app.model_name} does not fit: {needed / GIB:.1f} GiB of weights on each GPU, which has "
+        f"{app.model_name} does not fit: {needed / GIB:.1f} GiB of weights on each GPU{also}, which has "
         f"{gpu_bytes / GIB:.1f} GiB and may use {utilization:g} of it; what would do: {', or '.join(ways)}"
     )

@@ -105,6 +105,10 @@ class Access:
         """Stop following the file and talking to the accountant."""
         self._quotas.close()
         self.meter.close()
+        self.stop_following()
+
+    def stop_following(self) -> None:
+        """Stop following the file; the keys stay as they are."""
         if self._following is not None:
             self._following.cancel()
 

@@ -19,6 +19,7 @@ from deployments.router.access import Access
 from deployments.router.canary import mark_of, share_out
 from deployments.router.router import Router
 from deployments.router.token_hub import TokenHub
+from deployments.router.unnamed_adapters import UnnamedAdapters
 from llm.errors import ConfigError
 from llm.serving.schemas import AdapterRef
 
@@ -73,6 +74,8 @@ class ModelDirectory:
             Router(key, model, config, clients[key], self.hub, self._peers, self.tracer, self.access.meter)
             for key, model in config.by_key.items()
         )
+        self._unnamed = UnnamedAdapters(self.adapters, self.routers, clients)
+        self._unnamed.start()
         self.batches: BatchesState | None = None
         """What runs batches in this process; None if nothing does. Whoever makes it sets it."""
         self._by_name: dict[str, list[Router]] = {}
@@ -118,7 +121,9 @@ class ModelDirectory:
         if self.find(name):
             return None
         found = next((adapter for adapter in self.adapters.find(name) if adapter.key == router.key), None)
-        return None if found is None else AdapterRef(name=found.name, path=found.path, digest=found.digest)
+        if found is None:
+            return None
+        return AdapterRef(name=found.name, path=found.path, digest=found.digest, origin=found.origin)
 
     def with_adapter(self, name: str) -> tuple[Router, ...]:
         """The routers of the entries that have an adapter of this name; none if there is no such adapter."""
@@ -250,10 +255,16 @@ class ModelDirectory:
         others = [one for one in await self._peers.histories() if one.router_id != self._peers.router_id]
         return await asyncio.to_thread(describe, [*self.histories(), *others], time.time())
 
+    def stop_following(self) -> None:
+        """Stop looking for changes of keys and adapters; what is known stays as it is."""
+        self.access.stop_following()
+        self._unnamed.close()
+        self.adapters.close()
+
     def close(self) -> None:
         """Stop listening."""
+        self.stop_following()
         self.access.close()
-        self.adapters.close()
         for router in self.routers:
             router.close()
         self.hub.close()

@@ -206,6 +206,12 @@ class Journal:
         if self._is_shut_down:
             raise ShuttingDownError
 
+    @property
+    def adapters(self) -> set[str]:
+        """Digests of the adapters of all live generations."""
+        requests = (generation.request for generation in self._live.values())
+        return {request.adapter.digest for request in requests if request.adapter is not None}
+
     def on_replica(self, replica_id: str) -> Iterator[Generation]:
         """Generations that run on a replica, as far as known."""
         return (generation for generation in list(self._live.values()) if generation.replica_id == replica_id)

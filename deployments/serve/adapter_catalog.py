@@ -32,11 +32,19 @@ class AdapterCatalogReplica:
         taken_names: names and aliases of all models.
     """
 
+    _has_ended = False
+
     async def __init__(self, models: Sequence[CatalogModel], taken_names: Sequence[str]) -> None:  # type: ignore[misc]
         # Asynchronous, so that it runs on the event loop that the catalog is to live on: Ray Serve awaits it.
         show_warnings()
         self._catalog = Catalog(models, taken_names)
         self._catalog.start()
+
+    def __del__(self) -> None:
+        """Ray Serve calls this on the event loop, just before it ends the threads that directories are read in."""
+        if hasattr(self, "_catalog") and not self._has_ended:
+            self._has_ended = True
+            self._catalog.close()
 
     async def exchange(self, ask: bytes) -> bytes:
         """See `Catalog.exchange`; both sides encoded."""

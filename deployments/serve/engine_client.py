@@ -27,6 +27,7 @@ class ServeEngineClient:
         self._attach = handle.attach
         self._stay = handle.stay
         self._note_queue = handle.note_queue
+        self._forget_adapters = handle.forget_adapters
         self._generate = handle.generate
         self._generate_batch = handle.generate_batch
 
@@ -59,6 +60,10 @@ class ServeEngineClient:
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
         """See `EngineClient`."""
         await self._call(self._note_queue, channel.router_id, (replica_id,), num_tokens)
+
+    async def forget_adapters(self, replica_id: str, digests: Sequence[str]) -> None:
+        """See `EngineClient`."""
+        await self._call(self._forget_adapters, list(digests), (replica_id,))
 
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         """See `EngineClient`."""

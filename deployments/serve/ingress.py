@@ -56,6 +56,8 @@ class RouterIngress:
         catalog: handle of the `AdapterCatalog` deployment; None if no model takes adapters.
     """
 
+    _has_ended = False
+
     async def __init__(  # type: ignore[misc]
         self,
         config: AppConfig,
@@ -94,6 +96,12 @@ class RouterIngress:
         self._joining = None
         if config.token_channel.host == "auto" and self._directory.hub.host == _LOOPBACK:
             self._joining = loop.create_task(self._open_channel_when_a_node_joins())
+
+    def __del__(self) -> None:
+        """Ray Serve calls this on the event loop, just before it ends the threads that files are read in."""
+        if hasattr(self, "_directory") and not self._has_ended:
+            self._has_ended = True
+            self._directory.stop_following()
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take a `LiveConfig` without a restart; Ray Serve calls this with the deployment's `user_config`.

@@ -1,21 +1,18 @@
 """LoRA adapters as PEFT saves them, put on a model."""
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from llm.checkpoint.cut_slots import held_rows
-from llm.checkpoint.json_files import read_json
+from llm.checkpoint.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, refuse_pickle
 from llm.checkpoint.weight_names import canonical_names
-from llm.config import ModelConfig, describe
+from llm.config import ModelConfig
 from llm.errors import CheckpointError, ConfigError
 from llm.models.cuts import find_cut
 from llm.models.decoder import DecoderModel
@@ -24,25 +21,7 @@ from llm.models.lora import LoRALinear, replace_module
 from llm.models.quantized import QuantizedLinear
 from llm.models.registry import destinations
 
-Number = TypeVar("Number", int, float)
-
 _TENSOR_NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
-# Settings of PEFT that change what an adapter computes, and what each must be.
-_UNSUPPORTED = (
-    "use_dora",
-    "modules_to_save",
-    "lora_bias",
-    "fan_in_fan_out",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-)
-_INITS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "loftq", "corda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +66,8 @@ class AdapterReader:
             CheckpointError: the weights are missing, damaged, or do not fit the model.
         """
         directory = Path(adapter_dir)
-        config = _Config.read(directory / "adapter_config.json")
-        path = directory / "adapter_model.safetensors"
+        config = PeftConfig.read(directory / CONFIG_FILE)
+        path = directory / WEIGHTS_FILE
         found = _read_factors(path)
         names = canonical_names(found, self._places)
         factors = [self._fit(config, path, module, names[module], parts) for module, parts in found.items()]
@@ -105,7 +84,7 @@ class AdapterReader:
                 )
         return factors
 
-    def _fit(self, config: "_Config", path: Path, module: str, name: str, factors: dict[str, torch.Tensor]) -> Factors:
+    def _fit(self, config: PeftConfig, path: Path, module: str, name: str, factors: dict[str, torch.Tensor]) -> Factors:
         """Check the factors of one module; `name` is the family's name for it."""
         place = self._places.get(name)
         if place is None:
@@ -202,74 +181,9 @@ def check_adapter(config: ModelConfig, adapter_dir: str | Path, *, max_rank: int
     AdapterReader(DecoderModel.from_config(config, device="meta")).read(adapter_dir, max_rank=max_rank)
 
 
-def _check_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_check_pattern)]
-Rank = Annotated[int, Field(gt=0)]
-
-
-class _Config(BaseModel):
-    """What adapter_config.json says about scaling."""
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
-
-    r: Rank
-    lora_alpha: float
-    rank_pattern: dict[Pattern, Rank] | None = None
-    alpha_pattern: dict[Pattern, float] | None = None
-    use_rslora: bool | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        config = read_json(path)
-        _refuse_unsupported(config, path)
-        try:
-            return cls.model_validate(config)
-        except ValidationError as error:
-            raise ConfigError(f"{path}: {describe(error)}; correct it, or save the adapter again") from error
-
-    def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern or {}, module, self.r)
-
-    def scaling_of(self, module: str) -> float:
-        """`alpha / r`, or `alpha / √r` (rank-stabilized, Kalajdzievski 2023, arXiv:2312.03732)."""
-        rank = self.rank_of(module)
-        alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Number:
-    """The value of the first pattern that the module's name ends with, as PEFT matches them."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ConfigError(f"{path}: peft_type {kind!r} is not supported; only LORA is")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise ConfigError(f"{path}: {key} is not supported; train the adapter without it or merge it with PEFT")
-    if config.get("bias", "none") != "none":
-        raise ConfigError(f"{path}: bias {config['bias']!r} is not supported; only 'none' is")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_MODEL):
-        raise ConfigError(
-            f"{path}: adapters initialized with {init!r} also change the model's weights; "
-            "save it with PEFT's path_initial_model_for_weight_conversion"
-        )
-
-
 def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The factors A and B by module."""
-    if not path.exists() and path.with_suffix(".bin").exists():
-        raise CheckpointError(f"{path.with_suffix('.bin')} is a pickle and is not read; save it as safetensors")
+    refuse_pickle(path)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:

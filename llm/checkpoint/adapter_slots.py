@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from llm.checkpoint.adapter import AdapterReader, Factors, adapted_places, held_parts
+from llm.config import EngineConfig
 from llm.errors import CheckpointError
 from llm.models.adapters import AdaptedModule, AdapterLayout
 from llm.models.decoder import DecoderModel
@@ -86,12 +87,28 @@ class AdapterPacker:
                 begin, end, _ = held.rows.indices(linear.out_features)
                 ranges.append((self._parts[module, place.rows.start], begin, end))
         first_b = _aligned(first + len(parts) * rank * linear.in_features)
-        ranges.sort(key=lambda each: each[1])
-        return AdaptedModule(linear.in_features, linear.out_features, len(parts), tuple(ranges), first, first_b)
+        return AdaptedModule(linear.in_features, linear.out_features, len(parts), _joined(ranges), first, first_b)
+
+
+def make_packer(model: DecoderModel, config: EngineConfig) -> AdapterPacker | None:
+    """Make what reads adapters for an engine, before that converts any module; None if requests cannot choose any."""
+    return AdapterPacker(model, config.max_adapter_rank) if config.max_adapters else None
 
 
 def _first_row(place: Destination) -> int:
     return place.rows.start or 0
+
+
+def _joined(ranges: list[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """Ranges (part, first, end) in order, those of one part as one where they touch: a rank may hold several pieces of
+    a part, one behind the other."""
+    joined: list[tuple[int, int, int]] = []
+    for part, first, end in sorted(ranges, key=lambda each: each[1]):
+        if joined and joined[-1][0] == part and joined[-1][2] == first:
+            joined[-1] = part, joined[-1][1], end
+        else:
+            joined.append((part, first, end))
+    return tuple(joined)
 
 
 def _linear(model: DecoderModel, name: str) -> nn.Linear:

@@ -1,5 +1,6 @@
 """Where a checkpoint's files are: a directory, a GGUF file, or a repository of the Hugging Face Hub."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,36 @@ def _only_gguf(directory: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _download(model: str) -> Path:
-    """The Hub's repository of this name, from the cache if the Hub does not answer within a few seconds."""
+def hub_origin(model: str, directory: Path) -> str | None:
+    """Where another machine gets what `resolve_model_path` has downloaded for a Hub id: `org/name@revision`; None if it
+    is not a download."""
+    return f"{model}@{directory.name}" if directory.parent.name == "snapshots" else None
+
+
+def fetch_origin(origin: str, files: Sequence[str]) -> Path:
+    """Directory with these files of what `hub_origin` names, downloaded now or before.
+
+    Raises:
+        CheckpointError: it cannot be had; one line with the fix.
+    """
+    model, _, revision = origin.rpartition("@")
+    return _download(model, revision, files)
+
+
+def _download(model: str, revision: str | None = None, allowed: Sequence[str] = _FILES) -> Path:
+    """The Hub's repository of this name, from the cache if the Hub does not answer within a few seconds.
+
+    Args:
+        revision: the commit; None for the latest one.
+        allowed: patterns of the files that are wanted.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    files: dict[str, Any] = {"allow_patterns": list(_FILES), "ignore_patterns": list(_FILES_LEFT_OUT)}
+    files: dict[str, Any] = {"allow_patterns": list(allowed), "ignore_patterns": list(_FILES_LEFT_OUT)}
     try:
         # snapshot_download by itself waits for the Hub without an end.
-        revision = HfApi().model_info(model, timeout=_TIMEOUT_S).sha
+        revision = HfApi().model_info(model, revision=revision, timeout=_TIMEOUT_S).sha
         return Path(snapshot_download(model, revision=revision, **files))
     except GatedRepoError as error:
         raise CheckpointError(f"{model} is gated on the Hub: accept its terms there, then set HF_TOKEN") from error
@@ -92,7 +114,7 @@ def _download(model: str) -> Path:
         ) from error
     except Exception as error:  # the Hub client's errors share no base with those of its transport
         with suppress(LocalEntryNotFoundError):
-            return Path(snapshot_download(model, local_files_only=True, **files))
+            return Path(snapshot_download(model, revision=revision, local_files_only=True, **files))
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{model} is not a directory here, was not downloaded before, and cannot be downloaded from the Hub now: "

@@ -30,6 +30,10 @@ class FrameKind(IntEnum):
     """To rank 0: text, the reason why the rank ends."""
     BEAT = 5
     """To rank 0: empty; the process is alive."""
+    TASK = 6
+    """From rank 0: JSON, a `Task`, which the rank begins and does beside the steps that follow."""
+    TASK_REPLY = 7
+    """To rank 0: JSON, a `TaskReply`."""
 
 
 class Channel:

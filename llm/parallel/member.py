@@ -10,6 +10,7 @@ import msgspec
 
 from llm.parallel.channel import Channel, FrameKind
 from llm.parallel.ranks import BEAT_INTERVAL_S
+from llm.parallel.tasks import TaskReply
 
 
 class Leader:
@@ -29,12 +30,16 @@ class Leader:
             threading.Thread(target=target, daemon=True).start()
 
     def next_frame(self) -> tuple[FrameKind, bytearray]:
-        """Wait for the next step or call."""
+        """Wait for the next step, call or task."""
         return self._frames.get()
 
     def reply(self, value: Any) -> None:
         """Answer the latest call."""
         self._channel.send(FrameKind.REPLY, msgspec.json.encode(value))
+
+    def reply_to_task(self, number: int, content: Any) -> None:
+        """Report what became of a task; any thread may."""
+        self._channel.send(FrameKind.TASK_REPLY, msgspec.json.encode(TaskReply(number, content)))
 
     def fail(self, reason: str) -> None:
         """Report why this rank ends."""

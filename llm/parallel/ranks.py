@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -20,6 +21,7 @@ import msgspec
 from llm.errors import RankLostError
 from llm.parallel.channel import Channel, FrameKind, Int32Array, pack_arrays
 from llm.parallel.environment import ENVIRONMENT
+from llm.parallel.tasks import PendingTasks, Task, TaskReply
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class RankGroup:
         except BaseException:
             _kill(self._ranks)
             raise
+        self._tasks = PendingTasks()
         self._finalizer = weakref.finalize(self, _end, self._ranks, self._is_closed)
         for rank in self._ranks:
             self._selector.register(rank.channel.socket, selectors.EVENT_READ, rank)
@@ -115,6 +118,23 @@ class RankGroup:
             RankLostError: a rank is lost.
         """
         return [self._reply(rank) for rank in self._ranks]
+
+    def begin(self, content: object) -> Future[Sequence[Any]]:
+        """Have all ranks begin a task, behind the steps sent so far, and do it beside those that follow.
+
+        Args:
+            content: what to do, as JSON can hold it.
+
+        Returns:
+            Their replies, in order of ranks; RankLostError if one is lost before it has replied.
+        """
+        number, future = self._tasks.add([rank.number for rank in self._ranks])
+        try:
+            for rank in self._ranks:
+                self._send(rank, FrameKind.TASK, msgspec.json.encode(Task(number, content)))
+        except RankLostError as error:
+            self._tasks.fail(error)
+        return future
 
     def expect_beats(self) -> None:
         """Declare the ranks ready to run steps: from now on none may be silent."""
@@ -158,6 +178,7 @@ class RankGroup:
         self._is_lost.set()
         logger.error("ranks are given up: %s", reason)
         _kill(self._ranks)
+        self._tasks.fail(RankLostError(reason))
         if self._on_gpus and self._most_silence_s == _STARTING_SILENCE_S:
             threading.Thread(target=self._end_if_stuck, daemon=True).start()
 
@@ -189,6 +210,8 @@ class RankGroup:
             rank.heard_at = time.monotonic()
             if kind is FrameKind.REPLY:
                 rank.replies.put(payload)
+            elif kind is FrameKind.TASK_REPLY:
+                self._tasks.take(rank.number, msgspec.json.decode(payload, type=TaskReply))
             elif kind is FrameKind.FAILURE:
                 self.fail(f"rank {rank.number} failed: {payload.decode(errors='replace')}")
         now = time.monotonic()

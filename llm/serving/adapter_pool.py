@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from llm.checkpoint.adapter_slots import AdapterPacker
-from llm.config import EngineConfig
-from llm.errors import AdapterChangedError, LLMError
-from llm.models.adapters import AdapterMemory
+from llm.errors import AdapterChangedError, LLMError, RankLostError
 from llm.scheduling.sequence import Sequence
-from llm.serving.adapter_copies import AdapterCopies
+from llm.serving.adapter_copies import MOST_READINGS
 from llm.serving.schemas import AdapterFailure, AdapterRef
 
 logger = logging.getLogger(__name__)
@@ -24,8 +21,27 @@ _MOST_PASSING = 64
 """Requests for adapters on the device that may pass one whose adapter finds no slot."""
 _MOST_INSPECTED = 512
 """Requests that a step looks at."""
-_MOST_READINGS = 2
-"""Adapters that are read at once, or wait for that."""
+
+
+class Copies(Protocol):
+    """What reads adapters and copies them: `AdapterCopies`, or `RankAdapters` where there are several ranks."""
+
+    @property
+    def num_places(self) -> int:
+        """Adapters that host memory holds."""
+        ...
+
+    def read(self, adapter: AdapterRef, place: int) -> Future[int]:
+        """See `AdapterCopies.read`."""
+        ...
+
+    def move(self, place: int, slot: int, rank: int) -> Future[None]:
+        """See `AdapterCopies.move`."""
+        ...
+
+    def close(self) -> None:
+        """See `AdapterCopies.close`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +54,10 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailure:
-    """Why an adapter could not be loaded: a message, and what it means for the request."""
+    """Why an adapter could not be loaded: a message, and whose fault it is; None for that of a rank that is lost."""
 
     message: str
-    kind: AdapterFailure
+    kind: AdapterFailure | None
 
 
 class AdapterPool:
@@ -59,7 +75,7 @@ class AdapterPool:
         num_slots: adapters that fit on the device.
     """
 
-    def __init__(self, copies: AdapterCopies, num_slots: int) -> None:
+    def __init__(self, copies: Copies, num_slots: int) -> None:
         self._copies = copies
         self._waiting: deque[Sequence] = deque()
         self._held: OrderedDict[str, _Held] = OrderedDict()
@@ -180,9 +196,10 @@ class AdapterPool:
             slot = self._find_slot()
             if slot is not None:
                 self._held.move_to_end(digest)
-                self._moves[digest] = slot, self._copies.move(self._held[digest].place, slot)
+                held = self._held[digest]
+                self._moves[digest] = slot, self._copies.move(held.place, slot, held.rank)
             return slot is not None
-        if len(self._readings) < _MOST_READINGS:
+        if len(self._readings) < MOST_READINGS:
             place = self._find_place()
             if place is not None:
                 self._readings[digest] = place, self._copies.read(adapter, place)
@@ -219,25 +236,11 @@ class AdapterPool:
         errors = {}
         for digest, slot, _, failure in _ended(self._moves):
             if failure is None:
-                self._copies.memory.ranks[slot] = self._held[digest].rank
                 self._slots[digest] = slot
             else:
                 self._free_slots.append(slot)
                 errors[digest] = failure
         return errors
-
-
-def make_adapter_pool(
-    packer: AdapterPacker | None, memory: AdapterMemory | None, config: EngineConfig
-) -> AdapterPool | None:
-    """Make the pool of an engine; None if its requests cannot choose adapters.
-
-    Raises:
-        ConfigError: host memory does not hold one adapter.
-    """
-    if packer is None or memory is None:
-        return None
-    return AdapterPool(AdapterCopies(packer, memory, int(config.adapter_host_gib * (1 << 30))), len(memory))
 
 
 def _ended(pending: dict[str, tuple[int, Future[T]]]) -> Iterator[tuple[str, int, Future[T], LoadFailure | None]]:
@@ -252,6 +255,8 @@ def _ended(pending: dict[str, tuple[int, Future[T]]]) -> Iterator[tuple[str, int
 def _failure(error: BaseException) -> LoadFailure:
     message = str(error) if isinstance(error, LLMError) else f"{type(error).__name__}: {error}"
     logger.warning("an adapter could not be loaded: %s", message)
+    if isinstance(error, RankLostError):
+        return LoadFailure(message, None)
     kind = AdapterFailure.CHANGED if isinstance(error, AdapterChangedError) else AdapterFailure.UNREADABLE
     return LoadFailure(f"the adapter could not be loaded: {message}", kind)
 

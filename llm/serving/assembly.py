@@ -3,16 +3,16 @@
 import logging
 from dataclasses import dataclass
 
-from llm.checkpoint.adapter_slots import AdapterPacker
+from llm.checkpoint.adapter_slots import make_packer
 from llm.config import EngineConfig
 from llm.models.decoder import DecoderModel
 from llm.scheduling.scheduler import Scheduler
 from llm.scheduling.slot_pool import SlotPool
-from llm.serving.adapter_pool import AdapterPool, make_adapter_pool
+from llm.serving.adapter_pool import AdapterPool
 from llm.serving.checks import check_features, fit_context_to_pool, longest_context
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import ModelRunner
-from llm.serving.ranks import Ranks
+from llm.serving.ranks import Ranks, make_adapter_pool
 from llm.serving.runners import make_runner
 
 logger = logging.getLogger(__name__)
@@ -39,17 +39,18 @@ def build_parts(model: DecoderModel, config: EngineConfig, ranks: Ranks | None) 
     for note in check_features(model.config, config):
         logger.info(note)
     context_len = longest_context(model.config, config)
-    packer = AdapterPacker(model, config.max_adapter_rank) if config.max_adapters else None
+    packer = make_packer(model, config)
     layout = None if packer is None else packer.layout
     if ranks is None:
         num_pages = num_pool_pages(model, config, context_len, layout)
         runner = make_runner(model, config, num_pages=num_pages, context_len=context_len, adapters=layout)
     else:
-        num_pages = ranks.num_pool_pages(model, context_len)
-        runner = ranks.make_runner(model, num_pages=num_pages, context_len=context_len)
+        num_pages = ranks.num_pool_pages(model, context_len, layout)
+        runner = ranks.make_runner(model, num_pages=num_pages, context_len=context_len, adapters=layout)
     scheduler = _make_scheduler(model, config, SlotPool(num_pages, config.page_size), context_len, runner)
+    adapters = make_adapter_pool(packer, runner.adapters, config, ranks)
     runner.warm_up()
-    return EngineParts(scheduler, runner, make_adapter_pool(packer, runner.adapters, config))
+    return EngineParts(scheduler, runner, adapters)
 
 
 def _make_scheduler(

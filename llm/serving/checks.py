@@ -115,12 +115,6 @@ def check_features(model: ModelConfig, config: EngineConfig) -> list[str]:
             f"kv_cache_dtype: fp8: {model.architecture} keeps one latent vector a token in place of keys and values, "
             "which is not rounded to 8 bits; leave it out"
         )
-    if config.max_adapters and config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"max_adapters: {config.max_adapters}: a model split over {config.tensor_parallel_size} GPUs "
-            "(tensor_parallel_size) cannot be given adapters by requests yet; set one of the two, or merge one adapter "
-            "into the weights (lora)"
-        )
     if config.expert_parallel and (not model.num_experts or config.tensor_parallel_size == 1):
         lacking = "tensor_parallel_size above 1" if model.num_experts else f"experts, which {model.architecture} lacks"
         raise ConfigError(f"expert_parallel: true needs {lacking}; leave it out")

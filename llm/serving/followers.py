@@ -14,8 +14,9 @@ import torch
 from llm.attention.paged import PagedAttentionBackend, PagedContext
 from llm.core.paged_kv_cache import PagedKVCache
 from llm.core.recurrent_state import RecurrentStates
+from llm.models.adapters import AdapterMemory
 from llm.models.decoder import DecoderModel
-from llm.serving.model_runner import MAX_SCORED_AT_ONCE, pack_batch
+from llm.serving.model_runner import MAX_SCORED_AT_ONCE, pack_batch, token_adapters
 from llm.serving.step_arrays import Int32Array, StepArrays, batches
 
 
@@ -54,6 +55,11 @@ class RankStep:
 class Follower(Protocol):
     """A rank's runner."""
 
+    @property
+    def adapters(self) -> AdapterMemory | None:
+        """Slots for this rank's part of the adapters that requests choose; None if they cannot."""
+        ...
+
     def follow(self, step: RankStep) -> None:
         """Run a step that rank 0 has launched."""
         ...
@@ -77,6 +83,7 @@ class EagerFollower:
         max_rows: rows that the scheduler hands out.
         max_seq_len: longest sequence in tokens.
         num_snapshots: see `RecurrentStates`.
+        adapters: see `Follower.adapters`.
     """
 
     def __init__(
@@ -88,8 +95,10 @@ class EagerFollower:
         max_rows: int,
         max_seq_len: int,
         num_snapshots: int = 0,
+        adapters: AdapterMemory | None = None,
     ) -> None:
         self._model = model
+        self.adapters = adapters
         self._kv_cache = kv_cache
         self._backend = backend
         self._states = RecurrentStates(model.delta_specs, max_rows, model.device, model.dtype, num_snapshots)
@@ -114,7 +123,8 @@ class EagerFollower:
         context = PagedContext(self._backend, self._kv_cache, batch, self._states)
         kept = torch.from_numpy(arrays.kept_tokens).to(model.device)
         self._states.restore(arrays.restored)
-        hidden = model.hidden_states(token_ids, batch.positions, context, kept)
+        adapters = token_adapters(self.adapters, arrays)
+        hidden = model.hidden_states(token_ids, batch.positions, context, kept, adapters)
         self._states.save(arrays.saved)
         lens = len(arrays.draw_rows), len(arrays.pooled_tokens), len(arrays.scored_tokens)
         drawn, _, scored = hidden.split_with_sizes(lens)

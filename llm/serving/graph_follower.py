@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from llm.models.adapters import AdapterMemory
 from llm.serving.followers import RankStep
 from llm.serving.graph_model import GraphModel
 from llm.serving.model_runner import MAX_SCORED_AT_ONCE
@@ -19,6 +20,11 @@ class GraphFollower:
 
     def __init__(self, graphs: GraphModel) -> None:
         self._graphs = graphs
+
+    @property
+    def adapters(self) -> AdapterMemory | None:
+        """See `Follower.adapters`."""
+        return self._graphs.adapters
 
     @torch.inference_mode()
     def run_largest(self, num_tokens: int) -> None:

@@ -6,7 +6,7 @@ from llm.scheduling.sequence import Sequence
 from llm.serving.adapter_pool import AdapterPool
 from llm.serving.compiling import CompilingRequests
 from llm.serving.output_processor import failed
-from llm.serving.schemas import StepOutput
+from llm.serving.schemas import StepFailure, StepOutput
 
 _IDLE_WAIT_S = 0.005
 """How long a step waits for a grammar or an adapter when there is nothing else to do."""
@@ -54,7 +54,8 @@ class Preparation:
             if failure is None:
                 scheduler.add(sequence)
             else:
-                failures.append(failed(sequence, failure.message, adapter_failure=failure.kind))
+                lost = StepFailure.DEVICE if failure.kind is None else None
+                failures.append(failed(sequence, failure.message, lost, failure.kind))
         return failures
 
     def discard(self, sequence: Sequence) -> None:

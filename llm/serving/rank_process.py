@@ -6,19 +6,24 @@ It loads its part of the model, then does what rank 0 tells it to: see `llm.serv
 import logging
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import torch
 
+from llm.checkpoint.adapter_slots import make_packer
 from llm.config import EngineConfig
 from llm.core.partition import Partition
 from llm.parallel.channel import FrameKind, unpack_arrays
 from llm.parallel.exchange import join_ranks
 from llm.parallel.member import Leader
+from llm.parallel.tasks import Task
+from llm.serving.adapter_copies import AdapterCopies
 from llm.serving.followers import Follower, RankStep
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_loading import load_model
+from llm.serving.rank_adapters import AdapterOrder, carry_out
 from llm.serving.rank_settings import RankCall, RankSettings
 from llm.serving.runners import make_follower
 
@@ -44,11 +49,13 @@ class RankProcess:
             Path(settings.directory), device=device, dtype=settings.torch_dtype, load_format=settings.load_format,
             lora=settings.lora, partition=partition, progress=False,
         ).eval()  # fmt: skip
+        self._packer = make_packer(self._model, config)
         leader.reply("loaded")
         self._model.exchange = join_ranks(
             partition, Path(settings.store_path), device, deterministic=config.deterministic
         )
         self._follower: Follower | None = None
+        self._adapters: AdapterCopies | None = None
 
     def run(self) -> None:
         """Do what rank 0 says, forever: the process ends with rank 0's."""
@@ -57,17 +64,30 @@ class RankProcess:
             if kind is FrameKind.STEP:
                 assert self._follower is not None, "steps come behind `build`"
                 self._follower.follow(RankStep.from_arrays(unpack_arrays(payload, RankStep.num_arrays())))
+            elif kind is FrameKind.TASK:
+                self._begin(msgspec.json.decode(payload, type=Task))
             else:
                 self._leader.reply(self._answer(msgspec.json.decode(payload, type=RankCall)))
 
+    def _begin(self, task: Task) -> None:
+        assert self._adapters is not None, "tasks come behind `hold_adapters`"
+        order = msgspec.convert(task.content, AdapterOrder)
+        carry_out(self._adapters, order, partial(self._leader.reply_to_task, task.number))
+
     def _answer(self, call: RankCall) -> int:
+        layout = None if self._packer is None else self._packer.layout
         match call.name:
             case "size":
-                return num_pool_pages(self._model, self._config, call.context_len)
+                return num_pool_pages(self._model, self._config, call.context_len, layout)
             case "build":
                 self._follower = make_follower(
-                    self._model, self._config, num_pages=call.num_pages, context_len=call.context_len
+                    self._model, self._config, num_pages=call.num_pages, context_len=call.context_len, adapters=layout
                 )
+            case "hold_adapters":
+                assert self._packer is not None, "requests choose adapters"
+                assert self._follower is not None, "it comes behind `build`"
+                assert self._follower.adapters is not None, "it has slots"
+                self._adapters = AdapterCopies(self._packer, self._follower.adapters, call.num_places)
             case "warm_up":
                 assert self._follower is not None, "it comes behind `build`"
                 self._follower.warm_up()

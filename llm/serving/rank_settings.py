@@ -37,8 +37,10 @@ class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A command: "size" asks how many pages there is room for, "build" makes the runner, "warm_up" prepares it."""
+    """A command: "size" asks how many pages there is room for, "build" makes the runner, "warm_up" prepares it, and
+    "hold_adapters" reserves host memory for so many adapters."""
 
     name: str
     num_pages: int = 0
     context_len: int = 0
+    num_places: int = 0

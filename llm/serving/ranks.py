@@ -9,17 +9,22 @@ from pathlib import Path
 import msgspec
 import torch
 
+from llm.checkpoint.adapter_slots import AdapterPacker
 from llm.checkpoint.loading import Progress
 from llm.config import EngineConfig
 from llm.core.partition import Partition
 from llm.errors import ConfigError
+from llm.models.adapters import AdapterLayout, AdapterMemory
 from llm.models.decoder import DecoderModel
 from llm.parallel.exchange import join_ranks
 from llm.parallel.ranks import RankGroup
+from llm.serving.adapter_copies import AdapterCopies, num_host_places
+from llm.serving.adapter_pool import AdapterPool
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_loading import load_model
 from llm.serving.model_runner import ModelRunner
 from llm.serving.parallel_runner import ParallelRunner
+from llm.serving.rank_adapters import RankAdapters
 from llm.serving.rank_settings import RankSettings
 from llm.serving.runners import make_runner
 
@@ -88,19 +93,22 @@ class Ranks:
             self.partition, self._store_path, self._device, deterministic=self._config.deterministic
         )
 
-    def num_pool_pages(self, model: DecoderModel, context_len: int) -> int:
+    def num_pool_pages(self, model: DecoderModel, context_len: int, adapters: AdapterLayout | None) -> int:
         """Number of pages that every rank has room for."""
         self.group.call("size", context_len=context_len)
-        own = num_pool_pages(model, self._config, context_len)
+        own = num_pool_pages(model, self._config, context_len, adapters)
         others: Sequence[int] = self.group.replies()
         return min(own, *others)
 
-    def make_runner(self, model: DecoderModel, *, num_pages: int, context_len: int) -> ModelRunner:
+    def make_runner(
+        self, model: DecoderModel, *, num_pages: int, context_len: int, adapters: AdapterLayout | None
+    ) -> ModelRunner:
         """Make this rank's runner, which has the others run its steps."""
         self.group.call("build", num_pages=num_pages, context_len=context_len)
         runner = make_runner(
-            model, self._config, num_pages=num_pages, context_len=context_len, wait=self.group.wait_for
-        )
+            model, self._config, num_pages=num_pages, context_len=context_len, wait=self.group.wait_for,
+            adapters=adapters,
+        )  # fmt: skip
         self.group.replies()
         page_size = self._config.page_size
         return ParallelRunner(
@@ -108,9 +116,29 @@ class Ranks:
             table_len=-(-context_len // page_size),
         )  # fmt: skip
 
+    def share_adapters(self, own: AdapterCopies) -> RankAdapters:
+        """Have the other ranks hold their parts of the adapters that this one holds."""
+        self.group.call("hold_adapters", num_places=own.num_places)
+        self.group.replies()
+        return RankAdapters(own, self.group)
+
     def close(self) -> None:
         """End all ranks; does nothing the second time."""
         self.group.close()
+
+
+def make_adapter_pool(
+    packer: AdapterPacker | None, memory: AdapterMemory | None, config: EngineConfig, ranks: Ranks | None
+) -> AdapterPool | None:
+    """Make the pool of an engine; None if its requests cannot choose adapters.
+
+    Raises:
+        ConfigError: host memory does not hold one adapter.
+    """
+    if packer is None or memory is None:
+        return None
+    copies = AdapterCopies(packer, memory, num_host_places(memory, config))
+    return AdapterPool(copies if ranks is None else ranks.share_adapters(copies), len(memory))
 
 
 def load_with_ranks(

@@ -45,7 +45,7 @@ def make_runner(
     """
     backend, kv_cache = _prepare(model, config, num_pages, context_len)
     max_rows = config.batch_size(model.device.type)
-    memory = None if adapters is None else AdapterMemory(model, adapters, config.max_adapters, model.dtype)
+    memory = _slots(model, config, adapters)
     if backend == TRITON:
         from llm.serving.graph_runner import GraphRunner  # triton is installed only on GPU machines
 
@@ -57,13 +57,21 @@ def make_runner(
     )
 
 
-def make_follower(model: DecoderModel, config: EngineConfig, *, num_pages: int, context_len: int) -> Follower:
+def make_follower(
+    model: DecoderModel,
+    config: EngineConfig,
+    *,
+    num_pages: int,
+    context_len: int,
+    adapters: AdapterLayout | None = None,
+) -> Follower:
     """Make what runs the steps of `make_runner`'s runner on another rank."""
     backend, kv_cache = _prepare(model, config, num_pages, context_len)
+    memory = _slots(model, config, adapters)
     if backend == TRITON:
         from llm.serving.graph_follower import GraphFollower
 
-        return GraphFollower(_graph_model(model, kv_cache, config, context_len))
+        return GraphFollower(_graph_model(model, kv_cache, config, context_len, memory))
     max_rows = config.batch_size(model.device.type)
     return EagerFollower(
         model,
@@ -72,7 +80,12 @@ def make_follower(model: DecoderModel, config: EngineConfig, *, num_pages: int, 
         max_rows=max_rows,
         max_seq_len=context_len,
         num_snapshots=_num_snapshots(model, config),
+        adapters=memory,
     )
+
+
+def _slots(model: DecoderModel, config: EngineConfig, adapters: AdapterLayout | None) -> AdapterMemory | None:
+    return None if adapters is None else AdapterMemory(model, adapters, config.max_adapters, model.dtype)
 
 
 def _num_snapshots(model: DecoderModel, config: EngineConfig) -> int:

@@ -87,6 +87,8 @@ class AdapterRef(StrictModel):
     """Name of the adapter, for messages."""
     path: str = Field(min_length=1, max_length=4096)
     """Directory of a PEFT adapter, on the engine's machine."""
+    origin: str | None = Field(default=None, max_length=4096)
+    """Where the files come from if `path` is not there: `org/name@revision` on the Hub; None for nowhere else."""
     digest: str = Field(min_length=1, max_length=256)
     """Fingerprint of the content of its files. It alone says which adapter this is."""
 

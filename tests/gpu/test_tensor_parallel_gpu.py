@@ -10,6 +10,11 @@ import pytest
 import torch
 from two_gpu_checkpoint import create_requests, make_engine, write_checkpoint
 
+from benchmarks.random_adapter import write_random_adapter
+from llm.checkpoint.adapter_digest import adapter_digest
+from llm.checkpoint.model_config import load_model_config
+from llm.serving.schemas import AdapterRef
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
@@ -33,6 +38,28 @@ def test_two_gpus_give_the_tokens_of_one(directory, monkeypatch, peer):
     requests = [*create_requests(), *create_requests(4, temperature=0.8, repetition_penalty=1.1, logprobs=2)]
     alone, together = (generate(directory, num_gpus, requests) for num_gpus in (1, 2))
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+
+
+def test_adapters_on_two_gpus_give_the_tokens_of_one(directory, tmp_path):
+    """More adapters than slots, of different ranks, beside the model itself: prompts in chunks, then captured steps."""
+    model = load_model_config(directory)
+    adapters: list[AdapterRef | None] = [None]
+    for rank in (3, 16, 8):
+        write_random_adapter(model, tmp_path / str(rank), rank=rank, seed=rank, std=0.05)
+        path = str(tmp_path / str(rank))
+        adapters.append(AdapterRef(name=str(rank), path=path, digest=adapter_digest(path)))
+    requests = [
+        request.model_copy(update={"adapter": adapters[i % 4]})
+        for i, request in enumerate([*create_requests(), *create_requests(4, temperature=0.8, logprobs=2)])
+    ]
+    options = {"max_adapters": 2, "max_adapter_rank": 16}
+    alone, together = (generate(directory, num_gpus, requests, **options) for num_gpus in (1, 2))
+    assert {each.error for each in together} == {None}
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+    base = generate(directory, 2, [each.model_copy(update={"adapter": None}) for each in requests])
+    assert [ours.token_ids != theirs.token_ids for ours, theirs in zip(together[:8], base[:8], strict=True)] == [
+        request.adapter is not None for request in requests[:8]
+    ]
 
 
 def test_log_probabilities_in_bf16_are_near_one_gpu_s(directory):

@@ -13,6 +13,8 @@ import pytest
 from live_server import APP_NAME, ROOT, Server, replica_pids
 from small_adapters import write_adapter
 
+from llm.checkpoint.adapter_digest import adapter_digest
+
 pytestmark = pytest.mark.timeout(300)
 
 NAME = f"{APP_NAME}-adapters"
@@ -114,6 +116,14 @@ def test_adapters_are_the_same_for_all_routers_whatever_is_killed(adapted: Serve
     adapted.wait_for(lambda: statuses(adapted, "new") == {404}, 30, "it is still there")
     adapted.wait_for(lambda: order(adapted, "/v1/unload_lora_adapter", lora_name="loaded").status_code == 200, 30)
     adapted.wait_for(lambda: statuses(adapted, "loaded") == {404}, 30, "it is still there")
+    gone = adapter_digest(places / "roots" / "loaded")
+    adapted.wait_for(lambda: gone not in held(adapted), 30, "engines still hold it")
+    assert adapter_digest(places / "fixed") in held(adapted)
+
+
+def held(server: Server) -> set[str]:
+    """Digests of the adapters that any replica holds."""
+    return {digest for replica in server.stats()["replicas"].values() for digest in replica["adapters"]}
 
 
 def test_streams_of_adapters_continue_after_a_replica_is_killed(adapted: Server):

@@ -14,10 +14,19 @@ def main() -> None:
     leader = Leader(int(sys.argv[1]))
     settings = json.loads(leader.next_frame()[1])
     sums: list[int] = []
+    tasks: list[tuple[int, list[object]]] = []
     while True:
         kind, payload = leader.next_frame()
         if kind is FrameKind.STEP:
             sums.append(sum(int(array.sum()) for array in unpack_arrays(payload, 2)))
+            continue
+        if kind is FrameKind.TASK:  # in reverse order, once it is told to, and how many steps came before each
+            number, content = json.loads(payload)
+            tasks.append((number, [settings["rank"], content, len(sums)]))
+            if content == "reply":
+                for reply in reversed(tasks):
+                    leader.reply_to_task(*reply)
+                tasks.clear()
             continue
         match json.loads(payload)["name"]:
             case "rank":

@@ -5,23 +5,32 @@ One rank runs at a time, for Triton's interpreter knows no threads; a rank gives
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
+from typing import Any
 
+import msgspec
 import torch
 
+from llm.checkpoint.adapter_slots import make_packer
 from llm.checkpoint.loading import load_decoder
 from llm.config import EngineConfig
 from llm.core.partition import Partition
+from llm.models.adapters import AdapterLayout
 from llm.models.decoder import DecoderModel
 from llm.parallel.channel import Int32Array, pack_arrays, unpack_arrays
+from llm.parallel.tasks import PendingTasks, Task, TaskReply
+from llm.serving.adapter_copies import AdapterCopies
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.followers import Follower, RankStep
 from llm.serving.model_runner import ModelRunner
 from llm.serving.parallel_runner import ParallelRunner
+from llm.serving.rank_adapters import AdapterOutcome, RankAdapters, carry_out
 from llm.serving.runners import make_follower, make_runner
 
 _WAIT_S = 120
+_Frames = Queue[bytes | Task | None]
 
 
 class Meeting:
@@ -114,26 +123,45 @@ class ThreadRanks:
         for model, exchange in zip(self._models, self.exchanges, strict=True):
             model.exchange = exchange
         self.model = self._models[0]
-        self._steps: list[SimpleQueue[bytes | None]] = []
+        self._packers = [make_packer(model, config) for model in self._models]
+        self._steps: list[_Frames] = []
+        self._followers: list[Follower] = []
+        self._copies: list[AdapterCopies] = []
+        self._tasks = PendingTasks()
         self._errors: list[BaseException] = []
 
-    def num_pool_pages(self, model: DecoderModel, context_len: int) -> int:
+    def num_pool_pages(self, model: DecoderModel, context_len: int, adapters: AdapterLayout | None) -> int:
         assert self._config.num_pages is not None
         return self._config.num_pages
 
-    def make_runner(self, model: DecoderModel, *, num_pages: int, context_len: int) -> ModelRunner:
+    def make_runner(
+        self, model: DecoderModel, *, num_pages: int, context_len: int, adapters: AdapterLayout | None
+    ) -> ModelRunner:
         sizes = {"num_pages": num_pages, "context_len": context_len}
-        for rank_model in self._models[1:]:
-            steps: SimpleQueue[bytes | None] = SimpleQueue()
+        for rank, rank_model in enumerate(self._models[1:], start=1):
+            steps: _Frames = Queue()
             self._steps.append(steps)
-            follower = make_follower(rank_model, self._config, **sizes)
-            threading.Thread(target=self._follow, args=(follower, steps), daemon=True).start()
+            packer = self._packers[rank]
+            layout = None if packer is None else packer.layout
+            self._followers.append(follower := make_follower(rank_model, self._config, **sizes, adapters=layout))
+            threading.Thread(target=self._follow, args=(rank, follower, steps), daemon=True).start()
         table_len = -(-context_len // self._config.page_size)
-        runner = make_runner(model, self._config, **sizes)
+        runner = make_runner(model, self._config, **sizes, adapters=adapters)
         return ParallelRunner(runner, self, max_rows=self._config.batch_size("cpu"), table_len=table_len)  # type: ignore
 
-    def _follow(self, follower: Follower, steps: "SimpleQueue[bytes | None]") -> None:
+    def share_adapters(self, own: AdapterCopies) -> RankAdapters:
+        for packer, follower in zip(self._packers[1:], self._followers, strict=True):
+            assert packer is not None
+            assert follower.adapters is not None
+            self._copies.append(AdapterCopies(packer, follower.adapters, own.num_places))
+        return RankAdapters(own, self)
+
+    def _follow(self, rank: int, follower: Follower, steps: "_Frames") -> None:
         while (payload := steps.get()) is not None:
+            if isinstance(payload, Task):
+                self._carry_out(rank, payload)
+                steps.task_done()
+                continue
             with self._meeting.turn:
                 try:
                     follower.follow(RankStep.from_arrays(unpack_arrays(bytearray(payload), RankStep.num_arrays())))
@@ -141,8 +169,26 @@ class ThreadRanks:
                     self._errors.append(error)
                     self._meeting.barrier.abort()
                     return
+                finally:
+                    steps.task_done()
 
-    # What the runner asks of a `RankGroup`:
+    def _carry_out(self, rank: int, task: Task) -> None:
+        def reply(outcome: AdapterOutcome) -> None:
+            self._tasks.take(rank, TaskReply(task.number, msgspec.to_builtins(outcome)))
+
+        carry_out(self._copies[rank - 1], task.content, reply)
+
+    # What the runner and adapters ask of a `RankGroup`:
+
+    def begin(self, content: object) -> "Future[Sequence[Any]]":
+        number, future = self._tasks.add(range(1, len(self._models)))
+        self._meeting.turn.release()  # or a follower whose last step is not quite over would never begin this
+        for steps in self._steps:
+            steps.join()
+        self._meeting.turn.acquire()
+        for steps in self._steps:
+            steps.put(Task(number, content))
+        return future
 
     def call(self, name: str) -> None:
         assert name == "warm_up"
@@ -166,6 +212,8 @@ class ThreadRanks:
     def close(self) -> None:
         for steps in self._steps:
             steps.put(None)
+        for copies in self._copies:
+            copies.close()
         self._meeting.turn.release()
 
 

@@ -68,6 +68,9 @@ class LocalClient:
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
         await self._choose((replica_id,)).note_queue(channel.router_id, (), num_tokens)
 
+    async def forget_adapters(self, replica_id: str, digests: Sequence[str]) -> None:
+        await self._choose((replica_id,)).forget_adapters(digests, (replica_id,))
+
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         replica = self._choose(ranking)
         return await self._run(replica, replica.generate(call, ranking))

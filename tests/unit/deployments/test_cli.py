@@ -162,6 +162,20 @@ def test_memory_of_a_model_on_several_gpus():
     assert share_of(AppConfig(), LLAMA_70B, 16).slot_bytes == 40 * 1024, "one of eight heads, which two GPUs hold"
 
 
+def test_memory_of_adapters_on_several_gpus():
+    """Numbers of A and of B of each projection, at the largest rank; of one of the two a GPU holds a half."""
+    app = AppConfig(engine={"max_adapters": 8, "max_adapter_rank": 16})
+    hidden, mlp, keys = 8192, 28672, 1024
+    whole = [hidden + hidden, *[hidden + keys] * 2, hidden + hidden, *[hidden + mlp] * 2, mlp + hidden]
+    half = [hidden + hidden // 2, *[hidden + keys // 2] * 2, hidden // 2 + hidden, *[hidden + mlp // 2] * 2]
+    half.append(mlp // 2 + hidden)
+    for num_gpus, numbers in ((1, whole), (2, half)):
+        assert share_of(app, LLAMA_70B, num_gpus).adapter_bytes == 8 * 80 * 16 * sum(numbers) * 2
+    assert share_of(app, LLAMA_70B, 1).num_slots(192 << 30) < share_of(AppConfig(), LLAMA_70B, 1).num_slots(192 << 30)
+    with pytest.raises(ConfigError, match=r"GiB of weights on each GPU \(with room for max_adapters adapters\)"):
+        check_fits(app, LLAMA_70B, 80 << 30)
+
+
 @pytest.mark.parametrize(("gib", "num_gpus"), [(24, 8), (80, 2), (141, 2), (192, 1), (8, 32), (2, None)])
 def test_fewest_gpus_of_a_size(gib: int, num_gpus: int | None):
     share = fewest_gpus(AppConfig(), LLAMA_70B, gib << 30)

@@ -43,10 +43,10 @@ def logprobs_of(engine: ContinuousBatchingEngine, adapters: list[AdapterRef | No
     return [torch.tensor([each.logprob for each in (*r.prompt_logprobs, *r.logprobs)]) for r in results]
 
 
-def write_adapters(model: DecoderModel, directory: Path) -> list[AdapterRef | None]:
+def write_adapters(model: DecoderModel, directory: Path, std: float = 0.08) -> list[AdapterRef | None]:
     """Two of different ranks, and none."""
     for rank in (3, 8):
-        write_random_adapter(model.config, directory / str(rank), rank=rank, seed=rank, std=0.08)
+        write_random_adapter(model.config, directory / str(rank), rank=rank, seed=rank, std=std)
     paths = [directory / str(rank) for rank in (3, 8)]
     return [*(AdapterRef(name="x", path=str(path), digest=adapter_digest(path)) for path in paths), None]
 

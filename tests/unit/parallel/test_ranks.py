@@ -59,6 +59,29 @@ def test_steps_come_to_every_rank_in_order(group):
     assert group.replies() == [expected, expected]
 
 
+def test_tasks_begin_between_steps_and_are_done_in_any_order(group):
+    first = group.begin("one")
+    group.send_step([np.zeros(1, np.int32)] * 2)
+    second = group.begin({"number": 2})
+    last = group.begin("reply")
+    group.call("sums")
+    assert group.replies() == [[0], [0]]
+    assert last.result(20) == [[1, "reply", 1], [2, "reply", 1]]
+    assert second.result(20) == [[1, {"number": 2}, 1], [2, {"number": 2}, 1]]
+    assert first.result(20) == [[1, "one", 0], [2, "one", 0]]
+
+
+def test_tasks_of_ranks_that_are_lost_end(group):
+    """Those that had begun, and later ones."""
+    begun = group.begin("one")
+    os.kill(group.process_ids[1], signal.SIGKILL)
+    for future in (begun, group.begin("two")):
+        with pytest.raises(RankLostError, match="rank 2 has ended"):
+            future.result(20)
+    with pytest.raises(RankLostError, match="rank 2 has ended"):
+        group.begin("three").result(20)
+
+
 def test_a_rank_that_is_killed_takes_the_others_with_it(group):
     """Though nothing is asked of them at the time."""
     pids = group.process_ids

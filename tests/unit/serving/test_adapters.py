@@ -330,5 +330,3 @@ def test_what_an_engine_cannot_do_with_adapters_is_refused(tmp_path):
         create_engine(model, max_adapters=1, adapter_host_gib=1e-9)
     with pytest.raises(ConfigError, match="max_adapters adapters of max_adapter_rank"):
         create_engine(model, max_adapters=2, cpu_pool_bytes=1 << 16)
-    with pytest.raises(ConfigError, match="tensor_parallel_size"):
-        create_engine(model, max_adapters=2, tensor_parallel_size=2)
