@@ -3,7 +3,9 @@
 Small sums may bypass the library: `SmallAllReduce` is the interface for that.
 """
 
+import ctypes
 import os
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,6 +104,17 @@ class Collectives:
     def broadcast(self, tensor: torch.Tensor) -> None:
         """See `Exchange.broadcast`."""
         _finish(self._group.broadcast([tensor], self._broadcast_options))
+
+    def close(self) -> None:
+        """Give the library's connections up; nothing may be exchanged after this.
+
+        NCCL ends a connection only once no captured graph uses it, and waits for that however long it takes. So a
+        thread waits; while this process ends, nobody does.
+        """
+        try:
+            threading.Thread(target=self._group.abort, name="collectives", daemon=True).start()
+        except RuntimeError:  # the interpreter ends, and takes no more threads
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))  # or its destructor would wait
 
 
 def _finish(work: Any) -> None:

@@ -16,6 +16,7 @@ from llm.core.partition import Partition
 from llm.errors import ConfigError
 from llm.models.adapters import AdapterLayout, AdapterMemory
 from llm.models.decoder import DecoderModel
+from llm.parallel.collectives import Collectives
 from llm.parallel.exchange import join_ranks
 from llm.parallel.ranks import RankGroup
 from llm.serving.adapter_copies import AdapterCopies, num_host_places
@@ -76,6 +77,8 @@ class Ranks:
             store_path=str(self._store_path), num_threads=max(torch.get_num_threads() // size, 1),
         )  # fmt: skip
         self.group = RankGroup(size, _MODULE, msgspec.to_builtins(settings), on_gpus=device.type == "cuda")
+        self._exchanges: list[Collectives] = []
+        self._finalizer = weakref.finalize(self, _close, self.group, self._exchanges)
 
     @property
     def failure(self) -> str | None:
@@ -89,9 +92,9 @@ class Ranks:
             RankLostError: one of them could not.
         """
         self.group.replies()
-        model.exchange = join_ranks(
-            self.partition, self._store_path, self._device, deterministic=self._config.deterministic
-        )
+        exchange = join_ranks(self.partition, self._store_path, self._device, deterministic=self._config.deterministic)
+        self._exchanges.append(exchange)
+        model.exchange = exchange
 
     def num_pool_pages(self, model: DecoderModel, context_len: int, adapters: AdapterLayout | None) -> int:
         """Number of pages that every rank has room for."""
@@ -124,7 +127,7 @@ class Ranks:
 
     def close(self) -> None:
         """End all ranks; does nothing the second time."""
-        self.group.close()
+        self._finalizer()
 
 
 def make_adapter_pool(
@@ -139,6 +142,12 @@ def make_adapter_pool(
         return None
     copies = AdapterCopies(packer, memory, num_host_places(memory, config))
     return AdapterPool(copies if ranks is None else ranks.share_adapters(copies), len(memory))
+
+
+def _close(group: RankGroup, exchanges: Sequence[Collectives]) -> None:
+    group.close()
+    for exchange in exchanges:
+        exchange.close()
 
 
 def load_with_ranks(
