@@ -133,9 +133,13 @@ async def test_streams_of_several_adapters_survive_a_replica(service: Service):
 
 
 async def test_requests_follow_the_replica_that_holds_the_adapter(service: Service):
-    for _ in range(12):
+    def is_held() -> bool:
+        return any(replica["adapters"] for replica in service.directory.snapshot()["replicas"].values())
+
+    await text(service, "one", max_tokens=1)
+    await eventually(is_held)
+    for _ in range(11):
         await text(service, "one", max_tokens=1)
-        await asyncio.sleep(0.02)
     holders = [stats["replica_id"] for stats in await adapters_held(service) if stats["num"]]
     assert len(holders) == 1
     models = service.directory.fleet_event()["models"]

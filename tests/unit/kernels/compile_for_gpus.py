@@ -289,7 +289,7 @@ def compile_products() -> None:
         tile = {**common, "weights": WeightOperand(weight, scales, None), "groups": NO_GROUPS, "partial": FLOAT}
         tile |= {"arrivals": INT, "num_rows": "i32", "inputs_per_part": "i32"}
         tile["TILE"] = Tile(16, 64, 128, num_parts, num_parts > 1, num_warps=4, num_stages=3)
-        compile_kernel("tile", few_rows.tile_product, tile, IS_EVEN=True, AS_NUMBERS=False, CAN_PREFETCH=True)
+        compile_kernel("tile", few_rows.tile_product, tile, GROUP=0, IS_EVEN=True, IN_UNITS=False, CAN_PREFETCH=True)
 
 
 def compile_delta_rule() -> None:
