@@ -44,6 +44,7 @@ async def test_a_catalog_ends_silently(pool, tmp_path: Path, monkeypatch, caplog
 
     while await names() != ["one"]:
         await asyncio.sleep(0.01)
+    caplog.clear()
     with caplog.at_level(logging.ERROR):
         replica.__del__()
         pool.shutdown(wait=False)
@@ -58,6 +59,7 @@ async def test_what_follows_the_keys_ends_silently(pool, tmp_path: Path, monkeyp
     access = Access(KeySource(path=str(tmp_path / "keys")))
     (tmp_path / "keys").write_text("a: secret-of-a\nb: secret-of-b\n")
     await eventually(lambda: len(access.keys) == 2)
+    caplog.clear()
     with caplog.at_level(logging.ERROR):
         access.stop_following()
         pool.shutdown(wait=False)

@@ -40,13 +40,17 @@ def platform(*entries: dict[str, Any], **settings: Any) -> AppConfig:
 
 
 @contextlib.asynccontextmanager
-async def serving(config: AppConfig, num_replicas: dict[str, int] | None = None) -> AsyncIterator[Service]:
-    """A router process with engine replicas for each model, one unless `num_replicas` says otherwise."""
+async def serving(
+    config: AppConfig, num_replicas: dict[str, int] | None = None, clients: dict[str, LocalClient] | None = None
+) -> AsyncIterator[Service]:
+    """A router process with engine replicas for each model, one unless `num_replicas` says otherwise.
+
+    The replicas of each model are put into `clients`.
+    """
     wanted = {key: (num_replicas or {}).get(key, 1) for key in config.by_key}
-    clients = {
-        key: LocalClient([EngineReplica(model, f"{key}-{i}") for i in range(wanted[key])])
-        for key, model in config.by_key.items()
-    }
+    clients = {} if clients is None else clients
+    for key, model in config.by_key.items():
+        clients[key] = LocalClient([EngineReplica(model, f"{key}-{i}") for i in range(wanted[key])])
     service = Service(config, clients)  # type: ignore[arg-type]
     try:
         for router in service.directory.routers:
@@ -118,9 +122,9 @@ async def test_one_model_that_is_down_does_not_make_the_router_unready():
 async def test_a_model_asleep_wakes_at_its_first_request():
     """Requests for the other model do not wake it."""
     config = platform(entry("small"), entry("idle", replicas=ASLEEP))
-    async with serving(config, {"idle": 0}) as service:
-        idle = service.directory.find("idle")[0]
-        client = idle._client
+    clients: dict[str, LocalClient] = {}
+    async with serving(config, {"idle": 0}, clients) as service:
+        idle, client = service.directory.find("idle")[0], clients["idle"]
         await ask(service, "small")
         assert client.num_wake_ups == 0
         asking = asyncio.ensure_future(ask(service, "idle"))
@@ -136,12 +140,13 @@ async def test_a_replica_that_dies_moves_only_its_own_models_streams():
         entry("small", emulation={"tokens_per_s": 100.0, "max_seq_len": 2048}),
         entry("large", emulation={"tokens_per_s": 100.0, "max_seq_len": 2048}),
     )
-    async with serving(config, {"small": 2, "large": 2}) as service:
+    clients: dict[str, LocalClient] = {}
+    async with serving(config, {"small": 2, "large": 2}, clients) as service:
         both = [asyncio.ensure_future(long_answer(service, name)) for name in ("small", "large") for _ in range(4)]
         small, large = service.directory.routers
         live = small.journal._live, large.journal._live
         await eventually(lambda: [sum(len(g.token_ids) > 5 for g in own.values()) for own in live] == [4, 4])
-        small._client.kill(0)
+        clients["small"].kill(0)
         for answer in await asyncio.gather(*both):
             assert answer["usage"]["completion_tokens"] == 300
         assert small.journal.num_resumes + small.journal.num_moves > 0

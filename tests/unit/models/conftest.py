@@ -319,7 +319,7 @@ class Checkpoints:
         self._models: dict[str, PreTrainedModel] = {}
 
     def __call__(self, kind: str, **changes: Any) -> tuple[Path, PreTrainedModel]:
-        name = "-".join([kind, *map(str, changes.values())])
+        name = "-".join([kind, *(f"{key}={value}" for key, value in changes.items())])
         directory = self._root / name
         if name not in self._models:
             config = CONFIGS[kind]()

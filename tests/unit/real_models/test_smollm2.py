@@ -8,7 +8,7 @@ import torch
 from real_texts import ODD_TEXTS, PARAGRAPH, QUESTIONS
 from transformers import PreTrainedModel
 
-from deployments.chat.scoring import DEFAULT_INSTRUCTION, DEFAULT_TEMPLATE
+from deployments.chat.pair_prompts import DEFAULT_INSTRUCTION, DEFAULT_TEMPLATE
 from llm.config import EngineConfig
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
