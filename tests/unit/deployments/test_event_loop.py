@@ -147,7 +147,10 @@ def with_lists(number: int) -> bytes:
     ids=["numbers", "lists", "wrong objects"],
 )
 def test_what_a_body_may_hold_is_parsed_within_the_time(model, data: bytes):
-    """Parsing holds the interpreter's lock, so that a thread does not help. A slow machine takes longer, for JSON too."""
+    """Parsing holds the interpreter's lock, so that a thread does not help.
+
+    A slow machine may take longer, as it does for JSON alone.
+    """
     took, for_json = [], []
     for _ in range(5):
         started = time.thread_time()
