@@ -66,8 +66,7 @@ class DeskAccess:
             ) from None
 
 
-def page_of(request: Request, is_id: Callable[[str], bool], *, default: int, most: int, order: str = "desc"
-            ) -> Page:  # fmt: skip
+def page_of(request: Request, is_id: Callable[[str], bool], *, default: int, most: int, order: str = "desc") -> Page:
     """The page that a request's `limit`, `after` and `order` ask for.
 
     Args:

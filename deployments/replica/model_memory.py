@@ -9,6 +9,7 @@ from llm.errors import ConfigError
 
 if TYPE_CHECKING:
     from llm.core.partition import Partition
+    from llm.models.decoder import DecoderModel
 
 GIB = 1 << 30
 _WORKSPACE_BYTES = 2 * GIB
@@ -64,13 +65,22 @@ def weight_bytes(model: ModelConfig, itemsize: int, num_gpus: int = 1, *, by_exp
     Raises:
         ConfigError: the model cannot be cut so.
     """
+    from llm.core.partition import Partition
+
+    return _num_bytes(_part_of(model, itemsize, Partition(0, num_gpus, by_expert)))
+
+
+def _part_of(model: ModelConfig, itemsize: int, partition: "Partition") -> "DecoderModel":
+    """A GPU's part of the model, without memory."""
     import torch
 
-    from llm.core.partition import Partition
     from llm.models.decoder import DecoderModel
 
-    dtype, partition = torch.float32 if itemsize == 4 else torch.bfloat16, Partition(0, num_gpus, by_expert)
-    part = DecoderModel.from_config(model, device="meta", dtype=dtype, partition=partition)
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    return DecoderModel.from_config(model, device="meta", dtype=dtype, partition=partition)
+
+
+def _num_bytes(part: "DecoderModel") -> int:
     return sum(weight.nbytes for weight in part.parameters())
 
 
@@ -86,21 +96,21 @@ def share_of(app: ServedModelConfig, model: ModelConfig, num_gpus: int) -> GPUSh
     partition = Partition(0, num_gpus, by_expert=app.engine.expert_parallel)
     held, itemsize = held_shape(model, partition), itemsize_of(app)
     kv_itemsize = 1 if app.engine.kv_cache_dtype == "fp8" else itemsize
+    part = _part_of(model, itemsize, partition)
     return GPUShare(
         num_gpus,
-        weight_bytes(model, itemsize, num_gpus, by_expert=partition.by_expert),
+        _num_bytes(part),
         (app.engine.batch_size("cuda") + num_snapshots_of(app, model)) * held.state_bytes(itemsize),
         slot_bytes(held, kv_itemsize),
-        _adapter_bytes(app, model, partition),
+        _adapter_bytes(app, part),
     )
 
 
-def _adapter_bytes(app: ServedModelConfig, model: ModelConfig, partition: "Partition") -> int:
+def _adapter_bytes(app: ServedModelConfig, part: "DecoderModel") -> int:
     """Bytes of the slots of adapters on a GPU that holds this part of the model."""
     from llm.checkpoint.adapter_slots import make_packer
-    from llm.models.decoder import DecoderModel
 
-    packer = make_packer(DecoderModel.from_config(model, device="meta", partition=partition), app.engine)
+    packer = make_packer(part, app.engine)
     return 0 if packer is None else app.engine.max_adapters * packer.layout.size * itemsize_of(app)
 
 

@@ -15,9 +15,9 @@ from llm.kernels.quantization import (
     store_row,
     unscaled,
 )
+from llm.kernels.tiles import MULTIPROCESSORS
 
 _BLOCK = 1024
-_MULTIPROCESSORS = 132
 _REGISTERS_FOR_TWO = 64
 """Of a thread, so that two programs of 16 warps fit a multiprocessor: one loads while the other computes. 8,192 rows of
 14,336 take 252 instead of 376 µs, where the compiler would take 75 registers."""
@@ -38,7 +38,7 @@ def activate_gated(
     num_tokens, size = values.shape
     options = launch_options(values.device)
     block = _BLOCK if output_scales is None else triton.next_power_of_2(size)  # who finds a row's scale reads all of it
-    if num_warps(block) == 16 and num_tokens > _MULTIPROCESSORS:
+    if num_warps(block) == 16 and num_tokens > MULTIPROCESSORS:
         options = {**options, "maxnreg": _REGISTERS_FOR_TWO}
     _activate_gated[(num_tokens, triton.cdiv(size, block))](
         unscaled(gate_up), values, output_scales, size, **scale_arguments(gate_up),

@@ -24,15 +24,13 @@ from llm.kernels.adapters import AdapterEntries, AdapterFactors
 from llm.kernels.few_rows import shared_sum, sum_of_products
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Linear, Weights
-from llm.kernels.tiles import MAX_FEW_ROWS, OUTPUTS, TILE_K, Tile, few_tile
+from llm.kernels.tiles import MAX_FEW_ROWS, MULTIPROCESSORS, OUTPUTS, TILE_K, Tile, few_tile
 
 _MAX_FLAGS = tl.constexpr(128)
 """Programs of a launch that shrink, for one block of rows, at most."""
 _MAX_ROW_BLOCKS = 4
 _MAX_SHARES = 4
 """Programs that share a sum that shrinks at most, unless the product's sums have more."""
-_MULTIPROCESSORS = 132
-"""Of the chip that the rule is made for: each runs one program at a time."""
 _CHUNK, _GATED_CHUNK = tl.constexpr(128), tl.constexpr(64)
 """Shrunk numbers that are expanded at once, of gate and of up each: as many as fit the registers."""
 _AHEAD_LINES = tl.constexpr(256)
@@ -122,11 +120,14 @@ class AdaptedProduct:
         return int(triton.cdiv(num_slots * num_numbers, OUTPUTS))
 
     def _num_shares(self, tile: Tile, num_outputs: int) -> int:
-        """How many programs share a sum of those that shrink: more than of the others where these leave room."""
+        """How many programs share a sum of those that shrink: more than of the others where these leave room.
+
+        Each multiprocessor runs one program at a time.
+        """
         num_shares, num_programs = tile.num_parts, num_outputs // OUTPUTS * tile.num_parts
-        num_turns = triton.cdiv(num_programs + num_shares * self._num_tiles, _MULTIPROCESSORS)
+        num_turns = triton.cdiv(num_programs + num_shares * self._num_tiles, MULTIPROCESSORS)
         while self.weights.num_inputs % (2 * num_shares * tile.k) == 0 and num_shares < _MAX_SHARES:
-            if num_programs + 2 * num_shares * self._num_tiles > num_turns * _MULTIPROCESSORS:
+            if num_programs + 2 * num_shares * self._num_tiles > num_turns * MULTIPROCESSORS:
                 break
             num_shares *= 2
         return num_shares

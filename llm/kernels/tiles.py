@@ -31,7 +31,7 @@ _MANY_BLOCKS = 264
 _SMALL_WEIGHT_ROWS = 32
 """A tile of a small weight has so many rows at most, and twice as many where there are more than MAX_FEW_ROWS: more
 programs share its short sums, in place of cuts. What two of them read is in the second-level cache."""
-_MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132
 """Of the chip that the rules are made for. A constant: on every chip deterministic sums are cut alike."""
 _LEAST_BUSY = 0.8
 """Share of the multiprocessors that wide tiles keep busy at least, one on each, until the last is done."""
@@ -101,7 +101,7 @@ def group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int, swiglu:
 def fits_wide_tiles(num_outputs: int) -> bool:
     """Whether a large SwiGLU's wide tiles keep the chip busy."""
     num_blocks, rest = divmod(num_outputs, _WIDE_OUTPUTS)
-    return rest == 0 and num_blocks >= _LEAST_BUSY * _MULTIPROCESSORS * triton.cdiv(num_blocks, _MULTIPROCESSORS)
+    return rest == 0 and num_blocks >= _LEAST_BUSY * MULTIPROCESSORS * triton.cdiv(num_blocks, MULTIPROCESSORS)
 
 
 @cache
@@ -117,7 +117,7 @@ def fixed_tile(num_rows: int, num_outputs: int, num_inputs: int, itemsize: int, 
     is_wide = num_outputs >= 8192 or num_inputs >= 8192
     outputs = 2 * OUTPUTS if is_wide else OUTPUTS
     num_blocks, num_tiles_left, num_parts = triton.cdiv(num_outputs, outputs), triton.cdiv(num_inputs, k), 1
-    while 2 * num_parts * num_blocks <= _MULTIPROCESSORS and num_tiles_left % 2 == 0 and num_tiles_left >= 16:
+    while 2 * num_parts * num_blocks <= MULTIPROCESSORS and num_tiles_left % 2 == 0 and num_tiles_left >= 16:
         num_parts, num_tiles_left = 2 * num_parts, num_tiles_left // 2
     rows = min(max(triton.next_power_of_2(num_rows), _LEAST_ROWS), _MOST_ROWS if group_k is None else MAX_FEW_ROWS)
     num_row_blocks = triton.cdiv(num_rows, rows)
@@ -145,7 +145,7 @@ def _num_splits(num_blocks: int, num_tiles: int) -> int:
 def scratch_sizes(deterministic: bool) -> tuple[int, int]:
     """What programs that share sums need at most: numbers for parts of sums, and counters of programs that are done."""
     if deterministic:
-        return _SHARING_ROW_BLOCKS * _MULTIPROCESSORS * 2 * OUTPUTS * _MOST_ROWS, _SHARING_TILES
+        return _SHARING_ROW_BLOCKS * MULTIPROCESSORS * 2 * OUTPUTS * _MOST_ROWS, _SHARING_TILES
     num_arrivals = max(_GOOD_PROGRAMS * MAX_FEW_ROWS // _SMALL_WEIGHT_ROWS, _GROUP_PROGRAMS)
     # At most twice as many programs ever share sums, each with at most two tiles.
     num_grouped = 2 * _GROUP_PROGRAMS * max(_WIDE_OUTPUTS * _MOST_GROUP_ROWS, 2 * OUTPUTS * _MOST_GROUP_ROWS)

@@ -38,15 +38,15 @@ class KernelAdapters:
 
     def __init__(self, memory: AdapterMemory, *, deterministic: bool) -> None:
         rank, slots = memory.layout.rank, memory.slots
-        self._factors = {
+        factors_of = {
             module: AdapterFactors.of(adapted.factor_a(slots, rank), adapted.factor_b(slots, rank), adapted.ranges)
             for module, adapted in memory.modules.items()
         }
         self._deterministic = deterministic
         flags = new_flags(memory.slots.device)
         self._products = {
-            module: AdaptedProduct(weights_of(cast(nn.Linear, module)), factors, number, len(self._factors), flags)
-            for number, (module, factors) in enumerate(self._factors.items())
+            module: AdaptedProduct(weights_of(cast(nn.Linear, module)), factors, number, len(factors_of), flags)
+            for number, (module, factors) in enumerate(factors_of.items())
         }
 
     def product(self, projection: nn.Module, x: torch.Tensor, *, swiglu: bool = False) -> AdaptedProduct | None:
@@ -60,11 +60,11 @@ class KernelAdapters:
 
     def shrink(self, projection: nn.Module, x: torch.Tensor, which: AdapterEntries) -> torch.Tensor:
         """The tokens' A for a projection times its inputs, (tokens, in); see `llm.kernels.adapters.shrink`."""
-        return shrink(x, which, self._factors[projection], deterministic=self._deterministic)
+        return shrink(x, which, self._products[projection].factors, deterministic=self._deterministic)
 
     def expand(self, projection: nn.Module, shrunk: torch.Tensor, which: AdapterEntries, output: torch.Tensor) -> None:
         """Add the tokens' B for a projection times `shrunk` to `output`, (tokens, out)."""
-        expand(shrunk, which, self._factors[projection], output)
+        expand(shrunk, which, self._products[projection].factors, output)
 
     def expand_gated(
         self,
@@ -75,7 +75,7 @@ class KernelAdapters:
         activation: Activation,
     ) -> torch.Tensor:
         """activation(gate) * up, (tokens, size), with the tokens' B; see `llm.kernels.adapters.expand_gated`."""
-        factors = self._factors[gate_up_proj]
+        factors = self._products[gate_up_proj].factors
         output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         if factors.halves is None:
             expand(shrunk, which, factors, gate_up)
@@ -112,7 +112,7 @@ class KernelAdapters:
 
     def _latent_factors(self, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor]:
         """A, (slots, adapters' rank, rank), and B, (slots, num_heads, plain_dim + value_dim, adapters' rank)."""
-        factors = self._factors[heads.kv_proj]
+        factors = self._products[heads.kv_proj].factors
         return factors.a, torch.unflatten(factors.b, 1, (heads.num_heads, -1))
 
 

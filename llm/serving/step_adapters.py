@@ -59,8 +59,7 @@ class StepAdapters:
         order, entries = group_by_adapter(slots, self._memory.ranks, self._rows(padded))
         inputs[f"{kind}_order"][:padded] = order
         fill(inputs[f"{kind}_entries"], entries.reshape(-1), ENTRY_FIELDS * self._most_entries(padded), 0)
-        active = np.unique(slots)
-        active = active[active != NO_ADAPTER]
+        active = np.unique(entries[entries[:, 3] > 0, 0])  # few numbers: the tokens have been sorted already
         inputs[f"{kind}_active"][0] = len(active)
         inputs[f"{kind}_active"][1 : 1 + len(active)] = active
 

@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 import torch
 from known_shapes import SHAPES
+from test_embedding_gpu import create_engine, create_prompts
 
 from llm.attention.dense import DenseContext
-from llm.config import ClassifierConfig, EngineConfig
+from llm.config import ClassifierConfig
 from llm.models.decoder import DecoderModel
-from llm.serving.engine import ContinuousBatchingEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-LENGTHS = [1, 2, 16, 100, 700, 1500, 2300]
 NUM_LABELS = 5
 
 
@@ -25,16 +24,6 @@ def create_model(dtype: torch.dtype = torch.bfloat16) -> DecoderModel:
     )  # fmt: skip
     assert model.lm_head is None
     return model
-
-
-def create_engine(model: DecoderModel, **config: object) -> ContinuousBatchingEngine:
-    defaults = {"max_batch_size": 64, "max_seq_len": 4096, "num_pages": 1200}
-    return ContinuousBatchingEngine(model, config=EngineConfig.model_validate({**defaults, **config}))
-
-
-def create_prompts(lengths: list[int] = LENGTHS) -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(1)
-    return [tuple(torch.randint(0, 4000, (length,), generator=generator).tolist()) for length in lengths]
 
 
 @torch.inference_mode()
