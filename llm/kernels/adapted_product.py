@@ -3,8 +3,9 @@
 Shrinking and expanding by kernels of their own (`llm.kernels.adapters`) makes three launches of every product, which
 wait for one another. Here the factors A of the step's adapters are further rows of the weight: the first programs
 multiply these, write the shrunk numbers down and raise a flag. The others multiply the weight, wait for the flags,
-which are up by then because all programs have sums of one length, and add what B makes of the shrunk numbers to their
-own tile before they write it.
+which are up by then because their own sums are no shorter, and add what B makes of the shrunk numbers to their own tile
+before they write it. They read B before they begin, when nothing else is to be done: a load that is waited for at the
+end, with nobody to hide it, costs as much as a tenth of the whole product.
 
 Programs that wait for others of their launch are safe only if those are sure to run. They are: a device starts programs
 in the order of their numbers, as Merrill and Garland's scan relies on (2016, "Single-pass Parallel Prefix Scan with
@@ -29,12 +30,11 @@ from llm.kernels.tiles import MAX_FEW_ROWS, MULTIPROCESSORS, OUTPUTS, TILE_K, Ti
 _MAX_FLAGS = tl.constexpr(128)
 """Programs of a launch that shrink, for one block of rows, at most."""
 _MAX_ROW_BLOCKS = 4
-_MAX_SHARES = 4
+_MAX_SHARES = 2
 """Programs that share a sum that shrinks at most, unless the product's sums have more."""
-_CHUNK, _GATED_CHUNK = tl.constexpr(128), tl.constexpr(64)
-"""Shrunk numbers that are expanded at once, of gate and of up each: as many as fit the registers."""
-_AHEAD_LINES = tl.constexpr(256)
-"""Lines of 128 bytes of B that a program fetches before it begins."""
+_UNIT, _UNITS = tl.constexpr(16), tl.constexpr(8)
+"""Shrunk numbers of one adapter that lie one behind the other, and how many such units are expanded at once: as many as
+fit the registers. The rank of slots is a multiple of the first."""
 
 
 class LowRankShape(NamedTuple):
@@ -62,7 +62,7 @@ class AdapterOperand(NamedTuple):
         active: (1 + slots,) int32: how many adapters the rows have, then their slots.
         step: (1,) int32, a number that no other step of late has had.
         parts: (blocks,) int32, the part that adds to each block of `OUTPUTS` outputs, -1 for none.
-        shrunk: (shares of a sum, rows, numbers) float32, of each row by its own adapter.
+        shrunk: (shares of a sum, rows, numbers) in 16 bits, of each row by its own adapter.
         flags: int32, one for each program that shrinks.
         num_products: products of a step that wait for these flags.
     """
@@ -161,7 +161,7 @@ class AdaptedProduct:
         tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_row_blocks = triton.cdiv(num_rows, tile.rows)
         num_shares = self._num_shares(tile, num_outputs)
-        shrunk = torch.empty(num_shares, num_rows, num_numbers, dtype=torch.float32, device=x.device)
+        shrunk = torch.empty(num_shares, num_rows, num_numbers, dtype=x.dtype, device=x.device)
         operand = AdapterOperand(
             factors.a, factors.b, factors.a.stride(0), factors.b.stride(0), which.slots, which.active, which.step,
             factors.block_parts, shrunk, self.flags, self.num_products,
@@ -188,62 +188,94 @@ def new_flags(device: torch.device) -> torch.Tensor:
 @triton.jit
 def _wait_for_flags(flags, num_flags, raised, ON_GPU: tl.constexpr):
     """Wait until the first `num_flags` are `raised`, and what was written before is seen."""
-    flag = tl.arange(0, _MAX_FLAGS)
+    flag = flags + tl.minimum(tl.arange(0, _MAX_FLAGS), tl.maximum(num_flags, 1) - 1)
     num_missing = num_flags
     while num_missing > 0:
-        seen = tl.load(flags + flag, mask=flag < num_flags, other=raised, volatile=True)
+        if ON_GPU:
+            seen = tl.inline_asm_elementwise("ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [flag], tl.int32, False, 1)
+        else:
+            seen = tl.load(flag, volatile=True)
         num_missing = tl.sum((seen != raised).to(tl.int32), 0)
-    if ON_GPU:
-        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, $1;", "=r,r", [flag], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
 
 
 @triton.jit
-def _expanded(
-    acc, up, adapters, block, num_blocks, row, row_block, num_rows, num_outputs, count,
-    TILE: tl.constexpr, SWIGLU: tl.constexpr, SHAPE: tl.constexpr,
-):  # fmt: skip
-    """Add what the rows' B make of their shrunk numbers to a tile, (OUTPUTS, rows) float32: of gate and of up."""
-    rows: tl.constexpr = TILE.rows
-    num_numbers: tl.constexpr = SHAPE.num_numbers
-    rank: tl.constexpr = SHAPE.rank
+def _factors(adapters, first_unit, out, part, count, SHAPE: tl.constexpr):
+    """B of the active adapters for `_UNITS` units of shrunk numbers: (outputs, units, numbers), zeros past the last."""
+    units_of_one: tl.constexpr = SHAPE.rank // _UNIT
+    unit = first_unit + tl.arange(0, _UNITS)
+    exists = (unit < count * units_of_one) & (part >= 0)
+    slot = tl.load(adapters.active + 1 + unit // units_of_one, mask=exists, other=0).to(tl.int64)
+    place = (unit % units_of_one)[None, :, None] * _UNIT + tl.arange(0, _UNIT)[None, None, :]
+    rows = adapters.factor_b + out.to(tl.int64)[:, None, None] * SHAPE.rank
+    return tl.load(rows + slot[None, :, None] * adapters.b_stride + place, mask=exists[None, :, None], other=0.0)
+
+
+@triton.jit
+def _numbers(adapters, first_unit, token, row_slot, num_tokens, part, count, SHAPE: tl.constexpr):
+    """Shrunk numbers that `_factors` multiply: (units · numbers, rows), zeros where a row has another adapter."""
+    units_of_one: tl.constexpr = SHAPE.rank // _UNIT
     num_shares: tl.constexpr = SHAPE.num_shares
-    chunk: tl.constexpr = _GATED_CHUNK if SWIGLU else _CHUNK
-    out = block * TILE.outputs + tl.arange(0, TILE.outputs)
-    token = row_block * rows + row
-    row_slot = tl.load(adapters.slots + token, mask=row < num_rows, other=-1)
-    part = tl.load(adapters.parts + block)
-    up_part = part
-    if SWIGLU:
-        up_part = tl.load(adapters.parts + num_blocks + block)
-    num_tokens = num_rows + row_block * rows
-    for start in tl.range(0, count * rank, chunk, num_stages=1):  # stages of it would be memory that the product has
-        number = start + tl.arange(0, chunk)
-        adapter, place = number // rank, number % rank
-        exists = adapter < count
-        slot = tl.load(adapters.active + 1 + adapter, mask=exists, other=-2)
-        columns = adapters.factor_b + slot.to(tl.int64) * adapters.b_stride + place
-        factors = columns[None, :] + out[:, None].to(tl.int64) * rank
-        is_own = slot[:, None] == row_slot[None, :]
-        offsets = token[None, :] * num_numbers + place[:, None]
-        factor = tl.load(factors, mask=(exists & (part >= 0))[None, :], other=0.0)
-        if SWIGLU:
-            up_factor = tl.load(
-                factors + num_outputs.to(tl.int64) * rank, mask=(exists & (up_part >= 0))[None, :], other=0.0
-            )
-        shrunk = tl.zeros([chunk, rows], tl.float32)
-        up_shrunk = tl.zeros([chunk, rows], tl.float32)
-        for share in tl.static_range(num_shares):
-            # Past the first-level cache, which does not see other multiprocessors' writes.
-            pointers = adapters.shrunk + share * num_tokens * num_numbers + offsets
-            shrunk += tl.load(pointers + part * rank, mask=is_own & (part >= 0), other=0.0, cache_modifier=".cg")
-            if SWIGLU:
-                mask = is_own & (up_part >= 0)
-                up_shrunk += tl.load(pointers + up_part * rank, mask=mask, other=0.0, cache_modifier=".cg")
-        acc = tl.dot(factor, shrunk.to(factor.dtype), acc, input_precision="ieee")
-        if SWIGLU:
-            up = tl.dot(up_factor, up_shrunk.to(factor.dtype), up, input_precision="ieee")
-    return acc, up
+    unit = first_unit + tl.arange(0, _UNITS)
+    exists = (unit < count * units_of_one) & (part >= 0)
+    slot = tl.load(adapters.active + 1 + unit // units_of_one, mask=exists, other=-2)
+    place = (unit % units_of_one)[:, None] * _UNIT + tl.arange(0, _UNIT)[None, :]
+    place += tl.maximum(part, 0) * SHAPE.rank
+    pointers = adapters.shrunk + token[None, None, :] * SHAPE.num_numbers + place[:, :, None]
+    is_own = (slot[:, None] == row_slot[None, :])[:, None, :]
+    total = tl.zeros([_UNITS, _UNIT, token.shape[0]], tl.float32)
+    for share in tl.static_range(num_shares):
+        # Past the first-level cache, which does not see other multiprocessors' writes.
+        numbers = pointers + share * num_tokens * SHAPE.num_numbers
+        total += tl.load(numbers, mask=is_own, other=0.0, cache_modifier=".cg").to(tl.float32)
+    return tl.reshape(total.to(adapters.shrunk.dtype.element_ty), [_UNITS * _UNIT, token.shape[0]])
+
+
+@triton.jit
+def _expanded(acc, factors, numbers):
+    """Add what factors make of shrunk numbers to a tile, (outputs, rows) float32."""
+    factors = tl.reshape(factors, [acc.shape[0], _UNITS * _UNIT])
+    return tl.dot(factors, numbers, acc, input_precision="ieee")
+
+
+@triton.jit
+def _shrink(
+    x, adapters, program, num_row_blocks, num_rows, num_inputs, raised, flags,
+    SHAPE: tl.constexpr, TILE: tl.constexpr, ON_GPU: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Write the numbers of a tile of active A, a share of their sums, of rows with these adapters. Raise its flag."""
+    num_tiles: tl.constexpr = (SHAPE.num_slots * SHAPE.num_numbers + TILE.outputs - 1) // TILE.outputs
+    row_block, block = program % num_row_blocks, program // num_row_blocks % num_tiles
+    share = program // num_row_blocks // num_tiles
+    count = tl.load(adapters.active)
+    if block * TILE.outputs < count * SHAPE.num_numbers:
+        number = block * TILE.outputs + tl.arange(0, TILE.outputs)
+        adapter, place = number // SHAPE.num_numbers, number % SHAPE.num_numbers
+        slot = tl.load(adapters.active + 1 + tl.minimum(adapter, count - 1))
+        factor_row = (adapters.factor_a + slot.to(tl.int64) * adapters.a_stride + place * num_inputs)[:, None]
+        size = num_inputs // (SHAPE.num_shares * TILE.k) * TILE.k  # whole tiles, which says that loads are aligned
+        begin = share * size
+        if ON_GPU:
+            line_size: tl.constexpr = 1024 // adapters.factor_a.dtype.element_ty.primitive_bitwidth
+            line = begin + tl.arange(0, 2 * TILE.k // line_size) * line_size
+            prefetch(factor_row + line[None, :])
+        wait_for_inputs(PDL)
+        row = tl.arange(0, TILE.rows)
+        token = row_block * TILE.rows + row
+        rows_of_block = x + row_block.to(tl.int64) * TILE.rows * num_inputs
+        acc, _ = sum_of_products(
+            rows_of_block, factor_row, factor_row, row, num_rows - row_block * TILE.rows, num_inputs, begin,
+            begin + size, TILE, False, True,
+        )  # fmt: skip
+        row_slot = tl.load(adapters.slots + token, mask=token < num_rows, other=-1)
+        is_own = (slot[:, None] == row_slot[None, :]) & (adapter < count)[:, None]
+        numbers = adapters.shrunk + share * num_rows * SHAPE.num_numbers
+        pointers = numbers + token[None, :] * SHAPE.num_numbers + place[:, None]
+        tl.store(pointers, acc.to(adapters.shrunk.dtype.element_ty), mask=is_own)
+        tl.debug_barrier()  # every thread's numbers are written before the flag goes up
+        # Flags of active tiles come first: only these are waited for.
+        flag = (row_block * num_tiles + block) * SHAPE.num_shares + share
+        tl.atomic_xchg(flags + flag, raised, sem="release")
 
 
 @triton.jit(do_not_specialize=["num_rows", "number"])
@@ -255,35 +287,25 @@ def _adapted_product(
     """Program (part of a sum, block of outputs or of shrunk numbers, block of rows), those that shrink first."""
     rows: tl.constexpr = TILE.rows
     outputs: tl.constexpr = TILE.outputs
-    num_numbers: tl.constexpr = SHAPE.num_numbers
-    rank: tl.constexpr = SHAPE.rank
-    num_shares: tl.constexpr = SHAPE.num_shares
-    num_tiles: tl.constexpr = (SHAPE.num_slots * num_numbers + outputs - 1) // outputs
+    num_tiles: tl.constexpr = (SHAPE.num_slots * SHAPE.num_numbers + outputs - 1) // outputs
     num_row_blocks = tl.cdiv(num_rows, rows)
-    num_shrinking = num_tiles * num_shares * num_row_blocks
+    num_shrinking = num_tiles * SHAPE.num_shares * num_row_blocks
     program = tl.program_id(0)
-    shrinks = program < num_shrinking
-    work = tl.where(shrinks, program, program - num_shrinking)
-    num_blocks = tl.where(shrinks, num_tiles, num_outputs // outputs)
-    row_block, block = work % num_row_blocks, work // num_row_blocks % num_blocks
-    part = work // num_row_blocks // num_blocks
-    num_rows -= row_block * rows
     # The adapters of the rows and their factors are what the step began with: no kernel of the step writes them.
-    count = tl.load(adapters.active)
-    if shrinks & (block * outputs >= count * num_numbers):
-        return
     raised = tl.load(adapters.step) * adapters.num_products + number
+    if program < num_shrinking:
+        _shrink(
+            x, adapters, program, num_row_blocks, num_rows, num_inputs, raised, adapters.flags, SHAPE, TILE, ON_GPU, PDL
+        )
+        return
+    program -= num_shrinking
+    num_blocks = num_outputs // outputs
+    row_block, block = program % num_row_blocks, program // num_row_blocks % num_blocks
+    part = program // num_row_blocks // num_blocks
     row = tl.arange(0, rows)
     out = block * outputs + tl.arange(0, outputs)
-    adapter = out // num_numbers
-    slot = tl.load(adapters.active + 1 + tl.minimum(adapter, count - 1), mask=shrinks, other=0).to(tl.int64)
-    factor_row = adapters.factor_a + slot * adapters.a_stride + (out % num_numbers) * num_inputs
-    weight_row = weights.numbers + out.to(tl.int64) * num_inputs
-    gate_row = tl.where(shrinks, factor_row, weight_row)[:, None]
-    up_row = gate_row
-    if SWIGLU:
-        up_row = tl.where(shrinks, factor_row, weight_row + num_outputs.to(tl.int64) * num_inputs)[:, None]
-    inputs_per_part = tl.where(shrinks, num_inputs // num_shares, inputs_per_part)
+    gate_row = (weights.numbers + out.to(tl.int64) * num_inputs)[:, None]
+    up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
     begin = part * inputs_per_part
     if ON_GPU:
         line_size: tl.constexpr = 1024 // weights.numbers.dtype.element_ty.primitive_bitwidth
@@ -291,46 +313,44 @@ def _adapted_product(
         prefetch(gate_row + line[None, :])
         if SWIGLU:
             prefetch(up_row + line[None, :])
-        # What a program expands by comes to the second-level cache meanwhile.
-        line = tl.arange(0, _AHEAD_LINES)
-        place = tl.where((line < count * rank) & (not shrinks), line, 0)
-        lines = adapters.factor_b + tl.load(adapters.active + 1 + place // rank).to(tl.int64) * adapters.b_stride
-        lines += tl.where(shrinks, 0, block) * outputs * rank + place % rank * 64
-        prefetch(lines)
-        if SWIGLU:
-            prefetch(lines + num_outputs * rank)
+    count = tl.load(adapters.active)
+    gate_part = tl.load(adapters.parts + block)
+    gate_factors = _factors(adapters, 0, out, gate_part, count, SHAPE)
+    up_part, up_factors = gate_part, gate_factors
+    if SWIGLU:
+        up_part = tl.load(adapters.parts + num_blocks + block)
+        up_factors = _factors(adapters, 0, num_outputs + out, up_part, count, SHAPE)
     wait_for_inputs(PDL)
+    rows_left = num_rows - row_block * rows
     rows_of_block = x + row_block.to(tl.int64) * rows * num_inputs
     acc, up = sum_of_products(
-        rows_of_block, gate_row, up_row, row, num_rows, num_inputs, begin, begin + inputs_per_part, TILE, SWIGLU, True
+        rows_of_block, gate_row, up_row, row, rows_left, num_inputs, begin, begin + inputs_per_part, TILE, SWIGLU, True
     )
-    flags = adapters.flags + row_block * num_tiles * num_shares
-    if shrinks:
-        token = row_block * rows + row
-        is_own = slot[:, None] == tl.load(adapters.slots + token, mask=row < num_rows, other=-1)[None, :]
-        numbers = adapters.shrunk + part * (num_rows + row_block * rows) * num_numbers
-        pointers = numbers + token[None, :] * num_numbers + (out % num_numbers)[:, None]
-        tl.store(pointers, acc, mask=is_own & (adapter < count)[:, None])
-        tl.debug_barrier()  # every thread's numbers are written before the flag goes up
-        # Flags of active tiles come first: only these are waited for.
-        tl.atomic_xchg(flags + block * num_shares + part, raised, sem="release")
-        return
     is_last = True
     if TILE.is_shared:
-        place = row_block * (num_outputs // outputs) + block
+        place = row_block * num_blocks + block
         acc, up, is_last = shared_sum(acc, up, partial, arrivals, place, part, row, TILE, SWIGLU)
     if is_last:
         dtype: tl.constexpr = output.dtype.element_ty
-        _wait_for_flags(flags, tl.cdiv(count * num_numbers, outputs) * num_shares, raised, ON_GPU)
-        acc, up = _expanded(
-            acc, up, adapters, block, num_blocks, row, row_block, num_rows, num_outputs, count,
-            TILE, SWIGLU, SHAPE,
-        )  # fmt: skip
+        flags = adapters.flags + row_block * num_tiles * SHAPE.num_shares
+        token = row_block * rows + row
+        row_slot = tl.load(adapters.slots + token, mask=row < rows_left, other=-1)
+        num_flags = tl.cdiv(count * SHAPE.num_numbers, outputs) * SHAPE.num_shares
+        _wait_for_flags(flags, num_flags, raised, ON_GPU)
+        acc = _expanded(acc, gate_factors, _numbers(adapters, 0, token, row_slot, num_rows, gate_part, count, SHAPE))
+        if SWIGLU:
+            up = _expanded(up, up_factors, _numbers(adapters, 0, token, row_slot, num_rows, up_part, count, SHAPE))
+        for unit in tl.range(_UNITS, count * (SHAPE.rank // _UNIT), _UNITS, num_stages=1):  # of many adapters, or wide
+            numbers = _numbers(adapters, unit, token, row_slot, num_rows, gate_part, count, SHAPE)
+            acc = _expanded(acc, _factors(adapters, unit, out, gate_part, count, SHAPE), numbers)
+            if SWIGLU:
+                numbers = _numbers(adapters, unit, token, row_slot, num_rows, up_part, count, SHAPE)
+                up = _expanded(up, _factors(adapters, unit, num_outputs + out, up_part, count, SHAPE), numbers)
         if weights.bias is not None:
             acc += tl.load(weights.bias + out).to(tl.float32)[:, None]
         result = gated(acc, up, dtype, GELU) if SWIGLU else acc.to(dtype)
-        offsets = (row_block.to(tl.int64) * rows + row[None, :]) * num_outputs + out[:, None]
-        mask = row[None, :] < num_rows
+        offsets = token[None, :].to(tl.int64) * num_outputs + out[:, None]
+        mask = (row < rows_left)[None, :]
         if ADDS:
             result += tl.load(output + offsets, mask=mask, other=0.0)
         tl.store(output + offsets, result, mask=mask)

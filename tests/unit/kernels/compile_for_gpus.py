@@ -491,7 +491,7 @@ def compile_adapters() -> None:
         compile_kernel("expand", adapters._expand, kernel, capability=capability)
         halves = {"gate_up": dtype, "UP_PART": num_parts - 1, "GELU": rows == 64}
         compile_kernel("gated expand", adapters._expand_gated, {**kernel, **halves}, capability=capability)
-    fields = {"factor_a": BF16, "factor_b": BF16, "a_stride": "i32", "b_stride": "i32", "shrunk": FLOAT}
+    fields = {"factor_a": BF16, "factor_b": BF16, "a_stride": "i32", "b_stride": "i32", "shrunk": BF16}
     fields["num_products"] = "i32"
     operand = adapted_product.AdapterOperand(
         **dict.fromkeys(("slots", "active", "step", "parts", "flags"), INT), **fields
