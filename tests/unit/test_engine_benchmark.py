@@ -16,11 +16,15 @@ TINY = {
 }  # fmt: skip
 
 
-def test_every_row_is_measured_and_set_beside_the_peers(tmp_path):
+@pytest.fixture
+def command(tmp_path) -> list[str]:
     (tmp_path / "qwen3-0.6b").mkdir()
     (tmp_path / "qwen3-0.6b" / "config.json").write_text(json.dumps(TINY))
+    return [sys.executable, "-m", "benchmarks.engine", "--model", str(tmp_path / "qwen3-0.6b"), "--random-weights"]
+
+
+def test_every_row_is_measured_and_set_beside_the_peers(command, tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "benchmarks.engine", "--model", str(tmp_path / "qwen3-0.6b"), "--random-weights"]
     subprocess.run([*command, "--scale", "32", "--out", str(out)], check=True, capture_output=True, timeout=120)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     names = {row["name"] for row in rows}
@@ -32,6 +36,13 @@ def test_every_row_is_measured_and_set_beside_the_peers(tmp_path):
     mixed = next(line for line in table(rows, slower).splitlines() if line.startswith("| mixed"))
     assert "| 2.0" in mixed
     assert mixed.endswith("| ≥ 1.25 of vLLM's | met |")
+
+
+def test_a_profile_says_where_the_time_of_a_step_goes(command):
+    command += ["--scale", "32", "--profile", "64", "--context", "640"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    for phase in ("schedule", "launch", "apply", "process", "waiting"):
+        assert f"host: {phase}" in printed
 
 
 def test_rows_say_what_had_to_be_read():
