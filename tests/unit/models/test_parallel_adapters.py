@@ -18,7 +18,7 @@ from llm.serving.schemas import AdapterFailure, AdapterRef, FinishReason, Genera
 
 SIZES = {
     "max_batch_size": 4, "max_tokens_per_step": 32, "num_pages": 120, "max_adapters": 2,
-    "attention_backend": "reference",
+    "adapter_experts": True, "attention_backend": "reference",
 }  # fmt: skip
 
 
@@ -52,9 +52,9 @@ def test_more_ranks_than_heads_of_keys(checkpoints, tmp_path, kind, size):
     check_ranks(checkpoints(kind, **CALM)[0], tmp_path, tensor_parallel_size=size)
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5_moe"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5_moe", "gpt_oss", "qwen3_moe"])
 def test_experts_cut_by_expert(checkpoints, tmp_path, kind):
-    """Adapters on shared experts are cut by column still."""
+    """Each rank has the factors of its experts; adapters on shared experts are cut by column still."""
     check_ranks(checkpoints(kind, **CALM)[0], tmp_path, expert_parallel=True)
 
 
