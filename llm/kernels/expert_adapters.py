@@ -81,7 +81,7 @@ class PairAdapters(NamedTuple):
         slots: (tokens,) int32, the slot of each token's adapter, -1 for none.
         active: (1 + slots,) int32: how many adapters the tokens have, then their slots.
         shrunk: (splits, pairs, parts · rank) float32, in the order of experts.
-        num_pairs: of a split.
+        split_stride: from split to split.
     """
 
     factor_b: torch.Tensor
@@ -89,7 +89,7 @@ class PairAdapters(NamedTuple):
     slots: torch.Tensor
     active: torch.Tensor
     shrunk: torch.Tensor
-    num_pairs: int
+    split_stride: int
 
 
 def shrink_pairs(
@@ -126,7 +126,7 @@ def shrink_pairs(
     )  # fmt: skip
     b, rank = factors.b, factors.rank
     at_once = min(rank & -rank, 64)
-    adapters = PairAdapters(b, b.stride(0), which.slots, which.active, shrunk, num_pairs)
+    adapters = PairAdapters(b, b.stride(0), which.slots, which.active, shrunk, shrunk.stride(0))
     return adapters, PairRule(rank, at_once, num_splits)
 
 
@@ -172,13 +172,12 @@ def _shrink_pairs(
 
 
 @triton.jit
-def _numbers(adapters, numbers, is_own, RULE: tl.constexpr, NUM_NUMBERS: tl.constexpr):
+def _numbers(adapters, numbers, is_own, RULE: tl.constexpr):
     """Shrunk numbers at these pointers of the first split, summed over the splits; zeros where pairs have others."""
     num_splits: tl.constexpr = RULE.num_splits
     total = tl.load(numbers, mask=is_own, other=0.0)
     for split in tl.static_range(1, num_splits):
-        step = split * adapters.num_pairs.to(tl.int64) * NUM_NUMBERS
-        total += tl.load(numbers + step, mask=is_own, other=0.0)
+        total += tl.load(numbers + split * adapters.split_stride, mask=is_own, other=0.0)
     return total
 
 
@@ -207,11 +206,11 @@ def add_adapters(
             for start in tl.static_range(0, rank, at_once):
                 factor = tl.load(own[:, None] + start + r[None, :])
                 pointers = numbers_of[None, :] + start + r[:, None]
-                shrunk = _numbers(adapters, pointers, is_own[None, :], RULE, num_numbers)
+                shrunk = _numbers(adapters, pointers, is_own[None, :], RULE)
                 acc = tl.dot(factor, shrunk.to(factor.dtype), acc, input_precision="ieee")
                 if SWIGLU:
                     factor = tl.load(own[:, None] + num_outputs * rank + start + r[None, :])
-                    shrunk = _numbers(adapters, pointers + rank, is_own[None, :], RULE, num_numbers)
+                    shrunk = _numbers(adapters, pointers + rank, is_own[None, :], RULE)
                     up = tl.dot(factor, shrunk.to(factor.dtype), up, input_precision="ieee")
     return acc, up
 
@@ -243,6 +242,6 @@ def add_adapters_of_many(
                 for start in tl.static_range(0, rank, at_once):
                     factor = tl.load(own[None, :] + start + r[:, None], mask=(is_up == part)[None, :], other=0.0)
                     pointers = numbers_of[:, None] + part * rank + start + r[None, :]
-                    shrunk = _numbers(adapters, pointers, is_own[:, None], RULE, num_parts * rank)
+                    shrunk = _numbers(adapters, pointers, is_own[:, None], RULE)
                     acc = tl.dot(shrunk.to(factor.dtype), factor, acc, input_precision="ieee")
     return acc
