@@ -57,6 +57,7 @@ ALIGNED = {
     "inputs_per_part",
     "inputs_per_split",
     "slot_stride",
+    "split_stride",
     "a_stride",
     "b_stride",
     "num_numbers",
