@@ -58,8 +58,10 @@ def test_experts_cut_by_expert(checkpoints, tmp_path, kind):
     check_ranks(checkpoints(kind, **CALM)[0], tmp_path, expert_parallel=True)
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "deepseek_v3"])
-def test_kernels_on_two_ranks(checkpoints, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "by_expert"), [("llama", False), ("phi3", False), ("deepseek_v3", False), ("qwen3_moe", True)]
+)
+def test_kernels_on_two_ranks(checkpoints, tmp_path, kind, by_expert):
     """The tokens that the reference gives on one; the ranks' parts of sums are added up behind the expansion."""
     directory = checkpoints(kind, num_hidden_layers=2 if kind == "deepseek_v3" else 1)[0]
     model = load_decoder(directory, progress=False)
@@ -74,7 +76,7 @@ def test_kernels_on_two_ranks(checkpoints, tmp_path, kind):
     sizes = {**SIZES, "max_batch_size": 3, "max_tokens_per_step": 16, "page_size": 8, "max_seq_len": 64}
     engines = (
         ContinuousBatchingEngine(model, config=EngineConfig(**sizes)),
-        parallel_engine(directory, **{**sizes, "attention_backend": "triton"}),
+        parallel_engine(directory, **{**sizes, "attention_backend": "triton", "expert_parallel": by_expert}),
     )
     expected, found = (engine.generate(requests, progress=False) for engine in engines)
     for engine in engines:
