@@ -14,6 +14,10 @@ class AdapterSettings(StrictModel):
     max_adapter_rank: int = Field(default=16, ge=1, le=256)
     """Largest rank of an adapter that requests choose. Memory on the device grows with it. Where a model
     is split over several GPUs, each holds its part of every adapter."""
+    adapter_experts: bool = False
+    """Whether adapters may be on the experts that routers choose among, on routers, and on the gates of shared experts.
+    Every adapter then takes memory for all of a model's experts, usually many times that of its other projections;
+    `rayline check` says how much. Models without experts ignore it."""
     adapter_host_gib: float = Field(default=4.0, gt=0, le=4096)
     """Memory of the host for adapters that were read before, in GiB, shared by all GPUs of an engine. The least
     recently used one is given up first."""

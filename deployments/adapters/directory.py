@@ -28,11 +28,13 @@ class AdapterRules:
         max_rank: the largest rank that the engines take.
         max_bytes: the most bytes that its weights may have.
         model: the model whose shape it must fit, if its checkpoint is on this machine; None for any.
+        with_experts: whether the engines take adapters on experts that routers choose among.
     """
 
     max_rank: int
     max_bytes: int
     model: str | None = None
+    with_experts: bool = False
 
 
 def signature_of(directory: Path) -> Signature | None:
@@ -67,7 +69,7 @@ def read_adapter(directory: Path, rules: AdapterRules) -> str:
     if checkpoint is not None:
         from llm.checkpoint.adapter import check_adapter  # brings PyTorch, which routers do without
 
-        check_adapter(_shape_of(checkpoint), directory, max_rank=rules.max_rank)
+        check_adapter(_shape_of(checkpoint), directory, max_rank=rules.max_rank, with_experts=rules.with_experts)
     digest = adapter_digest(directory)
     if signature_of(directory) != before:
         raise CheckpointError(f"{directory} is being changed; try again once its files are complete")

@@ -34,4 +34,5 @@ def adapter_rules(entry: ServedModelConfig) -> AdapterRules:
         max_rank=entry.engine.max_adapter_rank,
         max_bytes=int(entry.engine.adapter_host_gib * (1 << 30)),
         model=entry.model if entry.engine_kind is EngineKind.TORCH else None,
+        with_experts=entry.engine.adapter_experts,
     )

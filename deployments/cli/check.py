@@ -123,7 +123,8 @@ def _memory(app: ServedModelConfig, model: ModelConfig, sizes: list[float]) -> T
     if share.adapter_bytes:
         num_adapters, rank = app.engine.max_adapters, app.engine.max_adapter_rank
         each, whole = share.adapter_bytes / num_adapters / (1 << 20), share.adapter_bytes / GIB
-        room = f"{each:.1f} MiB of rank {rank}, {whole:.2f} GiB for {num_adapters} of them{on_each}"
+        experts = ", routers and experts included" if app.engine.adapter_experts and model.num_experts else ""
+        room = f"{each:.1f} MiB of rank {rank}{experts}, {whole:.2f} GiB for {num_adapters} of them{on_each}"
         table.add_row("  an adapter", room)
     for size in sizes:
         which = (

@@ -1,44 +1,33 @@
 """LoRA adapters as PEFT saves them, put on a model."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from llm.checkpoint.cut_slots import held_rows
+from llm.checkpoint.adapter_places import (
+    Factors,
+    adapted_places,
+    held_factors,
+    held_parts,
+    of_one_expert,
+    shape_of,
+    with_new_names,
+)
+from llm.checkpoint.adapter_stacks import StackReader, unwrapped
 from llm.checkpoint.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, refuse_pickle
 from llm.checkpoint.weight_names import canonical_names
 from llm.config import ModelConfig
 from llm.errors import CheckpointError, ConfigError
-from llm.models.cuts import find_cut
 from llm.models.decoder import DecoderModel
-from llm.models.family import Destination
-from llm.models.lora import LoRALinear, replace_module
-from llm.models.quantized import QuantizedLinear
-from llm.models.registry import destinations
+from llm.models.experts import ROUTING
+from llm.models.lora import LoRALinear, add_to_weight, replace_module
+from llm.models.quantized import Quantized
 
 _TENSOR_NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """The factors of one module of a checkpoint, as its adapter's files have them.
-
-    Attributes:
-        a: A, (rank, in).
-        b: B, (out, rank), in the model's order of outputs.
-        place: the rows of the model's module that they add to.
-        scaling: factor on `b @ a`.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    place: Destination
-    scaling: float
 
 
 class AdapterReader:
@@ -46,13 +35,16 @@ class AdapterReader:
 
     Args:
         model: of which only shapes are read. If it is a part of a model, the whole model's adapters are read.
+        with_experts: whether adapters may be on routers and on what these choose among.
     """
 
-    def __init__(self, model: DecoderModel) -> None:
-        self._places = adapted_places(model)
+    def __init__(self, model: DecoderModel, *, with_experts: bool = True) -> None:
+        self._places = with_new_names(adapted_places(model))
+        self._stacks = StackReader(model.config)
+        self._stack_places = with_new_names(self._stacks.names)
+        self._with_experts = with_experts
         is_whole = model.partition.size == 1
-        whole = model if is_whole else DecoderModel.from_config(model.config, device="meta", dtype=model.dtype)
-        self._modules = {place.module: whole.get_submodule(place.module) for place in self._places.values()}
+        self._whole = model if is_whole else DecoderModel.from_config(model.config, device="meta", dtype=model.dtype)
 
     def read(self, adapter_dir: str | Path, *, max_rank: int | None = None, merges: bool = False) -> list[Factors]:
         """Read an adapter and check it against the model.
@@ -62,29 +54,51 @@ class AdapterReader:
             merges: whether the factors are to become part of the weights, which those in codes cannot take in.
 
         Raises:
-            ConfigError: adapter_config.json asks for something that is not supported.
+            ConfigError: adapter_config.json asks for something that is not supported, or the adapter for more than
+                there is room for.
             CheckpointError: the weights are missing, damaged, or do not fit the model.
         """
         directory = Path(adapter_dir)
         config = PeftConfig.read(directory / CONFIG_FILE)
         path = directory / WEIGHTS_FILE
         found = _read_factors(path)
-        names = canonical_names(found, self._places)
-        factors = [self._fit(config, path, module, names[module], parts) for module, parts in found.items()]
-        for each, module in zip(factors, found, strict=True):
-            if max_rank is not None and len(each.a) > max_rank:
-                raise ConfigError(
-                    f"{path}: {module} has rank {len(each.a)}, and this engine has room for max_adapter_rank "
-                    f"{max_rank}; raise it"
-                )
-            if merges and isinstance(self._modules[each.place.module], QuantizedLinear):
-                raise ConfigError(
-                    f"{path}: {module} is quantized (quantization_config), and an adapter cannot be merged into it; "
-                    "merge it into the checkpoint in bfloat16 or float16, or let requests choose it (max_adapters)"
-                )
-        return factors
+        names = canonical_names(map(unwrapped, found), self._places | self._stack_places)
+        named = {module: names[unwrapped(module)] for module in found}
+        reads_outputs = self._stacks.reads_outputs(found[each] for each in found if named[each] in self._stack_places)
+        read = []
+        for module, parts in found.items():
+            if named[module] in self._stack_places:
+                theirs = self._stack_places[named[module]]
+                factors = self._stacks.read(config, path, module, theirs, parts, reads_outputs=reads_outputs)
+            else:
+                factors = [self._fit(config, path, module, named[module], parts)]
+            for each in factors:
+                self._check(each, path, module, max_rank=max_rank, merges=merges)
+            read += factors
+        return read
 
-    def _fit(self, config: PeftConfig, path: Path, module: str, name: str, factors: dict[str, torch.Tensor]) -> Factors:
+    def _check(self, factors: Factors, path: Path, module: str, *, max_rank: int | None, merges: bool) -> None:
+        """See that there is room for factors."""
+        target = self._whole.get_submodule(factors.place.module)
+        if isinstance(target, ROUTING) and not self._with_experts:
+            raise ConfigError(
+                f"{path}: {module} is a router, or an expert or a gate beside it, and this engine has no memory for "
+                "adapters there; set adapter_experts: true, and see with `rayline check` how much an adapter takes then"
+            )
+        if max_rank is not None and factors.rank > max_rank:
+            raise ConfigError(
+                f"{path}: {module} has rank {factors.rank}, and this engine has room for max_adapter_rank {max_rank}; "
+                "raise it"
+            )
+        if merges and isinstance(target, Quantized):
+            raise ConfigError(
+                f"{path}: {module} is quantized (quantization_config), and an adapter cannot be merged into it; "
+                "merge it into the checkpoint in bfloat16 or float16, or let requests choose it (max_adapters)"
+            )
+
+    def _fit(
+        self, config: PeftConfig, path: Path, module: str, name: str, factors: Mapping[str, torch.Tensor]
+    ) -> Factors:
         """Check the factors of one module; `name` is the family's name for it."""
         place = self._places.get(name)
         if place is None:
@@ -94,10 +108,9 @@ class AdapterReader:
             )
         if factors.keys() != {"A", "B"}:
             raise CheckpointError(f"{path}: {module} has only one of lora_A and lora_B; save the adapter again")
-        linear = self._modules[place.module]
-        assert isinstance(linear, nn.Linear), "adapters fit linear layers"
+        num_inputs, num_outputs = shape_of(self._whole.get_submodule(place.module))
         rank = config.rank_of(module)
-        wanted = ((rank, linear.in_features), (len(range(*place.rows.indices(linear.out_features))), rank))
+        wanted = ((rank, num_inputs), (len(range(*place.rows.indices(num_outputs))), rank))
         found = (tuple(factors["A"].shape), tuple(factors["B"].shape))
         if found != wanted:
             raise CheckpointError(
@@ -105,59 +118,35 @@ class AdapterReader:
                 f"{wanted[0]} and {wanted[1]}; was the adapter trained on this model?"
             )
         factor_b = factors["B"] if place.arrange is None else place.arrange(factors["B"])
-        return Factors(factors["A"], factor_b, place, config.scaling_of(module))
+        found_factors = Factors(factors["A"], factor_b, place, config.scaling_of(module))
+        return found_factors if place.expert is None else of_one_expert(found_factors, place.expert)
 
 
 def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
-    """Put a PEFT adapter on `model`; with several, their effects add up. The weights stay as they are.
+    """Put a PEFT adapter on `model`; with several, their effects add up.
+
+    Weights of linear layers stay as they are until `merge_lora`; those of experts and routers are added to at once.
 
     Raises:
         ConfigError: adapter_config.json asks for something that is not supported; nothing is changed.
         CheckpointError: the weights are missing, damaged, or do not fit the model; nothing is changed.
     """
     for factors in AdapterReader(model).read(adapter_dir, merges=True):
-        place = factors.place
-        layer = model.get_submodule(place.module)
-        if not isinstance(layer, LoRALinear):
-            assert isinstance(layer, nn.Linear), "adapters fit linear layers"
-            layer = LoRALinear(layer)
-            replace_module(model, place.module, layer)
-        for part in held_parts(model, factors.place, len(factors.b)):
-            layer.add(factors.a[:, part.inputs], factors.b[part.source], part.rows, factors.scaling)
-
-
-@dataclass(frozen=True, slots=True)
-class HeldPart:
-    """A part of an adapter that a process holds, with its part of the model.
-
-    Attributes:
-        inputs: columns of A.
-        source: rows of B.
-        rows: rows of the module that they add to, as far as this process holds it.
-    """
-
-    inputs: slice
-    source: slice
-    rows: slice
-
-
-def held_parts(model: DecoderModel, place: Destination, num_rows: int) -> Iterator[HeldPart]:
-    """The parts that a process holds of the factors for a place of `num_rows` rows: one, in a model that is whole."""
-    cut = find_cut(model.config, model.partition, place.module)
-    first = place.rows.start or 0
-    inputs = slice(None) if cut.inputs is None else slice(cut.inputs.start, cut.inputs.stop)
-    for source, rows in held_rows(range(first, first + num_rows), cut.outputs):
-        yield HeldPart(inputs, source, rows)
-
-
-def adapted_places(model: DecoderModel) -> dict[str, Destination]:
-    """Destination of each module that an adapter may be on, by its name in checkpoints."""
-    modules = dict(model.named_modules())
-    return {
-        name: place
-        for name, place in destinations(model.config).items()
-        if place.module.startswith("layers.") and isinstance(modules.get(place.module), nn.Linear)
-    }
+        for part in held_parts(model, factors.place, factors.b.shape[-2], factors.experts):
+            factor_a, factor_b = held_factors(factors, part)
+            layer = model.get_submodule(factors.place.module)
+            if isinstance(layer, nn.Linear):
+                if not isinstance(layer, LoRALinear):
+                    layer = LoRALinear(layer)
+                    replace_module(model, factors.place.module, layer)
+                layer.add(factor_a, factor_b, part.rows, factors.scaling)
+                continue
+            weight = layer.get_parameter("weight")
+            if part.experts is None:
+                add_to_weight(weight[part.rows], factor_a, factor_b, factors.scaling)
+                continue
+            for expert, a, b in zip(weight[part.experts[1]], factor_a, factor_b, strict=True):
+                add_to_weight(expert[part.rows], a, b, factors.scaling)
 
 
 def check_lora(config: ModelConfig, adapter_dir: str | Path) -> None:
@@ -169,16 +158,20 @@ def check_lora(config: ModelConfig, adapter_dir: str | Path) -> None:
     load_lora(DecoderModel.from_config(config, device="meta"), adapter_dir)
 
 
-def check_adapter(config: ModelConfig, adapter_dir: str | Path, *, max_rank: int | None = None) -> None:
+def check_adapter(
+    config: ModelConfig, adapter_dir: str | Path, *, max_rank: int | None = None, with_experts: bool = True
+) -> None:
     """See that requests to an engine of this model can choose an adapter.
 
     Args:
         max_rank: the engine's `max_adapter_rank`; None for any.
+        with_experts: the engine's `adapter_experts`.
 
     Raises:
         CheckpointError, ConfigError: they cannot; see `AdapterReader`.
     """
-    AdapterReader(DecoderModel.from_config(config, device="meta")).read(adapter_dir, max_rank=max_rank)
+    reader = AdapterReader(DecoderModel.from_config(config, device="meta"), with_experts=with_experts)
+    reader.read(adapter_dir, max_rank=max_rank)
 
 
 def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -190,7 +183,7 @@ def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 match = _TENSOR_NAME.fullmatch(name)
                 if match is None:
-                    raise CheckpointError(f"{path} holds {name}, which is not a LoRA factor of a linear layer")
+                    raise CheckpointError(f"{path} holds {name}, which is not a LoRA factor of a layer's weight")
                 factors.setdefault(match["module"], {})[match["part"]] = file.get_tensor(name)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} a PEFT adapter?") from error

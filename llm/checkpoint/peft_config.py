@@ -23,7 +23,6 @@ _UNSUPPORTED = (
     "fan_in_fan_out",
     "layer_replication",
     "trainable_token_indices",
-    "target_parameters",
     "alora_invocation_tokens",
     "arrow_config",
     "use_qalora",
@@ -97,8 +96,10 @@ class PeftConfig(BaseModel):
 
 
 def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Number:
-    """The value of the first pattern that the module's name ends with, as PEFT matches them."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    """The value of the first pattern that the name of the module, or of its weight, ends with, as PEFT matches them."""
+    names = module, f"{module}.weight"  # the second is what `target_parameters` target
+    found = (value for key, value in patterns.items() for name in names if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
 
 
 def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llm.kernels.expert_adapters import PairAdapters, PairRule, add_adapters
 from llm.kernels.expert_pairs import find_tile, load_pairs, store_pairs
 from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, ExpertTile, expert_group_tile
 from llm.kernels.groups import sum_of_groups
@@ -16,7 +17,7 @@ from llm.kernels.routing import Routes
 
 def product_of_groups(
     x: torch.Tensor, weights: Weights, routes: Routes, output: torch.Tensor, num_tokens: int, tile: ExpertTile | None,
-    *, swiglu: bool, deterministic: bool,
+    *, swiglu: bool, deterministic: bool, adapters: tuple[PairAdapters, PairRule] | None = None,
 ) -> None:  # fmt: skip
     """See `ExpertMixture.product`; with weights in groups that tensor cores take."""
     shape, groups, device = routes.shape, weights.groups, x.device
@@ -28,11 +29,13 @@ def product_of_groups(
     inputs_a_turn = TILE_K.value if groups.is_mxfp4 else tile.k
     code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(inputs_a_turn)
     bytes_a_stage = code_bytes + tile.rows * inputs_a_turn * x.dtype.itemsize
+    pair_adapters, rule = adapters or (None, None)
     groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
-        x, weights.operand, weights.group_operand, routes.pairs, output, num_outputs, num_inputs,
-        groups.scales.shape[-2], NUM_EXPERTS=shape.num_experts, EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
+        x, weights.operand, weights.group_operand, routes.pairs, output, pair_adapters, num_outputs,
+        num_inputs, groups.scales.shape[-2], NUM_EXPERTS=shape.num_experts,
+        EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
         PER_TOKEN=shape.per_token, TILE=tile, SWIGLU=swiglu, LIMIT=shape.swiglu_limit if swiglu else None,
-        ALPHA=shape.swiglu_alpha, IS_EVEN=num_outputs % tile.outputs == 0,
+        ALPHA=shape.swiglu_alpha, RULE=rule, IS_EVEN=num_outputs % tile.outputs == 0,
         GROUP=groups.size,
         IN_UNITS=tile.rows > MAX_SUMMED_ROWS and not deterministic,
         IN_ASSEMBLY=device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
@@ -42,10 +45,10 @@ def product_of_groups(
 
 @triton.jit
 def groups_tile_product(
-    x, weights, groups, pairs, output, num_outputs, num_inputs, num_groups, NUM_EXPERTS: tl.constexpr,
+    x, weights, groups, pairs, output, adapters, num_outputs, num_inputs, num_groups, NUM_EXPERTS: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr, SWIGLU: tl.constexpr,
     GROUP: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, IN_UNITS: tl.constexpr,
-    IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+    RULE: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`.
 
@@ -83,6 +86,10 @@ def groups_tile_product(
             x, gate_row, up_row, own_groups, weight_row, source, None, num_outputs, num_inputs, 0, num_inputs, TILE,
             GROUP, SWIGLU, IN_UNITS, IN_ASSEMBLY,
         )  # fmt: skip
+    if adapters is not None:
+        acc, up = add_adapters(
+            acc, up, adapters, mine, place, is_pair, pair // PER_TOKEN, weight_row, num_outputs, SWIGLU, RULE
+        )
     store_pairs(
         acc, up, weights.bias, mine * num_rows + weight_row, place, pair, is_pair, out, pairs.weights, output,
         num_outputs, SWIGLU, LIMIT, ALPHA, IS_EVEN,

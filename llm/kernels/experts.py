@@ -14,14 +14,23 @@ import triton
 import triton.language as tl
 
 from llm.core.weight_groups import WeightGroups
+from llm.kernels.adapters import AdapterEntries, AdapterFactors, expand, shrink
+from llm.kernels.expert_adapters import (
+    ExpertFactors,
+    MixtureAdapters,
+    PairAdapters,
+    PairRule,
+    add_adapters,
+    shrink_pairs,
+)
 from llm.kernels.expert_groups import product_of_groups
-from llm.kernels.expert_pairs import expert_swiglu, find_tile, load_pairs, store_pairs
+from llm.kernels.expert_many_pairs import many_pairs_product
+from llm.kernels.expert_pairs import find_tile, load_pairs, store_pairs
 from llm.kernels.expert_tiles import WRITTEN_OUT_PAIRS, WRITTEN_OUT_PAIRS_OF_MXFP4, ExpertTile, expert_tile
 from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
-from llm.kernels.operands import WeightOperand
 from llm.kernels.routing import ExpertShape, Routes, route
 
 _SINGLE_LEAST_TILE_K, _SINGLE_MOST_TILE_K = 256, 1024
@@ -76,6 +85,7 @@ class ExpertMixture:
         correction: torch.Tensor | None = None,
         *,
         output: torch.Tensor | None = None,
+        adapters: MixtureAdapters | None = None,
     ) -> None:
         """Add what its experts make of each token's norm to the stream.
 
@@ -85,27 +95,47 @@ class ExpertMixture:
             down: of (num_experts, hidden_size, size).
             router_bias, correction: see `route`.
             output: (tokens, hidden_size), what is added to in place of the stream.
+            adapters: of the tokens; None for none.
         """
         total, shape = stream.total, self._shape
         output = total if output is None else output
-        if self._held is None and self._is_single(stream, norm, gate_up, down):
+        if self._held is None and adapters is None and self._is_single(stream, norm, gate_up, down):
             route(total, router, self._routes, norm, router_bias, correction)
             self._single(total, norm, gate_up, down, output)
             return
         num_tokens = len(total)
         normed = torch.empty_like(total)
         rms_norm(stream, norm, normed)
-        route(normed, router, self._routes, bias=router_bias, correction=correction)
+        more = None if adapters is None else self._more_logits(normed, adapters.which, adapters.router)
+        route(normed, router, self._routes, bias=router_bias, correction=correction, more=more)
         if self._held is not None:
             self._leave_others(self._held, num_tokens)
         self._routes.order_pairs(num_tokens)
-        self.product(normed, gate_up, self._activated, num_tokens, swiglu=True)
-        self.product(self._activated, down, self._made, num_tokens, swiglu=False)
+        of_gate_up = of_down = None
+        if adapters is not None:
+            of_gate_up = self._shrunk(normed, adapters.gate_up, adapters.which, num_tokens, swiglu=True)
+        self.product(normed, gate_up, self._activated, num_tokens, swiglu=True, adapters=of_gate_up)
+        if adapters is not None:
+            of_down = self._shrunk(self._activated, adapters.down, adapters.which, num_tokens, swiglu=False)
+        self.product(self._activated, down, self._made, num_tokens, swiglu=False, adapters=of_down)
         block = min(triton.next_power_of_2(shape.hidden_size), _SUM_BLOCK)
         _add_pairs[(num_tokens, triton.cdiv(shape.hidden_size, block))](
             self._made, output, HIDDEN=shape.hidden_size, PER_TOKEN=shape.per_token, BLOCK=block, num_warps=4,
             **launch_options(self._device),
         )  # fmt: skip
+
+    def _more_logits(self, x: torch.Tensor, which: AdapterEntries, factors: AdapterFactors) -> torch.Tensor:
+        """What the adapters of tokens add to the logits of experts: (tokens, num_experts) float32."""
+        more = torch.zeros(len(x), self._shape.num_experts, dtype=torch.float32, device=self._device)
+        expand(shrink(x, which, factors, deterministic=self._deterministic), which, factors, more)
+        return more
+
+    def _shrunk(
+        self, x: torch.Tensor, factors: ExpertFactors, which: AdapterEntries, num_tokens: int, *, swiglu: bool
+    ) -> tuple[PairAdapters, PairRule]:
+        return shrink_pairs(
+            x, factors, which, self._routes, num_tokens, swiglu=swiglu, deterministic=self._deterministic
+        )
 
     def _leave_others(self, held: range, num_tokens: int) -> None:
         """Number the pairs' experts as their weights are here. What experts elsewhere make is zero here."""
@@ -124,6 +154,7 @@ class ExpertMixture:
         *,
         swiglu: bool,
         tile: ExpertTile | None = None,
+        adapters: tuple[PairAdapters, PairRule] | None = None,
     ) -> None:
         """Multiply each pair's row with its expert's weights, once the pairs are ordered.
 
@@ -131,12 +162,13 @@ class ExpertMixture:
             x: with SwiGLU the tokens, (tokens, in); else a row for each pair in the order of experts.
             output: (pairs, out): with SwiGLU in the order of experts; else in the order of tokens, and weighted.
             tile: None for one that is fast.
+            adapters: what `shrink_pairs` gives for x; None for none.
         """
         if weights.groups is not None:
             if weights.has_tiles and (tile is not None or not self._writes_out(weights.groups, num_tokens)):
                 product_of_groups(
                     x, weights, self._routes, output, num_tokens, tile, swiglu=swiglu,
-                    deterministic=self._deterministic,
+                    deterministic=self._deterministic, adapters=adapters,
                 )  # fmt: skip
                 return
             weights = weights.written_out(x.dtype)
@@ -148,17 +180,18 @@ class ExpertMixture:
         grid = triton.cdiv(num_outputs, tile.outputs), most_tiles
         bytes_a_stage = ((2 if swiglu else 1) * tile.outputs + tile.rows) * tile.k * x.dtype.itemsize
         is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
-        arguments = x, weights.operand, routes.pairs, output, num_outputs, num_inputs
+        pair_adapters, rule = adapters or (None, None)
+        arguments = x, weights.operand, routes.pairs, output, pair_adapters, num_outputs, num_inputs
         sizes = {
             "NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": triton.next_power_of_2(shape.num_experts),
             "PER_TOKEN": shape.per_token, "TILE": tile, "SWIGLU": swiglu,
-            "LIMIT": shape.swiglu_limit if swiglu else None, "ALPHA": shape.swiglu_alpha,
+            "LIMIT": shape.swiglu_limit if swiglu else None, "ALPHA": shape.swiglu_alpha, "RULE": rule,
             "num_warps": tile.num_warps,
             "num_stages": min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
             **launch_options(self._device),
         }  # fmt: skip
         if tile.rows >= _MANY_ROWS and is_even and not self._deterministic:
-            _many_pairs_product[grid](*arguments, **sizes)
+            many_pairs_product[grid](*arguments, **sizes)
         else:
             _expert_product[grid](*arguments, IS_EVEN=is_even, **sizes)
 
@@ -212,9 +245,10 @@ def _row_tile(num_inputs: int) -> int:
 
 @triton.jit
 def _expert_product(
-    x, weights, pairs, output, num_outputs, num_inputs,
+    x, weights, pairs, output, adapters, num_outputs, num_inputs,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
-    SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, PDL: tl.constexpr,
+    SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, RULE: tl.constexpr, IS_EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`."""
     wait_for_inputs(PDL)
@@ -255,79 +289,14 @@ def _expert_product(
         acc *= tl.load(scale)[:, None]
         if SWIGLU:
             up *= tl.load(scale + num_outputs)[:, None]
+    if adapters is not None:
+        acc, up = add_adapters(
+            acc, up, adapters, mine, place, is_pair, pair // PER_TOKEN, weight_row, num_outputs, SWIGLU, RULE
+        )
     store_pairs(
         acc, up, weights.bias, mine * num_rows + weight_row, place, pair, is_pair, out, pairs.weights, output,
         num_outputs, SWIGLU, LIMIT, ALPHA, IS_EVEN,
     )  # fmt: skip
-
-
-@triton.jit
-def _tokens_times_weights(
-    x, weights, pairs, output, first, last, block, num_outputs, num_inputs,
-    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-):  # fmt: skip
-    """A tile of pairs times a block of one expert's outputs, written to `output`."""
-    place, is_pair, pair, source = load_pairs(pairs, first, last, ROWS, PER_TOKEN, SWIGLU)
-    row_of = x + source[:, None].to(tl.int64) * num_inputs
-    num_columns: tl.constexpr = 2 * OUTPUTS if SWIGLU else OUTPUTS
-    number = tl.arange(0, num_columns)
-    weight_row = block * OUTPUTS + number % OUTPUTS + number // OUTPUTS * num_outputs  # of the gate, then of the other
-    weight_of = weights.numbers + weight_row[None, :] * num_inputs
-    k = tl.arange(0, TILE_K)
-    acc = tl.zeros([ROWS, num_columns], tl.float32)
-    for start in range(0, num_inputs, TILE_K):
-        column = start + k
-        rows = tl.load(row_of + column[None, :])
-        acc = tl.dot(rows, tl.load(weight_of + column[:, None]).to(rows.dtype), acc)
-    if weights.scales is not None:
-        acc *= tl.load(weights.scales + weight_row)[None, :]
-    if weights.bias is not None:
-        acc += tl.load(weights.bias + weight_row).to(tl.float32)[None, :]
-    dtype: tl.constexpr = output.dtype.element_ty
-    out = block * OUTPUTS + tl.arange(0, OUTPUTS)
-    if SWIGLU:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS, 2, OUTPUTS]), [0, 2, 1]))
-        result = expert_swiglu(gate, up, dtype, LIMIT, ALPHA)
-        to = place
-    else:
-        result = (acc * tl.load(pairs.weights + pair, mask=is_pair, other=0.0)[:, None]).to(dtype)
-        to = pair
-    tl.store(output + to[:, None].to(tl.int64) * num_outputs + out[None, :], result, mask=is_pair[:, None])
-
-
-@triton.jit
-def _many_pairs_product(
-    x, weights, pairs, output, num_outputs, num_inputs,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
-    SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The same for sizes that tiles divide. An expert's last tile is half as high if that is enough.
-
-    Tokens are the left factor: instructions then have 256 columns, and read less shared memory.
-    """
-    wait_for_inputs(PDL)
-    mine, first, last = find_tile(pairs.starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, TILE.rows)
-    if mine >= EXPERT_BLOCK:
-        return
-    num_rows = (2 if SWIGLU else 1) * num_outputs
-    numbers, scales, bias = weights.numbers, weights.scales, weights.bias
-    numbers += mine.to(tl.int64) * num_rows * num_inputs
-    if scales is not None:
-        scales += mine * num_rows
-    if bias is not None:
-        bias += mine * num_rows
-    own_weights = WeightOperand(numbers, scales, bias)
-    if last - first > TILE.rows // 2:
-        _tokens_times_weights(
-            x, own_weights, pairs, output, first, last, tl.program_id(0), num_outputs, num_inputs,
-            PER_TOKEN, TILE.rows, TILE.outputs, TILE.k, SWIGLU, LIMIT, ALPHA,
-        )  # fmt: skip
-    else:
-        _tokens_times_weights(
-            x, own_weights, pairs, output, first, last, tl.program_id(0), num_outputs, num_inputs,
-            PER_TOKEN, TILE.rows // 2, TILE.outputs, TILE.k, SWIGLU, LIMIT, ALPHA,
-        )  # fmt: skip
 
 
 @triton.jit

@@ -122,6 +122,7 @@ def route(
     norm: Norm | None = None,
     bias: torch.Tensor | None = None,
     correction: torch.Tensor | None = None,
+    more: torch.Tensor | None = None,
 ) -> None:
     """Write experts and weights of each token's pairs, as `llm.models.experts.Router` says, in float32.
 
@@ -131,6 +132,7 @@ def route(
         norm: of x, where x is not normalised yet; one whose weights are factors.
         bias: (num_experts,), added to the logits; None for none.
         correction: (num_experts,) float32, added to what experts are chosen by; None for none.
+        more: (tokens, num_experts) float32, added to the logits of each token; None for none.
     """
     (num_tokens, num_inputs), shape, options = x.shape, routes.shape, launch_options(x.device)
     block = _block(shape.num_experts)
@@ -151,7 +153,7 @@ def route(
     if num_tokens > _MANY_TOKENS:
         assert norm is None, "of one token alone"
         _route_many[(triton.cdiv(num_tokens, _ROWS_OF_MANY),)](
-            x, router, bias, correction, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part,
+            x, router, bias, more, correction, routes.experts, routes.weights, num_tokens, num_inputs, inputs_per_part,
             **sizes, CHOICE=choice, ROWS=_ROWS_OF_MANY, TILE_K=tile_k, num_warps=_num_warps(block),
             num_stages=_num_stages(x, (block + _ROWS_OF_MANY) * tile_k), **options,
         )  # fmt: skip
@@ -163,7 +165,7 @@ def route(
         CAN_PREFETCH=x.device.type == "cuda" and inputs_per_part % (2 * tile_k) == 0, **options,
     )  # fmt: skip
     _choose[(num_tokens,)](
-        routes.partial, routes.squares, bias, correction, routes.experts, routes.weights, num_inputs,
+        routes.partial, routes.squares, bias, more, correction, routes.experts, routes.weights, num_inputs,
         0.0 if norm is None else norm.eps, **sizes, CHOICE=choice, HAS_NORM=norm is not None, num_warps=1, **options,
     )  # fmt: skip
 
@@ -205,11 +207,14 @@ def _logits(
 
 
 @triton.jit
-def _add_bias(logits, bias, NUM_EXPERTS: tl.constexpr):
-    """Logits, (experts, rows), with the bias of their experts, if there is one."""
+def _add_bias(logits, bias, more, row, num_tokens, NUM_EXPERTS: tl.constexpr):
+    """Logits, (experts, rows), with the bias of their experts and what their tokens have more, if there is any."""
+    expert = tl.minimum(tl.arange(0, logits.shape[0]), NUM_EXPERTS - 1)
     if bias is not None:
-        expert = tl.arange(0, logits.shape[0])
-        logits += tl.load(bias + tl.minimum(expert, NUM_EXPERTS - 1)).to(tl.float32)[:, None]
+        logits += tl.load(bias + expert).to(tl.float32)[:, None]
+    if more is not None:
+        place = row[None, :].to(tl.int64) * NUM_EXPERTS + expert[:, None]
+        logits += tl.load(more + place, mask=(row < num_tokens)[None, :], other=0.0)
     return logits
 
 
@@ -322,7 +327,7 @@ def _parts_of_logits(
 
 @triton.jit
 def _choose(
-    partial, squares, bias, correction, experts, weights, num_inputs, norm_eps,
+    partial, squares, bias, more, correction, experts, weights, num_inputs, norm_eps,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, CHOICE: tl.constexpr, NUM_PARTS: tl.constexpr,
     HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -340,13 +345,13 @@ def _choose(
             square += tl.load(squares + token * NUM_PARTS + part)
     if HAS_NORM:
         logits *= tl.rsqrt(square / num_inputs + norm_eps)
-    logits = _add_bias(logits, bias, NUM_EXPERTS)
+    logits = _add_bias(logits, bias, more, row, token + 1, NUM_EXPERTS)
     _store_best(logits, correction, row, experts, weights, token + 1, NUM_EXPERTS, CHOICE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route_many(
-    x, router, bias, correction, experts, weights, num_tokens, num_inputs, inputs_per_part,
+    x, router, bias, more, correction, experts, weights, num_tokens, num_inputs, inputs_per_part,
     NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, CHOICE: tl.constexpr, ROWS: tl.constexpr,
     TILE_K: tl.constexpr, NUM_PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -361,5 +366,5 @@ def _route_many(
         begin = part * inputs_per_part
         share, _ = _logits(x, None, router_row, source, begin, begin + inputs_per_part, num_inputs, TILE_K)
         logits += share
-    logits = _add_bias(logits, bias, NUM_EXPERTS)
+    logits = _add_bias(logits, bias, more, row, num_tokens, NUM_EXPERTS)
     _store_best(logits, correction, row, experts, weights, num_tokens, NUM_EXPERTS, CHOICE)

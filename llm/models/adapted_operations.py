@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from llm.config import Activation
+from llm.kernels.expert_adapters import MixtureAdapters
 from llm.kernels.quantization import EightBitRows
+from llm.models.experts import Experts, ShareGate
 from llm.models.kernel_arguments import norm_of
 from llm.models.kernel_operations import KernelOperations
 from llm.models.kernel_workspace import KernelWorkspace
@@ -79,6 +81,13 @@ class AdaptedOperations(KernelOperations):
         product = super()._part(rows, projection)
         self._adapters.expand(projection, shrunk, self._which, product)
         return product
+
+    def _adapters_of(self, _experts: Experts) -> MixtureAdapters | None:
+        return self._adapters.of_experts(_experts, self._which)
+
+    def _share_logits(self, _norm: RMSNorm, _gate: ShareGate) -> torch.Tensor | None:
+        x = self._workspace.linear.normed(self._stream, norm_of(_norm))
+        return self._adapters.share_logits(_gate, x, self._which)
 
     def _asked_for(self, layer: int, output: torch.Tensor) -> torch.Tensor:
         if layer == self._workspace.last_layer:

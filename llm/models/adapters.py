@@ -3,8 +3,11 @@
 All adapters of an engine have places of one size, its slots. A slot holds the factors of every module that an adapter
 may be on, zeros where it is not on one. A module may be made of several of a checkpoint's modules (queries, keys and
 values), which have factors of their own: its parts. B includes the adapter's scaling.
+
+Of a module that holds one projection of every expert, a slot holds the factors of each expert.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -28,6 +31,8 @@ class AdaptedModule:
         ranges: (part, first, end) of outputs that a part adds to, in order; no output is in two of them.
         first_a: place of A, (parts, rank, inputs), within the slot.
         first_b: place of B, (outputs, rank), within the slot.
+        num_experts: experts whose projections the module holds, each with an A and a B of its own, one behind the
+            other; None for a module that is one projection.
     """
 
     num_inputs: int
@@ -36,17 +41,30 @@ class AdaptedModule:
     ranges: tuple[tuple[int, int, int], ...]
     first_a: int
     first_b: int
+    num_experts: int | None = None
 
     def factor_a(self, slots: torch.Tensor, rank: int) -> torch.Tensor:
-        """A of all `slots`, (slots, numbers): (slots, parts · rank, inputs), a view."""
-        num_rows = self.num_parts * rank
-        end = self.first_a + num_rows * self.num_inputs
-        return torch.unflatten(slots[:, self.first_a : end], 1, (num_rows, self.num_inputs))
+        """A of all `slots`, (slots, numbers): (slots, parts · rank, inputs), or (slots, experts, …); a view."""
+        return _view(slots, self.first_a, self._shape(self.num_parts * rank, self.num_inputs))
 
     def factor_b(self, slots: torch.Tensor, rank: int) -> torch.Tensor:
-        """B of all `slots`, (slots, numbers): (slots, outputs, rank), a view."""
-        end = self.first_b + self.num_outputs * rank
-        return torch.unflatten(slots[:, self.first_b : end], 1, (self.num_outputs, rank))
+        """B of all `slots`, (slots, numbers): (slots, outputs, rank), or (slots, experts, …); a view."""
+        return _view(slots, self.first_b, self._shape(self.num_outputs, rank))
+
+    def num_a(self, rank: int) -> int:
+        """How many numbers A takes in a slot."""
+        return math.prod(self._shape(self.num_parts * rank, self.num_inputs))
+
+    def num_b(self, rank: int) -> int:
+        """How many numbers B takes in a slot."""
+        return math.prod(self._shape(self.num_outputs, rank))
+
+    def _shape(self, *shape: int) -> tuple[int, ...]:
+        return shape if self.num_experts is None else (self.num_experts, *shape)
+
+
+def _view(slots: torch.Tensor, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.unflatten(slots[:, first : first + math.prod(shape)], 1, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +132,27 @@ class TokenAdapters:
         """Those of the tokens at `kept`, (kept,)."""
         return type(self)(self._memory, self._slots[kept])
 
-    def factors(self, module: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """For each adapter of the pass on a module: its tokens, A (parts · rank, inputs), and B (outputs, rank)."""
+    def factors(
+        self, module: nn.Module, expert: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """For each adapter of the pass on a module: its tokens, A (parts · rank, inputs), and B (outputs, rank).
+
+        Args:
+            expert: which of the module's experts, in a module that holds several; None for others.
+        """
         adapted = self._memory.of(module)
         if adapted is None:
             return
         rank = self._memory.layout.rank
         factor_a, factor_b = (each(self._memory.slots, rank) for each in (adapted.factor_a, adapted.factor_b))
         for slot, tokens in self._tokens.items():
-            yield tokens, factor_a[slot], factor_b[slot]
+            place = slot if expert is None else (slot, expert)
+            yield tokens, factor_a[place], factor_b[place]
 
-    def add(self, module: nn.Module, x: torch.Tensor, product: torch.Tensor) -> None:
+    def add(self, module: nn.Module, x: torch.Tensor, product: torch.Tensor, expert: int | None = None) -> None:
         """Add what the adapters make of a module's inputs, (tokens, in), to its product, (tokens, out)."""
         adapted, rank = self._memory.of(module), self._memory.layout.rank
-        for tokens, factor_a, factor_b in self.factors(module):
+        for tokens, factor_a, factor_b in self.factors(module, expert):
             assert adapted is not None, "it has factors"
             shrunk = x[tokens] @ factor_a.t()
             for part, first, end in adapted.ranges:

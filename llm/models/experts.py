@@ -59,10 +59,12 @@ class Router(nn.Module):
             self.e_score_correction_bias.data = self.e_score_correction_bias.data.float()
         return self
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, adapters: TokenAdapters | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, hidden_size) → weights, float32, and experts, int64, (tokens, per_token) each, best first."""
         bias = None if self.bias is None else self.bias.float()
         logits = F.linear(x.float(), self.weight.float(), bias)
+        if adapters is not None:
+            adapters.add(self, x, logits)
         scores = logits.sigmoid() if self.routing.uses_sigmoid else logits.softmax(-1)
         choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         if self.routing.num_groups > 1:
@@ -87,12 +89,22 @@ class ExpertProjections(nn.Module):
 
     def __init__(self, num_experts: int, num_inputs: int, num_outputs: int, *, has_bias: bool) -> None:
         super().__init__()
+        self.num_experts = num_experts
+        self.num_inputs = num_inputs
+        self.num_outputs = num_outputs
         self.weight = nn.Parameter(torch.empty(num_experts, num_outputs, num_inputs))
         self.bias = nn.Parameter(torch.empty(num_experts, num_outputs)) if has_bias else None
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """(…, in) → (…, out), through one expert."""
         return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
+
+    def adapted(self, x: torch.Tensor, expert: int, adapters: TokenAdapters | None) -> torch.Tensor:
+        """(tokens, in) → (tokens, out), through one expert and the tokens' adapters on it."""
+        found: torch.Tensor = self(x, expert)
+        if adapters is not None:
+            adapters.add(self, x, found, expert)
+        return found
 
 
 class ShareGate(nn.Module):
@@ -102,9 +114,16 @@ class ShareGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden_size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapters: TokenAdapters | None = None) -> torch.Tensor:
         """(…, hidden_size) → (…, 1), from 0 to 1."""
-        return F.linear(x, self.weight).sigmoid()
+        logits = F.linear(x, self.weight)
+        if adapters is not None:
+            adapters.add(self, x, logits)
+        return logits.sigmoid()
+
+
+ROUTING = Router, ShareGate, ExpertProjections
+"""Modules that adapters are on only where an engine has `adapter_experts`."""
 
 
 class SharedExpert(nn.Module):
@@ -125,7 +144,7 @@ class SharedExpert(nn.Module):
         """(…, hidden_size) → (…, hidden_size)."""
         gate, up = product(self.gate_up_proj, x, adapters).chunk(2, dim=-1)
         made = product(self.down_proj, F.silu(gate) * up, adapters)
-        return made if self.gate is None else self.gate(x) * made
+        return made if self.gate is None else self.gate(x, adapters) * made
 
 
 class Experts(nn.Module):
@@ -191,17 +210,18 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, adapters: TokenAdapters | None = None) -> torch.Tensor:
         """(…, hidden_size) → (…, hidden_size): for each token, the weighted sum of its experts' outputs, as far as this
-        process holds them. Tokens' adapters are on the shared expert alone."""
+        process holds them."""
         tokens = x.reshape(-1, x.shape[-1])
-        weights, chosen = self.router(tokens)
+        weights, chosen = self.router(tokens, adapters)
         output = torch.zeros_like(tokens)
         for expert in chosen.unique().tolist():
             if expert not in self.held:
                 continue
             token, slot = torch.where(chosen == expert)
             place = expert - self.held.start
-            gate, up = self.gate_up_proj(tokens[token], place).chunk(2, dim=-1)
-            made = self.down_proj(self._gated(gate, up), place)
+            own = None if adapters is None else adapters.kept(token)
+            gate, up = self.gate_up_proj.adapted(tokens[token], place, own).chunk(2, dim=-1)
+            made = self.down_proj.adapted(self._gated(gate, up), place, own)
             output.index_add_(0, token, (made * weights[token, slot, None]).to(x.dtype))
         if self.shared is not None:
             output = output + self.shared(tokens, adapters)

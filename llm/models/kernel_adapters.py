@@ -10,7 +10,9 @@ from llm.config import Activation
 from llm.kernels.activation import activate_gated
 from llm.kernels.adapted_product import AdaptedProduct, new_flags
 from llm.kernels.adapters import AdapterEntries, AdapterFactors, expand, expand_gated, shrink
+from llm.kernels.expert_adapters import ExpertFactors, MixtureAdapters
 from llm.models.adapters import AdapterMemory
+from llm.models.experts import ROUTING, ExpertProjections, Experts
 from llm.models.kernel_arguments import weights_of
 from llm.models.latent import LatentHeads
 
@@ -38,16 +40,38 @@ class KernelAdapters:
 
     def __init__(self, memory: AdapterMemory, *, deterministic: bool) -> None:
         rank, slots = memory.layout.rank, memory.slots
-        factors_of = {
-            module: AdapterFactors.of(adapted.factor_a(slots, rank), adapted.factor_b(slots, rank), adapted.ranges)
-            for module, adapted in memory.modules.items()
-        }
         self._deterministic = deterministic
+        self._factors: dict[nn.Module, AdapterFactors] = {}
+        self._expert_factors: dict[nn.Module, ExpertFactors] = {}
+        for module, adapted in memory.modules.items():
+            factor_a, factor_b = adapted.factor_a(slots, rank), adapted.factor_b(slots, rank)
+            if isinstance(module, ExpertProjections):
+                self._expert_factors[module] = ExpertFactors(factor_a, factor_b, rank)
+            else:
+                self._factors[module] = AdapterFactors.of(factor_a, factor_b, adapted.ranges)
         flags = new_flags(memory.slots.device)
+        linear = [module for module in self._factors if not isinstance(module, ROUTING)]
         self._products = {
-            module: AdaptedProduct(weights_of(cast(nn.Linear, module)), factors, number, len(factors_of), flags)
-            for number, (module, factors) in enumerate(factors_of.items())
+            module: AdaptedProduct(
+                weights_of(cast(nn.Linear, module)), self._factors[module], number, len(linear), flags
+            )
+            for number, module in enumerate(linear)
         }
+
+    def of_experts(self, experts: Experts, which: AdapterEntries) -> MixtureAdapters | None:
+        """What the tokens' adapters have for the experts of a layer; None where they may not be on these."""
+        if experts.router not in self._factors:
+            return None
+        projections = (self._expert_factors[each] for each in (experts.gate_up_proj, experts.down_proj))
+        return MixtureAdapters(which, self._factors[experts.router], *projections)
+
+    def share_logits(self, gate: nn.Module, x: torch.Tensor, which: AdapterEntries) -> torch.Tensor | None:
+        """What the tokens' adapters add to products with a shared expert's gate, (tokens, 1) float32; None as above."""
+        if gate not in self._factors:
+            return None
+        logits = torch.zeros(len(x), 1, dtype=torch.float32, device=x.device)
+        self.expand(gate, self.shrink(gate, x, which), which, logits)
+        return logits
 
     def product(self, projection: nn.Module, x: torch.Tensor, *, swiglu: bool = False) -> AdaptedProduct | None:
         """What multiplies x, (tokens, in), by a projection and the tokens' adapters at once, where anything does.
@@ -60,11 +84,11 @@ class KernelAdapters:
 
     def shrink(self, projection: nn.Module, x: torch.Tensor, which: AdapterEntries) -> torch.Tensor:
         """The tokens' A for a projection times its inputs, (tokens, in); see `llm.kernels.adapters.shrink`."""
-        return shrink(x, which, self._products[projection].factors, deterministic=self._deterministic)
+        return shrink(x, which, self._factors[projection], deterministic=self._deterministic)
 
     def expand(self, projection: nn.Module, shrunk: torch.Tensor, which: AdapterEntries, output: torch.Tensor) -> None:
         """Add the tokens' B for a projection times `shrunk` to `output`, (tokens, out)."""
-        expand(shrunk, which, self._products[projection].factors, output)
+        expand(shrunk, which, self._factors[projection], output)
 
     def expand_gated(
         self,
@@ -75,7 +99,7 @@ class KernelAdapters:
         activation: Activation,
     ) -> torch.Tensor:
         """activation(gate) * up, (tokens, size), with the tokens' B; see `llm.kernels.adapters.expand_gated`."""
-        factors = self._products[gate_up_proj].factors
+        factors = self._factors[gate_up_proj]
         output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         if factors.halves is None:
             expand(shrunk, which, factors, gate_up)
@@ -112,7 +136,7 @@ class KernelAdapters:
 
     def _latent_factors(self, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor]:
         """A, (slots, adapters' rank, rank), and B, (slots, num_heads, plain_dim + value_dim, adapters' rank)."""
-        factors = self._products[heads.kv_proj].factors
+        factors = self._factors[heads.kv_proj]
         return factors.a, torch.unflatten(factors.b, 1, (heads.num_heads, -1))
 
 

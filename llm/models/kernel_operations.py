@@ -12,12 +12,13 @@ from llm.kernels.attention.rope import rope_and_store
 from llm.kernels.attention.work import Scoring
 from llm.kernels.delta_chunks import LEAST_TOKENS, can_run, gated_delta_chunks
 from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolution, store_tails
+from llm.kernels.expert_adapters import MixtureAdapters
 from llm.kernels.linear import add_parts
 from llm.kernels.norm import ResidualStream, embed_tokens, keep_tokens, rms_norm
 from llm.kernels.quantization import EightBitRows, ScaledProduct
 from llm.kernels.shares import scale_by_share
 from llm.models.delta import DeltaMixer
-from llm.models.experts import Experts
+from llm.models.experts import Experts, ShareGate
 from llm.models.kernel_arguments import norm_of, scaled, weights_of
 from llm.models.kernel_workspace import KernelWorkspace
 from llm.models.latent import LatentHeads
@@ -198,12 +199,14 @@ class KernelOperations:
         if shared is not None:  # before the others have added to the stream, whose norm it takes
             rows = self._gated(norm, shared.gate_up_proj, shared.down_proj, Activation.SILU)
             if shared.gate is not None:
-                scale_by_share(self._stream, norm_of(norm), shared.gate.weight, rows)
+                scale_by_share(
+                    self._stream, norm_of(norm), shared.gate.weight, rows, self._share_logits(norm, shared.gate)
+                )
         exchange = self._workspace.exchange
         output = None if exchange is None else torch.zeros_like(self._stream.total)
         mixture(
             self._stream, norm_of(norm), router.weight, gate_up, down, router.bias, router.e_score_correction_bias,
-            output=output,
+            output=output, adapters=self._adapters_of(experts),
         )  # fmt: skip
         if exchange is None or output is None:
             if shared is not None:
@@ -212,6 +215,14 @@ class KernelOperations:
         if shared is not None:
             output += self._part(rows, shared.down_proj)
         add_parts(self._stream, output, exchange)
+
+    def _adapters_of(self, _experts: Experts) -> MixtureAdapters | None:
+        """What is not in the weights of experts: nothing."""
+        return None
+
+    def _share_logits(self, _norm: RMSNorm, _gate: ShareGate) -> torch.Tensor | None:
+        """What is not in the weight of a shared expert's gate, of each token; nothing."""
+        return None
 
     def norm(self, norm: RMSNorm) -> torch.Tensor:
         """See `Operations.norm`."""

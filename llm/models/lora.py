@@ -35,15 +35,21 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain layer that takes over this layer's weight, with the adapters added in at least float32."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
         for factor_a, factor_b, rows, scaling in zip(
             self.factors_a, self.factors_b, self._rows, self._scalings, strict=True
         ):
-            update = factor_b.to(wide) @ factor_a.to(wide) * scaling
-            self.weight[rows] = (self.weight[rows].to(wide) + update).to(self.weight.dtype)
+            add_to_weight(self.weight[rows], factor_a, factor_b, scaling)
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight, plain.bias = self.weight, self.bias
         return plain
+
+
+@torch.no_grad()
+def add_to_weight(weight: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor, scaling: float) -> None:
+    """Add an adapter, A (rank, in) and B (out, rank), to a weight, (out, in), in at least float32; rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (factor.to(weight.device, wide) for factor in (factor_a, factor_b))
+    weight.copy_(weight.to(wide) + b @ a * scaling)
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -111,5 +111,6 @@ def num_host_places(memory: AdapterMemory, config: EngineConfig) -> int:
     if not num_places:
         raise ConfigError(
             f"adapter_host_gib: one adapter takes {bytes_each} bytes; raise it, or lower max_adapter_rank"
+            + (", or leave out adapter_experts" if config.adapter_experts else "")
         )
     return min(num_places, _MOST_PLACES)

@@ -69,7 +69,8 @@ def adapters_bytes(model: DecoderModel, config: EngineConfig, adapters: AdapterL
 def _adapters_note(model: DecoderModel, config: EngineConfig, adapters: AdapterLayout | None) -> str:
     """How much memory adapters take, for a message; empty if there is none for them."""
     num_bytes = adapters_bytes(model, config, adapters)
-    return f", and max_adapters adapters of max_adapter_rank {num_bytes}" if num_bytes else ""
+    where = " with adapter_experts" if config.adapter_experts and model.config.num_experts else ""
+    return f", and max_adapters adapters of max_adapter_rank{where} {num_bytes}" if num_bytes else ""
 
 
 def _states_note(model: DecoderModel) -> str:

@@ -10,13 +10,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from vector_checkpoints import make_checkpoint
 
+from benchmarks.random_adapter import write_random_adapter
 from deployments.check import check_config_file
 from deployments.cli.check import check
 from deployments.config import AppConfig, resolve_paths
 from deployments.serve.config_file import check_model
+from llm.checkpoint.model_config import load_model_config
 from llm.errors import LLMError
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
@@ -210,6 +212,23 @@ def test_adapters_are_tried(tmp_path):
         with pytest.raises(LLMError, match=message) as caught:
             check_config_file(write_config(tmp_path, lora=str(tmp_path / name)))
         assert "\n" not in str(caught.value)
+
+
+def test_adapters_on_experts_need_room_for_them(tmp_path, capsys):
+    """Without it they are refused before anything starts, with the setting's name; with it the table says how much."""
+    directory = make_checkpoint(tmp_path / "model")
+    shape = json.loads((directory / "config.json").read_text())
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    kept = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"}
+    config = Qwen3MoeConfig(**{key: shape[key] for key in kept}, **sizes, max_position_embeddings=1024)
+    Qwen3MoeForCausalLM(config).save_pretrained(directory)
+    write_random_adapter(load_model_config(directory), tmp_path / "adapter", rank=2, with_experts=True)
+    args = {"model": str(directory), "adapters": [{"name": "a", "path": str(tmp_path / "adapter")}]}
+    with pytest.raises(LLMError, match=r"adapters, 'a': .*set adapter_experts: true") as caught:
+        check_config_file(write_config(tmp_path, **args, engine={"max_adapters": 2}))
+    assert "\n" not in str(caught.value)
+    check(write_config(tmp_path, **args, engine={"max_adapters": 2, "adapter_experts": True}), "24")
+    assert "of rank 16, routers and experts included" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_head_that_differs_from_the_embeddings_is_told(tmp_path, capsys):

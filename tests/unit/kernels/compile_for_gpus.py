@@ -20,9 +20,12 @@ from llm.kernels import (
     adapters,
     adjust,
     all_reduce,
+    chunked_all_reduce,
     delta_chunks,
     delta_rule,
+    expert_adapters,
     expert_groups,
+    expert_many_pairs,
     expert_tiles,
     experts,
     few_rows,
@@ -54,6 +57,7 @@ ALIGNED = {
     "inputs_per_part",
     "inputs_per_split",
     "slot_stride",
+    "split_stride",
     "a_stride",
     "b_stride",
     "num_numbers",
@@ -66,6 +70,7 @@ SCALES = {"row_scales": FLOAT, "scales": FLOAT, "bias": BF16}
 NO_SCALES = dict.fromkeys(SCALES)
 PARTS, ITEMS = StepParts(*[INT] * 4), WorkItems(*[INT] * 4)
 NO_GROUPS = GroupOperand(None, None, None)
+WITHOUT_ADAPTERS = {"adapters": None, "RULE": None}
 
 
 def compile_kernel(
@@ -139,6 +144,7 @@ def compile_activations() -> None:
     rows = {"x": BF16, "values": FP8, "scales": FLOAT, "num_inputs": "i32"}
     shared = {"total": BF16, "weight": BF16, "eps": "fp32", "gate": BF16}
     for values, scales in ((BF16, None), (FP8, FLOAT)):
+        shared["more"] = None if scales is None else FLOAT
         sizes = {"HIDDEN": 2048, "BLOCK": 2048, "OFFSET": 1.0, "SIZE": 768, "SIZE_BLOCK": 1024}
         compile_kernel("shares", shares._scale_by_share, {**shared, "values": values, "scales": scales, **sizes})
     compile_kernel("rounding", quantization._quantize_rows, rows, BLOCK=1024)
@@ -347,6 +353,7 @@ def compile_experts() -> None:
         num_warps = 8 if num_experts >= 256 else 4
         has_groups = num_experts == 256
         router["correction"] = FLOAT if has_groups else None
+        router["more"] = FLOAT if num_experts == 128 else None
         num_groups = (8, 4) if has_groups else (1, 1)
         router["CHOICE"] = routing._Choice(6, 8, weight is None, has_groups, *num_groups, 2.5)
         compile_routes("logits of experts", routing._parts_of_logits, router, 16, num_warps)
@@ -360,6 +367,7 @@ def compile_experts() -> None:
     compile_kernel("order of pairs", pair_order._place_pairs, many, BLOCK=512, num_warps=8)
     sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
     arguments |= {"output": BF16, "pairs": ExpertPairs(INT, INT, FLOAT), "num_outputs": "i32", **sizes}
+    arguments |= WITHOUT_ADAPTERS
     kinds = [*product(((BF16, None), (FP8, FLOAT)), (512, 16_384), (False, True), (plain,))]
     kinds += [((BF16, None), 512, False, bounded), ((BF16, None), 16_384, True, bounded)]
     kinds += [((FP8, FLOAT), 512, True, bounded), ((FP8, FLOAT), 16_384, False, bounded)]
@@ -367,7 +375,7 @@ def compile_experts() -> None:
         tile = expert_tiles.expert_tile(num_pairs, 128, 2, False, swiglu)
         more = dict(more)
         cut = {"weights": WeightOperand(weight, scales, more.pop("bias")), "TILE": tile}
-        kernel = experts._expert_product if num_pairs == 512 else experts._many_pairs_product
+        kernel = experts._expert_product if num_pairs == 512 else expert_many_pairs.many_pairs_product
         taken = compile_kernel(
             "experts", kernel, {**arguments, **cut, **more}, SWIGLU=swiglu, IS_EVEN=more["LIMIT"] is None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -386,6 +394,7 @@ def compile_expert_groups() -> None:
     arguments = {"x": BF16, "output": BF16, "pairs": ExpertPairs(INT, INT, FLOAT)}
     arguments |= dict.fromkeys(("num_outputs", "num_inputs", "num_groups"), "i32")
     arguments |= {"NUM_EXPERTS": 32, "EXPERT_BLOCK": 32, "PER_TOKEN": 4, "IS_EVEN": True, "IN_ASSEMBLY": True}
+    arguments |= WITHOUT_ADAPTERS
     plain, bounded = {"LIMIT": None, "ALPHA": None}, {"LIMIT": 7.0, "ALPHA": 1.702}
     formats = {
         "*u8": ("*u8", GroupOperand("*u8", None, None), bounded, 64),
@@ -471,6 +480,14 @@ def compile_all_reduce() -> None:
     for num_ranks, dtype in ((2, tl.bfloat16), (4, tl.float16), (2, tl.float32)):
         more = {"RANK": 1, "NUM_RANKS": num_ranks, "DTYPE": dtype, "ADDS": num_ranks == 2}
         compile_kernel("all-reduce", all_reduce._all_reduce, {**arguments, **more})
+    arguments |= {"turns": INT, "num_flag_words": "i32"}
+    for num_ranks, num_parts, dtype, lag in ((2, 1, tl.bfloat16, 1), (4, 4, tl.float16, 2), (2, 2, tl.float32, 1)):
+        more = {"RANK": 1, "NUM_RANKS": num_ranks, "NUM_PARTS": num_parts, "DTYPE": dtype, "LAG": lag}
+        more |= {"PART": 4096 // num_parts, "ADDS": num_parts < 4}
+        compile_kernel("chunks", chunked_all_reduce._chunked_all_reduce, {**arguments, **more}, num_warps=8)
+        arguments |= {"num_rows": "i32", "row_words": "i32", "SLOT_WORDS": 8192, "LAG": lag}
+        for rank in (0, 1):
+            compile_kernel("columns", chunked_all_reduce._chunked_gather, {**arguments, **more, "RANK": rank})
 
 
 def compile_adapters() -> None:
@@ -512,6 +529,38 @@ def compile_adapters() -> None:
         assert taken <= SHARED_MEMORY[capability] - 1024, (capability, taken)
 
 
+def compile_expert_adapters() -> None:
+    """Of few pairs and of many, gated and not, with weights of 16 bits, of 8 and in groups."""
+    arguments = {"x": BF16, "factor_a": BF16, "pairs": ExpertPairs(INT, INT, FLOAT), "shrunk": FLOAT, "output": BF16}
+    arguments |= {"slots": INT, "active": INT, "slot_stride": "i64", "num_numbers": "i32"}
+    arguments |= dict.fromkeys(("num_pairs", "num_inputs", "num_outputs", "inputs_per_split"), "i32")
+    arguments |= {"PER_TOKEN": 8, "NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "LIMIT": None, "ALPHA": None}
+    arguments["adapters"] = expert_adapters.PairAdapters(BF16, "i64", INT, INT, FLOAT, "i32")
+    for num_pairs, swiglu, rank, (weight, scales) in (
+        (512, False, 16, (BF16, None)), (512, True, 64, (FP8, FLOAT)), (4096, True, 64, (BF16, None)),
+        (16_384, False, 48, (BF16, None)), (16_384, True, 64, (FP8, FLOAT)),
+    ):  # fmt: skip
+        cut = {"ROWS": 16 if num_pairs < 2048 else 64, "NUMBERS": 32, "TILE_K": 128, "IS_EVEN": rank != 48}
+        cut |= {"SWIGLU": swiglu, "RULE": expert_adapters.PairRule(rank, min(rank & -rank, 64), 4 if rank == 16 else 1)}
+        compile_kernel("shrink pairs", expert_adapters._shrink_pairs, {**arguments, **cut}, num_stages=3)
+        tile = expert_tiles.expert_tile(num_pairs, 128, 2, False, swiglu)
+        kernel = expert_many_pairs.many_pairs_product if tile.rows >= 128 else experts._expert_product
+        cut |= {"weights": WeightOperand(weight, scales, None), "IS_EVEN": True, "TILE": tile}
+        taken = compile_kernel(
+            "experts with adapters", kernel, {**arguments, **cut}, num_warps=tile.num_warps, num_stages=tile.num_stages
+        )
+        assert taken <= SHARED_MEMORY[90] - 1024, (tile, rank, taken)
+    more = {"weights": WeightOperand("*u8", None, BF16), "groups": GroupOperand("*u8", None, None), "LIMIT": 7.0}
+    more |= {"ALPHA": 1.702, "IN_UNITS": False, "IN_ASSEMBLY": True, "GROUP": 32, "num_groups": "i32"}
+    for num_pairs in (512, 16_384):
+        tile = expert_tiles.expert_group_tile(num_pairs, 128, 64, 2, False, True)
+        taken = compile_kernel(
+            "experts in groups with adapters", expert_groups.groups_tile_product,
+            {**arguments, **cut, **more, "TILE": tile}, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        assert taken <= SHARED_MEMORY[90] - 1024, (tile, taken)
+
+
 def compile_draws() -> None:
     """Of logits in 16 bits and in 32, for all rows and for either sort."""
     arguments = {"fields": INT, "rows": INT, "positions": INT, "vocab_size": "i32", "row_stride": "i32"}
@@ -548,6 +597,7 @@ if __name__ == "__main__":
     compile_products()
     compile_experts()
     compile_expert_groups()
+    compile_expert_adapters()
     compile_stages()
     compile_groups()
     compile_all_reduce()

@@ -9,8 +9,9 @@ from test_cuts import FAMILIES
 from test_lora import CALM
 
 from benchmarks.random_adapter import write_random_adapter
-from llm.checkpoint.adapter import adapted_places, check_adapter, load_lora
+from llm.checkpoint.adapter import check_adapter, load_lora
 from llm.checkpoint.adapter_digest import adapter_digest
+from llm.checkpoint.adapter_places import adapted_places
 from llm.checkpoint.loading import load_decoder
 from llm.config import EngineConfig
 from llm.errors import ConfigError
@@ -24,7 +25,7 @@ PROMPTS = [tuple(range(3, 43)), tuple(range(50, 90)), tuple(range(90, 120))]
 def create_engine(model: DecoderModel, max_adapters: int = 0) -> ContinuousBatchingEngine:
     config = EngineConfig(
         max_batch_size=4, max_tokens_per_step=32, num_pages=120, max_adapters=max_adapters,
-        attention_backend="reference",
+        adapter_experts=True, attention_backend="reference",
     )  # fmt: skip
     return ContinuousBatchingEngine(model, config=config)
 
@@ -46,14 +47,14 @@ def logprobs_of(engine: ContinuousBatchingEngine, adapters: list[AdapterRef | No
 def write_adapters(model: DecoderModel, directory: Path, std: float = 0.08) -> list[AdapterRef | None]:
     """Two of different ranks, and none."""
     for rank in (3, 8):
-        write_random_adapter(model.config, directory / str(rank), rank=rank, seed=rank, std=std)
+        write_random_adapter(model.config, directory / str(rank), rank=rank, seed=rank, std=std, with_experts=True)
     paths = [directory / str(rank) for rank in (3, 8)]
     return [*(AdapterRef(name="x", path=str(path), digest=adapter_digest(path)) for path in paths), None]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_tokens_with_adapters_equal_merged_models(checkpoints, tmp_path, kind):
-    """Within 1e-4 in float32; experts that a router chooses among have none."""
+    """Within 1e-4 in float32; routers and experts have adapters, too."""
     directory = checkpoints(kind, **CALM)[0]
     model = load_decoder(directory, progress=False)
     adapters = write_adapters(model, tmp_path)
@@ -71,10 +72,19 @@ def test_tokens_with_adapters_equal_merged_models(checkpoints, tmp_path, kind):
         torch.testing.assert_close(found[place], expected[place], atol=1e-4, rtol=0)
 
 
-def test_every_projection_of_latent_attention_and_of_shared_experts_is_among_them(checkpoints):
-    model = load_decoder(checkpoints("deepseek_v3", **CALM)[0], progress=False)
-    names = {name.rpartition(".")[2] for name in adapted_places(model)}
-    assert names >= {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "down_proj"}
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "mlp.gate"}),
+        ("qwen3_5_moe", {"mlp.gate", "shared_expert_gate", "shared_expert.down_proj", "experts.11.gate_proj"}),
+        ("mixtral", {"block_sparse_moe.gate", "experts.0.w1", "experts.0.w2", "experts.0.w3"}),
+        ("gpt_oss", {"mlp.router", "q_proj"}),
+    ],
+)
+def test_every_projection_is_among_them(checkpoints, kind, names):
+    model = load_decoder(checkpoints(kind, **CALM)[0], progress=False)
+    found = tuple(adapted_places(model))
+    assert not [name for name in names if not any(each.endswith(f".{name}") for each in found)]
 
 
 def test_an_adapter_works_on_top_of_weights_in_codes(checkpoints, tmp_path):

@@ -18,7 +18,7 @@ from llm.serving.schemas import AdapterFailure, AdapterRef, FinishReason, Genera
 
 SIZES = {
     "max_batch_size": 4, "max_tokens_per_step": 32, "num_pages": 120, "max_adapters": 2,
-    "attention_backend": "reference",
+    "adapter_experts": True, "attention_backend": "reference",
 }  # fmt: skip
 
 
@@ -52,14 +52,16 @@ def test_more_ranks_than_heads_of_keys(checkpoints, tmp_path, kind, size):
     check_ranks(checkpoints(kind, **CALM)[0], tmp_path, tensor_parallel_size=size)
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5_moe"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5_moe", "gpt_oss", "qwen3_moe"])
 def test_experts_cut_by_expert(checkpoints, tmp_path, kind):
-    """Adapters on shared experts are cut by column still."""
+    """Each rank has the factors of its experts; adapters on shared experts are cut by column still."""
     check_ranks(checkpoints(kind, **CALM)[0], tmp_path, expert_parallel=True)
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "deepseek_v3"])
-def test_kernels_on_two_ranks(checkpoints, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "by_expert"), [("llama", False), ("phi3", False), ("deepseek_v3", False), ("qwen3_moe", True)]
+)
+def test_kernels_on_two_ranks(checkpoints, tmp_path, kind, by_expert):
     """The tokens that the reference gives on one; the ranks' parts of sums are added up behind the expansion."""
     directory = checkpoints(kind, num_hidden_layers=2 if kind == "deepseek_v3" else 1)[0]
     model = load_decoder(directory, progress=False)
@@ -74,7 +76,7 @@ def test_kernels_on_two_ranks(checkpoints, tmp_path, kind):
     sizes = {**SIZES, "max_batch_size": 3, "max_tokens_per_step": 16, "page_size": 8, "max_seq_len": 64}
     engines = (
         ContinuousBatchingEngine(model, config=EngineConfig(**sizes)),
-        parallel_engine(directory, **{**sizes, "attention_backend": "triton"}),
+        parallel_engine(directory, **{**sizes, "attention_backend": "triton", "expert_parallel": by_expert}),
     )
     expected, found = (engine.generate(requests, progress=False) for engine in engines)
     for engine in engines:
