@@ -44,18 +44,18 @@ def expected_logits(model: DecoderModel) -> np.ndarray:
         (torch.bfloat16, {}, 0.05),
         (torch.bfloat16, {"max_tokens_per_step": 256}, 0.05),
         (torch.bfloat16, {"num_pages": None, "gpu_memory_utilization": 0.5}, 0.05),
-        (torch.bfloat16, {"quantization": "fp8"}, 0.3),
+        (torch.bfloat16, {"quantization": "fp8"}, 0.2),
     ],
     ids=["float32", "whole", "chunks", "measured pool", "fp8"],
 )
 def test_logits_are_the_plain_models(dtype, config, most):
-    """The second time by replayed graphs, and with what the prefix cache holds. Differences are in units of the
-    logits' standard deviation."""
+    """The second time by replayed graphs, and with what the prefix cache holds. Differences are the root of their mean
+    square, in units of the logits' standard deviation."""
     expected = expected_logits(create_model(dtype))
     engine = create_engine(create_model(dtype), **config)
     for _ in range(3):
         found = engine.classify(create_prompts(), progress=False)
-        assert np.abs(found - expected).max() < most * expected.std(), (found, expected)
+        assert np.sqrt(np.square(found - expected).mean()) < most * expected.std(), (found, expected)
 
 
 def test_company_and_chunks_change_no_bit_where_it_is_deterministic():

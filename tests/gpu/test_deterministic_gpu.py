@@ -57,6 +57,8 @@ def create_requests(num: int, num_tokens: int) -> list[GenerationRequest]:
 )
 def test_tokens_do_not_depend_on_the_batch(shape, config):
     """Together, few at a time, one at a time, in chunks, and through a pool so small that sequences are preempted."""
+    if SHAPES[shape].get("latent") is not None:  # whose cache is not rounded to 8 bits
+        config = {name: value for name, value in config.items() if name != "kv_cache_dtype"}
     requests = create_requests(96, 24)
     together = generate(SHAPES[shape], requests, **config)
     assert generate(SHAPES[shape], requests, max_batch_size=5, **config) == together
