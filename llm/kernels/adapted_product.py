@@ -25,13 +25,11 @@ from llm.kernels.adapters import AdapterEntries, AdapterFactors
 from llm.kernels.few_rows import shared_sum, sum_of_products
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Linear, Weights
-from llm.kernels.tiles import MAX_FEW_ROWS, MULTIPROCESSORS, OUTPUTS, TILE_K, Tile, few_tile
+from llm.kernels.tiles import MAX_FEW_ROWS, OUTPUTS, TILE_K, few_tile
 
 _MAX_FLAGS = tl.constexpr(128)
 """Programs of a launch that shrink, for one block of rows, at most."""
 _MAX_ROW_BLOCKS = 4
-_MAX_SHARES = 2
-"""Programs that share a sum that shrinks at most, unless the product's sums have more."""
 _UNIT, _UNITS = tl.constexpr(16), tl.constexpr(8)
 """Shrunk numbers of one adapter that lie one behind the other, and how many such units are expanded at once: as many as
 fit the registers. The rank of slots is a multiple of the first."""
@@ -43,13 +41,11 @@ class LowRankShape(NamedTuple):
     Attributes:
         num_slots: adapters that may be active.
         num_numbers: that an adapter shrinks a row's inputs to, `rank` for each of the product's parts.
-        num_shares: programs that share each sum of these.
     """
 
     num_slots: int
     num_numbers: int
     rank: int
-    num_shares: int
 
 
 class AdapterOperand(NamedTuple):
@@ -106,8 +102,7 @@ class AdaptedProduct:
         if num_rows > MAX_FEW_ROWS or num_outputs % OUTPUTS or num_inputs % TILE_K:
             return False
         tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
-        num_flags = self._num_tiles * self._num_shares(tile, num_outputs)
-        return bool(num_flags <= _MAX_FLAGS.value)
+        return bool(self._num_tiles * tile.num_parts <= _MAX_FLAGS.value)
 
     @property
     def num_outputs(self) -> int:
@@ -118,19 +113,6 @@ class AdaptedProduct:
     def _num_tiles(self) -> int:
         num_slots, num_numbers, _ = self.factors.a.shape
         return int(triton.cdiv(num_slots * num_numbers, OUTPUTS))
-
-    def _num_shares(self, tile: Tile, num_outputs: int) -> int:
-        """How many programs share a sum of those that shrink: more than of the others where these leave room.
-
-        Each multiprocessor runs one program at a time.
-        """
-        num_shares, num_programs = tile.num_parts, num_outputs // OUTPUTS * tile.num_parts
-        num_turns = triton.cdiv(num_programs + num_shares * self._num_tiles, MULTIPROCESSORS)
-        while self.weights.num_inputs % (2 * num_shares * tile.k) == 0 and num_shares < _MAX_SHARES:
-            if num_programs + 2 * num_shares * self._num_tiles > num_turns * MULTIPROCESSORS:
-                break
-            num_shares *= 2
-        return num_shares
 
     def run(
         self,
@@ -160,19 +142,18 @@ class AdaptedProduct:
         num_slots, num_numbers, _ = factors.a.shape
         tile = few_tile(num_rows, num_outputs, num_inputs, weights.is_large, swiglu)
         num_row_blocks = triton.cdiv(num_rows, tile.rows)
-        num_shares = self._num_shares(tile, num_outputs)
-        shrunk = torch.empty(num_shares, num_rows, num_numbers, dtype=x.dtype, device=x.device)
+        shrunk = torch.empty(tile.num_parts, num_rows, num_numbers, dtype=x.dtype, device=x.device)
         operand = AdapterOperand(
             factors.a, factors.b, factors.a.stride(0), factors.b.stride(0), which.slots, which.active, which.step,
             factors.block_parts, shrunk, self.flags, self.num_products,
         )  # fmt: skip
-        num_programs = self._num_tiles * num_shares + num_outputs // OUTPUTS * tile.num_parts
+        num_programs = (self._num_tiles + num_outputs // OUTPUTS) * tile.num_parts
         bytes_a_stage = ((2 if swiglu else 1) * OUTPUTS + tile.rows) * tile.k * x.dtype.itemsize
         on_gpu = x.device.type == "cuda"
         _adapted_product[(num_programs * num_row_blocks,)](
             x, weights.operand, operand, output, *linear.scratch, num_rows, num_outputs, num_inputs,
             num_inputs // tile.num_parts, self.number,
-            SHAPE=LowRankShape(num_slots, num_numbers, factors.rank, num_shares),
+            SHAPE=LowRankShape(num_slots, num_numbers, factors.rank),
             TILE=tile, SWIGLU=swiglu, GELU=gated_by is Activation.GELU_TANH, ADDS=adds, ON_GPU=on_gpu,
             num_warps=tile.num_warps, num_stages=min(tile.num_stages, most_stages(x.device, bytes_a_stage)),
             **launch_options(x.device),
@@ -212,10 +193,14 @@ def _factors(adapters, first_unit, out, part, count, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _numbers(adapters, first_unit, token, row_slot, num_tokens, part, count, SHAPE: tl.constexpr):
-    """Shrunk numbers that `_factors` multiply: (units · numbers, rows), zeros where a row has another adapter."""
+def _expanded(
+    acc, factors, adapters, first_unit, token, row_slot, num_tokens, part, count, SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Add to a tile, (outputs, rows) float32, what `_factors` of these units make of the rows' shrunk numbers."""
     units_of_one: tl.constexpr = SHAPE.rank // _UNIT
-    num_shares: tl.constexpr = SHAPE.num_shares
+    num_shares: tl.constexpr = TILE.num_parts
+    rows: tl.constexpr = TILE.rows
     unit = first_unit + tl.arange(0, _UNITS)
     exists = (unit < count * units_of_one) & (part >= 0)
     slot = tl.load(adapters.active + 1 + unit // units_of_one, mask=exists, other=-2)
@@ -223,17 +208,12 @@ def _numbers(adapters, first_unit, token, row_slot, num_tokens, part, count, SHA
     place += tl.maximum(part, 0) * SHAPE.rank
     pointers = adapters.shrunk + token[None, None, :] * SHAPE.num_numbers + place[:, :, None]
     is_own = (slot[:, None] == row_slot[None, :])[:, None, :]
-    total = tl.zeros([_UNITS, _UNIT, token.shape[0]], tl.float32)
+    numbers = tl.zeros([_UNITS, _UNIT, rows], tl.float32)
     for share in tl.static_range(num_shares):
         # Past the first-level cache, which does not see other multiprocessors' writes.
-        numbers = pointers + share * num_tokens * SHAPE.num_numbers
-        total += tl.load(numbers, mask=is_own, other=0.0, cache_modifier=".cg").to(tl.float32)
-    return tl.reshape(total.to(adapters.shrunk.dtype.element_ty), [_UNITS * _UNIT, token.shape[0]])
-
-
-@triton.jit
-def _expanded(acc, factors, numbers):
-    """Add what factors make of shrunk numbers to a tile, (outputs, rows) float32."""
+        shares = pointers + share * num_tokens * SHAPE.num_numbers
+        numbers += tl.load(shares, mask=is_own, other=0.0, cache_modifier=".cg").to(tl.float32)
+    numbers = tl.reshape(numbers.to(factors.dtype), [_UNITS * _UNIT, rows])
     factors = tl.reshape(factors, [acc.shape[0], _UNITS * _UNIT])
     return tl.dot(factors, numbers, acc, input_precision="ieee")
 
@@ -253,7 +233,7 @@ def _shrink(
         adapter, place = number // SHAPE.num_numbers, number % SHAPE.num_numbers
         slot = tl.load(adapters.active + 1 + tl.minimum(adapter, count - 1))
         factor_row = (adapters.factor_a + slot.to(tl.int64) * adapters.a_stride + place * num_inputs)[:, None]
-        size = num_inputs // (SHAPE.num_shares * TILE.k) * TILE.k  # whole tiles, which says that loads are aligned
+        size = num_inputs // (TILE.num_parts * TILE.k) * TILE.k  # whole tiles, which says that loads are aligned
         begin = share * size
         if ON_GPU:
             line_size: tl.constexpr = 1024 // adapters.factor_a.dtype.element_ty.primitive_bitwidth
@@ -274,7 +254,7 @@ def _shrink(
         tl.store(pointers, acc.to(adapters.shrunk.dtype.element_ty), mask=is_own)
         tl.debug_barrier()  # every thread's numbers are written before the flag goes up
         # Flags of active tiles come first: only these are waited for.
-        flag = (row_block * num_tiles + block) * SHAPE.num_shares + share
+        flag = (row_block * num_tiles + block) * TILE.num_parts + share
         tl.atomic_xchg(flags + flag, raised, sem="release")
 
 
@@ -289,7 +269,7 @@ def _adapted_product(
     outputs: tl.constexpr = TILE.outputs
     num_tiles: tl.constexpr = (SHAPE.num_slots * SHAPE.num_numbers + outputs - 1) // outputs
     num_row_blocks = tl.cdiv(num_rows, rows)
-    num_shrinking = num_tiles * SHAPE.num_shares * num_row_blocks
+    num_shrinking = num_tiles * TILE.num_parts * num_row_blocks
     program = tl.program_id(0)
     # The adapters of the rows and their factors are what the step began with: no kernel of the step writes them.
     raised = tl.load(adapters.step) * adapters.num_products + number
@@ -332,20 +312,22 @@ def _adapted_product(
         acc, up, is_last = shared_sum(acc, up, partial, arrivals, place, part, row, TILE, SWIGLU)
     if is_last:
         dtype: tl.constexpr = output.dtype.element_ty
-        flags = adapters.flags + row_block * num_tiles * SHAPE.num_shares
+        flags = adapters.flags + row_block * num_tiles * TILE.num_parts
         token = row_block * rows + row
         row_slot = tl.load(adapters.slots + token, mask=row < rows_left, other=-1)
-        num_flags = tl.cdiv(count * SHAPE.num_numbers, outputs) * SHAPE.num_shares
+        num_flags = tl.cdiv(count * SHAPE.num_numbers, outputs) * TILE.num_parts
         _wait_for_flags(flags, num_flags, raised, ON_GPU)
-        acc = _expanded(acc, gate_factors, _numbers(adapters, 0, token, row_slot, num_rows, gate_part, count, SHAPE))
+        acc = _expanded(
+            acc, gate_factors, adapters, 0, token, row_slot, num_rows, gate_part, count, SHAPE, TILE
+        )  # fmt: skip
         if SWIGLU:
-            up = _expanded(up, up_factors, _numbers(adapters, 0, token, row_slot, num_rows, up_part, count, SHAPE))
+            up = _expanded(up, up_factors, adapters, 0, token, row_slot, num_rows, up_part, count, SHAPE, TILE)
         for unit in tl.range(_UNITS, count * (SHAPE.rank // _UNIT), _UNITS, num_stages=1):  # of many adapters, or wide
-            numbers = _numbers(adapters, unit, token, row_slot, num_rows, gate_part, count, SHAPE)
-            acc = _expanded(acc, _factors(adapters, unit, out, gate_part, count, SHAPE), numbers)
+            factors = _factors(adapters, unit, out, gate_part, count, SHAPE)
+            acc = _expanded(acc, factors, adapters, unit, token, row_slot, num_rows, gate_part, count, SHAPE, TILE)
             if SWIGLU:
-                numbers = _numbers(adapters, unit, token, row_slot, num_rows, up_part, count, SHAPE)
-                up = _expanded(up, _factors(adapters, unit, num_outputs + out, up_part, count, SHAPE), numbers)
+                factors = _factors(adapters, unit, num_outputs + out, up_part, count, SHAPE)
+                up = _expanded(up, factors, adapters, unit, token, row_slot, num_rows, up_part, count, SHAPE, TILE)
         if weights.bias is not None:
             acc += tl.load(weights.bias + out).to(tl.float32)[:, None]
         result = gated(acc, up, dtype, GELU) if SWIGLU else acc.to(dtype)

@@ -521,7 +521,7 @@ def compile_adapters() -> None:
         num_stages = min(4, stages_in(SHARED_MEMORY[capability], bytes_a_stage, capability // 10))
         kernel = {**arguments, "SWIGLU": swiglu, "GELU": False, "ADDS": not swiglu, "ON_GPU": True}
         kernel |= {"weights": WeightOperand(BF16, None, None), "TILE": tile}
-        kernel["SHAPE"] = adapted_product.LowRankShape(8, 32 if swiglu else 48, 16, 2)
+        kernel["SHAPE"] = adapted_product.LowRankShape(8, 32 if swiglu else 48, 16)
         taken = compile_kernel(
             "product with adapters", adapted_product._adapted_product, kernel, capability=capability,
             num_stages=num_stages,
