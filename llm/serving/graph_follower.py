@@ -5,10 +5,9 @@ from functools import partial
 import torch
 
 from llm.models.adapters import AdapterMemory
-from llm.serving.followers import RankStep
 from llm.serving.graph_model import GraphModel
 from llm.serving.model_runner import MAX_SCORED_AT_ONCE
-from llm.serving.step_arrays import batches
+from llm.serving.step_arrays import StepArrays, batches
 
 
 class GraphFollower:
@@ -43,19 +42,17 @@ class GraphFollower:
             self._draw(size, draws_plainly=draws_plainly)
 
     @torch.inference_mode()
-    def follow(self, step: RankStep) -> None:
+    def follow(self, arrays: StepArrays) -> None:
         """See `Follower.follow`."""
-        graphs, arrays = self._graphs, step.arrays
+        graphs = self._graphs
         graphs.uploads.begin_step()
-        if len(step.pages):
-            graphs.pages.write(step.page_indices, step.pages, graphs.uploads)
         graphs.launch(arrays)
         num_draws = len(arrays.draw_rows)
         scored = graphs.hidden[num_draws + len(arrays.pooled_tokens) :]
         for these in batches(len(arrays.scored_tokens), min(MAX_SCORED_AT_ONCE, graphs.draw_sizes[-1])):
             graphs.to_logits(scored[these])
         if num_draws:
-            self._draw(graphs.draw_size(num_draws), draws_plainly=step.draws_plainly)
+            self._draw(graphs.draw_size(num_draws), draws_plainly=arrays.draws_plainly)
 
     def _draw(self, size: int, *, draws_plainly: bool) -> None:
         """Send rank 0 this rank's logits, and receive the tokens that it draws."""

@@ -48,7 +48,7 @@ class GraphModel:
         kv_cache: memory of the slot pool, on the same device.
         max_rows: rows that the scheduler hands out.
         max_tokens: token budget of a step.
-        max_seq_len: longest sequence in tokens.
+        table_len: pages of the longest sequence.
         max_draws_per_row: tokens that a row may draw in one step, 1 plus its guesses.
         deterministic: see `KernelWorkspace`.
         num_snapshots: see `RecurrentStates`.
@@ -72,7 +72,7 @@ class GraphModel:
         *,
         max_rows: int,
         max_tokens: int,
-        max_seq_len: int,
+        table_len: int,
         max_draws_per_row: int = 1,
         deterministic: bool = False,
         num_snapshots: int = 0,
@@ -89,8 +89,7 @@ class GraphModel:
         # Steps with prefills pad their parts generously, which costs little: the number of graphs to capture is the
         # number of token sizes times the number of part sizes.
         self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
-        max_pages = -(-max_seq_len // kv_cache.page_size)
-        self.pages = DevicePages(max_rows, max_pages, kv_cache.num_groups, kv_cache.scratch_page, device)
+        self.pages = DevicePages(max_rows, table_len, kv_cache.num_groups, kv_cache.scratch_page, device)
         self.uploads = make_uploads(max_rows, model.config.vocab_size, device, NUM_BUFFERS)
         self.most_tokens, most_rows, most_draws = self._token_sizes[-1], self._row_sizes[-1], self.draw_sizes[-1]
         sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), self.most_tokens)
@@ -115,7 +114,9 @@ class GraphModel:
         self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def launch(self, arrays: StepArrays) -> None:
-        """Run the model on a step; the pages of its rows have been written already."""
+        """Write the new pages of a step's rows and run the model on it."""
+        if len(arrays.pages):
+            self.pages.write(arrays.page_places, arrays.pages, self.uploads)
         shape = (*self._send(arrays), arrays.has_adapters)
         num_gathered = self._workspace.attention.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
         self._states.restore(arrays.restored)
