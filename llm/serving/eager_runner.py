@@ -13,7 +13,14 @@ from llm.sampling.constraint import Int32Array, words_of
 from llm.sampling.draw import Draw, SamplingRow, likeliest, sample
 from llm.scheduling.sequence import Sequence, StepPart
 from llm.serving.eager_model import EagerModel
-from llm.serving.model_runner import MAX_SCORED_AT_ONCE, Drawing, DrawMasks, LaunchedStep, draws_of, vector_bytes
+from llm.serving.model_runner import (
+    MAX_SCORED_AT_ONCE,
+    DrawMasks,
+    LaunchedStep,
+    PlannedDraw,
+    planned_draws,
+    vector_bytes,
+)
 from llm.serving.schemas import TokenLogprobs
 from llm.serving.step_arrays import StepArrays, batches
 from llm.serving.step_packer import PackedPlan
@@ -88,16 +95,16 @@ class EagerRunner:
     def launch(self, plan: PackedPlan) -> LaunchedStep:
         """See `ModelRunner.launch`."""
         parts, arrays = plan.parts, plan.arrays
-        drawing = draws_of(parts)
-        masks = self._start_masks(drawing)
+        planned = planned_draws(parts)
+        masks = self._start_masks(planned)
         drawn, pooled, scored = self.eager.run(arrays, self._page_tables(parts, arrays))
         vectors = self._pool(parts, pooled)
         scores = self._score(parts, scored)
-        if not drawing:
+        if not planned:
             return _FinishedStep([], vectors, scores)
         logits = self.model.logits(drawn)
         allowed = masks.result() if masks is not None else {}
-        draws = sample(logits, [self._sampling_row(part, position, allowed) for part, position in drawing])
+        draws = sample(logits, [self._sampling_row(part, position, allowed) for part, position in planned])
         if self.max_steps_ahead:  # otherwise the host knows every token it launches
             # Of several draws of a row any may remain: the host knows them before the row's next step.
             token_ids = torch.tensor([max(draw.token_id, 0) for draw in draws], device=drawn.device)
@@ -130,9 +137,9 @@ class EagerRunner:
             scores.append((part.sequence, entries))
         return scores
 
-    def _start_masks(self, drawing: SequenceOf[Drawing]) -> "Future[dict[int, Int32Array]] | None":
+    def _start_masks(self, planned: SequenceOf[PlannedDraw]) -> "Future[dict[int, Int32Array]] | None":
         """Begin to compute, during the forward pass, which tokens a grammar allows in draws: bits by row."""
-        bound = [draw for draw in drawing if draw[0].sequence.constraint is not None]
+        bound = [draw for draw in planned if draw.part.sequence.constraint is not None]
         if not bound:
             return None
         masks = np.empty((len(bound), self._masks.num_words), dtype=np.int32)

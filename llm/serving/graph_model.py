@@ -62,7 +62,7 @@ class GraphModel:
         hidden: (most kept, hidden_size), of the tokens that are kept: those that draw, then those that are pooled.
         to_logits: hidden states (rows, hidden_size) → logits (rows, vocab_size), in the model's dtype.
         draw_sizes: numbers of draws that steps are padded to.
-        draws: whether steps may draw tokens, which those of a classifier never do.
+        draws_tokens: whether steps may draw, which those of a classifier never do.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GraphModel:
         self._row_sizes = _padded_sizes(max_rows, 8)
         self._token_sizes = _padded_sizes(max_tokens, 4)
         self.draw_sizes = _padded_sizes(max_rows * max_draws_per_row, 8)
-        self.draws = model.config.classifier is None
+        self.draws_tokens = model.config.classifier is None
         self._max_draws_per_row = max_draws_per_row
         # Steps with prefills pad their parts generously, which costs little: the number of graphs to capture is the
         # number of token sizes times the number of part sizes.
@@ -133,7 +133,7 @@ class GraphModel:
 
     def warm_draws(self) -> list[tuple[int, bool]]:
         """Sizes of draws to capture, and whether they are plain; each twice: once to capture, once to replay."""
-        sizes = [*self.draw_sizes, *self.draw_sizes] if self.draws else []
+        sizes = [*self.draw_sizes, *self.draw_sizes] if self.draws_tokens else []
         return [(size, plain) for size in sizes for plain in (True, False)]
 
     def draw_size(self, num_draws: int) -> int:

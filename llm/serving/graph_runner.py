@@ -13,7 +13,7 @@ from llm.sampling.draw import Draw
 from llm.sampling.row_state import RowState
 from llm.serving.device_rows import row_start
 from llm.serving.graph_model import NUM_BUFFERS, STEPS_AHEAD, GraphModel
-from llm.serving.model_runner import MAX_SCORED_AT_ONCE, Drawing, DrawMasks, draws_of
+from llm.serving.model_runner import MAX_SCORED_AT_ONCE, DrawMasks, PlannedDraw, planned_draws
 from llm.serving.prompt_scores import PromptScores, Scores
 from llm.serving.step_packer import PackedPlan
 from llm.serving.vector_rows import VectorRows
@@ -133,11 +133,11 @@ class GraphRunner:
         if num_draws:
             are_plain = arrays.draws_plainly
             if not are_plain:
-                drawing = draws_of(parts)
-                self._bind([draw for draw in drawing if draw[0].sequence.constraint is not None])
+                planned = planned_draws(parts)
+                self._bind([draw for draw in planned if draw.part.sequence.constraint is not None])
                 wanted = [
                     (index, min(num_top, self.model.config.vocab_size))
-                    for index, (part, _) in enumerate(drawing)
+                    for index, (part, _) in enumerate(planned)
                     if (num_top := part.sequence.request.num_draw_logprobs) is not None
                 ]
             size = graphs.draw_size(num_draws)
@@ -160,7 +160,7 @@ class GraphRunner:
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`."""
         self._graphs.run_largest(num_tokens)
-        if self._graphs.draws:
+        if self._graphs.draws_tokens:
             size = self._graphs.draw_sizes[-1]
             self._graphs.run(("draws", size, False), partial(self._run_draws, size, are_plain=False))
 
@@ -195,16 +195,16 @@ class GraphRunner:
             exchange.broadcast(graphs.pages.last_token_ids)
         return self._drawn.token_ids
 
-    def _bind(self, drawing: SequenceOf[Drawing]) -> None:
+    def _bind(self, draws: SequenceOf[PlannedDraw]) -> None:
         """Write the masks of the tokens allowed in draws that a grammar constrains.
 
         This waits for the last step's tokens while the device runs this step's model.
         """
-        if not drawing:
+        if not draws:
             return
-        masks = self._graphs.uploads.tensor((len(drawing), self._masks.num_words), torch.int32)
-        self._masks.write_draws(drawing, self._last_token_id, masks.numpy())
-        self._sampling.bind([part.row for part, _ in drawing], masks)
+        masks = self._graphs.uploads.tensor((len(draws), self._masks.num_words), torch.int32)
+        self._masks.write_draws(draws, self._last_token_id, masks.numpy())
+        self._sampling.bind([part.row for part, _ in draws], masks)
 
     def _last_token_id(self, row: int) -> int:
         """The token that the last step drew at `row`; only rows of that step have a token the host has not seen."""

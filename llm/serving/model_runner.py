@@ -1,7 +1,7 @@
 """What an engine asks of whatever runs its steps: `ModelRunner` on rank 0, `Follower` on the others."""
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,13 @@ from llm.serving.step_packer import PackedPlan
 
 MAX_SCORED_AT_ONCE = 256
 """Most prompt tokens whose logits there is memory for at once."""
-Drawing = tuple[StepPart, int]
-"""A draw of a step: its part, and the position of the token to draw."""
+
+
+class PlannedDraw(NamedTuple):
+    """A draw of a step: its part, and the position of the token to draw."""
+
+    part: StepPart
+    position: int
 
 
 class LaunchedStep(Protocol):
@@ -126,24 +131,26 @@ def vector_bytes(found: torch.Tensor, rows: SequenceOf[int], *, normalizes: bool
     return {row: vector.tobytes() for row, vector in zip(rows, vectors, strict=True)}
 
 
-def draws_of(parts: SequenceOf[StepPart]) -> list[Drawing]:
+def planned_draws(parts: SequenceOf[StepPart]) -> list[PlannedDraw]:
     """A step's draws, in order."""
-    return [(part, part.end + 1 - i) for part in parts for i in range(part.num_draws, 0, -1)]
+    return [PlannedDraw(part, part.end + 1 - i) for part in parts for i in range(part.num_draws, 0, -1)]
 
 
 class DrawMasks(TokenMasks):
     """The tokens that draws constrained by a grammar may draw."""
 
-    def write_draws(self, drawing: SequenceOf[Drawing], last_token_id: Callable[[int], int], masks: Int32Array) -> None:
+    def write_draws(
+        self, draws: SequenceOf[PlannedDraw], last_token_id: Callable[[int], int], masks: Int32Array
+    ) -> None:
         """Write a row of bits for each of these draws.
 
         Args:
-            drawing: draws that a grammar constrains, as `draws_of` returns them.
+            draws: those that a grammar constrains.
             last_token_id: returns the token last drawn at a row; called if the host has not seen it yet.
             masks: (draws, num_words).
         """
         constraints = {}
-        for index, (part, position) in enumerate(drawing):
+        for index, (part, position) in enumerate(draws):
             sequence = part.sequence
             assert sequence.constraint is not None, "a grammar binds it"
             sequence.constraint.advance(sequence.tokens, sequence.num_prompt_tokens)

@@ -80,7 +80,7 @@ def test_any_step_is_what_loops_say(data: st.DataObject):
         sequence.num_computed = data.draw(st.integers(0, sequence.num_prompt_tokens - 1))
         sequence.num_scored = data.draw(st.integers(0, sequence.num_prompt_tokens - 1))
         parts.append(next_part(sequence, data.draw(st.integers(1, sequence.num_uncomputed))))
-        if parts[-1].draws and parts[-1].num_tokens == 1:
+        if parts[-1].draws_token and parts[-1].num_tokens == 1:
             parts[-1] = parts[-1].with_guesses(tuple(data.draw(st.lists(st.integers(0, 9), max_size=3))))
     arrays = StepArrays.of(parts)
     for name, expected in naive(parts).items():
