@@ -74,8 +74,10 @@ def _host_times(bench: "Bench", input_lens: list[int], num_out: int) -> tuple[Co
         bench.add(bench.prompt(length), num_out)
     if num_out > 1:
         bench.read_prompts()
-    owners = {"schedule": engine.scheduler, "launch": engine.runner, "apply": engine.scheduler}
-    owners["process"] = engine._outputs
+    owners: dict[str, object] = {
+        "schedule": engine.scheduler, "pack": engine._packer, "launch": engine.runner, "apply": engine.scheduler,
+        "process": engine._outputs,
+    }  # fmt: skip
     for name, owner in owners.items():
         setattr(owner, name, _timed(getattr(owner, name), times, name))
     start, num_steps = time.perf_counter(), 0

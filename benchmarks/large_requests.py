@@ -15,11 +15,9 @@ from typing import Any
 
 import llm.scheduling.waiting_queue as waiting
 from benchmarks.engine_rows import percentile
-from benchmarks.newcomers import MODELS, StepTime
+from benchmarks.newcomers import MODELS, StepTime, run_to_end
 from llm.scheduling.scheduler import Scheduler
-from llm.scheduling.sequence import Sequence, StepPlan
 from llm.scheduling.slot_pool import SlotPool
-from llm.serving.schemas import GenerationRequest
 
 _LARGE = 20_000
 
@@ -36,34 +34,17 @@ def arrivals(rate: float, seconds: float) -> deque[tuple[float, int, int]]:
 
 
 def simulate(step_time: StepTime, requests: deque[tuple[float, int, int]]) -> dict[str, Any]:
-    """Run all requests to their end; the next step is always planned before the last one's tokens are known."""
+    """Run all requests to their end."""
     scheduler = Scheduler(
         SlotPool(60_000 // 16, 16), max_batch_size=256, max_tokens_per_step=8192, max_prefill_beside_decodes=192,
         max_seq_len=40_000, enable_prefix_caching=False,
     )  # fmt: skip
-    now, in_flight, num_out = 0.0, deque[StepPlan](), 0
-    arrived: dict[Sequence, float] = {}
+    now, num_out = 0.0, 0
     waits: dict[bool, list[float]] = {True: [], False: []}
-    while requests or scheduler.has_pending_work:
-        while requests and (requests[0][0] <= now or not scheduler.has_pending_work):
-            at, num_prompt, max_new_tokens = requests.popleft()
-            now = max(now, at)
-            prompt = (1,) * num_prompt
-            request = GenerationRequest(prompt_token_ids=prompt, max_new_tokens=max_new_tokens, ignore_eos=True)
-            sequence = Sequence(request, prompt, frozenset(), 16)
-            arrived[sequence] = at
-            scheduler.add(sequence)
-        plan = scheduler.schedule()
-        if plan.parts:
-            now += step_time.of(plan) / 1e3
-            in_flight.append(plan)
-            if len(in_flight) < 2:
-                continue
-        oldest = in_flight.popleft()
-        for event in scheduler.apply(oldest, [0] * sum(part.num_draws for part in oldest.parts)):
-            num_out += 1
-            if event.sequence in arrived:
-                waits[event.sequence.num_prompt_tokens >= _LARGE].append(now - arrived.pop(event.sequence))
+    for now, arrived, sequence in run_to_end(scheduler, step_time, requests):
+        num_out += 1
+        if sequence.num_output_tokens == 1:
+            waits[sequence.num_prompt_tokens >= _LARGE].append(now - arrived)
     return {
         "output_tok_s": round(num_out / now),
         "small_ttft_p50_s": round(percentile(waits[False], 0.5), 2),

@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import llm.scheduling.scheduler as scheduling
@@ -47,28 +48,27 @@ MODELS = {
 }
 
 
-def simulate(step_time: StepTime, arrive_within_s: float, beside: int) -> dict[str, Any]:
-    """Run all requests to their end; the next step is always planned before the last one's tokens are known."""
-    rng = random.Random(0)
-    lens = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(_NUM_REQUESTS)]
-    arrivals = deque(sorted((rng.random() * arrive_within_s, i) for i in range(_NUM_REQUESTS)))
-    scheduler = scheduling.Scheduler(
-        SlotPool(28_000, 16), max_batch_size=256, max_tokens_per_step=8192, max_prefill_beside_decodes=beside,
-        max_seq_len=4096, enable_prefix_caching=False,
-    )  # fmt: skip
+def run_to_end(
+    scheduler: scheduling.Scheduler, step_time: StepTime, arrivals: deque[tuple[float, int, int]]
+) -> Iterator[tuple[float, float, Sequence]]:
+    """Run requests, (arrival in seconds, tokens in, tokens out) in order, to their end.
+
+    The next step is always planned before the last one's tokens are known.
+
+    Yields:
+        For each token the second in which it is known, its request's arrival, and its sequence.
+    """
     now, in_flight = 0.0, deque[StepPlan]()
-    arrived: dict[str, float] = {}
-    last: dict[str, float] = {}
-    first_tokens: list[float] = []
-    gaps: list[float] = []
+    arrived: dict[Sequence, float] = {}
     while arrivals or scheduler.has_pending_work:
         while arrivals and (arrivals[0][0] <= now or not scheduler.has_pending_work):
-            at, index = arrivals.popleft()
+            at, num_prompt, max_new_tokens = arrivals.popleft()
             now = max(now, at)
-            num_in, num_out = lens[index]
-            request = GenerationRequest(prompt_token_ids=(1,) * num_in, max_new_tokens=num_out, ignore_eos=True)
-            arrived[request.request_id] = at
-            scheduler.add(Sequence(request, (1,) * num_in, frozenset(), 16))
+            prompt = (1,) * num_prompt
+            request = GenerationRequest(prompt_token_ids=prompt, max_new_tokens=max_new_tokens, ignore_eos=True)
+            sequence = Sequence(request, prompt, frozenset(), 16)
+            arrived[sequence] = at
+            scheduler.add(sequence)
         plan = scheduler.schedule()
         if plan.parts:
             now += step_time.of(plan) / 1e3
@@ -77,9 +77,25 @@ def simulate(step_time: StepTime, arrive_within_s: float, beside: int) -> dict[s
                 continue
         oldest = in_flight.popleft()
         for event in scheduler.apply(oldest, [0] * sum(part.num_draws for part in oldest.parts)):
-            name = event.sequence.request.request_id
-            (gaps if name in last else first_tokens).append(now - last.get(name, arrived[name]))
-            last[name] = now
+            yield now, arrived[event.sequence], event.sequence
+
+
+def simulate(step_time: StepTime, arrive_within_s: float, beside: int) -> dict[str, Any]:
+    """Run all requests to their end."""
+    rng = random.Random(0)
+    lens = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(_NUM_REQUESTS)]
+    times = sorted((rng.random() * arrive_within_s, i) for i in range(_NUM_REQUESTS))
+    scheduler = scheduling.Scheduler(
+        SlotPool(28_000, 16), max_batch_size=256, max_tokens_per_step=8192, max_prefill_beside_decodes=beside,
+        max_seq_len=4096, enable_prefix_caching=False,
+    )  # fmt: skip
+    now = 0.0
+    last: dict[Sequence, float] = {}
+    first_tokens: list[float] = []
+    gaps: list[float] = []
+    for now, arrived, sequence in run_to_end(scheduler, step_time, deque((at, *lens[i]) for at, i in times)):
+        (gaps if sequence in last else first_tokens).append(now - last.get(sequence, arrived))
+        last[sequence] = now
     return {
         "output_tok_s": round(sum(num_out for _, num_out in lens) / now),
         "ttft_p50_ms": round(percentile(first_tokens, 0.5) * 1e3),

@@ -184,7 +184,7 @@ class Scheduler:
         for part in parts:
             sequence = part.sequence
             sequence.num_computed += part.num_tokens
-            if part.draws or part.completes_vector:
+            if part.draws_token or part.completes_vector:
                 sequence.num_in_flight += 1
             if part.num_scored:
                 sequence.num_scored = part.first_scored + part.num_scored
@@ -207,14 +207,14 @@ class Scheduler:
                 events += self._apply_guesses(part, token_ids, draw_index + 1)
                 draw_index += part.num_draws
                 continue
-            draws = part.draws
-            draw_index += draws
+            if part.draws_token:
+                draw_index += 1
             if sequence.status is finished:
                 continue
             num_stored = part.start + part.num_tokens
             if num_stored >= sequence.keep_at and part.num_preemptions == sequence.num_preemptions:
                 self._pages.keep(sequence, num_stored)
-            if draws:
+            if part.draws_token:
                 token_id = token_ids[draw_index]
                 sequence.num_in_flight -= 1
                 tokens = sequence.tokens

@@ -194,7 +194,7 @@ class StepPart(msgspec.Struct, frozen=True, gc=False):
     sequence: Sequence
     start: int
     num_tokens: int
-    draws: bool
+    draws_token: bool
     """Whether the step reaches the sequence's last token and so draws the next. Never if it is pooled."""
     row: int
     """Row of the sequence while it runs: below the batch size, and no other sequence's."""
@@ -223,7 +223,7 @@ class StepPart(msgspec.Struct, frozen=True, gc=False):
     @property
     def num_draws(self) -> int:
         """Number of tokens drawn, one after each of the last tokens that run."""
-        return 1 + len(self.proposed) if self.draws else 0
+        return 1 + len(self.proposed) if self.draws_token else 0
 
     @property
     def begins_vector(self) -> bool:

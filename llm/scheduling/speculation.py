@@ -72,7 +72,7 @@ class Speculation:
         """
         without, guessing = [], []
         num_tokens = self._max_tokens_per_step - sum(part.num_tokens for part in chunks)
-        num_left = min(num_tokens, self._max_draws_per_step - sum(part.draws for part in chunks)) - len(decodes)
+        num_left = min(num_tokens, self._max_draws_per_step - sum(part.num_draws for part in chunks)) - len(decodes)
         for part in decodes:
             sequence = part.sequence
             proposed = sequence.guesses()[:num_left]

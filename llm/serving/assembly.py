@@ -13,16 +13,18 @@ from llm.serving.checks import check_features, fit_context_to_pool, longest_cont
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import ModelRunner
 from llm.serving.ranks import Ranks, make_adapter_pool
-from llm.serving.runners import make_runner
+from llm.serving.runners import make_runner, num_snapshots, table_len
+from llm.serving.step_packer import StepPacker
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What plans steps, what runs them, and the adapters that they may use; None if requests cannot choose one."""
+    """What plans, packs and runs steps, and the adapters that they may use; None if requests cannot choose one."""
 
     scheduler: Scheduler
+    packer: StepPacker
     runner: ModelRunner
     adapters: AdapterPool | None
 
@@ -50,14 +52,15 @@ def build_parts(model: DecoderModel, config: EngineConfig, ranks: Ranks | None) 
     scheduler = _make_scheduler(model, config, SlotPool(num_pages, config.page_size), context_len, runner)
     adapters = make_adapter_pool(packer, runner.adapters, config, ranks)
     runner.warm_up()
-    return EngineParts(scheduler, runner, adapters)
+    step_packer = StepPacker(config.batch_size(model.device.type) + 1, table_len(config, context_len))
+    return EngineParts(scheduler, step_packer, runner, adapters)
 
 
 def _make_scheduler(
     model: DecoderModel, config: EngineConfig, pool: SlotPool, context_len: int, runner: ModelRunner
 ) -> Scheduler:
     device_type = model.device.type
-    num_snapshots = config.num_snapshots(device_type, model.config.state_bytes(model.dtype.itemsize))
+    num_state_snapshots = num_snapshots(model, config)
     scheduler = Scheduler(
         pool,
         max_batch_size=config.batch_size(device_type),
@@ -65,8 +68,8 @@ def _make_scheduler(
         max_prefill_beside_decodes=config.prefill_beside_decodes(device_type),
         max_seq_len=context_len,
         windows=[group.window for group in model.page_groups],
-        enable_prefix_caching=config.enable_prefix_caching and (model.config.delta is None or num_snapshots > 0),
-        num_state_snapshots=num_snapshots,
+        enable_prefix_caching=config.enable_prefix_caching and (model.config.delta is None or num_state_snapshots > 0),
+        num_state_snapshots=num_state_snapshots,
         num_speculative_tokens=config.num_speculative_tokens,
         max_draws_per_step=runner.max_draws_per_step,
     )

@@ -82,6 +82,7 @@ class ContinuousBatchingEngine:
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < model.config.vocab_size)
         parts = build_parts(self.model, config, ranks)
         self.scheduler, self.runner, self._adapters = parts.scheduler, parts.runner, parts.adapters
+        self._packer = parts.packer
         if grammars is None and isinstance(tokenizer, HFTokenizer):
             grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
         self._preparation = Preparation(self.scheduler, grammars, self._adapters)
@@ -303,7 +304,7 @@ class ContinuousBatchingEngine:
         plan = self.scheduler.schedule()
         if plan.parts:
             try:
-                self._in_flight.append((plan, self.runner.launch(plan)))
+                self._in_flight.append((plan, self.runner.launch(self._packer.pack(plan.parts))))
             except Exception as error:  # the edge of a step: any error concerns only these requests
                 logger.exception("a step of %d sequences could not be launched", len(plan.parts))
                 return self._fail(plan, error)

@@ -5,10 +5,9 @@ from functools import partial
 import torch
 
 from llm.models.adapters import AdapterMemory
-from llm.serving.followers import RankStep
 from llm.serving.graph_model import GraphModel
 from llm.serving.model_runner import MAX_SCORED_AT_ONCE
-from llm.serving.step_arrays import batches
+from llm.serving.step_arrays import StepArrays, batches
 
 
 class GraphFollower:
@@ -30,8 +29,8 @@ class GraphFollower:
     def run_largest(self, num_tokens: int) -> None:
         """See `Follower.run_largest`."""
         self._graphs.run_largest(num_tokens)
-        if self._graphs.draws:
-            self._draw(self._graphs.draw_sizes[-1], draws_plainly=False)
+        if self._graphs.draws_tokens:
+            self._draw(self._graphs.draw_sizes[-1], are_plain=False)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -39,27 +38,25 @@ class GraphFollower:
         if not self._graphs.captures:
             return
         self._graphs.warm_up()
-        for size, draws_plainly in self._graphs.warm_draws():
-            self._draw(size, draws_plainly=draws_plainly)
+        for size, are_plain in self._graphs.warm_draws():
+            self._draw(size, are_plain=are_plain)
 
     @torch.inference_mode()
-    def follow(self, step: RankStep) -> None:
+    def follow(self, arrays: StepArrays) -> None:
         """See `Follower.follow`."""
-        graphs, arrays = self._graphs, step.arrays
+        graphs = self._graphs
         graphs.uploads.begin_step()
-        if len(step.pages):
-            graphs.pages.write(step.page_indices, step.pages, graphs.uploads)
         graphs.launch(arrays)
         num_draws = len(arrays.draw_rows)
         scored = graphs.hidden[num_draws + len(arrays.pooled_tokens) :]
         for these in batches(len(arrays.scored_tokens), min(MAX_SCORED_AT_ONCE, graphs.draw_sizes[-1])):
             graphs.to_logits(scored[these])
         if num_draws:
-            self._draw(graphs.draw_size(num_draws), draws_plainly=step.draws_plainly)
+            self._draw(graphs.draw_size(num_draws), are_plain=arrays.draws_plainly)
 
-    def _draw(self, size: int, *, draws_plainly: bool) -> None:
+    def _draw(self, size: int, *, are_plain: bool) -> None:
         """Send rank 0 this rank's logits, and receive the tokens that it draws."""
-        self._graphs.run(("draws", size, draws_plainly), partial(self._run_draws, size))
+        self._graphs.run(("draws", size, are_plain), partial(self._run_draws, size))
 
     def _run_draws(self, size: int) -> torch.Tensor:
         graphs, exchange = self._graphs, self._graphs.model.exchange

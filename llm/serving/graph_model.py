@@ -48,7 +48,7 @@ class GraphModel:
         kv_cache: memory of the slot pool, on the same device.
         max_rows: rows that the scheduler hands out.
         max_tokens: token budget of a step.
-        max_seq_len: longest sequence in tokens.
+        table_len: pages of the longest sequence.
         max_draws_per_row: tokens that a row may draw in one step, 1 plus its guesses.
         deterministic: see `KernelWorkspace`.
         num_snapshots: see `RecurrentStates`.
@@ -62,7 +62,7 @@ class GraphModel:
         hidden: (most kept, hidden_size), of the tokens that are kept: those that draw, then those that are pooled.
         to_logits: hidden states (rows, hidden_size) → logits (rows, vocab_size), in the model's dtype.
         draw_sizes: numbers of draws that steps are padded to.
-        draws: whether steps may draw tokens, which those of a classifier never do.
+        draws_tokens: whether steps may draw, which those of a classifier never do.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class GraphModel:
         *,
         max_rows: int,
         max_tokens: int,
-        max_seq_len: int,
+        table_len: int,
         max_draws_per_row: int = 1,
         deterministic: bool = False,
         num_snapshots: int = 0,
@@ -84,13 +84,12 @@ class GraphModel:
         self._row_sizes = _padded_sizes(max_rows, 8)
         self._token_sizes = _padded_sizes(max_tokens, 4)
         self.draw_sizes = _padded_sizes(max_rows * max_draws_per_row, 8)
-        self.draws = model.config.classifier is None
+        self.draws_tokens = model.config.classifier is None
         self._max_draws_per_row = max_draws_per_row
         # Steps with prefills pad their parts generously, which costs little: the number of graphs to capture is the
         # number of token sizes times the number of part sizes.
         self._part_sizes = [*(size for size in (16, 64, 256) if size < self._row_sizes[-1]), self._row_sizes[-1]]
-        max_pages = -(-max_seq_len // kv_cache.page_size)
-        self.pages = DevicePages(max_rows, max_pages, kv_cache.num_groups, kv_cache.scratch_page, device)
+        self.pages = DevicePages(max_rows, table_len, kv_cache.num_groups, kv_cache.scratch_page, device)
         self.uploads = make_uploads(max_rows, model.config.vocab_size, device, NUM_BUFFERS)
         self.most_tokens, most_rows, most_draws = self._token_sizes[-1], self._row_sizes[-1], self.draw_sizes[-1]
         sizes = dict.fromkeys(("token_ids", "positions", "token_rows"), self.most_tokens)
@@ -115,7 +114,9 @@ class GraphModel:
         self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def launch(self, arrays: StepArrays) -> None:
-        """Run the model on a step; the pages of its rows have been written already."""
+        """Write the new pages of a step's rows and run the model on it."""
+        if len(arrays.pages):
+            self.pages.write(arrays.page_places, arrays.pages, self.uploads)
         shape = (*self._send(arrays), arrays.has_adapters)
         num_gathered = self._workspace.attention.num_gathered_tokens(arrays.query_lens, arrays.context_lens)
         self._states.restore(arrays.restored)
@@ -132,7 +133,7 @@ class GraphModel:
 
     def warm_draws(self) -> list[tuple[int, bool]]:
         """Sizes of draws to capture, and whether they are plain; each twice: once to capture, once to replay."""
-        sizes = [*self.draw_sizes, *self.draw_sizes] if self.draws else []
+        sizes = [*self.draw_sizes, *self.draw_sizes] if self.draws_tokens else []
         return [(size, plain) for size in sizes for plain in (True, False)]
 
     def draw_size(self, num_draws: int) -> int:

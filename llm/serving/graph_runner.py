@@ -6,17 +6,16 @@ from functools import partial
 import numpy as np
 import torch
 
-from llm.core.paged_kv_cache import PagedKVCache
 from llm.kernels.sampling import DrawnTokens, SamplingWorkspace, draw_tokens
 from llm.models.adapters import AdapterMemory
 from llm.sampling.constraint import Int32Array
 from llm.sampling.draw import Draw
-from llm.scheduling.sequence import StepPlan
-from llm.serving.device_rows import DeviceRows
+from llm.sampling.row_state import RowState
+from llm.serving.device_rows import row_start
 from llm.serving.graph_model import NUM_BUFFERS, STEPS_AHEAD, GraphModel
-from llm.serving.model_runner import MAX_SCORED_AT_ONCE, Drawing, DrawMasks, draws_of
+from llm.serving.model_runner import MAX_SCORED_AT_ONCE, DrawMasks, PlannedDraw, planned_draws
 from llm.serving.prompt_scores import PromptScores, Scores
-from llm.serving.step_arrays import StepArrays
+from llm.serving.step_packer import PackedPlan
 from llm.serving.vector_rows import VectorRows
 
 
@@ -80,34 +79,25 @@ class GraphRunner:
     draws.
 
     Args:
-        model: runs the model; used by this runner only.
-        kv_cache: memory of the slot pool, on the same device.
-        max_rows: rows that the scheduler hands out.
+        graphs: runs the model; used by this runner only.
         wait: waits for an event of the device; None for `torch.cuda.Event.synchronize`.
     """
 
     attention_backend = "triton"
     max_steps_ahead = STEPS_AHEAD
 
-    def __init__(
-        self,
-        graphs: GraphModel,
-        kv_cache: PagedKVCache,
-        *,
-        max_rows: int,
-        wait: Callable[[torch.cuda.Event], None] | None = None,
-    ) -> None:
+    def __init__(self, graphs: GraphModel, *, wait: Callable[[torch.cuda.Event], None] | None = None) -> None:
         self.model = model = graphs.model
-        self.kv_cache = kv_cache
         self._graphs = graphs
         self._wait = wait or torch.cuda.Event.synchronize
         device = model.device
-        self._rows = DeviceRows(graphs.pages, model.config.vocab_size, graphs.uploads)
-        self._vectors = VectorRows(max_rows + 1, model, graphs.uploads, NUM_BUFFERS)
+        num_rows = len(graphs.pages.last_token_ids)
+        self._sampling = RowState(num_rows, model.config.vocab_size, device, graphs.uploads)
+        self._vectors = VectorRows(num_rows, model, graphs.uploads, NUM_BUFFERS)
         most_draws = graphs.draw_sizes[-1]
         self._sampling_workspace = SamplingWorkspace.allocate(most_draws, model.config.vocab_size, device)
         self._prompt_scores = PromptScores(
-            graphs.most_tokens, min(MAX_SCORED_AT_ONCE, most_draws), graphs.to_logits, self._rows.sampling.tensors,
+            graphs.most_tokens, min(MAX_SCORED_AT_ONCE, most_draws), graphs.to_logits, self._sampling.tensors,
             self._sampling_workspace.logprobs, graphs.uploads, NUM_BUFFERS,
         )  # fmt: skip
         self._drawn = DrawnTokens.allocate(most_draws, device)
@@ -128,12 +118,11 @@ class GraphRunner:
         return self._graphs.draw_sizes[-1]
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, arrays: StepArrays | None = None) -> LaunchedGraphs:
+    def launch(self, plan: PackedPlan) -> LaunchedGraphs:
         """See `ModelRunner.launch`."""
-        parts, graphs = plan.parts, self._graphs
+        parts, arrays, graphs = plan.parts, plan.arrays, self._graphs
         graphs.uploads.begin_step()
-        self._rows.update(parts)
-        arrays = StepArrays.of(parts) if arrays is None else arrays
+        self._sampling.start([row_start(part.row, part.sequence) for part in plan.starting])
         num_draws = len(arrays.draw_rows)
         graphs.launch(arrays)
         completed = self._vectors.add(parts, graphs.hidden[num_draws:])
@@ -142,13 +131,13 @@ class GraphRunner:
         self._num_steps += 1
         wanted: list[tuple[int, int]] = []
         if num_draws:
-            are_plain = all(part.sequence.draws_plainly for part in parts)
+            are_plain = arrays.draws_plainly
             if not are_plain:
-                drawing = draws_of(parts)
-                self._bind([draw for draw in drawing if draw[0].sequence.constraint is not None])
+                planned = planned_draws(parts)
+                self._bind([draw for draw in planned if draw.part.sequence.constraint is not None])
                 wanted = [
                     (index, min(num_top, self.model.config.vocab_size))
-                    for index, (part, _) in enumerate(drawing)
+                    for index, (part, _) in enumerate(planned)
                     if (num_top := part.sequence.request.num_draw_logprobs) is not None
                 ]
             size = graphs.draw_size(num_draws)
@@ -171,7 +160,7 @@ class GraphRunner:
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`."""
         self._graphs.run_largest(num_tokens)
-        if self._graphs.draws:
+        if self._graphs.draws_tokens:
             size = self._graphs.draw_sizes[-1]
             self._graphs.run(("draws", size, False), partial(self._run_draws, size, are_plain=False))
 
@@ -196,7 +185,7 @@ class GraphRunner:
             graphs.to_logits(graphs.hidden[:num_draws]),
             graphs.inputs["draw_rows"][:num_draws],
             graphs.inputs["draw_positions"][:num_draws],
-            self._rows.sampling.tensors,
+            self._sampling.tensors,
             self._sampling_workspace,
             self._drawn,
             graphs.pages.last_token_ids,
@@ -206,16 +195,16 @@ class GraphRunner:
             exchange.broadcast(graphs.pages.last_token_ids)
         return self._drawn.token_ids
 
-    def _bind(self, drawing: SequenceOf[Drawing]) -> None:
+    def _bind(self, draws: SequenceOf[PlannedDraw]) -> None:
         """Write the masks of the tokens allowed in draws that a grammar constrains.
 
         This waits for the last step's tokens while the device runs this step's model.
         """
-        if not drawing:
+        if not draws:
             return
-        masks = self._graphs.uploads.tensor((len(drawing), self._masks.num_words), torch.int32)
-        self._masks.write_draws(drawing, self._last_token_id, masks.numpy())
-        self._rows.sampling.bind([part.row for part, _ in drawing], masks)
+        masks = self._graphs.uploads.tensor((len(draws), self._masks.num_words), torch.int32)
+        self._masks.write_draws(draws, self._last_token_id, masks.numpy())
+        self._sampling.bind([part.row for part, _ in draws], masks)
 
     def _last_token_id(self, row: int) -> int:
         """The token that the last step drew at `row`; only rows of that step have a token the host has not seen."""

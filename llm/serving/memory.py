@@ -7,7 +7,7 @@ from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
 from llm.models.adapters import AdapterLayout
 from llm.models.decoder import DecoderModel
-from llm.serving.runners import kv_cache_dtype, make_runner, prepare_weights
+from llm.serving.runners import kv_cache_dtype, make_runner, num_snapshots, prepare_weights, table_len
 
 _CONTEXT_BYTES = 1 << 30
 """About what the driver and its libraries keep on a GPU for one process, beside what the allocator holds."""
@@ -41,7 +41,7 @@ def num_pool_pages(
     if model.device.type == "cuda":
         num_pages = (_gpu_budget(model, config, context_len, adapters) // bytes_per_page) - 1
     else:
-        pages_a_row = len(model.page_groups) * -(-context_len // config.page_size)
+        pages_a_row = len(model.page_groups) * table_len(config, context_len)
         most_useful = config.batch_size("cpu") * pages_a_row
         room = config.cpu_pool_bytes - states_bytes(model, config) - adapters_bytes(model, config, adapters)
         num_pages = min(room // bytes_per_page, most_useful)
@@ -56,9 +56,8 @@ def num_pool_pages(
 
 def states_bytes(model: DecoderModel, config: EngineConfig) -> int:
     """Bytes of the states of all rows and snapshots on the model's device."""
-    itemsize, device_type = model.dtype.itemsize, model.device.type
-    num_snapshots = config.num_snapshots(device_type, model.config.state_bytes(itemsize))
-    return (config.batch_size(device_type) + 1 + num_snapshots) * model.held.state_bytes(itemsize)
+    num_rows = config.batch_size(model.device.type) + 1
+    return (num_rows + num_snapshots(model, config)) * model.held.state_bytes(model.dtype.itemsize)
 
 
 def adapters_bytes(model: DecoderModel, config: EngineConfig, adapters: AdapterLayout | None) -> int:

@@ -1,14 +1,9 @@
 """`ParallelRunner`: rank 0's runner, which makes the other ranks run each of its steps."""
 
-import numpy as np
-
 from llm.models.adapters import AdapterMemory
 from llm.parallel.ranks import RankGroup
-from llm.scheduling.scheduler import StepPlan
-from llm.serving.followers import RankStep
 from llm.serving.model_runner import LaunchedStep, ModelRunner
-from llm.serving.page_changes import PageChanges
-from llm.serving.step_arrays import StepArrays
+from llm.serving.step_packer import PackedPlan
 
 
 class ParallelRunner:
@@ -17,14 +12,11 @@ class ParallelRunner:
     Args:
         runner: runs this rank's part, and draws.
         ranks: the other ranks.
-        max_rows: rows that the scheduler hands out.
-        table_len: pages of the longest sequence.
     """
 
-    def __init__(self, runner: ModelRunner, ranks: RankGroup, *, max_rows: int, table_len: int) -> None:
+    def __init__(self, runner: ModelRunner, ranks: RankGroup) -> None:
         self._runner = runner
         self._ranks = ranks
-        self._changes = PageChanges(max_rows + 1, table_len)
 
     @property
     def attention_backend(self) -> str:
@@ -57,19 +49,15 @@ class ParallelRunner:
         self._ranks.replies()
         self._ranks.expect_beats()
 
-    def launch(self, plan: StepPlan, arrays: StepArrays | None = None) -> LaunchedStep:
+    def launch(self, plan: PackedPlan) -> LaunchedStep:
         """See `ModelRunner.launch`.
 
         Raises:
             RankLostError: a rank is lost. No further step will run.
         """
-        arrays = StepArrays.of(plan.parts) if arrays is None else arrays
-        _, indices, pages = self._changes.of(plan.parts)
-        places, values = np.array([indices, pages], dtype=np.int32).reshape(2, -1)
-        draws_plainly = all(part.sequence.draws_plainly for part in plan.parts)
-        self._ranks.send_step(RankStep(arrays, places, values, draws_plainly).to_arrays())
+        self._ranks.send_step(plan.arrays.fields())
         try:
-            return self._runner.launch(plan, arrays)
+            return self._runner.launch(plan)
         except Exception as error:
             # The other ranks are in the middle of this step and will not meet this rank in the next one.
             self._ranks.fail_step(error)

@@ -20,12 +20,13 @@ from llm.parallel.exchange import join_ranks
 from llm.parallel.member import Leader
 from llm.parallel.tasks import Task
 from llm.serving.adapter_copies import AdapterCopies
-from llm.serving.followers import Follower, RankStep
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_loading import load_model
+from llm.serving.model_runner import Follower
 from llm.serving.rank_adapters import AdapterOrder, carry_out
 from llm.serving.rank_settings import RankCall, RankSettings
 from llm.serving.runners import make_follower
+from llm.serving.step_arrays import StepArrays
 
 
 class RankProcess:
@@ -63,7 +64,7 @@ class RankProcess:
             kind, payload = self._leader.next_frame()
             if kind is FrameKind.STEP:
                 assert self._follower is not None, "steps come behind `build`"
-                self._follower.follow(RankStep.from_arrays(unpack_arrays(payload, RankStep.num_arrays())))
+                self._follower.follow(StepArrays(*unpack_arrays(payload, StepArrays.num_fields())))
             elif kind is FrameKind.TASK:
                 self._begin(msgspec.json.decode(payload, type=Task))
             else:

@@ -113,11 +113,7 @@ class Ranks:
             adapters=adapters,
         )  # fmt: skip
         self.group.replies()
-        page_size = self._config.page_size
-        return ParallelRunner(
-            runner, self.group, max_rows=self._config.batch_size(model.device.type),
-            table_len=-(-context_len // page_size),
-        )  # fmt: skip
+        return ParallelRunner(runner, self.group)
 
     def share_adapters(self, own: AdapterCopies) -> RankAdapters:
         """Have the other ranks hold their parts of the adapters that this one holds."""

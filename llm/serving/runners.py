@@ -15,8 +15,10 @@ from llm.models.decoder import DecoderModel
 from llm.models.latent import unpack_latent_heads
 from llm.models.quantized import quantized_modules
 from llm.serving.checks import check_quantization
-from llm.serving.followers import EagerFollower, Follower
-from llm.serving.model_runner import EagerRunner, ModelRunner
+from llm.serving.eager_follower import EagerFollower
+from llm.serving.eager_model import EagerModel
+from llm.serving.eager_runner import EagerRunner
+from llm.serving.model_runner import Follower, ModelRunner
 
 if TYPE_CHECKING:
     from llm.serving.graph_model import GraphModel
@@ -43,18 +45,12 @@ def make_runner(
         ConfigError: the requested attention backend is unknown or does not run on this device, or the configuration
             asks for something it cannot do.
     """
-    backend, kv_cache = _prepare(model, config, num_pages, context_len)
-    max_rows = config.batch_size(model.device.type)
-    memory = _slots(model, config, adapters)
-    if backend == TRITON:
-        from llm.serving.graph_runner import GraphRunner  # triton is installed only on GPU machines
+    prepared = _prepare(model, config, num_pages, context_len, adapters)
+    if isinstance(prepared, EagerModel):
+        return EagerRunner(prepared)
+    from llm.serving.graph_runner import GraphRunner  # triton is installed only on GPU machines
 
-        graphs = _graph_model(model, kv_cache, config, context_len, memory)
-        return GraphRunner(graphs, kv_cache, max_rows=max_rows, wait=wait)
-    num_snapshots = _num_snapshots(model, config)
-    return EagerRunner(
-        model, kv_cache, make_backend(backend), max_rows=max_rows, num_snapshots=num_snapshots, adapters=memory
-    )
+    return GraphRunner(prepared, wait=wait)
 
 
 def make_follower(
@@ -66,36 +62,29 @@ def make_follower(
     adapters: AdapterLayout | None = None,
 ) -> Follower:
     """Make what runs the steps of `make_runner`'s runner on another rank."""
-    backend, kv_cache = _prepare(model, config, num_pages, context_len)
-    memory = _slots(model, config, adapters)
-    if backend == TRITON:
-        from llm.serving.graph_follower import GraphFollower
+    prepared = _prepare(model, config, num_pages, context_len, adapters)
+    if isinstance(prepared, EagerModel):
+        return EagerFollower(prepared, table_len(config, context_len))
+    from llm.serving.graph_follower import GraphFollower
 
-        return GraphFollower(_graph_model(model, kv_cache, config, context_len, memory))
-    max_rows = config.batch_size(model.device.type)
-    return EagerFollower(
-        model,
-        kv_cache,
-        make_backend(backend),
-        max_rows=max_rows,
-        max_seq_len=context_len,
-        num_snapshots=_num_snapshots(model, config),
-        adapters=memory,
-    )
+    return GraphFollower(prepared)
 
 
-def _slots(model: DecoderModel, config: EngineConfig, adapters: AdapterLayout | None) -> AdapterMemory | None:
-    return None if adapters is None else AdapterMemory(model, adapters, config.max_adapters, model.dtype)
-
-
-def _num_snapshots(model: DecoderModel, config: EngineConfig) -> int:
+def num_snapshots(model: DecoderModel, config: EngineConfig) -> int:
     """Number of state snapshots, the same on every rank."""
     return config.num_snapshots(model.device.type, model.config.state_bytes(model.dtype.itemsize))
 
 
-def _prepare(model: DecoderModel, config: EngineConfig, num_pages: int, context_len: int) -> tuple[str, PagedKVCache]:
-    """The name of the attention backend, and the pool's memory."""
-    backend = choose_backend(config.attention_backend, model.device)
+def table_len(config: EngineConfig, context_len: int) -> int:
+    """Pages of the longest sequence."""
+    return -(-context_len // config.page_size)
+
+
+def _prepare(
+    model: DecoderModel, config: EngineConfig, num_pages: int, context_len: int, adapters: AdapterLayout | None
+) -> "EagerModel | GraphModel":
+    """Prepare the weights, allocate the pool's memory, and make what runs the model's part of steps."""
+    backend, device_type = choose_backend(config.attention_backend, model.device), model.device.type
     prepare_weights(model, config)
     model.fit_context(context_len)
     kv_cache = PagedKVCache(
@@ -108,28 +97,24 @@ def _prepare(model: DecoderModel, config: EngineConfig, num_pages: int, context_
         device=model.device,
         dtype=kv_cache_dtype(model, config),
     )
-    return backend, kv_cache
-
-
-def _graph_model(
-    model: DecoderModel,
-    kv_cache: PagedKVCache,
-    config: EngineConfig,
-    context_len: int,
-    adapters: AdapterMemory | None = None,
-) -> "GraphModel":
+    memory = None if adapters is None else AdapterMemory(model, adapters, config.max_adapters, model.dtype)
+    if backend != TRITON:
+        return EagerModel(
+            model, kv_cache, make_backend(backend), max_rows=config.batch_size(device_type),
+            num_snapshots=num_snapshots(model, config), adapters=memory,
+        )  # fmt: skip
     from llm.serving.graph_model import GraphModel
 
     return GraphModel(
         model,
         kv_cache,
-        max_rows=config.batch_size(model.device.type),
-        max_tokens=config.token_budget(model.device.type),
-        max_seq_len=context_len,
+        max_rows=config.batch_size(device_type),
+        max_tokens=config.token_budget(device_type),
+        table_len=table_len(config, context_len),
         max_draws_per_row=1 + config.num_speculative_tokens,
         deterministic=config.deterministic,
-        num_snapshots=_num_snapshots(model, config),
-        adapters=adapters,
+        num_snapshots=num_snapshots(model, config),
+        adapters=memory,
     )
 
 

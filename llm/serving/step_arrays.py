@@ -35,6 +35,9 @@ class StepArrays:
         restored: (2 snapshots,), row and place of each snapshot of states from which a row begins.
         saved: (2 snapshots,), row and place of each snapshot that a row leaves behind.
         part_adapters: (parts,), slot of each part's adapter, `NO_ADAPTER` for none.
+        page_places: (changes,), places that change in the page tables, (groups, rows, pages) flattened.
+        pages: (changes,), the new pages at these places.
+        plain_draws: (1,), 1 if none of the draws needs more than temperature, cuts and noise, otherwise 0.
     """
 
     token_ids: Int32Array
@@ -52,10 +55,17 @@ class StepArrays:
     restored: Int32Array
     saved: Int32Array
     part_adapters: Int32Array
+    page_places: Int32Array
+    pages: Int32Array
+    plain_draws: Int32Array
 
     @classmethod
-    def of(cls, parts: SequenceOf[StepPart]) -> Self:
-        """The arrays of a plan's parts, at least one, with their tokens as far as the host knows them."""
+    def of(cls, parts: SequenceOf[StepPart], page_places: SequenceOf[int] = (), pages: SequenceOf[int] = ()) -> Self:
+        """The arrays of a plan's parts, at least one, with their tokens as far as the host knows them.
+
+        Args:
+            page_places, pages: changes of the page tables, see `StepPacker`.
+        """
         token_ids: list[int] = []
         for part in parts:
             tokens = part.sequence.tokens
@@ -87,6 +97,9 @@ class StepArrays:
             part_adapters=np.array(
                 [NO_ADAPTER if (slot := part.sequence.adapter_slot) is None else slot for part in parts], dtype=np.int32
             ),
+            page_places=np.array(page_places, dtype=np.int32),
+            pages=np.array(pages, dtype=np.int32),
+            plain_draws=np.array([all(part.sequence.draws_plainly for part in parts)], dtype=np.int32),
         )
 
     @classmethod
@@ -107,6 +120,11 @@ class StepArrays:
     def has_adapters(self) -> bool:
         """Whether any part has an adapter."""
         return bool((self.part_adapters != NO_ADAPTER).any())
+
+    @property
+    def draws_plainly(self) -> bool:
+        """Whether none of the draws needs more than temperature, cuts and noise."""
+        return bool(self.plain_draws[0])
 
     @property
     def token_adapters(self) -> Int32Array:

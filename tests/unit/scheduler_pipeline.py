@@ -55,7 +55,7 @@ class Device:
         if self._has_states:
             for part in plan.parts:
                 self._run_state(part)
-        drawn = {part.row: self._draw(part) for part in plan.parts if part.draws}
+        drawn = {part.row: self._draw(part) for part in plan.parts if part.draws_token}
         self._last_token_ids |= drawn
         return list(drawn.values())
 

@@ -23,11 +23,11 @@ from llm.parallel.channel import Int32Array, pack_arrays, unpack_arrays
 from llm.parallel.tasks import PendingTasks, Task, TaskReply
 from llm.serving.adapter_copies import AdapterCopies
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.followers import Follower, RankStep
-from llm.serving.model_runner import ModelRunner
+from llm.serving.model_runner import Follower, ModelRunner
 from llm.serving.parallel_runner import ParallelRunner
 from llm.serving.rank_adapters import AdapterOutcome, RankAdapters, carry_out
 from llm.serving.runners import make_follower, make_runner
+from llm.serving.step_arrays import StepArrays
 
 _WAIT_S = 120
 _Frames = Queue[bytes | Task | None]
@@ -149,9 +149,7 @@ class ThreadRanks:
             layout = None if packer is None else packer.layout
             self._followers.append(follower := make_follower(rank_model, self._config, **sizes, adapters=layout))
             threading.Thread(target=self._follow, args=(rank, follower, steps), daemon=True).start()
-        table_len = -(-context_len // self._config.page_size)
-        runner = make_runner(model, self._config, **sizes, adapters=adapters)
-        return ParallelRunner(runner, self, max_rows=self._config.batch_size("cpu"), table_len=table_len)  # type: ignore
+        return ParallelRunner(make_runner(model, self._config, **sizes, adapters=adapters), self)  # type: ignore
 
     def share_adapters(self, own: AdapterCopies) -> RankAdapters:
         for packer, follower in zip(self._packers[1:], self._followers, strict=True):
@@ -168,7 +166,7 @@ class ThreadRanks:
                 continue
             with self._meeting.turn:
                 try:
-                    follower.follow(RankStep.from_arrays(unpack_arrays(bytearray(payload), RankStep.num_arrays())))
+                    follower.follow(StepArrays(*unpack_arrays(bytearray(payload), StepArrays.num_fields())))
                 except BaseException as error:  # noqa: BLE001  # raised again by `check`
                     self._errors.append(error)
                     self._meeting.barrier.abort()

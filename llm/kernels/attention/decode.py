@@ -16,10 +16,12 @@ from llm.kernels.attention.work import (
     StepParts,
     WorkItems,
     add_share,
+    load_chunk,
     load_sinks,
     num_decode_items,
     product_type,
     slot_index_type,
+    weigh,
 )
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
 from llm.kernels.soft_cap import tanh
@@ -32,9 +34,9 @@ class PagedDecode:
     """Decode attention with its scratch memory.
 
     Args:
-        max_parts: most parts a step.
+        max_parts: most parts of a step.
         num_heads, num_kv_heads, head_dim: shape of the model's attention.
-        device: of everything.
+        device: where all tensors live.
     """
 
     def __init__(self, max_parts: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
@@ -141,11 +143,7 @@ def _paged_decode(
     item = tl.program_id(1)
     if item >= tl.load(items.summary):
         return
-    chunk_size = tl.load(items.summary + 1)
-    part = tl.load(items.parts + item)
-    context_len = tl.load(parts.context_lens + part)
-    token = tl.load(parts.query_starts + part).to(tl.int64)
-    table = cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
+    chunk_size, context_len, token, table = load_chunk(cache, parts, items, item)
     begin = tl.where(window > 0, tl.maximum(context_len - window, 0), 0)
     num_visible = context_len - begin
     begin += tl.load(items.chunks + item) * chunk_size
@@ -175,15 +173,10 @@ def _paged_decode(
         scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
         if factors.scale is not None:
             scores = tanh(scores * factors.scale)
-        scores *= factors.scale_log2
-        scores = tl.where(visible[None, :], scores, -float("inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        rescale = tl.exp2(highest - new_highest)
-        probability = tl.exp2(scores - new_highest[:, None])
-        weight = weight * rescale + tl.sum(probability, 1)
+        scores = tl.where(visible[None, :], scores * factors.scale_log2, -float("inf"))
+        probability, rescale, highest, weight = weigh(scores, highest, weight, 1.0)
         v = _load_heads(cache.value_pages, kv_index, visible, HEADS.head_dim, head_block, HAS_PAIRS)
         acc = acc * rescale[:, None] + tl.dot(probability.to(q.dtype), v.to(q.dtype), input_precision="ieee")
-        highest = new_highest
 
     result = acc / weight[:, None]
     if chunk_size >= num_visible:

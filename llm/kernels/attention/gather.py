@@ -19,10 +19,10 @@ class GatheredContexts:
 
     Args:
         max_tokens: tokens of context for which there is room.
-        max_parts: most parts a step.
+        max_parts: most parts of a step.
         num_kv_heads, head_dim: shape of the model's attention.
         dtype: of the copies; keys and values of 8 bits are widened to it, which loses nothing.
-        device: of everything.
+        device: where all tensors live.
 
     Attributes:
         keys, values: (max_tokens, num_kv_heads, head_dim).
@@ -63,7 +63,7 @@ class GatheredContexts:
 
         Args:
             kv_pages: (2, pages, page_size, num_kv_heads, head_dim).
-            num_tokens: as planned. Where those were more than there are, the rest of the copies is anybody's.
+            num_tokens: as planned. Where those were more than there are, the rest of the copies is undefined.
         """
         width = self.keys[0].numel()
         _gather[(triton.cdiv(num_tokens, _TOKENS_A_PROGRAM),)](

@@ -75,10 +75,10 @@ class HopperPrefill:
     Args:
         num_heads, num_kv_heads, head_dim: shape of the model's attention.
         max_context: tokens of context for which there is to be room, if they fit into a gigabyte.
-        max_tokens: most new tokens a step.
-        max_parts: most parts a step.
+        max_tokens: most new tokens of a step.
+        max_parts: most parts of a step.
         dtype: of queries.
-        device: of everything.
+        device: where all tensors live.
     """
 
     def __init__(

@@ -17,15 +17,18 @@ from llm.kernels.attention.work import (
     AttentionOutputs,
     StepParts,
     WorkItems,
+    load_chunk,
     load_item,
     num_decode_items,
     num_prefill_items,
+    page_table_of,
     slot_index_type,
+    weigh,
 )
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
 
 _BLOCK_BYTES = 64
-"""Of one number of each of a block's tokens."""
+"""Bytes that one number of each of a block's tokens takes in all."""
 _TILE_ROWS, _FEW_TILE_ROWS = 64, 16
 """Queries of a tile: in 16 bits on Hopper, whose instructions take as many; elsewhere, with less room."""
 _MERGED_HEADS = 8
@@ -69,13 +72,13 @@ class LatentAttention:
     """Attention to latents with its scratch memory.
 
     Args:
-        max_parts: most parts a step.
-        num_heads: of queries.
+        max_parts: most parts of a step.
+        num_heads: number of query heads.
         rank: width of a latent.
-        width: of a latent and what has been turned behind it.
-        scale: of products of queries and keys.
-        dtype: of queries and latents.
-        device: of everything.
+        width: width of a latent and of what RoPE has turned behind it.
+        scale: factor of products of queries and keys.
+        dtype: format of queries and latents.
+        device: where all tensors live.
         deterministic: decodes go as chunks do, with one order for all sums.
 
     Attributes:
@@ -209,12 +212,8 @@ def _attend(
         scores = tl.dot(turned, tl.trans(key), scores, input_precision="ieee")
         visible = exists[None, :] & (key_position[None, :] <= position[:, None])
         scores = tl.where(visible, scores, -float("inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
-        rescale = tl.exp2(highest - new_highest)
-        probability = tl.exp2(scores * scale_log2 - new_highest[:, None])
-        weight = weight * rescale + tl.sum(probability, 1)
+        probability, rescale, highest, weight = weigh(scores, highest, weight, scale_log2)
         acc = tl.dot(probability.to(latent.dtype), latent, acc * rescale[:, None], input_precision="ieee")
-        highest = new_highest
     return acc, highest, weight
 
 
@@ -228,11 +227,7 @@ def _decode_latents(
     item = tl.program_id(1)
     if item >= tl.load(items.summary):
         return
-    chunk_size = tl.load(items.summary + 1)
-    part = tl.load(items.parts + item)
-    context_len = tl.load(parts.context_lens + part)
-    token = tl.load(parts.query_starts + part).to(tl.int64)
-    table = cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
+    chunk_size, context_len, token, table = load_chunk(cache, parts, items, item)
     begin = tl.load(items.chunks + item) * chunk_size
     end = tl.minimum(begin + chunk_size, context_len)
     row = tl.arange(0, TILE_ROWS)
@@ -266,7 +261,7 @@ def _prefill_latents(
     if item >= tl.load(items.summary):
         return
     part, query_len, context_len, block = load_item(parts, items, item, BLOCK_TOKENS)
-    table = cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
+    table = page_table_of(cache, parts, part)
     row = tl.arange(0, TILE_ROWS)
     token_in_part = block * BLOCK_TOKENS + row // SHAPE.group
     exists = (token_in_part < query_len) & (row < BLOCK_TOKENS * SHAPE.group)

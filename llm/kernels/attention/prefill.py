@@ -22,8 +22,10 @@ from llm.kernels.attention.work import (
     load_item,
     load_sinks,
     num_prefill_items,
+    page_table_of,
     product_type,
     slot_index_type,
+    weigh,
 )
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
 from llm.kernels.soft_cap import tanh
@@ -65,7 +67,7 @@ class PrefillScratch:
 
     Args:
         num_heads, num_kv_heads, head_dim: shape of the model's attention.
-        device: of everything.
+        device: where all tensors live.
     """
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
@@ -76,7 +78,7 @@ class PrefillScratch:
 
 
 def prefill_block_tokens(num_heads: int, num_kv_heads: int, num_tokens: int = 0) -> int:
-    """New tokens a work item, in a step of `num_tokens`: as many as fill a tile with the heads of one group.
+    """New tokens of a work item, in a step of `num_tokens`: as many as fill a tile with the heads of one group.
 
     With the default of 0 for all steps, results do not depend on the step.
     """
@@ -147,6 +149,34 @@ def paged_prefill(
 
 
 @triton.jit
+def _tile_rows(parts, part, query_len, block, kv_head, HEADS: tl.constexpr, TILE: tl.constexpr):
+    """The rows of a tile: a block of a part's new tokens times the heads of a group.
+
+    Returns each row's token in the part and in the step, its head in the group, whether there is such a token; and,
+    (rows, head block), which numbers there are and where they are in that token's heads.
+    """
+    row = tl.arange(0, TILE.rows)
+    token_in_part = block * TILE.block_tokens + row // HEADS.group
+    head = row % HEADS.group
+    dim = tl.arange(0, HEADS.head_block)
+    exists = (token_in_part < query_len) & (row < TILE.block_tokens * HEADS.group)
+    mask = exists[:, None] & (dim[None, :] < HEADS.head_dim)
+    token = (tl.load(parts.query_starts + part) + token_in_part).to(tl.int64)
+    head_offsets = (kv_head * HEADS.group + head)[:, None] * HEADS.head_dim + dim[None, :]
+    return token_in_part, token, head, exists, mask, head_offsets
+
+
+@triton.jit
+def _visible(block_first, context_len, window, TILE: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Begin and end of what the tokens of a block, the first at position `block_first`, see; it begins with a block."""
+    end = tl.minimum(block_first + TILE.block_tokens, context_len)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(block_first - window + 1, 0) // TILE.block * TILE.block
+    return begin, end
+
+
+@triton.jit
 def _split_len(begin, end, num_splits, TILE: tl.constexpr):
     """Tokens of the context from `begin` to `end` for each program that shares it; the last may have fewer."""
     return tl.maximum(tl.cdiv(tl.cdiv(end - begin, TILE.block), num_splits), TILE.min_split_blocks) * TILE.block
@@ -172,24 +202,16 @@ def _paged_prefill(
         return
     part, query_len, context_len, block = load_item(parts, items, item, TILE.block_tokens)
     first_position = context_len - query_len
-    table = cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
-
-    tile_row = tl.arange(0, tile_rows)
-    token_in_part = block * TILE.block_tokens + tile_row // HEADS.group
-    head = tile_row % HEADS.group
+    table = page_table_of(cache, parts, part)
+    token_in_part, token, head, row_exists, row_mask, head_offsets = _tile_rows(
+        parts, part, query_len, block, kv_head, HEADS, TILE
+    )
     position = first_position + token_in_part
-    dim = tl.arange(0, head_block)
-    row_exists = (token_in_part < query_len) & (tile_row < TILE.block_tokens * HEADS.group)
-    row_mask = row_exists[:, None] & (dim[None, :] < HEADS.head_dim)
-    token = (tl.load(parts.query_starts + part) + token_in_part).to(tl.int64)
-    head_offsets = (kv_head * HEADS.group + head)[:, None] * HEADS.head_dim + dim[None, :]
     q = tl.load(query + token[:, None] * query_stride + head_offsets, mask=row_mask, other=0.0).to(PRODUCT)
 
     block_first = first_position + block * TILE.block_tokens
-    end = tl.minimum(block_first + TILE.block_tokens, context_len)
-    begin = 0
+    begin, end = _visible(block_first, context_len, window, TILE, HAS_WINDOW)
     if HAS_WINDOW:
-        begin = tl.maximum(block_first - window + 1, 0) // TILE.block * TILE.block
         all_visible = begin
     elif IS_UNIFORM:
         all_visible = 0  # the same instructions for every block, for which rows are in the tile decides what is visible
@@ -246,21 +268,11 @@ def _merge_splits(
         return
     part, query_len, context_len, block = load_item(parts, items, item, TILE.block_tokens)
     block_first = context_len - query_len + block * TILE.block_tokens
-    end = tl.minimum(block_first + TILE.block_tokens, context_len)
-    begin = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(block_first - window + 1, 0) // TILE.block * TILE.block
+    begin, end = _visible(block_first, context_len, window, TILE, HAS_WINDOW)
     split_len = _split_len(begin, end, num_splits, TILE)
     if begin + split_len >= end:
         return
-    tile_row = tl.arange(0, tile_rows)
-    token_in_part = block * TILE.block_tokens + tile_row // HEADS.group
-    head = tile_row % HEADS.group
-    dim = tl.arange(0, head_block)
-    row_exists = (token_in_part < query_len) & (tile_row < TILE.block_tokens * HEADS.group)
-    row_mask = row_exists[:, None] & (dim[None, :] < HEADS.head_dim)
-    token = (tl.load(parts.query_starts + part) + token_in_part).to(tl.int64)
-    head_offsets = (kv_head * HEADS.group + head)[:, None] * HEADS.head_dim + dim[None, :]
+    _, token, head, row_exists, row_mask, head_offsets = _tile_rows(parts, part, query_len, block, kv_head, HEADS, TILE)
     highest = tl.full([tile_rows], -1.0e30, tl.float32)
     weight = tl.zeros([tile_rows], tl.float32)
     acc = tl.zeros([tile_rows, head_block], tl.float32)
@@ -302,12 +314,7 @@ def _attend_blocks(
             if HAS_WINDOW:
                 visible &= key_position[None, :] > position[:, None] - window
             scores = tl.where(visible, scores, -float("inf"))
-        # Scaled after the maximum, so that scaling and subtraction are one instruction.
-        new_highest = tl.maximum(highest, tl.max(scores, 1) * factors.scale_log2)
-        rescale = tl.exp2(highest - new_highest)
-        probability = tl.exp2(scores * factors.scale_log2 - new_highest[:, None])
-        weight = weight * rescale + tl.sum(probability, 1)
+        probability, rescale, highest, weight = weigh(scores, highest, weight, factors.scale_log2)
         acc = acc * rescale[:, None]
         acc = tl.dot(probability.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
-        highest = new_highest
     return acc, highest, weight

@@ -12,9 +12,9 @@ from llm.kernels.launch import launch_options, triton_type, wait_for_inputs
 MIN_CHUNK = 64
 """Tokens of context below which a decoding row is not cut: shorter chunks cost more in merging than they save."""
 _SPARE_ITEMS = 64
-"""Items of decodes beside two a part: where parts are few, they are what fills the chip."""
+"""Items of decodes in addition to two for each part: where parts are few, these fill the chip."""
 _ITEMS_A_PROGRAM = 32
-"""Items that a program of the plan looks up."""
+"""Number of items that a program of the plan looks up."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -24,7 +24,7 @@ class ScoreFactors(NamedTuple):
     Attributes:
         scale: what products of queries and keys are multiplied by before tanh; None for no tanh.
         scale_log2: what is multiplied after that, so that weights are powers of 2.
-        sinks: (num_heads,), each head's score for nothing; None for none.
+        sinks: (num_heads,), each head's score for attending to nothing; None for none.
     """
 
     scale: float | None
@@ -34,7 +34,7 @@ class ScoreFactors(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What attention's softmax is taken of: see `llm.attention.spec.AttentionSpec`.
+    """The scores that attention takes the softmax of: see `llm.attention.spec.AttentionSpec`.
 
     Attributes:
         scale: of products of queries and keys.
@@ -182,6 +182,22 @@ def load_sinks(sinks, head, exists):
 
 
 @triton.jit
+def page_table_of(cache, parts, part):
+    """Pointer to the pages of a part's sequence, in order of position."""
+    return cache.tables + tl.load(parts.rows + part).to(tl.int64) * cache.table_stride
+
+
+@triton.jit
+def load_chunk(cache, parts, items, item):
+    """A decode's item: tokens a chunk, the length of its context, its token, int64, and its sequence's page table."""
+    chunk_size = tl.load(items.summary + 1)
+    part = tl.load(items.parts + item)
+    context_len = tl.load(parts.context_lens + part)
+    token = tl.load(parts.query_starts + part).to(tl.int64)
+    return chunk_size, context_len, token, page_table_of(cache, parts, part)
+
+
+@triton.jit
 def load_item(parts, items, item, BLOCK_TOKENS: tl.constexpr):
     """The part of a prefill's item, its lengths of query and context, and which block of its new tokens the item is.
 
@@ -192,6 +208,21 @@ def load_item(parts, items, item, BLOCK_TOKENS: tl.constexpr):
     context_len = tl.load(parts.context_lens + part)
     block = tl.cdiv(query_len, BLOCK_TOKENS) - 1 - tl.load(items.chunks + item)
     return part, query_len, context_len, block
+
+
+@triton.jit
+def weigh(scores, highest, weight, scale_log2):
+    """Weigh one block's scores, (rows, block), in an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867).
+
+    Returns the block's probabilities up to a factor, what the sum of the blocks before shrinks by, and the new state:
+    the highest scaled score and the sum of weights, (rows,) each.
+    """
+    # Scaled after the maximum, so that scaling and subtraction are one instruction.
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
+    rescale = tl.exp2(highest - new_highest)
+    probability = tl.exp2(scores * scale_log2 - new_highest[:, None])
+    weight = weight * rescale + tl.sum(probability, 1)
+    return probability, rescale, new_highest, weight
 
 
 @triton.jit

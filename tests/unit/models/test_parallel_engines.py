@@ -13,7 +13,7 @@ from thread_ranks import parallel_engine
 
 from llm.checkpoint.loading import load_decoder
 from llm.config import EngineConfig
-from llm.serving import followers, graph_follower, graph_runner, model_runner
+from llm.serving import eager_follower, eager_runner, graph_follower, graph_runner
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest, GenerationResult, Pooling
 
@@ -120,7 +120,7 @@ def test_four_ranks_share_two_heads_of_keys(checkpoints):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_log_probabilities_of_prompts(checkpoints, monkeypatch, backend):
     """Worked out some at a time, which every rank has to do alike."""
-    for module in (model_runner, followers, graph_runner, graph_follower):
+    for module in (eager_runner, eager_follower, graph_runner, graph_follower):
         monkeypatch.setattr(module, "MAX_SCORED_AT_ONCE", 5)
     requests = short_requests(prompt_logprobs=1)
     check_same(checkpoints("llama", num_hidden_layers=1)[0], requests, attention_backend=backend)

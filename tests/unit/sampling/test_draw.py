@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from llm.sampling.draw import Draw, SamplingRow, cut_unlikely, draw, exponential_noise, sample
+from llm.sampling.draw import Draw, SamplingRow, cut_unlikely, exponential_noise, sample
 
 VOCAB = 64
 
@@ -132,22 +132,14 @@ def test_logprobs_are_of_the_model_before_temperature_and_cuts():
     assert not_asked.logprob is None
 
 
-def test_a_draw_goes_to_the_host_when_asked():
-    """`draw` leaves tensors on the device; `to_host` pairs them with what each row asked for, as `sample` does."""
-    logits = create_logits(3)
+def test_each_row_gets_the_log_probabilities_it_asked_for():
+    """None, that of its token alone, or those of the likeliest too, whatever the other rows ask for."""
     rows = [SamplingRow(0, 0), SamplingRow(1, 0, num_logprobs=0), SamplingRow(2, 0, temperature=0, num_logprobs=2)]
-    draws = draw(logits, rows)
-    assert draws.token_ids.shape == (3,)
-    assert draws.token_ids.dtype == torch.int64
-    assert draws.top_ids is not None
-    assert draws.top_ids.shape == (3, 2)
-    on_host = draws.to_host(rows)
-    assert on_host == sample(logits, rows)
-    assert [drawn.token_id for drawn in on_host] == draws.token_ids.tolist()
-    assert on_host[0] == Draw(on_host[0].token_id)
-    assert [len(drawn.top) for drawn in on_host] == [0, 0, 2]
-    assert on_host[2].top[0] == (on_host[2].token_id, on_host[2].logprob)
-    assert draw(logits, [SamplingRow(0, 0)] * 3).logprobs is None
+    draws = sample(create_logits(3), rows)
+    assert draws[0] == Draw(draws[0].token_id)
+    assert [len(drawn.top) for drawn in draws] == [0, 0, 2]
+    assert draws[1].logprob is not None
+    assert draws[2].top[0] == (draws[2].token_id, draws[2].logprob)
 
 
 def test_extreme_temperatures_are_finite():

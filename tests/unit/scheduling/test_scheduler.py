@@ -26,7 +26,7 @@ def run_step(scheduler: Scheduler, token_id: int = 7) -> list[tuple[Sequence, in
 
 
 def draws_of(plan: StepPlan, token_id: int = 7) -> list[int]:
-    return [token_id] * sum(part.draws for part in plan.parts)
+    return [token_id] * sum(part.num_draws for part in plan.parts)
 
 
 def run_to_end(scheduler: Scheduler, limit: int = 2000) -> int:
@@ -246,7 +246,7 @@ def test_next_step_is_planned_before_the_token_is_known():
     scheduler.add(sequence)
     first, second = scheduler.schedule(), scheduler.schedule()
     (prefill,), (decode,) = first.parts, second.parts
-    assert [(part.start, part.end, part.draws) for part in (prefill, decode)] == [(0, 5, True), (5, 6, True)]
+    assert [(part.start, part.end, part.draws_token) for part in (prefill, decode)] == [(0, 5, True), (5, 6, True)]
     assert decode.start == len(sequence.tokens) == sequence.num_tokens - 2
     for plan, token_id in ((first, 21), (second, 22)):
         (event,) = scheduler.apply(plan, [token_id])

@@ -29,7 +29,7 @@ def run(scheduler: Scheduler, sequence: Sequence) -> list[StepPart]:
     while scheduler.has_pending_work:
         plan = scheduler.schedule()
         parts += plan.parts
-        scheduler.apply(plan, [7] * sum(part.draws for part in plan.parts))
+        scheduler.apply(plan, [7] * sum(part.num_draws for part in plan.parts))
         scheduler.check()
     assert places_of(scheduler).num_used == 0
     return parts

@@ -7,8 +7,8 @@ import torch
 
 from llm.config import EngineConfig
 from llm.models.decoder import DecoderModel
+from llm.serving.eager_runner import EagerRunner
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.model_runner import EagerRunner
 from llm.serving.schemas import GenerationRequest, GenerationResult, StepOutput
 
 VOCAB_SIZE = 48
@@ -35,15 +35,7 @@ def create_engine(
     engine = ContinuousBatchingEngine(model, tokenizer, config=EngineConfig(**{**defaults, **config}))
     runner = engine.runner
     assert isinstance(runner, EagerRunner)
-    engine.runner = EagerRunner(
-        runner.model,
-        runner.kv_cache,
-        runner.backend,
-        max_rows=engine.config.max_batch_size,
-        num_snapshots=engine.config.num_snapshots("cpu", model.config.state_bytes(model.dtype.itemsize)),
-        max_steps_ahead=max_steps_ahead,
-        adapters=runner.adapters,
-    )
+    engine.runner = EagerRunner(runner.eager, max_steps_ahead=max_steps_ahead)
     return engine
 
 

@@ -6,7 +6,7 @@ from small_engines import check_idle, create_engine, create_model, each_depth, r
 
 from llm.config import EngineConfig
 from llm.models.decoder import DecoderModel
-from llm.serving import graph_runner, model_runner
+from llm.serving import eager_runner, graph_runner
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import FinishReason, GenerationRequest, GenerationResult
 
@@ -46,7 +46,7 @@ def assert_scores_are_the_models(result: GenerationResult, model: DecoderModel, 
 @torch.inference_mode()
 def test_scores_are_the_models(config: dict, max_steps_ahead: int, monkeypatch):
     """Beside others, a few at a time; the tokens are those of the same request that asks for no log probabilities."""
-    monkeypatch.setattr(model_runner, "MAX_SCORED_AT_ONCE", 5)
+    monkeypatch.setattr(eager_runner, "MAX_SCORED_AT_ONCE", 5)
     model = create_model()
     engine = create_engine(model, max_steps_ahead=max_steps_ahead, **config)
     prompts = create_prompts()

@@ -15,9 +15,10 @@ from small_engines import (
     tokens_of,
 )
 
-from llm.scheduling.scheduler import StepPlan
-from llm.serving.model_runner import EagerRunner, LaunchedStep
+from llm.serving.eager_runner import EagerRunner
+from llm.serving.model_runner import LaunchedStep
 from llm.serving.schemas import FinishReason
+from llm.serving.step_packer import PackedPlan
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ class FaultyRunner:
         self.attention_backend = runner.attention_backend
         self.max_steps_ahead = runner.max_steps_ahead
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: PackedPlan) -> LaunchedStep:
         self._num_steps_left -= 1
         step = self._runner.launch(plan)
         if self._num_steps_left != -1:

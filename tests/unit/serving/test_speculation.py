@@ -25,6 +25,7 @@ from llm.scheduling.scheduler import Scheduler, StepPlan
 from llm.scheduling.sequence import Sequence
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import FinishReason, GenerationRequest, GenerationResult
+from llm.serving.step_packer import PackedPlan
 from llm.tokenization.simple_tokenizer import SimpleCharacterTokenizer
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo"
@@ -74,7 +75,7 @@ def count_steps(engine: ContinuousBatchingEngine, requests: list[GenerationReque
     num_steps = 0
     launch = engine.runner.launch
 
-    def counted(plan: StepPlan):
+    def counted(plan: PackedPlan):
         nonlocal num_steps
         num_steps += 1
         return launch(plan)

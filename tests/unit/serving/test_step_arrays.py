@@ -1,10 +1,12 @@
 """A step as arrays, without a device: against loops that say the same token by token."""
 
+import numpy as np
 from hypothesis import given, strategies as st
 
 from llm.scheduling.sequence import Sequence, StepPart, next_part
 from llm.serving.schemas import GenerationRequest
 from llm.serving.step_arrays import UNSEEN, StepArrays
+from llm.serving.step_packer import StepPacker
 
 
 def create_sequence(num_prompt: int, row: int, **params) -> Sequence:
@@ -78,8 +80,40 @@ def test_any_step_is_what_loops_say(data: st.DataObject):
         sequence.num_computed = data.draw(st.integers(0, sequence.num_prompt_tokens - 1))
         sequence.num_scored = data.draw(st.integers(0, sequence.num_prompt_tokens - 1))
         parts.append(next_part(sequence, data.draw(st.integers(1, sequence.num_uncomputed))))
-        if parts[-1].draws and parts[-1].num_tokens == 1:
+        if parts[-1].draws_token and parts[-1].num_tokens == 1:
             parts[-1] = parts[-1].with_guesses(tuple(data.draw(st.lists(st.integers(0, 9), max_size=3))))
     arrays = StepArrays.of(parts)
     for name, expected in naive(parts).items():
         assert getattr(arrays, name).tolist() == expected, name
+
+
+def test_page_tables_follow_from_changes():
+    """Tables that get every step's changes have the rows' pages, whoever had the row before; each page is sent once."""
+    packer, tables, num_starting = StepPacker(3, 4), np.full((2, 3, 4), -1), []
+    first, second, third = (create_sequence(8, row) for row in (0, 2, 0))
+    steps = [
+        ([first], [[[1], [2]]], 2),
+        ([first, second], [[[1], [2]], [[3, 5, 6], [4, 7, 8]]], 6),
+        ([first, second], [[[1, 9], [2, 10]], [[3, 5, 6], [4, 7, 8]]], 2),
+        ([third], [[[5], [6]]], 2),
+    ]
+    for sequences, pages, num_new in steps:
+        for sequence, own in zip(sequences, pages, strict=True):
+            sequence.pages = own
+        packed = packer.pack([next_part(sequence, 1) for sequence in sequences])
+        tables.reshape(-1)[packed.arrays.page_places] = packed.arrays.pages
+        for sequence, own in zip(sequences, pages, strict=True):
+            assert tables[:, sequence.row, : len(own[0])].tolist() == own
+        assert len(packed.arrays.pages) == num_new
+        num_starting.append(len(packed.starting))
+    assert num_starting == [1, 1, 0, 1]
+    third.num_preemptions += 1
+    again = packer.pack([next_part(third, 1)])
+    assert len(again.starting) == 1
+    assert again.arrays.pages.tolist() == [5, 6]
+
+
+def test_draws_are_plain_if_no_part_wants_more():
+    plain, penalised = create_sequence(4, 0), create_sequence(4, 1, presence_penalty=0.5)
+    assert StepArrays.of([next_part(plain, 4)]).draws_plainly
+    assert not StepArrays.of([next_part(plain, 4), next_part(penalised, 4)]).draws_plainly

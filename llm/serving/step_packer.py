@@ -1,12 +1,31 @@
-"""Which pages rows get from step to step, as differences from what was sent before."""
+"""`StepPacker`: turns a plan into what runners take, with the pages of rows as differences from the step before."""
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 from llm.scheduling.sequence import Sequence, StepPart
+from llm.serving.step_arrays import StepArrays
 
 
-class PageChanges:
-    """Finds what page tables have to be told in each step. Only this class tracks what they have been told.
+@dataclass(frozen=True, slots=True)
+class PackedPlan:
+    """A step as runners take it.
+
+    Attributes:
+        parts: the plan's parts, at least one.
+        starting: those of them whose sequences are new at their rows.
+        arrays: all of the step that the model and other ranks need.
+    """
+
+    parts: SequenceOf[StepPart]
+    starting: SequenceOf[StepPart]
+    arrays: StepArrays
+
+
+class StepPacker:
+    """Packs each step once, for all ranks, in the order in which they are launched.
+
+    Only this class tracks what page tables have been told.
 
     Args:
         num_rows: rows of a table: those that the scheduler hands out, and one that is never read.
@@ -20,15 +39,10 @@ class PageChanges:
         self._num_preemptions = [0] * num_rows
         self._num_pages = [0] * num_rows
 
-    def of(self, parts: SequenceOf[StepPart]) -> tuple[list[StepPart], list[int], list[int]]:
-        """The changes of a step.
-
-        Returns:
-            The parts whose sequences are new at their rows; then places in the tables, (groups, rows, pages) flattened,
-            and the pages to write there.
-        """
+    def pack(self, parts: SequenceOf[StepPart]) -> PackedPlan:
+        """Pack a plan's parts. Everything on the host is read before this returns (tokens, pages, requests)."""
         starting = []
-        indices: list[int] = []
+        places: list[int] = []
         pages: list[int] = []
         num_rows, table_len = self._num_rows, self._table_len
         for part in parts:
@@ -41,7 +55,7 @@ class PageChanges:
             if num_pages > num_known:
                 for group, group_pages in enumerate(sequence.pages):
                     first = (group * num_rows + row) * table_len
-                    indices += range(first + num_known, first + num_pages)
+                    places += range(first + num_known, first + num_pages)
                     pages += group_pages[num_known:]
                 self._num_pages[row] = num_pages
-        return starting, indices, pages
+        return PackedPlan(parts, starting, StepArrays.of(parts, places, pages))
