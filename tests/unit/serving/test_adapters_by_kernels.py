@@ -9,7 +9,6 @@ import pytest
 from test_graph_runner import (
     DEEPSEEK_V3,
     GEMMA_2,
-    GPT_OSS,
     QWEN_3_5_MOE,
     create_engine,
     create_model,
