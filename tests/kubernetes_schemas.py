@@ -5,9 +5,9 @@ Kubernetes' own schemas come with `kubernetes-validate`, those of the Prometheus
 pods, services and the few fields below.
 """
 
+from functools import cache
 from typing import Any, Literal
 
-from cloudcoil.models.prometheus_operator import v1, v1alpha1
 from kubernetes_validate import validate
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
@@ -17,11 +17,17 @@ KUBERNETES_VERSION = "1.31"
 
 Object = dict[str, Any]
 
-PROMETHEUS_OPERATOR = {
-    "PodMonitor": v1.PodMonitor,
-    "PrometheusRule": v1.PrometheusRule,
-    "ScrapeConfig": v1alpha1.ScrapeConfig,
-}
+
+@cache
+def prometheus_operator() -> dict[str, type[BaseModel]]:
+    """The operator's objects by kind; imported when one is checked, since there are so many that it takes seconds."""
+    from cloudcoil.models.prometheus_operator import v1, v1alpha1
+
+    return {
+        "PodMonitor": v1.PodMonitor,
+        "PrometheusRule": v1.PrometheusRule,
+        "ScrapeConfig": v1alpha1.ScrapeConfig,
+    }
 
 
 class Strict(BaseModel):
@@ -124,8 +130,8 @@ def check(document: Object) -> None:
         for group in (cluster.head_group_spec, *cluster.worker_group_specs):
             template = {"apiVersion": "v1", "kind": "PodTemplate", "template": group.template}
             validate(template, KUBERNETES_VERSION, strict=True)
-    elif document["kind"] in PROMETHEUS_OPERATOR:
-        model = PROMETHEUS_OPERATOR[document["kind"]].model_validate(document)
+    elif document["kind"] in prometheus_operator():
+        model = prometheus_operator()[document["kind"]].model_validate(document)
         # The models take unknown fields and drop them, as the API server does.
         kept = model.model_dump(mode="json", by_alias=True, exclude_unset=True)
         if kept != document:

@@ -1,5 +1,6 @@
 """What all unit tests share."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -18,3 +19,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_once() -> None:
+    """What all these modules are made of stays: half a second's work for each look of the garbage collector at it."""
+    gc.collect()
+    gc.freeze()

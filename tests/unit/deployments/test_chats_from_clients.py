@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import litellm.exceptions
 import pytest
 from in_process import ServiceFactory
-from litellm.litellm_core_utils.exception_mapping_utils import ExceptionCheckers
 from scripted_engine import THINK_TEMPLATE, TOOL_TEMPLATE, model_config, use_script
 
 from deployments.chat.errors import PromptTooLongError
@@ -90,6 +88,10 @@ async def test_thoughts_are_counted_in_usage(make_service: ServiceFactory, monke
 
 
 def test_litellm_knows_an_overlong_prompt_by_its_words():
+    # Here, since it takes seconds, and every process of the tests imports this file.
+    import litellm.exceptions
+    from litellm.litellm_core_utils.exception_mapping_utils import ExceptionCheckers
+
     error = PromptTooLongError("at least 5000", 2048, "messages")
     assert ExceptionCheckers.is_error_str_context_window_exceeded(str(error))
     assert issubclass(litellm.exceptions.ContextWindowExceededError, litellm.exceptions.BadRequestError)

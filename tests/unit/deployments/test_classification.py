@@ -250,7 +250,7 @@ async def test_emulated_engines_label_texts_too(make_service: ServiceFactory, se
 @pytest.mark.parametrize("path", PATHS)
 async def test_keys_limits_permissions_and_audit(make_service: ServiceFactory, several: Path, serve_log, path: str):
     """As with every other path at which a model is asked."""
-    team = key(KEY, "team", requests_per_min=1, tokens_per_min=1000)
+    team = key(KEY, "team", requests_per_min=1, tokens_per_min=60)
     other = ApiKey("other", hashlib.sha256(b"sk-other").digest(), models=frozenset(["none"]))
     service = await make_service(service_config(several, engine_kind="emulated"), keys=(team, other))
     body = {"model": "demo", "input": [[7] * 10, [8] * 5]}
@@ -259,7 +259,7 @@ async def test_keys_limits_permissions_and_audit(make_service: ServiceFactory, s
         for headers in (bearer(KEY), bearer(KEY), {}, bearer("sk-other"))
     ]
     assert [answer.status_code for answer in answers] == [200, 429, 401, 404]
-    assert answers[0].headers["x-ratelimit-remaining-tokens"] == "985"
+    assert int(answers[0].headers["x-ratelimit-remaining-tokens"]) in range(45, 60), "one comes back each second"
     lines = [json.loads(r.getMessage().removeprefix("audit ")) for r in serve_log if r.name == "ray.serve.audit"]
     assert [(line["status"], line["key"], line["route"], line["model"]) for line in lines] == [
         (200, "team", path, "demo"),

@@ -48,12 +48,9 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
     gc.collect()
     gc.freeze()  # as routers do: what this process has loaded is not looked through again and again
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(asyncio.Handle, "_run", timed)
-            yield watch
-    finally:
-        gc.unfreeze()
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.Handle, "_run", timed)
+        yield watch
 
 
 def assistant(**fields: object) -> dict:
