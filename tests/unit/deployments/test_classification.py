@@ -285,7 +285,7 @@ async def test_keys_limits_permissions_and_audit(make_service: ServiceFactory, s
         ({"messages": MESSAGES[:1], "continue_final_message": True}, "continue_final_message"),
         ({"input": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ({"input": "a", "use_activation": "no"}, "use_activation"),
-        ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"messages": MESSAGES, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ],
 )
