@@ -232,7 +232,8 @@ async def test_a_key_uses_only_its_models(two_models: Service):
             assert f"'{name}' does not exist or you do not have access to it" in answer.text
             assert "large" not in answer.text.replace(f"'{name}'", ""), "what there is besides is not told"
     assert (await ask(service, "some", model="small")).status_code == 200
-    assert (await ask(service, "some", model=None)).status_code == 400, "a completion names its model"
+    assert (await ask(service, "some", model=None)).json()["model"] == "small", "the only one that there is for it"
+    assert (await ask(service, "all", model=None)).status_code == 400
     assert (await ask(service, "alias", model="large")).status_code == 200
     assert (await ask(service, "alias", model="small")).status_code == 404
     assert [(await get(service, f"/v1/models/{name}", "some")).status_code for name in ("large", "small")] == [404, 200]
