@@ -69,5 +69,5 @@ class Truncation:
 def _num_around(encoder: PromptEncoder) -> tuple[int, int]:
     """How many tokens the tokenizer puts in front of a text, and how many behind it."""
     text, whole = (encoder.tokenizer.encode("a", add_special_tokens=adds) for adds in (False, True))
-    front = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
+    front = next(i for i in range(len(whole) + 1) if whole[i : i + len(text)] == text)
     return front, len(whole) - len(text) - front
