@@ -10,16 +10,15 @@ from llm.config import StrictModel
 MAX_NAME_CHARS = 256
 
 
-def check_adapter_name(name: str) -> str:
-    """The name, if clients can use it as a request's `model`.
+def check_client_name(name: str) -> str:
+    """The name of a model or an adapter, if clients can use it as a request's `model`.
 
     Raises:
         ValueError: they cannot.
     """
     if not name or len(name) > MAX_NAME_CHARS or name != name.strip() or not name.isprintable():
         raise ValueError(
-            f"an adapter's name has 1 to {MAX_NAME_CHARS} printable characters and no space at either end, "
-            f"unlike {name[:80]!r}"
+            f"a name has 1 to {MAX_NAME_CHARS} printable characters and no space at either end, unlike {name[:80]!r}"
         )
     return name
 
@@ -35,7 +34,7 @@ class AdapterEntry(StrictModel):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return check_adapter_name(name)
+        return check_client_name(name)
 
 
 def check_roots(roots: tuple[str, ...]) -> tuple[str, ...]:

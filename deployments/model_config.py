@@ -6,13 +6,21 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from deployments.adapters_config import AdapterEntry, check_entries, check_roots
+from deployments.adapters_config import (
+    MAX_NAME_CHARS,
+    AdapterEntry,
+    check_client_name,
+    check_entries,
+    check_roots,
+)
 from deployments.vectors_config import EmbeddingsConfig, ScoringConfig
 from llm.checkpoint.hub import is_gguf
 from llm.config import EngineConfig, StrictModel
 from llm.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent
+ClientName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(check_client_name)]
+"""A name that clients use for a model."""
 
 
 class EngineKind(StrEnum):
@@ -206,9 +214,9 @@ class ServedModelConfig(StrictModel):
     model: str = Field(default="configs/demo", min_length=1)
     """Directory of a Hugging Face checkpoint, a GGUF file, or a Hub id. A relative path counts from the working
     directory, or from this repository if it does not exist there."""
-    served_model_name: str | None = Field(default=None, min_length=1, max_length=256)
+    served_model_name: ClientName | None = None
     """The name clients use; None for the directory's name, the file's without its suffix, or the Hub id."""
-    aliases: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
+    aliases: tuple[ClientName, ...] = ()
     """More names that clients may use for the model."""
     weight: Annotated[float, Field(ge=0)] | None = None
     """Its share of the requests, relative to the other entries of `models` with the same name."""

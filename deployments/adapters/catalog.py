@@ -26,7 +26,7 @@ from deployments.adapters.messages import (
     Wish,
 )
 from deployments.adapters.roots import find_inside, why_outside
-from deployments.adapters_config import check_adapter_name
+from deployments.adapters_config import check_client_name
 from llm.errors import LLMError
 
 logger = logging.getLogger("ray.serve")
@@ -170,7 +170,7 @@ class Catalog:
         if not self._has_recovered:
             return _early()
         try:
-            check_adapter_name(order.name)
+            check_client_name(order.name)
         except ValueError as error:
             return OrderRefusal(f"lora_name: {error}", "lora_name")
         if order.name in self._taken_names:

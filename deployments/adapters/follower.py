@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deployments.adapters.directory import Signature, created_at, signature_of
 from deployments.adapters.messages import KnownAdapter, Source
-from deployments.adapters_config import check_adapter_name
+from deployments.adapters_config import check_client_name
 from llm.checkpoint.hub import hub_origin, resolve_model_path
 from llm.errors import LLMError
 
@@ -164,13 +164,14 @@ class AdapterFollower:
             return {name: place.directory for name, place in self._places.items() if place.source is Source.FOLDER}
         self._note_mended("")
         # Links are followed now: whoever points one to another directory changes the adapter, not the old one's files.
-        found = {name: (self._folder / name).resolve() for name in names}
+        # `Path.resolve` would raise where links lead in a circle.
+        found = {name: Path(os.path.realpath(self._folder / name)) for name in names}
         return {name: directory for name, directory in found.items() if signature_of(directory) is not None}
 
     def _why_not(self, name: str, num_known: int) -> str | None:
         """Why a subdirectory of this name cannot be an adapter."""
         try:
-            check_adapter_name(name)
+            check_client_name(name)
         except ValueError as error:
             return str(error)
         if name in self._taken_names:

@@ -117,16 +117,21 @@ class KeyGuard:
 
 
 def _keys_given(scope: Scope) -> list[bytes]:
-    """Every key in the headers; for anything that is not a bearer token, an empty key, which belongs to nobody."""
+    """Every key in the headers; for anything that is not a bearer token, an empty key, which belongs to nobody.
+
+    A header that holds no key at all is as good as none: some clients send `Authorization: Bearer`, or an empty
+    `x-api-key`, along with the header that holds the key.
+    """
     given = []
     for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, token = value.strip().partition(b" ")
+        value = value.strip()
+        if name == b"authorization" and value:
+            scheme, _, token = value.partition(b" ")
             is_bearer = scheme.lower() == b"bearer"
-            if not is_bearer or token:  # some clients send only the word "Bearer", along with another header
+            if not is_bearer or token:
                 given.append(token.strip() if is_bearer else b"")
-        elif name == b"x-api-key":
-            given.append(value.strip())
+        elif name == b"x-api-key" and value:
+            given.append(value)
     return given
 
 

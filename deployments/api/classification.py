@@ -6,24 +6,23 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from deployments.api.openai.embeddings import check_input, inputs_of
+from deployments.api.openai.embeddings import InputFields, check_input, inputs_of
 from deployments.api.openai.responses import EmbeddingUsage, ResponseModel
 from deployments.chat.encoder import PromptEncoder
 from deployments.chat.errors import invalid
 from deployments.chat.labels import labelled
 from deployments.chat.messages import ChatMessage, check_continued, check_messages
-from deployments.chat.requests import MAX_MESSAGES, Priority, Prompt
-from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported
+from deployments.chat.requests import MAX_MESSAGES, Prompt
+from deployments.chat.wire_model import Items
 from llm.checkpoint.label_defaults import LabelActivation, LabelDefaults
 from llm.serving.schemas import new_request_id
 
 _OF_CHATS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
-class ClassifyRequest(RequestBody):
+class ClassifyRequest(InputFields):
     """Body of `POST /v1/classify`: `input`, or `messages` for a model that judges chats."""
 
-    model: str
     input: Annotated[Any, BeforeValidator(check_input, json_schema_input_type=Prompt)] = None
     """A text, a list of texts, token ids, or a list of lists of token ids."""
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
@@ -36,11 +35,6 @@ class ClassifyRequest(RequestBody):
     """With messages: variables for the model's chat template."""
     use_activation: bool | None = None
     """False for the logits in place of the probabilities."""
-    priority: Priority | None = None
-    """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
-    user: NoEffect = None
-    truncate_prompt_tokens: Annotated[Any, Unsupported()] = None
-    """Not supported: a text that is too long is an error."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -51,6 +45,8 @@ class ClassifyRequest(RequestBody):
                 raise invalid(f"{name}: only with messages", name)
         if self.messages is not None:
             check_messages(self.messages)
+            if self.truncation is not None:
+                raise invalid("truncate_prompt_tokens: only with input", "truncate_prompt_tokens")
         if self.continue_final_message:
             check_continued(self.messages, self.add_generation_prompt)
         return self
@@ -68,7 +64,8 @@ class ClassifyRequest(RequestBody):
             InvalidRequestError: the template refuses the messages.
         """
         if self.messages is None:
-            return encoder.inputs(inputs_of(self.input))
+            inputs = inputs_of(self.input)
+            return encoder.inputs(inputs) if self.truncation is None else self.truncation.inputs(encoder, inputs)
         ids = encoder.chat_ids(
             self.messages,
             add_generation_prompt=bool(self.add_generation_prompt),

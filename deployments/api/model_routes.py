@@ -54,7 +54,7 @@ class ModelEndpoints:
     async def ready(self, request: Request) -> Response:
         """Answer 200 while requests for any model can be answered: a replica serves, or one starts when a request
         arrives. Otherwise 503. With `?model=NAME`, only that model counts."""
-        name = request.query_params.get("model")
+        name = request.query_params.get("model") or None
         # This needs no key, so it names no model.
         routers = self._directory.routers if name is None else self._directory.find(name)
         if not routers:

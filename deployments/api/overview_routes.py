@@ -81,8 +81,8 @@ class OverviewEndpoints:
         require_admin(request)
         holders: dict[tuple[str, str], list[str]] = {}
         for router in self._directory.routers:
-            for replica_id, replica in router.snapshot()["replicas"].items():
-                for digest in replica["adapters"] if replica["state"] != "gone" else ():
+            for replica_id in router.fleet.replica_ids:
+                for digest in router.fleet.adapters(replica_id):
                     holders.setdefault((router.key, digest), []).append(replica_id)
         known = [adapter for adapters in self._directory.adapters.all() for adapter in adapters]
         faults = self._directory.adapters.snapshot()["adapter_faults"]

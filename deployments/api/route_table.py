@@ -24,7 +24,7 @@ from deployments.api.openai.responses import (
 Handler = Callable[[Request], Awaitable[Response]]
 
 EVENT_STREAM = "text/event-stream"
-_METERED = ("/rerank", "/score", "/classify")
+_METERED = ("/rerank", "/score", "/classify", "/pooling")
 """Paths outside `/v1` at which a model is asked."""
 _EVENT = {"type": "string", "description": "Server-sent events"}
 

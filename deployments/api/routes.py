@@ -73,7 +73,7 @@ class Endpoints:
         self._responses = ResponseEndpoints(self._requests, store)
         self._vectors = VectorEndpoints(self._requests)
         self._models = ModelEndpoints(directory)
-        self._usage = UsageEndpoints(directory.access)
+        self._usage = UsageEndpoints(directory.access, directory.model_name)
         self._adapters = AdapterEndpoints(directory, self._requests)
         self._overview = OverviewEndpoints(directory, desk)
 

@@ -15,6 +15,9 @@ from deployments.chat.wire_model import NoEffect, RequestBody, Unsupported
 from llm.serving.schemas import new_request_id
 
 Text = str | dict[str, str]
+_PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+"""What clients call the texts that they want compared."""
+_OF_PAIRS = tuple(dict.fromkeys(name for names in _PAIRS for name in names))
 
 
 def _text(value: Any, param: str) -> str:
@@ -53,7 +56,6 @@ def _of(param: str) -> BeforeValidator:
 class ScoringBody(RequestBody):
     """What requests for scores have in common."""
 
-    model: str
     instruction: str | None = None
     """Extension. For a cross-encoder: what makes a document relevant; by default what the model's files say."""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -65,7 +67,7 @@ class ScoringBody(RequestBody):
     user: NoEffect = None
     truncate_prompt_tokens: Annotated[Any, Unsupported()] = None
     """Not supported: a text that is too long is an error."""
-    max_tokens_per_doc: Annotated[Any, Unsupported()] = None
+    max_tokens_per_doc: Annotated[Any, Unsupported(0)] = None
     """Not supported, for the same reason."""
 
     @property
@@ -106,21 +108,27 @@ class RerankRequest(ScoringBody):
 
 
 class ScoreRequest(ScoringBody):
-    """Body of `POST /v1/score`: `text_1` and `text_2`, or `queries` and `documents`. One text may be compared with one
-    or with many; or as many with as many, each with its own."""
+    """Body of `POST /v1/score`: `text_1` and `text_2`, or under their other names. One text may be compared with one or
+    with many; or as many with as many, each with its own."""
 
     text_1: Annotated[list[str] | None, _of("text_1")] = None
     text_2: Annotated[list[str] | None, _of("text_2")] = None
     queries: Annotated[list[str] | None, _of("queries")] = None
     documents: Annotated[list[str] | None, _of("documents")] = None
+    items: Annotated[list[str] | None, _of("items")] = None
+    data_1: Annotated[list[str] | None, _of("data_1")] = None
+    data_2: Annotated[list[str] | None, _of("data_2")] = None
 
     @model_validator(mode="after")
     def _check_texts(self) -> Self:
-        if (self.text_1 is None) == (self.queries is None):
+        given = {name for name in _OF_PAIRS if getattr(self, name) is not None}
+        likely = [names for names in _PAIRS if names[0] in given]
+        if len({first for first, _ in likely}) != 1:
             raise invalid("text_1: give text_1 and text_2, or queries and documents", "text_1")
-        first, second = self.params
-        if getattr(self, second) is None or (self.text_2 is not None and self.documents is not None):
+        if given not in map(set, likely):
+            first, second = likely[0]
             raise invalid(f"{second}: {first} needs {second} beside it, and nothing else", second)
+        first, second = self.params
         num_queries, num_documents = len(getattr(self, first)), len(getattr(self, second))
         if num_queries not in (1, num_documents):
             raise invalid(
@@ -132,7 +140,7 @@ class ScoreRequest(ScoringBody):
     @property
     def params(self) -> tuple[str, str]:
         """What the request calls its texts."""
-        return ("text_1", "text_2") if self.text_1 is not None else ("queries", "documents")
+        return next(names for names in _PAIRS if all(getattr(self, name) is not None for name in names))
 
     def pairs(self) -> list[Pair]:
         """The texts to compare, in the order of the answer."""

@@ -45,6 +45,8 @@ async def read_form(request: Request, write: Callable[[bytes], Awaitable[None]],
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != _FORM or not options.get(b"boundary"):
         raise APIError(415, "The body must be a form with a file, sent as multipart/form-data", code="unsupported_type")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise APIError(415, "A form must be sent without a Content-Encoding", code="unsupported_type")
     reader = _FormReader()
     try:
         parser = MultipartParser(options[b"boundary"], reader.callbacks())

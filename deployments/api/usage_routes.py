@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from datetime import UTC, date, datetime, timedelta
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, date, datetime
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -94,10 +94,12 @@ class UsageEndpoints:
 
     Args:
         access: knows keys, budgets and the record.
+        model_name: the name under which a model is recorded, by that name or an alias; None for others.
     """
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, model_name: Callable[[str], str | None] = lambda name: name) -> None:
         self._access = access
+        self._model_name = model_name
 
     def table(self) -> list[Route]:
         """The routes of this class."""
@@ -130,12 +132,14 @@ class UsageEndpoints:
         today = self._today()
         last = _day(query.get("to"), "to", today)
         first = _day(query.get("from"), "from", min(today, last).replace(day=1))
-        if not first <= last < first + timedelta(days=_MAX_DAYS):
+        if not 0 <= (last - first).days < _MAX_DAYS:
             raise invalid(f"from: must be at most {_MAX_DAYS} days before `to`, and not after it", "from")
         by = query.get("by", "day")
         if by not in ("day", "period"):
             raise invalid("by: must be day or period", "by")
-        asked = UsageQuery(first.isoformat(), last.isoformat(), query.get("key"), query.get("model"), by == "day")
+        model = query.get("model")
+        model = (self._model_name(model) or model) if model is not None else None
+        asked = UsageQuery(first.isoformat(), last.isoformat(), query.get("key"), model, by == "day")
         rows = await self._access.meter.rows(asked)
         keys = await self._states(query.get("key"), today)
         # In a thread: keys, models and days can be many.

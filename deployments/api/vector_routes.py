@@ -10,8 +10,9 @@ from starlette.responses import Response
 from deployments.api.callers import caller_of
 from deployments.api.classification import ClassifyRequest, ClassifyResponse, classify_object
 from deployments.api.json_parts import JSONResponse, json_pieces
-from deployments.api.openai.embeddings import EmbeddingsRequest, embeddings_object
+from deployments.api.openai.embeddings import EmbeddingsRequest, VectorFields, embeddings_object
 from deployments.api.openai.responses import EmbeddingList
+from deployments.api.pooling import PoolingRequest, PoolingResponse, pooling_object
 from deployments.api.request_reader import RequestReader, Target
 from deployments.api.route_table import Route
 from deployments.api.scores import (
@@ -27,11 +28,11 @@ from deployments.chat.encoder import PromptEncoder
 from deployments.chat.labels import cannot_classify, check_generates, label_request
 from deployments.chat.pair_prompts import ScoreOptions
 from deployments.chat.scoring import PairWork, cannot_score
-from deployments.chat.vectors import cut
+from deployments.chat.vectors import VectorStyle, cut
 from llm.core.pooling import Pooling
 from llm.serving.schemas import GenerationRequest
 
-Embedded = TypeVar("Embedded", EmbeddingsRequest, ClassifyRequest)
+Embedded = TypeVar("Embedded", EmbeddingsRequest, ClassifyRequest, PoolingRequest)
 
 
 class VectorEndpoints:
@@ -60,6 +61,7 @@ class VectorEndpoints:
                 Route("POST", path, self.classify, "Labels of texts", ClassifyResponse, ClassifyRequest)
                 for path in ("/v1/classify", "/classify")
             ),
+            Route("POST", "/pooling", self.pooling, "Vectors or labels of texts", PoolingResponse, PoolingRequest),
         ]
 
     async def embeddings(self, request: Request) -> Response:
@@ -68,16 +70,9 @@ class VectorEndpoints:
         target = self._requests.target(request, body)
 
         def prepare(encoder: PromptEncoder, body: EmbeddingsRequest) -> list[GenerationRequest]:
-            check_generates(encoder.info)
-            vectors = target.chats.vectors
-            vectors.check_dimensions(body.dimensions, encoder.info.vector_size)
-            pooling = Pooling(body.pooling) if body.pooling is not None else vectors.pooling
-            inputs = vectors.inputs(encoder, body.inputs(), body.prompt_name)
-            return [GenerationRequest(prompt_token_ids=tuple(ids), pooling=pooling) for ids in inputs]
+            return _to_embed(target.chats.vectors, encoder, body, body.inputs())
 
-        computing = self._vectors(request, target, body, size, prepare)
-        requests, vectors = await until_disconnect(request.receive, computing)
-        num_tokens = sum(len(each.prompt_token_ids or ()) for each in requests)
+        vectors, num_tokens = await self._vectors(request, target, body, size, prepare)
         return await _written(lambda: embeddings_object(body, target.name, cut(vectors, body.dimensions), num_tokens))
 
     async def classify(self, request: Request) -> Response:
@@ -91,10 +86,26 @@ class VectorEndpoints:
         def prepare(encoder: PromptEncoder, body: ClassifyRequest) -> list[GenerationRequest]:
             return [label_request(ids) for ids in body.prompts(encoder)]
 
-        computing = self._vectors(request, target, body, size, prepare)
-        requests, vectors = await until_disconnect(request.receive, computing)
-        num_tokens = sum(len(each.prompt_token_ids or ()) for each in requests)
+        vectors, num_tokens = await self._vectors(request, target, body, size, prepare)
         return await _written(lambda: classify_object(body, target.name, vectors, labels, num_tokens))
+
+    async def pooling(self, request: Request) -> Response:
+        """Return what a model makes of each input as a whole: a vector, or the probabilities of a classifier's
+        labels."""
+        body, size = await self._requests.body(request, PoolingRequest)
+        target = self._requests.target(request, body)
+        labels = target.chats.labels
+        body.check_model(is_classifier=labels is not None)
+
+        def prepare(encoder: PromptEncoder, body: PoolingRequest) -> list[GenerationRequest]:
+            if labels is None:
+                return _to_embed(target.chats.vectors, encoder, body, body.inputs())
+            truncation = body.truncation
+            inputs = encoder.inputs(body.inputs()) if truncation is None else truncation.inputs(encoder, body.inputs())
+            return [label_request(ids) for ids in inputs]
+
+        vectors, num_tokens = await self._vectors(request, target, body, size, prepare)
+        return await _written(lambda: pooling_object(body, target.name, vectors, labels, num_tokens))
 
     async def _vectors(
         self,
@@ -103,10 +114,15 @@ class VectorEndpoints:
         body: Embedded,
         size: int,
         prepare: Callable[[PromptEncoder, Embedded], list[GenerationRequest]],
-    ) -> tuple[list[GenerationRequest], list[bytes]]:
-        """The requests that a body's inputs become, and the vector that each gives."""
-        requests = await self._requests.prepared(request, target, body, size, prepare)
-        return requests, await target.router.vectors(requests, caller_of(request, body.priority), target.adapter)
+    ) -> tuple[list[bytes], int]:
+        """The vectors that a body's inputs give, and how many tokens were read for them."""
+
+        async def compute() -> tuple[list[bytes], int]:
+            requests = await self._requests.prepared(request, target, body, size, prepare)
+            vectors = await target.router.vectors(requests, caller_of(request, body.priority), target.adapter)
+            return vectors, sum(len(each.prompt_token_ids or ()) for each in requests)
+
+        return await until_disconnect(request.receive, compute())
 
     async def rerank(self, request: Request) -> Response:
         """Order documents by how well they answer a query."""
@@ -146,6 +162,21 @@ class VectorEndpoints:
             return work.scores(vectors), work.num_tokens
 
         return await until_disconnect(request.receive, compute())
+
+
+def _to_embed(
+    style: VectorStyle, encoder: PromptEncoder, body: VectorFields, given: Sequence[Any]
+) -> list[GenerationRequest]:
+    """The requests for the vectors of a body's inputs.
+
+    Raises:
+        APIError: a 400.
+    """
+    check_generates(encoder.info)
+    style.check_dimensions(body.dimensions, encoder.info.vector_size)
+    pooling = Pooling(body.pooling) if body.pooling is not None else style.pooling
+    inputs = style.inputs(encoder, given, body.prompt_name, body.truncation)
+    return [GenerationRequest(prompt_token_ids=tuple(ids), pooling=pooling) for ids in inputs]
 
 
 async def _written(make: Callable[[], dict[str, Any]]) -> Response:

@@ -42,6 +42,12 @@ class BatchJob:
         self._max_body_bytes = max_body_bytes
         self._on_results = on_results
         self._book = ResultBook(desk.store, batch.record.id, lease.number)
+        self._lines: LineRunner | None = None
+
+    @property
+    def is_held_up(self) -> bool:
+        """See `LineRunner`."""
+        return self._lines is not None and self._lines.is_held_up
 
     async def run(self) -> None:
         """Run to the end. If it is cancelled, all results so far are kept and another router can go on.
@@ -78,8 +84,8 @@ class BatchJob:
         if self.state.in_progress_at is None:
             await self._save(status=BatchStatus.IN_PROGRESS, in_progress_at=self._now(), num_lines=len(found.lines),
                              model=found.only_model)  # fmt: skip
-        lines = LineRunner(self._desk, self._tools, self._batch, found.lines, self._book, self._note_results)
-        ending = await lines.run()
+        self._lines = LineRunner(self._desk, self._tools, self._batch, found.lines, self._book, self._note_results)
+        ending = await self._lines.run()
         # The results, too: whoever kept the last ones may have died before it could say so.
         await self._save(status=BatchStatus.FINALIZING, finalizing_at=self._now(), **self._kept())
         await self._desk.run(self._lease.renew)

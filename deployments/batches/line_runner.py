@@ -26,6 +26,8 @@ _FLUSH_BYTES = 4 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
 _READ_BYTES = 1 << 20
 _BYTES_A_TOKEN = 4
+_HELD_UP_SETBACKS, _HELD_UP_S = 4, 60.0
+"""After so many refusals in a row, or one for so long, a batch is held up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,11 @@ class LineRunner:
         self._has_flushed = asyncio.Event()
         self._num_setbacks = 0
         self._paused_until = 0.0
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the server has refused its lines for a while, as it does where its key's budget is used up."""
+        return self._num_setbacks >= _HELD_UP_SETBACKS
 
     async def run(self) -> BatchStatus:
         """Run the lines; returns how the batch ends. Lines that are open when it ends early are given up.
@@ -149,7 +156,7 @@ class LineRunner:
         if now < self._paused_until:
             return
         pause_s = max(retry_after_s, _FIRST_PAUSE_S * 2 ** min(self._num_setbacks, 10))
-        self._num_setbacks += 1
+        self._num_setbacks = _HELD_UP_SETBACKS if retry_after_s >= _HELD_UP_S else self._num_setbacks + 1
         self._paused_until = now + min(pause_s, _LONGEST_PAUSE_S) * random.uniform(0.8, 1.2)
 
     async def _until_it_shall_end(self) -> BatchStatus:

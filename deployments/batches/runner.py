@@ -27,6 +27,8 @@ _HEAD_START_S = 1.5
 """For each batch that a router runs, it leaves a free one to others for this long, so that batches spread."""
 _COOL_DOWN_S = 15.0
 """After a batch could not be run here, it is left to others for this long."""
+_ASIDE_S = 60.0
+"""A batch that is held up lets those of other keys go first, for this long."""
 _SWEEP_S = 3600.0
 
 
@@ -55,6 +57,7 @@ class BatchRunner:
         self._max_body_bytes = max_body_bytes
         self._known: dict[str, ActiveBatch] = {}
         self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, BatchJob] = {}
         self._free_since: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         self._next_sweep = time.monotonic() + random.uniform(0.02, 1) * _SWEEP_S
@@ -112,13 +115,30 @@ class BatchRunner:
                 active = await self._desk.run(lambda batch_id=batch_id: self._desk.ledger.active(batch_id))  # type: ignore[misc]
                 if active is not None:
                     self._known[batch_id] = active
+        held_up = self._held_up()
         for active in self._in_turn():
-            if len(self._jobs) >= self._desk.config.max_running:
+            is_full = len(self._jobs) >= self._desk.config.max_running
+            if is_full and not held_up:
                 return
+            if is_full and active.owner in held_up:
+                continue
             if await self._is_for_here(active.id):
+                if is_full:
+                    self._lay_aside(next(iter(held_up.values())))
+                    return
                 lease = await self._desk.run(lambda active=active: self._leases.take(active.id))  # type: ignore[misc]
                 if lease is not None:
                     self._begin(active, lease)
+
+    def _held_up(self) -> dict[str, str]:
+        """A batch that is held up of each key that has one."""
+        return {self._known[batch_id].owner: batch_id for batch_id, job in self._running.items() if job.is_held_up}
+
+    def _lay_aside(self, batch_id: str) -> None:
+        """Let go of a batch for a while; its results are kept."""
+        if time.monotonic() >= self._not_before.get(batch_id, -math.inf):
+            self._not_before[batch_id] = time.monotonic() + _ASIDE_S
+            self._jobs[batch_id].cancel()
 
     def _in_turn(self) -> list[ActiveBatch]:
         """The batches that do not run here: those first whose owner has the fewest that do, then the oldest."""
@@ -145,6 +165,7 @@ class BatchRunner:
 
     def _ended(self, batch_id: str) -> None:
         del self._jobs[batch_id]
+        self._running.pop(batch_id, None)
         self._desk.changed.set()
 
     async def _run(self, active: ActiveBatch, lease: Lease) -> None:
@@ -154,6 +175,7 @@ class BatchRunner:
             batch = await self._desk.run(lambda: self._desk.ledger.find(active))
             if batch is not None:
                 job = BatchJob(self._desk, batch, lease, self._tools, self._max_body_bytes, self._count)
+                self._running[active.id] = job
                 await job.run()
                 self.num_ended[job.state.status] += 1
                 return

@@ -249,6 +249,11 @@ class PromptEncoder:
         self.check_text(chat.text, "messages")
         return self.tokenizer.encode_chat(chat)
 
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Most tokens of a prompt, in the context and in the whole pool; one more is left for the answer."""
+        return min(self.info.max_seq_len, self.info.num_slots) - 1
+
     def check_length(self, ids: Sequence[int], param: str) -> None:
         """Refuse a prompt that leaves no room for an answer, in the context or in the whole pool.
 
@@ -257,9 +262,8 @@ class PromptEncoder:
         """
         if not ids:
             raise invalid(f"{param}: holds no tokens", param)
-        most = min(self.info.max_seq_len, self.info.num_slots)
-        if len(ids) >= most:
-            raise PromptTooLongError(str(len(ids)), most, param)
+        if len(ids) > self.most_prompt_tokens:
+            raise PromptTooLongError(str(len(ids)), self.most_prompt_tokens + 1, param)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse ids that are not in the vocabulary.
@@ -276,9 +280,9 @@ class PromptEncoder:
         Raises:
             APIError: it does.
         """
-        most = min(self.info.max_seq_len, self.info.num_slots)
-        if len(text) > most and self.tokenizer.min_num_tokens(text) >= most:
-            raise PromptTooLongError(f"at least {self.tokenizer.min_num_tokens(text)}", most, param)
+        most = self.most_prompt_tokens
+        if len(text) > most and self.tokenizer.min_num_tokens(text) > most:
+            raise PromptTooLongError(f"at least {self.tokenizer.min_num_tokens(text)}", most + 1, param)
 
     def _compiled(self, bound: tuple[str, Grammar] | None, form: AnswerForm | None = None) -> Grammar | None:
         """The grammar, after checking that the engines can follow it; in a chat it applies after the thoughts.

@@ -81,8 +81,6 @@ class StreamOptions(WireModel):
 class SamplingFields(StructuredFields, RequestBody):
     """What chat and plain completions have in common."""
 
-    model: str
-    """Name of the served model, as `/v1/models` gives it."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     """No effect on an answer that is not streamed."""
@@ -313,7 +311,6 @@ class CompletionRequest(SamplingFields):
 class TokenizeRequest(RequestBody):
     """Body of `POST /tokenize`: a prompt or messages."""
 
-    model: str | None = None
     prompt: str | None = None
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
@@ -370,5 +367,4 @@ def _check_tokens(value: Any) -> Any:
 class DetokenizeRequest(RequestBody):
     """Body of `POST /detokenize`."""
 
-    model: str | None = None
     tokens: Annotated[Any, BeforeValidator(_check_tokens, json_schema_input_type=list[int])]

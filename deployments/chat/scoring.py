@@ -182,7 +182,7 @@ def _label_scorer(
         )
     prompt, refusal = pair_template(config, defaults, tokenizer, is_needed=False), None
     if len(labels.names) > 1:
-        refusal = f"gives {len(labels.names)} labels to a text, and no single score; ask POST /classify"
+        refusal = f"this model gives {len(labels.names)} labels to a text, and no single score; ask POST /classify"
     elif prompt is None and defaults.default_prompt is not None and defaults.prompts[defaults.default_prompt]:
         refusal = (
             "its files name a default prompt, and nothing says where in a pair of texts it goes; the server's operator "

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from deployments.chat.encoder import PromptEncoder
 from deployments.chat.errors import invalid
+from deployments.chat.truncation import Truncation
 from deployments.vectors_config import EmbeddingsConfig, PoolingName
 from llm.checkpoint.vector_defaults import VectorDefaults
 from llm.core.pooling import Pooling
@@ -102,13 +103,20 @@ class VectorStyle:
         found = next((name for name in _PROMPT_NAMES[side] if name in self.defaults.prompts), None)
         return self.prompt(found)
 
-    def inputs(self, encoder: PromptEncoder, inputs: Sequence[str | list[int]], name: str | None) -> list[list[int]]:
+    def inputs(
+        self,
+        encoder: PromptEncoder,
+        inputs: Sequence[str | list[int]],
+        name: str | None,
+        truncation: Truncation | None = None,
+    ) -> list[list[int]]:
         """Tokens of each input, with its prompt.
 
         Args:
             encoder: knows tokenizer and limits.
             inputs: texts, or token ids, which are taken as they are.
             name: the prompt that the request names.
+            truncation: what becomes of inputs that are too long; None if they are errors.
 
         Raises:
             APIError: a 400.
@@ -116,7 +124,8 @@ class VectorStyle:
         prompt = self.prompt(name)
         if name is not None and not all(isinstance(item, str) for item in inputs):
             raise invalid("prompt_name: only for texts; token ids are taken as they are", "prompt_name")
-        return encoder.inputs([prompt + item if isinstance(item, str) else item for item in inputs])
+        whole = [prompt + item if isinstance(item, str) else item for item in inputs]
+        return encoder.inputs(whole) if truncation is None else truncation.inputs(encoder, whole)
 
 
 def cut(vectors: Sequence[bytes], dimensions: int | None) -> Vectors:

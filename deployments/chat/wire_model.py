@@ -146,6 +146,7 @@ class RequestBody(WireModel):
     """The body of a request."""
 
     model: str | None = None
+    """Name of a model, an alias or an adapter, as `/v1/models` gives it. May be left out where there is one model."""
 
     @property
     def takes_long(self) -> bool:

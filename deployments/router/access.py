@@ -108,9 +108,10 @@ class Access:
         self.stop_following()
 
     def stop_following(self) -> None:
-        """Stop following the file; the keys stay as they are."""
+        """Stop following the file, and looking for usage that other routers have left; what is known stays."""
         if self._following is not None:
             self._following.cancel()
+        self.meter.stop_looking()
 
     async def _follow(self) -> None:
         while True:

@@ -38,7 +38,8 @@ class Courier:
         self._router_id = uuid.uuid4().hex
         self._need = asyncio.Event()
         self._turn = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._delivering: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     def hurry(self) -> None:
         """Deliver soon."""
@@ -46,15 +47,21 @@ class Courier:
 
     def start(self) -> None:
         """Begin to deliver, and to look for what other routers of this node have left. No effect if it has begun."""
-        if not self._tasks:
-            self._tasks.append(asyncio.create_task(self._deliver_for_ever()))
+        if self._delivering is None:
+            self._delivering = asyncio.create_task(self._deliver_for_ever())
             if self._directory is not None:
-                self._tasks.append(asyncio.create_task(self._deliver_orphans_for_ever(self._directory)))
+                self._looking = asyncio.create_task(self._deliver_orphans_for_ever(self._directory))
+
+    def stop_looking(self) -> None:
+        """Look no longer for what other routers of this node have left."""
+        if self._looking is not None:
+            self._looking.cancel()
 
     def close(self) -> None:
         """Stop."""
-        for task in self._tasks:
-            task.cancel()
+        self.stop_looking()
+        if self._delivering is not None:
+            self._delivering.cancel()
 
     async def deliver_all(self) -> None:
         """Deliver everything that the spool holds now.

@@ -96,6 +96,10 @@ class ModelDirectory:
         """
         return tuple(self._by_name.get(self._names.get(name, ""), ()))
 
+    def model_name(self, name: str) -> str | None:
+        """The name that answers and the record give a model, by any of its names; None if there is no such model."""
+        return self._names.get(name)
+
     def names_of(self, name: str) -> tuple[str, ...]:
         """Every name of a model, by one of them; none if there is no such model."""
         return tuple(dict.fromkeys(each for router in self.find(name) for each in router.config.names))

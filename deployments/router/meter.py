@@ -138,6 +138,10 @@ class Meter:
         await self._courier.deliver_all()
         return await self._ledger.rows(query)
 
+    def stop_looking(self) -> None:
+        """Look no longer for what other routers have left; what this one counts is still delivered."""
+        self._courier.stop_looking()
+
     def close(self) -> None:
         """Stop. Another router of this node delivers what is left."""
         self._end_tallies()

@@ -19,12 +19,13 @@ from deployments.adapters.messages import (
 from deployments.errors import CatalogAwayError
 from deployments.observe.terminal import show_warnings
 from deployments.serve.calls import call
+from deployments.serve.following import Following
 
 _ORDER_TIMEOUT_S = 300.0
 """Checking an adapter takes some seconds, and more where its files are far away."""
 
 
-class AdapterCatalogReplica:
+class AdapterCatalogReplica(Following):
     """A `Catalog` behind Ray Serve. What was loaded by request is only in memory; routers tell a new one of it.
 
     Args:
@@ -32,19 +33,12 @@ class AdapterCatalogReplica:
         taken_names: names and aliases of all models.
     """
 
-    _has_ended = False
-
     async def __init__(self, models: Sequence[CatalogModel], taken_names: Sequence[str]) -> None:  # type: ignore[misc]
         # Asynchronous, so that it runs on the event loop that the catalog is to live on: Ray Serve awaits it.
         show_warnings()
         self._catalog = Catalog(models, taken_names)
         self._catalog.start()
-
-    def __del__(self) -> None:
-        """Ray Serve calls this on the event loop, just before it ends the threads that directories are read in."""
-        if hasattr(self, "_catalog") and not self._has_ended:
-            self._has_ended = True
-            self._catalog.close()
+        self.until_the_end(self._catalog.close)
 
     async def exchange(self, ask: bytes) -> bytes:
         """See `Catalog.exchange`; both sides encoded."""

@@ -30,6 +30,7 @@ from deployments.serve.accountant import ServeAccountantClient, ServeLedgerClien
 from deployments.serve.adapter_catalog import ServeCatalogClient
 from deployments.serve.banner import AnnouncedModel, Announcement, ready_banner
 from deployments.serve.engine_client import ServeEngineClient
+from deployments.serve.following import Following
 from deployments.serve.response_store import ServeResponseStore
 from deployments.serve.router_peers import ServePeers
 from deployments.usage.place import RecordPlace
@@ -43,7 +44,7 @@ _NODES_INTERVAL_S = 2.0
 _END_INTERVAL_S = 0.02
 
 
-class RouterIngress:
+class RouterIngress(Following):
     """A `Router` with its HTTP application, behind Ray Serve's HTTP front end.
 
     Args:
@@ -55,8 +56,6 @@ class RouterIngress:
         place: where the record of usage is.
         catalog: handle of the `AdapterCatalog` deployment; None if no model takes adapters.
     """
-
-    _has_ended = False
 
     async def __init__(  # type: ignore[misc]
         self,
@@ -86,6 +85,7 @@ class RouterIngress:
             Access(keys, shared, when_away, meter=Meter(place, ledger, when_away)),
             KnownAdapters(ServeCatalogClient(catalog) if catalog is not None else None),
         )
+        self.until_the_end(self._directory.stop_following)
         self._store: ResponseStore | None = (
             ServeResponseStore(store) if store is not None else own_store(config.responses)
         )
@@ -96,12 +96,6 @@ class RouterIngress:
         self._joining = None
         if config.token_channel.host == "auto" and self._directory.hub.host == _LOOPBACK:
             self._joining = loop.create_task(self._open_channel_when_a_node_joins())
-
-    def __del__(self) -> None:
-        """Ray Serve calls this on the event loop, just before it ends the threads that files are read in."""
-        if hasattr(self, "_directory") and not self._has_ended:
-            self._has_ended = True
-            self._directory.stop_following()
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take a `LiveConfig` without a restart; Ray Serve calls this with the deployment's `user_config`.

@@ -57,6 +57,7 @@ class Ledger:
     def __init__(self, record: str | None, clock: Callable[[], float] = time.time) -> None:
         self._record = open_record(record)
         self._clock = clock
+        self._is_closed = False
         self._pending: dict[str, tuple[float, dict[str, int]]] = {}
         # One thread, so that a database that hangs holds up no event loop, and no two calls meet.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage-record")
@@ -87,11 +88,15 @@ class Ledger:
         return await self._call(lambda: self._record.rows(query))
 
     def close(self) -> None:
-        """Let go of the record."""
-        self._thread.submit(self._record.close)
-        self._thread.shutdown(wait=False)
+        """Let go of the record. From now on it is away: what is delivered stays with whoever delivers it."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._thread.submit(self._record.close)
+            self._thread.shutdown(wait=False)
 
     async def _call(self, work: Callable[[], T]) -> T:
+        if self._is_closed:
+            raise RecordAwayError("it is closed")
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, work)

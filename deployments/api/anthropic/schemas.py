@@ -104,7 +104,6 @@ class CountTokensRequest(RequestBody):
     }
     """Maps a chat's fields to the fields here."""
 
-    model: str
     messages: Annotated[Items[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: str | Items[TextBlock] | None = None
     tools: Annotated[Items[AnyTool], Field(max_length=MAX_TOOLS)] | None = None

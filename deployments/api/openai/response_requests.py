@@ -60,7 +60,6 @@ class ResponsesRequest(RequestBody):
     }
     """Maps a chat's fields to the fields here."""
 
-    model: str
     input: str | Annotated[Items[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     """A system message in front of the conversation."""

@@ -122,7 +122,9 @@ async def test_administrators_see_everyones_usage_and_users_their_own(make):
 
 async def test_a_report_has_what_it_is_asked_for(make):
     clock = FakeClock()
-    service = await make(api_key("boss", role=Role.ADMIN), api_key("team"), clock=clock)
+    service = await make(
+        api_key("boss", role=Role.ADMIN), api_key("team"), clock=clock, config=emulated_config(aliases=["alias"])
+    )
     await ask(service, "team")
     clock.at += timedelta(days=1)
     await ask(service, "team")
@@ -140,6 +142,8 @@ async def test_a_report_has_what_it_is_asked_for(make):
     assert await report("?to=2030-01-31") == [first]
     assert await report("?from=2030-01-31&by=period") == [(None, "boss"), (None, "team")]
     assert await report("?model=other") == []
+    assert await report("?from=9999-12-31&to=9999-12-31") == []
+    assert await report("?model=alias") == await report("?model=demo") == await report("")
     for wrong in ("?from=yesterday", "?from=2030-02-02", "?from=2028-01-01", "?to=2030-13-01", "?from=0001-01-01",
                   "?by=key"):  # fmt: skip
         answer = await get(service, f"/rayline/usage{wrong}", "boss")
@@ -228,7 +232,8 @@ async def test_a_key_uses_only_its_models(two_models: Service):
             assert f"'{name}' does not exist or you do not have access to it" in answer.text
             assert "large" not in answer.text.replace(f"'{name}'", ""), "what there is besides is not told"
     assert (await ask(service, "some", model="small")).status_code == 200
-    assert (await ask(service, "some", model=None)).status_code == 400, "a completion names its model"
+    assert (await ask(service, "some", model=None)).json()["model"] == "small", "the only one that there is for it"
+    assert (await ask(service, "all", model=None)).status_code == 400
     assert (await ask(service, "alias", model="large")).status_code == 200
     assert (await ask(service, "alias", model="small")).status_code == 404
     assert [(await get(service, f"/v1/models/{name}", "some")).status_code for name in ("large", "small")] == [404, 200]

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,23 @@ async def test_the_folder_is_followed(service: Service, tmp_path: Path):
     shutil.rmtree(tmp_path / "folder" / "three")
     await eventually(lambda: not adapters.find("three"))
     assert (await service.post("/v1/completions", model="three", prompt="a")).status_code == 404
+
+
+async def test_nothing_else_in_the_folder_keeps_adapters_from_being_found(service: Service, tmp_path: Path):
+    """Links in a circle, to nowhere and to an adapter elsewhere, files that are half there, and a pipe."""
+    folder = tmp_path / "folder"
+    (folder / "circle").symlink_to(folder / "circle")
+    (folder / "nowhere").symlink_to(tmp_path / "nothing")
+    (folder / "linked").symlink_to(write_adapter(tmp_path / "elsewhere", seed=5))
+    (folder / "half").mkdir()
+    (folder / "half" / "adapter_config.json").write_text('{"peft_type"')
+    os.mkfifo(folder / "pipe")
+    write_adapter(folder / "three", seed=3)
+    adapters = service.directory.adapters
+    await eventually(lambda: bool(adapters.find("three")) and bool(adapters.find("linked")))
+    assert await text(service, "three") != await text(service, "linked")
+    await eventually(lambda: {"circle", "half"} <= adapters.snapshot()["adapter_faults"].keys())
+    assert adapters.find("two"), "those from before stay"
 
 
 async def test_a_change_during_a_stream_does_not_reach_the_stream(service: Service, tmp_path: Path):

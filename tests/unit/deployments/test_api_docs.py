@@ -12,6 +12,7 @@ from deployments.api.anthropic.schemas import MessagesRequest
 from deployments.api.classification import ClassifyRequest
 from deployments.api.openai.embeddings import EmbeddingsRequest
 from deployments.api.openai.response_requests import ResponsesRequest
+from deployments.api.pooling import PoolingRequest
 from deployments.chat.requests import ChatRequest, CompletionRequest
 
 TESTS = Path(__file__).parents[2]
@@ -31,15 +32,25 @@ async def test_every_endpoint_is_there(make_service: ServiceFactory):
 
 
 @pytest.mark.parametrize(
-    "model", [ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, EmbeddingsRequest, ClassifyRequest]
+    "model",
+    [
+        ChatRequest,
+        CompletionRequest,
+        ResponsesRequest,
+        MessagesRequest,
+        EmbeddingsRequest,
+        ClassifyRequest,
+        PoolingRequest,
+    ],
 )
 def test_every_field_is_there(model: type[BaseModel]):
     sections = {"ChatRequest": "Chats", "CompletionRequest": "Completions", "ResponsesRequest": "Responses",
                 "MessagesRequest": "Messages", "EmbeddingsRequest": "Embeddings",
-                "ClassifyRequest": "Classify"}  # fmt: skip
+                "ClassifyRequest": "Classify", "PoolingRequest": "Pooling"}  # fmt: skip
     section = TEXT.partition(f"\n## {sections[model.__name__]}\n")[2].partition("\n## ")[0]
-    if model is CompletionRequest:
-        section += TEXT.partition("\n## Chats\n")[2].partition("\n## ")[0]
+    others = {CompletionRequest: "Chats", PoolingRequest: "Embeddings"}
+    if model in others:
+        section += TEXT.partition(f"\n## {others[model]}\n")[2].partition("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", section))
     assert set(model.model_fields) <= named
 

@@ -27,6 +27,7 @@ from batch_parts import (
 )
 from fsspec.implementations.memory import MemoryFileSystem
 
+from deployments.batches import line_runner as line_runner_module, runner as runner_module
 from deployments.batches.calls import LineAnswer
 from deployments.batches.desk import BatchDesk
 from deployments.batches.errors import BatchRefusedError, RefusalKind
@@ -243,6 +244,35 @@ async def test_an_answer_that_keeps_being_refused_does_not_stop_the_others(bench
     ended = await end_of(bench.desk, batch)
     assert (ended.status, ended.state.num_completed) == (BatchStatus.EXPIRED, 19)
     assert custom_ids(read_lines(bench.desk, ended.state.error_file_id)) == ["id-0"]
+
+
+class _Poor(Answers):
+    """Refuses one key's lines for as long as its budget is used up."""
+
+    is_poor = True
+
+    async def call(self, owner: str, url: str, body: bytes, request_id: str) -> LineAnswer:
+        if owner == "poor" and self.is_poor:
+            return LineAnswer(429, b"{}", retry_after_s=3600.0)
+        return await super().call(owner, url, body, request_id)
+
+
+async def test_a_key_without_a_budget_does_not_keep_others_waiting(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Its batches wait where they fill all places, too, and go on once there is something left of the budget."""
+    monkeypatch.setattr(runner_module, "_ASIDE_S", 0.5)
+    monkeypatch.setattr(line_runner_module, "_LONGEST_PAUSE_S", 0.5)
+    bench.config = bench.desk.config = bench.config.model_copy(update={"max_running": 2})
+    poor = [add_batch(bench.desk, lines_of(3), owner="poor") for _ in range(3)]
+    answers = _Poor()
+    runner = bench.start(answers)
+    await until(lambda: len(runner._held_up()) == 1 and len(runner._jobs) == 2)
+    for _ in range(2):
+        other = await end_of(bench.desk, add_batch(bench.desk, lines_of(3), owner="other"), owner="other")
+        assert (other.status, other.state.num_completed) == (BatchStatus.COMPLETED, 3)
+    answers.is_poor = False
+    for batch in poor:
+        ended = await end_of(bench.desk, batch, owner="poor")
+        assert (ended.status, ended.state.num_completed) == (BatchStatus.COMPLETED, 3)
 
 
 async def test_whose_files_and_batches_they_are(bench: Bench):

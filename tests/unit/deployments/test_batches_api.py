@@ -319,6 +319,7 @@ async def test_uploads_that_are_refused_leave_nothing(make_service: ServiceFacto
         (400, None, {"content": b"--b\r\nnonsense", "headers": boundary}),
         (400, None, {"content": b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx', "headers": boundary}),
         (415, None, {"json": {"file": "x"}}),
+        (415, None, {"files": part, "headers": {"Content-Encoding": "gzip"}}),
         (415, None, {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}),
     ]
     for status, param, request in attempts:

@@ -259,7 +259,7 @@ async def test_keys_limits_permissions_and_audit(make_service: ServiceFactory, s
         for headers in (bearer(KEY), bearer(KEY), {}, bearer("sk-other"))
     ]
     assert [answer.status_code for answer in answers] == [200, 429, 401, 404]
-    assert int(answers[0].headers["x-ratelimit-remaining-tokens"]) in range(45, 60), "one comes back each second"
+    assert 985 <= int(answers[0].headers["x-ratelimit-remaining-tokens"]) < 1000, "some come back each second"
     lines = [json.loads(r.getMessage().removeprefix("audit ")) for r in serve_log if r.name == "ray.serve.audit"]
     assert [(line["status"], line["key"], line["route"], line["model"]) for line in lines] == [
         (200, "team", path, "demo"),
@@ -285,7 +285,7 @@ async def test_keys_limits_permissions_and_audit(make_service: ServiceFactory, s
         ({"messages": MESSAGES[:1], "continue_final_message": True}, "continue_final_message"),
         ({"input": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ({"input": "a", "use_activation": "no"}, "use_activation"),
-        ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"messages": MESSAGES, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ],
 )

@@ -14,10 +14,15 @@ from deployments.adapters import catalog as catalog_module
 from deployments.adapters.messages import Ask, decode_reply, encode
 from deployments.adapters.models import catalog_models
 from deployments.config import AppConfig
-from deployments.router import access as access_module
+from deployments.errors import RecordAwayError
+from deployments.router import access as access_module, courier as courier_module
 from deployments.router.access import Access
 from deployments.router.keys import KeySource
+from deployments.router.meter import Meter
 from deployments.serve.adapter_catalog import AdapterCatalogReplica
+from deployments.usage.entries import UsageQuery
+from deployments.usage.ledger import Ledger
+from deployments.usage.place import RecordPlace
 
 
 @pytest.fixture
@@ -51,6 +56,43 @@ async def test_a_catalog_ends_silently(pool, tmp_path: Path, monkeypatch, caplog
         await asyncio.sleep(0.2)
     assert not caplog.records
     replica.__del__()  # as the garbage collector will
+
+
+async def test_what_looks_for_others_usage_ends_silently(pool, tmp_path: Path, monkeypatch, caplog):
+    """What this router has counted can still be delivered."""
+    monkeypatch.setattr(courier_module, "_ORPHANS_INTERVAL_S", 0.01)
+    meter = Meter(RecordPlace(str(tmp_path / "usage.jsonl"), str(tmp_path / "spool")))
+    access = Access(meter=meter)
+    await asyncio.sleep(0.1)
+    with caplog.at_level(logging.WARNING):
+        access.stop_following()
+        pool.shutdown(wait=False)
+        await asyncio.sleep(0.2)
+        meter.refuse("team", "demo", "server_error")
+        (row,) = await meter.rows(UsageQuery("0001-01-01", "9999-12-31"))
+    assert (row.key, row.num_requests) == ("team", 1)
+    assert not caplog.records
+    access.close()
+
+
+async def test_a_closed_record_is_away(tmp_path: Path, caplog):
+    """A router whose record is closed before it is keeps what it has counted, for the next one, and says so once."""
+    place = RecordPlace(str(tmp_path / "usage.jsonl"), str(tmp_path / "spool"))
+    ledger = Ledger(place.record)
+    meter = Meter(place, ledger)
+    ledger.close()
+    with caplog.at_level(logging.WARNING):
+        meter.refuse("team", "demo", "server_error")
+        with pytest.raises(RecordAwayError, match="closed"):
+            await meter.rows(UsageQuery("0001-01-01", "9999-12-31"))
+        await asyncio.sleep(0.5)
+    assert len(caplog.records) == 1
+    assert "is away" in caplog.text
+    meter.close()
+    ledger.close()
+    later, record = Meter(place), tmp_path / "usage.jsonl"
+    await eventually(lambda: record.exists() and "server_error" in record.read_text())
+    later.close()
 
 
 async def test_what_follows_the_keys_ends_silently(pool, tmp_path: Path, monkeypatch, caplog):

@@ -94,6 +94,35 @@ async def test_an_unknown_model_is_refused_with_those_there_are():
         assert (unnamed.status_code, unnamed.json()["error"]["param"]) == (400, "model")
 
 
+BODIES = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    "/v1/completions": {"prompt": "a", "max_tokens": 2},
+    "/v1/responses": {"input": "a", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    "/v1/embeddings": {"input": "a"},
+    "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/v1/score": {"text_1": "a", "text_2": "b"},
+    "/pooling": {"input": "a"},
+    "/tokenize": {"prompt": "a"},
+}
+
+
+@pytest.mark.parametrize("unnamed", [{}, {"model": None}, {"model": ""}], ids=["missing", "null", "empty"])
+async def test_a_request_that_names_no_model_is_for_the_only_one(unnamed: dict[str, Any]):
+    """Wherever models are asked; of several models, it is told which there are."""
+    scoring = {"method": "embeddings"}
+    async with serving(platform(entry("small", scoring=scoring))) as service:
+        for path, body in BODIES.items():
+            answer = await service.http.post(path, json={**body, **unnamed})
+            assert answer.status_code == 200, (path, answer.text)
+            assert answer.json().get("model", "small") == "small"
+        assert (await service.http.get("/ready?model=")).status_code == 200
+    async with serving(platform(entry("small"), entry("large"))) as service:
+        for path, body in BODIES.items():
+            answer = await service.http.post(path, json={**body, **unnamed})
+            assert (answer.status_code, "small, large" in answer.text) == (400, True), (path, answer.text)
+
+
 async def test_models_are_listed_with_aliases_and_states():
     config = platform(entry("small", aliases=["tiny"]), entry("idle", replicas=ASLEEP), entry("large"))
     async with serving(config, {"idle": 0, "large": 0}) as service:
@@ -289,6 +318,8 @@ def test_an_entry_that_cannot_answer_is_passed_over_while_another_can():
         ({"models": [entry("a", weight=1), entry("a")]}, "give each a `weight`"),
         ({"models": [entry("a", weight=0), entry("a", weight=0)]}, "weight 0"),
         ({"models": [entry("a"), entry("b", aliases=["a"])]}, "'a' is a name or alias of two models"),
+        ({"models": [entry("a\n")]}, "printable"),
+        ({"models": [entry("a", aliases=["b", " c"])]}, "no space at either end"),
         ({"models": [entry("a", weight=1), entry("a", weight=1, variant="x"), entry("a:x")]}, "give each its own"),
         ({"weight": 0.5}, "leave it out for a single model"),
     ],

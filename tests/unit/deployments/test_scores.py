@@ -93,7 +93,9 @@ async def test_equal_documents_keep_their_order(service: Service):
 
 
 @pytest.mark.parametrize("path", ["/v1/score", "/score"])
-@pytest.mark.parametrize("names", [("text_1", "text_2"), ("queries", "documents")])
+@pytest.mark.parametrize(
+    "names", [("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2")]
+)
 async def test_pairs_of_every_form(service: Service, reference: Reference, path: str, names: tuple[str, str]):
     first, second = names
     one = reference.yes_scores([(QUERIES[0], DOCUMENTS[0])])
@@ -201,6 +203,9 @@ async def test_what_is_wrong_names_its_field(service: Service, fields: Mapping[s
         ({"text_1": "a", "documents": "b"}, "text_2"),
         ({"text_1": "a", "text_2": "b", "queries": "c", "documents": "d"}, "text_1"),
         ({"text_1": "a", "text_2": "b", "documents": "d"}, "text_2"),
+        ({"data_1": "a", "text_2": "b"}, "data_2"),
+        ({"queries": "a", "documents": "b", "items": "c"}, "documents"),
+        ({"text_1": "a", "data_1": "b", "data_2": "c"}, "text_1"),
         ({"text_1": ["a", "b"], "text_2": ["c", "d", "e"]}, "text_1"),
         ({"queries": ["a", "b"], "documents": "c"}, "queries"),
         ({"text_1": [], "text_2": "b"}, "text_1"),
