@@ -122,6 +122,7 @@ class AdapterReader:
         return found_factors if place.expert is None else of_one_expert(found_factors, place.expert)
 
 
+@torch.no_grad()
 def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
     """Put a PEFT adapter on `model`; with several, their effects add up.
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from llm.kernels.expert_adapters import PairAdapters, PairRule, add_adapters
-from llm.kernels.expert_pairs import find_tile, load_pairs, store_pairs
+from llm.kernels.expert_pairs import PairCounts, find_tile, load_pairs, store_pairs
 from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, ExpertTile, expert_group_tile
 from llm.kernels.groups import sum_of_groups
 from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
@@ -32,11 +32,10 @@ def product_of_groups(
     pair_adapters, rule = adapters or (None, None)
     groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
         x, weights.operand, weights.group_operand, routes.pairs, output, pair_adapters, num_outputs,
-        num_inputs, groups.scales.shape[-2], NUM_EXPERTS=shape.num_experts,
-        EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts),
-        PER_TOKEN=shape.per_token, TILE=tile, SWIGLU=swiglu, LIMIT=shape.swiglu_limit if swiglu else None,
-        ALPHA=shape.swiglu_alpha, RULE=rule, IS_EVEN=num_outputs % tile.outputs == 0,
-        GROUP=groups.size,
+        num_inputs, groups.scales.shape[-2],
+        COUNTS=PairCounts(shape.num_experts, triton.next_power_of_2(shape.num_experts), shape.per_token), TILE=tile,
+        SWIGLU=swiglu, LIMIT=shape.swiglu_limit if swiglu else None, ALPHA=shape.swiglu_alpha, RULE=rule,
+        IS_EVEN=num_outputs % tile.outputs == 0, GROUP=groups.size,
         IN_UNITS=tile.rows > MAX_SUMMED_ROWS and not deterministic,
         IN_ASSEMBLY=device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
         num_stages=min(tile.num_stages, most_stages(device, bytes_a_stage)), **launch_options(device),
@@ -45,20 +44,20 @@ def product_of_groups(
 
 @triton.jit
 def groups_tile_product(
-    x, weights, groups, pairs, output, adapters, num_outputs, num_inputs, num_groups, NUM_EXPERTS: tl.constexpr,
-    EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr, SWIGLU: tl.constexpr,
-    GROUP: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, IN_UNITS: tl.constexpr,
-    RULE: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+    x, weights, groups, pairs, output, adapters, num_outputs, num_inputs, num_groups,
+    COUNTS: tl.constexpr, TILE: tl.constexpr, SWIGLU: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, IS_EVEN: tl.constexpr, IN_UNITS: tl.constexpr, RULE: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`.
 
     IN_UNITS: see `sum_of_groups`; MXFP4 has no use for it.
     """
     wait_for_inputs(PDL)
-    mine, first, last = find_tile(pairs.starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, TILE.rows)
-    if mine >= EXPERT_BLOCK:
+    mine, first, last = find_tile(pairs.starts, tl.program_id(1), COUNTS.num_experts, COUNTS.block, TILE.rows)
+    if mine >= COUNTS.block:
         return
-    place, is_pair, pair, source = load_pairs(pairs, first, last, TILE.rows, PER_TOKEN, SWIGLU)
+    place, is_pair, pair, source = load_pairs(pairs, first, last, TILE.rows, COUNTS.per_token, SWIGLU)
     source = source.to(tl.int64)
     out = tl.program_id(0) * TILE.outputs + tl.arange(0, TILE.outputs)
     # Outputs past the last one read its weights, and are not written.
@@ -88,7 +87,7 @@ def groups_tile_product(
         )  # fmt: skip
     if adapters is not None:
         acc, up = add_adapters(
-            acc, up, adapters, mine, place, is_pair, pair // PER_TOKEN, weight_row, num_outputs, SWIGLU, RULE
+            acc, up, adapters, mine, place, is_pair, pair // COUNTS.per_token, weight_row, num_outputs, SWIGLU, RULE
         )
     store_pairs(
         acc, up, weights.bias, mine * num_rows + weight_row, place, pair, is_pair, out, pairs.weights, output,

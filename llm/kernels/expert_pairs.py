@@ -23,6 +23,20 @@ class ExpertPairs(NamedTuple):
     weights: torch.Tensor
 
 
+class PairCounts(NamedTuple):
+    """How many experts there are, a constant of compiled kernels.
+
+    Attributes:
+        num_experts: of a layer.
+        block: `num_experts` rounded up to a size that tiles have.
+        per_token: experts of a token.
+    """
+
+    num_experts: int
+    block: int
+    per_token: int
+
+
 @triton.jit
 def load_pairs(pairs, first, last, ROWS: tl.constexpr, PER_TOKEN: tl.constexpr, SWIGLU: tl.constexpr):
     """The pairs of a tile from `first` to `last`.

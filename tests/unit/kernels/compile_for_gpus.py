@@ -42,7 +42,7 @@ from llm.kernels import (
 )
 from llm.kernels.attention import decode, gates, gather, hopper_prefill, latent, latent_rows, prefill, rope
 from llm.kernels.attention.work import AttentionOutputs, HeadShape, PagedCache, ScoreFactors, StepParts, WorkItems
-from llm.kernels.expert_pairs import ExpertPairs
+from llm.kernels.expert_pairs import ExpertPairs, PairCounts
 from llm.kernels.launch import stages_in
 from llm.kernels.operands import GroupOperand, WeightOperand
 from llm.kernels.tiles import Tile
@@ -392,7 +392,7 @@ def compile_expert_groups() -> None:
     """Of MXFP4, 4 bits with zeros and an order, and 8: few pairs and many, gated and not, for older chips too."""
     arguments = {"x": BF16, "output": BF16, "pairs": ExpertPairs(INT, INT, FLOAT)}
     arguments |= dict.fromkeys(("num_outputs", "num_inputs", "num_groups"), "i32")
-    arguments |= {"NUM_EXPERTS": 32, "EXPERT_BLOCK": 32, "PER_TOKEN": 4, "IS_EVEN": True, "IN_ASSEMBLY": True}
+    arguments |= {"COUNTS": PairCounts(32, 32, 4), "IS_EVEN": True, "IN_ASSEMBLY": True}
     arguments |= WITHOUT_ADAPTERS
     plain, bounded = {"LIMIT": None, "ALPHA": None}, {"LIMIT": 7.0, "ALPHA": 1.702}
     formats = {
@@ -543,6 +543,7 @@ def compile_expert_adapters() -> None:
         assert taken <= SHARED_MEMORY[90] - 1024, (tile, rank, taken)
     more = {"weights": WeightOperand("*u8", None, BF16), "groups": GroupOperand("*u8", None, None), "LIMIT": 7.0}
     more |= {"ALPHA": 1.702, "IN_UNITS": False, "IN_ASSEMBLY": True, "GROUP": 32, "num_groups": "i32"}
+    more["COUNTS"] = PairCounts(128, 128, 8)
     for num_pairs in (512, 16_384):
         tile = expert_tiles.expert_group_tile(num_pairs, 128, 64, 2, False, True)
         taken = compile_kernel(

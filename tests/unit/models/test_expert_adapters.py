@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_lora import CALM, IDS, edit_adapter, make_adapter
 
+from benchmarks.random_adapter import write_random_adapter
 from llm.checkpoint.adapter import check_adapter, load_lora
 from llm.checkpoint.adapter_slots import AdapterPacker
 from llm.checkpoint.loading import load_decoder
@@ -120,6 +121,19 @@ def test_versions_of_peft_that_read_outputs(checkpoints, tmp_path):
     ours = load_decoder(checkpoints("qwen3_moe", **CALM)[0], progress=False)
     load_lora(ours, tmp_path)
     torch.testing.assert_close(ours(IDS), merged(IDS).logits, atol=1e-4, rtol=0)
+
+
+def test_merging_into_a_model_whose_weights_may_be_trained(checkpoints, tmp_path):
+    """As a model with random weights is: what is added is no part of a graph of gradients."""
+    config = load_decoder(checkpoints("gpt_oss")[0], progress=False).config
+    model = DecoderModel.from_config(config)
+    write_random_adapter(config, tmp_path, rank=2, with_experts=True)
+    before = copy.deepcopy(model)
+    load_lora(model, tmp_path)
+    for name in ("router", "gate_up_proj", "down_proj"):
+        ours, theirs = (each.get_submodule(f"layers.0.experts.{name}").weight for each in (model, before))
+        assert ours.is_leaf
+        assert not torch.equal(ours, theirs)
 
 
 def test_what_does_not_fit_is_refused(checkpoints, tmp_path):
