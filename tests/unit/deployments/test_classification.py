@@ -259,7 +259,7 @@ async def test_keys_limits_permissions_and_audit(make_service: ServiceFactory, s
         for headers in (bearer(KEY), bearer(KEY), {}, bearer("sk-other"))
     ]
     assert [answer.status_code for answer in answers] == [200, 429, 401, 404]
-    assert 985 <= int(answers[0].headers["x-ratelimit-remaining-tokens"]) < 1000, "some come back each second"
+    assert int(answers[0].headers["x-ratelimit-remaining-tokens"]) in range(45, 60), "one comes back each second"
     lines = [json.loads(r.getMessage().removeprefix("audit ")) for r in serve_log if r.name == "ray.serve.audit"]
     assert [(line["status"], line["key"], line["route"], line["model"]) for line in lines] == [
         (200, "team", path, "demo"),
