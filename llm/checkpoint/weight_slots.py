@@ -283,7 +283,8 @@ class _Part:
                 lambda packed, _: _nibbles(packed.t())[:, :num_outputs],
             )  # fmt: skip
         yield "weight_g_idx", self._order_slot()
-        yield "weight_shape", _NOT_NEEDED
+        for leaf in ("weight_shape", "input_scale"):
+            yield leaf, _NOT_NEEDED
 
     def _by_input(self, *, is_awq: bool) -> Iterator[tuple[str, Slot]]:
         """AWQ and GPTQ: matrices stand the other way around, (in, out)."""

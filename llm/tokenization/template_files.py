@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoint.json_files import read_json_if_there, wrong_type
+from llm.checkpoint.json_files import read_json_if_there, read_text, wrong_type
 from llm.errors import ConfigError
 
 _KEY = "chat_template"
-_WANTED = "text, or a list of objects with a name and a template"
+_WANTED = "text, an object of texts by their names, or a list of objects with a name and a template"
 
 
 def find_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -32,7 +32,7 @@ def find_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, tupl
     for name, path in files.items():
         if path.is_file():
             try:
-                sources[name] = path.read_text(encoding="utf-8"), str(path)
+                sources[name] = read_text(path), str(path)
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{path} cannot be read ({error}); download it again") from error
     return sources
@@ -43,6 +43,8 @@ def _texts(found: Any, path: Path) -> dict[str, str]:
         return {}
     if isinstance(found, str):
         return {"default": found}
+    if isinstance(found, dict):
+        found = [{"name": name, "template": text} for name, text in found.items()]
     if not isinstance(found, list):
         raise wrong_type(path, _KEY, found, _WANTED)
     texts = {}
