@@ -15,7 +15,7 @@ Files = dict[Path, list[str] | None]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _NOT_OUR_WEIGHTS = ("consolidated", "adapter_")
 _PICKLES = ("*model*.bin", "*.pt", "*.pth")
-_OTHER_FORMATS = ("consolidated*.safetensors", "*.h5", "*.msgpack", "*.onnx", "*.npz", "*.gguf", "*.incomplete")
+_OTHER_FORMATS = ("consolidated*.safetensors", "*.h5", "*.msgpack", "*.onnx", "*.npz", "*.incomplete")
 
 
 def candidate_files(directory: Path) -> Iterator[Files]:
@@ -81,6 +81,8 @@ def _why_none(directory: Path) -> str:
             f"{path} is a pickle, which can run code when loaded and is not read; convert the checkpoint to "
             "safetensors with transformers' save_pretrained"
         )
+    for path in sorted(directory.glob("*.gguf")):
+        return f"{directory} holds no .safetensors file; give the GGUF file itself: {path}"
     for path in (path for pattern in _OTHER_FORMATS for path in sorted(directory.glob(pattern))):
         return f"{directory} holds no .safetensors file, and {path.name} is of another format; get one in safetensors"
     return f"{directory} holds no .safetensors file; {DOWNLOAD}"

@@ -143,6 +143,15 @@ def test_templates_may_stand_in_an_object_by_their_names(tokenizer, edit):
     assert ours.decode(ours.apply_chat_template(CHAT, tools=[{}, {}])) == "2"
 
 
+def test_an_empty_template_is_none(tokenizer, edit):
+    """The next file's counts; without one, chats are refused, not answered from an empty prompt."""
+    expected = HFTokenizer.from_pretrained(tokenizer).apply_chat_template(CHAT)
+    (tokenizer / "chat_template.jinja").write_text("\n")
+    assert HFTokenizer.from_pretrained(tokenizer).apply_chat_template(CHAT) == expected
+    edit(tokenizer / "tokenizer_config.json", chat_template="")
+    assert not HFTokenizer.from_pretrained(tokenizer).has_chat_template
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_that_are_no_numbers_are_refused(model, name, dtype):

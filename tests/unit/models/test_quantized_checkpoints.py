@@ -377,13 +377,21 @@ def test_projections_that_no_format_is_for_are_refused(checkpoints, tmp_path, ki
         check_checkpoint(tmp_path)
 
 
-def test_a_projection_whose_rows_change_places_is_refused(checkpoints, tmp_path, edit):
-    layout = fp8_by_tensor()
-    write(checkpoints, tmp_path, layout, "qwen3_next")
-    ignored = ["lm_head", r"re:.*mlp\.experts.*", r"re:.*in_proj_ba"]
-    edit(tmp_path / "config.json", quantization_config={**layout.config, "ignore": ignored})
-    with pytest.raises(ConfigError, match=r"quantization_config: .*in_proj_qkvz is not supported"):
-        check_checkpoint(tmp_path)
+@pytest.mark.parametrize("name", ["transformers' fp8 by block", "packed asymmetric", "awq 32"])
+@torch.inference_mode()
+def test_rows_that_change_places_take_their_scales_along(checkpoints, tmp_path, name, edit):
+    """Qwen3-Next's first projection, whose rows come key head by key head in a file, whole and over two ranks."""
+    layout = LAYOUTS[name]
+    meant = write(checkpoints, tmp_path, layout, "qwen3_next", is_quantized=lambda each: "in_proj_qkvz" in each)
+    others = ["lm_head", "re:.*mlp.*", "re:.*self_attn.*", "re:.*in_proj_ba.*", "re:.*out_proj.*", "re:.*conv1d.*"]
+    key = "ignore" if layout.config["quant_method"] == "compressed-tensors" else "modules_to_not_convert"
+    edit(tmp_path / "config.json", quantization_config={**layout.config, key: others})
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    assert {each.rpartition(".")[2] for each, _ in quantized_modules(ours)} == {"mixed_proj"}
+    plain = shutil.copytree(checkpoints("qwen3_next")[0], tmp_path / "plain")
+    save_file({each: tensor.contiguous() for each, tensor in meant.items()}, plain / "model.safetensors")
+    torch.testing.assert_close(ours(ids), load_decoder(plain, progress=False)(ids), atol=1e-4, rtol=0)
+    check_cut(tmp_path, 2)
 
 
 def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_path, edit):
