@@ -251,6 +251,8 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
         elif place == HEAD and model.lm_head is None:
             head = _Copy(file, path, name, slots[EMBEDDINGS])
         elif not is_buffer(place) and not _is_left_out(family, name, place, model.num_layers):
+            if place.removesuffix(".bias") + ".qweight" in slots and not file.get_tensor(name).any():
+                continue  # older versions of AutoGPTQ wrote a bias of zeros for each projection
             if model.config.quantization is None and name.endswith(_QUANTIZED_LEAVES):
                 raise CheckpointError(_unsaid_format(path, name))
             raise CheckpointError(f"{path} holds {name}, for which config.json has no place; is it the right one?")

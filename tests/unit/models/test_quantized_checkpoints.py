@@ -27,6 +27,7 @@ from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.checkpoint.model_config import load_model_config
 from llm.config import EngineConfig, Quantization, WeightFormat, WeightLayout
+from llm.core.partition import Partition
 from llm.errors import CheckpointError, ConfigError
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
@@ -306,6 +307,20 @@ def test_older_files_have_the_settings_beside_the_configuration(checkpoints, tmp
     torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
 
 
+def test_biases_of_zeros_beside_gptq_count_for_nothing(checkpoints, tmp_path):
+    """AutoGPTQ wrote one for each projection at first, of models without biases too. One that says something has no
+    place."""
+    write(checkpoints, tmp_path, gptq())
+    path, expected = tmp_path / "model.safetensors", load_decoder(tmp_path, progress=False)
+    tensors = load_file(path)
+    bias = {"model.layers.0.mlp.up_proj.bias": torch.zeros(96)}
+    save_file({**tensors, **bias}, path)
+    assert torch.equal(load_decoder(tmp_path, progress=False)(prompt(9)), expected(prompt(9)))
+    save_file({**tensors, **{name: zeros + 1 for name, zeros in bias.items()}}, path)
+    with pytest.raises(CheckpointError, match=r"up_proj\.bias, for which config\.json has no place"):
+        check_checkpoint(tmp_path)
+
+
 def test_modelopts_file_is_refused_by_its_method(checkpoints, tmp_path, edit):
     write(checkpoints, tmp_path, fp8_by_tensor())
     edit(tmp_path / "config.json", quantization_config=None)
@@ -380,7 +395,7 @@ def test_projections_that_no_format_is_for_are_refused(checkpoints, tmp_path, ki
 @pytest.mark.parametrize("name", ["transformers' fp8 by block", "packed asymmetric", "awq 32"])
 @torch.inference_mode()
 def test_rows_that_change_places_take_their_scales_along(checkpoints, tmp_path, name, edit):
-    """Qwen3-Next's first projection, whose rows come key head by key head in a file, whole and over two ranks."""
+    """Qwen3-Next's first projection, whose rows come key head by key head in a file."""
     layout = LAYOUTS[name]
     meant = write(checkpoints, tmp_path, layout, "qwen3_next", is_quantized=lambda each: "in_proj_qkvz" in each)
     others = ["lm_head", "re:.*mlp.*", "re:.*self_attn.*", "re:.*in_proj_ba.*", "re:.*out_proj.*", "re:.*conv1d.*"]
@@ -391,7 +406,8 @@ def test_rows_that_change_places_take_their_scales_along(checkpoints, tmp_path, 
     plain = shutil.copytree(checkpoints("qwen3_next")[0], tmp_path / "plain")
     save_file({each: tensor.contiguous() for each, tensor in meant.items()}, plain / "model.safetensors")
     torch.testing.assert_close(ours(ids), load_decoder(plain, progress=False)(ids), atol=1e-4, rtol=0)
-    check_cut(tmp_path, 2)
+    with pytest.raises(ConfigError, match="a quantized .*mixed_proj is not supported over several GPUs"):
+        load_decoder(tmp_path, partition=Partition(0, 2), progress=False)
 
 
 def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_path, edit):
