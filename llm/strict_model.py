@@ -36,6 +36,6 @@ def describe(error: ValidationError, names: Mapping[str, str] | None = None) -> 
     return "; ".join(
         f"{'.'.join(renamed.get(str(part), str(part)) for part in item['loc'])}: {item['msg']}"
         if item["loc"]
-        else item["msg"]
+        else item["msg"].removeprefix("Value error, ")
         for item in error.errors()
     )

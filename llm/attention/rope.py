@@ -138,5 +138,5 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        return factor_for(scaling.mscale) / factor_for(scaling.mscale_all_dim)
-    return factor_for(1.0)
+        return scaling.attn_factor * factor_for(scaling.mscale) / factor_for(scaling.mscale_all_dim)
+    return scaling.attn_factor * factor_for(1.0)

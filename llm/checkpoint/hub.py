@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm.checkpoint.json_files import is_pointer
 from llm.checkpoint.packaged_models import PACKAGED_MODELS, find_packaged_model
 from llm.errors import CheckpointError
 
@@ -28,6 +29,8 @@ def resolve_model_path(model: str) -> Path:
     if found is not None:
         return found
     if Path(model).expanduser().exists():
+        if is_pointer(Path(model).expanduser()):
+            raise CheckpointError(f"{model} is a pointer of Git LFS; get the file itself with: git lfs pull")
         raise CheckpointError(
             f"{model} is a file, but not a GGUF file; give the directory that holds config.json and the weights"
         )
@@ -68,7 +71,10 @@ def _only_gguf(directory: Path) -> Path | None:
     """The GGUF file of a directory without a configuration."""
     if (directory / "config.json").exists():
         return None
-    found = sorted(directory.glob("*.gguf"))
+    every = sorted(directory.glob("*.gguf"))
+    found = [path for path in every if "mmproj" not in path.name.lower()] or every  # a part that sees images
+    if len(found) > 1 and all("-of-" in path.name for path in found):
+        return found[0]  # which says that it is one of several parts
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:3])
         raise CheckpointError(f"{directory} holds several GGUF files ({names}); name one of them")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from llm.checkpoint.cut_slots import find_held_slots
 from llm.checkpoint.gguf_weights import GGUFWeights
 from llm.checkpoint.hub import is_gguf
+from llm.checkpoint.json_files import is_pointer
 from llm.checkpoint.model_config import load_model_config
 from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
 from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_behind, is_buffer, is_of_other_part
@@ -36,6 +37,12 @@ logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 4
 _ROWS_COMPARED = 4096
+_QUANTIZED_KINDS = frozenset({"U8", "I32", "F8_E4M3", "F8_E5M2"})
+_QUANTIZED_LEAVES = (
+    ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv",
+    ".weight_zero_point", ".absmax", ".SCB", "_blocks", "_scales", ".biases",
+)  # fmt: skip
+"""Ends of the names of tensors that tools write only of quantized weights."""
 
 
 class _OtherHeadError(CheckpointError):
@@ -53,6 +60,13 @@ class CheckedCheckpoint:
 
     config: ModelConfig
     warnings: tuple[str, ...] = ()
+
+
+def _has_nan(numbers: torch.Tensor) -> bool:
+    """Whether any of these numbers is none. Takes no memory; codes of 8 bits and less are not looked at."""
+    if not numbers.is_floating_point() or numbers.element_size() == 1 or not numbers.numel():
+        return False
+    return bool(torch.aminmax(numbers)[0].isnan())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +98,11 @@ class _Copy:
                     tensor = convert(tensor.to(target.device), companion)
                 for piece in pieces:
                     piece.fill(tensor)
+                if any(_has_nan(piece.target) for piece in pieces):
+                    raise CheckpointError(
+                        f"{self.path}: {self.name} holds NaN, and no answer can be computed with it; {DOWNLOAD}, or "
+                        "an earlier state of the training"
+                    )
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {self.name} cannot be read ({error}); {DOWNLOAD}") from error
         return self.num_bytes
@@ -232,6 +251,10 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
         elif place == HEAD and model.lm_head is None:
             head = _Copy(file, path, name, slots[EMBEDDINGS])
         elif not is_buffer(place) and not _is_left_out(family, name, place, model.num_layers):
+            if place.removesuffix(".bias") + ".qweight" in slots and not file.get_tensor(name).any():
+                continue  # older versions of AutoGPTQ wrote a bias of zeros for each projection
+            if model.config.quantization is None and name.endswith(_QUANTIZED_LEAVES):
+                raise CheckpointError(_unsaid_format(path, name))
             raise CheckpointError(f"{path} holds {name}, for which config.json has no place; is it the right one?")
     if head is not None:
         _settle_head(head, copies)
@@ -295,15 +318,25 @@ def _check_tensor(copy: _Copy) -> None:
         return
     header = copy.file.get_slice(copy.name)
     shape, kind = tuple(header.get_shape()), header.get_dtype()
+    if kind not in copy.slot.kinds:
+        if kind in _QUANTIZED_KINDS and copy.slot.kinds == FLOATS:
+            raise CheckpointError(_unsaid_format(copy.path, f"{copy.name} of type {kind}"))
+        supported = "float32, float16 and bfloat16 weights are" if copy.slot.kinds == FLOATS else "its format is"
+        raise CheckpointError(f"{copy.path}: {copy.name} has type {kind}; only {supported} supported")
     if shape not in copy.slot.shapes:
         wanted = " or ".join(map(str, copy.slot.shapes))
         raise CheckpointError(
             f"{copy.path}: {copy.name} has shape {shape}, config.json asks for {wanted}; are both from the same "
             "checkpoint?"
         )
-    if kind not in copy.slot.kinds:
-        supported = "float32, float16 and bfloat16 weights are" if copy.slot.kinds == FLOATS else "its format is"
-        raise CheckpointError(f"{copy.path}: {copy.name} has type {kind}; only {supported} supported")
+
+
+def _unsaid_format(path: Path, what: str) -> str:
+    """Why a tensor cannot be read whose format nothing names."""
+    return (
+        f"{path} holds {what}, which is quantized, but config.json does not say so for it; use a checkpoint whose "
+        "quantization_config says how, or one in bfloat16 or float16"
+    )
 
 
 def _open_all(candidate: Files, files: ExitStack) -> Iterator[tuple[Path, Any, list[str]]]:
@@ -323,6 +356,8 @@ def _open_all(candidate: Files, files: ExitStack) -> Iterator[tuple[Path, Any, l
 def _open(path: Path) -> Any:
     if is_gguf(path):
         return GGUFWeights(path)
+    if is_pointer(path):
+        raise CheckpointError(f"{path} is a pointer of Git LFS; get the file itself with: git lfs pull")
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -34,7 +34,7 @@ def load_model_config(directory: str | Path) -> ModelConfig:
     try:
         name = _find_architecture(config, path)
         model = FAMILIES[name].read_config(config, name)
-        model = model.model_copy(update={"quantization": read_quantization(config)})
+        model = model.model_copy(update={"quantization": read_quantization(config, path.parent)})
         config.refuse_unread(model, name)
     except KeyError as error:
         raise ConfigError(
@@ -56,7 +56,12 @@ def _find_architecture(config: ReadKeys, path: Path) -> str:
         if name in FAMILIES:
             return str(name)
     generators = [name for name in FAMILIES if name not in CLASSIFIERS]
+    known = f"supported: {', '.join(generators)}, and classifiers: {', '.join(CLASSIFIERS)}"
+    if not names:
+        raise CheckpointError(f"{path}: 'architectures' is missing; add the class that the weights are of, {known}")
+    without_head = f"{str(names[0]).removesuffix('Model')}ForCausalLM"
+    hint = f"for vectors set 'architectures' to ['{without_head}'] and 'tie_word_embeddings' to true; "
     raise CheckpointError(
-        f"{path}: architecture {', '.join(map(str, names)) or 'not named'} is not supported; "
-        f"supported: {', '.join(generators)}, and classifiers: {', '.join(CLASSIFIERS)}"
+        f"{path}: architecture {', '.join(map(str, names))} is not supported; "
+        f"{hint if str(names[0]).endswith('Model') and without_head in FAMILIES else ''}{known}"
     )

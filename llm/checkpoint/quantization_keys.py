@@ -7,21 +7,35 @@ refused by its key.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from llm.checkpoint.json_files import read_json_if_there
 from llm.config import Quantization, WeightFormat, WeightLayout
 from llm.core.mxfp4 import BLOCK_SIZE
 from llm.errors import ConfigError
 from llm.models.config_keys import key_names, shown
 
+_MLX = "the format of MLX, which is not supported; use the checkpoint that it was made from"
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+_SIZES = re.compile(r"\d{1,6}x\d{1,6}")
 _HEADS = ("lm_head", "score")
 """Modules that tools leave as they are without saying so."""
 
 
-def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
+_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""Where AutoGPTQ, AutoAWQ and ModelOpt say it in files of their own, with the method that each means."""
+_RENAMED = {"w_bit": "bits", "q_group_size": "group_size"}
+"""AutoAWQ's own names."""
+
+
+def read_quantization(config: Mapping[str, Any], directory: Path) -> Quantization | None:
     """The formats of a checkpoint's weights; None where they are plain numbers.
+
+    Args:
+        config: content of its config.json.
+        directory: where a file of the tool may say what config.json does not.
 
     Raises:
         ConfigError: a setting is not supported: its key, its value and what is.
@@ -32,6 +46,12 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
             if not isinstance(found, Mapping):
                 raise ConfigError(f"{key} is {shown(found)}, which is not a JSON object")
             return _read(_Keys(found, key))
+    if config.get("quantization"):
+        raise ConfigError(f"quantization ({shown(config['quantization'])}) is {_MLX}")
+    for name, method in _FILES.items():
+        content = read_json_if_there(directory / name)
+        if content:
+            return _read(_Keys({"quant_method": method, **content}, name))
     return None
 
 
@@ -91,6 +111,8 @@ class _Keys:
 
 def _read(keys: _Keys) -> Quantization:
     method = keys.get("quant_method", "compressed-tensors" if keys.get("config_groups") else None)
+    if method is None and keys.found.keys() >= {"bits", "group_size"}:
+        raise ConfigError(f"{keys.path} ({shown(dict(keys.found))}) is {_MLX}")
     if method not in _METHODS:
         raise ConfigError(
             f"{keys.path}: quant_method {shown(method)} is not supported; supported: {', '.join(_METHODS)}; "
@@ -134,8 +156,7 @@ def _format_of_group(group: _Keys, default_format: str | None) -> WeightFormat:
     if layout == "pack-quantized":
         weights.require("num_bits", 4)
         weights.require("type", "int", default="int")
-        if group.get("input_activations"):
-            raise group.refuse("input_activations", "activations stay in 16 bits")
+        group.inside("input_activations").require("num_bits", 8, 16, default=16)  # they stay in 16 bits
         weights.require("strategy", "group", "channel")
         return WeightFormat(
             layout=WeightLayout.PACKED,
@@ -177,15 +198,23 @@ def _fp8(keys: _Keys) -> Quantization:
     )
 
 
+_AUTO_ROUND = key_names("""
+    autoround_version data_type iters amp lr minmax_lr enable_minmax_tuning enable_norm_bias_tuning
+    enable_quanted_input gradient_accumulate_steps low_gpu_mem_usage nsamples scale_dtype seqlen nblocks
+    enable_alg_ext enable_deterministic_algorithms
+""")
+"""Notes of AutoRound on its training, in what it writes in the formats of others."""
 _AWQ = key_names("""
     quant_method bits group_size zero_point version format modules_to_not_convert backend do_fuse fuse_max_seq_len
-    modules_to_fuse exllama_config provider
+    modules_to_fuse exllama_config provider sym batch_size dataset
 """)
 
 
 def _awq(keys: _Keys) -> Quantization:
-    keys.refuse_others(_AWQ)
+    keys = _Keys({_RENAMED.get(key, key): value for key, value in keys.found.items()}, keys.path)
+    keys.refuse_others(_AWQ | _AUTO_ROUND)
     keys.require("bits", 4, default=4)
+    keys.require("data_type", "int", default="int")
     for key in ("version", "format"):
         if str(keys.get(key, "gemm")).lower() != "gemm":
             raise keys.refuse(key, "only the gemm layout is")
@@ -199,13 +228,15 @@ _GPTQ = key_names("""
     damp_percent static_groups true_sequential model_name_or_path model_file_base_name model_seqlen tokenizer dataset
     batch_size block_name_to_quantize cache_block_outputs module_name_preceding_first_block pad_token_id use_cuda_fp16
     use_exllama exllama_config max_input_length disable_exllama meta pack_dtype act_group_aware backend
-    modules_in_block_to_quantize quantizer hyb_act damp_auto_increment mse format
+    modules_in_block_to_quantize quantizer hyb_act damp_auto_increment mse format method dynamic
 """)
 
 
 def _gptq(keys: _Keys) -> Quantization:
-    keys.refuse_others(_GPTQ)
+    keys.refuse_others(_GPTQ | _AUTO_ROUND)
     keys.require("bits", 4)
+    keys.require("method", "gptq", default="gptq")
+    keys.require("data_type", "int", default="int")
     keys.require("lm_head", False, default=False)
     keys.require("pack_dtype", "int32", default="int32")
     layout = keys.require("checkpoint_format", "gptq", "gptq_v2", default=keys.get("format", "gptq"))
@@ -216,7 +247,40 @@ def _gptq(keys: _Keys) -> Quantization:
         zero_offset=0 if layout == "gptq_v2" else 1,
         has_order=bool(keys.get("desc_act", False)),
     )
-    return Quantization(formats=(gptq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS))
+    ignored = (*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS)
+    return Quantization(formats=(*_overrides(keys, gptq), gptq), ignored=(*ignored, *_excluded(keys)))
+
+
+def _excluded(keys: _Keys) -> tuple[str, ...]:
+    """Patterns of modules that GPTQModel's `dynamic` leaves in 16 bits."""
+    found = keys.inside("dynamic").found
+    return _checked_patterns(keys, [name.removeprefix("-:") for name in found if name.startswith("-:")])
+
+
+def _overrides(keys: _Keys, usual: WeightFormat) -> Iterator[WeightFormat]:
+    """Formats of the modules for which GPTQModel's `dynamic` has settings of their own."""
+    dynamic = keys.inside("dynamic")
+    for name in dynamic.found:
+        if name.startswith("-:"):
+            continue
+        own = dynamic.inside(name)
+        own.refuse_others(key_names("bits group_size desc_act sym") | _AUTO_ROUND)
+        own.require("bits", 4, default=4)
+        changes: dict[str, Any] = {"targets": _checked_patterns(keys, [name.removeprefix("+:")])}
+        if "group_size" in own.found:
+            changes["group_size"] = own.group_size()
+        if "desc_act" in own.found:
+            changes["has_order"] = bool(own.get("desc_act"))
+        yield usual.model_copy(update=changes)
+
+
+def _checked_patterns(keys: _Keys, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Regular expressions as targets.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    return _Keys({"dynamic": [f"re:{pattern}" for pattern in patterns]}, keys.path).names("dynamic")
 
 
 def _mxfp4(keys: _Keys) -> Quantization:
@@ -236,7 +300,10 @@ _METHODS: dict[str, Callable[[_Keys], Quantization]] = {
 
 def _block(keys: _Keys, key: str) -> tuple[int, int]:
     """Outputs and inputs that share a scale."""
-    match keys.get(key):
+    value = keys.get(key)
+    if isinstance(value, str) and _SIZES.fullmatch(value):  # as older versions of compressed-tensors wrote it
+        value = [int(size) for size in value.split("x")]
+    match value:
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return rows, columns
     raise keys.refuse(key, "it must be two numbers, such as [128, 128]")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoint.json_files import read_json_if_there, wrong_type
+from llm.checkpoint.json_files import read_json_if_there, read_text, wrong_type
 from llm.checkpoint.label_defaults import LabelDefaults, load_label_defaults
 from llm.core.pooling import Pooling
 from llm.errors import ConfigError
@@ -107,7 +107,7 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
         pooling = directory / "1_Pooling"
         return [("Pooling", pooling)] if (pooling / "config.json").exists() else []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         return [(str(module["type"]).rpartition(".")[2], directory / str(module["path"])) for module in content]
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is not a list of modules ({error!r}); download it again") from error

@@ -14,7 +14,8 @@ Files = dict[Path, list[str] | None]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _NOT_OUR_WEIGHTS = ("consolidated", "adapter_")
-_PICKLES = ("*.bin", "*.pt", "*.pth")
+_PICKLES = ("*model*.bin", "*.pt", "*.pth")
+_OTHER_FORMATS = ("consolidated*.safetensors", "*.h5", "*.msgpack", "*.onnx", "*.npz", "*.incomplete")
 
 
 def candidate_files(directory: Path) -> Iterator[Files]:
@@ -67,9 +68,21 @@ def _all(directory: Path) -> Files:
 
 
 def _why_none(directory: Path) -> str:
+    if (directory / "adapter_config.json").exists():
+        return (
+            f"{directory} holds an adapter but no model; give the model that it was trained on, and this directory "
+            "as lora"
+        )
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to {path.readlink()}, which is not there; {DOWNLOAD}"
     for path in (path for pattern in _PICKLES for path in sorted(directory.glob(pattern))):
         return (
             f"{path} is a pickle, which can run code when loaded and is not read; convert the checkpoint to "
             "safetensors with transformers' save_pretrained"
         )
+    for path in sorted(directory.glob("*.gguf")):
+        return f"{directory} holds no .safetensors file; give the GGUF file itself: {path}"
+    for path in (path for pattern in _OTHER_FORMATS for path in sorted(directory.glob(pattern))):
+        return f"{directory} holds no .safetensors file, and {path.name} is of another format; get one in safetensors"
     return f"{directory} holds no .safetensors file; {DOWNLOAD}"

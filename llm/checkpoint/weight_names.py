@@ -32,7 +32,8 @@ def canonical_names(names: Iterable[str], wanted: Collection[str]) -> dict[str, 
     prefix = max(prefixes, key=lambda each: sum(each + name in held for name in inner), default=_BODY)
     outer = [prefix[:end] for end in range(len(prefix) + 1) if end == 0 or prefix[end - 1] == "."]
     heads = {beginning + head: head for beginning in outer for head in _HEAD_MODULES}
-    return {name: _canonical(name, prefix, heads) for name in held}
+    canonical = {name: _canonical(name, prefix, heads) for name in held}
+    return {name: _older_block(theirs, wanted) for name, theirs in canonical.items()}
 
 
 def is_buffer(name: str) -> bool:
@@ -49,6 +50,12 @@ def is_behind(name: str, num_layers: int) -> bool:
     """Whether a tensor, by its canonical name, belongs to a layer behind the last of so many."""
     match = _LAYER_NUMBER.match(name)
     return match is not None and int(match[1]) >= num_layers
+
+
+def _older_block(name: str, wanted: Collection[str]) -> str:
+    """Mixtral's name for its experts and their router, which transformers 5 has as `mlp`, as everywhere else."""
+    older = name.replace(".mlp.", ".block_sparse_moe.", 1)
+    return older if name not in wanted and older in wanted else name
 
 
 def _canonical(name: str, prefix: str, heads: Mapping[str, str]) -> str:

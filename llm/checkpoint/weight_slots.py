@@ -111,8 +111,6 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
         leaves = [name for name, _ in module.named_parameters(recurse=False)]
         if isinstance(module, QuantizedLinear | QuantizedExperts):
             leaves = ["bias"]
-            if destination.arrange is not None:
-                raise ConfigError(f"quantization_config: a quantized {theirs} is not supported; leave it in 16 bits")
             part = _part_of(module, destination, theirs, orders)
             slots.update((f"{theirs}.{leaf}", slot) for leaf, slot in part.slots())
         for leaf in leaves:
@@ -209,7 +207,7 @@ def _part_of(
         raise _unsupported(module, name)
     rows, zeros = destination.rows, groups.zeros
     groups = replace(groups, scales=groups.scales[:, rows], zeros=None if zeros is None else zeros[:, rows])
-    return _Part(codes[rows], groups, module.weight_format, product, name, orders)
+    return _Part(codes[rows], groups, module.weight_format, product, name, orders, destination.arrange)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +220,7 @@ class _Part:
         product: name of what is multiplied at once, of which they are a part.
         name: of the part in the checkpoint.
         orders: of the inputs of each product, as the first part to be read gave it.
+        arrange: reorders the checkpoint's rows into the model's order; None if they are in this order already.
     """
 
     codes: torch.Tensor
@@ -230,6 +229,7 @@ class _Part:
     product: str
     name: str
     orders: dict[str, torch.Tensor]
+    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """The slots of all tensors but the bias, by the last part of their names."""
@@ -249,14 +249,27 @@ class _Part:
     def _num_inputs(self) -> int:
         return self.codes.shape[1] * (1 if self.codes.dtype == FP8 else 2)
 
+    def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What has a row for each output, in the model's order."""
+        return tensor if self.arrange is None else self.arrange(tensor)
+
+    def _columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What has a column for each output, in the model's order."""
+        return tensor if self.arrange is None else self.arrange(tensor.t()).t()
+
     def _fp8(self) -> Iterator[tuple[str, Slot]]:
         num_outputs, block_rows = self._num_outputs, self.weight_format.block_rows
-        yield "weight", Slot(self.codes, (tuple(self.codes.shape),), frozenset({"F8_E4M3"}))
+
+        def arranged(codes: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+            return self._rows(codes.view(torch.uint8)).view(FP8)
+
+        convert = None if self.arrange is None else arranged
+        yield "weight", Slot(self.codes, (tuple(self.codes.shape),), frozenset({"F8_E4M3"}), convert)
 
         def spread(scales: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
             if block_rows is None:
-                return scales.float().reshape(1, -1).expand(1, num_outputs)
-            return scales.float().repeat_interleave(block_rows, 0)[:num_outputs].t()
+                return self._columns(scales.float().reshape(1, -1).expand(1, num_outputs))
+            return self._rows(scales.float().repeat_interleave(block_rows, 0)[:num_outputs]).t()
 
         shapes: tuple[Shape, ...] = ((), (1,), (1, 1), (num_outputs,), (num_outputs, 1))
         if block_rows is not None:
@@ -275,15 +288,16 @@ class _Part:
         )
         yield (
             "weight_scale",
-            Slot(self.groups.scales, ((num_outputs, num_groups),), convert=lambda scales, _: scales.float().t()),
+            Slot(self.groups.scales, ((num_outputs, num_groups),), convert=lambda scales, _: self._rows(scales).t()),
         )
         if self.groups.zeros is not None:
             yield "weight_zero_point", Slot(
                 self.groups.zeros, ((-(-num_outputs // 8), num_groups),), _INTEGERS,
-                lambda packed, _: _nibbles(packed.t())[:, :num_outputs],
+                lambda packed, _: self._columns(_nibbles(packed.t())[:, :num_outputs]),
             )  # fmt: skip
         yield "weight_g_idx", self._order_slot()
-        yield "weight_shape", _NOT_NEEDED
+        for leaf in ("weight_shape", "input_scale"):
+            yield leaf, _NOT_NEEDED
 
     def _by_input(self, *, is_awq: bool) -> Iterator[tuple[str, Slot]]:
         """AWQ and GPTQ: matrices stand the other way around, (in, out)."""
@@ -295,12 +309,15 @@ class _Part:
             shape = num_inputs // 8, num_outputs
             yield "qweight", self._codes_slot(shape, lambda packed: _nibbles(packed.t()), "g_idx")
             yield "g_idx", self._order_slot()
-        yield "scales", Slot(self.groups.scales, ((num_groups, num_outputs),))
+        yield (
+            "scales",
+            Slot(self.groups.scales, ((num_groups, num_outputs),), convert=lambda scales, _: self._columns(scales)),
+        )
         assert self.groups.zeros is not None, "files of both always have them"
         unpack, offset = _awq_nibbles if is_awq else _nibbles, self.weight_format.zero_offset
         yield "qzeros", Slot(
             self.groups.zeros, ((num_groups, num_outputs // 8),), _INTEGERS,
-            lambda packed, _: unpack(packed) + offset,
+            lambda packed, _: self._columns(unpack(packed) + offset),
         )  # fmt: skip
 
     def _codes_slot(
@@ -310,7 +327,7 @@ class _Part:
         has_order, span = self.groups.order is not None, self.groups.span
 
         def repack(packed: torch.Tensor, groups_of: torch.Tensor | None) -> torch.Tensor:
-            codes = unpack(packed)
+            codes = self._rows(unpack(packed))
             if has_order and groups_of is not None:
                 codes = codes[:, self._order_of(groups_of).to(codes.device)]
             return pack(codes.contiguous(), span)

@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 from llm.config.quantization import Quantization
 from llm.strict_model import StrictModel
 
+_MAX_SIZE, _MAX_HEADS, _MAX_LAYERS, _MAX_CONTEXT = 2**22, 4096, 1024, 2**24
+"""Several times what the largest models have. A file with a mistake would otherwise ask for more than can be counted:
+the table of positions alone is as long as the context."""
+
 
 class RopeScalingType(StrEnum):
     """How rotary frequencies are stretched past the trained context."""
@@ -37,6 +41,9 @@ class RopeScaling(StrictModel):
     attention_factor: float | None = Field(default=None, gt=0)
     """yarn, longrope: multiplies cos and sin. None for the papers' values: `0.1 ln(factor) + 1` for yarn, and the
     square root of `1 + ln(factor) / ln(original)` for longrope."""
+    attn_factor: float = Field(default=1.0, gt=0)
+    """yarn: multiplies what the other fields make the attention factor, as in YaRN's own code and DeepSeek's files.
+    transformers leaves it out of account."""
     beta_fast: float = Field(default=32.0, gt=0)
     """yarn: a dimension with more rotations than this over the trained context stays unchanged."""
     beta_slow: float = Field(default=1.0, gt=0)
@@ -147,19 +154,19 @@ class ModelConfig(StrictModel):
 
     architecture: str = "LlamaForCausalLM"
     """Name of the family's class in transformers."""
-    vocab_size: int = Field(default=32000, gt=0)
-    hidden_size: int = Field(default=512, gt=0)
-    intermediate_size: int | None = Field(default=None, gt=0)
+    vocab_size: int = Field(default=32000, gt=0, le=_MAX_SIZE)
+    hidden_size: int = Field(default=512, gt=0, le=_MAX_SIZE)
+    intermediate_size: int | None = Field(default=None, gt=0, le=_MAX_SIZE)
     """Width of the gated MLP; None for 8/3 of `hidden_size` rounded up to a multiple of 64."""
     activation: Activation = Activation.SILU
-    num_layers: int = Field(default=6, gt=0)
-    num_heads: int = Field(default=8, gt=0)
+    num_layers: int = Field(default=6, gt=0, le=_MAX_LAYERS)
+    num_heads: int = Field(default=8, gt=0, le=_MAX_HEADS)
     """Query heads."""
-    num_kv_heads: int | None = Field(default=None, gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0, le=_MAX_HEADS)
     """Key/value heads: None for `num_heads` (MHA), 1 for MQA, or a divisor of `num_heads` in between (GQA)."""
-    head_dim: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0, le=_MAX_SIZE)
     """None for `hidden_size / num_heads`."""
-    max_seq_len: int = Field(default=2048, gt=0)
+    max_seq_len: int = Field(default=2048, gt=0, le=_MAX_CONTEXT)
     """Longest sequence, prompt and output together, in tokens."""
     window_size: int | None = Field(default=None, gt=0)
     """Sliding window: a token attends to itself and the `window_size - 1` tokens before it. None for all."""
@@ -204,11 +211,11 @@ class ModelConfig(StrictModel):
     """The output head shares the token embedding's weight."""
     classifier: ClassifierConfig | None = None
     """A head for labels, which the model has in place of the output head; None for a model that generates tokens."""
-    num_experts: int = Field(default=0, ge=0)
+    num_experts: int = Field(default=0, ge=0, le=_MAX_HEADS)
     """Number of experts that a layer has instead of an MLP; 0 for a model without experts."""
     num_experts_per_token: int = Field(default=2, gt=0)
     """Number of experts that each token goes to."""
-    expert_size: int = Field(default=0, ge=0)
+    expert_size: int = Field(default=0, ge=0, le=_MAX_SIZE)
     """Width of an expert's SwiGLU."""
     normalize_expert_weights: bool = True
     """The weights of a token's experts add up to 1."""
@@ -216,7 +223,7 @@ class ModelConfig(StrictModel):
     """How a token's experts are chosen."""
     expert_bias: bool = False
     """Biases on the router and on the projections of experts (gpt-oss)."""
-    shared_expert_size: int = Field(default=0, ge=0)
+    shared_expert_size: int = Field(default=0, ge=0, le=_MAX_SIZE)
     """Width of the shared expert, which every token goes to in addition to those that it chooses; 0 for none."""
     shared_expert_gate: bool = False
     """The shared expert's output is scaled by a gate computed from each token (Qwen3-Next, Qwen3.5)."""

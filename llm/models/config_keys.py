@@ -64,7 +64,7 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
         lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
         key_names("""
             rms_norm_eps rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor
-            beta_fast beta_slow mscale mscale_all_dim rope_local_base_freq query_pre_attn_scalar
+            beta_fast beta_slow mscale mscale_all_dim attn_factor rope_local_base_freq query_pre_attn_scalar
             llama_4_scaling_beta
             attn_logit_softcapping final_logit_softcapping swiglu_alpha swiglu_limit routed_scaling_factor
         """),
@@ -152,6 +152,8 @@ _NEUTRAL: dict[str, Neutral] = {
     "query_pre_attn_scalar": lambda value, model: value == model.head_size,
     "residual_multiplier": _only(1),
     "rope_interleaved": _only(False),
+    "shared_expert_intermediate_size": lambda value, model: value == model.shared_expert_size,
+    "transformers_weights": _only("model.safetensors"),
     "use_bidirectional_attention": _only(False),
     "use_mrope": _only(False),
     "use_parallel_residual": _only(False),

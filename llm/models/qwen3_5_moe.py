@@ -9,7 +9,7 @@ from typing import Any
 from llm.config import ModelConfig
 from llm.errors import ConfigError
 from llm.models.config_keys import ReadKeys, shown
-from llm.models.family import Destination, ExpertStack, Family, read_text_half
+from llm.models.family import Destination, Family, read_text_half
 from llm.models.qwen3_5 import IMAGE_KEYS, MTP, delta_weights, hybrid_fields, make_layers, mixing_weights
 from llm.models.qwen3_moe import experts_weights, shared_expert_weights
 
@@ -50,14 +50,8 @@ def shared_expert_fields(config: ReadKeys, defaults: Mapping[str, Any]) -> dict[
 
 
 def mixture_weights(config: ModelConfig) -> dict[str, Destination]:
-    """Destinations of the experts, one by one and in stacks, and of the shared one."""
-    layers = [i for i in range(config.num_layers) if config.has_experts(i)]
-    stacks = {
-        f"mlp.experts.{name}": Destination(f"experts.{name}", layers=layers, stack=ExpertStack.AS_HERE)
-        for name in ("gate_up_proj", "down_proj")
-    }
+    """Destinations of the experts and of the shared one."""
     return {
-        **stacks,
         **experts_weights(config, "mlp", "gate_proj", "up_proj", "down_proj"),
         **shared_expert_weights(config, "mlp.shared_expert", "mlp.shared_expert_gate"),
     }

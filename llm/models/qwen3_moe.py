@@ -8,7 +8,7 @@ from llm.config import ModelConfig
 from llm.models.attention_layer import AttentionLayer, attention_weights, make_rope
 from llm.models.config_keys import ReadKeys
 from llm.models.experts import Experts
-from llm.models.family import Destination, Family, Layer, common_fields
+from llm.models.family import Destination, ExpertStack, Family, Layer, common_fields
 from llm.models.llama import LlamaLayer, mlp_weights
 from llm.models.operations import Operations
 from llm.models.window_keys import read_windows
@@ -37,14 +37,20 @@ def make_layers(config: ModelConfig) -> list[Layer]:
 
 
 def experts_weights(config: ModelConfig, block: str, gate: str, up: str, down: str) -> dict[str, Destination]:
-    """Destinations of the experts within an `ExpertsLayer`.
+    """Destinations of the experts within an `ExpertsLayer`: one by one, as released files have them, and stacked.
+
+    Stacks are what transformers 5 keeps in memory, and what it writes with `save_original_format=False`.
 
     Args:
         block: name that a checkpoint gives to the router and the experts of a layer.
         gate, up, down: names that it gives to the projections of an expert.
     """
     size, layers = config.expert_size, [i for i in range(config.num_layers) if config.has_experts(i)]
-    found = {f"{block}.gate": Destination("experts.router", layers=layers)}
+    found = {
+        f"{block}.experts.{name}": Destination(f"experts.{name}", layers=layers, stack=ExpertStack.AS_HERE)
+        for name in ("gate_up_proj", "down_proj")
+    }
+    found[f"{block}.gate"] = Destination("experts.router", layers=layers)
     for i in range(config.num_experts):
         expert = f"{block}.experts.{i}"
         found[f"{expert}.{gate}"] = Destination("experts.gate_up_proj", slice(0, size), i, layers)

@@ -82,7 +82,10 @@ def destinations(config: ModelConfig) -> dict[str, Destination]:
 
 def parts_of_modules(config: ModelConfig) -> dict[str, list[str]]:
     """For each module of the model, the checkpoint's names of the modules that it is made of, in checkpoint order."""
+    found = destinations(config)
+    one_by_one = {place.module for place in found.values() if place.expert is not None}
     parts: dict[str, list[str]] = {}
-    for theirs, place in destinations(config).items():
-        parts.setdefault(place.module, []).append(theirs)
+    for theirs, place in found.items():
+        if place.stack is None or place.module not in one_by_one:  # a stack of what has names of its own is no part
+            parts.setdefault(place.module, []).append(theirs)
     return parts

@@ -107,6 +107,7 @@ def _understood(found: dict[str, Any], trained_len: int, can_be_partial: bool) -
         raise ConfigError(f"rope type {shown(kind)} is not supported; supported: {supported}")
     found = {key: value for key, value in found.items() if key != "max_position_embeddings" or value != trained_len}
     known = _KNOWN_UNSCALED if kind == "default" else _KNOWN_SCALED
+    known = known if kind == RopeScalingType.YARN else known - {"attn_factor"}
     for key, value in found.items():
         if key not in known and value not in (None, 1):
             raise ConfigError(f"{key!r} ({shown(value)}) means nothing to RoPE of type {kind!r}; correct or remove it")

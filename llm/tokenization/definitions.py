@@ -6,7 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from llm.checkpoint.json_files import read_text
 from llm.errors import CheckpointError
+
+_OTHER_DEFINITIONS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files of other tokenizers, which transformers makes a `tokenizer.json` of."""
 
 
 def without_control_tokens(definition: str, control_ids: Collection[int], model_vocab: Mapping[str, int]) -> str:
@@ -60,9 +64,20 @@ def read_definition(path: Path) -> str:
         CheckpointError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); save one with transformers' "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read ({_instead_of(path) or error}); {_save_one(path)}") from error
+
+
+def _instead_of(path: Path) -> str:
+    """The file that a directory has in place of `tokenizer.json`, as a sentence; nothing where there is none."""
+    found = next((name for name in _OTHER_DEFINITIONS if (path.parent / name).exists()), None)
+    return "" if path.exists() or found is None else f"there is only {found}"
+
+
+def _save_one(path: Path) -> str:
+    """How to get a `tokenizer.json`."""
+    return (
+        f"make one with transformers (and sentencepiece, tiktoken or mistral_common): "
+        f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained({str(path.parent)!r})"
+    )

@@ -351,6 +351,22 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
         "router_aux_loss_coef": 0.001, "tie_word_embeddings": False,
     },
+    "Qwen3-Coder-30B-A3B-Instruct": {
+        **_QWEN_3, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "decoder_sparse_step": 1,
+        "hidden_size": 2048, "intermediate_size": 5472, "max_position_embeddings": 262144, "mlp_only_layers": [],
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "qkv_bias": False, "rope_theta": 10000000, "router_aux_loss_coef": 0.0, "shared_expert_intermediate_size": 0,
+        "tie_word_embeddings": False, "transformers_version": "4.52.3", "use_qk_norm": True,
+    },
+    "DeepSeek-R1-0528-Qwen3-8B": {
+        **_QWEN_3, "hidden_size": 4096, "intermediate_size": 12288, "max_position_embeddings": 131072,
+        "max_window_layers": 36, "num_attention_heads": 32, "num_hidden_layers": 36, "tie_word_embeddings": False,
+        "rope_scaling": {
+            "attn_factor": 0.8782488562869419, "factor": 4.0, "original_max_position_embeddings": 32768,
+            "rope_type": "yarn",
+        },
+    },
     "Mixtral-8x7B-Instruct-v0.1": {
         **_MISTRAL, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "attention_dropout": 0.0,
         "max_position_embeddings": 32768, "num_experts_per_tok": 2, "num_local_experts": 8,

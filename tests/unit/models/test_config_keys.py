@@ -9,6 +9,7 @@ import transformers
 from real_configs import LLAMA3_ROPE, OTHER_CONFIGS, REAL_CONFIGS
 from transformers import AutoConfig
 
+from llm.attention.rope import rope_frequencies
 from llm.checkpoint.model_config import load_model_config
 from llm.errors import CheckpointError, ConfigError, LLMError
 
@@ -164,11 +165,49 @@ REFUSED = {
     "auto_map": {"AutoModelForCausalLM": "modeling_mine.Model"}, "dual_chunk_attention_config": {"chunk_size": 1},
     "embedding_multiplier": 12.0, "final_logit_softcapping": 30.0, "hidden_act": "gelu", "is_causal": False,
     "layer_types": [FULL] * 31 + ["linear_attention"], "logits_scaling": 8.0, "no_rope_layers": [1, 1, 1, 0] * 8,
-    "num_local_experts": 8, "partial_rotary_factor": 0.5, "qk_layernorm": True, "query_pre_attn_scalar": 256,
+    "num_local_experts": 8, "shared_expert_intermediate_size": 64, "transformers_weights": "x.safetensors",
+    "partial_rotary_factor": 0.5, "qk_layernorm": True, "query_pre_attn_scalar": 256,
     "residual_multiplier": 0.22, "rope_interleaved": True, "sliding_window": 4096, "use_bidirectional_attention": True,
     "rope_parameters": {FULL: {"rope_theta": 1e6}, SLIDING: {"rope_theta": 1e4}}, "rope_scaling": {"factor": 2.0},
     "never_heard_of": False, "log_scale": False, "rope_thetta": 5e5,
 }  # fmt: skip
+
+
+def test_yarns_factor_of_deepseek_counts(tmp_path):
+    """YaRN's own code multiplies by it; here it takes back what the longer context adds, as its authors meant."""
+    name = "DeepSeek-R1-0528-Qwen3-8B"
+    scaling = load_model_config(write(tmp_path, REAL_CONFIGS[name])).rope_scaling
+    _, factor = rope_frequencies(128, 1e6, scaling, 131072, 131072)
+    assert factor == pytest.approx(1.0, abs=1e-6)
+    llama3 = {**LLAMA3_ROPE, "attn_factor": 0.9}
+    with pytest.raises(ConfigError, match=r"'attn_factor' .0\.9. means nothing to RoPE of type 'llama3'"):
+        load_model_config(write(tmp_path, LLAMA, rope_scaling=llama3))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_key_value_heads", "max_position_embeddings"])
+def test_sizes_that_no_model_has_are_refused_before_anything_is_made(tmp_path, key):
+    value = 2**30
+    with pytest.raises(ConfigError, match=f"{key}: Input should be less than"):
+        load_model_config(write(tmp_path, {**LLAMA, "num_attention_heads": 32}, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architectures": None}, "'architectures' is missing; add the class"),
+        ({"architectures": ["MistralModel"]}, r"set 'architectures' to \['MistralForCausalLM'\] and 'tie_word_embedd"),
+        ({"architectures": ["BertModel"]}, "architecture BertModel is not supported; supported: "),
+    ],
+)
+def test_architectures_that_cannot_generate(tmp_path, changes, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        load_model_config(write(tmp_path, LLAMA, **changes))
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_checkpoints_of_mlx_are_refused_by_name(tmp_path, key):
+    with pytest.raises(ConfigError, match=rf"{key} \(.*\) is the format of MLX, which is not supported"):
+        load_model_config(write(tmp_path, LLAMA, **{key: {"group_size": 64, "bits": 4}}))
 
 
 @pytest.mark.parametrize("key", REFUSED)

@@ -168,6 +168,8 @@ def test_a_directory_with_nothing_but_a_file_is_that_file(qwen3, tmp_path):
     shutil.copy(qwen3, directory / "one.gguf")
     found = resolve_model_path(str(directory))
     assert json.loads((found / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    shutil.copy(qwen3, directory / "mmproj-one.gguf")  # for images
+    assert resolve_model_path(str(directory)) == found
     shutil.copy(qwen3, directory / "two.gguf")
     with pytest.raises(CheckpointError, match=r"several GGUF files \(one.gguf, two.gguf\); name one of them"):
         resolve_model_path(str(directory))
@@ -197,6 +199,18 @@ def test_what_is_no_checkpoint_is_none(tmp_path):
     assert find_local_checkpoint(str(tmp_path / "notes.txt")) is None
     with pytest.raises(CheckpointError, match="is a file, but not a GGUF"):
         resolve_model_path(str(tmp_path / "notes.txt"))
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(CheckpointError, match=r"pointer\.gguf is a pointer of Git LFS"):
+        resolve_model_path(str(tmp_path / "pointer.gguf"))
+
+
+def test_a_directory_of_parts_is_told_to_join_them(qwen3, tmp_path):
+    directory = tmp_path / "parts"
+    directory.mkdir()
+    for part in (1, 2):
+        shutil.copy(qwen3, directory / f"m-0000{part}-of-00002.gguf")
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.gguf is one of 2 parts of a model; join them"):
+        resolve_model_path(str(directory))
 
 
 @pytest.mark.parametrize(

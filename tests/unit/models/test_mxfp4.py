@@ -141,7 +141,9 @@ def test_files_that_do_not_fit_are_refused(directory, edit):
         check_checkpoint(directory)
     edit(directory / "config.json", intermediate_size=96, quantization_config=None)
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"_(blocks|scales), for which config\.json has no place"):
+    with pytest.raises(
+        CheckpointError, match=r"_(blocks|scales), which is quantized, but config\.json does not say so"
+    ):
         check_checkpoint(directory)
 
 

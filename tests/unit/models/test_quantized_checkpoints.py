@@ -27,6 +27,7 @@ from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.checkpoint.model_config import load_model_config
 from llm.config import EngineConfig, Quantization, WeightFormat, WeightLayout
+from llm.core.partition import Partition
 from llm.errors import CheckpointError, ConfigError
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
@@ -266,9 +267,95 @@ def test_groups_of_projections_may_have_formats_of_their_own(checkpoints, tmp_pa
     torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
 
 
+@torch.inference_mode()
+def test_gptqmodel_says_by_pattern_what_differs(checkpoints, tmp_path):
+    """`dynamic`: projections in 16 bits, and some with groups of another size; then what others note beside it."""
+    usual, wider = gptq(), gptq(-1)
+    dynamic = {r"-:.*self_attn\..*": {}, r"+:.*\.1\.mlp\..*": {"bits": 4, "group_size": -1}}
+    notes = {"method": "gptq", "format": "gptq", "autoround_version": "0.5.1", "data_type": "int", "iters": 200}
+
+    def write_of(name: str):
+        if not is_projection(name) or "self_attn" in name:
+            return None
+        return (wider if ".1.mlp." in name else usual).write
+
+    source = checkpoints("llama")[0]
+    meant = rewrite(source, tmp_path, {**usual.config, "dynamic": dynamic, **notes}, write_of)
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    sizes = {name: module.weight_format.group_size for name, module in quantized_modules(ours)}
+    assert sizes["layers.1.down_proj"] is None
+    assert sizes["layers.0.down_proj"] == 32
+    assert "layers.0.qkv_proj" not in sizes
+    torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "layout", "names"),
+    [
+        ("quantize_config.json", gptq(), {}),
+        ("quant_config.json", awq(), {"bits": "w_bit", "group_size": "q_group_size"}),
+    ],
+)
+@torch.inference_mode()
+def test_older_files_have_the_settings_beside_the_configuration(checkpoints, tmp_path, edit, file, layout, names):
+    """AutoGPTQ's and AutoAWQ's, of before transformers read them."""
+    meant = write(checkpoints, tmp_path, layout)
+    edit(tmp_path / "config.json", quantization_config=None)
+    settings = {names.get(key, key): value for key, value in layout.config.items() if key != "quant_method"}
+    (tmp_path / file).write_text(json.dumps(settings))
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
+
+
+def test_biases_of_zeros_beside_gptq_count_for_nothing(checkpoints, tmp_path):
+    """AutoGPTQ wrote one for each projection at first, of models without biases too. One that says something has no
+    place."""
+    write(checkpoints, tmp_path, gptq())
+    path, expected = tmp_path / "model.safetensors", load_decoder(tmp_path, progress=False)
+    tensors = load_file(path)
+    bias = {"model.layers.0.mlp.up_proj.bias": torch.zeros(96)}
+    save_file({**tensors, **bias}, path)
+    assert torch.equal(load_decoder(tmp_path, progress=False)(prompt(9)), expected(prompt(9)))
+    save_file({**tensors, **{name: zeros + 1 for name, zeros in bias.items()}}, path)
+    with pytest.raises(CheckpointError, match=r"up_proj\.bias, for which config\.json has no place"):
+        check_checkpoint(tmp_path)
+
+
+def test_modelopts_file_is_refused_by_its_method(checkpoints, tmp_path, edit):
+    write(checkpoints, tmp_path, fp8_by_tensor())
+    edit(tmp_path / "config.json", quantization_config=None)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    with pytest.raises(ConfigError, match=r"hf_quant_config.json: quant_method 'modelopt' is not supported"):
+        check_checkpoint(tmp_path)
+
+
+@torch.inference_mode()
+def test_weights_in_4_bits_for_activations_in_8_load(checkpoints, tmp_path):
+    """Activations keep 16 bits here, which is nearer to what was trained."""
+    layout, activations = packed(), {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    layout.config["config_groups"]["group_0"]["input_activations"] = activations
+    meant = write(checkpoints, tmp_path, layout)
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
+
+
+def test_a_block_may_be_written_as_text(checkpoints, tmp_path):
+    """As compressed-tensors did at first."""
+    layout = LAYOUTS["fp8 by block"]
+    write(checkpoints, tmp_path, layout)
+    expected = load_model_config(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["block_structure"] = "32x32"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model_config(tmp_path) == expected
+
+
 CONFIG_REFUSALS = {
     "bits": (gptq(), {"bits": 8}, r"quantization_config: bits 8 is not supported; supported: 4"),
-    "desc_act order": (gptq(), {"dynamic": {"-:.*": {}}}, "quantization_config: dynamic .* is not supported"),
+    "other bits for some": (gptq(), {"dynamic": {"+:.*": {"bits": 8}}}, r"dynamic.\+:.\*: bits 8 is not supported"),
+    "no pattern": (gptq(), {"dynamic": {"-:(": {}}}, r"dynamic: 're:\(' is not a pattern"),
+    "method": (gptq(), {"method": "qqq"}, "method 'qqq' is not supported; supported: 'gptq'"),
+    "data type": (awq(), {"data_type": "mx_fp"}, "data_type 'mx_fp' is not supported"),
     "lm_head": (gptq(), {"lm_head": True}, "lm_head True is not supported"),
     "version": (awq(), {"version": "gemv"}, "version 'gemv' is not supported; only the gemm layout is"),
     "zero_point": (awq(), {"zero_point": False}, "zero_point False is not supported"),
@@ -305,13 +392,22 @@ def test_projections_that_no_format_is_for_are_refused(checkpoints, tmp_path, ki
         check_checkpoint(tmp_path)
 
 
-def test_a_projection_whose_rows_change_places_is_refused(checkpoints, tmp_path, edit):
-    layout = fp8_by_tensor()
-    write(checkpoints, tmp_path, layout, "qwen3_next")
-    ignored = ["lm_head", r"re:.*mlp\.experts.*", r"re:.*in_proj_ba"]
-    edit(tmp_path / "config.json", quantization_config={**layout.config, "ignore": ignored})
-    with pytest.raises(ConfigError, match=r"quantization_config: .*in_proj_qkvz is not supported"):
-        check_checkpoint(tmp_path)
+@pytest.mark.parametrize("name", ["transformers' fp8 by block", "packed asymmetric", "awq 32"])
+@torch.inference_mode()
+def test_rows_that_change_places_take_their_scales_along(checkpoints, tmp_path, name, edit):
+    """Qwen3-Next's first projection, whose rows come key head by key head in a file."""
+    layout = LAYOUTS[name]
+    meant = write(checkpoints, tmp_path, layout, "qwen3_next", is_quantized=lambda each: "in_proj_qkvz" in each)
+    others = ["lm_head", "re:.*mlp.*", "re:.*self_attn.*", "re:.*in_proj_ba.*", "re:.*out_proj.*", "re:.*conv1d.*"]
+    key = "ignore" if layout.config["quant_method"] == "compressed-tensors" else "modules_to_not_convert"
+    edit(tmp_path / "config.json", quantization_config={**layout.config, key: others})
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    assert {each.rpartition(".")[2] for each, _ in quantized_modules(ours)} == {"mixed_proj"}
+    plain = shutil.copytree(checkpoints("qwen3_next")[0], tmp_path / "plain")
+    save_file({each: tensor.contiguous() for each, tensor in meant.items()}, plain / "model.safetensors")
+    torch.testing.assert_close(ours(ids), load_decoder(plain, progress=False)(ids), atol=1e-4, rtol=0)
+    with pytest.raises(ConfigError, match=r"a quantized .*mixed_proj is not supported over several GPUs"):
+        load_decoder(tmp_path, partition=Partition(0, 2), progress=False)
 
 
 def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_path, edit):
@@ -320,7 +416,7 @@ def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_pat
     with pytest.raises(CheckpointError, match=r"qweight has shape .*config\.json asks for"):
         check_checkpoint(tmp_path)
     edit(tmp_path / "config.json", quantization_config=None)
-    with pytest.raises(CheckpointError, match=r"qweight, for which config\.json has no place"):
+    with pytest.raises(CheckpointError, match=r"qweight, which is quantized, but config\.json does not say so"):
         check_checkpoint(tmp_path)
     write(checkpoints, tmp_path, fp8_by_tensor())
     edit(tmp_path / "config.json", quantization_config=None)

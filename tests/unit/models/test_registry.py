@@ -121,7 +121,7 @@ def test_biases_and_qk_norm(tmp_path, changes, biases, qk_norm):
     ("changes", "error", "reason"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, CheckpointError, "GPT2LMHeadModel is not supported; .*Llama"),
-        ({"architectures": ...}, CheckpointError, "not named is not supported"),
+        ({"architectures": ...}, CheckpointError, "'architectures' is missing; add"),
         ({"quantization_config": {"bits": 4}}, ConfigError, "quantization_config: quant_method None is not supported"),
         ({"hidden_act": "gelu"}, ConfigError, "hidden_act 'gelu' is not supported"),
         ({"vocab_size": ...}, ConfigError, "'vocab_size' is missing"),
