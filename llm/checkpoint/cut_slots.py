@@ -100,11 +100,6 @@ def _pieces(model: DecoderModel, whole: DecoderModel, place: Destination, leaf: 
         yield from _stack(cut, place, module, whole_module, leaf)
     elif isinstance(module, QuantizedLinear | QuantizedExperts) and leaf != "bias":
         assert isinstance(whole_module, QuantizedLinear | QuantizedExperts), "the same model"
-        if place.arrange is not None:
-            raise ConfigError(
-                f"quantization_config: a quantized {place.module} is not supported over several GPUs; use one, or a "
-                "checkpoint that ignores it"
-            )
         if cut.experts is None or place.expert in cut.experts:
             yield from _quantized(cut, place, module, whole_module, leaf)
     else:

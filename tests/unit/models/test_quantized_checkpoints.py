@@ -27,7 +27,6 @@ from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.checkpoint.model_config import load_model_config
 from llm.config import EngineConfig, Quantization, WeightFormat, WeightLayout
-from llm.core.partition import Partition
 from llm.errors import CheckpointError, ConfigError
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
@@ -406,8 +405,7 @@ def test_rows_that_change_places_take_their_scales_along(checkpoints, tmp_path, 
     plain = shutil.copytree(checkpoints("qwen3_next")[0], tmp_path / "plain")
     save_file({each: tensor.contiguous() for each, tensor in meant.items()}, plain / "model.safetensors")
     torch.testing.assert_close(ours(ids), load_decoder(plain, progress=False)(ids), atol=1e-4, rtol=0)
-    with pytest.raises(ConfigError, match=r"a quantized .*mixed_proj is not supported over several GPUs"):
-        load_decoder(tmp_path, partition=Partition(0, 2), progress=False)
+    check_cut(tmp_path, 2)
 
 
 def test_files_that_do_not_hold_what_the_configuration_says(checkpoints, tmp_path, edit):
