@@ -1,9 +1,9 @@
 """What the `quantization_config` of a config.json says of the weights' formats.
 
 Read are compressed-tensors (github.com/vllm-project/compressed-tensors: float-quantized, pack-quantized), `fp8` as
-transformers' `FineGrainedFP8Config` describes it, `awq` (AutoAWQ's gemm layout), `gptq` (AutoGPTQ, GPTQModel; both
-checkpoint formats) and `mxfp4` as gpt-oss's checkpoints have it. Whatever changes a weight's meaning and is not read is
-refused by its key.
+transformers' `FineGrainedFP8Config` describes it, `fbgemm_fp8` as its `FbgemmFp8Config` does, `modelopt` (NVIDIA's
+Model Optimizer, FP8), `awq` (AutoAWQ's gemm layout), `gptq` (AutoGPTQ, GPTQModel; both checkpoint formats) and
+`mxfp4` as gpt-oss's checkpoints have it. Whatever changes a weight's meaning and is not read is refused by its key.
 """
 
 import re
@@ -133,15 +133,19 @@ def _compressed_tensors(keys: _Keys) -> Quantization:
     keys.refuse_others(_COMPRESSED)
     sparsity = keys.inside("sparsity_config")
     sparsity.require("format", "dense", default="dense")
+    groups = keys.inside("config_groups")
+    formats = tuple(_format_of_group(groups.inside(name), keys.get("format")) for name in groups.found)
+    return Quantization(formats=formats, ignored=keys.names("ignore"), has_cache_scales=_has_cache_scales(keys))
+
+
+def _has_cache_scales(keys: _Keys) -> bool:
     cache = keys.inside("kv_cache_scheme")
     if cache.found:
         cache.require("num_bits", 8)
         cache.require("type", "float")
         cache.require("strategy", "tensor", default="tensor")
         cache.require("symmetric", True, default=True)
-    groups = keys.inside("config_groups")
-    formats = tuple(_format_of_group(groups.inside(name), keys.get("format")) for name in groups.found)
-    return Quantization(formats=formats, ignored=keys.names("ignore"), has_cache_scales=bool(cache.found))
+    return bool(cache.found)
 
 
 def _format_of_group(group: _Keys, default_format: str | None) -> WeightFormat:
@@ -196,6 +200,37 @@ def _fp8(keys: _Keys) -> Quantization:
     return Quantization(
         formats=(WeightFormat(layout=WeightLayout.FP8, block_rows=rows, group_size=columns),), ignored=ignored
     )
+
+
+def _fbgemm(keys: _Keys) -> Quantization:
+    """A scale for each output. The bound of activations' scales is not needed: they are rounded by what they hold."""
+    keys.refuse_others(key_names("quant_method activation_scale_ub modules_to_not_convert"))
+    ignored = (*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS)
+    return Quantization(formats=(WeightFormat(layout=WeightLayout.FP8),), ignored=ignored)
+
+
+_MODELOPT_BLOCK = 128
+"""Outputs, and inputs, that share a scale."""
+_MODELOPT = key_names("""
+    quant_method quant_algo kv_cache_quant_algo kv_cache_scheme exclude_modules ignore config_groups producer group_size
+""")
+
+
+def _modelopt(keys: _Keys) -> Quantization:
+    """`hf_quant_config.json`, whose settings are in a part of it, or what newer versions write to config.json."""
+    if keys.get("quantization"):
+        keys.refuse_others(key_names("quant_method producer quantization"))
+        keys = keys.inside("quantization")
+    keys.refuse_others(_MODELOPT)
+    algorithm = keys.require("quant_algo", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "fp8_pb_wo")
+    cache = keys.require("kv_cache_quant_algo", None, "FP8")
+    keys.require("group_size", None, _MODELOPT_BLOCK)
+    block = _MODELOPT_BLOCK if algorithm.upper() == "FP8_PB_WO" else None
+    fp8 = WeightFormat(layout=WeightLayout.FP8, block_rows=block, group_size=block)
+    excluded = (*keys.names("exclude_modules"), *keys.names("ignore"))
+    ignored = (f"re:{re.escape(name).replace(re.escape('*'), '.*')}$" if "*" in name else name for name in excluded)
+    has_cache_scales = cache is not None or _has_cache_scales(keys)
+    return Quantization(formats=(fp8,), ignored=(*ignored, *_HEADS), has_cache_scales=has_cache_scales)
 
 
 _AUTO_ROUND = key_names("""
@@ -292,6 +327,8 @@ def _mxfp4(keys: _Keys) -> Quantization:
 _METHODS: dict[str, Callable[[_Keys], Quantization]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm,
+    "modelopt": _modelopt,
     "awq": _awq,
     "gptq": _gptq,
     "mxfp4": _mxfp4,

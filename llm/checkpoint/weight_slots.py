@@ -269,11 +269,13 @@ class _Part:
         def spread(scales: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
             if block_rows is None:
                 return self._columns(scales.float().reshape(1, -1).expand(1, num_outputs))
-            return self._rows(scales.float().repeat_interleave(block_rows, 0)[:num_outputs]).t()
+            blocks = scales.float().reshape(-1, len(self.groups.scales))
+            return self._rows(blocks.repeat_interleave(block_rows, 0)[:num_outputs]).t()
 
         shapes: tuple[Shape, ...] = ((), (1,), (1, 1), (num_outputs,), (num_outputs, 1))
         if block_rows is not None:
-            shapes = ((-(-num_outputs // block_rows), len(self.groups.scales)),)
+            num_blocks, num_groups = -(-num_outputs // block_rows), len(self.groups.scales)
+            shapes = (num_blocks, num_groups), (num_blocks, 1, num_groups, 1)  # as ModelOpt keeps the axes
         yield "weight_scale", Slot(self.groups.scales, shapes, convert=spread)
         for leaf in ("input_scale", "activation_scale"):
             yield leaf, _NOT_NEEDED

@@ -1,7 +1,8 @@
 """Writes small checkpoints in the layouts of quantized weights, by what their tools have published.
 
 AutoAWQ (`WQLinear_GEMM`), AutoGPTQ and GPTQModel (`QuantLinear`, checkpoint formats gptq and gptq_v2),
-compressed-tensors (`pack_to_int32`, float-quantized, pack-quantized), transformers (`FineGrainedFP8Config`).
+compressed-tensors (`pack_to_int32`, float-quantized, pack-quantized), transformers (`FineGrainedFP8Config`,
+`FbgemmFp8Config`), ModelOpt (`export_hf_checkpoint`).
 """
 
 import json
@@ -172,6 +173,27 @@ def fp8_by_block(rows: int = 32, columns: int = 32, *, is_compressed: bool = Fal
     return Layout({**config, "weight_block_size": [rows, columns]}, write)
 
 
+def fbgemm() -> Layout:
+    config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+    return Layout(config, fp8_by_channel().write)
+
+
+def modelopt(algorithm: str, **changes: Any) -> Layout:
+    """In config.json, as newer versions write it."""
+
+    def write_blocks(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        tensors, meant = fp8_by_block(128, 128, is_compressed=True).write(weight)
+        return {**tensors, "weight_scale": tensors["weight_scale"][:, None, :, None]}, meant
+
+    write = {
+        "FP8": fp8_by_tensor(has_static_activations=True).write,
+        "FP8_PER_CHANNEL_PER_TOKEN": fp8_by_channel().write,
+        "FP8_PB_WO": write_blocks,
+    }[algorithm]
+    config = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head", "model.layers.*.mlp.gate"]}
+    return Layout({**config, "producer": {"name": "modelopt", "version": "0.37.0"}, **changes}, write)
+
+
 def is_projection(name: str) -> bool:
     """Whether a tensor is the weight of a layer's projection."""
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
@@ -221,3 +243,6 @@ def all_layouts() -> Iterator[tuple[str, Layout]]:
     yield "transformers' fp8 by block", fp8_by_block()
     yield "fp8 by block, partial", fp8_by_block(128, 128)
     yield "fp8 by block", fp8_by_block(is_compressed=True)
+    yield "fbgemm", fbgemm()
+    for algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO"):
+        yield f"modelopt {algorithm}", modelopt(algorithm)

@@ -14,6 +14,7 @@ from quantized_layouts import (
     fp8_by_tensor,
     gptq,
     is_projection,
+    modelopt,
     packed,
     quantize_directory,
     rewrite,
@@ -320,12 +321,39 @@ def test_biases_of_zeros_beside_gptq_count_for_nothing(checkpoints, tmp_path):
         check_checkpoint(tmp_path)
 
 
-def test_modelopts_file_is_refused_by_its_method(checkpoints, tmp_path, edit):
-    write(checkpoints, tmp_path, fp8_by_tensor())
+@pytest.mark.parametrize("algorithm", ["FP8", "FP8_PB_WO"])
+@torch.inference_mode()
+def test_modelopts_own_file_says_what_config_json_does_not(checkpoints, tmp_path, edit, algorithm):
+    """With scales of keys and values beside their projections, and stars in names."""
+    layout = modelopt(algorithm)
+    meant = write(
+        checkpoints, tmp_path, layout, is_quantized=lambda each: is_projection(each) and ".1.mlp." not in each
+    )
     edit(tmp_path / "config.json", quantization_config=None)
-    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
-    with pytest.raises(ConfigError, match=r"hf_quant_config.json: quant_method 'modelopt' is not supported"):
-        check_checkpoint(tmp_path)
+    said = {
+        "quant_algo": algorithm,
+        "kv_cache_quant_algo": "FP8",
+        "exclude_modules": ["lm_head", "model.layers.1.mlp*"],
+    }
+    path = tmp_path / "hf_quant_config.json"
+    path.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": said}))
+    scales = {
+        f"model.layers.{i}.self_attn.{name}_proj.{name}_scale": torch.tensor(0.5) for i in (0, 1) for name in "kv"
+    }
+    weights = tmp_path / "model.safetensors"
+    save_file({**load_file(weights), **scales}, weights)
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
+    assert ours.cache_scales is not None
+    assert (ours.cache_scales[:2] == 0.5).all()
+    for changes, reason in (
+        ({"quant_algo": "NVFP4"}, "quant_algo 'NVFP4'"),
+        ({"kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo 'NVFP4'"),
+        ({"has_rotations": True}, "has_rotations"),
+    ):
+        path.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {**said, **changes}}))
+        with pytest.raises(ConfigError, match=rf"hf_quant_config\.json\.quantization: {reason}"):
+            check_checkpoint(tmp_path)
 
 
 @torch.inference_mode()
