@@ -81,6 +81,16 @@ def order(server: Server, path: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", json=body, timeout=120)
 
 
+def is_loaded(server: Server, name: str, path: str) -> bool:
+    """Whether the catalog says that an adapter has been loaded already."""
+    try:
+        answer = order(server, "/v1/load_lora_adapter", lora_name=name, lora_path=path)
+    except httpx.TransportError:
+        return False
+    assert answer.status_code != 200, "it was forgotten, and is loaded anew"
+    return answer.status_code == 400 and "already" in answer.text
+
+
 def pids(deployment: str) -> set[int]:
     """Processes of one deployment of this application."""
     return set(replica_pids(NAME, deployment))
@@ -108,6 +118,8 @@ def test_adapters_are_the_same_for_all_routers_whatever_is_killed(adapted: Serve
     for deployment in ("Router", "AdapterCatalog", "Router"):
         kill_one(adapted, deployment)
         adapted.wait_for(lambda: statuses(adapted, "loaded") == {200}, 60, f"unknown without a {deployment}")
+        # Before the next one is killed, as whoever has just started may know nothing yet, the catalog has to know it.
+        adapted.wait_for(lambda: is_loaded(adapted, "loaded", path), 60, "the catalog does not know it")
     assert ask(adapted, "loaded")[1] == texts["loaded"]
 
     write_adapter(places / "folder" / "new", seed=8)
