@@ -15,7 +15,6 @@ from llm.checkpoint.adapter_places import (
     held_parts,
     of_one_expert,
     shape_of,
-    with_new_names,
 )
 from llm.checkpoint.adapter_stacks import StackReader, unwrapped
 from llm.checkpoint.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, refuse_pickle
@@ -39,9 +38,8 @@ class AdapterReader:
     """
 
     def __init__(self, model: DecoderModel, *, with_experts: bool = True) -> None:
-        self._places = with_new_names(adapted_places(model))
+        self._places = adapted_places(model)
         self._stacks = StackReader(model.config)
-        self._stack_places = with_new_names(self._stacks.names)
         self._with_experts = with_experts
         is_whole = model.partition.size == 1
         self._whole = model if is_whole else DecoderModel.from_config(model.config, device="meta", dtype=model.dtype)
@@ -62,13 +60,13 @@ class AdapterReader:
         config = PeftConfig.read(directory / CONFIG_FILE)
         path = directory / WEIGHTS_FILE
         found = _read_factors(path)
-        names = canonical_names(map(unwrapped, found), self._places | self._stack_places)
+        names = canonical_names(map(unwrapped, found), self._places | self._stacks.names)
         named = {module: names[unwrapped(module)] for module in found}
-        reads_outputs = self._stacks.reads_outputs(found[each] for each in found if named[each] in self._stack_places)
+        reads_outputs = self._stacks.reads_outputs(found[each] for each in found if named[each] in self._stacks.names)
         read = []
         for module, parts in found.items():
-            if named[module] in self._stack_places:
-                theirs = self._stack_places[named[module]]
+            if named[module] in self._stacks.names:
+                theirs = self._stacks.names[named[module]]
                 factors = self._stacks.read(config, path, module, theirs, parts, reads_outputs=reads_outputs)
             else:
                 factors = [self._fit(config, path, module, named[module], parts)]

@@ -13,9 +13,6 @@ from llm.models.experts import ROUTING, ExpertProjections, Experts, Router, Shar
 from llm.models.family import Destination
 from llm.models.registry import destinations
 
-_OLD_BLOCK, _NEW_BLOCK = ".block_sparse_moe.", ".mlp."
-"""What Mixtral's checkpoints call a layer's router and experts, and what transformers 5 calls them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -79,11 +76,6 @@ def adapted_places(model: DecoderModel) -> dict[str, Destination]:
         and place.stack is None
         and isinstance(modules.get(place.module), nn.Linear | Router | ShareGate | ExpertProjections)
     }
-
-
-def with_new_names(places: dict[str, Destination]) -> dict[str, Destination]:
-    """The same places, and those of Mixtral's modules by the names that transformers 5 gives them too."""
-    return places | {name.replace(_OLD_BLOCK, _NEW_BLOCK): place for name, place in places.items()}
 
 
 def module_parts(model: DecoderModel, *, with_experts: bool) -> dict[str, list[Destination]]:
