@@ -82,12 +82,14 @@ class AdaptedOperations(KernelOperations):
         self._adapters.expand(projection, shrunk, self._which, product)
         return product
 
-    def _adapters_of(self, _experts: Experts) -> MixtureAdapters | None:
-        return self._adapters.of_experts(_experts, self._which)
+    def _adapters_of(self, experts: Experts) -> MixtureAdapters | None:
+        return self._adapters.of_experts(experts, self._which)
 
-    def _share_logits(self, _norm: RMSNorm, _gate: ShareGate) -> torch.Tensor | None:
-        x = self._workspace.linear.normed(self._stream, norm_of(_norm))
-        return self._adapters.share_logits(_gate, x, self._which)
+    def _share_logits(self, norm: RMSNorm, gate: ShareGate) -> torch.Tensor | None:
+        if not self._adapters.may_be_on(gate):
+            return None
+        x = self._workspace.linear.normed(self._stream, norm_of(norm))
+        return self._adapters.share_logits(gate, x, self._which)
 
     def _asked_for(self, layer: int, output: torch.Tensor) -> torch.Tensor:
         if layer == self._workspace.last_layer:

@@ -12,7 +12,7 @@ from llm.kernels.adapted_product import AdaptedProduct, new_flags
 from llm.kernels.adapters import AdapterEntries, AdapterFactors, expand, expand_gated, shrink
 from llm.kernels.expert_adapters import ExpertFactors, MixtureAdapters
 from llm.models.adapters import AdapterMemory
-from llm.models.experts import ROUTING, ExpertProjections, Experts
+from llm.models.experts import ROUTING, ExpertProjections, Experts, Router, ShareGate
 from llm.models.kernel_arguments import weights_of
 from llm.models.latent import LatentHeads
 
@@ -60,15 +60,17 @@ class KernelAdapters:
 
     def of_experts(self, experts: Experts, which: AdapterEntries) -> MixtureAdapters | None:
         """What the tokens' adapters have for the experts of a layer; None where they may not be on these."""
-        if experts.router not in self._factors:
+        if not self.may_be_on(experts.router):
             return None
         projections = (self._expert_factors[each] for each in (experts.gate_up_proj, experts.down_proj))
         return MixtureAdapters(which, self._factors[experts.router], *projections)
 
-    def share_logits(self, gate: nn.Module, x: torch.Tensor, which: AdapterEntries) -> torch.Tensor | None:
-        """What the tokens' adapters add to products with a shared expert's gate, (tokens, 1) float32; None as above."""
-        if gate not in self._factors:
-            return None
+    def may_be_on(self, module: Router | ShareGate) -> bool:
+        """Whether slots have room for adapters on a router, or on the gate of a shared expert."""
+        return module in self._factors
+
+    def share_logits(self, gate: ShareGate, x: torch.Tensor, which: AdapterEntries) -> torch.Tensor:
+        """What the tokens' adapters add to products with a shared expert's gate: (tokens, 1) float32."""
         logits = torch.zeros(len(x), 1, dtype=torch.float32, device=x.device)
         self.expand(gate, self.shrink(gate, x, which), which, logits)
         return logits
