@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoint.json_files import is_pointer
+from llm.checkpoint.json_files import is_pointer, pointer_fault
 from llm.checkpoint.packaged_models import PACKAGED_MODELS, find_packaged_model
 from llm.errors import CheckpointError
 
@@ -30,7 +30,7 @@ def resolve_model_path(model: str) -> Path:
         return found
     if Path(model).expanduser().exists():
         if is_pointer(Path(model).expanduser()):
-            raise CheckpointError(f"{model} is a pointer of Git LFS; get the file itself with: git lfs pull")
+            raise CheckpointError(pointer_fault(model))
         raise CheckpointError(
             f"{model} is a file, but not a GGUF file; give the directory that holds config.json and the weights"
         )

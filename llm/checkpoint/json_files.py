@@ -29,8 +29,13 @@ def read_text(path: Path) -> str:
     """
     text = path.read_text(encoding="utf-8-sig")
     if text.startswith(_POINTER.decode()):
-        raise ConfigError(f"{path} is a pointer of Git LFS; get the file itself with: git lfs pull")
+        raise ConfigError(pointer_fault(path))
     return text
+
+
+def pointer_fault(path: str | Path) -> str:
+    """What is wrong with such a pointer, and what to do."""
+    return f"{path} is a pointer of Git LFS; get the file itself with: git lfs pull"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from llm.checkpoint.cut_slots import find_held_slots
 from llm.checkpoint.gguf_weights import GGUFWeights
 from llm.checkpoint.hub import is_gguf
-from llm.checkpoint.json_files import is_pointer
+from llm.checkpoint.json_files import is_pointer, pointer_fault
 from llm.checkpoint.model_config import load_model_config
 from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
 from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_behind, is_buffer, is_of_other_part
@@ -357,7 +357,7 @@ def _open(path: Path) -> Any:
     if is_gguf(path):
         return GGUFWeights(path)
     if is_pointer(path):
-        raise CheckpointError(f"{path} is a pointer of Git LFS; get the file itself with: git lfs pull")
+        raise CheckpointError(pointer_fault(path))
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
