@@ -13,6 +13,7 @@ from deployments.chat.errors import invalid
 from deployments.chat.labels import labelled
 from deployments.chat.messages import ChatMessage, check_continued, check_messages
 from deployments.chat.requests import MAX_MESSAGES, Prompt
+from deployments.chat.truncation import encode_inputs
 from deployments.chat.wire_model import Items
 from llm.checkpoint.label_defaults import LabelActivation, LabelDefaults
 from llm.serving.schemas import new_request_id
@@ -64,8 +65,7 @@ class ClassifyRequest(InputFields):
             InvalidRequestError: the template refuses the messages.
         """
         if self.messages is None:
-            inputs = inputs_of(self.input)
-            return encoder.inputs(inputs) if self.truncation is None else self.truncation.inputs(encoder, inputs)
+            return encode_inputs(encoder, inputs_of(self.input), self.truncation)
         ids = encoder.chat_ids(
             self.messages,
             add_generation_prompt=bool(self.add_generation_prompt),

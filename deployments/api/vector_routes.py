@@ -28,6 +28,7 @@ from deployments.chat.encoder import PromptEncoder
 from deployments.chat.labels import cannot_classify, check_generates, label_request
 from deployments.chat.pair_prompts import ScoreOptions
 from deployments.chat.scoring import PairWork, cannot_score
+from deployments.chat.truncation import encode_inputs
 from deployments.chat.vectors import VectorStyle, cut
 from llm.core.pooling import Pooling
 from llm.serving.schemas import GenerationRequest
@@ -100,9 +101,7 @@ class VectorEndpoints:
         def prepare(encoder: PromptEncoder, body: PoolingRequest) -> list[GenerationRequest]:
             if labels is None:
                 return _to_embed(target.chats.vectors, encoder, body, body.inputs())
-            truncation = body.truncation
-            inputs = encoder.inputs(body.inputs()) if truncation is None else truncation.inputs(encoder, body.inputs())
-            return [label_request(ids) for ids in inputs]
+            return [label_request(ids) for ids in encode_inputs(encoder, body.inputs(), body.truncation)]
 
         vectors, num_tokens = await self._vectors(request, target, body, size, prepare)
         return await _written(lambda: pooling_object(body, target.name, vectors, labels, num_tokens))

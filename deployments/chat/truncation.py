@@ -66,6 +66,20 @@ class Truncation:
         return [*ids[:front], *(text[-room:] if self.keeps_end else text[:room]), *ids[len(ids) - back :]]
 
 
+def encode_inputs(
+    encoder: PromptEncoder, inputs: Sequence[str | list[int]], truncation: Truncation | None
+) -> list[list[int]]:
+    """Tokens of texts, or the tokens that were given.
+
+    Args:
+        truncation: what becomes of inputs that are too long; None if they are errors.
+
+    Raises:
+        APIError: a 400.
+    """
+    return encoder.inputs(inputs) if truncation is None else truncation.inputs(encoder, inputs)
+
+
 def _num_around(encoder: PromptEncoder) -> tuple[int, int]:
     """How many tokens the tokenizer puts in front of a text, and how many behind it."""
     text, whole = (encoder.tokenizer.encode("a", add_special_tokens=adds) for adds in (False, True))

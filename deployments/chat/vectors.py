@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from deployments.chat.encoder import PromptEncoder
 from deployments.chat.errors import invalid
-from deployments.chat.truncation import Truncation
+from deployments.chat.truncation import Truncation, encode_inputs
 from deployments.vectors_config import EmbeddingsConfig, PoolingName
 from llm.checkpoint.vector_defaults import VectorDefaults
 from llm.core.pooling import Pooling
@@ -125,7 +125,7 @@ class VectorStyle:
         if name is not None and not all(isinstance(item, str) for item in inputs):
             raise invalid("prompt_name: only for texts; token ids are taken as they are", "prompt_name")
         whole = [prompt + item if isinstance(item, str) else item for item in inputs]
-        return encoder.inputs(whole) if truncation is None else truncation.inputs(encoder, whole)
+        return encode_inputs(encoder, whole, truncation)
 
 
 def cut(vectors: Sequence[bytes], dimensions: int | None) -> Vectors:
