@@ -8,6 +8,7 @@ Model Optimizer, FP8), `awq` (AutoAWQ's gemm layout), `gptq` (AutoGPTQ, GPTQMode
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import translate
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def _fp8(keys: _Keys) -> Quantization:
     keys.require("activation_scheme", "dynamic", "static", default="dynamic")
     keys.require("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
     keys.require("is_checkpoint_fp8_serialized", True, default=True)
-    ignored = (*_as_patterns(keys.names("modules_to_not_convert")), *keys.names("ignored_layers"), *_HEADS)
+    ignored = (*_not_converted(keys), *keys.names("ignored_layers"))
     rows, columns = _block(keys, "weight_block_size") if keys.get("weight_block_size") else (None, None)
     return Quantization(
         formats=(WeightFormat(layout=WeightLayout.FP8, block_rows=rows, group_size=columns),), ignored=ignored
@@ -205,8 +206,7 @@ def _fp8(keys: _Keys) -> Quantization:
 def _fbgemm(keys: _Keys) -> Quantization:
     """A scale for each output. The bound of activations' scales is not needed: they are rounded by what they hold."""
     keys.refuse_others(key_names("quant_method activation_scale_ub modules_to_not_convert"))
-    ignored = (*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS)
-    return Quantization(formats=(WeightFormat(layout=WeightLayout.FP8),), ignored=ignored)
+    return Quantization(formats=(WeightFormat(layout=WeightLayout.FP8),), ignored=_not_converted(keys))
 
 
 _MODELOPT_BLOCK = 128
@@ -228,7 +228,7 @@ def _modelopt(keys: _Keys) -> Quantization:
     block = _MODELOPT_BLOCK if algorithm.upper() == "FP8_PB_WO" else None
     fp8 = WeightFormat(layout=WeightLayout.FP8, block_rows=block, group_size=block)
     excluded = (*keys.names("exclude_modules"), *keys.names("ignore"))
-    ignored = (f"re:{re.escape(name).replace(re.escape('*'), '.*')}$" if "*" in name else name for name in excluded)
+    ignored = (f"re:{translate(name)}" if "*" in name else name for name in excluded)
     has_cache_scales = cache is not None or _has_cache_scales(keys)
     return Quantization(formats=(fp8,), ignored=(*ignored, *_HEADS), has_cache_scales=has_cache_scales)
 
@@ -255,7 +255,7 @@ def _awq(keys: _Keys) -> Quantization:
             raise keys.refuse(key, "only the gemm layout is")
     keys.require("zero_point", True, default=True)
     awq = WeightFormat(layout=WeightLayout.AWQ, group_size=keys.group_size(), has_zeros=True)
-    return Quantization(formats=(awq,), ignored=(*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS))
+    return Quantization(formats=(awq,), ignored=_not_converted(keys))
 
 
 _GPTQ = key_names("""
@@ -282,8 +282,8 @@ def _gptq(keys: _Keys) -> Quantization:
         zero_offset=0 if layout == "gptq_v2" else 1,
         has_order=bool(keys.get("desc_act", False)),
     )
-    ignored = (*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS)
-    return Quantization(formats=(*_overrides(keys, gptq), gptq), ignored=(*ignored, *_excluded(keys)))
+    ignored = (*_not_converted(keys), *_excluded(keys))
+    return Quantization(formats=(*_overrides(keys, gptq), gptq), ignored=ignored)
 
 
 def _excluded(keys: _Keys) -> tuple[str, ...]:
@@ -344,6 +344,11 @@ def _block(keys: _Keys, key: str) -> tuple[int, int]:
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return rows, columns
     raise keys.refuse(key, "it must be two numbers, such as [128, 128]")
+
+
+def _not_converted(keys: _Keys) -> tuple[str, ...]:
+    """What transformers' `modules_to_not_convert` names, and heads."""
+    return (*_as_patterns(keys.names("modules_to_not_convert")), *_HEADS)
 
 
 def _as_patterns(names: tuple[str, ...]) -> tuple[str, ...]:
