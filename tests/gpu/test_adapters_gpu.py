@@ -52,6 +52,19 @@ def write_adapters(model: DecoderModel, directory: Path, *, with_experts: bool =
     return [AdapterRef(name=path.name, path=str(path), digest=adapter_digest(path)) for path in paths]
 
 
+def of_merged_models(model: DecoderModel, requests: list[GenerationRequest]) -> torch.Tensor:
+    """What `logprobs` gives of each request alone, by the reference, with a model that its adapter is merged into."""
+    expected = []
+    for request in requests:
+        merged = copy.deepcopy(model)
+        if request.adapter is not None:
+            load_lora(merged, request.adapter.path)
+            merged.merge_lora()
+        alone = create_engine(merged, attention_backend="reference")
+        expected.append(logprobs(alone, [request.model_copy(update={"adapter": None})])[0])
+    return torch.stack(expected)
+
+
 @pytest.mark.parametrize(
     ("lens", "config"),
     [([1, 2, 16, 30, 5, 9, 40, 3, 8, 12], {}), ([300, 700, 150, 40, 5, 900, 1, 64, 500, 256], {"quantization": "fp8"})],
@@ -65,18 +78,11 @@ def test_eight_adapters_equal_their_merged_models(tmp_path, shape, lens, config)
                          **SHAPES[shape])  # fmt: skip
     adapters = [*write_adapters(model, tmp_path), None, None]
     requests = requests_of(lens, adapters)
-    expected = []
-    for request in requests:
-        merged = copy.deepcopy(model)
-        if request.adapter is not None:
-            load_lora(merged, request.adapter.path)
-            merged.merge_lora()
-        alone = create_engine(merged, attention_backend="reference")
-        expected.append(logprobs(alone, [request.model_copy(update={"adapter": None})])[0])
+    expected = of_merged_models(model, requests)
     engine = create_engine(model, max_adapters=8, max_adapter_rank=32, **config)
     found = logprobs(engine, requests)
     base = logprobs(engine, [request.model_copy(update={"adapter": None}) for request in requests])
-    differences = (found - torch.stack(expected)).abs()
+    differences = (found - expected).abs()
     if config:  # activations of many rows are rounded to 8 bits
         assert differences.mean() < 0.35
     else:
@@ -121,18 +127,11 @@ def test_adapters_on_experts_equal_their_merged_models(tmp_path, name, lens, con
     model = create_mixture(name)
     adapters = [*write_adapters(model, tmp_path, with_experts=True), None, None]
     requests = requests_of(lens, adapters)
-    expected = []
-    for request in requests:
-        merged = copy.deepcopy(model)
-        if request.adapter is not None:
-            load_lora(merged, request.adapter.path)
-            merged.merge_lora()
-        alone = create_engine(merged, attention_backend="reference")
-        expected.append(logprobs(alone, [request.model_copy(update={"adapter": None})])[0])
+    expected = of_merged_models(model, requests)
     engine = create_engine(model, max_adapters=8, max_adapter_rank=32, adapter_experts=True, **config)
     found = logprobs(engine, requests)
     base = logprobs(engine, [request.model_copy(update={"adapter": None}) for request in requests])
-    differences = (found - torch.stack(expected)).abs()
+    differences = (found - expected).abs()
     print(f"{name}: mean {differences.mean():.4f}, most {differences.max():.4f}, "
           f"adapters change {(found - base)[:8].abs().mean():.4f}")  # fmt: skip
     assert differences.mean() < (0.35 if "quantization" in config else 0.05)
