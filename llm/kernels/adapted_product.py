@@ -167,6 +167,13 @@ def new_flags(device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
+def _prefetch_first(rows, begin, TILE: tl.constexpr):
+    """Ask for the first two tiles of rows, (outputs, 1) pointers to 16-bit numbers, from input `begin` on."""
+    line = begin + tl.arange(0, 2 * TILE.k // 64) * 64  # of 128 bytes
+    prefetch(rows + line[None, :])
+
+
+@triton.jit
 def _wait_for_flags(flags, num_flags, raised, ON_GPU: tl.constexpr):
     """Wait until the first `num_flags` are `raised`, and what was written before is seen."""
     flag = flags + tl.minimum(tl.arange(0, _MAX_FLAGS), tl.maximum(num_flags, 1) - 1)
@@ -236,9 +243,7 @@ def _shrink(
         size = num_inputs // (TILE.num_parts * TILE.k) * TILE.k  # whole tiles, which says that loads are aligned
         begin = share * size
         if ON_GPU:
-            line_size: tl.constexpr = 1024 // adapters.factor_a.dtype.element_ty.primitive_bitwidth
-            line = begin + tl.arange(0, 2 * TILE.k // line_size) * line_size
-            prefetch(factor_row + line[None, :])
+            _prefetch_first(factor_row, begin, TILE)
         wait_for_inputs(PDL)
         row = tl.arange(0, TILE.rows)
         token = row_block * TILE.rows + row
@@ -288,11 +293,9 @@ def _adapted_product(
     up_row = gate_row + num_outputs.to(tl.int64) * num_inputs
     begin = part * inputs_per_part
     if ON_GPU:
-        line_size: tl.constexpr = 1024 // weights.numbers.dtype.element_ty.primitive_bitwidth
-        line = begin + tl.arange(0, 2 * TILE.k // line_size) * line_size
-        prefetch(gate_row + line[None, :])
+        _prefetch_first(gate_row, begin, TILE)
         if SWIGLU:
-            prefetch(up_row + line[None, :])
+            _prefetch_first(up_row, begin, TILE)
     count = tl.load(adapters.active)
     gate_part = tl.load(adapters.parts + block)
     gate_factors = _factors(adapters, 0, out, gate_part, count, SHAPE)
