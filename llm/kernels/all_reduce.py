@@ -79,13 +79,13 @@ def _all_reduce(
     high = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(NUM_RANKS):
         part = words if rank == RANK else _received(inbox + half + rank * capacity + offsets, call, mask)
-        low += _half_of(part, 0, DTYPE)
-        high += _half_of(part, 1, DTYPE)
-    total = _word_of(low, high, DTYPE)
+        low += half_of(part, 0, DTYPE)
+        high += half_of(part, 1, DTYPE)
+    total = word_of(low, high, DTYPE)
     if ADDS:
-        low = _half_of(before, 0, DTYPE) + _half_of(total, 0, DTYPE)
-        high = _half_of(before, 1, DTYPE) + _half_of(total, 1, DTYPE)
-        total = _word_of(low, high, DTYPE)
+        low = half_of(before, 0, DTYPE) + half_of(total, 0, DTYPE)
+        high = half_of(before, 1, DTYPE) + half_of(total, 1, DTYPE)
+        total = word_of(low, high, DTYPE)
     tl.store(output + offsets, total, mask=mask)
     tl.store(calls + program, call)
 
@@ -100,7 +100,7 @@ def _received(packets, call, mask):
 
 
 @triton.jit
-def _half_of(words, PLACE: tl.constexpr, DTYPE: tl.constexpr):
+def half_of(words, PLACE: tl.constexpr, DTYPE: tl.constexpr):
     """One of the two 16-bit numbers of each word, as float32; a word of 32 bits is its own first half."""
     if tl.float32 == DTYPE:
         number = words.to(tl.float32, bitcast=True)
@@ -110,7 +110,7 @@ def _half_of(words, PLACE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _word_of(low, high, DTYPE: tl.constexpr):
+def word_of(low, high, DTYPE: tl.constexpr):
     """The other way round: rounded, and put into words."""
     if tl.float32 == DTYPE:
         word = low.to(tl.int32, bitcast=True)

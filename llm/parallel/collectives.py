@@ -1,6 +1,6 @@
 """Collectives: the data that ranks exchange within a step, over NCCL on GPUs and over gloo on CPUs.
 
-Small sums may bypass the library: `SmallAllReduce` is the interface for that.
+Sums may bypass the library: `PeerSums` is the interface for that.
 """
 
 import ctypes
@@ -24,16 +24,11 @@ from llm.core.partition import Partition
 from llm.parallel.environment import ENVIRONMENT
 
 
-class SmallAllReduce(Protocol):
-    """Sums of few bytes by the project's own kernel, faster than the library's. Made on all ranks at the same time."""
-
-    @property
-    def max_bytes(self) -> int:
-        """Size of the largest tensor that it takes."""
-        ...
+class PeerSums(Protocol):
+    """Sums by the project's own kernels, through the ranks' memory. Made on all ranks at the same time."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum all ranks' tensors, contiguous, of at most `max_bytes`: the same on every rank, bit by bit.
+        """Sum all ranks' tensors, contiguous: the same on every rank, bit by bit, and in the order of ranks.
 
         Enqueued on the current stream; may be captured in a graph. Every rank makes these calls and other collectives
         in the same order. The result may be `tensor` itself; later calls must not change it.
@@ -51,7 +46,7 @@ class Collectives:
     Args:
         group: what `connect` returned: NCCL's for tensors on a GPU, gloo's for those on a CPU.
         partition: says which rank this is.
-        small: takes the sums that fit it; None to use the group's all-reduce for all.
+        peers: takes all sums; None to use the group's all-reduce.
         deterministic: a sum depends only on its terms, however many are added up in one call.
     """
 
@@ -60,12 +55,12 @@ class Collectives:
         group: Any,
         partition: Partition,
         *,
-        small: SmallAllReduce | None = None,
+        peers: PeerSums | None = None,
         deterministic: bool = False,
     ) -> None:
         self._group = group
         self._size = partition.size
-        self._small = small
+        self._peers = peers
         # Two terms have only one sum; with more, the library's order of addition depends on the message's size.
         self._in_order = deterministic and partition.size > 2
         self._all_reduce_options = AllreduceOptions()
@@ -77,21 +72,21 @@ class Collectives:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Exchange.all_reduce`."""
-        if self._small is not None and tensor.nbytes <= self._small.max_bytes:
-            return self._small.all_reduce(tensor)
+        if self._peers is not None:
+            return self._peers.all_reduce(tensor)
         if self._in_order:
             return self.all_gather(tensor).sum(0)
         _finish(self._group.allreduce([tensor], self._all_reduce_options))
         return tensor
 
-    def adds(self, tensor: torch.Tensor) -> bool:
+    def adds(self, tensor: torch.Tensor) -> bool:  # noqa: ARG002  # others decide by size
         """See `Exchange.adds`."""
-        return self._small is not None and tensor.nbytes <= self._small.max_bytes
+        return self._peers is not None
 
     def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
         """See `Exchange.add_all_reduce`."""
-        assert self._small is not None, "asked by `adds`"
-        self._small.add_all_reduce(tensor, total)
+        assert self._peers is not None, "asked by `adds`"
+        self._peers.add_all_reduce(tensor, total)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Exchange.all_gather`."""

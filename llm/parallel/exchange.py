@@ -28,12 +28,11 @@ def join_ranks(partition: Partition, store_path: Path, device: torch.device, *, 
     exchange = Collectives(group, partition, deterministic=deterministic)
     if device.type != "cuda" or os.environ.get(_VARIABLE) == "0":
         return exchange
-    from llm.parallel.peer_all_reduce import PeerAllReduce, PeerMemory  # triton is installed only on GPU machines
+    from llm.parallel.peer_all_reduce import PeerAllReduce  # triton is installed only on GPU machines
 
     try:
-        memory = PeerMemory.on_gpus(exchange, partition, device)
+        peers = PeerAllReduce.on_gpus(exchange, partition, device)
     except RuntimeError as error:  # the same on all ranks: it depends on how the GPUs are linked
         logger.warning("all sums go through NCCL: %s", error)
         return exchange
-    small = PeerAllReduce(memory, partition, deterministic=deterministic)
-    return Collectives(group, partition, small=small, deterministic=deterministic)
+    return Collectives(group, partition, peers=peers)

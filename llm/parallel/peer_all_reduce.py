@@ -1,4 +1,4 @@
-"""Sums over a node's GPUs through each other's memory, faster than a library's for small messages.
+"""Sums over a node's GPUs through each other's memory.
 
 Memory is shared between processes by the CUDA driver ("Interprocess Communication" in the CUDA C++ programming guide),
 without NVLink multicast.
@@ -11,9 +11,10 @@ import torch
 
 from llm.core.partition import Exchange, Partition
 from llm.kernels.all_reduce import WORDS_PER_PROGRAM, all_reduce
+from llm.kernels.chunked_all_reduce import Chunking, chunked_all_reduce
 
-_MAX_BYTES_SENT = 4 << 20
-"""Most bytes that a rank sends to all others in total, in the largest message: beyond that NCCL is faster."""
+_MAX_SMALL_BYTES_SENT = 4 << 20
+"""Most bytes that a rank sends to all others in total, in the largest message that travels with its counts."""
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
 
@@ -24,29 +25,25 @@ class PeerMemory:
 
     Attributes:
         inboxes: (ranks,) int64, the address of each rank's inbox, as this process sees it.
-        inbox: (2, ranks, words) int64, this rank's inbox, which the others write to; zeros at the start.
+        inbox: (words,) int64, this rank's inbox, which the others write to; zeros at the start.
     """
 
     inboxes: torch.Tensor
     inbox: torch.Tensor
 
     @staticmethod
-    def on_gpus(
-        exchange: Exchange, partition: Partition, device: torch.device, max_bytes: int | None = None
-    ) -> "PeerMemory":
+    def on_gpus(exchange: Exchange, partition: Partition, device: torch.device, num_bytes: int) -> "PeerMemory":
         """Allocate memory on `device` that the other ranks' GPUs can write to, for as long as this process lives.
 
         All ranks must call this together.
 
         Args:
-            max_bytes: size of the longest message; None for the largest for which this way is faster than NCCL's.
+            num_bytes: of an inbox.
 
         Raises:
             RuntimeError: the GPUs have no access to each other's memory.
         """
-        num_bytes = _MAX_BYTES_SENT // (partition.size - 1) if max_bytes is None else max_bytes
-        num_words = -(-num_bytes // (4 * WORDS_PER_PROGRAM)) * WORDS_PER_PROGRAM
-        inbox = torch.zeros(2, partition.size, num_words, dtype=torch.int64, device=device)
+        inbox = torch.zeros(-(-num_bytes // 8), dtype=torch.int64, device=device)
         with torch.cuda.device(device):
             torch.cuda.synchronize()
             exported = torch.tensor(list(_export(inbox)), dtype=torch.uint8, device=device)
@@ -58,47 +55,74 @@ class PeerMemory:
 
 
 class PeerAllReduce:
-    """Sums tensors over all ranks, with the same bits on every rank. The sums may be captured in CUDA graphs.
+    """Sums tensors over all ranks, with the same bits on every rank: in the order of ranks, whatever their size.
 
-    All ranks must request the same sums, of the same sizes, in the same order.
+    The sums may be captured in CUDA graphs. All ranks must request the same sums, of the same sizes, in the same order.
 
     Args:
-        deterministic: take messages of any size, large ones in pieces, so that a number's sum depends neither on the
-            size of its message nor on its place there.
+        small: what messages travel through with their counts, those that fit; `small_inbox_bytes` or more.
+        large: what larger ones travel through in chunks.
+        chunking: how those are cut.
     """
 
-    def __init__(self, memory: PeerMemory, partition: Partition, *, deterministic: bool = False) -> None:
-        self._memory = memory
+    def __init__(self, partition: Partition, small: PeerMemory, large: PeerMemory, chunking: Chunking) -> None:
         self._rank = partition.rank
-        capacity = memory.inbox.shape[2]
-        self._max_piece = 4 * capacity
-        self._takes_all = deterministic
-        self._calls = torch.zeros(capacity // WORDS_PER_PROGRAM, dtype=torch.int32, device=memory.inbox.device)
+        self._inboxes, self._large_inboxes = small.inboxes, large.inboxes
+        num_programs = small.inbox.numel() // (2 * partition.size * WORDS_PER_PROGRAM)
+        self._inbox = small.inbox.view(2, partition.size, num_programs * WORDS_PER_PROGRAM)
+        self.max_small_bytes = 4 * self._inbox.shape[2]
+        self._chunking = chunking
+        self._calls, self._turns = (
+            torch.zeros(number, dtype=torch.int32, device=small.inbox.device)
+            for number in (num_programs, chunking.num_programs)
+        )
 
-    @property
-    def max_bytes(self) -> int:
-        """Size of the largest tensor that it takes."""
-        return 1 << 62 if self._takes_all else self._max_piece
+    @staticmethod
+    def on_gpus(
+        exchange: Exchange,
+        partition: Partition,
+        device: torch.device,
+        *,
+        max_small_bytes: int | None = None,
+        chunking: Chunking | None = None,
+    ) -> "PeerAllReduce":
+        """Allocate the memory for it on `device`. All ranks must call this together.
+
+        Args:
+            max_small_bytes: size of the longest message that travels with its counts; None for the largest for which
+                that is faster.
+            chunking: how larger ones are cut; None for the fastest way.
+
+        Raises:
+            RuntimeError: the GPUs have no access to each other's memory.
+        """
+        chunking = chunking or Chunking(owns_parts=partition.size > 2)
+        if max_small_bytes is None:
+            max_small_bytes = _MAX_SMALL_BYTES_SENT // (partition.size - 1)
+        sizes = small_inbox_bytes(max_small_bytes, partition.size), 4 * chunking.inbox_words(partition.size)
+        small, large = (PeerMemory.on_gpus(exchange, partition, device, size) for size in sizes)
+        return PeerAllReduce(partition, small, large, chunking)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrite `tensor` with the sum of all ranks' tensors and return it: contiguous, whole words of 4 bytes."""
-        assert tensor.nbytes <= self.max_bytes, "a message that fits"
-        for piece in self._pieces(tensor):
-            self._sum(piece, piece)
+        self._sum(tensor, tensor)
         return tensor
 
     def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
         """Add the sum of all ranks' tensors to `total`, of the same shape and format, contiguous."""
-        assert tensor.nbytes <= self.max_bytes, "a message that fits"
-        for piece, into in zip(self._pieces(tensor), self._pieces(total), strict=True):
-            self._sum(piece, into, adds=True)
-
-    def _pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.split(tensor.view(-1), self._max_piece // tensor.element_size())
+        self._sum(tensor, total, adds=True)
 
     def _sum(self, x: torch.Tensor, output: torch.Tensor, *, adds: bool = False) -> None:
-        memory = self._memory
-        all_reduce(x, output, memory.inboxes, memory.inbox, self._calls, rank=self._rank, adds=adds)
+        if x.nbytes <= self.max_small_bytes:
+            all_reduce(x, output, self._inboxes, self._inbox, self._calls, rank=self._rank, adds=adds)
+        else:
+            chunked_all_reduce(x, output, self._large_inboxes, self._turns, self._chunking, rank=self._rank, adds=adds)
+
+
+def small_inbox_bytes(max_bytes: int, num_ranks: int) -> int:
+    """Bytes of an inbox for messages of up to `max_bytes` with their counts."""
+    num_words = -(-max_bytes // (4 * WORDS_PER_PROGRAM)) * WORDS_PER_PROGRAM
+    return 2 * num_ranks * num_words * 8
 
 
 class _Handle(ctypes.Structure):

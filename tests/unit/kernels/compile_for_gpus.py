@@ -20,6 +20,7 @@ from llm.kernels import (
     adapters,
     adjust,
     all_reduce,
+    chunked_all_reduce,
     delta_chunks,
     delta_rule,
     expert_adapters,
@@ -479,6 +480,11 @@ def compile_all_reduce() -> None:
     for num_ranks, dtype in ((2, tl.bfloat16), (4, tl.float16), (2, tl.float32)):
         more = {"RANK": 1, "NUM_RANKS": num_ranks, "DTYPE": dtype, "ADDS": num_ranks == 2}
         compile_kernel("all-reduce", all_reduce._all_reduce, {**arguments, **more})
+    arguments |= {"turns": INT, "num_flag_words": "i32"}
+    for num_ranks, num_parts, dtype, lag in ((2, 1, tl.bfloat16, 1), (4, 4, tl.float16, 2), (2, 2, tl.float32, 1)):
+        more = {"RANK": 1, "NUM_RANKS": num_ranks, "NUM_PARTS": num_parts, "DTYPE": dtype, "LAG": lag}
+        more |= {"PART": 4096 // num_parts, "ADDS": num_parts < 4}
+        compile_kernel("chunks", chunked_all_reduce._chunked_all_reduce, {**arguments, **more}, num_warps=8)
 
 
 def compile_adapters() -> None:

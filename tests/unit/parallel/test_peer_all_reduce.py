@@ -1,81 +1,103 @@
-"""Sums over ranks: the kernel in Triton's interpreter, in processes that write to each other's memory."""
+"""Sums over ranks: the kernels in Triton's interpreter, in processes that write to each other's memory."""
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
 from llm.core.partition import Partition
 from llm.kernels.all_reduce import WORDS_PER_PROGRAM
+from llm.kernels.chunked_all_reduce import Chunking
 from llm.parallel.collectives import Collectives, connect
-from llm.parallel.peer_all_reduce import PeerAllReduce, PeerMemory
+from llm.parallel.peer_all_reduce import PeerAllReduce, PeerMemory, small_inbox_bytes
 
-CAPACITY = 2 * WORDS_PER_PROGRAM
-LARGEST = 2 * CAPACITY
-"""16-bit numbers of the longest message."""
-NUM_RANKS = 3
+MAX_SMALL_BYTES = 2 * WORDS_PER_PROGRAM * 4
+CHUNK_BYTES = 256 * 4
+NEARLY_WRAPPED = 2**31 - 3
+"""Turns after which a count wraps around within the next messages."""
 
 
-def map_inboxes(directory: Path) -> list[torch.Tensor]:
+def map_memory(directory: Path, name: str, num_ranks: int, rank: int, num_bytes: int) -> PeerMemory:
     """All ranks' inboxes: files that each rank maps."""
-    size = 2 * NUM_RANKS * CAPACITY
-    return [
-        torch.from_file(str(directory / f"inbox{rank}"), shared=True, size=size, dtype=torch.int64)
-        for rank in range(NUM_RANKS)
+    inboxes = [
+        torch.from_file(str(directory / f"{name}{each}"), shared=True, size=num_bytes // 8, dtype=torch.int64)
+        for each in range(num_ranks)
     ]
+    mapped.extend(inboxes)
+    return PeerMemory(torch.tensor([inbox.data_ptr() for inbox in inboxes]), inboxes[rank])
 
 
-def parts_and_base(size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+mapped: list[torch.Tensor] = []
+"""What has been mapped stays mapped: kernels have its address alone."""
+
+
+def parts_and_base(num_ranks: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """What each rank adds, and what it is added to."""
     generator = torch.Generator().manual_seed(size)
-    numbers = torch.randn(NUM_RANKS + 1, size, generator=generator).to(dtype)
+    numbers = torch.randn(num_ranks + 1, size, generator=generator).to(dtype)
     return numbers[:-1], numbers[-1]
 
 
-def check_sum(small: PeerAllReduce, group: Collectives, size: int, dtype: torch.dtype, rank: int) -> None:
+def check_sum(group: Collectives, partition: Partition, size: int, dtype: torch.dtype) -> None:
     """Exact where the interpreter rounds as a GPU does, which it does not to bfloat16; the same bits everywhere."""
-    parts, base = parts_and_base(size, dtype)
+    parts, base = parts_and_base(partition.size, size, dtype)
     expected = torch.zeros(size)
     for part in parts:
         expected += part.float()
     tolerance = {"rtol": 2**-6, "atol": 2**-4} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
     total = base.clone()
-    small.add_all_reduce(parts[rank].clone(), total)
-    output = group.all_reduce(parts[rank].clone())
+    group.add_all_reduce(parts[partition.rank].clone(), total)
+    output = group.all_reduce(parts[partition.rank].clone())
     torch.testing.assert_close(output, expected.to(dtype), **tolerance)
     torch.testing.assert_close(total, base + expected.to(dtype), **tolerance)
     for tensor in (output, total):
         assert len(set(map(bytes, group.all_gather(tensor).view(torch.uint8).numpy()))) == 1, "ranks differ"
 
 
-def sum_on(rank: int, directory: Path) -> None:
+def sum_on(rank: int, num_ranks: int, directory: Path, chunking: Chunking) -> None:
     """What each rank does."""
     torch.set_num_threads(1)
-    partition = Partition(rank, NUM_RANKS)
+    partition = Partition(rank, num_ranks)
     connection = connect(partition, directory / "store", torch.device("cpu"), timeout_s=60)
-    inboxes = map_inboxes(directory)
-    addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes])
-    memory = PeerMemory(addresses, inboxes[rank].view(2, NUM_RANKS, CAPACITY))
-    small = PeerAllReduce(memory, partition)
-    group = Collectives(connection, partition, small=small)
+    small = map_memory(directory, "small", num_ranks, rank, small_inbox_bytes(MAX_SMALL_BYTES, num_ranks))
+    large = map_memory(directory, "large", num_ranks, rank, 4 * chunking.inbox_words(num_ranks))
+    peers = PeerAllReduce(partition, small, large, chunking)
+    assert peers.max_small_bytes == MAX_SMALL_BYTES
+    group = Collectives(connection, partition, peers=peers)
     # One size after another, so that programs have seen different numbers of calls.
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for size in (2, CAPACITY, LARGEST * 2 // dtype.itemsize, 30, CAPACITY // 2):
-            check_sum(small, group, size, dtype, rank)
-    large = parts_and_base(2 * LARGEST, torch.float32)[0]
-    torch.testing.assert_close(group.all_reduce(large[rank].clone()), large.sum(0))
+        largest = MAX_SMALL_BYTES // dtype.itemsize
+        for size in (2, largest // 2, largest, 30, largest + 2, largest + CHUNK_BYTES, 2 * largest - 6, 3 * largest):
+            check_sum(group, partition, size, dtype)
+    long = parts_and_base(num_ranks, 2 * largest + 6, torch.bfloat16)[0][rank]
+    apart = torch.cat([group.all_reduce(piece.clone()) for piece in long.split(largest // 4)])
+    assert torch.equal(group.all_reduce(long.clone()), apart), "a sum depends on the size of its message"
 
-    inboxes[rank].zero_()  # another sum counts its calls from the beginning
-    group.all_gather(torch.zeros(1))
-    in_pieces = PeerAllReduce(memory, partition, deterministic=True)
-    long = parts_and_base(2 * LARGEST + 6, torch.bfloat16)[0][rank]
-    apart = torch.cat([in_pieces.all_reduce(piece.clone()) for piece in long.split(LARGEST // 4)])
-    assert torch.equal(in_pieces.all_reduce(long.clone()), apart), "a sum depends on the size of its message"
+    group.all_gather(torch.zeros(1))  # no rank raises a flag any more
+    peers._turns.fill_(NEARLY_WRAPPED)
+    flags = large.inbox.view(torch.int32)[: chunking.num_flag_words(num_ranks)]
+    flags.fill_(NEARLY_WRAPPED)
+    group.all_gather(torch.zeros(1))  # all ranks begin from there
+    for _ in range(3):
+        check_sum(group, partition, 3 * largest, torch.float32)
+    assert int(peers._turns.max()) < 0
 
 
-def test_ranks_sum_the_same_bits_through_each_others_memory(tmp_path):
-    """In the order of ranks, whatever the size; large messages by the group, or in pieces where sums must not vary."""
-    for rank in range(NUM_RANKS):
-        with (tmp_path / f"inbox{rank}").open("wb") as file:
-            file.truncate(2 * NUM_RANKS * CAPACITY * 8)
-    mp.spawn(sum_on, (tmp_path,), nprocs=NUM_RANKS)
+@pytest.mark.parametrize(
+    ("num_ranks", "chunking"),
+    [
+        (2, Chunking(num_programs=3, chunk_words=256, owns_parts=False)),
+        (2, Chunking(num_programs=8, chunk_words=256, lag=2, owns_parts=True)),
+        (3, Chunking(num_programs=2, chunk_words=256)),
+        (3, Chunking(num_programs=4, chunk_words=512, lag=2, owns_parts=False)),
+    ],
+)
+def test_ranks_sum_the_same_bits_through_each_others_memory(tmp_path, num_ranks, chunking):
+    """In the order of ranks, whatever the size: with counts, and in chunks that all sum or that each sums a part of."""
+    sizes = small_inbox_bytes(MAX_SMALL_BYTES, num_ranks), 4 * chunking.inbox_words(num_ranks)
+    for rank in range(num_ranks):
+        for name, size in zip(("small", "large"), sizes, strict=True):
+            with (tmp_path / f"{name}{rank}").open("wb") as file:
+                file.truncate(size)
+    mp.spawn(sum_on, (num_ranks, tmp_path, chunking), nprocs=num_ranks)
