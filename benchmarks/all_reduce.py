@@ -103,6 +103,15 @@ class TorchsOwn:
         }
 
 
+def make_torchs_own(partition: Partition, directory: Path, max_bytes: int, device: torch.device) -> TorchsOwn | None:
+    """PyTorch's way; None where it has none."""
+    try:
+        return TorchsOwn(partition, directory, max_bytes, device)
+    except RuntimeError as error:
+        print(f"no symmetric memory of PyTorch's: {error}", flush=True)
+        return None
+
+
 def chunkings_of(options: argparse.Namespace) -> dict[str, Chunking]:
     """The combinations that are asked for, by name; none if no option asks for any."""
     asked = options.programs, options.chunk_words, options.lags, options.warps, options.owns_parts
@@ -118,11 +127,7 @@ def measure(rank: int, directory: Path, options: argparse.Namespace) -> None:
     """One rank's part."""
     partition, max_bytes = Partition(rank, options.gpus), max(options.kilobytes) << 10
     bench = Bench(partition, directory, max_bytes, chunkings_of(options))
-    try:
-        torchs: TorchsOwn | None = TorchsOwn(partition, directory, max_bytes, bench.device)
-    except RuntimeError as error:
-        torchs = None
-        print(f"no symmetric memory of PyTorch's: {error}", flush=True)
+    torchs = None if options.no_torch else make_torchs_own(partition, directory, max_bytes, bench.device)
     for num_bytes in (kilobytes << 10 for kilobytes in options.kilobytes):
         bench.check(num_bytes)
         bench.x.zero_()
@@ -143,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--kilobytes", nargs="+", type=int, default=[8 << i for i in range(15)])
+    parser.add_argument("--no-torch", action="store_true", help="leave PyTorch's own kernels out")
     parser.add_argument("--programs", nargs="+", type=int, help="of the kernel for large messages")
     parser.add_argument("--chunk-words", nargs="+", type=int, help="words that one of its programs sends in a turn")
     parser.add_argument("--lags", nargs="+", type=int, help="turns between sending and using")
