@@ -49,7 +49,7 @@ class Chunking(NamedTuple):
 
     def num_flag_words(self, num_ranks: int) -> int:
         """Words of the flags, which an inbox begins with."""
-        return self.num_programs * num_ranks * _FLAG_WORDS.value
+        return self.num_programs * num_ranks * int(_FLAG_WORDS.value)
 
     def inbox_words(self, num_ranks: int) -> int:
         """Words of a rank's inbox."""
