@@ -4,11 +4,11 @@
     python -m benchmarks.all_reduce --kilobytes 2048 65536 --programs 32 64 128 --chunk-words 2048 4096 --lags 1 2
 
 `counted` is our kernel for small messages, `chunked` the one for large ones as engines use it, `…_added` the same with
-the addition to the residual stream in it. With one of the last line's options, `chunked` is measured with each
-combination of them, named by programs, words, lag and warps, and by whether ranks own parts (`parts`) or all add up
-everything (`all`). `nccl` is NCCL's all-reduce, `torch_one_shot` and `torch_two_shot` are those of PyTorch's symmetric
-memory. NVLink multicast is off everywhere. The ranks' times are of the same calls, so that rank 0's are all that is
-printed.
+the addition to the residual stream in it; `…_columns` brings messages of that size side by side to rank 0. With one of
+the last line's options, `chunked` is measured with each combination of them, named by programs, words, lag and warps,
+and by whether ranks own parts (`parts`) or all add up everything (`all`). `nccl` is NCCL's all-reduce, `torch_one_shot`
+and `torch_two_shot` are those of PyTorch's symmetric memory. NVLink multicast is off everywhere. The ranks' times are
+of the same calls, so that rank 0's are all that is printed.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from llm.parallel.peer_all_reduce import PeerAllReduce
 _HIDDEN_SIZE = 4096
 _MOST_COUNTED = 8 << 20
 """Bytes of the largest message that is measured with its counts."""
+_MOST_COLUMNS = 1 << 16
+"""Numbers of a row of which each rank has a part, such as logits."""
 
 
 class Bench:
@@ -68,6 +70,10 @@ class Bench:
         for name, peers in self._own(num_bytes).items():
             ways[name] = partial(peers.all_reduce, x)
             ways[f"{name}_added"] = partial(peers.add_all_reduce, x, total)
+        rows = x.view(-1, min(len(x), _MOST_COLUMNS))
+        ways["nccl_columns"] = partial(self.group.gather_columns, rows)
+        for name, peers in self.chunked.items():
+            ways[f"{name}_columns"] = partial(peers.gather_columns, rows)
         return ways
 
     def check(self, num_bytes: int) -> None:

@@ -50,6 +50,13 @@ class Exchange(Protocol):
         """All ranks' tensors (…), contiguous, one behind the other: (ranks, …)."""
         ...
 
+    def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks' tensors (…, size), contiguous, beside each other on rank 0: (…, ranks size).
+
+        What it holds on the other ranks is not defined.
+        """
+        ...
+
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor`, contiguous, with rank 0's."""
         ...

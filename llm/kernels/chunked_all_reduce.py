@@ -153,11 +153,90 @@ def _chunked_all_reduce(
                         total = tl.load(sums + _place(other, RANK) * PART, volatile=True)
                         _write(output, begin + other * PART + word, num_words, total, DTYPE, ADDS)
         tl.debug_barrier()  # every thread has used what has arrived, and has sent its share
+        _raise_flags(inboxes, flags, turn, RANK, NUM_RANKS)
+    tl.store(turns + program, first_turn + num_steps)
+
+
+def chunked_gather(
+    x: torch.Tensor,
+    output: torch.Tensor,
+    inboxes: torch.Tensor,
+    turns: torch.Tensor,
+    chunking: Chunking,
+    *,
+    rank: int,
+) -> None:
+    """Write all ranks' `x` beside each other to rank 0's `output`; nothing is written on the others.
+
+    Args:
+        x: (rows, size), contiguous, rows of whole words.
+        output: (rows, ranks size), of the same format, contiguous; not used on other ranks than 0.
+        inboxes, turns, chunking, rank: as in `chunked_all_reduce`, with whose calls these take turns.
+    """
+    num_ranks, part_words = len(inboxes), chunking.part_words(len(inboxes))
+    words = x.view(torch.int32)
+    num_rows, row_words = words.shape
+    assert x.is_contiguous(), "words in order"
+    num_chunks = num_rows * triton.cdiv(row_words, part_words)
+    _chunked_gather[(min(num_chunks, chunking.num_programs),)](
+        words, output.view(torch.int32), num_rows, row_words, inboxes, turns, chunking.num_flag_words(num_ranks),
+        RANK=rank, NUM_RANKS=num_ranks, PART=part_words, SLOT_WORDS=chunking.slot_words(num_ranks), LAG=chunking.lag,
+        num_warps=chunking.num_warps, **launch_options(x.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _chunked_gather(
+    x, output, num_rows, row_words, inboxes, turns, num_flag_words,
+    RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PART: tl.constexpr, SLOT_WORDS: tl.constexpr, LAG: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program: every num_programs-th chunk, a part of a row. It takes turns as `_chunked_all_reduce` does."""
+    num_slots: tl.constexpr = 2 * LAG
+    wait_for_inputs(PDL)
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    own = _inbox(inboxes, RANK)
+    flags = program * NUM_RANKS * _FLAG_WORDS
+    slots = num_flag_words + program * num_slots * SLOT_WORDS
+    word = tl.arange(0, PART)
+    first_turn = tl.load(turns + program)
+    chunks_of_row = tl.cdiv(row_words, PART)
+    num_chunks = tl.cdiv(num_rows * chunks_of_row - program, num_programs)
+    for step in range(num_chunks + LAG):
+        turn = first_turn + step
         for other in tl.static_range(NUM_RANKS):
             if other != RANK:
-                flag = _inbox(inboxes, other) + flags + RANK * _FLAG_WORDS
-                tl.atomic_xchg(flag, turn + 1, sem="release", scope="sys")
-    tl.store(turns + program, first_turn + num_steps)
+                _wait(own + flags + other * _FLAG_WORDS, turn - LAG + 1)
+        if step < num_chunks:
+            chunk = program + step * num_programs
+            column = chunk % chunks_of_row * PART + word
+            part = tl.load(x + chunk // chunks_of_row * row_words + column, mask=column < row_words, other=0)
+            if RANK == 0:
+                row = output + chunk // chunks_of_row * (NUM_RANKS * row_words)
+                tl.store(row + column, part, mask=column < row_words)
+            else:
+                sending = slots + (turn & (num_slots - 1)) * SLOT_WORDS
+                tl.store(_inbox(inboxes, 0) + sending + _place(RANK, 0) * PART + word, part)
+        if RANK == 0:
+            arrived = own + slots + ((turn - LAG) & (num_slots - 1)) * SLOT_WORDS
+            chunk = program + (step - LAG) * num_programs
+            column = chunk % chunks_of_row * PART + word
+            if step >= LAG:
+                row = output + chunk // chunks_of_row * (NUM_RANKS * row_words)
+                for other in tl.static_range(1, NUM_RANKS):
+                    part = tl.load(arrived + _place(other, 0) * PART + word, volatile=True)
+                    tl.store(row + other * row_words + column, part, mask=column < row_words)
+        tl.debug_barrier()  # as there
+        _raise_flags(inboxes, flags, turn, RANK, NUM_RANKS)
+    tl.store(turns + program, first_turn + num_chunks + LAG)
+
+
+@triton.jit
+def _raise_flags(inboxes, flags, turn, RANK: tl.constexpr, NUM_RANKS: tl.constexpr):
+    """Tell the others that this rank's turn is over."""
+    for other in tl.static_range(NUM_RANKS):
+        if other != RANK:
+            tl.atomic_xchg(_inbox(inboxes, other) + flags + RANK * _FLAG_WORDS, turn + 1, sem="release", scope="sys")
 
 
 @triton.jit

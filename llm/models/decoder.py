@@ -262,8 +262,7 @@ class DecoderModel(nn.Module):
         logits = (head or _torch_head)(hidden, module, self.config.logit_soft_cap)
         if self.exchange is None:
             return logits
-        parts = self.exchange.all_gather(logits.contiguous())  # (ranks, …, those of a rank)
-        return parts.movedim(0, -2).flatten(-2)[..., : self.config.vocab_size].contiguous()
+        return self.exchange.gather_columns(logits.contiguous())[..., : self.config.vocab_size].contiguous()
 
     def fit_context(self, context_len: int) -> None:
         """Prepare for sequences of at most this many tokens; see `RotaryEmbedding.fit_context`."""

@@ -39,6 +39,10 @@ class PeerSums(Protocol):
         """Add the sum to `total`, of the same shape and format, contiguous."""
         ...
 
+    def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Exchange.gather_columns`; rows of whole words of 4 bytes."""
+        ...
+
 
 class Collectives:
     """The `Exchange` of a rank.
@@ -95,6 +99,12 @@ class Collectives:
         output, own = (each.view(-1).view(torch.uint8) for each in (gathered, tensor))
         _finish(self._group._allgather_base(output, own, self._all_gather_options))
         return gathered
+
+    def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Exchange.gather_columns`."""
+        if self._peers is not None and tensor.shape[-1] * tensor.element_size() % 4 == 0:
+            return self._peers.gather_columns(tensor)
+        return self.all_gather(tensor).movedim(0, -2).flatten(-2)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """See `Exchange.broadcast`."""

@@ -11,7 +11,7 @@ import torch
 
 from llm.core.partition import Exchange, Partition
 from llm.kernels.all_reduce import WORDS_PER_PROGRAM, all_reduce
-from llm.kernels.chunked_all_reduce import Chunking, chunked_all_reduce
+from llm.kernels.chunked_all_reduce import Chunking, chunked_all_reduce, chunked_gather
 
 _MAX_SMALL_BYTES_SENT = 4 << 20
 """Most bytes that a rank sends to all others in total, in the largest message that travels with its counts."""
@@ -111,6 +111,17 @@ class PeerAllReduce:
     def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
         """Add the sum of all ranks' tensors to `total`, of the same shape and format, contiguous."""
         self._sum(tensor, total, adds=True)
+
+    def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks' tensors (…, size), contiguous, beside each other on rank 0: (…, ranks size).
+
+        Rows are of whole words of 4 bytes. What it holds on the other ranks is not defined.
+        """
+        *rows, size = tensor.shape
+        gathered = tensor.new_empty(*rows, len(self._inboxes) * size)
+        flat, into = tensor.view(-1, size), gathered.view(-1, gathered.shape[-1])
+        chunked_gather(flat, into, self._large_inboxes, self._turns, self._chunking, rank=self._rank)
+        return gathered
 
     def _sum(self, x: torch.Tensor, output: torch.Tensor, *, adds: bool = False) -> None:
         if x.nbytes <= self.max_small_bytes:

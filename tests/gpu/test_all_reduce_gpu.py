@@ -38,6 +38,8 @@ def check(peers: PeerAllReduce, group: Collectives, rank: int, device: torch.dev
             total = base.clone()
             peers.add_all_reduce(parts[rank], total)
             assert torch.equal(total, base + expected), (dtype, size)
+            columns = peers.gather_columns(parts[rank])
+            assert rank > 0 or torch.equal(columns, torch.cat(parts)), (dtype, size)
             assert torch.equal(group.all_reduce(parts[rank].clone()), expected), (dtype, size)
 
 

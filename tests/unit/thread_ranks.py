@@ -73,6 +73,10 @@ class ThreadExchange:
     def add_all_reduce(self, tensor: torch.Tensor, total: torch.Tensor) -> None:
         total += self.all_reduce(tensor)
 
+    def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        gathered = self.all_gather(tensor).movedim(0, -2).flatten(-2)
+        return gathered if self._rank == 0 else torch.full_like(gathered, torch.nan)
+
     def broadcast(self, tensor: torch.Tensor) -> None:
         tensor.copy_(self.all_gather(tensor)[0])
 

@@ -88,6 +88,12 @@ def sum_on(rank: int, num_ranks: int, directory: Path, chunking: Chunking) -> No
     apart = torch.cat([group.all_reduce(piece.clone()) for piece in long.split(largest // 2)])
     assert torch.equal(group.all_reduce(long.clone()), apart), "a sum depends on the size of its message"
 
+    for num_rows, size in ((1, 30), (3, 600)):
+        parts = torch.randn(num_ranks, num_rows, size, generator=torch.Generator().manual_seed(size)).half()
+        gathered = group.gather_columns(parts[rank])
+        assert rank > 0 or torch.equal(gathered, torch.cat(list(parts), -1)), (num_rows, size)
+        check_sum(group, partition, 2 * largest - 6, torch.float32)
+
     group.all_gather(torch.zeros(1))  # no rank raises a flag any more
     peers._turns.fill_(NEARLY_WRAPPED)
     flags = large.inbox.view(torch.int32)[: chunking.num_flag_words(num_ranks)]
