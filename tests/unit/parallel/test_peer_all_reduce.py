@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from triton.runtime import interpreter
+from triton_interpreter import quicken
 
 from llm.core.partition import Partition
 from llm.kernels.all_reduce import WORDS_PER_PROGRAM
@@ -71,6 +72,7 @@ def give_way_when_waiting() -> None:
 def sum_on(rank: int, num_ranks: int, directory: Path, chunking: Chunking) -> None:
     """What each rank does."""
     torch.set_num_threads(1)
+    quicken()
     give_way_when_waiting()
     partition = Partition(rank, num_ranks)
     connection = connect(partition, directory / "store", torch.device("cpu"), timeout_s=60)
