@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,12 +30,12 @@ def map_memory(directory: Path, num_ranks: int, rank: int) -> PeerMemory:
     inboxes = [
         torch.from_file(str(file), shared=True, size=file.stat().st_size // 8, dtype=torch.int64) for file in files
     ]
-    mapped.extend(inboxes)
+    mapped.extend(inbox for each, inbox in enumerate(inboxes) if each != rank)
     return PeerMemory(torch.tensor([inbox.data_ptr() for inbox in inboxes]), inboxes[rank])
 
 
 mapped: list[torch.Tensor] = []
-"""What has been mapped stays mapped: kernels have its address alone."""
+"""The others' inboxes stay mapped: kernels have their addresses alone. A rank's own lives as long as what uses it."""
 
 
 def parts_and_base(num_ranks: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,17 +81,15 @@ def sum_on(rank: int, num_ranks: int, directory: Path) -> None:
     partition = Partition(rank, num_ranks)
     connection = connect(partition, directory / "store", torch.device("cpu"), timeout_s=60)
     for number, chunking in enumerate(CHUNKINGS):
-        small = map_memory(directory / f"small{number}", num_ranks, rank)
-        large = map_memory(directory / f"large{number}", num_ranks, rank)
-        check_sums(connection, partition, small, large, chunking)
+        memory = (map_memory(directory / f"{name}{number}", num_ranks, rank) for name in ("small", "large"))
+        peers = PeerAllReduce(partition, *memory, chunking)
+        check_sums(peers, Collectives(connection, partition, peers=peers), partition, chunking)
 
 
-def check_sums(connection: Any, partition: Partition, small: PeerMemory, large: PeerMemory, chunking: Chunking) -> None:
-    """Sums of small and large messages and columns through this memory, until counts wrap around."""
+def check_sums(peers: PeerAllReduce, group: Collectives, partition: Partition, chunking: Chunking) -> None:
+    """Sums of small and large messages, and columns, until counts wrap around."""
     rank, num_ranks = partition.rank, partition.size
-    peers = PeerAllReduce(partition, small, large, chunking)
     assert peers.max_small_bytes == MAX_SMALL_BYTES
-    group = Collectives(connection, partition, peers=peers)
     # One size after another, so that programs have seen different numbers of calls.
     for dtype, is_first in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, False)):
         largest = MAX_SMALL_BYTES // dtype.itemsize
@@ -110,7 +107,7 @@ def check_sums(connection: Any, partition: Partition, small: PeerMemory, large: 
 
     group.all_gather(torch.zeros(1))  # no rank raises a flag any more
     peers._turns.fill_(NEARLY_WRAPPED)
-    flags = large.inbox.view(torch.int32)[: chunking.num_flag_words(num_ranks)]
+    flags = peers._large.inbox.view(torch.int32)[: chunking.num_flag_words(num_ranks)]
     flags.fill_(NEARLY_WRAPPED)
     group.all_gather(torch.zeros(1))  # all ranks begin from there
     for _ in range(2):
