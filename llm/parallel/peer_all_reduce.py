@@ -67,7 +67,8 @@ class PeerAllReduce:
 
     def __init__(self, partition: Partition, small: PeerMemory, large: PeerMemory, chunking: Chunking) -> None:
         self._rank = partition.rank
-        self._inboxes, self._large_inboxes = small.inboxes, large.inboxes
+        self._inboxes = small.inboxes
+        self._large = large  # with its inbox, which only the others' kernels and addresses lead to
         num_programs = small.inbox.numel() // (2 * partition.size * WORDS_PER_PROGRAM)
         self._inbox = small.inbox.view(2, partition.size, num_programs * WORDS_PER_PROGRAM)
         self.max_small_bytes = 4 * self._inbox.shape[2]
@@ -120,14 +121,14 @@ class PeerAllReduce:
         *rows, size = tensor.shape
         gathered = tensor.new_empty(*rows, len(self._inboxes) * size)
         flat, into = tensor.view(-1, size), gathered.view(-1, gathered.shape[-1])
-        chunked_gather(flat, into, self._large_inboxes, self._turns, self._chunking, rank=self._rank)
+        chunked_gather(flat, into, self._large.inboxes, self._turns, self._chunking, rank=self._rank)
         return gathered
 
     def _sum(self, x: torch.Tensor, output: torch.Tensor, *, adds: bool = False) -> None:
         if x.nbytes <= self.max_small_bytes:
             all_reduce(x, output, self._inboxes, self._inbox, self._calls, rank=self._rank, adds=adds)
         else:
-            chunked_all_reduce(x, output, self._large_inboxes, self._turns, self._chunking, rank=self._rank, adds=adds)
+            chunked_all_reduce(x, output, self._large.inboxes, self._turns, self._chunking, rank=self._rank, adds=adds)
 
 
 def small_inbox_bytes(max_bytes: int, num_ranks: int) -> int:
