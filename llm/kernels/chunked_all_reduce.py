@@ -34,7 +34,7 @@ class Chunking(NamedTuple):
     """
 
     num_programs: int = 128
-    chunk_words: int = 4096
+    chunk_words: int = 8192
     lag: int = 1
     num_warps: int = 8
     owns_parts: bool = True

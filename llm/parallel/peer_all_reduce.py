@@ -13,7 +13,7 @@ from llm.core.partition import Exchange, Partition
 from llm.kernels.all_reduce import WORDS_PER_PROGRAM, all_reduce
 from llm.kernels.chunked_all_reduce import Chunking, chunked_all_reduce, chunked_gather
 
-_MAX_SMALL_BYTES_SENT = 4 << 20
+_MAX_SMALL_BYTES_SENT = 2 << 20
 """Most bytes that a rank sends to all others in total, in the largest message that travels with its counts."""
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
