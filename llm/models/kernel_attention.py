@@ -58,10 +58,11 @@ class KernelAttention:
         self._page_size = page_size
         self._deterministic = deterministic
         heads = self._shape = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self._itemsize = dtype.itemsize
         self._latents: LatentAttention | None = None
         if spec.value_dim is None:
             self._decode = PagedDecode(max_parts, *heads, device)
-            self._prefill_scratch = None if deterministic else PrefillScratch(*heads, device)
+            self._prefill_scratch = None if deterministic else PrefillScratch(*heads, dtype, device)
         else:
             self._latents = LatentAttention(
                 max_parts, spec.num_heads, spec.value_dim, spec.head_dim, spec.softmax_scale, dtype, device,
@@ -160,5 +161,5 @@ class KernelAttention:
         """New tokens of an item of prefills, in a step of so many tokens; with 0 for all steps."""
         if self._latents is not None:
             return self._latents.block_tokens
-        num_heads, num_kv_heads, _ = self._shape
-        return prefill_block_tokens(num_heads, num_kv_heads, num_tokens)
+        num_heads, num_kv_heads, head_dim = self._shape
+        return prefill_block_tokens(num_heads, num_kv_heads, head_dim * self._itemsize, num_tokens)

@@ -32,6 +32,8 @@ from llm.kernels.soft_cap import tanh
 
 _TILE_ROWS, _MANY_TOKENS_TILE_ROWS = 64, 128
 _MANY_TOKENS = 4096
+_WIDE_HEAD_BYTES, _WIDE_HEAD_TILE_ROWS = 512, 32
+"""Bytes of a head past which, in float32, higher tiles find no room in shared memory and take minutes to compile."""
 _BLOCK_TOKENS = 64
 _NUM_WARPS, _WIDE_TILE_NUM_WARPS = 4, 8
 _NARROW_HEAD = 128
@@ -67,22 +69,28 @@ class PrefillScratch:
 
     Args:
         num_heads, num_kv_heads, head_dim: shape of the model's attention.
+        dtype: of its queries.
         device: where all tensors live.
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
-        self.max_tokens = _FEW_TILES * prefill_block_tokens(num_heads, num_kv_heads) // num_kv_heads
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        block_tokens = prefill_block_tokens(num_heads, num_kv_heads, head_dim * dtype.itemsize)
+        self.max_tokens = _FEW_TILES * block_tokens // num_kv_heads
         """Of steps in which tiles are few."""
         self.partial = torch.empty(_MOST_SPLITS, self.max_tokens, num_heads, head_dim, device=device)
         self.partial_lse = torch.empty(_MOST_SPLITS, self.max_tokens, num_heads, device=device)
 
 
-def prefill_block_tokens(num_heads: int, num_kv_heads: int, num_tokens: int = 0) -> int:
+def prefill_block_tokens(num_heads: int, num_kv_heads: int, head_bytes: int, num_tokens: int = 0) -> int:
     """New tokens of a work item, in a step of `num_tokens`: as many as fill a tile with the heads of one group.
 
-    With the default of 0 for all steps, results do not depend on the step.
+    With the default of 0 for all steps, results do not depend on the step. A head of a query takes `head_bytes`.
     """
     tile_rows = _MANY_TOKENS_TILE_ROWS if num_tokens >= _MANY_TOKENS else _TILE_ROWS
+    if head_bytes > _WIDE_HEAD_BYTES:
+        tile_rows = _WIDE_HEAD_TILE_ROWS
     return max(tile_rows // (num_heads // num_kv_heads), 1)
 
 
@@ -117,7 +125,8 @@ def paged_prefill(
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
     group_size = num_heads // num_kv_heads
-    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, 0 if deterministic else num_tokens)
+    head_bytes = head_dim * query.itemsize
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, head_bytes, 0 if deterministic else num_tokens)
     tile_rows = triton.next_power_of_2(block_tokens * group_size)  # fewer than a group's rows are left over
     num_items = num_prefill_items(num_tokens, parts.num_parts, block_tokens, 1 if deterministic else 2)
     num_splits = _MOST_SPLITS if scratch is not None and num_tokens <= scratch.max_tokens else 1

@@ -151,7 +151,7 @@ PREFILLS = [
         for s in ((1, 2) if i % 2 else (0, 3))
     ]
     + [(*SHAPES[i], DTYPES[i % 2], *PREFILLS[j], kind) for i, kind in enumerate(SCORINGS) for j in (2, 5)]
-    + [(2, 1, 256, DTYPES[1], *PREFILLS[2], "plain")]
+    + [(2, 1, 256, dtype, *PREFILLS[2], "plain") for dtype in DTYPES]
     if DEVICE.type == "cpu"  # each shape with windows, splits and large tiles
     else [
         (*shape, dtype, *prefill, kind)
@@ -175,14 +175,14 @@ def test_prefill_equals_float64(
     num_tokens = sum(new for new, _ in lens)
     kv_pages, tables = create_pages(num_kv_heads, head_dim, dtype)
     query = torch.randn(num_tokens, num_heads, head_dim, device=DEVICE).to(dtype)
-    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, num_tokens)
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, head_dim * dtype.itemsize, num_tokens)
     items = WorkItems.allocate(num_prefill_items(num_tokens, parts.num_parts, block_tokens), parts.num_parts, DEVICE)
     output = torch.full(query.shape, torch.nan, dtype=dtype, device=DEVICE)
     plan_prefills(parts, items, block_tokens)
     scratch = None
     if is_split:
         monkeypatch.setattr("llm.kernels.attention.prefill._MIN_SPLIT_BLOCKS", 1)
-        scratch = PrefillScratch(num_heads, num_kv_heads, head_dim, torch.device(DEVICE))
+        scratch = PrefillScratch(num_heads, num_kv_heads, head_dim, dtype, torch.device(DEVICE))
         scratch.partial.fill_(torch.nan)
         scratch.partial_lse.fill_(torch.nan)
     scoring = create_scoring(kind, num_heads)

@@ -101,12 +101,12 @@ def test_mlp_of_a_row_does_not_depend_on_the_others():
 
 def attend(query, kv_pages, tables, lens: list[tuple[int, int, int]], window, scoring) -> torch.Tensor:
     """Attention of a step of parts (row, new tokens, context), whose queries follow each other in `query`."""
-    num_tokens, num_heads, _ = query.shape
+    num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv_pages.shape[3]
     starts = [sum(new for _, new, _ in lens[:i]) for i in range(len(lens))]
     rows, news, contexts = zip(*lens, strict=True)
     parts = StepParts(ints(list(rows)), ints(starts), ints(list(news)), ints(list(contexts)))
-    block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, head_dim * query.itemsize)
     items = WorkItems.allocate(num_prefill_items(num_tokens, parts.num_parts, block_tokens, 1), parts.num_parts, DEVICE)
     plan_prefills(parts, items, block_tokens, 1)
     output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=DEVICE)
@@ -140,7 +140,7 @@ def test_attention_of_a_token_does_not_depend_on_its_chunk(num_heads, num_kv_hea
         alone = attend(query[i : i + 1], kv_pages, tables, [(1, 1, i + 1)], window, scoring)
         assert torch.equal(alone, whole[i : i + 1])
     fast_parts = StepParts(ints([1]), ints([0]), ints([num_tokens]), ints([num_tokens]))
-    block_tokens = prefill_block_tokens(num_heads, num_kv_heads)
+    block_tokens = prefill_block_tokens(num_heads, num_kv_heads, head_dim * query.itemsize)
     items = WorkItems.allocate(num_prefill_items(num_tokens, 1, block_tokens), 1, DEVICE)
     plan_prefills(fast_parts, items, block_tokens)
     fast = torch.full_like(whole, torch.nan)
