@@ -79,7 +79,7 @@ class Bench:
         self.engine = ContinuousBatchingEngine.from_pretrained(
             self._options.model,
             config=EngineConfig(**{**defaults, **self._engine_options, **config}),
-            load_format="random" if self._options.random_weights else "auto",
+            random_weights=self._options.random_weights,
             with_tokenizer=False,
             progress=False,
         )

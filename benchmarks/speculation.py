@@ -114,7 +114,7 @@ def main() -> None:
         engines.append(
             ContinuousBatchingEngine.from_pretrained(
                 options.shape or DEMO,
-                load_format="random" if options.shape else "auto",
+                random_weights=options.shape is not None,
                 with_tokenizer=False,
                 progress=False,
                 config=config,

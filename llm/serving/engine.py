@@ -19,6 +19,7 @@ from llm.scheduling.sequence import Sequence, SequenceStatus, StepPlan
 from llm.serving import device_health
 from llm.serving.assembly import build_parts
 from llm.serving.checks import check_request, check_task, with_overrides, without_padding
+from llm.serving.model_loading import ModelSource
 from llm.serving.model_runner import LaunchedStep
 from llm.serving.offline import Vectors, run_to_end, vectors_of
 from llm.serving.output_processor import OutputProcessor, failed
@@ -103,7 +104,7 @@ class ContinuousBatchingEngine:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         with_tokenizer: bool = True,
-        load_format: str = "auto",
+        random_weights: bool = False,
         lora: str | Path | None = None,
         progress: Progress = True,
     ) -> Self:
@@ -113,7 +114,7 @@ class ContinuousBatchingEngine:
             device: None for the GPU if there is one, otherwise the CPU.
             dtype: None for bfloat16 on a GPU and float32 on a CPU.
             with_tokenizer: False for an engine that handles only token ids.
-            load_format: "auto" for the checkpoint's weights, "random" for random ones of its shape.
+            random_weights: fill the checkpoint's shape with random numbers, and read no weights.
             lora: directory of a PEFT adapter to merge into the weights.
             progress: show a progress bar while weights load; or a function called with the bytes done and their total.
 
@@ -122,12 +123,14 @@ class ContinuousBatchingEngine:
             RankLostError: a process that should hold a part of the model has ended.
         """
         directory = resolve_model_path(str(path))
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.empty(0, device=device).device  # with the number of the GPU, which "cuda" leaves out
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        model, ranks = load_with_ranks(
-            directory, config or EngineConfig(), device=device, dtype=dtype, load_format=load_format, lora=lora,
-            progress=progress,
+        source = ModelSource(
+            directory=str(directory), device=str(device), dtype=str(dtype).removeprefix("torch."),
+            lora=None if lora is None else str(lora), random_weights=random_weights,
         )  # fmt: skip
+        model, ranks = load_with_ranks(source, config or EngineConfig(), progress=progress)
         if with_tokenizer or (directory / "tokenizer.json").is_file():
             # Read even if it is not kept: answers end the same with and without text, and grammars need it.
             tokenizer = HFTokenizer.from_pretrained(directory)

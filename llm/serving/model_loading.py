@@ -2,42 +2,53 @@
 
 from pathlib import Path
 
+import msgspec
 import torch
 
 from llm.checkpoint.adapter import load_lora
 from llm.checkpoint.loading import Progress, load_decoder
 from llm.checkpoint.model_config import load_model_config
 from llm.core.partition import WHOLE, Partition
-from llm.errors import ConfigError
 from llm.models.decoder import DecoderModel
 
 
-def load_model(
-    directory: Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    load_format: str = "auto",
-    lora: str | Path | None = None,
-    partition: Partition = WHOLE,
-    progress: Progress = True,
-) -> DecoderModel:
-    """Load the model of a directory, with an adapter merged into its weights if there is one.
+class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the weights of an engine's model come from, and how they are held. All ranks are given the same one."""
+
+    directory: str
+    """Directory of the checkpoint."""
+    device: str
+    """Where rank 0 holds its part: "cpu", or a GPU with its number; the other ranks take the GPUs after it."""
+    dtype: str
+    """Data type of parameters and activations, by its name in torch."""
+    lora: str | None = None
+    """Directory of a PEFT adapter to merge into the weights; None for none."""
+    random_weights: bool = False
+    """Whether the weights are random ones of the checkpoint's shape."""
+
+    def device_of(self, rank: int) -> torch.device:
+        """Where a rank's part lives."""
+        device = torch.device(self.device)
+        return device if device.type != "cuda" else torch.device("cuda", device.index + rank)
+
+
+def load_model(source: ModelSource, partition: Partition = WHOLE, *, progress: Progress = True) -> DecoderModel:
+    """Load a model, with its adapter merged if there is one, in evaluation mode.
 
     Args:
-        load_format: "auto" for the checkpoint's weights, "random" for random ones of its shape.
+        partition: which part to load.
+        progress: see `load_decoder`.
 
     Raises:
         CheckpointError, ConfigError: something is wrong with the checkpoint; the message says how to fix it.
     """
-    if load_format == "random":
+    directory, device, dtype = Path(source.directory), source.device_of(partition.rank), getattr(torch, source.dtype)
+    if source.random_weights:
         config = load_model_config(directory)
         model = DecoderModel.from_config(config, device=device, dtype=dtype, partition=partition)
-    elif load_format == "auto":
-        model = load_decoder(directory, device=device, dtype=dtype, partition=partition, progress=progress)
     else:
-        raise ConfigError(f"unknown load_format {load_format!r}; known: auto, random")
-    if lora is not None:
-        load_lora(model, lora)
+        model = load_decoder(directory, device=device, dtype=dtype, partition=partition, progress=progress)
+    if source.lora is not None:
+        load_lora(model, source.lora)
         model.merge_lora()
-    return model
+    return model.eval()

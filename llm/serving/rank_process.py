@@ -41,15 +41,12 @@ class RankProcess:
         self._leader = leader
         self._config = config = EngineConfig(**settings.config)
         partition = Partition(settings.rank, config.tensor_parallel_size, config.expert_parallel)
-        device = settings.rank_device
+        device = settings.source.device_of(settings.rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(settings.num_threads)
-        self._model = load_model(
-            Path(settings.directory), device=device, dtype=settings.torch_dtype, load_format=settings.load_format,
-            lora=settings.lora, partition=partition, progress=False,
-        ).eval()  # fmt: skip
+        self._model = load_model(settings.source, partition, progress=False)
         self._packer = make_packer(self._model, config)
         leader.reply("loaded")
         self._model.exchange = join_ranks(

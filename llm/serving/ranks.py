@@ -22,7 +22,7 @@ from llm.parallel.ranks import RankGroup
 from llm.serving.adapter_copies import AdapterCopies, num_host_places
 from llm.serving.adapter_pool import AdapterPool
 from llm.serving.memory import num_pool_pages
-from llm.serving.model_loading import load_model
+from llm.serving.model_loading import ModelSource, load_model
 from llm.serving.model_runner import ModelRunner
 from llm.serving.parallel_runner import ParallelRunner
 from llm.serving.rank_adapters import RankAdapters
@@ -38,31 +38,19 @@ class Ranks:
     They are processes that load their parts while this one loads its own. Close or drop this object to end them.
 
     Args:
-        directory: of the checkpoint.
+        source: of the model.
         config: of the engine; `tensor_parallel_size` says how many ranks there are.
-        device: of rank 0.
-        dtype, load_format, lora: see `load_model`.
 
     Raises:
         ConfigError: there are fewer GPUs than ranks.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        config: EngineConfig,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        load_format: str,
-        lora: str | Path | None,
-    ) -> None:
-        size = config.tensor_parallel_size
+    def __init__(self, source: ModelSource, config: EngineConfig) -> None:
+        size, device = config.tensor_parallel_size, source.device_of(0)
         self.partition = Partition(0, size, config.expert_parallel)
         self._config = config
         if device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-            num_gpus = torch.cuda.device_count() - (device.index or 0)
+            num_gpus = torch.cuda.device_count() - device.index
             if num_gpus < size:
                 raise ConfigError(
                     f"tensor_parallel_size {size}: this process sees {num_gpus} GPU(s); give it as many, or lower it"
@@ -72,9 +60,8 @@ class Ranks:
         weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
         self._store_path = Path(scratch) / "store"
         settings = RankSettings(
-            rank=0, directory=str(directory), config=config.model_dump(), device=str(device),
-            dtype=str(dtype).removeprefix("torch."), load_format=load_format, lora=None if lora is None else str(lora),
-            store_path=str(self._store_path), num_threads=max(torch.get_num_threads() // size, 1),
+            rank=0, source=source, config=config.model_dump(), store_path=str(self._store_path),
+            num_threads=max(torch.get_num_threads() // size, 1),
         )  # fmt: skip
         self.group = RankGroup(size, _MODULE, msgspec.to_builtins(settings), on_gpus=device.type == "cuda")
         self._exchanges: list[Collectives] = []
@@ -147,30 +134,18 @@ def _close(group: RankGroup, exchanges: Sequence[Collectives]) -> None:
 
 
 def load_with_ranks(
-    directory: Path,
-    config: EngineConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    load_format: str = "auto",
-    lora: str | Path | None = None,
-    progress: Progress = True,
+    source: ModelSource, config: EngineConfig, *, progress: Progress = True
 ) -> tuple[DecoderModel, Ranks | None]:
-    """Load the model of a checkpoint, as `load_model` does, or rank 0's part of it and the ranks with the other parts.
+    """Load a model, as `load_model` does; or rank 0's part of it, and start the ranks with the other parts.
 
     Raises:
         CheckpointError, ConfigError, RankLostError: what is wrong.
     """
     if config.tensor_parallel_size == 1:
-        return load_model(
-            directory, device=device, dtype=dtype, load_format=load_format, lora=lora, progress=progress
-        ), None
-    ranks = Ranks(directory, config, device=device, dtype=dtype, load_format=load_format, lora=lora)
+        return load_model(source, progress=progress), None
+    ranks = Ranks(source, config)
     try:
-        model = load_model(
-            directory, device=device, dtype=dtype, load_format=load_format, lora=lora, partition=ranks.partition,
-            progress=progress,
-        ).eval()  # fmt: skip
+        model = load_model(source, ranks.partition, progress=progress)
         ranks.join(model)
     except BaseException:
         ranks.close()
