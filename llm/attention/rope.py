@@ -11,11 +11,11 @@ class RotaryEmbedding:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as Hugging Face does.
 
     The table of angles is float32 and made on first use on the device asked for, so that a model built on the meta
-    device, or moved, needs no care.
+    device, or moved, needs no care. It has `max_seq_len` positions, or as many as an engine serves: see `fit_context`.
 
     Args:
         dim: leading numbers of a head that turn; even. The others stay as they are (GPT-J's partial rotary embedding).
-        max_seq_len: positions in the table.
+        max_seq_len: the model's context in tokens.
         theta: base of the angles.
         scaling: how the angles are stretched; None for not at all.
     """
@@ -25,17 +25,27 @@ class RotaryEmbedding:
         self.max_seq_len = max_seq_len
         self._theta, self._scaling = theta, scaling
         self._context_len = max_seq_len
+        self._num_positions: int | None = None
         self._table: torch.Tensor | None = None
         self._query_scales: torch.Tensor | None = None
 
     def fit_context(self, context_len: int) -> None:
-        """Choose the angles for sequences of at most this many tokens; `max_seq_len` unless this is called.
+        """Choose the angles for sequences of at most this many tokens, and need no table of more positions.
 
-        LongRoPE has two sets of them. Which counts must not change while a sequence's keys are kept, so it goes by the
-        longest sequence that there may be, not by the sequence.
+        LongRoPE has two sets of angles. Which counts must not change while a sequence's keys are kept, so it goes by
+        the longest sequence that there may be, not by the sequence. The table keeps the positions that an earlier call
+        asked for: several engines may share a model.
         """
-        if context_len != self._context_len:
-            self._context_len, self._table = context_len, None
+        num_positions = max(context_len, self._num_positions or 0)
+        if (context_len, num_positions) != (self._context_len, self._num_positions):
+            self._context_len, self._num_positions = context_len, num_positions
+            self._table = self._query_scales = None
+
+    def reach(self, end: int) -> None:
+        """Have a table with the positions before `end`, whatever context the angles are for."""
+        if self._num_positions is not None and end > self._num_positions:
+            self._num_positions = self.max_seq_len
+            self._table = self._query_scales = None
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of `positions` (…) int64: two tensors (…, 1, dim / 2), to broadcast over heads."""
@@ -43,25 +53,26 @@ class RotaryEmbedding:
         return cos, sin
 
     def query_scales(self, device: torch.device) -> torch.Tensor | None:
-        """What the queries of each position are multiplied by, (max_seq_len,) float32; None for nothing."""
+        """What the queries of each position are multiplied by, (positions,) float32; None for nothing."""
         scaling = self._scaling
         if scaling is None or not scaling.llama_4_scaling_beta:
             return None
         if self._query_scales is None or self._query_scales.device != device:
             original_len = scaling.original_max_position_embeddings or self.max_seq_len
             with torch.device("cpu"):
-                rounds = torch.arange(self.max_seq_len) // original_len
+                rounds = torch.arange(self._num_positions or self.max_seq_len) // original_len
                 self._query_scales = (1 + scaling.llama_4_scaling_beta * torch.log(1 + rounds.float())).to(device)
         return self._query_scales
 
     def table(self, device: torch.device) -> torch.Tensor:
-        """Cosines, then sines, of every position: (2, max_seq_len, dim / 2) float32."""
+        """Cosines, then sines, of every position: (2, positions, dim / 2) float32."""
         if self._table is None or self._table.device != device:
             with torch.device("cpu"):
                 frequencies, scale = rope_frequencies(
                     self.dim, self._theta, self._scaling, self.max_seq_len, self._context_len
                 )
-                angles = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float32), frequencies)
+                positions = torch.arange(self._num_positions or self.max_seq_len, dtype=torch.float32)
+                angles = torch.outer(positions, frequencies)
             self._table = (torch.stack([angles.cos(), angles.sin()]) * scale).to(device)
         return self._table
 

@@ -219,6 +219,8 @@ class DecoderModel(nn.Module):
         end = start + token_ids.shape[1]
         if end > self.max_seq_len:
             raise CapacityError(f"{end} tokens exceed the model's max_seq_len={self.max_seq_len}")
+        for spec in self.attention_specs.values():
+            spec.rope.reach(end)
         positions = torch.arange(start, end, device=self.device)
         return self.logits(self.hidden_states(token_ids, positions, DenseContext(caches)))
 

@@ -36,6 +36,10 @@ class KernelAttention:
         max_tokens: most tokens a step.
         max_parts: most parts a step.
         deterministic: see `KernelWorkspace`.
+
+    Attributes:
+        angles: the table and the scales of queries, if any, of each rotary embedding; kept here, because captured
+            graphs read them even after the model is fitted to another context.
     """
 
     def __init__(
@@ -51,9 +55,7 @@ class KernelAttention:
     ) -> None:
         spec, device = specs[0], page_tables.device
         assert len({(s.num_heads, s.num_kv_heads, s.head_dim, s.value_dim) for s in specs}) == 1, "several shapes"
-        for each in specs:
-            each.rope.table(device)  # now, and not while a graph is captured
-            each.rope.query_scales(device)
+        self.angles = {each.rope: (each.rope.table(device), each.rope.query_scales(device)) for each in specs}
         self._page_tables = page_tables
         self._page_size = page_size
         self._deterministic = deterministic

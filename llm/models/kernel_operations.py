@@ -73,8 +73,7 @@ class KernelOperations:
         shape = len(tokens.positions), spec.num_heads, spec.head_dim
         query, output = (self._output.new_empty(shape, dtype=workspace.dtype) for _ in range(2))
         norms = None if qk_norms is None else (norm_of(qk_norms[0]), norm_of(qk_norms[1]))
-        rope_table = spec.rope.table(query.device)
-        query_scales = spec.rope.query_scales(query.device)
+        rope_table, query_scales = workspace.attention.angles[spec.rope]
         rope_and_store(
             qkv, query, kv_pages, page_tables, tokens.rows, tokens.positions, rope_table, norms, query_scales
         )
@@ -91,8 +90,8 @@ class KernelOperations:
         workspace, tokens = self._workspace, self._step.tokens
         kv_cache = workspace.kv_cache
         pages, page_tables = kv_cache.layers[layer][0], workspace.page_tables[kv_cache.group_of[layer]]
-        rope_table, is_interleaved = spec.rope.table(pages.device), heads.shape.is_interleaved
-        rows = LatentRows(pages, page_tables, tokens.rows, tokens.positions, rope_table, is_interleaved)
+        rope_table, _ = workspace.attention.angles[spec.rope]
+        rows = LatentRows(pages, page_tables, tokens.rows, tokens.positions, rope_table, heads.shape.is_interleaved)
         query = self._ask(heads, scaled(projected), rows)
         found = query.new_empty(*query.shape[:2], spec.value_size)
         workspace.attention.attend_latents(self._step, query, pages, page_tables, found)

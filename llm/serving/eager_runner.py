@@ -83,9 +83,8 @@ class EagerRunner:
     @torch.inference_mode()
     def run_largest(self, num_tokens: int) -> None:
         """See `ModelRunner.run_largest`."""
-        positions = torch.arange(num_tokens, device=self.model.device) % self.model.max_seq_len
-        context = DenseContext()
-        hidden = self.model.hidden_states(torch.zeros_like(positions).unsqueeze(0), positions, context)
+        zeros = torch.zeros(1, num_tokens, dtype=torch.long, device=self.model.device)  # as token ids and as positions
+        hidden = self.model.hidden_states(zeros, zeros, DenseContext())
         self.model.logits(hidden[0, : self.eager.max_rows]).float().sort(dim=-1)
 
     def warm_up(self) -> None:

@@ -17,7 +17,7 @@ VOCAB_SIZE = 48
 def create_model(**shape) -> DecoderModel:
     torch.manual_seed(0)
     defaults = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    model = DecoderModel(max_seq_len=128, **{**defaults, **shape})
+    model = DecoderModel(**{"max_seq_len": 128, **defaults, **shape})
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
