@@ -30,8 +30,7 @@ from deployments.chat.pair_prompts import ScoreOptions
 from deployments.chat.scoring import PairWork, cannot_score
 from deployments.chat.truncation import encode_inputs
 from deployments.chat.vectors import VectorStyle, cut
-from llm.core.pooling import Pooling
-from llm.serving.schemas import GenerationRequest
+from llm.serving.schemas import GenerationRequest, Pooling
 
 Embedded = TypeVar("Embedded", EmbeddingsRequest, ClassifyRequest, PoolingRequest)
 

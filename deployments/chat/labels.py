@@ -8,8 +8,7 @@ import numpy as np
 from deployments.channel.messages import EngineInfo
 from deployments.chat.errors import APIError, invalid
 from llm.checkpoint.label_defaults import LabelActivation
-from llm.core.pooling import Pooling
-from llm.serving.schemas import GenerationRequest
+from llm.serving.schemas import GenerationRequest, Pooling
 
 
 @dataclass(frozen=True, slots=True)

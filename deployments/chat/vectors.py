@@ -12,8 +12,8 @@ from deployments.chat.errors import invalid
 from deployments.chat.truncation import Truncation, encode_inputs
 from deployments.vectors_config import EmbeddingsConfig, PoolingName
 from llm.checkpoint.vector_defaults import VectorDefaults
-from llm.core.pooling import Pooling
 from llm.errors import ConfigError
+from llm.serving.schemas import Pooling
 
 Vectors = npt.NDArray[np.float32]
 

@@ -7,9 +7,8 @@ and equal prompts of one HTTP request are one object.
 from collections.abc import Sequence
 
 from deployments.channel.messages import block_hash
-from llm.core.pooling import Pooling
 from llm.scheduling.prefix_cache import PageHashes
-from llm.serving.schemas import GenerationRequest
+from llm.serving.schemas import GenerationRequest, Pooling
 
 _WORTH_A_WAIT = 4096
 """Tokens whose computation takes an engine about as long as a call and a step."""

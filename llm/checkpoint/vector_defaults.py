@@ -12,8 +12,8 @@ from typing import Any
 
 from llm.checkpoint.json_files import read_json_if_there, read_text, wrong_type
 from llm.checkpoint.label_defaults import LabelDefaults, load_label_defaults
-from llm.core.pooling import Pooling
 from llm.errors import ConfigError
+from llm.schemas import Pooling
 
 _POOLINGS = {"lasttoken": Pooling.LAST, "mean": Pooling.MEAN}
 _OLDER_POOLING_KEYS = {

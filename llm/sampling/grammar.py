@@ -19,7 +19,7 @@ from llm.sampling.constraint import Constraint
 from llm.sampling.json_schema import invalid_grammar, parse_json, prepare
 from llm.sampling.large_integers import write_out
 from llm.sampling.tagged_calls import Pieces, RuleWriter, TaggedCalls
-from llm.serving.schemas import Grammar, GrammarKind, Preamble
+from llm.schemas import Grammar, GrammarKind, Preamble
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 MAX_GRAMMAR_CHARS = 256 << 10

@@ -9,7 +9,7 @@ import torch
 from llm.core.row_tensors import ROW_FIELDS, RowKind, RowTensors
 from llm.core.uploads import Uploads
 from llm.sampling.constraint import Int32Array, words_of
-from llm.serving.schemas import GenerationRequest
+from llm.schemas import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import msgspec
 from llm.sampling.constraint import Constraint
 from llm.scheduling.prefix_cache import PageHashes
 from llm.scheduling.prompt_lookup import PromptLookup
-from llm.serving.schemas import FinishReason, GenerationRequest, Pooling
+from llm.schemas import FinishReason, GenerationRequest, Pooling
 
 _arrivals = count()
 _MAX_UNINDEXED = 128

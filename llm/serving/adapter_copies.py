@@ -11,7 +11,7 @@ from llm.checkpoint.hub import fetch_origin
 from llm.config import EngineConfig
 from llm.errors import AdapterChangedError, ConfigError
 from llm.models.adapters import AdapterMemory
-from llm.serving.schemas import AdapterRef
+from llm.schemas import AdapterRef
 
 MOST_READINGS = 2
 """Adapters that are read at once."""

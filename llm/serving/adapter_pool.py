@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 from llm.errors import AdapterChangedError, LLMError, RankLostError
 from llm.scheduling.sequence import Sequence
+from llm.schemas import AdapterFailure, AdapterRef
 from llm.serving.adapter_copies import MOST_READINGS
-from llm.serving.schemas import AdapterFailure, AdapterRef
 
 logger = logging.getLogger(__name__)
 

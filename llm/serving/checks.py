@@ -4,11 +4,10 @@ import logging
 from collections.abc import Collection, Sequence
 
 from llm.config import EngineConfig, ModelConfig
-from llm.core.pooling import Pooling
 from llm.core.row_tensors import MAX_ENTRIES
 from llm.errors import ConfigError, InvalidRequestError
 from llm.scheduling.scheduler import Scheduler
-from llm.serving.schemas import GenerationRequest
+from llm.schemas import GenerationRequest, Pooling
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from llm.models.adapters import AdapterMemory
 from llm.sampling.constraint import Int32Array, words_of
 from llm.sampling.draw import Draw, SamplingRow, likeliest, sample
 from llm.scheduling.sequence import Sequence, StepPart
+from llm.schemas import TokenLogprobs
 from llm.serving.eager_model import EagerModel
 from llm.serving.model_runner import (
     MAX_SCORED_AT_ONCE,
@@ -21,7 +22,6 @@ from llm.serving.model_runner import (
     planned_draws,
     vector_bytes,
 )
-from llm.serving.schemas import TokenLogprobs
 from llm.serving.step_arrays import StepArrays, batches
 from llm.serving.step_packer import PackedPlan
 

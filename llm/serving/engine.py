@@ -16,6 +16,14 @@ from llm.errors import ConfigError, InvalidRequestError
 from llm.models.decoder import DecoderModel
 from llm.sampling.grammar import GrammarCompiler
 from llm.scheduling.sequence import Sequence, SequenceStatus, StepPlan
+from llm.schemas import (
+    EngineStats,
+    GenerationRequest,
+    GenerationResult,
+    Pooling,
+    StepFailure,
+    StepOutput,
+)
 from llm.serving import device_health
 from llm.serving.assembly import build_parts
 from llm.serving.checks import check_request, check_task, with_overrides, without_padding
@@ -25,14 +33,6 @@ from llm.serving.offline import Vectors, run_to_end, vectors_of
 from llm.serving.output_processor import OutputProcessor, failed
 from llm.serving.preparation import Preparation
 from llm.serving.ranks import Ranks, load_with_ranks
-from llm.serving.schemas import (
-    EngineStats,
-    GenerationRequest,
-    GenerationResult,
-    Pooling,
-    StepFailure,
-    StepOutput,
-)
 from llm.tokenization.hf_tokenizer import HFTokenizer
 from llm.tokenization.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ from llm.models.adapters import AdapterMemory
 from llm.sampling.constraint import Int32Array, TokenMasks
 from llm.sampling.draw import Draw
 from llm.scheduling.sequence import Sequence, StepPart
-from llm.serving.schemas import TokenLogprobs
+from llm.schemas import TokenLogprobs
 from llm.serving.step_arrays import StepArrays
 from llm.serving.step_packer import PackedPlan
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llm.errors import EngineError, InvalidRequestError
 from llm.models.decoder import DecoderModel
-from llm.serving.schemas import GenerationRequest, GenerationResult, Pooling, StepOutput, TokenLogprobs
+from llm.schemas import GenerationRequest, GenerationResult, Pooling, StepOutput, TokenLogprobs
 
 Vectors = npt.NDArray[np.float32]
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from llm.sampling.draw import NOTHING, Draw
 from llm.scheduling.sequence import Sequence, TokenEvent, VectorEvent
-from llm.serving.schemas import (
+from llm.schemas import (
     AdapterFailure,
     FinishReason,
     GenerationRequest,

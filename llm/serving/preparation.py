@@ -3,10 +3,10 @@
 from llm.sampling.grammar import GrammarCompiler
 from llm.scheduling.scheduler import Scheduler
 from llm.scheduling.sequence import Sequence
+from llm.schemas import StepFailure, StepOutput
 from llm.serving.adapter_pool import AdapterPool
 from llm.serving.compiling import CompilingRequests
 from llm.serving.output_processor import failed
-from llm.serving.schemas import StepFailure, StepOutput
 
 _IDLE_WAIT_S = 0.005
 """How long a step waits for a grammar or an adapter when there is nothing else to do."""

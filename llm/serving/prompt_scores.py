@@ -11,7 +11,7 @@ from llm.core.uploads import Uploads
 from llm.kernels.logprobs import LogprobWorkspace, find_logprobs
 from llm.kernels.sampling import DrawnTokens
 from llm.scheduling.sequence import Sequence, StepPart
-from llm.serving.schemas import TokenLogprobs
+from llm.schemas import TokenLogprobs
 from llm.serving.step_arrays import batches
 
 Scores = list[tuple[Sequence, list[TokenLogprobs]]]

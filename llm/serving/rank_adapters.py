@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from llm.errors import AdapterChangedError, CheckpointError, LLMError
+from llm.schemas import AdapterRef
 from llm.serving.adapter_copies import AdapterCopies
-from llm.serving.schemas import AdapterRef
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from vector_checkpoints import DOCUMENTS, HIDDEN, Reference, embedder, make_chec
 
 from deployments.chat.model_text import ModelText
 from llm.checkpoint.vector_defaults import load_vector_defaults
-from llm.core.pooling import Pooling
 from llm.errors import ConfigError
+from llm.serving.schemas import Pooling
 
 CLOSE = 1e-4
 PROMPTS = {"query": "Instruct: Find it\nQuery:", "document": ""}
