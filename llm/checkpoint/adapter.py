@@ -25,6 +25,7 @@ from llm.models.decoder import DecoderModel
 from llm.models.experts import ROUTING
 from llm.models.lora import LoRALinear, add_to_weight, replace_module
 from llm.models.quantized import Quantized
+from llm.models.registry import FAMILIES
 
 _TENSOR_NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 
@@ -40,6 +41,7 @@ class AdapterReader:
     def __init__(self, model: DecoderModel, *, with_experts: bool = True) -> None:
         self._places = adapted_places(model)
         self._stacks = StackReader(model.config)
+        self._renamed = FAMILIES[model.config.architecture].renamed
         self._with_experts = with_experts
         is_whole = model.partition.size == 1
         self._whole = model if is_whole else DecoderModel.from_config(model.config, device="meta", dtype=model.dtype)
@@ -60,7 +62,7 @@ class AdapterReader:
         config = PeftConfig.read(directory / CONFIG_FILE)
         path = directory / WEIGHTS_FILE
         found = _read_factors(path)
-        names = canonical_names(map(unwrapped, found), self._places | self._stacks.names)
+        names = canonical_names(map(unwrapped, found), self._places | self._stacks.names, self._renamed)
         named = {module: names[unwrapped(module)] for module in found}
         reads_outputs = self._stacks.reads_outputs(found[each] for each in found if named[each] in self._stacks.names)
         read = []

@@ -18,12 +18,13 @@ _OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector|vi
 _BUFFERS = re.compile(r"(?:.+\.)?(?:rotary_emb\.\w+|masked_bias|position_ids)")
 
 
-def canonical_names(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+def canonical_names(names: Iterable[str], wanted: Collection[str], renamed: Mapping[str, str]) -> dict[str, str]:
     """The name that families have for each name of a checkpoint; the name itself where it is in no model of theirs.
 
     Args:
         names: of tensors or of modules, all that the checkpoint has.
         wanted: those that the model has places for, as families name them.
+        renamed: see `Family`.
     """
     held = set(names)
     inner = [name.removeprefix(_BODY) for name in wanted if name.startswith(_BODY)]
@@ -32,8 +33,7 @@ def canonical_names(names: Iterable[str], wanted: Collection[str]) -> dict[str, 
     prefix = max(prefixes, key=lambda each: sum(each + name in held for name in inner), default=_BODY)
     outer = [prefix[:end] for end in range(len(prefix) + 1) if end == 0 or prefix[end - 1] == "."]
     heads = {beginning + head: head for beginning in outer for head in _HEAD_MODULES}
-    canonical = {name: _canonical(name, prefix, heads) for name in held}
-    return {name: _older_block(theirs, wanted) for name, theirs in canonical.items()}
+    return {name: _renamed(_canonical(name, prefix, heads), wanted, renamed) for name in held}
 
 
 def is_buffer(name: str) -> bool:
@@ -52,10 +52,9 @@ def is_behind(name: str, num_layers: int) -> bool:
     return match is not None and int(match[1]) >= num_layers
 
 
-def _older_block(name: str, wanted: Collection[str]) -> str:
-    """Mixtral's name for its experts and their router, which transformers 5 has as `mlp`, as everywhere else."""
-    older = name.replace(".mlp.", ".block_sparse_moe.", 1)
-    return older if name not in wanted and older in wanted else name
+def _renamed(name: str, wanted: Collection[str], renamed: Mapping[str, str]) -> str:
+    others = (name.replace(f".{theirs}.", f".{ours}.", 1) for theirs, ours in renamed.items())
+    return name if name in wanted else next((other for other in others if other in wanted), name)
 
 
 def _canonical(name: str, prefix: str, heads: Mapping[str, str]) -> str:

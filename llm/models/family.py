@@ -92,6 +92,7 @@ class Family:
         left_out: in a word, what its checkpoints can do beyond text that this engine cannot. The weights for it are not
             read. None for nothing.
         has_layers_behind: whether these weights are extra layers after the model's own.
+        renamed: other names that checkpoints have for modules of a layer, each with the one that `layer_weights` has.
     """
 
     read_config: Callable[[ReadKeys, str], ModelConfig]
@@ -99,6 +100,7 @@ class Family:
     layer_weights: Callable[[ModelConfig], Mapping[str, Destination]]
     left_out: str | None = None
     has_layers_behind: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def common_fields(

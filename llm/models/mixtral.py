@@ -30,4 +30,5 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
     return attention_weights(config) | experts_weights(config, "block_sparse_moe", "w1", "w3", "w2")
 
 
-MIXTRAL = Family(_read_config, make_layers, _layer_weights)
+# transformers 5 calls the experts and their router as all its models do.
+MIXTRAL = Family(_read_config, make_layers, _layer_weights, renamed={"mlp": "block_sparse_moe"})

@@ -1,0 +1,252 @@
+"""Pairs each tensor of a checkpoint's files with its place in a model, and copies it there."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llm.checkpoint.cut_slots import find_held_slots
+from llm.checkpoint.gguf_weights import GGUFWeights
+from llm.checkpoint.hub import is_gguf
+from llm.checkpoint.json_files import is_pointer, pointer_fault
+from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
+from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_behind, is_buffer, is_of_other_part
+from llm.checkpoint.weight_slots import FLOATS, Slot, canonical_scale_name
+from llm.errors import CheckpointError
+from llm.models.decoder import DecoderModel
+from llm.models.family import Family
+from llm.models.registry import FAMILIES
+
+_ROWS_COMPARED = 4096
+_QUANTIZED_KINDS = frozenset({"U8", "I32", "F8_E4M3", "F8_E5M2"})
+_QUANTIZED_LEAVES = (
+    ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv",
+    ".weight_zero_point", ".absmax", ".SCB", "_blocks", "_scales", ".biases",
+)  # fmt: skip
+"""Ends of the names of tensors that tools write only of quantized weights."""
+
+
+class OtherHeadError(CheckpointError):
+    """The configuration ties the output head to the embeddings, but the files hold another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCopy:
+    """One tensor of a file and where it goes, with the tensor that says how, if there is one."""
+
+    file: Any
+    path: Path
+    name: str
+    slot: Slot
+    companion: "TensorCopy | None" = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the model that it fills."""
+        return sum(piece.target.nbytes for piece in self.slot.filled)
+
+    def run(self) -> int:
+        """Copy; return the bytes filled."""
+        pieces, convert = self.slot.filled, self.slot.convert
+        if not pieces:
+            return 0
+        target = pieces[0].target
+        try:
+            # Modes are a thread's own, and a tensor made in inference mode can only be written there.
+            with torch.inference_mode(target.is_inference()):
+                tensor = self._read()  # of a mapped file: what no piece takes of it is never read
+                if convert is not None:
+                    companion = None if self.companion is None else self.companion._read().to(target.device)
+                    tensor = convert(tensor.to(target.device), companion)
+                for piece in pieces:
+                    piece.fill(tensor)
+                if any(_has_nan(piece.target) for piece in pieces):
+                    raise CheckpointError(
+                        f"{self.path}: {self.name} holds NaN, and no answer can be computed with it; {DOWNLOAD}, or "
+                        "an earlier state of the training"
+                    )
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: {self.name} cannot be read ({error}); {DOWNLOAD}") from error
+        return self.num_bytes
+
+    def _read(self) -> torch.Tensor:
+        tensor: torch.Tensor = self.file.get_tensor(self.name)
+        return tensor
+
+
+def find_copies(model: DecoderModel, directory: Path, files: ExitStack) -> list[TensorCopy]:
+    """Pair each tensor of the first files that hold them all with its place.
+
+    Args:
+        files: keeps them open.
+
+    Raises:
+        OtherHeadError: see there.
+        CheckpointError: there are no such files; what is wrong with the likeliest ones.
+    """
+    failure: CheckpointError | None = None
+    for candidate in candidate_files(directory):
+        try:
+            return _plan(model, directory, candidate, files)
+        except OtherHeadError:
+            raise
+        except CheckpointError as error:
+            failure = failure or error
+    assert failure is not None, "there is a candidate"
+    raise failure
+
+
+def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitStack) -> list[TensorCopy]:
+    """Pair each tensor of some files with its place; each place is filled exactly once.
+
+    Raises:
+        OtherHeadError: see there.
+        CheckpointError: what is wrong with these files.
+    """
+    slots = find_held_slots(model)
+    found = [(path, file, name) for path, file, names in _open_all(candidate, files) for name in names]
+    family = FAMILIES[model.config.architecture]
+    names = canonical_names((name for _, _, name in found), slots, family.renamed)
+    copies: dict[str, TensorCopy] = {}
+    head: TensorCopy | None = None
+    for path, file, name in found:
+        place = canonical_scale_name(names[name])
+        if place in slots:
+            if place in copies:
+                raise CheckpointError(f"{path} and {copies[place].path.name} both hold {name}; remove one of them")
+            copies[place] = TensorCopy(file, path, name, slots[place])
+            _check_tensor(copies[place])
+        elif place == HEAD and model.score is not None:
+            continue  # a leftover of the model that it was trained from, which transformers leaves out, too
+        elif place == HEAD and model.lm_head is None:
+            head = TensorCopy(file, path, name, slots[EMBEDDINGS])
+        elif not is_buffer(place) and not _is_left_out(family, name, place, model.num_layers):
+            if place.removesuffix(".bias") + ".qweight" in slots and not file.get_tensor(name).any():
+                continue  # older versions of AutoGPTQ wrote a bias of zeros for each projection
+            if model.config.quantization is None and name.endswith(_QUANTIZED_LEAVES):
+                raise CheckpointError(_unsaid_format(path, name))
+            raise CheckpointError(f"{path} holds {name}, for which config.json has no place; is it the right one?")
+    if head is not None:
+        _settle_head(head, copies)
+    _check_whole(directory, slots, copies)
+    return [replace(copy, companion=copies.get(copy.slot.companion or "")) for copy in copies.values()]
+
+
+def _check_whole(directory: Path, slots: Mapping[str, Slot], copies: Mapping[str, TensorCopy]) -> None:
+    """See that each place is filled; those of experts either one by one or by their stack.
+
+    Raises:
+        CheckpointError: a tensor is missing, or an expert is there twice.
+    """
+    stacks = {slots[name].stack: name for name in copies if slots[name].stack is not None}
+    twice = next((name for name in stacks if name in copies), None)
+    if twice is not None:
+        both = f"{copies[twice].name} and {copies[stacks[twice]].name}"
+        raise CheckpointError(f"{directory} holds both {both}; {DOWNLOAD}")
+    missing = {
+        name
+        for name, slot in slots.items()
+        if not slot.is_optional and name not in copies and name not in stacks and slot.stack not in copies
+    }
+    if missing:
+        raise CheckpointError(f"{directory} lacks {_some(missing)}; {DOWNLOAD}")
+
+
+def _is_left_out(family: Family, name: str, place: str, num_layers: int) -> bool:
+    """Whether a tensor is for what the engine cannot do."""
+    if family.left_out is None:
+        return False
+    return is_of_other_part(name) or (family.has_layers_behind and is_behind(place, num_layers))
+
+
+def _settle_head(head: TensorCopy, copies: dict[str, TensorCopy]) -> None:
+    """See to an output head in the files of a model that has none of its own: embeddings that are missing are there.
+
+    Raises:
+        OtherHeadError: it differs from the embeddings.
+    """
+    if EMBEDDINGS not in copies:
+        _check_tensor(head)
+        copies[EMBEDDINGS] = head
+    elif _differ(head, copies[EMBEDDINGS]):
+        raise OtherHeadError(
+            f"{head.path} holds {head.name}, which differs from the embeddings that config.json ties it to"
+        )
+
+
+def _differ(one: TensorCopy, other: TensorCopy) -> bool:
+    """Whether two matrices of files are not the same."""
+    first, second = (copy.file.get_tensor(copy.name) for copy in (one, other))
+    return first.shape != second.shape or any(
+        not torch.equal(rows.to(torch.float32), others.to(torch.float32))
+        for rows, others in zip(first.split(_ROWS_COMPARED), second.split(_ROWS_COMPARED), strict=True)
+    )
+
+
+def _check_tensor(copy: TensorCopy) -> None:
+    if copy.slot.target is None:
+        return
+    header = copy.file.get_slice(copy.name)
+    shape, kind = tuple(header.get_shape()), header.get_dtype()
+    if kind not in copy.slot.kinds:
+        if kind in _QUANTIZED_KINDS and copy.slot.kinds == FLOATS:
+            raise CheckpointError(_unsaid_format(copy.path, f"{copy.name} of type {kind}"))
+        supported = "float32, float16 and bfloat16 weights are" if copy.slot.kinds == FLOATS else "its format is"
+        raise CheckpointError(f"{copy.path}: {copy.name} has type {kind}; only {supported} supported")
+    if shape not in copy.slot.shapes:
+        wanted = " or ".join(map(str, copy.slot.shapes))
+        raise CheckpointError(
+            f"{copy.path}: {copy.name} has shape {shape}, config.json asks for {wanted}; are both from the same "
+            "checkpoint?"
+        )
+
+
+def _unsaid_format(path: Path, what: str) -> str:
+    """Why a tensor cannot be read whose format nothing names."""
+    return (
+        f"{path} holds {what}, which is quantized, but config.json does not say so for it; use a checkpoint whose "
+        "quantization_config says how, or one in bfloat16 or float16"
+    )
+
+
+def _open_all(candidate: Files, files: ExitStack) -> Iterator[tuple[Path, Any, list[str]]]:
+    """Open files; each comes with the names of the tensors to take from it."""
+    for path in candidate:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {DOWNLOAD}")
+    for path, listed in candidate.items():
+        file = files.enter_context(_open(path))
+        held = file.keys()
+        absent = set(listed or ()).difference(held)
+        if absent:
+            raise CheckpointError(f"{path} lacks {_some(absent)}, which its index lists; {DOWNLOAD}")
+        yield path, file, held if listed is None else listed
+
+
+def _open(path: Path) -> Any:
+    if is_gguf(path):
+        return GGUFWeights(path)
+    if is_pointer(path):
+        raise CheckpointError(pointer_fault(path))
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); {DOWNLOAD}") from error
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few of the names, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more
+
+
+def _has_nan(numbers: torch.Tensor) -> bool:
+    """Whether any of these numbers is none. Takes no memory; codes of 8 bits and less are not looked at."""
+    if not numbers.is_floating_point() or numbers.element_size() == 1 or not numbers.numel():
+        return False
+    return bool(torch.aminmax(numbers)[0].isnan())
