@@ -115,12 +115,11 @@ def shrink_pairs(
     rows = _FEW_ROWS if deterministic or num_pairs <= _FEW_ROWS * shape.num_experts else _MANY_ROWS
     numbers = min(_NUMBERS, triton.next_power_of_2(num_numbers))
     shrunk = torch.empty(num_splits, num_pairs, num_numbers, dtype=torch.float32, device=device)
-    most_tiles = min((num_pairs - 1) // rows + min(shape.num_experts, num_pairs), num_pairs)
-    _shrink_pairs[(most_tiles, triton.cdiv(num_numbers, numbers), num_splits)](
+    counts = shape.pair_counts
+    _shrink_pairs[(counts.most_tiles(num_tokens, rows), triton.cdiv(num_numbers, numbers), num_splits)](
         x, factors.a, routes.pairs, which.slots, which.active, shrunk, num_pairs, num_inputs, inputs_per_split,
-        factors.a.stride(0), num_numbers, NUM_EXPERTS=shape.num_experts,
-        EXPERT_BLOCK=triton.next_power_of_2(shape.num_experts), PER_TOKEN=shape.per_token, SWIGLU=swiglu, ROWS=rows,
-        NUMBERS=numbers, TILE_K=_TILE_K, IS_EVEN=inputs_per_split * num_splits == num_inputs, num_warps=4,
+        factors.a.stride(0), num_numbers, COUNTS=counts, SWIGLU=swiglu, ROWS=rows, NUMBERS=numbers, TILE_K=_TILE_K,
+        IS_EVEN=inputs_per_split * num_splits == num_inputs, num_warps=4,
         num_stages=min(3, most_stages(device, (rows + numbers) * _TILE_K * x.dtype.itemsize)),
         **launch_options(device),
     )  # fmt: skip
@@ -133,16 +132,16 @@ def shrink_pairs(
 @triton.jit(do_not_specialize=["num_pairs"])
 def _shrink_pairs(
     x, factor_a, pairs, slots, active, shrunk, num_pairs, num_inputs, inputs_per_split, slot_stride, num_numbers,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SWIGLU: tl.constexpr,
-    ROWS: tl.constexpr, NUMBERS: tl.constexpr, TILE_K: tl.constexpr, IS_EVEN: tl.constexpr, PDL: tl.constexpr,
+    COUNTS: tl.constexpr, SWIGLU: tl.constexpr, ROWS: tl.constexpr, NUMBERS: tl.constexpr, TILE_K: tl.constexpr,
+    IS_EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of pairs of one expert, block of numbers, split)."""
     wait_for_inputs(PDL)
-    mine, first, last = find_tile(pairs.starts, tl.program_id(0), NUM_EXPERTS, EXPERT_BLOCK, ROWS)
-    if mine >= EXPERT_BLOCK:
+    mine, first, last = find_tile(pairs.starts, tl.program_id(0), COUNTS, ROWS)
+    if mine >= COUNTS.block:
         return
-    place, is_pair, pair, source = load_pairs(pairs, first, last, ROWS, PER_TOKEN, SWIGLU)
-    slot_of = tl.load(slots + pair // PER_TOKEN, mask=is_pair, other=-1)
+    place, is_pair, pair, source = load_pairs(pairs, first, last, ROWS, COUNTS.per_token, SWIGLU)
+    slot_of = tl.load(slots + pair // COUNTS.per_token, mask=is_pair, other=-1)
     number = tl.program_id(1) * NUMBERS + tl.arange(0, NUMBERS)
     is_number = number < num_numbers
     split = tl.program_id(2)

@@ -1,45 +1,14 @@
 """Products of experts whose weights are in groups, such as MXFP4: codes become numbers on their way to tensor cores."""
 
-import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.expert_adapters import PairAdapters, PairRule, add_adapters
-from llm.kernels.expert_pairs import PairCounts, find_tile, load_pairs, store_pairs
-from llm.kernels.expert_tiles import MAX_SUMMED_ROWS, ExpertTile, expert_group_tile
+from llm.kernels.expert_adapters import add_adapters
+from llm.kernels.expert_pairs import find_tile, load_pairs, store_pairs
 from llm.kernels.groups import sum_of_groups
-from llm.kernels.launch import launch_options, most_stages, wait_for_inputs
-from llm.kernels.linear import Weights
-from llm.kernels.mxfp4 import TILE_K, product_of_floats
+from llm.kernels.launch import wait_for_inputs
+from llm.kernels.mxfp4 import product_of_floats
 from llm.kernels.operands import GroupOperand
-from llm.kernels.routing import Routes
-
-
-def product_of_groups(
-    x: torch.Tensor, weights: Weights, routes: Routes, output: torch.Tensor, num_tokens: int, tile: ExpertTile | None,
-    *, swiglu: bool, deterministic: bool, adapters: tuple[PairAdapters, PairRule] | None = None,
-) -> None:  # fmt: skip
-    """See `ExpertMixture.product`; with weights in groups that tensor cores take."""
-    shape, groups, device = routes.shape, weights.groups, x.device
-    assert groups is not None, "it is for those alone"
-    num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
-    if tile is None:
-        tile = expert_group_tile(num_pairs, shape.num_experts, groups.span, x.dtype.itemsize, deterministic, swiglu)
-    most_tiles = min((num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs), num_pairs)
-    inputs_a_turn = TILE_K.value if groups.is_mxfp4 else tile.k
-    code_bytes = (2 if swiglu else 1) * tile.outputs * weights.bytes_of(inputs_a_turn)
-    bytes_a_stage = code_bytes + tile.rows * inputs_a_turn * x.dtype.itemsize
-    pair_adapters, rule = adapters or (None, None)
-    groups_tile_product[(triton.cdiv(num_outputs, tile.outputs), most_tiles)](
-        x, weights.operand, weights.group_operand, routes.pairs, output, pair_adapters, num_outputs,
-        num_inputs, groups.scales.shape[-2],
-        COUNTS=PairCounts(shape.num_experts, triton.next_power_of_2(shape.num_experts), shape.per_token), TILE=tile,
-        SWIGLU=swiglu, LIMIT=shape.swiglu_limit if swiglu else None, ALPHA=shape.swiglu_alpha, RULE=rule,
-        IS_EVEN=num_outputs % tile.outputs == 0, GROUP=groups.size,
-        IN_UNITS=tile.rows > MAX_SUMMED_ROWS and not deterministic,
-        IN_ASSEMBLY=device.type == "cuda" and x.dtype.itemsize == 2, num_warps=tile.num_warps,
-        num_stages=min(tile.num_stages, most_stages(device, bytes_a_stage)), **launch_options(device),
-    )  # fmt: skip
 
 
 @triton.jit
@@ -51,10 +20,13 @@ def groups_tile_product(
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`.
 
-    IN_UNITS: see `sum_of_groups`; MXFP4 has no use for it.
+    Args:
+        weights, groups: codes, and the scales, zeros and order of inputs of all experts.
+        num_groups: of an expert's inputs.
+        GROUP, IN_UNITS, IN_ASSEMBLY: see `sum_of_groups`; MXFP4 has no use for the first two.
     """
     wait_for_inputs(PDL)
-    mine, first, last = find_tile(pairs.starts, tl.program_id(1), COUNTS.num_experts, COUNTS.block, TILE.rows)
+    mine, first, last = find_tile(pairs.starts, tl.program_id(1), COUNTS, TILE.rows)
     if mine >= COUNTS.block:
         return
     place, is_pair, pair, source = load_pairs(pairs, first, last, TILE.rows, COUNTS.per_token, SWIGLU)

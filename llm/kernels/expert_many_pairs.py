@@ -56,16 +56,16 @@ def _tokens_times_weights(
 @triton.jit
 def many_pairs_product(
     x, weights, pairs, output, adapters, num_outputs, num_inputs,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
-    SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, RULE: tl.constexpr, PDL: tl.constexpr,
+    COUNTS: tl.constexpr, TILE: tl.constexpr, SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    RULE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert), of sizes that tiles divide.
 
     An expert's last tile is half as high if that is enough.
     """
     wait_for_inputs(PDL)
-    mine, first, last = find_tile(pairs.starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, TILE.rows)
-    if mine >= EXPERT_BLOCK:
+    mine, first, last = find_tile(pairs.starts, tl.program_id(1), COUNTS, TILE.rows)
+    if mine >= COUNTS.block:
         return
     num_rows = (2 if SWIGLU else 1) * num_outputs
     numbers, scales, bias = weights.numbers, weights.scales, weights.bias
@@ -78,10 +78,10 @@ def many_pairs_product(
     if last - first > TILE.rows // 2:
         _tokens_times_weights(
             x, own_weights, pairs, output, adapters, mine, first, last, tl.program_id(0), num_outputs, num_inputs,
-            PER_TOKEN, TILE.rows, TILE.outputs, TILE.k, SWIGLU, LIMIT, ALPHA, RULE,
+            COUNTS.per_token, TILE.rows, TILE.outputs, TILE.k, SWIGLU, LIMIT, ALPHA, RULE,
         )  # fmt: skip
     else:
         _tokens_times_weights(
             x, own_weights, pairs, output, adapters, mine, first, last, tl.program_id(0), num_outputs, num_inputs,
-            PER_TOKEN, TILE.rows // 2, TILE.outputs, TILE.k, SWIGLU, LIMIT, ALPHA, RULE,
+            COUNTS.per_token, TILE.rows // 2, TILE.outputs, TILE.k, SWIGLU, LIMIT, ALPHA, RULE,
         )  # fmt: skip

@@ -36,6 +36,11 @@ class PairCounts(NamedTuple):
     block: int
     per_token: int
 
+    def most_tiles(self, num_tokens: int, rows: int) -> int:
+        """Number of tiles, each of up to `rows` pairs of one expert, that hold a step's pairs however they spread."""
+        num_pairs = num_tokens * self.per_token
+        return min((num_pairs - 1) // rows + min(self.num_experts, num_pairs), num_pairs)
+
 
 @triton.jit
 def load_pairs(pairs, first, last, ROWS: tl.constexpr, PER_TOKEN: tl.constexpr, SWIGLU: tl.constexpr):
@@ -51,10 +56,10 @@ def load_pairs(pairs, first, last, ROWS: tl.constexpr, PER_TOKEN: tl.constexpr, 
 
 
 @triton.jit
-def find_tile(starts, tile, NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def find_tile(starts, tile, COUNTS: tl.constexpr, ROWS: tl.constexpr):
     """The expert of a tile of up to ROWS pairs, and its first and last pair; no expert's number where there is none."""
-    expert = tl.arange(0, EXPERT_BLOCK)
-    exists = expert < NUM_EXPERTS
+    expert = tl.arange(0, COUNTS.block)
+    exists = expert < COUNTS.num_experts
     first = tl.load(starts + expert, mask=exists, other=0)
     last = tl.load(starts + expert + 1, mask=exists, other=0)
     num_tiles = tl.cdiv(last - first, ROWS)

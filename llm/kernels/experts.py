@@ -23,13 +23,21 @@ from llm.kernels.expert_adapters import (
     add_adapters,
     shrink_pairs,
 )
-from llm.kernels.expert_groups import product_of_groups
+from llm.kernels.expert_groups import groups_tile_product
 from llm.kernels.expert_many_pairs import many_pairs_product
 from llm.kernels.expert_pairs import find_tile, load_pairs, store_pairs
-from llm.kernels.expert_tiles import WRITTEN_OUT_PAIRS, WRITTEN_OUT_PAIRS_OF_MXFP4, ExpertTile, expert_tile
+from llm.kernels.expert_tiles import (
+    MAX_SUMMED_ROWS,
+    WRITTEN_OUT_PAIRS,
+    WRITTEN_OUT_PAIRS_OF_MXFP4,
+    ExpertTile,
+    expert_group_tile,
+    expert_tile,
+)
 from llm.kernels.few_rows import single_row_product
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.linear import Weights
+from llm.kernels.mxfp4 import TILE_K as TILE_K_OF_MXFP4
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.routing import ExpertShape, Routes, route
 
@@ -164,36 +172,44 @@ class ExpertMixture:
             tile: None for one that is fast.
             adapters: what `shrink_pairs` gives for x; None for none.
         """
-        if weights.groups is not None:
-            if weights.has_tiles and (tile is not None or not self._writes_out(weights.groups, num_tokens)):
-                product_of_groups(
-                    x, weights, self._routes, output, num_tokens, tile, swiglu=swiglu,
-                    deterministic=self._deterministic, adapters=adapters,
-                )  # fmt: skip
-                return
-            weights = weights.written_out(x.dtype)
-        shape, routes = self._shape, self._routes
+        groups = weights.groups
+        if groups is not None and (not weights.has_tiles or (tile is None and self._writes_out(groups, num_tokens))):
+            weights, groups = weights.written_out(x.dtype), None
+        shape, itemsize, device = self._shape, x.dtype.itemsize, self._device
         num_pairs, num_inputs, num_outputs = num_tokens * shape.per_token, x.shape[1], output.shape[1]
         if tile is None:
-            tile = expert_tile(num_pairs, shape.num_experts, x.dtype.itemsize, self._deterministic, swiglu)
-        most_tiles = min((num_pairs - 1) // tile.rows + min(shape.num_experts, num_pairs), num_pairs)
-        grid = triton.cdiv(num_outputs, tile.outputs), most_tiles
-        bytes_a_stage = ((2 if swiglu else 1) * tile.outputs + tile.rows) * tile.k * x.dtype.itemsize
-        is_even = num_outputs % tile.outputs == 0 and num_inputs % tile.k == 0
+            kind = itemsize, self._deterministic, swiglu
+            if groups is None:
+                tile = expert_tile(num_pairs, shape.num_experts, *kind)
+            else:
+                tile = expert_group_tile(num_pairs, shape.num_experts, groups.span, *kind)
+        inputs_a_stage = TILE_K_OF_MXFP4.value if groups is not None and groups.is_mxfp4 else tile.k
+        row_bytes = inputs_a_stage * itemsize
+        weight_bytes = row_bytes if groups is None else weights.bytes_of(inputs_a_stage)
+        bytes_a_stage = (2 if swiglu else 1) * tile.outputs * weight_bytes + tile.rows * row_bytes
         pair_adapters, rule = adapters or (None, None)
-        arguments = x, weights.operand, routes.pairs, output, pair_adapters, num_outputs, num_inputs
-        sizes = {
-            "NUM_EXPERTS": shape.num_experts, "EXPERT_BLOCK": triton.next_power_of_2(shape.num_experts),
-            "PER_TOKEN": shape.per_token, "TILE": tile, "SWIGLU": swiglu,
-            "LIMIT": shape.swiglu_limit if swiglu else None, "ALPHA": shape.swiglu_alpha, "RULE": rule,
-            "num_warps": tile.num_warps,
-            "num_stages": min(tile.num_stages, most_stages(self._device, bytes_a_stage)),
-            **launch_options(self._device),
+        counts = shape.pair_counts
+        grid = triton.cdiv(num_outputs, tile.outputs), counts.most_tiles(num_tokens, tile.rows)
+        arguments = {
+            "x": x, "weights": weights.operand, "pairs": self._routes.pairs, "output": output,
+            "adapters": pair_adapters, "num_outputs": num_outputs, "num_inputs": num_inputs,
+            "COUNTS": counts, "TILE": tile, "SWIGLU": swiglu, "LIMIT": shape.swiglu_limit if swiglu else None,
+            "ALPHA": shape.swiglu_alpha, "RULE": rule, "num_warps": tile.num_warps,
+            "num_stages": min(tile.num_stages, most_stages(device, bytes_a_stage)), **launch_options(device),
         }  # fmt: skip
+        is_even = num_outputs % tile.outputs == 0
+        if groups is not None:
+            groups_tile_product[grid](
+                groups=weights.group_operand, num_groups=groups.scales.shape[-2], GROUP=groups.size, IS_EVEN=is_even,
+                IN_UNITS=tile.rows > MAX_SUMMED_ROWS and not self._deterministic,
+                IN_ASSEMBLY=device.type == "cuda" and itemsize == 2, **arguments,
+            )  # fmt: skip
+            return
+        is_even &= num_inputs % tile.k == 0
         if tile.rows >= _MANY_ROWS and is_even and not self._deterministic:
-            many_pairs_product[grid](*arguments, **sizes)
+            many_pairs_product[grid](**arguments)
         else:
-            _expert_product[grid](*arguments, IS_EVEN=is_even, **sizes)
+            _expert_product[grid](IS_EVEN=is_even, **arguments)
 
     def _writes_out(self, groups: WeightGroups, num_tokens: int) -> bool:
         """Whether weights in groups are written out first, which takes about as long as the product of some tokens."""
@@ -246,18 +262,17 @@ def _row_tile(num_inputs: int) -> int:
 @triton.jit
 def _expert_product(
     x, weights, pairs, output, adapters, num_outputs, num_inputs,
-    NUM_EXPERTS: tl.constexpr, EXPERT_BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, TILE: tl.constexpr,
-    SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, RULE: tl.constexpr, IS_EVEN: tl.constexpr,
-    PDL: tl.constexpr,
+    COUNTS: tl.constexpr, TILE: tl.constexpr, SWIGLU: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    RULE: tl.constexpr, IS_EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of outputs, tile of pairs of one expert). Weights are the left factor, as in `tile_product`."""
     wait_for_inputs(PDL)
     rows: tl.constexpr = TILE.rows
     outputs: tl.constexpr = TILE.outputs
-    mine, first, last = find_tile(pairs.starts, tl.program_id(1), NUM_EXPERTS, EXPERT_BLOCK, rows)
-    if mine >= EXPERT_BLOCK:
+    mine, first, last = find_tile(pairs.starts, tl.program_id(1), COUNTS, rows)
+    if mine >= COUNTS.block:
         return
-    place, is_pair, pair, source = load_pairs(pairs, first, last, rows, PER_TOKEN, SWIGLU)
+    place, is_pair, pair, source = load_pairs(pairs, first, last, rows, COUNTS.per_token, SWIGLU)
     column_of = x + source[None, :].to(tl.int64) * num_inputs
     out = tl.program_id(0) * outputs + tl.arange(0, outputs)
     # Outputs past the last one read its weights, and are not written.
@@ -291,7 +306,7 @@ def _expert_product(
             up *= tl.load(scale + num_outputs)[:, None]
     if adapters is not None:
         acc, up = add_adapters(
-            acc, up, adapters, mine, place, is_pair, pair // PER_TOKEN, weight_row, num_outputs, SWIGLU, RULE
+            acc, up, adapters, mine, place, is_pair, pair // COUNTS.per_token, weight_row, num_outputs, SWIGLU, RULE
         )
     store_pairs(
         acc, up, weights.bias, mine * num_rows + weight_row, place, pair, is_pair, out, pairs.weights, output,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from llm.config import RoutingConfig
-from llm.kernels.expert_pairs import ExpertPairs
+from llm.kernels.expert_pairs import ExpertPairs, PairCounts
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.norm import Norm
 from llm.kernels.pair_order import num_counts, order_by_expert
@@ -49,6 +49,11 @@ class ExpertShape(NamedTuple):
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     routing: RoutingConfig = RoutingConfig()
+
+    @property
+    def pair_counts(self) -> PairCounts:
+        """What kernels of pairs have to know of it."""
+        return PairCounts(self.num_experts, triton.next_power_of_2(self.num_experts), self.per_token)
 
 
 class _Choice(NamedTuple):

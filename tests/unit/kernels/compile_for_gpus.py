@@ -365,7 +365,7 @@ def compile_experts() -> None:
     compile_kernel("order of pairs", pair_order._count_pairs, arguments, BLOCK=512)
     many = {**arguments, "NUM_EXPERTS": 128, "BLOCKS_AT_ONCE": 16, "PAIRS_AT_ONCE": 64}
     compile_kernel("order of pairs", pair_order._place_pairs, many, BLOCK=512, num_warps=8)
-    sizes = {"NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "PER_TOKEN": 8}
+    sizes = {"COUNTS": PairCounts(128, 128, 8), "PER_TOKEN": 8}
     arguments |= {"output": BF16, "pairs": ExpertPairs(INT, INT, FLOAT), "num_outputs": "i32", **sizes}
     arguments |= WITHOUT_ADAPTERS
     kinds = [*product(((BF16, None), (FP8, FLOAT)), (512, 16_384), (False, True), (plain,))]
@@ -534,7 +534,7 @@ def compile_expert_adapters() -> None:
     arguments = {"x": BF16, "factor_a": BF16, "pairs": ExpertPairs(INT, INT, FLOAT), "shrunk": FLOAT, "output": BF16}
     arguments |= {"slots": INT, "active": INT, "slot_stride": "i64", "num_numbers": "i32"}
     arguments |= dict.fromkeys(("num_pairs", "num_inputs", "num_outputs", "inputs_per_split"), "i32")
-    arguments |= {"PER_TOKEN": 8, "NUM_EXPERTS": 128, "EXPERT_BLOCK": 128, "LIMIT": None, "ALPHA": None}
+    arguments |= {"COUNTS": PairCounts(128, 128, 8), "LIMIT": None, "ALPHA": None}
     arguments["adapters"] = expert_adapters.PairAdapters(BF16, "i64", INT, INT, FLOAT, "i32")
     for num_pairs, swiglu, rank, (weight, scales) in (
         (512, False, 16, (BF16, None)), (512, True, 64, (FP8, FLOAT)), (4096, True, 64, (BF16, None)),
@@ -552,7 +552,6 @@ def compile_expert_adapters() -> None:
         assert taken <= SHARED_MEMORY[90] - 1024, (tile, rank, taken)
     more = {"weights": WeightOperand("*u8", None, BF16), "groups": GroupOperand("*u8", None, None), "LIMIT": 7.0}
     more |= {"ALPHA": 1.702, "IN_UNITS": False, "IN_ASSEMBLY": True, "GROUP": 32, "num_groups": "i32"}
-    more["COUNTS"] = PairCounts(128, 128, 8)
     for num_pairs in (512, 16_384):
         tile = expert_tiles.expert_group_tile(num_pairs, 128, 64, 2, False, True)
         taken = compile_kernel(
