@@ -21,7 +21,6 @@ from llm.scheduling.speculation import Speculation
 from llm.scheduling.state_snapshots import StateSnapshots
 from llm.scheduling.waiting_queue import WaitingQueue
 
-__all__ = ["Scheduler", "StepPart", "StepPlan", "TokenEvent"]
 _CROWD = 2
 """This many newcomers for each decoding sequence are a crowd."""
 _MOST_TOKENS_BESIDE_DECODES = 2048

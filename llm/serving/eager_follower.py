@@ -27,9 +27,6 @@ class EagerFollower:
         """See `Follower.adapters`."""
         return self._eager.adapters
 
-    def run_largest(self, num_tokens: int) -> None:
-        """See `Follower.run_largest`; nothing is measured on a CPU."""
-
     def warm_up(self) -> None:
         """See `Follower.warm_up`: there is nothing to prepare."""
 

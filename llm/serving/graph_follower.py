@@ -26,13 +26,6 @@ class GraphFollower:
         return self._graphs.adapters
 
     @torch.inference_mode()
-    def run_largest(self, num_tokens: int) -> None:
-        """See `Follower.run_largest`."""
-        self._graphs.run_largest(num_tokens)
-        if self._graphs.draws_tokens:
-            self._draw(self._graphs.draw_sizes[-1], are_plain=False)
-
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """See `Follower.warm_up`."""
         if not self._graphs.captures:

@@ -109,10 +109,6 @@ class Follower(Protocol):
         """Run a step that rank 0 has launched."""
         ...
 
-    def run_largest(self, num_tokens: int) -> None:
-        """Run the largest step, as rank 0's runner does."""
-        ...
-
     def warm_up(self) -> None:
         """Warm up, as rank 0's runner does."""
         ...

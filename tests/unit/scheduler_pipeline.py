@@ -5,8 +5,8 @@ from collections.abc import Callable
 from itertools import count
 from random import Random
 
-from llm.scheduling.scheduler import Scheduler, StepPart, StepPlan
-from llm.scheduling.sequence import Sequence
+from llm.scheduling.scheduler import Scheduler
+from llm.scheduling.sequence import Sequence, StepPart, StepPlan
 from llm.scheduling.slot_pool import SlotPool
 from llm.serving.schemas import GenerationRequest
 

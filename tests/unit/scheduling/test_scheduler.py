@@ -5,8 +5,8 @@ from hypothesis import event, given, settings, strategies as st
 from scheduler_pipeline import PAGE_SIZE, Pipeline, create_scheduler, create_sequence, expected_output, run_random_load
 
 from llm.scheduling.prefix_cache import PageHashes
-from llm.scheduling.scheduler import Scheduler, StepPlan
-from llm.scheduling.sequence import Sequence
+from llm.scheduling.scheduler import Scheduler
+from llm.scheduling.sequence import Sequence, StepPlan
 from llm.scheduling.slot_pool import GROUP_BITS
 from llm.serving.schemas import FinishReason
 

@@ -6,8 +6,8 @@ import pytest
 from scheduler_pipeline import PAGE_SIZE, Pipeline, create_scheduler, create_sequence, expected_output, run_random_load
 
 from llm.scheduling import state_snapshots
-from llm.scheduling.scheduler import Scheduler, StepPart
-from llm.scheduling.sequence import Sequence
+from llm.scheduling.scheduler import Scheduler
+from llm.scheduling.sequence import Sequence, StepPart
 from llm.scheduling.slot_pool import SlotPool
 
 SHARED = list(range(1, 31))

@@ -22,8 +22,8 @@ from small_engines import (
 
 from llm.config import EngineConfig
 from llm.models.decoder import DecoderModel
-from llm.scheduling.scheduler import Scheduler, StepPlan
-from llm.scheduling.sequence import Sequence
+from llm.scheduling.scheduler import Scheduler
+from llm.scheduling.sequence import Sequence, StepPlan
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import FinishReason, GenerationRequest, GenerationResult
 from llm.serving.step_packer import PackedPlan
