@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llm.checkpoint.model_config import load_model_config
-from llm.checkpoint.weight_slots import Slot, find_slots
+from llm.checkpoint.slots import Slot
+from llm.checkpoint.weight_slots import find_slots
 from llm.models.decoder import DecoderModel
 
 _SHARD_BYTES = 4 << 30

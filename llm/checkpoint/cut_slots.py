@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from llm.checkpoint.weight_slots import Piece, Slot, find_slots
+from llm.checkpoint.slots import Piece, Slot
+from llm.checkpoint.weight_slots import find_slots
 from llm.core.weight_groups import WeightGroups
 from llm.errors import ConfigError
 from llm.models.cuts import Cut, find_cut

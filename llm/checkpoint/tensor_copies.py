@@ -13,9 +13,10 @@ from llm.checkpoint.cut_slots import find_held_slots
 from llm.checkpoint.gguf_weights import GGUFWeights
 from llm.checkpoint.hub import is_gguf
 from llm.checkpoint.json_files import is_pointer, pointer_fault
+from llm.checkpoint.slots import FLOATS, Slot
 from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
 from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_behind, is_buffer, is_of_other_part
-from llm.checkpoint.weight_slots import FLOATS, Slot, canonical_scale_name
+from llm.checkpoint.weight_slots import canonical_scale_name
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
 from llm.models.family import Family
