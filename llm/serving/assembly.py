@@ -8,11 +8,12 @@ from llm.config import EngineConfig
 from llm.models.decoder import DecoderModel
 from llm.scheduling.scheduler import Scheduler
 from llm.scheduling.slot_pool import SlotPool
+from llm.serving.adapter_copies import AdapterCopies, num_host_places
 from llm.serving.adapter_pool import AdapterPool
 from llm.serving.checks import check_features, fit_context_to_pool, longest_context
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_runner import ModelRunner
-from llm.serving.ranks import Ranks, make_adapter_pool
+from llm.serving.ranks import Ranks
 from llm.serving.runners import make_runner, num_snapshots, table_len
 from llm.serving.step_packer import StepPacker
 
@@ -36,7 +37,7 @@ def build_parts(model: DecoderModel, config: EngineConfig, ranks: Ranks | None) 
         ranks: processes with the other parts of the model; None if `model` is all of it.
 
     Raises:
-        ConfigError: the configuration does not fit the model or the device.
+        ConfigError: the configuration does not fit the model, the device or the host's memory.
     """
     for note in check_features(model.config, config):
         logger.info(note)
@@ -50,7 +51,10 @@ def build_parts(model: DecoderModel, config: EngineConfig, ranks: Ranks | None) 
         num_pages = ranks.num_pool_pages(model, context_len, layout)
         runner = ranks.make_runner(model, num_pages=num_pages, context_len=context_len, adapters=layout)
     scheduler = _make_scheduler(model, config, SlotPool(num_pages, config.page_size), context_len, runner)
-    adapters = make_adapter_pool(packer, runner.adapters, config, ranks)
+    adapters = None
+    if packer is not None and runner.adapters is not None:
+        copies = AdapterCopies(packer, runner.adapters, num_host_places(runner.adapters, config))
+        adapters = AdapterPool(copies if ranks is None else ranks.share_adapters(copies), len(runner.adapters))
     runner.warm_up()
     step_packer = StepPacker(config.batch_size(model.device.type) + 1, table_len(config, context_len))
     return EngineParts(scheduler, step_packer, runner, adapters)

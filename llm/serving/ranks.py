@@ -9,18 +9,16 @@ from pathlib import Path
 import msgspec
 import torch
 
-from llm.checkpoint.adapter_slots import AdapterPacker
 from llm.checkpoint.loading import Progress
 from llm.config import EngineConfig
 from llm.core.partition import Partition
 from llm.errors import ConfigError
-from llm.models.adapters import AdapterLayout, AdapterMemory
+from llm.models.adapters import AdapterLayout
 from llm.models.decoder import DecoderModel
 from llm.parallel.collectives import Collectives
 from llm.parallel.exchange import join_ranks
 from llm.parallel.ranks import RankGroup
-from llm.serving.adapter_copies import AdapterCopies, num_host_places
-from llm.serving.adapter_pool import AdapterPool
+from llm.serving.adapter_copies import AdapterCopies
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_loading import ModelSource, load_model
 from llm.serving.model_runner import ModelRunner
@@ -111,20 +109,6 @@ class Ranks:
     def close(self) -> None:
         """End all ranks; does nothing the second time."""
         self._finalizer()
-
-
-def make_adapter_pool(
-    packer: AdapterPacker | None, memory: AdapterMemory | None, config: EngineConfig, ranks: Ranks | None
-) -> AdapterPool | None:
-    """Make the pool of an engine; None if its requests cannot choose adapters.
-
-    Raises:
-        ConfigError: host memory does not hold one adapter.
-    """
-    if packer is None or memory is None:
-        return None
-    copies = AdapterCopies(packer, memory, num_host_places(memory, config))
-    return AdapterPool(copies if ranks is None else ranks.share_adapters(copies), len(memory))
 
 
 def _close(group: RankGroup, exchanges: Sequence[Collectives]) -> None:
