@@ -34,7 +34,8 @@ class AdapterReader:
     """Reads the files of adapters for one model.
 
     Args:
-        model: of which only shapes are read. If it is a part of a model, the whole model's adapters are read.
+        model: the model that adapters are for. Only its shapes are read. If it is a part of a model, adapters for the
+            whole model are read.
         with_experts: whether adapters may be on routers and on what these choose among.
     """
 
@@ -78,7 +79,7 @@ class AdapterReader:
         return read
 
     def _check(self, factors: Factors, path: Path, module: str, *, max_rank: int | None, merges: bool) -> None:
-        """See that there is room for factors."""
+        """Check that there is room for the factors of a module."""
         target = self._whole.get_submodule(factors.place.module)
         if isinstance(target, ROUTING) and not self._with_experts:
             raise ConfigError(
@@ -151,7 +152,7 @@ def load_lora(model: DecoderModel, adapter_dir: str | Path) -> None:
 
 
 def check_lora(config: ModelConfig, adapter_dir: str | Path) -> None:
-    """See that an adapter can be put on a model of this shape.
+    """Check that an adapter can be put on a model of this shape.
 
     Raises:
         CheckpointError, ConfigError: it cannot; see `load_lora`.
@@ -162,7 +163,7 @@ def check_lora(config: ModelConfig, adapter_dir: str | Path) -> None:
 def check_adapter(
     config: ModelConfig, adapter_dir: str | Path, *, max_rank: int | None = None, with_experts: bool = True
 ) -> None:
-    """See that requests to an engine of this model can choose an adapter.
+    """Check that requests to an engine of this model can choose an adapter.
 
     Args:
         max_rank: the engine's `max_adapter_rank`; None for any.

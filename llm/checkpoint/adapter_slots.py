@@ -18,7 +18,7 @@ from llm.models.family import Destination
 _RANK_MULTIPLE = 16
 """Ranks of slots are multiples of what a tensor core takes at once."""
 _ALIGNMENT = 64
-"""Numbers; factors begin at multiples of it."""
+"""Factors begin at multiples of this many numbers."""
 _CHECKED_AT_ONCE = 1 << 24
 
 
@@ -26,12 +26,12 @@ class AdapterPacker:
     """Reads adapters and packs each into the memory of one slot.
 
     Args:
-        model: whose modules they are for. Only shapes are read, before the engine converts any module.
+        model: the model that adapters are for. Only its shapes are read, before the engine converts any module.
         max_rank: largest rank of an adapter.
         with_experts: whether slots have room for adapters on routers and on what these choose among.
 
     Attributes:
-        layout: of a slot.
+        layout: where in a slot the factors of each module are.
     """
 
     def __init__(self, model: DecoderModel, max_rank: int, *, with_experts: bool = False) -> None:
@@ -55,7 +55,8 @@ class AdapterPacker:
         """Fill the memory of a slot, (layout.size,) on the host, with an adapter; return its rank.
 
         Raises:
-            CheckpointError, ConfigError: it cannot be read, does not fit, or is not supported; see `AdapterReader`.
+            CheckpointError, ConfigError: the adapter cannot be read, does not fit, or is not supported; see
+            `AdapterReader`.
         """
         factors = self._reader.read(adapter_dir, max_rank=self._max_rank)
         numbers.zero_()
@@ -98,7 +99,7 @@ class AdapterPacker:
 
 
 def make_packer(model: DecoderModel, config: EngineConfig) -> AdapterPacker | None:
-    """Make what reads adapters for an engine, before that converts any module; None if requests cannot choose any."""
+    """Make an engine's packer, before the engine converts any module; None if requests cannot choose adapters."""
     if not config.max_adapters:
         return None
     return AdapterPacker(model, config.max_adapter_rank, with_experts=config.adapter_experts)

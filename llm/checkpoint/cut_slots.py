@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint go on a rank that holds a part of the model: which part of each goes where."""
+"""Which part of each tensor of a checkpoint a rank takes if it holds a part of the model, and where that part goes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -26,10 +26,10 @@ _STACK_LEAVES = ("_bias", "_blocks", "_scales")
 
 
 def find_held_slots(model: DecoderModel) -> dict[str, Slot]:
-    """The place of each tensor of a whole checkpoint, of which `model` may take a part.
+    """The slot of each tensor of a checkpoint, with the pieces that `model` takes if it is a part of a model.
 
     Raises:
-        ConfigError: the weights cannot be cut so.
+        ConfigError: the weights cannot be split this way.
     """
     if model.partition.size == 1:
         return find_slots(model)
@@ -51,14 +51,14 @@ def find_held_slots(model: DecoderModel) -> dict[str, Slot]:
 
 
 def held_rows(rows: range, outputs: tuple[range, ...] | None) -> Iterator[tuple[slice, slice]]:
-    """Which of some rows of a whole module a rank holds, and where among its own rows.
+    """Find which of some rows of a whole module a rank holds.
 
     Args:
-        rows: of the whole module.
-        outputs: those of the whole module that the rank holds, as in `Cut`.
+        rows: consecutive rows of the whole module.
+        outputs: the rows of the whole module that the rank holds, as in `Cut`.
 
     Yields:
-        A slice within `rows`, and the slice of the rank's rows that it is.
+        A slice within `rows`, and the slice of the rank's own rows that it fills.
     """
     begin = 0
     for held in (rows,) if outputs is None else outputs:
@@ -70,7 +70,7 @@ def held_rows(rows: range, outputs: tuple[range, ...] | None) -> Iterator[tuple[
 
 
 def _owner(name: str, places: Mapping[str, Destination]) -> tuple[str | None, str]:
-    """The module or tensor that a slot's name belongs to, as families name it, and what stands behind it."""
+    """Split a slot's name into a module's or tensor's, as families name it, and the rest; None if there is none."""
     if name in places:
         return name, ""
     module, _, leaf = name.rpartition(".")
@@ -83,7 +83,7 @@ def _owner(name: str, places: Mapping[str, Destination]) -> tuple[str | None, st
 
 
 def _cache_scale(model: DecoderModel, name: str) -> Pieces:
-    """Scales of keys and values are of a whole layer."""
+    """The piece of a scale of keys or values, which every rank holds whole."""
     assert model.cache_scales is not None, "the whole model has them"
     layer = int(name.split(".")[2])
     return (Piece((), model.cache_scales[layer, int(name.endswith("v_scale"))]),)
@@ -119,7 +119,7 @@ def _get(model: DecoderModel, name: str) -> nn.Module | nn.Parameter:
 
 
 def _plain(cut: Cut, place: Destination, parameter: torch.Tensor, whole: torch.Tensor) -> Iterator[Piece]:
-    """Rows of a weight or of a bias, of one expert where the module holds several."""
+    """The pieces of a weight or bias; of one expert's if the module holds several experts."""
     expert = place.expert
     if expert is not None:
         if cut.experts is not None and expert not in cut.experts:
@@ -135,7 +135,7 @@ def _plain(cut: Cut, place: Destination, parameter: torch.Tensor, whole: torch.T
 def _stack(
     cut: Cut, place: Destination, module: ExpertProjections, whole: nn.Module | nn.Parameter, leaf: str
 ) -> Iterator[Piece]:
-    """A projection of all experts, or its biases, in the order that `weight_slots` brings a checkpoint's to."""
+    """The pieces of a projection of all experts, or of its biases, once `weight_slots` has converted it."""
     if isinstance(module, QuantizedExperts) and leaf != "_bias":
         assert isinstance(whole, QuantizedExperts), "the same model"
         yield from _coded_stack(cut, place, module, whole, leaf)
@@ -181,7 +181,7 @@ def _coded_stack(
 
 
 def _quantized(cut: Cut, place: Destination, module: Quantized, whole: Quantized, leaf: str) -> Iterator[Piece]:
-    """Codes, scales or zeros; what says which group an input belongs to is not cut."""
+    """The pieces of a quantized projection's codes, scales or zeros."""
     codes, groups, whole_groups, num_inputs = module.weight.detach(), module.groups, whole.groups, _num_inputs(whole)
     if place.expert is not None:
         held = place.expert - (0 if cut.experts is None else cut.experts.start)
@@ -226,14 +226,14 @@ def _groups(groups: WeightGroups, whole: WeightGroups, inputs: range, num_inputs
 def _repack(
     whole: WeightGroups, groups: WeightGroups, inputs: range, num_inputs: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Takes some inputs out of rows of 4-bit codes, which are packed in spans that may be shorter then."""
+    """A function that takes a rank's inputs out of rows of 4-bit codes and packs them in the rank's spans."""
     if whole.span == groups.span and len(inputs) == num_inputs:
         return lambda packed: packed
     return lambda packed: groups.pack(whole.unpack(packed)[:, _slice(inputs)].contiguous())
 
 
 def _order(model: DecoderModel, place: Destination) -> Pieces | None:
-    """The same on every rank; where the model keeps none, it is still checked."""
+    """The pieces of the order of inputs, which every rank holds whole; None to only check it."""
     module = _get(model, place.module)
     assert isinstance(module, QuantizedLinear | QuantizedExperts), "others have none"
     if module.order is None:

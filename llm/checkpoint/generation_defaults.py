@@ -129,7 +129,7 @@ def load_generation_defaults(directory: str | Path) -> GenerationDefaults:
 
 
 def _sampling(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Fields that the file words in another way than `GenerationDefaults`."""
+    """The fields of `GenerationDefaults` that the file expresses in another way."""
     do_sample, top_k, stop = (found.get(key) for key in ("do_sample", "top_k", "stop_strings"))
     if do_sample is not None and not isinstance(do_sample, bool):
         raise wrong_type(path, "do_sample", do_sample, "true or false")
@@ -144,10 +144,10 @@ def _sampling(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def find_vocab_size(directory: str | Path) -> int | None:
-    """Ids of the model in `directory`, below which are all tokens that it can draw; None where nothing says so.
+    """Size of the vocabulary of the model in `directory`; None if config.json does not say it.
 
     Raises:
-        ConfigError: config.json cannot be read, or says something else than a number.
+        ConfigError: config.json cannot be read, or does not give a whole number.
     """
     path = Path(directory) / "config.json"
     config = read_json_if_there(path)
@@ -161,10 +161,10 @@ def find_vocab_size(directory: str | Path) -> int | None:
 
 
 def load_vocab_size(directory: str | Path) -> int:
-    """The same of a model that must be there.
+    """Size of the vocabulary of the model in `directory`, which has to be there.
 
     Raises:
-        ConfigError: config.json is missing, or does not say it.
+        ConfigError: config.json is missing, or does not say the size.
     """
     path = Path(directory) / "config.json"
     read_json(path)
@@ -175,7 +175,7 @@ def load_vocab_size(directory: str | Path) -> int:
 
 
 def _read_ids(path: Path, key: str, value: Any) -> list[int]:
-    """An id, or a list of them, as a list."""
+    """The ids that a key holds: one, or a list of them."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise wrong_type(path, key, value, "a token's id, or a list of them")
@@ -183,6 +183,6 @@ def _read_ids(path: Path, key: str, value: Any) -> list[int]:
 
 
 def _split_ids(ids: list[int], vocab_size: int | None) -> tuple[list[int], list[int]]:
-    """Ids that a model can draw, and those that it cannot."""
+    """Split ids into those below the size of the vocabulary, and the others."""
     known = [i for i in ids if 0 <= i < (vocab_size or i + 1)]
     return known, [i for i in ids if i not in known]

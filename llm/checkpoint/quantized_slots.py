@@ -29,14 +29,14 @@ def unsupported(module: QuantizedLinear | QuantizedExperts, name: str) -> Config
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Rows of a quantized projection.
+    """The rows of a quantized projection that one module of a checkpoint fills.
 
     Attributes:
-        codes: of these rows.
-        groups: what they mean.
-        product: name of what is multiplied at once, of which they are a part.
-        name: of the part in the checkpoint.
-        orders: of the inputs of each product, as the first part to be read gave it.
+        codes: codes of these rows, (out, in), or (out, in / 2) if two share a byte.
+        groups: scales, zeros and order of the codes.
+        product: name of the projection in the model that these rows are a part of.
+        name: name of the module in the checkpoint.
+        orders: for each product, the order of its inputs that the first of its modules gave.
         arrange: reorders the checkpoint's rows into the model's order; None if they are in this order already.
     """
 
@@ -90,11 +90,11 @@ class QuantizedRows:
         return self.codes.shape[1] * (1 if self.codes.dtype == FP8 else 2)
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What has a row for each output, in the model's order."""
+        """A tensor with a row for each output, brought to the model's order of outputs."""
         return tensor if self.arrange is None else self.arrange(tensor)
 
     def _columns(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What has a column for each output, in the model's order."""
+        """A tensor with a column for each output, brought to the model's order of outputs."""
         return tensor if self.arrange is None else self.arrange(tensor.t()).t()
 
     def _fp8(self) -> Iterator[tuple[str, Slot]]:
@@ -142,7 +142,7 @@ class QuantizedRows:
             yield leaf, NOT_NEEDED
 
     def _by_input(self, *, is_awq: bool) -> Iterator[tuple[str, Slot]]:
-        """AWQ and GPTQ: matrices stand the other way around, (in, out)."""
+        """The slots of AWQ and GPTQ, whose matrices are (in, out)."""
         num_outputs, num_inputs, num_groups = self._num_outputs, self._num_inputs, len(self.groups.scales)
         if is_awq:
             shape = num_inputs, num_outputs // 8
@@ -165,7 +165,7 @@ class QuantizedRows:
     def _codes_slot(
         self, shape: Shape, unpack: Callable[[torch.Tensor], torch.Tensor], order_leaf: str | None = None
     ) -> Slot:
-        """Of the codes, which `unpack` brings to (out, in)."""
+        """The slot of the codes, which `unpack` brings to (out, in)."""
         has_order, span = self.groups.order is not None, self.groups.span
 
         def repack(packed: torch.Tensor, groups_of: torch.Tensor | None) -> torch.Tensor:
@@ -178,7 +178,7 @@ class QuantizedRows:
         return Slot(self.codes, (shape,), INTEGERS, repack, companion)
 
     def _order_slot(self) -> Slot:
-        """Of what says which group an input belongs to."""
+        """The slot of the tensor that says which group each input belongs to, (in,) int32."""
         num_inputs = self._num_inputs
         order = self.groups.order
 
@@ -198,7 +198,11 @@ class QuantizedRows:
         return Slot(target, ((num_inputs,),), INTEGERS, check, is_optional=order is None)
 
     def _order_of(self, groups_of: torch.Tensor) -> torch.Tensor:
-        """Columns of codes in the order of their groups."""
+        """The inputs in the order of their groups, (in,) int64.
+
+        Raises:
+            CheckpointError: a group is smaller or larger than the configuration says.
+        """
         size, num_groups = self.groups.size, len(self.groups.scales)
         counts = torch.bincount(groups_of.flatten().long().clamp(0, num_groups), minlength=num_groups)
         if len(counts) != num_groups or not bool((counts == size).all()):
@@ -207,7 +211,7 @@ class QuantizedRows:
 
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """The eight codes of each int32, along the last dimension, uint8."""
+    """Unpack int32s (…, n), of eight codes each, to (…, 8 n) uint8."""
     bytes_ = packed.int().contiguous().view(torch.uint8)
     return torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(-2)
 

@@ -16,12 +16,12 @@ BYTES = frozenset({"U8"})
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a tensor of a checkpoint, and where it goes.
+    """A part of a checkpoint's tensor, and the place that it fills.
 
     Attributes:
-        source: where in the tensor it is, once that is converted.
+        source: the part, as indices into the converted tensor.
         target: the part of a parameter that it fills.
-        repack: makes what the target takes of it; None for as it is.
+        repack: turns the part into what the target holds; None to copy it as it is.
     """
 
     source: tuple[slice, ...]
@@ -29,7 +29,7 @@ class Piece:
     repack: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def fill(self, tensor: torch.Tensor) -> None:
-        """Copy the part of this tensor."""
+        """Copy this piece's part of the converted tensor to the target."""
         part = tensor[self.source]
         self.target.copy_(part if self.repack is None else self.repack(part))
 
@@ -39,15 +39,15 @@ class Slot:
     """Where one tensor of a checkpoint goes.
 
     Attributes:
-        target: the part of a parameter that it fills; None for nowhere.
-        shapes: those that it may have.
+        target: the part of a parameter that the tensor fills; None if it is not needed.
+        shapes: the shapes that it may have.
         kinds: the types that it may have, as safetensors names them.
-        convert: makes what the target takes of it, on the target's device; None to copy it as it is.
-        companion: name of the tensor that `convert` gets beside it, where there is one.
+        convert: turns it into what the target holds, on the target's device; None to copy it as it is.
+        companion: name of the tensor that `convert` gets as its second argument; None for none.
         is_optional: whether a checkpoint may lack it.
-        pieces: what is taken of the tensor where the model is a part of one; `target` is then that of a whole one. None
-            for all of it.
-        stack: name of the tensor that holds it, and that of the other experts, where a checkpoint has that instead.
+        pieces: the pieces that a rank takes if it holds a part of the model; `target` is then that of the whole model.
+            None to take the whole tensor.
+        stack: name of the tensor of all experts that a checkpoint may have in place of one tensor for each expert.
     """
 
     target: torch.Tensor | None
@@ -61,12 +61,12 @@ class Slot:
 
     @property
     def filled(self) -> tuple[Piece, ...]:
-        """What is taken, and where it goes."""
+        """The pieces of the tensor that are copied."""
         if self.pieces is not None:
             return self.pieces
         return () if self.target is None else (Piece((), self.target),)
 
 
 NOT_NEEDED = Slot(None, (), is_optional=True)
-"""Of what says nothing that is not known, and of scales of activations: those are kept in 16 bits, or rounded by the
-scales that they turn out to need."""
+"""The slot of a tensor that says nothing new, or holds scales of activations: the engine keeps those in 16 bits, or
+rounds them by scales that it computes itself."""

@@ -37,7 +37,7 @@ class OtherHeadError(CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class TensorCopy:
-    """One tensor of a file and where it goes, with the tensor that says how, if there is one."""
+    """One tensor of a file and its slot, with the companion that the slot asks for, if there is one."""
 
     file: Any
     path: Path
@@ -47,11 +47,15 @@ class TensorCopy:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the model that it fills."""
+        """Bytes of the model that this copy fills."""
         return sum(piece.target.nbytes for piece in self.slot.filled)
 
     def run(self) -> int:
-        """Copy; return the bytes filled."""
+        """Read, convert and copy the tensor; return the bytes filled.
+
+        Raises:
+            CheckpointError: the tensor cannot be read, or holds NaN.
+        """
         pieces, convert = self.slot.filled, self.slot.convert
         if not pieces:
             return 0
@@ -83,11 +87,11 @@ def find_copies(model: DecoderModel, directory: Path, files: ExitStack) -> list[
     """Pair each tensor of the first files that hold them all with its place.
 
     Args:
-        files: keeps them open.
+        files: keeps the files open.
 
     Raises:
-        OtherHeadError: see there.
-        CheckpointError: there are no such files; what is wrong with the likeliest ones.
+        OtherHeadError: the files hold an output head that the configuration says is not there.
+        CheckpointError: no files hold all tensors; the message says what is wrong with the likeliest ones.
     """
     failure: CheckpointError | None = None
     for candidate in candidate_files(directory):
@@ -105,8 +109,7 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
     """Pair each tensor of some files with its place; each place is filled exactly once.
 
     Raises:
-        OtherHeadError: see there.
-        CheckpointError: what is wrong with these files.
+        OtherHeadError, CheckpointError: see `find_copies`.
     """
     slots = find_held_slots(model)
     found = [(path, file, name) for path, file, names in _open_all(candidate, files) for name in names]
@@ -138,7 +141,7 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
 
 
 def _check_whole(directory: Path, slots: Mapping[str, Slot], copies: Mapping[str, TensorCopy]) -> None:
-    """See that each place is filled; those of experts either one by one or by their stack.
+    """Check that each place is filled, those of experts either one by one or by their stack.
 
     Raises:
         CheckpointError: a tensor is missing, or an expert is there twice.
@@ -158,14 +161,14 @@ def _check_whole(directory: Path, slots: Mapping[str, Slot], copies: Mapping[str
 
 
 def _is_left_out(family: Family, name: str, place: str, num_layers: int) -> bool:
-    """Whether a tensor is for what the engine cannot do."""
+    """Whether a tensor belongs to a part of the checkpoint that the engine does not run."""
     if family.left_out is None:
         return False
     return is_of_other_part(name) or (family.has_layers_behind and is_behind(place, num_layers))
 
 
 def _settle_head(head: TensorCopy, copies: dict[str, TensorCopy]) -> None:
-    """See to an output head in the files of a model that has none of its own: embeddings that are missing are there.
+    """Decide what to do with an output head if the model has none: it fills the embeddings if the files lack those.
 
     Raises:
         OtherHeadError: it differs from the embeddings.
@@ -180,7 +183,7 @@ def _settle_head(head: TensorCopy, copies: dict[str, TensorCopy]) -> None:
 
 
 def _differ(one: TensorCopy, other: TensorCopy) -> bool:
-    """Whether two matrices of files are not the same."""
+    """Whether two matrices differ in shape or in any number."""
     first, second = (copy.file.get_tensor(copy.name) for copy in (one, other))
     return first.shape != second.shape or any(
         not torch.equal(rows.to(torch.float32), others.to(torch.float32))
@@ -207,7 +210,7 @@ def _check_tensor(copy: TensorCopy) -> None:
 
 
 def _unsaid_format(path: Path, what: str) -> str:
-    """Why a tensor cannot be read whose format nothing names."""
+    """The message for a quantized tensor whose format the configuration does not name."""
     return (
         f"{path} holds {what}, which is quantized, but config.json does not say so for it; use a checkpoint whose "
         "quantization_config says how, or one in bfloat16 or float16"
@@ -240,14 +243,14 @@ def _open(path: Path) -> Any:
 
 
 def _some(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
+    """The first three names, and the number of the others."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
     return ", ".join(ordered[:3]) + more
 
 
 def _has_nan(numbers: torch.Tensor) -> bool:
-    """Whether any of these numbers is none. Takes no memory; codes of 8 bits and less are not looked at."""
+    """Whether any number is NaN. Allocates no memory; codes of 8 bits and fewer are not examined."""
     if not numbers.is_floating_point() or numbers.element_size() == 1 or not numbers.numel():
         return False
     return bool(torch.aminmax(numbers)[0].isnan())

@@ -1,4 +1,4 @@
-"""Names of tensors as checkpoints have them, whatever stands in front of them.
+"""Names of tensors in checkpoints, whatever prefix they have.
 
 The same tensor is `model.layers.0.mlp.up_proj.weight` in most checkpoints, `layers.0.mlp.up_proj.weight` in one that
 was saved without its output head, `model.language_model.layers.0.…` or `language_model.model.layers.0.…` beside the
@@ -19,11 +19,11 @@ _BUFFERS = re.compile(r"(?:.+\.)?(?:rotary_emb\.\w+|masked_bias|position_ids)")
 
 
 def canonical_names(names: Iterable[str], wanted: Collection[str], renamed: Mapping[str, str]) -> dict[str, str]:
-    """The name that families have for each name of a checkpoint; the name itself where it is in no model of theirs.
+    """For each name in a checkpoint, the name that families have for it; the name itself if no family's model has it.
 
     Args:
-        names: of tensors or of modules, all that the checkpoint has.
-        wanted: those that the model has places for, as families name them.
+        names: the names of all of the checkpoint's tensors, or of all of its modules.
+        wanted: the names that the model has places for, as families name them.
         renamed: see `Family`.
     """
     held = set(names)
@@ -42,12 +42,12 @@ def is_buffer(name: str) -> bool:
 
 
 def is_of_other_part(name: str) -> bool:
-    """Whether a tensor belongs to what sees images in front of a model of text, or guesses tokens behind it."""
+    """Whether a tensor belongs to a part beside the language model: its vision tower, or its multi-token prediction."""
     return _OTHER_PARTS.match(name) is not None
 
 
 def is_behind(name: str, num_layers: int) -> bool:
-    """Whether a tensor, by its canonical name, belongs to a layer behind the last of so many."""
+    """Whether a tensor, by its canonical name, belongs to a layer after the first `num_layers`."""
     match = _LAYER_NUMBER.match(name)
     return match is not None and int(match[1]) >= num_layers
 

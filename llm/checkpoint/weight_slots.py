@@ -61,29 +61,29 @@ def find_slots(model: DecoderModel) -> dict[str, Slot]:
 
 
 def canonical_scale_name(name: str) -> str:
-    """The name that slots have for a tensor.
+    """The name that `find_slots` has for a tensor, given its canonical name.
 
-    Scales that multiply are called inverse by some; those of keys and values have stood beside their projections.
+    Some tools call a scale that multiplies inverse, and some keep the scales of keys and values with their projections.
     """
     name = _CACHE_SCALE.sub(r"self_attn.\1_scale", name)
     return name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name
 
 
 def _stack_slots(name: str, module: ExpertProjections, stack: ExpertStack) -> Iterator[tuple[str, Slot]]:
-    """The slots of a projection of all experts of a layer and of its bias, by their names."""
+    """The slots of one projection of all of a layer's experts, and of its bias, with their names."""
     if stack is ExpertStack.AS_HERE:
         if not isinstance(module, QuantizedExperts):  # those that are have tensors of their own
             yield name, Slot(module.weight.detach(), (tuple(module.weight.shape),))
         return
 
     def target(parameter: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """A view of a parameter, whose outputs are a dimension with gates in front, in the order of the checkpoint."""
+        """A view of a parameter in the checkpoint's order of outputs, which are at `dim`; ours has gates first."""
         if stack is ExpertStack.IN_ORDER:
             return parameter.detach()
         return torch.unflatten(parameter.detach(), dim, (2, -1)).transpose(dim, dim + 1)
 
     def arranged(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """What a checkpoint holds, its outputs a dimension, as `target` has it."""
+        """A checkpoint's tensor, whose outputs are at `dim`, in the shape of `target`'s view."""
         return torch.unflatten(tensor, dim, (-1, 2)) if stack is ExpertStack.ALTERNATING else tensor
 
     num_experts, num_outputs, width = module.weight.shape
