@@ -40,10 +40,9 @@ from benchmarks.engine_rows import (
 )
 from llm.checkpoint.adapter_digest import adapter_digest
 from llm.config import EngineConfig
-from llm.core.paged_kv_cache import PagedKVCache
 from llm.models.experts import ExpertProjections
 from llm.serving.engine import ContinuousBatchingEngine
-from llm.serving.runners import kv_cache_dtype
+from llm.serving.engine_setup import EngineSetup
 from llm.serving.schemas import AdapterRef, GenerationRequest
 
 
@@ -149,14 +148,8 @@ class Bench:
             weights -= round(unread * sum(each.nbytes for module in stacked for each in module.parameters()))
         if model.lm_head is not None:  # otherwise the embeddings are the head's weights, too
             weights -= model.embed_tokens.weight.nbytes
-        slot = len(model.page_groups) * PagedKVCache.bytes_per_page(
-            model.page_groups,
-            page_size=1,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.config.head_size,
-            has_values=model.config.latent is None,
-            dtype=kv_cache_dtype(model, self.engine.config),
-        )
+        setup = EngineSetup(model, self.engine.config, self.engine.max_seq_len)
+        slot = len(model.page_groups) * setup.bytes_per_page // self.engine.config.page_size
         return LeastReads(weights, slot, 2 * model.config.state_bytes(model.dtype.itemsize))
 
     def own_rows(self) -> Iterator[Row]:

@@ -182,7 +182,7 @@ def _make_torch(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
     import torch
 
     from llm.serving.engine import ContinuousBatchingEngine
-    from llm.serving.memory import states_bytes
+    from llm.serving.engine_setup import EngineSetup
 
     # Ray sets OMP_NUM_THREADS=1 for replicas with less than a CPU.
     torch.set_num_threads(config.replicas.torch_threads or max(1, num_cores() // config.replicas.most_replicas))
@@ -203,7 +203,8 @@ def _make_torch(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
 
         lose_device_on_demand(engine, config.emulation.fault_dir)
     model = engine.model
-    kv_itemsize = 1 if config.engine.kv_cache_dtype == "fp8" else model.dtype.itemsize
+    setup = EngineSetup(model, engine.config, engine.max_seq_len)
+    slots_bytes = engine.num_slots * slot_bytes(model.held, setup.kv_cache_dtype.itemsize)
     return engine, EngineInfo(
         model=config.model_name,
         max_seq_len=engine.max_seq_len,
@@ -216,7 +217,7 @@ def _make_torch(config: ServedModelConfig) -> tuple[Engine, EngineInfo]:
         backend=engine.attention_backend,
         fingerprint=fingerprint_of(config),
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
-        kv_cache_bytes=engine.num_slots * slot_bytes(model.held, kv_itemsize) + states_bytes(model, engine.config),
+        kv_cache_bytes=slots_bytes + setup.states_bytes,
         vector_size=model.hidden_size,
         num_labels=model.config.num_labels,
         num_gpus=config.engine.tensor_parallel_size,

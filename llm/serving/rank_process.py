@@ -20,6 +20,7 @@ from llm.parallel.exchange import join_ranks
 from llm.parallel.member import Leader
 from llm.parallel.tasks import Task
 from llm.serving.adapter_copies import AdapterCopies
+from llm.serving.engine_setup import EngineSetup
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_loading import load_model
 from llm.serving.model_runner import Follower
@@ -74,13 +75,12 @@ class RankProcess:
 
     def _answer(self, call: RankCall) -> int:
         layout = None if self._packer is None else self._packer.layout
+        setup = EngineSetup(self._model, self._config, call.context_len, layout)
         match call.name:
             case "size":
-                return num_pool_pages(self._model, self._config, call.context_len, layout)
+                return num_pool_pages(setup)
             case "build":
-                self._follower = make_follower(
-                    self._model, self._config, num_pages=call.num_pages, context_len=call.context_len, adapters=layout
-                )
+                self._follower = make_follower(setup, call.num_pages)
             case "hold_adapters":
                 assert self._packer is not None, "requests choose adapters"
                 assert self._follower is not None, "it comes behind `build`"

@@ -13,12 +13,12 @@ from llm.checkpoint.loading import Progress
 from llm.config import EngineConfig
 from llm.core.partition import Partition
 from llm.errors import ConfigError
-from llm.models.adapters import AdapterLayout
 from llm.models.decoder import DecoderModel
 from llm.parallel.collectives import Collectives
 from llm.parallel.exchange import join_ranks
 from llm.parallel.ranks import RankGroup
 from llm.serving.adapter_copies import AdapterCopies
+from llm.serving.engine_setup import EngineSetup
 from llm.serving.memory import num_pool_pages
 from llm.serving.model_loading import ModelSource, load_model
 from llm.serving.model_runner import ModelRunner
@@ -81,22 +81,17 @@ class Ranks:
         self._exchanges.append(exchange)
         model.exchange = exchange
 
-    def num_pool_pages(self, model: DecoderModel, context_len: int, adapters: AdapterLayout | None) -> int:
+    def num_pool_pages(self, setup: EngineSetup) -> int:
         """Number of pages that every rank has room for."""
-        self.group.call("size", context_len=context_len)
-        own = num_pool_pages(model, self._config, context_len, adapters)
+        self.group.call("size", context_len=setup.context_len)
+        own = num_pool_pages(setup)
         others: Sequence[int] = self.group.replies()
         return min(own, *others)
 
-    def make_runner(
-        self, model: DecoderModel, *, num_pages: int, context_len: int, adapters: AdapterLayout | None
-    ) -> ModelRunner:
+    def make_runner(self, setup: EngineSetup, num_pages: int) -> ModelRunner:
         """Make this rank's runner, which has the others run its steps."""
-        self.group.call("build", num_pages=num_pages, context_len=context_len)
-        runner = make_runner(
-            model, self._config, num_pages=num_pages, context_len=context_len, wait=self.group.wait_for,
-            adapters=adapters,
-        )  # fmt: skip
+        self.group.call("build", num_pages=num_pages, context_len=setup.context_len)
+        runner = make_runner(setup, num_pages, wait=self.group.wait_for)
         self.group.replies()
         return ParallelRunner(runner, self.group)
 

@@ -7,9 +7,8 @@ import torch
 
 from llm.attention.backends import TRITON, choose_backend, make_backend
 from llm.config import EngineConfig
-from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
-from llm.models.adapters import AdapterLayout, AdapterMemory
+from llm.models.adapters import AdapterMemory
 from llm.models.cache_scales import fold_cache_scales
 from llm.models.decoder import DecoderModel
 from llm.models.latent import unpack_latent_heads
@@ -18,6 +17,7 @@ from llm.serving.checks import check_quantization
 from llm.serving.eager_follower import EagerFollower
 from llm.serving.eager_model import EagerModel
 from llm.serving.eager_runner import EagerRunner
+from llm.serving.engine_setup import EngineSetup
 from llm.serving.model_runner import Follower, ModelRunner
 
 if TYPE_CHECKING:
@@ -27,25 +27,18 @@ _FP8_CHECKPOINT = "a checkpoint in fp8"
 
 
 def make_runner(
-    model: DecoderModel,
-    config: EngineConfig,
-    *,
-    num_pages: int,
-    context_len: int,
-    wait: Callable[[torch.cuda.Event], None] | None = None,
-    adapters: AdapterLayout | None = None,
+    setup: EngineSetup, num_pages: int, *, wait: Callable[[torch.cuda.Event], None] | None = None
 ) -> ModelRunner:
     """Make the runner, with memory for `num_pages` pages on the model's device. Prepares the weights if necessary.
 
     Args:
         wait: see `GraphRunner`.
-        adapters: what a slot of `max_adapters` adapters holds; None if requests cannot choose one.
 
     Raises:
         ConfigError: the requested attention backend is unknown or does not run on this device, or the configuration
             asks for something it cannot do.
     """
-    prepared = _prepare(model, config, num_pages, context_len, adapters)
+    prepared = _prepare(setup, num_pages)
     if isinstance(prepared, EagerModel):
         return EagerRunner(prepared)
     from llm.serving.graph_runner import GraphRunner  # triton is installed only on GPU machines
@@ -53,67 +46,40 @@ def make_runner(
     return GraphRunner(prepared, wait=wait)
 
 
-def make_follower(
-    model: DecoderModel,
-    config: EngineConfig,
-    *,
-    num_pages: int,
-    context_len: int,
-    adapters: AdapterLayout | None = None,
-) -> Follower:
+def make_follower(setup: EngineSetup, num_pages: int) -> Follower:
     """Make what runs the steps of `make_runner`'s runner on another rank."""
-    prepared = _prepare(model, config, num_pages, context_len, adapters)
+    prepared = _prepare(setup, num_pages)
     if isinstance(prepared, EagerModel):
-        return EagerFollower(prepared, table_len(config, context_len))
+        return EagerFollower(prepared, setup.table_len)
     from llm.serving.graph_follower import GraphFollower
 
     return GraphFollower(prepared)
 
 
-def num_snapshots(model: DecoderModel, config: EngineConfig) -> int:
-    """Number of state snapshots, the same on every rank."""
-    return config.num_snapshots(model.device.type, model.config.state_bytes(model.dtype.itemsize))
-
-
-def table_len(config: EngineConfig, context_len: int) -> int:
-    """Pages of the longest sequence."""
-    return -(-context_len // config.page_size)
-
-
-def _prepare(
-    model: DecoderModel, config: EngineConfig, num_pages: int, context_len: int, adapters: AdapterLayout | None
-) -> "EagerModel | GraphModel":
+def _prepare(setup: EngineSetup, num_pages: int) -> "EagerModel | GraphModel":
     """Prepare the weights, allocate the pool's memory, and make what runs the model's part of steps."""
-    backend, device_type = choose_backend(config.attention_backend, model.device), model.device.type
+    model, config = setup.model, setup.config
+    backend = choose_backend(config.attention_backend, model.device)
     prepare_weights(model, config)
-    model.fit_context(context_len)
-    kv_cache = PagedKVCache(
-        model.page_groups,
-        num_pages=num_pages,
-        page_size=config.page_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.config.head_size,
-        has_values=model.config.latent is None,
-        device=model.device,
-        dtype=kv_cache_dtype(model, config),
-    )
-    memory = None if adapters is None else AdapterMemory(model, adapters, config.max_adapters, model.dtype)
+    model.fit_context(setup.context_len)
+    kv_cache = setup.make_kv_cache(num_pages)
+    memory = None if setup.adapters is None else AdapterMemory(model, setup.adapters, config.max_adapters, model.dtype)
     if backend != TRITON:
         return EagerModel(
-            model, kv_cache, make_backend(backend), max_rows=config.batch_size(device_type),
-            num_snapshots=num_snapshots(model, config), adapters=memory,
+            model, kv_cache, make_backend(backend), max_rows=setup.max_rows, num_snapshots=setup.num_snapshots,
+            adapters=memory,
         )  # fmt: skip
     from llm.serving.graph_model import GraphModel
 
     return GraphModel(
         model,
         kv_cache,
-        max_rows=config.batch_size(device_type),
-        max_tokens=config.token_budget(device_type),
-        table_len=table_len(config, context_len),
+        max_rows=setup.max_rows,
+        max_tokens=setup.max_tokens,
+        table_len=setup.table_len,
         max_draws_per_row=1 + config.num_speculative_tokens,
         deterministic=config.deterministic,
-        num_snapshots=num_snapshots(model, config),
+        num_snapshots=setup.num_snapshots,
         adapters=memory,
     )
 
@@ -138,11 +104,6 @@ def prepare_weights(model: DecoderModel, config: EngineConfig) -> None:
         raise ConfigError("this model's weights were rounded to 8 bits by another engine; load it again, or set fp8")
     for _, module in quantized_modules(model):
         module.join()
-
-
-def kv_cache_dtype(model: DecoderModel, config: EngineConfig) -> torch.dtype:
-    """Format of the pool's keys and values."""
-    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else model.dtype
 
 
 def _check_formats(model: DecoderModel, config: EngineConfig) -> None:

@@ -6,6 +6,7 @@ One rank runs at a time, for Triton's interpreter knows no threads; a rank gives
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -17,12 +18,12 @@ from llm.checkpoint.adapter_slots import make_packer
 from llm.checkpoint.loading import load_decoder
 from llm.config import EngineConfig
 from llm.core.partition import Partition
-from llm.models.adapters import AdapterLayout
 from llm.models.decoder import DecoderModel
 from llm.parallel.channel import Int32Array, pack_arrays, unpack_arrays
 from llm.parallel.tasks import PendingTasks, Task, TaskReply
 from llm.serving.adapter_copies import AdapterCopies
 from llm.serving.engine import ContinuousBatchingEngine
+from llm.serving.engine_setup import EngineSetup
 from llm.serving.model_runner import Follower, ModelRunner
 from llm.serving.parallel_runner import ParallelRunner
 from llm.serving.rank_adapters import AdapterOutcome, RankAdapters, carry_out
@@ -134,22 +135,19 @@ class ThreadRanks:
         self._tasks = PendingTasks()
         self._errors: list[BaseException] = []
 
-    def num_pool_pages(self, model: DecoderModel, context_len: int, adapters: AdapterLayout | None) -> int:
+    def num_pool_pages(self, setup: EngineSetup) -> int:
         assert self._config.num_pages is not None
         return self._config.num_pages
 
-    def make_runner(
-        self, model: DecoderModel, *, num_pages: int, context_len: int, adapters: AdapterLayout | None
-    ) -> ModelRunner:
-        sizes = {"num_pages": num_pages, "context_len": context_len}
+    def make_runner(self, setup: EngineSetup, num_pages: int) -> ModelRunner:
         for rank, rank_model in enumerate(self._models[1:], start=1):
             steps: _Frames = Queue()
             self._steps.append(steps)
             packer = self._packers[rank]
-            layout = None if packer is None else packer.layout
-            self._followers.append(follower := make_follower(rank_model, self._config, **sizes, adapters=layout))
+            rank_setup = replace(setup, model=rank_model, adapters=None if packer is None else packer.layout)
+            self._followers.append(follower := make_follower(rank_setup, num_pages))
             threading.Thread(target=self._follow, args=(rank, follower, steps), daemon=True).start()
-        return ParallelRunner(make_runner(model, self._config, **sizes, adapters=adapters), self)  # type: ignore
+        return ParallelRunner(make_runner(setup, num_pages), self)  # type: ignore
 
     def share_adapters(self, own: AdapterCopies) -> RankAdapters:
         for packer, follower in zip(self._packers[1:], self._followers, strict=True):
