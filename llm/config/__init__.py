@@ -12,7 +12,7 @@ from llm.config.model import (
     RoutingConfig,
 )
 from llm.config.quantization import Quantization, WeightFormat, WeightLayout
-from llm.strict_model import StrictModel, describe
+from llm.config.strict_model import StrictModel, describe
 
 __all__ = [
     "MAX_TOP_LOGPROBS",

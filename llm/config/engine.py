@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm.adapter_config import AdapterSettings
+from llm.config.adapters import AdapterSettings
 
 MAX_TOP_LOGPROBS = 20
 """The largest number of most likely tokens whose log probabilities a request may ask for."""

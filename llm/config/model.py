@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from llm.config.quantization import Quantization
-from llm.strict_model import StrictModel
+from llm.config.strict_model import StrictModel
 
 _MAX_SIZE, _MAX_HEADS, _MAX_LAYERS, _MAX_CONTEXT = 2**22, 4096, 1024, 2**24
 """Several times what the largest models have. A file with a mistake would otherwise ask for more than can be counted:

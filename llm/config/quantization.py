@@ -6,7 +6,7 @@ from functools import cache
 
 from pydantic import Field
 
-from llm.strict_model import StrictModel
+from llm.config.strict_model import StrictModel
 
 
 class WeightLayout(StrEnum):

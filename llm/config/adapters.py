@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from llm.strict_model import StrictModel
+from llm.config.strict_model import StrictModel
 
 
 class AdapterSettings(StrictModel):
