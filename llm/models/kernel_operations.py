@@ -127,7 +127,6 @@ class KernelOperations:
     ) -> torch.Tensor:
         """See `Operations.mix`."""
         states, tokens, parts = self._workspace.states, self._step.tokens, self._step.parts
-        assert states is not None, "a workspace for a model with states"
         decay = scaled(decay)
         tail, matrix = states.layers[layer]
         sizes = spec.conv_size, spec.output_size

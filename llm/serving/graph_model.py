@@ -103,10 +103,8 @@ class GraphModel:
         self.inputs = StepInputs(sizes, device, NUM_BUFFERS)
         self._states = RecurrentStates(model.delta_specs, max_rows, device, model.dtype, num_snapshots)
         self._workspace = KernelWorkspace(
-            model.layer_specs, kv_cache, self.pages.page_tables, self.pages.last_token_ids, model.dtype,
-            max_tokens=self.most_tokens, max_parts=most_rows, deterministic=deterministic, experts=model.experts,
-            states=self._states,
-            partition=model.partition, exchange=model.exchange, adapters=adapters,
+            model, kv_cache, self._states, self.pages.page_tables, self.pages.last_token_ids,
+            max_tokens=self.most_tokens, max_parts=most_rows, deterministic=deterministic, adapters=adapters,
         )  # fmt: skip
         self.to_logits = partial(model.logits, head=self._workspace.head)
         self.hidden = torch.zeros(most_kept, model.hidden_size, dtype=model.dtype, device=device)

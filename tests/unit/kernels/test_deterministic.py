@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from llm.core.paged_kv_cache import PagedKVCache
+from llm.core.recurrent_state import RecurrentStates
 from llm.kernels.attention.prefill import paged_prefill, prefill_block_tokens
 from llm.kernels.attention.work import Scoring, StepParts, WorkItems, num_prefill_items, plan_prefills
 from llm.kernels.linear import Linear, Weights
@@ -176,8 +177,8 @@ def test_logits_do_not_depend_on_chunks_and_company(kind):
             head_dim=model.config.head_size, has_values=model.config.latent is None, device=DEVICE, dtype=HALF,
         )  # fmt: skip
         workspace = KernelWorkspace(
-            model.layer_specs, kv_cache, ints([[[3, 1], [0, 5]]]), ints([0, 0]), HALF,
-            max_tokens=64, max_parts=4, deterministic=True, experts=model.experts,
+            model, kv_cache, RecurrentStates({}, 2, DEVICE, HALF), ints([[[3, 1], [0, 5]]]), ints([0, 0]),
+            max_tokens=64, max_parts=4, deterministic=True,
         )  # fmt: skip
         for step in steps:
             tokens = StepTokens(
