@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--spread", type=float, default=0.0, help="contexts differ by so much from their mean")
     parser.add_argument("--cuts", nargs="+", type=int, default=[2], help="chunks a context may be cut into on average")
-    parser.add_argument("--registers", nargs="+", type=int, default=[0], help="most registers a thread; 0 for any")
+    parser.add_argument("--registers", nargs="+", type=int, default=[128], help="of a thread at most; 0 for any")
     options = parser.parse_args()
     kinds = [("16 bits", torch.bfloat16, 0), ("8 bits, shared memory", torch.float8_e4m3fn, 0)]
     kinds += [("8 bits", torch.float8_e4m3fn, registers) for registers in options.registers]
@@ -69,8 +69,7 @@ def main() -> None:
                 patches.enter_context(patch.object(module, "num_decode_items", lambda n, cuts=cuts: cuts * n + 64))
             if kind == "8 bits, shared memory":
                 patches.enter_context(patch.object(decode, "has_tiles", lambda *_: False))
-            if registers:
-                patches.enter_context(patch.dict(decode.TILE_OPTIONS, {"maxnreg": registers}))
+            patches.enter_context(patch.object(decode, "TILE_REGISTERS", registers or None))
             row = measure(case, heads, options.head_dim, dtype, options.spread)
         labels = {"case": case, "heads": heads, "cuts": cuts, "kind": kind, "registers": registers}
         print(json.dumps({**labels, **row}), flush=True)

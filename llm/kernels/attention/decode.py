@@ -17,9 +17,9 @@ from llm.kernels.attention.eight_bit_tiles import (
     load_key_words,
     load_value_words,
     run_offset,
+    tile_tokens,
     value_dims,
     values_of,
-    weights_of,
 )
 from llm.kernels.attention.work import (
     AttentionOutputs,
@@ -41,8 +41,8 @@ from llm.kernels.soft_cap import tanh
 
 _BLOCK_TOKENS = 64
 _NUM_WARPS, _NUM_WARPS_8_BITS, _NUM_STAGES = 4, 2, 3
-TILE_OPTIONS: dict[str, Any] = {"num_warps": 1}
-"""How `_paged_decode_8_bits` is launched: threads exchange nothing, so a program is one warp."""
+TILE_REGISTERS: int | None = 128
+"""Of a thread of `_paged_decode_8_bits` for up to 8 heads: 16 programs a multiprocessor, and nothing is spilled."""
 
 
 class PagedDecode:
@@ -87,13 +87,12 @@ class PagedDecode:
         scoring = scoring or Scoring(heads.head_dim**-0.5)
         page_size = kv_pages.shape[2]
         outputs = AttentionOutputs(output, self._partial, self._partial_lse)
-        kernel, options = _paged_decode, self._options(query, kv_pages)
-        if kv_pages.dtype.itemsize == 1 and query.dtype.itemsize == 2 and has_tiles(heads.head_dim, page_size):
-            kernel, options = _paged_decode_8_bits, {"BY_CHIP": query.is_cuda, **TILE_OPTIONS}
+        in_tiles = kv_pages.dtype.itemsize == 1 and query.dtype.itemsize == 2 and has_tiles(heads.head_dim, page_size)
+        kernel = _paged_decode_8_bits if in_tiles else _paged_decode
+        options = self._tile_options(query) if in_tiles else self._options(query, kv_pages)
         kernel[(heads.num_kv_heads, num_decode_items(parts.num_parts))](
             query, PagedCache.of(kv_pages, page_tables), parts, items, outputs, query.stride(0), window or 0,
-            scoring.factors, HEADS=heads, GROUP_BLOCK=max(16, triton.next_power_of_2(heads.group)),
-            PAGE_SIZE=page_size, **options, **launch_options(query.device),
+            scoring.factors, HEADS=heads, PAGE_SIZE=page_size, **options, **launch_options(query.device),
         )  # fmt: skip
         merge_chunks(parts, items, outputs, heads.group, window)
 
@@ -102,10 +101,17 @@ class PagedDecode:
         has_8_bits = kv_pages.dtype.itemsize == 1
         bytes_a_stage = 2 * _BLOCK_TOKENS * self._heads.head_block * kv_pages.dtype.itemsize
         return {
-            "BLOCK": _BLOCK_TOKENS, "INDEX": slot_index_type(kv_pages), "PRODUCT": product_type(query, kv_pages),
+            "GROUP_BLOCK": max(16, triton.next_power_of_2(self._heads.group)), "BLOCK": _BLOCK_TOKENS,
+            "INDEX": slot_index_type(kv_pages), "PRODUCT": product_type(query, kv_pages),
             "HAS_PAIRS": has_8_bits and query.is_cuda, "num_warps": _NUM_WARPS_8_BITS if has_8_bits else _NUM_WARPS,
             "num_stages": min(_NUM_STAGES, most_stages(query.device, bytes_a_stage)),
         }  # fmt: skip
+
+    def _tile_options(self, query: torch.Tensor) -> dict[str, Any]:
+        """Those of `_paged_decode_8_bits` alone."""
+        group_block = max(8, triton.next_power_of_2(self._heads.group))
+        registers = TILE_REGISTERS if group_block == 8 else None
+        return {"GROUP_BLOCK": group_block, "BY_CHIP": query.is_cuda, "num_warps": 1, "maxnreg": registers}
 
 
 def merge_chunks(
@@ -255,11 +261,11 @@ def _paged_decode_8_bits(
 
     exists = tl.arange(0, GROUP_BLOCK) < HEADS.group
     head = kv_head * HEADS.group + tl.arange(0, GROUP_BLOCK)
-    query_offsets = head[:, None] * head_dim + key_dims(head_dim)[None, :]
-    q = tl.load(query + token * query_stride + query_offsets, mask=exists[:, None], other=0.0).to(tl.float16)
+    query_offsets = head[None, :] * head_dim + key_dims(head_dim)[:, None]
+    q = tl.load(query + token * query_stride + query_offsets, mask=exists[None, :], other=0.0).to(tl.float16)
 
     highest, weight = _start_softmax(factors, items, item, head, exists, GROUP_BLOCK)
-    acc = tl.zeros([GROUP_BLOCK, head_dim], tl.float32)
+    acc = tl.zeros([head_dim, GROUP_BLOCK], tl.float32)
     aligned = begin // 16 * 16
     first = run_offset(table, aligned, end, token_words, PAGE_SIZE)
     second = run_offset(table, aligned + 16, end, token_words, PAGE_SIZE)
@@ -268,16 +274,16 @@ def _paged_decode_8_bits(
         even, odd = load_value_words(value_pages, first, second, start, begin, end, token_words, head_dim)
         first = run_offset(table, start + 32, end, token_words, PAGE_SIZE)
         second = run_offset(table, start + 48, end, token_words, PAGE_SIZE)
-        scores = tl.dot(q, keys_of(key_words, head_dim, BY_CHIP))
+        scores = tl.dot(keys_of(key_words, head_dim, BY_CHIP), q)
         key_words = load_key_words(key_pages, first, second, token_words, head_dim)
-        position = start + tl.arange(0, 32)
+        position = start + tile_tokens()
         visible = (position >= begin) & (position < end)
-        probability, rescale, highest, weight = _weigh_tile(scores, visible, highest, weight, factors)
-        weights = weights_of(probability.to(tl.float16), GROUP_BLOCK)
-        acc = acc * rescale[:, None] + tl.dot(weights, values_of(even, odd, head_dim, BY_CHIP))
+        probability, rescale, highest, weight = _weigh_tile(tl.trans(scores), visible, highest, weight, factors)
+        weights = tl.trans(probability.to(tl.float16))
+        acc = acc * rescale[None, :] + tl.dot(values_of(even, odd, head_dim, BY_CHIP), weights)
     lse = highest + tl.log2(weight)
     _store_chunk(
-        acc / weight[:, None], lse, outputs, is_whole, item, token, head, value_dims(head_dim), exists, HEADS
+        tl.trans(acc / weight[None, :]), lse, outputs, is_whole, item, token, head, value_dims(head_dim), exists, HEADS
     )  # fmt: skip
 
 

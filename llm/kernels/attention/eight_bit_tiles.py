@@ -1,80 +1,79 @@
 """Tiles of keys and values in 8 bits, from their pages to the tensor cores through nothing but registers.
 
-The tensor cores take numbers of 16 bits, and of values in pairs of two tokens. A tile that is widened where it was loaded
-has to be exchanged between threads for that, through shared memory, at two bytes a number and twice. But in which order a
-product sums, and in which order its outputs stand, is free. So each thread loads, 16 bytes at a time, just what it hands
-to the tensor cores, and the other operand and the outputs stand in the order that follows:
+Tensor cores take numbers of 16 bits, and those of values as pairs of two tokens. A tile that is widened where it was
+loaded has to be exchanged between threads for that, through shared memory, at two bytes a number. But the order in
+which a product sums is free, and so is the order of its outputs. So each thread loads, 16 bytes at a time, just what it
+hands to the tensor cores, and queries, tokens and outputs stand in the order that follows from that. The thread
+t + 4 g of a warp has
 
-- a thread of a warp is (token g, quarter t) of keys: from each 64 numbers of 8 tokens it has the 16 of a quarter;
-- and (tokens t, eighth g) of values: of each 16 tokens it has an eighth of the heads of four.
+- of keys, of the tokens that `tile_tokens` puts in rows g and g + 8 of each run: quarter t of each 64 numbers;
+- of values, of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of each run: eighth g of the head.
 
-A tile is two runs of 16 tokens, each in one page.
+A tile is two runs of 16 tokens, each within one page.
 """
 
 import triton
 import triton.language as tl
 
-RUN = 16
-"""Tokens of a run."""
-TILE = 2 * RUN
-"""Tokens of a tile."""
+_RUN = 16
 
 
 def has_tiles(head_dim: int, page_size: int) -> bool:
     """Whether heads of this size, in pages of so many tokens, are read in such tiles."""
-    return head_dim in (64, 128) and page_size % RUN == 0
+    return head_dim in (64, 128) and page_size % _RUN == 0
 
 
 @triton.jit
 def run_offset(table, position, end, token_words, PAGE_SIZE: tl.constexpr):
-    """Words before the run that begins at `position`, a multiple of `RUN`; those before page 0 for a run past `end`."""
+    """Words of four numbers before the run that begins at `position`, a multiple of 16. A run from `end` on: page 0."""
     page = tl.load(table + position // PAGE_SIZE, mask=position < end, other=0).to(tl.int64)
     return (page * PAGE_SIZE + position % PAGE_SIZE) * token_words
 
 
 @triton.jit
+def tile_tokens():
+    """Which token of a tile stands in each row of `keys_of`, and in each column of `values_of`: (32,) int32."""
+    place = tl.arange(0, 32)
+    return place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
+
+
+@triton.jit
 def load_key_words(pages, first, second, token_words, HEAD_DIM: tl.constexpr):
-    """Keys of two runs at these offsets, as words of four: (t, g, 64 numbers, half of the run, run, word).
+    """Keys of the runs at these offsets: (t, g, every 64 numbers, whether from row 8 on, run, words of four numbers).
 
     Those of tokens that do not exist are whatever lies there.
     """
     quarter = tl.arange(0, 4)[:, None, None, None, None, None]
-    token = tl.arange(0, 8)[None, :, None, None, None, None]
+    low = tl.arange(0, 8)[None, :, None, None, None, None]
     part = tl.arange(0, HEAD_DIM // 64)[None, None, :, None, None, None]
-    half = tl.arange(0, 2)[None, None, None, :, None, None]
+    high = tl.arange(0, 2)[None, None, None, :, None, None]
     run = tl.arange(0, 2)[None, None, None, None, :, None]
     word = tl.arange(0, 4)[None, None, None, None, None, :]
-    offsets = (half * 8 + token) * token_words + part * 16 + quarter * 4 + word
+    token = low // 2 % 2 * 8 + high * 4 + low // 4 * 2 + low % 2  # as in `tile_tokens`
+    offsets = token * token_words + part * 16 + quarter * 4 + word
     return tl.load(pages + tl.where(run == 0, first, second) + offsets)
 
 
 @triton.jit
 def key_dims(HEAD_DIM: tl.constexpr):
-    """Which number of a head stands at each place of `keys_of`: (HEAD_DIM,) int32."""
+    """Which number of a head stands in each column of `keys_of`: (HEAD_DIM,) int32."""
     place = tl.arange(0, HEAD_DIM)
     return place // 64 * 64 + place // 4 % 4 * 16 + place // 16 % 4 * 4 + place % 4
 
 
 @triton.jit
 def keys_of(words, HEAD_DIM: tl.constexpr, BY_CHIP: tl.constexpr):
-    """The tile's keys: (HEAD_DIM, 32) float16, a column for each token."""
+    """The tile's keys: (32, HEAD_DIM) float16, in the order of `tile_tokens` and `key_dims`."""
     n0, n1, n2, n3 = _widen(words, BY_CHIP)
-    numbers = tl.join(tl.join(n0, n1), tl.join(n2, n3))  # (t, g, part, half, run, word, number's bit 0, bit 1)
-    return tl.reshape(tl.permute(numbers, (2, 5, 0, 7, 6, 4, 3, 1)), (HEAD_DIM, 32))
-
-
-@triton.jit
-def weights_of(scores, HEADS: tl.constexpr):
-    """Weights (HEADS, 32) in the order of `values_of`: neighbours in a thread's registers stay neighbours."""
-    apart = tl.reshape(scores, (HEADS, 2, 2, 4, 2))  # (head, run, half, t, neighbour)
-    return tl.reshape(tl.permute(apart, (0, 1, 3, 2, 4)), (HEADS, 32))
+    numbers = tl.join(tl.join(n0, n1), tl.join(n2, n3))  # …, bit 0 and bit 1 of the number in its word
+    return tl.reshape(tl.permute(numbers, (4, 3, 1, 2, 5, 0, 7, 6)), (32, HEAD_DIM))
 
 
 @triton.jit
 def load_value_words(pages, first, second, start, begin, end, token_words, HEAD_DIM: tl.constexpr):
-    """Values of two runs, as words of four: (t, g, half of the run, run, word), of even tokens and of odd ones.
+    """Values of even tokens and of odd ones: (t, g, half of the run, run, words of four numbers) each.
 
-    The runs begin at `start`; zeros for tokens before `begin` or not before `end`.
+    The tile begins at position `start`; zeros for tokens before `begin`, and for those from `end` on.
     """
     pair = tl.arange(0, 4)[:, None, None, None, None]
     eighth = tl.arange(0, 8)[None, :, None, None, None]
@@ -91,19 +90,19 @@ def load_value_words(pages, first, second, start, begin, end, token_words, HEAD_
 
 @triton.jit
 def value_dims(HEAD_DIM: tl.constexpr):
-    """Which number of a head stands at each place of `values_of`: (HEAD_DIM,) int32."""
+    """Which number of a head stands in each row of `values_of`: (HEAD_DIM,) int32."""
     place = tl.arange(0, HEAD_DIM)
     return place % 8 * (HEAD_DIM // 8) + place // 8
 
 
 @triton.jit
 def values_of(even, odd, HEAD_DIM: tl.constexpr, BY_CHIP: tl.constexpr):
-    """The tile's values: (32, HEAD_DIM) float16, a row for each token."""
+    """The tile's values: (HEAD_DIM, 32) float16, in the order of `value_dims` and `tile_tokens`."""
     e0, o0, e1, o1, e2, o2, e3, o3 = _widen_pairs(even, odd, BY_CHIP)
     low = tl.join(tl.join(e0, o0), tl.join(e1, o1))
     high = tl.join(tl.join(e2, o2), tl.join(e3, o3))
-    numbers = tl.join(low, high)  # (t, g, half, run, word, odd, number's bit 0, bit 1)
-    return tl.reshape(tl.permute(numbers, (3, 0, 2, 5, 4, 7, 6, 1)), (32, HEAD_DIM))
+    numbers = tl.join(low, high)  # …, whether odd, bit 0 and bit 1 of the number
+    return tl.reshape(tl.permute(numbers, (4, 7, 6, 1, 3, 0, 2, 5)), (HEAD_DIM, 32))
 
 
 @triton.jit
