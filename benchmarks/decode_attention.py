@@ -4,7 +4,7 @@
 
 A case is rows x tokens of context. Prints a JSON line for each: microseconds a call inside a CUDA graph, planning left
 out and merging counted in, and the gigabytes of keys and values a second. "8 bits, shared memory" is the kernel that
-heads of other sizes than 64 and 128 take. Caches smaller than the second-level cache are read from there.
+heads of other sizes than 64, 128 and 256 take. Caches smaller than the second-level cache are read from there.
 """
 
 import argparse

@@ -23,7 +23,9 @@ _KINDS = {
         "splitk",
         "scaled_mm",
     ),
-    "norm, rope, activation, embedding": ("_rms_norm", "_rope_and_store", "_silu_mul", "_embed_tokens", "quantize"),
+    "norm, rope, activation, embedding": (
+        "_rms_norm", "_rope_and_store", "_activate_gated", "_embed_tokens", "quantize",
+    ),  # fmt: skip
     "sampling": ("_prepare", "_best_of"),
 }
 _NUM_STEPS = 20

@@ -42,7 +42,7 @@ from llm.kernels.soft_cap import tanh
 _BLOCK_TOKENS = 64
 _NUM_WARPS, _NUM_WARPS_8_BITS, _NUM_STAGES = 4, 2, 3
 TILE_REGISTERS: int | None = 128
-"""Of a thread of `_paged_decode_8_bits` for up to 8 heads: 16 programs a multiprocessor, and nothing is spilled."""
+"""Of a thread of `_paged_decode_8_bits`, for up to 8 heads of 128: 16 programs a multiprocessor and nothing spilled."""
 
 
 class PagedDecode:
@@ -110,7 +110,7 @@ class PagedDecode:
     def _tile_options(self, query: torch.Tensor) -> dict[str, Any]:
         """Those of `_paged_decode_8_bits` alone."""
         group_block = max(8, triton.next_power_of_2(self._heads.group))
-        registers = TILE_REGISTERS if group_block == 8 else None
+        registers = TILE_REGISTERS if group_block * self._heads.head_dim <= 8 * 128 else None
         return {"GROUP_BLOCK": group_block, "BY_CHIP": query.is_cuda, "num_warps": 1, "maxnreg": registers}
 
 

@@ -20,7 +20,7 @@ _RUN = 16
 
 def has_tiles(head_dim: int, page_size: int) -> bool:
     """Whether heads of this size, in pages of so many tokens, are read in such tiles."""
-    return head_dim in (64, 128) and page_size % _RUN == 0
+    return head_dim in (64, 128, 256) and page_size % _RUN == 0
 
 
 @triton.jit

@@ -23,6 +23,7 @@ CASES = [
     (4, 4, 128, 48, None, "scale and soft cap"),
     (3, 1, 128, 16, 37, "plain"),
     (20, 1, 64, 64, 130, "plain"),
+    (2, 1, 256, 16, None, "sinks"),
 ]
 
 
