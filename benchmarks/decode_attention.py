@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--spread", type=float, default=0.0, help="contexts differ by so much from their mean")
     parser.add_argument("--cuts", nargs="+", type=int, default=[2], help="chunks a context may be cut into on average")
-    parser.add_argument("--registers", nargs="+", type=int, default=[128], help="of a thread at most; 0 for any")
+    parser.add_argument("--registers", nargs="+", type=int, default=[144], help="of a thread at most; 0 for any")
     options = parser.parse_args()
     kinds = [("16 bits", torch.bfloat16, 0), ("8 bits, shared memory", torch.float8_e4m3fn, 0)]
     kinds += [("8 bits", torch.float8_e4m3fn, registers) for registers in options.registers]
