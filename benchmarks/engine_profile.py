@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from benchmarks.engine import Bench
 
 _KINDS = {
-    "attention": ("_paged_decode", "_merge_chunks", "_paged_prefill", "_plan_work"),
+    "attention": ("_paged_decode", "_merge_chunks", "_paged_prefill", "_plan_work", "_hopper_prefill", "_gather"),
     "matrix products": (
         "tile_product",
         "single_row_product",
@@ -23,7 +23,13 @@ _KINDS = {
         "splitk",
         "scaled_mm",
     ),
-    "norm, rope, activation, embedding": ("_rms_norm", "_rope_and_store", "_silu_mul", "_embed_tokens", "quantize"),
+    "norm, rope, activation, embedding": (
+        "_rms_norm",
+        "_rope_and_store",
+        "_activate_gated",
+        "_embed_tokens",
+        "quantize",
+    ),
     "sampling": ("_prepare", "_best_of"),
 }
 _NUM_STEPS = 20

@@ -4,10 +4,23 @@ Flash-Decoding (Dao et al. 2023) over pages (Kwon et al. 2023). Chunks of one co
 (Milakov & Gimelshein 2018, arXiv:1805.02867).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from llm.kernels.attention.eight_bit_tiles import (
+    has_tiles,
+    key_dims,
+    keys_of,
+    load_key_words,
+    load_value_words,
+    run_offset,
+    tile_tokens,
+    value_dims,
+    values_of,
+)
 from llm.kernels.attention.work import (
     AttentionOutputs,
     HeadShape,
@@ -28,6 +41,8 @@ from llm.kernels.soft_cap import tanh
 
 _BLOCK_TOKENS = 64
 _NUM_WARPS, _NUM_WARPS_8_BITS, _NUM_STAGES = 4, 2, 3
+TILE_REGISTERS: int | None = 144
+"""Of a thread of `_paged_decode_8_bits`, for up to 8 heads of 128: 14 programs a multiprocessor and nothing spilled."""
 
 
 class PagedDecode:
@@ -70,18 +85,33 @@ class PagedDecode:
         """
         heads = self._heads
         scoring = scoring or Scoring(heads.head_dim**-0.5)
-        bytes_a_stage = 2 * _BLOCK_TOKENS * heads.head_block * kv_pages.dtype.itemsize
-        has_8_bits = kv_pages.dtype.itemsize == 1
+        page_size = kv_pages.shape[2]
         outputs = AttentionOutputs(output, self._partial, self._partial_lse)
-        _paged_decode[(heads.num_kv_heads, num_decode_items(parts.num_parts))](
+        in_tiles = kv_pages.dtype.itemsize == 1 and query.dtype.itemsize == 2 and has_tiles(heads.head_dim, page_size)
+        kernel = _paged_decode_8_bits if in_tiles else _paged_decode
+        options = self._tile_options(query) if in_tiles else self._options(query, kv_pages)
+        kernel[(heads.num_kv_heads, num_decode_items(parts.num_parts))](
             query, PagedCache.of(kv_pages, page_tables), parts, items, outputs, query.stride(0), window or 0,
-            scoring.factors, HEADS=heads, GROUP_BLOCK=max(16, triton.next_power_of_2(heads.group)),
-            PAGE_SIZE=kv_pages.shape[2], BLOCK=_BLOCK_TOKENS,
-            INDEX=slot_index_type(kv_pages), PRODUCT=product_type(query, kv_pages),
-            HAS_PAIRS=has_8_bits and query.is_cuda, num_warps=_NUM_WARPS_8_BITS if has_8_bits else _NUM_WARPS,
-            num_stages=min(_NUM_STAGES, most_stages(query.device, bytes_a_stage)), **launch_options(query.device),
+            scoring.factors, HEADS=heads, PAGE_SIZE=page_size, **options, **launch_options(query.device),
         )  # fmt: skip
         merge_chunks(parts, items, outputs, heads.group, window)
+
+    def _options(self, query: torch.Tensor, kv_pages: torch.Tensor) -> dict[str, Any]:
+        """Those of `_paged_decode` alone."""
+        has_8_bits = kv_pages.dtype.itemsize == 1
+        bytes_a_stage = 2 * _BLOCK_TOKENS * self._heads.head_block * kv_pages.dtype.itemsize
+        return {
+            "GROUP_BLOCK": max(16, triton.next_power_of_2(self._heads.group)), "BLOCK": _BLOCK_TOKENS,
+            "INDEX": slot_index_type(kv_pages), "PRODUCT": product_type(query, kv_pages),
+            "HAS_PAIRS": has_8_bits and query.is_cuda, "num_warps": _NUM_WARPS_8_BITS if has_8_bits else _NUM_WARPS,
+            "num_stages": min(_NUM_STAGES, most_stages(query.device, bytes_a_stage)),
+        }  # fmt: skip
+
+    def _tile_options(self, query: torch.Tensor) -> dict[str, Any]:
+        """Those of `_paged_decode_8_bits` alone."""
+        group_block = max(8, triton.next_power_of_2(self._heads.group))
+        registers = TILE_REGISTERS if group_block * self._heads.head_dim <= 8 * 128 else None
+        return {"GROUP_BLOCK": group_block, "BY_CHIP": query.is_cuda, "num_warps": 1, "maxnreg": registers}
 
 
 def merge_chunks(
@@ -131,6 +161,42 @@ def _load_heads(pages, head, exists, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.cons
 
 
 @triton.jit
+def _start_softmax(factors, items, item, head, exists, BLOCK: tl.constexpr):
+    """Highest score and sum of weights, (BLOCK,) each, before the first token: those of sinks, in the first chunk."""
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
+    weight = tl.zeros([BLOCK], tl.float32)
+    if factors.sinks is not None:
+        is_first = tl.load(items.chunks + item) == 0
+        highest = tl.where(is_first, load_sinks(factors.sinks, head, exists), highest)
+        weight = tl.where(is_first, 1.0, weight)
+    return highest, weight
+
+
+@triton.jit
+def _weigh_tile(scores, visible, highest, weight, factors):
+    """`weigh` for products of queries and keys, (heads, tokens), of which only `visible` tokens count."""
+    if factors.scale is not None:
+        scores = tanh(scores * factors.scale)
+    scores = tl.where(visible[None, :], scores * factors.scale_log2, -float("inf"))
+    return weigh(scores, highest, weight, 1.0)
+
+
+@triton.jit
+def _store_chunk(result, lse, outputs, is_whole, item, token, head, dim, exists, HEADS: tl.constexpr):
+    """Store what a chunk gives for the heads at index `head`: the output, or a part of it that is merged later."""
+    num_heads: tl.constexpr = HEADS.num_kv_heads * HEADS.group
+    offsets = head[:, None] * HEADS.head_dim + dim[None, :]
+    mask = exists[:, None] & (dim[None, :] < HEADS.head_dim)
+    if is_whole:
+        out = outputs.output + token * (num_heads * HEADS.head_dim) + offsets
+        tl.store(out, result.to(outputs.output.dtype.element_ty), mask=mask)
+    else:
+        first_head = item.to(tl.int64) * num_heads
+        tl.store(outputs.partial + first_head * HEADS.head_dim + offsets, result, mask=mask)
+        tl.store(outputs.partial_lse + first_head + head, lse, mask=exists)
+
+
+@triton.jit
 def _paged_decode(
     query, cache, parts, items, outputs, query_stride, window, factors, HEADS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
@@ -145,24 +211,18 @@ def _paged_decode(
         return
     chunk_size, context_len, token, table = load_chunk(cache, parts, items, item)
     begin = tl.where(window > 0, tl.maximum(context_len - window, 0), 0)
-    num_visible = context_len - begin
+    is_whole = chunk_size >= context_len - begin
     begin += tl.load(items.chunks + item) * chunk_size
     end = tl.minimum(begin + chunk_size, context_len)
 
-    head = tl.arange(0, GROUP_BLOCK)
+    exists = tl.arange(0, GROUP_BLOCK) < HEADS.group
+    head = kv_head * HEADS.group + tl.arange(0, GROUP_BLOCK)
     dim = tl.arange(0, head_block)
-    head_mask = (head[:, None] < HEADS.group) & (dim[None, :] < HEADS.head_dim)
-    query_offsets = (kv_head * HEADS.group + head[:, None]) * HEADS.head_dim + dim[None, :]
-    q = tl.load(query + token * query_stride + query_offsets, mask=head_mask, other=0.0).to(PRODUCT)
+    query_offsets = head[:, None] * HEADS.head_dim + dim[None, :]
+    mask = exists[:, None] & (dim[None, :] < HEADS.head_dim)
+    q = tl.load(query + token * query_stride + query_offsets, mask=mask, other=0.0).to(PRODUCT)
 
-    highest = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
-    weight = tl.zeros([GROUP_BLOCK], tl.float32)
-    if factors.sinks is not None:
-        is_first = tl.load(items.chunks + item) == 0  # the chunk that weighs the sinks
-        highest = tl.where(
-            is_first, load_sinks(factors.sinks, kv_head * HEADS.group + head, head < HEADS.group), highest
-        )
-        weight = tl.where(is_first, 1.0, weight)
+    highest, weight = _start_softmax(factors, items, item, head, exists, GROUP_BLOCK)
     acc = tl.zeros([GROUP_BLOCK, head_block], tl.float32)
     for start in range(begin, end, BLOCK):
         position = start + tl.arange(0, BLOCK)
@@ -171,22 +231,61 @@ def _paged_decode(
         kv_index = (page * PAGE_SIZE + position % PAGE_SIZE) * HEADS.num_kv_heads + kv_head
         k = _load_heads(cache.key_pages, kv_index, visible, HEADS.head_dim, head_block, HAS_PAIRS)
         scores = tl.dot(q, tl.trans(k).to(q.dtype), input_precision="ieee")
-        if factors.scale is not None:
-            scores = tanh(scores * factors.scale)
-        scores = tl.where(visible[None, :], scores * factors.scale_log2, -float("inf"))
-        probability, rescale, highest, weight = weigh(scores, highest, weight, 1.0)
+        probability, rescale, highest, weight = _weigh_tile(scores, visible, highest, weight, factors)
         v = _load_heads(cache.value_pages, kv_index, visible, HEADS.head_dim, head_block, HAS_PAIRS)
         acc = acc * rescale[:, None] + tl.dot(probability.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+    lse = highest + tl.log2(weight)
+    _store_chunk(acc / weight[:, None], lse, outputs, is_whole, item, token, head, dim, exists, HEADS)
 
-    result = acc / weight[:, None]
-    if chunk_size >= num_visible:
-        out = outputs.output + token * (HEADS.num_kv_heads * HEADS.group * HEADS.head_dim) + query_offsets
-        tl.store(out, result.to(outputs.output.dtype.element_ty), mask=head_mask)
-    else:
-        first_head = item.to(tl.int64) * (HEADS.num_kv_heads * HEADS.group)
-        tl.store(outputs.partial + first_head * HEADS.head_dim + query_offsets, result, mask=head_mask)
-        lse = highest + tl.log2(weight)
-        tl.store(outputs.partial_lse + first_head + kv_head * HEADS.group + head, lse, mask=head < HEADS.group)
+
+@triton.jit
+def _paged_decode_8_bits(
+    query, cache, parts, items, outputs, query_stride, window, factors, HEADS: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr, BY_CHIP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`_paged_decode` by one warp in tiles of `eight_bit_tiles`. The next tile is on its way meanwhile."""
+    wait_for_inputs(PDL)
+    head_dim: tl.constexpr = HEADS.head_dim
+    token_words: tl.constexpr = HEADS.num_kv_heads * head_dim // 4
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    if item >= tl.load(items.summary):
+        return
+    chunk_size, context_len, token, table = load_chunk(cache, parts, items, item)
+    begin = tl.where(window > 0, tl.maximum(context_len - window, 0), 0)
+    is_whole = chunk_size >= context_len - begin
+    begin += tl.load(items.chunks + item) * chunk_size
+    end = tl.minimum(begin + chunk_size, context_len)
+    key_pages = cache.key_pages.to(tl.pointer_type(tl.int32)) + kv_head * (head_dim // 4)
+    value_pages = cache.value_pages.to(tl.pointer_type(tl.int32)) + kv_head * (head_dim // 4)
+
+    exists = tl.arange(0, GROUP_BLOCK) < HEADS.group
+    head = kv_head * HEADS.group + tl.arange(0, GROUP_BLOCK)
+    query_offsets = head[None, :] * head_dim + key_dims(head_dim)[:, None]
+    q = tl.load(query + token * query_stride + query_offsets, mask=exists[None, :], other=0.0).to(tl.float16)
+
+    highest, weight = _start_softmax(factors, items, item, head, exists, GROUP_BLOCK)
+    acc = tl.zeros([head_dim, GROUP_BLOCK], tl.float32)
+    aligned = begin // 16 * 16
+    first = run_offset(table, aligned, end, token_words, PAGE_SIZE)
+    second = run_offset(table, aligned + 16, end, token_words, PAGE_SIZE)
+    key_words = load_key_words(key_pages, first, second, token_words, head_dim)
+    even, odd = load_value_words(value_pages, first, second, aligned, begin, end, token_words, head_dim)
+    for start in tl.range(aligned, end, 32, num_stages=1):
+        first = run_offset(table, start + 32, end, token_words, PAGE_SIZE)
+        second = run_offset(table, start + 48, end, token_words, PAGE_SIZE)
+        scores = tl.dot(keys_of(key_words, head_dim, BY_CHIP), q)
+        key_words = load_key_words(key_pages, first, second, token_words, head_dim)
+        position = start + tile_tokens()
+        visible = (position >= begin) & (position < end)
+        probability, rescale, highest, weight = _weigh_tile(tl.trans(scores), visible, highest, weight, factors)
+        weights = tl.trans(probability.to(tl.float16))
+        acc = acc * rescale[None, :] + tl.dot(values_of(even, odd, head_dim, BY_CHIP), weights)
+        even, odd = load_value_words(value_pages, first, second, start + 32, begin, end, token_words, head_dim)
+    lse = highest + tl.log2(weight)
+    _store_chunk(
+        tl.trans(acc / weight[None, :]), lse, outputs, is_whole, item, token, head, value_dims(head_dim), exists, HEADS
+    )  # fmt: skip
 
 
 @triton.jit

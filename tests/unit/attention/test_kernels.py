@@ -207,6 +207,14 @@ def test_decode_work_covers_every_context_once(window, max_parts):
     assert num_items <= num_decode_items(parts.num_parts)
 
 
+def test_contexts_are_cut_as_finely_as_there_are_programs():
+    """Each of 30 contexts of 1,500 tokens in four, for 124 programs: five would need 150, and three would end later."""
+    ids, lens = torch.arange(30, dtype=torch.int32, device=DEVICE), torch.full((30,), 1500, device=DEVICE).int()
+    items = WorkItems.allocate(num_decode_items(30), 30, DEVICE)
+    plan_decodes(StepParts(ids, ids, torch.ones_like(ids), lens), items, None)
+    assert items.summary.tolist() == [120, 384]
+
+
 @CASES
 @pytest.mark.parametrize(("has_norm", "offset"), [(False, None), (True, None), (True, 1.0)])
 @pytest.mark.parametrize("rotary_share", [1, 0.75])

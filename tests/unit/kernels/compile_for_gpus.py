@@ -210,6 +210,14 @@ def compile_attention() -> None:
             ),
         )
         assert max(taken) <= SHARED_MEMORY[capability] - 1024, (capability, pages, head_dim, taken)
+    for capability, head_dim, group, scores in ((89, 256, 4, plain), (90, 64, 7, all_scores), (90, 128, 16, plain)):
+        stored = {**arguments, "factors": scores, "cache": PagedCache(FP8, FP8, INT, "i32"), "PAGE_SIZE": 16}
+        sizes = {"HEADS": HeadShape(8, group, head_dim, head_dim), "GROUP_BLOCK": 16 if group > 8 else 8}
+        shared = compile_kernel(
+            "decode in 8 bits", decode._paged_decode_8_bits, {**stored, **sizes}, BY_CHIP=True, num_warps=1,
+            capability=capability,
+        )  # fmt: skip
+        assert shared <= 16 << 10, "queries and weights alone"
     arguments |= dict.fromkeys(("query_starts", "query_lens", "context_lens", "first_items", "summary"), INT)
     compile_kernel("merge", decode._merge_chunks, arguments, HEADS=HeadShape(2, 4, 80, 128), GROUP_BLOCK=4)
 

@@ -69,6 +69,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "single sum": 2,
         "all-reduce": 3,
         "decode": 9,
+        "decode in 8 bits": 3,
         "prefill": 9,
         "merge": 1,
         "stages": 6,
