@@ -214,7 +214,7 @@ def _groups(groups: WeightGroups, whole: WeightGroups, inputs: range, num_inputs
             f"tensor_parallel_size: {place.module} has {len(inputs)} inputs on each rank, which are not whole groups "
             f"of {size} as the checkpoint is quantized; use fewer GPUs a model"
         )
-    if len(inputs) < num_inputs and groups.order is not None:
+    if len(inputs) < num_inputs and whole.order is not None:
         raise ConfigError(
             f"tensor_parallel_size: {place.module} is quantized with desc_act or actorder, whose groups cannot be cut; "
             "use a checkpoint without"
