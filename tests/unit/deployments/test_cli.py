@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from deployments.cli import app
 from deployments.cli.chat import _Talk
 from deployments.cli.check import _memory
-from deployments.cli.serve import _content, _override
+from deployments.cli.serve import _override
+from deployments.cli.settings import read_content
 from deployments.config import AppConfig
 from deployments.replica.model_memory import check_fits, fewest_gpus, share_of, slot_bytes, weight_bytes
 from llm.checkpoint.model_config import load_model_config
@@ -37,7 +38,7 @@ def rayline(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def overridden(*settings: str, **options) -> dict:
-    content = _content(ROOT / "serve_config.yaml")
+    content = read_content(ROOT / "serve_config.yaml")
     fields = {"model": None, "host": None, "port": None, "replicas": None, "tp": None, "api_keys_env": None, **options}
     _override(content, **fields, settings=list(settings))
     return content
@@ -77,13 +78,13 @@ def test_bad_settings_are_refused(setting):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [", "no list of applications"), ("applications: []", "no list of applications"), ("x", "no list")],
+    [("a: [", "is not YAML"), ("applications: []", "no list of applications"), ("x", "no list")],
 )
 def test_files_that_are_no_configuration(tmp_path, content, message):
     path = tmp_path / "config.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        _content(path)
+        read_content(path)
 
 
 def test_a_misspelt_setting_stops_serve_in_one_line():
