@@ -80,8 +80,8 @@ def test_experts_cut_by_expert(checkpoints, kind):
 
 
 QUANTIZED = [
-    "awq 16", "gptq 16", "gptq -1 symmetric", "gptq -1 act-order", "packed", "packed asymmetric", "fp8 by channel", "fp8 by tensor",
-    "transformers' fp8 by block", "fp8 by block",
+    "awq 16", "gptq 16", "gptq -1 symmetric", "gptq -1 act-order", "packed", "packed asymmetric", "fp8 by channel",
+    "fp8 by tensor", "transformers' fp8 by block", "fp8 by block",
 ]  # fmt: skip
 
 
