@@ -1,7 +1,7 @@
 """`rayline check`: says what is wrong with a configuration and what it will need, before anything starts."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deployments.cli.output import make_console
+from deployments.cli.settings import LOCAL_HOST, read_content, set_arguments
 from deployments.config import resolve_paths
 from deployments.model_config import ServedModelConfig
 from deployments.replica.gpu_sharing import sharing_notes
@@ -22,40 +23,68 @@ from deployments.replica.model_memory import (
     share_of,
     weight_bytes,
 )
-from deployments.serve.config_file import check_model, find_config_file, read_config_file
+from deployments.serve.config_file import check_model, find_config_file, read_config
 from deployments.serve.front_end import FrontEnd
 from deployments.serve.ports import check_port
-from llm.checkpoint.hub import find_local_checkpoint
+from llm.checkpoint.hub import find_local_checkpoint, is_gguf
 from llm.config import ModelConfig, WeightLayout
 from llm.errors import ConfigError
 
 
 def check(
     config: Annotated[
-        Path | None, typer.Argument(help="Configuration file, or the name of one that comes with Rayline.")
+        Path | None,
+        typer.Argument(
+            help="Configuration file, or the name of one that comes with Rayline; or a model that is here, for what "
+            "rayline serve would do with it."
+        ),
     ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="GPUs of each replica, which share the model.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: engine.max_seq_len=8192.")] = None,
     gpu_memory: Annotated[str, typer.Option(help="Sizes of GPUs to compute slots for, in GiB.")] = "24,80,141",
 ) -> None:
-    """Check a configuration, its checkpoint and its port without a GPU, and say what memory they need.
+    """Check a configuration or a model and its port without a GPU, and say what memory they need.
 
     The exit code is 1 if it cannot be served, with the reason and the fix in one line. A port in use is only noted.
 
         rayline check serve_config.yaml
         rayline check my.yaml --gpu-memory 48
+        rayline check ~/models/Llama-3.3-70B-Instruct --tp 2
     """
     try:
         sizes = [float(size) for size in gpu_memory.split(",")]
     except ValueError:
         raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory") from None
     console = make_console()
-    config = find_config_file(config)
-    server = read_config_file(config)
+    config, content = _asked_for(config, tp, settings or [])
+    server = read_config(content, config)
     _print_port(console, server.front_end)
     for app in map(resolve_paths, server.apps.values()):
         for key, model in app.by_key.items():
             _print_model(console, config, key, model, sizes)
         for note in sharing_notes(app.by_key):
             _print_warning(console, note)
+
+
+def _asked_for(given: Path | None, tp: int | None, settings: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The configuration file, and its content with what the command line says.
+
+    A model counts as `rayline serve` takes it: it has the settings of the default file, and listens on this machine
+    alone unless that says otherwise.
+
+    Raises:
+        ConfigError: there is no such file or model, or a setting is wrong.
+        CheckpointError: a GGUF file cannot be read.
+    """
+    model = None
+    if given is not None and (is_gguf(given) or not given.is_file()) and find_local_checkpoint(str(given)) is not None:
+        given, model = None, str(given)
+    path = find_config_file(given)
+    content = read_content(path)
+    if model is not None:
+        content.setdefault("http_options", {}).setdefault("host", LOCAL_HOST)
+    set_arguments(content["applications"][0]["args"], model, tp, settings)
+    return path, content
 
 
 def _print_model(console: Console, path: Path, key: str, app: ServedModelConfig, sizes: list[float]) -> None:

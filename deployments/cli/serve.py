@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from deployments.api.send_timeout import PROXY_VARIABLES
+from deployments.cli.settings import LOCAL_HOST, read_content, set_arguments
 from deployments.cli.supervisor import run_server
 from deployments.config import AppConfig, resolve_paths
 from deployments.model_config import ServedModelConfig
@@ -24,8 +25,6 @@ from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.hub import is_gguf, resolve_model_path
 from llm.checkpoint.packaged_models import PACKAGED_MODELS
 from llm.errors import ConfigError
-
-_LOCAL = "127.0.0.1"
 
 
 def serve(
@@ -60,7 +59,7 @@ def serve(
         rayline serve ~/models/Llama-3.3-70B-Instruct --tp 2
         rayline serve --config platform.yaml --set models.0.replicas.num_replicas=2
     """
-    content = _content(find_config_file(config))
+    content = read_content(find_config_file(config))
     _override(content, model, host, port, replicas, tp, api_keys_env, settings or [])
     with ExitStack() as stack:
         directory = _scratch_directory()
@@ -86,17 +85,6 @@ def serve(
         raise typer.Exit(run_server(path, environment, is_verbose=verbose))
 
 
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        content["applications"][0].setdefault("args", {})
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    except (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ConfigError(f"{path} has no list of applications; see serve_config.yaml for one that works") from error
-    return dict(content)
-
-
 def _override(
     content: dict[str, Any],
     model: str | None,
@@ -110,42 +98,16 @@ def _override(
     """Override the file's settings with the command line's."""
     args = content["applications"][0]["args"]
     options = content.setdefault("http_options", {})
-    options.setdefault("host", _LOCAL)
-    if model is not None:
-        args["model"] = model
+    options.setdefault("host", LOCAL_HOST)
     if host is not None:
         options["host"] = host
     if port is not None:
         options["port"] = port
     if replicas is not None:
         args.setdefault("replicas", {})["num_replicas"] = replicas
-    if tp is not None:
-        args.setdefault("engine", {})["tensor_parallel_size"] = tp
-        if args.get("replicas", {}).get("num_gpus"):  # the file's are for its own tensor_parallel_size
-            args["replicas"]["num_gpus"] = tp
     if api_keys_env is not None:
         args["api_keys_env"] = api_keys_env
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        *parents, last = name.strip().split(".")
-        if not equals or not last:
-            raise ConfigError(f"--set {setting}: give it as name=value, for example engine.max_seq_len=8192")
-        place: Any = args
-        for parent in parents:
-            place = _inside(place, parent, setting)
-        place[last] = yaml.safe_load(value)
-
-
-def _inside(place: dict[str, Any] | list[Any], name: str, setting: str) -> Any:
-    """The group of settings by this name, made if need be; of `models`, the entry with this number, from 0."""
-    if isinstance(place, list):
-        if not name.isdecimal() or int(name) >= len(place):
-            raise ConfigError(f"--set {setting}: number the models of the file from 0 to {len(place) - 1}")
-        return place[int(name)]
-    inside = place.setdefault(name, {})
-    if not isinstance(inside, dict) and not (name == "models" and isinstance(inside, list)):
-        raise ConfigError(f"--set {setting}: {name} is a value, not a group of settings")
-    return inside
+    set_arguments(args, model, tp, settings)
 
 
 def _find_models(content: dict[str, Any], apps: dict[str, AppConfig]) -> None:

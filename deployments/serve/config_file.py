@@ -59,7 +59,18 @@ def read_config_file(path: Path) -> ServerConfig:
     Raises:
         ConfigError: what is wrong and how to mend it, in one line.
     """
-    content = _content(path)
+    return read_config(read_yaml(path), path)
+
+
+def read_config(content: dict[str, Any], path: Path) -> ServerConfig:
+    """Check the content of a Serve configuration file as `read_config_file` does.
+
+    Args:
+        path: the file, for messages.
+
+    Raises:
+        ConfigError: what is wrong and how to mend it, in one line.
+    """
     front_end = FrontEnd.of_options(content.get("http_options") or {})
     apps: dict[str, AppConfig] = {}
     for application in _applications(path, content):
@@ -154,7 +165,12 @@ def _check_weights(config: ServedModelConfig, directory: Path) -> ModelReport:
     return ModelReport(checked.config, (*checked.warnings, *notes))
 
 
-def _content(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The content of a YAML file; nothing if it is not an object.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -166,7 +166,7 @@ def _coded_stack(
     """Codes or scales of all experts, as `_stack`; scales are (experts, groups, out), codes (experts, out, in)."""
     experts = slice(None) if cut.experts is None else _slice(cut.experts)
     inputs = range(_num_inputs(whole)) if cut.inputs is None else cut.inputs
-    groups = _groups(module.groups, whole.groups, inputs, _num_inputs(whole), place)
+    groups = _groups(whole.groups, inputs, _num_inputs(whole), place)
     target = (module.weight if leaf == "_blocks" else module.scales).detach()
     outputs: tuple[slice, ...] = (slice(None),)
     if place.stack is ExpertStack.ALTERNATING:
@@ -188,7 +188,7 @@ def _quantized(cut: Cut, place: Destination, module: Quantized, whole: Quantized
         codes, groups, whole_groups = codes[held], groups.of_expert(held), whole_groups.of_expert(place.expert)
     rows = range(*place.rows.indices(whole.weight.shape[-2]))
     inputs = range(num_inputs) if cut.inputs is None else cut.inputs
-    those = _groups(groups, whole_groups, inputs, num_inputs, place)
+    those = _groups(whole_groups, inputs, num_inputs, place)
     for source, target in held_rows(rows, cut.outputs):
         if leaf in _CODES and codes.dtype == torch.uint8:
             yield Piece((source,), codes[target], _repack(whole_groups, groups, inputs, num_inputs))
@@ -205,7 +205,7 @@ def _num_inputs(whole: Quantized) -> int:
     return int(whole.weight.shape[-1]) * (2 if whole.weight.dtype == torch.uint8 else 1)
 
 
-def _groups(groups: WeightGroups, whole: WeightGroups, inputs: range, num_inputs: int, place: Destination) -> slice:
+def _groups(whole: WeightGroups, inputs: range, num_inputs: int, place: Destination) -> slice:
     """The groups that a rank's inputs are in: those of whole groups, or one that all are in."""
     if whole.scales.shape[-2] == 1:
         return slice(None)
@@ -215,7 +215,7 @@ def _groups(groups: WeightGroups, whole: WeightGroups, inputs: range, num_inputs
             f"tensor_parallel_size: {place.module} has {len(inputs)} inputs on each rank, which are not whole groups "
             f"of {size} as the checkpoint is quantized; use fewer GPUs a model"
         )
-    if len(inputs) < num_inputs and groups.order is not None:
+    if len(inputs) < num_inputs and whole.order is not None:
         raise ConfigError(
             f"tensor_parallel_size: {place.module} is quantized with desc_act or actorder, whose groups cannot be cut; "
             "use a checkpoint without"

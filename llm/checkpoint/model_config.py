@@ -44,6 +44,8 @@ def load_model_config(directory: str | Path) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error, _KEYS)}; correct it") from error
+    except ArithmeticError as error:
+        raise ConfigError(f"{path}: a number is too small or too large ({error}); correct it") from error
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: a value has the wrong type ({error}); correct it") from error
     return model

@@ -2,8 +2,9 @@
 
 Read are compressed-tensors (github.com/vllm-project/compressed-tensors: float-quantized, pack-quantized), `fp8` as
 transformers' `FineGrainedFP8Config` describes it, `fbgemm_fp8` as its `FbgemmFp8Config` does, `modelopt` (NVIDIA's
-Model Optimizer, FP8), `awq` (AutoAWQ's gemm layout), `gptq` (AutoGPTQ, GPTQModel; both checkpoint formats) and
-`mxfp4` as gpt-oss's checkpoints have it. Whatever changes a weight's meaning and is not read is refused by its key.
+Model Optimizer, FP8), `awq` (AutoAWQ's gemm layout), `gptq` (AutoGPTQ, GPTQModel; both checkpoint formats),
+`auto-round` (AutoRound's, packed as by AutoGPTQ or AutoAWQ) and `mxfp4` as gpt-oss's checkpoints have it. Whatever
+changes a weight's meaning and is not read is refused by its key.
 """
 
 import re
@@ -318,6 +319,41 @@ def _checked_patterns(keys: _Keys, patterns: Sequence[str]) -> tuple[str, ...]:
     return _Keys({"dynamic": [f"re:{pattern}" for pattern in patterns]}, keys.path).names("dynamic")
 
 
+_AUTO_ROUND_OWN = key_names("""
+    quant_method bits group_size sym packing_format backend extra_config block_name_to_quantize to_quant_block_names
+    act_bits act_group_size act_sym act_dynamic act_data_type model_free batch_size dataset
+""")
+_AUTO_ROUND_LAYOUTS = {"auto_gptq": WeightLayout.GPTQ, "auto_awq": WeightLayout.AWQ}
+
+
+def _auto_round(keys: _Keys) -> Quantization:
+    """What AutoRound packs as AutoGPTQ or AutoAWQ do, with settings of its own names."""
+    keys.refuse_others(_AUTO_ROUND_OWN | _AUTO_ROUND)
+    keys.require("bits", 4)
+    keys.require("data_type", "int", default="int")
+    keys.require("act_bits", 16, default=16)
+    names = [f"{prefix}{name}" for prefix in ("auto_round:", "") for name in _AUTO_ROUND_LAYOUTS]
+    layout = _AUTO_ROUND_LAYOUTS[keys.require("packing_format", *names).removeprefix("auto_round:")]
+    usual = WeightFormat(
+        layout=layout,
+        group_size=keys.group_size(),
+        has_zeros=True,
+        zero_offset=1 if layout is WeightLayout.GPTQ else 0,
+    )
+    formats, ignored, extra = [], [], keys.inside("extra_config")
+    for name in extra.found:
+        own, target = extra.inside(name), _as_patterns((name,))
+        _Keys({"extra_config": list(target)}, keys.path).names("extra_config")  # refuses what is no pattern
+        if own.require("bits", 4, 16, default=4) == 16:
+            ignored += target
+            continue
+        own.refuse_others(_AUTO_ROUND_OWN | _AUTO_ROUND)
+        own.require("data_type", "int", default="int")
+        group_size = own.group_size() if own.get("group_size") else usual.group_size
+        formats.append(usual.model_copy(update={"targets": target, "group_size": group_size}))
+    return Quantization(formats=(*formats, usual), ignored=(*ignored, *_HEADS))
+
+
 def _mxfp4(keys: _Keys) -> Quantization:
     keys.refuse_others(key_names("quant_method modules_to_not_convert dequantize"))
     mxfp4 = WeightFormat(layout=WeightLayout.MXFP4, targets=(r"re:.*\.experts\.",), group_size=BLOCK_SIZE)
@@ -331,6 +367,7 @@ _METHODS: dict[str, Callable[[_Keys], Quantization]] = {
     "modelopt": _modelopt,
     "awq": _awq,
     "gptq": _gptq,
+    "auto-round": _auto_round,
     "mxfp4": _mxfp4,
 }
 

@@ -199,8 +199,14 @@ def _check_tensor(copy: TensorCopy) -> None:
     if kind not in copy.slot.kinds:
         if kind in _QUANTIZED_KINDS and copy.slot.kinds == FLOATS:
             raise CheckpointError(_unsaid_format(copy.path, f"{copy.name} of type {kind}"))
-        supported = "float32, float16 and bfloat16 weights are" if copy.slot.kinds == FLOATS else "its format is"
-        raise CheckpointError(f"{copy.path}: {copy.name} has type {kind}; only {supported} supported")
+        if copy.slot.kinds != FLOATS:
+            raise CheckpointError(
+                f"{copy.path}: {copy.name} has type {kind}, which is not what quantization_config says of it; name it "
+                "among what is not quantized if that is so, or download both again"
+            )
+        raise CheckpointError(
+            f"{copy.path}: {copy.name} has type {kind}; only float32, float16 and bfloat16 weights are supported"
+        )
     if shape not in copy.slot.shapes:
         wanted = " or ".join(map(str, copy.slot.shapes))
         raise CheckpointError(

@@ -48,9 +48,9 @@ class RopeScaling(StrictModel):
     """yarn: a dimension with more rotations than this over the trained context stays unchanged."""
     beta_slow: float = Field(default=1.0, gt=0)
     """yarn: a dimension with fewer rotations than this over the trained context is fully interpolated."""
-    mscale: float | None = Field(default=None, gt=0)
-    """yarn: together with `mscale_all_dim`, another way to give the attention factor."""
-    mscale_all_dim: float | None = Field(default=None, gt=0)
+    mscale: float | None = Field(default=None, ge=0)
+    """yarn: together with `mscale_all_dim`, another way to give the attention factor, unless one of them is 0."""
+    mscale_all_dim: float | None = Field(default=None, ge=0)
     truncate: bool = True
     """yarn: round the correction range to whole dimensions."""
     short_factor: tuple[float, ...] | None = None

@@ -4,6 +4,7 @@ A model is refused if its config.json holds a key that was not read and may chan
 better than a wrong one.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -45,26 +46,45 @@ generation_config.json. The weights themselves show whether there are biases; a 
 `max_window_layers` means nothing without a window that can be switched on."""
 
 _MAX_INT = 2**31 - 1
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_INT
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 _KINDS: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
     (
-        "a whole number",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_INT,
+        "a whole number above 0",
+        lambda value: _is_whole(value) and value > 0,
         key_names("""
-            vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-            max_position_embeddings original_max_position_embeddings sliding_window max_window_layers
-            num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
+            vocab_size hidden_size num_hidden_layers num_attention_heads head_dim
+            max_position_embeddings original_max_position_embeddings decoder_sparse_step sliding_window_pattern
+            full_attention_interval
+        """),
+    ),
+    (
+        "a whole number",
+        _is_whole,
+        key_names("""
+            intermediate_size num_key_value_heads sliding_window max_window_layers
+            num_experts num_local_experts num_experts_per_tok moe_intermediate_size
             shared_expert_intermediate_size
-            sliding_window_pattern experts_per_token initial_context_length
+            experts_per_token initial_context_length
             n_routed_experts n_shared_experts n_group topk_group first_k_dense_replace moe_layer_freq
             num_nextn_predict_layers kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim
         """),
     ),
+    ("a number above 0", lambda value: _is_number(value) and value > 0, key_names("query_pre_attn_scalar")),
     (
         "a number",
-        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+        _is_number,
         key_names("""
             rms_norm_eps rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor
-            beta_fast beta_slow mscale mscale_all_dim attn_factor rope_local_base_freq query_pre_attn_scalar
+            beta_fast beta_slow mscale mscale_all_dim attn_factor rope_local_base_freq
             llama_4_scaling_beta
             attn_logit_softcapping final_logit_softcapping swiglu_alpha swiglu_limit routed_scaling_factor
         """),
@@ -130,6 +150,7 @@ _NEUTRAL: dict[str, Neutral] = {
     "attention_multiplier": lambda value, model: value == model.head_size**-0.5,
     "attn_logit_softcapping": _only(0),
     "auto_map": _only({}),
+    "decoder_sparse_step": lambda value, model: value == 1 and not model.dense_layers,
     "dual_chunk_attention_config": _only({}),
     "embedding_multiplier": _only(1),
     "final_logit_softcapping": _only(0),
@@ -140,9 +161,11 @@ _NEUTRAL: dict[str, Neutral] = {
     "lm_head_bias": _only(False),
     "logit_scale": _only(1),
     "logits_scaling": _only(1),
+    "mlp_only_layers": lambda value, model: set(value) == set(model.dense_layers),
     "no_rope_layers": lambda value, _: all(value),  # 1 for a layer that has RoPE
+    "norm_topk_prob": lambda value, model: not model.num_experts or value == model.normalize_expert_weights,
     "num_experts": _only(0),
-    "num_local_experts": _only(0),
+    "num_local_experts": lambda value, model: value == model.num_experts,
     "num_nextn_predict_layers": _only(0),
     "original_max_position_embeddings": lambda value, model: (
         model.rope_scaling is None or value == model.rope_scaling.original_max_position_embeddings

@@ -62,7 +62,9 @@ class _Codes(nn.Module):
         )
         self.scales = constant(num_groups, num_outputs, dtype=torch.uint8 if is_mxfp4 else torch.float32)
         self.zeros = constant(num_groups, num_outputs, dtype=torch.uint8) if weight_format.has_zeros else None
-        self.order = constant(num_inputs, dtype=torch.int32) if weight_format.has_order else None
+        # In a single group, which -1 means, every order is the same.
+        has_order = weight_format.has_order and num_groups > 1
+        self.order = constant(num_inputs, dtype=torch.int32) if has_order else None
 
     @property
     def groups(self) -> WeightGroups:

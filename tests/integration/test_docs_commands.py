@@ -21,6 +21,7 @@ RUN_ELSEWHERE = {
     "make bench-scaling": "tests/integration/test_scaling_benchmark.py::test_all_parts_run_with_emulated_engines",
     ".venv/bin/python -m benchmarks.over_http": "tests/integration/test_over_http.py::test_a_server_is_measured",
     "rayline serve": "tests/integration/test_command_line.py::test_serve_chat_status",
+    "rayline check ~/": "tests/unit/deployments/test_check.py::test_a_model_is_checked_without_a_file",
     "rayline chat": "tests/integration/test_command_line.py::test_serve_chat_status",
     "rayline status": "tests/integration/test_command_line.py::test_serve_chat_status",
     "rayline pull": "tests/unit/models/test_packaged_models.py::test_a_packaged_model_is_put_together_of_its_packages",

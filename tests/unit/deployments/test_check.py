@@ -1,6 +1,7 @@
 """`python -m deployments.check`: one line that names the file and the fix, and an exit code that scripts can use."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from typer.testing import CliRunner
 from vector_checkpoints import make_checkpoint
 
 from benchmarks.random_adapter import write_random_adapter
 from deployments.check import check_config_file
+from deployments.cli import app
 from deployments.cli.check import check
 from deployments.config import AppConfig, resolve_paths
 from deployments.serve.config_file import check_model
@@ -227,7 +230,7 @@ def test_adapters_on_experts_need_room_for_them(tmp_path, capsys):
     with pytest.raises(LLMError, match=r"adapters, 'a': .*set adapter_experts: true") as caught:
         check_config_file(write_config(tmp_path, **args, engine={"max_adapters": 2}))
     assert "\n" not in str(caught.value)
-    check(write_config(tmp_path, **args, engine={"max_adapters": 2, "adapter_experts": True}), "24")
+    check(write_config(tmp_path, **args, engine={"max_adapters": 2, "adapter_experts": True}), gpu_memory="24")
     assert "of rank 16, routers and experts included" in " ".join(capsys.readouterr().out.split())
 
 
@@ -238,7 +241,7 @@ def test_a_head_that_differs_from_the_embeddings_is_told(tmp_path, capsys):
     tensors = load_file(directory / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
     save_file(tensors, directory / "model.safetensors")
-    check(write_config(tmp_path, model=str(directory)), "24")
+    check(write_config(tmp_path, model=str(directory)), gpu_memory="24")
     assert "holds lm_head.weight, which differs from the embeddings" in capsys.readouterr().out
 
 
@@ -257,6 +260,24 @@ def test_command_line(tmp_path):
     (line,) = result.stderr.splitlines()
     assert str(config) in line
     assert "did you mean 'max_batch_size'?" in line
+
+
+def test_a_model_is_checked_without_a_file(tmp_path, monkeypatch):
+    """As `rayline serve MODEL` would serve it; with several GPUs, whose parts are smaller, or with any setting."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DEMO, tmp_path / "my-model")
+
+    def checked(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["check", *arguments])
+        return " ".join((result.output if result.exception is None else str(result.exception)).split())
+
+    assert re.search(r"model my-model, 1 replica.* weights 0\.\d+ GiB .* a GPU of 80 GiB about", checked("my-model"))
+    assert "on each of 2 GPUs" in checked("my-model", "--tp", "2")
+    assert "tensor_parallel_size 3 does not divide" in checked("my-model", "--tp", "3")
+    assert "max_seq_len 1000000 is past the model's" in checked("my-model", "--set", "engine.max_seq_len=1000000")
+    config = str(write_config(tmp_path, model="my-model"))
+    assert "on each of 2 GPUs" in checked(config, "--tp", "2")
+    assert "your-model: no such file" in checked("your-model")
 
 
 @pytest.mark.parametrize("text", ["applications: [", "[]", "applications: [{import_path: other:app}]"])

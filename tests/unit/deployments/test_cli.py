@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from typer.testing import CliRunner
@@ -18,12 +19,15 @@ from typer.testing import CliRunner
 from deployments.cli import app
 from deployments.cli.chat import _Talk
 from deployments.cli.check import _memory
-from deployments.cli.serve import _content, _override
+from deployments.cli.serve import _override
+from deployments.cli.settings import read_content
 from deployments.config import AppConfig
 from deployments.replica.model_memory import check_fits, fewest_gpus, share_of, slot_bytes, weight_bytes
 from llm.checkpoint.model_config import load_model_config
 from llm.config import EngineConfig, ModelConfig
+from llm.core.paged_kv_cache import PagedKVCache
 from llm.errors import ConfigError
+from llm.models.decoder import DecoderModel
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
@@ -34,7 +38,7 @@ def rayline(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def overridden(*settings: str, **options) -> dict:
-    content = _content(ROOT / "serve_config.yaml")
+    content = read_content(ROOT / "serve_config.yaml")
     fields = {"model": None, "host": None, "port": None, "replicas": None, "tp": None, "api_keys_env": None, **options}
     _override(content, **fields, settings=list(settings))
     return content
@@ -74,13 +78,13 @@ def test_bad_settings_are_refused(setting):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [", "no list of applications"), ("applications: []", "no list of applications"), ("x", "no list")],
+    [("a: [", "is not YAML"), ("applications: []", "no list of applications"), ("x", "no list")],
 )
 def test_files_that_are_no_configuration(tmp_path, content, message):
     path = tmp_path / "config.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        _content(path)
+        read_content(path)
 
 
 def test_a_misspelt_setting_stops_serve_in_one_line():
@@ -133,6 +137,18 @@ def test_memory_of_a_known_model():
     )  # fmt: skip
     assert weight_bytes(model, 2) == pytest.approx(2 * 8.03e9, rel=0.001)
     assert slot_bytes(model, 2) == 128 * 1024
+
+
+@pytest.mark.parametrize(("num_layers", "every"), [(26, 6), (34, 6), (62, 6), (42, 2), (5, 7)])
+def test_a_slot_is_counted_as_the_pool_holds_it(num_layers, every):
+    """Gemma's shapes: pages of layers with a window and of those without have the same size, which leaves gaps."""
+    windowed = tuple(layer for layer in range(num_layers) if (layer + 1) % every)
+    shape = {"num_layers": num_layers, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "hidden_size": 64}
+    model = ModelConfig(architecture="Gemma3ForCausalLM", window_size=512, window_layers=windowed, **shape)
+    decoder = DecoderModel.from_config(model, device="meta", dtype=torch.bfloat16)
+    sizes = {"page_size": 16, "num_kv_heads": 2, "head_dim": 16, "dtype": torch.bfloat16}
+    page_bytes = PagedKVCache.bytes_per_page(decoder.page_groups, **sizes)
+    assert slot_bytes(model, 2) == page_bytes * len(decoder.page_groups) / 16
 
 
 def test_memory_of_latents():

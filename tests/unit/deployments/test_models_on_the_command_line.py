@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from deployments.channel.messages import EngineInfo
 from deployments.cli import app
-from deployments.cli.serve import _content, _find_models, _override
+from deployments.cli.serve import _find_models, _override
+from deployments.cli.settings import read_content
 from deployments.cli.status import _table
 from deployments.serve.banner import AnnouncedModel, Announcement, ready_banner
 from deployments.serve.config_file import read_config_file
@@ -57,7 +58,7 @@ def test_one_model_that_cannot_be_served_is_enough_to_refuse(tmp_path: Path, mod
 
 
 def test_a_setting_may_concern_one_of_the_models(tmp_path: Path):
-    content = _content(config_file(tmp_path, entry("a"), entry("b")))
+    content = read_content(config_file(tmp_path, entry("a"), entry("b")))
     _override(content, None, None, None, None, None, None, ["models.1.replicas.num_replicas=3"])
     models = content["applications"][0]["args"]["models"]
     assert ("replicas" in models[0], models[1]["replicas"]) == (False, {"num_replicas": 3})
@@ -69,7 +70,7 @@ def test_a_setting_may_concern_one_of_the_models(tmp_path: Path):
 def test_each_model_is_found_before_anything_starts(tmp_path: Path):
     """Its place is written into the file that Serve gets, and the name that it would have had without."""
     path = config_file(tmp_path, {"model": "configs/demo"}, {"model": "configs/demo", "served_model_name": "other"})
-    content = _content(path)
+    content = read_content(path)
     _find_models(content, read_config_file(path).apps)
     models = content["applications"][0]["args"]["models"]
     assert [model["model"] for model in models] == [str(DEMO.resolve())] * 2

@@ -13,7 +13,7 @@ import yaml
 from live_server import free_port
 from typer.testing import CliRunner
 
-from deployments.cli import app, serve
+from deployments.cli import app, serve, settings
 from deployments.config import AppConfig
 from deployments.serve.resources import check_resources
 from llm.errors import ConfigError, LLMError
@@ -148,7 +148,7 @@ def test_a_file_without_a_host_listens_on_this_machine_alone(tmp_path: Path):
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     del content["http_options"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    read = serve._content(tmp_path / "config.yaml")
+    read = settings.read_content(tmp_path / "config.yaml")
     serve._override(read, None, None, None, None, None, None, [])
     assert read["http_options"] == {"host": "127.0.0.1"}
     with pytest.raises(ConfigError, match="no API keys"):

@@ -315,6 +315,22 @@ REAL_CONFIGS: dict[str, dict[str, Any]] = {
             "spatial_merge_size": 2, "temporal_patch_size": 2,
         },
     },
+    "Qwen3.5-4B": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056, "model_type": "qwen3_5",
+        "text_config": {
+            **_QWEN_3_5, "hidden_size": 2560, "intermediate_size": 9216,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 8, "linear_num_value_heads": 32,
+            "mlp_only_layers": [], "num_attention_heads": 16, "num_hidden_layers": 32, "tie_word_embeddings": True,
+        },
+        "tie_word_embeddings": True, "transformers_version": "4.57.0.dev0", "video_token_id": 248057,
+        "vision_config": {
+            "deepstack_visual_indexes": [], "depth": 24, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1024,
+            "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4096, "model_type": "qwen3_5",
+            "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 2560, "patch_size": 16,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": 248054, "vision_start_token_id": 248053,
+    },
     "Qwen3.6-35B-A3B": {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"], "image_token_id": 248056, "model_type": "qwen3_5_moe",
         "text_config": {

@@ -1,13 +1,16 @@
 """Every key of a config.json is read, known as harmless, or refused at load by its name."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from real_configs import LLAMA3_ROPE, OTHER_CONFIGS, REAL_CONFIGS
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm.attention.rope import rope_frequencies
 from llm.checkpoint.model_config import load_model_config
@@ -152,6 +155,7 @@ NEUTRAL = {
     "query_pre_attn_scalar": 128, "residual_multiplier": 1.0, "rope_interleaved": False, "use_mrope": False,
     "layer_types": [FULL] * 32, "sliding_window": None, "never_heard_of": None, "hidden_act": "swish",
     "attention_probs_dropout_prob": 0.1, "_anything": 1, "use_sliding_window": False,
+    "mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True,
 }  # fmt: skip
 
 
@@ -170,6 +174,7 @@ REFUSED = {
     "residual_multiplier": 0.22, "rope_interleaved": True, "sliding_window": 4096, "use_bidirectional_attention": True,
     "rope_parameters": {FULL: {"rope_theta": 1e6}, SLIDING: {"rope_theta": 1e4}}, "rope_scaling": {"factor": 2.0},
     "never_heard_of": False, "log_scale": False, "rope_thetta": 5e5,
+    "mlp_only_layers": [3], "decoder_sparse_step": 2,
 }  # fmt: skip
 
 
@@ -182,6 +187,62 @@ def test_yarns_factor_of_deepseek_counts(tmp_path):
     llama3 = {**LLAMA3_ROPE, "attn_factor": 0.9}
     with pytest.raises(ConfigError, match=r"'attn_factor' .0\.9. means nothing to RoPE of type 'llama3'"):
         load_model_config(write(tmp_path, LLAMA, rope_scaling=llama3))
+
+
+NEUTRAL_OF_EXPERTS = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_local_experts": 256}
+
+
+@pytest.mark.parametrize("key", NEUTRAL_OF_EXPERTS)
+def test_what_all_models_of_a_family_do_anyway_may_be_said(tmp_path, key):
+    """Qwen3.5's experts: in every layer, with weights that add up to 1."""
+    name = "Qwen3.6-35B-A3B"
+    usual = load_model_config(write(tmp_path, REAL_CONFIGS[name]))
+    text = {**REAL_CONFIGS[name]["text_config"], key: NEUTRAL_OF_EXPERTS[key]}
+    assert load_model_config(write(tmp_path, REAL_CONFIGS[name], text_config=text)) == usual
+    text[key] = {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": [1], "num_local_experts": 8}[key]
+    with pytest.raises(ConfigError, match=f"'{key}' is "):
+        load_model_config(write(tmp_path, REAL_CONFIGS[name], text_config=text))
+
+
+DIVISORS = {
+    "Qwen3-30B-A3B": ("decoder_sparse_step", "num_attention_heads", "hidden_size"),
+    "Qwen3-Next-80B-A3B-Instruct": ("full_attention_interval",),
+    "Qwen3.6-27B": ("full_attention_interval",),
+    "gemma-3-1b-it": ("sliding_window_pattern", "query_pre_attn_scalar"),
+    "Phi-3-mini-128k-instruct": ("original_max_position_embeddings",),
+    "GLM-4.5-Air": ("num_attention_heads",),
+}
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in DIVISORS.items() for key in keys])
+def test_what_others_are_divided_by_is_above_0(tmp_path, name, key, value):
+    config = copy.deepcopy((REAL_CONFIGS | OTHER_CONFIGS)[name])
+    config.get("text_config", config)[key] = value
+    with pytest.raises(ConfigError, match=rf"'{key}' is {value}, but must be a (whole )?number above 0"):
+        load_model_config(write(tmp_path, config))
+
+
+@pytest.mark.parametrize("key", ["factor", "mscale_all_dim"])
+@pytest.mark.parametrize("value", [1e308, 1e400])
+def test_numbers_that_cannot_be_counted_with_are_one_line(tmp_path, key, value):
+    scaling = {**OTHER_CONFIGS["DeepSeek-V3"]["rope_scaling"], key: value}
+    with pytest.raises(ConfigError, match=r"config\.json: ('\w+' is inf, but must be|a number is too)"):
+        load_model_config(write(tmp_path, OTHER_CONFIGS["DeepSeek-V3"], rope_scaling=scaling))
+
+
+@pytest.mark.parametrize("key", ["mscale", "mscale_all_dim"])
+def test_a_scale_of_0_is_none_as_in_transformers(tmp_path, key):
+    """Files of Mistral's have `mscale_all_dim: 0.0`."""
+    yarn = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "mscale": 1.0}
+    config = {**LLAMA, "rope_scaling": {**yarn, "mscale_all_dim": 1.0, key: 0.0}}
+    scaling = load_model_config(write(tmp_path, config)).rope_scaling
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    theirs.rope_parameters["rope_theta"] = 500000.0
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    ours, our_factor = rope_frequencies(128, 500000.0, scaling, 131072, 131072)
+    assert our_factor == pytest.approx(factor)
+    torch.testing.assert_close(ours, frequencies)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_key_value_heads", "max_position_embeddings"])

@@ -80,8 +80,8 @@ def test_experts_cut_by_expert(checkpoints, kind):
 
 
 QUANTIZED = [
-    "awq 16", "gptq 16", "gptq -1 symmetric", "packed", "packed asymmetric", "fp8 by channel", "fp8 by tensor",
-    "transformers' fp8 by block", "fp8 by block",
+    "awq 16", "gptq 16", "gptq -1 symmetric", "gptq -1 act-order", "packed", "packed asymmetric", "fp8 by channel",
+    "fp8 by tensor", "transformers' fp8 by block", "fp8 by block",
 ]  # fmt: skip
 
 
@@ -95,12 +95,16 @@ def test_quantized_weights_are_cut_where_their_groups_end(checkpoints, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [("awq 32", "not whole groups of group_size 32"), ("gptq 16 act-order", "whose groups cannot be cut")],
+    ("layout", "intermediate_size", "reason"),
+    [
+        (awq(32), 96, "not whole groups of group_size 32"),
+        (gptq(16, has_order=True), 96, "whose groups cannot be cut"),
+        (gptq(32, has_order=True), 64, "whose groups cannot be cut"),
+    ],
+    ids=["awq 32", "gptq 16 act-order", "gptq act-order, one group a rank"],
 )
-def test_groups_that_cannot_be_cut_are_refused(checkpoints, tmp_path, name, reason):
-    layout = {"awq 32": awq(32), "gptq 16 act-order": gptq(16, has_order=True)}[name]
-    quantize_directory(checkpoints("llama")[0], tmp_path, layout)
+def test_groups_that_cannot_be_cut_are_refused(checkpoints, tmp_path, layout, intermediate_size, reason):
+    quantize_directory(checkpoints("llama", intermediate_size=intermediate_size)[0], tmp_path, layout)
     with pytest.raises(ConfigError, match=reason):
         load_decoder(tmp_path, partition=Partition(1, 2), progress=False)
 

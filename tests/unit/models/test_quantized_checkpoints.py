@@ -289,6 +289,58 @@ def test_gptqmodel_says_by_pattern_what_differs(checkpoints, tmp_path):
     torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("packing", "make"), [("auto_round:auto_gptq", gptq), ("auto_round:auto_awq", awq)])
+@torch.inference_mode()
+def test_autoround_says_by_name_or_pattern_what_differs(checkpoints, tmp_path, packing, make):
+    """What Intel publishes: packed as by AutoGPTQ or AutoAWQ, and `extra_config` for what differs."""
+    usual, finer = make(), make(16)
+    extra = {
+        "lm_head": {"bits": 16, "data_type": "float"}, "model.layers.0.self_attn": {"bits": 16, "data_type": "fp"},
+        r".*layers\.1\.mlp.*": {"bits": 4, "group_size": 16, "sym": False, "data_type": "int"},
+        "model.layers.2.mlp.down_proj": {"bits": 4, "sym": False},
+    }  # fmt: skip
+    config = {
+        "quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32, "sym": False,
+        "data_type": "int", "autoround_version": "0.14.2", "iters": 0, "model_free": True, "extra_config": extra,
+        "block_name_to_quantize": "model.layers", "act_bits": 16, "low_gpu_mem_usage": True, "nsamples": 512,
+    }  # fmt: skip
+
+    def write_of(name: str):
+        if not is_projection(name) or ".0.self_attn" in name:
+            return None
+        return (finer if ".1.mlp." in name else usual).write
+
+    meant = rewrite(checkpoints("llama")[0], tmp_path, config, write_of)
+    ours, ids = load_decoder(tmp_path, progress=False), prompt(20)
+    sizes = {name: module.weight_format.group_size for name, module in quantized_modules(ours)}
+    assert (sizes["layers.1.down_proj"], sizes["layers.2.down_proj"], sizes["layers.1.qkv_proj"]) == (16, 32, 32)
+    assert "layers.0.qkv_proj" not in sizes
+    torch.testing.assert_close(ours(ids), expected_logits(checkpoints("llama")[1], meant, ids), atol=1e-4, rtol=0)
+
+
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+AUTO_ROUND_REFUSALS = {
+    "bits": ({"bits": 2}, "bits 2 is not supported; supported: 4"),
+    "packing": ({"packing_format": "auto_round:llm_compressor"}, "packing_format 'auto_round:llm_compressor' is not"),
+    "data type": ({"data_type": "mx_fp"}, "data_type 'mx_fp' is not supported"),
+    "activations": ({"act_bits": 8}, "act_bits 8 is not supported"),
+    "some of 8 bits": ({"extra_config": {"lm_head": {"bits": 8}}}, "extra_config.lm_head: bits 8 is not supported"),
+    "no pattern": ({"extra_config": {".*(": {"bits": 16}}}, "extra_config: 're:.* is not a pattern"),
+    "no settings": ({"extra_config": {"lm_head": 16}}, "lm_head 16 is not supported; it must be a JSON object"),
+    "unknown": ({"rotation": "hadamard"}, "rotation 'hadamard' is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", AUTO_ROUND_REFUSALS)
+def test_what_autoround_has_beyond_that_is_refused_by_its_key(checkpoints, tmp_path, edit, name):
+    changes, reason = AUTO_ROUND_REFUSALS[name]
+    write(checkpoints, tmp_path, gptq())
+    edit(tmp_path / "config.json", quantization_config={**AUTO_ROUND, **changes})
+    with pytest.raises(ConfigError, match=reason) as info:
+        check_checkpoint(tmp_path)
+    assert "\n" not in str(info.value)
+
+
 @pytest.mark.parametrize(
     ("file", "layout", "names"),
     [
