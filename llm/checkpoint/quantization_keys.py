@@ -340,7 +340,9 @@ def _auto_round(keys: _Keys) -> Quantization:
         has_zeros=True,
         zero_offset=1 if layout is WeightLayout.GPTQ else 0,
     )
-    formats, ignored, extra = [], [], keys.inside("extra_config")
+    formats: list[WeightFormat] = []
+    ignored: list[str] = []
+    extra = keys.inside("extra_config")
     for name in extra.found:
         own, target = extra.inside(name), _as_patterns((name,))
         _Keys({"extra_config": list(target)}, keys.path).names("extra_config")  # refuses what is no pattern
