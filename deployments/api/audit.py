@@ -12,8 +12,8 @@ from deployments.api.callers import REQUEST_ID_HEADER, sheet_of
 from deployments.api.edge import plain_path
 from deployments.api.route_table import Route
 from deployments.observe.audit_log import AuditLine, log_audit
+from deployments.observe.usage_counts import UNKNOWN
 from deployments.router.access import Access
-from deployments.router.meter import UNKNOWN
 
 _CLIENT_LEFT = 499
 """As in nginx's logs."""

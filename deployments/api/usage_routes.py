@@ -177,7 +177,7 @@ class UsageEndpoints:
             key=key.name,
             role=key.role,
             models=sorted(key.models) or None,
-            expires_at=datetime.fromtimestamp(key.expires_at, UTC) if key.expires_at else None,
+            expires_at=datetime.fromtimestamp(key.expires_at, UTC) if key.expires_at is not None else None,
             budgets=budgets,
         )
 
