@@ -145,9 +145,15 @@ async def test_a_report_has_what_it_is_asked_for(make):
     assert await report("?from=9999-12-31&to=9999-12-31") == []
     assert await report("?model=alias") == await report("?model=demo") == await report("")
     for wrong in ("?from=yesterday", "?from=2030-02-02", "?from=2028-01-01", "?to=2030-13-01", "?from=0001-01-01",
-                  "?by=key"):  # fmt: skip
+                  "?by=key", "?start=2030-01-31", "?key=%00", "?from=2030-01-31&from=2030-01-30"):  # fmt: skip
         answer = await get(service, f"/rayline/usage{wrong}", "boss")
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error"), wrong
+    own = (await get(service, "/v1/usage?from=2030-01-01&to=2030-01-31", "team")).json()
+    assert (own["period"]["first_day"], own["period"]["last_day"]) == ("2030-01-01", "2030-01-31")
+    assert own["period"]["models"]["demo"] == {**own["this_month"]["models"]["demo"], "requests": 1}
+    assert (await get(service, "/v1/usage", "team")).json()["period"] is None
+    for wrong in ("?from=bad", "?by=period", "?key=boss", "?from=2030-02-02"):
+        assert (await get(service, f"/v1/usage{wrong}", "team")).status_code == 400, wrong
 
 
 async def test_a_report_says_what_each_key_has_left(make):
@@ -315,6 +321,7 @@ async def test_budgets_outlast_a_restart(make, make_service, tmp_path: Path, kin
     key = api_key("team", tokens_per_day=40)
     first = await make(key, clock=clock, place=place)
     assert [(await ask(first, "team")).status_code for _ in range(2)] == [200, 200]
+    assert (await get(first, "/v1/usage", "team")).json()["today"]["requests"] == 2, "the record has them"
     second = await make(key, clock=clock, place=place)
     assert [(await ask(second, "team")).status_code for _ in range(2)] == [200, 429], "30 of 40, then 45"
     clock.at += timedelta(days=1)
