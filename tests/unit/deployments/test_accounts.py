@@ -245,7 +245,7 @@ async def test_a_key_uses_only_its_models(two_models: Service):
     assert [(await get(service, f"/v1/models/{name}", "some")).status_code for name in ("large", "small")] == [404, 200]
 
 
-async def test_an_expired_key_is_refused_and_its_streams_end(make):
+async def test_an_expired_key_is_refused_and_its_streams_end(make, serve_log):
     clock = FakeClock()
     slow = emulated_config(emulation={"tokens_per_s": 20.0, "max_seq_len": 2048})
     service = await make(
@@ -271,6 +271,9 @@ async def test_an_expired_key_is_refused_and_its_streams_end(make):
     [row] = [row for row in await service.directory.access.meter.rows(ALL) if row.key == "guest" and not row.refusal]
     assert (row.num_requests, row.prompt_tokens) == (1, 10)
     assert 0 < row.output_tokens < 1500, "what was generated until then"
+    told = {(line["key"], line["status"]): (line["reason"], line["outcome"]) for line in audit_lines(serve_log)}
+    assert told["guest", 200] == ("invalid_api_key", "error"), "as the record says"
+    assert told["team", 200] == ("", "length")
 
 
 async def test_priorities_have_a_highest_value(make):
