@@ -20,6 +20,7 @@ from deployments.observe.terminal import TERMINAL_VARIABLE
 from deployments.serve.config_file import BUILDER, find_config_file, read_config_file
 from deployments.serve.haproxy import haproxy_environment
 from deployments.serve.ports import claimed_ports
+from deployments.unique_yaml import load_yaml
 from llm.checkpoint.generation_defaults import load_generation_defaults
 from llm.checkpoint.hub import is_gguf, resolve_model_path
 from llm.checkpoint.packaged_models import PACKAGED_MODELS
@@ -88,11 +89,13 @@ def serve(
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
         content["applications"][0].setdefault("args", {})
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    except (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"{path} has no list of applications; see serve_config.yaml for one that works") from error
     return dict(content)
 

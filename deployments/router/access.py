@@ -148,6 +148,5 @@ class Access:
         """End what runs with keys that have expired."""
         now = self.clock()
         for key in self.keys:
-            if key.is_expired(now):
-                if num_ended := self._end(key, is_gone=True, why=EXPIRED):
-                    logger.info("API key %s has expired; %d open requests end", key.name, num_ended)
+            if key.is_expired(now) and (num_ended := self._end(key, is_gone=True, why=EXPIRED)):
+                logger.info("API key %s has expired; %d open requests end", key.name, num_ended)

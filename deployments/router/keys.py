@@ -160,7 +160,8 @@ class KeySource:
         """Every key that clients may use while these are in the file.
 
         Raises:
-            ConfigError: two share a secret or a name, one is there twice with different settings, or one has a budget that a restart would forget.
+            ConfigError: two share a secret or a name, one is there twice with different settings, or one has a budget
+                that a restart would forget.
         """
         keys = together(self.fixed, from_file)
         for key in keys:

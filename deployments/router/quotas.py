@@ -101,7 +101,7 @@ class Quotas:
         return account
 
     def opened(self, name: str) -> Account | None:
-        """The account of the key with this name; None if nothing has asked for it, so that nothing runs with the key."""
+        """The account of the key with this name; None if nobody has asked for it, so nothing runs with the key."""
         return self._accounts.get(name)
 
     def start(self) -> None:
