@@ -438,3 +438,17 @@ async def test_a_router_does_not_say_there_is_none_before_all_are_read(tmp_path,
     assert known.names_of([known.find("3")[0].digest, "?"]) == ["0"], "all five are the same adapter"
     known.close()
     own.catalog.close()
+
+
+def test_a_catalog_is_not_settled_before_it_shows_what_it_has_found(tmp_path):
+    """Its followers look in a thread; a router that asks just then would take an adapter for one that there is not."""
+    write_adapter(tmp_path / "folder" / "a")
+    catalog = Catalog([catalog_model(tmp_path, "demo", folder=str(tmp_path / "folder"))], ["demo"], recovery_s=0)
+    [one] = catalog._followers
+    assert look(one, 3) == ["a"]
+    reply = catalog.exchange(Ask("", -1))
+    assert (one.is_settled, reply.is_settled, reply.adapters) == (True, False, [])
+    catalog._show()
+    reply = catalog.exchange(Ask("", -1))
+    assert reply.is_settled
+    assert [adapter.name for adapter in reply.adapters or ()] == ["a"]
