@@ -90,6 +90,7 @@ class Catalog:
         self._wishes: dict[str, Wish] = {}
         self._followers = [_follower_of(model, self._taken_names) for model in models]
         self._shown: tuple[list[KnownAdapter], dict[str, str]] = [], {}
+        self._is_all_shown = not models
         self._loading = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
@@ -105,7 +106,7 @@ class Catalog:
     @property
     def is_settled(self) -> bool:
         """See `Reply`."""
-        return self._has_recovered and all(follower.is_settled for follower in self._followers)
+        return self._has_recovered and self._is_all_shown
 
     def exchange(self, ask: Ask) -> Reply:
         """Take in what a router remembers, and tell it what it has not heard of."""
@@ -228,6 +229,8 @@ class Catalog:
 
     def _show(self) -> None:
         """Put together what routers are told, and count a change."""
+        # Asked first: what a follower finds in its thread meanwhile is shown the next time.
+        is_all_shown = all(follower.is_settled for follower in self._followers)
         adapters = [adapter for wish in self._wishes.values() for adapter in wish.adapters]
         adapters = [adapter for adapter in adapters if adapter.key in self._models]
         for follower in self._followers:
@@ -247,6 +250,7 @@ class Catalog:
         if (list(shown.values()), faults) != self._shown:
             self._shown = list(shown.values()), faults
             self._revision += 1
+        self._is_all_shown = is_all_shown
 
 
 def _follower_of(model: CatalogModel, taken_names: frozenset[str]) -> AdapterFollower:

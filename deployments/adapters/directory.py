@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm.adapter_config import MAX_RANK
 from llm.checkpoint.adapter_digest import ADAPTER_FILES, adapter_digest
 from llm.checkpoint.hub import find_local_checkpoint
 from llm.checkpoint.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, refuse_pickle
@@ -108,10 +109,11 @@ def _check_files(directory: Path, rules: AdapterRules) -> None:
 
 def _check_rank(path: Path, max_rank: int) -> None:
     rank = PeftConfig.read(path).largest_rank
+    if rank > MAX_RANK:
+        raise ConfigError(f"{path}: rank {rank} is more than engines take, which is {MAX_RANK}; merge this adapter")
     if rank > max_rank:
         raise ConfigError(
-            f"{path}: rank {rank} is more than engine.max_adapter_rank: {max_rank}; raise that to at least {rank}, at "
-            "most 256"
+            f"{path}: rank {rank} is more than engine.max_adapter_rank: {max_rank}; raise that to at least {rank}"
         )
 
 

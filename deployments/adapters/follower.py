@@ -105,7 +105,11 @@ class AdapterFollower:
         for name, (source, directory) in candidates.items():
             place = self._places.setdefault(name, _Place(source, directory))
             place.directory, place.num_absent = directory, 0
+            if self._is_storage_away(name, place):
+                continue
             signature = directory, signature_of(directory) or ()
+            if name in self.found and signature == place.taken:
+                self._note_mended(name)
             if signature == place.seen and signature != place.taken:
                 ready.append(name)
             place.seen = signature
@@ -115,6 +119,16 @@ class AdapterFollower:
         if not unread and self._num_looks > 1:
             self.is_settled = True
         return len(ready) > 1
+
+    def _is_storage_away(self, name: str, place: _Place) -> bool:
+        """Whether an adapter's files are gone without anybody having removed the adapter. What engines hold of it stays
+        valid: its folder as a whole cannot be read, or the configuration still names it."""
+        if place.source is Source.FOLDER:
+            return "" in self._broken
+        if name not in self.found or signature_of(place.directory) is not None:
+            return False
+        self._note_fault(name, f"{place.directory} is gone; only engines that hold the adapter serve it")
+        return True
 
     def _candidates(self) -> dict[str, tuple[Source, Path]]:
         """The directories that should hold adapters, those of the configuration first."""

@@ -12,8 +12,9 @@ from deployments.api.callers import REQUEST_ID_HEADER, sheet_of
 from deployments.api.edge import plain_path
 from deployments.api.route_table import Route
 from deployments.observe.audit_log import AuditLine, log_audit
+from deployments.observe.usage_counts import UNKNOWN
 from deployments.router.access import Access
-from deployments.router.meter import UNKNOWN
+from deployments.router.metered_request import Sheet
 
 _CLIENT_LEFT = 499
 """As in nginx's logs."""
@@ -92,7 +93,7 @@ class Audit:
                 model=sheet.model,
                 status=status,
                 reason=reason,
-                outcome=next((metered.outcome for metered in sheet.metered), ""),
+                outcome=_outcome(sheet, is_error=bool(reason) and status != _CLIENT_LEFT),
                 prompt_tokens=sum(entry.prompt_tokens for entry in entries),
                 cached_tokens=sum(entry.cached_tokens for entry in entries),
                 output_tokens=sum(metered.num_answer_tokens for metered in sheet.metered),
@@ -107,3 +108,16 @@ class Audit:
         if path in self._paths or path in self._open_paths:
             return path
         return next((template for pattern, template in self._patterns if pattern.match(path)), "")
+
+
+def _outcome(sheet: Sheet, *, is_error: bool) -> str:
+    """How the first work of a request ended, as its entry in the record will say; "" for none.
+
+    Args:
+        sheet: of the request.
+        is_error: whether the client was told of an error; the work may not have ended yet.
+    """
+    if not sheet.metered:
+        return ""
+    metered = sheet.metered[0]
+    return "error" if is_error and not metered.is_closed else metered.outcome

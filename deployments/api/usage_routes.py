@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 
 from pydantic import BaseModel
@@ -67,6 +67,8 @@ class KeyUsage(KeyState):
     object: str = "usage"
     today: PeriodUsage
     this_month: PeriodUsage
+    period: PeriodUsage | None = None
+    """The days from the query's `from` to its `to`; null without them."""
 
 
 class UsageLine(UsageSum):
@@ -109,17 +111,27 @@ class UsageEndpoints:
         ]
 
     async def own(self, request: Request) -> Response:
-        """Report what the request's key has used today and this month, in UTC, and what is left of its budgets."""
+        """Report what the request's key has used today and this month, in UTC, and what is left of its budgets; and
+        what it has used in a `period`, if the query says `from` or `to`, which are as in `/rayline/usage`."""
+        query = _query(request, "from", "to")
         key = key_of(request)
         today = self._today()
+        days = _days(query, today)
         first = today.replace(day=1)
         name = key.name if key is not None else ""
         rows = await self._access.meter.rows(UsageQuery(first.isoformat(), today.isoformat(), name))
+        period = None
+        if query:
+            asked = UsageQuery(days[0].isoformat(), days[1].isoformat(), name)
+            period = _period(await self._access.meter.rows(asked), *days)
         if key is not None and key.limits.has_budget:
             await self._access.meter.budgets.refresh(key.name)
         state = self._state(key) if key is not None else _NO_KEY
         usage = KeyUsage(
-            **state.model_dump(), today=_period(rows, today, today), this_month=_period(rows, first, today)
+            **state.model_dump(),
+            today=_period(rows, today, today),
+            this_month=_period(rows, first, today),
+            period=period,
         )
         return json_response(usage.model_dump(mode="json"))
 
@@ -128,12 +140,9 @@ class UsageEndpoints:
         days in UTC, both included, by default this month until today; `key` and `model` leave out all others; `by` is
         `day`, or `period` for all days together."""
         require_admin(request)
-        query = request.query_params
+        query = _query(request, "from", "to", "key", "model", "by")
         today = self._today()
-        last = _day(query.get("to"), "to", today)
-        first = _day(query.get("from"), "from", min(today, last).replace(day=1))
-        if not 0 <= (last - first).days < _MAX_DAYS:
-            raise invalid(f"from: must be at most {_MAX_DAYS} days before `to`, and not after it", "from")
+        first, last = _days(query, today)
         by = query.get("by", "day")
         if by not in ("day", "period"):
             raise invalid("by: must be day or period", "by")
@@ -177,7 +186,7 @@ class UsageEndpoints:
             key=key.name,
             role=key.role,
             models=sorted(key.models) or None,
-            expires_at=datetime.fromtimestamp(key.expires_at, UTC) if key.expires_at else None,
+            expires_at=datetime.fromtimestamp(key.expires_at, UTC) if key.expires_at is not None else None,
             budgets=budgets,
         )
 
@@ -203,6 +212,37 @@ def _report(query: UsageQuery, rows: Sequence[UsageRow], keys: list[KeyState]) -
         total=_sum(rows),
         keys=keys,
     )
+
+
+def _query(request: Request, *names: str) -> dict[str, str]:
+    """The parameters of a request's query.
+
+    Raises:
+        APIError: a 400; one is not among these names, or is there twice. To leave it out would answer another question.
+    """
+    query: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in names:
+            raise invalid(f"{name[:80]}: unknown; the query may have {', '.join(names)}", name[:80])
+        if name in query:
+            raise invalid(f"{name}: is there twice", name)
+        if "\0" in value:  # some databases cannot even compare it
+            raise invalid(f"{name}: holds a NUL", name)
+        query[name] = value
+    return query
+
+
+def _days(query: Mapping[str, str], today: date) -> tuple[date, date]:
+    """The first and the last day that a query asks for.
+
+    Raises:
+        APIError: a 400.
+    """
+    last = _day(query.get("to"), "to", today)
+    first = _day(query.get("from"), "from", min(today, last).replace(day=1))
+    if not 0 <= (last - first).days < _MAX_DAYS:
+        raise invalid(f"from: must be at most {_MAX_DAYS} days before `to`, and not after it", "from")
+    return first, last
 
 
 def _day(value: str | None, name: str, default: date) -> date:

@@ -8,7 +8,7 @@ import msgspec
 
 from deployments.batches.errors import BatchRefusedError, RefusalKind, no_such_file
 from deployments.batches.records import FileRecord, Purpose, created_at_of, is_file_id, is_upload_id, new_file_id
-from deployments.batches.store import ByteRange, ObjectWriter, Store
+from deployments.batches.store import ByteRange, ObjectWriter, Store, read_record
 from deployments.batches_config import BatchesConfig
 
 LONGEST_UPLOAD_S = 24 * 3600.0
@@ -107,6 +107,14 @@ class FileShelf:
         """
         return self._store.read_ranges([ByteRange(_content(file_id), start, end)])[0]
 
+    def has_content(self, file_id: str) -> bool:
+        """Whether a file's content is in the store."""
+        try:
+            self.read(file_id, 0, 1)
+        except FileNotFoundError:
+            return False
+        return True
+
     def page(self, owner: str, page: Page, purpose: str | None = None) -> tuple[list[FileRecord], bool]:
         """A page of an API key's files, and whether there are more."""
         found: list[FileRecord] = []
@@ -138,8 +146,8 @@ class FileShelf:
         content = self._store.names(_CONTENT)  # before the records, which are written after it
         kept: set[str] = set(in_use)
         for folder in self._store.names("files"):
-            for file_id in self._store.names(f"files/{folder}"):
-                if self._read(f"files/{folder}/{file_id}") is not None:
+            for file_id in filter(is_file_id, self._store.names(f"files/{folder}")):
+                if not self._is_over(f"files/{folder}/{file_id}"):
                     kept.add(file_id)
                 elif file_id not in kept:
                     self._store.delete(f"files/{folder}/{file_id}")
@@ -155,11 +163,13 @@ class FileShelf:
 
     def _read(self, name: str) -> FileRecord | None:
         """A record; None if there is none, or its time is over."""
-        try:
-            record = _decode(self._store.read(name))
-        except FileNotFoundError:
-            return None
-        return record if record.expires_at > self._clock() else None
+        record = read_record(self._store, name, _decode)
+        return record if record is not None and record.expires_at > self._clock() else None
+
+    def _is_over(self, name: str) -> bool:
+        """Whether a file's time is over. A record that cannot be read says nothing of it."""
+        record = read_record(self._store, name, _decode)
+        return record is not None and record.expires_at <= self._clock()
 
 
 class Upload:

@@ -12,7 +12,7 @@ from deployments.batches.errors import BatchStoreAwayError
 from deployments.batches.input_lines import InputLines, scan
 from deployments.batches.lease import Lease
 from deployments.batches.line_runner import LineRunner, LineTools
-from deployments.batches.records import Batch, BatchState, BatchStatus
+from deployments.batches.records import Batch, BatchState, BatchStatus, LineFault
 from deployments.batches.results import ResultBook
 
 logger = logging.getLogger("ray.serve")
@@ -70,7 +70,13 @@ class BatchJob:
 
     async def _bring_to_end(self) -> None:
         if not self.state.status.is_final:
-            await self._run()
+            try:
+                await self._run()
+            except FileNotFoundError:
+                if not await self._desk.run(self._is_input_gone):
+                    raise
+                fault = LineFault("input_file_gone", "The input file is no longer in the store; upload it again")
+                await self._save(status=BatchStatus.FAILED, faults=(fault,), ended_at=self._now())
         await self._desk.run(self._book.drop)
         await self._desk.run(self._lease.drop)
         await self._desk.run(lambda: self._desk.ledger.strike_off(self._batch.id))
@@ -97,6 +103,10 @@ class BatchJob:
         await self._save(status=ending, output_file_id=output, error_file_id=errors, ended_at=self._now())
         logger.info("%s is %s: %d lines completed, %d failed", self._batch.id, ending, self.state.num_completed,
                     self.state.num_failed)  # fmt: skip
+
+    def _is_input_gone(self) -> bool:
+        """Whether the input file is missing in a store that is there. Without it the batch could never end."""
+        return self._desk.ledger.has(self._batch) and not self._desk.files.has_content(self._batch.input_file_id)
 
     def _scan(self) -> InputLines:
         batch = self._batch

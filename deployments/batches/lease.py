@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from deployments.batches.errors import BatchStoreAwayError, LeaseLostError
-from deployments.batches.store import Store
+from deployments.batches.store import Store, read_record
 
 _encode = msgspec.json.encode
 
@@ -93,10 +93,7 @@ class LeaseBook:
     def _beat(self, batch_id: str, number: int) -> _Beat | None:
         if number == 0:
             return None
-        try:
-            return _decode(self._store.read(_name(batch_id, number)))
-        except FileNotFoundError:
-            return None
+        return read_record(self._store, _name(batch_id, number), _decode)
 
 
 class Lease:

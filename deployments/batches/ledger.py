@@ -22,7 +22,7 @@ from deployments.batches.records import (
     is_batch_id,
     new_batch_id,
 )
-from deployments.batches.store import Store
+from deployments.batches.store import Store, read_record
 from deployments.batches_config import BatchesConfig
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
@@ -31,6 +31,7 @@ _STATE = "state-"
 _ORPHAN_AGE_S = 3600.0
 _encode = msgspec.json.encode
 _decode_record = msgspec.json.Decoder(BatchRecord).decode
+_decode_time = msgspec.json.Decoder(int).decode
 _decode_state = msgspec.json.Decoder(BatchState).decode
 
 
@@ -102,7 +103,7 @@ class BatchLedger:
 
     def page(self, owner: str, page: Page) -> tuple[list[Batch], bool]:
         """A page of an API key's batches, and whether there are more."""
-        ids = page.ids(self._store.names(f"batches/{folder_of(owner)}"))
+        ids = page.ids(self._ids(f"batches/{folder_of(owner)}"))
         found = [
             batch for batch in (self._find(owner, batch_id) for batch_id in ids[: page.limit]) if batch is not None
         ]
@@ -139,14 +140,11 @@ class BatchLedger:
 
     def active_ids(self) -> list[str]:
         """Ids of all unfinished batches, the oldest first."""
-        return self._store.names(_ACTIVE)
+        return self._ids(_ACTIVE)
 
     def active(self, batch_id: str) -> ActiveBatch | None:
         """An unfinished batch; None if it has just ended."""
-        try:
-            return _decode_active(self._store.read(f"{_ACTIVE}/{batch_id}"))
-        except FileNotFoundError:
-            return None
+        return read_record(self._store, f"{_ACTIVE}/{batch_id}", _decode_active)
 
     def all_active(self) -> list[ActiveBatch]:
         """All unfinished batches, the oldest first."""
@@ -163,6 +161,10 @@ class BatchLedger:
     def find(self, active: ActiveBatch) -> Batch | None:
         """An unfinished batch; None if it has no record, which is the case for a moment while it is made."""
         return self._find(active.owner, active.id)
+
+    def has(self, batch: BatchRecord) -> bool:
+        """Whether the store has a batch, as it does unless the store itself is away."""
+        return self._find(batch.owner, batch.id) is not None
 
     def is_cancelled(self, batch: BatchRecord) -> bool:
         """Whether somebody has asked for a batch to end."""
@@ -185,13 +187,17 @@ class BatchLedger:
                 self.strike_off(entry.id)
         longest_s = self._config.retention_s + self._config.max_window_s
         for folder in self._store.names("batches"):
-            for batch_id in self._store.names(f"batches/{folder}"):
+            for batch_id in self._ids(f"batches/{folder}"):
                 if batch_id not in active and self._clock() - created_at_of(batch_id) > longest_s:
                     self._delete_all(f"batches/{folder}/{batch_id}")
         for batch_id in at_work:
             if batch_id not in active:
                 self._delete_all(f"work/{batch_id}/lease")
                 self._delete_all(f"work/{batch_id}/parts")
+
+    def _ids(self, folder: str) -> list[str]:
+        """Ids of the batches in a folder, in which others may leave something, as network file systems do."""
+        return [name for name in self._store.names(folder) if is_batch_id(name)]
 
     def _delete_all(self, folder: str) -> None:
         for name in self._store.names(folder):
@@ -217,19 +223,15 @@ class BatchLedger:
 
     def _find(self, owner: str, batch_id: str) -> Batch | None:
         folder = _folder(owner, batch_id)
-        try:
-            record = _decode_record(self._store.read(f"{folder}/record"))
-        except FileNotFoundError:
+        record = read_record(self._store, f"{folder}/record", _decode_record)
+        if record is None:
             return None
         states = [name for name in self._store.names(folder) if name.startswith(_STATE)]
-        state = _decode_state(self._store.read(f"{folder}/{max(states)}")) if states else BatchState()
-        return Batch(record, state, self._cancelling_at(owner, batch_id))
+        state = read_record(self._store, f"{folder}/{max(states)}", _decode_state) if states else BatchState()
+        return Batch(record, state, self._cancelling_at(owner, batch_id)) if state is not None else None
 
     def _cancelling_at(self, owner: str, batch_id: str) -> int | None:
-        try:
-            return msgspec.json.decode(self._store.read(f"{_folder(owner, batch_id)}/cancel"), type=int)
-        except FileNotFoundError:
-            return None
+        return read_record(self._store, f"{_folder(owner, batch_id)}/cancel", _decode_time)
 
 
 def _folder(owner: str, batch_id: str) -> str:

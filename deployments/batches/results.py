@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from deployments.batches.line_usage import TokenUsage
-from deployments.batches.store import ByteRange, Store
+from deployments.batches.store import ByteRange, Store, read_record
 
 _AT_ONCE_BYTES, _AT_ONCE_LINES = 8 << 20, 256
 """How much of the results is read at once."""
@@ -46,6 +46,20 @@ class _Entry(msgspec.Struct, array_like=True, frozen=True):
 
 _encode = msgspec.json.encode
 _decode = msgspec.json.Decoder(list[_Entry]).decode
+
+
+def _split(part: bytes) -> tuple[int, list[_Entry]]:
+    """Where a part's results begin, and which they are.
+
+    Raises:
+        msgspec.MsgspecError: it is damaged.
+    """
+    head, _, _ = part.partition(b"\n")
+    entries = _decode(head)
+    start = len(head) + 1
+    if len(part) != start + sum(entry.num_bytes for entry in entries):
+        raise msgspec.DecodeError("results are missing")
+    return start, entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +101,11 @@ class ResultBook:
         return line in self._kept
 
     def load(self) -> None:
-        """Find the results that are there already."""
+        """Find the results that are there already. Lines whose results are damaged run again."""
         for name in self._store.names(self._folder):
-            part = self._store.read(f"{self._folder}/{name}")
-            head, _, _ = part.partition(b"\n")
-            self._note(name, len(head) + 1, _decode(head))
+            part = read_record(self._store, f"{self._folder}/{name}", _split)
+            if part is not None:
+                self._note(name, *part)
 
     def add(self, results: Sequence[Result]) -> None:
         """Keep results, so that they outlast this process. Lines that have a result already keep that one."""

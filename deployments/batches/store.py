@@ -1,8 +1,16 @@
 """`Store`: where files and batches are kept. All routers of a deployment use the same one, and nothing else."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Protocol, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +83,20 @@ class Store(Protocol):
     def drop_leftovers(self, min_age_s: float) -> None:
         """Remove what writers that died have left, if it is at least this old."""
         ...
+
+
+def read_record(store: Store, name: str, decode: Callable[[bytes], T]) -> T | None:
+    """What an object says; None if there is none, or if it is damaged, so that one such object holds up no other."""
+    try:
+        return decode(store.read(name))
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError:
+        _note_damaged(name)
+        return None
+
+
+@lru_cache(maxsize=1000)
+def _note_damaged(name: str) -> None:
+    """Log an object once."""
+    logger.error("%s in the store of batches is damaged and is left out", name)

@@ -9,7 +9,10 @@ PREFIX = "rayline:key_"
 _LABELS = ("model_name", "router", "key")
 _MAX_PLACES = 2_000
 OTHER = "other"
-"""The model's name in what is counted after so many pairs of key and model: adapters come and go, series only come."""
+"""The model's name in what is counted after so many pairs of key and model, and the key's after as many more: keys and
+adapters come and go, series only come."""
+UNKNOWN = "unknown"
+"""Whose the requests are that come without a known key."""
 _FAMILIES = (
     (f"{PREFIX}requests", "Requests of an API key that have ended, refused ones left out."),
     (f"{PREFIX}prompt_tokens", "Prompt tokens of an API key's requests."),
@@ -19,8 +22,8 @@ _FAMILIES = (
 
 
 class UsageCounts:
-    """The number of series is bounded: keys are those of the configuration, or `unknown`, and after `_MAX_PLACES` pairs
-    of a key and a model or adapter, new ones are counted as `other`."""
+    """The number of series is bounded: after `_MAX_PLACES` pairs of a key and a model or adapter, new ones count under
+    the model `other`, and after twice as many under the key `other`, too."""
 
     def __init__(self) -> None:
         self._places: set[tuple[str, str]] = set()
@@ -39,16 +42,21 @@ class UsageCounts:
         output_tokens: int = 0,
     ) -> None:
         """Count requests that have ended, or, with a reason, refused ones."""
-        if (key, model) not in self._places and len(self._places) >= _MAX_PLACES:
-            model = OTHER
-        self._places.add((key, model))
+        key, model = self._place(key, model)
         if refusal:
-            place = key, model, refusal
-            self._refused[place] = self._refused.get(place, 0) + num_requests
+            self._refused[key, model, refusal] = self._refused.get((key, model, refusal), 0) + num_requests
             return
         row = self._used.setdefault((key, model), [0, 0, 0, 0])
         for index, value in enumerate((num_requests, prompt_tokens, cached_tokens, output_tokens)):
             row[index] += value
+
+    def _place(self, key: str, model: str) -> tuple[str, str]:
+        """The key and the model under which something counts."""
+        for place, most in (((key, model), _MAX_PLACES), ((key, OTHER), 2 * _MAX_PLACES)):
+            if place in self._places or len(self._places) < most or place == (UNKNOWN, ""):
+                self._places.add(place)
+                return place
+        return OTHER, OTHER
 
     def families(self, router_id: str) -> Iterator[Metric]:
         """The metrics."""

@@ -1,6 +1,8 @@
 """`Access`: which keys are valid now, and what each may still do."""
 
 import asyncio
+import hashlib
+import hmac
 import logging
 import time
 from collections.abc import Callable
@@ -44,13 +46,11 @@ class Access:
         source = source or KeySource()
         self.clock = clock
         self.meter = meter or Meter(when_away=when_away, clock=clock)
-        self.keys = source.keys
         self._num_changes = 0
         self._quotas = Quotas(accountant or OwnAccountant(), when_away)
         self._file = KeyFile(source) if source.path is not None else None
         self._following: asyncio.Task[None] | None = None
-        if self._file is not None:
-            self.keys = self._file.look(is_first=True) or self.keys
+        self._set_keys((self._file.look(is_first=True) if self._file is not None else None) or source.keys)
         if self.keys:
             self._following = asyncio.get_running_loop().create_task(self._follow())
         if accountant is not None:
@@ -63,7 +63,16 @@ class Access:
 
     def named(self, name: str) -> ApiKey | None:
         """The valid key with this name; None if there is none."""
-        return next((key for key in self.keys if key.name == name), None)
+        return self._by_name.get(name)
+
+    def with_secret(self, secret: bytes) -> ApiKey | None:
+        """The valid key with this secret; None if there is none.
+
+        It is looked up by its digest, so the time says nothing about the secret of any key.
+        """
+        digest = hashlib.sha256(secret).digest()
+        key = self._by_digest.get(digest)
+        return key if key is not None and hmac.compare_digest(digest, key.digest) else None
 
     def account(self, key: ApiKey) -> Account:
         """The account of what a key has used."""
@@ -80,12 +89,13 @@ class Access:
     def change_keys(self, keys: tuple[ApiKey, ...]) -> None:
         """Replace the valid keys from now on."""
         old, new = {key.name: key for key in self.keys}, {key.name: key for key in keys}
-        self.keys = keys
+        self._set_keys(keys)
         self._num_changes += 1
         revoked = [key for key in old.values() if key.name not in new or new[key.name].digest != key.digest]
-        num_ended = sum(self._quotas.account(key).revoke(is_gone=key.name not in new, why=REVOKED) for key in revoked)
+        num_ended = sum(self._end(key, is_gone=key.name not in new, why=REVOKED) for key in revoked)
         for key in keys:
-            self._quotas.account(key).change_key(key)
+            if (account := self._quotas.opened(key.name)) is not None:
+                account.change_key(key)
         logger.info("API keys have changed: there are %d now, revoked: %s; %d open requests end",
                     len(keys), ", ".join(key.name for key in revoked) or "none", num_ended)  # fmt: skip
 
@@ -113,6 +123,11 @@ class Access:
             self._following.cancel()
         self.meter.stop_looking()
 
+    def _set_keys(self, keys: tuple[ApiKey, ...]) -> None:
+        self.keys = keys
+        self._by_name = {key.name: key for key in keys}
+        self._by_digest = {key.digest: key for key in keys}
+
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_INTERVAL_S)
@@ -124,11 +139,14 @@ class Access:
                 logger.exception("changes of the API keys cannot be read; the keys stay as they are")
             self._end_expired()
 
+    def _end(self, key: ApiKey, *, is_gone: bool, why: str) -> int:
+        """See `Account.revoke`."""
+        account = self._quotas.opened(key.name)
+        return account.revoke(is_gone=is_gone, why=why) if account is not None else 0
+
     def _end_expired(self) -> None:
         """End what runs with keys that have expired."""
         now = self.clock()
         for key in self.keys:
-            if key.is_expired(now):
-                num_ended = self._quotas.account(key).revoke(is_gone=True, why=EXPIRED)
-                if num_ended:
-                    logger.info("API key %s has expired; %d open requests end", key.name, num_ended)
+            if key.is_expired(now) and (num_ended := self._end(key, is_gone=True, why=EXPIRED)):
+                logger.info("API key %s has expired; %d open requests end", key.name, num_ended)

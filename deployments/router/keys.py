@@ -14,9 +14,18 @@ from pydantic import Field, SecretStr, TypeAdapter, ValidationError, field_valid
 
 from deployments.accounts_config import KeyLimits, Role
 from deployments.config import AppConfig
+from deployments.observe.usage_counts import OTHER, UNKNOWN
+from deployments.unique_yaml import TWICE, load_yaml
 from llm.errors import ConfigError
 
 _YAML_SUFFIXES = (".yaml", ".yml", ".json")
+RESERVED_NAMES = frozenset({UNKNOWN, OTHER})
+"""Stand for requests without a known key, and for those of many keys together."""
+_SHAPES = {
+    "list_type": "must be a list with an entry for each key, such as `- {name: team, key_sha256: …}`",
+    "model_type": "must have settings, such as `{name: team, key_sha256: …}`",
+    "dict_type": "must have settings, such as `{name: team, key_sha256: …}`",
+}
 _DATE_AND_TIME = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d"
 
 
@@ -76,6 +85,24 @@ class KeyEntry(KeyLimits):
             raise ValueError("must be a date with a time, such as 2030-01-31T00:00:00Z")
         return value
 
+    @field_validator("expires_at")
+    @classmethod
+    def _to_utc(cls, value: datetime | None) -> datetime | None:
+        """The same moment in UTC, where it may fall into a year that there is not."""
+        if value is None:
+            return None
+        try:
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("must be in one of the years 1 to 9999 in UTC") from None
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name in RESERVED_NAMES:
+            raise ValueError(f"{name!r} stands for other requests in metrics; take another name")
+        return name
+
     @model_validator(mode="after")
     def _check_key(self) -> Self:
         if (self.key is None) == (self.key_sha256 is None):
@@ -93,16 +120,13 @@ class KeyEntry(KeyLimits):
         digest = bytes.fromhex(self.key_sha256) if self.key_sha256 else _digest(self.key)  # type: ignore[arg-type]
         own = self.model_dump(include=set(KeyLimits.model_fields), exclude_unset=True)
         limits = _checked(defaults.model_copy(update=own), f"API key {self.name!r}")
-        expires_at = self.expires_at
-        if expires_at is not None and expires_at.tzinfo is None:
-            expires_at = expires_at.replace(tzinfo=UTC)
         return ApiKey(
             self.name,
             digest,
             limits,
             self.role,
             frozenset(self.models or ()),
-            expires_at.timestamp() if expires_at is not None else None,
+            self.expires_at.timestamp() if self.expires_at is not None else None,
         )
 
 
@@ -136,7 +160,8 @@ class KeySource:
         """Every key that clients may use while these are in the file.
 
         Raises:
-            ConfigError: two share a secret or a name, or one has a budget that a restart would forget.
+            ConfigError: two share a secret or a name, one is there twice with different settings, or one has a budget
+                that a restart would forget.
         """
         keys = together(self.fixed, from_file)
         for key in keys:
@@ -204,23 +229,24 @@ def together(fixed: Sequence[ApiKey], from_file: Sequence[ApiKey]) -> tuple[ApiK
     """All keys, each once.
 
     Raises:
-        ConfigError: two share a secret or a name.
+        ConfigError: two share a secret or a name, or one is there twice with different settings.
     """
-    keys = (*fixed, *from_file)
-    names: dict[str, bytes] = {}
-    owners: dict[bytes, str] = {}
-    for key in keys:
-        if names.setdefault(key.name, key.digest) != key.digest:
+    names: dict[str, ApiKey] = {}
+    owners: dict[bytes, ApiKey] = {}
+    for key in (*fixed, *from_file):
+        same_name, same_key = names.setdefault(key.name, key), owners.setdefault(key.digest, key)
+        if same_name.digest != key.digest:
             raise ConfigError(f"two API keys are named {key.name!r}; give each its own name")
-        if owners.setdefault(key.digest, key.name) != key.name:
-            raise ConfigError(f"{key.name!r} and {owners[key.digest]!r} are the same API key; remove one of them")
-    return tuple({key.digest: key for key in keys}.values())
+        if same_key.name != key.name:
+            raise ConfigError(f"{key.name!r} and {same_key.name!r} are the same API key; remove one of them")
+        if same_key != key:
+            raise ConfigError(f"the API key {key.name!r} is there twice, with different settings; remove one of them")
+    return tuple(owners.values())
 
 
 def _parse_entries(path: Path, text: str) -> list[KeyEntry]:
     try:
-        # The parser in C takes a tenth of the time, during which a router's event loop waits for its thread.
-        found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        found = load_yaml(text)
     except (
         yaml.YAMLError,
         RecursionError,
@@ -230,10 +256,10 @@ def _parse_entries(path: Path, text: str) -> list[KeyEntry]:
         AttributeError,
         TypeError,
     ) as error:
-        # PyYAML passes on what Python says of a value that its tag does not fit, such as a 13th month.
         mark = getattr(error, "problem_mark", None)
         place = f" near line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"api_keys_file {path} is not valid YAML{place}") from None
+        why = ": a setting is there twice" if getattr(error, "problem", None) == TWICE else ""
+        raise ConfigError(f"api_keys_file {path} is not valid YAML{place}{why}") from None
     try:
         entries = _ENTRIES.validate_python(found)
     except ValidationError as error:
@@ -250,7 +276,8 @@ def _describe(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if message.startswith("unknown key"):
         message = f"a setting is unknown; known are {', '.join(KeyEntry.model_fields)}"
-    where = f"entry {place[0] + 1}" if place and isinstance(place[0], int) else "it"
+    message = _SHAPES.get(first["type"], message) if len(place) < 2 else message
+    where = f"entry {place[0] + 1}" if place and isinstance(place[0], int) else "the file"
     return f"{where}: {'.'.join(map(str, place[1:]))}{': ' if place[1:] else ''}{message}"
 
 

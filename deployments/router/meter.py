@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from deployments.config import AwayPolicy
-from deployments.observe.usage_counts import UsageCounts
+from deployments.observe.usage_counts import UNKNOWN, UsageCounts
 from deployments.router.budgets import Budgets
 from deployments.router.courier import Courier
 from deployments.router.metered_request import MeteredRequest, Sheet
@@ -19,8 +19,6 @@ from deployments.usage.spool import FileSpool, MemorySpool, Spool
 
 _TALLY_S = 5.0
 """How long refusals of one kind are counted together before they become an entry."""
-UNKNOWN = "unknown"
-"""Whose the requests are that come without a known key."""
 
 
 class _Tally:

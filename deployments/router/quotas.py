@@ -100,6 +100,10 @@ class Quotas:
             account = self._accounts[key.name] = Account(key, self._clock, self._need.set)
         return account
 
+    def opened(self, name: str) -> Account | None:
+        """The account of the key with this name; None if nobody has asked for it, so nothing runs with the key."""
+        return self._accounts.get(name)
+
     def start(self) -> None:
         """Begin the exchanges with the accountant. No effect if they have begun."""
         if self._task is None:

@@ -14,6 +14,7 @@ from deployments.model_config import EngineKind, ServedModelConfig
 from deployments.replica.model_memory import share_of
 from deployments.router.keys import find_keys
 from deployments.serve.front_end import FrontEnd, check_open
+from deployments.unique_yaml import load_yaml
 from llm.checkpoint.generation_defaults import load_vocab_size
 from llm.checkpoint.hub import find_local_checkpoint
 from llm.config import ModelConfig, describe
@@ -172,7 +173,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deployments.errors import RecordAwayError
@@ -19,6 +20,12 @@ _SUMS = ("num_requests", "prompt_tokens", "cached_tokens", "output_tokens")
 _TEXTS = {"key": 64, "model": 256, "request_id": 128, "outcome": 16, "reason": 64}
 _PLACES = {"key": 64, "model": 256, "refusal": 64}
 """Longest texts: some databases limit how long the parts of a primary key are together."""
+_LIBPQ = ("psycopg", "psycopg2")
+_LIBPQ_TIMEOUTS = {
+    "connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}  # fmt: skip
+"""Seconds, but for the last one, which is in milliseconds."""
 
 
 class DatabaseRecord:
@@ -39,6 +46,8 @@ class DatabaseRecord:
         self._name = self._engine.url.render_as_string(hide_password=True)
         self._entries, self._days, self._writers = _tables()
         self._is_set_up = False
+        self._file = _sqlite_file(self._engine)
+        self._inode: int | None = None
 
     def append(self, entries: Sequence[Entry]) -> None:
         """See `Record`."""
@@ -133,15 +142,39 @@ class DatabaseRecord:
         import sqlalchemy as sa
 
         try:
+            self._follow_file()
             if not self._is_set_up:
                 self._entries.metadata.create_all(self._engine)
                 self._is_set_up = True
+                self._inode = _inode(self._file)
             with self._engine.begin() as connection:
                 yield connection
         except (sa.exc.SQLAlchemyError, OSError) as error:
             # Of the error only its kind: its text may hold values, and the address with its password.
             logger.warning("the record of usage at %s cannot be reached now: %s", self._name, _kind(error))
             raise RecordAwayError(f"the database cannot be reached: {_kind(error)}") from None
+
+    def _follow_file(self) -> None:
+        """Open a file of SQLite's again where another one has taken its place, or none: what is written to the old one
+        would be lost."""
+        if self._is_set_up and _inode(self._file) != self._inode:
+            logger.warning("the record of usage at %s is another file now", self._name)
+            self._engine.dispose()
+            self._is_set_up = False
+
+
+def _sqlite_file(engine: "Engine") -> Path | None:
+    """The file of a database of SQLite's; None for any other database."""
+    name = engine.url.database
+    return Path(name) if engine.dialect.name == "sqlite" and name and not name.startswith("file:") else None
+
+
+def _inode(path: Path | None) -> int | None:
+    """Which file this is; None for no file."""
+    try:
+        return path.stat().st_ino if path is not None else None
+    except OSError:
+        return None
 
 
 def _kind(error: BaseException) -> str:
@@ -157,9 +190,9 @@ def _engine(url: str) -> "Engine":
     try:
         parsed = sa.engine.make_url(url)
         options: dict[str, Any] = {"pool_pre_ping": True}
-        if parsed.get_backend_name() == "postgresql":
-            # A connection to a host that is gone would otherwise hold its thread for minutes.
-            options["connect_args"] = {"connect_timeout": 5}
+        if parsed.get_driver_name() in _LIBPQ:
+            # A connection to a host that is gone would otherwise hold its thread for minutes, or hours.
+            options["connect_args"] = dict(_LIBPQ_TIMEOUTS)
         engine = sa.create_engine(parsed, **options)
     except (ImportError, sa.exc.NoSuchModuleError) as error:
         kind = url.partition(":")[0]

@@ -11,6 +11,7 @@ import os
 import uuid
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,7 @@ _SUFFIX, _OPEN_SUFFIX = ".spool", ".open"
 _MAX_BATCH_BYTES = 256 << 10
 _TRUNCATE_BYTES = 1 << 20
 _MAX_IN_MEMORY = 100_000
+_MAX_BATCH_UNWRITTEN = 1000
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Entry).decode
 
@@ -96,7 +98,8 @@ class MemorySpool:
 class FileSpool:
     """A `Spool` that outlives its process.
 
-    An entry that cannot be written, because the disk is full, waits in memory and is written with the next one.
+    An entry that cannot be written, because the disk is full, waits in memory. It is written once there is room, or
+    delivered from there, because the record may be elsewhere.
 
     Args:
         path: the file; it is created, or, if another router has left it, taken over.
@@ -114,6 +117,7 @@ class FileSpool:
         self._batch: list[Entry] = []
         self._batch_end = 0
         self._unwritten: deque[tuple[Entry, int | None]] = deque()
+        self._is_full = False
 
     @classmethod
     def create(cls, directory: Path) -> "FileSpool":
@@ -147,16 +151,15 @@ class FileSpool:
 
     def add(self, entry: Entry, number: int | None) -> None:
         """See `Spool`. What it returns from is in the kernel's hands, and safe from the death of this process."""
+        if self._slots is not None:
+            self._slots.note_last(entry.seq)
         self._unwritten.append((entry, number))
-        try:
-            while self._unwritten:
-                self._write(*self._unwritten[0])
-                self._unwritten.popleft()
-        except OSError as error:
-            logger.error("usage cannot be written to %s (%s); it waits in memory", self._path, error.strerror)
+        self._write_waiting()
 
     def batch(self) -> list[Entry]:
         """See `Spool`."""
+        if not self._batch:
+            self._write_waiting()
         while not self._batch and self._delivered < self._size:
             data = os.pread(self._fd, _MAX_BATCH_BYTES, self._delivered)
             whole = data[: data.rfind(b"\n") + 1]
@@ -164,11 +167,16 @@ class FileSpool:
             self._batch_end = self._delivered + len(whole)
             if not self._batch:
                 self._delivered = self._batch_end if whole else self._size
+        if not self._batch:
+            self._batch = [entry for entry, _ in islice(self._unwritten, _MAX_BATCH_UNWRITTEN)]
+            self._batch_end = self._delivered
         return self._batch
 
     def drop_batch(self) -> None:
         """See `Spool`."""
         if self._batch:
+            while self._unwritten and self._unwritten[0][0].seq <= self._batch[-1].seq:
+                self._let_go_of_first()
             self._batch, self._delivered = [], self._batch_end
         if self._delivered == self._size > _TRUNCATE_BYTES:
             os.ftruncate(self._fd, 0)
@@ -181,6 +189,7 @@ class FileSpool:
 
     def close(self) -> None:
         """See `Spool`."""
+        self._write_waiting()
         if self._slots is not None:
             self._slots.close()
         if self.is_empty:
@@ -194,10 +203,27 @@ class FileSpool:
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
 
-    def _write(self, entry: Entry, number: int | None) -> None:
+    def _write_waiting(self) -> None:
+        """Write the entries that are not in the file yet, as far as there is room."""
+        try:
+            while self._unwritten:
+                self._write(self._unwritten[0][0])
+                self._let_go_of_first()
+        except OSError as error:
+            if not self._is_full:
+                logger.error("usage cannot be written to %s (%s); it waits in memory", self._path, error.strerror)
+            self._is_full = True
+        else:
+            self._is_full = False
+
+    def _let_go_of_first(self) -> None:
+        """The first entry that waited is safe: if this process is killed, nobody need make one for its request."""
+        _, number = self._unwritten.popleft()
+        if number is not None and self._slots is not None:
+            self._slots.free(number)
+
+    def _write(self, entry: Entry) -> None:
         line = _encode(entry) + b"\n"
-        if self._slots is not None:
-            self._slots.note_last(entry.seq)
         try:
             num_written = os.write(self._fd, line)
             if num_written < len(line):
@@ -206,8 +232,6 @@ class FileSpool:
             os.ftruncate(self._fd, self._size)
             raise
         self._size += len(line)
-        if number is not None and self._slots is not None:
-            self._slots.free(number)
 
 
 def orphans(directory: Path) -> Iterator[FileSpool]:

@@ -4,6 +4,9 @@ from pydantic import Field
 
 from llm.config.strict_model import StrictModel
 
+MAX_RANK = 256
+"""Largest rank that the kernels multiply with."""
+
 
 class AdapterSettings(StrictModel):
     """How many low-rank adapters an engine holds for its requests, and where. `EngineConfig` has these fields too."""
@@ -11,7 +14,7 @@ class AdapterSettings(StrictModel):
     max_adapters: int = Field(default=0, ge=0, le=512)
     """Most adapters whose requests run at once: the device has memory for so many, each of rank `max_adapter_rank`.
     Requests for others wait. 0 for an engine whose requests cannot choose an adapter."""
-    max_adapter_rank: int = Field(default=16, ge=1, le=256)
+    max_adapter_rank: int = Field(default=16, ge=1, le=MAX_RANK)
     """Largest rank of an adapter that requests choose. Memory on the device grows with it. Where a model
     is split over several GPUs, each holds its part of every adapter."""
     adapter_experts: bool = False

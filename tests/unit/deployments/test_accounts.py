@@ -145,9 +145,15 @@ async def test_a_report_has_what_it_is_asked_for(make):
     assert await report("?from=9999-12-31&to=9999-12-31") == []
     assert await report("?model=alias") == await report("?model=demo") == await report("")
     for wrong in ("?from=yesterday", "?from=2030-02-02", "?from=2028-01-01", "?to=2030-13-01", "?from=0001-01-01",
-                  "?by=key"):  # fmt: skip
+                  "?by=key", "?start=2030-01-31", "?key=%00", "?from=2030-01-31&from=2030-01-30"):  # fmt: skip
         answer = await get(service, f"/rayline/usage{wrong}", "boss")
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error"), wrong
+    own = (await get(service, "/v1/usage?from=2030-01-01&to=2030-01-31", "team")).json()
+    assert (own["period"]["first_day"], own["period"]["last_day"]) == ("2030-01-01", "2030-01-31")
+    assert own["period"]["models"]["demo"] == {**own["this_month"]["models"]["demo"], "requests": 1}
+    assert (await get(service, "/v1/usage", "team")).json()["period"] is None
+    for wrong in ("?from=bad", "?by=period", "?key=boss", "?from=2030-02-02"):
+        assert (await get(service, f"/v1/usage{wrong}", "team")).status_code == 400, wrong
 
 
 async def test_a_report_says_what_each_key_has_left(make):
@@ -239,7 +245,7 @@ async def test_a_key_uses_only_its_models(two_models: Service):
     assert [(await get(service, f"/v1/models/{name}", "some")).status_code for name in ("large", "small")] == [404, 200]
 
 
-async def test_an_expired_key_is_refused_and_its_streams_end(make):
+async def test_an_expired_key_is_refused_and_its_streams_end(make, serve_log):
     clock = FakeClock()
     slow = emulated_config(emulation={"tokens_per_s": 20.0, "max_seq_len": 2048})
     service = await make(
@@ -265,6 +271,9 @@ async def test_an_expired_key_is_refused_and_its_streams_end(make):
     [row] = [row for row in await service.directory.access.meter.rows(ALL) if row.key == "guest" and not row.refusal]
     assert (row.num_requests, row.prompt_tokens) == (1, 10)
     assert 0 < row.output_tokens < 1500, "what was generated until then"
+    told = {(line["key"], line["status"]): (line["reason"], line["outcome"]) for line in audit_lines(serve_log)}
+    assert told["guest", 200] == ("invalid_api_key", "error"), "as the record says"
+    assert told["team", 200] == ("", "length")
 
 
 async def test_priorities_have_a_highest_value(make):
@@ -315,6 +324,7 @@ async def test_budgets_outlast_a_restart(make, make_service, tmp_path: Path, kin
     key = api_key("team", tokens_per_day=40)
     first = await make(key, clock=clock, place=place)
     assert [(await ask(first, "team")).status_code for _ in range(2)] == [200, 200]
+    assert (await get(first, "/v1/usage", "team")).json()["today"]["requests"] == 2, "the record has them"
     second = await make(key, clock=clock, place=place)
     assert [(await ask(second, "team")).status_code for _ in range(2)] == [200, 429], "30 of 40, then 45"
     clock.at += timedelta(days=1)

@@ -139,6 +139,7 @@ def set_config(text: str) -> Callable[[Path], None]:
             set_config('{"peft_type": "LORA", "r": 9, "lora_alpha": 9}'),
             "rank 9 is more than engine.max_adapter_rank: 8",
         ),
+        (set_config('{"peft_type": "LORA", "r": 300, "lora_alpha": 9}'), "rank 300 is more than engines take"),
         (set_config('{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "rank_pattern": {"q_proj": 16}}'), "rank 16"),
         (set_config('{"peft_type": "LORA", "r": "4", "lora_alpha": 4}'), "adapter_config.json: r: "),
         (set_config('{"peft_type": "LORA", "r": 0, "lora_alpha": 4}'), "adapter_config.json: r: "),
@@ -199,8 +200,29 @@ def test_a_folder_that_cannot_be_read_keeps_what_it_had(tmp_path):
     one = follower(folder)
     look(one, 2)
     folder.rename(tmp_path / "away")
-    assert look(one, 1) == ["a"]
+    assert look(one, 5) == ["a"], "engines hold it, and its storage may come back"
+    assert list(one.faults) == [""]
     assert "adapter_folder" in one.faults[""]
+    (tmp_path / "away").rename(folder)
+    write_adapter(folder / "b")
+    assert look(one, 3) == ["a", "b"]
+    assert one.faults == {}
+    folder.rename(tmp_path / "away")
+    look(one, 2)
+    folder.mkdir()
+    assert look(one, 3) == [], "an empty folder is another matter"
+
+
+def test_a_configured_adapter_whose_storage_is_away_keeps_what_it_had(tmp_path):
+    directory = write_adapter(tmp_path / "a")
+    one = follower(entries={"a": str(directory)})
+    assert look(one, 2) == ["a"]
+    directory.rename(tmp_path / "away")
+    assert look(one, 5) == ["a"]
+    assert "is gone" in one.faults["a"]
+    (tmp_path / "away").rename(directory)
+    assert look(one, 1) == ["a"]
+    assert one.faults == {}
 
 
 def test_an_adapter_from_the_hub_is_asked_for_again(tmp_path, monkeypatch):
@@ -416,3 +438,17 @@ async def test_a_router_does_not_say_there_is_none_before_all_are_read(tmp_path,
     assert known.names_of([known.find("3")[0].digest, "?"]) == ["0"], "all five are the same adapter"
     known.close()
     own.catalog.close()
+
+
+def test_a_catalog_is_not_settled_before_it_shows_what_it_has_found(tmp_path):
+    """Its followers look in a thread; a router that asks just then would take an adapter for one that there is not."""
+    write_adapter(tmp_path / "folder" / "a")
+    catalog = Catalog([catalog_model(tmp_path, "demo", folder=str(tmp_path / "folder"))], ["demo"], recovery_s=0)
+    [one] = catalog._followers
+    assert look(one, 3) == ["a"]
+    reply = catalog.exchange(Ask("", -1))
+    assert (one.is_settled, reply.is_settled, reply.adapters) == (True, False, [])
+    catalog._show()
+    reply = catalog.exchange(Ask("", -1))
+    assert reply.is_settled
+    assert [adapter.name for adapter in reply.adapters or ()] == ["a"]

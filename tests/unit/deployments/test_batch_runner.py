@@ -27,16 +27,20 @@ from batch_parts import (
 )
 from fsspec.implementations.memory import MemoryFileSystem
 
-from deployments.batches import line_runner as line_runner_module, runner as runner_module
+from deployments.batches import line_runner as line_runner_module, runner as runner_module, store as store_module
 from deployments.batches.calls import LineAnswer
 from deployments.batches.desk import BatchDesk
 from deployments.batches.errors import BatchRefusedError, RefusalKind
+from deployments.batches.file_shelf import Page, folder_of
 from deployments.batches.line_usage import TokenUsage
 from deployments.batches.open_store import open_store
 from deployments.batches.records import Batch, BatchStatus
 from deployments.batches.results import Result, ResultBook
 from deployments.batches.runner import BatchRunner
 from deployments.batches_config import BatchesConfig
+
+NFS = ".nfs000000000000000100000001"
+OLD_FILE = f"file-{'0' * 28}"
 
 
 class Bench:
@@ -407,3 +411,50 @@ async def test_a_process_that_dies_or_freezes_is_replaced(processes: Processes, 
     assert [line["response"]["body"]["n"] for line in output] == list(range(num_lines))
     by_other = [n for process, n in processes.asked() if process != holder]
     assert len(by_other) <= num_lines - 50, "results that were kept are not made again"
+
+
+async def test_a_batch_whose_file_is_gone_ends(bench: Bench):
+    """Nothing could ever end it otherwise, not even its window. A store that is away is another matter."""
+    gone, kept = add_batch(bench.desk, lines_of(3)), add_batch(bench.desk, lines_of(2))
+    bench.desk.store.delete(f"content/{gone.record.input_file_id}")
+    bench.start()
+    ended = await end_of(bench.desk, gone)
+    assert ended.status is BatchStatus.FAILED
+    assert [fault.code for fault in ended.state.faults] == ["input_file_gone"]
+    assert (await end_of(bench.desk, kept)).status is BatchStatus.COMPLETED
+
+
+async def test_what_others_leave_in_the_store_holds_up_nothing(bench: Bench, serve_log):
+    """Network file systems leave names of their own; disks damage objects. Neither is shown, run, or deleted."""
+    store_module._note_damaged.cache_clear()
+    store, first = bench.desk.store, add_batch(bench.desk, lines_of(2))
+    folder = f"batches/{folder_of('me')}"
+    foreign = [f"active/{NFS}", f"files/{folder_of('me')}/{NFS}", f"{folder}/{NFS}/record", f"work/{NFS}/parts/1",
+               f"work/{first.record.id}/parts/{NFS}"]  # fmt: skip
+    damaged = [f"active/batch_{'0' * 28}", f"{folder}/batch_{'1' * 28}/record", f"files/{folder_of('me')}/{OLD_FILE}",
+               f"content/{OLD_FILE}"]  # fmt: skip
+    for name in foreign + damaged:
+        store.write(name, b"\x00garbage")
+    bench.start()
+    assert (await end_of(bench.desk, first)).status is BatchStatus.COMPLETED
+    assert (await end_of(bench.desk, add_batch(bench.desk, lines_of(2)))).status is BatchStatus.COMPLETED
+    assert len(everything(bench.desk)) == 2
+    assert len(bench.desk.files.page("me", Page(100))[0]) == 4
+    bench.desk.sweep()
+    assert store.read(damaged[-1]) == store.read(damaged[-2]) == b"\x00garbage"
+    said = Counter(record.getMessage().split()[0] for record in serve_log if "damaged" in record.getMessage())
+    assert said[damaged[0]] == 1, "once, not with every look"
+
+
+async def test_results_that_are_damaged_are_made_again(bench: Bench):
+    batch = add_batch(bench.desk, lines_of(3))
+    book = ResultBook(bench.desk.store, batch.record.id, lease_number=1)
+    for line in range(3):
+        book.add([Result(line, False, b'{"n": %d}' % line, TokenUsage(5, 2, 3, 1))])
+    parts = f"work/{batch.record.id}/parts"
+    first, second, _ = bench.desk.store.names(parts)
+    bench.desk.store.write(f"{parts}/{first}", b"\x00")
+    bench.desk.store.write(f"{parts}/{second}", bench.desk.store.read(f"{parts}/{second}")[:-1])
+    bench.start()
+    ended = await end_of(bench.desk, batch)
+    assert (ended.status, ended.state.num_completed, sorted(bench.answers.asked)) == (BatchStatus.COMPLETED, 3, [0, 1])

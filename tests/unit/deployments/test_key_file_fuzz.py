@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ VALUES = st.one_of(
     st.sampled_from([SECRET, "admin", "user", "a" * 64, "2030-01-31", "2030-01-31T00:00:00Z", "1893456000000"]),
     st.sampled_from(["\x00", "\ud800"]),
     st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=3),
-    st.datetimes(timezones=st.just(UTC)),
+    st.datetimes(timezones=st.sampled_from([UTC, timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))])),
 )  # fmt: skip
 ENTRIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=8)
 
@@ -43,6 +43,8 @@ def parse(content: bytes) -> tuple | None:
         assert isinstance(key.role, Role)
         assert key.limits.min_priority <= key.limits.max_priority
         assert key.is_expired(float("inf")) == (key.expires_at is not None)
+        if key.expires_at is not None:
+            datetime.fromtimestamp(key.expires_at, UTC)
         key.name.encode()
     return keys
 

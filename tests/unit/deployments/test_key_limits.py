@@ -147,6 +147,13 @@ def test_keys_with_names_and_limits_from_a_file(tmp_path: Path):
         (f"- {{name: a, key: {KEY}}}\n- {{name: a, key: {OTHER}}}", "two API keys are named 'a'"),
         (f"- {{name: a, key: {KEY}}}\n- {{name: b, key: {KEY}}}", "the same API key"),
         (f"- {{name: a, key: {KEY}", "not valid YAML near line"),
+        (f"- {{name: a, key: {KEY}, role: admin}}\n- {{name: a, key: {KEY}}}", "'a' is there twice, with different"),
+        (f"- name: a\n  key: {KEY}\n  models: [small]\n  models: []", "line 4: a setting is there twice"),
+        (f"- {{name: a, key: {KEY}, expires_at: '9999-12-31T23:59:59-12:00'}}", "entry 1: expires_at: .* 1 to 9999"),
+        (f"- {{name: a, key: {KEY}, expires_at: '0001-01-01T00:00:00+14:00'}}", "entry 1: expires_at: .* 1 to 9999"),
+        (f"- {{name: unknown, key: {KEY}}}", "'unknown' stands for other requests"),
+        ("", "the file: must be a list with an entry for each key"),
+        (f"- {KEY}", "entry 1: must have settings"),
     ],
 )
 def test_a_wrong_key_file_stops_the_start_in_one_line_without_a_key(tmp_path: Path, text: str, says: str):

@@ -13,7 +13,7 @@ from in_process import Service, ServiceFactory, emulated_config
 from deployments.config import AppConfig
 from deployments.router.access import Access
 from deployments.router.key_file import KeyFile
-from deployments.router.keys import KeySource, find_keys, parse_keys
+from deployments.router.keys import ApiKey, KeySource, find_keys, parse_keys
 from llm.errors import ConfigError
 
 FIRST, SECOND = "sk-first-secret", "sk-second-secret"
@@ -214,3 +214,18 @@ def test_no_error_repeats_what_is_in_the_file(content: str):
     error: BaseException | None = raised.value
     assert "sk-secret" not in str(error)
     assert error.__cause__ is None
+
+
+async def test_many_keys_cost_a_request_and_a_change_nothing():
+    """A router finds a key at once, however many there are, and a change touches only keys that are in use."""
+    keys = tuple(ApiKey(f"team-{i}", hashlib.sha256(str(i).encode()).digest()) for i in range(5000))
+    access = Access(KeySource(fixed=keys))
+    access.account(keys[3])
+    assert access.with_secret(b"3") is access.named("team-3") is keys[3]
+    assert access.with_secret(b"x") is access.named("x") is None
+    access.change_keys(keys[4:])
+    assert [access.with_secret(secret) for secret in (b"3", b"4")] == [None, keys[4]]
+    assert access.named("team-3") is None
+    opened = [key.name for key in keys if access._quotas.opened(key.name) is not None]
+    assert opened == ["team-3"], "5,000 accounts would hold up the event loop"
+    access.close()

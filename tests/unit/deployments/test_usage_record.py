@@ -232,3 +232,45 @@ def test_paths_become_absolute_and_passwords_are_not_shown(tmp_path: Path, monke
     for wrong in (AccountsConfig(record_env="NOT_SET"), AccountsConfig(record="a.jsonl", record_env="USAGE_URL")):
         with pytest.raises(ConfigError):
             find_place(wrong)
+
+
+def test_a_file_of_sqlite_that_was_moved_or_deleted_takes_no_more(tmp_path: Path):
+    """As when a backup is put in its place: what would go on to the old file would be lost with the process."""
+    path = tmp_path / "usage.db"
+    record = open_record(f"sqlite:///{path}")
+    record.append([entry(1)])
+    path.rename(tmp_path / "moved.db")
+    record.append([entry(2)])
+    assert [row.num_requests for row in open_record(f"sqlite:///{path}").rows(ALL)] == [1]
+    for file in tmp_path.glob("usage.db*"):
+        file.unlink()
+    assert record.rows(ALL) == []
+    record.append([entry(3)])
+    assert [row.num_requests for row in open_record(f"sqlite:///{path}").rows(ALL)] == [1]
+    assert len(record.rows(ALL)) == 1
+
+
+def test_a_database_that_vanishes_holds_nobody_up_for_long(postgres: str):
+    """A connection to a host that has vanished would wait for hours; one that was cut off is opened again."""
+    record = open_record(postgres)
+    record.append([entry(1, writer="vanishing")])
+    connection = record._engine.raw_connection()
+    asked = connection.driver_connection.info.get_parameters()
+    connection.close()
+    assert int(asked["keepalives_idle"]) + 3 * int(asked["keepalives_interval"]) < 20
+    assert int(asked["tcp_user_timeout"]) <= 20_000
+    with sa.create_engine(postgres).begin() as other:
+        other.execute(sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"))
+    record.append([entry(2, writer="vanishing")])
+    assert sum(row.num_requests for row in record.rows(ALL)) >= 2
+    record.close()
+
+
+def test_only_drivers_that_know_them_get_timeouts(monkeypatch: pytest.MonkeyPatch):
+    """Another one would refuse to connect at all."""
+    made: list[dict] = []
+    create = sa.create_engine
+    monkeypatch.setattr(sa, "create_engine", lambda url, **options: made.append(options) or create(url, **options))
+    with pytest.raises(ConfigError, match="driver for postgresql"):
+        open_record("postgresql+pg8000://u@h/d")
+    assert "connect_args" not in made[-1]

@@ -162,27 +162,60 @@ def test_a_line_that_is_no_entry_holds_up_no_other(tmp_path: Path):
     assert not path.exists()
 
 
-def test_what_a_full_disk_refuses_waits_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+class Disk:
+    """A spool's disk, which may be full."""
+
+    def __init__(self, spool: FileSpool, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = True
+        write = os.write
+
+        def write_a_part(fd: int, data: bytes) -> int:
+            if self.is_full and fd == spool._fd:
+                write(fd, data[:9])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(fd, data)
+
+        monkeypatch.setattr(os, "write", write_a_part)
+
+
+def test_what_a_full_disk_refuses_waits_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve_log):
     spool = FileSpool.create(tmp_path)
-    write, is_full = os.write, True
-
-    def write_a_part(fd: int, data: bytes) -> int:
-        if is_full and fd == spool._fd:
-            write(fd, data[:9])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(fd, data)
-
-    monkeypatch.setattr(os, "write", write_a_part)
+    disk = Disk(spool, monkeypatch)
     number = spool.open(entry(0, opened=1, outcome=KILLED), 0.0)
     spool.add(entry(1), number)
     spool.add(entry(2), None)
     [path] = tmp_path.glob("*.spool")
-    assert (path.read_bytes(), spool.batch()) == (b"", [])
+    assert path.read_bytes() == b""
     assert len(list(left_open(path.with_suffix(".open").read_bytes()))) == 1, "the open one is still protected"
-    is_full = False
-    spool.add(entry(3), None)
-    assert [one.seq for one in everything(spool)] == [1, 2, 3]
+    assert len(serve_log) == 1, "one line, not one for each request"
+    disk.is_full = False
+    assert [one.seq for one in everything(spool)] == [1, 2], "there is room, and nothing else need happen first"
+    assert path.read_bytes().count(b"\n") == 2
     assert list(left_open(path.with_suffix(".open").read_bytes())) == []
+
+
+def test_what_a_full_disk_refuses_is_delivered_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The record may be on another machine; each entry is delivered once, in order, whenever there is room again."""
+    spool = FileSpool.create(tmp_path)
+    spool.add(entry(1), None)
+    disk = Disk(spool, monkeypatch)
+    number = spool.open(entry(0, opened=2, outcome=KILLED), 0.0)
+    spool.add(entry(2), number)
+    assert spool.batch() == [entry(1)]
+    spool.drop_batch()
+    spool.add(entry(3), None)
+    assert spool.batch() == spool.batch() == [entry(2), entry(3)]
+    spool.add(entry(4), None)
+    spool.drop_batch()
+    [path] = tmp_path.glob("*.spool")
+    assert list(left_open(path.with_suffix(".open").read_bytes())) == []
+    assert spool.batch() == [entry(4)]
+    disk.is_full = False
+    spool.add(entry(5), None)
+    spool.drop_batch()
+    assert [one.seq for one in everything(spool)][-1] == 5
+    spool.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_slots_grow_and_are_used_again(tmp_path: Path):
