@@ -14,10 +14,17 @@ settings.load_profile("any machine")
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Products as small as the tests' are faster on one thread, far faster where cores are shared."""
+    """Products as small as the tests' are faster on one thread, far faster where cores are shared.
+
+    An engine replica takes all cores when it starts. In this process all later tests would have its threads, which spin
+    for each other.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda _: None)
+        patch.setenv("OMP_NUM_THREADS", "1")  # for processes that tests start
+        yield
     torch.set_num_threads(before)
 
 

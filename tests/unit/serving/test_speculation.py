@@ -251,7 +251,8 @@ def test_graph_runner_says_the_same(params):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = create_babbler().to(device)
     requests = [
-        request.model_copy(update={"max_new_tokens": 12}) for request in create_repeating_requests(**params)[:5]
+        request.model_copy(update={"prompt_token_ids": request.prompt_token_ids[:16], "max_new_tokens": 12})
+        for request in create_repeating_requests(**params)[:5]
     ]
 
     def run(backend: str, num_speculative_tokens: int) -> tuple[list, int]:
