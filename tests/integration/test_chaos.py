@@ -11,8 +11,8 @@ from chaos.fleet import Fleet, Outcome
 
 pytestmark = pytest.mark.timeout(120)
 
-NUM_CLIENTS = 12
-"""Four for each replica. Every open stream takes time from the process that starts in place of a dead one."""
+NUM_CLIENTS = 9
+"""Three for each replica. Every open stream takes time from the process that starts in place of a dead one."""
 
 
 def check(outcome: Outcome) -> None:
