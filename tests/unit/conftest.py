@@ -33,3 +33,8 @@ def loaded_once() -> None:
     """What all these modules are made of stays: half a second's work for each look of the garbage collector at it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test goes first, or in the end it would run while the other processes have nothing left to do."""
+    items.sort(key=lambda item: item.name != "test_kernels_compile_for_a_gpu")
