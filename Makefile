@@ -10,6 +10,7 @@ BENCH_PYTHON ?= $(BIN)/python
 UNIT_PLUGINS := -p pytest_asyncio.plugin -p pytest_timeout -p xdist.plugin
 VENV := .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/pip install --quiet $(PIP_FLAGS)
 AGENTS := tests/agents/node_modules
 
 .DEFAULT_GOAL := help
@@ -21,18 +22,18 @@ help:  ## List the targets
 $(VENV)/.venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rayline needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(PIP) --upgrade pip
 	touch $@
 
 # torch comes first, so that nothing that needs it picks another build.
 $(VENV)/.runtime: $(VENV)/.venv pyproject.toml
 	@echo "Installing Rayline into $(VENV) (a few minutes the first time)"
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e .
+	$(PIP) $(TORCH)
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime pyproject.toml
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 install: $(VENV)/.runtime  ## Make .venv with what serving needs

@@ -55,8 +55,7 @@ def server() -> Iterator[Server]:
         wait_until_ready(server, num_replicas=2)
         yield server
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # Serve ends with it: its own shutdown would wait for every replica, and prove nothing here
 
 
 @pytest.fixture(scope="session")

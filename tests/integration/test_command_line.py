@@ -18,6 +18,9 @@ from chaos.streams import Clients
 
 RAYLINE = Path(sys.executable).parent / "rayline"
 
+ONE_THREAD = ("--set", "replicas.torch_threads=1")
+"""Each server would take all cores, and its threads spin while they wait for each other."""
+
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -35,8 +38,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Command,
     binaries = install(place / "app", place / "environment")
     (place / "empty").mkdir()
     other = str(place / "app" / "configs" / "other")
-    image = Command([other], (binaries / "rayline",), place / "empty", clean_environment())
-    with Command([]) as ours, image, ThreadPoolExecutor() as pool:
+    image = Command([other, *ONE_THREAD], (binaries / "rayline",), place / "empty", clean_environment())
+    with Command(ONE_THREAD) as ours, image, ThreadPoolExecutor() as pool:
         for waiting in [pool.submit(server.wait_until_ready) for server in (ours, image)]:
             waiting.result()
         yield ours, image
