@@ -7,10 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.adapter_config import MAX_RANK
 from llm.checkpoint.adapter_digest import ADAPTER_FILES, adapter_digest
 from llm.checkpoint.hub import find_local_checkpoint
 from llm.checkpoint.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig, refuse_pickle
+from llm.config.adapters import MAX_RANK
 from llm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
