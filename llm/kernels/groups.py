@@ -45,10 +45,10 @@ def _close(acc, part, unit, next_unit, IN_UNITS: tl.constexpr):
 
 @triton.jit
 def _add_span(
-    acc, unit, word_row, groups, out, size, start, end, first_x, second_x, third_x, fourth_x,
+    acc, unit, word_row, groups, out, size, start, end, pieces,
     SPAN: tl.constexpr, GROUP: tl.constexpr, IN_UNITS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Add what the weights of some outputs and the rows' numbers, by quarters, make over one span.
+    """Add what the weights of some outputs and the rows' numbers, see `_pieces_of`, make over one span.
 
     Returns the sum, and the unit or scale of the span's group that comes behind it, which is asked for a turn before it
     is needed.
@@ -70,21 +70,55 @@ def _add_span(
         second_unit = _unit_at(groups, start + quarter, size, out, GROUP, IN_UNITS)
         fourth_unit = _unit_at(groups, start + 3 * quarter, size, out, GROUP, IN_UNITS)
     first, second, third, fourth = quarters(
-        words, first_zero, second_zero, third_zero, fourth_zero, first_x.dtype, IN_ASSEMBLY
+        words, first_zero, second_zero, third_zero, fourth_zero, pieces[0].dtype, IN_ASSEMBLY
     )
     part = acc if IN_UNITS else tl.zeros_like(acc)
-    part = tl.dot(first, first_x, part, input_precision="ieee")
-    if num_groups > 2:
-        acc, part = _close(acc, part, unit, second_unit, IN_UNITS)
-    part = tl.dot(second, second_x, part, input_precision="ieee")
-    if num_groups > 1:
-        acc, part = _close(acc, part, second_unit, third_unit, IN_UNITS)
-    part = tl.dot(third, third_x, part, input_precision="ieee")
-    if num_groups > 2:
-        acc, part = _close(acc, part, third_unit, fourth_unit, IN_UNITS)
-    part = tl.dot(fourth, fourth_x, part, input_precision="ieee")
-    acc, part = _close(acc, part, unit if num_groups == 1 else fourth_unit, next_unit, IN_UNITS)
+    if num_groups == 1 and not IN_UNITS:
+        numbers = _behind(_behind(first, second), _behind(third, fourth))
+        part = tl.dot(numbers, pieces[0], part, input_precision="ieee")
+        acc, part = _close(acc, part, unit, next_unit, IN_UNITS)
+    else:
+        if num_groups == 1:
+            fourth_unit = unit
+        part = tl.dot(first, pieces[0], part, input_precision="ieee")
+        if num_groups > 2:
+            acc, part = _close(acc, part, unit, second_unit, IN_UNITS)
+        part = tl.dot(second, pieces[1], part, input_precision="ieee")
+        if num_groups > 1:
+            acc, part = _close(acc, part, second_unit, third_unit, IN_UNITS)
+        part = tl.dot(third, pieces[2], part, input_precision="ieee")
+        if num_groups > 2:
+            acc, part = _close(acc, part, third_unit, fourth_unit, IN_UNITS)
+        part = tl.dot(fourth, pieces[3], part, input_precision="ieee")
+        acc, part = _close(acc, part, fourth_unit, next_unit, IN_UNITS)
     return acc, next_unit
+
+
+@triton.jit
+def _behind(early, late):
+    """The columns of one tensor, and behind them those of another: in registers, no number goes to another thread."""
+    return tl.join(early, late).permute(0, 2, 1).reshape(early.shape[0], 2 * early.shape[1])
+
+
+@triton.jit
+def _pieces_of(
+    x, order, start, row, num_rows, num_inputs, SPAN: tl.constexpr, GROUP: tl.constexpr, IN_UNITS: tl.constexpr
+):
+    """The rows' numbers over a span, by what is multiplied at once: all of it, or each quarter.
+
+    Each product is waited for, so one is faster than four. For many rows, where sums have units, it takes too many
+    registers.
+    """
+    quarter: tl.constexpr = SPAN // 4
+    if groups_in(SPAN, GROUP) == 1 and not IN_UNITS:
+        whole = columns_of(x, order, start, row, num_rows, num_inputs, SPAN)
+        first, second, third, fourth = whole, whole, whole, whole
+    else:
+        first = columns_of(x, order, start, row, num_rows, num_inputs, quarter)
+        second = columns_of(x, order, start + quarter, row, num_rows, num_inputs, quarter)
+        third = columns_of(x, order, start + 2 * quarter, row, num_rows, num_inputs, quarter)
+        fourth = columns_of(x, order, start + 3 * quarter, row, num_rows, num_inputs, quarter)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -124,23 +158,18 @@ def _sum_of_4_bits(
     up = tl.zeros([outputs, row.shape[0]], tl.float32)
     size = 2 * num_outputs if SWIGLU else num_outputs
     up_weight_row = weight_row + num_outputs
-    quarter: tl.constexpr = TILE.k // 4
     in_assembly: tl.constexpr = IN_ASSEMBLY and x.dtype.element_ty != tl.float32
     unit = _unit_at(groups, begin, size, weight_row, GROUP, IN_UNITS)
     up_unit = _unit_at(groups, begin, size, up_weight_row, GROUP, IN_UNITS) if SWIGLU else unit
     for start in range(begin, end, TILE.k):
-        first_x = columns_of(x, groups.order, start, row, num_rows, num_inputs, quarter)
-        second_x = columns_of(x, groups.order, start + quarter, row, num_rows, num_inputs, quarter)
-        third_x = columns_of(x, groups.order, start + 2 * quarter, row, num_rows, num_inputs, quarter)
-        fourth_x = columns_of(x, groups.order, start + 3 * quarter, row, num_rows, num_inputs, quarter)
+        pieces = _pieces_of(x, groups.order, start, row, num_rows, num_inputs, TILE.k, GROUP, IN_UNITS)
         acc, unit = _add_span(
-            acc, unit, gate_row, groups, weight_row, size, start, end, first_x, second_x, third_x, fourth_x,
-            TILE.k, GROUP, IN_UNITS, in_assembly,
-        )  # fmt: skip
+            acc, unit, gate_row, groups, weight_row, size, start, end, pieces, TILE.k, GROUP, IN_UNITS, in_assembly
+        )
         if SWIGLU:
             up, up_unit = _add_span(
-                up, up_unit, up_row, groups, up_weight_row, size, start, end, first_x, second_x, third_x, fourth_x,
-                TILE.k, GROUP, IN_UNITS, in_assembly,
+                up, up_unit, up_row, groups, up_weight_row, size, start, end, pieces, TILE.k, GROUP, IN_UNITS,
+                in_assembly,
             )  # fmt: skip
     if IN_UNITS:
         acc *= unit[:, None]
