@@ -28,7 +28,7 @@ from llm.config import Activation
 from llm.core.weight_groups import WeightGroups
 from llm.kernels import linear as products
 from llm.kernels.linear import Linear, Weights
-from llm.kernels.tiles import Tile
+from llm.kernels.tiles import HOPPER_OUTPUTS, HOPPER_SPAN, HopperTile, Tile
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 _GROUP = 128
@@ -38,13 +38,14 @@ _BYTES_IN_TURN = 400 << 20
 _BANDWIDTH = 4.3e12
 _SHARED_MEMORY = 220 << 10
 """Bytes that the stages of a program may take."""
+_MOST_PROGRAMS = 500
 _DEVICE = torch.device("cuda")
 
 
 class Cut(NamedTuple):
     """What is tried: a tile, and whether sums have units."""
 
-    tile: Tile
+    tile: Tile | HopperTile
     in_units: bool
 
 
@@ -65,6 +66,10 @@ def cuts(num_rows: int, name: str) -> Iterator[Cut]:
             and is_cut_well
         ):
             yield Cut(Tile(tile_rows, outputs, k, parts, parts > 1, warps, stages), in_units)
+    for (tile_rows, stages), parts in product(((64, 6), (128, 4)), (1,) if is_gated else (1, 2, 4, 8)):
+        num_programs = parts * SHAPES[name][0] // HOPPER_OUTPUTS * -(-num_rows // tile_rows)
+        if num_rows > tile_rows // 2 and num_programs <= _MOST_PROGRAMS and num_inputs // HOPPER_SPAN % parts == 0:
+            yield Cut(HopperTile(tile_rows, parts, stages), in_units=True)
 
 
 def create_weights(num_outputs: int, num_inputs: int) -> Weights:
@@ -83,8 +88,10 @@ def using(cut: Cut | None) -> Iterator[None]:
         yield
         return
     most_summed = 0 if cut.in_units else 1 << 20
+    is_hopper = isinstance(cut.tile, HopperTile)
     with (
         patch.object(products, "group_tile", lambda *_: cut.tile),
+        patch.object(products, "hopper_tile", lambda *_: cut.tile if is_hopper else None),
         patch.object(products, "MAX_SUMMED_ROWS", most_summed),
     ):
         yield
@@ -143,7 +150,7 @@ def check(bench: Bench, cut: Cut | None) -> float:
     bench.output.zero_()
     weights = bench.weights[0]
     assert weights.groups is not None
-    if cut is not None:  # codes are as random in another layout
+    if cut is not None and isinstance(cut.tile, Tile):  # codes are as random in another layout
         weights = replace(weights, groups=replace(weights.groups, span=cut.tile.k))
     with using(cut):
         (bench.call if cut is not None or len(bench.x) > 1 else bench.single)(weights)

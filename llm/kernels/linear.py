@@ -27,6 +27,7 @@ from llm.core.partition import Exchange
 from llm.core.weight_groups import WeightGroups
 from llm.kernels.activation import activate_gated
 from llm.kernels.few_rows import single_row_product, tile_product
+from llm.kernels.group_hopper import hopper_product, runs_on_hopper
 from llm.kernels.group_numbers import written_out
 from llm.kernels.group_row import single_row_of_groups
 from llm.kernels.launch import launch_options, most_stages
@@ -36,14 +37,17 @@ from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_prod
 from llm.kernels.tiles import (
     MAX_FEW_ROWS,
     MAX_GROUP_ROWS,
+    MAX_HOPPER_ROWS,
     MAX_SOME_ROWS,
     MAX_SUMMED_ROWS,
     OUTPUTS,
     TILE_K,
+    HopperTile,
     few_tile,
     fits_wide_tiles,
     fixed_tile,
     group_tile,
+    hopper_tile,
     scratch_sizes,
 )
 
@@ -258,6 +262,8 @@ class Linear:
         most_rows = MAX_SOME_ROWS if takes_some else MAX_FEW_ROWS
         if weights.groups is not None:
             most_rows = MAX_GROUP_ROWS if weights.weight.dtype == torch.uint8 else MAX_FEW_ROWS
+            if self._hopper_tile(len(x), weights, num_outputs, swiglu=swiglu) is not None:
+                most_rows = MAX_HOPPER_ROWS
         elif weights.scales is not None:
             most_rows = 1  # the library reads 8-bit weights faster than our tiles widen them
         return (
@@ -335,6 +341,12 @@ class Linear:
         )  # fmt: skip
         return output
 
+    def _hopper_tile(self, num_rows: int, weights: Weights, num_outputs: int, *, swiglu: bool) -> HopperTile | None:
+        """How the kernel for weights in groups on Hopper takes this product; None where it does not."""
+        if weights.groups is None or self._deterministic or not runs_on_hopper(weights.groups, self._device):
+            return None
+        return hopper_tile(num_rows, num_outputs, weights.num_inputs, swiglu)
+
     def _tiled(
         self, x: torch.Tensor, weights: Weights, output: torch.Tensor,
         *, gated_by: Activation | None = None, adds: bool = False,
@@ -346,6 +358,9 @@ class Linear:
         if operand.order is not None and num_rows > MAX_FEW_ROWS:
             # Ordered once: tiles read columns in order much faster, and each column is read by many programs.
             x, operand = x.index_select(1, operand.order), operand._replace(order=None)
+        hopper = self._hopper_tile(num_rows, weights, num_outputs, swiglu=swiglu)
+        if groups is not None and hopper is not None and operand.order is None:
+            return hopper_product(x, weights.operand, groups, output, self.scratch, hopper, gated_by, adds=adds)
         if self._deterministic:
             k = None if groups is None else groups.span
             tile = fixed_tile(num_rows, num_outputs, num_inputs, x.dtype.itemsize, k)

@@ -13,10 +13,19 @@ MAX_FEW_ROWS, MAX_SOME_ROWS = 64, 128
 MAX_GROUP_ROWS, MAX_SUMMED_ROWS = 256, 64
 """The same of weights in groups of 4 bits, and most rows of a tile that makes each group's part of a sum by itself;
 with more, sums have units."""
-_GROUP_PROGRAMS, _MOST_GROUP_PARTS = 220, 4
-"""With fewer programs the sum of weights in groups is cut, into so many parts at most."""
+_GROUP_PROGRAMS, _WIDE_GROUP_PROGRAMS, _MOST_GROUP_PARTS = 220, 128, 4
+"""With fewer programs, of wide and low tiles the second, the sum of weights in groups is cut, into so many parts at
+most."""
+_MOST_WIDE_OUTPUTS = 4096
+"""Of products of 33 to 64 rows whose tiles are wide: others have enough programs without."""
 _LEAST_GROUP_ROWS, _MOST_GROUP_ROWS = 32, 128
 """Rows of a tile with weights in groups. With 16, copies to shared memory are of 8 bytes, which takes longer."""
+HOPPER_OUTPUTS, HOPPER_SPAN = 256, 128
+"""Rows of the weight and inputs that `group_hopper` multiplies at once."""
+MAX_HOPPER_ROWS, _LEAST_HOPPER_ROWS = 512, 33
+"""Rows that it takes; with fewer only gated products, which have more of the weight to read."""
+_LEAST_HOPPER_PROGRAMS, _LEAST_HOPPER_SPANS = 72, 16
+"""With fewer programs, or fewer spans of a part of a sum, smaller tiles are faster."""
 OUTPUTS, TILE_K = 64, 128
 """Of a tile, in most cases. Our kernels take no weight whose sizes are not multiples of these."""
 _WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
@@ -60,6 +69,20 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class HopperTile(NamedTuple):
+    """How a product of `group_hopper` is cut up.
+
+    Attributes:
+        rows: of a tile, which has 256 of the weight.
+        num_parts: equal parts of each sum, each another program's.
+        num_stages: spans of inputs that shared memory has room for.
+    """
+
+    rows: int
+    num_parts: int
+    num_stages: int
+
+
 @cache
 def few_tile(num_rows: int, num_outputs: int, num_inputs: int, is_large: bool, swiglu: bool) -> Tile:
     """What is fast for 2 to MAX_SOME_ROWS rows."""
@@ -85,16 +108,42 @@ def group_tile(num_rows: int, num_outputs: int, num_inputs: int, k: int, swiglu:
     Found by `benchmarks.group_tiles`.
     """
     rows = min(max(_LEAST_GROUP_ROWS, triton.next_power_of_2(num_rows)), _MOST_GROUP_ROWS)
-    is_wide = num_rows > MAX_FEW_ROWS and num_outputs % _WIDE_OUTPUTS == 0 and not swiglu
+    least_wide = MAX_FEW_ROWS // 2 if num_outputs <= _MOST_WIDE_OUTPUTS else MAX_FEW_ROWS
+    is_wide = num_rows > least_wide and num_outputs % _WIDE_OUTPUTS == 0 and not swiglu
     if num_rows <= MAX_SOME_ROWS and not swiglu:
         rows = min(rows, MAX_FEW_ROWS)
     outputs, num_warps = (_WIDE_OUTPUTS, 8) if is_wide else (OUTPUTS, 4)
+    num_programs = _WIDE_GROUP_PROGRAMS if is_wide and rows <= MAX_FEW_ROWS else _GROUP_PROGRAMS
     num_blocks, num_tiles, num_parts = num_outputs // outputs * triton.cdiv(num_rows, rows), num_inputs // k, 1
     while num_parts < _MOST_GROUP_PARTS and num_tiles % (2 * num_parts) == 0:
-        if num_parts * num_blocks >= _GROUP_PROGRAMS:
+        if num_parts * num_blocks >= num_programs:
             break
         num_parts *= 2
     return Tile(rows, outputs, k, num_parts, num_parts > 1, num_warps, 3)
+
+
+@cache
+def hopper_tile(num_rows: int, num_outputs: int, num_inputs: int, swiglu: bool) -> HopperTile | None:
+    """What is fast for weights in groups on Hopper, of the rows and shapes where it is; None for others.
+
+    Found by measuring: one row of the table in docs/decisions/0015 for each case.
+    """
+    num_blocks, rest = divmod(num_outputs * (2 if swiglu else 1), HOPPER_OUTPUTS)
+    least_rows = _LEAST_HOPPER_ROWS if swiglu else MAX_FEW_ROWS + 1
+    if rest or num_inputs % HOPPER_SPAN or not least_rows <= num_rows <= MAX_HOPPER_ROWS:
+        return None
+    # A high tile widens fewer codes for as many products; a low one has fewer numbers to share in a sum's parts.
+    rows = _MOST_GROUP_ROWS if num_rows > (MAX_FEW_ROWS if swiglu else MAX_GROUP_ROWS) else MAX_FEW_ROWS
+    if swiglu and num_blocks * triton.cdiv(num_rows, rows) < _LEAST_HOPPER_PROGRAMS:
+        rows = MAX_FEW_ROWS
+    num_tiles, num_spans, num_parts = num_blocks * triton.cdiv(num_rows, rows), num_inputs // HOPPER_SPAN, 1
+    while not swiglu and 2 * num_parts * num_tiles <= MULTIPROCESSORS and num_spans % (2 * num_parts) == 0:
+        if num_spans // (2 * num_parts) < _LEAST_HOPPER_SPANS:
+            break
+        num_parts *= 2
+    if num_parts * num_tiles < _LEAST_HOPPER_PROGRAMS:
+        return None
+    return HopperTile(rows, num_parts, 4 if rows == _MOST_GROUP_ROWS else 6)
 
 
 @cache

@@ -29,6 +29,7 @@ from llm.kernels import (
     expert_tiles,
     experts,
     few_rows,
+    group_hopper,
     group_numbers,
     group_row,
     logprobs,
@@ -46,7 +47,7 @@ from llm.kernels.attention.work import AttentionOutputs, HeadShape, PagedCache, 
 from llm.kernels.expert_pairs import ExpertPairs, PairCounts
 from llm.kernels.launch import stages_in
 from llm.kernels.operands import GroupOperand, WeightOperand
-from llm.kernels.tiles import Tile
+from llm.kernels.tiles import HopperTile, Tile
 
 SHARED_MEMORY = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10}
 """Bytes of a multiprocessor's, by compute capability (CUDA C++ programming guide, table 27)."""
@@ -83,11 +84,13 @@ def compile_kernel(
     num_warps: int = 4,
     maxnreg: int | None = None,
     source: type[ASTSource] = ASTSource,
+    most_waits: int | None = None,
     **constants: Any,
 ) -> int:
     """Compile for these types of arguments; None, and what is no type, is a constant. Returns its shared memory.
 
-    A named tuple has a type for each of its fields.
+    A named tuple has a type for each of its fields. With `most_waits` the compiled code may wait for products of the
+    tensor cores at so many places, and keeps no number outside of registers.
     """
     is_hopper = capability == 90
     values = {**arguments, **constants, "PDL": is_hopper}
@@ -109,6 +112,10 @@ def compile_kernel(
         source(kernel, signature, constexprs, aligned), target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": is_hopper, "maxnreg": maxnreg},
     )  # fmt: skip
+    if most_waits is not None:
+        assembly = compiled.asm["sass"]
+        assert 0 < assembly.count("WARPGROUP.DEPBAR") <= most_waits, (name, assembly.count("WARPGROUP.DEPBAR"))
+        assert "STL" not in assembly, name
     print(name, flush=True)
     return int(compiled.metadata.shared)
 
@@ -473,6 +480,28 @@ def compile_groups() -> None:
         assert taken <= SHARED_MEMORY[90] - 1024, taken
 
 
+def compile_groups_on_hopper() -> None:
+    """Gated and added, sums whole and in parts. Products are asked for and not waited for one by one.
+
+    Where the compiler cannot tell who reads a sum when, it waits behind every product.
+    """
+    arguments = {"scales": INT, "output": BF16, "partial": FLOAT, "arrivals": INT, "bias": None, "GELU": False}
+    arguments |= dict.fromkeys(("num_rows", "num_outputs", "num_turns"), "i32")
+    for dtype, group, swiglu, tile in (
+        ("bf16", 128, True, HopperTile(128, 1, 4)),
+        ("bf16", 128, False, HopperTile(64, 2, 6)),
+        ("fp16", 4096, False, HopperTile(128, 2, 4)),
+    ):
+        rows = f"tensordesc<{dtype}[32, 64],{group_hopper.layout_of(128)!r}>"
+        codes = f"tensordesc<i16[64, 32],{group_hopper.layout_of(64)!r}>"
+        kernel = {**arguments, "rows": rows, "words": codes, "output": f"*{dtype}", "bias": None if swiglu else BF16}
+        kernel |= {"TILE": tile, "GROUP": group, "SWIGLU": swiglu, "ADDS": not swiglu}
+        taken = compile_kernel(
+            "groups on Hopper", group_hopper.groups_product, kernel, source=GluonASTSource, most_waits=4
+        )
+        assert taken <= SHARED_MEMORY[90] - 1024, taken
+
+
 def compile_all_reduce() -> None:
     """Between two GPUs and four, alone and added, in each format."""
     arguments = {"x": INT, "output": INT, "inboxes": "*i64", "inbox": "*i64", "calls": INT}
@@ -601,4 +630,5 @@ if __name__ == "__main__":
     compile_expert_adapters()
     compile_stages()
     compile_groups()
+    compile_groups_on_hopper()
     compile_all_reduce()

@@ -38,6 +38,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "single row": 6,
         "tile": 6,
         "groups": 11,
+        "groups on Hopper": 3,
         "floats written out": 2,
         "written out": 3,
         "row of groups": 2,

@@ -10,7 +10,17 @@ from llm.kernels import linear as products
 from llm.kernels.group_numbers import written_out
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream
-from llm.kernels.tiles import MAX_GROUP_ROWS, Tile, group_tile, scratch_sizes
+from llm.kernels.tiles import (
+    HOPPER_OUTPUTS,
+    HOPPER_SPAN,
+    MAX_GROUP_ROWS,
+    MAX_HOPPER_ROWS,
+    MULTIPROCESSORS,
+    Tile,
+    group_tile,
+    hopper_tile,
+    scratch_sizes,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
@@ -154,6 +164,28 @@ def test_programs_that_share_sums_have_room(num_rows, swiglu):
                 num_blocks = -(-num_outputs // tile.outputs) * -(-num_rows // tile.rows)
                 assert num_blocks <= num_arrivals
                 assert num_blocks * tile.num_parts * tile.rows * tile.outputs * (1 + swiglu) <= num_partial
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("num_rows", [33, 64, 65, 128, 192, MAX_GROUP_ROWS, MAX_HOPPER_ROWS])
+def test_programs_on_hopper_that_share_sums_have_room(num_rows, swiglu):
+    """Parts are whole spans, and as many programs share sums as run at once; each of two groups of warps counts."""
+    num_partial, num_arrivals = scratch_sizes(deterministic=False)
+    tiles = {}
+    for num_outputs in range(64, 40_000, 64):
+        for num_inputs in (512, 4096, 14_336, 128 * 37):
+            tile = hopper_tile(num_rows, num_outputs, num_inputs, swiglu)
+            if tile is None:
+                continue
+            tiles[num_outputs, num_inputs] = tile
+            assert num_outputs * (1 + swiglu) % HOPPER_OUTPUTS == 0
+            assert num_inputs % (HOPPER_SPAN * tile.num_parts) == 0
+            num_tiles = num_outputs * (1 + swiglu) // HOPPER_OUTPUTS * -(-num_rows // tile.rows)
+            if tile.num_parts > 1:
+                assert num_tiles * tile.num_parts <= MULTIPROCESSORS
+                assert 2 * num_tiles <= num_arrivals
+                assert num_tiles * tile.num_parts * HOPPER_OUTPUTS * tile.rows <= num_partial
+    assert len(tiles) > 100 or (num_rows <= 64 and not swiglu)
 
 
 @pytest.mark.parametrize("kind", KINDS)
