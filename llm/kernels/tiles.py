@@ -24,8 +24,9 @@ HOPPER_OUTPUTS, HOPPER_SPAN = 256, 128
 """Rows of the weight and inputs that `group_hopper` multiplies at once."""
 MAX_HOPPER_ROWS, _LEAST_HOPPER_ROWS = 512, 33
 """Rows that it takes; with fewer only gated products, which have more of the weight to read."""
-_LEAST_HOPPER_PROGRAMS, _LEAST_HOPPER_SPANS = 72, 16
-"""With fewer programs, or fewer spans of a part of a sum, smaller tiles are faster."""
+_LEAST_HOPPER_BUSY, _LEAST_HOPPER_BUSY_OF_FEW, _LEAST_HOPPER_SPANS = 0.54, 0.75, 16
+"""Share of the multiprocessors that it keeps busy at least, one program on each, until the last is done; the same up to
+MAX_FEW_ROWS; spans of a part of a sum. With less smaller tiles are faster."""
 OUTPUTS, TILE_K = 64, 128
 """Of a tile, in most cases. Our kernels take no weight whose sizes are not multiples of these."""
 _WIDE_OUTPUTS, _SHORT_TILE_K = 128, 64
@@ -133,17 +134,17 @@ def hopper_tile(num_rows: int, num_outputs: int, num_inputs: int, swiglu: bool) 
     if rest or num_inputs % HOPPER_SPAN or not least_rows <= num_rows <= MAX_HOPPER_ROWS:
         return None
     # A high tile widens fewer codes for as many products; a low one has fewer numbers to share in a sum's parts.
-    rows = _MOST_GROUP_ROWS if num_rows > (MAX_FEW_ROWS if swiglu else MAX_GROUP_ROWS) else MAX_FEW_ROWS
-    if swiglu and num_blocks * triton.cdiv(num_rows, rows) < _LEAST_HOPPER_PROGRAMS:
-        rows = MAX_FEW_ROWS
-    num_tiles, num_spans, num_parts = num_blocks * triton.cdiv(num_rows, rows), num_inputs // HOPPER_SPAN, 1
-    while not swiglu and 2 * num_parts * num_tiles <= MULTIPROCESSORS and num_spans % (2 * num_parts) == 0:
-        if num_spans // (2 * num_parts) < _LEAST_HOPPER_SPANS:
-            break
-        num_parts *= 2
-    if num_parts * num_tiles < _LEAST_HOPPER_PROGRAMS:
-        return None
-    return HopperTile(rows, num_parts, 4 if rows == _MOST_GROUP_ROWS else 6)
+    is_high = num_rows > (MAX_FEW_ROWS if swiglu else MAX_GROUP_ROWS)
+    least_busy = _LEAST_HOPPER_BUSY_OF_FEW if num_rows <= MAX_FEW_ROWS else _LEAST_HOPPER_BUSY
+    num_spans = num_inputs // HOPPER_SPAN
+    for rows, num_stages in ((2 * MAX_FEW_ROWS, 4), (MAX_FEW_ROWS, 6)) if is_high else ((MAX_FEW_ROWS, 6),):
+        num_programs, num_parts = num_blocks * triton.cdiv(num_rows, rows), 1
+        most_parts = 1 if swiglu else num_spans // _LEAST_HOPPER_SPANS
+        while 2 * num_parts <= most_parts and 2 * num_programs <= MULTIPROCESSORS and num_spans % (2 * num_parts) == 0:
+            num_programs, num_parts = 2 * num_programs, 2 * num_parts
+        if num_programs >= least_busy * MULTIPROCESSORS * triton.cdiv(num_programs, MULTIPROCESSORS):
+            return HopperTile(rows, num_parts, num_stages)
+    return None
 
 
 @cache
