@@ -211,31 +211,47 @@ def _multiply(
     SWIGLU: gl.constexpr, GELU: gl.constexpr, ADDS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A group of warps that multiplies: two blocks of 64 outputs."""
+    NUM_PARTS: gl.constexpr = TILE.num_parts
+    sum_0, sum_1 = _sums(ring, turns, tile, memory[0], SELF, HALF, GROUP, SWIGLU)
+    if PDL:
+        gdc_wait()
+    if NUM_PARTS == 1:
+        _write(sum_0, sum_1, tile, memory, SELF, HALF, SWIGLU, GELU, ADDS)
+    else:
+        sum_0, sum_1, is_last = _shared(sum_0, sum_1, memory, tile[5] * 2 + SELF, NUM_PARTS)
+        if is_last:
+            _write(sum_0, sum_1, tile, memory, SELF, HALF, SWIGLU, GELU, ADDS)
+
+
+@gluon.jit
+def _joined_at(scale_row, turn, size, second_block, SPANS_A_GROUP: gl.constexpr):
+    """Scales and zeros, joined, of both blocks in the group of a span."""
+    offset = turn // SPANS_A_GROUP * size
+    return gl.load(scale_row + offset), gl.load(scale_row + offset + second_block)
+
+
+@gluon.jit
+def _sums(ring, turns, tile, scales, SELF: gl.constexpr, HALF: gl.constexpr, GROUP: gl.constexpr, SWIGLU: gl.constexpr):
+    """The sums of two blocks of 64 outputs over all turns, (64, rows) float32 each.
+
+    At the end of each turn no product is under way: the compiler would wait behind every single one otherwise.
+    """
     x_tiles, code_tiles, have_codes, have_rows, free = ring
     first_turn, num_turns = turns
     _, _, first_out, second_block, num_outputs, _ = tile
-    scales = memory[0]
     STAGES: gl.constexpr = x_tiles.shape[0]
     ROWS: gl.constexpr = x_tiles.shape[1]
     DTYPE: gl.constexpr = x_tiles.dtype
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
-    OUT: gl.constexpr = gl.SliceLayout(1, SUM)
-    NUM_PARTS: gl.constexpr = TILE.num_parts
     SPANS_A_GROUP: gl.constexpr = GROUP // (2 * _PANEL)
     size = 2 * num_outputs if SWIGLU else num_outputs
-    out = first_out + SELF * HALF + gl.arange(0, _BLOCK, OUT)
-    scale_row = scales + out
+    scale_row = scales + first_out + SELF * HALF + gl.arange(0, _BLOCK, gl.SliceLayout(1, SUM))
     last_turn = first_turn + num_turns - 1
-
-    offset = first_turn // SPANS_A_GROUP * size
-    word_0 = gl.load(scale_row + offset)
-    word_1 = gl.load(scale_row + offset + second_block)
-    offset = gl.minimum(first_turn + 1, last_turn) // SPANS_A_GROUP * size
-    next_0 = gl.load(scale_row + offset)
-    next_1 = gl.load(scale_row + offset + second_block)
-    unit_0 = _unit(word_0)
-    unit_1 = _unit(word_1)
+    word_0, word_1 = _joined_at(scale_row, first_turn, size, second_block, SPANS_A_GROUP)
+    next_turn = gl.minimum(first_turn + 1, last_turn)
+    next_0, next_1 = _joined_at(scale_row, next_turn, size, second_block, SPANS_A_GROUP)
+    unit_0, unit_1 = _unit(word_0), _unit(word_1)
     sum_0 = gl.zeros([_BLOCK, ROWS], gl.float32, SUM)
     sum_1 = gl.zeros([_BLOCK, ROWS], gl.float32, SUM)
     mbarrier.wait(have_codes.index(0), 0)
@@ -248,39 +264,23 @@ def _multiply(
         codes_1 = code_tiles.index(stage * 4 + 2 * SELF + 1).load(LEFT)
         left_1 = _widened(codes_1, word_1, DTYPE, LEFT)
         product_1 = warpgroup_mma(left_1, columns, sum_1, is_async=True)
-        word_0 = next_0
-        word_1 = next_1
-        offset = gl.minimum(first_turn + i + 2, last_turn) // SPANS_A_GROUP * size
-        next_0 = gl.load(scale_row + offset)
-        next_1 = gl.load(scale_row + offset + second_block)
-        next_unit_0 = _unit(word_0)
-        next_unit_1 = _unit(word_1)
-        ratio_0 = gl.fdiv(unit_0, next_unit_0)
-        ratio_1 = gl.fdiv(unit_1, next_unit_1)
-        unit_0 = next_unit_0
-        unit_1 = next_unit_1
+        word_0, word_1 = next_0, next_1
+        next_turn = gl.minimum(first_turn + i + 2, last_turn)
+        next_0, next_1 = _joined_at(scale_row, next_turn, size, second_block, SPANS_A_GROUP)
+        old_unit_0, old_unit_1 = unit_0, unit_1
+        unit_0, unit_1 = _unit(word_0), _unit(word_1)
         then = gl.minimum(i + 1, num_turns - 1)  # the last turn looks at its own codes again
         next_stage = then % STAGES
         mbarrier.wait(have_codes.index(next_stage), then // STAGES & 1)
         codes_0 = code_tiles.index(next_stage * 4 + 2 * SELF).load(LEFT)
         sum_0, left_0 = warpgroup_mma_wait(1, deps=[product_0, left_0])
         left_0 = _widened(codes_0, word_0, DTYPE, LEFT)
-        sum_0 = sum_0 * ratio_0[:, None]
+        sum_0 = sum_0 * gl.fdiv(old_unit_0, unit_0)[:, None]
         mbarrier.wait(have_rows.index(next_stage), then // STAGES & 1)
         sum_1, left_1 = warpgroup_mma_wait(0, deps=[product_1, left_1])
         mbarrier.arrive(free.index(stage))
-        sum_1 = sum_1 * ratio_1[:, None]
-    sum_0 = sum_0 * unit_0[:, None]
-    sum_1 = sum_1 * unit_1[:, None]
-    if PDL:
-        gdc_wait()
-    if NUM_PARTS == 1:
-        _write(sum_0, sum_1, tile, memory, SELF, HALF, SWIGLU, GELU, ADDS)
-    else:
-        place = tile[5] * 2 + SELF
-        sum_0, sum_1, is_last = _shared(sum_0, sum_1, memory, place, NUM_PARTS)
-        if is_last:
-            _write(sum_0, sum_1, tile, memory, SELF, HALF, SWIGLU, GELU, ADDS)
+        sum_1 = sum_1 * gl.fdiv(old_unit_1, unit_1)[:, None]
+    return sum_0 * unit_0[:, None], sum_1 * unit_1[:, None]
 
 
 @gluon.jit
