@@ -246,7 +246,7 @@ def _sums(ring, turns, tile, scales, SELF: gl.constexpr, HALF: gl.constexpr, GRO
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
     SPANS_A_GROUP: gl.constexpr = GROUP // (2 * _PANEL)
     size = 2 * num_outputs if SWIGLU else num_outputs
-    scale_row = scales + first_out + SELF * HALF + gl.arange(0, _BLOCK, gl.SliceLayout(1, SUM))
+    scale_row = scales + (first_out + SELF * HALF + gl.arange(0, _BLOCK, gl.SliceLayout(1, SUM)))
     last_turn = first_turn + num_turns - 1
     word_0, word_1 = _joined_at(scale_row, first_turn, size, second_block, SPANS_A_GROUP)
     next_turn = gl.minimum(first_turn + 1, last_turn)
