@@ -46,16 +46,19 @@ async def f25_on_gpus(front_end: str) -> Outcome:
         texts = await _undisturbed(clients)
         before, ranks = serving_ids(await clients.get("/rayline/stats")), rank_pids(fleet)
         replicas = fleet.replica_pids()
-        asking = [asyncio.create_task(clients.ask(prompt, _NUM_TOKENS, chat=True)) for prompt in PROMPTS * 4]
+        is_over = False
+        asking = asyncio.create_task(clients.keep_asking(PROMPTS, _NUM_TOKENS, 16, lambda: is_over, chat=True))
         await fleet.wait_for(clients, every_replica_works, 10, "it has some of them")
         os.kill(ranks[0], signal.SIGKILL)
         out_s = await fleet.wait_for(clients, lambda stats: not before & serving_ids(stats), 15, "the replica is out")
         replaced_s = await _wait_until_replaced(fleet, clients, before, replicas)
-        stories = list(await asyncio.gather(*asking))
+        is_over = True
+        stories = await asking
+        moved = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
         num_ranks = len(rank_pids(fleet))
     text, is_same = summary(stories, texts)
-    figure = f"out after {out_s:.2f} s, another replica after {replaced_s:.0f} s; {text}"
-    return Outcome(figure, is_same, out_s < 5, num_ranks == 1)
+    figure = f"out after {out_s:.2f} s, another replica after {replaced_s:.0f} s; {text}; {moved} moved"
+    return Outcome(figure, is_same, out_s < 5, moved > 0, num_ranks == 1)
 
 
 async def _undisturbed(clients: Clients) -> dict[str, str]:
