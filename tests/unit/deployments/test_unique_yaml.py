@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments.cli.serve import _content
+from deployments.cli.settings import read_content
 from deployments.serve.config_file import read_config_file
 from deployments.unique_yaml import load_yaml
 from llm.errors import ConfigError
@@ -29,6 +29,6 @@ def test_what_is_there_twice_is_named_with_its_line(text: str):
 def test_a_configuration_that_sets_something_twice_starts_nothing(tmp_path: Path):
     path = tmp_path / "serve_config.yaml"
     path.write_text("applications:\n- import_path: deployments.app:build_app\n  args:\n    model: a\n    model: b\n")
-    for read in (read_config_file, _content):
+    for read in (read_config_file, read_content):
         with pytest.raises(ConfigError, match=r"a key is there twice.*line 5"):
             read(path)

@@ -521,10 +521,10 @@ def compile_all_reduce() -> None:
     for num_ranks, num_parts, dtype, lag in ((2, 1, tl.bfloat16, 1), (4, 4, tl.float16, 2), (2, 2, tl.float32, 1)):
         more = {"RANK": 1, "NUM_RANKS": num_ranks, "NUM_PARTS": num_parts, "DTYPE": dtype, "LAG": lag}
         more |= {"PART": 4096 // num_parts, "ADDS": num_parts < 4}
-        compile_kernel("chunks", chunked_all_reduce._chunked_all_reduce, {**arguments, **more}, num_warps=8)
+        compile_kernel("sums in chunks", chunked_all_reduce._chunked_all_reduce, {**arguments, **more}, num_warps=8)
         arguments |= {"num_rows": "i32", "row_words": "i32", "SLOT_WORDS": 8192, "LAG": lag}
         for rank in (0, 1):
-            compile_kernel("columns", chunked_all_reduce._chunked_gather, {**arguments, **more, "RANK": rank})
+            compile_kernel("columns in chunks", chunked_all_reduce._chunked_gather, {**arguments, **more, "RANK": rank})
 
 
 def compile_adapters() -> None:

@@ -69,6 +69,8 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "sum of experts": 1,
         "single sum": 2,
         "all-reduce": 3,
+        "sums in chunks": 3,
+        "columns in chunks": 6,
         "decode": 9,
         "decode in 8 bits": 3,
         "prefill": 9,

@@ -127,7 +127,7 @@ def test_biases_and_qk_norm(tmp_path, changes, biases, qk_norm):
         ({"vocab_size": ...}, ConfigError, "'vocab_size' is missing"),
         ({"vocab_size": "many"}, ConfigError, "vocab_size"),
         ({"hidden_size": -1}, ConfigError, "hidden_size"),
-        ({"num_hidden_layers": 0}, ConfigError, "num_hidden_layers: "),
+        ({"num_hidden_layers": 0}, ConfigError, "'num_hidden_layers' is 0, but must be"),
         ({"num_key_value_heads": 5}, ConfigError, "num_heads 32 is not a multiple of num_kv_heads 5"),
         ({"max_position_embeddings": "x", "rope_scaling": None}, ConfigError, "max_position_embeddings"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ConfigError, "rope type 'dynamic' is not supported"),
