@@ -118,7 +118,7 @@ def test_two_routers_share_limits_and_follow_the_keys(limited: Server, keys_file
 
 def test_responses_are_found_whichever_router_is_asked(limited: Server, keys_file: Path):
     """One deployment keeps them for both routers; a key finds its own only."""
-    write_keys(keys_file, next=NEXT, other=OTHER)
+    write_keys(keys_file, next=NEXT, neighbour=OTHER)
     for secret in (NEXT, OTHER):
         limited.wait_for(lambda secret=secret: set(ask_at_once(limited, secret, 10)) == {200}, 10, "no key yet")
 
