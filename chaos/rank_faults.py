@@ -14,6 +14,8 @@ from chaos.streams import Clients
 _RANK = "llm.serving.rank_process"
 PROMPTS = [f"Count from 1 to {n}." for n in (40, 45, 50, 55)]
 _NUM_TOKENS = 400
+_GPU_FREED_S = 30
+"""Until a killed process is gone that has memory on a GPU, which is freed first."""
 
 
 def rank_pids(fleet: Fleet) -> list[int]:
@@ -42,23 +44,7 @@ async def f25_rank_stopped(front_end: str, num_clients: int = 8) -> Outcome:
 
 async def f25_on_gpus(front_end: str) -> Outcome:
     """SIGKILL one of the two processes of the only replica, which has both GPUs: its streams wait for another one."""
-    async with running(front_end, "f25gpu", _args(1, "cuda")) as (fleet, clients):
-        texts = await _undisturbed(clients)
-        before, ranks = serving_ids(await clients.get("/rayline/stats")), rank_pids(fleet)
-        replicas = fleet.replica_pids()
-        is_over = False
-        asking = asyncio.create_task(clients.keep_asking(PROMPTS, _NUM_TOKENS, 16, lambda: is_over, chat=True))
-        await fleet.wait_for(clients, every_replica_works, 10, "it has some of them")
-        os.kill(ranks[0], signal.SIGKILL)
-        out_s = await fleet.wait_for(clients, lambda stats: not before & serving_ids(stats), 15, "the replica is out")
-        replaced_s = await _wait_until_replaced(fleet, clients, before, replicas)
-        is_over = True
-        stories = await asking
-        moved = (await clients.get("/rayline/stats"))["router"]["num_resumes"]
-        num_ranks = len(rank_pids(fleet))
-    text, is_same = summary(stories, texts)
-    figure = f"out after {out_s:.2f} s, another replica after {replaced_s:.0f} s; {text}; {moved} moved"
-    return Outcome(figure, is_same, out_s < 5, moved > 0, num_ranks == 1)
+    return await _lose_rank(front_end, "f25gpu", signal.SIGKILL, 5, 16, None, True, num_replicas=1, device="cuda")
 
 
 async def _undisturbed(clients: Clients) -> dict[str, str]:
@@ -82,8 +68,11 @@ async def _lose_rank(
     num_clients: int,
     texts: dict[str, str] | None,
     waits_for_another: bool,
+    *,
+    num_replicas: int = 2,
+    device: str = "cpu",
 ) -> Outcome:
-    """Hurt a rank of one of two replicas.
+    """Hurt a rank of one of the replicas.
 
     Args:
         most_s: until the replica must be out.
@@ -91,7 +80,7 @@ async def _lose_rank(
         texts: what answers must be; None for what they are before.
         waits_for_another: whether to wait until Serve has replaced the replica, and see that nothing is left of it.
     """
-    async with running(front_end, name, _args(2, "cpu")) as (fleet, clients):
+    async with running(front_end, name, _args(num_replicas, device)) as (fleet, clients):
         texts = texts or await _undisturbed(clients)
         before, ranks = serving_ids(await clients.get("/rayline/stats")), rank_pids(fleet)
         replicas = fleet.replica_pids()
@@ -100,9 +89,9 @@ async def _lose_rank(
         await fleet.wait_for(clients, every_replica_works, 10, "each replica has some of them")
         os.kill(ranks[0], how)
         out_s = await fleet.wait_for(
-            clients, lambda stats: len(before & serving_ids(stats)) == 1, most_s + 10, "a replica is out"
+            clients, lambda stats: len(before & serving_ids(stats)) == num_replicas - 1, most_s + 10, "a replica is out"
         )
-        gone_s = await _wait_until_gone(ranks[0], most_s)
+        gone_s = await _wait_until_gone(ranks[0], most_s if device == "cpu" else _GPU_FREED_S)
         replaced = ""
         if waits_for_another:
             replaced = f", another replica after {await _wait_until_replaced(fleet, clients, before, replicas):.0f} s"
@@ -114,7 +103,7 @@ async def _lose_rank(
     figure = (
         f"{how.name}: out after {out_s:.2f} s, its process gone {gone_s:.2f} s later{replaced}; {text}; {moved} moved"
     )
-    return Outcome(figure, len(ranks) == 2, is_same, out_s < most_s, moved > 0, is_clean)
+    return Outcome(figure, len(ranks) == num_replicas, is_same, out_s < most_s, moved > 0, is_clean)
 
 
 async def _wait_until_gone(pid: int, timeout_s: float) -> float:
@@ -128,10 +117,10 @@ async def _wait_until_gone(pid: int, timeout_s: float) -> float:
 
 
 async def _wait_until_replaced(fleet: Fleet, clients: Clients, before: set[str], replicas: list[int]) -> float:
-    """Wait until two replicas serve again, and the process of one of those of before is gone."""
+    """Wait until as many replicas serve again, and the process of one of those of before is gone."""
     seconds = await fleet.wait_until_replaced(clients, before, 120)
     started = time.monotonic()
-    while len(set(replicas) & set(fleet.replica_pids())) > 1:
+    while set(replicas) <= set(fleet.replica_pids()):
         if time.monotonic() - started > 60:
             raise TimeoutError("the replica's own process is gone within 60 s")
         await asyncio.sleep(0.1)
