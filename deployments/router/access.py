@@ -88,8 +88,9 @@ class Access:
 
     def change_keys(self, keys: tuple[ApiKey, ...]) -> None:
         """Replace the valid keys from now on."""
-        old, new = {key.name: key for key in self.keys}, {key.name: key for key in keys}
+        old = self._by_name
         self._set_keys(keys)
+        new = self._by_name
         self._num_changes += 1
         revoked = [key for key in old.values() if key.name not in new or new[key.name].digest != key.digest]
         num_ended = sum(self._end(key, is_gone=key.name not in new, why=REVOKED) for key in revoked)
