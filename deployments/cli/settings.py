@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from deployments.serve.config_file import read_yaml
+from deployments.serve.config_file import list_applications, read_yaml
 from llm.errors import ConfigError
 
 LOCAL_HOST = "127.0.0.1"
@@ -19,10 +19,7 @@ def read_content(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or has no list of applications.
     """
     content = read_yaml(path)
-    try:
-        content["applications"][0].setdefault("args", {})
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ConfigError(f"{path} has no list of applications; see serve_config.yaml for one that works") from error
+    list_applications(path, content)[0].setdefault("args", {})
     return content
 
 

@@ -74,7 +74,7 @@ def read_config(content: dict[str, Any], path: Path) -> ServerConfig:
     """
     front_end = FrontEnd.of_options(content.get("http_options") or {})
     apps: dict[str, AppConfig] = {}
-    for application in _applications(path, content):
+    for application in _own_applications(path, content):
         name = str(application.get("name") or "default")
         try:
             config = AppConfig.model_validate(application.get("args") or {})
@@ -181,11 +181,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _applications(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+def list_applications(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The applications of a file's content, one at least.
+
+    Raises:
+        ConfigError: it has no list of them.
+    """
     applications = content.get("applications")
-    if not isinstance(applications, list) or not all(isinstance(item, dict) for item in applications):
+    if (
+        not isinstance(applications, list)
+        or not applications
+        or not all(isinstance(item, dict) for item in applications)
+    ):
         raise ConfigError(f"{path} has no list of applications; see serve_config.yaml for one that works")
-    ours = [item for item in applications if item.get("import_path") == BUILDER]
+    return applications
+
+
+def _own_applications(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    ours = [item for item in list_applications(path, content) if item.get("import_path") == BUILDER]
     if not ours:
         raise ConfigError(f"{path} has no application with import_path: {BUILDER}")
     return ours
