@@ -9,8 +9,7 @@ the prompt is read and while the sequence decodes.
 import argparse
 import json
 
-from llm.core.page_groups import group_layers
-from llm.core.paged_kv_cache import layers_per_page
+from llm.core.page_groups import group_layers, layers_per_page
 from llm.scheduling.scheduler import Scheduler
 from llm.scheduling.sequence import Sequence
 from llm.scheduling.slot_pool import SlotPool

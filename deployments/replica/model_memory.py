@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from deployments.model_config import ServedModelConfig
 from llm.config import ModelConfig
-from llm.core.page_groups import group_layers
+from llm.core.page_groups import layers_per_page, page_groups_of
 from llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,10 +57,8 @@ def slot_bytes(model: ModelConfig, itemsize: int) -> int:
 
     Layers with a window and those without have pages of the same size, some of which have places that no layer uses.
     """
-    states = set(model.delta.layers) if model.delta is not None else ()
-    windows = {layer: model.layer_window(layer) for layer in range(model.num_layers) if layer not in states}
-    groups = group_layers(windows)
-    return len(groups) * max(len(group.layers) for group in groups) * model.slot_width * itemsize
+    groups = page_groups_of(model)
+    return len(groups) * layers_per_page(groups) * model.slot_width * itemsize
 
 
 def weight_bytes(model: ModelConfig, itemsize: int, num_gpus: int = 1, *, by_expert: bool = False) -> int:

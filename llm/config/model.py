@@ -262,7 +262,7 @@ class ModelConfig(StrictModel):
         latent = self.latent
         if latent is not None and (self.kv_heads, self.head_size) != (1, latent.rank + latent.rope_dim):
             raise ValueError(f"latent attention has one key/value head of {latent.rank + latent.rope_dim} numbers")
-        if not self.num_attention_layers:
+        if not self.attention_layers:
             raise ValueError("delta.layers names every layer; at least one must have attention")
         return self
 
@@ -323,9 +323,10 @@ class ModelConfig(StrictModel):
         return len(delta.layers) * (tail * itemsize + 4 * value_size * delta.key_dim)
 
     @property
-    def num_attention_layers(self) -> int:
-        """Number of layers with keys and values."""
-        return self.num_layers - (len(self.delta.layers) if self.delta is not None else 0)
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers with keys and values, or latents."""
+        others = self.delta.layers if self.delta is not None else ()
+        return tuple(layer for layer in range(self.num_layers) if layer not in others)
 
     def layer_window(self, layer: int) -> int | None:
         """Sliding window of one layer in tokens; None if it attends to everything."""

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llm.config import ModelConfig
+
 _MAX_GROUPS = 12
 """Each group is work for the host, which takes and names pages by group."""
 
@@ -44,6 +46,16 @@ def group_layers(windows: Sequence[int | None] | Mapping[int, int | None]) -> li
         layers = [layer for layer, own in by_layer.items() if own == window]
         groups += [PageGroup(window, tuple(layers[i : i + size])) for i in range(0, len(layers), size)]
     return groups
+
+
+def page_groups_of(config: ModelConfig) -> list[PageGroup]:
+    """Which layers of a model share pages."""
+    return group_layers({layer: config.layer_window(layer) for layer in config.attention_layers})
+
+
+def layers_per_page(groups: Sequence[PageGroup]) -> int:
+    """Layers whose keys and values a page holds."""
+    return max(len(group.layers) for group in groups)
 
 
 def _num_groups(counts: Counter[int | None], size: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llm.core.page_groups import PageGroup
+from llm.core.page_groups import PageGroup, layers_per_page
 
 
 class PagedKVCache:
@@ -57,8 +57,3 @@ class PagedKVCache:
     ) -> int:
         """Memory of one page in all layers of a group, in bytes."""
         return (1 + has_values) * layers_per_page(groups) * page_size * num_kv_heads * head_dim * dtype.itemsize
-
-
-def layers_per_page(groups: Sequence[PageGroup]) -> int:
-    """Layers whose keys and values a page holds."""
-    return max(len(group.layers) for group in groups)

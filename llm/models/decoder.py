@@ -13,7 +13,7 @@ from llm.attention.interface import AttentionContext
 from llm.attention.spec import AttentionSpec
 from llm.config import ModelConfig, describe
 from llm.core.kv_cache import KVCache
-from llm.core.page_groups import PageGroup, group_layers
+from llm.core.page_groups import PageGroup, page_groups_of
 from llm.core.partition import WHOLE, Exchange, Partition
 from llm.core.recurrent_state import DeltaSpec, RecurrentCache
 from llm.errors import CapacityError, ConfigError
@@ -147,7 +147,7 @@ class DecoderModel(nn.Module):
     @property
     def page_groups(self) -> list[PageGroup]:
         """Which layers share pages."""
-        return group_layers({layer: spec.window for layer, spec in self.attention_specs.items()})
+        return page_groups_of(self.config)
 
     @property
     def experts(self) -> Experts | None:

@@ -97,8 +97,7 @@ def _layer_weights(config: ModelConfig) -> Mapping[str, Destination]:
 
 def mixing_weights(config: ModelConfig) -> dict[str, Destination]:
     """Destinations of a layer's norms and, in layers with attention, of its projections."""
-    layers = set(range(config.num_layers)) - set(config.delta.layers if config.delta is not None else ())
-    place = partial(Destination, layers=layers)
+    place = partial(Destination, layers=config.attention_layers)
     query = (1 + config.attention_gate) * config.num_heads * config.head_size
     key_value = config.kv_heads * config.head_size
     return {
