@@ -83,9 +83,7 @@ def _all_reduce(
         high += half_of(part, 1, DTYPE)
     total = word_of(low, high, DTYPE)
     if ADDS:
-        low = half_of(before, 0, DTYPE) + half_of(total, 0, DTYPE)
-        high = half_of(before, 1, DTYPE) + half_of(total, 1, DTYPE)
-        total = word_of(low, high, DTYPE)
+        total = added(before, total, DTYPE)
     tl.store(output + offsets, total, mask=mask)
     tl.store(calls + program, call)
 
@@ -118,3 +116,11 @@ def word_of(low, high, DTYPE: tl.constexpr):
         first = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         word = first | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
     return word
+
+
+@triton.jit
+def added(words, others, DTYPE: tl.constexpr):
+    """The numbers of two words each, added."""
+    low = half_of(words, 0, DTYPE) + half_of(others, 0, DTYPE)
+    high = half_of(words, 1, DTYPE) + half_of(others, 1, DTYPE)
+    return word_of(low, high, DTYPE)

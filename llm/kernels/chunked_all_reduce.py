@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llm.kernels.all_reduce import half_of, word_of
+from llm.kernels.all_reduce import added, half_of, word_of
 from llm.kernels.launch import launch_options, triton_type, wait_for_inputs
 
 _FLAG_WORDS: tl.constexpr = tl.constexpr(32)
@@ -121,9 +121,7 @@ def _chunked_all_reduce(
     num_steps = num_chunks + num_crossings * LAG
     for step in range(num_steps):
         turn = first_turn + step
-        for other in tl.static_range(NUM_RANKS):
-            if other != RANK:
-                _wait(own + flags + other * _FLAG_WORDS, turn - LAG + 1)
+        _wait_for_others(own + flags, turn - LAG, RANK, NUM_RANKS)
         sending = slots + (turn & (num_slots - 1)) * slot_words
         arrived = own + slots + ((turn - LAG) & (num_slots - 1)) * slot_words
         if step < num_chunks:
@@ -204,9 +202,7 @@ def _chunked_gather(
     num_chunks = tl.cdiv(num_rows * chunks_of_row - program, num_programs)
     for step in range(num_chunks + LAG):
         turn = first_turn + step
-        for other in tl.static_range(NUM_RANKS):
-            if other != RANK:
-                _wait(own + flags + other * _FLAG_WORDS, turn - LAG + 1)
+        _wait_for_others(own + flags, turn - LAG, RANK, NUM_RANKS)
         if step < num_chunks:
             chunk = program + step * num_programs
             column = chunk % chunks_of_row * PART + word
@@ -252,10 +248,12 @@ def _place(source, receiver):
 
 
 @triton.jit
-def _wait(flag, turn):
-    """Wait until a flag has reached a turn; the counts may wrap around."""
-    while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - turn < 0:
-        pass
+def _wait_for_others(flags, turn, RANK: tl.constexpr, NUM_RANKS: tl.constexpr):
+    """Wait until the others' turn is over; the counts may wrap around."""
+    for other in tl.static_range(NUM_RANKS):
+        if other != RANK:
+            while tl.atomic_add(flags + other * _FLAG_WORDS, 0, sem="acquire", scope="sys") - (turn + 1) < 0:
+                pass
 
 
 @triton.jit
@@ -277,7 +275,5 @@ def _write(output, offsets, num_words, total, DTYPE: tl.constexpr, ADDS: tl.cons
     mask = offsets < num_words
     if ADDS:
         before = tl.load(output + offsets, mask=mask, other=0)
-        low = half_of(before, 0, DTYPE) + half_of(total, 0, DTYPE)
-        high = half_of(before, 1, DTYPE) + half_of(total, 1, DTYPE)
-        total = word_of(low, high, DTYPE)
+        total = added(before, total, DTYPE)
     tl.store(output + offsets, total, mask=mask)

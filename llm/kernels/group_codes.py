@@ -75,11 +75,23 @@ def quarters(words, first_zero, second_zero, third_zero, fourth_zero, dtype: tl.
 
 
 @triton.jit
+def scale_in(word):
+    """The scale in a word that has a zero, too: float32."""
+    return (word & ~_ZERO_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def zero_in(word):
+    """The zero in such a word."""
+    return word & _ZERO_BITS
+
+
+@triton.jit
 def scales_at(groups, start, num_rows_of_weight, out, GROUP: tl.constexpr):
     """Scales of some outputs in the group of the inputs from `start` on, float32."""
     scale = tl.load(groups.scales + start // GROUP * num_rows_of_weight + out)
     if groups.scales.dtype.element_ty == tl.int32:
-        scale = (scale & ~_ZERO_BITS).to(tl.float32, bitcast=True)
+        scale = scale_in(scale)
     return scale.to(tl.float32)
 
 
@@ -88,7 +100,7 @@ def zeros_at(groups, start, num_rows_of_weight, out, GROUP: tl.constexpr):
     """Zeros of some outputs there, in some format of integers."""
     offsets = start // GROUP * num_rows_of_weight + out
     if groups.scales.dtype.element_ty == tl.int32:
-        zero = tl.load(groups.scales + offsets) & _ZERO_BITS
+        zero = zero_in(tl.load(groups.scales + offsets))
     elif groups.zeros is not None:
         zero = tl.load(groups.zeros + offsets)
     else:

@@ -24,7 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from llm.config import Activation
 from llm.core.weight_groups import WeightGroups
 from llm.kernels.activation import gated
-from llm.kernels.group_codes import quarters
+from llm.kernels.group_codes import quarters, scale_in, zero_in
+from llm.kernels.groups import behind, unit_of
 from llm.kernels.launch import launch_options
 from llm.kernels.operands import WeightOperand
 from llm.kernels.tiles import HOPPER_OUTPUTS, HOPPER_SPAN, HopperTile
@@ -33,9 +34,6 @@ _BLOCK = gl.constexpr(64)
 """Outputs that a group of warps multiplies at once."""
 _BOX = gl.constexpr(32)
 """Rows of a bulk copy: where no row is left, nothing is copied."""
-_ZERO_BITS = gl.constexpr(255)
-_LEAST_UNIT = gl.constexpr(2.0**-64)
-"""See `groups`."""
 _WORDS = gl.constexpr(32)
 """Of 16 bits that hold one output's codes of a span."""
 _PANEL = gl.constexpr(64)
@@ -189,19 +187,15 @@ def _fetch(rows, words, ring, turns, tile, HALF: gl.constexpr, PDL: gl.constexpr
 @gluon.jit
 def _unit(word):
     """The scale in a joined word, as the unit of a sum."""
-    scale = (word & ~_ZERO_BITS).to(gl.float32, bitcast=True)
-    return gl.where(gl.abs(scale) < _LEAST_UNIT, _LEAST_UNIT, scale)
+    return unit_of(scale_in(word))
 
 
 @gluon.jit
 def _widened(words, word, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     """The codes of a span less their zeros, (64, 128), as the tensor cores' left operand."""
-    zero = gl.convert_layout((word & _ZERO_BITS).to(gl.uint8), gl.SliceLayout(1, LAYOUT), assert_trivial=True)[:, None]
+    zero = gl.convert_layout(zero_in(word).to(gl.uint8), gl.SliceLayout(1, LAYOUT), assert_trivial=True)[:, None]
     one, two, three, four = quarters(words, zero, zero, zero, zero, DTYPE, True)
-    SIZE: gl.constexpr = words.shape[1]
-    early = gl.join(one, two).permute((0, 2, 1)).reshape([words.shape[0], 2 * SIZE])
-    late = gl.join(three, four).permute((0, 2, 1)).reshape([words.shape[0], 2 * SIZE])
-    numbers = gl.join(early, late).permute((0, 2, 1)).reshape([words.shape[0], 4 * SIZE])
+    numbers = behind(behind(one, two), behind(three, four))
     return gl.convert_layout(numbers, LAYOUT, assert_trivial=True)
 
 

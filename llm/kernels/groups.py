@@ -25,10 +25,16 @@ def columns_of(x, order, start, row, num_rows, num_inputs, SIZE: tl.constexpr):
 
 
 @triton.jit
+def unit_of(scale):
+    """A scale as the unit of a sum."""
+    return tl.where(tl.abs(scale) < _LEAST_UNIT, _LEAST_UNIT, scale)
+
+
+@triton.jit
 def _unit_at(groups, start, num_rows_of_weight, out, GROUP: tl.constexpr, IN_UNITS: tl.constexpr):
     """The scales there, as units of sums where these have units."""
     scale = scales_at(groups, start, num_rows_of_weight, out, GROUP)
-    return tl.where(tl.abs(scale) < _LEAST_UNIT, _LEAST_UNIT, scale) if IN_UNITS else scale
+    return unit_of(scale) if IN_UNITS else scale
 
 
 @triton.jit
@@ -74,7 +80,7 @@ def _add_span(
     )
     part = acc if IN_UNITS else tl.zeros_like(acc)
     if num_groups == 1 and not IN_UNITS:
-        numbers = _behind(_behind(first, second), _behind(third, fourth))
+        numbers = behind(behind(first, second), behind(third, fourth))
         part = tl.dot(numbers, pieces[0], part, input_precision="ieee")
         acc, part = _close(acc, part, unit, next_unit, IN_UNITS)
     else:
@@ -95,7 +101,7 @@ def _add_span(
 
 
 @triton.jit
-def _behind(early, late):
+def behind(early, late):
     """The columns of one tensor, and behind them those of another: in registers, no number goes to another thread."""
     return tl.join(early, late).permute(0, 2, 1).reshape(early.shape[0], 2 * early.shape[1])
 

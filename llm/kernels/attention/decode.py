@@ -161,6 +161,15 @@ def _load_heads(pages, head, exists, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.cons
 
 
 @triton.jit
+def _bounds(items, item, chunk_size, context_len, window):
+    """Begin and end of an item's chunk of what its row sees, and whether the chunk is all of it."""
+    begin = tl.where(window > 0, tl.maximum(context_len - window, 0), 0)
+    is_whole = chunk_size >= context_len - begin
+    begin += tl.load(items.chunks + item) * chunk_size
+    return begin, tl.minimum(begin + chunk_size, context_len), is_whole
+
+
+@triton.jit
 def _start_softmax(factors, items, item, head, exists, BLOCK: tl.constexpr):
     """Highest score and sum of weights, (BLOCK,) each, before the first token: those of sinks, in the first chunk."""
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -210,10 +219,7 @@ def _paged_decode(
     if item >= tl.load(items.summary):
         return
     chunk_size, context_len, token, table = load_chunk(cache, parts, items, item)
-    begin = tl.where(window > 0, tl.maximum(context_len - window, 0), 0)
-    is_whole = chunk_size >= context_len - begin
-    begin += tl.load(items.chunks + item) * chunk_size
-    end = tl.minimum(begin + chunk_size, context_len)
+    begin, end, is_whole = _bounds(items, item, chunk_size, context_len, window)
 
     exists = tl.arange(0, GROUP_BLOCK) < HEADS.group
     head = kv_head * HEADS.group + tl.arange(0, GROUP_BLOCK)
@@ -252,10 +258,7 @@ def _paged_decode_8_bits(
     if item >= tl.load(items.summary):
         return
     chunk_size, context_len, token, table = load_chunk(cache, parts, items, item)
-    begin = tl.where(window > 0, tl.maximum(context_len - window, 0), 0)
-    is_whole = chunk_size >= context_len - begin
-    begin += tl.load(items.chunks + item) * chunk_size
-    end = tl.minimum(begin + chunk_size, context_len)
+    begin, end, is_whole = _bounds(items, item, chunk_size, context_len, window)
     key_pages = cache.key_pages.to(tl.pointer_type(tl.int32)) + kv_head * (head_dim // 4)
     value_pages = cache.value_pages.to(tl.pointer_type(tl.int32)) + kv_head * (head_dim // 4)
 
