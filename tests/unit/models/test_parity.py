@@ -15,9 +15,8 @@ from llm.models.registry import CLASSIFIERS, FAMILIES
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 
-NUM_GREEDY = 32
-"""With the shortest prompt of a token already longer than every window and every original_max_position_embeddings."""
-# The longest two are longer than all of these before anything is generated.
+NUM_GREEDY = 64
+# Longer than every window and every original_max_position_embeddings of the checkpoints.
 PROMPT_LENS = [1, 7, 70, 150]
 
 KINDS = [
@@ -136,7 +135,7 @@ def test_logits_equal(checkpoints, kind, length):
 @pytest.mark.parametrize("length", [5, 90])
 @torch.inference_mode()
 def test_greedy_tokens_with_caches_equal(checkpoints, greedy_of_transformers, cached_greedy, kind, length):
-    """With the guide's plain caches and with the model's own windowed ones."""
+    """64 tokens, with the guide's plain caches and with the model's own windowed ones."""
     ours = load(checkpoints(kind)[0])
     expected = greedy_of_transformers(kind, length)
     assert len(set(expected)) > 8, "a random model that repeats itself proves little"
@@ -163,7 +162,7 @@ def greedy_requests(lengths: tuple[int, ...]) -> list[GenerationRequest]:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoints, greedy_of_transformers, kind):
-    """Prompts of different lengths together and one by one."""
+    """64 tokens each, prompts of different lengths together and one by one."""
     directory = checkpoints(kind)[0]
     lengths = (5, 90, 1)
     expected = [greedy_of_transformers(kind, length) for length in lengths]
@@ -179,12 +178,12 @@ def test_greedy_tokens_of_the_engine_equal_alone_and_in_a_mixed_batch(checkpoint
 
 @pytest.mark.parametrize(
     ("kind", "num_pages"),
-    [("qwen3_moe", 11), ("qwen3_5", 11), ("qwen3_5_moe", 11), ("qwen3_next", 11), ("gemma2", 16), ("gemma3", 28),
-     ("gpt_oss", 16), ("glm4_moe", 11), ("deepseek_v3", 11)],
+    [("qwen3_moe", 14), ("qwen3_5", 14), ("qwen3_5_moe", 14), ("qwen3_next", 14), ("gemma2", 26), ("gemma3", 34),
+     ("gpt_oss", 26), ("glm4_moe", 14), ("deepseek_v3", 14)],
 )  # fmt: skip
 @torch.inference_mode()
 def test_greedy_tokens_of_the_engine_survive_whatever_happens(checkpoints, greedy_of_transformers, kind, num_pages):
-    """In chunks, preempted, from the prefix cache, and resumed from a part of the output."""
+    """64 tokens each: in chunks, preempted, from the prefix cache, and resumed from a part of the output."""
     lengths = (90, 17, 5)
     expected = [greedy_of_transformers(kind, length) for length in lengths]
     requests = greedy_requests(lengths)
