@@ -127,7 +127,7 @@ def test_leaving_frees_the_pages_behind_haproxy(haproxy: tuple[MakeServe, Server
 def test_a_stream_survives_its_only_replica_behind_haproxy(haproxy: tuple[MakeServe, Server]):
     """Ray Serve starts another replica; the stream goes on in it, after a pause."""
     run, server = haproxy
-    request = {"model": "demo", "prompt": "Once", "max_tokens": 450, "extra_body": {"ignore_eos": True}}
+    request = {"model": "demo", "prompt": "Once", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
     expected = server.openai.completions.create(**request).choices[0].text
     stream = server.openai.completions.create(**request, stream=True)
     pieces = []

@@ -18,7 +18,7 @@ def healthy_afterwards(server: Server):
     server.check_healthy()
 
 
-def long_stream(server: Server, prompt: str = "Once upon a time", max_tokens: int = 450, **options):
+def long_stream(server: Server, prompt: str = "Once upon a time", max_tokens: int = 600, **options):
     return server.openai.completions.create(
         model="demo", prompt=prompt, max_tokens=max_tokens, stream=True, extra_body={"ignore_eos": True}, **options
     )
