@@ -313,7 +313,8 @@ def main() -> None:
         emit({**common, "name": "pool", "tokens": bench.engine.num_slots, **_memory_in_use()}, out)
         if options.profile is not None:
             profile(bench, options.profile or [1, 64, 256], options.context, scale=options.scale)
-            return
+            if not options.rows:
+                return
         rows = comparable_rows(bench.run, options.scale, bench.least_reads(), options.num_long)
         all_well = measure(rows, common, out, options.rows)
         emit({**common, "name": "memory", **_memory_in_use()}, out)
@@ -339,8 +340,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--random-weights", action="store_true", help="random weights of the model's shape")
     parser.add_argument("--rows", nargs="+", help="only rows whose names begin so")
     parser.add_argument(
-        "--profile", nargs="*", type=int, metavar="BATCH", help="where the time of a step goes, instead of the rows"
-    )
+        "--profile", nargs="*", type=int, metavar="BATCH",
+        help="where the time of a step goes; no rows then, but those of --rows",
+    )  # fmt: skip
     parser.add_argument("--context", type=int, default=128, help="tokens of the prompts behind which --profile decodes")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that hold the model together")
     parser.add_argument("--out", help="file to append the JSON lines to")

@@ -29,7 +29,9 @@ _KINDS = {
         "_activate_gated",
         "_embed_tokens",
         "quantize",
+        "_scale_rows",
     ),
+    "sums over GPUs": ("_all_reduce", "_chunked_gather", "nccl"),
     "sampling": ("_prepare", "_best_of"),
 }
 _NUM_STEPS = 20

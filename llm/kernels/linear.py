@@ -33,7 +33,7 @@ from llm.kernels.group_row import single_row_of_groups
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.operands import NO_GROUPS, GroupOperand, WeightOperand
-from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows
+from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows, scaled
 from llm.kernels.tiles import (
     MAX_FEW_ROWS,
     MAX_GROUP_ROWS,
@@ -222,8 +222,7 @@ class Linear:
 
     def part(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor:
         """The product of x, (rows, in), as plain numbers."""
-        product = self(x, weights)
-        return product.scaled() if isinstance(product, ScaledProduct) else product
+        return scaled(self(x, weights))
 
     def mlp(
         self,

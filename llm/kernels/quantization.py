@@ -21,6 +21,8 @@ _LARGEST = tl.constexpr(LARGEST)
 _SMALLEST_SCALE = 1e-12
 """Of rows that are zero, which no division may turn into NaN."""
 _SMALLEST = tl.constexpr(_SMALLEST_SCALE)
+_SCALED_BLOCK = 2048
+"""Numbers that a program scales: a part of a row, which needs no sum over the whole one."""
 USE_FAST_ACCUM = True
 """Whether products are summed up in the tensor cores' own, shorter numbers: twice as fast."""
 
@@ -68,6 +70,23 @@ class ScaledProduct:
         """What is meant, in plain torch."""
         product = self.values.float() * self.row_scales * self.scales
         return (product if self.bias is None else product + self.bias.float()).to(self.dtype)
+
+
+def scaled(product: torch.Tensor | ScaledProduct) -> torch.Tensor:
+    """A product as plain numbers, for readers that scale nothing themselves. Its own memory is used again if it can be.
+
+    Computed as `load_product` does, so that it makes no difference who scales.
+    """
+    if not isinstance(product, ScaledProduct):
+        return product
+    values = product.values
+    output = values if values.dtype == product.dtype else torch.empty_like(values, dtype=product.dtype)
+    num_rows, size = values.shape
+    _scale_rows[num_rows, triton.cdiv(size, _SCALED_BLOCK)](
+        values, output, size, **scale_arguments(product), BLOCK=_SCALED_BLOCK, num_warps=num_warps(_SCALED_BLOCK),
+        **launch_options(values.device),
+    )  # fmt: skip
+    return output
 
 
 def unscaled(product: "torch.Tensor | ScaledProduct") -> torch.Tensor:
@@ -162,6 +181,19 @@ def store_row(x, values, scales, row, offsets, mask):
         tl.store(values + offsets, to_format(wide * (1 / scale), values.dtype.element_ty), mask=mask)
     else:
         tl.store(values + offsets, x, mask=mask)
+
+
+@triton.jit
+def _scale_rows(values, output, size, row_scales, scales, bias, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Program: BLOCK numbers of one row."""
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < size
+    offsets = row * size + column
+    dtype: tl.constexpr = output.dtype.element_ty
+    x = load_product(values, offsets, mask, row, column, row_scales, scales, bias, dtype)
+    tl.store(output + offsets, x, mask=mask)
 
 
 @triton.jit

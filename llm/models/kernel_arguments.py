@@ -1,20 +1,13 @@
 """Converts modules to the arguments that kernels take."""
 
-import torch
 from torch import nn
 
 from llm.kernels.linear import Weights
 from llm.kernels.norm import Norm
-from llm.kernels.quantization import ScaledProduct
 from llm.kernels.routing import ExpertShape
 from llm.models.experts import ExpertProjections, Experts
 from llm.models.layers import RMSNorm
 from llm.models.quantized import Quantized
-
-
-def scaled(product: torch.Tensor | ScaledProduct) -> torch.Tensor:
-    """A product whose numbers are what is meant."""
-    return product.scaled() if isinstance(product, ScaledProduct) else product
 
 
 def norm_of(norm: RMSNorm) -> Norm:

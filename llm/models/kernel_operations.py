@@ -15,11 +15,11 @@ from llm.kernels.delta_rule import gate_by_norm, gated_delta_rule, short_convolu
 from llm.kernels.expert_adapters import MixtureAdapters
 from llm.kernels.linear import add_parts
 from llm.kernels.norm import ResidualStream, embed_tokens, keep_tokens, rms_norm
-from llm.kernels.quantization import EightBitRows, ScaledProduct
+from llm.kernels.quantization import EightBitRows, ScaledProduct, scaled
 from llm.kernels.shares import scale_by_share
 from llm.models.delta import DeltaMixer
 from llm.models.experts import Experts, ShareGate
-from llm.models.kernel_arguments import norm_of, scaled, weights_of
+from llm.models.kernel_arguments import norm_of, weights_of
 from llm.models.kernel_workspace import KernelWorkspace
 from llm.models.latent import LatentHeads
 from llm.models.latent_kernels import store_and_ask, values_of

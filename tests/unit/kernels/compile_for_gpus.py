@@ -155,6 +155,8 @@ def compile_activations() -> None:
         sizes = {"HIDDEN": 2048, "BLOCK": 2048, "OFFSET": 1.0, "SIZE": 768, "SIZE_BLOCK": 1024}
         compile_kernel("shares", shares._scale_by_share, {**shared, "values": values, "scales": scales, **sizes})
     compile_kernel("rounding", quantization._quantize_rows, rows, BLOCK=1024)
+    scaled = {"values": BF16, "output": BF16, "size": "i32", **SCALES}
+    compile_kernel("scaling", quantization._scale_rows, scaled, BLOCK=2048)
 
 
 def compile_rope() -> None:

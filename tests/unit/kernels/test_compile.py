@@ -27,6 +27,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "soft cap": 1,
         "activation": 6,
         "rounding": 1,
+        "scaling": 1,
         "shares": 2,
         "rope": 4,
         "delta rule": 3,

@@ -3,6 +3,8 @@
 The interpreter rounds to 8 bits worse than a chip does: 127 to 64, where the next number up is the power of two 128.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from llm.kernels.activation import activate_gated
 from llm.kernels.attention.rope import rope_and_store
 from llm.kernels.linear import Linear, Weights
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
-from llm.kernels.quantization import FP8, LARGEST, EightBitRows, ScaledProduct, quantize_rows, quantize_weight
+from llm.kernels.quantization import FP8, LARGEST, EightBitRows, ScaledProduct, quantize_rows, quantize_weight, scaled
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter takes bfloat16 for integers
@@ -91,6 +93,20 @@ def test_norm_adds_a_scaled_product_and_narrows(size, is_narrow, has_bias):
         assert_near(output, expected)
     else:
         assert relative_error(output, expected) < 2 * TIGHT[HALF]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("size", [64, 5000])
+def test_a_product_is_scaled_by_a_kernel_as_in_plain_torch(size, dtype, has_bias):
+    """But for the last bit, since factors are multiplied in another order; in place where formats are the same."""
+    torch.manual_seed(size)
+    product = replace(create_product(7, size, has_bias=has_bias), dtype=dtype)
+    expected = product.scaled()
+    output = scaled(product)
+    assert (output.data_ptr() == product.values.data_ptr()) == (dtype == product.values.dtype)
+    torch.testing.assert_close(output, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    assert scaled(output) is output
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
