@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine_adapters import adapter_rows, add_options, rotation_row, write_adapters
+from benchmarks.engine_adapters import adapter_refs, adapter_rows, add_options, rotation_row, write_adapters
 from benchmarks.engine_profile import profile
 from benchmarks.engine_rows import (
     LONG_PROMPTS,
@@ -38,7 +38,6 @@ from benchmarks.engine_rows import (
     settings,
     timed,
 )
-from llm.checkpoint.adapter_digest import adapter_digest
 from llm.config import EngineConfig
 from llm.models.experts import ExpertProjections
 from llm.serving.engine import ContinuousBatchingEngine
@@ -110,8 +109,7 @@ class Bench:
         """Rows with adapters, which are written to `directory`; the engine has been started with room for them."""
         num_adapters, rank = self._options.adapters, self._options.adapter_rank
         paths = write_adapters(self._options.model, directory, num_adapters, rank)
-
-        refs = [adapter_ref(path) for path in paths]
+        refs = adapter_refs(paths)
 
         def run(input_lens: list[int], output_lens: list[int], adapters: Sequence[int | None]) -> float:
             samplings = [{} if which is None else {"adapter": refs[which]} for which in adapters]
@@ -274,21 +272,16 @@ class Bench:
         }
 
 
-def adapter_ref(path: Path) -> AdapterRef:
-    """The adapter in a directory."""
-    return AdapterRef(name=path.name, path=str(path), digest=adapter_digest(path))
-
-
 class _Steps:
     """`Steps` of the benchmark's engine."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
 
-    def add(self, input_len: int, output_len: int, adapter: Path | None) -> str:
+    def add(self, input_len: int, output_len: int, adapter: AdapterRef | None) -> str:
         """See `Steps.add`."""
         most = self._bench.engine.max_seq_len - input_len
-        sampling = {} if adapter is None else {"adapter": adapter_ref(adapter)}
+        sampling = {} if adapter is None else {"adapter": adapter}
         return self._bench.add(self._bench.prompt(input_len), min(output_len, most), sampling)
 
     def step(self) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ import torch
 
 from benchmarks.engine_rows import NUM_LONG, Row, percentile
 from benchmarks.random_adapter import write_random_adapter
+from llm.checkpoint.adapter_digest import adapter_digest
 from llm.checkpoint.model_config import load_model_config
+from llm.schemas import AdapterRef
 
 RunAdapted = Callable[[list[int], list[int], Sequence[int | None]], float]
 """Seconds for requests of these input and output lengths with these adapters, all handed over at once."""
@@ -21,7 +24,7 @@ RunAdapted = Callable[[list[int], list[int], Sequence[int | None]], float]
 class Steps(Protocol):
     """An engine that hands over what each step gives."""
 
-    def add(self, input_len: int, output_len: int, adapter: Path | None) -> str:
+    def add(self, input_len: int, output_len: int, adapter: AdapterRef | None) -> str:
         """Hand a request over."""
         ...
 
@@ -41,8 +44,12 @@ def write_adapters(model: str, directory: Path, num_adapters: int, rank: int) ->
     """Write random adapters in 16 bits on every projection of a model of this shape."""
     config = load_model_config(Path(model))
     paths = [directory / f"adapter-{i}" for i in range(num_adapters)]
-    for seed, path in enumerate(paths):
-        write_random_adapter(config, path, rank=rank, seed=seed, dtype=torch.bfloat16)
+
+    def write(seed: int) -> None:
+        write_random_adapter(config, paths[seed], rank=rank, seed=seed, dtype=torch.bfloat16)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(num_adapters)))
     return paths
 
 
@@ -68,7 +75,17 @@ def adapter_rows(run: RunAdapted, num_adapters: int, rank: int, scale: int = 1) 
     yield Row(f"adapters: {num_requests} rows over {num_adapters} of rank {rank}", measure)
 
 
-def copies_of(paths: Sequence[Path], num_copies: int) -> list[Path]:
+def adapter_refs(paths: Sequence[Path]) -> list[AdapterRef]:
+    """The adapters in these directories."""
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(adapter_digest, paths)
+        return [
+            AdapterRef(name=path.name, path=str(path), digest=digest)
+            for path, digest in zip(paths, digests, strict=True)
+        ]
+
+
+def copies_of(paths: Sequence[Path], num_copies: int) -> list[AdapterRef]:
     """Adapters of other digests with these weights, which are linked to."""
     copies = []
     for i in range(num_copies):
@@ -79,7 +96,7 @@ def copies_of(paths: Sequence[Path], num_copies: int) -> list[Path]:
         (copy / "adapter_config.json").write_text(json.dumps({**settings, "revision": str(i)}))
         (copy / "adapter_model.safetensors").symlink_to(path / "adapter_model.safetensors")
         copies.append(copy)
-    return copies
+    return adapter_refs(copies)
 
 
 def rotation_row(steps: Steps, paths: Sequence[Path], num_rotating: int, scale: int = 1) -> Row:
@@ -90,7 +107,7 @@ def rotation_row(steps: Steps, paths: Sequence[Path], num_rotating: int, scale: 
         streams = {steps.add(128 // scale, 100_000, None) for _ in range(32 // scale)}
         for _ in range(40):
             steps.step()
-        rotating = {steps.add(16, 8, path) for path in copies}
+        rotating = {steps.add(16, 8, adapter) for adapter in copies}
         last: dict[str, float] = {}
         gaps: list[float] = []
         start = time.perf_counter()
