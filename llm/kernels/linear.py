@@ -33,7 +33,7 @@ from llm.kernels.group_row import single_row_of_groups
 from llm.kernels.launch import launch_options, most_stages
 from llm.kernels.norm import Norm, ResidualStream, rms_norm
 from llm.kernels.operands import NO_GROUPS, GroupOperand, WeightOperand
-from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows, scaled
+from llm.kernels.quantization import EightBitRows, ScaledProduct, eight_bit_product, quantize_rows, scaled_product
 from llm.kernels.tiles import (
     MAX_FEW_ROWS,
     MAX_GROUP_ROWS,
@@ -222,7 +222,14 @@ class Linear:
 
     def part(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor:
         """The product of x, (rows, in), as plain numbers."""
-        return scaled(self(x, weights))
+        if not isinstance(x, EightBitRows) and self._is_narrow(x, weights):
+            x = quantize_rows(x)
+        if isinstance(x, EightBitRows):
+            assert weights.scales is not None, "rows are made narrow for 8-bit weights"
+            return scaled_product(x, weights.weight, weights.scales, weights.bias)
+        product = self(x, weights)
+        assert isinstance(product, torch.Tensor), "nothing else is left to be scaled"
+        return product
 
     def mlp(
         self,

@@ -151,6 +151,21 @@ def test_linear_of_8_bit_weights(num_rows, num_outputs, num_inputs):
         assert relative_error(output, F.linear(x.double(), weight.double(), wide_bias)) < 2 * EIGHT_BITS
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "dtype", "has_bias"), [(3, HALF, False), (3, HALF, True), (4096, torch.bfloat16, False)]
+)
+def test_a_part_of_a_sum_over_gpus_is_scaled(num_rows, dtype, has_bias):
+    """By a kernel behind the library's product, or, with many rows, by the product itself."""
+    torch.manual_seed(num_rows)
+    (values, row_scales), (weight, scales) = quantize_weight(random(num_rows, 64)), quantize_weight(random(32, 64) / 16)
+    bias = random(32) if has_bias else None
+    rows = EightBitRows(values, row_scales[:, None], dtype)
+    part = Linear(DEVICE).part(rows, Weights(weight, bias, scales))
+    exact = F.linear(values.double() * row_scales[:, None], weight.double() * scales[:, None])
+    assert part.dtype == dtype
+    assert relative_error(part, exact if bias is None else exact + bias) < 2 * TIGHT[torch.bfloat16]
+
+
 @pytest.mark.parametrize("num_rows", [1, 3, 64, 70])
 @pytest.mark.parametrize(("size", "hidden_size"), [(128, 1024), (256, 2048), (48, 128)])
 def test_mlp_of_8_bit_weights(num_rows, size, hidden_size):
