@@ -205,7 +205,8 @@ class AdmissionConfig(StrictModel):
     router, which can still send them elsewhere."""
     no_replica_timeout_s: float = Field(default=60.0, gt=0)
     """How long requests wait while no replica runs and none is being started; then the answer is 503. While a replica
-    is starting, they wait without a limit."""
+    is starting, they wait without a limit, unless the start before it failed. The answer then says why, and it comes
+    at once where several starts in a row have failed."""
 
 
 class ServedModelConfig(StrictModel):

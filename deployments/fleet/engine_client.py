@@ -2,9 +2,30 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from deployments.channel.messages import ChannelAddress, EngineInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """How the starts of a model's replicas go.
+
+    Attributes:
+        num_starting: replicas that are being started and do not run yet.
+        failure: why the latest start failed; None if none has failed since the fleet last grew, shrank or was well.
+        has_failed_repeatedly: whether several starts in a row have failed.
+    """
+
+    num_starting: int = 0
+    failure: str | None = None
+    has_failed_repeatedly: bool = False
+
+    @property
+    def is_promising(self) -> bool:
+        """Whether a replica is on its way, and nothing says that it will fail to start."""
+        return self.num_starting > 0 and self.failure is None
 
 
 class EngineClient(Protocol):
@@ -25,8 +46,8 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def num_starting(self) -> int:
-        """Number of replicas that are being started and do not run yet."""
+    async def replica_starts(self) -> Starts:
+        """How the starts of replicas go."""
         ...
 
     async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:

@@ -12,7 +12,7 @@ from deployments.channel.messages import ChannelAddress, Report
 from deployments.config import RouterConfig
 from deployments.errors import ReplicaLostError
 from deployments.fleet.departure import explain
-from deployments.fleet.engine_client import EngineClient
+from deployments.fleet.engine_client import EngineClient, Starts
 from deployments.fleet.events import FleetRecord
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.known_replica import KnownReplica
@@ -86,7 +86,8 @@ class FleetWatch:
         self._attaching: dict[str, asyncio.Task[None]] = {}
         self._waking: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
-        self._num_starting = 0
+        self._starts = Starts()
+        self._noted_failure: str | None = None
         self._asked_at = self._told_at = -math.inf
         self._succession = Succession()
         self._is_without_own = False
@@ -178,6 +179,7 @@ class FleetWatch:
             replica = self._replicas.setdefault(replica_id, KnownReplica(now, now))
             replica.delisted_at = replica.departure = None
             self.record.events.add(f"Replica {replica_id} joined")
+            self._noted_failure = None
         if replica_ids:
             self._succession.begin(now)
         self._is_without_own = self._lacks_own_version()
@@ -321,8 +323,8 @@ class FleetWatch:
         if self._succession.is_over:
             return Prospects(frozenset(hopeful), is_one_coming=False, is_outdated=not hopeful)
         is_one_coming = len(hopeful) < max(self._num_expected, len(verdicts))
-        is_starting = self._num_starting > 0 and self._clock() - self._told_at < _STARTING_LIFETIME_S
-        return Prospects(frozenset(hopeful), is_one_coming, is_starting)
+        is_recent = self._clock() - self._told_at < _STARTING_LIFETIME_S
+        return Prospects(frozenset(hopeful), is_one_coming, self._starts if is_recent else Starts())
 
     def _ask_to_stay(self, now: float) -> None:
         """Keep replicas that Serve is taking away while this router has no others; new routers will soon take over."""
@@ -368,19 +370,25 @@ class FleetWatch:
             self._waking = None
 
     def _ask_who_starts(self, now: float) -> None:
-        """While requests wait and there is no replica, keep track of how many are being started."""
+        """While requests wait and there is no replica, keep track of those that are being started."""
         if not self._work.is_engine_wanted or self._fleet.replica_ids:
-            self._num_starting = 0
+            self._starts = Starts()
         elif now - self._asked_at > _STARTING_INTERVAL_S and (self._asking is None or self._asking.done()):
             self._asked_at = now
-            self._asking = asyncio.get_running_loop().create_task(self._count_starting())
+            self._asking = asyncio.get_running_loop().create_task(self._look_at_starts())
 
-    async def _count_starting(self) -> None:
+    async def _look_at_starts(self) -> None:
         try:
-            self._num_starting = await self._client.num_starting()
+            self._starts = await self._client.replica_starts()
             self._told_at = self._clock()
         except Exception:
             logger.exception("Serve cannot be asked which replicas are starting; trying again")
+            return
+        failure = self._starts.failure
+        if failure is not None and failure != self._noted_failure:
+            self._noted_failure = failure
+            logger.error("a replica failed to start: %s", failure)
+            self.record.events.add(f"A replica failed to start: {failure}", is_bad=True)
 
     def _tell_queue(self, now: float) -> None:
         """Tell one replica how much waits here, for its autoscaling statistics to include."""

@@ -1,10 +1,11 @@
 """How a router's requests and its view of the fleet see each other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from deployments.channel.messages import EngineInfo
+from deployments.fleet.engine_client import Starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +15,13 @@ class Prospects:
     Attributes:
         replica_ids: replicas of the router's version that serve, or may serve soon.
         is_one_coming: whether a replica will replace one that failed or is missing.
-        is_starting: whether Ray Serve says that a replica that may be of the router's version is being started.
+        starts: what Ray Serve says about replicas that are being started and may be of the router's version.
         is_outdated: whether an update has left the router behind: no replica of its version is left or will join.
     """
 
     replica_ids: frozenset[str]
     is_one_coming: bool
-    is_starting: bool = False
+    starts: Starts = field(default_factory=Starts)
     is_outdated: bool = False
 
 

@@ -42,7 +42,7 @@ class Dispatcher:
         self._rate = _Rate(clock)
         self._max_step_tokens = math.inf
         self._empty_since: float | None = clock()
-        self._is_outdated = False
+        self._prospects = Prospects(frozenset(), is_one_coming=False)
 
     @property
     def num_waiting(self) -> int:
@@ -114,13 +114,13 @@ class Dispatcher:
         replica has failed. Call this about once a second.
         """
         self._note_emptiness()
-        self._is_outdated = prospects.is_outdated
-        if prospects.is_starting and self._empty_since is not None:
+        self._prospects = prospects
+        if prospects.starts.is_promising and self._empty_since is not None:
             self._empty_since = self._clock()
         for ticket in list(self._waiting):
             if self.is_hopeless(ticket.since):
                 self._give_up(ticket, self.no_replica())
-            elif self._has_nowhere_to_go(ticket, prospects):
+            elif self._has_nowhere_to_go(ticket):
                 self._give_up(
                     ticket, EngineError("the engine replica failed, and no other one can continue the request")
                 )
@@ -130,20 +130,27 @@ class Dispatcher:
         then."""
         if self._empty_since is None:
             return False
-        timeout_s = self.config.no_replica_timeout_s
-        patience_s = min(timeout_s, _OUTDATED_AFTER_S) if self._is_outdated else timeout_s
+        patience_s = self.config.no_replica_timeout_s
+        if self._prospects.starts.has_failed_repeatedly:
+            patience_s = 0.0
+        elif self._prospects.is_outdated:
+            patience_s = min(patience_s, _OUTDATED_AFTER_S)
         return self._clock() - max(since, self._empty_since) > patience_s
 
     def no_replica(self) -> NoReplicaError:
         """The error with which a hopeless request ends."""
-        if self._is_outdated:
+        failure = self._prospects.starts.failure
+        if failure is not None:
+            return NoReplicaError(f"no engine replica could be started: {failure}")
+        if self._prospects.is_outdated:
             return NoReplicaError("the server has just been updated to another model; try again")
         timeout_s = self.config.no_replica_timeout_s
         return NoReplicaError(f"no engine replica has been running or starting for {timeout_s:g} s")
 
-    def _has_nowhere_to_go(self, ticket: Ticket, prospects: Prospects) -> bool:
+    def _has_nowhere_to_go(self, ticket: Ticket) -> bool:
         """Whether all replicas that exist or will exist soon have failed a request."""
-        if prospects.is_starting or not ticket.excluded or prospects.replica_ids - ticket.excluded:
+        prospects = self._prospects
+        if prospects.starts.is_promising or not ticket.excluded or prospects.replica_ids - ticket.excluded:
             return False
         patience_s = self.config.no_replica_timeout_s if prospects.is_one_coming else _HOPELESS_AFTER_S
         return self._clock() - ticket.since > patience_s

@@ -7,8 +7,8 @@ from typing import Any
 
 from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.errors import ReplicaLostError
-from deployments.fleet.engine_client import is_being_cancelled
-from deployments.serve.failures import end_of_actor
+from deployments.fleet.engine_client import Starts, is_being_cancelled
+from deployments.serve.failures import end_of_actor, has_failed_repeatedly, start_failure
 from deployments.serve.replica_list import watch_replicas
 
 _STARTING_STATES = ("STARTING", "RECOVERING")
@@ -45,9 +45,9 @@ class ServeEngineClient:
         """See `EngineClient`."""
         await self._call(self._wake)
 
-    async def num_starting(self) -> int:
+    async def replica_starts(self) -> Starts:
         """See `EngineClient`. Asks Serve's controller, which takes some milliseconds."""
-        return await asyncio.to_thread(num_starting_replicas, self._handle.app_name, self._handle.deployment_name)
+        return await asyncio.to_thread(replica_starts, self._handle.app_name, self._handle.deployment_name)
 
     async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
         """See `EngineClient`."""
@@ -78,6 +78,7 @@ class ServeEngineClient:
     async def _call(self, method: Any, *args: object) -> Any:
         import grpc  # type: ignore[import-untyped]
         from ray.exceptions import RayActorError
+        from ray.serve.exceptions import DeploymentUnavailableError
 
         # Calls run outside the HTTP request's context. Inside it, Ray Serve would give all calls that request's id. It
         # finds waiting calls by that id, so it would lose all but one of those that wait at once. It would also cancel
@@ -90,15 +91,19 @@ class ServeEngineClient:
                 raise ReplicaLostError("the replica gave up the call") from None
             response.cancel()
             raise
+        except DeploymentUnavailableError as error:
+            raise ReplicaLostError("Ray Serve has given up starting replicas") from error
         except (RayActorError, grpc.RpcError) as error:
             raise ReplicaLostError(end_of_actor(str(error))) from error
 
 
-def num_starting_replicas(app_name: str, deployment_name: str) -> int:
-    """Number of a deployment's replicas that Serve is starting, from Serve's status; blocks until Serve answers."""
+def replica_starts(app_name: str, deployment_name: str) -> Starts:
+    """How the starts of a deployment's replicas go, from Serve's status; blocks until Serve answers."""
     from ray import serve
 
     application = serve.status().applications.get(app_name)
     deployment = application.deployments.get(deployment_name) if application is not None else None
-    states = deployment.replica_states if deployment is not None else {}
-    return sum(number for state, number in states.items() if str(getattr(state, "value", state)) in _STARTING_STATES)
+    if deployment is None:
+        return Starts()
+    num_starting = sum(deployment.replica_states.get(state, 0) for state in _STARTING_STATES)
+    return Starts(num_starting, start_failure(deployment.message), has_failed_repeatedly(deployment.message))

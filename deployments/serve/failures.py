@@ -19,9 +19,19 @@ _ENDS = (
 def failure_of(app: Any) -> str | None:
     """Why a starting application will not come up, by Serve's status of it; None while it still may."""
     for deployment in app.deployments.values():
-        if "failed to start" in deployment.message:
-            return root_cause(deployment.message)
+        if (cause := start_failure(deployment.message)) is not None:
+            return cause
     return root_cause(app.message) if app.status == "DEPLOY_FAILED" else None
+
+
+def start_failure(message: str) -> str | None:
+    """Why replicas fail to start, by the message in Serve's status of their deployment; None if they do not."""
+    return root_cause(message) if "failed to start" in message else None
+
+
+def has_failed_repeatedly(message: str) -> bool:
+    """Whether so many starts in a row have failed that Serve counts the deployment as failed."""
+    return message.startswith("The deployment failed to start")
 
 
 def root_cause(text: str) -> str:

@@ -19,6 +19,7 @@ from deployments.batches.desk import own_desk
 from deployments.channel.messages import ChannelAddress, EngineInfo, decode_info, encode
 from deployments.config import AppConfig
 from deployments.errors import ReplicaLostError
+from deployments.fleet.engine_client import Starts
 from deployments.observe.metrics import RouterPeers
 from deployments.replica.engine_replica import EngineReplica
 from deployments.router.access import Access
@@ -38,7 +39,7 @@ class LocalClient:
         self.replicas = replicas
         self.num_calls = 0
         self.num_wake_ups = 0
-        self.starting = 0
+        self.starts = Starts()
         self._by_id = {replica.replica_id: replica for replica in replicas}
         self._running = set(self._by_id)
         self._leaving: set[str] = set()
@@ -55,8 +56,8 @@ class LocalClient:
         while not self._running:
             await asyncio.sleep(0.01)
 
-    async def num_starting(self) -> int:
-        return self.starting
+    async def replica_starts(self) -> Starts:
+        return self.starts
 
     async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
         return decode_info(await self._choose((replica_id,)).attach(encode(channel)))

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deployments.serve.failures import failure_of, root_cause
+from deployments.serve.failures import failure_of, has_failed_repeatedly, root_cause, start_failure
 
 _REPLICA = """The deployment failed to start 3 times in a row. This may be due to a problem with its constructor or \
 initial health check failing. See controller logs for details. Error:
@@ -51,3 +51,10 @@ def test_the_first_replica_that_fails_is_enough():
 def test_an_application_that_cannot_be_built_fails_too():
     message = "Deploying app 'rayline' failed with exception:\nllm.errors.ConfigError: api_keys_env: X is not set"
     assert failure_of(app("DEPLOY_FAILED", message)) == "api_keys_env: X is not set"
+
+
+def test_one_failure_is_told_from_a_series():
+    once = "A replica failed to start with exception. Retrying. Error:\nValueError: no"
+    assert (start_failure(once), has_failed_repeatedly(once)) == ("ValueError: no", False)
+    assert (start_failure(_REPLICA + "OSError: gone"), has_failed_repeatedly(_REPLICA)) == ("OSError: gone", True)
+    assert (start_failure("Upscaling from 0 to 1 replicas."), has_failed_repeatedly("")) == (None, False)

@@ -10,6 +10,7 @@ from test_failover import until
 from test_router import events, finishes, text_of
 
 from deployments.channel.messages import FailureKind, GenerateCall, decode_reply, encode
+from deployments.fleet.engine_client import Starts
 from deployments.replica.engine_replica import EngineReplica
 from llm.serving.schemas import GenerationRequest
 
@@ -43,7 +44,7 @@ async def test_a_router_keeps_to_its_own_version(make_service: ServiceFactory, t
         for _ in range(4)
     ]
     await until(lambda: sum(len(g.token_ids) > 5 for g in service.router.journal._live.values()) == 4)
-    service.client.starting = 1
+    service.client.starts = Starts(1)
     service.client.drain(0)
     late = await service.post("/v1/completions", prompt="a", max_tokens=150, stream=True)
     for answer in (late, *await asyncio.gather(*asking)):
