@@ -132,33 +132,9 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
     wish: Wish | None = None
 
 
-_encoder = msgspec.msgpack.Encoder()
-_ask_decoder = msgspec.msgpack.Decoder(Ask)
-_reply_decoder = msgspec.msgpack.Decoder(Reply)
-_order_decoder = msgspec.msgpack.Decoder(LoadOrder)
-_outcome_decoder = msgspec.msgpack.Decoder(Outcome)
-
-
-def encode(message: Ask | Reply | LoadOrder | Outcome) -> bytes:
-    """Encode any of these messages."""
-    return _encoder.encode(message)
-
-
-def decode_ask(data: bytes) -> Ask:
-    """Read a router's side of an exchange."""
-    return _ask_decoder.decode(data)
-
-
-def decode_reply(data: bytes) -> Reply:
-    """Read the catalog's side of an exchange."""
-    return _reply_decoder.decode(data)
-
-
-def decode_order(data: bytes) -> LoadOrder:
-    """Read an order."""
-    return _order_decoder.decode(data)
-
-
-def decode_outcome(data: bytes) -> Outcome:
-    """Read what became of an order."""
-    return _outcome_decoder.decode(data)
+encode = msgspec.msgpack.Encoder().encode
+"""Encodes any of these messages."""
+decode_ask = msgspec.msgpack.Decoder(Ask).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_order = msgspec.msgpack.Decoder(LoadOrder).decode
+decode_outcome = msgspec.msgpack.Decoder(Outcome).decode

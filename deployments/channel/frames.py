@@ -50,7 +50,8 @@ class Acknowledgement(msgspec.Struct, array_like=True, frozen=True):
     """The next frame has not arrived although a later one has: everything from there on must be sent again."""
 
 
-_acknowledgement_decoder = msgspec.msgpack.Decoder(Acknowledgement)
+decode_acknowledgement = msgspec.msgpack.Decoder(Acknowledgement).decode
+"""Raises `msgspec.MsgspecError` or `UnicodeDecodeError` where the data is not an acknowledgement."""
 
 
 def decode_frame(data: bytes) -> Frame:
@@ -60,12 +61,3 @@ def decode_frame(data: bytes) -> Frame:
         msgspec.MsgspecError, UnicodeDecodeError: the data is not a frame.
     """
     return _frame_decoder.decode(memoryview(data)[HEADER_BYTES:])
-
-
-def decode_acknowledgement(data: bytes) -> Acknowledgement:
-    """Read a router's acknowledgement.
-
-    Raises:
-        msgspec.MsgspecError, UnicodeDecodeError: the data is not an acknowledgement.
-    """
-    return _acknowledgement_decoder.decode(data)

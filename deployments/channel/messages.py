@@ -3,7 +3,7 @@
 All of it is msgpack, written and checked by msgspec, so that it costs microseconds and carries no code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -214,9 +214,9 @@ class FailureKind(StrEnum):
     """Why a replica has not finished a request that another replica may continue."""
 
     FAILED = "failed"
-    """The engine, or a step of it, failed."""
+    """The replica, its engine or a step failed, stalled or died."""
     LEAVING = "leaving"
-    """The replica is shutting down, or has lost its connection to the router."""
+    """The replica is being taken away or shutting down, or has lost its connection to the router."""
     DECLINED = "declined"
     """The replica has not begun it: it runs another model version, was not named, or was busy trying another
     suspect."""
@@ -249,59 +249,17 @@ class GenerateReply(msgspec.Struct):
     """Output of `pack_logprobs`, if the request asked for it. Only the reply carries it, too."""
 
 
-def pack_logprobs(entries: Sequence[TokenLogprobs]) -> bytes:
-    """Log probabilities as bytes, which cost nothing to pass on."""
-    return _encoder.encode(entries)
-
-
-def unpack_logprobs(data: bytes) -> list[TokenLogprobs]:
-    """The log probabilities that `pack_logprobs` was given."""
-    return _logprobs_decoder.decode(data)
-
-
-_encoder = msgspec.msgpack.Encoder()
-_logprobs_decoder = msgspec.msgpack.Decoder(list[TokenLogprobs])
-_info_decoder = msgspec.msgpack.Decoder(EngineInfo)
-_address_decoder = msgspec.msgpack.Decoder(ChannelAddress)
-_call_decoder = msgspec.msgpack.Decoder(GenerateCall)
-_reply_decoder = msgspec.msgpack.Decoder(GenerateReply)
-_calls_decoder = msgspec.msgpack.Decoder(list[GenerateCall])
-_replies_decoder = msgspec.msgpack.Decoder(list[GenerateReply])
-
-
-def encode(message: Any) -> bytes:
-    """Encode any of the messages in this module."""
-    return _encoder.encode(message)
-
-
-def decode_info(data: bytes) -> EngineInfo:
-    """Read what a replica says about its engine."""
-    return _info_decoder.decode(data)
-
-
-def decode_address(data: bytes) -> ChannelAddress:
-    """Read a router's address."""
-    return _address_decoder.decode(data)
-
-
-def decode_call(data: bytes) -> GenerateCall:
-    """Read a call."""
-    return _call_decoder.decode(data)
-
-
-def decode_reply(data: bytes) -> GenerateReply:
-    """Read a reply."""
-    return _reply_decoder.decode(data)
-
-
-def decode_calls(data: bytes) -> list[GenerateCall]:
-    """Read a batch of calls."""
-    return _calls_decoder.decode(data)
-
-
-def decode_replies(data: bytes) -> list[GenerateReply]:
-    """Read the replies to a batch, in order."""
-    return _replies_decoder.decode(data)
+encode = msgspec.msgpack.Encoder().encode
+"""Encodes any of the messages in this module."""
+decode_info = msgspec.msgpack.Decoder(EngineInfo).decode
+decode_address = msgspec.msgpack.Decoder(ChannelAddress).decode
+decode_call = msgspec.msgpack.Decoder(GenerateCall).decode
+decode_calls = msgspec.msgpack.Decoder(list[GenerateCall]).decode
+decode_reply = msgspec.msgpack.Decoder(GenerateReply).decode
+decode_replies = msgspec.msgpack.Decoder(list[GenerateReply]).decode
+pack_logprobs: Callable[[Sequence[TokenLogprobs]], bytes] = encode
+"""Log probabilities as bytes, which cost nothing to pass on."""
+unpack_logprobs = msgspec.msgpack.Decoder(list[TokenLogprobs]).decode
 
 
 def end_of(output: StepOutput) -> End | None:

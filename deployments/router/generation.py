@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from deployments.channel.messages import (
     End,
     EngineTiming,
+    Failure,
     FailureKind,
     GenerateCall,
     GenerateReply,
@@ -19,7 +20,6 @@ from deployments.channel.messages import (
 from deployments.errors import AdapterUnavailableError, ReplicaLostError
 from deployments.fleet.engine_client import EngineClient, is_being_cancelled
 from deployments.observe.finished_request import FinishedRequest, Timeline
-from deployments.router.setback import SETBACKS, Setback, SetbackKind
 from deployments.router.surroundings import Placement, Siblings
 from deployments.router.suspicion import Part
 from deployments.router.waiting import Ticket
@@ -83,7 +83,7 @@ class Generation:
         self.last_token_at: float | None = None
         self._num_charged = len(self.token_ids)
         self._is_announced = False
-        self._leaving: Setback | None = None
+        self._leaving: Failure | None = None
         self._has_started = self._is_given_up = False
         self._num_failures = 0
         self._num_declined = 0
@@ -131,7 +131,7 @@ class Generation:
             is_failure: the replica has failed; otherwise it is being taken away.
         """
         if self._call is not None and self._leaving is None and not self.is_over:
-            self._leaving = Setback(SetbackKind.FAILURE if is_failure else SetbackKind.MOVE, why)
+            self._leaving = Failure(FailureKind.FAILED if is_failure else FailureKind.LEAVING, why)
             self._call.cancel()
 
     def clear(self) -> None:
@@ -210,14 +210,14 @@ class Generation:
             self.replica_id = ranking[0]
             if self.timeline.placed_at is None:
                 self.timeline.placed_at = time.monotonic()
-            setback = await self._run_on(placement, self._ticket.stream_id, ranking)
+            failure = await self._run_on(placement, self._ticket.stream_id, ranking)
         finally:
             last_replica_id, self.replica_id = self.replica_id, None
             self._release(placement)
-        if setback is not None and not self.is_over:
-            await self._prepare_resume(placement, last_replica_id, setback)
+        if failure is not None and not self.is_over:
+            await self._prepare_resume(placement, last_replica_id, failure)
 
-    async def _run_on(self, placement: _Placement, stream_id: int, ranking: Sequence[str]) -> Setback | None:
+    async def _run_on(self, placement: _Placement, stream_id: int, ranking: Sequence[str]) -> Failure | None:
         """Run on the first replica that takes it; returns why the request has to continue elsewhere, if it has to."""
         call = GenerateCall.of(
             self._remaining_request(),
@@ -230,7 +230,7 @@ class Generation:
         try:
             reply = await self._call
         except ReplicaLostError as error:
-            return Setback(SetbackKind.FAILURE, str(error))
+            return Failure(FailureKind.FAILED, str(error))
         except asyncio.CancelledError:
             if self._leaving is None or is_being_cancelled():  # it may be given up at the same time
                 raise
@@ -240,11 +240,10 @@ class Generation:
         if reply.refusal is not None:
             raise _error_of(reply.refusal)
         self._absorb(reply)
-        if reply.failure is None:
-            return None
-        self.replica_id = reply.replica_id
-        self.has_arrived = reply.failure.kind is FailureKind.FAILED
-        return Setback(SETBACKS[reply.failure.kind], reply.failure.message)
+        if reply.failure is not None:
+            self.replica_id = reply.replica_id
+            self.has_arrived = reply.failure.kind is FailureKind.FAILED
+        return reply.failure
 
     async def _send(self, client: EngineClient, call: GenerateCall, ranking: Sequence[str]) -> GenerateReply:
         num_tokens = len(self.request.prompt_token_ids or ())
@@ -256,7 +255,7 @@ class Generation:
             data = await asyncio.to_thread(encode, call)
         return decode_reply(await client.generate(data, ranking))
 
-    async def _prepare_resume(self, placement: _Placement, replica_id: str | None, setback: Setback) -> None:
+    async def _prepare_resume(self, placement: _Placement, replica_id: str | None, failure: Failure) -> None:
         """Prepare to continue elsewhere.
 
         Raises:
@@ -266,20 +265,20 @@ class Generation:
             self._finish(End(FinishReason.LENGTH))
             self.announce()
             return
-        if setback.kind is SetbackKind.DECLINED:
+        if failure.kind is FailureKind.DECLINED:
             await self._wait_after_declined()
             return
-        is_failure = setback.kind is SetbackKind.FAILURE
-        if is_failure and replica_id is not None:
-            self._take_part(placement, replica_id, setback.message)
+        has_failed = failure.kind is FailureKind.FAILED
+        if has_failed and replica_id is not None:
+            self._take_part(placement, replica_id, failure.message)
         self.num_resumes += 1
         self._num_declined = 0
-        placement.note_move(replica_id, is_failure=is_failure)
+        placement.note_move(replica_id, is_failure=has_failed)
         logger.warning(
             "request %s continues elsewhere after %d tokens: %s",
-            self.request.request_id, len(self.token_ids), setback.message,
+            self.request.request_id, len(self.token_ids), failure.message,
         )  # fmt: skip
-        if is_failure and self._leaving is None:
+        if has_failed and self._leaving is None:
             await asyncio.sleep(_RESUME_DELAY_S * self.num_resumes)
 
     async def _wait_after_declined(self) -> None:

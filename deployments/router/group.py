@@ -8,7 +8,7 @@ from deployments.router.batch import CallBatches
 from deployments.router.caller import Caller
 from deployments.router.generation import Generation
 from deployments.router.metered_request import MeteredRequest
-from deployments.router.prompts import leaders, prompt_hashes
+from deployments.router.prompts import leaders
 from deployments.router.surroundings import Placement
 from llm.errors import EngineError, InvalidRequestError
 from llm.serving.schemas import FinishReason, GenerationRequest
@@ -31,8 +31,8 @@ class GenerationGroup:
         requests: Sequence[GenerationRequest],
         caller: Caller,
         page_size: int,
-        hashes: Mapping[int, list[int]] | None = None,
-        metered: MeteredRequest | None = None,
+        hashes: Mapping[int, Sequence[int]],
+        metered: MeteredRequest | None,
     ) -> None:
         self.caller = caller
         self.generations = [Generation(self, i, request) for i, request in enumerate(requests)]
@@ -43,8 +43,7 @@ class GenerationGroup:
         self._metered = metered
         self._num_running = len(requests)
         self._begun = {leader: asyncio.Event() for leader in set(self._leaders.values())}
-        self._hashes = dict(hashes or {})
-        self._page_size = page_size
+        self._hashes = hashes
         self._deadline: asyncio.TimerHandle | None = None
         if caller.timeout_s is not None:
             self._deadline = asyncio.get_running_loop().call_later(caller.timeout_s, self._expire)
@@ -159,11 +158,8 @@ class GenerationGroup:
         )
 
     def block_hashes(self, generation: Generation) -> Sequence[int]:
-        """The hashes by which replicas' reports name the full pages of a prompt; computed once for equal prompts."""
-        name = id(generation.request.prompt_token_ids)
-        if name not in self._hashes:
-            self._hashes |= prompt_hashes([generation.request], self._page_size)
-        return self._hashes[name]
+        """The hashes by which replicas' reports name the full pages of a prompt."""
+        return self._hashes[id(generation.request.prompt_token_ids)]
 
     def revoke(self, why: str) -> None:
         """End the generations that still run, because their API key has been revoked or has expired."""

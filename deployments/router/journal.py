@@ -86,14 +86,14 @@ class Journal:
         return len(self._live)
 
     def start(
-        self, requests: Sequence[GenerationRequest], caller: Caller, hashes: Mapping[int, list[int]] | None = None
+        self, requests: Sequence[GenerationRequest], caller: Caller, hashes: Mapping[int, Sequence[int]]
     ) -> GenerationGroup:
         """Begin an HTTP request's generations.
 
         Args:
             requests: what to generate.
             caller: who asks.
-            hashes: what `prompt_hashes` returned for them; None to compute it here, which is too slow for long prompts.
+            hashes: what `prompt_hashes` returned for them.
 
         Raises:
             OverloadedError: too much waits already.

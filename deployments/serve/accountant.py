@@ -14,12 +14,12 @@ from deployments.usage.ledger import Ledger
 from deployments.usage.place import RecordPlace
 
 _encode = msgspec.msgpack.Encoder().encode
-_ask_decoder = msgspec.msgpack.Decoder(Ask)
-_reply_decoder = msgspec.msgpack.Decoder(Reply)
-_delivery_decoder = msgspec.msgpack.Decoder(Delivery)
-_receipt_decoder = msgspec.msgpack.Decoder(Receipt)
-_query_decoder = msgspec.msgpack.Decoder(UsageQuery)
-_rows_decoder = msgspec.msgpack.Decoder(list[UsageRow])
+_decode_ask = msgspec.msgpack.Decoder(Ask).decode
+_decode_reply = msgspec.msgpack.Decoder(Reply).decode
+_decode_delivery = msgspec.msgpack.Decoder(Delivery).decode
+_decode_receipt = msgspec.msgpack.Decoder(Receipt).decode
+_decode_query = msgspec.msgpack.Decoder(UsageQuery).decode
+_decode_rows = msgspec.msgpack.Decoder(list[UsageRow]).decode
 _LEDGER_TIMEOUT_S = 10.0
 
 
@@ -38,19 +38,19 @@ class AccountantReplica:
 
     async def exchange(self, ask: bytes) -> bytes:
         """See `Accountant.exchange`; both sides encoded."""
-        return _encode(self._accountant.exchange(_ask_decoder.decode(ask)))
+        return _encode(self._accountant.exchange(_decode_ask(ask)))
 
     async def deliver(self, delivery: bytes) -> bytes | None:
         """See `LedgerClient.deliver`; both sides encoded. None where the record cannot be reached."""
         try:
-            return _encode(await self._ledger.deliver(_delivery_decoder.decode(delivery)))
+            return _encode(await self._ledger.deliver(_decode_delivery(delivery)))
         except RecordAwayError:
             return None
 
     async def rows(self, query: bytes) -> bytes | None:
         """See `LedgerClient.rows`; both sides encoded. None where the record cannot be reached."""
         try:
-            return _encode(await self._ledger.rows(_query_decoder.decode(query)))
+            return _encode(await self._ledger.rows(_decode_query(query)))
         except RecordAwayError:
             return None
 
@@ -69,7 +69,7 @@ class ServeAccountantClient:
 
     async def exchange(self, ask: Ask) -> Reply:
         """See `AccountantClient`."""
-        return _reply_decoder.decode(await call(self._exchange, _encode(ask), away=AccountantAwayError))
+        return _decode_reply(await call(self._exchange, _encode(ask), away=AccountantAwayError))
 
 
 class ServeLedgerClient:
@@ -84,11 +84,11 @@ class ServeLedgerClient:
 
     async def deliver(self, delivery: Delivery) -> Receipt:
         """See `LedgerClient`."""
-        return _receipt_decoder.decode(await _answer(self._handle.deliver, _encode(delivery)))
+        return _decode_receipt(await _answer(self._handle.deliver, _encode(delivery)))
 
     async def rows(self, query: UsageQuery) -> list[UsageRow]:
         """See `LedgerClient`."""
-        return _rows_decoder.decode(await _answer(self._handle.rows, _encode(query)))
+        return _decode_rows(await _answer(self._handle.rows, _encode(query)))
 
 
 async def _answer(method: Any, data: bytes) -> bytes:
