@@ -20,9 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deployments.bench import options
 from deployments.bench.load import LoadSpec, run_load, warm_up
-from deployments.bench.options import BenchArguments
+from deployments.bench.options import BenchArguments, takes_arguments
 from deployments.bench.plot import plot
 from deployments.bench.records import RequestRecord
 from deployments.bench.report import (
@@ -43,42 +42,14 @@ errors = Console(stderr=True)
 
 
 @app.command()
+@takes_arguments()
 def run(
-    url: options.Url,
-    model: options.Model,
-    endpoint: options.Endpoint = options.EndpointKind.COMPLETIONS,
-    api_key_env: options.ApiKeyEnv = "OPENAI_API_KEY",
-    concurrency: options.Concurrency = None,
-    rate: options.Rate = None,
-    burstiness: options.Burstiness = 1.0,
-    trace: options.Trace = None,
-    trace_format: options.TraceFormatOption = None,
-    speed: options.Speed = 1.0,
-    num_requests: options.NumRequests = None,
-    duration_s: options.DurationS = None,
-    warmup: options.Warmup = 1,
-    input_tokens: options.InputTokens = "512",
-    output_tokens: options.OutputTokens = "128",
-    max_input_tokens: options.MaxInputTokens = None,
-    max_output_tokens: options.MaxOutputTokens = None,
-    ignore_eos: options.IgnoreEos = False,
-    temperature: options.Temperature = 0.0,
-    extra_body: options.ExtraBody = None,
-    tokenizer: options.TokenizerDir = None,
-    token_ids: options.TokenIds = "0-31999",
-    seed: options.Seed = 0,
-    goodput: options.Goodput = None,
-    label: options.Label = None,
-    save_requests: options.SaveRequests = False,
-    processes: options.Processes = 1,
-    timeout_s: options.TimeoutS = 600.0,
     out: Annotated[
         Path | None, typer.Option(help="Write the result into this file, as JSON.", rich_help_panel="Result")
     ] = None,
+    **given: object,
 ) -> None:
     """Measure one load: --concurrency N, --rate R or --trace FILE."""
-    given = dict(locals())
-    del given["out"]
     result = _measure(_arguments(**given))
     print_result(result, console)
     if out is not None:
@@ -89,41 +60,20 @@ def run(
 
 
 @app.command()
+@takes_arguments("concurrency", "rate", "trace", "trace_format", "speed", "max_input_tokens", "max_output_tokens")
 def sweep(
-    url: options.Url,
-    model: options.Model,
     out: Annotated[
         Path, typer.Option(help="Folder for the results, one JSON file for each load.", rich_help_panel="Result")
     ],
+    seed: int,
     rates: Annotated[str | None, typer.Option(help="Open loops: 1,2,4,8", rich_help_panel="Load")] = None,
     concurrencies: Annotated[str | None, typer.Option(help="Closed loops: 1,8,64", rich_help_panel="Load")] = None,
     picture: Annotated[
         Path | None, typer.Option("--plot", help="Draw latency against load into this file.", rich_help_panel="Result")
     ] = None,
-    endpoint: options.Endpoint = options.EndpointKind.COMPLETIONS,
-    api_key_env: options.ApiKeyEnv = "OPENAI_API_KEY",
-    burstiness: options.Burstiness = 1.0,
-    num_requests: options.NumRequests = None,
-    duration_s: options.DurationS = None,
-    warmup: options.Warmup = 1,
-    input_tokens: options.InputTokens = "512",
-    output_tokens: options.OutputTokens = "128",
-    ignore_eos: options.IgnoreEos = False,
-    temperature: options.Temperature = 0.0,
-    extra_body: options.ExtraBody = None,
-    tokenizer: options.TokenizerDir = None,
-    token_ids: options.TokenIds = "0-31999",
-    seed: options.Seed = 0,
-    goodput: options.Goodput = None,
-    label: options.Label = None,
-    save_requests: options.SaveRequests = False,
-    processes: options.Processes = 1,
-    timeout_s: options.TimeoutS = 600.0,
+    **given: object,
 ) -> None:
     """Measure several loads one after the other, each with prompts of its own."""
-    given = dict(locals())
-    for name in ("out", "rates", "concurrencies", "picture"):
-        del given[name]
     if (rates is None) == (concurrencies is None):
         _fail("give either --rates or --concurrencies")
     mode = "rate" if rates is not None else "concurrency"

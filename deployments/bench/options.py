@@ -3,10 +3,12 @@
 import json
 import math
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -45,80 +47,68 @@ def _option(panel: str, description: str, **more: Any) -> Any:
     return typer.Option(help=description, rich_help_panel=panel, **more)
 
 
-Url = Annotated[str, _option(_SERVER, "The API's base.")]
-Model = Annotated[str, _option(_SERVER, "Name of the served model.")]
-Endpoint = Annotated[EndpointKind, _option(_SERVER, "Which API.")]
-ApiKeyEnv = Annotated[str, _option(_SERVER, "Environment variable with the API key, if the server needs one.")]
-Concurrency = Annotated[int | None, _option(_LOAD, "Closed loop: this many requests at once.", min=1)]
-Rate = Annotated[float | None, _option(_LOAD, "Open loop: requests a second, however slow the answers are.")]
-Burstiness = Annotated[float, _option(_LOAD, "Shape of the gaps with --rate: 1 Poisson, less in bursts, more evenly.")]
-Trace = Annotated[
-    Path | None, _option(_LOAD, "Open loop: arrivals and lengths of a trace.", exists=True, dir_okay=False)
-]
-TraceFormatOption = Annotated[TraceFormat | None, _option(_LOAD, "Format of the trace.")]
-Speed = Annotated[float, _option(_LOAD, "2 replays a trace in half its time.")]
-NumRequests = Annotated[
-    int | None, _option(_LOAD, "Number of requests: by default 100, or all of a trace.", min=1, show_default=False)
-]
-DurationS = Annotated[float | None, _option(_LOAD, "With a rate, instead of --num-requests: seconds of arrivals.")]
-Warmup = Annotated[int, _option(_LOAD, "Requests before the measurement; the first must succeed.", min=0)]
-InputTokens = Annotated[str, _option(_REQUESTS, "Tokens of a prompt: 128, or a range such as 100-1024.")]
-OutputTokens = Annotated[str, _option(_REQUESTS, "Most tokens of an answer (exactly so many with --ignore-eos).")]
-MaxInputTokens = Annotated[int | None, _option(_REQUESTS, "Longest prompt of a trace; longer ones are cut.", min=1)]
-MaxOutputTokens = Annotated[int | None, _option(_REQUESTS, "Longest answer of a trace; longer ones are cut.", min=1)]
-IgnoreEos = Annotated[bool, _option(_REQUESTS, "Let answers continue to their full length.")]
-Temperature = Annotated[float, _option(_REQUESTS, "Of the sampling.", min=0)]
-ExtraBody = Annotated[str | None, _option(_REQUESTS, "Further fields of each request, as JSON: '{\"top_k\": 1}'.")]
-TokenizerDir = Annotated[
-    Path | None, _option(_REQUESTS, "Folder with tokenizer.json: prompts are text of that many tokens, not ids.")
-]
-TokenIds = Annotated[str, _option(_REQUESTS, "Ids that prompts are drawn from without --tokenizer.")]
-Seed = Annotated[
-    int, _option(_REQUESTS, "Seed of prompts, lengths and arrivals. With a new one no prefix is cached.", min=0)
-]
-Goodput = Annotated[str | None, _option(_RESULT, "Limits in ms that a good request keeps: ttft:500,tpot:25,e2el:9000.")]
-Label = Annotated[str | None, _option(_RESULT, "Name in tables and plots; the model's by default.")]
-SaveRequests = Annotated[bool, _option(_RESULT, "Keep every request's numbers in the result.")]
-Processes = Annotated[int, _option(_CLIENT, "Client processes that share the load.", min=1)]
-TimeoutS = Annotated[float, _option(_CLIENT, "Longest time for one answer, in seconds.")]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchArguments:
-    """The command line of a run; fields are described by the options of the same name.
+    """The command line of a run: each field is the option of its name; see `takes_arguments`.
 
     Raises:
         ValueError: values that do not go together; the message says what to give.
     """
 
-    url: str
-    model: str
-    endpoint: EndpointKind
-    api_key_env: str
-    concurrency: int | None = None
-    rate: float | None = None
-    burstiness: float
-    trace: Path | None = None
-    trace_format: TraceFormat | None = None
-    speed: float = 1.0
-    num_requests: int | None
-    duration_s: float | None
-    warmup: int
-    input_tokens: str
-    output_tokens: str
-    max_input_tokens: int | None = None
-    max_output_tokens: int | None = None
-    ignore_eos: bool
-    temperature: float
-    extra_body: str | None
-    tokenizer: Path | None
-    token_ids: str
-    seed: int
-    goodput: str | None
-    label: str | None
-    save_requests: bool
-    processes: int
-    timeout_s: float
+    url: Annotated[str, _option(_SERVER, "The API's base.")]
+    model: Annotated[str, _option(_SERVER, "Name of the served model.")]
+    endpoint: Annotated[EndpointKind, _option(_SERVER, "Which API.")] = EndpointKind.COMPLETIONS
+    api_key_env: Annotated[str, _option(_SERVER, "Environment variable with the API key, if the server needs one.")] = (
+        "OPENAI_API_KEY"
+    )
+    concurrency: Annotated[int | None, _option(_LOAD, "Closed loop: this many requests at once.", min=1)] = None
+    rate: Annotated[float | None, _option(_LOAD, "Open loop: requests a second, however slow the answers are.")] = None
+    burstiness: Annotated[
+        float, _option(_LOAD, "Shape of the gaps with --rate: 1 Poisson, less in bursts, more evenly.")
+    ] = 1.0
+    trace: Annotated[
+        Path | None, _option(_LOAD, "Open loop: arrivals and lengths of a trace.", exists=True, dir_okay=False)
+    ] = None
+    trace_format: Annotated[TraceFormat | None, _option(_LOAD, "Format of the trace.")] = None
+    speed: Annotated[float, _option(_LOAD, "2 replays a trace in half its time.")] = 1.0
+    num_requests: Annotated[
+        int | None, _option(_LOAD, "Number of requests: by default 100, or all of a trace.", min=1, show_default=False)
+    ] = None
+    duration_s: Annotated[
+        float | None, _option(_LOAD, "With a rate, instead of --num-requests: seconds of arrivals.")
+    ] = None
+    warmup: Annotated[int, _option(_LOAD, "Requests before the measurement; the first must succeed.", min=0)] = 1
+    input_tokens: Annotated[str, _option(_REQUESTS, "Tokens of a prompt: 128, or a range such as 100-1024.")] = "512"
+    output_tokens: Annotated[
+        str, _option(_REQUESTS, "Most tokens of an answer (exactly so many with --ignore-eos).")
+    ] = "128"
+    max_input_tokens: Annotated[
+        int | None, _option(_REQUESTS, "Longest prompt of a trace; longer ones are cut.", min=1)
+    ] = None
+    max_output_tokens: Annotated[
+        int | None, _option(_REQUESTS, "Longest answer of a trace; longer ones are cut.", min=1)
+    ] = None
+    ignore_eos: Annotated[bool, _option(_REQUESTS, "Let answers continue to their full length.")] = False
+    temperature: Annotated[float, _option(_REQUESTS, "Of the sampling.", min=0)] = 0.0
+    extra_body: Annotated[
+        str | None, _option(_REQUESTS, "Further fields of each request, as JSON: '{\"top_k\": 1}'.")
+    ] = None
+    tokenizer: Annotated[
+        Path | None, _option(_REQUESTS, "Folder with tokenizer.json: prompts are text of that many tokens, not ids.")
+    ] = None
+    token_ids: Annotated[str, _option(_REQUESTS, "Ids that prompts are drawn from without --tokenizer.")] = (
+        _DEFAULT_TOKEN_IDS
+    )
+    seed: Annotated[
+        int, _option(_REQUESTS, "Seed of prompts, lengths and arrivals. With a new one no prefix is cached.", min=0)
+    ] = 0
+    goodput: Annotated[
+        str | None, _option(_RESULT, "Limits in ms that a good request keeps: ttft:500,tpot:25,e2el:9000.")
+    ] = None
+    label: Annotated[str | None, _option(_RESULT, "Name in tables and plots; the model's by default.")] = None
+    save_requests: Annotated[bool, _option(_RESULT, "Keep every request's numbers in the result.")] = False
+    processes: Annotated[int, _option(_CLIENT, "Client processes that share the load.", min=1)] = 1
+    timeout_s: Annotated[float, _option(_CLIENT, "Longest time for one answer, in seconds.")] = 600.0
 
     def __post_init__(self) -> None:
         modes = {"--concurrency": self.concurrency, "--rate": self.rate, "--trace": self.trace}
@@ -237,3 +227,37 @@ class BenchArguments:
         if not isinstance(extra, dict):
             raise ValueError('--extra-body: give a JSON object, such as {"top_k": 1}')
         return {**options, **extra}
+
+
+def takes_arguments(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of `BenchArguments` as options, before its own; it gets them as keyword arguments.
+
+    A parameter of the command with a field's name is that field's option.
+
+    Args:
+        left_out: fields that the command sets itself.
+    """
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(BenchArguments, include_extras=True)
+        shared = [
+            Parameter(
+                item.name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if item.default is MISSING else item.default,
+                annotation=hints[item.name],
+            )
+            for item in fields(BenchArguments)
+            if item.name not in left_out
+        ]
+        own = [
+            parameter.replace(kind=Parameter.KEYWORD_ONLY)
+            for name, parameter in signature(command).parameters.items()
+            if name not in hints and parameter.kind is not Parameter.VAR_KEYWORD
+        ]
+        parameters = [*shared, *own]
+        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return give
