@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import IO, Self
 
 import aiohttp
 
-from chaos.fleet import ROOT, Outcome
+from chaos.fleet import ROOT, Outcome, free_port
 from chaos.streams import Clients
 from deployments.serve.processes import descendants
 
@@ -47,9 +46,7 @@ class Command:
         directory: Path = ROOT,
         environment: dict[str, str] | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         self.process = subprocess.Popen(

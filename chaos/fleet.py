@@ -39,6 +39,14 @@ def emulated(num_replicas: int, tokens_per_s: float = 50.0, **changes: Any) -> d
     }
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @contextlib.contextmanager
 def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
     """Ray and Serve, started here and ended here; gives the address of Serve's front end.
@@ -47,9 +55,7 @@ def cluster(num_gpus: int = 0, *, haproxy: bool = False) -> Iterator[str]:
         num_gpus: GPUs that Ray counts, whether they exist or not.
         haproxy: HAProxy in front, not Serve's own proxy. Decided when Ray is first imported.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     with (
         tempfile.TemporaryDirectory(prefix="rayline-") as directory,
         claimed_ports(FrontEnd("127.0.0.1", port), haproxy=haproxy) as ports,

@@ -9,14 +9,13 @@ import asyncio
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from chaos.faults import PROMPTS, summary, undisturbed
-from chaos.fleet import Outcome, emulated, running
+from chaos.fleet import Outcome, emulated, free_port, running
 
 _NUM_WORKERS, _NUM_REPLICAS = 4, 3
 
@@ -88,9 +87,7 @@ if __name__ == "__main__":
     _workers: list[Any] = []
     ray.init(address=_cluster.address, namespace="serve", log_to_driver=False)
     try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
         outcome = asyncio.run(_remove_nodes(f"http://127.0.0.1:{port}", int(sys.argv[1])))
         print(json.dumps({"figure": outcome.figure, "is_ok": outcome.is_ok}), flush=True)

@@ -32,8 +32,8 @@ class Target:
 
     Attributes:
         url: the API's base, such as `http://127.0.0.1:8000/v1`.
-        path: below it, such as `/completions`.
-        api_key: sent as a bearer token where given; left out of `repr`.
+        path: path below the base, such as `/completions`.
+        api_key: sent as a bearer token if given; left out of `repr`.
     """
 
     url: str

@@ -40,11 +40,11 @@ class LoadSpec:
         address: what `Target.resolve` returned.
         timeout_s: longest time for one answer.
         source: what prompts are made of.
-        is_chat: for `/chat/completions`.
+        is_chat: whether requests go to `/chat/completions`.
         model: name of the served model.
-        seed: of the prompts.
+        seed: seed of the prompts.
         options: further fields of each request.
-        requests: this process's, in order. All of them have an arrival (open loop) or none has.
+        requests: the requests of this process, in order. All of them have an arrival (open loop) or none has.
         concurrency: requests at once in a closed loop.
     """
 
@@ -77,11 +77,11 @@ class LoadSpec:
 
 @dataclass(frozen=True, slots=True)
 class ClientStats:
-    """How one client process fared.
+    """What one client process used.
 
     Attributes:
-        cpu_share: of one core, from the start to its last answer.
-        loop_lags_s: by how much a timer of 10 ms was late, each time.
+        cpu_share: share of one core that it used, from the start to its last answer.
+        loop_lags_s: how late a timer of 10 ms fired, each time.
     """
 
     cpu_share: float
@@ -90,11 +90,11 @@ class ClientStats:
 
 @dataclass(slots=True)
 class LoadResult:
-    """What came of a load.
+    """The outcome of a load.
 
     Attributes:
-        records: requests that ended, by index.
-        started_s: on the machine's monotonic clock; the records count from there.
+        records: requests that ended, in order of their indices.
+        started_s: start on the machine's monotonic clock; the records count from it.
         duration_s: from the start to the last end.
         clients: one for each process.
         is_interrupted: whether it was stopped by Ctrl-C; requests then in flight are in no record.
@@ -108,12 +108,12 @@ class LoadResult:
 
 
 class _Ready:
-    """A process has made its bodies."""
+    """Says that a process has made its bodies."""
 
 
 @dataclass(frozen=True, slots=True)
 class _ClientHandle:
-    """A client process as the parent has it: it is told its share, then when to start, or by None to stop."""
+    """A client process, as its parent sees it. The parent sends it its share, then when to start; None stops it."""
 
     process: BaseProcess
     orders: Connection
@@ -193,7 +193,7 @@ class _Supervisor:
         self._result = LoadResult()
 
     def run(self) -> LoadResult:
-        """As `run_load`."""
+        """See `run_load`."""
         deadline = time.monotonic() + _SETUP_TIMEOUT_S
         started_at: float | None = None
         while self._running:
@@ -242,7 +242,7 @@ class _Supervisor:
             self._on_records(message)
 
     def _tell(self, start_at: float | None) -> None:
-        """Start at that time, or stop now."""
+        """Tell all processes to start at that time, or with None to stop now."""
         for reports in self._running:
             self._clients[reports].orders.send(start_at)
 
@@ -332,7 +332,7 @@ class _ClientLoop:
         return record
 
     async def _report(self) -> None:
-        """Hand ended requests to the parent until all is over; in a thread, for the pipe may be full."""
+        """Hand ended requests to the parent until the load is over. It uses a thread, because the pipe may be full."""
         is_over = False
         while not is_over:
             with suppress(TimeoutError):
@@ -355,7 +355,7 @@ def _builder(spec: LoadSpec) -> BodyBuilder:
 
 
 def _raise_file_limit() -> None:
-    """Each stream in flight is an open file; the usual soft limit is 1,024."""
+    """Allow as many open files as the system does: each stream in flight takes one, and the usual limit is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS names a hard limit that it does not grant
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

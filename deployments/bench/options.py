@@ -39,7 +39,7 @@ class EndpointKind(StrEnum):
 
     @property
     def path(self) -> str:
-        """Below the API's base."""
+        """The path below the API's base."""
         return "/chat/completions" if self is EndpointKind.CHAT else "/completions"
 
 
@@ -89,7 +89,7 @@ class BenchArguments:
         int | None, _option(_REQUESTS, "Longest answer of a trace; longer ones are cut.", min=1)
     ] = None
     ignore_eos: Annotated[bool, _option(_REQUESTS, "Let answers continue to their full length.")] = False
-    temperature: Annotated[float, _option(_REQUESTS, "Of the sampling.", min=0)] = 0.0
+    temperature: Annotated[float, _option(_REQUESTS, "Temperature of the sampling.", min=0)] = 0.0
     extra_body: Annotated[
         str | None, _option(_REQUESTS, "Further fields of each request, as JSON: '{\"top_k\": 1}'.")
     ] = None
@@ -133,12 +133,12 @@ class BenchArguments:
 
     @property
     def name(self) -> str:
-        """For tables and plots."""
+        """The name in tables and plots."""
         return self.label or self.model
 
     @property
     def limits_ms(self) -> dict[str, float]:
-        """Of goodput."""
+        """The limits of goodput, in milliseconds by metric."""
         return parse_goodput(self.goodput)
 
     def as_json(self) -> dict[str, Any]:
@@ -146,10 +146,10 @@ class BenchArguments:
         return {item.name: str(v) if isinstance(v := getattr(self, item.name), Path) else v for item in fields(self)}
 
     def requests(self) -> list[PlannedRequest]:
-        """What is to be sent.
+        """The requests to send.
 
         Raises:
-            ValueError: lengths or the trace do not read.
+            ValueError: the lengths or the trace cannot be read.
         """
         if self.trace is not None:
             assert self.trace_format is not None, "checked above"
@@ -161,7 +161,7 @@ class BenchArguments:
         return requests if self.rate is None else with_arrivals(requests, self.rate, self.burstiness, self.seed)
 
     def warm_up_requests(self) -> list[PlannedRequest]:
-        """What is sent before; prompts that no measured request has."""
+        """The requests that are sent first, with prompts that no measured request has."""
         planned = self.requests()[: self.warmup] if self.trace is not None else self._random(self.warmup, self.seed)
         return [
             PlannedRequest(_WARM_UP_INDEX + i, request.num_input_tokens, request.num_output_tokens)

@@ -1,4 +1,4 @@
-"""Latency and throughput against load, as a picture that reads on light and on dark pages."""
+"""Latency and throughput against load, as a picture that is legible on light and on dark pages."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def plot(documents: Sequence[Result], path: Path, title: str | None = None) -> N
     Args:
         documents: results whose loads are all concurrencies or all rates.
         path: a PNG or SVG to write.
-        title: above it.
+        title: heading of the picture.
 
     Raises:
         ValueError: the results mix concurrencies with rates, or none has completed requests.

@@ -29,8 +29,8 @@ class TokenSource:
 
     Attributes:
         pieces: token ids in decimal, or words.
-        separator: what stands between two.
-        is_text: whether they are words.
+        separator: text between two pieces.
+        is_text: whether the pieces are words.
     """
 
     pieces: tuple[str, ...]
@@ -96,9 +96,9 @@ class BodyBuilder:
 
     Args:
         source: what prompts are made of.
-        is_chat: for `/chat/completions`, as one message of the user.
+        is_chat: whether requests are for `/chat/completions`, with the prompt as one message of the user.
         model: name of the served model.
-        seed: of the prompts; another seed shares nothing with what a server's prefix cache has seen.
+        seed: seed of the prompts; another seed shares nothing with what a server's prefix cache has seen.
         options: further fields of the body, such as `temperature`.
     """
 

@@ -1,4 +1,4 @@
-"""What is kept of each request, and what a run comes to, by vLLM's definitions.
+"""What is recorded of each request, and the summary of a run, by vLLM's definitions.
 
 The definitions are those of `vllm bench serve` (`calculate_metrics` in vllm/benchmarks/serve.py and the functions in
 vllm/benchmarks/lib/endpoint_request_func.py, https://github.com/vllm-project/vllm); docs/benchmarking.md lists them and
@@ -23,9 +23,9 @@ class RequestRecord(msgspec.Struct, gc=False):
         sent_s: when the client began to connect and send.
         ended_s: when the last byte had come, or when it failed.
         scheduled_s: when it was due; None in a closed loop.
-        ttft_s: from sending to the first chunk; None if there was none.
-        latency_s: from sending to the last chunk (vLLM's E2EL).
-        gaps_s: between one chunk and the next (vLLM's ITL).
+        ttft_s: time from sending to the first chunk; None if there was none.
+        latency_s: time from sending to the last chunk (vLLM's E2EL).
+        gaps_s: times between one chunk and the next (vLLM's ITL).
         num_input_tokens: as the server counts, else as planned.
         num_output_tokens: as the server counts (`usage`), else the number of chunks.
         is_counted_by_server: whether `num_output_tokens` is the server's.
@@ -70,7 +70,7 @@ def parse_goodput(text: str | None) -> dict[str, float]:
     """Limits in milliseconds from `ttft:500,tpot:25`; `e2el` (or `e2e`) limits the whole answer.
 
     Raises:
-        ValueError: it does not read so.
+        ValueError: the text has another form.
     """
     limits: dict[str, float] = {}
     for part in (text or "").split(","):
@@ -111,7 +111,7 @@ def distribution(seconds: Iterable[float]) -> dict[str, float] | None:
 
 
 def summarize(records: Sequence[RequestRecord], duration_s: float, limits_ms: Mapping[str, float]) -> dict[str, Any]:
-    """What the requests come to.
+    """Summarize the requests of a run.
 
     Args:
         records: requests that ended, in whatever way.

@@ -33,14 +33,14 @@ class TraceFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request to come.
+    """One request to send.
 
     Attributes:
         index: its place in the workload.
         num_input_tokens: length of the prompt, at least 1.
         num_output_tokens: `max_tokens`, at least 1.
-        arrival_s: when it is due, from the start; None in a closed loop.
-        block_ids: of the prompt's blocks of `BLOCK_TOKENS`, the last one perhaps not full; empty for a prompt that
+        arrival_s: when it is due, in seconds from the start; None in a closed loop.
+        block_ids: ids of the prompt's blocks of `BLOCK_TOKENS`, the last one perhaps not full; empty for a prompt that
             shares nothing.
     """
 
@@ -63,7 +63,7 @@ class LengthRange:
         """Read `128` or `100-1024`.
 
         Raises:
-            ValueError: it does not read so; the message names `option`.
+            ValueError: the text has another form; the message names `option`.
         """
         low, _, high = text.partition("-")
         try:
@@ -75,7 +75,7 @@ class LengthRange:
         return parsed
 
     def draw(self, num: int, rng: np.random.Generator) -> list[int]:
-        """`num` of them, all equally likely."""
+        """Draw `num` numbers, all equally likely."""
         return [int(length) for length in rng.integers(self.low, self.high, size=num, endpoint=True)]
 
 
@@ -93,10 +93,10 @@ def with_arrivals(requests: list[PlannedRequest], rate: float, burstiness: float
     drawn sums differ.
 
     Args:
-        requests: any.
+        requests: the requests.
         rate: requests a second.
         burstiness: shape of the gamma distribution: 1 is a Poisson process, less is more bursty, more is more even.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     gaps = np.random.default_rng([seed, 1]).gamma(burstiness, 1 / (rate * burstiness), size=len(requests))
     arrivals = np.cumsum(gaps)
@@ -113,11 +113,11 @@ def trace_workload(
     max_input_tokens: int | None = None,
     max_output_tokens: int | None = None,
 ) -> list[PlannedRequest]:
-    """Requests of a trace, due as they came then, the first one at once.
+    """Requests of a trace, due at the intervals at which they arrived, the first one at once.
 
     Args:
         path: the file.
-        trace_format: whose it is.
+        trace_format: format of the file.
         speed: 2 replays it in half the time.
         num_requests: only the first ones.
         max_input_tokens: longer prompts lose their ends, so what they share stays shared.

@@ -1,4 +1,4 @@
-"""What metrics, traces and the log are told of a request that is over."""
+"""What metrics, traces and the log are told about a finished request."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ class Timeline:
     """Seconds from there to its first token."""
 
     def phases_ms(self) -> dict[str, float]:
-        """Milliseconds in each phase that is over: route, queue, prefill, relay, decode."""
+        """Milliseconds of each phase that has ended: route, queue, prefill, relay, decode."""
         phases = {"route": self.started_at - self.received_at}
         if self.placed_at is not None and self.first_token_at is not None:
             engine_s = self.first_token_at - self.placed_at
@@ -40,16 +40,16 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """One request that is over, in whatever way.
+    """One request that has ended, in whatever way.
 
     Attributes:
         http_request_id: the HTTP request's `X-Request-ID`.
         generation_id: the request's own id.
-        tenant: the name of the key that asked; "" where there are no keys.
-        finish_reason: how it ended; None where it was given up or failed.
+        tenant: name of the key that asked; "" if there are no keys.
+        finish_reason: how it ended; None if it was given up or failed.
         error_type: the name of the error that ended it, if one did.
-        num_moves: how often it went on in another replica.
-        span: the HTTP request's span in its trace; None where there are no traces.
+        num_moves: how often it continued on another replica.
+        span: the HTTP request's span in its trace; None if there are no traces.
         adapter: name of the adapter that it chose; "" for none.
     """
 

@@ -1,4 +1,4 @@
-"""`Latencies`: durations as counts in buckets, small enough to keep by the slot and to add up over routers."""
+"""`Latencies`: durations as counts in buckets, small enough to keep by the interval and to add up over routers."""
 
 import math
 from array import array

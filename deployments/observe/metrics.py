@@ -1,4 +1,4 @@
-"""What a router counts and knows, for Prometheus; `exposition` writes it, that of all routers together.
+"""What a router counts and knows, for Prometheus. `exposition` writes the metrics of all routers together.
 
 Names and buckets are vLLM's where the meaning is the same, so that existing boards work; ours begin with `rayline:`.
 """
@@ -93,12 +93,12 @@ class NoPeers:
 
 
 class RouterMetrics:
-    """Counts what becomes of a router's requests to one model.
+    """Counts how a router's requests to one model end.
 
     Args:
         model: value of the label `model_name`.
         router_id: value of the label `router`.
-        state: the router's.
+        state: state of the router.
         min_replicas: number of replicas that the configuration keeps whatever the load.
         gpus_a_replica: GPUs that hold the model together; on a CPU, processes.
     """
@@ -185,7 +185,7 @@ def key_figures(router_id: str, access: Mapping[str, Any], usage: UsageCounts) -
 
 
 class _StateCollector(Collector):
-    """Gauges and counters that are kept elsewhere, read when they are asked for."""
+    """Gauges and counters that are kept elsewhere and are read when Prometheus asks."""
 
     def __init__(self, labels: tuple[str, str], state: RouterState, min_replicas: int, gpus_a_replica: int) -> None:
         self._labels = labels

@@ -1,4 +1,4 @@
-"""One line in the log for each request that is over: who, how much, how long, where. Never what."""
+"""One line in the log for each finished request: who asked, how much, for how long and where; never for what."""
 
 import logging
 from typing import Any
@@ -26,7 +26,7 @@ def log_request(request: FinishedRequest, model: str) -> None:
 
 
 def request_fields(request: FinishedRequest) -> dict[str, Any]:
-    """What is worth knowing of a request afterwards."""
+    """What the log says about a finished request."""
     return {
         "request_id": request.http_request_id,
         "generation_id": request.generation_id,

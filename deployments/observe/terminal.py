@@ -1,4 +1,4 @@
-"""Lines that a replica has for the person at the terminal, among all that goes into the log files."""
+"""The few of a replica's log lines that are meant for the person at the terminal."""
 
 import logging
 import os
@@ -30,7 +30,8 @@ class _TerminalHandler(logging.Handler):
 
 
 def show_warnings() -> None:
-    """Have this process write its warnings to its standard error, if `TERMINAL_VARIABLE` is set; once a process."""
+    """Have this process write its warnings to its standard error, if `TERMINAL_VARIABLE` is set. A second call has no
+    effect."""
     if os.environ.get(TERMINAL_VARIABLE) != "1":
         return
     for name in _LOGGERS:

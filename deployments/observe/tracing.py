@@ -1,8 +1,7 @@
-"""OpenTelemetry traces: one a request, from HTTP through router and engine. Needs the extra `otel`.
+"""OpenTelemetry traces: one per request, from HTTP through router and engine. Needs the extra `otel`.
 
-Spans are made when a request is over, of times that were taken anyway, so that nothing is added to a token's way.
-Attributes follow OpenTelemetry's semantic conventions for HTTP and for generative AI; what was asked and answered is
-never in them.
+Spans are made once a request has ended, from times that are measured anyway, so they delay no token. Attributes follow
+OpenTelemetry's semantic conventions for HTTP and for generative AI, and never contain prompts or answers.
 """
 
 import time
@@ -23,7 +22,7 @@ class RequestTracer:
     """Makes spans and sends them, from a thread of its own, to a collector by OTLP over HTTP.
 
     Args:
-        config: where to, and how many.
+        config: where they go, and how many requests are traced.
 
     Raises:
         ConfigError: OpenTelemetry is not installed.
@@ -98,7 +97,7 @@ class RequestTracer:
     def _span(
         self, name: str, parent: "Span", start: float, end: float, attributes: dict[str, Any] | None = None
     ) -> "Span":
-        """A span that is over, with times by the monotonic clock."""
+        """A finished span between two times of the monotonic clock."""
         from opentelemetry.trace import set_span_in_context
 
         span = self._tracer.start_span(
@@ -111,5 +110,5 @@ class RequestTracer:
         return self._epoch_ns + int(monotonic_s * 1e9)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the spans that have not been sent."""
         self._provider.shutdown()

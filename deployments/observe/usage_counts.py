@@ -12,7 +12,7 @@ OTHER = "other"
 """The model's name in what is counted after so many pairs of key and model, and the key's after as many more: keys and
 adapters come and go, series only come."""
 UNKNOWN = "unknown"
-"""Whose the requests are that come without a known key."""
+"""The key under which requests without a known key count."""
 _FAMILIES = (
     (f"{PREFIX}requests", "Requests of an API key that have ended, refused ones left out."),
     (f"{PREFIX}prompt_tokens", "Prompt tokens of an API key's requests."),
@@ -59,7 +59,7 @@ class UsageCounts:
         return OTHER, OTHER
 
     def families(self, router_id: str) -> Iterator[Metric]:
-        """The metrics."""
+        """All counts as metrics."""
         for index, (name, text) in enumerate(_FAMILIES):
             family = CounterMetricFamily(name, text, labels=_LABELS)
             for (key, model), row in self._used.items():

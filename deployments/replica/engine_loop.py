@@ -163,10 +163,6 @@ class EngineLoop:
         for digest in digests:
             self._do(partial(self._engine.unload_adapter, digest))
 
-    def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
-
     def _do(self, command: Callable[[], object]) -> None:
         """Have the loop's thread run `command` before its next step."""
         self._commands.pending.append(command)

@@ -1,6 +1,6 @@
 """`Accountant`: what each API key may still do, counted in one place for all routers.
 
-A router leases units of a key's rates and slots for its open requests, and spends them without asking. Each exchange
+A router leases units of a key's rates and permits for its open requests, and spends them without asking. Each exchange
 states what the router holds, in absolute figures, and the reply adds to that. An exchange that is lost, late or
 repeated therefore changes nothing: the next one corrects both sides. All routers together hold at most `MAX_IDLE_SHARE`
 of a limit idle; a router that needs more at once asks for it by its number of waiting requests.
@@ -105,24 +105,24 @@ class _SharedRate:
         purse.in_hand += num_units
 
 
-class _SharedSlots:
+class _SharedPermits:
     """How many requests of one key may be open, and what each router holds for them."""
 
     def __init__(self) -> None:
         self._held: dict[str, int] = {}
         self._idle: dict[str, int] = {}
 
-    def hear(self, router_id: str, num_slots: int, num_open: int) -> None:
+    def hear(self, router_id: str, num_permits: int, num_open: int) -> None:
         """Take in what a router holds."""
-        self._held[router_id] = num_slots
-        self._idle[router_id] = max(0, num_slots - num_open)
+        self._held[router_id] = num_permits
+        self._idle[router_id] = max(0, num_permits - num_open)
 
     def most_idle(self, limit: int) -> int:
-        """Idle slots that each router may hold."""
+        """Idle permits that each router may hold."""
         return math.floor(limit * MAX_IDLE_SHARE) // max(1, len(self._held))
 
     def num_free(self, limit: int) -> int:
-        """Slots that no router holds."""
+        """Permits that no router holds."""
         return max(0, limit - sum(self._held.values()))
 
     def lease(self, router_id: str, num_busy: int, num_spare: int, limit: int) -> int:
@@ -152,7 +152,7 @@ class _Book:
         self.router_ids: set[str] = set()
         self._requests: _SharedRate | None = None
         self._tokens: _SharedRate | None = None
-        self._slots = _SharedSlots()
+        self._permits = _SharedPermits()
 
     def hear(self, router_id: str, claim: Claim, now: float) -> None:
         """Take in what a router holds, and the limits as the router last read them."""
@@ -160,7 +160,7 @@ class _Book:
         self._requests = _resized(self._requests, claim.quota.requests_per_min, now)
         self._tokens = _resized(self._tokens, claim.quota.tokens_per_min, now)
         self.router_ids.add(router_id)
-        self._slots.hear(router_id, claim.num_slots, claim.num_open)
+        self._permits.hear(router_id, claim.num_permits, claim.num_open)
         for rate, holding in ((self._requests, claim.requests), (self._tokens, claim.tokens)):
             if rate is not None:
                 rate.hear(router_id, holding, now)
@@ -171,27 +171,27 @@ class _Book:
         num_settled = [rate.settle(router_id, now) if rate is not None else 0 for rate in (requests, tokens)]
         num_entering = claim.num_waiting
         if limit is not None:
-            num_entering = min(num_entering, claim.num_slots - claim.num_open + self._slots.num_free(limit))
+            num_entering = min(num_entering, claim.num_permits - claim.num_open + self._permits.num_free(limit))
         if requests is not None:
             num_entering = min(num_entering, requests.available(router_id, now))
         if tokens is not None and tokens.available(router_id, now) < 1:
             num_entering = 0
-        num_slots, most_idle_slots, leased_requests, leased_tokens = 0, 0, None, None
+        num_permits, most_idle_permits, leased_requests, leased_tokens = 0, 0, None, None
         if limit is not None:
-            num_slots = self._slots.lease(router_id, claim.num_open + num_entering, claim.num_spare_slots, limit)
-            most_idle_slots = self._slots.most_idle(limit)
+            num_permits = self._permits.lease(router_id, claim.num_open + num_entering, claim.num_spare_permits, limit)
+            most_idle_permits = self._permits.most_idle(limit)
         if requests is not None:
             num_units = requests.lease(router_id, num_entering, claim.requests.num_spare, num_entering, now)
             leased_requests = requests.report(router_id, num_settled[0] + num_units, now)
         if tokens is not None:  # entering requires one unit in hand; the cost is known later
             num_units = tokens.lease(router_id, min(1, num_entering), claim.tokens.num_spare, 0, now)
             leased_tokens = tokens.report(router_id, num_settled[1] + num_units, now)
-        return Grant(claim.key, num_slots, most_idle_slots, leased_requests, leased_tokens)
+        return Grant(claim.key, num_permits, most_idle_permits, leased_requests, leased_tokens)
 
     def forget(self, router_id: str) -> None:
         """Note that a router no longer holds anything."""
         self.router_ids.discard(router_id)
-        self._slots.forget(router_id)
+        self._permits.forget(router_id)
         for rate in (self._requests, self._tokens):
             if rate is not None:
                 rate.forget(router_id)
@@ -244,8 +244,8 @@ class Accountant:
     def _drop_empty_claims(self, router_id: str, claims: Iterable[Claim]) -> None:
         """Drop empty claims: a router that holds nothing of a key has no share in what may be idle."""
         for claim in claims:
-            wants = claim.num_waiting or claim.num_spare_slots or claim.requests.num_spare or claim.tokens.num_spare
-            if not wants and not claim.num_slots and claim.requests.in_hand <= 0 and claim.tokens.in_hand <= 0:
+            wants = claim.num_waiting or claim.num_spare_permits or claim.requests.num_spare or claim.tokens.num_spare
+            if not wants and not claim.num_permits and claim.requests.in_hand <= 0 and claim.tokens.in_hand <= 0:
                 self._books[claim.key].forget(router_id)
 
     def _tidy(self, now: float) -> None:

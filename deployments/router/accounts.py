@@ -70,8 +70,8 @@ class Account:
         self._on_need = on_need
         self._requests: Purse | None = None
         self._tokens: Purse | None = None
-        self._num_slots = 0
-        self._most_idle_slots = 0
+        self._num_permits = 0
+        self._most_idle_permits = 0
         self._num_entered = 0
         self._num_entered_claimed = 0
         self._pace = Pace(clock())
@@ -89,7 +89,7 @@ class Account:
     @property
     def has_news(self) -> bool:
         """Whether the accountant should hear of this account, because it holds something or has changed."""
-        holds = self._num_slots > 0 or any(purse.in_hand for _, purse in self._purses())
+        holds = self._num_permits > 0 or any(purse.in_hand for _, purse in self._purses())
         return self.is_limited and (self._is_changed or holds)
 
     def change_key(self, key: ApiKey) -> None:
@@ -130,7 +130,7 @@ class Account:
 
     def try_enter(self) -> bool:
         """Open a request, which must `leave` later, if what is in hand allows it."""
-        if self.key.limits.max_concurrent_requests is not None and self._num_slots <= self.num_open:
+        if self.key.limits.max_concurrent_requests is not None and self._num_permits <= self.num_open:
             return False
         if any(purse.in_hand < 1 for _, purse in self._purses()):
             return False
@@ -163,9 +163,9 @@ class Account:
         """Close a request that has ended."""
         self.num_open -= 1
         self._is_changed = True
-        num_idle = self._num_slots - self.num_open
-        if self.key.limits.max_concurrent_requests is not None and num_idle > self._num_spare_slots():
-            self._on_need()  # another router may be waiting for the slot
+        num_idle = self._num_permits - self.num_open
+        if self.key.limits.max_concurrent_requests is not None and num_idle > self._num_spare_permits():
+            self._on_need()  # another router may be waiting for the permit
 
     def charge(self, num_tokens: int) -> None:
         """Count tokens of a prompt or an answer."""
@@ -173,9 +173,9 @@ class Account:
             self._tokens.spend(num_tokens, self._clock())
             self._note_spending(self._tokens)
 
-    def drop_idle_slots(self) -> None:
-        """Hold only the slots of open requests: the accountant may take this router for gone."""
-        self._num_slots = self.num_open
+    def drop_idle_permits(self) -> None:
+        """Hold only the permits of open requests: the accountant may take this router for gone."""
+        self._num_permits = self.num_open
 
     def touch(self) -> None:
         """Have the accountant hear of this account with the next exchange."""
@@ -186,21 +186,21 @@ class Account:
         now = self._clock()
         self._pace.note(self._num_entered - self._num_entered_claimed, now)
         self._num_entered_claimed = self._num_entered
-        num_kept = min(self._num_slots, self.num_open + self._num_spare_slots())
-        self._num_slots = max(self.num_open, num_kept)
+        num_kept = min(self._num_permits, self.num_open + self._num_spare_permits())
+        self._num_permits = max(self.num_open, num_kept)
         self._is_changed = False
         holdings = [
             purse.holding(now, with_level=with_level) if purse is not None else Holding()
             for purse in (self._requests, self._tokens)
         ]
         num_spare = self._pace.num_ahead()
-        return Claim(self.key.name, self._quota(), num_waiting, self.num_open, self._num_slots, num_spare, *holdings)
+        return Claim(self.key.name, self._quota(), num_waiting, self.num_open, self._num_permits, num_spare, *holdings)
 
     def take(self, grant: Grant) -> None:
         """Add what the accountant has granted in answer to the last `claim`."""
         now = self._clock()
-        self._num_slots += grant.num_slots
-        self._most_idle_slots = grant.most_idle_slots
+        self._num_permits += grant.num_permits
+        self._most_idle_permits = grant.most_idle_permits
         for purse, lease in ((self._requests, grant.requests), (self._tokens, grant.tokens)):
             if purse is not None and lease is not None:
                 purse.take(lease, now)
@@ -208,7 +208,7 @@ class Account:
     def refusal(self) -> Refusal:
         """Why `try_enter` does not open a request."""
         now, limit = self._clock(), self.key.limits.max_concurrent_requests
-        if limit is not None and self._num_slots <= self.num_open:
+        if limit is not None and self._num_permits <= self.num_open:
             return _too_many_open(limit)
         for name, purse in self._purses():
             if wait_s := purse.wait_s(now):
@@ -235,16 +235,16 @@ class Account:
 
     def _enter(self) -> None:
         self.num_open += 1
-        self._num_slots = max(self._num_slots, self.num_open)
+        self._num_permits = max(self._num_permits, self.num_open)
         self._num_entered += 1
         self._is_changed = True
         if self._requests is not None:
             self._requests.spend(1, self._clock())
             self._note_spending(self._requests)
 
-    def _num_spare_slots(self) -> int:
-        """Idle slots that are worth holding, and may be held."""
-        return min(self._pace.num_ahead(), self._most_idle_slots)
+    def _num_spare_permits(self) -> int:
+        """Idle permits that are worth holding, and may be held."""
+        return min(self._pace.num_ahead(), self._most_idle_permits)
 
     def _note_spending(self, purse: Purse) -> None:
         self._is_changed = True

@@ -35,8 +35,8 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
         quota: the key's limits.
         num_waiting: requests that wait for this exchange.
         num_open: requests that run.
-        num_slots: slots that the router holds, at least `num_open`.
-        num_spare_slots: slots that it would like to hold for future requests.
+        num_permits: permits that the router holds, at least `num_open`.
+        num_spare_permits: permits that it would like to hold for future requests.
         requests: what it holds of `quota.requests_per_min`.
         tokens: what it holds of `quota.tokens_per_min`.
     """
@@ -45,8 +45,8 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     quota: Quota
     num_waiting: int = 0
     num_open: int = 0
-    num_slots: int = 0
-    num_spare_slots: int = 0
+    num_permits: int = 0
+    num_spare_permits: int = 0
     requests: Holding = Holding()
     tokens: Holding = Holding()
 
@@ -86,14 +86,14 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         key: name of the key.
-        num_slots: slots to be added to those that the router holds.
-        most_idle_slots: most idle slots that the router may hold from now on.
+        num_permits: permits to be added to those that the router holds.
+        most_idle_permits: most idle permits that the router may hold from now on.
         requests, tokens: the leases; None for a rate that is not limited.
     """
 
     key: str
-    num_slots: int = 0
-    most_idle_slots: int = 0
+    num_permits: int = 0
+    most_idle_permits: int = 0
     requests: Lease | None = None
     tokens: Lease | None = None
 

@@ -229,7 +229,7 @@ class Quotas:
             logger.warning("the accountant of the API keys' limits is away (%s): requests are %s", why, fate)
         self.is_away = True
         for account in self._accounts.values():
-            account.drop_idle_slots()
+            account.drop_idle_permits()
         for waiters in (*self._asking.values(), *self._waiting.values()):
             for waiter in waiters:
                 if not waiter.done():

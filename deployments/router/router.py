@@ -289,7 +289,9 @@ class Router:
     def history(self) -> RouterHistory:
         """This router's part of the last 15 minutes."""
         counts = self.counts()
-        return RouterHistory(self._router_id, self._history.slots(), {name: counts[name] for name in _TOTALS}, self.key)
+        return RouterHistory(
+            self._router_id, self._history.intervals(), {name: counts[name] for name in _TOTALS}, self.key
+        )
 
     def sample(self) -> None:
         """Record the current state once a second; called more often."""

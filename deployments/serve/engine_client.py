@@ -23,11 +23,7 @@ class ServeEngineClient:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._wake = handle.wake
-        self._attach = handle.attach
-        self._stay = handle.stay
-        self._note_queue = handle.note_queue
-        self._forget_adapters = handle.forget_adapters
+        # Kept, because looking a method up makes a handle, which is slow for each request.
         self._generate = handle.generate
         self._generate_batch = handle.generate_batch
 
@@ -43,7 +39,7 @@ class ServeEngineClient:
 
     async def wake(self) -> None:
         """See `EngineClient`."""
-        await self._call(self._wake)
+        await self._call(self._handle.wake)
 
     async def replica_starts(self) -> Starts:
         """See `EngineClient`. Asks Serve's controller, which takes some milliseconds."""
@@ -51,19 +47,19 @@ class ServeEngineClient:
 
     async def attach(self, replica_id: str, channel: ChannelAddress) -> EngineInfo:
         """See `EngineClient`."""
-        return decode_info(await self._call(self._attach, encode(channel), (replica_id,)))
+        return decode_info(await self._call(self._handle.attach, encode(channel), (replica_id,)))
 
     async def stay(self, replica_id: str, duration_s: float) -> None:
         """See `EngineClient`."""
-        await self._call(self._stay, duration_s, (replica_id,))
+        await self._call(self._handle.stay, duration_s, (replica_id,))
 
     async def tell_queue(self, replica_id: str, channel: ChannelAddress, num_tokens: int) -> None:
         """See `EngineClient`."""
-        await self._call(self._note_queue, channel.router_id, (replica_id,), num_tokens)
+        await self._call(self._handle.note_queue, channel.router_id, (replica_id,), num_tokens)
 
     async def forget_adapters(self, replica_id: str, digests: Sequence[str]) -> None:
         """See `EngineClient`."""
-        await self._call(self._forget_adapters, list(digests), (replica_id,))
+        await self._call(self._handle.forget_adapters, list(digests), (replica_id,))
 
     async def generate(self, call: bytes, ranking: Sequence[str]) -> bytes:
         """See `EngineClient`."""

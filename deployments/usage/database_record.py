@@ -25,7 +25,7 @@ _LIBPQ_TIMEOUTS = {
     "connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
 }  # fmt: skip
-"""Seconds, but for the last one, which is in milliseconds."""
+"""In seconds, except the last one, which is in milliseconds."""
 
 
 class DatabaseRecord:

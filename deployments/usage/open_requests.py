@@ -1,7 +1,7 @@
 """`OpenRequests`: what open requests have used so far, in a file that outlives its process.
 
 The file is mapped into memory, so that counting a token is a write to memory, and the kernel keeps what was written
-when the process is killed. Each open request has a slot of fixed size: its count, and who it belongs to. The first slot
+when the process is killed. Each open request has a cell of fixed size: its count, and who it belongs to. The first cell
 holds only a count: the number of the process's last entry.
 """
 
@@ -15,17 +15,17 @@ from pathlib import Path
 
 logger = logging.getLogger("ray.serve")
 
-_SLOT_BYTES = 2048
-_FIRST_SLOTS = 64
+_CELL_BYTES = 2048
+_FIRST_CELLS = 64
 _HEAD = struct.Struct("<IQd")
-"""Length of the content, 0 for a free slot; the count; when it last changed, in seconds since 1970."""
+"""Length of the content, 0 for a free cell; the count; when it last changed, in seconds since 1970."""
 _COUNT = struct.Struct("<Qd")
 _COUNT_OFFSET = _HEAD.size - _COUNT.size
-MAX_CONTENT_BYTES = _SLOT_BYTES - _HEAD.size
+MAX_CONTENT_BYTES = _CELL_BYTES - _HEAD.size
 
 
 class OpenRequests:
-    """The slots of one file. Only the methods here write to it.
+    """The cells of one file. Only the methods here write to it.
 
     Args:
         path: the file, which is created.
@@ -37,7 +37,7 @@ class OpenRequests:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         self._free: list[int] = []
-        self._num_slots = 0
+        self._num_cells = 0
         self._map: mmap.mmap | None = None
         if not self._grow():
             os.close(self._fd)
@@ -49,32 +49,32 @@ class OpenRequests:
         self.note(0, seq, 0.0)
 
     def open(self, content: bytes, at: float) -> int | None:
-        """Fill a slot, with a count of 0.
+        """Fill a cell, with a count of 0.
 
         Returns:
-            The slot; None if the content is too long, or the disk is full.
+            The cell; None if the content is too long, or the disk is full.
         """
         if not self._free:
             self._grow()
         if not self._free or self._map is None or not 0 < len(content) <= MAX_CONTENT_BYTES:
             return None
-        slot = self._free.pop()
-        start = slot * _SLOT_BYTES
+        cell = self._free.pop()
+        start = cell * _CELL_BYTES
         self._map[start + _HEAD.size : start + _HEAD.size + len(content)] = content
         _COUNT.pack_into(self._map, start + _COUNT_OFFSET, 0, at)
-        struct.pack_into("<I", self._map, start, len(content))  # last: from now on the slot counts
-        return slot
+        struct.pack_into("<I", self._map, start, len(content))  # last: from now on the cell counts
+        return cell
 
-    def note(self, slot: int, count: int, at: float) -> None:
-        """Set a slot's count."""
-        assert self._map is not None, "there is a slot"
-        _COUNT.pack_into(self._map, slot * _SLOT_BYTES + _COUNT_OFFSET, count, at)
+    def note(self, cell: int, count: int, at: float) -> None:
+        """Set a cell's count."""
+        assert self._map is not None, "there is a cell"
+        _COUNT.pack_into(self._map, cell * _CELL_BYTES + _COUNT_OFFSET, count, at)
 
-    def free(self, slot: int) -> None:
-        """Empty a slot."""
-        assert self._map is not None, "there is a slot"
-        struct.pack_into("<I", self._map, slot * _SLOT_BYTES, 0)
-        self._free.append(slot)
+    def free(self, cell: int) -> None:
+        """Empty a cell."""
+        assert self._map is not None, "there is a cell"
+        struct.pack_into("<I", self._map, cell * _CELL_BYTES, 0)
+        self._free.append(cell)
 
     def close(self) -> None:
         """Close the file."""
@@ -84,19 +84,19 @@ class OpenRequests:
         os.close(self._fd)
 
     def _grow(self) -> bool:
-        """Make twice as many slots, with blocks on the disk, because writing to a hole of a full disk would end the
+        """Make twice as many cells, with blocks on the disk, because writing to a hole of a full disk would end the
         process; returns whether there is room."""
-        num_slots = max(_FIRST_SLOTS, 2 * self._num_slots)
+        num_cells = max(_FIRST_CELLS, 2 * self._num_cells)
         try:
-            os.posix_fallocate(self._fd, 0, num_slots * _SLOT_BYTES)
+            os.posix_fallocate(self._fd, 0, num_cells * _CELL_BYTES)
         except OSError as error:
             logger.warning("usage of some open requests would be lost if this router were killed: %s", error.strerror)
             return False
         if self._map is not None:
             self._map.close()
-        self._map = mmap.mmap(self._fd, num_slots * _SLOT_BYTES)
-        self._free = [*range(num_slots - 1, self._num_slots - 1, -1), *self._free]
-        self._num_slots = num_slots
+        self._map = mmap.mmap(self._fd, num_cells * _CELL_BYTES)
+        self._free = [*range(num_cells - 1, self._num_cells - 1, -1), *self._free]
+        self._num_cells = num_cells
         return True
 
 
@@ -106,8 +106,8 @@ def last_number(data: bytes) -> int:
 
 
 def left_open(data: bytes) -> Iterator[tuple[bytes, int, float]]:
-    """What a process that has ended left in its slots: each content, its count, and when that last changed."""
-    for start in range(_SLOT_BYTES, len(data) - _SLOT_BYTES + 1, _SLOT_BYTES):
+    """What a process that has ended left in its cells: each content, its count, and when that last changed."""
+    for start in range(_CELL_BYTES, len(data) - _CELL_BYTES + 1, _CELL_BYTES):
         length, count, at = _HEAD.unpack_from(data, start)
         if 0 < length <= MAX_CONTENT_BYTES:
             yield data[start + _HEAD.size : start + _HEAD.size + length], count, at

@@ -1,4 +1,4 @@
-"""Where entries are kept for good: what every kind of record does, and the kind that is in memory only."""
+"""Where entries are kept for good: the interface of every record, and the record that is in memory only."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -104,14 +104,14 @@ class FileSpool:
     Args:
         path: the file; it is created, or, if another router has left it, taken over.
         fd: its descriptor, locked.
-        slots: the open requests of its router; None for a file that was taken over.
+        open_requests: the open requests of its router; None for a file that was taken over.
     """
 
-    def __init__(self, path: Path, fd: int, slots: OpenRequests | None) -> None:
+    def __init__(self, path: Path, fd: int, open_requests: OpenRequests | None) -> None:
         self.writer = path.stem
         self._path = path
         self._fd = fd
-        self._slots = slots
+        self._open = open_requests
         self._size = os.fstat(fd).st_size
         self._delivered = 0
         self._batch: list[Entry] = []
@@ -132,27 +132,27 @@ class FileSpool:
             new = path.with_suffix(".new")
             fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
-            slots = OpenRequests(path.with_suffix(_OPEN_SUFFIX))
+            open_requests = OpenRequests(path.with_suffix(_OPEN_SUFFIX))
             new.rename(path)  # now that it is locked: an unlocked one would be taken for a dead router's
         except OSError as error:
             raise ConfigError(
                 f"accounts.spool: {directory} cannot be written to ({error.strerror}); name a directory of this node"
             ) from None
-        return cls(path, fd, slots)
+        return cls(path, fd, open_requests)
 
     def open(self, entry: Entry, at: float) -> int | None:
         """See `Spool`."""
-        return self._slots.open(_encode(entry), at) if self._slots is not None else None
+        return self._open.open(_encode(entry), at) if self._open is not None else None
 
     def note(self, number: int, count: int, at: float) -> None:
         """See `Spool`."""
-        if self._slots is not None:
-            self._slots.note(number, count, at)
+        if self._open is not None:
+            self._open.note(number, count, at)
 
     def add(self, entry: Entry, number: int | None) -> None:
         """See `Spool`. What it returns from is in the kernel's hands, and safe from the death of this process."""
-        if self._slots is not None:
-            self._slots.note_last(entry.seq)
+        if self._open is not None:
+            self._open.note_last(entry.seq)
         self._unwritten.append((entry, number))
         self._write_waiting()
 
@@ -190,8 +190,8 @@ class FileSpool:
     def close(self) -> None:
         """See `Spool`."""
         self._write_waiting()
-        if self._slots is not None:
-            self._slots.close()
+        if self._open is not None:
+            self._open.close()
         if self.is_empty:
             self.remove()
         else:
@@ -219,8 +219,8 @@ class FileSpool:
     def _let_go_of_first(self) -> None:
         """The first entry that waited is safe: if this process is killed, nobody need make one for its request."""
         _, number = self._unwritten.popleft()
-        if number is not None and self._slots is not None:
-            self._slots.free(number)
+        if number is not None and self._open is not None:
+            self._open.free(number)
 
     def _write(self, entry: Entry) -> None:
         line = _encode(entry) + b"\n"
@@ -259,10 +259,10 @@ def _complete(path: Path, fd: int) -> FileSpool:
     spool = FileSpool(path, fd, None)
     known = list(_parsed(data[: data.rfind(b"\n") + 1]))
     ended = {entry.opened for entry in known}
-    slots_path = path.with_suffix(_OPEN_SUFFIX)
-    slots = slots_path.read_bytes() if slots_path.exists() else b""
-    seq = max(last_number(slots), *(entry.seq for entry in known), 0)
-    for content, count, at in left_open(slots):
+    open_path = path.with_suffix(_OPEN_SUFFIX)
+    left = open_path.read_bytes() if open_path.exists() else b""
+    seq = max(last_number(left), *(entry.seq for entry in known), 0)
+    for content, count, at in left_open(left):
         try:
             entry = _decode(content)
         except msgspec.MsgspecError:

@@ -25,10 +25,9 @@ class Sums:
         """Add entries; no effect for those that have been added."""
         for entry in self.news(entries):
             self._last[entry.writer] = entry.seq
-            self.count(entry)
+            self._count(entry)
 
-    def count(self, entry: Entry) -> None:
-        """Add an entry that certainly is new."""
+    def _count(self, entry: Entry) -> None:
         row = self._days.setdefault(entry.day, {}).setdefault((entry.key, entry.model, entry.refusal), [0, 0, 0, 0])
         row[0] += entry.num_requests
         row[1] += entry.prompt_tokens

@@ -140,10 +140,10 @@ def test_what_is_idle_in_routers_is_a_small_share(num_routers: int):
     world = World(num_routers, {"requests_per_min": 6000, "max_concurrent_requests": 100})
     run(world, random.Random(0), 20, arrivals_per_s=90)
     in_hand = sum(max(0, router.account._requests.in_hand) for router in world.routers)
-    slots = sum(router.account._num_slots for router in world.routers)
+    permits = sum(router.account._num_permits for router in world.routers)
     assert 0 < in_hand <= 6000 * MAX_IDLE_SHARE
-    assert slots <= 100 * MAX_IDLE_SHARE
-    assert (slots > 0) == (num_routers == 2), "5 among 16 are none for each"
+    assert permits <= 100 * MAX_IDLE_SHARE
+    assert (permits > 0) == (num_routers == 2), "5 among 16 are none for each"
     for _ in range(20):
         world.clock.now += 1
         world.exchange_all()

@@ -119,7 +119,7 @@ async def test_a_pause_of_a_stream_that_moves_is_a_gap(make_service: ServiceFact
     assert (await task).json()["usage"]["completion_tokens"] == 400
     gaps = (await service.directory.fleet_history())["latency"]["900"]["gap"]
     assert gaps["num"] > 10
-    longest_s = max(slot.gaps.percentile(100) or 0.0 for slot in service.router.history().slots)
+    longest_s = max(interval.gaps.percentile(100) or 0.0 for interval in service.router.history().intervals)
     assert longest_s > 0.04
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from deployments.observe.history import HISTORY_S, SLOT_S, History, RouterHistory, describe
+from deployments.observe.history import HISTORY_S, INTERVAL_S, History, RouterHistory, describe
 from deployments.observe.latencies import Latencies, sum_of
 
 START = 1_800_000_000.0
@@ -73,11 +73,11 @@ def test_the_sum_of_two_is_as_if_one_had_seen_everything():
     assert parts[0].num + parts[1].num == 1000, "the parts stay as they were"
 
 
-def test_what_happened_is_in_the_slot_of_its_time(history: History, clock: Clock):
+def test_what_happened_is_in_the_interval_of_its_time(history: History, clock: Clock):
     history.note_first_token(0.2)
-    clock.now += SLOT_S
+    clock.now += INTERVAL_S
     history.note_gaps(0.01, 0.03)
-    first, second = history.slots()
+    first, second = history.intervals()
     assert second.number == first.number + 1
     assert (first.ttft.num, first.gaps.num, second.ttft.num, second.gaps.num) == (1, 0, 0, 2)
 
@@ -89,12 +89,12 @@ def test_tokens_count_from_when_a_replica_is_first_seen(history: History, clock:
     sample(history, a=1_000_100, b=80)
     sample(history, b=10)
     sample(history, a=5, b=10)
-    (slot,) = history.slots()
-    assert slot.num_generated_tokens == 100 + 30
+    (interval,) = history.intervals()
+    assert interval.num_generated_tokens == 100 + 30
 
 
 def test_the_rate_is_over_the_time_between_samples(history: History, clock: Clock):
-    """A steady 70 tokens/s is told as 70 in every slot, the one that has just begun included, whenever samples come."""
+    """A steady 70 tokens/s is told as 70 in every interval, even one that has just begun, whenever samples come."""
     draw, total = random.Random(4), 0.0
     sample(history, a=0)
     for _ in range(30):
@@ -102,16 +102,16 @@ def test_the_rate_is_over_the_time_between_samples(history: History, clock: Cloc
         clock.now += pause_s
         total += 70 * pause_s
         sample(history, a=int(total))
-        points = describe([RouterHistory("r", history.slots())], clock.now)["points"]
+        points = describe([RouterHistory("r", history.intervals())], clock.now)["points"]
         assert [point["tokens_per_s"] for point in points] == [70.0] * len(points)
     assert len(points) > 3
 
 
-def test_a_slot_keeps_the_busiest_moment_and_the_fewest_replicas(history: History):
+def test_a_interval_keeps_the_busiest_moment_and_the_fewest_replicas(history: History):
     for num_live, num_serving in ((1, 2), (9, 1), (3, 2)):
         sample(history, num_live, num_live // 3, num_serving)
-    (slot,) = history.slots()
-    assert (slot.num_live, slot.num_waiting, slot.num_serving) == (9, 3, 1)
+    (interval,) = history.intervals()
+    assert (interval.num_live, interval.num_waiting, interval.num_serving) == (9, 3, 1)
 
 
 def test_nothing_is_lost_on_the_way_to_another_router():
@@ -130,26 +130,26 @@ def test_nothing_is_lost_on_the_way_to_another_router():
 
 
 def test_it_forgets_after_15_minutes_and_never_grows(history: History, clock: Clock):
-    """A day with every kind of duration in every slot, as it travels to another router: less than 1 MB."""
+    """A day with every kind of duration in every interval, as it travels to another router: less than 1 MB."""
     draw = random.Random(3)
-    for _ in range(2 * HISTORY_S // SLOT_S):
-        clock.now += SLOT_S
+    for _ in range(2 * HISTORY_S // INTERVAL_S):
+        clock.now += INTERVAL_S
         for _ in range(300):
             history.note_gaps(10 ** draw.uniform(-5, 3.5))
             history.note_first_token(10 ** draw.uniform(-5, 3.5))
-    assert len(history.slots()) == HISTORY_S // SLOT_S
-    assert len(pickle.dumps(history.slots())) < 1_000_000
+    assert len(history.intervals()) == HISTORY_S // INTERVAL_S
+    assert len(pickle.dumps(history.intervals())) < 1_000_000
     clock.now += HISTORY_S / 2
-    assert len(history.slots()) == HISTORY_S // SLOT_S // 2, "nobody has noted anything since"
+    assert len(history.intervals()) == HISTORY_S // INTERVAL_S // 2, "nobody has noted anything since"
     clock.now += HISTORY_S
-    assert history.slots() == ()
+    assert history.intervals() == ()
 
 
 def test_a_clock_that_is_set_back_does_no_harm(history: History, clock: Clock):
     history.note_gaps(0.01)
     clock.now -= 3600
     history.note_gaps(0.01)
-    assert sum(slot.gaps.num for slot in history.slots()) == 2
+    assert sum(interval.gaps.num for interval in history.intervals()) == 2
 
 
 def test_routers_add_up_but_what_the_replicas_made_counts_once(clock: Clock):
@@ -162,10 +162,10 @@ def test_routers_add_up_but_what_the_replicas_made_counts_once(clock: Clock):
         sample(history, num_live, a=400)
         for _ in range(10):
             history.note_first_token(ttft)
-    clock.now += SLOT_S
+    clock.now += INTERVAL_S
     parts = [
-        RouterHistory("one", one.slots(), {"num_live": 3}),
-        RouterHistory("other", other.slots(), {"num_live": 4}),
+        RouterHistory("one", one.intervals(), {"num_live": 3}),
+        RouterHistory("other", other.intervals(), {"num_live": 4}),
     ]
     told = describe(parts, clock.now)
     (point,) = told["points"]
@@ -181,7 +181,7 @@ def test_the_last_minute_is_told_from_the_last_15(history: History, clock: Clock
     history.note_gaps(1.0)
     clock.now += 120
     history.note_gaps(0.01)
-    latency = describe([RouterHistory("r", history.slots())], clock.now)["latency"]
+    latency = describe([RouterHistory("r", history.intervals())], clock.now)["latency"]
     assert latency["60"]["gap"]["num"] == 1
     assert latency["900"]["gap"]["num"] == 2
     assert latency["60"]["gap"]["p99_s"] == pytest.approx(0.01, rel=0.03)

@@ -221,7 +221,7 @@ async def test_keys_without_limits_ask_nobody():
     assert shared.num_exchanges == 0
 
 
-async def test_a_slot_whose_release_is_on_its_way_is_found():
+async def test_a_permit_whose_release_is_on_its_way_is_found():
     """A client has an answer from one router and asks another one before the first has told the accountant."""
     accountant, release_may_go, key = Accountant(2), asyncio.Event(), team(max_concurrent_requests=1)
 
