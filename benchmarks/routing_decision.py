@@ -15,7 +15,7 @@ import statistics
 import time
 import tracemalloc
 
-from deployments.fleet.fleet import Fleet
+from deployments.fleet.fleet import Fleet, RoutingKey
 from deployments.fleet.policy import CostPolicy
 from llm.serving.schemas import EngineStats
 
@@ -72,9 +72,9 @@ def main() -> None:
     on_the_way: dict[str, list[int]] = {replica_id: [] for replica_id in replica_ids}
     for stream_id, prompt in enumerate(prompts):
         start = time.perf_counter()
-        best = fleet.rank(options.prompt, prompt)[0]
+        best = fleet.rank(RoutingKey(options.prompt, prompt))[0]
         ranked = time.perf_counter()
-        fleet.sent(best, stream_id, options.prompt, prompt)
+        fleet.sent(best, stream_id, RoutingKey(options.prompt, prompt))
         times["rank"].append(ranked - start)
         times["sent"].append(time.perf_counter() - ranked)
         on_the_way[best].append(stream_id)

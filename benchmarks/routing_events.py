@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.routing_replica import Outcome, ReplicaSpeed, SimulatedReplica, SimulatedRequest
 from benchmarks.routing_trace import BLOCK_TOKENS, TraceRequest
 from deployments.config import PolicyName
-from deployments.fleet.fleet import Fleet
+from deployments.fleet.fleet import Fleet, RoutingKey
 from deployments.fleet.policy import make_policy
 
 REPORT_INTERVAL_S = 0.1
@@ -84,10 +84,11 @@ class Simulation:
     def _arrive(self, request: SimulatedRequest) -> None:
         """A request reaches its router."""
         fleet, trace = self._fleets[request.router], request.request
+        key = RoutingKey(trace.num_prompt_tokens, trace.block_hashes)
         start = time.perf_counter()
-        replica_id = fleet.rank(trace.num_prompt_tokens, trace.block_hashes)[0]
+        replica_id = fleet.rank(key)[0]
         self.decision_s.append(time.perf_counter() - start)
-        fleet.sent(replica_id, request.stream_id, trace.num_prompt_tokens, trace.block_hashes)
+        fleet.sent(replica_id, request.stream_id, key)
         self._at(self.now + CALL_DELAY_S, self._deliver, int(replica_id), request)
 
     def _deliver(self, index: int, request: SimulatedRequest) -> None:

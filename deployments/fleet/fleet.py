@@ -9,6 +9,24 @@ from deployments.fleet.sessions import SessionHomes
 from llm.serving.schemas import EngineStats
 
 
+@dataclass(frozen=True, slots=True)
+class RoutingKey:
+    """Everything about a request that decides where it should go.
+
+    Attributes:
+        num_tokens: tokens to prefill if nothing is cached; at least 1.
+        block_hashes: hashes of its full pages, first page first; each covers everything up to its page's end. They are
+            kept, not copied.
+        session: its session, as in `session_key`; empty for none.
+        adapter: digest of its adapter; "" for none.
+    """
+
+    num_tokens: int
+    block_hashes: Sequence[int] = ()
+    session: bytes = b""
+    adapter: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class _Replica:
     """One replica.
@@ -43,8 +61,8 @@ class _Replica:
         """Drop what a new report already covers: the cached blocks and the adapters of prompts that are prefilled."""
         if any(stream.is_prefilled for stream in self.coming.values()):
             self.coming = {i: stream for i, stream in self.coming.items() if not stream.is_prefilled}
-            self.coming_blocks = set().union(*(stream.block_hashes for stream in self.coming.values()))
-            self.coming_adapters = {stream.adapter for stream in self.coming.values()}
+            self.coming_blocks = set().union(*(stream.key.block_hashes for stream in self.coming.values()))
+            self.coming_adapters = {stream.key.adapter for stream in self.coming.values()}
 
 
 @dataclass(slots=True, eq=False)
@@ -54,17 +72,13 @@ class _Stream:
     Attributes:
         replica: the replica that it belongs to.
         num_new_tokens: tokens that the replica had to prefill for it, as known when it was sent.
-        block_hashes: hashes of its full pages.
-        session: its session, as in `session_key`.
-        adapter: digest of its adapter; "" for none.
+        key: what it was routed by.
         is_prefilled: it has its first token, or has ended.
     """
 
     replica: _Replica
     num_new_tokens: int
-    block_hashes: Sequence[int]
-    session: bytes = b""
-    adapter: str = ""
+    key: RoutingKey
     is_prefilled: bool = False
 
 
@@ -151,54 +165,37 @@ class Fleet:
         self._replicas.pop(replica_id, None)
         self._sessions.forget(replica_id)
 
-    def rank(self, num_tokens: int, block_hashes: Sequence[int], session: bytes = b"", adapter: str = "") -> list[str]:
-        """Ids of the replicas for a request, best first.
-
-        Args:
-            num_tokens: tokens to prefill if nothing is cached; at least 1.
-            block_hashes: hashes of the request's full pages, first page first; each covers everything up to its page's
-                end.
-            session: what `session_key` says; empty for a request without a session.
-            adapter: digest of the request's adapter; "" for none.
-        """
+    def rank(self, key: RoutingKey) -> list[str]:
+        """Ids of the replicas for a request, best first."""
         replicas = list(self._replicas.values())
-        num_blocks = _num_cached_blocks(replicas, block_hashes)
-        num_saved = [self._num_tokens(num_blocks[replica.load.replica_id], num_tokens) for replica in replicas]
-        if adapter:
+        num_blocks = _num_cached_blocks(replicas, key.block_hashes)
+        num_saved = [self._num_tokens(num_blocks[replica.load.replica_id], key.num_tokens) for replica in replicas]
+        if key.adapter:
             for index, replica in enumerate(replicas):
-                num_saved[index] -= 0 if replica.holds(adapter) else ADAPTER_TOKENS
-        request = RoutedRequest(num_tokens, num_saved, self._sessions.home(session, self._replicas))
+                num_saved[index] -= 0 if replica.holds(key.adapter) else ADAPTER_TOKENS
+        request = RoutedRequest(key.num_tokens, num_saved, self._sessions.home(key.session, self._replicas))
         return self._policy.rank([replica.load for replica in replicas], request)
 
-    def sent(
-        self,
-        replica_id: str,
-        stream_id: int,
-        num_tokens: int,
-        block_hashes: Sequence[int],
-        session: bytes = b"",
-        adapter: str = "",
-    ) -> None:
+    def sent(self, replica_id: str, stream_id: int, key: RoutingKey) -> None:
         """Note that a request goes to a replica, and counts there until `ended`. No effect if the replica is unknown.
 
         Args:
             replica_id: where it goes.
             stream_id: the router's number for it, not in use.
-            num_tokens, block_hashes, session, adapter: as for `rank`. The hashes are kept, not copied.
+            key: as for `rank`.
         """
         replica = self._replicas.get(replica_id)
         if replica is None:
             return
-        num_blocks = _num_cached_blocks([replica], block_hashes)[replica_id]
-        num_new_tokens = num_tokens - self._num_tokens(num_blocks, num_tokens)
-        stream = _Stream(replica, num_new_tokens, block_hashes, session, adapter)
+        num_blocks = _num_cached_blocks([replica], key.block_hashes)[replica_id]
+        stream = _Stream(replica, key.num_tokens - self._num_tokens(num_blocks, key.num_tokens), key)
         self._streams[stream_id] = replica.unreported[stream_id] = replica.coming[stream_id] = stream
-        replica.coming_blocks.update(block_hashes)
-        replica.coming_adapters.add(adapter)
+        replica.coming_blocks.update(key.block_hashes)
+        replica.coming_adapters.add(key.adapter)
         replica.load.num_rows += 1
         replica.load.num_own_rows += 1
         replica.load.num_prefill_tokens += stream.num_new_tokens
-        self._sessions.note(session, replica_id)
+        self._sessions.note(key.session, replica_id)
 
     def prefilled(self, stream_id: int) -> None:
         """Note that a request has its first token. No effect if it is unknown, or a second time."""
@@ -234,7 +231,7 @@ class Fleet:
             load.num_prefill_tokens -= stream.num_new_tokens
         stream.replica = replica
         replica.load.num_own_rows += 1
-        self._sessions.note(stream.session, replica.load.replica_id)
+        self._sessions.note(stream.key.session, replica.load.replica_id)
 
     def _num_tokens(self, num_blocks: int, num_tokens: int) -> int:
         """Tokens that this many cached blocks save; never a prompt's last token, which must run to draw the next."""

@@ -157,16 +157,10 @@ class Dispatcher:
 
     def _send(self, ticket: Ticket) -> None:
         """Let a request go to the best replica for it."""
-        ranking = [
-            replica_id
-            for replica_id in self._fleet.rank(ticket.num_tokens, ticket.block_hashes, ticket.session, ticket.adapter)
-            if replica_id not in ticket.excluded
-        ]
+        ranking = [replica_id for replica_id in self._fleet.rank(ticket.key) if replica_id not in ticket.excluded]
         chosen = next(replica_id for replica_id in ranking if self._takes(replica_id, ticket))
         ranking.remove(chosen)
-        self._fleet.sent(
-            chosen, ticket.stream_id, ticket.num_tokens, ticket.block_hashes, ticket.session, ticket.adapter
-        )
+        self._fleet.sent(chosen, ticket.stream_id, ticket.key)
         self._rate.add(ticket.num_work_tokens)
         if ticket.ranking.done():  # cancelled; its owner withdraws it
             return

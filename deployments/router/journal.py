@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from deployments.channel.messages import ChannelAddress, TokenItem
 from deployments.errors import ShuttingDownError
 from deployments.fleet.engine_client import EngineClient
-from deployments.fleet.fleet import Fleet
+from deployments.fleet.fleet import Fleet, RoutingKey
 from deployments.fleet.sessions import session_key
 from deployments.observe.finished_request import FinishedRequest
 from deployments.observe.history import History
@@ -125,13 +125,16 @@ class Journal:
         """
         self._check_is_up()
         request, caller = generation.request, generation.group.caller
-        ticket = Ticket(
-            next(self._stream_ids),
+        key = RoutingKey(
             num_tokens=len(request.prompt_token_ids or ()) + len(generation.token_ids),
-            num_work_tokens=self.work_of(request),
             block_hashes=generation.group.block_hashes(generation),
             session=session_key(caller.tenant, caller.session_id),
             adapter=request.adapter.digest if request.adapter is not None else "",
+        )
+        ticket = Ticket(
+            next(self._stream_ids),
+            key,
+            num_work_tokens=self.work_of(request),
             tenant=caller.tenant,
             priority=caller.priority,
             num_output_tokens=len(generation.token_ids),

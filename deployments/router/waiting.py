@@ -3,8 +3,10 @@
 import asyncio
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+from deployments.fleet.fleet import RoutingKey
 
 
 @dataclass(slots=True, eq=False)
@@ -13,12 +15,9 @@ class Ticket:
 
     Attributes:
         stream_id: the router's number for this attempt.
-        num_tokens: tokens to prefill: the prompt, and what an earlier replica generated.
-        num_output_tokens: how many of `num_tokens` were generated.
-        num_work_tokens: `num_tokens` plus the expected output.
-        block_hashes: hashes of the prompt's full pages, first page first.
-        session: the session it belongs to, as in `session_key`; empty for none.
-        adapter: digest of the request's adapter; "" for none.
+        key: what it is routed by; its tokens are the prompt, and what an earlier replica generated.
+        num_work_tokens: the tokens of `key` plus the expected output.
+        num_output_tokens: how many of the tokens of `key` were generated.
         tenant: whose share it counts toward; "" if there are no keys.
         priority: lower goes first.
         is_resumed: it has already been on a replica.
@@ -29,11 +28,8 @@ class Ticket:
     """
 
     stream_id: int
-    num_tokens: int
+    key: RoutingKey
     num_work_tokens: int
-    block_hashes: Sequence[int] = ()
-    session: bytes = b""
-    adapter: str = ""
     tenant: str = ""
     priority: int = 0
     num_output_tokens: int = 0
@@ -162,7 +158,7 @@ class WaitingQueue:
         self._count(ticket, -1)
 
     def _count(self, ticket: Ticket, sign: int) -> None:
-        self.num_tokens += sign * ticket.num_tokens
+        self.num_tokens += sign * ticket.key.num_tokens
         self.num_work_tokens += sign * ticket.num_work_tokens
 
 

@@ -155,7 +155,7 @@ class TestCommandLine:
         assert "sk-secret" not in out.read_text()
         assert document["total_output_tokens"] == 30
         assert document["request_goodput"] == document["request_throughput"] > 0
-        assert document["itl_ms"]["p50"] == pytest.approx(20, abs=15)
+        assert document["itl_ms"]["p50"] > 5, "the server waits 20 ms between tokens"
         assert len(document["requests"]) == 6
         assert document["arguments"]["input_tokens"] == "512"
 

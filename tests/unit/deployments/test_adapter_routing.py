@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deployments.channel.messages import GenerateCall, decode_call, encode
-from deployments.fleet.fleet import Fleet
+from deployments.fleet.fleet import Fleet, RoutingKey
 from deployments.fleet.policy import ADAPTER_TOKENS, ROW_TOKENS, CostPolicy
 from deployments.model_config import EmulationConfig
 from deployments.replica.emulated_adapters import EmulatedAdapters
@@ -42,26 +42,28 @@ def test_a_replica_that_holds_the_adapter_is_preferred_until_it_is_too_busy():
     fleet = fleet_of(3)
     fleet.report("1", replace(IDLE, adapters=("x",)), [], [], False)
     for _ in range(10):
-        assert fleet.rank(100, [], adapter="x")[0] == "1"
-    assert {fleet.rank(100, [])[0] for _ in range(10)} == {"0", "1", "2"}, "requests without one do not care"
+        assert fleet.rank(RoutingKey(100, [], adapter="x"))[0] == "1"
+    assert {fleet.rank(RoutingKey(100, []))[0] for _ in range(10)} == {"0", "1", "2"}, (
+        "requests without one do not care"
+    )
     num_rows = ADAPTER_TOKENS // ROW_TOKENS
     fleet.report("1", replace(IDLE, num_running=num_rows - 1, adapters=("x",)), [], [], False)
-    assert fleet.rank(100, [], adapter="x")[0] == "1"
+    assert fleet.rank(RoutingKey(100, [], adapter="x"))[0] == "1"
     fleet.report("1", replace(IDLE, num_running=num_rows + 1, adapters=("x",)), [], [], False)
-    assert fleet.rank(100, [], adapter="x")[0] != "1"
+    assert fleet.rank(RoutingKey(100, [], adapter="x"))[0] != "1"
 
 
 def test_an_adapter_that_is_being_loaded_counts_until_a_report_knows_better():
     """Requests that come in a burst follow the first one, and not forever if it did not load there."""
     fleet = fleet_of(3)
-    first = fleet.rank(100, [], adapter="x")[0]
-    fleet.sent(first, 1, 100, [], adapter="x")
-    assert fleet.rank(100, [], adapter="x")[0] == first
+    first = fleet.rank(RoutingKey(100, [], adapter="x"))[0]
+    fleet.sent(first, 1, RoutingKey(100, [], adapter="x"))
+    assert fleet.rank(RoutingKey(100, [], adapter="x"))[0] == first
     fleet.report(first, IDLE, [], [], False, received=[1])
-    assert fleet.rank(100, [], adapter="x")[0] == first, "it is still on its way"
+    assert fleet.rank(RoutingKey(100, [], adapter="x"))[0] == first, "it is still on its way"
     fleet.ended(1)
     fleet.report(first, IDLE, [], [], False)
-    assert len({fleet.rank(100, [], adapter="x")[0] for _ in range(6)}) == 3
+    assert len({fleet.rank(RoutingKey(100, [], adapter="x"))[0] for _ in range(6)}) == 3
 
 
 def simulate(*, heeds_adapters: bool) -> tuple[float, float]:
@@ -86,8 +88,8 @@ def simulate(*, heeds_adapters: bool) -> tuple[float, float]:
         for _ in range(2):
             num_requests += 1
             adapter = str(min(int(draw.paretovariate(1.0)), 32))
-            chosen = fleet.rank(200, [], adapter=adapter if heeds_adapters else "")[0]
-            fleet.sent(chosen, num_requests, 200, [], adapter=adapter if heeds_adapters else "")
+            chosen = fleet.rank(RoutingKey(200, [], adapter=adapter if heeds_adapters else ""))[0]
+            fleet.sent(chosen, num_requests, RoutingKey(200, [], adapter=adapter if heeds_adapters else ""))
             num_loads += adapter not in replicas[chosen].digests
             in_use = {item[3] for item in running if item[2] == chosen}
             assert replicas[chosen].use(adapter, in_use)

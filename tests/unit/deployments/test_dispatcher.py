@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from deployments.errors import NoReplicaError, OverloadedError
-from deployments.fleet.fleet import Fleet
+from deployments.fleet.fleet import Fleet, RoutingKey
 from deployments.fleet.policy import CostPolicy
 from deployments.fleet.work import Prospects
 from deployments.model_config import AdmissionConfig
@@ -41,7 +41,7 @@ class Setup:
     def place(
         self, stream_id: int, tokens: int = 100, work: int = 200, session: bytes = b""
     ) -> "asyncio.Future[list[str]]":
-        ticket = Ticket(stream_id, tokens, work, session=session)
+        ticket = Ticket(stream_id, RoutingKey(tokens, session=session), work)
         self.dispatcher.enqueue(ticket)
         return ticket.ranking
 
@@ -84,7 +84,7 @@ async def test_prompts_wait_while_a_replica_has_some_steps_of_them_ahead():
 
 async def test_one_who_gives_up_waiting_is_forgotten():
     setup = Setup()
-    ticket = Ticket(1, 100, 200)
+    ticket = Ticket(1, RoutingKey(100), 200)
     setup.dispatcher.enqueue(ticket)
     setup.dispatcher.withdraw(ticket)
     setup.dispatcher.withdraw(ticket)
@@ -162,7 +162,7 @@ NOTHING = Prospects(frozenset(), is_one_coming=False)
 
 def resumed(stream_id: int, *, excluded: str = "", is_suspect: bool = False, num_output_tokens: int = 0) -> Ticket:
     return Ticket(
-        stream_id, 100, 200, is_resumed=True, excluded=frozenset(excluded), is_suspect=is_suspect,
+        stream_id, RoutingKey(100), 200, is_resumed=True, excluded=frozenset(excluded), is_suspect=is_suspect,
         num_output_tokens=num_output_tokens,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
-from deployments.fleet.fleet import Fleet
+from deployments.fleet.fleet import Fleet, RoutingKey
 from deployments.fleet.policy import CostPolicy, ReplicaLoad, RoutedRequest
 from llm.serving.schemas import EngineStats
 
@@ -45,7 +45,7 @@ def seen(fleet: Fleet, replica_id: str = "a") -> tuple[int, int]:
 
 
 def cached(fleet: Fleet, blocks: Sequence[int], num_tokens: int = 10_000) -> dict[str, int]:
-    fleet.rank(num_tokens, blocks)
+    fleet.rank(RoutingKey(num_tokens, blocks))
     recorder = fleet._policy
     assert isinstance(recorder, Recorder)
     return recorder.cached
@@ -53,7 +53,7 @@ def cached(fleet: Fleet, blocks: Sequence[int], num_tokens: int = 10_000) -> dic
 
 def test_what_is_sent_counts_at_once_until_it_ends():
     fleet = fleet_of("a", "b")
-    fleet.sent("a", 1, 100, [])
+    fleet.sent("a", 1, RoutingKey(100, []))
     assert (seen(fleet), seen(fleet, "b")) == ((1, 100), (0, 0))
     fleet.prefilled(1)
     assert seen(fleet) == (1, 0)
@@ -63,15 +63,15 @@ def test_what_is_sent_counts_at_once_until_it_ends():
 
 def test_a_report_that_does_not_know_a_request_yet_does_not_hide_it():
     fleet = fleet_of("a")
-    fleet.sent("a", 1, 100, [])
+    fleet.sent("a", 1, RoutingKey(100, []))
     fleet.report("a", state(rows=3, waiting_tokens=50), [], [], False)
     assert seen(fleet) == (4, 150)
 
 
 def test_a_report_that_counts_a_request_does_not_double_it():
     fleet = fleet_of("a")
-    fleet.sent("a", 1, 100, [])
-    fleet.sent("a", 2, 30, [])
+    fleet.sent("a", 1, RoutingKey(100, []))
+    fleet.sent("a", 2, RoutingKey(30, []))
     fleet.report("a", state(rows=1, waiting_tokens=80), [], [], False, [1])
     assert seen(fleet) == (2, 110)
     fleet.report("a", state(rows=2, waiting_tokens=30), [], [], False, [2])
@@ -80,10 +80,10 @@ def test_a_report_that_counts_a_request_does_not_double_it():
 
 def test_first_tokens_and_ends_after_a_report_are_taken_off():
     fleet = fleet_of("a")
-    fleet.sent("a", 1, 100, [])
+    fleet.sent("a", 1, RoutingKey(100, []))
     fleet.report("a", state(rows=1, waiting_tokens=100), [], [], False, [1])
-    fleet.sent("a", 2, 30, [])
-    fleet.sent("a", 3, 40, [])
+    fleet.sent("a", 2, RoutingKey(30, []))
+    fleet.sent("a", 3, RoutingKey(40, []))
     fleet.prefilled(1)
     assert seen(fleet) == (3, 70)
     fleet.prefilled(1)
@@ -94,7 +94,7 @@ def test_first_tokens_and_ends_after_a_report_are_taken_off():
 
 def test_an_aborted_request_leaves_nothing_behind():
     fleet = fleet_of("a")
-    fleet.sent("a", 1, 160, list(range(10)))
+    fleet.sent("a", 1, RoutingKey(160, list(range(10))))
     assert cached(fleet, list(range(10))) == {"a": 160}
     fleet.ended(1)
     fleet.report("a", IDLE, [], [], False)
@@ -105,7 +105,7 @@ def test_an_aborted_request_leaves_nothing_behind():
 def test_a_request_that_another_replica_took_counts_there():
     """Serve sends it on where the first of the ranking is gone; the other's report says so."""
     fleet = fleet_of("a", "b")
-    fleet.sent("a", 1, 100, [])
+    fleet.sent("a", 1, RoutingKey(100, []))
     fleet.report("b", state(rows=1, waiting_tokens=100), [], [], False, [1])
     assert (seen(fleet), seen(fleet, "b")) == ((0, 0), (1, 100))
     fleet.ended(1)
@@ -115,7 +115,7 @@ def test_a_request_that_another_replica_took_counts_there():
 
 def test_own_rows_are_told_from_other_routers():
     fleet = fleet_of("a")
-    fleet.sent("a", 1, 100, [])
+    fleet.sent("a", 1, RoutingKey(100, []))
     fleet.report("a", state(rows=5), [], [], False, [1])
     assert (fleet.load("a").num_rows, fleet.load("a").num_own_rows) == (5, 1)
 
@@ -123,12 +123,12 @@ def test_own_rows_are_told_from_other_routers():
 def test_a_removed_replica_is_not_ranked_and_comes_back_with_a_snapshot():
     fleet = fleet_of("a", "b")
     fleet.report("a", IDLE, [7], [], False)
-    fleet.sent("a", 1, 100, [7])
+    fleet.sent("a", 1, RoutingKey(100, [7]))
     fleet.remove("a")
-    assert fleet.rank(10, [7]) == ["b"]
+    assert fleet.rank(RoutingKey(10, [7])) == ["b"]
     fleet.prefilled(1)
     fleet.ended(1)
-    fleet.sent("a", 2, 100, [])
+    fleet.sent("a", 2, RoutingKey(100, []))
     fleet.report("a", state(rows=2), [8], [], True)
     assert cached(fleet, [8]) == {"a": 16, "b": 0}
     assert cached(fleet, [7]) == {"a": 0, "b": 0}
@@ -148,7 +148,7 @@ def test_caches_follow_the_reports():
 
 def test_a_prompt_on_its_way_counts_as_cached_until_a_report_knows_better():
     fleet = fleet_of("a", "b")
-    fleet.sent("a", 1, 40, [1, 2])
+    fleet.sent("a", 1, RoutingKey(40, [1, 2]))
     assert cached(fleet, [1, 2, 3]) == {"a": 32, "b": 0}
     fleet.report("a", state(rows=1, waiting_tokens=40), [], [], False, [1])
     assert cached(fleet, [1, 2, 3])["a"] == 32
@@ -162,7 +162,7 @@ def test_the_last_token_is_never_cached():
     fleet = fleet_of("a")
     fleet.report("a", IDLE, [1, 2], [], False)
     assert cached(fleet, [1, 2], num_tokens=32) == {"a": 31}
-    fleet.sent("a", 1, 32, [1, 2])
+    fleet.sent("a", 1, RoutingKey(32, [1, 2]))
     assert seen(fleet) == (1, 1)
 
 
@@ -179,7 +179,7 @@ def test_the_search_finds_what_a_walk_finds(num_blocks, seed):
         depth = draw.choice([*favourites, draw.randint(0, num_blocks)])
         on_the_way = draw.randint(0, depth)  # of that, so much is in the reports and the rest is coming
         fleet.report(str(i), IDLE, [*prompt[: depth - on_the_way], draw.getrandbits(64)], [], True)
-        fleet.sent(str(i), i, 10_000, prompt[:depth])
+        fleet.sent(str(i), i, RoutingKey(10_000, prompt[:depth]))
         expected[str(i)] = depth * PAGE
     assert cached(fleet, prompt) == expected
 
@@ -191,7 +191,7 @@ def test_after_the_last_report_the_fleet_knows_what_the_replica_knows(events):
     for event, i in events:
         if event == "send" and stage[i] == "new":
             stage[i] = "sent"
-            fleet.sent("a", i, 100, [i])
+            fleet.sent("a", i, RoutingKey(100, [i]))
         elif event == "arrive" and stage[i] == "sent":
             stage[i] = "waiting"
             unnamed.append(i)
@@ -217,9 +217,9 @@ def test_with_the_cost_policy_a_conversation_stays_where_its_prefix_is():
     for replica_id in "abcd":
         fleet.report(replica_id, IDLE, [], [], True)
     blocks = list(range(200))
-    first = fleet.rank(1600, blocks[:100])[0]
-    fleet.sent(first, 1, 1600, blocks[:100])
+    first = fleet.rank(RoutingKey(1600, blocks[:100]))[0]
+    fleet.sent(first, 1, RoutingKey(1600, blocks[:100]))
     fleet.prefilled(1)
     fleet.ended(1)
     fleet.report(first, IDLE, blocks[:100], [], False, [1])
-    assert fleet.rank(3200, blocks)[0] == first
+    assert fleet.rank(RoutingKey(3200, blocks))[0] == first

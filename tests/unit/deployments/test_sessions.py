@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 from in_process import ServiceFactory, emulated_config
@@ -13,7 +14,7 @@ from benchmarks.routing_replica import ReplicaSpeed
 from benchmarks.routing_trace import TraceRequest
 from deployments.config import PolicyName
 from deployments.fleet import sessions
-from deployments.fleet.fleet import Fleet
+from deployments.fleet.fleet import Fleet, RoutingKey
 from deployments.fleet.policy import ROW_TOKENS, CostPolicy, PowerOfTwoChoices, RoutedRequest
 from deployments.fleet.sessions import SessionHomes, session_key
 
@@ -30,8 +31,8 @@ def idle_fleet(*replica_ids: str, seed: int = 0) -> Fleet:
 
 def serve(fleet: Fleet, stream_id: int, session: bytes, num_tokens: int = SHORT) -> str:
     """Send a request where the fleet says, and end it."""
-    chosen = fleet.rank(num_tokens, [], session)[0]
-    fleet.sent(chosen, stream_id, num_tokens, [], session)
+    chosen = fleet.rank(RoutingKey(num_tokens, [], session))[0]
+    fleet.sent(chosen, stream_id, RoutingKey(num_tokens, [], session))
     fleet.ended(stream_id)
     return chosen
 
@@ -53,18 +54,18 @@ def test_a_session_follows_what_served_it_last():
     fleet = idle_fleet("a", "b")
     session = session_key("", "s")
     for last in ("a", "b", "a"):
-        fleet.sent(last, 1, SHORT, [], session)
+        fleet.sent(last, 1, RoutingKey(SHORT, [], session))
         fleet.ended(1)
-        assert {fleet.rank(SHORT, [], session)[0] for _ in range(4)} == {last}
+        assert {fleet.rank(RoutingKey(SHORT, [], session))[0] for _ in range(4)} == {last}
 
 
 def test_a_session_follows_its_request_to_the_replica_that_took_it():
     fleet = idle_fleet("a", "b")
     session = session_key("", "s")
-    fleet.sent("a", 1, SHORT, [], session)
+    fleet.sent("a", 1, RoutingKey(SHORT, [], session))
     fleet.report("b", IDLE, [], [], False, received=[1])
     fleet.ended(1)
-    assert {fleet.rank(SHORT, [], session)[0] for _ in range(4)} == {"b"}
+    assert {fleet.rank(RoutingKey(SHORT, [], session))[0] for _ in range(4)} == {"b"}
 
 
 @pytest.mark.parametrize("tokens", [0, 1, ROW_TOKENS // 2])
@@ -101,11 +102,11 @@ def test_routers_that_do_not_know_a_session_agree_on_its_replica():
     """And when another replica goes, only its sessions move."""
     routers = [idle_fleet(*"abcd", seed=seed) for seed in range(3)]
     names = [session_key("team", str(i)) for i in range(50)]
-    chosen = [[fleet.rank(SHORT, [], name)[0] for fleet in routers] for name in names]
+    chosen = [[fleet.rank(RoutingKey(SHORT, [], name))[0] for fleet in routers] for name in names]
     assert all(len(set(each)) == 1 for each in chosen)
     routers[0].remove("b")
     for name, (before, *_) in zip(names, chosen, strict=True):
-        after = routers[0].rank(SHORT, [], name)[0]
+        after = routers[0].rank(RoutingKey(SHORT, [], name))[0]
         assert after == before if before != "b" else after != "b"
 
 
@@ -159,12 +160,12 @@ def test_sessions_do_not_make_a_fleet_uneven():
         rank, sent = fleet.rank, fleet.sent
         waiting = iter(range(len(trace)))
 
-        def ranked(num_tokens: int, blocks: list[int]) -> list[str]:
+        def ranked(key: RoutingKey) -> list[str]:
             fleet.now_serving = sessions_of.get(next(waiting), b"")
-            return rank(num_tokens, blocks, fleet.now_serving)
+            return rank(replace(key, session=fleet.now_serving))
 
         fleet.rank = ranked
-        fleet.sent = lambda *fields: sent(*fields, fleet.now_serving)
+        fleet.sent = lambda to, stream_id, key: sent(to, stream_id, replace(key, session=fleet.now_serving))
         simulation.run()
         served = [replica.num_served for replica in simulation.replicas]
         waited = sum(r.first_token_s - r.request.arrival_s for r in simulation.requests)

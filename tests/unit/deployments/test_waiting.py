@@ -2,11 +2,14 @@
 
 from hypothesis import given, strategies as st
 
+from deployments.fleet.fleet import RoutingKey
 from deployments.router.waiting import Ticket, WaitingQueue
 
 
 def ticket(stream_id: int, tenant: str = "", priority: int = 0, work: int = 100, is_resumed: bool = False) -> Ticket:
-    return Ticket(stream_id, work, work, tenant=tenant, priority=priority, is_resumed=is_resumed, ranking=None)
+    return Ticket(
+        stream_id, RoutingKey(work), work, tenant=tenant, priority=priority, is_resumed=is_resumed, ranking=None
+    )
 
 
 def drain(queue: WaitingQueue) -> list[int]:
@@ -64,6 +67,6 @@ def test_nothing_is_lost_and_the_sums_are_right(moves):
             queue.remove(waiting.pop(min(waiting)))
         assert len(queue) == len(waiting)
         assert {t.stream_id for t in queue} == set(waiting)
-        assert queue.num_tokens == queue.num_work_tokens == sum(t.num_tokens for t in waiting.values())
+        assert queue.num_tokens == queue.num_work_tokens == sum(t.key.num_tokens for t in waiting.values())
     assert sorted(drain(queue)) == sorted(waiting)
     assert not queue
