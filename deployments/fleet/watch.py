@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -12,10 +11,11 @@ from deployments.channel.messages import ChannelAddress, Report
 from deployments.config import RouterConfig
 from deployments.errors import ReplicaLostError
 from deployments.fleet.departure import explain
-from deployments.fleet.engine_client import EngineClient, Starts
+from deployments.fleet.engine_client import EngineClient
 from deployments.fleet.events import FleetRecord
 from deployments.fleet.fleet import Fleet
 from deployments.fleet.known_replica import KnownReplica
+from deployments.fleet.start_watch import StartWatch
 from deployments.fleet.succession import Succession
 from deployments.fleet.verdict import Evidence, Limits, Standing, Verdict, judge
 from deployments.fleet.work import Prospects, Work
@@ -33,9 +33,6 @@ _FORGET_AFTER_S = 10.0
 _DELIBERATE_S = 1.0
 """A replica that was healthy when Ray Serve took it off its list, and is lost no sooner than this, was taken away."""
 _QUEUE_NEWS_INTERVAL_S = 0.5
-_STARTING_INTERVAL_S = 1.0
-_STARTING_LIFETIME_S = 10.0
-"""How long Ray Serve's word that a replica is starting counts; it does not answer if its controller hangs."""
 _STAY_INTERVAL_S, _STAY_S = 1.0, 3.0
 """How often a replica is asked to stay, and for how long each time."""
 _TROUBLE = frozenset({Standing.DOUBTFUL, Standing.SILENT, Standing.STALLED, Standing.BROKEN})
@@ -85,10 +82,6 @@ class FleetWatch:
         self._replicas: dict[str, KnownReplica] = {}
         self._attaching: dict[str, asyncio.Task[None]] = {}
         self._waking: asyncio.Task[None] | None = None
-        self._asking: asyncio.Task[None] | None = None
-        self._starts = Starts()
-        self._noted_failure: str | None = None
-        self._asked_at = self._told_at = -math.inf
         self._succession = Succession()
         self._is_without_own = False
         """Whether an update seems to be under way and Serve lists no replica of the router's version."""
@@ -97,6 +90,7 @@ class FleetWatch:
         self._queue_news_at = 0.0
         self._is_autoscaled = is_autoscaled
         self.record = FleetRecord()
+        self._starts = StartWatch(client, self.record, clock)
         client.watch(self.set_running)
         self._task = asyncio.get_running_loop().create_task(self._check_for_ever())
 
@@ -179,7 +173,7 @@ class FleetWatch:
             replica = self._replicas.setdefault(replica_id, KnownReplica(now, now))
             replica.delisted_at = replica.departure = None
             self.record.events.add(f"Replica {replica_id} joined")
-            self._noted_failure = None
+            self._starts.note_joined()
         if replica_ids:
             self._succession.begin(now)
         self._is_without_own = self._lacks_own_version()
@@ -212,7 +206,8 @@ class FleetWatch:
 
     def close(self) -> None:
         """Stop watching."""
-        for task in (self._task, self._waking, self._asking, self._telling, *self._staying, *self._attaching.values()):
+        self._starts.close()
+        for task in (self._task, self._waking, self._telling, *self._staying, *self._attaching.values()):
             if task is not None:
                 task.cancel()
 
@@ -308,7 +303,7 @@ class FleetWatch:
                 del self._replicas[replica_id]
         self._ask_to_stay(now)
         self._wake_up()
-        self._ask_who_starts(now)
+        self._starts.look(is_needed=self._work.is_engine_wanted and not self._fleet.replica_ids)
         self._work.tick(self._prospects())
         self._tell_queue(now)
 
@@ -323,8 +318,7 @@ class FleetWatch:
         if self._succession.is_over:
             return Prospects(frozenset(hopeful), is_one_coming=False, is_outdated=not hopeful)
         is_one_coming = len(hopeful) < max(self._num_expected, len(verdicts))
-        is_recent = self._clock() - self._told_at < _STARTING_LIFETIME_S
-        return Prospects(frozenset(hopeful), is_one_coming, self._starts if is_recent else Starts())
+        return Prospects(frozenset(hopeful), is_one_coming, self._starts.latest)
 
     def _ask_to_stay(self, now: float) -> None:
         """Keep replicas that Serve is taking away while this router has no others; new routers will soon take over."""
@@ -368,27 +362,6 @@ class FleetWatch:
         elif not is_needed and self._waking is not None:
             self._waking.cancel()
             self._waking = None
-
-    def _ask_who_starts(self, now: float) -> None:
-        """While requests wait and there is no replica, keep track of those that are being started."""
-        if not self._work.is_engine_wanted or self._fleet.replica_ids:
-            self._starts = Starts()
-        elif now - self._asked_at > _STARTING_INTERVAL_S and (self._asking is None or self._asking.done()):
-            self._asked_at = now
-            self._asking = asyncio.get_running_loop().create_task(self._look_at_starts())
-
-    async def _look_at_starts(self) -> None:
-        try:
-            self._starts = await self._client.replica_starts()
-            self._told_at = self._clock()
-        except Exception:
-            logger.exception("Serve cannot be asked which replicas are starting; trying again")
-            return
-        failure = self._starts.failure
-        if failure is not None and failure != self._noted_failure:
-            self._noted_failure = failure
-            logger.error("a replica failed to start: %s", failure)
-            self.record.events.add(f"A replica failed to start: {failure}", is_bad=True)
 
     def _tell_queue(self, now: float) -> None:
         """Tell one replica how much waits here, for its autoscaling statistics to include."""

@@ -78,7 +78,7 @@ async def test_a_start_that_is_given_up_ends_the_waiting(empty: Service):
 
 async def test_a_controller_that_answers_no_more_keeps_nobody_waiting(empty: Service, monkeypatch):
     """Its last word was that a replica is starting; that counts for a while."""
-    monkeypatch.setattr("deployments.fleet.watch._STARTING_LIFETIME_S", 2.0)
+    monkeypatch.setattr("deployments.fleet.start_watch._LIFETIME_S", 2.0)
     empty.client.starts = Starts(1)
     asking = ask(empty)
     await asyncio.sleep(3 * TIMEOUT_S)
