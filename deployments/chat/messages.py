@@ -115,6 +115,7 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
         called.update(call.id for call in message.calls)
         if message.tool_call_id and message.tool_call_id not in called:
             param = f"messages[{i}].tool_call_id"
-            raise invalid(f"{param}: no earlier message calls a tool under this id", param)
+            named = repr(message.tool_call_id[:80])
+            raise invalid(f"{param}: no earlier message calls a tool under the id {named}", param)
         if message.role in ("tool", "function") and not called:
             raise invalid(f"messages[{i}]: a tool answers, and no earlier message calls one", f"messages[{i}]")
