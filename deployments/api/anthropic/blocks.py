@@ -68,6 +68,10 @@ OtherBlock = dict[str, Any]
 """A block of another type, such as an image."""
 
 
+_FAILED = placeholder("error")
+"""What stands before the result of a tool that failed: chat templates have no other way to say it."""
+
+
 class ToolResultBlock(WireModel):
     """The result of a tool call."""
 
@@ -83,7 +87,8 @@ class ToolResultBlock(WireModel):
         ]
         | None
     ) = None
-    is_error: NoEffect = None
+    is_error: bool | None = None
+    """Told to the model in words."""
     cache_control: NoEffect = None
 
     def turn(self) -> dict[str, Any]:
@@ -91,6 +96,8 @@ class ToolResultBlock(WireModel):
         content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(map(_told, content))
+        if self.is_error:
+            content = f"{_FAILED}\n{content}" if content else _FAILED
         return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
 
 
