@@ -43,6 +43,8 @@ class ChatMessage(WireModel):
     """Another name of `reasoning_content`."""
     function_call: FunctionCall | None = None
     """For an assistant: an older form of `tool_calls`, answered by a message with the role `function`."""
+    prefix: bool | None = None
+    """For the last message, if it is the assistant's: as `continue_final_message`, in the words of other servers."""
     refusal: NoEffect = None
     annotations: NoEffect = None
     audio: Annotated[Any, Unsupported()] = None

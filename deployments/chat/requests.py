@@ -214,6 +214,8 @@ class ChatRequest(ThinkingFields, SamplingFields):
             raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs: only with logprobs set to true", "top_logprobs")
+        if self.messages[-1].role == "assistant" and self.messages[-1].prefix:
+            self.continue_final_message = True
         if self.continue_final_message:
             check_continued(self.messages, self.add_generation_prompt)
         self.thinking_variables()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
-from deployments.chat.content import placeholder
+from deployments.chat.content import failed, placeholder
 from deployments.chat.errors import invalid
 from deployments.chat.tools import Written
 from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
@@ -68,10 +68,6 @@ OtherBlock = dict[str, Any]
 """A block of another type, such as an image."""
 
 
-_FAILED = placeholder("error")
-"""What stands before the result of a tool that failed: chat templates have no other way to say it."""
-
-
 class ToolResultBlock(WireModel):
     """The result of a tool call."""
 
@@ -96,9 +92,11 @@ class ToolResultBlock(WireModel):
         content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(map(_told, content))
-        if self.is_error:
-            content = f"{_FAILED}\n{content}" if content else _FAILED
-        return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
+        return {
+            "role": "tool",
+            "tool_call_id": self.tool_use_id,
+            "content": failed(content) if self.is_error else content,
+        }
 
 
 Block = Annotated[

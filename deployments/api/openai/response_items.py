@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, ValidationInfo
 
 from deployments.api.openai.response_tools import FunctionId
-from deployments.chat.content import placeholder, text_of
+from deployments.chat.content import failed, placeholder, text_of
 from deployments.chat.errors import invalid
 from deployments.chat.skipped import Skipped, skip
 from deployments.chat.structured import NonEmpty
@@ -236,7 +236,9 @@ def _add_exchange(
         if isinstance(value.get("id"), str):
             call_ids[value["id"]] = call_id
     else:
-        content = _output_text(rest.get("output", rest))
+        status = value.get("status")
+        content = _output_text(rest.get("output", rest or (status if status == "completed" else "")))
+        content = failed(content) if status == "failed" else content
         turns.append({"role": "tool", "tool_call_id": call_ids.get(call_id, call_id), "content": content})
 
 

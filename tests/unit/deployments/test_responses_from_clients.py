@@ -66,6 +66,21 @@ async def test_what_came_of_a_local_shell_is_told(make_service: ServiceFactory):
         turns_of(call, {"type": "local_shell_call_output", "id": "other", "output": "a.txt"})
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"status": "failed", "output": "no such file"}, "[error]\nno such file"),
+        ({"status": "failed"}, "[error]"),
+        ({"status": "completed"}, "completed"),
+        ({"status": "completed", "output": "done"}, "done"),
+        ({}, ""),
+    ],
+)
+def test_whether_a_patch_was_applied_is_told(fields: dict, told: str):
+    call = {"type": "apply_patch_call", "call_id": "c", "operation": {"type": "delete_file", "path": "x"}}
+    assert turns_of(call, {"type": "apply_patch_call_output", "call_id": "c", **fields})[2]["content"] == told
+
+
 async def test_allowed_tools_of_other_kinds_are_left_out(make_service: ServiceFactory, monkeypatch, tmp_path: Path):
     use_script(monkeypatch, "ok")
     service = await make_service(model_config(tmp_path, TOOL_TEMPLATE))
