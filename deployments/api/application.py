@@ -1,6 +1,6 @@
 """The HTTP application of a router: its routes, and the middleware around them."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -12,13 +12,14 @@ from deployments.api.audit import Audit
 from deployments.api.auth import KeyGuard
 from deployments.api.callers import REQUEST_ID_HEADER, TIMING_HEADER
 from deployments.api.edge import Edge
-from deployments.api.errors import answer_to, unknown_route, wrong_method
+from deployments.api.errors import answer_to, wrong_method
 from deployments.api.openai.response_store import ResponseStore
 from deployments.api.pages import STATIC_DIRECTORY, STATIC_PATH
 from deployments.api.pages.static_files import add_static_files
 from deployments.api.route_table import EVENT_STREAM, Route, describe
 from deployments.api.routes import Endpoints
 from deployments.api.tracing import TraceRequests
+from deployments.api.wrong_paths import WrongPaths
 from deployments.api_config import CorsConfig
 from deployments.batches.desk import BatchDesk
 from deployments.chat.errors import APIError, of_engine
@@ -53,7 +54,7 @@ def create_api(directory: ModelDirectory, store: ResponseStore | None = None, de
     api.openapi = lambda: describe(api, table, needs_key=directory.access.needs_key)  # type: ignore[method-assign]
     api.add_exception_handler(APIError, _on_api_error)
     api.add_exception_handler(LLMError, _on_llm_error)
-    api.add_exception_handler(HTTPException, _on_http_error)
+    api.add_exception_handler(HTTPException, _http_errors(WrongPaths(table)))
     open_paths = [*(route.path for route in table if route.is_open), _OPENAPI_PATH, *static_paths]
     metered_paths = [route.path for route in table if route.is_metered]
     # The last one added is the outermost.
@@ -101,9 +102,18 @@ async def _on_llm_error(request: Request, error: Exception) -> Response:
     return answer_to(request.scope, of_engine(error))
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    """Answer requests that Starlette itself refuses."""
-    assert isinstance(error, HTTPException), "registered for it"
-    known = {404: unknown_route(), 405: wrong_method(error.headers)}
-    other = APIError(error.status_code, str(error.detail), headers=error.headers)
-    return answer_to(request.scope, known.get(error.status_code, other))
+def _http_errors(wrong_paths: WrongPaths) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """Answers requests that Starlette itself refuses."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException), "registered for it"
+        match error.status_code:
+            case 404:
+                told = wrong_paths.not_found(request)
+            case 405:
+                told = wrong_method((error.headers or {}).get("Allow", ""))
+            case status:
+                told = APIError(status, str(error.detail), headers=error.headers)
+        return answer_to(request.scope, told)
+
+    return answer

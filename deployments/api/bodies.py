@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
+from deployments.api.half_characters import with_whole_characters
 from deployments.api.inflate import ENCODINGS, InflateError, TooLargeError, inflate
 from deployments.chat.errors import APIError, invalid, of_validation
 from deployments.chat.ignored import IgnoredFields
@@ -86,10 +87,7 @@ def parse(model: type[Body], data: bytes, *, is_strict: bool = False) -> tuple[B
     """
     data = data.removeprefix(BOM_UTF8)
     num_structure = _check_size(data)
-    try:
-        value = from_json(data)
-    except ValueError as error:
-        raise invalid(f"The body is not valid JSON: {error}") from None
+    value = _value_of(data)
     if num_structure > MAX_KEYS:
         _check_keys(value)
     ignored = IgnoredFields(is_strict=is_strict)
@@ -98,6 +96,21 @@ def parse(model: type[Body], data: bytes, *, is_strict: bool = False) -> tuple[B
     except ValidationError as error:
         raise of_validation(error, model) from None
     return body, ignored.paths(value)
+
+
+def _value_of(data: bytes) -> Any:
+    """The JSON value in a body.
+
+    Raises:
+        APIError: a 400.
+    """
+    try:
+        return from_json(data)
+    except ValueError as error:
+        value = with_whole_characters(data)
+        if value is None:
+            raise invalid(f"The body is not valid JSON: {error}") from None
+        return value
 
 
 def _check_size(data: bytes) -> int:

@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.answer_headers import add_request_id, with_added_headers
-from deployments.api.errors import answer_to, asks_for_messages, too_many_open
+from deployments.api.errors import answer_to, is_anthropics, too_many_open
 from deployments.api.send_timeout import SendTimeout
 from deployments.api.sse import ClientLeftError
 from deployments.chat.errors import APIError, internal
@@ -37,7 +37,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         scope = {**scope, "path": plain_path(scope)}
-        if asks_for_messages(scope):
+        if is_anthropics(scope):
             add_request_id(scope)
         max_header_bytes = self._limits.max_header_bytes
         if _header_bytes(scope) > max_header_bytes:

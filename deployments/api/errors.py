@@ -10,6 +10,7 @@ from starlette.responses import Response
 from deployments.chat.errors import INVALID_REQUEST, SERVER_ERROR, APIError, PromptTooLongError
 
 _MESSAGES_PATH = "/v1/messages"
+_VERSION_HEADER = b"anthropic-version"
 _NO_THREADS = "thread_unsupported_request"
 """From this code Anthropic's clients know that the server keeps no conversation for them, and try again without one."""
 _ANTHROPIC_TYPES = {
@@ -62,15 +63,15 @@ def anthropic_error_body(error: APIError) -> bytes:
     return msgspec.json.encode({"type": "error", "error": detail})
 
 
-def asks_for_messages(scope: Mapping[str, Any]) -> bool:
-    """Whether a request belongs to Anthropic's API."""
-    return _MESSAGES_PATH in scope["path"]
+def is_anthropics(scope: Mapping[str, Any]) -> bool:
+    """Whether a request belongs to Anthropic's API: by its path, or by the header that all its clients send."""
+    return _MESSAGES_PATH in scope["path"] or any(name == _VERSION_HEADER for name, _ in scope["headers"])
 
 
 def answer_to(scope: Mapping[str, Any], error: APIError) -> Response:
     """The HTTP answer that tells the client of this request what is wrong, in the format of the API that it uses."""
     note_reason(scope, error)
-    body = anthropic_error_body(error) if asks_for_messages(scope) else error_body(error)
+    body = anthropic_error_body(error) if is_anthropics(scope) else error_body(error)
     return Response(body, error.status, error.headers, media_type="application/json")
 
 
@@ -113,11 +114,22 @@ def too_many_open() -> APIError:
     )  # fmt: skip
 
 
-def unknown_route() -> APIError:
-    """The error for a path at which nothing is served."""
-    return APIError(404, "There is no such route", code="unknown_route")
+def unknown_route(path: str, meant: str | None) -> APIError:
+    """The error for a path at which nothing is served.
+
+    Args:
+        path: the path.
+        meant: the path that the client probably meant; None if it cannot be told.
+    """
+    hint = f"; did you mean {meant!r}? Check the client's base URL" if meant else "; /docs lists those that there are"
+    return APIError(404, f"There is no route {path!r}{hint}", code="unknown_route")
 
 
-def wrong_method(headers: Mapping[str, str] | None) -> APIError:
-    """The error for a method that the path does not support."""
-    return APIError(405, "This route does not take this method", code="method_not_allowed", headers=headers)
+def wrong_method(allowed: str) -> APIError:
+    """The error for a method that the path does not support.
+
+    Args:
+        allowed: those that it supports.
+    """
+    message = f"This route does not take this method; it takes {allowed}"
+    return APIError(405, message, code="method_not_allowed", headers={"Allow": allowed})

@@ -7,6 +7,7 @@ from starlette.responses import Response, StreamingResponse
 
 from deployments.api.answering import json_response
 from deployments.api.batch_desk import DeskAccess, list_object, page_of
+from deployments.api.byte_ranges import part_of
 from deployments.api.callers import tenant_of
 from deployments.api.openai.files import (
     DeletedFile,
@@ -103,10 +104,18 @@ class FileEndpoints:
         return json_response(file_object(await self._find(request)))
 
     async def content(self, request: Request) -> Response:
-        """Return what a file holds."""
+        """Return what a file holds, or the part of it that the request's `Range` asks for."""
         record = await self._find(request)
-        headers = {"Content-Length": str(record.num_bytes)}
-        return StreamingResponse(self._pieces(record), headers=headers, media_type="application/octet-stream")
+        tag = f'"{record.id}"'  # a file never changes
+        part = part_of(request.headers, record.num_bytes, tag) if request.method == "GET" else None
+        start, end = (part.start, part.end) if part is not None else (0, record.num_bytes)
+        headers = {"Content-Length": str(record.num_bytes)} if part is None else part.headers()
+        return StreamingResponse(
+            self._pieces(record.id, start, end),
+            status_code=200 if part is None else 206,
+            headers={"Accept-Ranges": "bytes", "ETag": tag, **headers},
+            media_type="application/octet-stream",
+        )
 
     async def delete(self, request: Request) -> Response:
         """Delete a file that no batch needs."""
@@ -120,8 +129,8 @@ class FileEndpoints:
         files = self._access.desk.files
         return await self._access.run(lambda: files.get(owner, file_id))
 
-    async def _pieces(self, record: FileRecord) -> AsyncIterator[bytes]:
+    async def _pieces(self, file_id: str, first: int, last: int) -> AsyncIterator[bytes]:
         files = self._access.desk.files
-        for start in range(0, record.num_bytes, _CHUNK_BYTES):
-            end = min(start + _CHUNK_BYTES, record.num_bytes)
-            yield await self._access.run(lambda start=start, end=end: files.read(record.id, start, end))  # type: ignore[misc]
+        for start in range(first, last, _CHUNK_BYTES):
+            end = min(start + _CHUNK_BYTES, last)
+            yield await self._access.run(lambda start=start, end=end: files.read(file_id, start, end))  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """The handlers for the paths that say which models there are, and whether they answer."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -7,6 +8,7 @@ from starlette.responses import Response
 
 from deployments.adapters.messages import KnownAdapter
 from deployments.api.answering import json_response
+from deployments.api.batch_desk import list_object
 from deployments.api.errors import model_not_found
 from deployments.api.openai.responses import ModelList, ModelObject, Status
 from deployments.api.permissions import may_use
@@ -40,7 +42,8 @@ class ModelEndpoints:
         """List the models and then the adapters that the API key may use, with their aliases and states."""
         found = [self._describe(self._directory.find(name)) for name in self._names_for(request)]
         known = [adapters for adapters in self._directory.adapters.all() if may_use(request, adapters[0].name)]
-        return json_response({"object": "list", "data": [*found, *map(self._describe_adapter, known)]})
+        data = [*found, *map(self._describe_adapter, known)]
+        return json_response(list_object(data, has_more=False))
 
     async def model(self, request: Request) -> Response:
         """Describe one model, by its name or an alias, or one adapter."""
@@ -78,14 +81,14 @@ class ModelEndpoints:
         """The entries of one name, as one model."""
         states = {router.state for router in routers}
         infos = [router.info for router in routers if router.info is not None]
+        context = min((info.max_seq_len for info in infos), default=None)
         return {
-            "id": routers[0].config.model_name,
-            "object": "model",
-            "created": self._directory.started_at,
+            **_names(routers[0].config.model_name, self._directory.started_at),
             "owned_by": "rayline",
             "root": routers[0].config.model,
             "parent": None,
-            "max_model_len": min((info.max_seq_len for info in infos), default=None),
+            "max_model_len": context,
+            "max_input_tokens": context,
             "aliases": list(dict.fromkeys(alias for router in routers for alias in router.config.aliases)),
             "state": next(state for state in ModelState if state in states),
             "task": ("classify" if infos[0].num_labels else "generate") if infos else None,
@@ -96,5 +99,17 @@ class ModelEndpoints:
         keys = {adapter.key for adapter in adapters}
         routers = tuple(router for router in self._directory.routers if router.key in keys)
         model = self._describe(routers)
-        changes = {"id": adapters[0].name, "created": adapters[0].created, "aliases": []}
+        changes = {**_names(adapters[0].name, adapters[0].created), "aliases": []}
         return {**model, **changes, "root": adapters[0].path, "parent": model["id"]}
+
+
+def _names(name: str, created: int) -> dict[str, Any]:
+    """What a model is called and when it came, in the words of OpenAI's API and of Anthropic's."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+    }

@@ -3,6 +3,8 @@
 Java's own HTTP client offers `Upgrade: h2c` with its first request on each connection. httptools takes the body of such
 a request for the beginning of the other protocol: uvicorn then runs the application without a body, or reads the body
 as the next request. HAProxy removes the offer; this module does so if uvicorn itself talks to the client.
+
+It also answers clients of HTTP/1.0 without chunks, which they do not know.
 """
 
 from array import array
@@ -10,13 +12,15 @@ from typing import Any
 
 import httptools
 import uvicorn.config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _OFFER = (b"upgrade", b"http2-settings")
 
 
 class PlainHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, but it ignores offers that nobody accepts. WebSockets are left to uvicorn."""
+    """uvicorn's protocol, but it ignores offers that nobody accepts, and sends no chunks to clients of HTTP/1.0.
+    WebSockets are left to uvicorn."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -46,8 +50,11 @@ class PlainHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the application, unless the head is about to be read again."""
-        if not self.declines:
-            super().on_headers_complete()
+        if self.declines:
+            return
+        super().on_headers_complete()
+        if self.cycle is not None and self.scope["http_version"] == "1.0":
+            _leave_out_chunks(self.cycle)
 
     def on_message_complete(self) -> None:
         """End the body, unless the head is about to be read again."""
@@ -77,6 +84,24 @@ class _Parser(httptools.HttpRequestParser):
                 if not self._protocol.declines:
                     raise
                 data = self._protocol.head_without_offer() + bytes(data)[upgrade.args[0] :]
+
+
+def _leave_out_chunks(cycle: RequestResponseCycle) -> None:
+    """Have an answer without a length end with the connection, as HTTP/1.0 has it; uvicorn would send it in chunks,
+    which RFC 9112 (section 6.1) forbids because such a client takes their sizes for text."""
+    send = cycle.send
+    is_open_ended = False
+
+    async def send_plain(message: ASGISendEvent) -> None:
+        nonlocal is_open_ended
+        if message["type"] == "http.response.start":
+            is_open_ended = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = False if is_open_ended else None
+        elif is_open_ended and message["type"] == "http.response.body":
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plain  # type: ignore[method-assign]
 
 
 def decline_upgrades() -> None:

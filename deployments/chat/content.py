@@ -1,5 +1,6 @@
 """Message contents as sent over the wire: strings, or lists of parts whose text is taken."""
 
+import json
 from typing import Any
 
 from pydantic import ValidationInfo
@@ -16,17 +17,19 @@ _THOUGHTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 def text_of(value: Any, info: ValidationInfo) -> Any:
     """The text of a message's content: a string, or the texts of its parts, joined by line breaks.
 
-    An image in a tool's result becomes the text `[image]`, and likewise for other parts without text; what the
-    assistant once wrote in an unknown form is left out.
+    Any other value in a tool's result, such as an object, becomes its JSON. An image there becomes the text `[image]`,
+    and likewise for other parts without text; what the assistant once wrote in an unknown form is left out.
 
     Raises:
         ValueError: it is neither, or a part of a user's message is not text.
     """
     if value is None or isinstance(value, str):
         return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
     role = info.data.get("role")
+    if not isinstance(value, list):
+        if role in WRITTEN_BY_MODELS:
+            return json.dumps(value, ensure_ascii=False)
+        raise ValueError("must be a string or a list of text parts")
     texts = [_part_text(part, role, info) for part in value if part is not None]
     return "\n".join(text for text in texts if text is not None)
 
@@ -57,6 +60,12 @@ def _part_text(part: Any, role: str | None, info: ValidationInfo) -> str | None:
 def placeholder(kind: str) -> str:
     """What a model is shown in place of something that has no text, such as `[image]` for an image."""
     return f"[{kind[:40].removeprefix('input_').removesuffix('_url')}]"
+
+
+def failed(text: str) -> str:
+    """What a model is shown as the result of a tool that failed: chat templates have no other way to say so."""
+    mark = placeholder("error")
+    return f"{mark}\n{text}" if text else mark
 
 
 def _note_rest(part: dict[str, Any], field: str | None, info: ValidationInfo) -> None:

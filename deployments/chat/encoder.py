@@ -157,7 +157,7 @@ class PromptEncoder:
         return self.chat_ids(
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
-            variables={**_effort(body), **(body.chat_template_kwargs or {})},
+            variables={**body.thinking_variables(), **(body.chat_template_kwargs or {})},
             tools=[] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in tools],
             is_continued=bool(body.continue_final_message),
         )
@@ -379,15 +379,6 @@ def _copies(request: GenerationRequest, number: int) -> list[GenerationRequest]:
 
 def _as_list(prompt: Any) -> list[Any]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-
-
-def _effort(body: ChatRequest) -> dict[str, Any]:
-    """Template variables for how long to think."""
-    if body.reasoning_effort is None:
-        return {}
-    return {"reasoning_effort": body.reasoning_effort} | (
-        {"enable_thinking": False} if body.reasoning_effort == "none" else {}
-    )
 
 
 def _checked_variables(variables: dict[str, Any]) -> dict[str, Any]:

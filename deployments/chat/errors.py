@@ -186,12 +186,13 @@ def of_validation(error: ValidationError, model: type[BaseModel]) -> APIError:
 
 
 def _first_of(found: list[ErrorDetails]) -> ErrorDetails:
-    """The first error; if a value may have several forms, the first of the form that fits it best."""
+    """The first error; if a value may have several forms, the first of the form that fits it best: whose errors lie
+    deepest, or are not about the value's type."""
     *place, form = found[0]["loc"] or ("",)
     if form not in _TYPE_NAMES:
         return found[0]
     same = [error for error in found if error["loc"][: len(place)] == tuple(place)]
-    return max(same, key=lambda error: len(error["loc"]))
+    return max(same, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
 
 
 def _nearest(key: str, model: type[BaseModel], loc: Sequence[int | str]) -> str:

@@ -43,6 +43,8 @@ class ChatMessage(WireModel):
     """Another name of `reasoning_content`."""
     function_call: FunctionCall | None = None
     """For an assistant: an older form of `tool_calls`, answered by a message with the role `function`."""
+    prefix: bool | None = None
+    """For the last message, if it is the assistant's: as `continue_final_message`, in the words of other servers."""
     refusal: NoEffect = None
     annotations: NoEffect = None
     audio: Annotated[Any, Unsupported()] = None
@@ -115,6 +117,7 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
         called.update(call.id for call in message.calls)
         if message.tool_call_id and message.tool_call_id not in called:
             param = f"messages[{i}].tool_call_id"
-            raise invalid(f"{param}: no earlier message calls a tool under this id", param)
+            named = repr(message.tool_call_id[:80])
+            raise invalid(f"{param}: no earlier message calls a tool under the id {named}", param)
         if message.role in ("tool", "function") and not called:
             raise invalid(f"messages[{i}]: a tool answers, and no earlier message calls one", f"messages[{i}]")

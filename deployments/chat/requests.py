@@ -3,7 +3,7 @@
 See `wire_model` for how fields without effect, unsupported fields and unknown fields are treated.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -11,6 +11,7 @@ from deployments.accounts_config import MAX_PRIORITY, MIN_PRIORITY
 from deployments.chat.errors import invalid, of_validation
 from deployments.chat.messages import ChatMessage, check_continued, check_messages
 from deployments.chat.structured import StructuredFields
+from deployments.chat.thinking import ThinkingFields
 from deployments.chat.tools import MAX_TOOLS, Tool, ToolChoice, allowed_tools, check_tools
 from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
 from llm.config import MAX_TOP_LOGPROBS
@@ -24,9 +25,17 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_MESSAGES = 4096
 MAX_SESSION_CHARS = 512
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 SessionKey = Annotated[str, Field(max_length=MAX_SESSION_CHARS)]
+
+
+def _no_limit(value: Any) -> Any:
+    return None if value == -1 else value
+
+
+MostTokens = Annotated[
+    Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit, json_schema_input_type=int | None)
+]
 
 
 def _check_stop(value: Any) -> Any:
@@ -51,7 +60,8 @@ def _check_logit_bias(value: Any) -> Any:
         raise invalid("logit_bias: must be an object with at most 1024 token ids", "logit_bias")
     bias: dict[int, float] = {}
     for key, weight in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 9):
+        text = str(key)
+        if not (text.isascii() and text.isdigit() and len(text) <= 9):
             raise invalid("logit_bias: keys must be token ids", "logit_bias")
         if weight is None:
             continue
@@ -78,14 +88,9 @@ class StreamOptions(WireModel):
     include_obfuscation: NoEffect = None
 
 
-class SamplingFields(StructuredFields, RequestBody):
-    """What chat and plain completions have in common."""
+class DrawFields(RequestBody):
+    """How tokens are drawn, and where an answer ends: the same for chats, completions and responses."""
 
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    """No effect on an answer that is not streamed."""
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    """Number of answers to each prompt; the i-th uses seed + i."""
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     stop: Annotated[str | Items[str] | None, BeforeValidator(_check_stop)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -120,6 +125,21 @@ class SamplingFields(StructuredFields, RequestBody):
     """Name of the session: where replicas cost the same, its requests go to the replica that served it last. The header
     `X-Session-Id` says the same, and counts first."""
 
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class SamplingFields(StructuredFields, DrawFields):
+    """What chat and plain completions have in common."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    """No effect on an answer that is not streamed."""
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    """Number of answers to each prompt; the i-th uses seed + i."""
     user: NoEffect = None
     metadata: NoEffect = None
     store: NoEffect = None
@@ -134,8 +154,6 @@ class SamplingFields(StructuredFields, RequestBody):
     def _check_common(self) -> Self:
         if self.chat_template is not None:
             raise invalid("chat_template: a request cannot bring its own chat template", "chat_template")
-        if self.top_k is not None and self.top_k < -1:
-            raise invalid("top_k: must be at least -1", "top_k")
         return self
 
     @property
@@ -151,20 +169,14 @@ class SamplingFields(StructuredFields, RequestBody):
         """How many of the likeliest tokens are requested at each position of the prompt; None for none."""
         return None
 
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-
-class ChatRequest(SamplingFields):
+class ChatRequest(ThinkingFields, SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens to generate; by default as many as fit in the context."""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: MostTokens = None
+    """Most tokens to generate; by default, and with -1, as many as fit in the context."""
+    max_tokens: MostTokens = None
     """Older name of `max_completion_tokens`."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -191,8 +203,6 @@ class ChatRequest(SamplingFields):
     """Not supported."""
     prediction: Annotated[Any, Unsupported()] = None
     """Not supported."""
-    reasoning_effort: Effort | None = None
-    """Given to the chat template, as `reasoning_effort`, and as `enable_thinking: false` for `none`."""
     verbosity: NoEffect = None
     """Ignored: the model decides how much it writes."""
     web_search_options: Annotated[Any, Unsupported()] = None
@@ -204,8 +214,11 @@ class ChatRequest(SamplingFields):
             raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs: only with logprobs set to true", "top_logprobs")
+        if self.messages[-1].role == "assistant" and self.messages[-1].prefix:
+            self.continue_final_message = True
         if self.continue_final_message:
             check_continued(self.messages, self.add_generation_prompt)
+        self.thinking_variables()
         check_tools(self.tools, self.tool_choice)
         self.tools, self.tool_choice = allowed_tools(self.tools, self.tool_choice)
         check_messages(self.messages)
@@ -214,7 +227,7 @@ class ChatRequest(SamplingFields):
     @property
     def takes_long(self) -> bool:
         """See `SamplingFields`; templates may do a lot of work with tools and variables."""
-        return super().takes_long or bool(self.tools or self.chat_template_kwargs or self.reasoning_effort)
+        return super().takes_long or bool(self.tools or self.chat_template_kwargs) or self.has_thinking_fields
 
     @property
     def most_tokens(self) -> int | None:
@@ -235,7 +248,7 @@ def check_prompt(value: Any, param: str = "prompt") -> Any:
         if not value:
             raise invalid(f"{param}: is empty", param)
         return value
-    if not isinstance(value, list):
+    if not isinstance(value, list) or (value and isinstance(value[0], dict)):
         raise invalid(f"{param}: must be a string, a list of strings, a list of token ids or a list of such", param)
     if not value:
         raise invalid(f"{param}: is empty", param)
@@ -308,7 +321,7 @@ class CompletionRequest(SamplingFields):
         return max(self.n or 1, self.best_of or 1)
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(ThinkingFields, RequestBody):
     """Body of `POST /tokenize`: a prompt or messages."""
 
     prompt: str | None = None
@@ -320,10 +333,9 @@ class TokenizeRequest(RequestBody):
     continue_final_message: bool | None = None
     """With messages: as in a chat."""
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    """With messages: as in a chat, as are the next three."""
+    """With messages: as in a chat, as are the next two and those about thinking."""
     tool_choice: ToolChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: Effort | None = None
     return_token_strs: bool | None = None
     """Return each token's text too."""
 
@@ -339,7 +351,7 @@ class TokenizeRequest(RequestBody):
     @property
     def takes_long(self) -> bool:
         """See `RequestBody`; as in `ChatRequest`."""
-        return bool(self.tools or self.chat_template_kwargs or self.reasoning_effort)
+        return bool(self.tools or self.chat_template_kwargs) or self.has_thinking_fields
 
     def to_chat(self) -> ChatRequest:
         """The chat whose prompt is requested; only with messages.
@@ -354,7 +366,9 @@ class TokenizeRequest(RequestBody):
             raise of_validation(error, ChatRequest) from None
 
 
-_OF_CHATS = ("continue_final_message", "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort")
+_OF_CHATS = (
+    "continue_final_message", "tools", "tool_choice", "chat_template_kwargs", *ThinkingFields.model_fields
+)  # fmt: skip
 
 
 def _check_tokens(value: Any) -> Any:

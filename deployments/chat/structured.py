@@ -32,6 +32,8 @@ class ResponseFormat(WireModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
     """The schema, if the type is `json_schema`."""
+    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    """Extension. The schema beside the type, which may be `json_object` too, as llama.cpp and others have it."""
 
 
 class StructuredOutputs(WireModel):
@@ -68,15 +70,8 @@ def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
         APIError: there are several such fields, or a schema is missing.
     """
     given: dict[str, Grammar] = {}
-    response_format = body.response_format
-    if response_format is not None and response_format.type == "json_object":
-        given["response_format"] = Grammar(kind=GrammarKind.JSON_OBJECT)
-    if response_format is not None and response_format.type == "json_schema":
-        if response_format.json_schema is None:
-            raise invalid("response_format: json_schema is missing", "response_format.json_schema")
-        given["response_format"] = _schema(response_format.json_schema.schema_)
-    elif response_format is not None and response_format.json_schema is not None:
-        raise invalid("response_format: json_schema goes with the type json_schema", "response_format.json_schema")
+    if body.response_format is not None and (formatted := _format_grammar(body.response_format)) is not None:
+        given["response_format"] = formatted
     guides = {
         "guided_json": body.guided_json,
         "guided_regex": body.guided_regex,
@@ -95,6 +90,26 @@ def grammar_of(body: StructuredFields) -> tuple[str, Grammar] | None:
     if len(given) > 1:
         raise invalid(f"{' and '.join(given)}: give one of them", next(iter(given)))
     return next(iter(given.items()), None)
+
+
+def _format_grammar(response_format: ResponseFormat) -> Grammar | None:
+    """The grammar of a `response_format`; None if it leaves the answer free.
+
+    Raises:
+        APIError: a schema is missing, or there are too many.
+    """
+    kind, inner, beside = response_format.type, response_format.json_schema, response_format.schema_
+    if inner is not None and kind != "json_schema":
+        raise invalid("response_format: json_schema goes with the type json_schema", "response_format.json_schema")
+    if beside is not None and (kind == "text" or inner is not None):
+        why = "goes with the types json_object and json_schema" if inner is None else "is there twice; give it once"
+        raise invalid(f"response_format: schema {why}", "response_format.schema")
+    if kind == "json_schema" and inner is None and beside is None:
+        raise invalid("response_format: json_schema is missing", "response_format.json_schema")
+    schema = inner.schema_ if inner is not None else beside
+    if schema is not None:
+        return _schema(schema)
+    return Grammar(kind=GrammarKind.JSON_OBJECT) if kind == "json_object" else None
 
 
 def grammar_error(error: InvalidRequestError, param: str) -> APIError:

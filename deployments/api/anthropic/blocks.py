@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
-from deployments.chat.content import placeholder
+from deployments.chat.content import failed, placeholder
 from deployments.chat.errors import invalid
 from deployments.chat.tools import Written
 from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
@@ -83,7 +83,8 @@ class ToolResultBlock(WireModel):
         ]
         | None
     ) = None
-    is_error: NoEffect = None
+    is_error: bool | None = None
+    """Told to the model in words."""
     cache_control: NoEffect = None
 
     def turn(self) -> dict[str, Any]:
@@ -91,7 +92,11 @@ class ToolResultBlock(WireModel):
         content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(map(_told, content))
-        return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
+        return {
+            "role": "tool",
+            "tool_call_id": self.tool_use_id,
+            "content": failed(content) if self.is_error else content,
+        }
 
 
 Block = Annotated[

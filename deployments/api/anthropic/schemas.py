@@ -5,7 +5,7 @@ After https://docs.anthropic.com/en/api/messages.
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from deployments.api.anthropic.blocks import Block, TextBlock, assistant_turn, check_block, system_text, user_turns
 from deployments.chat.errors import invalid, of_validation
@@ -31,10 +31,16 @@ class InputMessage(WireModel):
         return [assistant_turn(self.content)] if self.role == "assistant" else user_turns(self.content)
 
 
+def _check_tool_type(value: Any) -> Any:
+    if value == "function":
+        raise ValueError("this is a tool in OpenAI's form; leave out the type, and give name and input_schema")
+    return value
+
+
 class AnthropicTool(WireModel):
     """A function that the model may call."""
 
-    type: Literal["custom"] | None = None
+    type: Annotated[Literal["custom"] | None, BeforeValidator(_check_tool_type, json_schema_input_type=str)] = None
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
@@ -46,7 +52,7 @@ class AnthropicTool(WireModel):
 
 
 def _tool_tag(value: Any) -> str:
-    return "[custom]" if type_tag(value, "custom") in ("[custom]", "") else "[skipped]"
+    return "[custom]" if type_tag(value, "custom") in ("[custom]", "[function]", "") else "[skipped]"
 
 
 AnyTool = Annotated[Annotated[AnthropicTool, Tag("[custom]")] | AnySkipped, Discriminator(_tool_tag)]
@@ -70,7 +76,7 @@ class Thinking(WireModel):
     """Whether to think first."""
 
     type: str
-    """`disabled` to turn thinking off; otherwise the model decides, as with `enabled` and `adaptive`."""
+    """`disabled` or `enabled`, to turn thinking off or on; with any other, such as `adaptive`, the model decides."""
     budget_tokens: NoEffect = None
     display: NoEffect = None
 
@@ -170,6 +176,8 @@ class CountTokensRequest(RequestBody):
             chat["reasoning_effort"] = "none"
         elif effort in _EFFORTS:
             chat["reasoning_effort"] = _EFFORTS[effort]
+        if self.thinking is not None and self.thinking.type == "enabled":
+            chat["thinking"] = True
         try:
             return ChatRequest.model_validate(chat)
         except ValidationError as error:

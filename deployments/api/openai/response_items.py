@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, PlainValidator, Tag, ValidationInfo
 
 from deployments.api.openai.response_tools import FunctionId
-from deployments.chat.content import placeholder, text_of
+from deployments.chat.content import failed, placeholder, text_of
+from deployments.chat.errors import invalid
 from deployments.chat.skipped import Skipped, skip
 from deployments.chat.structured import NonEmpty
 from deployments.chat.wire_model import NoEffect, WireModel, type_tag
@@ -104,7 +105,13 @@ class ItemReference(WireModel):
     id: NonEmpty
 
 
+_SUMMARY = "compaction_trigger"
+"""Type of an item that asks for a summary in place of an answer."""
+
+
 def _other_item(value: Any, info: ValidationInfo) -> Skipped:
+    if isinstance(value, dict) and value.get("type") == _SUMMARY:
+        raise invalid(f"type: {_SUMMARY} is not supported by this server; leave the item out", "input")
     return Skipped(value) if isinstance(value, dict) and _exchange_kind(value) else skip(value, info)
 
 
@@ -153,6 +160,7 @@ def chat_turns(items: Sequence[Any]) -> list[dict[str, Any]]:
     """
     turns: list[dict[str, Any]] = []
     thoughts: list[str] = []
+    call_ids: dict[str, str] = {}
     for item in items:
         match item:
             case ReasoningItem():
@@ -168,7 +176,7 @@ def chat_turns(items: Sequence[Any]) -> list[dict[str, Any]]:
             case FunctionOutputItem():
                 turns.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
             case Skipped(value):
-                _add_exchange(turns, thoughts, value)
+                _add_exchange(turns, thoughts, value, call_ids)
         thoughts = []
     return turns
 
@@ -191,27 +199,47 @@ def _add_call(turns: list[dict[str, Any]], thoughts: list[str], call_id: str, na
 
 def _exchange_kind(value: dict[str, Any]) -> Literal["call", "output"] | None:
     """Whether an item of an unknown kind is a call, or the result of one."""
-    kind, call_id = value.get("type"), value.get("call_id")
+    kind, call_id = value.get("type"), _call_id(value)
     if not isinstance(kind, str) or not isinstance(call_id, str) or not call_id:
         return None
     return "output" if kind.endswith("_output") else "call" if kind.endswith("_call") else None
 
 
+def _call_id(value: dict[str, Any]) -> Any:
+    """The id of the call that an item of an unknown kind makes or answers. One kind, unlike all others, names the call
+    that it answers by its own `id`."""
+    is_shell = value.get("type") == "local_shell_call_output"
+    return value.get("call_id") or (value.get("id") if is_shell else None)
+
+
 _NO_ARGUMENTS = ("type", "id", "status", "call_id", "name")
 
 
-def _add_exchange(turns: list[dict[str, Any]], thoughts: list[str], value: dict[str, Any]) -> None:
-    """Add a call of a custom tool, a shell or the like, or its result, as if it were a function's."""
-    kind = _exchange_kind(value)
+def _add_exchange(
+    turns: list[dict[str, Any]], thoughts: list[str], value: dict[str, Any], call_ids: dict[str, str]
+) -> None:
+    """Add a call of a custom tool, a shell or the like, or its result, as if it were a function's.
+
+    Args:
+        turns: the turns so far.
+        thoughts: what the model thought before the item.
+        value: the item.
+        call_ids: maps ids of earlier items to the ids of their calls.
+    """
+    kind, call_id = _exchange_kind(value), _call_id(value)
     if kind is None:
         return
     rest = {key: item for key, item in value.items() if key not in _NO_ARGUMENTS}
     if kind == "call":
         name = value.get("name") or value["type"].removesuffix("_call")
-        _add_call(turns, thoughts, value["call_id"], str(name), json.dumps(rest, ensure_ascii=False))
+        _add_call(turns, thoughts, call_id, str(name), json.dumps(rest, ensure_ascii=False))
+        if isinstance(value.get("id"), str):
+            call_ids[value["id"]] = call_id
     else:
-        content = _output_text(rest.get("output", rest))
-        turns.append({"role": "tool", "tool_call_id": value["call_id"], "content": content})
+        status = value.get("status")
+        content = _output_text(rest.get("output", rest or (status if status == "completed" else "")))
+        content = failed(content) if status == "failed" else content
+        turns.append({"role": "tool", "tool_call_id": call_ids.get(call_id, call_id), "content": content})
 
 
 def _texts(parts: Any) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from deployments.api.openai.response_items import InputItem, MessageItem, chat_turns
 from deployments.api.openai.response_tools import (
@@ -16,9 +16,10 @@ from deployments.api.openai.response_tools import (
 )
 from deployments.chat.errors import APIError, invalid, of_validation
 from deployments.chat.messages import ChatMessage
-from deployments.chat.requests import MAX_MESSAGES, ChatRequest, Priority, SessionKey
+from deployments.chat.requests import MAX_MESSAGES, ChatRequest, DrawFields
 from deployments.chat.skipped import Skipped
-from deployments.chat.wire_model import Items, NoEffect, RequestBody, Unsupported, WireModel
+from deployments.chat.thinking import Effort
+from deployments.chat.wire_model import Items, NoEffect, Unsupported, WireModel
 from llm.config import MAX_TOP_LOGPROBS
 
 
@@ -43,13 +44,17 @@ class ResponseText(WireModel):
 class ResponseReasoning(WireModel):
     """How long to think."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Effort | None = None
     summary: NoEffect = None
     """Ignored: thoughts are given in full."""
     generate_summary: NoEffect = None
 
 
-class ResponsesRequest(RequestBody):
+def _or_none(value: Any) -> Any:
+    return None if value == "" else value
+
+
+class ResponsesRequest(DrawFields):
     """Body of `POST /v1/responses`."""
 
     FIELDS: ClassVar = {
@@ -65,23 +70,17 @@ class ResponsesRequest(RequestBody):
     """A system message in front of the conversation."""
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     tools: Items[ResponseTool] | None = None
     """Functions, by themselves or in a namespace; tools of other kinds are ignored."""
     tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
     reasoning: ResponseReasoning | None = None
-    priority: Priority | None = None
-    """Extension. Waiting requests with lower values go first; 0 by default. The API key limits how low it may be."""
-
-    prompt_cache_key: SessionKey | None = None
-    """Name of the session, as in a chat."""
-
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Extension. Variables for the model's chat template, as in a chat."""
     store: bool | None = None
     """Store the response, for `previous_response_id` and `GET /v1/responses/{id}`. True by default."""
-    previous_response_id: str | None = None
+    previous_response_id: Annotated[str | None, BeforeValidator(_or_none, json_schema_input_type=str)] = None
     """The response whose conversation is continued; `input` holds what is new."""
     include: Items[str] | None = None
     """`reasoning.encrypted_content` or `message.output_text.logprobs`; others are ignored."""
@@ -124,8 +123,7 @@ class ResponsesRequest(RequestBody):
             "model": self.model,
             "messages": self._messages(),
             "max_completion_tokens": self.max_output_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
+            **{name: getattr(self, name) for name in DrawFields.model_fields if name != "model"},
             "tools": tools,
             "tool_choice": choice,
             "logprobs": self.wants_logprobs,
@@ -133,8 +131,7 @@ class ResponsesRequest(RequestBody):
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": _chat_format(self.text.format if self.text is not None else None),
             "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,
-            "priority": self.priority,
-            "prompt_cache_key": self.prompt_cache_key,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
         try:
             return ChatRequest.model_validate(chat)
@@ -173,13 +170,17 @@ class ResponsesRequest(RequestBody):
         return "reasoning.encrypted_content" in (self.include or ())
 
 
+_FORMAT_NAME = "response"
+"""Name of a schema to which the request gives none."""
+
+
 def _chat_format(text_format: ResponseTextFormat | None) -> dict[str, Any] | None:
     if text_format is None:
         return None
     if text_format.type != "json_schema":
         return {"type": text_format.type}
-    if text_format.schema_ is None or text_format.name is None:
-        raise invalid("text.format: a json_schema has a name and a schema", "text.format")
+    if text_format.schema_ is None:
+        raise invalid("text.format.schema: is missing, and the type json_schema needs it", "text.format.schema")
     schema = {"name": text_format.name, "schema": text_format.schema_, "strict": text_format.strict}
     return {"type": "json_schema", "json_schema": schema}
 
@@ -214,4 +215,5 @@ def echoed(body: ResponsesRequest, *, is_stored: bool) -> dict[str, Any]:
 def _echoed_format(body: ResponsesRequest) -> dict[str, Any]:
     if body.text is None or body.text.format is None:
         return {"type": "text"}
-    return body.text.format.model_dump(by_alias=True, exclude_none=True)
+    named = {"name": _FORMAT_NAME} if body.text.format.type == "json_schema" else {}
+    return {**named, **body.text.format.model_dump(by_alias=True, exclude_none=True)}

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Tag, field_validator
 
-from deployments.chat.errors import APIError
+from deployments.chat.errors import APIError, invalid
 from deployments.chat.skipped import AnySkipped
 from deployments.chat.tools import ToolName
 from deployments.chat.wire_model import Items, NoEffect, WireModel, type_tag
@@ -69,12 +69,21 @@ class NamedChoice(WireModel):
     namespace: str | None = None
 
 
+AllowedTool = Annotated[Annotated[NamedChoice, Tag("[function]")] | AnySkipped, Discriminator(_function_tag)]
+
+
 class AllowedTools(WireModel):
     """Call only these tools."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Items[NamedChoice]
+    tools: Items[AllowedTool]
+    """Tools of other kinds are left out, as they are of the request's `tools`."""
+
+    @field_validator("tools")
+    @classmethod
+    def _keep_functions(cls, tools: list[Any]) -> list[Any]:
+        return [tool for tool in tools if isinstance(tool, NamedChoice)]
 
 
 def _choice_tag(value: Any) -> str:
@@ -176,7 +185,12 @@ def chat_tools(functions: Sequence[OfferedFunction], choice: Any) -> tuple[list[
     """The `tools` and the `tool_choice` of a chat."""
     names = FunctionNames.of(functions)
     if isinstance(choice, AllowedTools):
-        allowed = {"mode": choice.mode, "tools": [names.chosen(tool) for tool in choice.tools]}
+        if not choice.tools:
+            raise invalid("tool_choice: allows no function, and tools of other kinds are not run here", "tool_choice")
+        allowed = {
+            "mode": choice.mode,
+            "tools": [names.chosen(tool) for tool in choice.tools if isinstance(tool, NamedChoice)],
+        }
         choice = {"type": "allowed_tools", "allowed_tools": allowed}
     elif isinstance(choice, NamedChoice):
         choice = names.chosen(choice)

@@ -282,6 +282,11 @@ class ModelObject(ResponseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    type: Literal["model"]
+    display_name: str
+    """The same as `id`; Anthropic's clients read it, and the next two."""
+    created_at: str
+    max_input_tokens: int | None
     max_model_len: int | None
     """Context length in tokens; None while the model loads."""
     root: str
@@ -302,6 +307,9 @@ class ModelList(ResponseModel):
 
     object: Literal["list"]
     data: list[ModelObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class Tokens(ResponseModel):

@@ -7,6 +7,7 @@ from in_process import ServiceFactory
 from scripted_engine import THINK_TEMPLATE, TOOL_TEMPLATE, model_config, use_script
 
 from deployments.chat.errors import PromptTooLongError
+from deployments.chat.requests import ChatRequest
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -65,6 +66,39 @@ async def test_many_tools_and_many_stop_strings(make_service: ServiceFactory, mo
     stop = [*(f"nothing {i}" for i in range(30)), "three"]
     answer = await service.post(CHAT, messages=HI, tools=tools, stop=stop)
     assert answer.json()["choices"][0]["message"]["content"] == "one two "
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"ok": True, "é": 1}, '{"ok": true, "é": 1}'),
+        (18, "18"),
+        (False, "false"),
+        ([{"type": "text", "text": "a"}], "a"),
+    ],
+)
+def test_results_of_tools_may_be_any_value(content: object, told: str):
+    call = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "a", "arguments": "{}"}}]}
+    result = {"role": "tool", "tool_call_id": "c", "content": content}
+    request = ChatRequest.model_validate({"model": "demo", "messages": [*HI, call, result]})
+    assert request.messages[-1].turn()["content"] == told
+
+
+async def test_a_prefix_is_continued(make_service: ServiceFactory, tmp_path: Path):
+    """As in DeepSeek's and Mistral's APIs, whose word it is for `continue_final_message`."""
+    service = await make_service(model_config(tmp_path, TOOL_TEMPLATE))
+
+    async def num_prompt_tokens(**fields: object) -> int:
+        answer = await service.post(CHAT, max_tokens=1, **fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["prompt_tokens"]
+
+    last = {"role": "assistant", "content": "It is "}
+    continued = await num_prompt_tokens(messages=[*HI, last], continue_final_message=True)
+    assert await num_prompt_tokens(messages=[*HI, {**last, "prefix": True}]) == continued
+    assert await num_prompt_tokens(messages=[*HI, {**last, "prefix": False}]) > continued
+    assert await num_prompt_tokens(messages=[*HI, {**last, "prefix": True}, *HI]) > continued
+    assert await num_prompt_tokens(messages=[{**HI[0], "prefix": True}]) == await num_prompt_tokens(messages=HI)
 
 
 async def test_top_p_0_is_greedy(make_service: ServiceFactory, tmp_path: Path):

@@ -237,3 +237,25 @@ async def test_response_formats_and_guides(real: Service):
     assert re.fullmatch("<[a-z]{2}>", (await message_of(real, guided_grammar=lark))[0]["content"])
     response = await real.post("/v1/completions", prompt="17 + 25 =", guided_regex=" ?[0-9]{2}", temperature=0)
     assert re.fullmatch(" ?[0-9]{2}", response.json()["choices"][0]["text"])
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    [
+        {"type": "json_object", "schema": {"type": "object", "required": ["a"]}},
+        {"type": "json_schema", "name": "x", "schema": {"type": "object", "required": ["a"]}},
+    ],
+)
+async def test_schemas_as_other_servers_write_them(
+    make_service: ServiceFactory, monkeypatch, tmp_path: Path, response_format: dict
+):
+    """llama.cpp, Together and Fireworks put the schema beside the type."""
+    use_script(monkeypatch, '{"b":1}')
+    service = await make_service(model_config(tmp_path, TOOL_TEMPLATE))
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    answer = await service.post("/v1/chat/completions", **chat, response_format=response_format)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == "(does not fit the grammar)"
+    for wrong in ({"type": "text"}, {"type": "json_schema", "json_schema": {"schema": {}}}):
+        answer = await service.post("/v1/chat/completions", **chat, response_format={"schema": {}, **wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format.schema")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator
 
@@ -10,6 +11,7 @@ import pytest
 import uvicorn
 import uvicorn.config
 from in_process import Service, ServiceFactory
+from scripted_engine import events_of
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.api.upgrades import decline_upgrades
@@ -112,3 +114,28 @@ async def test_a_lost_body_is_told(make_service: ServiceFactory):
         headers = {"Connection": "Upgrade", "Upgrade": "h2c"}
         answer = await client.post(f"http://{host}:{port}/v1/completions", json={"model": "demo"}, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "body_missing")
+
+
+@pytest.mark.usefixtures("declining")
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_of_http_1_0_gets_no_chunks(make_service: ServiceFactory, stream: bool):
+    """The end of the answer is the end of the connection."""
+    service: Service = await make_service()
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "stream": stream}
+    body = json.dumps(chat).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    async with serving(service.api) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(head.encode() + body)
+        async with asyncio.timeout(30):
+            answer_head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert b" 200 " in answer_head.splitlines()[0]
+    assert b"transfer-encoding" not in answer_head.lower()
+    if stream:
+        assert len(events_of(answer.decode())) >= 3
+        assert all(line == "" or line.startswith("data: ") for line in answer.decode().splitlines())
+    else:
+        assert json.loads(answer)["object"] == "chat.completion"
