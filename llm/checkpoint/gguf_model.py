@@ -17,12 +17,16 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 """What all releases of Llama 3.1 to 3.3 have beside the factor; a file holds only what comes out of it."""
 ROPE_FACTORS = "rope_freqs.weight"
 """Tensor that belongs to the configuration."""
+POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken"}
+"""How vectors are made, by llama.cpp's numbers, in the words of sentence-transformers; 0 is for a model without any,
+and 4, a head for scores, is not supported."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.sliding_window": (0,),
     "expert_count": (0,),
     "expert_used_count": (0,),
     "logit_scale": (0, 1),
+    "pooling_type": (0, *POOLINGS),
     "rope.scaling.finetuned": (True, False),
     "rope.scaling.yarn_log_multiplier": (0, 1),
 }

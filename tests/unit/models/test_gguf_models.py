@@ -22,7 +22,9 @@ from llm.checkpoint.gguf_convert import convert
 from llm.checkpoint.hub import find_local_checkpoint, resolve_model_path
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.checkpoint.model_config import load_model_config
+from llm.checkpoint.vector_defaults import load_vector_defaults
 from llm.errors import CheckpointError, LLMError
+from llm.schemas.requests import Pooling
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer
@@ -257,6 +259,16 @@ def test_sampling_that_a_file_recommends_counts(checkpoints, tmp_path):
     assert (defaults.temperature, defaults.top_k, defaults.top_p, defaults.min_p) == (0.6, 20, 0.95, 0.05)
     assert defaults.repetition_penalty == 1.1
     assert defaults.bos_token_id == tokens().index("<|endoftext|>")
+
+
+@pytest.mark.parametrize(("number", "pooling"), [(0, None), (1, Pooling.MEAN), (3, Pooling.LAST)])
+def test_how_a_file_makes_vectors_counts(checkpoints, tmp_path, number, pooling):
+    """llama.cpp's number for it, as in the files of Qwen3-Embedding."""
+    model = checkpoints("qwen3", vocab_size=VOCAB_SIZE)[1]
+    path = write_model(tmp_path / "x.gguf", "qwen3", model, qwen3__pooling_type=number, qwen3__attention__key_length=24)
+    directory = resolve_model_path(str(path))
+    check_checkpoint(directory)
+    assert load_vector_defaults(directory).pooling is pooling
 
 
 def test_templates_by_name_are_kept(checkpoints, tmp_path):

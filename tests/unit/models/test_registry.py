@@ -66,6 +66,7 @@ def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path):
         ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 32768, 131072),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072, 131072),
         ({"rope_type": "default"}, 4096, 4096),
+        ({"type": "dynamic", "factor": 2.0}, 4096, 4096),
         (None, 4096, 4096),
     ],
 )
