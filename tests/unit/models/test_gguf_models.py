@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 
-def gemma(name: str, **more: float | str) -> dict[str, float | str]:
+def gemma(name: str, **more: Any) -> dict[str, Any]:
     """What files of Gemma hold beside what all files do."""
     keys = {"attention__key_length": 16, "attention__value_length": 16, "attention__sliding_window": 17, **more}
     return {f"{name}__{key}": value for key, value in keys.items()}
@@ -41,6 +42,16 @@ KINDS = [
     ("llama", "llama_mha", {}),
     ("llama", "llama_mqa_biases", {}),
     ("llama", "llama_linear", {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}),
+    ("llama", "llama_linear", {"llama__rope__scale_linear": 4.0}),
+    (
+        "llama",
+        "llama",
+        {
+            "llama__attention__head_count": [8] * 3,
+            "llama__attention__head_count_kv": [2] * 3,
+            "llama__feed_forward_length": [96] * 3,
+        },
+    ),
     (
         "llama",
         "llama_yarn",
@@ -63,6 +74,16 @@ KINDS = [
             rope__scaling__type="linear",
             rope__scaling__factor=8.0,
             attention__sliding_window_pattern=3,
+        ),
+    ),
+    (
+        "gemma3",
+        "gemma3",
+        gemma(
+            "gemma3",
+            rope__freq_base_swa=100.0,
+            rope__scaling__factor=8.0,
+            attention__sliding_window_pattern=[True, True, False, True],
         ),
     ),
 ]
@@ -231,6 +252,7 @@ def test_a_directory_of_parts_is_told_to_join_them(qwen3, tmp_path):
         ({"tokenizer__ggml__pre": "klingon"}, "tokenizer.ggml.pre 'klingon' is not supported; supported: deepseek"),
         ({"tokenizer__ggml__model": "bert"}, "tokenizer 'bert' is not supported"),
         ({"tokenizer__ggml__tokens": None}, "has no vocabulary"),
+        ({"tokenizer__ggml__merges": None}, "lacks tokenizer.ggml.merges"),
         ({"tokenizer__ggml__merges": [*MERGES, "no way"]}, "holds a value that cannot be used"),
     ],
 )
