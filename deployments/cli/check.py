@@ -1,5 +1,6 @@
 """`rayline check`: says what is wrong with a configuration and what it will need, before anything starts."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,10 +52,7 @@ def check(
         rayline check my.yaml --gpu-memory 48
         rayline check ~/models/Llama-3.3-70B-Instruct --tp 2
     """
-    try:
-        sizes = [float(size) for size in gpu_memory.split(",")]
-    except ValueError:
-        raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory") from None
+    sizes = _sizes(gpu_memory)
     console = make_console()
     config, content = _asked_for(config, tp, settings or [])
     server = read_config(content, config)
@@ -64,6 +62,17 @@ def check(
             _print_model(console, config, key, model, sizes)
         for note in sharing_notes(app.by_key):
             _print_warning(console, note)
+
+
+def _sizes(text: str) -> list[float]:
+    """Sizes of GPUs in GiB."""
+    try:
+        sizes = [float(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or not all(0 < size < math.inf for size in sizes):  # nan is neither
+        raise typer.BadParameter("give sizes in GiB, separated by commas: 24,80", param_hint="--gpu-memory")
+    return sizes
 
 
 def _asked_for(given: Path | None, tp: int | None, settings: list[str]) -> tuple[Path, dict[str, Any]]:

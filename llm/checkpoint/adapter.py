@@ -185,7 +185,10 @@ def _read_factors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 match = _TENSOR_NAME.fullmatch(name)
                 if match is None:
-                    raise CheckpointError(f"{path} holds {name}, which is not a LoRA factor of a layer's weight")
+                    raise CheckpointError(
+                        f"{path} holds {name}, which is not a LoRA factor of a layer's weight; train the adapter on "
+                        "layers alone (and save it with save_embedding_layers=False), or merge it with PEFT"
+                    )
                 factors.setdefault(match["module"], {})[match["part"]] = file.get_tensor(name)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} a PEFT adapter?") from error

@@ -1,10 +1,11 @@
 """Which version of a model a checkpoint holds, without reading all of its weights."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
-_SMALL_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
+_SMALL_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja", "1_Pooling/*.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
 _HEAD_BYTES = 64 << 10
 _DIGEST_BYTES = 8
@@ -34,7 +35,7 @@ def fingerprint(directories: Iterable[str | Path], settings: Iterable[str] = ())
         _add(text, b"directory", b"")
         for path in _files(directory, _SMALL_PATTERNS):
             _add(text, path.name.encode(), path.read_bytes())
-        for path in _files(directory, _WEIGHT_PATTERNS):
+        for path in _weight_files(directory):
             _add_weights(weights, path)
             has_weights = True
     return f"{text.hexdigest()}-{weights.hexdigest() if has_weights else ''}"
@@ -48,6 +49,16 @@ def is_same_version(one: str, other: str) -> bool:
 
 def _files(directory: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files of weights, with those in folders that an index names."""
+    try:
+        listed = json.loads((directory / "model.safetensors.index.json").read_bytes())["weight_map"].values()
+        named = {directory / name for name in set(listed)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whoever loads it says what is wrong
+        named = set()
+    return sorted({*_files(directory, _WEIGHT_PATTERNS), *(path for path in named if path.is_file())})
 
 
 def _add(digest: "hashlib.blake2b", name: bytes, content: bytes) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 from llm.checkpoint.cache import cache_directory
 from llm.checkpoint.gguf_file import GGUFFile
-from llm.checkpoint.gguf_model import decimal, make_config
+from llm.checkpoint.gguf_model import POOLINGS, decimal, make_config
 from llm.checkpoint.gguf_tokenizer import find_end_ids, make_tokenizer
 from llm.errors import CheckpointError
 
 _LINK_NAME = "rayline-weights.gguf"  # which no directory of others has
-_EDITION = b"1"
+_EDITION = b"2"
 """To be changed whenever other files are made of the same file."""
 _SAMPLING = {
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"
@@ -83,6 +83,7 @@ def _texts(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
             "tokenizer_config.json": as_json(tokenizer_config),
             "tokenizer.json": definition,
             **dict(_templates(file)),
+            **_pooling(file),
         }
     except Exception as error:
         if type(error) not in (Exception, ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -111,6 +112,12 @@ def _templates(file: GGUFFile) -> Iterator[tuple[str, str]]:
         template = file.metadata.get(f"tokenizer.chat_template.{name}")
         if isinstance(template, str) and isinstance(name, str) and name.isidentifier():
             yield f"additional_chat_templates/{name}.jinja", template
+
+
+def _pooling(file: GGUFFile) -> dict[str, str]:
+    """How a model for vectors makes them, as sentence-transformers would say it; nothing for other models."""
+    kind = file.metadata.get(f"{file.metadata['general.architecture']}.pooling_type")
+    return {"1_Pooling/config.json": as_json({"pooling_mode": POOLINGS[kind]})} if kind in POOLINGS else {}
 
 
 def as_json(content: dict[str, Any]) -> str:

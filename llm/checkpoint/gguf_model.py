@@ -17,12 +17,16 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 """What all releases of Llama 3.1 to 3.3 have beside the factor; a file holds only what comes out of it."""
 ROPE_FACTORS = "rope_freqs.weight"
 """Tensor that belongs to the configuration."""
+POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken"}
+"""How vectors are made, by llama.cpp's numbers, in the words of sentence-transformers; 0 is for a model without any,
+and 4, a head for scores, is not supported."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.sliding_window": (0,),
     "expert_count": (0,),
     "expert_used_count": (0,),
     "logit_scale": (0, 1),
+    "pooling_type": (0, *POOLINGS),
     "rope.scaling.finetuned": (True, False),
     "rope.scaling.yarn_log_multiplier": (0, 1),
 }
@@ -97,9 +101,14 @@ def _gemma_2_keys(keys: Keys, file: GGUFFile) -> dict[str, Any]:
 
 
 def _gemma_3_keys(keys: Keys, file: GGUFFile) -> dict[str, Any]:
+    pattern = keys.pop("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):  # for each layer, whether it has a window
+        windows = {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
+    else:
+        windows = {"sliding_window_pattern": pattern}
     return {
         **_gemma_keys(keys, file, num_layers_of_27b=62),
-        "sliding_window_pattern": keys.pop("attention.sliding_window_pattern", 6),
+        **windows,
         "rope_local_base_freq": decimal(keys.pop("rope.freq_base_swa", 1e4)),
         "final_logit_softcapping": keys.pop("final_logit_softcapping", None),
     }
@@ -174,8 +183,8 @@ def _common_keys(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file.path} lacks token_embd.weight; is it the model, and not an adapter or projector?")
-    hidden_size, num_heads = keys.pop("embedding_length"), keys.pop("attention.head_count")
-    num_kv_heads = keys.pop("attention.head_count_kv", num_heads)
+    hidden_size, num_heads = keys.pop("embedding_length"), of_all_layers(keys.pop("attention.head_count"))
+    num_kv_heads = of_all_layers(keys.pop("attention.head_count_kv", num_heads))
     if not isinstance(num_heads, int) or not isinstance(num_kv_heads, int):
         raise CheckpointError(f"{file.path}: numbers of heads that differ by layer are not supported")
     head_dim = keys.pop("attention.key_length", hidden_size // max(num_heads, 1))
@@ -186,7 +195,7 @@ def _common_keys(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden_size,
-        "intermediate_size": keys.pop("feed_forward_length"),
+        "intermediate_size": of_all_layers(keys.pop("feed_forward_length")),
         "num_hidden_layers": keys.pop("block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
@@ -199,13 +208,18 @@ def _common_keys(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     }
 
 
+def of_all_layers(value: Any) -> Any:
+    """A value that some files give as a list with an item for each layer, if all items are the same."""
+    return value[0] if isinstance(value, list) and value and all(item == value[0] for item in value) else value
+
+
 def decimal(value: float) -> float:
     """The number that was meant by one that went through float32: 1e-5, not 9.99999974e-06."""
     return float(f"{value:.7g}")
 
 
 def _rope_scaling(keys: Keys, file: GGUFFile, head_dim: int, theta: float) -> dict[str, Any] | None:
-    kind = keys.pop("rope.scaling.type", "none")
+    kind = keys.pop("rope.scaling.type", "linear")  # older files give a factor alone
     factor = keys.pop("rope.scaling.factor", None) or keys.pop("rope.scale_linear", None)
     original_len = keys.pop("rope.scaling.original_context_length", None)
     attention_factor = keys.pop("rope.scaling.attn_factor", None)

@@ -29,13 +29,21 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_CUTS = "|".join((_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _REST))
 _QWEN2_CUTS = "|".join((_CONTRACTIONS, _WORDS, r"\p{N}", _REST))
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE_WORD, _TEKKEN_REST = r"[^\r\n\p{L}\p{N}]?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN_CUTS = "|".join((
+    f"{_BEFORE_WORD}{_UPPER}*{_LOWER}+", f"{_BEFORE_WORD}{_UPPER}+{_LOWER}*", r"\p{N}", _TEKKEN_REST,
+))  # fmt: skip
 _LLAMA3_NAMES = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3"})
 _CUTS: Mapping[str, str] = {
     **dict.fromkeys(_LLAMA3_NAMES, _LLAMA3_CUTS),
     "smaug-bpe": _LLAMA3_CUTS,
     "qwen2": _QWEN2_CUTS,
+    "tekken": _TEKKEN_CUTS,
     "deepseek-r1-qwen": _QWEN2_CUTS,
 }
+_WITH_WHOLE_WORDS = _LLAMA3_NAMES | {"tekken"}
+"""Vocabularies in which a word that is a token is not put together of others."""
 _CUTS_BY_GPT2 = frozenset({"gpt-2", "smollm"})
 
 
@@ -90,12 +98,14 @@ def _types(file: GGUFFile, num_tokens: int) -> list[int]:
 
 def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> Tokenizer:
     """Byte-pair encoding over bytes, as GPT-2 began it."""
-    name = str(file.metadata.get("tokenizer.ggml.pre"))
+    name = str(file.metadata.get("tokenizer.ggml.pre", "default"))
     if name not in _CUTS and name not in _CUTS_BY_GPT2:
         known = ", ".join(sorted({*_CUTS, *_CUTS_BY_GPT2}))
         raise CheckpointError(f"{file.path}: tokenizer.ggml.pre {name!r} is not supported; supported: {known}")
     merges = [tuple(merge.split(" ", 1)) for merge in file.metadata.get("tokenizer.ggml.merges") or ()]
-    tokenizer = Tokenizer(models.BPE(_vocabulary(tokens), merges, ignore_merges=name in _LLAMA3_NAMES))
+    if not merges:
+        raise CheckpointError(f"{file.path} lacks tokenizer.ggml.merges; convert the model again")
+    tokenizer = Tokenizer(models.BPE(_vocabulary(tokens), merges, ignore_merges=name in _WITH_WHOLE_WORDS))
     if name in _CUTS:
         cutters = [
             pre_tokenizers.Split(Regex(_CUTS[name]), behavior="isolated"),

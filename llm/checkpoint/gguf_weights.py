@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from llm.checkpoint.gguf_file import GGUFFile
-from llm.checkpoint.gguf_model import ROPE_FACTORS, find_architecture
+from llm.checkpoint.gguf_model import ROPE_FACTORS, find_architecture, of_all_layers
 
 _OUTSIDE_LAYERS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -71,8 +71,9 @@ class GGUFWeights:
     def _num_heads(self, *, is_query: bool) -> int:
         """Of queries, or of keys."""
         prefix = f"{self._file.metadata['general.architecture']}.attention.head_count"
-        num_heads: int = self._file.metadata[prefix]
-        return num_heads if is_query else self._file.metadata.get(f"{prefix}_kv", num_heads)
+        num_heads = self._file.metadata[prefix]
+        found: int = of_all_layers(num_heads if is_query else self._file.metadata.get(f"{prefix}_kv", num_heads))
+        return found
 
     def _their_name(self, name: str) -> str:
         module, _, leaf = name.rpartition(".")

@@ -15,7 +15,7 @@ from llm.checkpoint.hub import is_gguf
 from llm.checkpoint.json_files import is_pointer, pointer_fault
 from llm.checkpoint.slots import FLOATS, Slot
 from llm.checkpoint.weight_files import DOWNLOAD, Files, candidate_files
-from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_behind, is_buffer, is_of_other_part
+from llm.checkpoint.weight_names import EMBEDDINGS, HEAD, canonical_names, is_behind, is_never_needed, is_of_other_part
 from llm.checkpoint.weight_slots import canonical_scale_name
 from llm.errors import CheckpointError
 from llm.models.decoder import DecoderModel
@@ -54,7 +54,7 @@ class TensorCopy:
         """Read, convert and copy the tensor; return the bytes filled.
 
         Raises:
-            CheckpointError: the tensor cannot be read, or holds NaN.
+            CheckpointError: the tensor cannot be read, holds NaN, or does not fit into float16.
         """
         pieces, convert = self.slot.filled, self.slot.convert
         if not pieces:
@@ -73,6 +73,11 @@ class TensorCopy:
                     raise CheckpointError(
                         f"{self.path}: {self.name} holds NaN, and no answer can be computed with it; {DOWNLOAD}, or "
                         "an earlier state of the training"
+                    )
+                if any(_overflows(piece.target, tensor) for piece in pieces):
+                    raise CheckpointError(
+                        f"{self.path}: {self.name} holds numbers past the range of float16; set dtype to bfloat16, or "
+                        "to float32"
                     )
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {self.name} cannot be read ({error}); {DOWNLOAD}") from error
@@ -128,12 +133,12 @@ def _plan(model: DecoderModel, directory: Path, candidate: Files, files: ExitSta
             continue  # a leftover of the model that it was trained from, which transformers leaves out, too
         elif place == HEAD and model.lm_head is None:
             head = TensorCopy(file, path, name, slots[EMBEDDINGS])
-        elif not is_buffer(place) and not _is_left_out(family, name, place, model.num_layers):
+        elif not is_never_needed(place) and not _is_left_out(family, name, place, model.num_layers):
             if place.removesuffix(".bias") + ".qweight" in slots and not file.get_tensor(name).any():
                 continue  # older versions of AutoGPTQ wrote a bias of zeros for each projection
             if model.config.quantization is None and name.endswith(_QUANTIZED_LEAVES):
                 raise CheckpointError(_unsaid_format(path, name))
-            raise CheckpointError(f"{path} holds {name}, for which config.json has no place; is it the right one?")
+            raise CheckpointError(_without_place(path, name))
     if head is not None:
         _settle_head(head, copies)
     _check_whole(directory, slots, copies)
@@ -157,7 +162,9 @@ def _check_whole(directory: Path, slots: Mapping[str, Slot], copies: Mapping[str
         if not slot.is_optional and name not in copies and name not in stacks and slot.stack not in copies
     }
     if missing:
-        raise CheckpointError(f"{directory} lacks {_some(missing)}; {DOWNLOAD}")
+        fix = "set 'tie_word_embeddings' to true in config.json if the embeddings serve as the head"
+        fix = fix if missing == {HEAD} else DOWNLOAD
+        raise CheckpointError(f"{directory} lacks {_some(missing)}; {fix}")
 
 
 def _is_left_out(family: Family, name: str, place: str, num_layers: int) -> bool:
@@ -223,6 +230,13 @@ def _unsaid_format(path: Path, what: str) -> str:
     )
 
 
+def _without_place(path: Path, name: str) -> str:
+    """The message for a tensor that the model has no place for."""
+    if ".base_layer." in name or ".lora_" in name:
+        return f"{path} holds {name}, of an adapter that is not merged; save the model behind PEFT's merge_and_unload()"
+    return f"{path} holds {name}, for which config.json has no place; is it the right one?"
+
+
 def _open_all(candidate: Files, files: ExitStack) -> Iterator[tuple[Path, Any, list[str]]]:
     """Open files; each comes with the names of the tensors to take from it."""
     for path in candidate:
@@ -260,3 +274,14 @@ def _has_nan(numbers: torch.Tensor) -> bool:
     if not numbers.is_floating_point() or numbers.element_size() == 1 or not numbers.numel():
         return False
     return bool(torch.aminmax(numbers)[0].isnan())
+
+
+def _overflows(target: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether numbers of a tensor have become infinite in the place that they were copied to."""
+    if target.dtype is not torch.float16 or not tensor.is_floating_point() or tensor.element_size() == 1:
+        return False
+    return _has_infinity(target) and not _has_infinity(tensor)
+
+
+def _has_infinity(numbers: torch.Tensor) -> bool:
+    return bool(numbers.numel()) and any(bool(bound.isinf()) for bound in torch.aminmax(numbers))

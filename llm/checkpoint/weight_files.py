@@ -56,8 +56,8 @@ def _indexed(directory: Path) -> Files:
         raise CheckpointError(f"{path} has no weight_map; {DOWNLOAD}")
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path} puts {name} in {file!r}, which is not a file name; {DOWNLOAD}")
+        if not isinstance(file, str) or not file or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(f"{path} puts {name} in {file!r}, which is no file of this directory; {DOWNLOAD}")
         files.setdefault(file, []).append(name)
     return {directory / file: names for file, names in files.items()}
 

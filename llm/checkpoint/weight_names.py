@@ -3,6 +3,7 @@
 The same tensor is `model.layers.0.mlp.up_proj.weight` in most checkpoints, `layers.0.mlp.up_proj.weight` in one that
 was saved without its output head, `model.language_model.layers.0.…` or `language_model.model.layers.0.…` beside the
 weights of another modality, and `module.model.layers.0.…` in one saved from a wrapper. Families name the first form.
+Wrappers of single modules, such as those of torch.compile and FSDP, put a word in the middle of a name.
 """
 
 import re
@@ -15,7 +16,8 @@ _HEAD_MODULES = ("lm_head.", "score.")
 _IN_LAYER = re.compile(r"((?:.*?\.)?)layers\.\d+\.")
 _LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _OTHER_PARTS = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector|visual|mtp)\.")
-_BUFFERS = re.compile(r"(?:.+\.)?(?:rotary_emb\.\w+|masked_bias|position_ids)")
+_NOT_NEEDED = re.compile(r"(?:.+\.)?(?:rotary_emb\.\w+|masked_bias|position_ids|_extra_state)|(?:.+\.)?v_head\..+")
+_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def canonical_names(names: Iterable[str], wanted: Collection[str], renamed: Mapping[str, str]) -> dict[str, str]:
@@ -26,19 +28,24 @@ def canonical_names(names: Iterable[str], wanted: Collection[str], renamed: Mapp
         wanted: the names that the model has places for, as families name them.
         renamed: see `Family`.
     """
-    held = set(names)
+    bare = {name: _WRAPPERS.sub("", name) for name in names}
+    held = set(bare.values())
     inner = [name.removeprefix(_BODY) for name in wanted if name.startswith(_BODY)]
     prefixes = sorted({match[1] for name in held if (match := _IN_LAYER.match(name))})
     # What stands in front of most of the model's names; other parts of a checkpoint may have layers, too.
     prefix = max(prefixes, key=lambda each: sum(each + name in held for name in inner), default=_BODY)
     outer = [prefix[:end] for end in range(len(prefix) + 1) if end == 0 or prefix[end - 1] == "."]
     heads = {beginning + head: head for beginning in outer for head in _HEAD_MODULES}
-    return {name: _renamed(_canonical(name, prefix, heads), wanted, renamed) for name in held}
+    return {name: _renamed(_canonical(inside, prefix, heads), wanted, renamed) for name, inside in bare.items()}
 
 
-def is_buffer(name: str) -> bool:
-    """Whether a tensor is one that older versions of transformers saved and that follows from the configuration."""
-    return _BUFFERS.fullmatch(name) is not None
+def is_never_needed(name: str) -> bool:
+    """Whether no model needs a tensor of this name.
+
+    These are buffers that older versions of transformers saved and that follow from the configuration, what Transformer
+    Engine remembers of its training in 8 bits, and the head that reinforcement learning adds to estimate values.
+    """
+    return _NOT_NEEDED.fullmatch(name) is not None
 
 
 def is_of_other_part(name: str) -> bool:

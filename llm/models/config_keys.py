@@ -32,6 +32,8 @@ _HARMLESS = key_names("""
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
     output_attentions output_hidden_states output_scores output_logits output_router_logits return_dict
     return_dict_in_generate torchscript tf_legacy_loss use_bfloat16 chunk_size_feed_forward pretraining_tp
+    bos_token eos_token pad_token unk_token padding_side tokenizer_model_max_length seq_length max_model_len loss_type
+    use_flash_attention use_flash_attention_2 use_liger
     is_decoder tie_encoder_decoder cross_attention_hidden_size max_sequence_length router_aux_loss_coef
     aux_loss_alpha seq_aux ep_size
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups

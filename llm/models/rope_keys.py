@@ -8,6 +8,8 @@ from llm.errors import ConfigError
 from llm.models.config_keys import ReadKeys, check_kind, shown
 
 _KNOWN_UNSCALED = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+_DYNAMIC = "dynamic"
+"""Stretches the angles of sequences past `max_position_embeddings` alone. The engine serves none that is longer."""
 _KNOWN_SCALED = {*_KNOWN_UNSCALED, *RopeScaling.model_fields, "finetuned"}
 
 
@@ -102,8 +104,10 @@ def _understood(found: dict[str, Any], trained_len: int, can_be_partial: bool) -
     if partial != 1 and not can_be_partial:
         raise ConfigError(f"'partial_rotary_factor' is {shown(partial)}; only 1 is supported")
     kind = found.get("rope_type") or found.get("type") or "default"
+    if kind == _DYNAMIC:
+        kind, found = "default", {key: value for key, value in found.items() if key != "factor"}
     if kind != "default" and kind not in set(RopeScalingType):
-        supported = ", ".join(["default", *RopeScalingType])
+        supported = ", ".join(["default", *RopeScalingType, _DYNAMIC])
         raise ConfigError(f"rope type {shown(kind)} is not supported; supported: {supported}")
     found = {key: value for key, value in found.items() if key != "max_position_embeddings" or value != trained_len}
     known = _KNOWN_UNSCALED if kind == "default" else _KNOWN_SCALED

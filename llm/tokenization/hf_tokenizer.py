@@ -348,7 +348,8 @@ class HFTokenizer:
         """Ids of text in which nothing is a control token."""
         if not text:
             return []
-        ids = _encode(self._plain if begins_text else self._plain_inner, text)
+        first = self._plain if begins_text else self._plain_inner
+        ids = _encode(first, text)
         if self._control.ids.isdisjoint(ids):
             return ids
         # The model's own vocabulary holds a control token's text: cut each one in two.
@@ -356,9 +357,9 @@ class HFTokenizer:
         start = 0
         for match in self._control.pattern.finditer(text):
             cut = match.start() + 1
-            ids += _encode(self._plain if begins_text and start == 0 else self._plain_inner, text[start:cut])
+            ids += _encode(self._plain_inner if start else first, text[start:cut])
             start = cut
-        return ids + _encode(self._plain_inner if start else self._plain, text[start:])
+        return ids + _encode(self._plain_inner if start else first, text[start:])
 
     def _named_ids(self, token: str | None) -> tuple[int, ...]:
         """The id of a token, if there is one."""

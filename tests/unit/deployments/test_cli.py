@@ -275,3 +275,10 @@ def test_the_command_line_starts_without_pytorch():
     """It takes seconds to import, which `rayline --help` and `rayline status` do not need."""
     run = [sys.executable, "-c", "import sys, deployments.cli; sys.exit('torch' in sys.modules)"]
     assert subprocess.run(run, cwd=ROOT, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("sizes", ["24GB", "", "nan", "24,inf", "0", "-5"])
+def test_a_size_that_no_gpu_has_is_refused(sizes: str):
+    result = CliRunner().invoke(app, ["check", "--gpu-memory", sizes])
+    assert result.exit_code == 2
+    assert "give sizes in GiB, separated by commas" in result.output

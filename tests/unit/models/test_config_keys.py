@@ -337,6 +337,19 @@ def test_rope_that_is_not_understood(tmp_path, changes, reason):
         load_model_config(write(tmp_path, LLAMA, **changes))
 
 
+def test_rope_that_stretches_longer_sequences_alone_changes_nothing(tmp_path):
+    """NTK's dynamic kind: a sequence as long as the engine serves has the angles that the model was trained with."""
+    rope = {"rope_type": "dynamic", "factor": 4.0}
+    inv_freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](
+        AutoConfig.for_model("llama", rope_parameters={**rope, "rope_theta": 7e4})
+    )
+    base = {name: value for name, value in LLAMA.items() if name != "rope_scaling"}
+    config = load_model_config(write(tmp_path, base, rope_scaling=rope, rope_theta=7e4))
+    assert config == load_model_config(write(tmp_path, base, rope_theta=7e4))
+    ours, _ = rope_frequencies(128, config.rope_theta, config.rope_scaling, config.max_seq_len, config.max_seq_len)
+    torch.testing.assert_close(ours, inv_freq)
+
+
 def test_both_generations_of_rope_may_stand_side_by_side_where_they_agree(tmp_path):
     """`type` is the older word for `rope_type`, and `rope_theta` moved into the newer one."""
     base = {name: value for name, value in LLAMA.items() if name not in ("rope_scaling", "rope_theta")}

@@ -34,6 +34,23 @@ def test_a_template_of_its_own_file_counts(checkpoint: Path):
     assert fingerprint([checkpoint]) != fingerprint([DEMO])
 
 
+@pytest.mark.parametrize("name", ["additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"])
+def test_files_in_folders_that_are_read_count(checkpoint: Path, name: str):
+    (checkpoint / name).parent.mkdir()
+    (checkpoint / name).write_text("{}")
+    assert fingerprint([checkpoint]) != fingerprint([DEMO])
+
+
+def test_weights_in_a_folder_count(checkpoint: Path):
+    (checkpoint / "weights").mkdir()
+    shard = (checkpoint / "model.safetensors").rename(checkpoint / "weights" / "part.safetensors")
+    index = {"weight_map": {"a": "weights/part.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = fingerprint([checkpoint])
+    shard.write_bytes(b"others")
+    assert not is_same_version(fingerprint([checkpoint]), before)
+
+
 def test_trained_weights_count_though_their_size_stays(checkpoint: Path):
     """One percent of the bytes, wherever they are: half of a small adapter that was merged changes more."""
     path = checkpoint / "model.safetensors"

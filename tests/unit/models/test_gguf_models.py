@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +23,15 @@ from llm.checkpoint.gguf_convert import convert
 from llm.checkpoint.hub import find_local_checkpoint, resolve_model_path
 from llm.checkpoint.loading import check_checkpoint, load_decoder
 from llm.checkpoint.model_config import load_model_config
+from llm.checkpoint.vector_defaults import load_vector_defaults
 from llm.errors import CheckpointError, LLMError
+from llm.schemas.requests import Pooling
 from llm.serving.engine import ContinuousBatchingEngine
 from llm.serving.schemas import GenerationRequest
 from llm.tokenization.hf_tokenizer import HFTokenizer
 
 
-def gemma(name: str, **more: float | str) -> dict[str, float | str]:
+def gemma(name: str, **more: Any) -> dict[str, Any]:
     """What files of Gemma hold beside what all files do."""
     keys = {"attention__key_length": 16, "attention__value_length": 16, "attention__sliding_window": 17, **more}
     return {f"{name}__{key}": value for key, value in keys.items()}
@@ -39,6 +42,16 @@ KINDS = [
     ("llama", "llama_mha", {}),
     ("llama", "llama_mqa_biases", {}),
     ("llama", "llama_linear", {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}),
+    ("llama", "llama_linear", {"llama__rope__scale_linear": 4.0}),
+    (
+        "llama",
+        "llama",
+        {
+            "llama__attention__head_count": [8] * 3,
+            "llama__attention__head_count_kv": [2] * 3,
+            "llama__feed_forward_length": [96] * 3,
+        },
+    ),
     (
         "llama",
         "llama_yarn",
@@ -61,6 +74,16 @@ KINDS = [
             rope__scaling__type="linear",
             rope__scaling__factor=8.0,
             attention__sliding_window_pattern=3,
+        ),
+    ),
+    (
+        "gemma3",
+        "gemma3",
+        gemma(
+            "gemma3",
+            rope__freq_base_swa=100.0,
+            rope__scaling__factor=8.0,
+            attention__sliding_window_pattern=[True, True, False, True],
         ),
     ),
 ]
@@ -229,6 +252,7 @@ def test_a_directory_of_parts_is_told_to_join_them(qwen3, tmp_path):
         ({"tokenizer__ggml__pre": "klingon"}, "tokenizer.ggml.pre 'klingon' is not supported; supported: deepseek"),
         ({"tokenizer__ggml__model": "bert"}, "tokenizer 'bert' is not supported"),
         ({"tokenizer__ggml__tokens": None}, "has no vocabulary"),
+        ({"tokenizer__ggml__merges": None}, "lacks tokenizer.ggml.merges"),
         ({"tokenizer__ggml__merges": [*MERGES, "no way"]}, "holds a value that cannot be used"),
     ],
 )
@@ -257,6 +281,16 @@ def test_sampling_that_a_file_recommends_counts(checkpoints, tmp_path):
     assert (defaults.temperature, defaults.top_k, defaults.top_p, defaults.min_p) == (0.6, 20, 0.95, 0.05)
     assert defaults.repetition_penalty == 1.1
     assert defaults.bos_token_id == tokens().index("<|endoftext|>")
+
+
+@pytest.mark.parametrize(("number", "pooling"), [(0, None), (1, Pooling.MEAN), (3, Pooling.LAST)])
+def test_how_a_file_makes_vectors_counts(checkpoints, tmp_path, number, pooling):
+    """llama.cpp's number for it, as in the files of Qwen3-Embedding."""
+    model = checkpoints("qwen3", vocab_size=VOCAB_SIZE)[1]
+    path = write_model(tmp_path / "x.gguf", "qwen3", model, qwen3__pooling_type=number, qwen3__attention__key_length=24)
+    directory = resolve_model_path(str(path))
+    check_checkpoint(directory)
+    assert load_vector_defaults(directory).pooling is pooling
 
 
 def test_templates_by_name_are_kept(checkpoints, tmp_path):

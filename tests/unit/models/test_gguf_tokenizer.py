@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gguf_files import byte_level_tokenizer, tokens, write_gguf
 from hypothesis import given, strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm.checkpoint.gguf_file import GGUFFile
@@ -85,6 +86,16 @@ def test_qwen_composes_characters_first(readers):
     """As its own tokenizer does, which transformers does not see in a file."""
     assert readers("qwen2")[0].encode("e\u0301") == readers("qwen2")[0].encode("é")
     assert readers("llama-bpe")[0].encode("e\u0301") != readers("llama-bpe")[0].encode("é")
+
+
+def test_mistral_cuts_words_where_capitals_begin(tmp_path):
+    """Tekken's rule, by the expression of Mistral Nemo's tokenizer.json; words in the vocabulary stay whole."""
+    path = write(tmp_path / "x.gguf", byte_level_tokenizer("tekken"))
+    with GGUFFile(path) as file:
+        tokenizer = Tokenizer.from_str(make_tokenizer(file)[0])
+    assert tokenizer.model.ignore_merges
+    pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("camelCase HTMLPage don't 12/ab\n/\n x")]
+    assert pieces == ["camel", "Case", "ĠHTMLPage", "Ġdon", "'t", "Ġ", "1", "2", "/ab", "Ċ", "/Ċ", "Ġx"]
 
 
 def test_smollm_cuts_numbers_into_digits(tmp_path):

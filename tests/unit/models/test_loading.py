@@ -202,6 +202,14 @@ def test_names_with_anything_in_front(checkpoints, single, body, head):
     )
 
 
+@pytest.mark.parametrize("word", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_names_with_a_wrapper_in_the_middle(checkpoints, single, word):
+    rename_tensors(
+        single / "model.safetensors", lambda name: f"{word}.{name}".replace("layers.1.", f"layers.1.{word}.")
+    )
+    assert_same(load_decoder(single, progress=False), load_decoder(checkpoints("qwen3")[0], progress=False))
+
+
 def test_names_with_anything_in_front_in_shards(checkpoints, sharded):
     plain = load_decoder(checkpoints("qwen3")[0], progress=False)
     for path in sharded.glob("*.safetensors"):
@@ -243,11 +251,12 @@ BUFFERS = [
     "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "rotary_emb.inv_freq",
     "model.layers.1.self_attn.rotary_emb.cos_cached", "model.rotary_emb.original_inv_freq",
     "model.layers.0.self_attn.masked_bias", "model.embeddings.position_ids",
+    "model.layers.0.self_attn.core_attention._extra_state", "v_head.summary.weight",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BUFFERS)
-def test_buffers_that_older_versions_saved_are_passed_over(checkpoints, single, name):
+def test_what_no_model_needs_is_passed_over(checkpoints, single, name):
     plain = load_decoder(checkpoints("qwen3")[0], progress=False)
     change_tensors(single / "model.safetensors", **{name: torch.ones(4)})
     assert_same(load_decoder(single, progress=False), plain)
@@ -287,6 +296,49 @@ def test_a_head_that_differs_from_the_embeddings_is_used_with_a_warning(tied, ca
         load_checkpoint(DecoderModel.from_config(load_model_config(tied)), tied, progress=False)
 
 
+def test_a_missing_head_may_be_the_embeddings(tied, edit):
+    """Llama's and Qwen's files are not tied unless they say so."""
+    edit(tied / "config.json", tie_word_embeddings=None)
+    assert refusal(tied) == (
+        f"{tied} lacks lm_head.weight; set 'tie_word_embeddings' to true in config.json if the "
+        "embeddings serve as the head"
+    )
+
+
+def test_an_adapter_that_is_not_merged_is_named(single):
+    path = single / "model.safetensors"
+    rename_tensors(path, lambda name: name.replace("1.self_attn.q_proj.weight", "1.self_attn.q_proj.base_layer.weight"))
+    message = (
+        "q_proj.base_layer.weight, of an adapter that is not merged; save the model behind PEFT's merge_and_unload()"
+    )
+    assert message in refusal(single)
+
+
+def test_numbers_past_the_range_of_float16_are_refused_there(single):
+    """Infinity in the file itself is the model's own, as in a mask."""
+    path = single / "model.safetensors"
+    norm = load_file(path)["model.norm.weight"]
+    norm[3] = -1e5
+    change_tensors(path, model__norm__weight=norm)
+    assert load_decoder(single, dtype=torch.bfloat16, progress=False).norm.weight.isfinite().all()
+    with pytest.raises(CheckpointError, match=r"norm\.weight holds numbers past the range of float16; set dtype"):
+        load_decoder(single, dtype=torch.float16, progress=False)
+    norm[3] = float("inf")
+    change_tensors(path, model__norm__weight=norm)
+    assert load_decoder(single, dtype=torch.float16, progress=False).norm.weight[3].isinf()
+
+
+def test_shards_in_a_folder(sharded, single):
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    weight_map = {name: f"weights/{file.upper()}" for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps({**content, "weight_map": weight_map}))
+    (sharded / "weights").mkdir()
+    for path in sharded.glob("*.safetensors"):
+        path.rename(sharded / "weights" / path.name.upper())
+    assert_same(load_decoder(sharded, progress=False), load_decoder(single, progress=False))
+
+
 def test_a_missing_shard(sharded):
     path = sorted(sharded.glob("*.safetensors"))[1]
     path.unlink()
@@ -313,7 +365,8 @@ def test_a_file_that_lacks_what_its_index_lists(sharded):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 1}}']
+    "content",
+    ["{", "{}", *('{"weight_map": {"a": %s}}' % file for file in ('"../b"', '"/b"', '"x/../../b"', '""', "1"))],  # noqa: UP031
 )
 def test_a_bad_index(sharded, content):
     path = sharded / "model.safetensors.index.json"

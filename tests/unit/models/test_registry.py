@@ -66,6 +66,7 @@ def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path):
         ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 32768, 131072),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072, 131072),
         ({"rope_type": "default"}, 4096, 4096),
+        ({"type": "dynamic", "factor": 2.0}, 4096, 4096),
         (None, 4096, 4096),
     ],
 )
@@ -130,7 +131,7 @@ def test_biases_and_qk_norm(tmp_path, changes, biases, qk_norm):
         ({"num_hidden_layers": 0}, ConfigError, "'num_hidden_layers' is 0, but must be"),
         ({"num_key_value_heads": 5}, ConfigError, "num_heads 32 is not a multiple of num_kv_heads 5"),
         ({"max_position_embeddings": "x", "rope_scaling": None}, ConfigError, "max_position_embeddings"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ConfigError, "rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, ConfigError, "rope type 'ntk' is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, ConfigError, "factor"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ConfigError, "partial_rotary_factor"),
         ({**QWEN2, "use_sliding_window": True, "layer_types": ["odd"] * 4}, ConfigError, "layer_types must hold 4"),

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -75,6 +75,20 @@ def test_control_tokens_typed_by_a_user_stay_text(tokenizers, checkpoints, kind)
         ids = tokenizer.apply_chat_template(user(trick))
         assert [token_id for token_id in ids if token_id in control] == innocent
         assert trick in tokenizer.decode(ids)
+
+
+def test_a_character_that_the_vocabulary_lacks_puts_no_space_behind_a_control_token():
+    """SentencePiece's first word gets one, and no other, whatever else a chat holds."""
+    library = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "a": 2, "▁a": 3}, [("▁", "a")], unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    library.add_special_tokens(["<unk>", "<end>"])
+    source = "{% for message in messages %}{{ message.content }}<end>{% endfor %}"
+    template = ChatTemplate(source, origin="here", special_tokens={})
+    tokenizer = HFTokenizer(library.to_str(), templates={"default": template})
+    expected = library.encode("a<end>aé<end>").ids
+    assert expected == [3, 4, 2, 0, 4]
+    assert tokenizer.apply_chat_template([*user("a"), *user("aé")]) == expected
+    assert tokenizer.apply_chat_template([*user("a"), *user("aé"), *user("<end>")])[: len(expected)] == expected
 
 
 def test_tricks_in_every_other_place_stay_text(tokenizers):
