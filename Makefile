@@ -6,6 +6,7 @@ MODELS ?= llama-3.1-8b qwen3-0.6b
 BENCH_FP8 = --model benchmarks/models/llama-3.1-8b --name llama-3.1-8b-fp8 --set quantization=fp8 kv_cache_dtype=fp8 --rows mixed 1000
 REAL_MODELS ?= required
 MINUTES ?= 60
+INTEGRATION_PROCESSES ?= 1
 BENCH_PYTHON ?= $(BIN)/python
 UNIT_PLUGINS := -p pytest_asyncio.plugin -p pytest_timeout -p xdist.plugin
 VENV := .venv
@@ -62,8 +63,9 @@ test: test-unit test-integration  ## Run every test that needs no GPU
 test-unit: $(VENV)/.dev $(if $(filter required,$(REAL_MODELS)),models)  ## Run the tests that need no Ray cluster, on all cores (REAL_MODELS=optional: without those of missing models)
 	REAL_MODELS=$(REAL_MODELS) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/pytest $(UNIT_PLUGINS) tests/unit --numprocesses auto --maxprocesses 8 --dist worksteal
 
-test-integration: $(VENV)/.dev  ## Run the tests of a whole server, which share one Ray cluster
-	$(BIN)/pytest tests/integration tests/e2e tests/gpu
+# They wait more than they compute. Each of several processes has a Ray cluster for its files.
+test-integration: $(VENV)/.dev  ## Run the tests of a whole server (INTEGRATION_PROCESSES=2: two files at a time)
+	$(BIN)/pytest tests/integration tests/e2e tests/gpu $(if $(filter-out 1,$(INTEGRATION_PROCESSES)),--numprocesses $(INTEGRATION_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
 # Both programs come as binaries in npm packages; no script of theirs is run but the one that puts the binary in place.
 $(AGENTS)/.installed: tests/agents/package-lock.json

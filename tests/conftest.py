@@ -1,7 +1,11 @@
 """One Ray cluster for the session, with two applications: the demo model, and engines that tests may break."""
 
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +28,14 @@ if TYPE_CHECKING:
     from chaos.fleet import Fleet
 
 
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let one process of this machine's tests start Ray at a time: its node gives up if its parts take 30 s."""
+    with (Path(tempfile.gettempdir()) / "rayline-tests-start-ray").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The demo model on two CPU replicas behind one router."""
@@ -37,7 +49,10 @@ def server() -> Iterator[Server]:
     port = free_port()
     # Serve's proxy is started with these.
     os.environ.update({**PROXY_VARIABLES, TIMEOUT_VARIABLE: "3"})
-    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local")
+    with one_at_a_time():
+        ray.init(
+            num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False, namespace="serve", address="local"
+        )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         config = AppConfig.model_validate(

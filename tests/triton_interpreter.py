@@ -177,16 +177,47 @@ def _casting_what_differs(cast: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _passing_what_agrees(check: Callable[..., Any]) -> Callable[..., Any]:
-    """Two tensors of one type need no other type, but to be divided."""
+    """Operands whose types have been together before are not checked again, nor written out to their common shape.
+
+    NumPy's operations, which is what all operations of two operands are here, give them that shape.
+    """
+    # (Types are kept beside what was found for them, so that no other gets their place in memory.)
+    constants: dict[tuple, tuple[tl.dtype, tl.tensor]] = {}
+    common_types: dict[tuple, tuple[tl.dtype, tl.dtype, tl.dtype]] = {}
 
     def pass_or_check(
         self: TritonSemantic, lhs: Any, rhs: Any, allow_lhs_ptr: bool = False, allow_rhs_ptr: bool = False,
         arithmetic_check: bool = True, div_or_mod: bool = False,
     ) -> Any:  # fmt: skip
-        are_tensors = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
-        if are_tensors and lhs.dtype is rhs.dtype and not div_or_mod and not lhs.dtype.is_ptr():
-            return _broadcast(self, lhs, rhs)
-        return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+        rules = (allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):
+            left, right = lhs.dtype, rhs.dtype
+            if left is right and not div_or_mod and not left.is_ptr():
+                return _shaped_alike(lhs, rhs)
+            if (allow_lhs_ptr and left.is_ptr() and right.is_int()) or (
+                allow_rhs_ptr and right.is_ptr() and left.is_int()
+            ):
+                return _shaped_alike(lhs, rhs)
+            key = (id(left), id(right), rules)
+            if (found := common_types.get(key)) is not None:
+                return _shaped_alike(self.cast(lhs, found[0]), self.cast(rhs, found[0]))
+            checked = check(self, lhs, rhs, *rules)
+            if (common := checked[0].dtype) is checked[1].dtype and arithmetic_check and not common.is_ptr():
+                common_types[key] = (common, left, right)
+            return checked
+        number, tensor = (rhs, lhs) if isinstance(lhs, tl.tensor) else (lhs, rhs)
+        if not isinstance(tensor, tl.tensor) or type(number) not in (int, float) or tensor.dtype.is_ptr():
+            return check(self, lhs, rhs, *rules)
+        place = (number is rhs, type(number), number, id(tensor.dtype), rules)
+        is_zero = number == 0 and type(number) is float  # 0.0 and -0.0 are one key
+        if is_zero or (kept := constants.get(place)) is None:
+            checked = check(self, lhs, rhs, *rules)
+            if (common := checked[0].dtype) is checked[1].dtype and arithmetic_check:
+                constants[place] = (tensor.dtype, self.scalar_constant(number, dtype=common))
+            return checked
+        constant = kept[1]
+        tensor = self.cast(tensor, constant.dtype)
+        return _shaped_alike(tensor, constant) if number is rhs else _shaped_alike(constant, tensor)
 
     return pass_or_check
 
@@ -214,4 +245,29 @@ def _spread(tensor: tl.tensor, own: Sizes, sizes: Sizes) -> tl.tensor:
         return tensor
     data, dtype = tensor.handle.data, tensor.dtype
     data = np.broadcast_to(data, sizes) if own else np.full(sizes, data, dtype=interpreter._get_np_dtype(dtype))
-    return tl.tensor(interpreter.TensorHandle(data, dtype), tl.block_type(dtype, sizes))
+    return tl.tensor(interpreter.TensorHandle(data, dtype), _block_of(dtype, sizes))
+
+
+def _shaped_alike(lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Both with the type that they have together, for an operation of NumPy's: what it gives has the shape too."""
+    left, right = _sizes_of(lhs.type), _sizes_of(rhs.type)
+    if left == right:
+        return lhs, rhs
+    sizes = _common_sizes(left, right)
+    if left != sizes:
+        lhs = tl.tensor(lhs.handle, _block_of(lhs.dtype, sizes))
+    if right != sizes:
+        rhs = tl.tensor(rhs.handle, _block_of(rhs.dtype, sizes))
+    return lhs, rhs
+
+
+_blocks: dict[tuple[int, Sizes], tl.block_type] = {}
+
+
+def _block_of(dtype: tl.dtype, sizes: Sizes) -> tl.block_type:
+    """The type of a block, made once; pointers have types of their own at each launch."""
+    if dtype.is_ptr():
+        return tl.block_type(dtype, sizes)
+    if (found := _blocks.get((id(dtype), sizes))) is None:
+        found = _blocks[id(dtype), sizes] = tl.block_type(dtype, sizes)  # which keeps its dtype
+    return found

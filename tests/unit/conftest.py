@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+gc.disable()  # until all tests are collected: what is made until then stays
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -31,6 +33,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def loaded_once() -> None:
     """What all these modules are made of stays: half a second's work for each look of the garbage collector at it."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -84,8 +84,8 @@ async def test_an_answer_is_that_of_the_merged_model_even_beside_others(service:
 
 
 async def test_streams_continue_with_their_adapters(service: Service):
-    whole = {name: await text(service, name, 200) for name in NAMES}
-    streams = [asyncio.ensure_future(text(service, name, 200)) for name in NAMES * 2]
+    whole = {name: await text(service, name, 100) for name in NAMES}
+    streams = [asyncio.ensure_future(text(service, name, 100)) for name in NAMES * 2]
     journal = service.router.journal
     await eventually(lambda: any(len(g.token_ids) > 5 for g in journal.on_replica("replica-0")))
     service.client.kill(0)

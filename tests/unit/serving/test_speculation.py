@@ -166,20 +166,27 @@ def test_context_ends_a_sequence():
     assert engine.max_seq_len == 128
 
 
-@each_depth
+def stopping_requests(temperature: float, stop_token_id: int) -> list[GenerationRequest]:
+    return create_repeating_requests(temperature=temperature, stop_token_ids=(stop_token_id,), min_new_tokens=12)
+
+
+@cache
+def facts_of_stopping_alone(temperature: float, stop_token_id: int) -> list[tuple]:
+    """The same for both depths."""
+    model = create_babbler()
+    return facts([run_alone(request, model) for request in stopping_requests(temperature, stop_token_id)])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.4])
+@each_depth
 def test_stop_ids_among_accepted_tokens(temperature, max_steps_ahead):
     """Tokens after the one that ends a sequence are dropped, whichever of a step's tokens it is."""
     model = create_babbler()
     engine = create_engine(model, num_speculative_tokens=8, max_steps_ahead=max_steps_ahead)
-    requests = create_repeating_requests(temperature=temperature)
     for first in range(NUM_TOKENS):
-        stopping = [
-            request.model_copy(update={"stop_token_ids": (first,), "min_new_tokens": 12}) for request in requests
-        ]
-        results = engine.generate(stopping, progress=False)
+        results = engine.generate(stopping_requests(temperature, first), progress=False)
         check_idle(engine)
-        assert facts(results) == facts([run_alone(request, model) for request in stopping])
+        assert facts(results) == facts_of_stopping_alone(temperature, first)
     assert engine.stats().num_accepted_tokens > 0
 
 
