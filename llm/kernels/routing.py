@@ -15,7 +15,7 @@ from llm.config import RoutingConfig
 from llm.kernels.expert_pairs import ExpertPairs, PairCounts
 from llm.kernels.launch import launch_options, most_stages, prefetch, wait_for_inputs
 from llm.kernels.norm import Norm
-from llm.kernels.pair_order import num_counts, order_by_expert
+from llm.kernels.pair_order import order_by_expert
 
 _ROWS, _ROWS_OF_MANY = 16, 64
 """Tokens a program: for more than _MANY_TOKENS of them the router is read often enough that wider tiles pay."""
@@ -93,7 +93,6 @@ class Routes:
     starts: torch.Tensor
     partial: torch.Tensor
     squares: torch.Tensor
-    counts: torch.Tensor
 
     @classmethod
     def allocate(cls, shape: ExpertShape, max_tokens: int, device: torch.device) -> Self:
@@ -106,8 +105,7 @@ class Routes:
         num_parts = min(max_tokens, _MANY_TOKENS) * _MOST_PARTS
         partial = torch.empty(num_parts * _block(shape.num_experts), device=device)
         squares = torch.empty(num_parts, device=device)
-        counts = torch.empty(num_counts(num_pairs, shape.num_experts), dtype=torch.int32, device=device)
-        return cls(shape, experts, torch.zeros(num_pairs, device=device), order, starts, partial, squares, counts)
+        return cls(shape, experts, torch.zeros(num_pairs, device=device), order, starts, partial, squares)
 
     @property
     def pairs(self) -> ExpertPairs:
@@ -117,7 +115,7 @@ class Routes:
     def order_pairs(self, num_tokens: int) -> None:
         """Order the pairs of the first `num_tokens` by expert; those of one expert stay in their order."""
         num_pairs, num_experts = num_tokens * self.shape.per_token, self.shape.num_experts
-        order_by_expert(self.experts[:num_pairs], num_experts, self.order, self.starts, self.counts)
+        order_by_expert(self.experts[:num_pairs], num_experts, self.order, self.starts)
 
 
 def route(

@@ -377,11 +377,7 @@ def compile_experts() -> None:
         compile_kernel("choice of experts", routing._choose, router, num_warps=1)
         if num_experts != 8:
             compile_routes("routes", routing._route_many, router, 64, num_warps)
-    arguments |= {"counts": INT, "num_blocks": "i32", "BINS": 256}
     compile_kernel("order of pairs", pair_order._order_pairs, arguments, BLOCK=8192, num_warps=16)
-    compile_kernel("order of pairs", pair_order._count_pairs, arguments, BLOCK=512)
-    many = {**arguments, "NUM_EXPERTS": 128, "BLOCKS_AT_ONCE": 16, "PAIRS_AT_ONCE": 64}
-    compile_kernel("order of pairs", pair_order._place_pairs, many, BLOCK=512, num_warps=8)
     sizes = {"COUNTS": PairCounts(128, 128, 8), "PER_TOKEN": 8}
     arguments |= {"output": BF16, "pairs": ExpertPairs(INT, INT, FLOAT), "num_outputs": "i32", **sizes}
     arguments |= WITHOUT_ADAPTERS

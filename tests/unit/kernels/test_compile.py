@@ -62,7 +62,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "logits of experts": 9,
         "choice of experts": 5,
         "routes": 8,
-        "order of pairs": 3,
+        "order of pairs": 1,
         "experts": 12,
         "experts in groups": 14,
         "experts with adapters": 5,

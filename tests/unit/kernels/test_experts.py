@@ -75,7 +75,7 @@ NARROW = [name for name, shape in SHAPES.items() if shape.hidden_size < 1000]
 @pytest.mark.parametrize("num_tokens", [1, 19, 1100])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_routes_equal_the_layers(num_tokens, shape):
-    """Experts and weights of each token, and the tokens of each expert, in several blocks, some of which have none."""
+    """Experts and weights of each token, and the tokens of each expert, some of which have none."""
     torch.manual_seed(num_tokens)
     router = create_experts(shape, torch.float32, all_apart).router
     x = random(num_tokens, shape.hidden_size)
@@ -92,17 +92,14 @@ def test_routes_equal_the_layers(num_tokens, shape):
     assert routes.starts.tolist() == [0, *counts.cumsum(0).tolist()]
 
 
-@pytest.mark.parametrize("few_experts", [0, 21], ids=["by blocks", "in turns"])
-def test_many_pairs_are_ordered(few_experts, monkeypatch):
-    """As few are: in their order within an expert, some of which have none."""
-    monkeypatch.setattr(pair_order, "_FEW_PAIRS", 1000)
-    monkeypatch.setattr(pair_order, "_FEW_EXPERTS", few_experts)
+@pytest.mark.parametrize("num_pairs", [1300, 1536, 5000])
+def test_many_pairs_are_ordered(num_pairs, monkeypatch):
+    """As few are, in several turns: in their order within an expert, some of which have none."""
     monkeypatch.setattr(pair_order, "_PAIRS_A_TURN", 512)
     torch.manual_seed(0)
-    experts = torch.randint(3, 20, (1300,), dtype=torch.int32, device=DEVICE)
-    counts = torch.empty(pair_order.num_counts(1300, 21), dtype=torch.int32, device=DEVICE)
+    experts = torch.randint(3, 20, (num_pairs,), dtype=torch.int32, device=DEVICE)
     order, starts = torch.empty_like(experts), torch.empty(22, dtype=torch.int32, device=DEVICE)
-    pair_order.order_by_expert(experts, 21, order, starts, counts)
+    pair_order.order_by_expert(experts, 21, order, starts)
     assert torch.equal(order.long(), experts.argsort(stable=True))
     assert starts.tolist() == [0, *experts.bincount(minlength=21).cumsum(0).tolist()]
 
