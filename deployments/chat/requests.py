@@ -29,15 +29,6 @@ Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 SessionKey = Annotated[str, Field(max_length=MAX_SESSION_CHARS)]
 
 
-def _no_limit(value: Any) -> Any:
-    return None if value == -1 else value
-
-
-MostTokens = Annotated[
-    Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit, json_schema_input_type=int | None)
-]
-
-
 def _check_stop(value: Any) -> Any:
     """A string, or a list of strings."""
     if value is None or (isinstance(value, str) and value):
@@ -174,9 +165,9 @@ class ChatRequest(ThinkingFields, SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: MostTokens = None
-    """Most tokens to generate; by default, and with -1, as many as fit in the context."""
-    max_tokens: MostTokens = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens to generate; by default as many as fit in the context."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Older name of `max_completion_tokens`."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

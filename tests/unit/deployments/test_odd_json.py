@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from in_process import ServiceFactory
 from pydantic import BaseModel
 
 from deployments.api.anthropic.schemas import MessagesRequest
@@ -68,13 +67,3 @@ def test_the_form_that_was_meant_is_told(model: type[BaseModel], fields: dict, w
     with pytest.raises(APIError) as raised:
         parse(model, json.dumps({"model": "demo", **fields}).encode())
     assert words in str(raised.value)
-
-
-async def test_limits_of_minus_one_are_none(make_service: ServiceFactory):
-    """As in LM Studio and llama.cpp, whose examples have it."""
-    service = await make_service()
-    chat = {"messages": [{"role": "user", "content": "hi"}], "stop": ["e"]}
-    for name in ("max_tokens", "max_completion_tokens"):
-        answer = await service.post("/v1/chat/completions", **{name: -1}, **chat)
-        assert answer.status_code == 200, answer.text
-        assert (await service.post("/v1/chat/completions", **{name: -2}, **chat)).status_code == 400
