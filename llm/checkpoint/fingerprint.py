@@ -1,9 +1,11 @@
 """Which version of a model a checkpoint holds, without reading all of its weights."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from llm.checkpoint.weight_files import indexed_files
+from llm.errors import LLMError
 
 _SMALL_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja", "1_Pooling/*.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
@@ -54,11 +56,10 @@ def _files(directory: Path, patterns: Iterable[str]) -> list[Path]:
 def _weight_files(directory: Path) -> list[Path]:
     """The files of weights, with those in folders that an index names."""
     try:
-        listed = json.loads((directory / "model.safetensors.index.json").read_bytes())["weight_map"].values()
-        named = {directory / name for name in set(listed)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whoever loads it says what is wrong
-        named = set()
-    return sorted({*_files(directory, _WEIGHT_PATTERNS), *(path for path in named if path.is_file())})
+        indexed = indexed_files(directory)
+    except LLMError:  # whoever loads it says what is wrong
+        indexed = {}
+    return sorted({*_files(directory, _WEIGHT_PATTERNS), *(path for path in indexed if path.is_file())})
 
 
 def _add(digest: "hashlib.blake2b", name: bytes, content: bytes) -> None:

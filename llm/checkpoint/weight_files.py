@@ -33,7 +33,7 @@ def candidate_files(directory: Path) -> Iterator[Files]:
         yield {gguf_path: None}
         return
     given: list[Files] = []
-    for find in (_single, _indexed, _all):
+    for find in (_single, indexed_files, _all):
         candidate = find(directory)
         if candidate and candidate not in given:
             given.append(candidate)
@@ -47,7 +47,12 @@ def _single(directory: Path) -> Files:
     return {path: None} if path.is_file() else {}
 
 
-def _indexed(directory: Path) -> Files:
+def indexed_files(directory: Path) -> Files:
+    """Files that a directory's index lists; none where it has no index.
+
+    Raises:
+        CheckpointError, ConfigError: the index cannot be read, or names files outside the directory.
+    """
     path = directory / _INDEX
     if not path.exists():
         return {}
