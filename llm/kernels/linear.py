@@ -166,11 +166,10 @@ class Linear:
 
     def __call__(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor | ScaledProduct:
         """x (rows, in), contiguous, gives (rows, out): a `ScaledProduct` where the library multiplies 8-bit weights."""
+        x = self._narrowed(x, weights)
         if isinstance(x, EightBitRows):
             assert weights.scales is not None, "rows are made narrow for 8-bit weights"
             return eight_bit_product(x, weights.weight, weights.scales, weights.bias)
-        if self._is_narrow(x, weights):
-            return self(quantize_rows(x), weights)
         if self._is_own(x, weights):
             return self._own(x, weights, x.new_empty(len(x), len(weights)))
         if weights.groups is not None:
@@ -222,8 +221,7 @@ class Linear:
 
     def part(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor:
         """The product of x, (rows, in), as plain numbers."""
-        if not isinstance(x, EightBitRows) and self._is_narrow(x, weights):
-            x = quantize_rows(x)
+        x = self._narrowed(x, weights)
         if isinstance(x, EightBitRows):
             assert weights.scales is not None, "rows are made narrow for 8-bit weights"
             return scaled_product(x, weights.weight, weights.scales, weights.bias)
@@ -294,6 +292,10 @@ class Linear:
     def _is_narrow(self, x: torch.Tensor, weights: Weights) -> bool:
         """Whether the library multiplies 8-bit weights with these rows made narrow too."""
         return weights.scales is not None and not self._is_own(x, weights)
+
+    def _narrowed(self, x: torch.Tensor | EightBitRows, weights: Weights) -> torch.Tensor | EightBitRows:
+        """The rows as the product with `weights` takes them."""
+        return quantize_rows(x) if isinstance(x, torch.Tensor) and self._is_narrow(x, weights) else x
 
     def _new_rows(self, like: torch.Tensor, num_columns: int, weights: Weights) -> torch.Tensor | EightBitRows:
         """Room for as many rows as `like` has, of the kind that the product with `weights` takes."""
